@@ -1,0 +1,152 @@
+"""What was decided, as plain data: a Plan is a list of operations on layers, without tensors.
+
+A Plan fixes choices and shapes; computed weights live in checkpoints and exports. The file needs the standard
+library alone, so that any tool can read a plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Condense:
+    """Replace a sparse MoE layer by its shared experts plus a few routed experts that are active for every token.
+
+    y = g·Shared(x) + Σ_i coefficients_i · E_i(x)   (arXiv 2412.00069, section 3)
+
+    Args:
+        layer: decoder-layer index.
+        experts: indices of the retained routed experts, in the order of their selection; may be empty.
+        coefficients: the constant that replaces each retained expert's routing weight.
+        shared_gate: the constant that replaces the shared experts' gate; None keeps what the model has (its gate per
+            token, or none).
+    """
+
+    kind: ClassVar[str] = "condense"
+    layer: int
+    experts: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    shared_gate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ValueError(f"condense: layer {self.layer} is negative; layers are decoder-layer indices from 0")
+        if len(self.experts) != len(self.coefficients):
+            raise ValueError(
+                f"condense, layer {self.layer}: {len(self.experts)} experts but {len(self.coefficients)} coefficients"
+            )
+        if len(set(self.experts)) != len(self.experts) or any(expert < 0 for expert in self.experts):
+            raise ValueError(f"condense, layer {self.layer}: experts {list(self.experts)} must be distinct and >= 0")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Condense:
+        shared_gate = data["shared_gate"]
+        return cls(
+            layer=int(data["layer"]),
+            experts=tuple(int(expert) for expert in data["experts"]),
+            coefficients=tuple(float(value) for value in data["coefficients"]),
+            shared_gate=None if shared_gate is None else float(shared_gate),
+        )
+
+
+Operation = Condense  # a union once there are more kinds
+OPERATIONS: dict[str, type[Operation]] = {Condense.kind: Condense}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The concatenated decisions of a method's steps.
+
+    Args:
+        model: what the plan was made for (hub id, folder or name).
+        fingerprint: hashes of what decided it: weights, calibration, method.
+        operations: in the order in which they were chosen.
+        search: what decided it (orders, scores, seconds); JSON values only.
+    """
+
+    model: str
+    operations: tuple[Operation, ...] = ()
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers that some operation changes, ascending."""
+        return tuple(sorted({operation.layer for operation in self.operations}))
+
+    def to_dict(self) -> dict[str, Any]:
+        operations = [{"kind": operation.kind, **asdict(operation)} for operation in self.operations]
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "fingerprint": dict(self.fingerprint),
+            "operations": json.loads(json.dumps(operations)),
+            "search": dict(self.search),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan from parsed JSON.
+
+        Raises:
+            ValueError: another schema version, an unknown kind of operation, or a missing key.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"plan: schema {data.get('schema')!r} is not {SCHEMA}, the version that this code reads")
+        operations = []
+        for entry in data.get("operations", ()):
+            kind = entry.get("kind")
+            if kind not in OPERATIONS:
+                raise ValueError(f"plan: unknown kind of operation {kind!r}; known: {', '.join(OPERATIONS)}")
+            try:
+                operations.append(OPERATIONS[kind].from_dict(entry))
+            except KeyError as missing:
+                raise ValueError(f"plan: a {kind} operation lacks {missing}") from None
+        return cls(
+            model=str(data.get("model", "")),
+            operations=tuple(operations),
+            fingerprint=dict(data.get("fingerprint", {})),
+            search=dict(data.get("search", {})),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        return cls.from_dict(json.loads(text))
+
+    def save(self, path: Path) -> None:
+        write_aside(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file under another name, then rename it: a kill leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
