@@ -1,0 +1,233 @@
+"""The only file that knows Hugging Face attribute names: uniform views of MoE layers.
+
+A family is a model_type of transformers whose experts are fused: `experts.gate_up_proj` (E, 2F, D) and
+`experts.down_proj` (E, D, F), and whose router returns (logits, top_k_weights, top_k_index).
+
+Legend: E routed experts, D hidden size, F expert width.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from recondense.modules import MoEWeights
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model's config says of its MoE layers, before any weight is loaded.
+
+    Args:
+        moe_layers: decoder-layer indices of the sparse layers, ascending.
+        expert_width: F, rows of one routed expert.
+        shared_width: rows of the shared experts together, 0 without any.
+        shared_gate: whether the shared experts have a gate per token.
+    """
+
+    model_type: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_width: int
+    shared_width: int
+    shared_gate: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one model_type keeps things."""
+
+    facts: Callable[[PretrainedConfig], Facts]
+    shared_expert: str | None
+    shared_expert_gate: str | None = None
+    # Config updates with which stock transformers holds condensed layers, given {layer: width}; None if it cannot.
+    dense_layers: Callable[[PretrainedConfig, dict[int, int]], dict[str, object] | None] = lambda config, widths: None
+
+
+@dataclass(frozen=True)
+class SparseBlock:
+    """A view of one sparse MoE layer: the module's own tensors, never copies."""
+
+    layer: int
+    module: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    shared_expert: nn.Module | None
+    shared_expert_gate: nn.Module | None
+
+    @property
+    def weights(self) -> MoEWeights:
+        """The layer's own tensors; gate_up (E, 2F, D), down (E, D, F)."""
+        shared = self.shared_expert
+        projections = ("gate_proj", "up_proj", "down_proj")
+        return MoEWeights(
+            gate_up_EHD=self.experts.gate_up_proj,  # type: ignore[arg-type]
+            down_EDF=self.experts.down_proj,  # type: ignore[arg-type]
+            act_fn=self.experts.act_fn,  # type: ignore[arg-type]
+            shared=None if shared is None else tuple(getattr(shared, name).weight for name in projections),  # type: ignore[arg-type]
+            shared_gate=None if self.shared_expert_gate is None else self.shared_expert_gate.weight,  # type: ignore[arg-type]
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.weights.down_EDF.shape[0]
+
+
+def _qwen2_moe_facts(config: PretrainedConfig) -> Facts:
+    layers = [
+        layer
+        for layer in range(config.num_hidden_layers)
+        if layer not in (config.mlp_only_layers or ())
+        and config.num_experts > 0
+        and (layer + 1) % config.decoder_sparse_step == 0
+    ]
+    return Facts(
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        moe_layers=tuple(layers),
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        hidden_size=config.hidden_size,
+        expert_width=config.moe_intermediate_size,
+        shared_width=config.shared_expert_intermediate_size,
+        shared_gate=True,
+    )
+
+
+def _qwen2_moe_dense_layers(config: PretrainedConfig, widths: dict[int, int]) -> dict[str, object] | None:
+    """Stock Qwen2-MoE has dense layers of one width: `mlp_only_layers` and `intermediate_size`."""
+    facts = _qwen2_moe_facts(config)
+    dense = sorted(set(range(facts.num_layers)) - set(facts.moe_layers))
+    needed = set(widths.values()) | ({config.intermediate_size} if dense else set())
+    if len(needed) > 1:
+        return None
+    return {
+        "mlp_only_layers": sorted({*dense, *widths}),
+        "intermediate_size": needed.pop() if needed else config.intermediate_size,
+    }
+
+
+def _deepseek_v2_facts(config: PretrainedConfig) -> Facts:
+    num_experts = config.n_routed_experts or 0
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers) if num_experts else ()
+    return Facts(
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        moe_layers=tuple(layers),
+        num_experts=num_experts,
+        top_k=config.num_experts_per_tok,
+        hidden_size=config.hidden_size,
+        expert_width=config.moe_intermediate_size,
+        shared_width=config.moe_intermediate_size * (config.n_shared_experts or 0),
+        shared_gate=False,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_moe": Family(_qwen2_moe_facts, "shared_expert", "shared_expert_gate", _qwen2_moe_dense_layers),
+    "deepseek_v2": Family(_deepseek_v2_facts, "shared_experts"),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a config.
+
+    Raises:
+        ValueError: a model_type that is not supported.
+    """
+    model_type = str(config.model_type)
+    if model_type not in FAMILIES:
+        close = difflib.get_close_matches(model_type, FAMILIES, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def facts(config: PretrainedConfig) -> Facts:
+    """What the config says of the MoE layers.
+
+    Raises:
+        ValueError: an unsupported model_type, or a model without MoE layers.
+    """
+    found = family_of(config).facts(config)
+    if not found.moe_layers:
+        raise ValueError(
+            f"the model ({found.model_type}, {found.num_layers} layers) has no MoE layers: there is nothing to condense"
+        )
+    return found
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.model.layers  # type: ignore[return-value,union-attr]
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    return model.model.norm  # type: ignore[return-value,union-attr]
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The causal LM without its head."""
+    return model.model  # type: ignore[return-value]
+
+
+def get_block(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The feed-forward block of a decoder layer: sparse, condensed or dense."""
+    return decoder_layers(model)[layer].mlp  # type: ignore[return-value]
+
+
+def set_block(model: PreTrainedModel, layer: int, block: nn.Module) -> None:
+    decoder_layers(model)[layer].mlp = block
+
+
+def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
+    """Routed and shared experts of a sparse layer, by their names within its block; no router, no gate."""
+    block = sparse_view(model, layer, get_block(model, layer))
+    found = {"experts": block.experts}
+    if block.shared_expert is not None:
+        found[str(family_of(model.config).shared_expert)] = block.shared_expert
+    return found
+
+
+def block_name(layer: int) -> str:
+    """The state-dict prefix of a decoder layer's feed-forward block, without the last dot."""
+    return f"model.layers.{layer}.mlp"
+
+
+def sparse_view(model: PreTrainedModel, layer: int, module: nn.Module) -> SparseBlock:
+    """The view of a sparse block, in the model or taken out of it."""
+    family = family_of(model.config)
+    return SparseBlock(
+        layer=layer,
+        module=module,
+        router=module.gate,  # type: ignore[arg-type]
+        experts=module.experts,  # type: ignore[arg-type]
+        shared_expert=getattr(module, family.shared_expert or "", None),
+        shared_expert_gate=getattr(module, family.shared_expert_gate or "", None),
+    )
+
+
+def sparse_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
+    """Views of the layers that are sparse now, by decoder-layer index, ascending."""
+    blocks = {layer: get_block(model, layer) for layer in range(len(decoder_layers(model)))}
+    return {layer: sparse_view(model, layer, block) for layer, block in blocks.items() if hasattr(block, "experts")}
+
+
+@contextmanager
+def swapped(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator[PreTrainedModel]:
+    """Inside, the model's feed-forward blocks are these; after, its own again. No weight is copied or changed."""
+    own = {layer: get_block(model, layer) for layer in blocks}
+    for layer, block in blocks.items():
+        set_block(model, layer, block)
+    try:
+        yield model
+    finally:
+        for layer, block in own.items():
+            set_block(model, layer, block)

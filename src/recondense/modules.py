@@ -1,0 +1,155 @@
+"""What a compressed model is made of. Imports torch alone: this file is bundled into exports.
+
+Legend: B batch, S sequence, D hidden size, F expert width, W width of a condensed layer, n retained routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class MoEWeights(NamedTuple):
+    """The weights of a sparse MoE layer that condensing needs.
+
+    Args:
+        gate_up_EHD: fused gate and up weights of the routed experts, (E, 2F, D); the first F rows are gate_proj.
+        down_EDF: their down weights, (E, D, F).
+        act_fn: the activation.
+        shared: gate_proj (Ws, D), up_proj (Ws, D), down_proj (D, Ws) of the shared experts, or None.
+        shared_gate: (1, D), the weight of the shared experts' gate, or None.
+    """
+
+    gate_up_EHD: Tensor
+    down_EDF: Tensor
+    act_fn: Callable[[Tensor], Tensor]
+    shared: tuple[Tensor, Tensor, Tensor] | None = None
+    shared_gate: Tensor | None = None
+
+
+class CondensedMoE(nn.Module):
+    """A condensed MoE layer: shared experts and a few routed experts as one wide SwiGLU, active for every token.
+
+    y = W_down [ scale ⊙ act(W_gate x) ⊙ (W_up x) ],  scale = shared gate on the shared rows, w̄_i on expert i's rows
+
+    The scale stands outside the weights while training: folded into W_down, AdamW's steps would be 1/w̄ times larger.
+
+    Args:
+        hidden_size: D.
+        shared_width: rows of the shared experts, 0 if the family has none.
+        routed_width: rows of the retained routed experts together, n·F.
+        act_fn: the family's activation.
+        token_gate: keep the shared experts' gate per token, sigmoid(W_g x), in place of a constant.
+        scaled: hold the scale buffer; False once it has been folded into W_down.
+
+    Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.
+    """
+
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        shared_width: int,
+        routed_width: int,
+        act_fn: Callable[[Tensor], Tensor],
+        token_gate: bool = False,
+        scaled: bool = True,
+    ) -> None:
+        super().__init__()
+        width = shared_width + routed_width
+        self.shared_width = shared_width
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if token_gate else None
+        self.act_fn = act_fn
+        self.register_buffer("scale", torch.ones(width, dtype=torch.float32) if scaled else None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map x (…, D) to y (…, D)."""
+        inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        if self.scale is not None:
+            inner = (inner * self.scale).to(inner.dtype)  # the scale keeps fp32: rounding it would be a bias
+        if self.shared_expert_gate is not None:
+            shared, routed = inner.split((self.shared_width, inner.shape[-1] - self.shared_width), dim=-1)
+            inner = torch.cat((torch.sigmoid(self.shared_expert_gate(hidden_states)) * shared, routed), dim=-1)
+        return self.down_proj(inner)
+
+    @classmethod
+    def shaped_for(cls, weights: MoEWeights, num_experts: int, token_gate: bool) -> CondensedMoE:
+        """An unfilled layer of the right shape, on the device and in the dtype of the weights (meta works too)."""
+        _, hidden_size, expert_width = weights.down_EDF.shape
+        with torch.device(weights.down_EDF.device):
+            layer = cls(
+                hidden_size=hidden_size,
+                shared_width=weights.shared[0].shape[0] if weights.shared else 0,
+                routed_width=num_experts * expert_width,
+                act_fn=weights.act_fn,
+                token_gate=token_gate and weights.shared_gate is not None,
+            )
+        scale = layer.scale
+        layer.to(weights.down_EDF.dtype).requires_grad_(False)
+        layer.scale = scale  # stays fp32
+        return layer
+
+    @torch.no_grad()
+    def fill(
+        self, weights: MoEWeights, experts: Sequence[int], coefficients: Sequence[float], shared_gate: float | None
+    ) -> CondensedMoE:
+        """Copy in the shared experts' rows, then those of the retained experts in order, and set the scales.
+
+        Args:
+            experts, coefficients: the retained experts, and what replaces their routing weights.
+            shared_gate: the constant on the shared rows; None for 1.
+
+        Returns:
+            itself.
+        """
+        gates, ups, downs = ([weight] for weight in weights.shared) if weights.shared else ([], [], [])
+        for expert in experts:
+            gate_FD, up_FD = weights.gate_up_EHD[expert].chunk(2, dim=0)
+            gates.append(gate_FD)
+            ups.append(up_FD)
+            downs.append(weights.down_EDF[expert])
+        self.gate_proj.weight.copy_(torch.cat(gates, dim=0))
+        self.up_proj.weight.copy_(torch.cat(ups, dim=0))
+        self.down_proj.weight.copy_(torch.cat(downs, dim=1))
+        if self.shared_expert_gate is not None:
+            assert weights.shared_gate is not None
+            self.shared_expert_gate.weight.copy_(weights.shared_gate)
+        assert self.scale is not None
+        values = [1.0 if shared_gate is None else shared_gate] * self.shared_width
+        values += [value for value in coefficients for _ in range(weights.down_EDF.shape[-1])]
+        self.scale.copy_(torch.tensor(values, dtype=torch.float64))
+        return self
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply the scale into down_proj, in fp32, and drop it: the layer's function stays the same."""
+        if self.scale is not None:
+            weight = self.down_proj.weight
+            weight.copy_((weight.float() * self.scale.float()).to(weight.dtype))
+            self.scale = None
+
+
+def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) -> Tensor:
+    """Outputs of some routed experts for all tokens, unweighted.
+
+    One product of a fixed shape an expert, so that an expert's output has the same bits whichever others are asked for.
+
+    Args:
+        x_TD: tokens.
+        experts: indices of n experts.
+
+    Returns:
+        (n, T, D) in the dtype of x.
+    """
+    output_nTD = x_TD.new_empty(len(experts), *x_TD.shape)
+    for position, expert in enumerate(experts):
+        gate_TF, up_TF = nn.functional.linear(x_TD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
+        torch.mm(weights.act_fn(gate_TF).mul_(up_TF), weights.down_EDF[expert].T, out=output_nTD[position])
+    return output_nTD
