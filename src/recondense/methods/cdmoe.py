@@ -1,0 +1,251 @@
+"""CD-MoE: which experts of which layers a condensed model keeps (arXiv 2412.00069).
+
+The expert search treats each MoE layer on its own. A layer's output before the final norm is linear in its experts'
+outputs, so one pass over the calibration set gives every candidate's difference from the original. The layer search
+reruns only the layers above a candidate. Both give orders whose prefixes serve every smaller budget.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.calibrate import Tape, evaluating
+from recondense.families import Facts
+from recondense.methods.scoring import Ladder, LayerScorer
+from recondense.modules import CondensedMoE
+from recondense.plan import Condense
+from recondense.progress import progress
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CDMoE:
+    """Condense MoE layers: experts by greedy Jensen-Shannon divergence, then layers likewise.
+
+    Args:
+        num_experts: routed experts that a condensed layer keeps; 0 keeps the shared experts alone (CD-MoE-S).
+        num_layers: how many layers to condense (greedy layer search), which ones (a list of decoder-layer indices),
+            or "all".
+        shared_gate: "mean" replaces the shared experts' gate by its mean over the calibration tokens (the authors'
+            code), "token" keeps it.
+        expert_search: "greedy" (the paper), or "routing_weight": the largest mean routing weights (its ablation).
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: Condense, Don't Just Prune, arXiv 2412.00069, sections 3.2 and 3.3.
+    """
+
+    num_experts: int = 4
+    num_layers: int | str | Sequence[int] = "all"
+    shared_gate: str = "mean"
+    expert_search: str = "greedy"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not _is_int(self.num_experts) or self.num_experts < 0:
+            problems.append(f"method.num_experts={self.num_experts} must be a whole number of at least 0")
+        if self.shared_gate not in ("mean", "token"):
+            problems.append(f"method.shared_gate={self.shared_gate} must be mean or token")
+        if self.expert_search not in ("greedy", "routing_weight"):
+            problems.append(f"method.expert_search={self.expert_search} must be greedy or routing_weight")
+        if isinstance(self.num_layers, str):
+            if self.num_layers != "all":
+                problems.append(f"method.num_layers={self.num_layers} must be a number, a list of layers, or all")
+        elif _is_int(self.num_layers):
+            if self.num_layers < 1:  # type: ignore[operator]
+                problems.append(
+                    f"method.num_layers={self.num_layers} must be at least 1; method=none leaves the model as it is"
+                )
+        elif not isinstance(self.num_layers, Sequence) or not all(_is_int(layer) for layer in self.num_layers):
+            problems.append(f"method.num_layers={self.num_layers} must be a number, a list of layers, or all")
+        elif not self.num_layers:
+            problems.append("method.num_layers=[] names no layer; method=none leaves the model as it is")
+        elif len(set(self.num_layers)) < len(self.num_layers):
+            problems.append(f"method.num_layers={list(self.num_layers)} names a layer twice")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        problems = []
+        if self.num_experts > facts.num_experts:
+            problems.append(
+                f"method.num_experts={self.num_experts}: the model has {facts.num_experts} routed experts a layer"
+            )
+        if self.num_experts == 0 and facts.shared_width == 0:
+            problems.append("method.num_experts=0 leaves nothing of a layer: this model has no shared experts")
+        if _is_int(self.num_layers) and self.num_layers > len(facts.moe_layers):  # type: ignore[operator]
+            problems.append(f"method.num_layers={self.num_layers}: the model has {len(facts.moe_layers)} MoE layers")
+        if not isinstance(self.num_layers, int | str):
+            for layer in self.num_layers:
+                if layer not in facts.moe_layers:
+                    nearest = min(facts.moe_layers, key=lambda other: abs(other - layer))
+                    problems.append(
+                        f"method.num_layers: layer {layer} is not a MoE layer of this model, whose MoE layers are "
+                        f"{_ranges(facts.moe_layers)} (did you mean {nearest}?)"
+                    )
+        return problems
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration; budgets are not part of it."""
+        return {"method": "cdmoe", "version": 1, "shared_gate": self.shared_gate, "expert_search": self.expert_search}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Condense], dict[str, Any]]:
+        """Decide what to condense; the model is left bit-identical.
+
+        Args:
+            model: the causal LM, as the step before left it.
+            tape: gives its hidden states on the calibration set; called only if the cache lacks something.
+            cache: orders found so far; written after every layer and after every step of the layer search.
+            max_scratch_bytes: bound on temporary tensors; the answer does not depend on it.
+
+        Returns:
+            operations in the order in which their layers were chosen, and the scores that decided them.
+
+        Raises:
+            ValueError: fewer experts were ever selected on the calibration set than are to be retained.
+        """
+        started = time.perf_counter()
+        search = Search(self, model, tape, cache, max_scratch_bytes)
+        layers = list(families.sparse_blocks(model)) if isinstance(self.num_layers, int | str) else [*self.num_layers]
+        with progress("expert search", len(layers)) as bar:
+            for layer in layers:
+                search.experts(layer)
+                bar.advance()
+        operations = {layer: search.operation(layer) for layer in layers}
+        record: dict[str, Any] = {"expert_search": {str(layer): search.experts(layer) for layer in layers}}
+        seconds = {"expert_search": time.perf_counter() - started}
+        if isinstance(self.num_layers, int):
+            record["layer_search"] = search.layers(operations, self.num_layers)
+            layers = record["layer_search"]["order"]
+            seconds["layer_search"] = time.perf_counter() - started - seconds["expert_search"]
+        return [operations[layer] for layer in layers], {
+            **self.key(),
+            **record,
+            "num_experts": self.num_experts,
+            "reused": not search.worked,
+            "seconds": seconds,
+        }
+
+
+class Search:
+    """The greedy searches of one CDMoE step over one model, one tape and one cache."""
+
+    def __init__(
+        self, step: CDMoE, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> None:
+        self.step = step
+        self.model = model
+        self.tape = tape
+        self.cache = cache
+        self.max_scratch_bytes = max_scratch_bytes
+        self.blocks = families.sparse_blocks(model)
+        self.worked = False  # whether anything had to be computed
+
+    def experts(self, layer: int) -> dict[str, Any]:
+        """The first num_experts of a layer's order with their scores, searched as far as the cache lacks them."""
+        count = self.step.num_experts
+        key = f"experts-{layer:03d}"
+        entry = self.cache.get(key)
+        if entry is None or len(entry["order"]) < count:
+            entry = self._search_experts(layer, entry)
+            self.cache[key] = entry
+            self.worked = True
+        prefix = ("order", "js", "candidates")
+        return {name: value[:count] if name in prefix else value for name, value in entry.items()}
+
+    @torch.no_grad()
+    def _search_experts(self, layer: int, entry: dict[str, Any] | None) -> dict[str, Any]:
+        scorer = LayerScorer(
+            self.model, self.tape(), self.blocks[layer], self.step.shared_gate == "mean", self.max_scratch_bytes
+        )
+        coefficients = scorer.coefficients
+        count = self.step.num_experts
+        available = [expert for expert, value in enumerate(coefficients) if value is not None]
+        if len(available) < count:
+            raise ValueError(
+                f"layer {layer}: {len(available)} of {len(coefficients)} routed experts were ever selected on the "
+                f"calibration set, but method.num_experts={count}; use more or longer calibration texts "
+                "(data.calibration.num_samples, data.calibration.max_length) or retain fewer experts"
+            )
+        entry = entry or {
+            "order": [],
+            "js": [],
+            "candidates": [],
+            "js_shared_only": float(scorer.score([None])[0]),
+            **scorer.statistics(),
+        }
+        for expert in entry["order"]:
+            scorer.add(expert)
+        while len(entry["order"]) < count:
+            candidates = [expert for expert in available if expert not in entry["order"]]
+            if self.step.expert_search == "routing_weight":
+                candidates = [max(candidates, key=lambda expert: (coefficients[expert], -expert))]
+            scores = scorer.score(candidates).tolist()
+            best = min(range(len(candidates)), key=lambda i: scores[i])  # min keeps the first: the lowest index
+            scorer.add(candidates[best])
+            entry["order"].append(candidates[best])
+            entry["js"].append(scores[best])
+            entry["candidates"].append([list(pair) for pair in zip(candidates, scores, strict=True)])
+        return entry
+
+    def operation(self, layer: int) -> Condense:
+        entry = self.experts(layer)
+        gate = entry["shared_gate_mean"] if self.step.shared_gate == "mean" else None
+        coefficients = tuple(entry["coefficients"][expert] for expert in entry["order"])
+        return Condense(layer=layer, experts=tuple(entry["order"]), coefficients=coefficients, shared_gate=gate)
+
+    @torch.no_grad()
+    def layers(self, operations: dict[int, Condense], count: int) -> dict[str, Any]:
+        """The first `count` layers of the greedy order; one order for each number of routed experts."""
+        key = f"layers-{self.step.num_experts:03d}"
+        entry = self.cache.get(key) or {"order": [], "js": [], "candidates": [], "layer_runs": 0}
+        if len(entry["order"]) < count:
+            self.worked = True
+            condensed = {layer: self._condensed(each) for layer, each in operations.items()}
+            ladder = Ladder(self.model, self.tape(), condensed)
+            runs = entry["layer_runs"] - round(ladder.tape.layer_runs)
+            with progress("layer search", count) as bar, evaluating(self.model):
+                for layer in entry["order"]:
+                    ladder.choose(layer)
+                    bar.advance()
+                while len(entry["order"]) < count:
+                    scores = ladder.score()
+                    best = min(scores, key=lambda layer: (scores[layer], layer))
+                    entry["order"].append(best)
+                    entry["js"].append(scores[best])
+                    entry["candidates"].append([[layer, score] for layer, score in scores.items()])
+                    if len(entry["order"]) < count:
+                        ladder.choose(best)
+                    entry["layer_runs"] = runs + round(ladder.tape.layer_runs)
+                    self.cache[key] = entry
+                    bar.advance()
+        return {name: value[:count] if isinstance(value, list) else value for name, value in entry.items()}
+
+    def _condensed(self, operation: Condense) -> CondensedMoE:
+        """The layer that an operation would make, beside the original."""
+        weights = self.blocks[operation.layer].weights
+        layer = CondensedMoE.shaped_for(weights, len(operation.experts), token_gate=operation.shared_gate is None)
+        return layer.fill(weights, operation.experts, operation.coefficients, operation.shared_gate)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Ascending indices in words: 1-26, or 0, 2, 4."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))

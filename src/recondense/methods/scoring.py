@@ -1,0 +1,202 @@
+"""How candidates are scored against the original model on a Tape: experts of one layer, and whole layers.
+
+Legend: C candidates, T real tokens of a block, D hidden size, E routed experts, K top-k, n experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.calibrate import LayerTrace, Tape
+from recondense.families import SparseBlock
+from recondense.losses import jensen_shannon, js_from_difference
+from recondense.modules import CondensedMoE, expert_outputs
+
+SCORE_TEMPORARIES = 6  # fp32 tensors of a chunk's size that scoring holds at once
+CPU_CHUNK = 2**17  # elements: larger chunks leave a CPU's cache and take longer
+
+
+class LayerScorer:
+    """Scores candidates of one MoE layer: JS between the original's hidden state after the layer and a candidate's.
+
+    A candidate's hidden state differs from the original's by g·Shared(x) + Σ w̄_i·E_i(x) - MoE(x), which is computed
+    directly, never as the difference of two hidden states.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tape: Tape, block: SparseBlock, mean_gate: bool, max_scratch_bytes: int
+    ) -> None:
+        self.tape = tape
+        self.block = block
+        self.max_scratch_bytes = max_scratch_bytes
+        last = block.layer == tape.num_layers - 1
+        self.norm: nn.Module | None = families.final_norm(model) if last else None
+        traces = list(tape.trace(model, block.layer))
+        self.x = [trace.x_TD for trace in traces]
+        self.counts_E, self.sums_E = _routing_totals(traces, block.num_experts)
+        used = self.counts_E > 0
+        self.coefficients: list[float | None] = [
+            float(total / count) if hit else None
+            for total, count, hit in zip(self.sums_E, self.counts_E, used, strict=True)
+        ]
+        gates = [_shared_gate(block, x_TD) for x_TD in self.x]
+        self.gate_mean = None if gates[0] is None else float(torch.cat(gates).double().mean())  # type: ignore[arg-type]
+        self.differences: list[Tensor] = []
+        self.references: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for index, (trace, gate_T1) in enumerate(zip(traces, gates, strict=True)):
+            shared_TD = torch.zeros_like(trace.output_TD, dtype=torch.float32)
+            if block.shared_expert is not None:
+                shared_TD += block.shared_expert(trace.x_TD)
+                if gate_T1 is not None:
+                    shared_TD *= gate_T1 if self.gate_mean is None or not mean_gate else self.gate_mean
+            self.differences.append(shared_TD - trace.output_TD)
+            hidden_TD = tape.real_tokens(index, tape.states[block.layer + 1][index]).float()
+            reference_TD = hidden_TD if self.norm is None else self.norm(hidden_TD)
+            p_TD = torch.softmax(reference_TD, dim=-1)
+            self.references.append((hidden_TD, reference_TD, p_TD, reference_TD.argmax(-1, keepdim=True)))
+        self._hold = self._experts_bytes() <= max_scratch_bytes
+        self._held: dict[int, Tensor] = {}
+
+    def statistics(self) -> dict[str, Any]:
+        """What the plan keeps of the routing: JSON values, one entry a routed expert."""
+        return {
+            "coefficients": self.coefficients,
+            "selected": self.counts_E.tolist(),
+            "mean_routing_weight": (self.sums_E / self.tape.num_tokens).tolist(),
+            "shared_gate_mean": self.gate_mean,
+        }
+
+    def add(self, expert: int) -> None:
+        """Retain an expert: every later candidate contains it."""
+        weight = self.coefficients[expert]
+        assert weight is not None
+        for index in range(len(self.x)):
+            self.differences[index] += weight * self._outputs(index, [expert])[0].float()
+
+    def score(self, candidates: Sequence[int | None]) -> Tensor:
+        """JS when one more expert is retained, for each candidate; None is the layer as it is. (C,) in fp64."""
+        per_block = []
+        for index in range(len(self.x)):
+            js_CT = self.x[index].new_empty(len(candidates), self.x[index].shape[0], dtype=torch.float32)
+            for rows, group in self._chunks(index, len(candidates)):
+                js_CT[group, rows] = self._score_chunk(index, rows, list(candidates[group]))
+            per_block.append(js_CT)
+        return self.tape.mean_over_texts(per_block)
+
+    def _score_chunk(self, index: int, rows: slice, candidates: list[int | None]) -> Tensor:
+        hidden_TD, reference_TD, p_TD, largest_T1 = (tensor[rows] for tensor in self.references[index])
+        difference_TD = self.differences[index][rows]
+        experts = [expert for expert in candidates if expert is not None]
+        if experts:
+            weights_C11 = torch.tensor([self.coefficients[expert] for expert in experts], device=p_TD.device)
+            outputs_CTD = self._outputs(index, experts, rows).float()
+            difference_CTD = torch.addcmul(difference_TD, outputs_CTD, weights_C11.float()[:, None, None])
+        else:
+            difference_CTD = difference_TD.unsqueeze(0).clone()
+        if self.norm is not None:
+            difference_CTD = self.norm(hidden_TD + difference_CTD) - reference_TD
+        return js_from_difference(reference_TD, p_TD, largest_T1, difference_CTD)
+
+    def _outputs(self, index: int, experts: list[int], rows: slice = slice(None)) -> Tensor:
+        """Outputs of experts for the tokens of a block: (n, T, D); held for the whole search where they fit."""
+        block = self.block
+        if not self._hold:
+            all_rows = expert_outputs(self.x[index], block.weights, experts)
+            return all_rows[:, rows]
+        if index not in self._held:
+            everyone = list(range(block.num_experts))
+            self._held[index] = expert_outputs(self.x[index], block.weights, everyone)
+        return self._held[index][experts, rows]
+
+    def _experts_bytes(self) -> int:
+        return self.block.num_experts * sum(x_TD.nbytes for x_TD in self.x)
+
+    def _chunks(self, index: int, num_candidates: int) -> list[tuple[slice, slice]]:
+        """Cut (candidates, tokens) into chunks within the scratch bound; each row is scored on its own."""
+        num_tokens, width = self.x[index].shape
+        elements = self.max_scratch_bytes // (4 * SCORE_TEMPORARIES)
+        if self.x[index].device.type == "cpu":
+            elements = min(elements, CPU_CHUNK)
+        rows = min(num_tokens, max(1, elements // width)) if self._hold else num_tokens
+        group = max(1, elements // (rows * width))
+        return [
+            (slice(row, row + rows), slice(first, first + group))
+            for first in range(0, num_candidates, group)
+            for row in range(0, num_tokens, rows)
+        ]
+
+
+class Ladder:
+    """Greedy choice of layers: base states under those chosen so far, and reruns of what lies above a candidate."""
+
+    def __init__(self, model: PreTrainedModel, tape: Tape, condensed: dict[int, CondensedMoE]) -> None:
+        self.model = model
+        self.tape = tape
+        self.condensed = condensed
+        self.chosen: dict[int, CondensedMoE] = {}
+        self.base = [list(states) for states in tape.states]
+        self.norm = families.final_norm(model)
+
+    def score(self) -> dict[int, float]:
+        """JS of the final hidden state, after the final norm, against the original's, for each layer not yet chosen."""
+        candidates = [layer for layer in self.condensed if layer not in self.chosen]
+        per_block = []
+        for index in range(len(self.tape.blocks)):
+            reference_TD = self.norm(self.tape.real_tokens(index, self.tape.states[-1][index])).float()
+            js = [
+                jensen_shannon(reference_TD, (self._final(layer, index).float() - reference_TD).unsqueeze(0))
+                for layer in candidates
+            ]
+            per_block.append(torch.cat(js))
+        scores = self.tape.mean_over_texts(per_block).tolist()
+        return dict(zip(candidates, scores, strict=True))
+
+    def _final(self, layer: int, index: int) -> Tensor:
+        return self.norm(
+            self.tape.real_tokens(index, self._climb(layer, index, {**self.chosen, layer: self.condensed[layer]})[-1])
+        )
+
+    def _climb(self, layer: int, index: int, condensed: dict[int, CondensedMoE]) -> list[Tensor]:
+        """Hidden states leaving `layer` and every layer above it, from the base state that enters it."""
+        hidden_BSD = self.base[layer][index]
+        states = []
+        with families.swapped(self.model, condensed):
+            for above in range(layer, self.tape.num_layers):
+                hidden_BSD = self.tape.run_layer(self.model, above, index, hidden_BSD)
+                states.append(hidden_BSD)
+        return states
+
+    def choose(self, layer: int) -> None:
+        """Condense a layer for good: the base states above it change."""
+        self.chosen[layer] = self.condensed[layer]
+        for index in range(len(self.tape.blocks)):
+            for above, state in enumerate(self._climb(layer, index, self.chosen), start=layer + 1):
+                self.base[above][index] = state
+
+
+def _routing_totals(traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
+    """How often each expert was selected, and the sum of its routing weights then: (E,) int64 and fp64."""
+    device = traces[0].x_TD.device
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
+    sums_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+    for trace in traces:
+        index_TK = trace.top_k_index_TK
+        # An expert stands at most once in a token's top-k: a dense (T, E) holds all weights, and its sum has one order.
+        weights_TE = torch.zeros(index_TK.shape[0], num_experts, dtype=torch.float64, device=device)
+        weights_TE.scatter_(1, index_TK, trace.top_k_weights_TK.double())
+        sums_E += weights_TE.sum(dim=0)
+        counts_E += torch.zeros_like(weights_TE, dtype=torch.int64).scatter_(1, index_TK, 1).sum(dim=0)
+    return counts_E, sums_E
+
+
+def _shared_gate(block: SparseBlock, x_TD: Tensor) -> Tensor | None:
+    """sigmoid of the shared experts' gate, (T, 1) in fp32; None without one."""
+    if block.shared_expert_gate is None:
+        return None
+    return torch.sigmoid(block.shared_expert_gate(x_TD).float())
