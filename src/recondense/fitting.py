@@ -1,0 +1,122 @@
+"""One fit: a Lightning Trainer around a RecoveryModule that checkpoints at intervals and goes on exactly."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from recondense.config import TrainerConfig
+from recondense.data import RecoveryData
+from recondense.recovery import RecoveryModule, trained_state
+
+FINAL = "final.ckpt"
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    module: RecoveryModule,
+    data: RecoveryData,
+    folder: Path,
+    trainer: TrainerConfig,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> Path:
+    """Train, or go on from the newest checkpoint in a folder, or do nothing if the training is done.
+
+    Args:
+        module: what to train; left with the trained weights, in its model's dtype.
+        folder: of checkpoints. `final.ckpt` is there when the training is done.
+
+    Returns:
+        the final checkpoint.
+    """
+    L.seed_everything(seed, verbose=False)
+    module.prepare()
+    final = folder / FINAL
+    dtype = module.model.dtype
+    if final.exists():
+        log.info("%s: found trained in %s", module.stage, final)
+    else:
+        precision = precision_of(trainer, dtype)
+        module.keep_trained_in_fp32(precision)
+        module.train()
+        lightning = _trainer(module, folder, trainer, precision, callbacks, loggers)
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            log.info("%s: going on from %s", module.stage, newest)
+        lightning.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+        if lightning.interrupted or lightning.global_step < module.recovery.steps:
+            raise KeyboardInterrupt
+        _save_final(module, final)
+    state = torch.load(final, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["state_dict"], strict=False)
+    module.to_dtype(dtype)
+    module.eval()
+    module.model.requires_grad_(False)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The periodic checkpoint of the latest step."""
+    found = {int(path.stem.removeprefix("step=")): path for path in folder.glob("step=*.ckpt") if "-" not in path.stem}
+    return found[max(found)] if found else None
+
+
+def precision_of(trainer: TrainerConfig, dtype: torch.dtype) -> str:
+    """Lightning's precision; auto: a model in half precision computes in bf16, with what trains in fp32."""
+    if trainer.precision != "auto":
+        return trainer.precision
+    return "32-true" if dtype == torch.float32 else "bf16-mixed"
+
+
+def _trainer(
+    module: RecoveryModule,
+    folder: Path,
+    settings: TrainerConfig,
+    precision: str,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+) -> L.Trainer:
+    recovery = module.recovery
+    device = module.model.device
+    accumulate = recovery.accumulate_grad_batches
+    checkpoints = ModelCheckpoint(
+        dirpath=folder, filename="{step}", every_n_train_steps=recovery.checkpoint_every, save_on_train_epoch_end=False
+    )
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=recovery.steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=recovery.gradient_clip,
+        deterministic=settings.deterministic,
+        callbacks=[*callbacks, checkpoints],
+        logger=list(loggers) or False,
+        log_every_n_steps=min(10, recovery.steps),
+        val_check_interval=recovery.validate_every * accumulate or None,
+        check_val_every_n_epoch=None if recovery.validate_every else 1,
+        limit_val_batches=None if recovery.validate_every else 0,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
+def _save_final(module: RecoveryModule, path: Path) -> None:
+    """The trained weights alone, written aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    torch.save({"state_dict": trained_state(module)}, aside)
+    os.replace(aside, path)

@@ -1,0 +1,76 @@
+"""A model in: a Hugging Face causal LM and its tokenizer, from the hub or from a local folder; safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import xxhash
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from recondense.config import ModelConfig
+from recondense.progress import progress
+
+HASH_BYTES = 1 << 26
+
+
+def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer.
+
+    Args:
+        settings: dtype, device, attention and experts implementation.
+        path: hub id or folder.
+
+    Raises:
+        ValueError: weights that are not there, or not safetensors.
+        ConnectionError: a hub id that is in no cache while the hub cannot be reached.
+    """
+    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    try:
+        with progress(f"loading {path}"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+                attn_implementation=settings.attention,
+                use_safetensors=True,
+                **common,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or path, **common)
+    except OSError as error:
+        if Path(path).is_dir():
+            raise ValueError(f"model.path={path}: {error}") from error
+        raise ConnectionError(
+            f"model.path={path}: there is no such folder, and the hub cannot be reached or has no such model, nor is "
+            "it in the cache; give model.path a local folder, or connect to the network."
+        ) from error
+    device = device_of(settings)
+    model.set_experts_implementation(experts_implementation(settings, device))
+    model.config.output_router_logits = False  # its auxiliary loss has no place in recovery or evaluation
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
+    return model.eval(), tokenizer
+
+
+def device_of(settings: ModelConfig) -> torch.device:
+    """The device that the settings name; auto is the first GPU if there is one."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def experts_implementation(settings: ModelConfig, device: torch.device) -> str:
+    """transformers' implementation of routed experts; auto never takes batched_mm, some 60 times slower on a CPU."""
+    return "grouped_mm" if settings.experts == "auto" else settings.experts
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Sixteen hexadecimal digits of a hash of every parameter's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    with progress("hashing weights"):
+        for name, parameter in sorted(model.named_parameters()):
+            content = xxhash.xxh3_128()
+            flat = parameter.detach().reshape(-1).view(torch.uint8)
+            for piece in flat.split(HASH_BYTES):
+                content.update(piece.cpu().numpy().data)
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {content.hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,246 @@
+"""The LightningModule: applies a method's plan in setup, then trains what the recovery names."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from recondense import families, surgery
+from recondense.config import RecoveryConfig
+from recondense.losses import cross_entropy, feature_matching, forward_kl
+from recondense.modules import CondensedMoE
+from recondense.plan import Plan
+from recondense.teacher import SharedBackboneTeacher
+
+
+class RecoveryModule(L.LightningModule):
+    """Setup steps, what trains, and the teacher; works in any Lightning Trainer.
+
+    `setup` applies the plan once, however often Lightning calls it; it searches only when it was handed none.
+    Checkpoints hold what trains, not the frozen rest.
+
+    Args:
+        model: the causal LM; changed in place by setup.
+        recovery: objective, optimiser and schedule.
+        plan: what to do; None calls `search`.
+        search: decides a plan for the model.
+        tokenizer: for callbacks that evaluate.
+        stage: prefix of logged metrics.
+        trained_layers: layers whose experts train, when not those of the plan.
+        router_auxiliary_loss: weight of the router's load-balancing loss; for training a sparse model from nothing.
+
+    Raises:
+        ValueError: neither plan nor search given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recovery: RecoveryConfig,
+        plan: Plan | None = None,
+        search: Callable[[PreTrainedModel], Plan] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stage: str = "recovery",
+        trained_layers: Sequence[int] | None = None,
+        router_auxiliary_loss: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if plan is None and search is None:
+            raise ValueError("RecoveryModule needs a plan, or a search that makes one")
+        self.model = model
+        self.recovery = recovery
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.stage = stage
+        self.teacher: SharedBackboneTeacher | None = None
+        self.task_results: dict[int, dict[str, dict[str, float]]] = {}  # optimiser step -> lm-eval results
+        self.strict_loading = False  # checkpoints hold what trains
+        self._search = search
+        self._trained_layers = trained_layers
+        self._router_auxiliary_loss = router_auxiliary_loss
+        self._prepared = False
+        self._random_states: dict[str, Any] | None = None
+
+    def prepare(self) -> Plan:
+        """Search if there is no plan, apply the plan, freeze what does not train. Idempotent."""
+        assert self._search is not None or self.plan is not None
+        if self.plan is None:
+            self.plan = self._search(self.model)  # type: ignore[misc]
+        if not self._prepared:
+            originals = surgery.apply(self.model, self.plan)
+            self.teacher = SharedBackboneTeacher(self.model, originals) if originals else None
+            self.model.requires_grad_(False)
+            layers = self.plan.layers if self._trained_layers is None else self._trained_layers
+            for parameter in trainable_parameters(self.model, layers, self.recovery.trainable).values():
+                parameter.requires_grad_(self.recovery.objective != "none")
+            self._prepared = True
+        return self.plan
+
+    def setup(self, stage: str) -> None:
+        self.prepare()
+
+    def original(self) -> AbstractContextManager[PreTrainedModel]:
+        """A context in which the model is the uncompressed one."""
+        return self.teacher.active() if self.teacher is not None else nullcontext(self.model)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, S, V) of the student."""
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def losses(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """The objective (`loss`) and its parts, nats per token, for token ids (B, S)."""
+        recovery = self.recovery
+        distill = recovery.objective == "distill"
+        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if distill and recovery.hidden_share:
+            arguments["output_hidden_states"] = True
+        if self._router_auxiliary_loss:
+            arguments["output_router_logits"] = True
+        student = self.model(**arguments)
+        losses = {}
+        if not distill or recovery.cross_entropy_share:
+            losses["cross_entropy"] = cross_entropy(student.logits, input_ids)
+        if not distill:
+            losses["loss"] = losses["cross_entropy"]
+            if self._router_auxiliary_loss:
+                losses["router_auxiliary"] = student.aux_loss
+                losses["loss"] = losses["loss"] + self._router_auxiliary_loss * student.aux_loss
+            return losses
+        with torch.no_grad(), self.original():
+            teacher = self.model(**arguments)
+        losses["kl"] = forward_kl(student.logits, teacher.logits, recovery.temperature)
+        shares = {"cross_entropy": recovery.cross_entropy_share, "hidden": recovery.hidden_share}
+        if recovery.hidden_share:
+            assert self.plan is not None
+            at = [layer + 1 for layer in self.plan.layers]
+            mine, theirs = ([output.hidden_states[i] for i in at] for output in (student, teacher))
+            losses["hidden"] = feature_matching(mine, theirs)
+        kl_share = 1 - sum(shares.values())
+        losses["loss"] = kl_share * losses["kl"] + sum(share * losses[name] for name, share in shares.items() if share)
+        return losses
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        losses = self.losses(batch["input_ids"])
+        self.log_dict({f"{self.stage}/{name}": value.detach() for name, value in losses.items() if name != "loss"})
+        self.log(f"{self.stage}/loss", losses["loss"].detach(), prog_bar=True)
+        return losses["loss"]
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
+        input_ids = batch["input_ids"]
+        logits = self(input_ids)
+        size = input_ids.shape[0]
+        self.log(f"{self.stage}/validation_loss", cross_entropy(logits, input_ids), prog_bar=True, batch_size=size)
+        if self.teacher is not None:
+            with self.original():
+                kl = forward_kl(logits, self(input_ids))
+            self.log(f"{self.stage}/validation_kl", kl, batch_size=size)
+
+    def configure_optimizers(self) -> Any:
+        recovery = self.recovery
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=recovery.learning_rate,
+            betas=(recovery.betas[0], recovery.betas[1]),
+            weight_decay=recovery.weight_decay,
+        )
+        schedule = get_scheduler(
+            recovery.schedule if recovery.schedule != "constant" else "constant_with_warmup",
+            optimizer,
+            num_warmup_steps=recovery.warmup_steps,
+            num_training_steps=recovery.steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = trained_state(self)
+        checkpoint["plan"] = self.plan.to_dict() if self.plan else None
+        checkpoint["random_states"] = random_states()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        stored = Plan.from_dict(checkpoint["plan"])
+        if self.plan is None or stored.operations != self.plan.operations:
+            raise ValueError("the checkpoint belongs to another plan; start anew in another folder or overwrite=true")
+        self._random_states = checkpoint["random_states"]
+
+    def keep_trained_in_fp32(self, precision: str) -> None:
+        """Hold what trains in fp32 under mixed precision: AdamW's small steps would vanish in bf16."""
+        if not precision.endswith("mixed"):
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if families.sparse_blocks(self.model) and not (self.plan and self.plan.operations):
+            self.model.set_experts_implementation("eager")  # grouped products are not covered by autocast
+
+    def to_dtype(self, dtype: torch.dtype) -> None:
+        """Bring trained weights back to the model's dtype; the scales of condensed layers stay in fp32."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        if self._random_states is not None:  # here, after Lightning and data loaders have drawn their own numbers
+            set_random_states(self._random_states)
+            self._random_states = None
+
+
+def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainable: str) -> dict[str, nn.Parameter]:
+    """What a recovery trains, by name in the model.
+
+    Args:
+        layers: "experts" trains shared and retained experts of these layers only; of all MoE layers if there are none.
+        trainable: "experts" or "all".
+
+    Returns:
+        name -> parameter. Routers, gates and the scales of condensed layers are never among the experts.
+    """
+    if trainable == "all":
+        return dict(model.named_parameters())
+    found: dict[str, nn.Parameter] = {}
+    for layer in layers or families.sparse_blocks(model):
+        block = families.get_block(model, layer)
+        if isinstance(block, CondensedMoE):
+            parts: dict[str, nn.Module] = {name: getattr(block, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        else:
+            parts = families.expert_modules(model, layer)
+        for name, part in parts.items():
+            prefix = f"{families.block_name(layer)}.{name}"
+            found |= {f"{prefix}.{own}": parameter for own, parameter in part.named_parameters()}
+    return found
+
+
+def trained_state(module: RecoveryModule) -> dict[str, Tensor]:
+    """The part of a module's state that trains, detached."""
+    return {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+
+
+def random_states() -> dict[str, Any]:
+    """States of all generators, in types that load without pickle."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    version, state, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr,attr-defined]
+        "python": [version, list(state), gauss],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put all generators back to saved states."""
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, state, gauss = states["python"]
+    random.setstate((version, tuple(state), gauss))

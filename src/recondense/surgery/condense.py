@@ -1,0 +1,20 @@
+"""Condense a sparse MoE layer into a dense one (arXiv 2412.00069, section 3)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from recondense.families import SparseBlock
+from recondense.modules import CondensedMoE
+from recondense.plan import Condense
+
+
+def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
+    """An unfilled condensed layer: shared rows, then F rows an expert; with the token gate if no constant replaces it."""
+    return CondensedMoE.shaped_for(block.weights, len(operation.experts), token_gate=operation.shared_gate is None)
+
+
+def fill(layer: nn.Module, original: SparseBlock, operation: Condense) -> None:
+    """Copy the retained rows of the original and set the scales."""
+    assert isinstance(layer, CondensedMoE)
+    layer.fill(original.weights, operation.experts, operation.coefficients, operation.shared_gate)
