@@ -1,0 +1,174 @@
+"""What a run measures of each stage: perplexity, divergence from the original, lm-eval tasks, memory and speed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recondense.cache import JsonFolder, fingerprint
+from recondense.config import Config
+from recondense.corpora import Corpora
+from recondense.data import pack
+from recondense.evaluate import HELDOUT_TASKS, heldout_tasks, perplexity, run_tasks
+from recondense.profiling import profile_variants, weights_bytes
+from recondense.progress import progress
+from recondense.recovery import RecoveryModule
+
+log = logging.getLogger(__name__)
+
+Reference = Callable[[], AbstractContextManager[Any]]
+
+
+class Measure:
+    """Measures stages once each, and keeps what it found in the run's folder.
+
+    Args:
+        corpora: the validation text gives perplexity and the held-out tasks; without it both are left out.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        corpora: Corpora,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.corpora = corpora
+        self.stages = JsonFolder(folder / "stages")
+        self.windows = self._windows()
+        self.tasks, self.include_path = self._tasks()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each part of the run has taken so far, restarts included."""
+        return dict(self.stages.get("seconds", {}))
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time inside as that of `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.seconds
+            self.stages["seconds"] = {**seconds, name: seconds.get(name, 0.0) + time.perf_counter() - started}
+
+    def has(self, name: str) -> bool:
+        return name in self.stages
+
+    def original(self, weights: str) -> None:
+        """Measure the model as it was loaded; equal models and texts are evaluated once for all runs."""
+        if self.has("original"):
+            return
+        key = fingerprint(
+            weights,
+            self.corpora.sha256().get("validation"),
+            self.config.resolved()["evaluation"],
+            self.config.data.sequence_length,
+            str(self.model.device),
+            self.config.model.attention,
+            self.config.model.experts,
+        )
+        known = JsonFolder(Path(self.config.cache_dir) / "evaluations")
+        if key not in known:
+            with self.timed("evaluate"):
+                known[key] = self._quality("original", None, self.tasks)
+        self.stages["original"] = known[key]
+
+    def stage(self, name: str, module: RecoveryModule) -> None:
+        """Measure the model as it is now, against the original where surgery has set one aside."""
+        if self.has(name):
+            return
+        L.seed_everything(self.config.seed, verbose=False)
+        reference = module.original if module.teacher is not None else None
+        wanted = self.tasks if self.config.evaluation.at_end or name == "compressed" else []
+        with self.timed("evaluate"):
+            found = self._quality(name, reference, wanted)
+        if name != "control":
+            with self.timed("profile"):
+                profiles = self._profiles(name, module)
+            if profiles:
+                found["profile"] = profiles.pop(name)
+                found["original_profile"] = profiles.get("original")
+        self.stages[name] = found
+
+    def _quality(self, name: str, reference: Reference | None, tasks: list[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        evaluation = self.config.evaluation
+        if self.windows is not None:
+            found |= perplexity(
+                self.model, self.windows, evaluation.batch_size, reference, description=f"perplexity: {name}"
+            )
+        if tasks:
+            found["tasks"] = run_tasks(
+                self.model,
+                self.tokenizer,
+                tasks,
+                limit=evaluation.limit,
+                num_fewshot=evaluation.num_fewshot,
+                batch_size=evaluation.batch_size,
+                include_path=self.include_path,
+                description=f"lm-eval: {name}",
+            )
+        return found
+
+    def _profiles(self, name: str, module: RecoveryModule) -> dict[str, Any]:
+        settings = self.config.callbacks.profile
+        variants: dict[str, Reference] = {name: lambda: nullcontext(self.model)}
+        if module.teacher is not None:
+            variants = {"original": module.original, **variants}
+        if not settings.enabled:
+            found = {}
+            for variant, context in variants.items():
+                with context():
+                    found[variant] = {"weights_bytes": weights_bytes(self.model)}
+            return found
+        with progress(f"memory and speed: {name}"):
+            profiles = profile_variants(
+                variants,
+                batch_size=settings.batch_size,
+                prompt_length=settings.prompt_length,
+                new_tokens=settings.new_tokens,
+                repetitions=settings.repetitions,
+                vocab_size=self.model.config.vocab_size,
+                device=self.model.device,
+                seed=self.config.seed,
+            )
+        return {variant: profile.to_dict() for variant, profile in profiles.items()}
+
+    def _windows(self) -> Tensor | None:
+        evaluation = self.config.evaluation
+        if evaluation.name == "none" or self.corpora.validation is None:
+            return None
+        windows = pack(self.corpora.validation, self.tokenizer, self.config.data.sequence_length, "the validation text")
+        return windows[: evaluation.perplexity_windows]
+
+    def _tasks(self) -> tuple[list[str], list[Path]]:
+        """The tasks of this run and the folders of their files; held-out ones are written here."""
+        evaluation = self.config.evaluation
+        tasks = list(evaluation.tasks or ())
+        folders = [Path(evaluation.include_path)] if evaluation.include_path else []
+        own = [task for task in tasks if task in HELDOUT_TASKS]
+        if not own:
+            return tasks, folders
+        if self.corpora.validation is None:
+            log.warning("no validation text: perplexity and %s are left out", ", ".join(own))
+            return [task for task in tasks if task not in own], folders
+        settings = evaluation.heldout
+        sizes = {} if settings is None else vars(settings)
+        key = fingerprint(self.corpora.sha256().get("validation"), sizes)
+        folder = Path(self.config.cache_dir) / "tasks" / key
+        heldout_tasks(folder, self.corpora.validation, **sizes)
+        return tasks, [*folders, folder]

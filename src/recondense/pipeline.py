@@ -1,0 +1,216 @@
+"""The stages of a run in order: load, evaluate, search, apply, recover, measure, export. Reuses what is on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from recondense import loading, profiling, report, summary, tiny, tracking
+from recondense.config import Config, ConfigError
+from recondense.data import RecoveryData
+from recondense.export import export
+from recondense.fitting import fit
+from recondense.measure import Measure
+from recondense.pictures import plan_picture
+from recondense.plan import Plan, write_aside
+from recondense.progress import configure, progress
+from recondense.recovery import RecoveryModule
+from recondense.searching import MethodStep, Texts, find_plan
+
+log = logging.getLogger(__name__)
+
+
+class MakeCallbacks(Protocol):
+    """Gives the Lightning callbacks of a fit, by its stage (pretrain, recovery, control) and folders of task files."""
+
+    def __call__(self, stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]: ...
+
+
+def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]:
+    return ()
+
+
+def run(config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks = no_callbacks) -> float | None:
+    """One run, or what is left of it; the same config finds its folder again.
+
+    Args:
+        steps: the method's steps, in order.
+        callbacks: makes those of each Lightning Trainer.
+
+    Returns:
+        the metric that a sweep compares, None if this run does not measure it.
+
+    Raises:
+        ConfigError: another process works in the folder.
+        ValueError, OSError: what the user can mend; the message says how.
+    """
+    folder = config.run_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            _start(config, folder)
+            finished = folder / "summary.json"
+            if not finished.exists():
+                _Run(config, steps, callbacks, folder).finish()
+            else:
+                print(f"all done: {folder} holds this run; overwrite=true starts it anew")
+            found = json.loads(finished.read_text(encoding="utf-8"))
+            report.print_report(found)
+            print(f"\nresults: {folder}")
+            return summary.metric(found, config.metric)
+    except Timeout:
+        raise ConfigError(
+            [f"run folder {folder}: another process is working in it; wait for it or set run_dir"]
+        ) from None
+
+
+def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
+    """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
+    settings = config.model
+    path = settings.path or tiny.ensure(settings, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))
+    return loading.load(settings, path)
+
+
+def _start(config: Config, folder: Path) -> None:
+    """Settings of the process, and a folder that says what it holds."""
+    configure(None if config.trainer.progress_bar else False)
+    logger = logging.getLogger("recondense")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+    for noisy in ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "transformers.tokenization_utils_base"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # "loading", "exporting": the stages have bars of their own
+    # Lightning still asks torch in an old way; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning")
+    if config.trainer.num_threads:
+        torch.set_num_threads(config.trainer.num_threads)
+    if config.overwrite:
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (folder / "config.yaml").exists():
+        log.info("going on in %s", folder)
+    else:
+        write_aside(folder / "config.yaml", config.to_yaml())
+
+
+class _Run:
+    """The stages of one run. Each keeps its result in the folder and is skipped when that is there."""
+
+    def __init__(self, config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks, folder: Path) -> None:
+        self.config = config
+        self.steps = steps
+        self.callbacks = callbacks
+        self.folder = folder
+        self.loggers: list[Logger] = []
+
+    def finish(self) -> None:
+        """Run what is left, then write summary.json."""
+        self.loggers = tracking.make_loggers(self.config.logger, self.folder, self.config.resolved())
+        try:
+            found = self._stages()
+            tracking.log_summary(self.loggers, found)
+            write_aside(self.folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+        finally:
+            tracking.finish_loggers(self.loggers)
+
+    def _stages(self) -> dict[str, Any]:
+        config, folder = self.config, self.folder
+        model, tokenizer = load(config, self.callbacks)
+        texts = Texts.read(config, bool(self.steps))
+        measure = Measure(config, folder, model, tokenizer, texts.corpora)
+        weights = loading.weights_fingerprint(model)
+        measure.original(weights)
+        sizes = {"original": summary.sizes(model)}
+        with measure.timed("search"):
+            plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder)
+        self._show(plan)
+        module = RecoveryModule(model, config.recovery, plan=plan, tokenizer=tokenizer)
+        with measure.timed("apply"):
+            module.prepare()
+        sizes["compressed"] = summary.sizes(model)
+        if plan.operations:
+            measure.stage("compressed", module)
+        if config.recovery.objective != "none":
+            self._recover(module, texts, measure)
+            measure.stage("recovered", module)
+            if config.recovery.control and plan.operations:
+                self._control(module, texts, measure)
+        found = summary.collect(config, plan, sizes, measure, texts.corpora.sha256())
+        if config.export.enabled:
+            with measure.timed("export"), progress("exporting"):
+                card = summary.model_card(found)
+                kind = export(model, tokenizer, plan, folder / "model", card, config.export.max_shard_size)
+            log.info("exported: %s (%s)", folder / "model", kind)
+            found["artifacts"] |= {"model": "model", "export_format": kind}
+            tracking.log_export(self.loggers, folder / "model")
+        found["seconds"] = measure.seconds
+        return found
+
+    def _show(self, plan: Plan) -> None:
+        if not plan.operations:
+            return
+        picture = plan_picture(plan.to_dict(), self.folder / "plan.png")
+        tracking.log_plan(self.loggers, plan.to_dict(), picture)
+
+    def _data(self, texts: Texts, module: RecoveryModule) -> RecoveryData:
+        config, recovery = self.config, self.config.recovery
+        windows = texts.windows("train", module.tokenizer, config.data.sequence_length)
+        assert windows is not None
+        validation = texts.windows("validation", module.tokenizer, config.data.sequence_length)
+        return RecoveryData(
+            windows,
+            validation if recovery.validate_every else None,
+            recovery.batch_size,
+            recovery.steps * recovery.accumulate_grad_batches,
+            config.seed,
+        )
+
+    def _recover(self, module: RecoveryModule, texts: Texts, measure: Measure) -> None:
+        if module.teacher is not None:
+            together = profiling.resident_bytes(module.model, module.teacher)
+            alone = profiling.resident_bytes(module.model)
+            with module.original():
+                apart = alone + profiling.resident_bytes(module.model)
+            log.info(
+                "student and teacher on one backbone: %s resident (the student alone %s; two whole models %s)",
+                *(report.format_bytes(size) for size in (together, alone, apart)),
+            )
+        folder = self.folder / "checkpoints"
+        with measure.timed("recover"):
+            data = self._data(texts, module)
+            callbacks = self.callbacks("recovery", measure.tasks, measure.include_path)
+            fit(module, data, folder, self.config.trainer, self.config.seed, callbacks, self.loggers)
+
+    def _control(self, module: RecoveryModule, texts: Texts, measure: Measure) -> None:
+        """The original trained further for the same steps: its experts in the layers that the plan changes."""
+        if measure.has("control"):
+            return
+        assert module.plan is not None
+        with module.original() as model:
+            control = RecoveryModule(
+                model,
+                summary.control_settings(self.config.recovery),
+                plan=Plan(model=module.plan.model),
+                tokenizer=module.tokenizer,
+                stage="control",
+                trained_layers=module.plan.layers,
+            )
+            with measure.timed("control"):
+                data = self._data(texts, control)
+                folder = self.folder / "checkpoints" / "control"
+                callbacks = self.callbacks("control", (), ())
+                fit(control, data, folder, self.config.trainer, self.config.seed, callbacks, self.loggers)
+            measure.stage("control", control)

@@ -1,0 +1,146 @@
+"""From texts to a Plan: corpora and windows of a run, and the search that is made once and reused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recondense import families, surgery
+from recondense.cache import JsonFolder, fingerprint
+from recondense.calibrate import TEXTS_PER_BLOCK, Tape
+from recondense.config import Config
+from recondense.corpora import Corpora, load_corpora
+from recondense.data import CalibrationSet, calibration_set, pack
+from recondense.plan import Operation, Plan
+from recondense.progress import progress
+
+log = logging.getLogger(__name__)
+
+
+class MethodStep(Protocol):
+    """What the pipeline asks of a step of a method."""
+
+    def check(self, facts: families.Facts) -> list[str]: ...
+
+    def key(self) -> dict[str, Any]: ...
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Any, max_scratch_bytes: int
+    ) -> tuple[list[Operation], dict[str, Any]]: ...
+
+
+@dataclass
+class Texts:
+    """The corpora of a run, and their token windows, each made once."""
+
+    corpora: Corpora
+    _windows: dict[str, Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, config: Config, calibrates: bool) -> Texts:
+        """Read the splits that this run needs."""
+        wanted = ["validation"]
+        wanted += ["calibration"] if calibrates else []
+        wanted += ["train"] if config.recovery.objective != "none" else []
+        return cls(load_corpora(config.data, wanted))
+
+    def windows(self, split: str, tokenizer: PreTrainedTokenizerBase | None, length: int) -> Tensor | None:
+        """Packed windows (N, length) of a split; None if the run has no such text."""
+        if split not in self._windows:
+            texts = getattr(self.corpora, split)
+            assert tokenizer is not None
+            self._windows[split] = None if texts is None else pack(texts, tokenizer, length, f"the {split} text")
+        return self._windows[split]
+
+
+def find_plan(
+    config: Config,
+    steps: Sequence[MethodStep],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    weights: str,
+    folder: Path,
+) -> Plan:
+    """The run's plan: from its folder, or searched step by step with all that the cache knows.
+
+    Each step sees the model as the previous ones left it; the model is left as it was.
+
+    Args:
+        weights: the fingerprint of the model's weights.
+        folder: of the run; plan.json is written there.
+    """
+    path = folder / "plan.json"
+    name = str(config.model.path or config.model.name)
+    if path.exists():
+        log.info("plan: found in %s", path)
+        return Plan.load(path)
+    if not steps:
+        return Plan(model=name)
+    settings = config.data.calibration
+    calibration = calibration_set(texts.corpora.calibration or [], tokenizer, settings.num_samples, settings.max_length)
+    operations: list[Operation] = []
+    records: list[dict[str, Any]] = []
+    originals: dict[int, nn.Module] = {}
+    found = {"weights": weights, "calibration": calibration.fingerprint()}
+    try:
+        for step in steps:
+            chosen, record = search_step(config, step, model, calibration, found, operations)
+            operations += chosen
+            records.append(record)
+            if step is not steps[-1]:
+                taken = surgery.apply(model, Plan(model=name, operations=tuple(chosen)))
+                originals = {**taken, **originals}
+    finally:
+        for layer, block in originals.items():
+            families.set_block(model, layer, block)
+    method = fingerprint([step.key() for step in steps], dict(config.method))
+    search = records[0] if len(records) == 1 else {"steps": records}
+    plan = Plan(name, tuple(operations), {**found, "method": method}, search)
+    plan.save(path)
+    return plan
+
+
+def search_step(
+    config: Config,
+    step: MethodStep,
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    found: Mapping[str, str],
+    before: Sequence[Operation],
+) -> tuple[list[Operation], dict[str, Any]]:
+    """Search one step with the cached orders that weights, calibration and the step's settings name."""
+    earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
+    folder = Path(config.cache_dir) / "search" / fingerprint(dict(found), TEXTS_PER_BLOCK, step.key(), earlier)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    @cache
+    def tape() -> Tape:
+        blocks = list(calibration.blocks(TEXTS_PER_BLOCK))
+        with progress("calibrating", len(blocks)) as bar:
+            return Tape.record(model, blocks, advance=bar.advance)
+
+    with FileLock(folder / ".lock"):
+        chosen, record = step.search(model, tape, JsonFolder(folder), scratch_bytes(config, model.device))
+    if record.get("reused"):
+        log.info("search: reused from %s; nothing was searched again", folder)
+    return chosen, record
+
+
+def scratch_bytes(config: Config, device: torch.device) -> int:
+    """The bound on temporary tensors: as configured, or a quarter of the memory that is free now."""
+    wanted = config.scratch_bytes()
+    if wanted is not None:
+        return wanted
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(free // 4, 1 << 26)

@@ -1,0 +1,176 @@
+"""summary.json: the machine-readable result of a run, and the model card made from it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.config import Config, RecoveryConfig
+from recondense.export import condensed_layers
+from recondense.measure import Measure
+from recondense.plan import Plan
+from recondense.profiling import count_parameters
+from recondense.report import format_bytes, format_number
+
+SCHEMA = 1
+PACKAGES = (
+    "recondense",
+    "torch",
+    "transformers",
+    "lightning",
+    "datasets",
+    "lm-eval",
+    "hydra-core",
+    "wandb",
+    "deepspeed",
+)
+
+
+def sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of the whole model, and of its routed experts: those in condensed layers count as retained."""
+    sparse = sum(count_parameters(block.experts) for block in families.sparse_blocks(model).values())
+    condensed = sum(
+        (layer.down_proj.in_features - layer.shared_width) * 3 * layer.down_proj.out_features
+        for layer in condensed_layers(model).values()
+    )
+    return {"total": count_parameters(model), "routed_experts": sparse + condensed}
+
+
+def collect(
+    config: Config, plan: Plan, counted: Mapping[str, Mapping[str, int]], measure: Measure, data: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything a run found, as summary.json keeps it; what was not measured is absent.
+
+    Args:
+        counted: `sizes` of the original and of the compressed model.
+        data: sha256 of each split.
+    """
+    stages = {
+        name: dict(measure.stages[name])
+        for name in ("original", "compressed", "recovered", "control")
+        if measure.has(name)
+    }
+    pairs = [stage.pop("original_profile", None) for stage in stages.values()]
+    first = next((pair for pair in pairs if pair), None)
+    if first is not None:
+        stages["original"]["profile"] = first
+    return {
+        "schema": SCHEMA,
+        "model": config.model.name,
+        "method": config.method.get("name", "none"),
+        "recovery": config.recovery.name,
+        "seed": config.seed,
+        "environment": environment(measure.model, data),
+        "parameters": {
+            kind: {stage: numbers[kind] for stage, numbers in counted.items()} for kind in ("total", "routed_experts")
+        },
+        "stages": stages,
+        "ratios": ratios(stages, counted),
+        "seconds": measure.seconds,
+        "artifacts": {"plan": "plan.json"} if plan.operations else {},
+    }
+
+
+def ratios(stages: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """compressed / original of memory, routed-expert parameters and speed, and the share of the lost loss regained."""
+    before, after = counted["original"]["routed_experts"], counted["compressed"]["routed_experts"]
+    found = {"routed_expert_parameters": after / before} if before else {}
+    original, compressed = (stages.get(name, {}).get("profile", {}) for name in ("original", "compressed"))
+    for name, key in (
+        ("memory", "weights_bytes"),
+        ("prefill_speedup", "prefill_tokens_per_second"),
+        ("decode_speedup", "decode_tokens_per_second"),
+    ):
+        if key in original and key in compressed:
+            found[name] = compressed[key] / original[key]
+    losses = [stages.get(name, {}).get("loss") for name in ("original", "compressed", "recovered")]
+    if None not in losses and losses[1] != losses[0]:
+        found["gap_closed"] = (losses[1] - losses[2]) / (losses[1] - losses[0])
+    return found
+
+
+def environment(model: PreTrainedModel, data: Mapping[str, str]) -> dict[str, Any]:
+    """What a result depends on besides its config."""
+    device = model.device
+    return {
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "data": dict(data),
+    }
+
+
+def metric(summary: Mapping[str, Any], name: str) -> float | None:
+    """The figure that a sweep compares: a ratio, or the last stage's."""
+    if name in summary["ratios"]:
+        return float(summary["ratios"][name])
+    for stage in ("recovered", "compressed", "original"):
+        if name in summary["stages"].get(stage, {}):
+            return float(summary["stages"][stage][name])
+    return None
+
+
+def control_settings(recovery: RecoveryConfig) -> RecoveryConfig:
+    """The same steps on the original, by next-token training: what training alone brings."""
+    return replace(recovery, name="control", objective="finetune", trainable="experts", control=False)
+
+
+def model_card(summary: Mapping[str, Any]) -> str:
+    """README.md of an export, with the run's figures."""
+    stages = summary["stages"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [mixture-of-experts, compression, recondense]",
+        "---",
+        "",
+        f"# {summary['model']}, {summary['method']}, recovery {summary['recovery']}",
+        "",
+        "Made by [recondense]: experts condensed by the plan in `plan.json`.",
+        "",
+        "| | " + " | ".join(stages) + " |",
+        "|---|" + "---:|" * len(stages),
+    ]
+    rows = (
+        ("perplexity", ("perplexity",), format_number),
+        ("KL to original", ("kl_to_original",), format_number),
+        ("weights", ("profile", "weights_bytes"), format_bytes),
+        ("prefill tokens/s", ("profile", "prefill_tokens_per_second"), format_number),
+        ("decode tokens/s", ("profile", "decode_tokens_per_second"), format_number),
+    )
+    for title, (key, *rest), form in rows:
+        values = [stage.get(key) if not rest else stage.get(key, {}).get(rest[0]) for stage in stages.values()]
+        if any(value is not None for value in values):
+            lines.append(f"| {title} | " + " | ".join("" if v is None else form(v) for v in values) + " |")
+    lines += ["", *(f"- {name}: {value:.4f}" for name, value in summary["ratios"].items()), ""]
+    return "\n".join(lines).replace("[recondense]", "recondense")
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code lies in."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
