@@ -1,0 +1,196 @@
+"""What a config alone tells to be wrong: values out of range, settings that contradict each other, missing files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from recondense.config import Config, RecoveryConfig, differences, parse_bytes
+
+SMALLEST_SCRATCH = 16 * 2**20
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def check(config: Config) -> list[str]:
+    """Problems of a config, as sentences: what, the value, the limit, the remedy."""
+    return [
+        *_ranges(config),
+        *_model(config),
+        *_method(config),
+        *_data(config),
+        *_recovery(config.recovery),
+        *_evaluation(config),
+        *_memory(config),
+    ]
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    """Numbers below their smallest value."""
+    recovery, evaluation, profile = config.recovery, config.evaluation, config.callbacks.profile
+    rows: list[tuple[str, float | None, float]] = [
+        ("seed", config.seed, 0),
+        ("data.sequence_length", config.data.sequence_length, 2),
+        ("data.calibration.num_samples", config.data.calibration.num_samples, 1),
+        ("data.calibration.max_length", config.data.calibration.max_length, 1),
+        ("data.train.num_texts", config.data.train.num_texts, 1),
+        ("data.validation.num_texts", config.data.validation.num_texts, 1),
+        ("recovery.weight_decay", recovery.weight_decay, 0),
+        ("recovery.gradient_clip", recovery.gradient_clip, 0),
+        ("recovery.warmup_steps", recovery.warmup_steps, 0),
+        ("recovery.validate_every", recovery.validate_every, 0),
+        ("evaluation.limit", evaluation.limit, 1),
+        ("evaluation.num_fewshot", evaluation.num_fewshot, 0),
+        ("evaluation.batch_size", evaluation.batch_size, 1),
+        ("evaluation.every_n_steps", evaluation.every_n_steps, 0),
+        ("evaluation.perplexity_windows", evaluation.perplexity_windows, 1),
+        ("trainer.num_threads", config.trainer.num_threads, 1),
+    ]
+    for name in ("steps", "batch_size", "accumulate_grad_batches", "checkpoint_every"):
+        rows.append((f"recovery.{name}", getattr(recovery, name), 1))
+    for name in ("batch_size", "prompt_length", "new_tokens", "repetitions"):
+        rows.append((f"callbacks.profile.{name}", getattr(profile, name), 1))
+    if evaluation.heldout is not None:
+        rows.append(("evaluation.heldout.num_choices", evaluation.heldout.num_choices, 2))
+        rows.append(("evaluation.heldout.num_questions", evaluation.heldout.num_questions, 1))
+        rows.append(("evaluation.heldout.num_texts", evaluation.heldout.num_texts, 1))
+    for name, value, least in rows:
+        if value is not None and not value >= least:
+            yield f"{name}={value}: must be at least {least}."
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if not DEVICE.fullmatch(model.device):
+        yield f"model.device={model.device}: write auto, cpu, cuda or cuda:N."
+    if model.path is None and model.pretrain is None:
+        yield f"model.path is null and model={model.name} is not built in: give a local folder or a hub id."
+    if model.path is not None:
+        yield from _model_folder(model.path, model.tokenizer)
+
+
+def _model_folder(path: str, tokenizer: str | None) -> Iterator[str]:
+    """Problems of a local folder; a hub id has none that can be seen from here."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+            yield f"model.path={path}: there is no such folder; give a folder with config.json, or a hub id."
+        return
+    names = {entry.name for entry in folder.iterdir()}
+    if "config.json" not in names:
+        yield f"model.path={path}: the folder has no config.json, so it holds no Hugging Face model."
+        return
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        found = (
+            f"the weights are pickles ({', '.join(pickles)}), which are never loaded; convert them to safetensors"
+            if pickles
+            else "the folder has no weights (*.safetensors)"
+        )
+        yield f"model.path={path}: {found}."
+    if tokenizer is None and not any("tokenizer" in name or name.startswith("vocab") for name in names):
+        yield f"model.path={path}: the folder has no tokenizer; set model.tokenizer to a folder or hub id that has one."
+
+
+def _method(config: Config) -> Iterator[str]:
+    if not isinstance(config.method.get("steps"), list):
+        yield "method.steps: expected a list of steps, each with its _target_; see conf/method/cdmoe.yaml."
+
+
+def _data(config: Config) -> Iterator[str]:
+    """Splits that the run needs and that have no file; `corpora.check_paths` looks into the files."""
+    data = config.data
+    if data.source != "texts":
+        return
+    needs = []
+    if config.method.get("steps"):
+        needs.append(("calibration", data.calibration.path, "the method searches on it"))
+    if config.recovery.objective != "none":
+        needs.append(("train", data.train.path, f"recovery={config.recovery.name} trains on it (or recovery=none)"))
+    for split, path, why in needs:
+        if path is None:
+            yield f"data.{split}.path is missing: {why}. Give a file of texts."
+
+
+def _recovery(recovery: RecoveryConfig) -> Iterator[str]:
+    if recovery.objective == "none":
+        return
+    if not recovery.learning_rate > 0:
+        yield f"recovery.learning_rate={recovery.learning_rate}: must be above 0."
+    if not all(0 <= beta < 1 for beta in recovery.betas):
+        yield f"recovery.betas={list(recovery.betas)}: must be two numbers in [0, 1)."
+    if recovery.warmup_steps >= recovery.steps > 0:
+        yield (
+            f"recovery.warmup_steps={recovery.warmup_steps}: must be below recovery.steps={recovery.steps}, or the "
+            "learning rate never reaches its peak."
+        )
+    if not recovery.temperature > 0:
+        yield f"recovery.temperature={recovery.temperature}: must be above 0; 1.0 leaves the distributions as they are."
+    shares = {"cross_entropy_share": recovery.cross_entropy_share, "hidden_share": recovery.hidden_share}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            yield f"recovery.{name}={share}: must be in [0, 1]; it is a share of the loss."
+    if all(0 <= share <= 1 for share in shares.values()) and sum(shares.values()) > 1:
+        yield (
+            f"recovery.cross_entropy_share + recovery.hidden_share = {sum(shares.values()):g}: must be at most 1; the "
+            "rest is the share of the divergence from the teacher."
+        )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    evaluation = config.evaluation
+    for index, task in enumerate(evaluation.tasks or ()):
+        if not task.strip():
+            yield f"evaluation.tasks[{index}] is an empty name; name an lm-eval task, or write evaluation.tasks=null."
+    if evaluation.include_path is not None and not Path(evaluation.include_path).expanduser().is_dir():
+        yield f"evaluation.include_path={evaluation.include_path}: there is no such folder; it holds task YAMLs."
+    if config.recovery.objective == "distill" and not config.method.get("steps"):
+        yield (
+            f"recovery={config.recovery.name} with method={config.method.get('name')}: nothing is condensed, so the "
+            "student is its own teacher. Choose a method, or recovery=finetune."
+        )
+
+
+def _memory(config: Config) -> Iterator[str]:
+    for name, value in (
+        ("max_scratch_bytes", config.max_scratch_bytes),
+        ("export.max_shard_size", config.export.max_shard_size),
+    ):
+        if value == "auto" and name == "max_scratch_bytes":
+            continue
+        try:
+            size = parse_bytes(value)
+        except ValueError as error:
+            yield f"{name}: {error}."
+            continue
+        if name == "max_scratch_bytes" and size < SMALLEST_SCRATCH:
+            yield f"{name}={value}: must be at least 16MiB ({SMALLEST_SCRATCH} bytes), or auto."
+        elif size <= 0:
+            yield f"{name}={value}: must be above 0."
+
+
+def check_folder(config: Config, stored: Config | None) -> list[str]:
+    """Problems of the run's folder.
+
+    Args:
+        stored: the config that the folder holds, None without any.
+    """
+    folder = config.run_folder()
+    if folder.is_file():
+        return [f"run_dir={folder}: is a file; a folder is needed."]
+    if stored is not None:
+        if config.overwrite or stored.run_hash() == config.run_hash():
+            return []
+        names = differences(stored.identity(), config.identity())
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        return [
+            f"run_dir={folder}: the folder holds a run with another config (different: {shown}). Choose another "
+            "run_dir, or overwrite=true to start anew there."
+        ]
+    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        return [f"run_dir={folder}: the folder is not empty and holds no run of recondense. Choose another run_dir."]
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        return [f"run_dir={folder}: {parent} cannot be written to. Choose another output_dir or run_dir."]
+    return []

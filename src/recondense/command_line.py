@@ -1,0 +1,260 @@
+"""A command line, composed and checked before Hydra runs it: what is wrong is reported together, with exit code 2.
+
+Hydra itself stops at the first override that it cannot place. Here the config is composed without it, so that the rest
+is checked as well; an unknown choice is checked as the choice that it resembles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recondense.config import Config, ConfigError, read
+from recondense.preflight import preflight
+from recondense.reading import nearest, suggestion
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for overrides
+NO_RUN = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+PACKAGES = (str(Path(__file__).parent), str(Path(__file__).parents[2] / "callbacks"))
+
+
+def command_hash() -> str:
+    """Names a sweep's folder: the same command finds the same folder."""
+    arguments = sorted(argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun"))
+    return hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
+
+
+OmegaConf.register_new_resolver("command_hash", command_hash, replace=True)
+
+
+def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
+    """Check a command before anything runs, every run of a sweep included.
+
+    Args:
+        folder: where the configs are.
+        name: the primary config.
+        arguments: the command line without the program.
+
+    Raises:
+        ConfigError: everything that is wrong.
+    """
+    args = get_args_parser().parse_args(list(arguments))
+    if any(getattr(args, option) for option in NO_RUN):
+        return
+    problems: list[str] = []
+    folders: dict[Path, str] = {}
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder.absolute())):
+        loader = GlobalHydra.instance().config_loader()
+        for overrides in _jobs(args.overrides, args.multirun, loader, problems):
+            values = _compose(args.config_name or name, overrides, loader, problems)
+            if values is None:
+                continue
+            config, wrong = read(values)
+            problems += [*wrong, *check_run(config)]
+            if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
+                problems.append(
+                    f"run_dir={config.run_dir}: several runs of the sweep would share it. Set run_dir=null."
+                )
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def check_run(config: Config) -> list[str]:
+    """Problems of one run that show without its weights."""
+    try:
+        steps, wrong = build_steps(config.method), []
+    except ConfigError as error:
+        steps, wrong = [], list(error.messages)
+    return [*wrong, *preflight(config, steps)]
+
+
+def build_steps(method: Mapping[str, Any]) -> list[Any]:
+    """The method's steps, made by their `_target_`.
+
+    Raises:
+        ConfigError: targets that do not exist, and values that a step refuses.
+    """
+    steps, problems = [], []
+    for index, entry in enumerate(method.get("steps") or ()):
+        name = f"method.steps[{index}]"
+        if not isinstance(entry, Mapping) or "_target_" not in entry:
+            problems.append(f"{name}: has no _target_; see conf/method/cdmoe.yaml.")
+            continue
+        try:
+            steps.append(instantiate(dict(entry), _convert_="all"))
+        except InstantiationException as error:
+            if isinstance(error.__cause__, ValueError):
+                problems += str(error.__cause__).splitlines()
+            else:
+                problems.append(f"{name} ({entry['_target_']}): {' '.join(str(error.__cause__ or error).split())}")
+    if problems:
+        raise ConfigError(problems)
+    return steps
+
+
+def _jobs(overrides: Sequence[str], multirun: bool, loader: ConfigLoader, problems: list[str]) -> list[list[str]]:
+    """The overrides of every run of a command."""
+    parser = OverridesParser.create(config_loader=loader)
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except (OverrideParseException, HydraException):
+            problems.append(f"{text}: is no setting. Write key=value, and quote special characters: key='\"a, b\"'.")
+            continue
+        if override.is_sweep_override() and not (multirun and override.is_discrete_sweep()):
+            key, _, values = text.partition("=")
+            hint = "" if key in _groups(loader) else f", or write a list: '{key}=[{values}]'"
+            problems.append(f"{text}: several values for one run. Add -m to run each{hint}.")
+            continue
+        parsed.append(override)
+    hydra_own = [cast(str, override.input_line) for override in parsed if override.is_hydra_override()]
+    parsed = [override for override in parsed if not override.is_hydra_override()]
+    if not multirun:
+        return [[*hydra_own, *(cast(str, override.input_line) for override in parsed)]]
+    return [[*hydra_own, *job] for job in BasicSweeper.split_arguments(parsed, None)[0]]
+
+
+def _compose(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> dict[str, Any] | None:
+    """The composed values of one run; overrides that cannot be placed become problems and are left out."""
+    try:
+        config = _try(name, overrides)
+    except COMPOSE_ERRORS:
+        config = _compose_stepwise(name, overrides, loader, problems)
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        problems.append(f"the config cannot be resolved: {str(error).splitlines()[0]}")
+        return None
+
+
+def _try(name: str, overrides: list[str]) -> DictConfig:
+    return compose(config_name=name, overrides=overrides)
+
+
+def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> DictConfig:
+    config, kept = _try(name, []), list[str]()
+    groups = set(_groups(loader))
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].lstrip("+~") not in groups):
+        try:
+            config = _try(name, [*kept, text])
+            kept.append(text)
+        except COMPOSE_ERRORS as error:
+            message, instead = _explain(text, config, loader, error)
+            problems.append(message)
+            if instead is not None:
+                kept.append(instead)
+                config = _try(name, kept)
+    return config
+
+
+def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Exception) -> tuple[str, str | None]:
+    """Why an override cannot be placed, and the one that was probably meant."""
+    override = OverridesParser.create().parse_override(text)
+    key = override.key_or_group
+    if key in _groups(loader):
+        options = loader.get_group_options(key, results_filter=ObjectType.CONFIG)
+        word = text.partition("=")[2]
+        if word not in options:
+            near = nearest(word, options)
+            return f"{text}: there is no such {key}. {suggestion(word, options)}", near and f"{key}={near}"
+    elif OmegaConf.select(config, key, default=None) is None:
+        return f"{key}: there is no such setting. {_suggest_key(key, config, loader)}", None
+    return f"{text}: {str(error.__cause__ or error).splitlines()[0]}", None
+
+
+def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
+    """Where a setting of that name stands, or which ones stand beside it."""
+    parent, _, leaf = key.rpartition(".")
+    names = list(_names(config))
+    elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"Did you mean {' or '.join(elsewhere[:3])}?"
+    beside = OmegaConf.select(config, parent) if parent else config
+    if isinstance(beside, DictConfig):
+        choices = {str(name) for name in beside} | (set() if parent else set(_groups(loader)))
+        return suggestion(leaf, choices, prefix=parent and f"{parent}.")
+    near = nearest(key, [*names, *_groups(loader)])
+    return f"Did you mean {near}?" if near else f"Groups: {', '.join(_groups(loader))}."
+
+
+def _names(config: DictConfig, path: str = "") -> Iterator[str]:
+    """Dotted names of all settings."""
+    for key in map(str, config):
+        node = None if OmegaConf.is_interpolation(config, key) or OmegaConf.is_missing(config, key) else config[key]
+        if isinstance(node, DictConfig):
+            yield from _names(node, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def _groups(loader: ConfigLoader) -> list[str]:
+    return [group for group in loader.list_groups("") if group != "hydra"]
+
+
+class Reported(SystemExit):
+    """The end of the process, after its reason was written."""
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """2 and the message alone for what the user can mend, 130 for Ctrl-C; all else keeps its traceback."""
+    try:
+        yield
+    except Reported:
+        raise
+    except ConfigError as error:
+        _refuse(error.messages)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") or not _is_for_users(error):
+            raise
+        _refuse([str(error)])
+    except KeyboardInterrupt:
+        _stopped(130)
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into exit code 1 after its own clean-up; our callback leaves with 128 + the signal.
+        if error.code in (130, 143) or isinstance(error.__context__, KeyboardInterrupt):
+            _stopped(143 if error.code == 143 else 130)
+        raise
+
+
+def _is_for_users(error: BaseException) -> bool:
+    """Whether recondense raised it, or the file system did; a ValueError out of a library is a defect of ours."""
+    if isinstance(error, OSError):
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_code.co_filename.startswith(PACKAGES)
+
+
+def _refuse(messages: Sequence[str]) -> NoReturn:
+    numbered = [f"{index:2}. {message}" for index, message in enumerate(messages, 1)]
+    lines = (
+        [f"recondense: {len(messages)} problems", *numbered] if len(messages) > 1 else [f"recondense: {messages[0]}"]
+    )
+    print("\n".join(lines), file=sys.stderr)
+    raise Reported(2) from None
+
+
+def _stopped(code: int) -> NoReturn:
+    print("recondense: interrupted. The same command goes on where this run stopped.", file=sys.stderr)
+    raise Reported(code) from None

@@ -1,0 +1,271 @@
+"""The schema of a run: dataclasses made from plain containers, with all wrong values reported together.
+
+Hydra's containers do not come here: train.py turns them into dicts, `from_dict` turns those into a `Config`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from recondense.reading import read_dataclass
+
+Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
+BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# What cannot change a result has no part in a run's hash.
+NOT_IDENTITY = ("experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "max_scratch_bytes", "metric")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a command or its config, together.
+
+    Args:
+        messages: one sentence or more each: what, the value, the limit, the remedy.
+    """
+
+    def __init__(self, messages: Iterable[str]) -> None:
+        self.messages = tuple(messages)
+        super().__init__("\n".join(self.messages))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "tiny_moe"
+    path: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
+    trust_remote_code: bool = False
+    pretrain: Free | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    path: str | None = None
+    num_samples: int = 100
+    max_length: int = 256
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    path: str | None = None
+    num_texts: int | None = None
+
+
+@dataclass(frozen=True)
+class SplitNames:
+    """What a hub dataset calls its splits; null: there is none."""
+
+    train: str | None = None
+    validation: str | None = None
+    calibration: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "stdlib"
+    source: Literal["stdlib", "texts", "hub"] = "stdlib"
+    sequence_length: int = 256
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    train: SplitConfig = field(default_factory=SplitConfig)
+    validation: SplitConfig = field(default_factory=SplitConfig)
+    text_field: str = "text"
+    dataset: str | None = None
+    subset: str | None = None
+    splits: SplitNames = field(default_factory=SplitNames)
+    streaming: bool = False
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    name: str = "none"
+    objective: Literal["none", "finetune", "distill"] = "none"
+    steps: int = 1250
+    batch_size: int = 8
+    accumulate_grad_batches: int = 1
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip: float = 1.0
+    warmup_steps: int = 0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    trainable: Literal["experts", "all"] = "experts"
+    temperature: float = 1.0
+    cross_entropy_share: float = 0.0
+    hidden_share: float = 0.0
+    checkpoint_every: int = 50
+    validate_every: int = 0
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class HeldoutConfig:
+    num_choices: int = 4
+    num_questions: int = 200
+    num_texts: int = 20
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    name: str = "none"
+    tasks: tuple[str, ...] | None = None
+    limit: int | None = None
+    num_fewshot: int | None = 0
+    batch_size: int = 8
+    every_n_steps: int = 0
+    at_end: bool = True
+    include_path: str | None = None
+    heldout: HeldoutConfig | None = None
+    perplexity_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    enabled: bool = True
+    batch_size: int = 1
+    prompt_length: int = 256
+    new_tokens: int = 32
+    repetitions: int = 5
+
+
+@dataclass(frozen=True)
+class CallbacksConfig:
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
+    num_threads: int | None = None
+    deterministic: bool = False
+    progress_bar: bool = True
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "recondense"
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    csv: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    enabled: bool = True
+    max_shard_size: str | int = "5GB"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, resolved."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: Free = field(default_factory=lambda: {"name": "none", "steps": []})
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    experiment_name: str = "default"
+    seed: int = 0
+    output_dir: str = "outputs"
+    cache_dir: str = "outputs/cache"
+    run_dir: str | None = None
+    overwrite: bool = False
+    max_scratch_bytes: int | str = "auto"
+    metric: Literal["perplexity", "loss", "kl_to_original", "gap_closed"] = "perplexity"
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole config as plain JSON values."""
+        return typing.cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the config that a result depends on."""
+        found = {key: value for key, value in self.resolved().items() if key not in (*NOT_IDENTITY, "logger")}
+        del found["trainer"]["progress_bar"]
+        return found
+
+    def run_hash(self) -> str:
+        """Eight hexadecimal digits that name the run: equal for configs that can only give equal results."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def run_folder(self) -> Path:
+        """`run_dir`, or `<output_dir>/<experiment_name>/<hash>`."""
+        return Path(self.run_dir) if self.run_dir else Path(self.output_dir, self.experiment_name, self.run_hash())
+
+    def to_yaml(self) -> str:
+        """What a run's folder keeps as config.yaml; `from_dict` reads it back."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+    def scratch_bytes(self) -> int | None:
+        """Bytes that the search may take for itself; None: it decides.
+
+        Raises:
+            ValueError: a text that is no number of bytes.
+        """
+        return None if self.max_scratch_bytes == "auto" else parse_bytes(self.max_scratch_bytes)
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes in 1048576, "512MiB" or "2 GB".
+
+    Raises:
+        ValueError: neither a number nor a number with a unit.
+    """
+    number = str(text).strip().rstrip("BKMGibkmg").strip()
+    unit = str(text).strip()[len(number) :].strip().upper()
+    try:
+        return int(float(number) * BYTE_UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(f"{text!r} is not a number of bytes: write 536870912, 512MiB or 2GB") from None
+
+
+def from_dict(values: Free) -> Config:
+    """A config from plain containers.
+
+    Raises:
+        ConfigError: unknown keys and values of a wrong type, all of them.
+    """
+    config, messages = read(values)
+    if messages:
+        raise ConfigError(messages)
+    return config
+
+
+def read(values: Free) -> tuple[Config, list[str]]:
+    """A config and what is wrong with it; a wrong value is replaced by its default, so that checking can go on."""
+    messages: list[str] = []
+    return typing.cast(Config, read_dataclass(Config, values, "", messages)), messages
+
+
+def differences(one: Free, other: Free, path: str = "") -> list[str]:
+    """Dotted names of the settings in which two resolved configs differ."""
+    found = []
+    for key in [*one, *(key for key in other if key not in one)]:
+        mine, theirs = one.get(key), other.get(key)
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            found += differences(mine, theirs, where)
+        elif mine != theirs:
+            found.append(where)
+    return found

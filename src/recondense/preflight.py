@@ -1,0 +1,133 @@
+"""Everything that can be checked before weights are loaded, all problems together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
+
+import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
+
+from recondense import families
+from recondense.checks import check, check_folder
+from recondense.config import Config, EvaluationConfig, ModelConfig, read
+from recondense.corpora import check_paths
+from recondense.hub import reachable_or_offline
+
+
+class Step(Protocol):
+    """One step of a method, as far as checking goes."""
+
+    def check(self, facts: families.Facts) -> list[str]: ...
+
+
+def preflight(config: Config, steps: Sequence[Step]) -> list[str]:
+    """Problems of a run that show without its weights, as sentences.
+
+    Args:
+        steps: the method's steps, in order.
+    """
+    problems = [
+        *check(config),
+        *check_paths(config.data),
+        *check_folder(config, stored_config(config.run_folder())),
+        *_machine(config.model),
+        *_tasks(config.evaluation),
+    ]
+    if any(problem.startswith("model.path") for problem in problems):
+        return problems
+    try:
+        facts = families.facts(planned_config(config.model))
+    except ValueError as error:
+        return [*problems, str(error)]
+    return [*problems, *(problem for step in steps for problem in step.check(facts))]
+
+
+def planned_config(model: ModelConfig) -> PretrainedConfig:
+    """The config of the model that a run starts from, without its weights.
+
+    Raises:
+        ValueError: a config that transformers cannot read or does not know; a hub id that is unknown or out of reach.
+    """
+    if model.path is None:
+        return _pretrain_config(dict(model.pretrain or {}))
+    path = Path(model.path).expanduser()
+    try:
+        if not path.is_dir():
+            return _hub_config(model.path, model)
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not model.trust_remote_code:
+            families.family_of(cast(PretrainedConfig, SimpleNamespace(model_type=values.get("model_type"))))
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"model.path={model.path}: {' '.join(reason.split())}") from error
+
+
+def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
+    """The config of the model that is trained on first use."""
+    try:
+        return Qwen2MoeConfig(**{"vocab_size": pretrain.get("vocab_size"), **pretrain.get("config", {})})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"model.pretrain.config: {' '.join(str(error).split())}") from error
+
+
+def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
+    """The config of a hub id, from the cache when the hub is out of reach."""
+    with reachable_or_offline() as online:
+        try:
+            return AutoConfig.from_pretrained(
+                path,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                local_files_only=not online,
+            )
+        except OSError as error:
+            why = (
+                "has no such model (or not for you)"
+                if online
+                else "cannot be reached and has left nothing in the cache"
+            )
+            raise ValueError(f"there is no such folder here, and the hub {why}.") from error
+
+
+def _machine(model: ModelConfig) -> list[str]:
+    """What this machine cannot do."""
+    problems = []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = model.device.startswith("cuda")
+    if wanted and not count:
+        problems.append(f"model.device={model.device}: this machine has no CUDA device. Use model.device=cpu or auto.")
+    elif wanted and (index := model.device.partition(":")[2]).isdigit() and int(index) >= count:
+        problems.append(f"model.device={model.device}: this machine has {count} CUDA devices, numbered from 0.")
+    on_cpu = model.device == "cpu" or (model.device == "auto" and not count)
+    if on_cpu and model.experts == "batched_mm":
+        problems.append(
+            "model.experts=batched_mm: some 60 times slower than the others on a CPU. Use auto, grouped_mm or eager."
+        )
+    if on_cpu and model.attention == "flash_attention_2":
+        problems.append("model.attention=flash_attention_2: runs on CUDA only. Use sdpa or eager.")
+    return problems
+
+
+def _tasks(evaluation: EvaluationConfig) -> list[str]:
+    """Unknown lm-eval tasks; its import takes seconds, so only where some are named."""
+    if not evaluation.tasks or (evaluation.include_path and not Path(evaluation.include_path).expanduser().is_dir()):
+        return []
+    from recondense.evaluate import check_tasks
+
+    return check_tasks([task for task in evaluation.tasks if task.strip()], evaluation.include_path)
+
+
+def stored_config(folder: Path) -> Config | None:
+    """The config that a run's folder holds."""
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return read(values if isinstance(values, dict) else {})[0]

@@ -1,0 +1,76 @@
+"""What all tests share: nothing is downloaded, nothing is asked, and no file is left in the repository."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHES = {"__pycache__", ".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        for item in gpu if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_stray_files() -> Iterator[None]:
+    """Fail when a test leaves something at the top of the repository, in outputs/ or beside the configs."""
+
+    def listing() -> set[Path]:
+        folders = (ROOT, ROOT / "outputs", ROOT / "conf", ROOT / "tests")
+        return {path for folder in folders for path in folder.glob("*") if path.name not in CACHES}
+
+    before = listing()
+    yield
+    stray = sorted(str(path.relative_to(ROOT)) for path in listing() - before)
+    assert not stray, f"tests left files in the repository: {', '.join(stray)}"
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """Runs train.py in this process: `command("method=none", ...)` gives its exit code and what it wrote to stderr.
+
+    Outputs go to a temporary folder.
+    """
+    import train
+
+    def run(*arguments: str) -> tuple[int, str]:
+        output = (
+            () if any(argument.startswith("output_dir=") for argument in arguments) else (f"output_dir={tmp_path}/out",)
+        )
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments, *output])
+        code = 0
+        try:
+            train.main()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        return code, capsys.readouterr().err
+
+    return run

@@ -1,0 +1,78 @@
+"""Every YAML of conf/ composes and fits the schema, and every setting of the schema stands in a YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from recondense.config import Config, read
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return typing.cast(dict[str, Any], OmegaConf.to_container(compose("train", list(overrides)), resolve=True))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_fits_the_schema(option: str) -> None:
+    values = composed(option)
+    config, messages = read(values)
+    assert messages == []
+    group, _, name = option.partition("=")
+    settings = values.get(group)
+    if settings is not None and "name" in settings:
+        assert settings["name"] == name
+    assert config.resolved()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_carries_every_setting(option: str) -> None:
+    """So that each one can be set on the command line, and is seen by who reads the YAML."""
+    group = option.partition("=")[0]
+    values = composed(option)
+    kind = typing.get_type_hints(Config).get(group)
+    if kind is not None and dataclasses.is_dataclass(kind):
+        assert list(_missing(kind, values[group])) == []
+    assert {field.name for field in dataclasses.fields(Config)} <= values.keys()
+
+
+def _missing(kind: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        # Settings of another source of text have no place in a YAML.
+        if field.name not in values:
+            if field.name not in ("dataset", "subset", "splits", "streaming"):
+                yield field.name
+        elif dataclasses.is_dataclass(hints[field.name]) and values[field.name] is not None:
+            yield from (f"{field.name}.{name}" for name in _missing(hints[field.name], values[field.name]))
+
+
+@pytest.mark.parametrize("model", ["qwen_moe", "deepseek_v2_lite"])
+def test_a_model_brings_its_text_and_the_command_line_wins(model: str) -> None:
+    assert composed(f"model={model}")["data"]["name"] == "c4"
+    assert composed(f"model={model}", "data=texts")["data"]["name"] == "texts"
+
+
+def test_the_tiny_model_brings_its_recovery_and_the_command_line_wins() -> None:
+    published = composed("model=qwen_moe")["recovery"]
+    assert (published["learning_rate"], published["batch_size"], published["schedule"]) == (1e-5, 8, "linear")
+    assert composed()["recovery"]["learning_rate"] > published["learning_rate"]
+    assert composed("recovery.learning_rate=0.5")["recovery"]["learning_rate"] == 0.5
+
+
+def test_demo() -> None:
+    config, messages = read(composed("experiment=demo"))
+    assert messages == []
+    assert config.run_folder() == Path("outputs/demo")
+    assert config.recovery.objective == "distill" and config.recovery.control
+    assert (config.method["num_layers"], config.method["num_experts"]) == ("all", 4)

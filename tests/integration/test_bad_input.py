@@ -1,0 +1,310 @@
+"""Bad input through the real train.py: its message, exit code 2 and no traceback, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+Command = Callable[..., tuple[int, str]]
+
+MOE = {
+    "model_type": "qwen2_moe",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "intermediate_size": 16,
+    "mlp_only_layers": [1],
+}
+
+
+@dataclass
+class Files:
+    """Makes inputs in a temporary folder."""
+
+    folder: Path
+
+    def model(self, files: tuple[str, ...] = ("model.safetensors", "tokenizer.json"), **changes: object) -> str:
+        """A folder that looks like a model; its weights are empty, for nothing may load them."""
+        folder = self.folder / "model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(MOE | changes))
+        for name in files:
+            (folder / name).touch()
+        return f"model.path={folder}"
+
+    def text(self, content: str | bytes, name: str = "texts.jsonl") -> str:
+        path = self.folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    def calibration(self, content: str | bytes, name: str = "texts.jsonl") -> tuple[str, ...]:
+        return ("data=texts", f"data.calibration.path={self.text(content, name)}", "data.calibration.num_samples=2")
+
+    def empty_folder(self) -> str:
+        folder = self.folder / "empty"
+        folder.mkdir()
+        return str(folder)
+
+    def foreign_folder(self) -> str:
+        folder = self.folder / "foreign"
+        folder.mkdir()
+        (folder / "thesis.tex").touch()
+        return str(folder)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+LINE = json.dumps({"text": "some words"}) + "\n"
+
+# what it is: (arguments, parts of the message). recovery=none is added where no recovery is named.
+STATIC: dict[str, tuple[list[str], list[str]]] = {
+    "unknown method": (["method=cdmoee"], ["method=cdmoee", "no such method", "Did you mean cdmoe?", "cdmoe_s, none"]),
+    "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?", "deepseek_v2_lite"]),
+    "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),
+    "no choice": (["logger=null"], ["logger=null", "Choices: default"]),
+    "unknown setting": (["recovery.stepz=3"], ["recovery.stepz", "no such setting", "Did you mean recovery.steps?"]),
+    "setting of another group": (["num_experts=3"], ["num_experts", "no such setting", "method.num_experts"]),
+    "unknown group": (["metod=cdmoe"], ["metod", "no such setting", "Did you mean method?"]),
+    "added setting": (["+recovery.momentum=1"], ["recovery.momentum", "no such setting", "learning_rate"]),
+    "no setting at all": (["a=["], ["a=[", "Write key=value"]),
+    "wrong type": (["recovery.steps=many"], ["recovery.steps=many", "expected a whole number"]),
+    "unknown dtype": (["model.dtype=bf16"], ["model.dtype=bf16", "Did you mean bfloat16?", "float32"]),
+    "more experts than there are": (["method.num_experts=99"], ["method.num_experts=99", "16 routed experts"]),
+    "negative experts": (["method.num_experts=-1"], ["method.num_experts=-1", "at least 0"]),
+    "layer that is not there": (["method.num_layers=[2,7]"], ["layer 7", "0 to 5", "did you mean 5?"]),
+    "layer twice": (["method.num_layers=[1,1]"], ["method.num_layers=[1, 1]", "twice"]),
+    "more layers than there are": (["method.num_layers=9"], ["method.num_layers=9", "6 MoE layers"]),
+    "unknown value of a step": (["method.shared_gate=men"], ["method.shared_gate=men", "mean or token"]),
+    "step that is not there": (
+        ["method.steps.0._target_=recondense.methods.cdmoe.Absent"],
+        ["method.steps[0]", "recondense.methods.cdmoe.Absent"],
+    ),
+    "wrong built-in architecture": (
+        ["model.pretrain.config.hidden_size=wide"],
+        ["model.pretrain.config", "hidden_size"],
+    ),
+    "no such model folder": (["model.path=./nowhere"], ["model.path=./nowhere", "no such folder"]),
+    "hub out of reach": (["model.path=nobody/nothing"], ["nobody/nothing", "hub cannot be reached"]),
+    "no such calibration file": (
+        ["data=texts", "data.calibration.path=/nowhere.jsonl"],
+        ["data.calibration.path=/nowhere.jsonl", "no such file"],
+    ),
+    "no calibration text": (["data=texts"], ["data.calibration.path is missing", "the method searches on it"]),
+    "no training text": (
+        ["data=texts", "method=none", "recovery=finetune"],
+        ["data.train.path is missing", "recovery=finetune trains on it"],
+    ),
+    "length below one": (["data.calibration.max_length=0"], ["data.calibration.max_length=0", "at least 1"]),
+    "samples below one": (["data.calibration.num_samples=0"], ["data.calibration.num_samples=0", "at least 1"]),
+    "no learning": (["recovery=finetune", "recovery.learning_rate=0"], ["recovery.learning_rate=0.0", "above 0"]),
+    "warm-up without end": (
+        ["recovery=distill", "recovery.steps=5", "recovery.warmup_steps=5"],
+        ["recovery.warmup_steps=5", "below recovery.steps=5"],
+    ),
+    "temperature": (["recovery=distill", "recovery.temperature=0"], ["recovery.temperature=0.0", "above 0"]),
+    "share": (["recovery=distill", "recovery.hidden_share=-0.5"], ["recovery.hidden_share=-0.5", "[0, 1]"]),
+    "shares together": (
+        ["recovery=distill", "recovery.hidden_share=0.6", "recovery.cross_entropy_share=0.6"],
+        ["= 1.2", "at most 1"],
+    ),
+    "own teacher": (["method=none", "recovery=distill"], ["recovery=distill with method=none", "recovery=finetune"]),
+    "unknown task": (["evaluation.tasks=[piqqa]"], ["evaluation.tasks", "piqqa", "did you mean piqa"]),
+    "no such task folder": (
+        ["evaluation.include_path=/nowhere"],
+        ["evaluation.include_path=/nowhere", "no such folder"],
+    ),
+    "no such device": (["model.device=gpu"], ["model.device=gpu", "cuda:N"]),
+    "slow experts": (["model.device=cpu", "model.experts=batched_mm"], ["batched_mm", "60 times slower", "grouped_mm"]),
+    "scratch that is no size": (["max_scratch_bytes=lots"], ["max_scratch_bytes", "'lots'", "512MiB"]),
+    "scratch too small": (["max_scratch_bytes=1MiB"], ["max_scratch_bytes=1MiB", "at least 16MiB"]),
+    "sweep without -m": (["method.num_layers=2,4"], ["method.num_layers=2,4", "Add -m", "method.num_layers=[2,4]"]),
+    "one bad run of a sweep": (["-m", "method.num_layers=2,9"], ["method.num_layers=9", "6 MoE layers"]),
+    "sweep into one folder": (
+        ["-m", "method.num_layers=2,4", "run_dir=/nowhere/run"],
+        ["run_dir=/nowhere/run", "several runs", "run_dir=null"],
+    ),
+}
+
+MADE: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
+    "folder without a model": (lambda f: (f"model.path={f.empty_folder()}",), ["has no config.json"]),
+    "model without MoE layers": (lambda f: (f.model(mlp_only_layers=[0, 1, 2, 3]),), ["4 layers", "no MoE layers"]),
+    "unsupported model": (lambda f: (f.model(model_type="llama"),), ["'llama' is not supported", "qwen2_moe"]),
+    "pickles": (
+        lambda f: (f.model(("pytorch_model.bin", "tokenizer.json")),),
+        ["pickles (pytorch_model.bin)", "never loaded", "safetensors"],
+    ),
+    "no weights": (lambda f: (f.model(("tokenizer.json",)),), ["no weights (*.safetensors)"]),
+    "no tokenizer": (lambda f: (f.model(("model.safetensors",)),), ["no tokenizer", "model.tokenizer"]),
+    "dense layer of a model": (
+        lambda f: (f.model(), "method.num_experts=2", "method.num_layers=[1]"),
+        ["layer 1 is not a MoE layer", "did you mean"],
+    ),
+    "experts of a model": (lambda f: (f.model(), "method.num_experts=7"), ["method.num_experts=7", "6 routed experts"]),
+    "empty calibration file": (lambda f: f.calibration(""), ["texts.jsonl", "empty"]),
+    "calibration that is no JSON": (lambda f: f.calibration("some words\n" * 3), ["line 1 is not JSON"]),
+    "calibration without the field": (
+        lambda f: f.calibration('{"body": "x"}\n' * 3),
+        ["'text'", "body", "data.text_field"],
+    ),
+    "calibration that is no UTF-8": (lambda f: f.calibration(b"\xff\xfe\x00", "texts.txt"), ["not UTF-8"]),
+    "too few texts": (lambda f: f.calibration(LINE), ["has 1 texts", "num_samples=2"]),
+    "text below one token": (lambda f: f.calibration(LINE + '{"text": ""}\n'), ["line 2", "shorter than one token"]),
+    "folder of something else": (
+        lambda f: (f"run_dir={f.foreign_folder()}",),
+        ["foreign", "holds no run of recondense"],
+    ),
+}
+
+
+def _check(code: int, err: str, parts: list[str]) -> None:
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert "recondense: " in err
+    for part in parts:
+        assert part in err, err
+
+
+def _with_recovery(arguments: tuple[str, ...]) -> list[str]:
+    named = any(argument.startswith("recovery=") for argument in arguments)
+    return [*arguments, *(() if named else ("recovery=none",))]
+
+
+@pytest.mark.parametrize("kind", STATIC)
+def test_bad_command(command: Command, kind: str) -> None:
+    arguments, parts = STATIC[kind]
+    _check(*command(*_with_recovery(tuple(arguments))), parts)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_bad_files(command: Command, files: Files, kind: str) -> None:
+    make, parts = MADE[kind]
+    _check(*command(*_with_recovery(make(files))), parts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(command: Command) -> None:
+    _check(*command("model.device=cuda:1", "recovery=none"), ["model.device=cuda:1", "no CUDA device", "cpu"])
+
+
+def test_folder_of_another_run(command: Command, tmp_path: Path) -> None:
+    from recondense.config import Config
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(Config(seed=5).to_yaml())
+    code, err = command(f"run_dir={tmp_path}/run", "recovery=none")
+    _check(code, err, ["another config", "different: ", "overwrite=true"])
+
+
+def test_several_at_once_are_reported_together(command: Command) -> None:
+    code, err = command(
+        "method=cdmoee", "recovery.stepz=3", "recovery.steps=many", "data=texts", "method.num_experts=99", "seed=-1",
+        "data.calibration.path=/nowhere.jsonl", "model.experts=batched_mm", "model.device=cpu", "recovery=none",
+    )  # fmt: skip
+    _check(code, err, ["recondense: 7 problems", " 1. ", " 7. "])
+    assert len(err.strip().splitlines()) == 8, err
+    parts = ("method=cdmoee", "recovery.stepz", "recovery.steps=many", "/nowhere.jsonl", "batched_mm", "99", "seed=-1")
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["method=cdmoee"], ["recondense: method=cdmoee: there is no such method. Did you mean cdmoe?"]),
+        (["-m", "method.num_experts=1,99", "seed=x", "recovery=none"], ["2 problems", "num_experts=99", "seed=x"]),
+    ],
+)
+def test_as_a_process(root: Path, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, str(root / "train.py"), *arguments],
+        cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    _check(done.returncode, done.stderr, parts)
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def _raising(error: BaseException) -> Callable[..., None]:
+    def run(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "part"),
+    [
+        (ValueError("layer 3: a hidden state is NaN"), None, "layer 3"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "The same command goes on"),
+        (SystemExit(143), 143, "The same command goes on"),
+    ],
+)
+def test_errors_of_a_run(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int | None, part: str
+) -> None:
+    """A ValueError of recondense's own is a message; this one is raised by the test, so it keeps its traceback."""
+    from recondense import pipeline
+
+    monkeypatch.setattr(pipeline, "run", _raising(error))
+    found, err = command("recovery=none")
+    assert found == (1 if code is None else code)
+    assert err.count(part) == 1 or code is None, err
+    assert part in err
+    assert ("Traceback" in err or "Error executing job" in err) == (code is None)
+
+
+def test_value_errors_of_recondense_are_messages(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recondense import pipeline
+    from recondense.config import parse_bytes
+
+    monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: parse_bytes("lots"))
+    code, err = command("recovery=none")
+    _check(code, err, ["recondense: 'lots' is not a number of bytes"])
+
+
+def test_a_right_command_runs(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And leaves no folder of Hydra's own."""
+    from recondense import pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, callbacks: seen.append((config, steps)) or 1.0)
+    monkeypatch.chdir(tmp_path)
+    code, err = command("recovery=none", "method.num_layers=2")
+    assert (code, err) == (0, "")
+    [(config, steps)] = seen
+    assert config.method["num_layers"] == 2 and steps[0].num_layers == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_runs_every_job(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One folder a sweep, named by its command; the jobs get no folders of Hydra's."""
+    from recondense import pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, callbacks: seen.append(config) or 1.0)
+    monkeypatch.chdir(tmp_path)
+    code, err = command("-m", "recovery=none", "method.num_layers=2,4", f"output_dir={tmp_path}/here")
+    assert code == 0, err
+    assert [config.method["num_layers"] for config in seen] == [2, 4]
+    assert len({config.run_folder() for config in seen}) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    [sweep] = (tmp_path / "here" / "default" / "sweeps").iterdir()
+    assert not [path for path in sweep.iterdir() if path.is_dir()]

@@ -1,0 +1,187 @@
+"""Plain containers to a Config: types, unknown names, the run's hash and folder; checks of one config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recondense.checks import check, check_folder
+from recondense.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RecoveryConfig,
+    TrainerConfig,
+    differences,
+    from_dict,
+    parse_bytes,
+    read,
+)
+from recondense.reading import nearest, suggestion
+
+STEP = {"name": "example", "steps": [{"_target_": "builtins.dict"}]}
+
+
+def problems(**values: Any) -> str:
+    """What `check` says of a config that is right but for `values`."""
+    return "\n".join(check(Config(**{"model": ModelConfig(pretrain={}), "method": STEP, **values})))
+
+
+def test_defaults_are_right() -> None:
+    assert problems() == ""
+    assert from_dict({}) == Config()
+
+
+def test_round_trip_through_yaml() -> None:
+    config = from_dict(
+        {
+            "model": {"path": "x", "pretrain": {"config": {"hidden_size": 8}}},
+            "recovery": {"betas": [0.8, 0.9], "learning_rate": 1, "gradient_clip": 2},
+            "evaluation": {"tasks": ["piqa"], "heldout": {"num_texts": 3}},
+            "max_scratch_bytes": "512MiB",
+        }
+    )
+    assert config.recovery.betas == (0.8, 0.9)
+    assert isinstance(config.recovery.learning_rate, float)
+    assert config.evaluation.heldout is not None and config.evaluation.heldout.num_texts == 3
+    again = from_dict(yaml.safe_load(config.to_yaml()))
+    assert again == config and again.run_hash() == config.run_hash()
+
+
+def test_all_wrong_values_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(
+            {
+                "seed": "one",
+                "sed": 1,
+                "recovery": {"steps": 1.5, "learning_rate": True, "schedule": "liner", "betas": [0.9]},
+                "model": "tiny",
+                "evaluation": {"tasks": "piqa", "limit": "all"},
+                "data": {"calibration": {"num_sample": 3}},
+            }
+        )
+    assert list(caught.value.messages) == [
+        "sed: there is no such setting. Did you mean seed?",
+        "model=tiny: expected a group of settings.",
+        "recovery.steps=1.5: expected a whole number.",
+        "recovery.learning_rate=true: expected a number.",
+        "recovery.betas=[0.9]: expected a list of 2 (each a number).",
+        "recovery.schedule=liner: there is no such choice. Did you mean linear? Choices: constant, cosine, linear.",
+        "data.calibration.num_sample: there is no such setting. Did you mean data.calibration.num_samples? "
+        "Choices: max_length, num_samples, path.",
+        "evaluation.tasks=piqa: expected a list (each a text).",
+        "evaluation.limit=all: expected a whole number.",
+        "seed=one: expected a whole number.",
+    ]
+
+
+def test_a_wrong_value_leaves_its_default_and_its_neighbours() -> None:
+    config, messages = read({"recovery": {"steps": "many", "batch_size": 3}})
+    assert len(messages) == 1
+    assert (config.recovery.steps, config.recovery.batch_size) == (RecoveryConfig().steps, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"overwrite": True},
+        {"run_dir": "/elsewhere"},
+        {"output_dir": "/elsewhere"},
+        {"cache_dir": "/elsewhere"},
+        {"max_scratch_bytes": "1GiB"},
+        {"trainer": TrainerConfig(progress_bar=False)},
+    ],
+)
+def test_what_cannot_change_a_result_leaves_the_hash(change: dict[str, Any]) -> None:
+    assert Config(**change).run_hash() == Config().run_hash()
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"method": STEP}, {"recovery": RecoveryConfig(steps=2)}, {"data": DataConfig(name="texts")}]
+)
+def test_what_changes_a_result_changes_the_hash(change: dict[str, Any]) -> None:
+    assert Config(**change).run_hash() != Config().run_hash()
+
+
+def test_hash_does_not_depend_on_the_order_of_keys() -> None:
+    assert Config(method={"a": 1, "b": 2}).run_hash() == Config(method={"b": 2, "a": 1}).run_hash()
+
+
+def test_run_folder() -> None:
+    config = Config(output_dir="out", experiment_name="trial")
+    assert config.run_folder() == Path("out", "trial", config.run_hash())
+    assert dataclasses.replace(config, run_dir="there").run_folder() == Path("there")
+
+
+def test_differences_name_dotted_settings() -> None:
+    one = Config(seed=1, recovery=RecoveryConfig(steps=2)).identity()
+    assert differences(one, Config().identity()) == ["recovery.steps", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(7, 7), ("7", 7), ("512MiB", 2**29), ("2 GB", 2 * 10**9), ("1.5KiB", 1536), ("16B", 16)]
+)
+def test_parse_bytes(text: int | str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "5 parsecs", "MiB", "5MiBMiB", "inf", "nan"])
+def test_parse_bytes_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="not a number of bytes"):
+        parse_bytes(text)
+
+
+def test_suggestions() -> None:
+    assert nearest("cdmoee", ["none", "cdmoe"]) == "cdmoe"
+    assert suggestion("xyz", ["none", "cdmoe"]) == "Choices: cdmoe, none."
+    assert suggestion("stepz", [*"abcdefgh", "steps"], prefix="recovery.") == "Did you mean recovery.steps?"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"model": ModelConfig()}, "model.path is null"),
+        ({"model": ModelConfig(pretrain={}, device="gpu")}, "model.device=gpu: write auto, cpu, cuda or cuda:N"),
+        ({"method": {"name": "none"}}, "method.steps: expected a list"),
+        ({"recovery": RecoveryConfig(steps=0)}, "recovery.steps=0: must be at least 1"),
+        (
+            {"recovery": RecoveryConfig(objective="finetune", learning_rate=0.0)},
+            "recovery.learning_rate=0.0: must be above",
+        ),
+        ({"recovery": RecoveryConfig(objective="finetune", betas=(0.9, 1.0))}, "recovery.betas=[0.9, 1.0]"),
+        ({"recovery": RecoveryConfig(objective="finetune", learning_rate=float("nan"))}, "recovery.learning_rate=nan"),
+        ({"recovery": RecoveryConfig(gradient_clip=-1.0)}, "recovery.gradient_clip=-1.0: must be at least 0"),
+        (
+            {"recovery": RecoveryConfig(objective="distill", hidden_share=1.5)},
+            "recovery.hidden_share=1.5: must be in [0, 1]",
+        ),
+        ({"evaluation": EvaluationConfig(limit=0)}, "evaluation.limit=0: must be at least 1"),
+        ({"evaluation": EvaluationConfig(tasks=("piqa", " "))}, "evaluation.tasks[1] is an empty name"),
+        ({"max_scratch_bytes": "-1"}, "max_scratch_bytes=-1: must be at least 16MiB"),
+    ],
+)
+def test_checks(values: dict[str, Any], message: str) -> None:
+    assert message in problems(**values)
+
+
+def test_values_of_a_recovery_that_does_not_run_do_not_matter() -> None:
+    assert problems(recovery=RecoveryConfig(objective="none", learning_rate=0.0, warmup_steps=9999)) == ""
+
+
+def test_run_folder_of_the_same_config_is_taken_up(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path))
+    assert check_folder(config, None) == []
+    (tmp_path / ".lock").touch()
+    assert check_folder(config, None) == []
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert check_folder(config, config) == []
+    other = dataclasses.replace(config, seed=3)
+    assert "different: seed" in check_folder(other, config)[0]
+    assert check_folder(dataclasses.replace(other, overwrite=True), config) == []

@@ -1,0 +1,40 @@
+"""Condense a Mixture-of-Experts model, recover what was lost, measure and export it.
+
+python train.py                                          the embedded default
+python train.py model=qwen_moe method=cdmoe              the published setting
+python train.py -m method.num_layers=2,4,6 recovery=none a sweep: one search, three students
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from recondense.command_line import build_steps, exit_codes, validate
+from recondense.config import from_dict
+
+CONFIGS = Path(__file__).resolve().parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+def job(settings: DictConfig) -> float | None:
+    """One run; what it returns is what a sweep compares."""
+    with exit_codes():
+        import callbacks  # late: importing the stages takes seconds, refusing a command should not
+        from recondense import pipeline
+
+        config = from_dict(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True)))
+        return pipeline.run(config, build_steps(config.method), callbacks.of_run(config))
+
+
+def main() -> None:
+    """Check the whole command, then run it."""
+    with exit_codes():
+        validate(CONFIGS, "train", sys.argv[1:])
+        job()
+
+
+if __name__ == "__main__":
+    main()
