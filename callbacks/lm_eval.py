@@ -1,0 +1,100 @@
+"""lm-eval tasks on the live model, every N optimiser steps and at the end of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from recondense.modes import evaluating
+
+Results = dict[str, dict[str, float]]
+
+
+class LmEval(L.Callback):
+    """Evaluate `pl_module.model` with `pl_module.tokenizer`, and log `<stage>/<task>/<metric>`.
+
+    The results are also kept in `pl_module.task_results`, by optimiser step. Training does not notice: the random
+    states, and the mode of every submodule, are put back. Every rank evaluates (a sharded model's forward needs them
+    all); the first one logs. Results so far are part of the checkpoint, and an evaluated step is not evaluated again.
+
+    Args:
+        tasks: names of lm-eval tasks; none switches the callback off.
+        every_n_steps: optimiser steps (not batches) between evaluations; 0 for none while training.
+        at_end: also when training ends, unless its last step was just evaluated.
+        limit: examples of each task; None for all.
+        num_fewshot: examples in the prompt; None for what the task says.
+        batch_size: sequences of one forward.
+        include_path: folder with task files of one's own.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | None,
+        every_n_steps: int = 0,
+        at_end: bool = True,
+        limit: int | None = None,
+        num_fewshot: int | None = 0,
+        batch_size: int = 8,
+        include_path: str | Path | Sequence[str | Path] | None = None,
+    ) -> None:
+        if every_n_steps < 0:
+            raise ValueError(f"LmEval: every_n_steps is {every_n_steps}; use 0 to evaluate at the end only")
+        self.tasks = tuple(tasks or ())
+        self.every_n_steps = every_n_steps
+        self.at_end = at_end
+        self._settings: dict[str, Any] = {
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "batch_size": batch_size,
+            "include_path": include_path,
+        }
+        self._results: dict[int, Results] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._results:  # of the steps before a restart
+            _kept_results(pl_module).update(self._results)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # While gradients accumulate, several batches end at the same step; the results tell that it has been seen.
+        step = trainer.global_step
+        if self.every_n_steps and step and step % self.every_n_steps == 0:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.at_end:
+            self._evaluate(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": self._results}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._results = {int(step): results for step, results in state_dict["results"].items()}
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if not self.tasks or step in self._results:
+            return
+        from recondense import evaluate  # lm-eval takes seconds to import
+
+        module: Any = pl_module
+        with isolate_rng(), evaluating(pl_module), trainer.precision_plugin.forward_context():
+            results = evaluate.run_tasks(module.model, module.tokenizer, list(self.tasks), **self._settings)
+        self._results[step] = results
+        _kept_results(pl_module)[step] = results
+        stage = getattr(pl_module, "stage", "recovery")
+        metrics = {f"{stage}/{task}/{name}": value for task, found in results.items() for name, value in found.items()}
+        for logger in trainer.loggers:  # does nothing on other ranks than the first
+            logger.log_metrics(metrics, step=step)
+        trainer.strategy.barrier("lm_eval")
+
+
+def _kept_results(pl_module: L.LightningModule) -> dict[int, Results]:
+    if not hasattr(pl_module, "task_results"):
+        pl_module.task_results = {}  # type: ignore[assignment]
+    return pl_module.task_results  # type: ignore[return-value]

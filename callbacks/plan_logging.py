@@ -1,0 +1,52 @@
+"""The plan of a run, and where its result goes, in the loggers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from recondense import tracking
+from recondense.pictures import plan_picture
+
+log = logging.getLogger(__name__)
+
+
+class PlanLogging(L.Callback):
+    """Log `pl_module.plan` once, as a table and as a picture; at the end, the folder of the export.
+
+    Without a plan, or with one that changes nothing, nothing is written.
+
+    Args:
+        folder: where `plan.png` goes; None for the Trainer's default folder.
+        export_folder: where the exported model will be; None when there is none.
+    """
+
+    def __init__(self, folder: str | Path | None = None, export_folder: str | Path | None = None) -> None:
+        self.folder = folder
+        self.export_folder = export_folder
+        self._logged = False
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        plan: Any = getattr(pl_module, "plan", None)
+        if self._logged or plan is None or not plan.operations:
+            return
+        self._logged = True
+        picture = plan_picture(plan.to_dict(), Path(self.folder or trainer.default_root_dir) / "plan.png")
+        tracking.log_plan(trainer.loggers, plan.to_dict(), picture)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.export_folder is not None:
+            tracking.log_export(trainer.loggers, Path(self.export_folder))
+            log.info("the model will be exported to %s", self.export_folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logged": self._logged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._logged = state_dict["logged"]

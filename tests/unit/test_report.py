@@ -1,0 +1,200 @@
+"""Tables and pictures: what is shown, and that absent figures are absent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+from rich.table import Table
+
+from recondense.pictures import plan_picture, sweep_picture
+from recondense.report import (
+    format_bytes,
+    format_number,
+    print_report,
+    ratios_table,
+    stage_table,
+    sweep_row,
+    sweep_table,
+    task_table,
+)
+
+
+def profile(scale: float) -> dict[str, float]:
+    return {
+        "weights_bytes": int(12e6 * scale),
+        "peak_memory_bytes": int(17e6 * scale),
+        "prefill_tokens_per_second": 4000.0 / scale,
+        "decode_tokens_per_second": 160.0 / scale,
+    }
+
+
+def summary() -> dict[str, Any]:
+    def tasks(accuracy: float) -> dict[str, dict[str, float]]:
+        return {"heldout_next_line": {"acc": accuracy, "acc_stderr": 0.03}}
+
+    return {
+        "schema": 1,
+        "model": "tiny_moe",
+        "method": "cdmoe",
+        "recovery": "distill",
+        "stages": {
+            "original": {"perplexity": 90.0, "loss": 4.5, "tasks": tasks(0.6), "profile": profile(1.0)},
+            "compressed": {"perplexity": 135.0, "kl_to_original": 0.4, "tasks": tasks(0.5), "profile": profile(0.5)},
+            "recovered": {"perplexity": 99.0, "kl_to_original": 0.1, "tasks": tasks(0.55), "profile": profile(0.5)},
+            "control": {"perplexity": 85.0},
+        },
+        "ratios": {"memory": 0.5, "routed_expert_parameters": 0.25, "decode_speedup": 2.0, "gap_closed": 0.9},
+        "parameters": {"total": {"original": 3_000_000, "compressed": 1_500_000}},
+        "seconds": {"calibrate": 1.5, "search": 2.5},
+    }
+
+
+def text(table: Table, width: int = 140) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(table)
+        return console.export_text()
+
+
+def test_stage_table_shows_figures_and_their_ratios() -> None:
+    shown = text(stage_table(summary()))
+    for expected in ("original", "compressed", "recovered", "control", "135.0", "1.50x", "6.00 MB", "0.50x", "2.00x"):
+        assert expected in shown
+    assert shown.count("-\n") or " - " in shown  # the control has no profile
+
+
+def test_stage_table_leaves_out_what_no_stage_has() -> None:
+    found = {"stages": {"original": {"loss": 1.0}, "compressed": {"profile": profile(0.5)}}}
+    table = stage_table(found)
+    headers = [str(column.header) for column in table.columns]
+    assert "perplexity" not in headers and "weights" in headers
+    assert text(table)
+
+
+def test_an_empty_summary_still_prints() -> None:
+    console = Console(width=80, record=True, quiet=True)
+    print_report({}, console)
+    print_report({"stages": {"original": {"perplexity": 2.0}}}, console)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 6])
+def test_many_tasks_or_a_narrow_terminal_give_tasks_a_table_of_their_own(num_tasks: int, tmp_path: Path) -> None:
+    found = summary()
+    for stage in ("original", "compressed", "recovered"):
+        tasks = {f"task{index}": {"acc_norm": 0.5, "acc": 0.4, "acc_stderr": 0.1} for index in range(num_tasks)}
+        found["stages"][stage]["tasks"] = tasks
+    for width in (80, 120):
+        with (tmp_path / "out").open("w") as file:
+            console = Console(width=width, record=True, file=file)
+            print_report(found, console)
+        shown = console.export_text()
+        assert "…" not in shown
+        assert "task0" in shown and "0.5000" in shown
+        assert ("metric" in shown) == (num_tasks > 3 or width == 80)
+    assert "±" not in text(task_table(found))  # the error belongs to acc, shown is acc_norm
+
+
+def test_ratios_table_says_which_way_each_counts() -> None:
+    shown = text(ratios_table(summary()))
+    for expected in ("0.5000", "2.00x", "compressed / original", "1,500,000", "of 3,000,000", "seconds: search"):
+        assert expected in shown
+
+
+def test_numbers_for_people() -> None:
+    assert [format_bytes(size) for size in (0, 999, 1000, 12_345_678, 999_600, 28.6e9)] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "12.3 MB",
+        "1.00 MB",
+        "28.6 GB",
+    ]
+    assert [format_number(value) for value in (0.0, 1e-5, 0.61, 94.2, 131.9, 4225.1)] == [
+        "0.0000",
+        "1.0e-05",
+        "0.6100",
+        "94.20",
+        "131.9",
+        "4,225",
+    ]
+
+
+def test_sweep_row_keeps_what_is_there() -> None:
+    row = sweep_row(summary())
+    assert row["weights_bytes"] == 6e6 and row["original_weights_bytes"] == 12e6
+    assert row["compressed_perplexity"] == 135.0 and row["recovered_perplexity"] == 99.0
+    assert row["seconds"] == 4.0 and row["routed_expert_ratio"] == 0.25
+    assert sweep_row({"method": "none"}) == {"method": "none"}
+    json.dumps(row)
+
+
+def test_sweep_table_lists_failures_and_drops_empty_columns() -> None:
+    rows = [
+        {**sweep_row(summary()), "settings": {"method.num_layers": "2"}, "status": "done"},
+        {"settings": {"method.num_layers": "4"}, "status": "failed: no summary"},
+    ]
+    shown = text(sweep_table(rows))
+    assert "failed: no summary" in shown and "135.0" in shown and ".num_layers" in shown
+    without = [{"settings": {"seed": "1"}, "status": "done", "memory_ratio": 0.5}]
+    assert "perplexity" not in text(sweep_table(without))
+
+
+def plan(
+    num_layers: int, num_experts: int, num_kept: int, num_condensed: int, *, search: bool = True
+) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    found: dict[str, Any] = {}
+    for layer in range(num_layers):
+        weights = random.exponential(0.02, num_experts)
+        order = np.argsort(-weights)[:num_kept].tolist()
+        js = (1e-4 * random.uniform() * 0.7 ** np.arange(1, num_kept + 1)).tolist()
+        found[str(layer)] = {"order": order, "js": js, "js_shared_only": 2e-4, "mean_routing_weight": weights.tolist()}
+    condensed = random.permutation(num_layers)[:num_condensed].tolist()
+    operations = [
+        {"kind": "condense", "layer": layer, "experts": found[str(layer)]["order"], "coefficients": [0.1] * num_kept}
+        for layer in condensed
+    ]
+    searched = {"method": "cdmoe", "expert_search": found} if search else {}
+    return {"model": "tiny_moe", "operations": operations, "search": searched}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        plan(6, 16, 4, 6),
+        plan(24, 60, 4, 9),
+        plan(6, 16, 0, 3),
+        plan(1, 4, 1, 1),
+        plan(6, 16, 4, 3, search=False),
+    ],
+    ids=["all_layers", "qwen_size", "shared_only", "one_layer", "without_search"],
+)
+def test_plan_picture_is_drawn(made: dict[str, Any], tmp_path: Path) -> None:
+    path = plan_picture(made, tmp_path / "folder" / "plan.png")
+    pixels = imread(path)
+    assert pixels.shape[0] > 250 and pixels.shape[1] > 600
+    # Nothing touches the edge, so nothing is cut off.
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])[:, :3]
+    assert (border == 1).all()
+    assert [file.name for file in path.parent.iterdir()] == ["plan.png"]
+
+
+def test_a_plan_of_nothing_has_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="condenses no layer"):
+        plan_picture({"operations": [], "search": {}}, tmp_path / "plan.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_picture_needs_a_size_and_a_perplexity(tmp_path: Path) -> None:
+    row = {**sweep_row(summary()), "settings": {"method.num_layers": "2", "seed": "1"}}
+    path = sweep_picture([row, {"settings": {}, "status": "failed"}], tmp_path / "with.png")
+    assert path is not None and imread(path).shape[0] == 720
+    no_profile = {key: value for key, value in row.items() if "bytes" not in key}
+    assert sweep_picture([no_profile], tmp_path / "parameters.png") is not None
+    no_perplexity = {key: value for key, value in row.items() if "perplexity" not in key}
+    assert sweep_picture([no_perplexity], tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,176 @@
+"""Loggers: what they keep over restarts, and that W&B never asks, never fails a run, and stays offline here."""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recondense import tracking
+from recondense.config import LoggerConfig, WandbConfig
+from recondense.tracking import AppendingCSVLogger, QuietWandbLogger, flatten_summary, make_loggers, wandb_mode
+
+SUMMARY = {
+    "model": "tiny",
+    "stages": {
+        "original": {"perplexity": 90.0, "tasks": {"next_line": {"acc": 0.5}}, "profile": {"weights_bytes": 12}},
+        "compressed": {"kl_to_original": 0.4},
+    },
+    "ratios": {"memory": 0.5},
+    "parameters": {"total": {"original": 10, "compressed": 5}},
+    "seconds": {"search": 1.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb_home"))
+    yield
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_summary_metrics_have_fixed_names() -> None:
+    assert flatten_summary(SUMMARY) == {
+        "original/perplexity": 90.0,
+        "original/next_line/acc": 0.5,
+        "original/weights_bytes": 12,
+        "compressed/kl_to_original": 0.4,
+        "ratios/memory": 0.5,
+        "parameters/total/original": 10,
+        "parameters/total/compressed": 5,
+        "seconds/search": 1.5,
+    }
+    assert flatten_summary({}) == {}
+
+
+def test_csv_keeps_what_earlier_starts_logged(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "metrics.csv"
+    first = AppendingCSVLogger(path)
+    first.log_metrics({"loss": 2.0}, step=1)
+    first.finalize("failed")
+    second = AppendingCSVLogger(path, flush_every=1)
+    second.log_metrics({"loss": 1.5}, step=1)
+    second.log_metrics({"loss": 1.0, "kl": 0.5}, step=2)
+    second.log_metrics({"kl": 0.25}, step=3)
+    found = rows(path)
+    assert [(row["start"], row["step"], row["loss"], row["kl"]) for row in found] == [
+        ("0", "1", "2.0", ""),
+        ("1", "1", "1.5", ""),
+        ("1", "2", "1.0", "0.5"),
+        ("1", "3", "", "0.25"),
+    ]
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_csv_forgets_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("start,step,loss\n0,1,2.0\n0,2,1.")
+    logger = AppendingCSVLogger(path, flush_every=1)
+    logger.log_metrics({"loss": 1.0}, step=2)
+    assert [(row["start"], row["loss"]) for row in rows(path)] == [("0", "2.0"), ("1", "1.0")]
+
+
+def test_csv_summary_is_the_last_row(tmp_path: Path) -> None:
+    logger = AppendingCSVLogger(tmp_path / "metrics.csv")
+    logger.log_metrics({"loss": 1.0}, step=7)
+    tracking.log_summary([logger], SUMMARY)
+    last = rows(tmp_path / "metrics.csv")[-1]
+    assert last["step"] == "7" and last["original/perplexity"] == "90.0" and last["ratios/memory"] == "0.5"
+
+
+def test_mode_follows_the_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any) -> None:
+    assert wandb_mode("auto") == "offline"
+    assert wandb_mode("disabled") == "disabled"
+    with caplog.at_level(logging.WARNING):
+        assert wandb_mode("online") == "offline"  # asking for a key would be a prompt
+    assert "no login" in caplog.text
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode("auto") == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0\n")
+    assert wandb_mode("auto") == wandb_mode("online") == "online"
+    assert wandb_mode("offline") == "offline"
+    (tmp_path / "netrc").write_text("machine elsewhere login user password 0\n")
+    assert wandb_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0")
+    assert wandb_mode("auto") == "online"
+
+
+def test_offline_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = LoggerConfig(csv=True, wandb=WandbConfig(mode="offline", tags=("test",)))
+    picture = tmp_path / "plan.png"
+    from matplotlib.figure import Figure
+
+    Figure(figsize=(1, 1)).savefig(picture)
+    plan = {"operations": [{"kind": "condense", "layer": 1, "experts": [3, 0], "coefficients": [0.1, 0.2]}]}
+    ids = []
+    for _ in range(2):  # the second is a restart of the first
+        loggers = make_loggers(settings, tmp_path, {"seed": 0, "model": {"name": "tiny"}})
+        assert [type(logger) for logger in loggers] == [AppendingCSVLogger, QuietWandbLogger]
+        wandb_logger = loggers[1]
+        assert isinstance(wandb_logger, QuietWandbLogger)
+        ids.append(wandb_logger.experiment.id)
+        assert wandb_logger.experiment.config["model"] == {"name": "tiny"}
+        for logger in loggers:
+            logger.log_metrics({"recovery/loss": 1.0}, step=1)
+        tracking.log_plan(loggers, plan, picture)
+        tracking.log_summary(loggers, SUMMARY)
+        tracking.log_export(loggers, tmp_path / "model")
+        summary = wandb_logger.experiment.summary
+        assert summary["original/perplexity"] == 90.0 and summary["artifacts/model"] == str(tmp_path / "model")
+        tracking.finish_loggers(loggers)
+        assert not wandb_logger.broken
+    assert ids[0] == ids[1] == (tmp_path / "logs" / "run_id").read_text()
+    assert len(list((tmp_path / "logs" / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
+    assert len(list((tmp_path / "logs").rglob("*.table.json"))) == 2
+    assert len(list((tmp_path / "logs" / "wandb").rglob("picture*.png"))) == 2
+    table = json.loads(next((tmp_path / "logs").rglob("*.table.json")).read_text())
+    assert table["columns"] == ["order", "kind", "layer", "experts", "coefficients"]
+    assert table["data"] == [[1, "condense", 1, "3 0", "0.1 0.2"]]
+    assert os.environ.get("WANDB_MODE") is None
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_wandb_that_does_not_start_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def fail(**_: Any) -> None:
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with caplog.at_level(logging.WARNING):
+        loggers = make_loggers(LoggerConfig(wandb=WandbConfig(mode="offline")), tmp_path, {})
+    assert [type(logger) for logger in loggers] == [AppendingCSVLogger]
+    assert "no service" in caplog.text
+
+
+def test_wandb_that_breaks_is_a_warning_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def log(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("gone")
+
+    logger = QuietWandbLogger(experiment=Broken())  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        logger.log_metrics({"loss": 1.0}, step=0)
+        logger.log_metrics({"loss": 1.0}, step=1)
+    assert caplog.text.count("logging stopped") == 1
+
+
+def test_everything_can_be_off(tmp_path: Path) -> None:
+    assert make_loggers(LoggerConfig(csv=False, wandb=WandbConfig(mode="disabled")), tmp_path, {}) == []
+    assert not list(tmp_path.iterdir())
