@@ -9,7 +9,6 @@ Legend: B texts of a block, S their padded length, T real tokens of a block (pad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.modes import evaluating
 
 TEXTS_PER_BLOCK = 8
 
@@ -175,17 +175,6 @@ class Tape:
             for values, block in zip(values_CT, self.blocks, strict=True)
         ]
         return torch.cat(per_text).mean(dim=0)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; the model's own mode again after."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _check_finite(states: list[Tensor]) -> None:

@@ -89,6 +89,7 @@ def _start(config: Config, folder: Path) -> None:
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
+        logger.propagate = False  # Hydra's root handler would say everything twice
     for noisy in ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "transformers.tokenization_utils_base"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # "loading", "exporting": the stages have bars of their own

@@ -10,18 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.calibrate import Tape, evaluating
 from recondense.families import Facts
 from recondense.methods.scoring import Ladder, LayerScorer
+from recondense.modes import evaluating
 from recondense.modules import CondensedMoE
 from recondense.plan import Condense
 from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
 
 Cache = MutableMapping[str, dict[str, Any]]
 
@@ -183,7 +186,7 @@ class Search:
             "order": [],
             "js": [],
             "candidates": [],
-            "js_shared_only": float(scorer.score([None])[0]),
+            "js_shared_only": scorer.js_shared_only,
             **scorer.statistics(),
         }
         for expert in entry["order"]:

@@ -6,19 +6,22 @@ Legend: C candidates, T real tokens of a block, D hidden size, E routed experts,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.calibrate import LayerTrace, Tape
 from recondense.families import SparseBlock
-from recondense.losses import jensen_shannon, js_from_difference
+from recondense.losses import Reference, jensen_shannon, js_from_difference
 from recondense.modules import CondensedMoE, expert_outputs
 
+if TYPE_CHECKING:
+    from recondense.calibrate import LayerTrace, Tape
+
 SCORE_TEMPORARIES = 6  # fp32 tensors of a chunk's size that scoring holds at once
+APART_ABOVE = 1e-4  # a layer whose shared experts alone are further than this is scored by the shorter computation
 CPU_CHUNK = 2**17  # elements: larger chunks leave a CPU's cache and take longer
 
 
@@ -48,7 +51,8 @@ class LayerScorer:
         gates = [_shared_gate(block, x_TD) for x_TD in self.x]
         self.gate_mean = None if gates[0] is None else float(torch.cat(gates).double().mean())  # type: ignore[arg-type]
         self.differences: list[Tensor] = []
-        self.references: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.hidden: list[Tensor] = []
+        self.references: list[Reference] = []
         for index, (trace, gate_T1) in enumerate(zip(traces, gates, strict=True)):
             shared_TD = torch.zeros_like(trace.output_TD, dtype=torch.float32)
             if block.shared_expert is not None:
@@ -57,11 +61,13 @@ class LayerScorer:
                     shared_TD *= gate_T1 if self.gate_mean is None or not mean_gate else self.gate_mean
             self.differences.append(shared_TD - trace.output_TD)
             hidden_TD = tape.real_tokens(index, tape.states[block.layer + 1][index]).float()
-            reference_TD = hidden_TD if self.norm is None else self.norm(hidden_TD)
-            p_TD = torch.softmax(reference_TD, dim=-1)
-            self.references.append((hidden_TD, reference_TD, p_TD, reference_TD.argmax(-1, keepdim=True)))
+            self.hidden.append(hidden_TD)
+            self.references.append(Reference.of(hidden_TD if self.norm is None else self.norm(hidden_TD)))
         self._hold = self._experts_bytes() <= max_scratch_bytes
         self._held: dict[int, Tensor] = {}
+        self.apart = False
+        self.js_shared_only = float(self.score([None])[0])
+        self.apart = self.js_shared_only > APART_ABOVE
 
     def statistics(self) -> dict[str, Any]:
         """What the plan keeps of the routing: JSON values, one entry a routed expert."""
@@ -90,18 +96,18 @@ class LayerScorer:
         return self.tape.mean_over_texts(per_block)
 
     def _score_chunk(self, index: int, rows: slice, candidates: list[int | None]) -> Tensor:
-        hidden_TD, reference_TD, p_TD, largest_T1 = (tensor[rows] for tensor in self.references[index])
+        reference = Reference(*(tensor[rows] for tensor in self.references[index]))
         difference_TD = self.differences[index][rows]
         experts = [expert for expert in candidates if expert is not None]
         if experts:
-            weights_C11 = torch.tensor([self.coefficients[expert] for expert in experts], device=p_TD.device)
+            weights_C11 = torch.tensor([self.coefficients[expert] for expert in experts], device=difference_TD.device)
             outputs_CTD = self._outputs(index, experts, rows).float()
             difference_CTD = torch.addcmul(difference_TD, outputs_CTD, weights_C11.float()[:, None, None])
         else:
             difference_CTD = difference_TD.unsqueeze(0).clone()
         if self.norm is not None:
-            difference_CTD = self.norm(hidden_TD + difference_CTD) - reference_TD
-        return js_from_difference(reference_TD, p_TD, largest_T1, difference_CTD)
+            difference_CTD = self.norm(difference_CTD.add_(self.hidden[index][rows])) - reference.logits_TD
+        return js_from_difference(reference, difference_CTD, self.apart)
 
     def _outputs(self, index: int, experts: list[int], rows: slice = slice(None)) -> Tensor:
         """Outputs of experts for the tokens of a block: (n, T, D); held for the whole search where they fit."""

@@ -10,7 +10,7 @@ from recondense.plan import Condense
 
 
 def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
-    """An unfilled condensed layer: shared rows, then F rows an expert; with the token gate if no constant replaces it."""
+    """An unfilled condensed layer: shared rows, then F rows an expert; token gate kept if shared_gate is None."""
     return CondensedMoE.shaped_for(block.weights, len(operation.experts), token_gate=operation.shared_gate is None)
 
 
