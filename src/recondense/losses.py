@@ -5,6 +5,7 @@ Legend: C candidates, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,6 +122,24 @@ def forward_kl(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.
     teacher = F.log_softmax(teacher_BSV.float() / temperature, dim=-1)
     kl_sum = F.kl_div(student, teacher, reduction="sum", log_target=True)
     return kl_sum * temperature**2 / student[..., 0].numel()
+
+
+def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
+    """Mean over layers of E·Σ_e f_e·P_e: share of the top-k choices times mean probability; 1 when balanced.
+
+    Args:
+        router_logits: (T, E) of each sparse layer. Each layer is balanced on its own.
+
+    Reference: Switch Transformers, arXiv 2101.03961, section 2.2, for top-k routing.
+    """
+    losses = []
+    for logits_TE in router_logits:
+        p_TE = torch.softmax(logits_TE.float(), dim=-1)
+        num_experts = p_TE.shape[-1]
+        chosen = torch.topk(p_TE.detach(), top_k, dim=-1).indices.flatten()
+        share_E = torch.bincount(chosen, minlength=num_experts) / chosen.numel()
+        losses.append(num_experts * (share_E * p_TE.mean(dim=0)).sum())
+    return torch.stack(losses).mean()
 
 
 def feature_matching(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

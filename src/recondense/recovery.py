@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from recondense import families, surgery
 from recondense.config import RecoveryConfig
-from recondense.losses import cross_entropy, feature_matching, forward_kl
+from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
 from recondense.modules import CondensedMoE
 from recondense.plan import Plan
 from recondense.teacher import SharedBackboneTeacher
@@ -111,8 +111,9 @@ class RecoveryModule(L.LightningModule):
         if not distill:
             losses["loss"] = losses["cross_entropy"]
             if self._router_auxiliary_loss:
-                losses["router_auxiliary"] = student.aux_loss
-                losses["loss"] = losses["loss"] + self._router_auxiliary_loss * student.aux_loss
+                top_k = families.facts(self.model.config).top_k
+                losses["load_balancing"] = load_balancing(student.router_logits, top_k)
+                losses["loss"] = losses["loss"] + self._router_auxiliary_loss * losses["load_balancing"]
             return losses
         with torch.no_grad(), self.original():
             teacher = self.model(**arguments)
