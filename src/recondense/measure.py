@@ -15,12 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.cache import JsonFolder, fingerprint
 from recondense.config import Config
-from recondense.corpora import Corpora
-from recondense.data import pack
 from recondense.evaluate import HELDOUT_TASKS, heldout_tasks, perplexity, run_tasks
 from recondense.profiling import profile_variants, weights_bytes
 from recondense.progress import progress
 from recondense.recovery import RecoveryModule
+from recondense.searching import Texts
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class Measure:
     """Measures stages once each, and keeps what it found in the run's folder.
 
     Args:
-        corpora: the validation text gives perplexity and the held-out tasks; without it both are left out.
+        texts: the validation text gives perplexity and the held-out tasks; without it both are left out.
     """
 
     def __init__(
@@ -40,12 +39,12 @@ class Measure:
         folder: Path,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        corpora: Corpora,
+        texts: Texts,
     ) -> None:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
-        self.corpora = corpora
+        self.texts = texts
         self.stages = JsonFolder(folder / "stages")
         self.windows = self._windows()
         self.tasks, self.include_path = self._tasks()
@@ -74,7 +73,7 @@ class Measure:
             return
         key = fingerprint(
             weights,
-            self.corpora.sha256().get("validation"),
+            self.texts.corpora.sha256().get("validation"),
             self.config.resolved()["evaluation"],
             self.config.data.sequence_length,
             str(self.model.device),
@@ -86,6 +85,13 @@ class Measure:
             with self.timed("evaluate"):
                 known[key] = self._quality("original", None, self.tasks)
         self.stages["original"] = known[key]
+
+    def unchanged(self, module: RecoveryModule) -> None:
+        """Memory and speed of the original alone, where no surgery gives it a counterpart."""
+        if "profile" not in self.stages["original"]:
+            with self.timed("profile"):
+                profile = self._profiles("original", module)["original"]
+            self.stages["original"] = {**self.stages["original"], "profile": profile}
 
     def stage(self, name: str, module: RecoveryModule) -> None:
         """Measure the model as it is now, against the original where surgery has set one aside."""
@@ -149,11 +155,10 @@ class Measure:
         return {variant: profile.to_dict() for variant, profile in profiles.items()}
 
     def _windows(self) -> Tensor | None:
-        evaluation = self.config.evaluation
-        if evaluation.name == "none" or self.corpora.validation is None:
+        if self.config.evaluation.name == "none":
             return None
-        windows = pack(self.corpora.validation, self.tokenizer, self.config.data.sequence_length, "the validation text")
-        return windows[: evaluation.perplexity_windows]
+        windows = self.texts.windows("validation", self.tokenizer, self.config.data.sequence_length)
+        return None if windows is None else windows[: self.config.evaluation.perplexity_windows]
 
     def _tasks(self) -> tuple[list[str], list[Path]]:
         """The tasks of this run and the folders of their files; held-out ones are written here."""
@@ -163,12 +168,12 @@ class Measure:
         own = [task for task in tasks if task in HELDOUT_TASKS]
         if not own:
             return tasks, folders
-        if self.corpora.validation is None:
+        if self.texts.corpora.validation is None:
             log.warning("no validation text: perplexity and %s are left out", ", ".join(own))
             return [task for task in tasks if task not in own], folders
         settings = evaluation.heldout
         sizes = {} if settings is None else vars(settings)
-        key = fingerprint(self.corpora.sha256().get("validation"), sizes)
+        key = fingerprint(self.texts.corpora.sha256().get("validation"), sizes)
         folder = Path(self.config.cache_dir) / "tasks" / key
-        heldout_tasks(folder, self.corpora.validation, **sizes)
+        heldout_tasks(folder, self.texts.corpora.validation, **sizes)
         return tasks, [*folders, folder]

@@ -131,7 +131,7 @@ class _Run:
         config, folder = self.config, self.folder
         model, tokenizer = load(config, self.callbacks)
         texts = Texts.read(config, bool(self.steps))
-        measure = Measure(config, folder, model, tokenizer, texts.corpora)
+        measure = Measure(config, folder, model, tokenizer, texts)
         weights = loading.weights_fingerprint(model)
         measure.original(weights)
         sizes = {"original": summary.sizes(model)}
@@ -144,6 +144,8 @@ class _Run:
         sizes["compressed"] = summary.sizes(model)
         if plan.operations:
             measure.stage("compressed", module)
+        else:
+            measure.unchanged(module)
         if config.recovery.objective != "none":
             self._recover(module, texts, measure)
             measure.stage("recovered", module)

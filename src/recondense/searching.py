@@ -49,7 +49,7 @@ class Texts:
     @classmethod
     def read(cls, config: Config, calibrates: bool) -> Texts:
         """Read the splits that this run needs."""
-        wanted = ["validation"]
+        wanted = ["validation"] if config.evaluation.name != "none" or config.recovery.validate_every else []
         wanted += ["calibration"] if calibrates else []
         wanted += ["train"] if config.recovery.objective != "none" else []
         return cls(load_corpora(config.data, wanted))
