@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
 import torch
+import torch.utils.deterministic
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
@@ -53,7 +55,8 @@ def fit(
         newest = newest_checkpoint(folder)
         if newest is not None:
             log.info("%s: going on from %s", module.stage, newest)
-        lightning.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+        with _deterministic(trainer.deterministic or module.device.type == "cpu"):
+            lightning.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
         if lightning.interrupted or lightning.global_step < module.recovery.steps:
             raise KeyboardInterrupt
         _save_final(module, final)
@@ -99,7 +102,6 @@ def _trainer(
         max_steps=recovery.steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=recovery.gradient_clip,
-        deterministic=settings.deterministic,
         callbacks=[*callbacks, checkpoints],
         logger=list(loggers) or False,
         log_every_n_steps=min(10, recovery.steps),
@@ -112,6 +114,20 @@ def _trainer(
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms inside: on a CPU they cost nothing, and a killed run goes on bit for bit."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def _save_final(module: RecoveryModule, path: Path) -> None:

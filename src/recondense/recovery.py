@@ -146,12 +146,16 @@ class RecoveryModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recovery = self.recovery
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [  # norms and biases are not decayed
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": recovery.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(
-            parameters,
+            [group for group in groups if group["params"]],
             lr=recovery.learning_rate,
             betas=(recovery.betas[0], recovery.betas[1]),
-            weight_decay=recovery.weight_decay,
+            fused=True,
         )
         schedule = get_scheduler(
             recovery.schedule if recovery.schedule != "constant" else "constant_with_warmup",

@@ -133,7 +133,7 @@ def search_step(
     with FileLock(folder / ".lock"):
         chosen, record = step.search(model, tape, JsonFolder(folder), scratch_bytes(config, model.device))
     if record.get("reused"):
-        log.info("search: reused from %s; nothing was searched again", folder)
+        log.info("search: reused %s from %s", record["reused"], folder)
     return chosen, record
 
 

@@ -137,7 +137,7 @@ class CDMoE:
             **self.key(),
             **record,
             "num_experts": self.num_experts,
-            "reused": not search.worked,
+            "reused": search.reused(),
             "seconds": seconds,
         }
 
@@ -154,7 +154,18 @@ class Search:
         self.cache = cache
         self.max_scratch_bytes = max_scratch_bytes
         self.blocks = families.sparse_blocks(model)
-        self.worked = False  # whether anything had to be computed
+        self.seen: set[int] = set()
+        self.orders = {"searched": 0, "cached": 0}  # expert orders
+        self.steps = {"searched": 0, "cached": 0}  # of the layer search
+
+    def reused(self) -> str:
+        """How much came out of the cache, in words; empty if nothing did."""
+        found = [
+            f"{counts['cached']} of {sum(counts.values())} {name}"
+            for name, counts in (("expert orders", self.orders), ("layers of the layer order", self.steps))
+            if counts["cached"]
+        ]
+        return " and ".join(found)
 
     def experts(self, layer: int) -> dict[str, Any]:
         """The first num_experts of a layer's order with their scores, searched as far as the cache lacks them."""
@@ -164,7 +175,10 @@ class Search:
         if entry is None or len(entry["order"]) < count:
             entry = self._search_experts(layer, entry)
             self.cache[key] = entry
-            self.worked = True
+            self.orders["searched"] += 1
+        elif layer not in self.seen:
+            self.orders["cached"] += 1
+        self.seen.add(layer)
         prefix = ("order", "js", "candidates")
         return {name: value[:count] if name in prefix else value for name, value in entry.items()}
 
@@ -214,8 +228,9 @@ class Search:
         """The first `count` layers of the greedy order; one order for each number of routed experts."""
         key = f"layers-{self.step.num_experts:03d}"
         entry = self.cache.get(key) or {"order": [], "js": [], "candidates": [], "layer_runs": 0}
-        if len(entry["order"]) < count:
-            self.worked = True
+        self.steps["cached"] = min(count, len(entry["order"]))
+        self.steps["searched"] = count - self.steps["cached"]
+        if self.steps["searched"]:
             condensed = {layer: self._condensed(each) for layer, each in operations.items()}
             ladder = Ladder(self.model, self.tape(), condensed)
             runs = entry["layer_runs"] - round(ladder.tape.layer_runs)

@@ -1,0 +1,121 @@
+"""Real runs of the pipeline on a tiny folder, for tests: what is run, and a way to kill it at an exact point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from small import byte_tokenizer
+from tiny_models import qwen2_moe
+
+from recondense import pipeline
+from recondense.cache import JsonFolder
+from recondense.config import Config, from_dict
+from recondense.methods.cdmoe import CDMoE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def model_folder(folder: Path) -> Path:
+    """A random Qwen2-MoE of three layers with a byte tokenizer, saved as a hub model is."""
+    tokenizer = byte_tokenizer()
+    model = qwen2_moe(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def text_files(folder: Path) -> dict[str, str]:
+    """A few thousand characters of this repository's own sources."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted((ROOT / "src" / "recondense").glob("*.py"))
+    parts = {"calibration": sources[:12], "train": sources[12:20], "validation": sources[20:24]}
+    found = {}
+    for split, files in parts.items():
+        path = folder / f"{split}.jsonl"
+        found[split] = str(path)
+        if path.exists():
+            continue
+        path.write_text("".join(json.dumps({"text": file.read_text()[:1500]}) + "\n" for file in files))
+    return found
+
+
+def config(model: Path, texts: dict[str, str], output: Path, **recovery: Any) -> Config:
+    """A whole run in seconds: two of three layers condensed, six steps of distillation."""
+    return from_dict(
+        {
+            "model": {"name": "small", "path": str(model)},
+            "method": {"name": "cdmoe", "steps": []},
+            "recovery": {
+                "name": "distill", "objective": "distill", "steps": 6, "batch_size": 2, "learning_rate": 1e-2,
+                "checkpoint_every": 2, **recovery,
+            },
+            "data": {
+                "name": "texts", "source": "texts", "sequence_length": 32,
+                "calibration": {"path": texts["calibration"], "num_samples": 10, "max_length": 24},
+                "train": {"path": texts["train"]}, "validation": {"path": texts["validation"]},
+            },
+            "evaluation": {"name": "perplexity", "tasks": None, "perplexity_windows": 20},
+            "callbacks": {"profile": {"enabled": False}},
+            "logger": {"csv": True, "wandb": {"mode": "disabled"}},
+            "output_dir": str(output), "cache_dir": str(output / "cache"), "run_dir": str(output / "run"),
+        }
+    )  # fmt: skip
+
+
+def step() -> CDMoE:
+    return CDMoE(num_experts=2, num_layers=2)
+
+
+def kill_at(phase: str) -> None:
+    """Arrange for this very process to be killed by SIGKILL at a point of its run.
+
+    Args:
+        phase: "search" after the third write of the search's cache (in the layer search), "recovery" in the fourth
+            optimiser step (two after a checkpoint), "export" when the folder is about to get its final name.
+    """
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    if phase == "search":
+        writes = {"left": 4}
+        write = JsonFolder.__setitem__
+
+        def counted(self: JsonFolder, key: str, value: dict[str, Any]) -> None:
+            write(self, key, value)
+            writes["left"] -= self.folder.parent.name == "search"
+            if not writes["left"]:
+                die()
+
+        JsonFolder.__setitem__ = counted  # type: ignore[method-assign]
+    elif phase == "recovery":
+        from recondense.recovery import RecoveryModule
+
+        train = RecoveryModule.training_step
+
+        def training_step(self: RecoveryModule, batch: Any, index: int) -> Any:
+            if self.trainer.global_step == 3:
+                die()
+            return train(self, batch, index)
+
+        RecoveryModule.training_step = training_step  # type: ignore[method-assign]
+    elif phase == "export":
+        from recondense import export
+
+        class Dying:
+            def __getattr__(self, name: str) -> Any:
+                if name == "replace":
+                    die()
+                return getattr(os, name)
+
+        export.os = Dying()  # type: ignore[attr-defined]
+    else:
+        assert phase == "never"
+
+
+if __name__ == "__main__":
+    base = Path(sys.argv[1])
+    kill_at(sys.argv[2])
+    pipeline.run(config(base / "model", text_files(base / "texts"), Path(sys.argv[3])), [step()])

@@ -1,0 +1,55 @@
+"""A run that is killed goes on with the same command, and ends as an undisturbed one does, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration.runs import model_folder
+
+RUNS = Path(__file__).with_name("runs.py")
+TESTS = RUNS.parents[1]
+
+
+def start(base: Path, phase: str, output: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(RUNS), str(base), phase, str(output)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    model_folder(folder / "model")
+    done = start(folder, "never", folder / "undisturbed")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("phase", ["search", "recovery", "export"])
+def test_killed_run_ends_like_an_undisturbed_one(base: Path, phase: str) -> None:
+    output = base / phase
+    killed = start(base, phase, output)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (output / "run" / "summary.json").exists()
+    assert not (output / "run" / "model").exists(), "a half-written export under its final name"
+    resumed = start(base, "never", output)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on in" in resumed.stderr
+    mine, theirs = output / "run", base / "undisturbed" / "run"
+    plans = [json.loads((folder / "plan.json").read_text()) for folder in (mine, theirs)]
+    assert plans[0]["operations"] == plans[1]["operations"]
+    assert plans[0]["search"]["layer_search"]["js"] == plans[1]["search"]["layer_search"]["js"]
+    stages = [json.loads((folder / "summary.json").read_text())["stages"] for folder in (mine, theirs)]
+    assert stages[0]["recovered"]["loss"] == stages[1]["recovered"]["loss"]
+    assert stages[0]["recovered"]["kl_to_original"] == stages[1]["recovered"]["kl_to_original"]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (mine, theirs)]
+    assert weights[0] == weights[1]
+    if phase == "recovery":
+        assert "going on from" in resumed.stderr

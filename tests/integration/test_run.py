@@ -1,0 +1,136 @@
+"""Whole runs: the folder and summary that they leave, the export, the second call, a sweep by the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from integration.runs import config, model_folder, step, text_files
+from recondense import pipeline
+from recondense.plan import Plan
+
+LOAD = """
+import sys
+sys.modules["recondense"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.load(sys.argv[2])
+torch.save(model(ids).logits, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    model_folder(folder / "model")
+    text_files(folder / "texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path) -> tuple[Path, dict[str, Any]]:
+    """One run with everything in it."""
+    settings = config(base / "model", text_files(base / "texts"), base / "out", control=True, steps=12)
+    metric = pipeline.run(settings, [step()])
+    folder = base / "out" / "run"
+    found = json.loads((folder / "summary.json").read_text())
+    assert metric == found["stages"]["recovered"]["perplexity"]
+    return folder, found
+
+
+def test_summary_says_what_design_promises(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = finished
+    assert found["schema"] == 1
+    assert list(found["stages"]) == ["original", "compressed", "recovered", "control"]
+    assert set(found["environment"]["data"]) == {"train", "validation", "calibration"}
+    stages, ratios = found["stages"], found["ratios"]
+    lost = stages["compressed"]["loss"] - stages["original"]["loss"]
+    assert ratios["gap_closed"] == pytest.approx((stages["compressed"]["loss"] - stages["recovered"]["loss"]) / lost)
+    assert stages["recovered"]["kl_to_original"] < stages["compressed"]["kl_to_original"]
+    # two of three layers keep two of six experts
+    assert ratios["routed_expert_parameters"] == pytest.approx((2 * 2 + 6) / 18)
+    assert ratios["memory"] == (
+        stages["compressed"]["profile"]["weights_bytes"] / stages["original"]["profile"]["weights_bytes"]
+    )
+    for name in ("config.yaml", "plan.json", "plan.png", "logs/metrics.csv", "checkpoints/final.ckpt"):
+        assert (folder / name).exists(), name
+    assert len(Plan.load(folder / "plan.json").operations) == 2
+
+
+def test_export_loads_without_recondense(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, found = finished
+    assert found["artifacts"]["export_format"] == "stock"
+    ids = torch.arange(1, 21).reshape(2, 10)
+    torch.save(ids, tmp_path / "io.pt")
+    subprocess.run([sys.executable, "-c", LOAD, str(folder / "model"), str(tmp_path / "io.pt")], check=True)
+    live = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert torch.equal(torch.load(tmp_path / "io.pt"), live(ids).logits)
+    loss = live(ids, labels=ids).loss
+    assert torch.isfinite(loss)
+    original = AutoModelForCausalLM.from_pretrained(folder.parents[1] / "model")
+    assert live.num_parameters() < original.num_parameters()
+
+
+def test_the_same_command_again_says_that_all_is_done(
+    finished: tuple[Path, dict[str, Any]], base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, found = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    settings = config(base / "model", text_files(base / "texts"), base / "out", control=True, steps=12)
+    assert pipeline.run(settings, [step()]) == found["stages"]["recovered"]["perplexity"]
+    assert "all done" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+
+def test_method_none_trains_the_original_further(base: Path) -> None:
+    texts = text_files(base / "texts")
+    settings = config(base / "model", texts, base / "none", objective="finetune", name="finetune", steps=12)
+    pipeline.run(settings, [])
+    stages = json.loads((base / "none" / "run" / "summary.json").read_text())["stages"]
+    assert list(stages) == ["original", "recovered"]
+    assert stages["recovered"]["loss"] < stages["original"]["loss"]
+
+
+def test_sweep_searches_once(base: Path) -> None:
+    texts = text_files(base / "texts")
+    out = base / "sweep"
+    arguments = [
+        "-m", "method.num_layers=1,2,3", "method.num_experts=2", f"model.path={base / 'model'}", "recovery=none",
+        "data=texts", "data.sequence_length=32", "data.calibration.num_samples=10", "data.calibration.max_length=24",
+        *(f"data.{split}.path={path}" for split, path in texts.items()),
+        "evaluation.tasks=[]", "callbacks.profile.enabled=false", "logger.wandb.mode=disabled", f"output_dir={out}",
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reused 3 of 3 expert orders and 1 of 2 layers of the layer order" in done.stderr
+    assert "reused 3 of 3 expert orders and 2 of 3 layers of the layer order" in done.stderr
+    again = subprocess.run(
+        [sys.executable, str(root / "train.py"), *arguments, "overwrite=true"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "reused 3 of 3 expert orders and 3 of 3 layers of the layer order" in again.stderr
+    assert "calibrating" not in again.stderr
+    folder = next((out / "default" / "sweeps").iterdir())
+    rows = json.loads((folder / "comparison.json").read_text())
+    assert len(rows) == 3
+    assert (folder / "comparison.png").exists()
