@@ -85,11 +85,11 @@ def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, 
 def _start(config: Config, folder: Path) -> None:
     """Settings of the process, and a folder that says what it holds."""
     configure(None if config.trainer.progress_bar else False)
-    logger = logging.getLogger("recondense")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False  # Hydra's root handler would say everything twice
+    for logger in map(logging.getLogger, ("recondense", "callbacks")):
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
+            logger.setLevel(logging.INFO)
+            logger.propagate = False  # Hydra's root handler would say everything twice
     for noisy in ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "transformers.tokenization_utils_base"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # "loading", "exporting": the stages have bars of their own

@@ -13,7 +13,9 @@ from rich.table import Table
 STAGES = ("original", "compressed", "recovered", "control")
 MAX_TASK_COLUMNS = 3  # more tasks than that get a table of their own
 # The figure of a task that is shown, in the order of preference.
-MAIN_METRICS = ("acc_norm", "acc", "exact_match", "mc2", "bleu", "f1", "word_perplexity", "byte_perplexity")
+MAIN_METRICS = (
+    "acc_mutual_info", "acc_norm", "acc", "exact_match", "mc2", "bleu", "f1", "byte_perplexity", "word_perplexity"
+)  # fmt: skip
 
 
 def print_report(summary: Mapping[str, Any], console: Console | None = None) -> None:

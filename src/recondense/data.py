@@ -1,0 +1,261 @@
+"""Token ids: the calibration set, packed windows, and the order in which recovery sees them.
+
+Shapes: B texts or windows of a batch, S tokens, N training windows, M validation windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recondense.corpora import SPLITS, Corpora, check_paths, load_corpora, stdlib_corpora
+from recondense.progress import track
+
+__all__ = [
+    "SPLITS",
+    "CalibrationSet",
+    "Corpora",
+    "RecoveryData",
+    "Windows",
+    "calibration_set",
+    "check_paths",
+    "load_corpora",
+    "pack",
+    "stdlib_corpora",
+]
+
+TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
+SLOW_CHARACTERS = 20_000_000  # packing more than this takes long enough for a progress bar
+
+
+# ------------------------------------------------------------------------------------------------ calibration set
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token ids of the calibration texts: cut, not packed, in order."""
+
+    ids: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+    def fingerprint(self) -> str:
+        """sha256 of the ids."""
+        sha256 = hashlib.sha256()
+        for ids in self.ids:
+            sha256.update(len(ids).to_bytes(8, "big") + np.asarray(ids, dtype="<i8").tobytes())
+        return sha256.hexdigest()
+
+    def blocks(self, texts_per_block: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fixed blocks of texts, in order.
+
+        Args:
+            texts_per_block: how many texts a block has; the last block may have fewer.
+
+        Yields:
+            input_ids_BS (int64, padded on the right with 0) and mask_BS (bool, True where a token is).
+        """
+        for start in range(0, len(self.ids), texts_per_block):
+            block = self.ids[start : start + texts_per_block]
+            length = max(map(len, block))
+            input_ids_BS = torch.zeros(len(block), length, dtype=torch.long)
+            mask_BS = torch.zeros(len(block), length, dtype=torch.bool)
+            for row, ids in enumerate(block):
+                input_ids_BS[row, : len(ids)] = torch.tensor(ids)
+                mask_BS[row, : len(ids)] = True
+            yield input_ids_BS, mask_BS
+
+
+def calibration_set(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
+) -> CalibrationSet:
+    """Tokenise the first `num_samples` texts, each cut at `max_length` tokens, with the tokenizer's special tokens.
+
+    Raises:
+        ValueError: fewer texts than `num_samples`, or a text that gives no token besides special ones.
+    """
+    if len(texts) < num_samples:
+        raise ValueError(
+            f"data.calibration.num_samples={num_samples}: there are {len(texts)} calibration texts; lower it or give "
+            "more texts."
+        )
+    encoded = tokenizer(
+        list(texts[:num_samples]),
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_special_tokens_mask=True,
+    )
+    masks = encoded["special_tokens_mask"]
+    empty = [index for index, mask in enumerate(masks) if all(mask)]
+    if empty:
+        shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        raise ValueError(
+            f"calibration set: {len(empty)} of {num_samples} texts are shorter than one token (index from 0: {shown}); "
+            "remove them."
+        )
+    return CalibrationSet([list(ids) for ids in encoded["input_ids"]])
+
+
+# -------------------------------------------------------------------------------------------------------- packing
+
+
+def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "text") -> Tensor:
+    """Join documents with the end-of-text token and cut them into windows; the tail is dropped.
+
+    Args:
+        texts: documents.
+        tokenizer: without its special tokens, except for one eos token after every document (none if it has none).
+        length: tokens of a window.
+        name: what the texts are, for the message.
+
+    Returns:
+        windows of ids, (N, length), int64.
+
+    Raises:
+        ValueError: all documents together are shorter than one window.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts: list[np.ndarray[Any, np.dtype[np.int64]]] = [np.empty(0, dtype=np.int64)]
+    starts: Any = range(0, len(texts), TEXTS_PER_CALL)
+    if sum(map(len, texts)) > SLOW_CHARACTERS:
+        starts = track(starts, f"tokenising {name}")
+    for start in starts:
+        encoded = tokenizer(
+            list(texts[start : start + TEXTS_PER_CALL]),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # a document longer than the model's context is no problem here
+        )
+        parts += [np.asarray([*ids, *end], dtype=np.int64) for ids in encoded["input_ids"]]
+    ids = np.concatenate(parts)
+    count = len(ids) // length
+    if count == 0:
+        raise ValueError(
+            f"{name}: {len(texts)} texts give {len(ids)} tokens, fewer than one window of "
+            f"data.sequence_length={length}; give more text or lower data.sequence_length."
+        )
+    return torch.from_numpy(ids[: count * length].reshape(count, length))
+
+
+# ------------------------------------------------------------------------------------------------- recovery's data
+
+
+class Windows:
+    """Windows in batches, in their order; the last batch may be smaller."""
+
+    def __init__(self, windows_NS: Tensor, batch_size: int) -> None:
+        self.windows_NS = windows_NS
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.windows_NS) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch_BS in self.windows_NS.split(self.batch_size):
+            yield {"input_ids": batch_BS}
+
+
+class ShuffledWindows:
+    """`num_batches` batches in a shuffled order that is a function of (seed, position) alone.
+
+    Sample i is window permutation_e[i mod N] of epoch e = i div N, where permutation_e is seeded by (seed, e); batches
+    run across the ends of epochs. The state is the position: it moves on as batches are taken, and `in_flight` tells
+    how many of those taken have not been trained on, so that a state saved in the middle of a step repeats that step.
+    """
+
+    def __init__(
+        self, windows_NS: Tensor, batch_size: int, num_batches: int, seed: int, in_flight: Callable[[], int]
+    ) -> None:
+        self.windows_NS = windows_NS
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+        self.position = 0
+        self._in_flight = in_flight
+        self._permutation: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
+
+    def __len__(self) -> int:
+        # The whole count also after a resume: Lightning adds the batches that were done to those it fetches.
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        end = (self.position // self.num_batches + 1) * self.num_batches
+        while self.position < end:
+            batch = self.batch(self.position)
+            self.position += 1
+            yield batch
+
+    def batch(self, position: int) -> dict[str, Tensor]:
+        """The batch at a position, counted from 0."""
+        first = position * self.batch_size
+        rows = [self._window_index(sample) for sample in range(first, first + self.batch_size)]
+        return {"input_ids": self.windows_NS[rows]}
+
+    def _window_index(self, sample: int) -> int:
+        epoch, index = divmod(sample, len(self.windows_NS))
+        if self._permutation is None or self._permutation[0] != epoch:
+            self._permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.windows_NS))
+        return int(self._permutation[1][index])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position - self._in_flight()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = int(state["position"])
+
+
+class RecoveryData(LightningDataModule):
+    """Training windows in a shuffled order that resumes exactly, and validation windows in theirs.
+
+    Lightning keeps the loader's position in its checkpoints and hands it back before the first batch.
+
+    Args:
+        train_NS: training windows.
+        validation_MS: validation windows; None: no validation (give the Trainer limit_val_batches=0).
+        batch_size: windows of a batch.
+        num_batches: batches of one fit (optimiser steps × accumulated batches); windows repeat as often as needed.
+        seed: of the order.
+
+    Raises:
+        ValueError: no training window.
+    """
+
+    def __init__(
+        self, train_NS: Tensor, validation_MS: Tensor | None, batch_size: int, num_batches: int, seed: int
+    ) -> None:
+        super().__init__()
+        if len(train_NS) == 0:
+            raise ValueError("recovery: there is no training window; give more training text.")
+        self.train_NS = train_NS
+        self.validation_MS = validation_MS
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+
+    def train_dataloader(self) -> ShuffledWindows:
+        return ShuffledWindows(self.train_NS, self.batch_size, self.num_batches, self.seed, self._in_flight)
+
+    def val_dataloader(self) -> Windows | list[Any]:
+        return [] if self.validation_MS is None else Windows(self.validation_MS, self.batch_size)
+
+    def _in_flight(self) -> int:
+        """How many batches the trainer has taken but not worked off (1 in the middle of a step, else 0)."""
+        if self.trainer is None:
+            return 0
+        current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(current.ready - current.processed)

@@ -1,0 +1,127 @@
+"""How good a model is: perplexity and divergence from the original on packed windows, and lm-eval tasks.
+
+Shapes: B windows of a batch, S tokens of a window, T predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense.heldout import HELDOUT_TASKS, heldout_tasks
+from recondense.modes import evaluating
+from recondense.progress import Stage, progress
+from recondense.tasks import check_tasks, run_tasks
+
+__all__ = ["HELDOUT_TASKS", "check_tasks", "heldout_tasks", "kl_divergence", "perplexity", "run_tasks"]
+
+CHUNK_ELEMENTS = 2**22  # logits that are turned into fp32 at a time: 16 MiB a tensor
+FAR = 60.0  # a logit further from the original's, in nats, is too far for exp in fp32
+
+
+def perplexity(
+    model: PreTrainedModel,
+    windows_MS: Tensor,
+    batch_size: int,
+    reference: Callable[[], AbstractContextManager[Any]] | None = None,
+    description: str | None = None,
+) -> dict[str, float]:
+    """Mean loss over the predicted tokens of all windows, and how far the model is from the original.
+
+    loss = −mean_t log q_t(target),  kl_to_original = mean_t Σ_v p_t(v) (log p_t(v) − log q_t(v)),
+    with q the model's and p the original's next-token distribution. Both are summed in fp64 over tokens.
+
+    Args:
+        model: runs where its weights are, in the precision that the caller's autocast sets; its mode is restored.
+        windows_MS: ids; each window predicts its tokens but the first.
+        batch_size: windows of a forward pass.
+        reference: gives a context inside which `model` is the original.
+        description: shown as progress; None shows none.
+
+    Returns:
+        loss (nats), perplexity, and with `reference` kl_to_original (nats).
+
+    Raises:
+        ValueError: no window, or windows of one token.
+        FloatingPointError: the loss is not finite.
+    """
+    if windows_MS.ndim != 2 or windows_MS.shape[0] == 0 or windows_MS.shape[1] < 2:
+        raise ValueError(
+            f"perplexity: windows have shape {tuple(windows_MS.shape)}; at least one window of two tokens is needed."
+        )
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with evaluating(model), torch.no_grad(), _stage(description, len(windows_MS)) as stage:
+        for batch_BS in windows_MS.split(batch_size):
+            ids_BS = batch_BS.to(device)
+            logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
+            original_BSV = None
+            if reference is not None:
+                with reference():
+                    original_BSV = model(input_ids=ids_BS, use_cache=False).logits
+            sums += _sums(logits_BSV, original_BSV, ids_BS)
+            if stage is not None:
+                stage.advance(len(ids_BS))
+    count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
+    loss, divergence = (sums / count).tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"perplexity: the mean loss over {count} tokens is {loss}; the model's logits are not finite."
+        )
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return found if reference is None else {**found, "kl_to_original": divergence}
+
+
+def _sums(logits_BSV: Tensor, original_BSV: Tensor | None, ids_BS: Tensor) -> Tensor:
+    """Summed loss and divergence of a batch, (2,); a few rows of logits at a time, so that fp32 copies stay small."""
+    sums = torch.zeros(2, dtype=torch.float64, device=ids_BS.device)
+    step = max(1, CHUNK_ELEMENTS // logits_BSV.shape[-1])
+    for row in range(len(ids_BS)):
+        for start in range(0, ids_BS.shape[1] - 1, step):
+            end = min(start + step, ids_BS.shape[1] - 1)
+            logits_TV = logits_BSV[row, start:end].float()
+            sums[0] += F.cross_entropy(logits_TV, ids_BS[row, start + 1 : end + 1], reduction="none").double().sum()
+            if original_BSV is not None:
+                sums[1] += kl_divergence(original_BSV[row, start:end].float(), logits_TV).double().sum()
+    return sums
+
+
+def kl_divergence(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    """KL(softmax(original) ‖ softmax(logits)) without cancellation, and never negative.
+
+    KL = ln E_p[exp e] = ln(1 + E_p[exp(e) − 1 − e]),  e = d − E_p[d],  d = logits − original,  p = softmax(original)
+
+    Every term of the mean is at least 0, so fp32 keeps its digits however close the two are. Rows in which some e is
+    too large for exp are done by the definition, in fp64.
+
+    Args:
+        original_TV, logits_TV: logits, fp32.
+
+    Returns:
+        (T,) in nats.
+    """
+    p_TV = original_TV.softmax(-1)
+    e_TV = logits_TV - original_TV
+    e_TV -= (p_TV * e_TV).sum(-1, keepdim=True)
+    far_T = ~(e_TV.amax(-1) < FAR)
+    kl_T = (e_TV.expm1() - e_TV).mul_(p_TV).sum(-1).log1p_()
+    if far_T.any():
+        log_p, log_q = original_TV[far_T].double().log_softmax(-1), logits_TV[far_T].double().log_softmax(-1)
+        kl_T[far_T] = (log_p.exp() * (log_p - log_q)).sum(-1).to(kl_T.dtype)
+    return kl_T
+
+
+@contextmanager
+def _stage(description: str | None, total: int) -> Iterator[Stage | None]:
+    if description is None:
+        yield None
+    else:
+        with progress(description, total) as stage:
+            yield stage

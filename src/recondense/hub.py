@@ -1,0 +1,174 @@
+"""Texts of a dataset on the Hugging Face hub (or of a local folder in its form), and whether the hub is reachable."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import chain, islice
+from typing import Any
+
+from recondense.config import DataConfig
+from recondense.progress import track
+from recondense.textfiles import documents, is_article
+
+PROBE_SECONDS = 4.0
+# Splits of the same name are dealt out in this order, so that no document is in two of them.
+ORDER = ("calibration", "validation", "train")
+
+
+def hub_corpora(data: DataConfig, wanted: set[str]) -> dict[str, list[str]]:
+    """The wanted splits of a hub dataset, as documents.
+
+    The calibration set is the first `num_samples` documents of its split that are not empty; the other splits skip it.
+    A dataset of WikiText's form (one line a row) is joined to articles; elsewhere a row is a document.
+
+    Raises:
+        ValueError: the dataset, subset, split or field does not exist, or too little is left for a split.
+        ConnectionError: the hub cannot be reached.
+    """
+    counts = {"calibration": data.calibration.num_samples}
+    counts |= {split: getattr(data, split).num_texts for split in ("validation", "train")}
+    streams: dict[str, Iterator[str]] = {}
+    found: dict[str, list[str]] = {}
+    taken: set[str] = set()
+    with reachable_or_offline():
+        for split in _needed(data, wanted):
+            name = getattr(data.splits, split)
+            stream = streams.setdefault(name, _texts(_rows(data, split)))
+            texts = islice((text for text in stream if text not in taken), counts[split])
+            found[split] = list(track(texts, f"reading {data.dataset} ({split})", counts[split]))
+            if split == "calibration":
+                taken.update(found[split])
+            if not found[split]:
+                raise ValueError(
+                    f"data.splits.{split}={name}: {data.dataset} has no text left for it; choose another split, or "
+                    "fewer texts for the splits before it."
+                )
+    return {split: texts for split, texts in found.items() if split in wanted}
+
+
+def _needed(data: DataConfig, wanted: set[str]) -> list[str]:
+    """The configured splits that must be read, in order: those wanted, and those that a wanted one leaves out."""
+    configured = [split for split in ORDER if getattr(data.splits, split)]
+    return [
+        split
+        for index, split in enumerate(configured)
+        if split in wanted
+        or (split == "calibration" and "train" in wanted)
+        or any(
+            later in wanted and getattr(data.splits, later) == getattr(data.splits, split)
+            for later in configured[index + 1 :]
+        )
+    ]
+
+
+def _rows(data: DataConfig, split: str) -> Iterator[str]:
+    """The text field of every row of a split."""
+    name = getattr(data.splits, split)
+    with _explained(data, split):
+        import datasets
+
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(
+            data.dataset, name=data.subset, split=name, streaming=data.streaming
+        )
+        for index, row in enumerate(rows):
+            if index == 0 and data.text_field not in row:
+                raise ValueError(f"no field {data.text_field!r} (fields: {', '.join(row)}); set data.text_field")
+            yield row[data.text_field] or ""
+
+
+def _texts(rows: Iterator[str]) -> Iterator[str]:
+    """Documents without the empty ones."""
+    first = next((row for row in rows if row.strip()), None)
+    if first is None:
+        return
+    all_rows = chain([first], rows)
+    if is_article(first):
+        yield from (text for _, text in documents(all_rows))
+    else:
+        yield from (row for row in all_rows if row.strip())
+
+
+@contextmanager
+def _explained(data: DataConfig, split: str) -> Iterator[None]:
+    """Say in one sentence what went wrong with the hub."""
+    where = f"data.dataset={data.dataset}" + (f" ({data.subset})" if data.subset else "")
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        name = getattr(data.splits, split)
+        raise ValueError(
+            f"{where}, split {name!r}: {reason}. Check data.dataset, data.subset and data.splits."
+        ) from error
+    except Exception as error:
+        if not _is_network(error):
+            raise
+        raise ConnectionError(
+            f"{where}: the hub cannot be reached and the cache does not hold it; check the network, or use data=texts "
+            "with local files."
+        ) from error
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether an error comes from the connection; the HTTP libraries' errors are no OSError."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {
+        "httpx",
+        "httpcore",
+        "aiohttp",
+        "requests",
+    }
+
+
+@contextmanager
+def reachable_or_offline(*, offline: bool | None = None) -> Iterator[bool]:
+    """Look nothing up on the hub while it is out of reach: caches answer at once; a look-up would retry for 20 s.
+
+    Args:
+        offline: True: look nothing up, whether the hub is reachable or not. None: find out.
+
+    Yields:
+        whether the hub may be asked.
+    """
+    import datasets.config
+    import huggingface_hub.constants
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    silent = any(before) or (not hub_reachable(huggingface_hub.constants.ENDPOINT) if offline is None else offline)
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = silent
+        yield not silent
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+@cache
+def hub_reachable(endpoint: str) -> bool:
+    """Whether the hub's host takes a connection within some seconds; a proxy is believed without asking."""
+    url = urllib.parse.urlsplit(endpoint)
+    proxies = urllib.request.getproxies()
+    if proxies.get(url.scheme) or proxies.get("all"):
+        return True
+    answers: list[bool] = []
+
+    def probe() -> None:
+        try:
+            port = url.port or (443 if url.scheme == "https" else 80)
+            socket.create_connection((url.hostname or "", port), timeout=PROBE_SECONDS).close()
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    # A thread, because looking a name up has no time limit of its own.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answers == [True]

@@ -1,0 +1,107 @@
+"""Small random models and texts for tests. Weights are large, so that routing and divergences are not degenerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from recondense.calibrate import Tape
+from recondense.data import CalibrationSet
+from recondense.plan import Condense, Plan
+
+VOCAB = 97
+LENGTHS = (5, 17, 9, 20, 12)
+
+
+def qwen2_moe(seed: int = 0, **changes: Any) -> Qwen2MoeForCausalLM:
+    """Three sparse layers of six experts, top-2, a gated shared expert."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2,
+        "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**settings, **changes})).eval()
+    model.set_experts_implementation("grouped_mm")  # as loading does
+    return model
+
+
+def deepseek_v2(seed: int = 0, **changes: Any) -> DeepseekV2ForCausalLM:
+    """A dense layer, then two sparse ones: six experts, top-2, two shared experts, weights × 1.5, latent attention."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 1,
+        "topk_group": 1, "routed_scaling_factor": 1.5, "topk_method": "greedy", "initializer_range": 0.3,
+        "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**settings, **changes})).eval()
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {"qwen2_moe": qwen2_moe, "deepseek_v2": deepseek_v2}
+
+
+def texts(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    """Random token ids, one list a text."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def windows(num: int, length: int, seed: int = 0) -> Tensor:
+    """Packed windows of random ids, (num, length)."""
+    return torch.tensor(texts(seed, [length] * num))
+
+
+def blocks(ids: list[list[int]], texts_per_block: int = 2) -> list[tuple[Tensor, Tensor]]:
+    """The texts as a Tape takes them."""
+    return list(CalibrationSet(ids).blocks(texts_per_block))
+
+
+def recorded(model: PreTrainedModel, ids: list[list[int]] | None = None, texts_per_block: int = 2) -> Tape:
+    return Tape.record(model, blocks(texts() if ids is None else ids, texts_per_block))
+
+
+def condense_plan(
+    model: PreTrainedModel, layers: Iterable[int], experts: Sequence[int] = (1, 4), shared_gate: float | None = 0.4
+) -> Plan:
+    """A made-up plan; families without a shared gate get none."""
+    gate = shared_gate if model.config.model_type == "qwen2_moe" else None
+    coefficients = tuple(0.3 + 0.1 * position for position in range(len(experts)))
+    return Plan("tiny", tuple(Condense(layer, tuple(experts), coefficients, gate) for layer in layers))
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that a module's state dict holds."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Fail if the model's modules, weights, mode or hooks are others afterwards."""
+    before, modules, training = bits(model), list(model.modules()), model.training
+    yield
+    assert same_bits(before, bits(model))
+    assert modules == list(model.modules())
+    assert training == model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
+    """(B, S, V)"""
+    found: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
+    return found

@@ -1,0 +1,254 @@
+"""Where texts come from: the standard library, local files, hub datasets in a local folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recondense import corpora, hub
+from recondense.config import CalibrationConfig, DataConfig, SplitConfig, SplitNames
+from recondense.corpora import SPLITS, Corpora, check_paths, load_corpora, stdlib_corpora
+from recondense.textfiles import read_texts
+
+
+def texts_config(**paths: Path | str) -> DataConfig:
+    splits = {split: SplitConfig(path=str(path)) for split, path in paths.items() if split != "calibration"}
+    calibration = CalibrationConfig(path=str(paths["calibration"]) if "calibration" in paths else None, num_samples=2)
+    return DataConfig(name="texts", source="texts", calibration=calibration, **splits)
+
+
+def write_jsonl(path: Path, texts: list[Any], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- standard library
+
+
+def test_stdlib_is_split_by_module_and_the_same_twice() -> None:
+    first, second = stdlib_corpora(), stdlib_corpora()
+    assert first.sha256() == second.sha256() and set(first.sha256()) == set(SPLITS)
+    assert first.train and first.validation and first.calibration
+    assert len(first.calibration) >= 100
+    modules = dict(corpora._modules(Path(os.__file__).parent))
+    found = [corpora._split_of(name) for name in modules]
+    assert 0.8 < found.count("train") / len(found) < 0.97
+    assert min(found.count("validation"), found.count("calibration")) > 0.02 * len(found)
+    # A module is whole in its split, and in no other one.
+    assert sorted(first.train) == sorted(text for name, text in modules.items() if corpora._split_of(name) == "train")
+    calibration = [text for name, text in modules.items() if corpora._split_of(name) == "calibration"]
+    assert all(any(piece in text for text in calibration) for piece in first.calibration[:20])
+
+
+def test_stdlib_leaves_out_tests_tables_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "os.py",
+        "test/t.py",
+        "json/tests/t.py",
+        "site-packages/x.py",
+        "encodings/cp1.py",
+        "_sysconfigdata_x.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    (tmp_path / "latin.py").write_bytes(b"\xe4 = 1\n")
+    (tmp_path / "json" / "empty.py").write_text("\n")
+    assert list(corpora._modules(tmp_path)) == [("os", "x = 1\n")]
+    monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"too few Python sources \(train 1, validation 0.*data=texts"):
+        stdlib_corpora()
+
+
+def test_the_split_of_a_module_never_changes() -> None:
+    names = ("tempfile", "hashlib", "argparse", "tarfile", "email.policy")
+    expected = ["validation", "calibration", "train", "validation", "calibration"]
+    assert [corpora._split_of(name) for name in names] == expected
+
+
+def test_calibration_pieces_are_disjoint_and_taken_in_turns() -> None:
+    text = "".join(f"line {number:04d} of a long module\n" for number in range(300))
+    pieces = corpora._pieces(text)
+    assert len(pieces) > 2 and text.startswith("".join(pieces))
+    assert all(corpora.CHUNK_CHARACTERS <= len(piece) < corpora.CHUNK_CHARACTERS + 100 for piece in pieces)
+    assert corpora._pieces("short\n") == ["short\n"]
+    assert corpora._take_turns([["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]) == ["a1", "b1", "c1", "a2", "c2", "a3"]
+
+
+def test_only_the_splits_that_are_asked_for() -> None:
+    found = load_corpora(DataConfig(train=SplitConfig(num_texts=3)), ["train"])
+    assert found.train is not None and len(found.train) == 3
+    assert found.validation is None and found.calibration is None and set(found.sha256()) == {"train"}
+
+
+def test_the_hash_sees_where_documents_end() -> None:
+    assert Corpora(train=["ab", "c"]).sha256() != Corpora(train=["a", "bc"]).sha256()
+
+
+# --------------------------------------------------------------------------------------------------- local files
+
+
+def test_training_texts_leave_out_the_calibration_set(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "all.jsonl", ["one", "two", "three", "", "four"])
+    found = load_corpora(texts_config(calibration=path, train=path, validation=path))
+    assert found.calibration == ["one", "two", "three", "", "four"]
+    assert found.train == ["three", "four"]  # num_samples = 2
+    assert found.validation == ["one", "two", "three", "four"]
+    assert load_corpora(texts_config(calibration=path, train=path), ["train"]).train == ["three", "four"]
+    assert load_corpora(texts_config(calibration=path)).train is None
+    all_taken = write_jsonl(tmp_path / "two.jsonl", ["one", "two"])
+    with pytest.raises(ValueError, match="all of its texts are in the calibration set"):
+        load_corpora(texts_config(calibration=path, train=all_taken))
+
+
+def test_plain_text_is_read_by_blocks_or_by_articles(tmp_path: Path) -> None:
+    path = tmp_path / "plain.txt"
+    path.write_text("\nfirst\nblock\n\n\n  second block\n")
+    assert list(read_texts(path)) == [(2, "first\nblock"), (6, "  second block")]
+    path.write_text(" \n = One = \n \n text \n = = Part = = \n more \n \n = Two = \n \n x = y \n")
+    assert list(read_texts(path)) == [(2, " = One = \n \n text \n = = Part = = \n more"), (8, " = Two = \n \n x = y")]
+
+
+def test_problems_of_files_are_all_reported(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    missing = tmp_path / "missing.txt"
+    problems = check_paths(texts_config(calibration=empty, train=folder, validation=missing))
+    assert problems == [
+        f"data.train.path={folder}: is a folder; a file is needed.",
+        f"data.validation.path={missing}: there is no such file.",
+        f"data.calibration.path={empty}: the file is empty; it must hold texts.",
+    ]
+    assert check_paths(DataConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"body": "b"}\n', r"line 2 has no text under 'text' \(its keys: body\); set data.text_field"),
+        (b'{"text": "a"}\n\n[1]\n', "line 3 has no text under 'text' .a list."),
+        (b'{"text": 1}\n', "line 1 has no text"),
+        (b'{"text": "a"}\noops\n', "line 2 is not JSON .*; write one object a line"),
+        (b'{"text": "\xff"}\n', "is not UTF-8 text .byte 10"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    config = texts_config(calibration=path)
+    with pytest.raises(ValueError, match=rf"^data.calibration.path={path}: {message}"):
+        load_corpora(config)
+    assert len(check_paths(config)) == 1
+
+
+def test_calibration_files_that_are_too_short(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "few.jsonl", [""])
+    problems = check_paths(texts_config(calibration=path))
+    assert len(problems) == 2
+    assert "has 1 texts, but data.calibration.num_samples=2; lower num_samples" in problems[0]
+    assert "line 1 is an empty text, shorter than one token" in problems[1]
+    with pytest.raises(ValueError, match="the file has no text"):
+        load_corpora(texts_config(validation=path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_corpora(texts_config(validation=tmp_path / "missing.jsonl"))
+
+
+def test_another_text_field(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", ["a", "b"], field="content")
+    assert load_corpora(replace(texts_config(calibration=path), text_field="content")).calibration == ["a", "b"]
+
+
+# ---------------------------------------------------------------------------------------------------------- hub
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the hub's form, and a cache of our own for it."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ["", *(f"train {number}" for number in range(6)), "train 0"])
+    write_jsonl(folder / "validation.jsonl", ["validation 0", "validation 1"])
+    return folder
+
+
+def hub_config(folder: Path | str, *, streaming: bool = True, train: int | None = 3, **names: str) -> DataConfig:
+    splits = SplitNames(**{"train": "train", "validation": "validation", "calibration": "train", **names})
+    return DataConfig(
+        name="c4",
+        source="hub",
+        dataset=str(folder),
+        splits=splits,
+        streaming=streaming,
+        calibration=CalibrationConfig(num_samples=2),
+        train=SplitConfig(num_texts=train),
+        validation=SplitConfig(num_texts=1),
+    )
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_splits_do_not_overlap(dataset: Path, streaming: bool) -> None:
+    config = hub_config(dataset, streaming=streaming)
+    found = load_corpora(config)
+    assert found.calibration == ["train 0", "train 1"]
+    assert found.train == ["train 2", "train 3", "train 4"]
+    assert found.validation == ["validation 0"]
+    # The same training texts when they alone are asked for, and when the calibration set has a split of its own.
+    assert load_corpora(config, ["train"]) == Corpora(train=found.train)
+    everything = load_corpora(hub_config(dataset, streaming=streaming, train=None), ["train"]).train
+    assert everything == ["train 2", "train 3", "train 4", "train 5"]
+    shared = load_corpora(hub_config(dataset, streaming=streaming, validation="train"))
+    assert (shared.validation, shared.train) == (["train 2"], ["train 3", "train 4", "train 5"])
+    apart = load_corpora(hub_config(dataset, streaming=streaming, calibration="validation"), ["train"])
+    assert apart.train == ["train 0", "train 1", "train 2"]
+
+
+def test_hub_lines_of_wikitext_become_articles(dataset: Path) -> None:
+    write_jsonl(
+        dataset / "train.jsonl", ["", " = One = \n", "", " text \n", " = Two = \n", " more \n", " = Three = \n"]
+    )
+    found = load_corpora(hub_config(dataset))
+    assert found.calibration == [" = One = \n\n text", " = Two = \n more"]
+    assert found.train == [" = Three ="]
+
+
+def test_hub_mistakes_are_explained(dataset: Path) -> None:
+    with pytest.raises(ValueError, match=r"split 'tran': .*data\.splits"):
+        load_corpora(replace(hub_config(dataset), splits=SplitNames(train="tran")))
+    with pytest.raises(ValueError, match=r"no field 'body' \(fields: text\); set data.text_field"):
+        load_corpora(replace(hub_config(dataset), text_field="body"))
+    with pytest.raises(ValueError, match="no text left for it"):
+        load_corpora(replace(hub_config(dataset), calibration=CalibrationConfig(num_samples=10)))
+    with pytest.raises(ValueError, match=r"BuilderConfig 'xx' not found.*data\.subset"):
+        load_corpora(replace(hub_config(dataset), subset="xx"))
+    assert "would read the whole split" in check_paths(hub_config(dataset, train=None))[0]
+    assert "name the data set" in check_paths(replace(hub_config(dataset), dataset=None))[0]
+
+
+def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    hub.hub_reachable.cache_clear()
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"^data\.dataset=owner/set: the hub cannot be reached") as caught:
+        load_corpora(hub_config("owner/set"))
+    hub.hub_reachable.cache_clear()
+    assert "\n" not in str(caught.value) and time.monotonic() - started < 5
+    assert datasets.config.HF_HUB_OFFLINE is False and huggingface_hub.constants.HF_HUB_OFFLINE is False

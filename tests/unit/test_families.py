@@ -1,0 +1,148 @@
+"""What configs say must be what models are; the published sizes are counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, deepseek_v2, logits, qwen2_moe, unchanged, windows
+from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV2Config, MixtralConfig, PretrainedConfig, Qwen2MoeConfig
+
+from recondense import families, surgery
+from recondense.plan import Condense, Plan
+from recondense.profiling import count_parameters, weights_bytes
+from recondense.summary import sizes
+
+# METHODS.md, section 1.
+QWEN = Qwen2MoeConfig(
+    vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16,
+    num_key_value_heads=16, moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60,
+    num_experts_per_tok=4, norm_topk_prob=False, tie_word_embeddings=False,
+)  # fmt: skip
+DEEPSEEK = DeepseekV2Config(
+    vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27, num_attention_heads=16,
+    num_key_value_heads=16, moe_intermediate_size=1408, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2,
+    first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+    v_head_dim=128, routed_scaling_factor=1.0, topk_method="greedy", norm_topk_prob=False, tie_word_embeddings=False,
+)  # fmt: skip
+PUBLISHED = {"qwen": (QWEN, 14_315_784_192, 12_457_082_880), "deepseek": (DEEPSEEK, 15_706_484_224, 14_394_851_328)}
+
+
+def on_meta(config: PretrainedConfig) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    config, total, routed = PUBLISHED[name]
+    facts, model = families.facts(config), on_meta(config)
+    assert len(facts.moe_layers) * facts.num_experts * 3 * facts.hidden_size * facts.expert_width == routed
+    assert sizes(model) == {"total": total, "routed_experts": routed}
+    assert tuple(families.sparse_blocks(model)) == facts.moe_layers
+
+
+def test_published_facts() -> None:
+    assert families.facts(QWEN) == families.Facts("qwen2_moe", 24, tuple(range(24)), 60, 4, 2048, 1408, 5632, True)
+    assert families.facts(DEEPSEEK) == families.Facts(
+        "deepseek_v2", 27, tuple(range(1, 27)), 64, 6, 2048, 1408, 2816, False
+    )
+
+
+@pytest.mark.parametrize(("num_experts", "memory_ratio"), [(4, 0.6954), (0, None)])
+def test_memory_ratio_of_nine_condensed_layers(num_experts: int, memory_ratio: float | None) -> None:
+    """From shapes alone, a layer loses the router, its shared gate, and all experts but those kept."""
+    model = on_meta(QWEN)
+    before = weights_bytes(model)
+    kept = tuple(range(0, 2 * num_experts, 2))
+    operations = [Condense(layer, kept, (0.1,) * num_experts, shared_gate=0.5) for layer in range(0, 18, 2)]
+    surgery.restructure(model, Plan("qwen", tuple(operations)))
+    expert = 3 * 2048 * 1408
+    lost = 9 * ((60 - num_experts) * expert + 60 * 2048 + 2048)
+    assert count_parameters(model) == 14_315_784_192 - lost
+    assert sizes(model)["routed_experts"] == 12_457_082_880 - 9 * (60 - num_experts) * expert
+    scales = 9 * 4 * (5632 + num_experts * 1408)  # kept in fp32 while training
+    assert weights_bytes(model) == before - 2 * lost + scales
+    assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    if memory_ratio is not None:
+        assert (14_315_784_192 - lost) / 14_315_784_192 == pytest.approx(memory_ratio, abs=5e-5)
+
+
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "qwen": qwen2_moe,
+    "qwen, some layers dense": lambda: qwen2_moe(num_hidden_layers=4, mlp_only_layers=[0, 2]),
+    "qwen, every second layer sparse": lambda: qwen2_moe(num_hidden_layers=4, decoder_sparse_step=2),
+    "deepseek": deepseek_v2,
+    "deepseek, all sparse": lambda: deepseek_v2(first_k_dense_replace=0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_facts_are_what_the_modules_are(variant: str) -> None:
+    model = VARIANTS[variant]()
+    facts, blocks = families.facts(model.config), families.sparse_blocks(model)
+    assert facts.num_layers == len(families.decoder_layers(model))
+    assert tuple(blocks) == facts.moe_layers
+    for layer, block in blocks.items():
+        assert block.layer == layer and block.module is families.get_block(model, layer)
+        weights = block.weights
+        shape = (facts.num_experts, facts.hidden_size, facts.expert_width)
+        assert block.num_experts == facts.num_experts
+        assert weights.down_EDF.shape == shape
+        assert weights.gate_up_EHD.shape == (facts.num_experts, 2 * facts.expert_width, facts.hidden_size)
+        assert weights.shared is not None
+        assert [tuple(weight.shape) for weight in weights.shared] == [
+            (facts.shared_width, facts.hidden_size),
+            (facts.shared_width, facts.hidden_size),
+            (facts.hidden_size, facts.shared_width),
+        ]
+        assert (weights.shared_gate is not None) == facts.shared_gate
+        own = {parameter.data_ptr() for parameter in block.module.parameters()}
+        assert {tensor.data_ptr() for tensor in (weights.gate_up_EHD, weights.down_EDF, *weights.shared)} <= own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_blocks_and_experts(family: str) -> None:
+    """Prefixes are those of the state dict; neither router nor gate is among the experts."""
+    model = FAMILIES[family]()
+    layer = families.facts(model.config).moe_layers[-1]
+    names = dict(model.named_modules())
+    assert names[families.block_name(layer)] is families.get_block(model, layer)
+    found = families.expert_modules(model, layer)
+    assert all(names[f"{families.block_name(layer)}.{name}"] is module for name, module in found.items())
+    numbers = sum(count_parameters(module) for module in found.values())
+    facts = families.facts(model.config)
+    assert numbers == 3 * facts.hidden_size * (facts.num_experts * facts.expert_width + facts.shared_width)
+
+
+def test_unsupported_models() -> None:
+    with pytest.raises(ValueError, match=r"'mixtral' is not supported.*deepseek_v2, qwen2_moe"):
+        families.facts(MixtralConfig())
+    with pytest.raises(ValueError, match="has no MoE layers"):
+        families.facts(Qwen2MoeConfig(num_hidden_layers=2, mlp_only_layers=[0, 1]))
+    close = PretrainedConfig()
+    close.model_type = "qwen2_mo"
+    with pytest.raises(ValueError, match="did you mean qwen2_moe"):
+        families.family_of(close)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_comes_back_also_after_an_error(family: str) -> None:
+    model, ids = FAMILIES[family](), windows(2, 7)
+    layer = families.facts(model.config).moe_layers[0]
+
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    before = logits(model, ids)
+    with unchanged(model):
+        with families.swapped(model, {layer: Nothing()}) as same:
+            assert same is model
+            assert not torch.equal(logits(model, ids), before)
+        with pytest.raises(KeyError), families.swapped(model, {layer: Nothing()}):
+            raise KeyError
+        assert torch.equal(logits(model, ids), before)

@@ -1,0 +1,157 @@
+"""A plan is plain data: what is written is what is read, what cannot be right is refused, nothing is half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recondense import plan as plan_module
+from recondense.cache import JsonFolder, fingerprint
+from recondense.plan import Condense, Plan, write_aside
+
+PLAN = Plan(
+    model="Qwen/Qwen1.5-MoE-A2.7B",
+    operations=(
+        Condense(layer=5, experts=(7, 0, 3), coefficients=(0.1, 1 / 3, 2.5e-7), shared_gate=0.123456789012345678),
+        Condense(layer=2, experts=(), coefficients=(), shared_gate=None),
+    ),
+    fingerprint={"weights": "ab", "calibration": "cd", "method": "ef"},
+    search={"expert_search": {"5": {"order": [7, 0, 3], "js": [0.3, 0.2, 0.1], "coefficients": [0.5, None]}}},
+)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "plan.json"
+    PLAN.save(path)
+    assert Plan.load(path) == PLAN
+    assert Plan.from_json(PLAN.to_json()) == PLAN
+    assert Plan.from_dict(PLAN.to_dict()) == PLAN
+    assert isinstance(Plan.load(path).operations[0].experts, tuple)
+    assert [each.name for each in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_the_file_is_as_the_design_says() -> None:
+    """The keys, and the order in which operations were chosen."""
+    data = json.loads(PLAN.to_json())
+    assert list(data) == ["schema", "model", "fingerprint", "operations", "search"]
+    assert data["schema"] == 1
+    assert data["operations"][0] == {
+        "kind": "condense", "layer": 5, "experts": [7, 0, 3], "coefficients": [0.1, 1 / 3, 2.5e-7],
+        "shared_gate": 0.12345678901234568,
+    }  # fmt: skip
+    assert data["operations"][1]["shared_gate"] is None
+    assert PLAN.layers == (2, 5)
+    assert Plan("m").layers == ()
+
+
+def test_needs_the_standard_library_alone(root: Path) -> None:
+    """In an interpreter without site-packages, where the file is all there is."""
+    file = root / "src" / "recondense" / "plan.py"
+    code = (
+        "import importlib.util, sys; "
+        f"spec = importlib.util.spec_from_file_location('plan', {str(file)!r}); "
+        "module = importlib.util.module_from_spec(spec); sys.modules['plan'] = module; spec.loader.exec_module(module); "
+        "assert module.Plan.from_json(sys.stdin.read()).layers == (2, 5)"
+    )
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], input=PLAN.to_json(), text=True, check=True)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return {**PLAN.to_dict(), **changes}
+
+
+OPERATION = PLAN.to_dict()["operations"][0]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (changed(schema=2), "schema 2 is not 1"),
+        ({}, "schema None"),
+        (changed(operations=[{**OPERATION, "kind": "merge"}]), "'merge'.*condense"),
+        (changed(operations=[{"layer": 1}]), "unknown kind of operation None"),
+        (changed(operations=[{"kind": "condense", "layer": 1}]), "lacks"),
+        (changed(operations=[{**OPERATION, "experts": [7, 7, 3]}]), "distinct"),
+        (changed(operations=[{**OPERATION, "experts": [7, -1, 3]}]), ">= 0"),
+        (changed(operations=[{**OPERATION, "layer": -1}]), "negative"),
+        (changed(operations=[{**OPERATION, "coefficients": [0.1]}]), "3 experts but 1 coefficients"),
+    ],
+)
+def test_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.from_dict(data)
+
+
+def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
+    """NaN is no JSON: other tools could not read it."""
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    with pytest.raises(ValueError, match="JSON"):
+        Plan("m", (Condense(0, (1,), (float("nan"),)),)).save(path)
+    assert Plan.load(path) == PLAN
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_write_aside_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    old = tmp_path / "file"
+    write_aside(old, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plan_module.os, where, fail)
+    for path in (old, tmp_path / "other"):
+        with pytest.raises(OSError, match="No space left"):
+            write_aside(path, "new")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert old.read_text() == "old"
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, root: Path) -> None:
+    """SIGKILL between writing and renaming: nothing can be cleaned up, but the old file stands under its name."""
+    path = tmp_path / "file"
+    write_aside(path, "old")
+    code = (
+        f"import os, signal, sys; sys.path.insert(0, {str(root / 'src' / 'recondense')!r}); import plan; "
+        "plan.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        f"plan.write_aside({str(path)!r}, 'new' * 100)"
+    )
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", code]).returncode == -9
+    assert path.read_text() == "old"
+    assert all(each.name.startswith(".") for each in tmp_path.iterdir() if each != path)
+
+
+def test_write_aside_bytes_text_and_permissions(tmp_path: Path) -> None:
+    write_aside(tmp_path / "bytes", b"\x00\xff")
+    assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
+    write_aside(tmp_path / "text", "w̄ ä\n")
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "w̄ ä\n"
+    (tmp_path / "plain").write_text("")
+    assert os.stat(tmp_path / "text").st_mode == os.stat(tmp_path / "plain").st_mode  # others may read a shared cache
+
+
+def test_json_folder_is_a_mapping(tmp_path: Path) -> None:
+    folder = JsonFolder(tmp_path / "cache")
+    assert len(folder) == 0 and "a" not in folder and folder.get("a") is None
+    folder["b"] = {"x": [1, None]}
+    folder["a"] = {}
+    (tmp_path / "cache" / ".a.json.partial").write_text("{")
+    assert dict(folder) == {"a": {}, "b": {"x": [1, None]}}
+    assert list(JsonFolder(tmp_path / "cache")) == ["a", "b"]
+    with pytest.raises(ValueError, match="JSON"):
+        folder["b"] = {"x": float("inf")}
+    assert folder["b"] == {"x": [1, None]}
+    del folder["a"]
+    with pytest.raises(KeyError):
+        del folder["a"]
+
+
+def test_fingerprint_depends_on_values_not_on_their_order() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert len({fingerprint(*parts) for parts in ((1, 2), (2, 1), ([1, 2],), ("1", 2))}) == 4
