@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from recondense import families
 from recondense.families import SparseBlock
-from recondense.losses import Reference, jensen_shannon, js_from_difference
+from recondense.losses import Reference, js_from_difference
 from recondense.modules import CondensedMoE, expert_outputs
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SCORE_TEMPORARIES = 6  # fp32 tensors of a chunk's size that scoring holds at once
 APART_ABOVE = 1e-4  # a layer whose shared experts alone are further than this is scored by the shorter computation
-CPU_CHUNK = 2**17  # elements: larger chunks leave a CPU's cache and take longer
+CPU_CHUNK = 2**18  # elements: larger chunks leave a CPU's cache and take longer
 
 
 class LayerScorer:
@@ -90,7 +90,7 @@ class LayerScorer:
         per_block = []
         for index in range(len(self.x)):
             js_CT = self.x[index].new_empty(len(candidates), self.x[index].shape[0], dtype=torch.float32)
-            for rows, group in self._chunks(index, len(candidates)):
+            for rows, group in self._chunks(index, candidates):
                 js_CT[group, rows] = self._score_chunk(index, rows, list(candidates[group]))
             per_block.append(js_CT)
         return self.tape.mean_over_texts(per_block)
@@ -110,36 +110,43 @@ class LayerScorer:
         return js_from_difference(reference, difference_CTD, self.apart)
 
     def _outputs(self, index: int, experts: list[int], rows: slice = slice(None)) -> Tensor:
-        """Outputs of experts for the tokens of a block: (n, T, D); held for the whole search where they fit."""
+        """Outputs of consecutive experts for the tokens of a block, (n, T, D); held throughout if they fit."""
         block = self.block
         if not self._hold:
-            all_rows = expert_outputs(self.x[index], block.weights, experts)
-            return all_rows[:, rows]
+            return expert_outputs(self.x[index], block.weights, experts)[:, rows]
         if index not in self._held:
-            everyone = list(range(block.num_experts))
-            self._held[index] = expert_outputs(self.x[index], block.weights, everyone)
-        return self._held[index][experts, rows]
+            self._held[index] = expert_outputs(self.x[index], block.weights, range(block.num_experts))
+        return self._held[index][experts[0] : experts[-1] + 1, rows]  # a view
 
     def _experts_bytes(self) -> int:
         return self.block.num_experts * sum(x_TD.nbytes for x_TD in self.x)
 
-    def _chunks(self, index: int, num_candidates: int) -> list[tuple[slice, slice]]:
-        """Cut (candidates, tokens) into chunks within the scratch bound; each row is scored on its own."""
+    def _chunks(self, index: int, candidates: Sequence[int | None]) -> list[tuple[slice, slice]]:
+        """Cut (candidates, tokens) into chunks within the scratch bound, each of consecutive experts.
+
+        Every row is scored on its own: its bits do not depend on the chunk.
+        """
         num_tokens, width = self.x[index].shape
         elements = self.max_scratch_bytes // (4 * SCORE_TEMPORARIES)
         if self.x[index].device.type == "cpu":
             elements = min(elements, CPU_CHUNK)
         rows = min(num_tokens, max(1, elements // width)) if self._hold else num_tokens
-        group = max(1, elements // (rows * width))
-        return [
-            (slice(row, row + rows), slice(first, first + group))
-            for first in range(0, num_candidates, group)
-            for row in range(0, num_tokens, rows)
-        ]
+        size = max(1, elements // (rows * width))
+        groups, first = [], 0
+        for position in range(1, len(candidates) + 1):
+            previous = candidates[position - 1]
+            follows = position < len(candidates) and previous is not None and candidates[position] == previous + 1
+            if position - first == size or not follows:
+                groups.append(slice(first, position))
+                first = position
+        return [(slice(row, row + rows), group) for group in groups for row in range(0, num_tokens, rows)]
 
 
 class Ladder:
-    """Greedy choice of layers: base states under those chosen so far, and reruns of what lies above a candidate."""
+    """Greedy choice of layers: base states under those chosen so far, and reruns of what lies above a candidate.
+
+    Beside the tape it holds the states of the best candidate so far and of the one that is run: at most two tapes more.
+    """
 
     def __init__(self, model: PreTrainedModel, tape: Tape, condensed: dict[int, CondensedMoE]) -> None:
         self.model = model
@@ -147,43 +154,53 @@ class Ladder:
         self.condensed = condensed
         self.chosen: dict[int, CondensedMoE] = {}
         self.base = [list(states) for states in tape.states]
-        self.norm = families.final_norm(model)
+        self.references = [Reference.of(self._normed(index, state)) for index, state in enumerate(tape.states[-1])]
+        self._best: tuple[int, list[list[Tensor]]] | None = None
 
     def score(self) -> dict[int, float]:
         """JS of the final hidden state, after the final norm, against the original's, for each layer not yet chosen."""
-        candidates = [layer for layer in self.condensed if layer not in self.chosen]
-        per_block = []
-        for index in range(len(self.tape.blocks)):
-            reference_TD = self.norm(self.tape.real_tokens(index, self.tape.states[-1][index])).float()
+        scores: dict[int, float] = {}
+        self._best = None
+        for layer in self.condensed:
+            if layer in self.chosen:
+                continue
+            states = self._climb(layer)
             js = [
-                jensen_shannon(reference_TD, (self._final(layer, index).float() - reference_TD).unsqueeze(0))
-                for layer in candidates
+                js_from_difference(reference, (self._normed(index, above[-1]) - reference.logits_TD).unsqueeze(0))
+                for index, (reference, above) in enumerate(zip(self.references, states, strict=True))
             ]
-            per_block.append(torch.cat(js))
-        scores = self.tape.mean_over_texts(per_block).tolist()
-        return dict(zip(candidates, scores, strict=True))
-
-    def _final(self, layer: int, index: int) -> Tensor:
-        return self.norm(
-            self.tape.real_tokens(index, self._climb(layer, index, {**self.chosen, layer: self.condensed[layer]})[-1])
-        )
-
-    def _climb(self, layer: int, index: int, condensed: dict[int, CondensedMoE]) -> list[Tensor]:
-        """Hidden states leaving `layer` and every layer above it, from the base state that enters it."""
-        hidden_BSD = self.base[layer][index]
-        states = []
-        with families.swapped(self.model, condensed):
-            for above in range(layer, self.tape.num_layers):
-                hidden_BSD = self.tape.run_layer(self.model, above, index, hidden_BSD)
-                states.append(hidden_BSD)
-        return states
+            score = float(self.tape.mean_over_texts(js)[0])
+            if self._best is None or score < scores[self._best[0]]:
+                self._best = layer, states
+            scores[layer] = score
+        return scores
 
     def choose(self, layer: int) -> None:
-        """Condense a layer for good: the base states above it change."""
+        """Condense a layer for good: the base states above it become those with it."""
+        known = self._best is not None and self._best[0] == layer
+        states = self._best[1] if known and self._best is not None else self._climb(layer)
         self.chosen[layer] = self.condensed[layer]
-        for index in range(len(self.tape.blocks)):
-            for above, state in enumerate(self._climb(layer, index, self.chosen), start=layer + 1):
-                self.base[above][index] = state
+        for index, above in enumerate(states):
+            for offset, state in enumerate(above, start=layer + 1):
+                self.base[offset][index] = state
+        self._best = None
+
+    def _climb(self, layer: int) -> list[list[Tensor]]:
+        """For each block, the states leaving `layer`, condensed too, and every layer above it."""
+        found = []
+        with families.swapped(self.model, {**self.chosen, layer: self.condensed[layer]}):
+            for index, hidden_BSD in enumerate(self.base[layer]):
+                states = []
+                for above in range(layer, self.tape.num_layers):
+                    hidden_BSD = self.tape.run_layer(self.model, above, index, hidden_BSD)
+                    states.append(hidden_BSD)
+                found.append(states)
+        return found
+
+    def _normed(self, index: int, hidden_BSD: Tensor) -> Tensor:
+        """The real tokens after the final norm, (T, D) in fp32."""
+        normed_TD: Tensor = families.final_norm(self.model)(self.tape.real_tokens(index, hidden_BSD))
+        return normed_TD.float()
 
 
 def _routing_totals(traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
