@@ -16,7 +16,7 @@ EPSILON = 1e-10  # what CD-MoE's code adds to both arguments of each KL
 # Both keep arithmetic out of the denormal range, where a CPU is ten times slower. Neither can be seen in a result:
 LOWEST = -70.0  # logits below a row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
 NOTHING = 1e-15  # |q'/p' - 1| that counts as 0: the divergence has its square
-DIRECT_ABOVE = 8.0  # a row in which some logit moves further is scored by the definition, in fp64
+DIRECT_ABOVE = 8.0  # a row in which some logit moves further is scored in fp64
 
 
 def jensen_shannon(reference_TD: Tensor, difference_CTD: Tensor, apart: bool = False) -> Tensor:
@@ -85,17 +85,21 @@ def _js_close(reference: Reference, d_CTD: Tensor) -> Tensor:
         d_CTD.masked_fill_(far_CT.unsqueeze(-1), 0.0)
     # q/p - 1 = (e^d - Z)/Z with Z - 1 = Σ p (e^d - 1)
     d_CTD.expm1_()
-    excess_CT1 = torch.einsum("ctd,td->ct", d_CTD, p_TD).unsqueeze(-1)
+    excess_CT1 = (d_CTD * p_TD).sum(dim=-1, keepdim=True)
     ratio = d_CTD.sub_(excess_CT1).mul_(p_TD * inverse_TD).mul_(1 / (1 + excess_CT1))  # q'/p' - 1
-    ratio = F.hardshrink(ratio, NOTHING)
-    total = ratio + 2  # (p' + q')/p'
-    terms = ratio.log1p()
-    delta = ratio.div_(total)
-    terms.mul_(delta).add_(delta.square_().neg_().log1p_()).mul_(total)
-    js_CT = torch.einsum("ctd,td->ct", terms, weight_TD) / 4
+    js_CT = _from_ratio(F.hardshrink(ratio, NOTHING), weight_TD)
     if direct is not None:
         js_CT[far] = direct.to(js_CT.dtype)
     return js_CT
+
+
+def _from_ratio(ratio: Tensor, weight_TD: Tensor) -> Tensor:
+    """¼ Σ p' (2 + r) g(r/(2 + r)) with r = q'/p' - 1; overwrites r."""
+    total = ratio + 2  # (p' + q')/p'
+    terms = ratio.log1p()
+    delta = ratio.div_(total)
+    terms.mul_(delta).add_(delta.square_().neg_().log1p_())
+    return terms.mul_(total).mul_(weight_TD).sum(dim=-1) / 4
 
 
 def _js_apart(reference: Reference, d_CTD: Tensor) -> Tensor:
@@ -104,16 +108,15 @@ def _js_apart(reference: Reference, d_CTD: Tensor) -> Tensor:
     u_CTD = torch.softmax(logits_CTD, dim=-1).add_(EPSILON).mul_(reference.inverse_TD)
     half_CTD = torch.add(u_CTD.new_tensor(-0.5), u_CTD, alpha=0.5).log1p_()  # ln((1 + u)/2), exact where u is near 1
     terms_CTD = u_CTD.log().sub_(half_CTD).mul_(u_CTD).sub_(half_CTD)
-    return torch.einsum("ctd,td->ct", terms_CTD, reference.weight_TD) / 2
+    return terms_CTD.mul_(reference.weight_TD).sum(dim=-1) / 2
 
 
-def _js_direct(reference_RD: Tensor, difference_RD: Tensor) -> Tensor:
-    """The definition in fp64, for rows R whose distributions are far apart."""
-    logits_RD = reference_RD.double()
-    p_RD = torch.softmax(logits_RD, dim=-1) + EPSILON
-    q_RD = torch.softmax(logits_RD + difference_RD.double(), dim=-1) + EPSILON
-    m_RD = (p_RD + q_RD) / 2
-    return ((p_RD * (p_RD / m_RD).log()) + (q_RD * (q_RD / m_RD).log())).sum(-1) / 2
+def _js_direct(logits_RD: Tensor, difference_RD: Tensor) -> Tensor:
+    """The same in fp64 from both softmaxes, for rows R in which e^d may overflow."""
+    logits_RD = logits_RD.double()
+    p_RD = torch.softmax(logits_RD, dim=-1)
+    q_RD = torch.softmax(logits_RD + difference_RD.double(), dim=-1)
+    return _from_ratio((q_RD - p_RD) / (p_RD + EPSILON), p_RD + EPSILON)
 
 
 def cross_entropy(logits_BSV: Tensor, input_ids_BS: Tensor) -> Tensor:

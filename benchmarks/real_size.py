@@ -1,0 +1,209 @@
+"""CD-MoE on Qwen1.5-MoE-A2.7B at its real size with random weights: how long the search takes, what condensing saves.
+
+    python benchmarks/real_size.py --device cuda --condense 9 [--experts 4] [--json FILE]
+    python benchmarks/real_size.py --device cpu --scale tiny          (a smoke test of seconds)
+
+Random weights give no quality, so only times, bytes and speeds are measured; they do not depend on what the weights are
+(the routing does: random weights spread tokens evenly). The authors' expert search is not run: one of its whole-model
+passes is timed, and multiplied by their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import subjects
+import torch
+from rich.table import Table
+from subjects import timed
+from transformers import AutoTokenizer, PreTrainedModel
+
+from recondense import families, surgery
+from recondense.calibrate import TEXTS_PER_BLOCK, Tape
+from recondense.config import Config, parse_bytes
+from recondense.data import CalibrationSet, calibration_set
+from recondense.methods.cdmoe import CDMoE
+from recondense.plan import Condense, Plan
+from recondense.profiling import Variant, peak_tensor_bytes, profile_variants
+from recondense.searching import scratch_bytes
+from recondense.textfiles import read_texts
+
+sys.path.insert(0, str(subjects.ROOT / "tests"))
+import brute_force as bf
+
+GIBIBYTE = 2**30
+# 9 layers with E(4+4): from shapes (METHODS.md section 2.8), and the authors' measurements.
+ARITHMETIC_RATIO, PUBLISHED_RATIO, PUBLISHED_SPEEDUP = 0.6954, 0.697, 1.30
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("real", "tiny"), default="real")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--implementation", choices=("grouped_mm", "eager", "batched_mm"), default="grouped_mm")
+    parser.add_argument("--condense", type=int, default=9, help="layers to condense")
+    parser.add_argument("--experts", type=int, default=4, help="routed experts that they keep")
+    parser.add_argument("--texts", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--texts-file", type=Path, help="jsonl or plain text, with --tokenizer; default: random tokens")
+    parser.add_argument("--tokenizer", help="folder or hub id")
+    parser.add_argument("--repeats", type=int, default=3, help="timed searches, after a warm-up")
+    parser.add_argument("--max-scratch-bytes", default="auto", help="bound on temporary tensors, as in train.py")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="of prefill and decode")
+    parser.add_argument("--prompt-length", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=5, help="of prefill and decode, alternating")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    args = parser.parse_args()
+    if (args.texts_file is None) != (args.tokenizer is None):
+        parser.error("--texts-file and --tokenizer go together")
+    if args.max_scratch_bytes != "auto":
+        args.max_scratch_bytes = parse_bytes(args.max_scratch_bytes)
+    return args
+
+
+def texts(args: argparse.Namespace, vocab_size: int) -> CalibrationSet:
+    """The calibration set: from a file, or random tokens."""
+    if args.texts_file is None:
+        return subjects.random_texts(vocab_size, args.texts, args.tokens)
+    documents = [text for _, text in read_texts(args.texts_file)]
+    return calibration_set(documents, AutoTokenizer.from_pretrained(args.tokenizer), args.texts, args.tokens)
+
+
+def search(
+    model: PreTrainedModel, calibration: CalibrationSet, args: argparse.Namespace
+) -> tuple[Plan, dict[str, Any]]:
+    """Time taping, expert search and layer search; the plan of the last repetition."""
+    step = CDMoE(args.experts, args.condense)
+    scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
+    seconds: dict[str, list[float]] = {"taping": [], "expert_search": [], "layer_search": []}
+
+    def tape(num_texts: int | None = None) -> Tape:
+        return Tape.record(model, CalibrationSet(calibration.ids[:num_texts]).blocks(TEXTS_PER_BLOCK))
+
+    def once(tape: Tape) -> tuple[list[Condense], dict[str, Any]]:
+        return step.search(model, lambda: tape, {}, scratch)
+
+    once(tape(TEXTS_PER_BLOCK))  # warms up
+    for _ in range(args.repeats):
+        taped, taping = timed(tape, model.device)
+        operations, record = once(taped)
+        for name, value in {"taping": taping, **record["seconds"]}.items():
+            seconds[name].append(value)
+    figures: dict[str, Any] = {name: subjects.spread(values) for name, values in seconds.items()}
+    figures["layer_runs"] = record["layer_search"]["layer_runs"]
+    figures["tape_bytes"] = taped.nbytes
+    del taped
+    figures["peak_tensor_bytes"] = peak_tensor_bytes(lambda: once(tape()), model.device)
+    figures["max_scratch_bytes"] = scratch
+    return Plan("qwen", tuple(operations), search=record), figures
+
+
+def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: int) -> dict[str, Any]:
+    """One whole-model pass of the authors' procedure, LM head included, and how many they would make."""
+    layers = bf.moe_layers(model)
+    total = len(bf.block_of(model, layers[0]).experts.down_proj)
+    passes = len(layers) * (1 + sum(range(total - num_experts + 1, total + 1)))
+    bf.states_after(model, layers[-1:], calibration.ids)
+    times = [timed(lambda: bf.states_after(model, layers[-1:], calibration.ids), model.device)[1] for _ in range(2)]
+    return {"pass_seconds": min(times), "passes": passes, "estimated_seconds": passes * min(times)}
+
+
+def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes and speeds before and after condensing, in alternation; the model is left condensed."""
+    originals = surgery.apply(model, plan)
+    variants: dict[str, Variant] = {
+        "original": lambda: families.swapped(model, originals),
+        "condensed": lambda: nullcontext(model),
+    }
+    found = {}
+    for batch_size in args.batch_sizes:
+        measured = profile_variants(
+            variants,
+            batch_size=batch_size,
+            prompt_length=args.prompt_length,
+            new_tokens=args.new_tokens,
+            repetitions=args.repetitions,
+            vocab_size=model.config.vocab_size,
+            device=model.device,
+            seed=0,
+        )
+        before, after = measured["original"], measured["condensed"]
+        found[str(batch_size)] = {
+            "original": before.to_dict(),
+            "condensed": after.to_dict(),
+            "memory_ratio": after.weights_bytes / before.weights_bytes,
+            "prefill_speedup": after.prefill_tokens_per_second / before.prefill_tokens_per_second,
+            "decode_speedup": after.decode_tokens_per_second / before.decode_tokens_per_second,
+        }
+    return found
+
+
+def search_table(found: dict[str, Any], theirs: dict[str, Any]) -> Table:
+    """Times of the search."""
+    table = Table("search", "median", "min", "max", title="seconds")
+    for name in ("taping", "expert_search", "layer_search"):
+        times = found[name]
+        table.add_row(name.replace("_", " "), *(f"{times[key]:.2f}" for key in ("median", "min", "max")))
+    estimate = f"{theirs['passes']} passes of {theirs['pass_seconds']:.2f}: {theirs['estimated_seconds']:,.0f}, not run"
+    table.add_row("authors' expert search", estimate, "", "")
+    return table
+
+
+def speed_table(found: dict[str, Any], args: argparse.Namespace) -> Table:
+    """Bytes and speeds, with the published figures where the setting is the published one."""
+    published = args.scale == "real" and (args.condense, args.experts) == (9, 4)
+    title = f"{args.condense} layers condensed, {args.experts} routed experts kept"
+    table = Table("batch", "", "original", "condensed", "ratio", "published", title=title)
+    for batch, each in found.items():
+        before, after = each["original"], each["condensed"]
+        ratio = f"{PUBLISHED_RATIO} (shapes: {ARITHMETIC_RATIO})" if published else ""
+        weights = [f"{side['weights_bytes'] / GIBIBYTE:.3f}" for side in (before, after)]
+        table.add_row(batch, "weights, GiB", *weights, f"{each['memory_ratio']:.4f}", ratio)
+        peak = [f"{side['peak_memory_bytes'] / GIBIBYTE:.3f}" for side in (before, after)]
+        table.add_row(
+            "", "peak memory, GiB", *peak, f"{after['peak_memory_bytes'] / before['peak_memory_bytes']:.4f}", ""
+        )
+        for kind in ("prefill", "decode"):
+            speeds = [f"{side[f'{kind}_tokens_per_second']:,.0f}" for side in (before, after)]
+            speedup = f"{PUBLISHED_SPEEDUP:.2f}×" if published and kind == "decode" else ""
+            table.add_row("", f"{kind}, tokens/s", *speeds, f"{each[f'{kind}_speedup']:.2f}×", speedup)
+    return table
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = arguments()
+    dtype = getattr(torch, args.dtype)
+    model, seconds = timed(
+        lambda: subjects.random_qwen(args.scale, dtype, args.device, args.implementation), args.device
+    )
+    calibration = texts(args, model.config.vocab_size)
+    console = subjects.console()
+    where = subjects.machine(args.device)
+    console.print(
+        f"{model.num_parameters():,} parameters, random, {args.dtype}, on {where['device']} (made in {seconds:.0f} s); "
+        f"{len(calibration)} texts, {calibration.num_tokens} tokens; experts {args.implementation}"
+    )
+    plan, found = search(model, calibration, args)
+    theirs = authors(model, calibration, args.experts)
+    console.print(search_table(found, theirs))
+    speeds = profiles(model, plan, args)
+    console.print(speed_table(speeds, args))
+    console.print(
+        f"search: {found['layer_runs']} decoder-layer runs, tape {found['tape_bytes'] / GIBIBYTE:.2f} GiB, "
+        f"peak {found['peak_tensor_bytes'] / GIBIBYTE:.2f} GiB beside the model"
+    )
+    layers = [operation.layer for operation in plan.operations]
+    figures = {"search": found, "authors": theirs, "layers": layers, "profiles": speeds}
+    subjects.write_json(args.json, vars(args), where, figures)
+
+
+if __name__ == "__main__":
+    main()
