@@ -48,7 +48,8 @@ def deepseek_v2(seed: int = 0, **changes: Any) -> DeepseekV2ForCausalLM:
     return model
 
 
-FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {"qwen2_moe": qwen2_moe, "deepseek_v2": deepseek_v2}
+# Any: transformers wraps methods of its models in ways that type checkers do not follow.
+FAMILIES: dict[str, Callable[..., Any]] = {"qwen2_moe": qwen2_moe, "deepseek_v2": deepseek_v2}
 
 
 def texts(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:

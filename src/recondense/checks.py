@@ -145,6 +145,11 @@ def _evaluation(config: Config) -> Iterator[str]:
             yield f"evaluation.tasks[{index}] is an empty name; name an lm-eval task, or write evaluation.tasks=null."
     if evaluation.include_path is not None and not Path(evaluation.include_path).expanduser().is_dir():
         yield f"evaluation.include_path={evaluation.include_path}: there is no such folder; it holds task YAMLs."
+    if config.recovery.trainable == "all" and config.recovery.objective != "none" and config.method.get("steps"):
+        yield (
+            "recovery.trainable=all: the original shares the backbone and would change with the student. Use "
+            "recovery.trainable=experts."
+        )
     if config.recovery.objective == "distill" and not config.method.get("steps"):
         yield (
             f"recovery={config.recovery.name} with method={config.method.get('name')}: nothing is condensed, so the "

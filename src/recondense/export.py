@@ -90,9 +90,12 @@ def export(
         tokenizer.save_pretrained(aside)
     plan.save(aside / "plan.json")
     write_aside(aside / "README.md", card)
+    before = folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, before)  # a kill while it is removed must not leave half of it under the final name
     os.replace(aside, folder)
+    shutil.rmtree(before, ignore_errors=True)
     return "bundled" if stock is None else "stock"
 
 

@@ -50,6 +50,11 @@ def fit(
         log.info("%s: found trained in %s", module.stage, final)
     else:
         precision = precision_of(trainer, dtype)
+        if precision == "bf16-true" and dtype != torch.bfloat16:
+            raise ValueError(
+                f"trainer.precision=bf16-true would round all weights of a {dtype} model, frozen ones included; use "
+                "trainer.precision=bf16-mixed, or model.dtype=bfloat16"
+            )
         module.keep_trained_in_fp32(precision)
         module.train()
         lightning = _trainer(module, folder, trainer, precision, callbacks, loggers)
@@ -67,6 +72,18 @@ def fit(
     module.eval()
     module.model.requires_grad_(False)
     return final
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves at the end of optimiser steps only: gradients accumulated so far are in no checkpoint.
+
+    Lightning would save again in the middle of the first step after a resume, when global_step is still that of the
+    checkpoint it came from.
+    """
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -93,7 +110,7 @@ def _trainer(
     recovery = module.recovery
     device = module.model.device
     accumulate = recovery.accumulate_grad_batches
-    checkpoints = ModelCheckpoint(
+    checkpoints = StepCheckpoint(
         dirpath=folder, filename="{step}", every_n_train_steps=recovery.checkpoint_every, save_on_train_epoch_end=False
     )
     return L.Trainer(

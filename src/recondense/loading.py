@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.config import ModelConfig
@@ -37,13 +38,15 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
                 **common,
             )
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or path, **common)
-    except OSError as error:
-        if Path(path).is_dir():
+    except (OSError, ValueError, SafetensorError) as error:
+        if Path(path).is_dir() or not isinstance(error, OSError):
             raise ValueError(f"model.path={path}: {error}") from error
         raise ConnectionError(
             f"model.path={path}: there is no such folder, and the hub cannot be reached or has no such model, nor is "
             "it in the cache; give model.path a local folder, or connect to the network."
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made up for a folder that has none
+        raise ValueError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder that has one")
     device = device_of(settings)
     model.set_experts_implementation(experts_implementation(settings, device))
     model.config.output_router_logits = False  # its auxiliary loss has no place in recovery or evaluation

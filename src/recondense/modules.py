@@ -69,6 +69,14 @@ class CondensedMoE(nn.Module):
         self.act_fn = act_fn
         self.register_buffer("scale", torch.ones(width, dtype=torch.float32) if scaled else None)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CondensedMoE:
+        """Move and convert as any module, but the scale keeps fp32: Lightning's bf16-true converts whole modules."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map x (…, D) to y (…, D)."""
         inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
@@ -91,10 +99,7 @@ class CondensedMoE(nn.Module):
                 act_fn=weights.act_fn,
                 token_gate=token_gate and weights.shared_gate is not None,
             )
-        scale = layer.scale
-        layer.to(weights.down_EDF.dtype).requires_grad_(False)
-        layer.scale = scale  # stays fp32
-        return layer
+        return layer.to(weights.down_EDF.dtype).requires_grad_(False)
 
     @torch.no_grad()
     def fill(

@@ -75,6 +75,11 @@ class RecoveryModule(L.LightningModule):
         if self.plan is None:
             self.plan = self._search(self.model)  # type: ignore[misc]
         if not self._prepared:
+            if self.recovery.trainable == "all" and self.plan.operations:
+                raise ValueError(
+                    "recovery.trainable=all: the original shares the backbone and would change with the student; use "
+                    "recovery.trainable=experts"
+                )
             originals = surgery.apply(self.model, self.plan)
             self.teacher = SharedBackboneTeacher(self.model, originals) if originals else None
             self.model.requires_grad_(False)
@@ -86,6 +91,8 @@ class RecoveryModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.prepare()
+        if stage == "fit":
+            self.train()  # transformers hands models out in evaluation mode
 
     def original(self) -> AbstractContextManager[PreTrainedModel]:
         """A context in which the model is the uncompressed one."""
@@ -164,6 +171,17 @@ class RecoveryModule(L.LightningModule):
             num_training_steps=recovery.steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By norm. Lightning refuses a fused AdamW under mixed precision, which may unscale; bf16 has no scale."""
+        if gradient_clip_val:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_state(self)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from recondense import families
 from recondense.calibrate import Tape
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,9 +58,7 @@ def test_each_text_is_as_if_alone(family: str) -> None:
     for row, text in enumerate(ids):
         alone = recorded(model, [text])
         for layer in range(4):
-            torch.testing.assert_close(
-                together.states[layer][0][row, : len(text)], alone.states[layer][0][0], **CLOSE
-            )
+            torch.testing.assert_close(together.states[layer][0][row, : len(text)], alone.states[layer][0][0], **CLOSE)
 
 
 def with_pads(ids: list[list[int]], pad: int) -> list[tuple[Tensor, Tensor]]:
@@ -93,7 +91,7 @@ def test_padding_never_counts(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_equals_hooks_on_the_whole_model(family: str, layer: int) -> None:
     model, ids = FAMILIES[family](), texts()
-    block = families.get_block(model, layer)
+    block: Any = families.get_block(model, layer)
     seen: dict[str, Any] = {}
     handles = [
         block.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output)),

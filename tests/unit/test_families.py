@@ -123,7 +123,7 @@ def test_unsupported_models() -> None:
         families.facts(MixtralConfig())
     with pytest.raises(ValueError, match="has no MoE layers"):
         families.facts(Qwen2MoeConfig(num_hidden_layers=2, mlp_only_layers=[0, 1]))
-    close = PretrainedConfig()
+    close: Any = PretrainedConfig()
     close.model_type = "qwen2_mo"
     with pytest.raises(ValueError, match="did you mean qwen2_moe"):
         families.family_of(close)

@@ -88,7 +88,9 @@ def test_jensen_shannon_is_scipys(scale: float) -> None:
     difference_CTD = torch.randn(3, *reference_TD.shape) * scale
     p = reference_TD.double().softmax(-1).expand_as(difference_CTD).numpy()
     q = (reference_TD + difference_CTD).double().softmax(-1).numpy()
-    np.testing.assert_allclose(jensen_shannon(reference_TD, difference_CTD), jensenshannon(p, q, axis=-1) ** 2, rtol=2e-5)
+    np.testing.assert_allclose(
+        jensen_shannon(reference_TD, difference_CTD), jensenshannon(p, q, axis=-1) ** 2, rtol=2e-5
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recondense import families, modules
 from recondense.modules import CondensedMoE, expert_outputs
 
-EXPERTS = ([], [3], [5, 0, 2])
+EXPERTS: tuple[list[int], ...] = ([], [3], [5, 0, 2])
 COEFFICIENTS = [0.37, 0.11, 0.74]
 
 
@@ -87,7 +87,9 @@ def test_what_trains_and_what_does_not(gate: float | None) -> None:
     layer = condensed(qwen2_moe(), 2, [3, 1], gate)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     names = {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
-    assert {name for name, _ in layer.named_parameters()} == names | ({"shared_expert_gate.weight"} if gate is None else set())
+    assert {name for name, _ in layer.named_parameters()} == names | (
+        {"shared_expert_gate.weight"} if gate is None else set()
+    )
     assert [name for name, _ in layer.named_buffers()] == ["scale"]
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name in names)
@@ -151,7 +153,8 @@ def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
 def test_expert_outputs(family: str) -> None:
     """As transformers' module gives them; an expert's bits do not depend on which others are asked for."""
     model = FAMILIES[family]()
-    block, x_TD = families.get_block(model, 2), tokens().flatten(0, 1)
+    block: Any = families.get_block(model, 2)
+    x_TD = tokens().flatten(0, 1)
     weights = families.sparse_blocks(model)[2].weights
     found = expert_outputs(x_TD, weights, [4, 0, 5])
     for position, expert in enumerate([4, 0, 5]):

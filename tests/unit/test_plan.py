@@ -56,7 +56,8 @@ def test_needs_the_standard_library_alone(root: Path) -> None:
     code = (
         "import importlib.util, sys; "
         f"spec = importlib.util.spec_from_file_location('plan', {str(file)!r}); "
-        "module = importlib.util.module_from_spec(spec); sys.modules['plan'] = module; spec.loader.exec_module(module); "
+        "module = importlib.util.module_from_spec(spec); sys.modules['plan'] = module; "
+        "spec.loader.exec_module(module); "
         "assert module.Plan.from_json(sys.stdin.read()).layers == (2, 5)"
     )
     subprocess.run([sys.executable, "-I", "-S", "-c", code], input=PLAN.to_json(), text=True, check=True)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.plan import Plan
+from recondense.plan import Operation, Plan
 from recondense.surgery import condense
 
 __all__ = ["apply", "fill", "restructure"]
@@ -31,22 +31,31 @@ def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
         ValueError: an operation on a layer that is not sparse (any more), or on experts that do not exist.
     """
     originals: dict[int, nn.Module] = {}
-    for operation in plan.operations:
-        blocks = families.sparse_blocks(model)
-        if operation.layer not in blocks:
-            raise ValueError(
-                f"plan: {operation.kind} layer {operation.layer}, but the sparse MoE layers are {sorted(blocks)}"
-            )
-        block = blocks[operation.layer]
-        missing = [expert for expert in operation.experts if expert >= block.num_experts]
-        if missing:
-            raise ValueError(
-                f"plan: layer {operation.layer} has {block.num_experts} routed experts; the plan retains {missing}"
-            )
-        originals[operation.layer] = block.module
-        families.set_block(model, operation.layer, condense.restructure(block, operation))
+    try:
+        for operation in plan.operations:
+            _restructure_one(model, operation, originals)
+    except ValueError:  # leave no model with unfilled blocks behind
+        for layer, module in originals.items():
+            families.set_block(model, layer, module)
+        raise
     model.config.output_router_logits = False  # transformers' forward fails on it once no routed layer is left
     return originals
+
+
+def _restructure_one(model: PreTrainedModel, operation: Operation, originals: dict[int, nn.Module]) -> None:
+    blocks = families.sparse_blocks(model)
+    if operation.layer not in blocks:
+        raise ValueError(
+            f"plan: {operation.kind} layer {operation.layer}, but the sparse MoE layers are {sorted(blocks)}"
+        )
+    block = blocks[operation.layer]
+    missing = [expert for expert in operation.experts if expert >= block.num_experts]
+    if missing:
+        raise ValueError(
+            f"plan: layer {operation.layer} has {block.num_experts} routed experts; the plan retains {missing}"
+        )
+    originals[operation.layer] = block.module
+    families.set_block(model, operation.layer, condense.restructure(block, operation))
 
 
 def fill(model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module]) -> None:

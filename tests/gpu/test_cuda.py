@@ -1,0 +1,121 @@
+"""What a GPU must not change, and bf16 from search to export; skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, condense_plan, logits, recorded, unchanged, windows
+
+from recondense import families, loading
+from recondense.config import ModelConfig, RecoveryConfig, TrainerConfig
+from recondense.data import RecoveryData
+from recondense.export import export
+from recondense.fitting import fit
+from recondense.methods.cdmoe import CDMoE
+from recondense.plan import Plan
+from recondense.recovery import RecoveryModule
+
+pytestmark = pytest.mark.gpu
+QUIET = TrainerConfig(progress_bar=False)
+
+
+def search(model: Any, step: CDMoE, scratch: int = 1 << 30) -> tuple[list[Any], dict[str, Any]]:
+    return step.search(model, lambda: recorded(model), {}, scratch)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 means fp32 here: TF32 keeps ten bits."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("shared_gate", ["mean", "token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_search_on_cuda_is_the_cpus(family: str, shared_gate: str) -> None:
+    model = FAMILIES[family]()
+    layers = len(families.facts(model.config).moe_layers)
+    step = CDMoE(num_experts=3, num_layers=layers, shared_gate=shared_gate)
+    expected, record = search(model, step)
+    model.cuda()
+    with unchanged(model):
+        found, other = search(model, step)
+    assert [(each.layer, each.experts) for each in found] == [(each.layer, each.experts) for each in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.coefficients == pytest.approx(theirs.coefficients, rel=1e-5)
+        assert mine.shared_gate == (None if theirs.shared_gate is None else pytest.approx(theirs.shared_gate, rel=1e-5))
+    assert other["layer_search"]["js"] == pytest.approx(record["layer_search"]["js"], rel=1e-3)
+    for layer, entry in record["expert_search"].items():
+        assert other["expert_search"][layer]["js"] == pytest.approx(entry["js"], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scratch_does_not_change_the_plan_on_cuda(family: str) -> None:
+    model = FAMILIES[family]().cuda()
+    step = CDMoE(num_experts=3, num_layers=1)
+    expected, record = search(model, step)
+    for scratch in (1, 100_000):
+        found, other = search(model, step, scratch)
+        assert found == expected
+        assert other["layer_search"]["js"] == pytest.approx(record["layer_search"]["js"], rel=1e-5)
+
+
+def test_fit_on_cuda_is_near_the_cpus(tmp_path: Path) -> None:
+    """fp32, the same batches: eight steps of AdamW."""
+    losses = []
+    ids = windows(4, 8, seed=9)
+    for device in ("cpu", "cuda"):
+        model = FAMILIES["qwen2_moe"]().to(device)
+        module = RecoveryModule(model, _recovery(), plan=condense_plan(model, [1, 2]))
+        fit(module, _data(module), tmp_path / device, QUIET, seed=0)
+        with torch.no_grad():
+            losses.append(module.losses(ids.to(device))["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
+    """The search's divergence is near fp32's; distillation lowers the loss; what is exported computes the same."""
+    model = FAMILIES[family]().bfloat16().cuda()
+    exact = copy.deepcopy(model).float()
+    step = CDMoE(num_experts=2, num_layers=2)
+    operations, record = search(model, step)
+    _, expected = search(exact, step)
+    for layer, entry in record["expert_search"].items():
+        assert entry["js_shared_only"] == pytest.approx(expected["expert_search"][layer]["js_shared_only"], rel=0.1)
+    module = RecoveryModule(model, _recovery(steps=40), plan=Plan("tiny", tuple(operations)))
+    module.prepare()
+    ids = windows(7, 8).cuda()
+    with torch.no_grad():
+        before = module.losses(ids)["loss"].item()
+    fit(module, _data(module), tmp_path / "checkpoints", QUIET, seed=0)
+    with torch.no_grad():
+        assert module.losses(ids)["loss"].item() < 0.8 * before
+    for name, value in model.state_dict().items():
+        assert value.is_cuda and value.dtype == (torch.float32 if name.endswith("scale") else torch.bfloat16), name
+    kind = export(model, None, module.plan or Plan("none"), tmp_path / "out", "")
+    if kind == "stock":
+        from transformers import AutoModelForCausalLM
+
+        again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        again.cuda().eval()
+        mine, theirs = logits(model, ids).float(), logits(again, ids).float()
+        torch.testing.assert_close(theirs, mine, rtol=0, atol=0.05 * float(mine.abs().max()))
+
+
+def test_device_names() -> None:
+    assert loading.device_of(ModelConfig(device="auto")) == torch.device("cuda:0")
+    assert loading.device_of(ModelConfig(device="cpu")) == torch.device("cpu")
+
+
+def _recovery(steps: int = 8) -> RecoveryConfig:
+    return RecoveryConfig(
+        name="distill", objective="distill", steps=steps, batch_size=2, learning_rate=3e-3, checkpoint_every=100
+    )
+
+
+def _data(module: RecoveryModule) -> RecoveryData:
+    return RecoveryData(windows(7, 8), None, module.recovery.batch_size, module.recovery.steps, seed=3)
