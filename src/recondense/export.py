@@ -90,6 +90,9 @@ def export(
         tokenizer.save_pretrained(aside)
     plan.save(aside / "plan.json")
     write_aside(aside / "README.md", card)
+    readable = 0o666 & ~_umask()
+    for path in aside.iterdir():
+        path.chmod(readable)  # safetensors writes for the owner alone
     before = folder.with_name(f".{folder.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
@@ -157,6 +160,13 @@ def _bundle(model: PreTrainedModel, condensed: Mapping[int, CondensedMoE], folde
         },
     }
     write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from recondense.config import ModelConfig
 from recondense.progress import progress
 
 HASH_BYTES = 1 << 26
+NOT_COMPUTED = ("_name_or_path", "architectures", "transformers_version")  # of a config: what changes no result
 
 
 def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -67,8 +69,9 @@ def experts_implementation(settings: ModelConfig, device: torch.device) -> str:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hexadecimal digits of a hash of every parameter's name, type, shape and bytes."""
-    digest = hashlib.sha256()
+    """Sixteen hexadecimal digits of a hash of the config and of every parameter's name, type, shape and bytes."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     with progress("hashing weights"):
         for name, parameter in sorted(model.named_parameters()):
             content = xxhash.xxh3_128()

@@ -76,6 +76,7 @@ class Measure:
             self.texts.corpora.sha256().get("validation"),
             self.config.resolved()["evaluation"],
             self.config.data.sequence_length,
+            str(self.config.model.tokenizer),
             str(self.model.device),
             self.config.model.attention,
             self.config.model.experts,
