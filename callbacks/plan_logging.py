@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 class PlanLogging(L.Callback):
     """Log `pl_module.plan` once, as a table and as a picture; at the end, the folder of the export.
 
+    For a Trainer of one's own: `recondense.pipeline` logs the plan itself, also when nothing is trained.
     Without a plan, or with one that changes nothing, nothing is written.
 
     Args:

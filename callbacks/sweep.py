@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from recondense import config as schema
+from recondense.command_line import JobFailed, refuse
 from recondense.pictures import sweep_picture
 from recondense.plan import write_aside
 from recondense.report import print_tables, sweep_row, sweep_table
@@ -31,6 +33,9 @@ class SweepComparison(Callback):
 
     The files grow with every job that ends; the table is printed at the end, and after a failure. Of the settings only
     those are shown in which the runs differ. A run without a summary is listed with what happened.
+
+    A job that failed by what the user can mend counts as one that returned None: the sweep goes on, its messages are
+    written when it fails and once more at the end, and the process ends with exit code 2.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -41,24 +46,42 @@ class SweepComparison(Callback):
             return
         failed = job_return.status != JobStatus.COMPLETED
         error = job_return._return_value if failed else None
+        problems = list(error.messages) if isinstance(error, JobFailed) else []
+        what = " ".join(problems) or f"{type(error).__name__}: {error}".partition("\n")[0]
         values = cast(dict[str, Any], OmegaConf.to_container(job_return.cfg, resolve=True))
         record = {
             "number": int(config.hydra.job.num),
             "overrides": list(job_return.overrides or ()),
             "run_folder": str(schema.from_dict(values).run_folder()),
-            "status": f"failed: {type(error).__name__}: {error}".splitlines()[0] if failed else "done",
+            "status": f"failed: {what}" if failed else "done",
+            "problems": problems,
         }
         write_aside(_folder(config) / RECORDS / f"{record['number']:06d}.json", json.dumps(record))
         # Now, not only at the end: when some job failed, Hydra runs the others and then leaves without calling the end.
-        _compare(_folder(config), show=failed)
+        _compare(_folder(config), show=failed and not problems)
+        if problems:
+            print(f"recondense: job {record['number']} of the sweep failed: {what}", file=sys.stderr, flush=True)
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        records = _records(_folder(config))
         _compare(_folder(config), show=True)
         shutil.rmtree(_folder(config) / RECORDS, ignore_errors=True)
+        messages = [
+            f"{', '.join(f'{key}={value}' for key, value in settings.items())}: {problem}"
+            for record, settings in zip(records, swept_settings([one["overrides"] for one in records]), strict=True)
+            for problem in record["problems"]
+        ]
+        if messages:
+            refuse(messages)
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / RECORDS).glob("*.json"))]
 
 
 def _compare(folder: Path, *, show: bool) -> None:
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / RECORDS).glob("*.json"))]
+    records = _records(folder)
     if not records:
         return
     rows = comparison_rows(records)

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from recondense.plan import write_aside
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint(*parts: Any) -> str:
     """Sixteen hexadecimal digits of the sha256 of some JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def waiting_lock(path: Path, doing: str) -> Iterator[None]:
+    """Hold a lock file; say so when another process has it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting: another process %s (%s)", doing, path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class JsonFolder(MutableMapping[str, dict[str, Any]]):

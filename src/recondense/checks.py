@@ -72,7 +72,7 @@ def _model(config: Config) -> Iterator[str]:
 
 def _model_folder(path: str, tokenizer: str | None) -> Iterator[str]:
     """Problems of a local folder; a hub id has none that can be seen from here."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
             yield f"model.path={path}: there is no such folder; give a folder with config.json, or a hub id."
@@ -143,7 +143,7 @@ def _evaluation(config: Config) -> Iterator[str]:
     for index, task in enumerate(evaluation.tasks or ()):
         if not task.strip():
             yield f"evaluation.tasks[{index}] is an empty name; name an lm-eval task, or write evaluation.tasks=null."
-    if evaluation.include_path is not None and not Path(evaluation.include_path).expanduser().is_dir():
+    if evaluation.include_path is not None and not Path(evaluation.include_path).is_dir():
         yield f"evaluation.include_path={evaluation.include_path}: there is no such folder; it holds task YAMLs."
     if config.recovery.trainable == "all" and config.recovery.objective != "none" and config.method.get("steps"):
         yield (

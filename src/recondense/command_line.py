@@ -7,8 +7,11 @@ is checked as well; an unknown choice is checked as the choice that it resembles
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +46,10 @@ def command_hash() -> str:
 
 
 OmegaConf.register_new_resolver("command_hash", command_hash, replace=True)
+OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)
+# DeepSpeed is never used, but libraries import it and it warns that there is no GPU. Its import sets its logger's level
+# anew; a filter stays.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
@@ -63,12 +70,17 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
     folders: dict[Path, str] = {}
     with initialize_config_dir(version_base="1.3", config_dir=str(folder.absolute())):
         loader = GlobalHydra.instance().config_loader()
-        for overrides in _jobs(args.overrides, args.multirun, loader, problems):
-            values = _compose(args.config_name or name, overrides, loader, problems)
+        jobs = _jobs(args.overrides, args.multirun, loader, problems)
+        of_all = tuple(problems)
+        for overrides in jobs:
+            found: list[str] = []
+            values = _compose(args.config_name or name, overrides, loader, found)
             if values is None:
+                problems += found
                 continue
             config, wrong = read(values)
-            problems += [*wrong, *check_run(config)]
+            found += wrong
+            problems += [*found, *check_run(config, [*of_all, *found])]
             if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
                 problems.append(
                     f"run_dir={config.run_dir}: several runs of the sweep would share it. Set run_dir=null."
@@ -77,13 +89,17 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
         raise ConfigError(dict.fromkeys(problems))
 
 
-def check_run(config: Config) -> list[str]:
-    """Problems of one run that show without its weights."""
+def check_run(config: Config, found: Sequence[str] = ()) -> list[str]:
+    """Problems of one run that show without its weights.
+
+    Args:
+        found: problems of its command that are known already.
+    """
     try:
         steps, wrong = build_steps(config.method), []
     except ConfigError as error:
         steps, wrong = [], list(error.messages)
-    return [*wrong, *preflight(config, steps)]
+    return [*wrong, *preflight(config, steps, found)]
 
 
 def build_steps(method: Mapping[str, Any]) -> list[Any]:
@@ -118,7 +134,9 @@ def _jobs(overrides: Sequence[str], multirun: bool, loader: ConfigLoader, proble
         try:
             override = parser.parse_override(text)
         except (OverrideParseException, HydraException):
-            problems.append(f"{text}: is no setting. Write key=value, and quote special characters: key='\"a, b\"'.")
+            key, _, value = text.partition("=")
+            quoted = f"'{key}=\"{value}\"'" if value.startswith("~") else "key='\"a, b\"'"
+            problems.append(f"{text}: is no setting. Write key=value, and quote special characters: {quoted}.")
             continue
         if override.is_sweep_override() and not (multirun and override.is_discrete_sweep()):
             key, _, values = text.partition("=")
@@ -214,26 +232,58 @@ class Reported(SystemExit):
     """The end of the process, after its reason was written."""
 
 
+class JobFailed(Exception):
+    """What the user can mend in one job of a sweep; callbacks/sweep.py keeps it from ending the others."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        self.messages = tuple(messages)
+        super().__init__(" ".join(self.messages))
+
+
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """2 and the message alone for what the user can mend, 130 for Ctrl-C; all else keeps its traceback."""
+def exit_codes(*, sweep: bool = False) -> Iterator[None]:
+    """2 and the message alone for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM; all else keeps its traceback.
+
+    Args:
+        sweep: in a job of a sweep: what the user can mend is raised as `JobFailed` and does not end the process.
+    """
     try:
-        yield
+        with _sigterm_exits():
+            yield
     except Reported:
         raise
-    except ConfigError as error:
-        _refuse(error.messages)
     except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") or not _is_for_users(error):
+        known = isinstance(error, ConfigError)
+        if not known and (os.environ.get("HYDRA_FULL_ERROR") or not _is_for_users(error)):
             raise
-        _refuse([str(error)])
+        messages = cast(ConfigError, error).messages if known else (str(error),)
+        if sweep:
+            raise JobFailed(messages) from None
+        refuse(messages)
     except KeyboardInterrupt:
         _stopped(130)
     except SystemExit as error:
         # Lightning turns Ctrl-C into exit code 1 after its own clean-up; our callback leaves with 128 + the signal.
         if error.code in (130, 143) or isinstance(error.__context__, KeyboardInterrupt):
-            _stopped(143 if error.code == 143 else 130)
+            _stopped(143 if error.code == 143 else 130, silent=type(error) is not SystemExit)
         raise
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM ends the process like an error does, with clean-up; callbacks/graceful_stop.py takes over in a fit."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_for_users(error: BaseException) -> bool:
@@ -246,7 +296,8 @@ def _is_for_users(error: BaseException) -> bool:
     return frame is not None and frame.tb_frame.f_code.co_filename.startswith(PACKAGES)
 
 
-def _refuse(messages: Sequence[str]) -> NoReturn:
+def refuse(messages: Sequence[str]) -> NoReturn:
+    """Write the messages and end the process with exit code 2."""
     numbered = [f"{index:2}. {message}" for index, message in enumerate(messages, 1)]
     lines = (
         [f"recondense: {len(messages)} problems", *numbered] if len(messages) > 1 else [f"recondense: {messages[0]}"]
@@ -255,6 +306,9 @@ def _refuse(messages: Sequence[str]) -> NoReturn:
     raise Reported(2) from None
 
 
-def _stopped(code: int) -> NoReturn:
-    print("recondense: interrupted. The same command goes on where this run stopped.", file=sys.stderr)
+def _stopped(code: int, *, silent: bool = False) -> NoReturn:
+    """End the process; `silent`: whoever stopped it has said so."""
+    if not silent:
+        what = "stopped by SIGTERM" if code == 143 else "interrupted"
+        print(f"recondense: {what}. The same command goes on where this run stopped.", file=sys.stderr)
     raise Reported(code) from None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,10 @@ import yaml
 
 from recondense.reading import read_dataclass
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Entry = typing.TypeVar("Entry", bound="DataclassInstance")
 Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # What cannot change a result has no part in a run's hash.
@@ -253,9 +258,31 @@ def from_dict(values: Free) -> Config:
 
 
 def read(values: Free) -> tuple[Config, list[str]]:
-    """A config and what is wrong with it; a wrong value is replaced by its default, so that checking can go on."""
+    """A config and what is wrong with it; a wrong value is replaced by its default, so that checking can go on.
+
+    `~` in a path becomes the home folder here, once for all that use it.
+    """
     messages: list[str] = []
-    return typing.cast(Config, read_dataclass(Config, values, "", messages)), messages
+    config = typing.cast(Config, read_dataclass(Config, values, "", messages))
+    data = replace(
+        _expand_home(config.data, "dataset"),
+        calibration=_expand_home(config.data.calibration, "path"),
+        train=_expand_home(config.data.train, "path"),
+        validation=_expand_home(config.data.validation, "path"),
+    )
+    config = replace(
+        _expand_home(config, "output_dir", "cache_dir", "run_dir"),
+        model=_expand_home(config.model, "path", "tokenizer"),
+        evaluation=_expand_home(config.evaluation, "include_path"),
+        data=data,
+    )
+    return config, messages
+
+
+def _expand_home(entry: Entry, *names: str) -> Entry:
+    """The entry with `~` expanded in some of its texts, which may be None."""
+    paths = {name: getattr(entry, name) for name in names}
+    return replace(entry, **{name: path and os.path.expanduser(path) for name, path in paths.items()})
 
 
 def differences(one: Free, other: Free, path: str = "") -> list[str]:

@@ -162,17 +162,18 @@ def _take_turns(groups: Sequence[Sequence[str]]) -> list[str]:
 def _text_corpora(data: DataConfig, wanted: set[str]) -> Corpora:
     found: dict[str, list[str] | None] = dict.fromkeys(SPLITS)
     for split in SPLITS:
-        needed = split in wanted or (split == "calibration" and "train" in wanted)
+        needed = split in wanted or "train" in wanted  # which leaves out the others' texts
         if needed and getattr(data, split).path is not None:
             found[split] = _read_split(data, split)
     if found["validation"] is not None:
         found["validation"] = found["validation"][: data.validation.num_texts]
     if found["train"] is not None:
-        taken = set((found["calibration"] or [])[: data.calibration.num_samples])
+        taken = {*(found["calibration"] or [])[: data.calibration.num_samples], *(found["validation"] or [])}
         found["train"] = [text for text in found["train"] if text not in taken][: data.train.num_texts]
         if not found["train"]:
             raise ValueError(
-                f"data.train.path={data.train.path}: all of its texts are in the calibration set; give another file."
+                f"data.train.path={data.train.path}: all of its texts are calibration or validation "
+                "texts; give another file."
             )
     return Corpora(**{split: found[split] if split in wanted else None for split in SPLITS})
 

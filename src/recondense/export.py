@@ -24,41 +24,6 @@ from recondense.plan import Plan, write_aside
 
 MODELING_FILE = "modeling_recondense"
 
-# What follows modules.py in the modeling file. The model_type is its own: without trust_remote_code loading fails
-# loudly, where a stock model_type would load the stock class with missing weights.
-BUNDLE = '''
-
-from transformers import {config_class}, {model_class}
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-
-MODEL_TYPE = "recondense_{model_type}"
-register_checkpoint_conversion_mapping(
-    MODEL_TYPE, get_checkpoint_conversion_mapping("{model_type}") or [], overwrite=True
-)
-
-
-class CondensedConfig({config_class}):
-    model_type = MODEL_TYPE
-
-
-class CondensedForCausalLM({model_class}):
-    """{model_class} in which the layers of `config.condensed_layers` are condensed."""
-
-    config_class = CondensedConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        for layer, shape in config.condensed_layers.items():
-            decoder_layer = self.model.layers[int(layer)]
-            decoder_layer.mlp = CondensedMoE(
-                config.hidden_size, act_fn=decoder_layer.mlp.experts.act_fn, scaled=False, **shape
-            )
-        self.post_init()
-'''
-
 
 def export(
     model: PreTrainedModel,
@@ -135,7 +100,7 @@ def folded_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _bundle(model: PreTrainedModel, condensed: Mapping[int, CondensedMoE], folder: Path) -> None:
     """Turn a saved folder into one that carries its own modeling file."""
-    source = Path(modules.__file__).read_text(encoding="utf-8") + BUNDLE.format(
+    source = Path(modules.__file__).read_text(encoding="utf-8") + families.BUNDLE.format(
         config_class=type(model.config).__name__,
         model_class=type(model).__name__,
         model_type=model.config.model_type,

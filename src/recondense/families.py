@@ -131,6 +131,41 @@ def _deepseek_v2_facts(config: PretrainedConfig) -> Facts:
     )
 
 
+# What follows modules.py in the modeling file. The model_type is its own: without trust_remote_code loading fails
+# loudly, where a stock model_type would load the stock class with missing weights.
+BUNDLE = '''
+
+from transformers import {config_class}, {model_class}
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+MODEL_TYPE = "recondense_{model_type}"
+register_checkpoint_conversion_mapping(
+    MODEL_TYPE, get_checkpoint_conversion_mapping("{model_type}") or [], overwrite=True
+)
+
+
+class CondensedConfig({config_class}):
+    model_type = MODEL_TYPE
+
+
+class CondensedForCausalLM({model_class}):
+    """{model_class} in which the layers of `config.condensed_layers` are condensed."""
+
+    config_class = CondensedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer, shape in config.condensed_layers.items():
+            decoder_layer = self.model.layers[int(layer)]
+            decoder_layer.mlp = CondensedMoE(
+                config.hidden_size, act_fn=decoder_layer.mlp.experts.act_fn, scaled=False, **shape
+            )
+        self.post_init()
+'''
+
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(_qwen2_moe_facts, "shared_expert", "shared_expert_gate", _qwen2_moe_dense_layers),
     "deepseek_v2": Family(_deepseek_v2_facts, "shared_experts"),
@@ -231,3 +266,8 @@ def swapped(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator
     finally:
         for layer, block in own.items():
             set_block(model, layer, block)
+
+
+def without_router_loss(model: PreTrainedModel) -> None:
+    """Switch off the router's auxiliary loss: transformers' forward fails on it once no routed layer is left."""
+    model.config.output_router_logits = False

@@ -14,6 +14,7 @@ import torch
 import torch.utils.deterministic
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
@@ -45,7 +46,7 @@ def fit(
     L.seed_everything(seed, verbose=False)
     module.prepare()
     final = folder / FINAL
-    dtype = module.model.dtype
+    dtype, device = module.model.dtype, module.model.device
     if final.exists():
         log.info("%s: found trained in %s", module.stage, final)
     else:
@@ -61,17 +62,41 @@ def fit(
         newest = newest_checkpoint(folder)
         if newest is not None:
             log.info("%s: going on from %s", module.stage, newest)
-        with _deterministic(trainer.deterministic or module.device.type == "cpu"):
-            lightning.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+        try:
+            with _deterministic(trainer.deterministic or device.type == "cpu"):
+                lightning.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+        finally:
+            module.to(device)  # Lightning leaves every module on the CPU
         if lightning.interrupted or lightning.global_step < module.recovery.steps:
             raise KeyboardInterrupt
-        _save_final(module, final)
+        assert module.plan is not None
+        save_aside({"state_dict": trained_state(module), "plan": module.plan.to_dict()}, final)
     state = torch.load(final, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["state_dict"], strict=False)
+    module.check_plan(state["plan"])
+    unknown = module.load_state_dict(state["state_dict"], strict=False).unexpected_keys
+    assert not unknown, unknown
     module.to_dtype(dtype)
     module.eval()
     module.model.requires_grad_(False)
     return final
+
+
+class AsideCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, then renames it: Lightning's own writes elsewhere and may copy."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save_aside(checkpoint, Path(path))
+
+
+def save_aside(content: dict[str, Any], path: Path) -> None:
+    """torch.save, written aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -121,6 +146,7 @@ def _trainer(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=recovery.gradient_clip,
         callbacks=[*callbacks, checkpoints],
+        plugins=[AsideCheckpointIO()],
         logger=list(loggers) or False,
         log_every_n_steps=min(10, recovery.steps),
         val_check_interval=recovery.validate_every * accumulate or None,
@@ -147,11 +173,3 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
-
-
-def _save_final(module: RecoveryModule, path: Path) -> None:
-    """The trained weights alone, written aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    torch.save({"state_dict": trained_state(module)}, aside)
-    os.replace(aside, path)

@@ -11,6 +11,7 @@ import xxhash
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from recondense import families
 from recondense.config import ModelConfig
 from recondense.progress import progress
 
@@ -39,6 +40,8 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
                 use_safetensors=True,
                 **common,
             )
+            if settings.tokenizer is not None:
+                common["revision"] = None  # that of the model says nothing of another repository
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or path, **common)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(path).is_dir() or not isinstance(error, OSError):
@@ -51,7 +54,7 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
         raise ValueError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder that has one")
     device = device_of(settings)
     model.set_experts_implementation(experts_implementation(settings, device))
-    model.config.output_router_logits = False  # its auxiliary loss has no place in recovery or evaluation
+    families.without_router_loss(model)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
     return model.eval(), tokenizer
 

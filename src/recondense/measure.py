@@ -46,6 +46,10 @@ class Measure:
         self.tokenizer = tokenizer
         self.texts = texts
         self.stages = JsonFolder(folder / "stages")
+        self._within = 0.0
+        data = texts.corpora.sha256()
+        if self.stages.setdefault("data", data) != data:
+            raise ValueError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
         self.windows = self._windows()
         self.tasks, self.include_path = self._tasks()
 
@@ -56,13 +60,15 @@ class Measure:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of `name`."""
-        started = time.perf_counter()
+        """Count the time inside as that of `name`, less that of parts timed within."""
+        started, outer, self._within = time.perf_counter(), self._within, 0.0
         try:
             yield
         finally:
+            spent = time.perf_counter() - started
             seconds = self.seconds
-            self.stages["seconds"] = {**seconds, name: seconds.get(name, 0.0) + time.perf_counter() - started}
+            self.stages["seconds"] = {**seconds, name: seconds.get(name, 0.0) + spent - self._within}
+            self._within = outer + spent
 
     def has(self, name: str) -> bool:
         return name in self.stages

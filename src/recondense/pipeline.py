@@ -7,6 +7,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,9 @@ from recondense.recovery import RecoveryModule
 from recondense.searching import MethodStep, Texts, find_plan
 
 log = logging.getLogger(__name__)
+
+# What a run's folder holds; overwrite=true deletes these and nothing else.
+CONTENTS = ("config.yaml", "plan.json", "plan.png", "summary.json", "stages", "checkpoints", "logs", "model")
 
 
 class MakeCallbacks(Protocol):
@@ -98,9 +102,8 @@ def _start(config: Config, folder: Path) -> None:
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
     if config.overwrite:
-        for path in folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in map(folder.joinpath, CONTENTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if (folder / "config.yaml").exists():
         log.info("going on in %s", folder)
     else:
@@ -119,7 +122,10 @@ class _Run:
 
     def finish(self) -> None:
         """Run what is left, then write summary.json."""
-        self.loggers = tracking.make_loggers(self.config.logger, self.folder, self.config.resolved())
+        config = self.config
+        wandb = config.logger.wandb
+        named = replace(wandb, name=wandb.name or f"{config.experiment_name}-{config.run_hash()}")
+        self.loggers = tracking.make_loggers(replace(config.logger, wandb=named), self.folder, config.resolved())
         try:
             found = self._stages()
             tracking.log_summary(self.loggers, found)
@@ -136,7 +142,7 @@ class _Run:
         measure.original(weights)
         sizes = {"original": summary.sizes(model)}
         with measure.timed("search"):
-            plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder)
+            plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder, measure.timed)
         self._show(plan)
         module = RecoveryModule(model, config.recovery, plan=plan, tokenizer=tokenizer)
         with measure.timed("apply"):

@@ -26,11 +26,13 @@ class Step(Protocol):
     def check(self, facts: families.Facts) -> list[str]: ...
 
 
-def preflight(config: Config, steps: Sequence[Step]) -> list[str]:
+def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) -> list[str]:
     """Problems of a run that show without its weights, as sentences.
 
     Args:
         steps: the method's steps, in order.
+        found: problems of its command that are known already; where model.path is among them, `config` holds a default
+            in its place that nobody asked for.
     """
     problems = [
         *check(config),
@@ -39,6 +41,8 @@ def preflight(config: Config, steps: Sequence[Step]) -> list[str]:
         *_machine(config.model),
         *_tasks(config.evaluation),
     ]
+    if any("model.path" in problem for problem in found):
+        return [problem for problem in problems if not problem.startswith("model.path")]
     if any(problem.startswith("model.path") for problem in problems):
         return problems
     try:
@@ -56,7 +60,7 @@ def planned_config(model: ModelConfig) -> PretrainedConfig:
     """
     if model.path is None:
         return _pretrain_config(dict(model.pretrain or {}))
-    path = Path(model.path).expanduser()
+    path = Path(model.path)
     try:
         if not path.is_dir():
             return _hub_config(model.path, model)
@@ -117,7 +121,7 @@ def _machine(model: ModelConfig) -> list[str]:
 
 def _tasks(evaluation: EvaluationConfig) -> list[str]:
     """Unknown lm-eval tasks; its import takes seconds, so only where some are named."""
-    if not evaluation.tasks or (evaluation.include_path and not Path(evaluation.include_path).expanduser().is_dir()):
+    if not evaluation.tasks or (evaluation.include_path and not Path(evaluation.include_path).is_dir()):
         return []
     from recondense.evaluate import check_tasks
 
@@ -125,9 +129,12 @@ def _tasks(evaluation: EvaluationConfig) -> list[str]:
 
 
 def stored_config(folder: Path) -> Config | None:
-    """The config that a run's folder holds."""
+    """The config that a run's folder holds; None if what it holds is not recondense's."""
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return read(values if isinstance(values, dict) else {})[0]
+    if not isinstance(values, dict) or not values.keys() >= {"model", "method", "recovery"}:
+        return None
+    config, problems = read(values)
+    return None if problems else config

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from recondense import families, surgery
 from recondense.config import RecoveryConfig
 from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
+from recondense.modes import evaluating
 from recondense.modules import CondensedMoE
 from recondense.plan import Plan
 from recondense.teacher import SharedBackboneTeacher
@@ -122,7 +123,7 @@ class RecoveryModule(L.LightningModule):
                 losses["load_balancing"] = load_balancing(student.router_logits, top_k)
                 losses["loss"] = losses["loss"] + self._router_auxiliary_loss * losses["load_balancing"]
             return losses
-        with torch.no_grad(), self.original():
+        with torch.no_grad(), self.original(), evaluating(self.model):  # no dropout in what the student should match
             teacher = self.model(**arguments)
         losses["kl"] = forward_kl(student.logits, teacher.logits, recovery.temperature)
         shares = {"cross_entropy": recovery.cross_entropy_share, "hidden": recovery.hidden_share}
@@ -172,6 +173,15 @@ class RecoveryModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def check_plan(self, stored: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that was made under another plan.
+
+        Raises:
+            ValueError: it was.
+        """
+        if self.plan is None or Plan.from_dict(stored).operations != self.plan.operations:
+            raise ValueError("the checkpoint belongs to another plan; start anew in another folder or overwrite=true")
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -189,9 +199,7 @@ class RecoveryModule(L.LightningModule):
         checkpoint["random_states"] = random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        stored = Plan.from_dict(checkpoint["plan"])
-        if self.plan is None or stored.operations != self.plan.operations:
-            raise ValueError("the checkpoint belongs to another plan; start anew in another folder or overwrite=true")
+        self.check_plan(checkpoint["plan"])
         self._random_states = checkpoint["random_states"]
 
     def keep_trained_in_fp32(self, precision: str) -> None:

@@ -66,7 +66,10 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
     for title, _, _ in columns:
         table.add_column(title, justify="right", overflow="fold")
     for name, stage in stages.items():
-        cells = [_cell(_find(stage, path), _find(original, path), form, path) for _, path, form in columns]
+        # Memory and speed are compared with the original as it was measured in alternation with this stage.
+        beside = {**original, "profile": stage.get("original_profile") or original.get("profile")}
+        base = original if name == "original" else beside
+        cells = [_cell(_find(stage, path), _find(base, path), form, path) for _, path, form in columns]
         table.add_row(name, *("-" if name != "original" and not cell else cell for cell in cells))
     return table
 

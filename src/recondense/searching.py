@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Any, Protocol
 
 import psutil
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import families, surgery
-from recondense.cache import JsonFolder, fingerprint
+from recondense.cache import JsonFolder, fingerprint, waiting_lock
 from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
 from recondense.corpora import Corpora, load_corpora
@@ -25,6 +25,9 @@ from recondense.plan import Operation, Plan
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
+
+
+Timed = Callable[[str], AbstractContextManager[None]]
 
 
 class MethodStep(Protocol):
@@ -71,6 +74,7 @@ def find_plan(
     texts: Texts,
     weights: str,
     folder: Path,
+    timed: Timed = lambda name: nullcontext(),
 ) -> Plan:
     """The run's plan: from its folder, or searched step by step with all that the cache knows.
 
@@ -79,23 +83,34 @@ def find_plan(
     Args:
         weights: the fingerprint of the model's weights.
         folder: of the run; plan.json is written there.
+        timed: counts the time of a stage.
+
+    Raises:
+        ValueError: the folder's plan was made from other weights or another calibration set.
     """
     path = folder / "plan.json"
     name = str(config.model.path or config.model.name)
-    if path.exists():
-        log.info("plan: found in %s", path)
-        return Plan.load(path)
     if not steps:
         return Plan(model=name)
     settings = config.data.calibration
     calibration = calibration_set(texts.corpora.calibration or [], tokenizer, settings.num_samples, settings.max_length)
+    found = {"weights": weights, "calibration": calibration.fingerprint()}
+    if path.exists():
+        plan = Plan.load(path)
+        changed = [what for what in found if plan.fingerprint.get(what) != found[what]]
+        if changed:
+            raise ValueError(
+                f"run_dir={folder}: the {' and the '.join(changed)} changed since this run began; "
+                "overwrite=true starts it anew"
+            )
+        log.info("plan: found in %s", path)
+        return plan
     operations: list[Operation] = []
     records: list[dict[str, Any]] = []
     originals: dict[int, nn.Module] = {}
-    found = {"weights": weights, "calibration": calibration.fingerprint()}
     try:
         for step in steps:
-            chosen, record = search_step(config, step, model, calibration, found, operations)
+            chosen, record = search_step(config, step, model, calibration, found, operations, timed)
             operations += chosen
             records.append(record)
             if step is not steps[-1]:
@@ -118,6 +133,7 @@ def search_step(
     calibration: CalibrationSet,
     found: Mapping[str, str],
     before: Sequence[Operation],
+    timed: Timed,
 ) -> tuple[list[Operation], dict[str, Any]]:
     """Search one step with the cached orders that weights, calibration and the step's settings name."""
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
@@ -127,10 +143,10 @@ def search_step(
     @cache
     def tape() -> Tape:
         blocks = list(calibration.blocks(TEXTS_PER_BLOCK))
-        with progress("calibrating", len(blocks)) as bar:
+        with timed("calibrate"), progress("calibrating", len(blocks)) as bar:
             return Tape.record(model, blocks, advance=bar.advance)
 
-    with FileLock(folder / ".lock"):
+    with waiting_lock(folder / ".lock", "searches the same"):
         chosen, record = step.search(model, tape, JsonFolder(folder), scratch_bytes(config, model.device))
     if record.get("reused"):
         log.info("search: reused %s from %s", record["reused"], folder)

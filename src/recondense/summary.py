@@ -59,8 +59,7 @@ def collect(
         for name in ("original", "compressed", "recovered", "control")
         if measure.has(name)
     }
-    pairs = [stage.pop("original_profile", None) for stage in stages.values()]
-    first = next((pair for pair in pairs if pair), None)
+    first = next((stage["original_profile"] for stage in stages.values() if stage.get("original_profile")), None)
     if first is not None:
         stages["original"]["profile"] = first
     return {

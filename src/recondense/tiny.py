@@ -13,18 +13,18 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from lightning.pytorch.callbacks import Callback
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from recondense import families
-from recondense.cache import fingerprint
+from recondense.cache import fingerprint, waiting_lock
 from recondense.calibrate import Tape
 from recondense.config import ModelConfig, RecoveryConfig, TrainerConfig
 from recondense.corpora import Corpora, stdlib_corpora
@@ -53,9 +53,11 @@ def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: S
     """
     settings = dict(model.pretrain or {})
     corpora = stdlib_corpora()
-    folder = cache / "models" / f"tiny_moe-{fingerprint(VERSION, settings, corpora.sha256())}"
+    trainer = replace(trainer, precision="32-true", deterministic=True)  # the run's own settings make no other model
+    decides = VERSION, settings, corpora.sha256(), device_of(model).type
+    folder = cache / "models" / f"tiny_moe-{fingerprint(*decides)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with waiting_lock(Path(f"{folder}.lock"), "trains the embedded model"):
         if not folder.exists():
             _train(model, settings, corpora, folder, trainer, callbacks)
     return folder

@@ -93,16 +93,18 @@ def test_the_hash_sees_where_documents_end() -> None:
 # --------------------------------------------------------------------------------------------------- local files
 
 
-def test_training_texts_leave_out_the_calibration_set(tmp_path: Path) -> None:
+def test_training_texts_leave_out_the_other_splits(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "all.jsonl", ["one", "two", "three", "", "four"])
-    found = load_corpora(texts_config(calibration=path, train=path, validation=path))
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", ["four", "five"])
+    found = load_corpora(texts_config(calibration=path, train=path, validation=held_out))
     assert found.calibration == ["one", "two", "three", "", "four"]
-    assert found.train == ["three", "four"]  # num_samples = 2
-    assert found.validation == ["one", "two", "three", "four"]
+    assert found.train == ["three"]  # num_samples = 2
+    assert found.validation == ["four", "five"]
+    assert load_corpora(texts_config(calibration=path, train=path, validation=held_out), ["train"]).train == ["three"]
     assert load_corpora(texts_config(calibration=path, train=path), ["train"]).train == ["three", "four"]
     assert load_corpora(texts_config(calibration=path)).train is None
     all_taken = write_jsonl(tmp_path / "two.jsonl", ["one", "two"])
-    with pytest.raises(ValueError, match="all of its texts are in the calibration set"):
+    with pytest.raises(ValueError, match="all of its texts are calibration or validation texts"):
         load_corpora(texts_config(calibration=path, train=all_taken))
 
 

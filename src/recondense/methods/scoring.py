@@ -63,7 +63,7 @@ class LayerScorer:
             hidden_TD = tape.real_tokens(index, tape.states[block.layer + 1][index]).float()
             self.hidden.append(hidden_TD)
             self.references.append(Reference.of(hidden_TD if self.norm is None else self.norm(hidden_TD)))
-        self._hold = self._experts_bytes() <= max_scratch_bytes
+        self._hold = self._experts_bytes() <= max_scratch_bytes // 2
         self._held: dict[int, Tensor] = {}
         self.apart = False
         self.js_shared_only = float(self.score([None])[0])
@@ -90,47 +90,52 @@ class LayerScorer:
         per_block = []
         for index in range(len(self.x)):
             js_CT = self.x[index].new_empty(len(candidates), self.x[index].shape[0], dtype=torch.float32)
-            for rows, group in self._chunks(index, candidates):
-                js_CT[group, rows] = self._score_chunk(index, rows, list(candidates[group]))
+            groups, rows_of = self._chunks(index, candidates)
+            for group in groups:
+                experts = [expert for expert in candidates[group] if expert is not None]
+                outputs_CTD = self._outputs(index, experts) if experts else None
+                for rows in rows_of:
+                    js_CT[group, rows] = self._score_chunk(index, rows, experts, outputs_CTD)
             per_block.append(js_CT)
         return self.tape.mean_over_texts(per_block)
 
-    def _score_chunk(self, index: int, rows: slice, candidates: list[int | None]) -> Tensor:
+    def _score_chunk(self, index: int, rows: slice, experts: list[int], outputs_CTD: Tensor | None) -> Tensor:
+        """JS (C, rows) of the layer with each of some experts added, or as it is if there are none."""
         reference = Reference(*(tensor[rows] for tensor in self.references[index]))
         difference_TD = self.differences[index][rows]
-        experts = [expert for expert in candidates if expert is not None]
-        if experts:
-            weights_C11 = torch.tensor([self.coefficients[expert] for expert in experts], device=difference_TD.device)
-            outputs_CTD = self._outputs(index, experts, rows).float()
-            difference_CTD = torch.addcmul(difference_TD, outputs_CTD, weights_C11.float()[:, None, None])
-        else:
+        if outputs_CTD is None:
             difference_CTD = difference_TD.unsqueeze(0).clone()
+        else:
+            weights_C = torch.tensor([self.coefficients[expert] for expert in experts], device=difference_TD.device)
+            weights_C11 = weights_C.float()[:, None, None]
+            difference_CTD = torch.addcmul(difference_TD, outputs_CTD[:, rows].float(), weights_C11)
         if self.norm is not None:
             difference_CTD = self.norm(difference_CTD.add_(self.hidden[index][rows])) - reference.logits_TD
         return js_from_difference(reference, difference_CTD, self.apart)
 
-    def _outputs(self, index: int, experts: list[int], rows: slice = slice(None)) -> Tensor:
+    def _outputs(self, index: int, experts: list[int]) -> Tensor:
         """Outputs of consecutive experts for the tokens of a block, (n, T, D); held throughout if they fit."""
         block = self.block
         if not self._hold:
-            return expert_outputs(self.x[index], block.weights, experts)[:, rows]
+            return expert_outputs(self.x[index], block.weights, experts)
         if index not in self._held:
             self._held[index] = expert_outputs(self.x[index], block.weights, range(block.num_experts))
-        return self._held[index][experts[0] : experts[-1] + 1, rows]  # a view
+        return self._held[index][experts[0] : experts[-1] + 1]  # a view
 
     def _experts_bytes(self) -> int:
         return self.block.num_experts * sum(x_TD.nbytes for x_TD in self.x)
 
-    def _chunks(self, index: int, candidates: Sequence[int | None]) -> list[tuple[slice, slice]]:
-        """Cut (candidates, tokens) into chunks within the scratch bound, each of consecutive experts.
+    def _chunks(self, index: int, candidates: Sequence[int | None]) -> tuple[list[slice], list[slice]]:
+        """Cut candidates, into consecutive experts, and tokens so that temporaries fit half the scratch bound.
 
-        Every row is scored on its own: its bits do not depend on the chunk.
+        The other half is for experts' outputs: held, or those of one group. Every row is scored on its own: its bits do
+        not depend on the chunk.
         """
         num_tokens, width = self.x[index].shape
-        elements = self.max_scratch_bytes // (4 * SCORE_TEMPORARIES)
+        elements = self.max_scratch_bytes // (2 * 4 * SCORE_TEMPORARIES)
         if self.x[index].device.type == "cpu":
             elements = min(elements, CPU_CHUNK)
-        rows = min(num_tokens, max(1, elements // width)) if self._hold else num_tokens
+        rows = min(num_tokens, max(1, elements // width))
         size = max(1, elements // (rows * width))
         groups, first = [], 0
         for position in range(1, len(candidates) + 1):
@@ -139,7 +144,7 @@ class LayerScorer:
             if position - first == size or not follows:
                 groups.append(slice(first, position))
                 first = position
-        return [(slice(row, row + rows), group) for group in groups for row in range(0, num_tokens, rows)]
+        return groups, [slice(row, row + rows) for row in range(0, num_tokens, rows)]
 
 
 class Ladder:

@@ -38,7 +38,7 @@ def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
         for layer, module in originals.items():
             families.set_block(model, layer, module)
         raise
-    model.config.output_router_logits = False  # transformers' forward fails on it once no routed layer is left
+    families.without_router_loss(model)
     return originals
 
 
