@@ -119,6 +119,26 @@ def test_run_folder() -> None:
     assert dataclasses.replace(config, run_dir="there").run_folder() == Path("there")
 
 
+def test_home_is_expanded_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {"path": "~/x.jsonl"}
+    config = from_dict(
+        {
+            "model": {"path": "~/model", "tokenizer": "~/tokenizer"},
+            "evaluation": {"include_path": "~/tasks"},
+            "data": {"calibration": paths, "train": paths, "validation": paths},
+            "run_dir": "~/run", "output_dir": "~", "cache_dir": "~/cache",
+        }
+    )  # fmt: skip
+    assert (config.model.path, config.model.tokenizer) == ("/home/me/model", "/home/me/tokenizer")
+    assert config.evaluation.include_path == "/home/me/tasks"
+    assert {getattr(config.data, split).path for split in ("calibration", "train", "validation")} == {
+        "/home/me/x.jsonl"
+    }
+    assert (config.run_dir, config.output_dir, config.cache_dir) == ("/home/me/run", "/home/me", "/home/me/cache")
+    assert from_dict({"model": {"path": "Qwen/Qwen1.5-MoE-A2.7B"}}).model.path == "Qwen/Qwen1.5-MoE-A2.7B"
+
+
 def test_differences_name_dotted_settings() -> None:
     one = Config(seed=1, recovery=RecoveryConfig(steps=2)).identity()
     assert differences(one, Config().identity()) == ["recovery.steps", "seed"]

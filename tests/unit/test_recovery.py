@@ -452,3 +452,24 @@ def test_a_fit_leaves_frozen_weights_alone(tmp_path: Path) -> None:
         for layer in (1, 2)
         for name in ("gate_proj", "up_proj", "down_proj")
     }
+
+
+def test_a_fit_leaves_the_model_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning moves every module to the CPU at the end; `fit` must move it back to where it was."""
+    moves: list[str] = []
+    cpu, to = RecoveryModule.cpu, RecoveryModule.to
+
+    def spied_cpu(self: RecoveryModule) -> RecoveryModule:
+        moves.append("cpu")
+        return cpu(self)
+
+    def spied_to(self: RecoveryModule, *args: Any, **kwargs: Any) -> RecoveryModule:
+        moves.append(f"to {args[0]}")
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryModule, "cpu", spied_cpu)
+    monkeypatch.setattr(RecoveryModule, "to", spied_to)
+    module = module_of()
+    fit(module, data(module), tmp_path, TrainerConfig(), seed=0)
+    assert "cpu" in moves, "Lightning no longer does this: the move back can go"
+    assert moves[-1] == "to cpu", moves

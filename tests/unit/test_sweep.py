@@ -20,6 +20,7 @@ from pathlib import Path
 import hydra
 from omegaconf import OmegaConf
 from recondense import config as schema
+from recondense.command_line import JobFailed
 from recondense.plan import write_aside
 
 @hydra.main(version_base="1.3", config_path=".", config_name="application")
@@ -27,6 +28,8 @@ def job(settings):
     config = schema.from_dict(OmegaConf.to_container(settings, resolve=True))
     if config.seed == 3:
         raise RuntimeError("boom")
+    if config.seed == 4:
+        raise JobFailed(["too little text.", "no room."])
     profile = {"weights_bytes": 1000 * config.seed}
     summary = {"method": "cdmoe", "stages": {"compressed": {"perplexity": 9.0 / config.seed, "profile": profile}}}
     write_aside(config.run_folder() / "summary.json", json.dumps(summary))
@@ -70,6 +73,20 @@ def test_a_multirun_is_compared_failures_included(tmp_path: Path) -> None:
     for expected in ("comparison", "4.50", "failed:", "sweep"):
         assert expected in done.stdout
     assert "UserWarning" not in done.stderr
+
+
+def test_what_the_user_can_mend_is_listed_and_ends_with_2(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "seed=1,4,2")
+    rows = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
+    assert [row["status"] for row in rows] == ["done", "failed: too little text. no room.", "done"]
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "Error executing" not in done.stderr
+    assert done.stderr.splitlines()[-3:] == [
+        "recondense: 2 problems",
+        " 1. seed=4: too little text.",
+        " 2. seed=4: no room.",
+    ]
+    assert not (tmp_path / "sweep" / ".jobs").exists()
 
 
 def test_a_single_run_is_no_sweep(tmp_path: Path) -> None:
