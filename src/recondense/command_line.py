@@ -75,12 +75,11 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
         for overrides in jobs:
             found: list[str] = []
             values = _compose(args.config_name or name, overrides, loader, found)
+            problems += found
             if values is None:
-                problems += found
                 continue
             config, wrong = read(values)
-            found += wrong
-            problems += [*found, *check_run(config, [*of_all, *found])]
+            problems += [*wrong, *check_run(config, [*of_all, *found, *wrong])]
             if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
                 problems.append(
                     f"run_dir={config.run_dir}: several runs of the sweep would share it. Set run_dir=null."
@@ -90,11 +89,7 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
 
 
 def check_run(config: Config, found: Sequence[str] = ()) -> list[str]:
-    """Problems of one run that show without its weights.
-
-    Args:
-        found: problems of its command that are known already.
-    """
+    """Problems of one run that show without its weights; `found`: those of its command that are known already."""
     try:
         steps, wrong = build_steps(config.method), []
     except ConfigError as error:
@@ -154,7 +149,7 @@ def _jobs(overrides: Sequence[str], multirun: bool, loader: ConfigLoader, proble
 def _compose(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> dict[str, Any] | None:
     """The composed values of one run; overrides that cannot be placed become problems and are left out."""
     try:
-        config = _try(name, overrides)
+        config = compose(name, overrides)
     except COMPOSE_ERRORS:
         config = _compose_stepwise(name, overrides, loader, problems)
     try:
@@ -164,23 +159,19 @@ def _compose(name: str, overrides: list[str], loader: ConfigLoader, problems: li
         return None
 
 
-def _try(name: str, overrides: list[str]) -> DictConfig:
-    return compose(config_name=name, overrides=overrides)
-
-
 def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> DictConfig:
-    config, kept = _try(name, []), list[str]()
+    config, kept = compose(name, []), list[str]()
     groups = set(_groups(loader))
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].lstrip("+~") not in groups):
         try:
-            config = _try(name, [*kept, text])
+            config = compose(name, [*kept, text])
             kept.append(text)
         except COMPOSE_ERRORS as error:
             message, instead = _explain(text, config, loader, error)
             problems.append(message)
             if instead is not None:
                 kept.append(instead)
-                config = _try(name, kept)
+                config = compose(name, kept)
     return config
 
 
@@ -242,7 +233,7 @@ class JobFailed(Exception):
 
 @contextmanager
 def exit_codes(*, sweep: bool = False) -> Iterator[None]:
-    """2 and the message alone for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM; all else keeps its traceback.
+    """2 and the message alone for what the user can mend, 130 or 143 for Ctrl-C or SIGTERM; a traceback for all else.
 
     Args:
         sweep: in a job of a sweep: what the user can mend is raised as `JobFailed` and does not end the process.
@@ -272,14 +263,10 @@ def exit_codes(*, sweep: bool = False) -> Iterator[None]:
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
     """SIGTERM ends the process like an error does, with clean-up; callbacks/graceful_stop.py takes over in a fit."""
-
-    def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
@@ -298,10 +285,9 @@ def _is_for_users(error: BaseException) -> bool:
 
 def refuse(messages: Sequence[str]) -> NoReturn:
     """Write the messages and end the process with exit code 2."""
-    numbered = [f"{index:2}. {message}" for index, message in enumerate(messages, 1)]
-    lines = (
-        [f"recondense: {len(messages)} problems", *numbered] if len(messages) > 1 else [f"recondense: {messages[0]}"]
-    )
+    lines = [f"recondense: {messages[0]}"]
+    if len(messages) > 1:
+        lines = [f"recondense: {len(messages)} problems", *(f"{i:2}. {text}" for i, text in enumerate(messages, 1))]
     print("\n".join(lines), file=sys.stderr)
     raise Reported(2) from None
 

@@ -98,6 +98,7 @@ def _start(config: Config, folder: Path) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # "loading", "exporting": the stages have bars of their own
     # Lightning still asks torch in an old way; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # resuming is
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning")
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)

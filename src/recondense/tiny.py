@@ -60,6 +60,7 @@ def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: S
     with waiting_lock(Path(f"{folder}.lock"), "trains the embedded model"):
         if not folder.exists():
             _train(model, settings, corpora, folder, trainer, callbacks)
+        shutil.rmtree(folder.with_name(f"{folder.name}.training"), ignore_errors=True)
     return folder
 
 
@@ -104,7 +105,6 @@ def _train(
     tokenizer.save_pretrained(aside)
     write_aside(aside / "training.json", json.dumps(report, indent=1) + "\n")
     os.replace(aside, folder)
-    shutil.rmtree(work)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

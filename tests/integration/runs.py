@@ -89,7 +89,7 @@ def kill_at(phase: str) -> None:
             if not writes["left"]:
                 die()
 
-        JsonFolder.__setitem__ = counted  # type: ignore[method-assign]
+        JsonFolder.__setitem__ = counted  # type: ignore[method-assign,assignment]
     elif phase == "recovery":
         from recondense.recovery import RecoveryModule
 
@@ -100,7 +100,7 @@ def kill_at(phase: str) -> None:
                 die()
             return train(self, batch, index)
 
-        RecoveryModule.training_step = training_step  # type: ignore[method-assign]
+        RecoveryModule.training_step = training_step  # type: ignore[method-assign,assignment]
     elif phase == "export":
         from recondense import export
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from integration.runs import model_folder, text_files
 
 Command = Callable[..., tuple[int, str]]
 
@@ -203,6 +207,44 @@ def test_no_cuda(command: Command) -> None:
     _check(*command("model.device=cuda:1", "recovery=none"), ["model.device=cuda:1", "no CUDA device", "cpu"])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: [",
+        "- a list",
+        "layers: 3\n",
+        "model: {}\nmethod: {}\n",
+        "model: {}\nmethod: {}\nrecovery: {}\nmine: 1\n",
+        b"\xff",
+    ],
+)
+def test_a_foreign_folder_is_never_overwritten(command: Command, tmp_path: Path, content: str | bytes) -> None:
+    """Other programs write a config.yaml too."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, err = command(f"run_dir={folder}", "recovery=none", "overwrite=true")
+    _check(code, err, ["not empty", "holds no run of recondense"])
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        ("model.path=/nowhere/at/all", "there is no such folder"),
+        ("model.path=[a,b]", "expected a text"),
+        ("model.path=/a(b", "is no setting"),
+        ("model.path=~/x", "'model.path=\"~/x\"'"),
+        ("model.pth=/a", "Did you mean model.path?"),
+    ],
+)
+def test_an_unusable_path_is_the_only_problem(command: Command, argument: str, part: str) -> None:
+    """The hub id that stands in its place is not looked for."""
+    code, err = command("model=qwen_moe", "data=stdlib", argument, "recovery=none")
+    _check(code, err, [part])
+    assert len(err.strip().splitlines()) == 1, err
+
+
 def test_folder_of_another_run(command: Command, tmp_path: Path) -> None:
     from recondense.config import Config
 
@@ -254,7 +296,7 @@ def _raising(error: BaseException) -> Callable[..., None]:
         (ValueError("layer 3: a hidden state is NaN"), None, "layer 3"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (KeyboardInterrupt(), 130, "The same command goes on"),
-        (SystemExit(143), 143, "The same command goes on"),
+        (SystemExit(143), 143, "stopped by SIGTERM. The same command goes on"),
     ],
 )
 def test_errors_of_a_run(
@@ -278,6 +320,56 @@ def test_value_errors_of_recondense_are_messages(command: Command, monkeypatch: 
     monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: parse_bytes("lots"))
     code, err = command("recovery=none")
     _check(code, err, ["recondense: 'lots' is not a number of bytes"])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run in seconds, with so little calibration that some experts are never selected."""
+    folder = tmp_path_factory.mktemp("small")
+    texts = text_files(folder / "texts")
+    return [
+        f"model.path={model_folder(folder / 'model')}", "model.device=cpu", "data=texts", "data.sequence_length=32",
+        *(f"data.{split}.path={path}" for split, path in texts.items() if split != "train"),
+        "data.calibration.num_samples=1", "data.calibration.max_length=1", "recovery=none", "evaluation.tasks=null",
+        "evaluation.heldout=null", "evaluation.perplexity_windows=4", "callbacks.profile.enabled=false",
+        "export.enabled=false", "logger.wandb.mode=disabled",
+    ]  # fmt: skip
+
+
+def _process(root: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(root / "train.py"), *arguments, f"output_dir={folder}/out"],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_sweep_outlives_a_job_that_the_user_can_mend(root: Path, tmp_path: Path, small: list[str]) -> None:
+    with _process(root, tmp_path, "-m", "method.num_experts=1,6,2", *small) as process:
+        out, err = process.communicate(timeout=240)
+    _check(process.returncode, err, ["job 1 of the sweep failed: layer ", "recondense: method.num_experts=6: layer "])
+    [table] = (tmp_path / "out").glob("default/sweeps/*/comparison.json")
+    rows = json.loads(table.read_text())
+    assert [row["settings"] for row in rows] == [{"method.num_experts": number} for number in "162"]
+    assert [row["status"].partition(":")[0] for row in rows] == ["done", "failed", "done"]
+    assert "routed experts were ever selected" in rows[1]["status"]
+    assert rows[2]["compressed_perplexity"] > 0
+    assert "comparison" in out and "DeepSpeed" not in out and "accelerator" not in out + err
+
+
+def test_sigterm_outside_a_fit(root: Path, tmp_path: Path, small: list[str]) -> None:
+    """In a fit callbacks/graceful_stop.py takes over; here nothing is trained, and the profile would take minutes."""
+    profile = ["callbacks.profile.enabled=true", "callbacks.profile.repetitions=10000", "method.num_experts=1"]
+    with _process(root, tmp_path, *small, *profile) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and not list(tmp_path.glob("out/default/*/.lock")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    said = "recondense: stopped by SIGTERM. The same command goes on where this run stopped."
+    assert err.count("SIGTERM") == 1 and said in err.splitlines(), err
+    assert "Traceback" not in err
 
 
 def test_a_right_command_runs(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

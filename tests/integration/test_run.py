@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from integration.runs import config, model_folder, step, text_files
-from recondense import pipeline
+from recondense import pipeline, surgery
 from recondense.plan import Plan
 
 LOAD = """
@@ -66,18 +66,32 @@ def test_summary_says_what_design_promises(finished: tuple[Path, dict[str, Any]]
     assert len(Plan.load(folder / "plan.json").operations) == 2
 
 
-def test_export_loads_without_recondense(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+@torch.no_grad()
+def test_export_is_the_student_and_loads_without_recondense(
+    finished: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path
+) -> None:
+    """The run's student, made again from what the run left: the original, its plan and its final checkpoint."""
     folder, found = finished
     assert found["artifacts"]["export_format"] == "stock"
     ids = torch.arange(1, 21).reshape(2, 10)
     torch.save(ids, tmp_path / "io.pt")
     subprocess.run([sys.executable, "-c", LOAD, str(folder / "model"), str(tmp_path / "io.pt")], check=True)
-    live = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert torch.equal(torch.load(tmp_path / "io.pt"), live(ids).logits)
-    loss = live(ids, labels=ids).loss
-    assert torch.isfinite(loss)
-    original = AutoModelForCausalLM.from_pretrained(folder.parents[1] / "model")
-    assert live.num_parameters() < original.num_parameters()
+    exported = torch.load(tmp_path / "io.pt")
+
+    student = AutoModelForCausalLM.from_pretrained(base / "model").eval()
+    originally = student(ids).logits
+    num_parameters = student.num_parameters()
+    surgery.apply(student, Plan.load(folder / "plan.json"))
+    condensed = student(ids).logits
+    state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
+    assert state and all(name.startswith("model.") for name in state)
+    known = student.load_state_dict({name.removeprefix("model."): value for name, value in state.items()}, strict=False)
+    assert known.unexpected_keys == []
+
+    torch.testing.assert_close(exported, student(ids).logits, rtol=0, atol=1e-4)
+    for other in (originally, condensed):  # what is far away would be noticed
+        assert (exported - other).abs().max() > 1e-2
+    assert student.num_parameters() < num_parameters
 
 
 def test_the_same_command_again_says_that_all_is_done(

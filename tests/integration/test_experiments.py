@@ -1,0 +1,115 @@
+"""Every experiment of conf/experiment runs through the real train.py, at a size of seconds."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recondense import corpora, progress, tiny
+from recondense.config import Config, from_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+SMOKE = (
+    "model.pretrain.config.hidden_size=32", "model.pretrain.config.intermediate_size=32",
+    "model.pretrain.config.num_hidden_layers=2", "model.pretrain.config.num_attention_heads=2",
+    "model.pretrain.config.num_key_value_heads=2", "model.pretrain.config.num_experts=6",
+    "model.pretrain.config.num_experts_per_tok=2", "model.pretrain.config.moe_intermediate_size=16",
+    "model.pretrain.config.shared_expert_intermediate_size=32", "model.pretrain.vocab_size=300",
+    "model.pretrain.steps=6", "model.pretrain.warmup_steps=2", "model.pretrain.sequence_length=32",
+    "data.sequence_length=32", "data.calibration.num_samples=4", "data.calibration.max_length=24",
+    "recovery.steps=4", "recovery.batch_size=2", "recovery.warmup_steps=1", "recovery.checkpoint_every=2",
+    "evaluation.limit=2", "evaluation.perplexity_windows=8", "evaluation.heldout.num_questions=4",
+    "evaluation.heldout.num_texts=2",
+    "callbacks.profile.repetitions=1", "callbacks.profile.prompt_length=8", "callbacks.profile.new_tokens=2",
+    "logger.wandb.mode=disabled", "trainer.progress_bar=false",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a process that runs one command never puts back; and a short text in place of the whole library's."""
+    sources = sorted((ROOT / "src" / "recondense").glob("*.py"))
+    few = corpora.Corpora(*([file.read_text()[:3000] for file in sources[start::3]] for start in range(3)))
+    monkeypatch.setattr(corpora, "stdlib_corpora", lambda: few)
+    monkeypatch.setattr(tiny, "stdlib_corpora", lambda: few)
+    loggers = [logging.getLogger(name) for name in ("recondense", "callbacks")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    progress.configure(None)
+
+
+def composed(arguments: tuple[str, ...]) -> Config:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        values = OmegaConf.to_container(compose("train", list(arguments)), resolve=True)
+    return from_dict(cast(dict[str, Any], values))
+
+
+def stages_of(config: Config) -> list[str]:
+    """What a run of this config measures."""
+    condenses, trains = bool(config.method["steps"]), config.recovery.objective != "none"
+    wanted = {
+        "original": True,
+        "compressed": condenses,
+        "recovered": trains,
+        "control": trains and condenses and config.recovery.control,
+    }
+    return [name for name, is_wanted in wanted.items() if is_wanted]
+
+
+def test_the_demo_has_every_stage() -> None:
+    """So that at least one smoke run below goes the whole way."""
+    assert "demo" in EXPERIMENTS
+    assert stages_of(composed(("experiment=demo",))) == ["original", "compressed", "recovered", "control"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(command: Callable[..., tuple[int, str]], tmp_path: Path, name: str) -> None:
+    given = composed((f"experiment={name}",))
+    assert given.model.pretrain and given.data.source == "stdlib", f"{name}: give SMOKE a small stand-in for its inputs"
+    arguments = (f"experiment={name}", *SMOKE, f"output_dir={tmp_path}/out")
+    config = composed(arguments)
+    code, err = command(*arguments)
+    assert code == 0, err
+    folder = config.run_folder()
+    assert folder.is_relative_to(tmp_path)
+    found = json.loads((folder / "summary.json").read_text())
+
+    stages = found["stages"]
+    assert list(stages) == stages_of(given)
+    for stage, figures in stages.items():
+        assert figures["loss"] > 0, stage
+        assert set(figures["tasks"]) == set(config.evaluation.tasks or ()), stage
+    for stage in {"original", "compressed"} & set(stages):
+        assert stages[stage]["profile"]["weights_bytes"] > 0
+        assert stages[stage]["profile"]["decode_tokens_per_second"] > 0
+    if "compressed" in stages:
+        assert stages["compressed"]["kl_to_original"] > 0
+        ratios = found["ratios"]
+        assert set(ratios) >= {"routed_expert_parameters", "memory", "prefill_speedup", "decode_speedup"}
+        assert 0 < ratios["routed_expert_parameters"] < 1 and 0 < ratios["memory"] < 1
+        assert ("gap_closed" in ratios) == ("recovered" in stages)
+        for file in ("plan.json", "plan.png"):
+            assert (folder / file).stat().st_size > 0
+    assert found["artifacts"]["export_format"] == "stock"
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert type(model).__module__.startswith("transformers.")
+    assert model.num_parameters() == found["parameters"]["total"]["compressed"]
+    with torch.no_grad():
+        logits = model(**tokenizer("def run(self):", return_tensors="pt")).logits
+    assert torch.isfinite(logits).all()
+    assert not [path for path in folder.parent.rglob("*.partial")]
