@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from recondense.command_line import build_steps, exit_codes, validate
@@ -21,7 +23,7 @@ CONFIGS = Path(__file__).resolve().parent / "conf"
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def job(settings: DictConfig) -> float | None:
     """One run; what it returns is what a sweep compares."""
-    with exit_codes():
+    with exit_codes(sweep=HydraConfig.get().mode is RunMode.MULTIRUN):
         import callbacks  # late: importing the stages takes seconds, refusing a command should not
         from recondense import pipeline
 

@@ -39,7 +39,8 @@ class CDMoE:
             or "all".
         shared_gate: "mean" replaces the shared experts' gate by its mean over the calibration tokens (the authors'
             code), "token" keeps it.
-        expert_search: "greedy" (the paper), or "routing_weight": the largest mean routing weights (its ablation).
+        expert_search: "greedy" (the paper), or "routing_weight": the largest coefficients, the mean routing weight
+            of an expert over the tokens that selected it (its ablation).
 
     Raises:
         ValueError: a setting outside its range.
