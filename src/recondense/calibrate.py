@@ -8,7 +8,8 @@ Legend: B texts of a block, S their padded length, T real tokens of a block (pad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from recondense import families
 from recondense.modes import evaluating
 
 TEXTS_PER_BLOCK = 8
+TRACE_BYTES = 1 << 30  # traces of all layers up to this are kept while taping; above it a layer is rerun when asked for
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class LayerTrace:
     top_k_index_TK: Tensor
     top_k_weights_TK: Tensor
 
+    @classmethod
+    def of(cls, seen: Mapping[str, Any], block: TextBlock) -> LayerTrace:
+        """From what hooks caught (x and output (B, S, D), the router's output) to real tokens."""
+        _, weights, chosen = seen["router"]
+        real = block.mask_BS.flatten()
+        return cls(
+            x_TD=seen["x"][block.mask_BS],
+            output_TD=seen["output"][block.mask_BS],
+            top_k_index_TK=chosen.reshape(real.numel(), -1)[real],
+            top_k_weights_TK=weights.reshape(real.numel(), -1)[real],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values())
+
 
 @dataclass
 class Tape:
@@ -59,12 +77,14 @@ class Tape:
         states: states[layer][block] (B, S, D) enters decoder layer `layer`; states[num_layers] leaves the last one,
             before the final norm.
         arguments: arguments[block][layer], what a decoder layer is called with besides the hidden states.
+        traces: traces[layer][block], what each sparse MoE layer saw; empty where that was more than TRACE_BYTES.
         layer_runs: decoder layers run on all blocks so far, a count of the work done.
     """
 
     blocks: list[TextBlock]
     states: list[list[Tensor]]
     arguments: list[list[dict[str, Any]]]
+    traces: dict[int, list[LayerTrace]] = field(default_factory=dict)
     layer_runs: float = field(default=0.0, compare=False)
 
     @property
@@ -112,19 +132,26 @@ class Tape:
 
         handles = [module.register_forward_pre_hook(keep(i), with_kwargs=True) for i, module in enumerate(layers)]
         handles.append(layers[-1].register_forward_hook(lambda module, args, output: states[-1].append(output)))
+        traces: dict[int, list[LayerTrace]] = {layer: [] for layer in families.sparse_blocks(model)}
+        room = TRACE_BYTES
         try:
-            with evaluating(model):
+            with evaluating(model), _tracing(model, traces) as seen:
                 for input_ids_BS, mask_BS in blocks:
                     block = TextBlock(input_ids_BS.to(device), mask_BS.to(device).bool())
                     text_blocks.append(block)
                     arguments.append([])
                     families.decoder(model)(input_ids=block.input_ids_BS, use_cache=False)
                     _check_finite([state[-1][block.mask_BS] for state in states])
+                    for layer, found in traces.items():
+                        found.append(LayerTrace.of(seen[layer], block))
+                        room -= found[-1].nbytes
+                    if room < 0:
+                        traces.clear()
                     advance()
         finally:
             for handle in handles:
                 handle.remove()
-        return cls(text_blocks, states, arguments, layer_runs=float(len(layers)))
+        return cls(text_blocks, states, arguments, traces, layer_runs=float(len(layers)))
 
     def run_layer(self, model: PreTrainedModel, layer: int, block: int, hidden_BSD: Tensor) -> Tensor:
         """One decoder layer on the hidden states of one block; (B, S, D) to (B, S, D)."""
@@ -138,28 +165,14 @@ class Tape:
 
     @torch.no_grad()
     def trace(self, model: PreTrainedModel, layer: int) -> Iterator[LayerTrace]:
-        """Rerun one decoder layer on its taped input and yield what its MoE layer saw, block by block."""
-        sparse = families.sparse_blocks(model)[layer]
-        seen: dict[str, Any] = {}
-        handles = [
-            sparse.module.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output)),
-            sparse.router.register_forward_hook(lambda module, args, output: seen.update(router=output)),
-        ]
-        try:
-            with evaluating(model):
-                for index, block in enumerate(self.blocks):
-                    self.run_layer(model, layer, index, self.states[layer][index])
-                    _, weights, chosen = seen["router"]
-                    real = block.mask_BS.flatten()
-                    yield LayerTrace(
-                        x_TD=self.real_tokens(index, seen["x"]),
-                        output_TD=self.real_tokens(index, seen["output"]),
-                        top_k_index_TK=chosen.reshape(real.numel(), -1)[real],
-                        top_k_weights_TK=weights.reshape(real.numel(), -1)[real],
-                    )
-        finally:
-            for handle in handles:
-                handle.remove()
+        """What one sparse MoE layer saw, block by block: kept, or from a rerun of the layer on its taped input."""
+        if layer in self.traces:
+            yield from self.traces[layer]
+            return
+        with evaluating(model), _tracing(model, [layer]) as seen:
+            for index, block in enumerate(self.blocks):
+                self.run_layer(model, layer, index, self.states[layer][index])
+                yield LayerTrace.of(seen[layer], block)
 
     def mean_over_texts(self, values_CT: list[Tensor]) -> Tensor:
         """Mean over the tokens of each text, then over texts in their order: each text weighs the same.
@@ -175,6 +188,28 @@ class Tape:
             for values, block in zip(values_CT, self.blocks, strict=True)
         ]
         return torch.cat(per_text).mean(dim=0)
+
+
+@contextmanager
+def _tracing(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, dict[str, Any]]]:
+    """Inside, each forward leaves here what these sparse layers and their routers got and gave."""
+    seen: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
+    handles = []
+    for layer, found in seen.items():
+        sparse = families.sparse_blocks(model)[layer]
+
+        def keep(module: nn.Module, args: Any, output: Any, found: dict[str, Any] = found) -> None:
+            found.update(x=args[0], output=output)
+
+        def keep_router(module: nn.Module, args: Any, output: Any, found: dict[str, Any] = found) -> None:
+            found.update(router=output)
+
+        handles += [sparse.module.register_forward_hook(keep), sparse.router.register_forward_hook(keep_router)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_finite(states: list[Tensor]) -> None:

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, VOCAB, blocks, deepseek_v2, qwen2_moe, recorde
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense import calibrate, families
 from recondense.calibrate import Tape
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -161,3 +161,16 @@ def test_mean_over_texts() -> None:
     found = tape.mean_over_texts([first, second])
     assert found.dtype == torch.float64
     assert found.tolist() == [by_hand(per_text), 2.0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_traces_kept_while_taping_are_those_of_a_rerun(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they do not fit they are computed again when asked for, to the same bits."""
+    model = FAMILIES[family]()
+    kept = recorded(model)
+    monkeypatch.setattr(calibrate, "TRACE_BYTES", 1)
+    rerun = recorded(model)
+    assert kept.traces.keys() == families.sparse_blocks(model).keys() and not rerun.traces
+    for layer in kept.traces:
+        for mine, theirs in zip(kept.trace(model, layer), rerun.trace(model, layer), strict=True):
+            assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in vars(mine))
