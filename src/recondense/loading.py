@@ -53,7 +53,8 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made up for a folder that has none
         raise ValueError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder that has one")
     device = device_of(settings)
-    model.set_experts_implementation(experts_implementation(settings, device))
+    # auto never takes batched_mm, some 60 times slower on a CPU
+    model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     families.without_router_loss(model)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
     return model.eval(), tokenizer
@@ -64,11 +65,6 @@ def device_of(settings: ModelConfig) -> torch.device:
     if settings.device != "auto":
         return torch.device(settings.device)
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-
-
-def experts_implementation(settings: ModelConfig, device: torch.device) -> str:
-    """transformers' implementation of routed experts; auto never takes batched_mm, some 60 times slower on a CPU."""
-    return "grouped_mm" if settings.experts == "auto" else settings.experts
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

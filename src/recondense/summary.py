@@ -137,7 +137,7 @@ def model_card(summary: Mapping[str, Any]) -> str:
         "",
         f"# {summary['model']}, {summary['method']}, recovery {summary['recovery']}",
         "",
-        "Made by [recondense]: experts condensed by the plan in `plan.json`.",
+        "Made by recondense: experts condensed by the plan in `plan.json`.",
         "",
         "| | " + " | ".join(stages) + " |",
         "|---|" + "---:|" * len(stages),
@@ -154,7 +154,7 @@ def model_card(summary: Mapping[str, Any]) -> str:
         if any(value is not None for value in values):
             lines.append(f"| {title} | " + " | ".join("" if v is None else form(v) for v in values) + " |")
     lines += ["", *(f"- {name}: {value:.4f}" for name, value in summary["ratios"].items()), ""]
-    return "\n".join(lines).replace("[recondense]", "recondense")
+    return "\n".join(lines)
 
 
 def _git_commit() -> str | None:
