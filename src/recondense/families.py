@@ -9,14 +9,17 @@ Legend: E routed experts, D hidden size, F expert width.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from recondense.modules import MoEWeights
+from recondense.modules import MoEWeights, RemappedRouter, SkippedLayer, shallow_copy, sliced
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,42 @@ class Facts:
     expert_width: int
     shared_width: int
     shared_gate: bool
+    num_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router does with its logits: softmax over all experts, the top_k of them, then this.
+
+    Args:
+        top_k: experts a token.
+        normalize: the selected weights are divided by their sum.
+        scale: then multiplied by this.
+        num_groups, top_groups: experts stand in groups of equal size; only those of the best top_groups are selected.
+    """
+
+    top_k: int
+    normalize: bool
+    scale: float
+    num_groups: int = 1
+    top_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of the uncompressed model, from its config alone.
+
+    Args:
+        total: of the whole model, tied ones once.
+        routed_experts: of all routed experts.
+        expert: of one routed expert, 3·D·F.
+        router_row: of one expert's row in the router.
+    """
+
+    total: int
+    routed_experts: int
+    expert: int
+    router_row: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +85,7 @@ class Family:
     """Where one model_type keeps things."""
 
     facts: Callable[[PretrainedConfig], Facts]
+    routing: Callable[[PretrainedConfig], Routing]
     shared_expert: str | None
     shared_expert_gate: str | None = None
     # Config updates with which stock transformers holds condensed layers, given {layer: width}; None if it cannot.
@@ -62,10 +102,17 @@ class SparseBlock:
     experts: nn.Module
     shared_expert: nn.Module | None
     shared_expert_gate: nn.Module | None
+    routing: Routing
 
     @property
     def weights(self) -> MoEWeights:
-        """The layer's own tensors; gate_up (E, 2F, D), down (E, D, F)."""
+        """The layer's own tensors; gate_up (E, 2F, D), down (E, D, F).
+
+        Raises:
+            ValueError: the experts are factorized.
+        """
+        if not hasattr(self.experts, "gate_up_proj"):
+            raise ValueError(f"layer {self.layer}: its experts are factorized; this needs whole ones, so do it before")
         shared = self.shared_expert
         projections = ("gate_proj", "up_proj", "down_proj")
         return MoEWeights(
@@ -78,7 +125,7 @@ class SparseBlock:
 
     @property
     def num_experts(self) -> int:
-        return self.weights.down_EDF.shape[0]
+        return int(self.experts.num_experts)  # type: ignore[arg-type]
 
 
 def _qwen2_moe_facts(config: PretrainedConfig) -> Facts:
@@ -100,6 +147,10 @@ def _qwen2_moe_facts(config: PretrainedConfig) -> Facts:
         shared_width=config.shared_expert_intermediate_size,
         shared_gate=True,
     )
+
+
+def _qwen2_moe_routing(config: PretrainedConfig) -> Routing:
+    return Routing(config.num_experts_per_tok, normalize=bool(config.norm_topk_prob), scale=1.0)
 
 
 def _qwen2_moe_dense_layers(config: PretrainedConfig, widths: dict[int, int]) -> dict[str, object] | None:
@@ -128,6 +179,19 @@ def _deepseek_v2_facts(config: PretrainedConfig) -> Facts:
         expert_width=config.moe_intermediate_size,
         shared_width=config.moe_intermediate_size * (config.n_shared_experts or 0),
         shared_gate=False,
+        num_groups=_deepseek_v2_routing(config).num_groups,
+    )
+
+
+def _deepseek_v2_routing(config: PretrainedConfig) -> Routing:
+    """transformers ignores `norm_topk_prob` here, and groups unless the method is group_limited_greedy."""
+    grouped = config.topk_method == "group_limited_greedy"
+    return Routing(
+        config.num_experts_per_tok,
+        normalize=False,
+        scale=float(config.routed_scaling_factor),
+        num_groups=config.n_group if grouped else 1,
+        top_groups=config.topk_group if grouped else 1,
     )
 
 
@@ -167,8 +231,10 @@ class CondensedForCausalLM({model_class}):
 '''
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_moe": Family(_qwen2_moe_facts, "shared_expert", "shared_expert_gate", _qwen2_moe_dense_layers),
-    "deepseek_v2": Family(_deepseek_v2_facts, "shared_experts"),
+    "qwen2_moe": Family(
+        _qwen2_moe_facts, _qwen2_moe_routing, "shared_expert", "shared_expert_gate", _qwen2_moe_dense_layers
+    ),
+    "deepseek_v2": Family(_deepseek_v2_facts, _deepseek_v2_routing, "shared_experts"),
 }
 
 
@@ -214,12 +280,90 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The feed-forward block of a decoder layer: sparse, condensed or dense."""
-    return decoder_layers(model)[layer].mlp  # type: ignore[return-value]
+    """What surgery changes of a decoder layer: its feed-forward block, or `SkippedLayer` where all of it is removed."""
+    decoder_layer = decoder_layers(model)[layer]
+    return decoder_layer if isinstance(decoder_layer, SkippedLayer) else decoder_layer.mlp  # type: ignore[return-value]
 
 
 def set_block(model: PreTrainedModel, layer: int, block: nn.Module) -> None:
-    decoder_layers(model)[layer].mlp = block
+    """Put a feed-forward block in its place, or a whole decoder layer, or `SkippedLayer` in place of that."""
+    if isinstance(block, SkippedLayer) or hasattr(block, "self_attn"):
+        decoder_layers(model)[layer] = block
+    else:
+        decoder_layers(model)[layer].mlp = block
+
+
+def is_sparse(block: nn.Module) -> bool:
+    return hasattr(block, "experts") and hasattr(block, "gate")
+
+
+def with_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Module | None = None) -> nn.Module:
+    """A sparse block with another router or other experts; everything else is shared with the given one."""
+    twin = shallow_copy(block)
+    if router is not None:
+        twin.gate = router
+    if experts is not None:
+        twin.experts = experts
+    return twin
+
+
+def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
+    """The router with the rows of some experts only.
+
+    Raises:
+        ValueError: fewer experts than top_k, merged experts, or groups of unequal size or of fewer than two.
+    """
+    routing, num_experts = block.routing, block.num_experts
+    if isinstance(block.router, RemappedRouter):
+        raise ValueError(f"layer {block.layer}: its experts are merged, so they cannot be pruned any more")
+    if len(retained) < routing.top_k:
+        raise ValueError(
+            f"layer {block.layer}: {len(retained)} experts retained, but each token selects {routing.top_k}; retain at "
+            "least as many"
+        )
+    if routing.num_groups > 1:
+        size = num_experts // routing.num_groups
+        sizes = [sum(expert // size == group for expert in retained) for group in range(routing.num_groups)]
+        if len(set(sizes)) > 1 or sizes[0] < 2:
+            raise ValueError(
+                f"layer {block.layer}: the router selects {routing.top_groups} of {routing.num_groups} groups first; "
+                f"pruning would leave groups of {sizes} experts, which must be equal and at least 2"
+            )
+    return sliced(block.router, retained, num_experts)
+
+
+def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
+    """The block as pruning would leave it, without a copy of any expert: for trying it out.
+
+    Raises:
+        ValueError: as `pruned_router`.
+    """
+    table = torch.as_tensor(retained, device=next(block.experts.parameters()).device)
+    return with_parts(block.module, router=RemappedRouter(pruned_router(block, retained), table))
+
+
+@cache
+def _counts(text: str, kind: type[PretrainedConfig]) -> Counts:
+    config = kind.from_dict(json.loads(text))
+    found = facts(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expert = 3 * found.hidden_size * found.expert_width
+    return Counts(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        routed_experts=expert * found.num_experts * len(found.moe_layers),
+        expert=expert,
+        router_row=found.hidden_size,
+    )
+
+
+def parameter_counts(config: PretrainedConfig) -> Counts:
+    """Parameters of the uncompressed model that a config describes; built on the meta device, without weights.
+
+    Raises:
+        ValueError: as `facts`.
+    """
+    return _counts(json.dumps(config.to_dict(), sort_keys=True, default=str), type(config))  # type: ignore[arg-type]
 
 
 def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
@@ -246,19 +390,20 @@ def sparse_view(model: PreTrainedModel, layer: int, module: nn.Module) -> Sparse
         experts=module.experts,  # type: ignore[arg-type]
         shared_expert=getattr(module, family.shared_expert or "", None),
         shared_expert_gate=getattr(module, family.shared_expert_gate or "", None),
+        routing=family.routing(model.config),
     )
 
 
 def sparse_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
     """Views of the layers that are sparse now, by decoder-layer index, ascending."""
     blocks = {layer: get_block(model, layer) for layer in range(len(decoder_layers(model)))}
-    return {layer: sparse_view(model, layer, block) for layer, block in blocks.items() if hasattr(block, "experts")}
+    return {layer: sparse_view(model, layer, block) for layer, block in blocks.items() if is_sparse(block)}
 
 
 @contextmanager
 def swapped(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator[PreTrainedModel]:
-    """Inside, the model's feed-forward blocks are these; after, its own again. No weight is copied or changed."""
-    own = {layer: get_block(model, layer) for layer in blocks}
+    """Inside, these blocks (or whole decoder layers) stand in the model; after, its own again. No weight is copied."""
+    own = {layer: _standing_in(model, layer, block) for layer, block in blocks.items()}
     for layer, block in blocks.items():
         set_block(model, layer, block)
     try:
@@ -266,6 +411,12 @@ def swapped(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator
     finally:
         for layer, block in own.items():
             set_block(model, layer, block)
+
+
+def _standing_in(model: PreTrainedModel, layer: int, block: nn.Module) -> nn.Module:
+    """What `set_block` with this block would displace: a whole decoder layer for a whole one."""
+    whole = isinstance(block, SkippedLayer) or hasattr(block, "self_attn")
+    return decoder_layers(model)[layer] if whole else get_block(model, layer)
 
 
 def without_router_loss(model: PreTrainedModel) -> None:

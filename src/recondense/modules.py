@@ -1,10 +1,12 @@
 """What a compressed model is made of. Imports torch alone: this file is bundled into exports.
 
-Legend: B batch, S sequence, D hidden size, F expert width, W width of a condensed layer, n retained routed experts.
+Legend: B batch, S sequence, T tokens, D hidden size, F expert width, W width of a condensed layer, E routed experts of
+the original layer, n retained ones, K top-k.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -158,3 +160,75 @@ def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) ->
         gate_TF, up_TF = nn.functional.linear(x_TD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
         torch.mm(weights.act_fn(gate_TF).mul_(up_TF), weights.down_EDF[expert].T, out=output_nTD[position])
     return output_nTD
+
+
+class RemappedRouter(nn.Module):
+    """A router whose choices are looked up in a table: experts that were merged, or others that are left out.
+
+    Args:
+        router: returns (logits, top_k_weights, top_k_index).
+        table: (number of the router's rows,), the expert that stands for each row.
+    """
+
+    table: Tensor
+
+    def __init__(self, router: nn.Module, table: Tensor) -> None:
+        super().__init__()
+        self.router = router
+        self.register_buffer("table", table)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the router, with top_k_index (T, K) through the table."""
+        logits, top_k_weights, top_k_index = self.router(hidden_states)
+        return logits, top_k_weights, self.table[top_k_index]
+
+
+class Zeros(nn.Module):
+    """What stands in for a removed feed-forward block: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class SkippedLayer(nn.Module):
+    """What stands in for a removed decoder layer: the residual stream passes by, and nothing is cached."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of its own that shares every parameter, buffer and child with the given one; it has no hooks."""
+    twin = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    for name in [name for name in twin.__dict__ if name.endswith("_hooks") or "_hooks_" in name]:
+        twin.__dict__[name] = type(twin.__dict__[name])()
+    return twin
+
+
+def sliced(module: nn.Module, index: Sequence[int], num_experts: int) -> nn.Module:
+    """A router or an experts module with some experts only, in fresh tensors.
+
+    Args:
+        module: its direct parameters and buffers with `num_experts` rows are cut to the rows of `index`.
+        index: n experts.
+        num_experts: E, of the module.
+
+    Returns:
+        a module of the same class; attributes that count the experts say n.
+    """
+    twin = shallow_copy(module)
+    for tensors in (twin._parameters, twin._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.ndim and tensor.shape[0] == num_experts:
+                cut: Tensor = tensor.detach()[torch.as_tensor(index, device=tensor.device)]
+                parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(cut, requires_grad=tensor.requires_grad) if parameter else cut  # type: ignore[assignment]
+    for name in EXPERT_COUNTS:
+        if getattr(twin, name, None) == num_experts:
+            setattr(twin, name, len(index))
+    return twin
+
+
+EXPERT_COUNTS = ("num_experts", "n_routed_experts")  # attributes of routers and experts modules

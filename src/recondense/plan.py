@@ -12,54 +12,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+
+from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+
+__all__ = ["Condense", "Drop", "Factorize", "Merge", "Operation", "Plan", "Prune", "Refit", "write_aside"]
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Condense:
-    """Replace a sparse MoE layer by its shared experts plus a few routed experts that are active for every token.
-
-    y = g·Shared(x) + Σ_i coefficients_i · E_i(x)   (arXiv 2412.00069, section 3)
-
-    Args:
-        layer: decoder-layer index.
-        experts: indices of the retained routed experts, in the order of their selection; may be empty.
-        coefficients: the constant that replaces each retained expert's routing weight.
-        shared_gate: the constant that replaces the shared experts' gate; None keeps what the model has (its gate per
-            token, or none).
-    """
-
-    kind: ClassVar[str] = "condense"
-    layer: int
-    experts: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    shared_gate: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise ValueError(f"condense: layer {self.layer} is negative; layers are decoder-layer indices from 0")
-        if len(self.experts) != len(self.coefficients):
-            raise ValueError(
-                f"condense, layer {self.layer}: {len(self.experts)} experts but {len(self.coefficients)} coefficients"
-            )
-        if len(set(self.experts)) != len(self.experts) or any(expert < 0 for expert in self.experts):
-            raise ValueError(f"condense, layer {self.layer}: experts {list(self.experts)} must be distinct and >= 0")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Condense:
-        shared_gate = data["shared_gate"]
-        return cls(
-            layer=int(data["layer"]),
-            experts=tuple(int(expert) for expert in data["experts"]),
-            coefficients=tuple(float(value) for value in data["coefficients"]),
-            shared_gate=None if shared_gate is None else float(shared_gate),
-        )
-
-
-Operation = Condense  # a union once there are more kinds
-OPERATIONS: dict[str, type[Operation]] = {Condense.kind: Condense}
 
 
 @dataclass(frozen=True)

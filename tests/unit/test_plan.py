@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from recondense import plan as plan_module
 from recondense.cache import JsonFolder, fingerprint
-from recondense.plan import Condense, Plan, write_aside
+from recondense.operations import OPERATIONS
+from recondense.plan import Condense, Drop, Factorize, Merge, Plan, Prune, Refit, write_aside
 
 PLAN = Plan(
     model="Qwen/Qwen1.5-MoE-A2.7B",
@@ -51,14 +53,10 @@ def test_the_file_is_as_the_design_says() -> None:
 
 
 def test_needs_the_standard_library_alone(root: Path) -> None:
-    """In an interpreter without site-packages, where the file is all there is."""
-    file = root / "src" / "recondense" / "plan.py"
+    """In an interpreter without site-packages."""
     code = (
-        "import importlib.util, sys; "
-        f"spec = importlib.util.spec_from_file_location('plan', {str(file)!r}); "
-        "module = importlib.util.module_from_spec(spec); sys.modules['plan'] = module; "
-        "spec.loader.exec_module(module); "
-        "assert module.Plan.from_json(sys.stdin.read()).layers == (2, 5)"
+        f"import sys; sys.path.insert(0, {str(root / 'src')!r}); from recondense.plan import Plan; "
+        "assert Plan.from_json(sys.stdin.read()).layers == (2, 5)"
     )
     subprocess.run([sys.executable, "-I", "-S", "-c", code], input=PLAN.to_json(), text=True, check=True)
 
@@ -75,7 +73,7 @@ OPERATION = PLAN.to_dict()["operations"][0]
     [
         (changed(schema=2), "schema 2 is not 1"),
         ({}, "schema None"),
-        (changed(operations=[{**OPERATION, "kind": "merge"}]), "'merge'.*condense"),
+        (changed(operations=[{**OPERATION, "kind": "shrink"}]), "'shrink'.*condense"),
         (changed(operations=[{"layer": 1}]), "unknown kind of operation None"),
         (changed(operations=[{"kind": "condense", "layer": 1}]), "lacks"),
         (changed(operations=[{**OPERATION, "experts": [7, 7, 3]}]), "distinct"),
@@ -119,7 +117,8 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, root: Path) ->
     path = tmp_path / "file"
     write_aside(path, "old")
     code = (
-        f"import os, signal, sys; sys.path.insert(0, {str(root / 'src' / 'recondense')!r}); import plan; "
+        f"import os, signal, sys; sys.path.insert(0, {str(root / 'src')!r}); "
+        "import recondense.plan as plan; "
         "plan.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
         f"plan.write_aside({str(path)!r}, 'new' * 100)"
     )
@@ -156,3 +155,43 @@ def test_json_folder_is_a_mapping(tmp_path: Path) -> None:
 def test_fingerprint_depends_on_values_not_on_their_order() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert len({fingerprint(*parts) for parts in ((1, 2), (2, 1), ([1, 2],), ("1", 2))}) == 4
+
+
+OF_EVERY_KIND = (
+    Condense(0, (2, 0), (0.5, 0.25), 0.75),
+    Prune(1, (0, 3)),
+    Factorize(1, {"gate_proj": (3, None), "up_proj": (3, None), "down_proj": (2, None)}, whitening=True),
+    Merge(2, ((1, 0), (2,)), ((0.25, 0.75), (1.0,)), align=True),
+    Drop(3, "moe"),
+    Drop(4, "block"),
+    Refit(0, "coefficients", 0.01),
+)
+
+
+def test_every_kind_survives_json() -> None:
+    plan = Plan("m", OF_EVERY_KIND)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert {operation.kind for operation in OF_EVERY_KIND} == set(OPERATIONS)
+    assert plan.layers == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Prune(1, ()), "not empty"),
+        (lambda: Prune(1, (3, 0)), "ascending"),
+        (lambda: Prune(-1, (0,)), "negative"),
+        (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,)}), "down_proj"),
+        (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,), "down_proj": (1, 2)}), "alike"),
+        (lambda: Factorize(1, {"gate_proj": (0,), "up_proj": (1,), "down_proj": (1,)}), "at least 1"),
+        (lambda: Merge(1, ((0,), (2,)), ((1.0,), (1.0,))), "part the experts"),
+        (lambda: Merge(1, ((0, 1),), ((1.0,),)), "beside"),
+        (lambda: Merge(1, ((0, 1),), ((0.5, 0.6),)), "sum to 1"),
+        (lambda: Drop(1, "attention"), "moe or block"),  # type: ignore[arg-type]
+        (lambda: Refit(1, "router", 0.1), "down_proj"),  # type: ignore[arg-type]
+        (lambda: Refit(1, "down_proj", 0.0), "above 0"),
+    ],
+)
+def test_operations_that_make_no_sense(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,72 +1,179 @@
 """Surgery does: it executes a Plan on a model and never decides. One operation, one file.
 
-`restructure` makes the shapes from the plan alone (on the meta device too); `fill` computes the weights.
+`restructure` makes the shapes from the plan alone (on the meta device too); `apply` computes the weights as well, each
+operation on what the one before it left; `refit` solves weights on the calibration set, last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.plan import Operation, Plan
-from recondense.surgery import condense
+from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
+from recondense.surgery import condense, drop, merge, prune
 
-__all__ = ["apply", "fill", "restructure"]
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+__all__ = ["apply", "fill", "refit", "restructure"]
+
+Record = Callable[[], "Tape"]
 
 
 def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
-    """Put unfilled blocks of the plan's shapes in place of the original ones.
+    """Put blocks of the plan's shapes in place of the original ones; their weights are not to be relied on.
 
     Args:
         model: changed in place; may lie on the meta device.
         plan: what to do.
 
     Returns:
-        the original blocks by decoder-layer index.
+        the original blocks by decoder-layer index; a decoder layer where the plan removes all of it.
 
     Raises:
         ValueError: an operation on a layer that is not sparse (any more), or on experts that do not exist.
     """
     originals: dict[int, nn.Module] = {}
-    try:
-        for operation in plan.operations:
-            _restructure_one(model, operation, originals)
-    except ValueError:  # leave no model with unfilled blocks behind
-        for layer, module in originals.items():
-            families.set_block(model, layer, module)
-        raise
+    with _all_or_nothing(model, originals):
+        for operation in structural(plan):
+            _exchange(model, operation.layer, _shaped(model, operation), originals)
     families.without_router_loss(model)
     return originals
 
 
-def _restructure_one(model: PreTrainedModel, operation: Operation, originals: dict[int, nn.Module]) -> None:
+def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> dict[int, nn.Module]:
+    """Execute a plan, all but its refits; several operations on one layer follow each other.
+
+    Args:
+        model: changed in place.
+        plan: what to do.
+        record: tapes the model on the calibration set as it is when called; factorizing with whitening needs it.
+
+    Returns:
+        the original blocks, as `restructure`: for a teacher to keep or the caller to drop.
+
+    Raises:
+        ValueError: as `restructure`; an operation that needs calibration data, and no `record`.
+    """
+    originals: dict[int, nn.Module] = {}
+    with _all_or_nothing(model, originals):
+        for whitened, operations in groupby(structural(plan), lambda each: getattr(each, "whitening", False)):
+            if whitened and record is None:
+                raise ValueError("plan: factorize with whitening needs the calibration set; none was given")
+            tape = record() if whitened and record is not None else None
+            for operation in operations:
+                _exchange(model, operation.layer, _filled(model, operation, tape), originals)
+    families.without_router_loss(model)
+    return originals
+
+
+def fill(model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record | None = None) -> None:
+    """Compute the weights of restructured blocks from the original ones; one changed block more is held at a time."""
+    shaped = {layer: families.get_block(model, layer) for layer in originals}
+    with families.swapped(model, originals):
+        apply(model, plan, record)
+        filled = {layer: families.get_block(model, layer) for layer in originals}
+    for layer, block in shaped.items():
+        families.set_block(model, layer, block)
+        block.load_state_dict(filled.pop(layer).state_dict())
+
+
+def refit(
+    model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record, max_scratch_bytes: int
+) -> dict[int, dict[str, float]]:
+    """Execute a plan's refits, layer after layer; empty if it has none.
+
+    Args:
+        originals: what `apply` returned.
+        record: tapes the model on the calibration set as it is when called.
+
+    Returns:
+        error of each refitted layer's output on the calibration set before and after, relative to the original's.
+    """
+    from recondense.surgery.refit import refit as solve
+
+    wanted = [operation for operation in plan.operations if isinstance(operation, Refit)]
+    return solve(model, wanted, originals, record, max_scratch_bytes) if wanted else {}
+
+
+def structural(plan: Plan) -> Iterable[Operation]:
+    """The operations that change shapes, in order."""
+    return (operation for operation in plan.operations if not isinstance(operation, Refit))
+
+
+def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
+    """The block that an operation makes of a layer as it is now."""
+    block = _sparse_block(model, operation)
+    match operation:
+        case Condense():
+            return condense.restructure(block, operation)
+        case Prune():
+            return prune.restructure(block, operation)
+        case Merge():
+            return merge.restructure(block, operation)
+        case Drop():
+            return drop.restructure(operation)
+        case Factorize():
+            from recondense.surgery import factorize
+
+            return families.with_parts(block.module, experts=factorize.restructure(block.experts, operation))
+    raise AssertionError(operation)
+
+
+def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
+    """`_shaped`, with its weights."""
+    before = _sparse_block(model, operation)
+    after = _shaped(model, operation)
+    if isinstance(operation, Condense):
+        condense.fill(after, before, operation)
+    elif isinstance(operation, Merge):
+        merge.fill(families.sparse_view(model, operation.layer, after), before, operation)
+    elif isinstance(operation, Factorize):
+        from recondense.surgery import factorize
+
+        moments = None
+        if operation.whitening:
+            assert tape is not None
+            moments = factorize.second_moments(before.experts, tape.trace(model, operation.layer))
+        experts = families.sparse_view(model, operation.layer, after).experts
+        factorize.fill(experts, before.experts, operation, moments)
+    return after
+
+
+def _sparse_block(model: PreTrainedModel, operation: Operation) -> families.SparseBlock:
     blocks = families.sparse_blocks(model)
     if operation.layer not in blocks:
         raise ValueError(
             f"plan: {operation.kind} layer {operation.layer}, but the sparse MoE layers are {sorted(blocks)}"
         )
-    block = blocks[operation.layer]
-    missing = [expert for expert in operation.experts if expert >= block.num_experts]
-    if missing:
-        raise ValueError(
-            f"plan: layer {operation.layer} has {block.num_experts} routed experts; the plan retains {missing}"
-        )
-    originals[operation.layer] = block.module
-    families.set_block(model, operation.layer, condense.restructure(block, operation))
+    return blocks[operation.layer]
 
 
-def fill(model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module]) -> None:
-    """Compute the weights of restructured blocks from the original ones."""
-    for operation in plan.operations:
-        original = families.sparse_view(model, operation.layer, originals[operation.layer])
-        condense.fill(families.get_block(model, operation.layer), original, operation)
+def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: dict[int, nn.Module]) -> None:
+    """Put a block in place and keep what the layer had before anything was done to it."""
+    if isinstance(block, families.SkippedLayer):
+        if layer in originals:  # the decoder layer gets its own block back before it goes as a whole
+            families.set_block(model, layer, originals[layer])
+        originals[layer] = families.decoder_layers(model)[layer]
+    else:
+        originals.setdefault(layer, families.get_block(model, layer))
+    families.set_block(model, layer, block)
 
 
-def apply(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
-    """`restructure`, then `fill`; returns the original blocks, for a teacher to keep or the caller to drop."""
-    originals = restructure(model, plan)
-    fill(model, plan, originals)
-    return originals
+@contextmanager
+def _all_or_nothing(model: PreTrainedModel, originals: dict[int, nn.Module]) -> Iterator[None]:
+    """A plan that turns out wrong half-way leaves the model as it was."""
+    try:
+        with torch.no_grad():
+            yield
+    except BaseException:
+        for layer, block in originals.items():
+            families.set_block(model, layer, block)
+        raise

@@ -7,14 +7,16 @@ from torch import nn
 from recondense.families import SparseBlock
 from recondense.modules import CondensedMoE
 from recondense.plan import Condense
+from recondense.surgery.checks import check_experts
 
 
 def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
     """An unfilled condensed layer: shared rows, then F rows an expert; token gate kept if shared_gate is None."""
+    check_experts(block, operation.kind, operation.experts)
     return CondensedMoE.shaped_for(block.weights, len(operation.experts), token_gate=operation.shared_gate is None)
 
 
-def fill(layer: nn.Module, original: SparseBlock, operation: Condense) -> None:
-    """Copy the retained rows of the original and set the scales."""
+def fill(layer: nn.Module, before: SparseBlock, operation: Condense) -> None:
+    """Copy the retained rows of the layer as it was and set the scales."""
     assert isinstance(layer, CondensedMoE)
-    layer.fill(original.weights, operation.experts, operation.coefficients, operation.shared_gate)
+    layer.fill(before.weights, operation.experts, operation.coefficients, operation.shared_gate)

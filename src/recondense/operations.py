@@ -1,0 +1,216 @@
+"""The operations that a Plan is made of: plain data, one frozen dataclass a kind, checked when made.
+
+Expert indices of an operation count in the layer as the operations before it left it. Standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Condense:
+    """Replace a sparse MoE layer by its shared experts plus a few routed experts that are active for every token.
+
+    y = g·Shared(x) + Σ_i coefficients_i · E_i(x)   (arXiv 2412.00069, section 3)
+
+    Args:
+        layer: decoder-layer index.
+        experts: indices of the retained routed experts, in the order of their selection; may be empty.
+        coefficients: the constant that replaces each retained expert's routing weight.
+        shared_gate: the constant that replaces the shared experts' gate; None keeps what the model has (its gate per
+            token, or none).
+    """
+
+    kind: ClassVar[str] = "condense"
+    layer: int
+    experts: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    shared_gate: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        if len(self.experts) != len(self.coefficients):
+            raise ValueError(
+                f"condense, layer {self.layer}: {len(self.experts)} experts but {len(self.coefficients)} coefficients"
+            )
+        _check_experts(self.kind, self.layer, self.experts)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Condense:
+        shared_gate = data["shared_gate"]
+        return cls(
+            layer=int(data["layer"]),
+            experts=tuple(int(expert) for expert in data["experts"]),
+            coefficients=tuple(float(value) for value in data["coefficients"]),
+            shared_gate=None if shared_gate is None else float(shared_gate),
+        )
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Remove routed experts and their router rows; the others stay as they are.
+
+    Args:
+        layer: decoder-layer index.
+        retained: indices of the experts that stay, ascending.
+    """
+
+    kind: ClassVar[str] = "prune"
+    layer: int
+    retained: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        _check_experts(self.kind, self.layer, self.retained)
+        if not self.retained or list(self.retained) != sorted(self.retained):
+            raise ValueError(f"prune, layer {self.layer}: retained {list(self.retained)} must be ascending, not empty")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Prune:
+        return cls(layer=int(data["layer"]), retained=_ints(data["retained"]))
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """Replace the projections of routed experts by products of two factors.
+
+    Args:
+        layer: decoder-layer index.
+        ranks: for gate_proj, up_proj and down_proj one rank an expert; None keeps that projection dense.
+        whitening: factors of least error on the calibration activations (arXiv 2403.07378) in place of the plain SVD.
+    """
+
+    kind: ClassVar[str] = "factorize"
+    layer: int
+    ranks: Mapping[str, tuple[int | None, ...]] = field(hash=False)
+    whitening: bool = False
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        lengths = {name: len(self.ranks.get(name, ())) for name in PROJECTIONS}
+        if set(self.ranks) != set(PROJECTIONS) or len(set(lengths.values())) != 1:
+            raise ValueError(
+                f"factorize, layer {self.layer}: ranks {lengths} must be of {', '.join(PROJECTIONS)}, alike"
+            )
+        low = [rank for ranks in self.ranks.values() for rank in ranks if rank is not None and rank < 1]
+        if low:
+            raise ValueError(f"factorize, layer {self.layer}: ranks {low} must be at least 1 (null: dense)")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Factorize:
+        ranks = {
+            str(name): tuple(None if rank is None else int(rank) for rank in values)
+            for name, values in data["ranks"].items()
+        }
+        return cls(layer=int(data["layer"]), ranks=ranks, whitening=bool(data["whitening"]))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Replace groups of routed experts by their weighted means; the router keeps its rows, each names its group.
+
+    Args:
+        layer: decoder-layer index.
+        groups: a partition of the layer's experts; the first of a group is the one that others are aligned to.
+        weights: of each expert in its group; they sum to 1 within a group.
+        align: permute the rows of the others to match the first's before the mean is taken.
+    """
+
+    kind: ClassVar[str] = "merge"
+    layer: int
+    groups: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+    align: bool = False
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        experts = sorted(expert for group in self.groups for expert in group)
+        if not experts or experts != list(range(len(experts))) or not all(self.groups):
+            raise ValueError(f"merge, layer {self.layer}: groups must part the experts 0 to E-1; they name {experts}")
+        if [len(group) for group in self.groups] != [len(weights) for weights in self.weights]:
+            raise ValueError(f"merge, layer {self.layer}: weights must stand beside the experts of every group")
+        sums = [sum(weights) for weights in self.weights]
+        if any(abs(total - 1) > 1e-6 for total in sums):
+            raise ValueError(f"merge, layer {self.layer}: the weights of a group must sum to 1; they sum to {sums}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Merge:
+        return cls(
+            layer=int(data["layer"]),
+            groups=tuple(_ints(group) for group in data["groups"]),
+            weights=tuple(tuple(float(value) for value in weights) for weights in data["weights"]),
+            align=bool(data["align"]),
+        )
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Remove a part of a decoder layer; the residual stream passes by.
+
+    Args:
+        layer: decoder-layer index.
+        part: "moe", the feed-forward block, or "block", the whole decoder layer with its attention.
+    """
+
+    kind: ClassVar[str] = "drop"
+    layer: int
+    part: Literal["moe", "block"]
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        if self.part not in ("moe", "block"):
+            raise ValueError(f"drop, layer {self.layer}: part {self.part!r} must be moe or block")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Drop:
+        return cls(layer=int(data["layer"]), part=cast(Any, data["part"]))
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Solve weights of a changed layer by ridge least squares on the calibration set, after all structure is made.
+
+    Args:
+        layer: decoder-layer index.
+        what: "down_proj", or "coefficients" of a condensed layer.
+        ridge: pull towards the present weights, relative to the mean diagonal of the normal matrix.
+    """
+
+    kind: ClassVar[str] = "refit"
+    layer: int
+    what: Literal["down_proj", "coefficients"]
+    ridge: float
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        if self.what not in ("down_proj", "coefficients"):
+            raise ValueError(f"refit, layer {self.layer}: {self.what!r} must be down_proj or coefficients")
+        if not self.ridge > 0:
+            raise ValueError(f"refit, layer {self.layer}: ridge {self.ridge} must be above 0")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Refit:
+        return cls(layer=int(data["layer"]), what=cast(Any, data["what"]), ridge=float(data["ridge"]))
+
+
+Operation = Condense | Prune | Factorize | Merge | Drop | Refit
+OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Condense, Prune, Factorize, Merge, Drop, Refit)}
+
+
+def _check_layer(kind: str, layer: int) -> None:
+    if layer < 0:
+        raise ValueError(f"{kind}: layer {layer} is negative; layers are decoder-layer indices from 0")
+
+
+def _check_experts(kind: str, layer: int, experts: Sequence[int]) -> None:
+    if len(set(experts)) != len(experts) or any(expert < 0 for expert in experts):
+        raise ValueError(f"{kind}, layer {layer}: experts {list(experts)} must be distinct and >= 0")
+
+
+def _ints(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)

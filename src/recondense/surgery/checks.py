@@ -1,0 +1,20 @@
+"""What operations on experts check first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recondense.families import SparseBlock
+
+
+def check_experts(block: SparseBlock, kind: str, experts: Sequence[int]) -> None:
+    """Refuse experts that the layer does not have.
+
+    Raises:
+        ValueError: naming them.
+    """
+    missing = [expert for expert in experts if expert >= block.num_experts]
+    if missing:
+        raise ValueError(
+            f"plan: {kind} layer {block.layer}: it has {block.num_experts} routed experts; the plan retains {missing}"
+        )

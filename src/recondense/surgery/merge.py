@@ -1,0 +1,57 @@
+"""Merge groups of routed experts into their weighted means (MC-SMoE, arXiv 2310.01334, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from recondense import families
+from recondense.families import SparseBlock
+from recondense.modules import RemappedRouter, sliced
+from recondense.plan import Merge
+
+
+def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
+    """A block of one expert a group, holding that of each group's first expert; the router keeps all its rows.
+
+    A token that selects two experts of a group passes its merged expert with the sum of their weights.
+
+    Raises:
+        ValueError: the groups part another number of experts; factorized or merged experts.
+    """
+    named = sum(len(group) for group in operation.groups)
+    if named != block.num_experts or isinstance(block.router, RemappedRouter):
+        merged = ", merged already" if isinstance(block.router, RemappedRouter) else ""
+        raise ValueError(
+            f"plan: merge layer {operation.layer}: it has {block.num_experts} routed experts{merged}; the groups part "
+            f"{named}"
+        )
+    assert block.weights is not None  # whole experts, or its error
+    table = [0] * block.num_experts
+    for position, group in enumerate(operation.groups):
+        for expert in group:
+            table[expert] = position
+    with torch.no_grad():
+        experts = sliced(block.experts, [group[0] for group in operation.groups], block.num_experts)
+    device = block.weights.down_EDF.device
+    router = RemappedRouter(block.router, torch.tensor(table, device=device))
+    return families.with_parts(block.module, router=router, experts=experts)
+
+
+@torch.no_grad()
+def fill(merged: SparseBlock, before: SparseBlock, operation: Merge) -> None:
+    """The weighted means, summed in fp32."""
+    weights, target = before.weights, merged.weights
+    for position, (group, shares) in enumerate(zip(operation.groups, operation.weights, strict=True)):
+        first = (weights.gate_up_EHD[group[0]], weights.down_EDF[group[0]])
+        sums: list[Tensor] = [torch.zeros_like(each, dtype=torch.float32) for each in first]
+        for expert, share in zip(group, shares, strict=True):
+            own = (weights.gate_up_EHD[expert], weights.down_EDF[expert])
+            if operation.align and expert != group[0]:
+                from recondense.surgery.alignment import aligned
+
+                own = aligned(first, own)
+            for total, each in zip(sums, own, strict=True):
+                total.add_(each.float(), alpha=share)
+        target.gate_up_EHD[position].copy_(sums[0])
+        target.down_EDF[position].copy_(sums[1])
