@@ -1,0 +1,191 @@
+"""Prune, merge and drop against transformers' own modules; every operation in its shapes, alone and after another."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
+from torch import nn
+
+from recondense import families, surgery
+from recondense.modules import SkippedLayer, Zeros
+from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+
+IDS = windows(3, 11)
+RANKS = {"gate_proj": (3, 5, None, 2), "up_proj": (3, 5, None, 2), "down_proj": (3, 5, None, 2)}
+
+
+def without_experts(block: nn.Module, dropped: list[int]) -> nn.Module:
+    """transformers' own block and router, whose logits of some experts are minus infinity."""
+    twin: Any = copy.deepcopy(block)
+    linear = nn.functional.linear
+
+    def forward(hidden: torch.Tensor) -> Any:
+        def masked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            found = linear(x, weight)
+            found[..., dropped] = -torch.inf
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.functional, "linear", masked)
+            return type(twin.gate).forward(twin.gate, hidden)
+
+    twin.gate.forward = forward
+    return twin
+
+
+def hidden(model: Any) -> torch.Tensor:
+    return torch.randn(2, 7, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*FAMILIES.values(), lambda: qwen2_moe(norm_topk_prob=True), lambda: deepseek_v2(n_group=2, num_experts_per_tok=2)],
+)
+@pytest.mark.parametrize("retained", [(0, 2, 3, 5), (1, 4)])
+@torch.no_grad()
+def test_pruned_is_the_block_without_those_experts(make: Any, retained: tuple[int, ...]) -> None:
+    model = make()
+    block = families.get_block(model, 2)
+    expected = without_experts(block, [expert for expert in range(6) if expert not in retained])(hidden(model))
+    tried = families.masked_block(families.sparse_blocks(model)[2], retained)(hidden(model))
+    torch.testing.assert_close(tried, expected, rtol=1e-5, atol=1e-5)
+    surgery.apply(model, Plan("tiny", (Prune(2, retained),)))
+    pruned = families.get_block(model, 2)
+    torch.testing.assert_close(pruned(hidden(model)), expected, rtol=1e-5, atol=1e-5)
+    assert families.sparse_blocks(model)[2].weights.down_EDF.shape[0] == len(retained)
+    assert not torch.equal(expected, block(hidden(model)))
+
+
+@torch.no_grad()
+def test_groups_stay_equal() -> None:
+    model = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy")
+    block = families.get_block(model, 2)
+    view = families.sparse_blocks(model)[2]
+    assert view.routing.num_groups == 2 and families.facts(model.config).num_groups == 2
+    # transformers gives groups a score of 0 where it masks, so the reference is its router of four experts.
+    small = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy", n_routed_experts=4)
+    reference: Any = families.get_block(small, 2)
+    retained = [0, 2, 4, 5]
+    own: Any = block
+    reference.gate.weight.copy_(own.gate.weight[retained])
+    _, weights, index = reference.gate(hidden(model))
+    _, ours, table = families.pruned_router(view, retained)(hidden(model))
+    assert torch.equal(ours, weights) and torch.equal(table, index)
+    for wrong in ([0, 1, 2, 3], [0, 3]):
+        with pytest.raises(ValueError, match="equal and at least 2"):
+            families.pruned_router(view, wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_merged_is_every_expert_replaced_by_its_groups_mean(family: str) -> None:
+    model = FAMILIES[family]()
+    groups, weights = ((3, 0), (1,), (5, 2, 4)), ((0.75, 0.25), (1.0,), (0.5, 0.5, 0.0))
+    reference: Any = copy.deepcopy(families.get_block(model, 1))
+    for name in ("gate_up_proj", "down_proj"):
+        own = getattr(families.get_block(model, 1).experts, name)
+        for group, shares in zip(groups, weights, strict=True):
+            mean = sum(share * own[expert] for expert, share in zip(group, shares, strict=True))
+            for expert in group:
+                getattr(reference.experts, name)[expert] = mean
+    surgery.apply(model, Plan("tiny", (Merge(1, groups, weights),)))
+    merged: Any = families.get_block(model, 1)
+    torch.testing.assert_close(merged(hidden(model)), reference(hidden(model)), rtol=1e-5, atol=1e-5)
+    assert merged.experts.down_proj.shape[0] == 3
+    with pytest.raises(ValueError, match="merged"):
+        surgery.apply(model, Plan("tiny", (Prune(1, (0, 1)),)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("part", ["moe", "block"])
+@torch.no_grad()
+def test_dropped_adds_nothing(family: str, part: Any) -> None:
+    model, reference = FAMILIES[family](), FAMILIES[family]()
+    layer: Any = families.decoder_layers(reference)[1]
+    for name, parameter in layer.named_parameters():
+        if (name.endswith("o_proj.weight") and part == "block") or "down_proj" in name:
+            parameter.zero_()
+    originals = surgery.apply(model, Plan("tiny", (Drop(1, part),)))
+    assert isinstance(families.get_block(model, 1), Zeros if part == "moe" else SkippedLayer)
+    torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
+    before = logits(FAMILIES[family](), IDS)
+    with families.swapped(model, originals):
+        assert torch.equal(logits(model, IDS), before)
+    torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_without_a_layer_uses_the_cache_rightly() -> None:
+    model = qwen2_moe()
+    surgery.apply(model, Plan("tiny", (Drop(1, "block"),)))
+    with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
+    without = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
+    assert torch.equal(with_cache, without)
+    with pytest.raises(ValueError, match="first decoder layer"):
+        surgery.apply(model, Plan("tiny", (Drop(0, "block"),)))
+
+
+PLANS: dict[str, tuple[Operation, ...]] = {
+    "condense": (Condense(1, (3, 0), (0.4, 0.2), 0.5),),
+    "prune": (Prune(1, (0, 2, 5)),),
+    "merge": (Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),),
+    "drop": (Drop(1, "moe"), Drop(2, "block")),
+    "prune, factorize": (Prune(1, (0, 2, 3, 5)), Factorize(1, RANKS)),
+    "prune, factorize with whitening": (Prune(1, (0, 2, 3, 5)), Prune(2, (1, 2)), Factorize(1, RANKS, whitening=True)),
+    "prune twice": (Prune(1, (0, 2, 3, 5)), Prune(1, (0, 3))),
+    "prune, condense": (Prune(1, (0, 2, 3, 5)), Condense(1, (2,), (0.4,), 0.5)),
+    "prune, drop": (Prune(1, (0, 2, 3, 5)), Drop(1, "block")),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PLANS)
+def test_shapes_first_then_weights_is_the_same_as_both_at_once(family: str, name: str) -> None:
+    plan = Plan("tiny", PLANS[name])
+    model = FAMILIES[family]()
+    before, untouched = bits(model), logits(model, IDS)
+    originals = surgery.apply(model, plan, lambda: recorded(model))
+    applied = logits(model, IDS)
+    with families.swapped(model, originals):
+        assert torch.equal(logits(model, IDS), untouched)
+
+    shaped = FAMILIES[family]()
+    taken = surgery.restructure(shaped, plan)
+    surgery.fill(shaped, plan, taken, lambda: recorded(shaped))
+    assert torch.equal(logits(shaped, IDS), applied)
+    for layer, block in taken.items():
+        families.set_block(shaped, layer, block)
+    assert same_bits(bits(shaped), before)
+
+    with torch.device("meta"):
+        empty: Any = type(shaped)(shaped.config)
+    surgery.restructure(empty, plan)
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_what_went_wrong_half_way_leaves_the_model_as_it_was() -> None:
+    model = qwen2_moe()
+    before = bits(model)
+    for wrong in (Prune(1, (0,)), Prune(1, (0, 1, 9)), Factorize(1, RANKS)):
+        with pytest.raises(ValueError, match="layer 1"):
+            surgery.apply(model, Plan("tiny", (Drop(2, "block"), Drop(0, "moe"), wrong)))
+        assert same_bits(bits(model), before) and not any(
+            isinstance(module, Zeros | SkippedLayer) for module in model.modules()
+        )
+    with pytest.raises(ValueError, match="needs the calibration set"):
+        surgery.apply(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
+
+
+def test_counts_of_the_original_model_from_its_config() -> None:
+    for make in FAMILIES.values():
+        model = make()
+        counts = families.parameter_counts(model.config)
+        assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+        blocks = families.sparse_blocks(model)
+        routed = sum(p.numel() for block in blocks.values() for p in block.experts.parameters())
+        assert counts.routed_experts == routed
+        assert counts.expert == routed // (6 * len(blocks)) and counts.router_row == 32
