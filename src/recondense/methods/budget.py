@@ -1,0 +1,100 @@
+"""Budgets that every method takes: how many parameters, or whole experts, have to go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.modules import CondensedMoE
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay of a model, against its uncompressed self.
+
+    Counted in parameters, which are bytes where all weights have one type. The scale of a condensed layer is folded at
+    export and does not count.
+
+    Args:
+        removed_expert_ratio: fraction of the routed experts' parameters that goes.
+        memory_ratio: parameters of the compressed whole model / of the original, an upper bound.
+    """
+
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.removed_expert_ratio is not None or self.memory_ratio is not None
+
+    def problems(self, *, required: bool = True) -> list[str]:
+        """What is wrong with the two, as sentences.
+
+        Args:
+            required: one of them must be given; otherwise at most one may be.
+        """
+        if self.removed_expert_ratio is not None and self.memory_ratio is not None:
+            return [
+                f"method.removed_expert_ratio={self.removed_expert_ratio} and method.memory_ratio={self.memory_ratio}: "
+                "two budgets; set one of them to null"
+            ]
+        if required and not self.given:
+            return ["method.removed_expert_ratio and method.memory_ratio are both null: set one of them"]
+        return [
+            f"method.{name}={value} must lie between 0 and 1"
+            for name in ("removed_expert_ratio", "memory_ratio")
+            if (value := getattr(self, name)) is not None
+            and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1)
+        ]
+
+    def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True) -> int:
+        """Whole experts that still have to go of the model as it is now.
+
+        removed_expert_ratio r drops round(r·L·E) experts of L layers; memory_ratio the fewest that keep it.
+
+        Args:
+            router_rows: an expert's row in the router goes with it; not so when experts are merged.
+        """
+        counts = families.parameter_counts(model.config)
+        expert = counts.expert
+        if self.removed_expert_ratio is not None:
+            wanted = round(self.removed_expert_ratio * counts.routed_experts / expert)
+            gone = (counts.routed_experts - routed_parameters(model)) // expert
+            return max(0, wanted - gone)
+        size = expert + (counts.router_row if router_rows else 0)
+        return max(0, math.ceil(self.expert_parameters_to_remove(model) / size))
+
+    def expert_parameters_to_remove(self, model: PreTrainedModel) -> int:
+        """Parameters that still have to go: of the routed experts for removed_expert_ratio, of any for memory_ratio."""
+        counts = families.parameter_counts(model.config)
+        if self.removed_expert_ratio is not None:
+            target = counts.routed_experts - round(self.removed_expert_ratio * counts.routed_experts)
+            return max(0, routed_parameters(model) - target)
+        assert self.memory_ratio is not None
+        return max(0, total_parameters(model) - math.floor(self.memory_ratio * counts.total))
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Parameters of the model as it is now, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def routed_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the routed experts as they are now; those in condensed layers count as retained."""
+    sparse = sum(
+        parameter.numel()
+        for block in families.sparse_blocks(model).values()
+        for parameter in block.experts.parameters()
+    )
+    blocks = [families.get_block(model, layer) for layer in range(len(families.decoder_layers(model)))]
+    condensed = [block for block in blocks if isinstance(block, CondensedMoE)]
+    return sparse + sum(routed_width(block) * 3 * block.down_proj.out_features for block in condensed)
+
+
+def routed_width(block: CondensedMoE) -> int:
+    """Rows of a condensed layer that came from routed experts."""
+    return block.down_proj.in_features - block.shared_width
