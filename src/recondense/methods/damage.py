@@ -35,7 +35,7 @@ class Damage:
         self.states = tape.states
 
     def choose(self, blocks: Mapping[int, nn.Module]) -> float:
-        """Let these blocks stand in the model from now on, all others as they were; the damage that they do together."""
+        """Let these blocks stand in the model from now on; the damage that they do together."""
         self.chosen = dict(blocks)
         states = [list(each) for each in self.tape.states]
         for index in range(len(self.tape.blocks)):
@@ -53,9 +53,7 @@ class Damage:
         try:
             final = []
             for index in range(len(self.tape.blocks)):
-                hidden_BSD = self.states[layer][index]
-                for _, hidden_BSD in self._climb(layer, index, self.states):
-                    pass
+                *_, (_, hidden_BSD) = self._climb(layer, index, self.states)
                 final.append(hidden_BSD)
             return self._score(final)
         finally:
