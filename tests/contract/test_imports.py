@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "recondense"
 
 LEVELS = {
     0: ("__init__", "operations", "plan", "modules", "losses", "config", "reading", "checks", "progress", "cache")
-    + ("modes",),
+    + ("modes", "low_rank", "decomposition"),
     1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading"),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
     3: ("recovery", "fitting", "export", "searching", "measure", "summary", "tiny"),
@@ -96,10 +96,10 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
     assert imported(file) == {"calibrate": 3} and imported(file, types=False) == {}
 
 
-@pytest.mark.parametrize("module", ["modules", "operations", "plan"])
+@pytest.mark.parametrize("module", ["modules", "low_rank", "operations", "plan"])
 def test_bundled_and_plain_modules_stand_alone(module: str) -> None:
     """modules.py is copied into exports, so it needs torch alone; plans are readable without any library."""
-    allowed = {"modules": {"torch"}, "operations": set(), "plan": {"recondense"}}[module]
+    allowed = {"modules": {"torch"}, "low_rank": {"torch"}, "operations": set(), "plan": {"recondense"}}[module]
     for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from recondense import families
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
-from recondense.surgery import condense, drop, merge, prune
+from recondense.surgery import condense, drop, factorize, merge, prune
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
@@ -121,9 +121,7 @@ def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
         case Drop():
             return drop.restructure(operation)
         case Factorize():
-            from recondense.surgery import factorize
-
-            return families.with_parts(block.module, experts=factorize.restructure(block.experts, operation))
+            return families.with_parts(block.module, experts=factorize.restructure(block, operation))
     raise AssertionError(operation)
 
 
@@ -136,14 +134,11 @@ def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> 
     elif isinstance(operation, Merge):
         merge.fill(families.sparse_view(model, operation.layer, after), before, operation)
     elif isinstance(operation, Factorize):
-        from recondense.surgery import factorize
-
         moments = None
         if operation.whitening:
             assert tape is not None
-            moments = factorize.second_moments(before.experts, tape.trace(model, operation.layer))
-        experts = families.sparse_view(model, operation.layer, after).experts
-        factorize.fill(experts, before.experts, operation, moments)
+            moments = factorize.second_moments(before, tape.trace(model, operation.layer))
+        factorize.fill(families.sparse_view(model, operation.layer, after).experts, before, moments)  # type: ignore[arg-type]
     return after
 
 

@@ -1,0 +1,71 @@
+"""A weight as a product of two factors: the best of its rank, for the weight itself or for the activations it meets.
+
+Legend: O output features, I input features, R rank, n = min(O, I).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-4  # on a singular second moment, relative to its mean diagonal
+
+
+class Factors(NamedTuple):
+    """W ≈ left_OR · right_RI for every R up to n: the first R columns and rows are the best factors of rank R.
+
+    Args:
+        left_On: columns u_i √σ_i.
+        right_nI: rows √σ_i v_i.
+    """
+
+    left_On: Tensor
+    right_nI: Tensor
+
+
+@torch.no_grad()
+def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = RIDGE) -> Factors:
+    """Factors of every rank at once, least in ‖W − W'‖_F, or with a second moment in ‖(W − W')X‖_F.
+
+    W' = U_R U_Rᵀ W, with U the eigenvectors of W M Wᵀ, largest first, M = XXᵀ (M = 1 is the plain SVD). For M = SSᵀ
+    this is the truncated SVD of WS times S⁻¹, without an inverse. Both factors of a rank-one term get the same norm.
+
+    Args:
+        weight_OI: in any dtype; the work is in fp64.
+        moment_II: Σ x xᵀ over the inputs that the weight meets; None for the plain SVD.
+        ridge: where the moment is singular (fewer inputs than features), it gets this share of its mean diagonal.
+
+    Returns:
+        factors in fp32, n = min(O, I).
+
+    Reference: MoE-I², arXiv 2411.01016, section 3.2 (plain); SVD-LLM, arXiv 2403.07378, section 3.1 (whitened).
+    """
+    weight = weight_OI.double()
+    num_outputs, num_inputs = weight.shape
+    size = min(num_outputs, num_inputs)
+    if moment_II is None and num_outputs > num_inputs:
+        _, vectors_II = torch.linalg.eigh(weight.T @ weight)
+        right = vectors_II.flip(1)[:, :size].T
+        left = weight @ right.T
+        norms = left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        return Factors((left / norms.sqrt()).float(), (right * norms.sqrt()[:, None]).float())
+    gram_OO = weight @ weight.T if moment_II is None else weight @ regular(moment_II, ridge) @ weight.T
+    _, vectors_OO = torch.linalg.eigh(gram_OO)
+    left = vectors_OO.flip(1)[:, :size]
+    right = left.T @ weight
+    norms = right.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    return Factors((left * norms.sqrt()).float(), (right / norms.sqrt()[:, None]).float())
+
+
+def regular(moment_II: Tensor, ridge: float) -> Tensor:
+    """A second moment in fp64, with a ridge if it is singular; the identity if it saw nothing."""
+    moment = moment_II.double()
+    mean = moment.diagonal().mean()
+    identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+    if not bool(mean > 0):
+        return identity
+    lower, failed = torch.linalg.cholesky_ex(moment / mean)
+    singular = bool(failed) or bool(lower.diagonal().min() ** 2 < 1e-9)
+    return moment + ridge * mean * identity if singular else moment

@@ -1,0 +1,85 @@
+"""How much each routed expert matters: the calibration loss with only that expert removed (MoE-I², section 3.1).
+
+Legend: B texts of a block, S their padded length, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.families import SparseBlock
+from recondense.methods.replay import Replay
+from recondense.modes import evaluating
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+KINDS = ("layer_output", "lm_loss")
+
+
+@torch.no_grad()
+def expert_importance(
+    model: PreTrainedModel,
+    tape: Tape,
+    block: SparseBlock,
+    kind: str,
+    normalize: bool,
+    max_scratch_bytes: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """I_j of each expert of one layer: the loss on the calibration set when only expert j is missing.
+
+    Its logit is −∞ before the softmax. Which loss the paper means is open; both are its readings.
+
+    Args:
+        model: as the tape saw it; left bit-identical.
+        tape: its hidden states.
+        block: the layer.
+        kind: "layer_output": ‖F(X) − F^{−j}(X)‖_F of the MoE layer. "lm_loss": the model's next-token loss, mean over
+            all predicted tokens; only the layers above run again.
+        normalize: divide a layer_output by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms.
+        advance: called after each expert, or once for all of them.
+
+    Returns:
+        E values.
+
+    Reference: arXiv 2411.01016, section 3.1.
+    """
+    if kind == "lm_loss":
+        return [_loss_without(model, tape, block, expert, advance) for expert in range(block.num_experts)]
+    replay = Replay(model, tape, block, 1, max_scratch_bytes)
+    errors = replay.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
+    advance()
+    return [error / replay.output_norm for error in errors] if normalize else errors
+
+
+def _loss_without(
+    model: PreTrainedModel, tape: Tape, block: SparseBlock, expert: int, advance: Callable[[], None]
+) -> float:
+    """Mean next-token loss in nats with one expert dropped, the layers below taken from the tape."""
+    retained = [each for each in range(block.num_experts) if each != expert]
+    masked = families.masked_block(block, retained)
+    total, count = 0.0, 0
+    with families.swapped(model, {block.layer: masked}), evaluating(model):
+        for index, texts in enumerate(tape.blocks):
+            hidden_BSD = tape.states[block.layer][index]
+            for layer in range(block.layer, tape.num_layers):
+                hidden_BSD = tape.run_layer(model, layer, index, hidden_BSD)
+            losses = _next_token_losses(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS)
+            total, count = total + float(losses.double().sum()), count + losses.numel()
+    advance()
+    return total / max(1, count)
+
+
+def _next_token_losses(model: PreTrainedModel, hidden_BSD: Tensor, input_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Losses of the real tokens but each text's first."""
+    head: nn.Module = model.get_output_embeddings()
+    wanted_BS = mask_BS[:, 1:]
+    normed = families.final_norm(model)(hidden_BSD)[:, :-1][wanted_BS]
+    return nn.functional.cross_entropy(head(normed).float(), input_ids_BS[:, 1:][wanted_BS], reduction="none")

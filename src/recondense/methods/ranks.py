@@ -1,0 +1,148 @@
+"""Ranks of factorized experts: MoE-I²'s formula, its cap, and what a parameter budget makes of it.
+
+Legend: D hidden size, F expert width, M' retained experts of a layer, R_a average rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+AUTO_KEPT = 0.614  # what R_a = 512 keeps of a 2048 x 1408 expert (METHODS: 512·3456 / 2,883,584)
+EPSILON = 1e-9
+
+Ranks = list[int | None]
+
+
+def break_even(hidden_size: int, expert_width: int) -> float:
+    """The rank at which two factors have as many parameters as the weight, D·F / (D + F)."""
+    return hidden_size * expert_width / (hidden_size + expert_width)
+
+
+def automatic(hidden_size: int, expert_width: int) -> int:
+    """The average rank that keeps 0.614 of an expert, the paper's share."""
+    return max(1, int(AUTO_KEPT * break_even(hidden_size, expert_width)))
+
+
+def allocate(
+    importance: Sequence[float],
+    average_rank: float,
+    hidden_size: int,
+    expert_width: int,
+    alpha: float = 0.15,
+    epsilon: float = EPSILON,
+) -> Ranks:
+    """One rank a retained expert of a layer, the same for its three projections; None stays dense.
+
+    R_j = floor( (I_j + ε)^α / Σ_j (I_j + ε)^α · R_a · M' )
+
+    A rank at or above the break-even saves nothing: that expert stays dense, and what it does not use of the layer's
+    R_a·M'·(D + F) parameters goes to the others by the same formula. No rank is below 1.
+
+    Args:
+        importance: I_j of the layer's retained experts, >= 0.
+        average_rank: R_a, >= 1; need not be whole.
+
+    Reference: MoE-I², arXiv 2411.01016, section 3.2.
+    """
+    exact = _exact(importance, average_rank, hidden_size, expert_width, alpha, epsilon)
+    return [None if rank is None else max(1, math.floor(rank + 1e-9)) for rank in exact]
+
+
+def _exact(
+    importance: Sequence[float], average_rank: float, hidden_size: int, expert_width: int, alpha: float, epsilon: float
+) -> list[float | None]:
+    """The formula before rounding."""
+    cap = break_even(hidden_size, expert_width)
+    shares = [(value + epsilon) ** alpha for value in importance]
+    budget = average_rank * len(shares)  # in ranks; a dense expert takes `cap` of them
+    low = set(range(len(shares)))
+    found: list[float | None] = [None] * len(shares)
+    while low:
+        total = sum(shares[j] for j in low)
+        left = budget - cap * (len(shares) - len(low))
+        for j in low:
+            found[j] = shares[j] / total * left
+        over = {j for j in low if shares[j] / total * left >= cap}
+        if not over:
+            break
+        for j in over:
+            found[j] = None
+        low -= over
+    return found
+
+
+def parameters(ranks: Sequence[int | None], hidden_size: int, expert_width: int) -> int:
+    """Of all three projections of a layer's experts."""
+    dense, rank_unit = 3 * hidden_size * expert_width, 3 * (hidden_size + expert_width)
+    return sum(dense if rank is None else rank * rank_unit for rank in ranks)
+
+
+def within(
+    importance: Mapping[int, Sequence[float]],
+    budget: int,
+    hidden_size: int,
+    expert_width: int,
+    alpha: float = 0.15,
+    epsilon: float = EPSILON,
+) -> tuple[float, dict[int, Ranks]]:
+    """The largest average rank, the same for all layers, whose experts keep a budget; then single ranks fill it up.
+
+    Args:
+        importance: of the retained experts, layer by layer.
+        budget: parameters that all of them may have together.
+
+    Returns:
+        the average rank, and ranks by layer; less than one rank of one expert is left of the budget, if some expert is
+        not dense.
+
+    Raises:
+        ValueError: not even rank 1 everywhere keeps the budget.
+    """
+    shape = hidden_size, expert_width
+
+    def at(average_rank: float) -> dict[int, Ranks]:
+        return {layer: allocate(values, average_rank, *shape, alpha, epsilon) for layer, values in importance.items()}
+
+    def size(ranks: Mapping[int, Ranks]) -> int:
+        return sum(parameters(each, *shape) for each in ranks.values())
+
+    low, high = 0.0, break_even(*shape)
+    if size(at(low)) > budget:
+        raise ValueError(f"the experts may keep {budget:,} parameters, but rank 1 everywhere has {size(at(low)):,}")
+    if size(at(high)) <= budget:
+        return high, at(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
+    return low, _filled_up(at(low), importance, low, budget - size(at(low)), shape, alpha, epsilon)
+
+
+def _filled_up(
+    ranks: dict[int, Ranks],
+    importance: Mapping[int, Sequence[float]],
+    average_rank: float,
+    left: int,
+    shape: tuple[int, int],
+    alpha: float,
+    epsilon: float,
+) -> dict[int, Ranks]:
+    """Ranks raised by one, the largest fractions first, as long as the budget lasts."""
+    unit, cap = 3 * sum(shape), break_even(*shape)
+    fractions = []
+    for layer, values in importance.items():
+        for position, exact in enumerate(_exact(values, average_rank, *shape, alpha, epsilon)):
+            rank = ranks[layer][position]
+            if exact is not None and rank is not None:
+                fractions.append((rank - exact, layer, position))
+    while left >= unit:
+        raised = False
+        for _, layer, position in sorted(fractions):
+            rank = ranks[layer][position]
+            if rank is not None and rank + 1 < cap and left >= unit:
+                ranks[layer][position] = rank + 1
+                left -= unit
+                raised = True
+        if not raised:
+            break
+    return ranks

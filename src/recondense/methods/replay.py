@@ -1,0 +1,133 @@
+"""One sparse layer's calibration tokens, ready to say what dropping any set of experts would change.
+
+With a set S dropped, its logits are −∞ before the softmax, so the layer changes by Σ_e (w_e(S) − w_e)·E_e(x): the
+shared experts cancel. With d the difference of the weights and G_t the Gram matrix of the token's expert outputs, the
+squared change is Σ_t dᵀ G_t d. Of a token only its first M = K + (most experts dropped) experts in the order of its
+logits can ever be selected, so G_t is M × M, is computed once, and no expert output is kept.
+
+Legend: P sets (a population), T tokens, E routed experts, K top-k, M experts that a token can come to select, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense.families import SparseBlock
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+TEMPORARIES = 6  # tensors of (tokens, M, P) that scoring a chunk holds at once
+GRAM_TOKENS = 256  # tokens whose expert outputs are held together
+
+
+class Replay:
+    """Scores sets of dropped experts of one layer, a whole population at once.
+
+    Args:
+        model: as the tape saw it; left bit-identical.
+        tape: its hidden states.
+        block: the layer; its router must not select among groups.
+        max_dropped: the most experts that a set will have.
+        max_scratch_bytes: bound on temporaries. The Gram matrices (4·T·M² bytes) are kept if they fit half of it, and
+            computed again for each population otherwise; the other half is for scoring.
+
+    Raises:
+        ValueError: fewer than top_k experts would stay; grouped routing.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tape: Tape, block: SparseBlock, max_dropped: int, max_scratch_bytes: int
+    ) -> None:
+        routing = block.routing
+        if block.num_experts - max_dropped < routing.top_k:
+            raise ValueError(
+                f"layer {block.layer}: dropping {max_dropped} of {block.num_experts} experts leaves fewer than the "
+                f"{routing.top_k} that each token selects"
+            )
+        if routing.num_groups > 1:
+            raise ValueError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
+        self.block = block
+        self.max_dropped = max_dropped
+        self.max_scratch_bytes = max_scratch_bytes
+        self.num_candidates = min(block.num_experts, routing.top_k + max_dropped)
+        traces = list(tape.trace(model, block.layer))
+        self._x = [trace.x_TD for trace in traces]
+        self.num_tokens = sum(len(x_TD) for x_TD in self._x)
+        self.output_norm = float(sum(trace.output_TD.double().square().sum() for trace in traces)) ** 0.5
+        self._exp: list[Tensor] = []
+        self._index: list[Tensor] = []
+        for x_TD in self._x:
+            logits_TE = block.router(x_TD)[0].detach().float()
+            self._exp.append(torch.exp(logits_TE - logits_TE.amax(dim=1, keepdim=True)))
+            self._index.append(logits_TE.topk(self.num_candidates, dim=1).indices)
+        keeps = self.num_tokens * self.num_candidates**2 * 4 <= max_scratch_bytes // 2
+        self._grams = [self._gram(index) for index in range(len(self._x))] if keeps else None
+
+    @torch.no_grad()
+    def errors(self, dropped_PE: Tensor) -> Tensor:
+        """‖F(X) − F^{−S}(X)‖_F of the MoE layer over all calibration tokens, for each set S.
+
+        Args:
+            dropped_PE: bool, one row a set of at most `max_dropped` experts.
+
+        Returns:
+            (P,) in fp64.
+        """
+        assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
+        retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
+        total_P = torch.zeros(len(dropped_PE), dtype=torch.float64, device=retained_EP.device)
+        rows = max(1, self.max_scratch_bytes // 2 // (4 * TEMPORARIES * self.num_candidates * len(dropped_PE)))
+        for index in range(len(self._x)):
+            gram_TMM = self._grams[index] if self._grams is not None else self._gram(index)
+            for first in range(0, len(gram_TMM), rows):
+                part = slice(first, first + rows)
+                change_TMP = self._change(index, part, retained_EP)
+                squares_TP = (torch.bmm(gram_TMM[part], change_TMP) * change_TMP).sum(dim=1)
+                total_P += squares_TP.double().sum(dim=0)
+        return total_P.clamp_min(0).sqrt().cpu()
+
+    def _change(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
+        """Routing weights with a set dropped less those of the whole layer: (T, M, P), M candidates of each token."""
+        index_TM, exp_TE = self._index[index][part], self._exp[index][part]
+        everything_E1 = torch.ones_like(retained_EP[:, :1])
+        return self._weights(index_TM, exp_TE, retained_EP) - self._weights(index_TM, exp_TE, everything_E1)
+
+    def _weights(self, index_TM: Tensor, exp_TE: Tensor, retained_EP: Tensor) -> Tensor:
+        """softmax over the retained experts, the top_k of them, then the family's normalisation and scale."""
+        routing = self.block.routing
+        keep_TMP = retained_EP[index_TM]
+        selected_TMP = keep_TMP & (keep_TMP.cumsum(dim=1, dtype=torch.int16) <= routing.top_k)
+        weights_TMP = selected_TMP * exp_TE.gather(1, index_TM).unsqueeze(-1)
+        if routing.normalize:
+            weights_TMP /= weights_TMP.sum(dim=1, keepdim=True)
+        else:
+            weights_TMP /= (exp_TE @ retained_EP.float()).unsqueeze(1)
+        return weights_TMP.mul_(routing.scale)
+
+    @torch.no_grad()
+    def _gram(self, index: int) -> Tensor:
+        """Products of the outputs of each token's candidates, (T, M, M) in fp32."""
+        x_TD, index_TM = self._x[index], self._index[index]
+        parts = [self._gram_of(x_TD[part], index_TM[part]) for part in _parts(len(x_TD), GRAM_TOKENS)]
+        return torch.cat(parts)
+
+    def _gram_of(self, x_TD: Tensor, index_TM: Tensor) -> Tensor:
+        weights = self.block.weights
+        outputs_TMD = x_TD.new_empty(*index_TM.shape, x_TD.shape[1], dtype=torch.float32)
+        for expert in index_TM.unique().tolist():
+            token, place = torch.where(index_TM == expert)
+            gate, up = torch.nn.functional.linear(x_TD[token], weights.gate_up_EHD[expert]).chunk(2, dim=-1)
+            inner = weights.act_fn(gate) * up
+            outputs_TMD[token, place] = torch.nn.functional.linear(inner, weights.down_EDF[expert]).float()
+        return torch.bmm(outputs_TMD, outputs_TMD.transpose(1, 2))
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, count, size))

@@ -1,0 +1,82 @@
+"""Factorize routed experts: projections become products of two factors (MoE-I², arXiv 2411.01016, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recondense.decomposition import factors
+from recondense.families import SparseBlock
+from recondense.low_rank import LowRankExperts
+from recondense.plan import Factorize
+
+if TYPE_CHECKING:
+    from recondense.calibrate import LayerTrace
+
+Moments = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def restructure(block: SparseBlock, operation: Factorize) -> LowRankExperts:
+    """Unfilled factors of the operation's ranks, on the device and in the dtype of the experts.
+
+    Raises:
+        ValueError: ranks of another number of experts, or above full rank; experts that are factorized already.
+    """
+    weights = block.weights
+    num_experts, hidden_size, expert_width = weights.down_EDF.shape
+    given = len(operation.ranks["gate_proj"])
+    full = min(hidden_size, expert_width)
+    if given != num_experts:
+        raise ValueError(f"plan: factorize layer {block.layer}: ranks for {given} experts, but it has {num_experts}")
+    high = [rank for ranks in operation.ranks.values() for rank in ranks if rank is not None and rank > full]
+    if high:
+        raise ValueError(f"plan: factorize layer {block.layer}: ranks {high} are above the full rank {full}")
+    with torch.device(weights.down_EDF.device):
+        experts = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.act_fn)
+    return experts.to(weights.down_EDF.dtype)
+
+
+def fill(experts: LowRankExperts, before: SparseBlock, moments: Moments | None = None) -> None:
+    """Compute the factors of the experts as they were; whitened where second moments are given."""
+    weights = before.weights
+
+    def of(expert: int, name: str) -> tuple[Tensor, Tensor]:
+        gate_FD, up_FD = weights.gate_up_EHD[expert].chunk(2, dim=0)
+        weight = {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": weights.down_EDF[expert]}[name]
+        if moments is None:
+            return factors(weight)
+        return factors(weight, moments(expert)[1 if name == "down_proj" else 0])
+
+    experts.fill(weights.gate_up_EHD, weights.down_EDF, of)
+
+
+def second_moments(block: SparseBlock, traces: Iterable[LayerTrace]) -> Moments:
+    """What each expert's projections met on the calibration set: Σ x xᵀ and Σ h hᵀ over the tokens routed to it.
+
+    Returns:
+        a function of the expert that gives (D, D) for gate_proj and up_proj and (F, F) for down_proj, in fp32, one
+        expert at a time: all of them together would take E·(D² + F²) numbers.
+
+    Reference: SVD-LLM, arXiv 2403.07378, section 3.1.
+    """
+    kept = list(traces)
+    weights = block.weights
+
+    @lru_cache(maxsize=1)
+    def of(expert: int) -> tuple[Tensor, Tensor]:
+        _, hidden_size, expert_width = weights.down_EDF.shape
+        inputs_DD = torch.zeros(hidden_size, hidden_size, device=weights.down_EDF.device)
+        inner_FF = torch.zeros(expert_width, expert_width, device=weights.down_EDF.device)
+        for trace in kept:
+            x_tD = trace.x_TD[(trace.top_k_index_TK == expert).any(dim=1)]
+            gate_tF, up_tF = torch.nn.functional.linear(x_tD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
+            inner_tF = (weights.act_fn(gate_tF) * up_tF).float()
+            inputs_DD.addmm_(x_tD.float().T, x_tD.float())
+            inner_FF.addmm_(inner_tF.T, inner_tF)
+        return inputs_DD, inner_FF
+
+    return of

@@ -1,0 +1,222 @@
+"""Factors against closed forms; low-rank experts against transformers' own; ranks against the paper's formula."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, recorded
+from torch import Tensor, nn
+from transformers import Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+
+from recondense import families
+from recondense.decomposition import factors
+from recondense.low_rank import LowRankExperts
+from recondense.methods import ranks as ranks_of
+from recondense.surgery.factorize import second_moments
+
+D, F, E = 24, 16, 6
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def random_moment(size: int, num: int, seed: int = 0) -> Tensor:
+    x = torch.randn(num, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = x * torch.linspace(0.1, 3, size, dtype=torch.float64)
+    return x.T @ x
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_plain_factors_are_the_truncated_svd(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    left, right = factors(weight)
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    for rank in (1, 5, 16):
+        expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        torch.testing.assert_close((left[:, :rank] @ right[:rank]).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=1e-5)  # U√Σ and √ΣVᵀ
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+@pytest.mark.parametrize("num", [200, 10])
+def test_whitened_factors_have_the_least_activation_error(shape: tuple[int, int], num: int) -> None:
+    """Closed form: what is left is the tail of the singular values of W S, M = S Sᵀ."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
+    moment = random_moment(shape[1], num)
+
+    def error(approximation: Tensor, of: Tensor) -> float:
+        difference = weight - approximation
+        return float((difference @ of @ difference.T).trace())
+
+    left, right = factors(weight, moment, ridge=1e-6)
+    used = moment if num > shape[1] else moment + 1e-6 * moment.diagonal().mean() * torch.eye(shape[1])
+    tail = torch.linalg.svdvals(weight @ torch.linalg.cholesky(used)) ** 2
+    generator = torch.Generator().manual_seed(3)
+    plain = factors(weight)
+    for rank in (1, 4, 9):
+        mine = (left[:, :rank] @ right[:rank]).double()
+        assert error(mine, used) == pytest.approx(float(tail[rank:].sum()), rel=1e-3, abs=1e-4)
+        assert error(mine, moment) < error((plain.left_On[:, :rank] @ plain.right_nI[:rank]).double(), moment)
+        for _ in range(20):
+            other_left = left[:, :rank] + 0.02 * torch.randn(shape[0], rank, generator=generator)
+            other_right = right[:rank] + 0.02 * torch.randn(rank, shape[1], generator=generator)
+            assert error(mine, used) <= error((other_left @ other_right).double(), used)
+
+
+def test_a_moment_that_saw_nothing_is_the_plain_svd() -> None:
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+    for mine, plain in zip(factors(weight, torch.zeros(24, 24)), factors(weight), strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
+def dense_experts() -> Any:
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(hidden_size=D, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    experts = Qwen2MoeExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return experts
+
+
+def low_rank(dense: Any, ranks: dict[str, tuple[int | None, ...]]) -> LowRankExperts:
+    low = LowRankExperts(D, F, ranks, dense.act_fn)
+
+    def of(expert: int, name: str) -> tuple[Tensor, Tensor]:
+        gate, up = dense.gate_up_proj[expert].chunk(2)
+        return factors({"gate_proj": gate, "up_proj": up, "down_proj": dense.down_proj[expert]}[name])
+
+    return low.fill(dense.gate_up_proj, dense.down_proj, of)
+
+
+def tokens(num: int, top_k: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, D, generator=generator)
+    index = torch.randint(0, E - 1, (num, top_k), generator=generator)  # duplicates; the last expert gets nothing
+    return x, index, torch.rand(num, top_k, generator=generator)
+
+
+FULL: dict[str, tuple[int | None, ...]] = {name: (F, None, F, F, None, F) for name in NAMES}
+MIXED: dict[str, tuple[int | None, ...]] = {
+    "gate_proj": (3, None, 5, 3, 3, 7), "up_proj": (4, 2, 5, 4, None, 7), "down_proj": (3, 6, None, 3, 3, 7)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num", [0, 1, 40])
+def test_full_rank_is_transformers_experts(num: int) -> None:
+    dense = dense_experts()
+    torch.testing.assert_close(low_rank(dense, FULL)(*tokens(num)), dense(*tokens(num)), rtol=1e-4, atol=1e-4)
+
+
+def test_low_rank_is_transformers_experts_with_the_products_as_weights() -> None:
+    """Forward, and gradients of the input and of the routing weights."""
+    dense, found = dense_experts(), []
+    low = low_rank(dense, MIXED)
+    products = copy.deepcopy(dense)
+    with torch.no_grad():
+        for expert in range(E):
+            for name, rank in ((name, ranks[expert]) for name, ranks in MIXED.items()):
+                gate, up = products.gate_up_proj[expert].chunk(2)
+                weight = {"gate_proj": gate, "up_proj": up, "down_proj": products.down_proj[expert]}[name]
+                if rank is not None:
+                    left, right = factors(weight)
+                    weight.copy_(left[:, :rank] @ right[:rank])
+    for module in (low, products):
+        x, index, weights = tokens(40)
+        x.requires_grad_(), weights.requires_grad_()
+        y = module(x, index, weights)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, weights.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_the_factors() -> None:
+    low = low_rank(dense_experts(), MIXED).double().requires_grad_(True)
+    x, index, weights = tokens(7)
+    names = [name for name, _ in low.named_parameters()]
+
+    def of(*parameters: Tensor) -> Tensor:
+        named = dict(zip(names, parameters, strict=True))
+        called = torch.func.functional_call(low, named, (x.double(), index, weights))
+        assert isinstance(called, Tensor)
+        return called
+
+    assert torch.autograd.gradcheck(of, tuple(low.parameters()), fast_mode=True)
+
+
+def test_nothing_is_padded() -> None:
+    low = LowRankExperts(D, F, MIXED, nn.functional.silu)
+    expected = sum(D * F if rank is None else rank * (D + F) for ranks in MIXED.values() for rank in ranks)
+    assert sum(parameter.numel() for parameter in low.parameters()) == expected
+    assert not list(low.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    low = low_rank(dense_experts(), MIXED)
+    exact = low(*tokens(9))
+    x, index, weights = tokens(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = low.to(dtype)(x.to(dtype), index, weights.to(dtype))
+    torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_second_moments_are_those_of_the_routed_tokens(family: str) -> None:
+    model = FAMILIES[family]()
+    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    moments = second_moments(block, tape.trace(model, 2))
+    for expert in range(6):
+        inputs, inner = torch.zeros(32, 32), torch.zeros(16, 16)
+        for trace in tape.trace(model, 2):
+            for x, chosen in zip(trace.x_TD, trace.top_k_index_TK, strict=True):
+                if expert in chosen:
+                    inputs += x[:, None] * x
+                    gate, up = (block.weights.gate_up_EHD[expert] @ x).chunk(2)
+                    h = nn.functional.silu(gate) * up
+                    inner += h[:, None] * h
+        for mine, expected in zip(moments(expert), (inputs, inner), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_follow_the_formula() -> None:
+    draw = random.Random(0)
+    importance = [draw.uniform(1, 3) for _ in range(48)]
+    total = sum((value + 1e-9) ** 0.15 for value in importance)
+    expected = [int((value + 1e-9) ** 0.15 / total * 512 * 48) for value in importance]
+    assert ranks_of.allocate(importance, 512, 2048, 1408) == expected
+    assert min(expected) < 490 < 530 < max(expected)
+    assert ranks_of.automatic(2048, 1408) == 512
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_a_dense_expert_does_not_use_goes_to_the_others(seed: int) -> None:
+    draw = random.Random(seed)
+    importance = [300.0 ** draw.random() for _ in range(48)]
+    found = ranks_of.allocate(importance, 700, 2048, 1408, alpha=0.5)
+    cap = ranks_of.break_even(2048, 1408)
+    assert None in found and all(rank is None or 1 <= rank < cap for rank in found)
+    total, unit = ranks_of.parameters(found, 2048, 1408), 3 * (2048 + 1408)
+    low = [rank for rank in found if rank is not None]
+    assert 0 <= 48 * 700 * unit - total < (len(low) + 1) * unit  # what rounding down leaves
+    dense = [value for value, rank in zip(importance, found, strict=True) if rank is None]
+    assert min(dense) >= max(value for value, rank in zip(importance, found, strict=True) if rank is not None)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.3333, 0.614, 0.97])
+def test_a_budget_is_met_to_one_rank(kept: float) -> None:
+    draw = random.Random(1)
+    importance = {layer: [300.0 ** draw.random() for _ in range(6 + layer)] for layer in range(4)}
+    dense = ranks_of.parameters([None] * sum(map(len, importance.values())), 128, 64)
+    average, found = ranks_of.within(importance, int(kept * dense), 128, 64)
+    total = sum(ranks_of.parameters(ranks, 128, 64) for ranks in found.values())
+    # One rank of one expert; where all but a few are dense, a rank more would make one dense.
+    assert 0 <= int(kept * dense) - total < 3 * (128 + 64) * (1 if kept < 0.9 else 40)
+    assert 1 <= average <= 43
+    with pytest.raises(ValueError, match="rank 1 everywhere"):
+        ranks_of.within(importance, 100, 128, 64)
