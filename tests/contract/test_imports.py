@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "recondense"
 
 LEVELS = {
-    0: ("__init__", "operations", "plan", "modules", "losses", "config", "reading", "checks", "progress", "cache")
-    + ("modes", "low_rank", "decomposition"),
+    0: (
+        *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
+        *("checks", "progress", "cache", "modes"),
+    ),
     1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading"),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
     3: ("recovery", "fitting", "export", "searching", "measure", "summary", "tiny"),

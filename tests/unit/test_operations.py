@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from brute_force_moei2 import without_experts
 from tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
-from torch import nn
 
 from recondense import families, surgery
 from recondense.modules import SkippedLayer, Zeros
@@ -16,25 +16,6 @@ from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, P
 
 IDS = windows(3, 11)
 RANKS = {"gate_proj": (3, 5, None, 2), "up_proj": (3, 5, None, 2), "down_proj": (3, 5, None, 2)}
-
-
-def without_experts(block: nn.Module, dropped: list[int]) -> nn.Module:
-    """transformers' own block and router, whose logits of some experts are minus infinity."""
-    twin: Any = copy.deepcopy(block)
-    linear = nn.functional.linear
-
-    def forward(hidden: torch.Tensor) -> Any:
-        def masked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            found = linear(x, weight)
-            found[..., dropped] = -torch.inf
-            return found
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nn.functional, "linear", masked)
-            return type(twin.gate).forward(twin.gate, hidden)
-
-    twin.gate.forward = forward
-    return twin
 
 
 def hidden(model: Any) -> torch.Tensor:

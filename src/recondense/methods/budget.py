@@ -51,6 +51,10 @@ class Budget:
             and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1)
         ]
 
+    def settings(self) -> dict[str, float | None]:
+        """For records: what was asked for."""
+        return {"removed_expert_ratio": self.removed_expert_ratio, "memory_ratio": self.memory_ratio}
+
     def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True) -> int:
         """Whole experts that still have to go of the model as it is now.
 

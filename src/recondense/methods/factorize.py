@@ -1,0 +1,178 @@
+"""Intra-expert decomposition: a rank for every routed expert (MoE-I², arXiv 2411.01016, section 3.2).
+
+With uniform importances, whitening and no pruning before it, this is SVD-LLM (arXiv 2403.07378) on experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.families import Facts
+from recondense.methods import ranks
+from recondense.methods.budget import Budget, routed_parameters
+from recondense.methods.importance import KINDS, expert_importance
+from recondense.plan import Factorize
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Decompose:
+    """Factorize every routed expert of the sparse layers that are left, at its own rank.
+
+    The average rank comes from the first of these that is given: a budget, `ratio`, `average_rank`.
+
+    Args:
+        average_rank: R_a; "auto" keeps 0.614 of an expert's parameters, the paper's share; None, and no other of the
+            three: nothing is factorized.
+        ratio: fraction of the experts' present parameters that stays.
+        removed_expert_ratio, memory_ratio: budgets of the whole model; what earlier steps removed counts.
+        alpha: how much more rank important experts get; 0 gives all the same.
+        whitening: factors of least error on the calibration activations.
+        importance: "layer_output", "lm_loss", or "uniform".
+        normalize: see `expert_importance`.
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: MoE-I², arXiv 2411.01016, section 3.2; SVD-LLM, arXiv 2403.07378, section 3.1.
+    """
+
+    average_rank: int | str | None = "auto"
+    ratio: float | None = None
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
+    alpha: float = 0.15
+    whitening: bool = False
+    importance: str = "layer_output"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        problems = self.budget.problems(required=False)
+        rank = self.average_rank
+        if rank not in (None, "auto") and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            problems.append(f"method.average_rank={rank} must be a whole number of at least 1, auto or null")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            problems.append(f"method.ratio={self.ratio} must be above 0 and at most 1")
+        if self.alpha < 0:
+            problems.append(f"method.alpha={self.alpha} must be at least 0")
+        if self.importance not in (*KINDS, "uniform"):
+            problems.append(f"method.importance={self.importance} must be {', '.join(KINDS)} or uniform")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.removed_expert_ratio, self.memory_ratio)
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        full = min(facts.hidden_size, facts.expert_width)
+        if isinstance(self.average_rank, int) and self.average_rank > full:
+            return [
+                f"method.average_rank={self.average_rank}: an expert of {facts.hidden_size} x {facts.expert_width} "
+                f"has full rank {full}; factors save nothing above the break-even rank, "
+                f"{ranks.break_even(facts.hidden_size, facts.expert_width):.0f}"
+            ]
+        return []
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration; ranks and budgets are not part of it."""
+        return {"method": "decompose", "version": 1, "importance": self.importance, "normalize": self.normalize}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Factorize], dict[str, Any]]:
+        """Decide the ranks; the model is left bit-identical.
+
+        Args:
+            model: the causal LM, as the step before left it.
+            tape: gives its hidden states on the calibration set; called only if importances are needed.
+            cache: importances found so far.
+            max_scratch_bytes: bound on temporary tensors.
+
+        Returns:
+            operations in layer order; importances, the average rank, and what share of the routed experts' parameters
+            of the original stays.
+
+        Raises:
+            ValueError: the budget is smaller than rank 1 everywhere.
+        """
+        started = time.perf_counter()
+        blocks = families.sparse_blocks(model)
+        if not blocks or (self.average_rank is None and self.ratio is None and not self.budget.given):
+            return [], {**self.key(), "seconds": {}}
+        _, hidden_size, expert_width = next(iter(blocks.values())).weights.down_EDF.shape
+        importance = self._importance(model, blocks, tape, cache, max_scratch_bytes)
+        average, found = self._ranks(model, importance, hidden_size, expert_width)
+        changed = {layer: each for layer, each in found.items() if any(rank is not None for rank in each)}
+        operations = [
+            Factorize(layer, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), tuple(each)), self.whitening)
+            for layer, each in changed.items()
+        ]
+        before = sum(ranks.parameters([None] * len(each), hidden_size, expert_width) for each in found.values())
+        after = sum(ranks.parameters(each, hidden_size, expert_width) for each in found.values())
+        original = families.parameter_counts(model.config).routed_experts
+        return operations, {
+            **self.key(),
+            **self.budget.settings(),
+            "alpha": self.alpha,
+            "whitening": self.whitening,
+            "average_rank": average,
+            "break_even": ranks.break_even(hidden_size, expert_width),
+            "importance_of_experts": {str(layer): list(values) for layer, values in importance.items()},
+            "kept_of_retained": after / before,
+            "kept_of_routed_experts": (routed_parameters(model) - before + after) / original,
+            "seconds": {"ranks": time.perf_counter() - started},
+        }
+
+    def _ranks(
+        self, model: PreTrainedModel, importance: dict[int, Sequence[float]], hidden_size: int, expert_width: int
+    ) -> tuple[float, dict[int, ranks.Ranks]]:
+        shape = hidden_size, expert_width
+        dense = sum(ranks.parameters([None] * len(each), *shape) for each in importance.values())
+        if self.budget.given:
+            return ranks.within(importance, dense - self.budget.expert_parameters_to_remove(model), *shape, self.alpha)
+        if self.ratio is not None:
+            return ranks.within(importance, int(self.ratio * dense), *shape, self.alpha)
+        average = ranks.automatic(*shape) if self.average_rank == "auto" else self.average_rank
+        assert isinstance(average, int)
+        return average, {layer: ranks.allocate(each, average, *shape, self.alpha) for layer, each in importance.items()}
+
+    def _importance(
+        self,
+        model: PreTrainedModel,
+        blocks: dict[int, families.SparseBlock],
+        tape: Callable[[], Tape],
+        cache: Cache,
+        max_scratch_bytes: int,
+    ) -> dict[int, Sequence[float]]:
+        if self.importance == "uniform" or not self.alpha:
+            return {layer: [1.0] * block.num_experts for layer, block in blocks.items()}
+        found: dict[int, Sequence[float]] = {}
+        with progress("importance of the retained experts", len(blocks)) as bar:
+            for layer, block in blocks.items():
+                key = f"importance-{layer:03d}"
+                if key not in cache:
+                    cache[key] = {"importance": self._of(model, block, tape, max_scratch_bytes)}
+                found[layer] = list(cache[key]["importance"])
+                bar.advance()
+        return found
+
+    def _of(
+        self, model: PreTrainedModel, block: families.SparseBlock, tape: Callable[[], Tape], max_scratch_bytes: int
+    ) -> list[float]:
+        """Importances of one layer; all alike where none can be missed, because top_k are left."""
+        if block.num_experts == block.routing.top_k:
+            return [1.0] * block.num_experts
+        return expert_importance(model, tape(), block, self.importance, self.normalize, max_scratch_bytes)

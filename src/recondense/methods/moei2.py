@@ -1,0 +1,241 @@
+"""MoE-I², first stage: which experts a model loses (arXiv 2411.01016, section 3.1).
+
+Importance of experts and layers, a non-uniform number to drop in each layer, candidates by a layer-wise genetic search,
+and the block-wise KT-reception field that chooses among them. The second stage, the decomposition, is `factorize`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.families import Facts, SparseBlock
+from recondense.methods.allocation import inverse_importance
+from recondense.methods.genetic import Genetic, best_sets
+from recondense.methods.importance import KINDS, expert_importance
+from recondense.methods.kt_field import reception_field
+from recondense.methods.replay import Replay
+from recondense.plan import Prune
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class InterExpertPruning:
+    """Prune experts non-uniformly over layers, by a genetic search and KT-reception fields.
+
+    Args:
+        prune_ratio: fraction of all routed experts that goes.
+        importance: the loss behind an expert's importance: "layer_output" or "lm_loss".
+        normalize: layer_output relative to the layer's own output; the raw norm grows with depth.
+        population, iterations, parents, mutation, search: see `Genetic`.
+        num_candidates: K, the best sets kept of each layer.
+        block_size: T, MoE layers in a block.
+        seed: of the genetic search.
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: MoE-I², arXiv 2411.01016, section 3.1.
+    """
+
+    prune_ratio: float = 0.25
+    importance: str = "layer_output"
+    normalize: bool = True
+    population: int = 100
+    iterations: int = 50
+    parents: int = 20
+    mutation: float = 0.5
+    search_kind: str = "auto"
+    num_candidates: int = 3
+    block_size: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = self.genetic.problems()
+        if not 0 < self.prune_ratio < 1:
+            problems.append(f"method.prune_ratio={self.prune_ratio} must lie between 0 and 1")
+        if self.importance not in KINDS:
+            problems.append(f"method.importance={self.importance} must be {' or '.join(KINDS)}")
+        for name in ("num_candidates", "block_size"):
+            if getattr(self, name) < 1:
+                problems.append(f"method.{name}={getattr(self, name)} must be at least 1")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def genetic(self) -> Genetic:
+        return Genetic(self.population, self.iterations, self.parents, self.mutation, self.search_kind)
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        problems = refuse_groups(facts)
+        total = len(facts.moe_layers) * facts.num_experts
+        most = len(facts.moe_layers) * (facts.num_experts - facts.top_k)
+        if round(self.prune_ratio * total) > most:
+            problems.append(
+                f"method.prune_ratio={self.prune_ratio}: {facts.num_experts} experts a layer, of which each token "
+                f"selects {facts.top_k}: at most {most / total:.4g} can go"
+            )
+        return problems
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration; the ratio is not part of it."""
+        names = ("importance", "normalize", "population", "iterations", "parents", "mutation", "search_kind")
+        own = {name: getattr(self, name) for name in (*names, "num_candidates", "block_size", "seed")}
+        return {"method": "moei2", "version": 1, **own}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Prune], dict[str, Any]]:
+        """Decide which experts go; the model is left bit-identical.
+
+        Args:
+            model: the causal LM, as the step before left it.
+            tape: gives its hidden states on the calibration set; called only if the cache lacks something.
+            cache: importances and candidates found so far, by layer and number; written as they are found.
+            max_scratch_bytes: bound on temporary tensors.
+
+        Returns:
+            operations in layer order, and what decided them: importances, numbers, candidates, blocks, seconds.
+
+        Raises:
+            ValueError: more experts are to go than can.
+        """
+        search = _Search(self, model, tape, cache, max_scratch_bytes)
+        return search.run()
+
+
+class _Search:
+    """One search over one model, one tape and one cache."""
+
+    def __init__(
+        self,
+        step: InterExpertPruning,
+        model: PreTrainedModel,
+        tape: Callable[[], Tape],
+        cache: Cache,
+        max_scratch_bytes: int,
+    ) -> None:
+        self.step = step
+        self.model = model
+        self.tape = tape
+        self.cache = cache
+        self.max_scratch_bytes = max_scratch_bytes
+        self.blocks = families.sparse_blocks(model)
+        self.reused = 0
+
+    def run(self) -> tuple[list[Prune], dict[str, Any]]:
+        started = time.perf_counter()
+        importance = self._importance()
+        seconds = {"importance": time.perf_counter() - started}
+        experts = {layer: block.num_experts for layer, block in self.blocks.items()}
+        total = round(self.step.prune_ratio * sum(experts.values()))
+        layer_importance = {layer: sum(values) for layer, values in importance.items()}
+        floor = next(iter(self.blocks.values())).routing.top_k
+        numbers = inverse_importance(total, layer_importance, experts, floor)
+        candidates = self._candidates(numbers)
+        seconds["genetic"] = time.perf_counter() - started - sum(seconds.values())
+        fields = self._fields(candidates)
+        seconds["reception_field"] = time.perf_counter() - started - sum(seconds.values())
+        chosen = {
+            layer: candidates[layer][place][0]
+            for field in fields
+            for layer, place in zip(field["layers"], field["choice"], strict=True)
+        }
+        operations = [
+            Prune(layer, tuple(expert for expert in range(experts[layer]) if expert not in dropped))
+            for layer, dropped in chosen.items()
+            if dropped
+        ]
+        return operations, {
+            **self.step.key(),
+            "prune_ratio": self.step.prune_ratio,
+            "expert_importance": {str(layer): values for layer, values in importance.items()},
+            "layer_importance": {str(layer): value for layer, value in layer_importance.items()},
+            "dropped": {str(layer): number for layer, number in numbers.items()},
+            "candidates": {str(layer): [list(pair) for pair in sets] for layer, sets in candidates.items()},
+            "blocks": fields,
+            "reused": f"{self.reused} of {2 * len(self.blocks)} importances and candidate sets" if self.reused else "",
+            "seconds": seconds,
+        }
+
+    def _importance(self) -> dict[int, list[float]]:
+        found = {}
+        with progress("expert importance", len(self.blocks)) as bar:
+            for layer, block in self.blocks.items():
+                key = f"importance-{layer:03d}"
+                if key in self.cache:
+                    self.reused += 1
+                else:
+                    step = self.step
+                    values = expert_importance(
+                        self.model, self.tape(), block, step.importance, step.normalize, self.max_scratch_bytes
+                    )
+                    self.cache[key] = {"importance": values}
+                found[layer] = list(self.cache[key]["importance"])
+                bar.advance()
+        return found
+
+    def _candidates(self, numbers: dict[int, int]) -> dict[int, list[tuple[tuple[int, ...], float]]]:
+        found = {}
+        with progress("genetic search", len(numbers)) as bar:
+            for layer, number in numbers.items():
+                key = f"candidates-{layer:03d}-{number:03d}"
+                if key in self.cache:
+                    self.reused += 1
+                else:
+
+                    def show(generation: int, best: float, layer: int = layer) -> None:
+                        bar.note(f"layer {layer}, generation {generation}, best error {best:.4g}")
+
+                    sets = self._search_layer(self.blocks[layer], number, show)
+                    self.cache[key] = {"sets": [[list(each), error] for each, error in sets]}
+                found[layer] = [(tuple(each), float(error)) for each, error in self.cache[key]["sets"]]
+                bar.advance()
+        return found
+
+    def _search_layer(
+        self, block: SparseBlock, number: int, show: Callable[[int, float], None]
+    ) -> list[tuple[tuple[int, ...], float]]:
+        step = self.step
+        if not number:
+            return [((), 0.0)]
+        replay = Replay(self.model, self.tape(), block, number, self.max_scratch_bytes)
+        seed = step.seed * 1_000_003 + block.layer
+        return best_sets(replay.errors, block.num_experts, number, step.genetic, seed, step.num_candidates, show)
+
+    def _fields(self, candidates: dict[int, list[tuple[tuple[int, ...], float]]]) -> list[dict[str, Any]]:
+        numbers = "-".join(str(len(sets[0][0])) for sets in candidates.values())
+        key = f"blocks-{numbers}"
+        if key not in self.cache:
+            sets = {layer: [each for each, _ in found] for layer, found in candidates.items()}
+            with progress("KT-reception field", -(-len(sets) // self.step.block_size)) as bar:
+                blocks = reception_field(self.model, self.tape(), sets, self.step.block_size, bar.advance)
+            self.cache[key] = {
+                "blocks": [
+                    {"layers": list(each.layers), "choice": list(each.choice), "error": each.error,
+                     "combinations": each.combinations}
+                    for each in blocks
+                ]
+            }  # fmt: skip
+        return list(self.cache[key]["blocks"])
+
+
+def refuse_groups(facts: Facts) -> list[str]:
+    """Why this model's experts cannot be pruned one by one, if so."""
+    if facts.num_groups == 1:
+        return []
+    return [
+        f"the router selects among {facts.num_groups} groups of experts, which pruning would have to leave equal; this "
+        "search does not. Use method=cdmoe or method=svd_llm."
+    ]

@@ -1,0 +1,94 @@
+"""What dropping experts does, by running transformers' own blocks with those experts' logits at minus infinity."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recondense import families
+
+
+def without_experts(block: nn.Module, dropped: Collection[int]) -> nn.Module:
+    """transformers' own block and router, whose logits of some experts are minus infinity."""
+    twin: Any = copy.deepcopy(block)
+    linear = nn.functional.linear
+
+    def forward(hidden: Tensor) -> Any:
+        def masked(x: Tensor, weight: Tensor) -> Tensor:
+            found = linear(x, weight)
+            found[..., list(dropped)] = -torch.inf
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.functional, "linear", masked)
+            return type(twin.gate).forward(twin.gate, hidden)
+
+    twin.gate.forward = forward
+    return twin
+
+
+@torch.no_grad()
+def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float:
+    """Frobenius norm of what the MoE layer's output changes by over all real tokens, in fp64."""
+    block = families.get_block(model, layer)
+    other = without_experts(block, dropped)
+    total = 0.0
+    for trace in tape.trace(model, layer):
+        x = trace.x_TD[None]
+        total += float((block(x) - other(x)).double().square().sum())
+    return total**0.5
+
+
+@contextmanager
+def pruned(model: Any, dropped: Mapping[int, Collection[int]]) -> Iterator[None]:
+    """The model without some experts, by layer."""
+    blocks = {layer: without_experts(families.get_block(model, layer), sets) for layer, sets in dropped.items() if sets}
+    with families.swapped(model, blocks):
+        yield
+
+
+@torch.no_grad()
+def loss_without(model: Any, texts: Sequence[Tensor], dropped: Mapping[int, Collection[int]]) -> float:
+    """transformers' own loss, mean over all predicted tokens of all texts."""
+    total, count = 0.0, 0
+    with pruned(model, dropped):
+        for ids in texts:
+            total += float(model(input_ids=ids[None], labels=ids[None]).loss) * (len(ids) - 1)
+            count += len(ids) - 1
+    return total / count
+
+
+@torch.no_grad()
+def best_of_block(
+    model: Any,
+    texts: Sequence[Tensor],
+    candidates: Mapping[int, Sequence[tuple[int, ...]]],
+    layers: Sequence[int],
+    before: Mapping[int, Collection[int]],
+) -> tuple[int, ...]:
+    """The combination of candidates of some layers, those before them pruned already, by whole-model passes."""
+
+    def leaving(ids: Tensor) -> Tensor:
+        """The hidden state leaving the last of the layers, before any final norm."""
+        seen: list[Tensor] = []
+        handle = families.decoder_layers(model)[layers[-1]].register_forward_hook(lambda *args: seen.append(args[2]))
+        families.decoder(model)(input_ids=ids[None], use_cache=False)
+        handle.remove()
+        return seen[0][0].double()
+
+    targets = [leaving(ids) for ids in texts]
+    errors = {}
+    for places in itertools.product(*(range(len(candidates[layer])) for layer in layers)):
+        sets = {layer: candidates[layer][place] for layer, place in zip(layers, places, strict=True)}
+        with pruned(model, {**before, **sets}):
+            errors[places] = sum(
+                float((leaving(ids) - target).square().sum()) for ids, target in zip(texts, targets, strict=True)
+            )
+    return min(errors, key=lambda places: (errors[places], places))

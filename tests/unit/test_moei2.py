@@ -1,0 +1,221 @@
+"""The parts of MoE-I² against brute force on transformers' own blocks, and the whole of it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from brute_force_moei2 import best_of_block, change, loss_without
+from tiny_models import FAMILIES, blocks, deepseek_v2, qwen2_moe, recorded, texts, unchanged
+from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+from recondense import families, surgery
+from recondense.calibrate import Tape
+from recondense.methods import ranks
+from recondense.methods.allocation import inverse_importance
+from recondense.methods.factorize import Decompose
+from recondense.methods.genetic import Genetic, best_sets
+from recondense.methods.importance import expert_importance
+from recondense.methods.kt_field import reception_field
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.replay import Replay
+from recondense.plan import Factorize, Plan, Prune
+from recondense.summary import sizes
+
+MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def dropped(sets: list[tuple[int, ...]], num_experts: int) -> torch.Tensor:
+    return torch.tensor([[expert in each for expert in range(num_experts)] for each in sets])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_set_scores_as_transformers_block_without_it(name: str) -> None:
+    model = MODELS[name]()
+    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    sets = [each for number in range(5) for each in itertools.combinations(range(6), number)]
+    with unchanged(model):
+        replay = Replay(model, tape, block, 4, 1 << 30)
+        found = replay.errors(dropped(sets, 6)).tolist()
+        little = Replay(model, tape, block, 4, 1 << 10)
+        assert little._grams is None and replay._grams is not None
+        assert little.errors(dropped(sets, 6)).tolist() == pytest.approx(found, rel=1e-5, abs=1e-4)
+    assert found[0] < 1e-6 * max(found)
+    for each, error in zip(sets, found, strict=True):
+        assert error == pytest.approx(change(model, tape, 2, each), rel=1e-3, abs=1e-4), each
+    # An error does not depend on how many experts other sets may drop.
+    assert Replay(model, tape, block, 1, 1 << 30).errors(dropped(sets[:7], 6)).tolist() == pytest.approx(
+        found[:7], rel=1e-5, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_importance_is_leave_one_out(name: str) -> None:
+    model = MODELS[name]()
+    tape, block = recorded(model), families.sparse_blocks(model)[1]
+    with unchanged(model):
+        raw = expert_importance(model, tape, block, "layer_output", False, 1 << 30)
+        relative = expert_importance(model, tape, block, "layer_output", True, 1 << 30)
+        losses = expert_importance(model, tape, block, "lm_loss", False, 1 << 30)
+    assert raw == pytest.approx([change(model, tape, 1, [expert]) for expert in range(6)], rel=1e-3)
+    norm = float(torch.cat([trace.output_TD for trace in tape.trace(model, 1)]).double().norm())
+    assert relative == pytest.approx([value / norm for value in raw], rel=1e-6)
+    ids = [torch.tensor(text) for text in texts()]
+    assert losses == pytest.approx([loss_without(model, ids, {1: [expert]}) for expert in range(6)], rel=1e-4)
+    assert len(set(losses)) == 6
+
+
+def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
+    """C(12, 4) = 495 sets, of which the search scores fewer than half."""
+    model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
+    replay = Replay(model, recorded(model), families.sparse_blocks(model)[1], 4, 1 << 30)
+    best = best_sets(replay.errors, 12, 4, Genetic(search="exact"), 0, num_best=3)
+    sets = list(itertools.combinations(range(12), 4))
+    errors = replay.errors(dropped(sets, 12)).tolist()
+    assert best[0][0] == sets[min(range(495), key=errors.__getitem__)]
+    assert [error for _, error in best] == pytest.approx(sorted(errors)[:3], rel=1e-5)
+    settings = Genetic(population=32, iterations=12, parents=8, search="genetic")
+    looked: list[int] = []
+
+    def counted(dropped_PE: torch.Tensor) -> torch.Tensor:
+        looked.append(len(dropped_PE))
+        return replay.errors(dropped_PE)
+
+    found = []
+    for seed in range(10):
+        looked.clear()
+        found.append(best_sets(counted, 12, 4, settings, seed))
+        assert sum(looked) < 247
+    assert sum(each == best[:1] for each in found) >= 9
+
+
+def test_the_same_seed_gives_the_same_sets_with_and_without_memory() -> None:
+    model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
+    replay = Replay(model, recorded(model), families.sparse_blocks(model)[1], 4, 1 << 30)
+    runs = [
+        best_sets(replay.errors, 12, 4, Genetic(10, 5, 4, search="genetic", memoise=memoise), 3, 5)
+        for memoise in (True, True, False)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert len({each for each, _ in runs[0]}) == 5
+    assert best_sets(replay.errors, 12, 0, Genetic(), 0) == [((), 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("make", "block_size"),
+    [
+        (qwen2_moe, 2),
+        (qwen2_moe, 3),
+        (deepseek_v2, 3),
+        (lambda: qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), 2),
+    ],
+)
+def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_size: int) -> None:
+    model = make()
+    ids = texts()
+    tape = Tape.record(model, blocks(ids))
+    layers = list(families.sparse_blocks(model))
+    candidates = {layer: [(0, 1), (2, 4), (3, 5)] if layer % 2 else [(1,), (0, 5)] for layer in layers}
+    before: dict[int, tuple[int, ...]] = {}
+    runs = tape.layer_runs
+    with unchanged(model):
+        found = reception_field(model, tape, candidates, block_size)
+    expected_runs = 0
+    for field in found:
+        expected = best_of_block(model, [torch.tensor(text) for text in ids], candidates, field.layers, before)
+        assert field.choice == expected
+        product = 1
+        for layer in field.layers:
+            product *= len(candidates[layer])
+            expected_runs += product
+        assert field.combinations == product and field.error > 0
+        before |= {layer: candidates[layer][place] for layer, place in zip(field.layers, field.choice, strict=True)}
+    assert [layer for field in found for layer in field.layers] == layers
+    if len(layers) == len(families.decoder_layers(model)):  # prefixes are shared; then the chosen way once more
+        assert tape.layer_runs - runs == pytest.approx(expected_runs + len(layers))
+
+
+# 25% pruned at average rank R_a leaves 0.75 · R_a · (D + F) / (D · F).
+@pytest.mark.parametrize(
+    ("layers", "experts", "top_k", "hidden", "width", "rank", "cut"),
+    [(26, 64, 6, 2048, 1408, 512, 0.5398), (32, 8, 2, 4096, 14336, 2048, 0.5179)],
+)
+def test_published_cuts_from_the_shapes_alone(
+    layers: int, experts: int, top_k: int, hidden: int, width: int, rank: int, cut: float
+) -> None:
+    """DeepSeek-V2-Lite and Mixtral (arXiv 2411.01016), importances equal; then 300-fold apart."""
+    total = round(0.25 * layers * experts)
+    dense = 3 * hidden * width
+    for spread in (1.0, 300.0):
+        importance = {layer: spread ** (layer / (layers - 1)) for layer in range(layers)}
+        numbers = inverse_importance(total, importance, dict.fromkeys(importance, experts), top_k)
+        assert sum(numbers.values()) == total
+        kept = 0
+        for layer, number in numbers.items():
+            own = [importance[layer] * spread ** (j / experts) for j in range(experts - number)]
+            kept += ranks.parameters(ranks.allocate(own, rank, hidden, width), hidden, width)
+        # Rounding down loses at most a rank an expert: 1 of 512 at worst.
+        assert 1 - kept / (layers * experts * dense) == pytest.approx(cut, abs=1e-4 if spread == 1 else 1e-3)
+
+
+def test_deepseek_v2_lite_on_the_meta_device() -> None:
+    """The same through plan and surgery, with the config of the published model."""
+    config = DeepseekV2Config(
+        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+        num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6,
+        first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, routed_scaling_factor=1.0, topk_method="greedy", n_group=1, topk_group=1,
+    )  # fmt: skip
+    counts = families.parameter_counts(config)
+    assert (counts.total, counts.routed_experts) == (15_706_484_224, 14_394_851_328)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layers = families.facts(config).moe_layers
+    numbers = inverse_importance(416, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 64), 6)
+    prune = [Prune(layer, tuple(range(64 - number))) for layer, number in numbers.items()]
+    shape = {layer: tuple(ranks.allocate([1.0] * (64 - number), 512, 2048, 1408)) for layer, number in numbers.items()}
+    factorize = [Factorize(layer, dict.fromkeys(NAMES, own)) for layer, own in shape.items()]
+    before = sizes(model)["routed_experts"]
+    surgery.restructure(model, Plan("v2-lite", (*prune, *factorize)))
+    assert before == counts.routed_experts
+    assert 1 - sizes(model)["routed_experts"] / before == pytest.approx(0.5398, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_stages_meet_their_budgets(family: str) -> None:
+    model = FAMILIES[family]()
+    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
+    assert step.check(families.facts(model.config)) == []
+    cache: dict[str, Any] = {}
+    with unchanged(model):
+        operations, record = step.search(model, lambda: recorded(model), cache, 1 << 30)
+        again, reread = step.search(model, lambda: pytest.fail("taped again"), cache, 1 << 30)
+    assert operations == again and reread["reused"]
+    layers = len(families.sparse_blocks(model))
+    total = round(0.34 * 6 * layers)
+    assert sum(6 - len(each.retained) for each in operations) == total == sum(record["dropped"].values())
+    important = record["layer_importance"]
+    assert record["dropped"][min(important, key=important.get)] >= record["dropped"][max(important, key=important.get)]
+    before = sizes(model)
+    surgery.apply(model, Plan("tiny", tuple(operations)))
+    factors, achieved = Decompose(memory_ratio=0.7).search(model, lambda: recorded(model), {}, 1 << 30)
+    surgery.apply(model, Plan("tiny", tuple(factors)))
+    assert 0 <= int(0.7 * before["total"]) - sizes(model)["total"] < 3 * (32 + 16)
+    kept = sizes(model)["routed_experts"] / before["routed_experts"]
+    assert achieved["kept_of_routed_experts"] == pytest.approx(kept)
+
+
+def test_refusals() -> None:
+    facts = families.facts(qwen2_moe().config)
+    assert "at most 0.6667" in InterExpertPruning(prune_ratio=0.8).check(facts)[0]
+    grouped = families.facts(deepseek_v2(n_group=2, topk_method="group_limited_greedy").config)
+    assert "groups" in InterExpertPruning().check(grouped)[0]
+    with pytest.raises(ValueError, match="parents") as error:
+        InterExpertPruning(prune_ratio=1.5, parents=200, importance="size", search_kind="all", block_size=0)
+    assert len(str(error.value).splitlines()) == 5
+    with pytest.raises(ValueError, match="two budgets"):
+        Decompose(memory_ratio=0.5, removed_expert_ratio=0.5)
