@@ -8,9 +8,10 @@ Legend: E routed experts, D hidden size, F expert width.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -86,6 +87,7 @@ class Family:
 
     facts: Callable[[PretrainedConfig], Facts]
     routing: Callable[[PretrainedConfig], Routing]
+    num_experts: str  # what the config calls the number of routed experts
     shared_expert: str | None
     shared_expert_gate: str | None = None
     # Config updates with which stock transformers holds condensed layers, given {layer: width}; None if it cannot.
@@ -195,8 +197,24 @@ def _deepseek_v2_routing(config: PretrainedConfig) -> Routing:
     )
 
 
-# What follows modules.py in the modeling file. The model_type is its own: without trust_remote_code loading fails
-# loudly, where a stock model_type would load the stock class with missing weights.
+def _without_layers(config: PretrainedConfig, dropped: Collection[int]) -> dict[str, object] | None:
+    """Config updates of a model that lacks some decoder layers, the others renumbered; None if it cannot be said."""
+    if getattr(config, "decoder_sparse_step", 1) != 1 or any(
+        layer < getattr(config, "first_k_dense_replace", 0) for layer in dropped
+    ):
+        return None
+    kept = [layer for layer in range(config.num_hidden_layers) if layer not in dropped]
+    updates: dict[str, object] = {"num_hidden_layers": len(kept)}
+    if getattr(config, "mlp_only_layers", None):
+        updates["mlp_only_layers"] = [kept.index(layer) for layer in config.mlp_only_layers if layer in kept]
+    for name, value in vars(config).items():  # one entry a layer, as layer_types
+        if isinstance(value, list) and len(value) == config.num_hidden_layers and name != "mlp_only_layers":
+            updates[name] = [value[layer] for layer in kept]
+    return updates
+
+
+# What follows modules.py and low_rank.py in the modeling file. The model_type is its own: without trust_remote_code
+# loading fails loudly, where a stock model_type would load the stock class with missing weights.
 BUNDLE = '''
 
 from transformers import {config_class}, {model_class}
@@ -211,30 +229,55 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class CondensedConfig({config_class}):
+class CompressedConfig({config_class}):
     model_type = MODEL_TYPE
 
 
-class CondensedForCausalLM({model_class}):
-    """{model_class} in which the layers of `config.condensed_layers` are condensed."""
+class CompressedForCausalLM({model_class}):
+    """{model_class} in which the layers of `config.compressed_layers` have other shapes."""
 
-    config_class = CondensedConfig
+    config_class = CompressedConfig
 
     def __init__(self, config):
         super().__init__(config)
-        for layer, shape in config.condensed_layers.items():
-            decoder_layer = self.model.layers[int(layer)]
-            decoder_layer.mlp = CondensedMoE(
-                config.hidden_size, act_fn=decoder_layer.mlp.experts.act_fn, scaled=False, **shape
-            )
+        for layer, shape in config.compressed_layers.items():
+            reshape(self.model.layers, int(layer), config.hidden_size, **shape)
         self.post_init()
+
+
+def reshape(layers, index, hidden_size, kind, num_experts=None, router_rows=None, ranks=None, merged=False, **widths):
+    layer = layers[index]
+    if kind == "skipped":
+        layers[index] = SkippedLayer()
+        return
+    if kind == "zeros":
+        layer.mlp = Zeros()
+        return
+    experts, router = layer.mlp.experts, layer.mlp.gate
+    if kind == "condensed":
+        layer.mlp = CondensedMoE(hidden_size, act_fn=experts.act_fn, scaled=False, **widths)
+        return
+    before = router.num_experts
+    if router_rows != before:
+        router = sliced(router, range(router_rows), before)
+    if ranks is not None:
+        experts = LowRankExperts(hidden_size, experts.down_proj.shape[-1], ranks, experts.act_fn)
+    elif num_experts != before:
+        experts = sliced(experts, range(num_experts), before)
+    layer.mlp.gate = RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router
+    layer.mlp.experts = experts
 '''
 
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(
-        _qwen2_moe_facts, _qwen2_moe_routing, "shared_expert", "shared_expert_gate", _qwen2_moe_dense_layers
+        _qwen2_moe_facts,
+        _qwen2_moe_routing,
+        "num_experts",
+        "shared_expert",
+        "shared_expert_gate",
+        _qwen2_moe_dense_layers,
     ),
-    "deepseek_v2": Family(_deepseek_v2_facts, _deepseek_v2_routing, "shared_experts"),
+    "deepseek_v2": Family(_deepseek_v2_facts, _deepseek_v2_routing, "n_routed_experts", "shared_experts"),
 }
 
 
@@ -368,6 +411,8 @@ def parameter_counts(config: PretrainedConfig) -> Counts:
 
 def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
     """Routed and shared experts of a sparse layer, by their names within its block; no router, no gate."""
+    if not is_sparse(get_block(model, layer)):
+        return {}
     block = sparse_view(model, layer, get_block(model, layer))
     found = {"experts": block.experts}
     if block.shared_expert is not None:
@@ -417,6 +462,58 @@ def _standing_in(model: PreTrainedModel, layer: int, block: nn.Module) -> nn.Mod
     """What `set_block` with this block would displace: a whole decoder layer for a whole one."""
     whole = isinstance(block, SkippedLayer) or hasattr(block, "self_attn")
     return decoder_layers(model)[layer] if whole else get_block(model, layer)
+
+
+def separated(model: PreTrainedModel, layer: int, original: nn.Module) -> bool:
+    """Give a layer its own copies of experts that it shares with the original block, so that they can train.
+
+    Returns:
+        whether the layer shared anything.
+    """
+    theirs = {id(parameter) for parameter in original.parameters()}
+    shared = {
+        name: module
+        for name, module in expert_modules(model, layer).items()
+        if any(id(parameter) in theirs for parameter in module.parameters())
+    }
+    if shared:
+        block = with_parts(get_block(model, layer))
+        for name, module in shared.items():
+            setattr(block, name, copy.deepcopy(module))
+        set_block(model, layer, block)
+    return bool(shared)
+
+
+def stock_updates(
+    config: PretrainedConfig, widths: dict[int, int], skipped: Collection[int], num_experts: int | None
+) -> dict[str, object] | None:
+    """Config updates with which the stock class holds a compressed model; None if it cannot.
+
+    Args:
+        widths: of condensed layers without a gate per token.
+        skipped: decoder layers that are gone; those after them move up.
+        num_experts: of every sparse layer, if that changed.
+    """
+    family = family_of(config)
+    updates: dict[str, object] = {}
+    if widths:
+        dense = None if skipped else family.dense_layers(config, widths)
+        if dense is None:
+            return None
+        updates |= dense
+    if skipped:
+        fewer = _without_layers(config, skipped)
+        if fewer is None:
+            return None
+        updates |= fewer
+    if num_experts is not None:
+        updates[family.num_experts] = num_experts
+    return updates
+
+
+def layer_prefix(layer: int) -> str:
+    """The state-dict prefix of a decoder layer, with the last dot."""
+    return f"model.layers.{layer}."
 
 
 def without_router_loss(model: PreTrainedModel) -> None:

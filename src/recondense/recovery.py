@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import numpy as np
@@ -18,8 +18,11 @@ from recondense.config import RecoveryConfig
 from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
 from recondense.modes import evaluating
 from recondense.modules import CondensedMoE
-from recondense.plan import Plan
+from recondense.plan import Plan, Refit
 from recondense.teacher import SharedBackboneTeacher
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
 
 
 class RecoveryModule(L.LightningModule):
@@ -37,6 +40,8 @@ class RecoveryModule(L.LightningModule):
         stage: prefix of logged metrics.
         trained_layers: layers whose experts train, when not those of the plan.
         router_auxiliary_loss: weight of the router's load-balancing loss; for training a sparse model from nothing.
+        record: tapes the model on the calibration set as it is when called; plans that whiten or refit need it.
+        max_scratch_bytes: bound on the temporary tensors of a refit.
 
     Raises:
         ValueError: neither plan nor search given.
@@ -52,6 +57,8 @@ class RecoveryModule(L.LightningModule):
         stage: str = "recovery",
         trained_layers: Sequence[int] | None = None,
         router_auxiliary_loss: float = 0.0,
+        record: Callable[[], Tape] | None = None,
+        max_scratch_bytes: int = 1 << 30,
     ) -> None:
         super().__init__()
         if plan is None and search is None:
@@ -67,11 +74,19 @@ class RecoveryModule(L.LightningModule):
         self._search = search
         self._trained_layers = trained_layers
         self._router_auxiliary_loss = router_auxiliary_loss
+        self._record = record
+        self._max_scratch_bytes = max_scratch_bytes
+        self._originals: dict[int, nn.Module] = {}
         self._prepared = False
+        self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
 
-    def prepare(self) -> Plan:
-        """Search if there is no plan, apply the plan, freeze what does not train. Idempotent."""
+    def prepare(self, refit: bool = True) -> Plan:
+        """Search if there is no plan, apply the plan, freeze what does not train. Idempotent.
+
+        Args:
+            refit: execute the plan's refits too; without it, `refit` does so later.
+        """
         assert self._search is not None or self.plan is not None
         if self.plan is None:
             self.plan = self._search(self.model)  # type: ignore[misc]
@@ -81,14 +96,40 @@ class RecoveryModule(L.LightningModule):
                     "recovery.trainable=all: the original shares the backbone and would change with the student; use "
                     "recovery.trainable=experts"
                 )
-            originals = surgery.apply(self.model, self.plan)
-            self.teacher = SharedBackboneTeacher(self.model, originals) if originals else None
+            self._originals = surgery.apply(self.model, self.plan, self._record)
             self.model.requires_grad_(False)
             layers = self.plan.layers if self._trained_layers is None else self._trained_layers
-            for parameter in trainable_parameters(self.model, layers, self.recovery.trainable).values():
-                parameter.requires_grad_(self.recovery.objective != "none")
+            if self.recovery.objective != "none":
+                if self._originals:
+                    self._separate(layers)
+                for parameter in trainable_parameters(self.model, layers, self.recovery.trainable).values():
+                    parameter.requires_grad_(True)
+            self.teacher = SharedBackboneTeacher(self.model, self._originals) if self._originals else None
             self._prepared = True
+        if refit:
+            self.refit()
         return self.plan
+
+    def refit(self) -> dict[int, dict[str, float]]:
+        """Execute the plan's refits, once; the errors that `surgery.refit` returns.
+
+        Raises:
+            ValueError: the plan refits, and no `record` was given.
+        """
+        assert self.plan is not None
+        if self._refitted is None:
+            if self._record is None and any(isinstance(operation, Refit) for operation in self.plan.operations):
+                raise ValueError("plan: refit needs the calibration set; none was given")
+            record = cast(Callable[[], "Tape"], self._record)
+            self._refitted = surgery.refit(self.model, self.plan, self._originals, record, self._max_scratch_bytes)
+        return self._refitted
+
+    def _separate(self, layers: Sequence[int]) -> None:
+        """What will train gets weights of its own where the original uses them too; all else stays shared."""
+        for layer in trained_layers(self.model, layers):
+            original = self._originals.get(layer, families.get_block(self.model, layer))
+            if families.separated(self.model, layer, original):
+                self._originals[layer] = original
 
     def setup(self, stage: str) -> None:
         self.prepare()
@@ -228,7 +269,8 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
     """What a recovery trains, by name in the model.
 
     Args:
-        layers: "experts" trains shared and retained experts of these layers only; of all MoE layers if there are none.
+        layers: "experts" trains shared and retained experts of these layers only; of all MoE layers that are left if
+            there are none, or if nothing is left of these (they were dropped).
         trainable: "experts" or "all".
 
     Returns:
@@ -237,7 +279,7 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
     if trainable == "all":
         return dict(model.named_parameters())
     found: dict[str, nn.Parameter] = {}
-    for layer in layers or families.sparse_blocks(model):
+    for layer in trained_layers(model, layers):
         block = families.get_block(model, layer)
         if isinstance(block, CondensedMoE):
             parts: dict[str, nn.Module] = {name: getattr(block, name) for name in ("gate_proj", "up_proj", "down_proj")}
@@ -247,6 +289,13 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
             prefix = f"{families.block_name(layer)}.{name}"
             found |= {f"{prefix}.{own}": parameter for own, parameter in part.named_parameters()}
     return found
+
+
+def trained_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Those of some layers that have experts; all layers that have, where none of these does."""
+    condensed = [layer for layer in layers if isinstance(families.get_block(model, layer), CondensedMoE)]
+    sparse = families.sparse_blocks(model)
+    return [layer for layer in layers if layer in condensed or layer in sparse] or list(sparse)
 
 
 def trained_state(module: RecoveryModule) -> dict[str, Tensor]:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from recondense import families
 from recondense.config import Config, RecoveryConfig
-from recondense.export import condensed_layers
 from recondense.measure import Measure
+from recondense.methods.budget import routed_parameters
 from recondense.plan import Plan
 from recondense.profiling import count_parameters
 from recondense.report import format_bytes, format_number
@@ -37,12 +36,7 @@ PACKAGES = (
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
     """Parameters of the whole model, and of its routed experts: those in condensed layers count as retained."""
-    sparse = sum(count_parameters(block.experts) for block in families.sparse_blocks(model).values())
-    condensed = sum(
-        (layer.down_proj.in_features - layer.shared_width) * 3 * layer.down_proj.out_features
-        for layer in condensed_layers(model).values()
-    )
-    return {"total": count_parameters(model), "routed_experts": sparse + condensed}
+    return {"total": count_parameters(model), "routed_experts": routed_parameters(model)}
 
 
 def collect(

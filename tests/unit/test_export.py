@@ -24,7 +24,7 @@ from recondense import export as export_module
 from recondense import loading, surgery
 from recondense.config import ModelConfig
 from recondense.export import export
-from recondense.plan import Plan
+from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
 from recondense.profiling import count_parameters
 
 IDS = windows(3, 11)
@@ -39,6 +39,16 @@ class Variant:
     experts: tuple[int, ...] = (1, 4)
     shared_gate: float | None = 0.4
     max_shard_size: str = "5GB"
+    operations: tuple[Operation, ...] = ()  # in place of condensing
+
+
+RANKS = {name: (3, 5, None, 2) for name in ("gate_proj", "up_proj", "down_proj")}
+PAIRS = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
+FOUR, THREE = (0, 2, 3, 5), (1, 2, 4)
+
+
+def other(kind: str, model: Callable[[], Any], *operations: Operation) -> Variant:
+    return Variant(kind, model, (), operations=operations)
 
 
 VARIANTS = {
@@ -56,6 +66,40 @@ VARIANTS = {
     "deepseek": Variant("bundled", deepseek_v2, (1, 2)),
     "deepseek, sparse layers left": Variant("bundled", deepseek_v2, (2,), experts=(0, 5, 3)),
     "nothing condensed": Variant("stock", deepseek_v2, ()),
+    "qwen, pruned alike": other("stock", qwen2_moe, *(Prune(layer, FOUR) for layer in range(3))),
+    "qwen, pruned alike, normalized": other(
+        "stock", lambda: qwen2_moe(norm_topk_prob=True), *(Prune(layer, FOUR) for layer in range(3))
+    ),
+    "deepseek, pruned alike": other("stock", deepseek_v2, *(Prune(layer, THREE) for layer in (1, 2))),
+    "qwen, pruned and condensed": other(
+        "stock", qwen2_moe, Prune(0, FOUR), Prune(2, FOUR), Condense(1, (3, 0), (0.4, 0.2), 0.5)
+    ),
+    "qwen, pruned unlike": other("bundled", qwen2_moe, Prune(0, FOUR), Prune(2, THREE)),
+    "deepseek, pruned unlike": other("bundled", deepseek_v2, Prune(1, FOUR)),
+    "qwen, factorized": other("bundled", qwen2_moe, Prune(1, FOUR), Factorize(1, RANKS)),
+    "deepseek, factorized, bf16": other(
+        "bundled", lambda: deepseek_v2().bfloat16(), Prune(1, FOUR), Factorize(1, RANKS), Prune(2, THREE)
+    ),
+    "qwen, merged": other("bundled", qwen2_moe, Merge(1, *PAIRS)),
+    "deepseek, merged": other("bundled", deepseek_v2, Merge(2, *PAIRS)),
+    "qwen, layer gone": other("stock", qwen2_moe, Drop(1, "block")),
+    "qwen, layer gone, others pruned": other("stock", qwen2_moe, Drop(1, "block"), Prune(0, FOUR), Prune(2, FOUR)),
+    "qwen, layer gone before a dense one": other(
+        "stock", lambda: qwen2_moe(mlp_only_layers=[2], num_hidden_layers=4), Drop(1, "block")
+    ),
+    "deepseek, layer gone": other("stock", deepseek_v2, Drop(1, "block")),
+    "qwen, block gone": other("bundled", qwen2_moe, Drop(0, "moe")),
+    "qwen, a bit of everything": other(
+        "bundled",
+        lambda: qwen2_moe(num_hidden_layers=6),
+        Drop(0, "moe"),
+        Drop(1, "block"),
+        Prune(2, FOUR),
+        Factorize(2, RANKS),
+        Merge(3, *PAIRS),
+        Condense(4, (3, 0), (0.4, 0.2), None),
+        Prune(5, THREE),
+    ),
 }
 
 # Runs where recondense cannot be imported: what each folder computes, or why it does not load.
@@ -99,6 +143,8 @@ Path(sys.argv[3]).write_text(json.dumps(found))
 def student(variant: Variant) -> tuple[Any, Plan]:
     model = variant.model()
     plan = condense_plan(model, variant.layers, variant.experts, variant.shared_gate)
+    if variant.operations:
+        plan = Plan("tiny", variant.operations)
     surgery.apply(model, plan)
     return model.eval(), plan
 
@@ -174,7 +220,7 @@ def test_a_bundled_folder_does_not_load_by_mistake(name: str, elsewhere: dict[st
     source = (folders / name / "modeling_recondense.py").read_text()
     assert "import recondense" not in source and "from recondense" not in source
     config = json.loads((folders / name / "config.json").read_text())
-    assert config["model_type"].startswith("recondense_") and config["architectures"] == ["CondensedForCausalLM"]
+    assert config["model_type"].startswith("recondense_") and config["architectures"] == ["CompressedForCausalLM"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

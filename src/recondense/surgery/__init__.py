@@ -97,10 +97,12 @@ def refit(
     Returns:
         error of each refitted layer's output on the calibration set before and after, relative to the original's.
     """
+    wanted = [operation for operation in plan.operations if isinstance(operation, Refit)]
+    if not wanted:
+        return {}
     from recondense.surgery.refit import refit as solve
 
-    wanted = [operation for operation in plan.operations if isinstance(operation, Refit)]
-    return solve(model, wanted, originals, record, max_scratch_bytes) if wanted else {}
+    return solve(model, wanted, originals, record, max_scratch_bytes)
 
 
 def structural(plan: Plan) -> Iterable[Operation]:
