@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from recondense import tracking
-from recondense.pictures import plan_picture
+from recondense import families, tracking
+from recondense.structures import picture_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ class PlanLogging(L.Callback):
         if self._logged or plan is None or not plan.operations:
             return
         self._logged = True
-        picture = plan_picture(plan.to_dict(), Path(self.folder or trainer.default_root_dir) / "plan.png")
+        facts = families.facts(cast(Any, pl_module).model.config)
+        path = Path(self.folder or trainer.default_root_dir) / "plan.png"
+        picture = picture_of(plan.to_dict(), facts.num_experts, facts.moe_layers, path)
         tracking.log_plan(trainer.loggers, plan.to_dict(), picture)
 
     @rank_zero_only

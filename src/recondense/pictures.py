@@ -52,7 +52,7 @@ def plan_picture(plan: Mapping[str, Any], path: Path) -> Path:
     cell = min(0.36, max(0.24, 9.0 / num_experts))
     widths = [max(3.4, cell * num_experts), 3.4 if curves else 0.01]
     heights = [max(1.0, cell * len(layers)), 0.1]
-    figure = _figure(sum(widths) + 1.2, sum(heights) + 1.9)
+    figure = start_figure(sum(widths) + 1.2, sum(heights) + 1.9)
     grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=heights)
     axes = figure.add_subplot(grid[0, 0])
     image = _draw_experts(axes, layers, num_experts, weights, operations, 30 * cell)
@@ -79,7 +79,7 @@ def plan_picture(plan: Mapping[str, Any], path: Path) -> Path:
     name = plan.get("search", {}).get("method") or "plan"
     title = f"{name}: {len(operations)} of {len(layers)} MoE layers condensed"
     figure.suptitle(f"{title} ({plan['model']})" if plan.get("model") else title, fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def sweep_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
@@ -93,7 +93,7 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
         `path`, or None when no run has both a size and a perplexity.
     """
     size = "weights_bytes" if any("weights_bytes" in row for row in rows) else "total_parameters"
-    figure = _figure(7.2, 4.8)
+    figure = start_figure(7.2, 4.8)
     axes = figure.add_subplot()
     heights: list[float] = []
     for index, method in enumerate(dict.fromkeys(str(row.get("method", "")) for row in rows)):
@@ -122,7 +122,7 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     axes.set_title("perplexity against size")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_experts(
@@ -271,7 +271,8 @@ def _annotate(rows: Sequence[Mapping[str, Any]], size: str, axes: Axes, *, below
             )
 
 
-def _figure(width: float, height: float) -> Figure:
+def start_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that no window belongs to."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -280,7 +281,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, aside and then renamed."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI)
     write_aside(Path(path), data.getvalue())

@@ -17,17 +17,17 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import loading, profiling, report, summary, tiny, tracking
+from recondense import families, loading, profiling, report, summary, tiny, tracking
 from recondense.config import Config, ConfigError
 from recondense.data import RecoveryData
 from recondense.export import export
 from recondense.fitting import fit
 from recondense.measure import Measure
-from recondense.pictures import plan_picture
 from recondense.plan import Plan, write_aside
 from recondense.progress import configure, progress
 from recondense.recovery import RecoveryModule
-from recondense.searching import MethodStep, Texts, find_plan
+from recondense.searching import MethodStep, Texts, find_plan, recorder, scratch_bytes
+from recondense.structures import picture_of
 
 log = logging.getLogger(__name__)
 
@@ -144,15 +144,26 @@ class _Run:
         sizes = {"original": summary.sizes(model)}
         with measure.timed("search"):
             plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder, measure.timed)
-        self._show(plan)
-        module = RecoveryModule(model, config.recovery, plan=plan, tokenizer=tokenizer)
+        self._show(plan, model)
+        module = RecoveryModule(
+            model,
+            config.recovery,
+            plan=plan,
+            tokenizer=tokenizer,
+            record=recorder(config, model, tokenizer, texts, measure.timed),
+            max_scratch_bytes=scratch_bytes(config, model.device),
+        )
         with measure.timed("apply"):
-            module.prepare()
+            module.prepare(refit=False)
         sizes["compressed"] = summary.sizes(model)
         if plan.operations:
             measure.stage("compressed", module)
         else:
             measure.unchanged(module)
+        with measure.timed("refit"):
+            refitted = module.refit()
+        if refitted:
+            measure.stage("refitted", module)
         if config.recovery.objective != "none":
             self._recover(module, texts, measure)
             measure.stage("recovered", module)
@@ -169,10 +180,11 @@ class _Run:
         found["seconds"] = measure.seconds
         return found
 
-    def _show(self, plan: Plan) -> None:
+    def _show(self, plan: Plan, model: Any) -> None:
         if not plan.operations:
             return
-        picture = plan_picture(plan.to_dict(), self.folder / "plan.png")
+        facts = families.facts(model.config)
+        picture = picture_of(plan.to_dict(), facts.num_experts, facts.moe_layers, self.folder / "plan.png")
         tracking.log_plan(self.loggers, plan.to_dict(), picture)
 
     def _data(self, texts: Texts, module: RecoveryModule) -> RecoveryData:

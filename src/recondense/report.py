@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-STAGES = ("original", "compressed", "recovered", "control")
+STAGES = ("original", "compressed", "refitted", "recovered", "control")
 MAX_TASK_COLUMNS = 3  # more tasks than that get a table of their own
 # The figure of a task that is shown, in the order of preference.
 MAIN_METRICS = (
@@ -38,7 +38,7 @@ def print_tables(tables: Iterable[Table], console: Console | None = None) -> Non
 
 
 def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table:
-    """Rows: original, compressed, recovered and the control; columns: quality, then cost.
+    """Rows: original, compressed, refitted, recovered and the control; columns: quality, then cost.
 
     Below a figure stands its ratio to the original model's. Columns that no stage has are left out.
     """

@@ -21,13 +21,14 @@ from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
 from recondense.corpora import Corpora, load_corpora
 from recondense.data import CalibrationSet, calibration_set, pack
-from recondense.plan import Operation, Plan
+from recondense.plan import Condense, Drop, Operation, Plan, Refit
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
 
 
 Timed = Callable[[str], AbstractContextManager[None]]
+RIDGE = 1e-2  # of a refit, relative to the mean diagonal: a pull towards the weights as they are
 
 
 class MethodStep(Protocol):
@@ -66,6 +67,29 @@ class Texts:
         return self._windows[split]
 
 
+def recorder(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    timed: Timed = lambda name: nullcontext(),
+) -> Callable[[], Tape]:
+    """What tapes the model on the run's calibration set, as it is when called."""
+
+    def record() -> Tape:
+        blocks = list(calibration(config, tokenizer, texts).blocks(TEXTS_PER_BLOCK))
+        with timed("calibrate"), progress("calibrating", len(blocks)) as bar:
+            return Tape.record(model, blocks, advance=bar.advance)
+
+    return record
+
+
+def calibration(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> CalibrationSet:
+    """The run's calibration set."""
+    settings = config.data.calibration
+    return calibration_set(texts.corpora.calibration or [], tokenizer, settings.num_samples, settings.max_length)
+
+
 def find_plan(
     config: Config,
     steps: Sequence[MethodStep],
@@ -92,9 +116,8 @@ def find_plan(
     name = str(config.model.path or config.model.name)
     if not steps:
         return Plan(model=name)
-    settings = config.data.calibration
-    calibration = calibration_set(texts.corpora.calibration or [], tokenizer, settings.num_samples, settings.max_length)
-    found = {"weights": weights, "calibration": calibration.fingerprint()}
+    found = {"weights": weights, "calibration": calibration(config, tokenizer, texts).fingerprint()}
+    record_tape = recorder(config, model, tokenizer, texts, timed)
     if path.exists():
         plan = Plan.load(path)
         changed = [what for what in found if plan.fingerprint.get(what) != found[what]]
@@ -110,15 +133,16 @@ def find_plan(
     originals: dict[int, nn.Module] = {}
     try:
         for step in steps:
-            chosen, record = search_step(config, step, model, calibration, found, operations, timed)
+            chosen, record = search_step(config, step, model, record_tape, found, operations)
             operations += chosen
             records.append(record)
             if step is not steps[-1]:
-                taken = surgery.apply(model, Plan(model=name, operations=tuple(chosen)))
+                taken = surgery.apply(model, Plan(model=name, operations=tuple(chosen)), record_tape)
                 originals = {**taken, **originals}
     finally:
         for layer, block in originals.items():
             families.set_block(model, layer, block)
+    operations += refits(operations, config.method.get("refit", False))
     method = fingerprint([step.key() for step in steps], dict(config.method))
     search = records[0] if len(records) == 1 else {"steps": records}
     plan = Plan(name, tuple(operations), {**found, "method": method}, search)
@@ -126,31 +150,40 @@ def find_plan(
     return plan
 
 
+def refits(operations: Sequence[Operation], wanted: bool | str) -> list[Refit]:
+    """A refit of every layer that operations changed and left, lowest first.
+
+    Args:
+        wanted: `method.refit`: false, true (down_proj), or coefficients (of condensed layers only).
+    """
+    if not wanted:
+        return []
+    gone = {operation.layer for operation in operations if isinstance(operation, Drop)}
+    condensed = {operation.layer for operation in operations if isinstance(operation, Condense)}
+    layers = condensed if wanted == "coefficients" else {operation.layer for operation in operations}
+    what: Any = "coefficients" if wanted == "coefficients" else "down_proj"
+    return [Refit(layer, what, RIDGE) for layer in sorted(layers - gone)]
+
+
 def search_step(
     config: Config,
     step: MethodStep,
     model: PreTrainedModel,
-    calibration: CalibrationSet,
+    record: Callable[[], Tape],
     found: Mapping[str, str],
     before: Sequence[Operation],
-    timed: Timed,
 ) -> tuple[list[Operation], dict[str, Any]]:
     """Search one step with the cached orders that weights, calibration and the step's settings name."""
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
     folder = Path(config.cache_dir) / "search" / fingerprint(dict(found), TEXTS_PER_BLOCK, step.key(), earlier)
     folder.mkdir(parents=True, exist_ok=True)
 
-    @cache
-    def tape() -> Tape:
-        blocks = list(calibration.blocks(TEXTS_PER_BLOCK))
-        with timed("calibrate"), progress("calibrating", len(blocks)) as bar:
-            return Tape.record(model, blocks, advance=bar.advance)
-
+    tape = cache(record)
     with waiting_lock(folder / ".lock", "searches the same"):
-        chosen, record = step.search(model, tape, JsonFolder(folder), scratch_bytes(config, model.device))
-    if record.get("reused"):
-        log.info("search: reused %s from %s", record["reused"], folder)
-    return chosen, record
+        chosen, found_by = step.search(model, tape, JsonFolder(folder), scratch_bytes(config, model.device))
+    if found_by.get("reused"):
+        log.info("search: reused %s from %s", found_by["reused"], folder)
+    return chosen, found_by
 
 
 def scratch_bytes(config: Config, device: torch.device) -> int:

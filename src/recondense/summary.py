@@ -50,7 +50,7 @@ def collect(
     """
     stages = {
         name: dict(measure.stages[name])
-        for name in ("original", "compressed", "recovered", "control")
+        for name in ("original", "compressed", "refitted", "recovered", "control")
         if measure.has(name)
     }
     first = next((stage["original_profile"] for stage in stages.values() if stage.get("original_profile")), None)
@@ -85,9 +85,11 @@ def ratios(stages: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) 
     ):
         if key in original and key in compressed:
             found[name] = compressed[key] / original[key]
-    losses = [stages.get(name, {}).get("loss") for name in ("original", "compressed", "recovered")]
-    if None not in losses and losses[1] != losses[0]:
-        found["gap_closed"] = (losses[1] - losses[2]) / (losses[1] - losses[0])
+    original_loss, compressed_loss = (stages.get(name, {}).get("loss") for name in ("original", "compressed"))
+    if None not in (original_loss, compressed_loss) and compressed_loss != original_loss:
+        for name, stage in (("refit_gap_closed", "refitted"), ("gap_closed", "recovered")):
+            if "loss" in stages.get(stage, {}):
+                found[name] = (compressed_loss - stages[stage]["loss"]) / (compressed_loss - original_loss)
     return found
 
 
@@ -109,7 +111,7 @@ def metric(summary: Mapping[str, Any], name: str) -> float | None:
     """The figure that a sweep compares: a ratio, or the last stage's."""
     if name in summary["ratios"]:
         return float(summary["ratios"][name])
-    for stage in ("recovered", "compressed", "original"):
+    for stage in ("recovered", "refitted", "compressed", "original"):
         if name in summary["stages"].get(stage, {}):
             return float(summary["stages"][stage][name])
     return None

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.families import Facts
+from recondense.families import Facts, SparseBlock
+from recondense.methods.budget import Budget
 from recondense.methods.scoring import Ladder, LayerScorer
 from recondense.modes import evaluating
 from recondense.modules import CondensedMoE
@@ -41,6 +42,7 @@ class CDMoE:
             code), "token" keeps it.
         expert_search: "greedy" (the paper), or "routing_weight": the largest coefficients, the mean routing weight
             of an expert over the tokens that selected it (its ablation).
+        removed_expert_ratio, memory_ratio: a budget in place of num_layers: the fewest layers that keep it.
 
     Raises:
         ValueError: a setting outside its range.
@@ -52,9 +54,11 @@ class CDMoE:
     num_layers: int | str | Sequence[int] = "all"
     shared_gate: str = "mean"
     expert_search: str = "greedy"
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = self.budget.problems(required=False)
         if not _is_int(self.num_experts) or self.num_experts < 0:
             problems.append(f"method.num_experts={self.num_experts} must be a whole number of at least 0")
         if self.shared_gate not in ("mean", "token"):
@@ -77,6 +81,10 @@ class CDMoE:
             problems.append(f"method.num_layers={list(self.num_layers)} names a layer twice")
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.removed_expert_ratio, self.memory_ratio)
 
     def check(self, facts: Facts) -> list[str]:
         """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
@@ -122,7 +130,8 @@ class CDMoE:
         """
         started = time.perf_counter()
         search = Search(self, model, tape, cache, max_scratch_bytes)
-        layers = list(families.sparse_blocks(model)) if isinstance(self.num_layers, int | str) else [*self.num_layers]
+        wanted = self._layers_for(model) if self.budget.given else self.num_layers
+        layers = list(families.sparse_blocks(model)) if isinstance(wanted, int | str) else [*wanted]
         with progress("expert search", len(layers)) as bar:
             for layer in layers:
                 search.experts(layer)
@@ -130,17 +139,44 @@ class CDMoE:
         operations = {layer: search.operation(layer) for layer in layers}
         record: dict[str, Any] = {"expert_search": {str(layer): search.experts(layer) for layer in layers}}
         seconds = {"expert_search": time.perf_counter() - started}
-        if isinstance(self.num_layers, int):
-            record["layer_search"] = search.layers(operations, self.num_layers)
+        if isinstance(wanted, int):
+            record["layer_search"] = search.layers(operations, wanted)
             layers = record["layer_search"]["order"]
             seconds["layer_search"] = time.perf_counter() - started - seconds["expert_search"]
         return [operations[layer] for layer in layers], {
             **self.key(),
             **record,
             "num_experts": self.num_experts,
+            **(self.budget.settings() if self.budget.given else {}),
             "reused": search.reused(),
             "seconds": seconds,
         }
+
+    def _layers_for(self, model: PreTrainedModel) -> int:
+        """The fewest layers whose condensing keeps the budget; all MoE layers of a model are alike."""
+        block = next(iter(families.sparse_blocks(model).values()))
+        need = self.budget.expert_parameters_to_remove(model)
+        saved = condensing_saves(block, self.num_experts, routed=self.removed_expert_ratio is not None)
+        if self.shared_gate == "mean" and block.shared_expert_gate is not None and self.memory_ratio is not None:
+            saved += block.weights.down_EDF.shape[1]
+        count, most = -(-need // saved), len(families.sparse_blocks(model))
+        if count > most:
+            raise ValueError(
+                f"method: the budget asks for {need:,} parameters less, but condensing all {most} MoE layers to "
+                f"{self.num_experts} experts saves {most * saved:,}; lower method.num_experts or raise the budget"
+            )
+        return max(1, count)
+
+
+def condensing_saves(block: SparseBlock, num_experts: int, routed: bool) -> int:
+    """Parameters that a layer loses when condensed to its shared and a few routed experts.
+
+    Args:
+        routed: count routed experts alone, not the router.
+    """
+    _, hidden_size, expert_width = block.weights.down_EDF.shape
+    experts = (block.num_experts - num_experts) * 3 * hidden_size * expert_width
+    return experts if routed else experts + sum(parameter.numel() for parameter in block.router.parameters())
 
 
 class Search:
