@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from recondense.calibrate import Tape
 
 TEMPORARIES = 6  # tensors of (tokens, M, P) that scoring a chunk holds at once
+CHUNK_ELEMENTS = 2**18  # of each temporary on a CPU: larger ones leave its cache and take longer
 GRAM_TOKENS = 256  # tokens whose expert outputs are held together
 
 
@@ -83,7 +84,10 @@ class Replay:
         assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
         retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
         total_P = torch.zeros(len(dropped_PE), dtype=torch.float64, device=retained_EP.device)
-        rows = max(1, self.max_scratch_bytes // 2 // (4 * TEMPORARIES * self.num_candidates * len(dropped_PE)))
+        elements = self.max_scratch_bytes // 2 // (4 * TEMPORARIES)
+        if retained_EP.device.type == "cpu":
+            elements = min(elements, CHUNK_ELEMENTS)
+        rows = max(1, elements // (self.num_candidates * len(dropped_PE)))
         for index in range(len(self._x)):
             gram_TMM = self._grams[index] if self._grams is not None else self._gram(index)
             for first in range(0, len(gram_TMM), rows):
