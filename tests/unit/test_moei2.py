@@ -217,5 +217,5 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="parents") as error:
         InterExpertPruning(prune_ratio=1.5, parents=200, importance="size", search_kind="all", block_size=0)
     assert len(str(error.value).splitlines()) == 5
-    with pytest.raises(ValueError, match="two budgets"):
-        Decompose(memory_ratio=0.5, removed_expert_ratio=0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Decompose(memory_ratio=1.5)

@@ -21,11 +21,16 @@ class Budget:
 
     Args:
         removed_expert_ratio: fraction of the routed experts' parameters that goes.
-        memory_ratio: parameters of the compressed whole model / of the original, an upper bound.
+        memory_ratio: parameters of the compressed whole model / of the original, an upper bound; where it is given,
+            removed_expert_ratio (which has a default in most YAMLs) does not count.
     """
 
     removed_expert_ratio: float | None = None
     memory_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_ratio is not None:
+            object.__setattr__(self, "removed_expert_ratio", None)
 
     @property
     def given(self) -> bool:
@@ -35,13 +40,8 @@ class Budget:
         """What is wrong with the two, as sentences.
 
         Args:
-            required: one of them must be given; otherwise at most one may be.
+            required: one of them must be given.
         """
-        if self.removed_expert_ratio is not None and self.memory_ratio is not None:
-            return [
-                f"method.removed_expert_ratio={self.removed_expert_ratio} and method.memory_ratio={self.memory_ratio}: "
-                "two budgets; set one of them to null"
-            ]
         if required and not self.given:
             return ["method.removed_expert_ratio and method.memory_ratio are both null: set one of them"]
         return [

@@ -156,7 +156,7 @@ class CDMoE:
         """The fewest layers whose condensing keeps the budget; all MoE layers of a model are alike."""
         block = next(iter(families.sparse_blocks(model).values()))
         need = self.budget.expert_parameters_to_remove(model)
-        saved = condensing_saves(block, self.num_experts, routed=self.removed_expert_ratio is not None)
+        saved = condensing_saves(block, self.num_experts, routed=self.budget.removed_expert_ratio is not None)
         if self.shared_gate == "mean" and block.shared_expert_gate is not None and self.memory_ratio is not None:
             saved += block.weights.down_EDF.shape[1]
         count, most = -(-need // saved), len(families.sparse_blocks(model))

@@ -163,7 +163,7 @@ class _Search:
             "expert_importance": {str(layer): values for layer, values in importance.items()},
             "layer_importance": {str(layer): value for layer, value in layer_importance.items()},
             "dropped": {str(layer): number for layer, number in numbers.items()},
-            "candidates": {str(layer): [list(pair) for pair in sets] for layer, sets in candidates.items()},
+            "candidates": {str(layer): _plain(sets) for layer, sets in candidates.items()},
             "blocks": fields,
             "reused": f"{self.reused} of {2 * len(self.blocks)} importances and candidate sets" if self.reused else "",
             "seconds": seconds,
@@ -199,7 +199,7 @@ class _Search:
                         bar.note(f"layer {layer}, generation {generation}, best error {best:.4g}")
 
                     sets = self._search_layer(self.blocks[layer], number, show)
-                    self.cache[key] = {"sets": [[list(each), error] for each, error in sets]}
+                    self.cache[key] = {"sets": _plain(sets)}
                 found[layer] = [(tuple(each), float(error)) for each, error in self.cache[key]["sets"]]
                 bar.advance()
         return found
@@ -229,6 +229,11 @@ class _Search:
                 ]
             }  # fmt: skip
         return list(self.cache[key]["blocks"])
+
+
+def _plain(sets: list[tuple[tuple[int, ...], float]]) -> list[list[Any]]:
+    """As JSON reads it back."""
+    return [[list(each), error] for each, error in sets]
 
 
 def refuse_groups(facts: Facts) -> list[str]:

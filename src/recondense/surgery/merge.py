@@ -9,6 +9,7 @@ from recondense import families
 from recondense.families import SparseBlock
 from recondense.modules import RemappedRouter, sliced
 from recondense.plan import Merge
+from recondense.surgery.alignment import aligned
 
 
 def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
@@ -48,8 +49,6 @@ def fill(merged: SparseBlock, before: SparseBlock, operation: Merge) -> None:
         for expert, share in zip(group, shares, strict=True):
             own = (weights.gate_up_EHD[expert], weights.down_EDF[expert])
             if operation.align and expert != group[0]:
-                from recondense.surgery.alignment import aligned
-
                 own = aligned(first, own)
             for total, each in zip(sums, own, strict=True):
                 total.add_(each.float(), alpha=share)

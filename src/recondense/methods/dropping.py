@@ -1,0 +1,133 @@
+"""Layer drop and block drop: remove what changes the residual stream least (arXiv 2406.02500, section 3).
+
+Legend: T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.families import Facts
+from recondense.methods.budget import Budget, total_parameters
+from recondense.plan import Drop
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """Drop the MoE blocks ("moe": layer drop) or whole decoder layers ("block": block drop) of highest similarity.
+
+    Similarity is the mean cosine, over calibration tokens, between the residual stream before and after the part. One
+    pass decides, as in the paper; the fewest that keep the budget go.
+
+    Args:
+        part: "moe" or "block". Whole layers are those with a sparse MoE block, and never the first: a cache counts the
+            tokens by it.
+        removed_expert_ratio, memory_ratio: the budget.
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: Demystifying the Compression of Mixture-of-Experts Through a Unified Framework, arXiv 2406.02500, 3.2.
+    """
+
+    part: Literal["moe", "block"]
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = self.budget.problems()
+        if self.part not in ("moe", "block"):
+            problems.append(f"method.part={self.part} must be moe or block")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.removed_expert_ratio, self.memory_ratio)
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        if self.part == "block" and facts.moe_layers == (0,):
+            return ["method=block_drop: the only MoE layer is the first decoder layer, which cannot go; use layer_drop"]
+        return []
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration; the budget is not part of it."""
+        return {"method": "dropping", "version": 1, "part": self.part}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Drop], dict[str, Any]]:
+        """Decide which layers lose the part; the model is left bit-identical.
+
+        Returns:
+            operations, the most similar first, and all similarities.
+
+        Raises:
+            ValueError: not even dropping all of them keeps the budget.
+        """
+        started = time.perf_counter()
+        layers = [layer for layer in families.sparse_blocks(model) if self.part == "moe" or layer > 0]
+        with progress("cosine similarity", len(layers)) as bar:
+            for layer in layers:
+                if f"similarity-{layer:03d}" not in cache:
+                    cache[f"similarity-{layer:03d}"] = {"cosine": self._similarity(model, tape(), layer)}
+                bar.advance()
+        similarity = {layer: float(cache[f"similarity-{layer:03d}"]["cosine"]) for layer in layers}
+        need = self.budget.expert_parameters_to_remove(model)
+        operations: list[Drop] = []
+        left = need
+        for layer in sorted(layers, key=lambda layer: (-similarity[layer], layer)):
+            if left <= 0:
+                break
+            operations.append(Drop(layer, self.part))
+            left -= self._size(model, layer)
+        if left > 0:
+            raise ValueError(
+                f"method: the budget asks for {need:,} parameters less, but dropping all {len(layers)} layers saves "
+                f"{need - left:,}"
+            )
+        return operations, {
+            **self.key(),
+            **self.budget.settings(),
+            "similarity": {str(layer): value for layer, value in similarity.items()},
+            "seconds": {"similarity": time.perf_counter() - started},
+        }
+
+    @torch.no_grad()
+    def _similarity(self, model: PreTrainedModel, tape: Tape, layer: int) -> float:
+        total, count = 0.0, 0
+        for index, trace in enumerate(tape.trace(model, layer)):
+            after_TD = tape.real_tokens(index, tape.states[layer + 1][index]).float()
+            if self.part == "moe":  # the residual stream between attention and the MoE block
+                before_TD = after_TD - trace.output_TD.float()
+            else:
+                before_TD = tape.real_tokens(index, tape.states[layer][index]).float()
+            total += float(_cosine(before_TD, after_TD).double().sum())
+            count += len(after_TD)
+        return total / count
+
+    def _size(self, model: PreTrainedModel, layer: int) -> int:
+        """What the budget counts of what goes with a layer."""
+        if self.budget.removed_expert_ratio is not None:
+            return total_parameters(families.sparse_blocks(model)[layer].experts)
+        whole = self.part == "block"
+        return total_parameters(families.decoder_layers(model)[layer] if whole else families.get_block(model, layer))
+
+
+def _cosine(one_TD: Tensor, other_TD: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(one_TD, other_TD, dim=1)

@@ -1,0 +1,168 @@
+"""Merge similar experts, weighted by how often they are used: MC-SMoE's grouping and HC-SMoE's clustering.
+
+Legend: T tokens, E routed experts, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.families import Facts, SparseBlock
+from recondense.methods.allocation import uniform
+from recondense.methods.budget import Budget
+from recondense.methods.saliency import routing_sums
+from recondense.modules import expert_outputs
+from recondense.plan import Merge
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import LayerTrace, Tape
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Merge experts into groups; the router keeps its rows, and each group computes the weighted mean of its experts.
+
+    Args:
+        grouping: "router_logits" (MC-SMoE): the experts used most, counted over all layers, dominate; every other joins
+            the dominant one of its layer whose router logits are most like its own, its rows permuted to match.
+            "expert_outputs" (HC-SMoE): average-linkage clustering of the mean outputs over all calibration tokens, as
+            many groups in every layer.
+        removed_expert_ratio, memory_ratio: the budget.
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: MC-SMoE, arXiv 2310.01334, section 3.2 (its merging, not its compression after it); HC-SMoE, arXiv
+    2410.08589, section 3.
+    """
+
+    grouping: str
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = self.budget.problems()
+        if self.grouping not in ("router_logits", "expert_outputs"):
+            problems.append(f"method.grouping={self.grouping} must be router_logits or expert_outputs")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.removed_expert_ratio, self.memory_ratio)
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        most = 1 - 1 / facts.num_experts
+        if (self.budget.removed_expert_ratio or 0) > most:
+            return [
+                f"method.removed_expert_ratio={self.removed_expert_ratio}: one of {facts.num_experts} experts a layer "
+                f"stays at least: at most {most:.4g} can go"
+            ]
+        return []
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration; the budget is not part of it."""
+        return {"method": "merging", "version": 1, "grouping": self.grouping}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Merge], dict[str, Any]]:
+        """Decide the groups; the model is left bit-identical.
+
+        Returns:
+            operations in layer order, and how often each expert was selected.
+
+        Raises:
+            ValueError: more experts are to go than can.
+        """
+        started = time.perf_counter()
+        blocks = families.sparse_blocks(model)
+        with progress("similarity of experts", len(blocks)) as bar:
+            for layer, block in blocks.items():
+                if f"features-{layer:03d}" not in cache:
+                    cache[f"features-{layer:03d}"] = self._features(block, list(tape().trace(model, layer)))
+                bar.advance()
+        found = {layer: cache[f"features-{layer:03d}"] for layer in blocks}
+        counts = {layer: list(entry["counts"]) for layer, entry in found.items()}
+        gone = self.budget.experts_to_drop(model, router_rows=False)
+        numbers = self._numbers(counts, gone)
+        operations = []
+        for layer, number in numbers.items():
+            if number < blocks[layer].num_experts:
+                features = torch.tensor(found[layer]["features"])
+                operations.append(self._merge(layer, features, counts[layer], number))
+        return operations, {
+            **self.key(),
+            **self.budget.settings(),
+            "selected": {str(layer): values for layer, values in counts.items()},
+            "seconds": {"grouping": time.perf_counter() - started},
+        }
+
+    @torch.no_grad()
+    def _features(self, block: SparseBlock, traces: list[LayerTrace]) -> dict[str, Any]:
+        """What experts are compared by, one row each: similarity of router logits, or mean outputs (E, D)."""
+        counts_E, _, _ = routing_sums(block, traces)
+        if self.grouping == "router_logits":
+            logits_TE = torch.cat([block.router(trace.x_TD)[0].double() for trace in traces])
+            unit_TE = logits_TE / logits_TE.norm(dim=0).clamp_min(1e-300)
+            features = unit_TE.T @ unit_TE
+        else:
+            experts = range(block.num_experts)
+            sums = [
+                torch.stack([expert_outputs(trace.x_TD, block.weights, [e])[0].double().sum(dim=0) for e in experts])
+                for trace in traces
+            ]
+            features = torch.stack(sums).sum(dim=0) / sum(len(trace.x_TD) for trace in traces)
+        return {"counts": counts_E.tolist(), "features": features.tolist()}
+
+    def _numbers(self, counts: dict[int, list[float]], gone: int) -> dict[int, int]:
+        """Groups of each layer."""
+        experts = {layer: len(values) for layer, values in counts.items()}
+        even = {layer: experts[layer] - lost for layer, lost in uniform(gone, experts, 1).items()}  # or its error
+        if self.grouping == "expert_outputs":
+            return even
+        # The best used of each layer, then the best used of all: frequencies compare across layers.
+        dominant = {layer: 1 for layer in counts}
+        ranked = sorted(
+            ((value, layer) for layer, values in counts.items() for value in sorted(values, reverse=True)[1:]),
+            key=lambda pair: (-pair[0], pair[1]),
+        )
+        for _, layer in ranked[: sum(experts.values()) - gone - len(experts)]:
+            dominant[layer] += 1
+        return dominant
+
+    def _merge(self, layer: int, features: Tensor, counts: Sequence[float], number: int) -> Merge:
+        order = sorted(range(len(counts)), key=lambda expert: (-counts[expert], expert))
+        if self.grouping == "router_logits":
+            leaders = order[:number]
+            groups = {leader: [leader] for leader in leaders}
+            for expert in order[number:]:
+                nearest = max(leaders, key=lambda leader: (float(features[expert, leader]), -leader))
+                groups[nearest].append(expert)
+            parted = list(groups.values())
+        else:
+            labels = fcluster(linkage(features.numpy(), "average"), number, "maxclust")
+            parted = [[expert for expert in order if labels[expert] == label] for label in sorted(set(labels))]
+        parted.sort()
+        weights = [_shares([counts[expert] for expert in group]) for group in parted]
+        align = self.grouping == "router_logits"
+        return Merge(layer, tuple(map(tuple, parted)), tuple(weights), align)
+
+
+def _shares(counts: Sequence[float]) -> tuple[float, ...]:
+    """Frequencies as weights; equal ones where nobody was ever selected."""
+    total = sum(counts)
+    return tuple(value / total for value in counts) if total else tuple(1 / len(counts) for _ in counts)

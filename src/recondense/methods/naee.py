@@ -1,0 +1,116 @@
+"""NAEE: of every layer, the experts whose loss changes the layer's output least, all sets tried (arXiv 2402.14800)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.families import Facts
+from recondense.methods.allocation import uniform
+from recondense.methods.budget import Budget
+from recondense.methods.genetic import Genetic, best_sets
+from recondense.methods.moei2 import refuse_groups
+from recondense.methods.replay import Replay
+from recondense.methods.saliency import too_much
+from recondense.plan import Prune
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class NAEE:
+    """Prune the same number of experts in every layer, by the least Frobenius distance of the layer's output.
+
+    The paper tries all sets, which Mixtral's eight experts allow. For more, the same loss is minimised by the genetic
+    search of MoE-I²; `exact` insists on all sets.
+
+    Args:
+        removed_expert_ratio, memory_ratio: the budget.
+        population, iterations, parents, mutation, search_kind: see `Genetic`.
+        seed: of the genetic search.
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: Not All Experts are Equal, arXiv 2402.14800, section 3.1.
+    """
+
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
+    population: int = 100
+    iterations: int = 50
+    parents: int = 20
+    mutation: float = 0.5
+    search_kind: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [*self.budget.problems(), *self.genetic.problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.removed_expert_ratio, self.memory_ratio)
+
+    @property
+    def genetic(self) -> Genetic:
+        return Genetic(self.population, self.iterations, self.parents, self.mutation, self.search_kind)
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        return [*refuse_groups(facts), *too_much(self.budget.removed_expert_ratio, facts)]
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration; the budget is not part of it."""
+        names = ("population", "iterations", "parents", "mutation", "search_kind", "seed")
+        return {"method": "naee", "version": 1, **{name: getattr(self, name) for name in names}}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Prune], dict[str, Any]]:
+        """Decide which experts go; the model is left bit-identical.
+
+        Returns:
+            operations in layer order, and each layer's error.
+
+        Raises:
+            ValueError: more experts are to go than can.
+        """
+        started = time.perf_counter()
+        blocks = families.sparse_blocks(model)
+        experts = {layer: block.num_experts for layer, block in blocks.items()}
+        floor = next(iter(blocks.values())).routing.top_k
+        numbers = uniform(self.budget.experts_to_drop(model), experts, floor)
+        found: dict[int, tuple[tuple[int, ...], float]] = {}
+        with progress("expert sets", len(blocks)) as bar:
+            for layer, number in numbers.items():
+                key = f"set-{layer:03d}-{number:03d}"
+                if key not in cache and number:
+                    replay = Replay(model, tape(), blocks[layer], number, max_scratch_bytes)
+                    seed = self.seed * 1_000_003 + layer
+                    best = best_sets(replay.errors, experts[layer], number, self.genetic, seed)[0]
+                    cache[key] = {"dropped": list(best[0]), "error": best[1] / replay.output_norm}
+                entry: dict[str, Any] = cache[key] if number else {"dropped": [], "error": 0.0}
+                found[layer] = tuple(entry["dropped"]), float(entry["error"])
+                bar.advance()
+        operations = [
+            Prune(layer, tuple(expert for expert in range(experts[layer]) if expert not in dropped))
+            for layer, (dropped, _) in found.items()
+            if dropped
+        ]
+        return operations, {
+            **self.key(),
+            **self.budget.settings(),
+            "errors": {str(layer): error for layer, (_, error) in found.items()},
+            "seconds": {"sets": time.perf_counter() - started},
+        }

@@ -1,0 +1,175 @@
+"""Prune the routed experts of least saliency, each scored on its own: the baselines of a search.
+
+Legend: T tokens, E routed experts, K top-k, D hidden size.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.families import Facts, SparseBlock
+from recondense.methods.allocation import uniform
+from recondense.methods.budget import Budget
+from recondense.methods.moei2 import refuse_groups
+from recondense.modules import expert_outputs
+from recondense.plan import Prune
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import LayerTrace, Tape
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+SALIENCIES = {
+    "random": "drawn from the seed",
+    "frequency": "how many calibration tokens select the expert",
+    "routing_weight": "the sum of its routing weights",
+    "reap": "the mean of routing weight x norm of the expert's output, over the tokens that select it",
+    "expert_drop": "the sum of routing weight x norm of the expert's output",
+}
+
+
+@dataclass(frozen=True)
+class SaliencyPruning:
+    """Drop the experts of least saliency.
+
+    Args:
+        saliency: one of `SALIENCIES`. "frequency" and "routing_weight" are the usual baselines (arXiv 2402.14800,
+            section 4; arXiv 2412.00069, ablations); "reap" divides by the tokens that select an expert, so that rare
+            but strong experts stay; "expert_drop" does not.
+        allocation: "uniform": every layer loses as many; "global": the least salient of all layers, none below top_k.
+        removed_expert_ratio, memory_ratio: the budget.
+        seed: of "random".
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: REAP, arXiv 2510.13999, section 4; expert drop, arXiv 2406.02500, section 3.
+    """
+
+    saliency: str
+    allocation: str = "uniform"
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = self.budget.problems()
+        if self.saliency not in SALIENCIES:
+            problems.append(f"method.saliency={self.saliency} must be one of {', '.join(SALIENCIES)}")
+        if self.allocation not in ("uniform", "global"):
+            problems.append(f"method.allocation={self.allocation} must be uniform or global")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.removed_expert_ratio, self.memory_ratio)
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        return [*refuse_groups(facts), *too_much(self.budget.removed_expert_ratio, facts)]
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration."""
+        seed = {"seed": self.seed} if self.saliency == "random" else {}
+        return {"method": "saliency", "version": 1, "saliency": self.saliency, **seed}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Prune], dict[str, Any]]:
+        """Decide which experts go; the model is left bit-identical.
+
+        Returns:
+            operations in layer order, and every expert's saliency.
+
+        Raises:
+            ValueError: more experts are to go than can.
+        """
+        started = time.perf_counter()
+        blocks = families.sparse_blocks(model)
+        scores: dict[int, list[float]] = {}
+        with progress(f"saliency: {self.saliency}", len(blocks)) as bar:
+            for layer, block in blocks.items():
+                key = f"saliency-{layer:03d}"
+                if key not in cache:
+                    cache[key] = {"saliency": self._scores(model, tape, block)}
+                scores[layer] = list(cache[key]["saliency"])
+                bar.advance()
+        number = self.budget.experts_to_drop(model)
+        floor = next(iter(blocks.values())).routing.top_k
+        dropped = _least(scores, number, floor, everywhere=self.allocation == "uniform")
+        operations = [
+            Prune(layer, tuple(expert for expert in range(len(values)) if expert not in dropped[layer]))
+            for layer, values in scores.items()
+            if dropped[layer]
+        ]
+        return operations, {
+            **self.key(),
+            **self.budget.settings(),
+            "allocation": self.allocation,
+            "saliencies": {str(layer): values for layer, values in scores.items()},
+            "seconds": {"saliency": time.perf_counter() - started},
+        }
+
+    def _scores(self, model: PreTrainedModel, tape: Callable[[], Tape], block: SparseBlock) -> list[float]:
+        if self.saliency == "random":
+            draw = random.Random(self.seed * 1_000_003 + block.layer)
+            return [draw.random() for _ in range(block.num_experts)]
+        counts_E, weights_E, norms_E = routing_sums(block, list(tape().trace(model, block.layer)))
+        found = {
+            "frequency": counts_E,
+            "routing_weight": weights_E,
+            "reap": norms_E / counts_E.clamp_min(1),
+            "expert_drop": norms_E,
+        }[self.saliency]
+        return [float(value) for value in found]
+
+
+def too_much(removed_expert_ratio: float | None, facts: Facts) -> list[str]:
+    """A budget that would leave fewer experts than a token selects."""
+    most = 1 - facts.top_k / facts.num_experts
+    if removed_expert_ratio is None or removed_expert_ratio <= most + 1e-9:
+        return []
+    return [
+        f"method.removed_expert_ratio={removed_expert_ratio}: {facts.num_experts} experts a layer, of which each token "
+        f"selects {facts.top_k}: at most {most:.4g} can go"
+    ]
+
+
+@torch.no_grad()
+def routing_sums(block: SparseBlock, traces: list[LayerTrace]) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the calibration tokens that select each expert: their number, Σ weight, Σ weight·‖E(x)‖₂; (E,) in fp64."""
+    counts_E, weights_E, norms_E = (torch.zeros(block.num_experts, dtype=torch.float64) for _ in range(3))
+    for trace in traces:
+        for expert in range(block.num_experts):
+            chosen_TK = trace.top_k_index_TK == expert
+            rows = chosen_TK.any(dim=1)
+            weight_t = (trace.top_k_weights_TK * chosen_TK).sum(dim=1)[rows].double()
+            norm_t = expert_outputs(trace.x_TD[rows], block.weights, [expert])[0].double().norm(dim=1)
+            counts_E[expert] += int(rows.sum())
+            weights_E[expert] += float(weight_t.sum())
+            norms_E[expert] += float((weight_t * norm_t).sum())
+    return counts_E, weights_E, norms_E
+
+
+def _least(scores: Mapping[int, list[float]], number: int, floor: int, everywhere: bool) -> dict[int, set[int]]:
+    """The experts of least saliency, lowest index first among equals."""
+    room = uniform(number, {layer: len(values) for layer, values in scores.items()}, floor)  # or its error
+    if not everywhere:
+        room = {layer: len(values) - floor for layer, values in scores.items()}
+    order = sorted((value, layer, expert) for layer, values in scores.items() for expert, value in enumerate(values))
+    dropped: dict[int, set[int]] = {layer: set() for layer in scores}
+    for _, layer, expert in order:
+        if sum(map(len, dropped.values())) < number and len(dropped[layer]) < room[layer]:
+            dropped[layer].add(expert)
+    return dropped
