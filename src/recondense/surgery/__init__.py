@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from recondense import families
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
-from recondense.surgery import condense, drop, factorize, merge, prune
+from recondense.surgery import condense, drop, factorize, least_squares, merge, prune
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
@@ -98,11 +98,7 @@ def refit(
         error of each refitted layer's output on the calibration set before and after, relative to the original's.
     """
     wanted = [operation for operation in plan.operations if isinstance(operation, Refit)]
-    if not wanted:
-        return {}
-    from recondense.surgery.refit import refit as solve
-
-    return solve(model, wanted, originals, record, max_scratch_bytes)
+    return least_squares.refit(model, wanted, originals, record, max_scratch_bytes) if wanted else {}
 
 
 def structural(plan: Plan) -> Iterable[Operation]:
