@@ -1,17 +1,20 @@
 """Routed experts whose projections are products of two factors. Imports torch alone: it is bundled into exports.
 
-Legend: T tokens, K top-k, S = T·K routed tokens sorted by expert, D hidden size, F expert width, E experts, R rank, O
-and I output and input features of a projection.
+Legend: T tokens, K top-k, S = T·K routed tokens sorted by expert, t those of one expert, D hidden size, F expert width,
+E experts, n those of one bucket, R rank, O and I output and input features of a projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 Ranks = Mapping[str, Sequence[int | None]]
+Linear = Callable[[Tensor, Tensor], Tensor]
 
 
 class LowRankExperts(nn.Module):
@@ -19,8 +22,8 @@ class LowRankExperts(nn.Module):
 
     E_e(x) = down( act(gate x) ⊙ up x ),  each projection W = left · right, or dense
 
-    Experts of equal ranks form a bucket: its factors are 3-D tensors of exactly their size, so nothing is padded, and a
-    product over its experts is one grouped product.
+    Experts of equal ranks form a bucket: its factors are 3-D tensors of exactly their size, nothing is padded. Ranks at
+    multiples of 16 bytes make the product over a bucket one grouped product; others go expert by expert.
 
     Args:
         hidden_size: D.
@@ -49,24 +52,27 @@ class LowRankExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Σ_k top_k_weights · E_{top_k_index}(x): (T, D), (T, K), (T, K) to (T, D); only routed tokens are computed."""
-        num_tokens, top_k = top_k_index.shape
+        if not top_k_index.numel():
+            return torch.zeros_like(hidden_states)
+        buckets, kind = cast("list[_Bucket]", list(self.buckets)), hidden_states.device.type
+        dtype = buckets[0].gate_up_right.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         place_S = self._table(top_k_index.device)[top_k_index.flatten()]
         order_S = place_S.argsort(stable=True)
-        counts = torch.bincount(place_S, minlength=self.num_experts).tolist()
-        x_SD = hidden_states[order_S // top_k]
-        of_bucket, first = [], 0
-        for experts in self.experts_of:
-            of_bucket.append(counts[first : first + len(experts)])
-            first += len(experts)
-        # Split once: the backward of a slice is as large as the whole, that of a split is one concatenation.
-        parts = x_SD.split([sum(own) for own in of_bucket])
-        used = [each for each in zip(self.buckets, parts, of_bucket, strict=True) if len(each[1])]
-        outputs = [bucket(x_sD, own, self.act_fn) for bucket, x_sD, own in used]
-        if not outputs:
-            return torch.zeros_like(hidden_states)
-        y_SD = torch.cat(outputs) * top_k_weights.flatten()[order_S, None]
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.numel(), device=order_S.device))
-        return y_SD[back_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+        counts, of_bucket = torch.bincount(place_S, minlength=self.num_experts).tolist(), []
+        for experts in self.experts_of:
+            of_bucket.append(counts[: len(experts)])
+            counts = counts[len(experts) :]
+        x_SD = _Spread.apply(hidden_states.to(dtype), order_S, back_S, top_k_index.shape[1])
+        # Split once: the backward of a slice is as large as the whole, that of a split is one concatenation.
+        parts = x_SD.split([sum(own) for own in of_bucket])  # type: ignore[no-untyped-call]
+        used = [each for each in zip(buckets, parts, of_bucket, strict=True) if len(each[1])]
+        y_SD = torch.cat([bucket(x_sD, own, self.act_fn) for bucket, x_sD, own in used])
+        weighted_SD = y_SD * top_k_weights.flatten()[order_S, None]
+        y_TD: Tensor = _Collect.apply(weighted_SD, order_S, back_S, top_k_index.shape[1])
+        return y_TD.to(hidden_states.dtype)
 
     def _table(self, device: torch.device) -> Tensor:
         """Each expert's place in the order of the buckets; not a buffer: its values follow from the ranks."""
@@ -129,31 +135,31 @@ class _Bucket(nn.Module):
 
     def forward(self, x_SD: Tensor, counts: list[int], act_fn: Callable[[Tensor], Tensor]) -> Tensor:
         """Outputs (S, D) of tokens sorted by expert, `counts` of each; unweighted."""
+        weights = (self.gate_up_right, self.gate_left, self.up_left, self.down_right, self.down_left)
+        if self.num_experts > 1 and _groupable(x_SD, weights):
+            # grouped_mm keeps out of autocast, so the weights are converted here.
+            ends = torch.tensor(counts, device=x_SD.device).cumsum(0).to(torch.int32)
+            linear = partial(_grouped_linear, ends=ends)
+            return self._chain(x_SD, [None if w is None else w.to(x_SD.dtype) for w in weights], act_fn, linear)
         outputs = []
-        weights = zip(*(self._each(weight) for weight in self._weights()), strict=True)
-        for count, x_tD, (gate_up, gate_left, up_left, down_right, down_left) in zip(
-            counts, x_SD.split(counts), weights, strict=True
-        ):
-            if not count:
-                continue
-            inner = nn.functional.linear(x_tD, gate_up)
-            gate, up = inner[:, : self.gate_rows], inner[:, self.gate_rows :]
-            if gate_left is not None:
-                gate = nn.functional.linear(gate, gate_left)
-            if up_left is not None:
-                up = nn.functional.linear(up, up_left)
-            inner = act_fn(gate) * up
-            if down_right is not None:
-                inner = nn.functional.linear(inner, down_right)
-            outputs.append(nn.functional.linear(inner, down_left))
+        # Unbound at once, so that backward stacks gradients instead of adding zeros.
+        each = zip(*((None,) * self.num_experts if w is None else w.unbind(0) for w in weights), strict=True)
+        for x_tD, own in zip(x_SD.split(counts), each, strict=True):  # type: ignore[no-untyped-call]
+            if len(x_tD):
+                outputs.append(self._chain(x_tD, own, act_fn, nn.functional.linear))
         return torch.cat(outputs)
 
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        return self.gate_up_right, self.gate_left, self.up_left, self.down_right, self.down_left
-
-    def _each(self, weight: Tensor | None) -> Sequence[Tensor | None]:
-        """One weight an expert; unbound at once, so that backward stacks gradients instead of adding zeros."""
-        return (None,) * self.num_experts if weight is None else weight.unbind(0)
+    def _chain(
+        self, x: Tensor, weights: Sequence[Tensor | None], act_fn: Callable[[Tensor], Tensor], linear: Linear
+    ) -> Tensor:
+        gate_up, gate_left, up_left, down_right, down_left = weights
+        assert gate_up is not None and down_left is not None
+        inner = linear(x, gate_up)
+        gate, up = inner.split((self.gate_rows, inner.shape[1] - self.gate_rows), dim=1)  # type: ignore[no-untyped-call]
+        gate = gate if gate_left is None else linear(gate, gate_left)
+        up = up if up_left is None else linear(up, up_left)
+        inner = act_fn(gate) * up
+        return linear(inner if down_right is None else linear(inner, down_right), down_left)
 
     def fill(self, position: int, name: str, left: Tensor, right: Tensor) -> None:
         """Copy an expert's factors."""
@@ -180,6 +186,49 @@ class _Bucket(nn.Module):
         if name == "gate_proj":
             return slice(0, self.gate_rows), self.gate_left
         return slice(self.gate_rows, None), self.up_left
+
+
+def _groupable(x_SD: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether torch's grouped product takes these: rows and addresses at multiples of 16 bytes, on Ampere or a CPU."""
+    if not hasattr(nn.functional, "grouped_mm") or x_SD.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if x_SD.is_cuda and (x_SD.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x_SD.device) < (8, 0)):
+        return False
+    if x_SD.device.type not in ("cpu", "cuda"):
+        return False
+    rows = [size * x_SD.element_size() for w in weights if w is not None for size in w.shape[1:]]
+    addresses = [w.data_ptr() for w in weights if w is not None] + [x_SD.data_ptr()]
+    return not any(number % 16 for number in (*rows, *addresses))
+
+
+def _grouped_linear(x_SI: Tensor, weight_nOI: Tensor, ends: Tensor) -> Tensor:
+    return nn.functional.grouped_mm(x_SI, weight_nOI.transpose(-2, -1), offs=ends)
+
+
+class _Spread(torch.autograd.Function):
+    """Each token once for each of its experts, in the experts' order; its adjoint is a sum in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_S: Tensor, back_S: Tensor, top_k: int) -> Tensor:
+        ctx.order_S, ctx.back_S, ctx.top_k = order_S, back_S, top_k
+        return x_TD.index_select(0, order_S // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return cast(Tensor, _Collect.apply(grads[0], ctx.order_S, ctx.back_S, ctx.top_k)), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The adjoint of `_Spread`: sums over each token's experts."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SD: Tensor, order_S: Tensor, back_S: Tensor, top_k: int) -> Tensor:
+        ctx.order_S, ctx.back_S, ctx.top_k = order_S, back_S, top_k
+        return y_SD.index_select(0, back_S).unflatten(0, (-1, top_k)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return cast(Tensor, _Spread.apply(grads[0], ctx.order_S, ctx.back_S, ctx.top_k)), None, None, None
 
 
 def _empty(*shape: int) -> nn.Parameter:

@@ -15,7 +15,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 from recondense import families
 from recondense.decomposition import factors
-from recondense.low_rank import LowRankExperts
+from recondense.low_rank import LowRankExperts, _groupable
 from recondense.methods import ranks as ranks_of
 from recondense.surgery.factorize import second_moments
 
@@ -103,6 +103,19 @@ FULL: dict[str, tuple[int | None, ...]] = {name: (F, None, F, F, None, F) for na
 MIXED: dict[str, tuple[int | None, ...]] = {
     "gate_proj": (3, None, 5, 3, 3, 7), "up_proj": (4, 2, 5, 4, None, 7), "down_proj": (3, 6, None, 3, 3, 7)
 }  # fmt: skip
+# Rows of 16 bytes in fp32 and bf16: the grouped product where a bucket has several experts.
+ALIGNED: dict[str, tuple[int | None, ...]] = {name: (8, 8, None, 16, 8, 8) for name in NAMES}
+
+
+@pytest.mark.parametrize("ranks", [FULL, ALIGNED, MIXED])
+def test_which_experts_are_grouped(ranks: Any) -> None:
+    """The tests below reach both ways of computing."""
+    low = LowRankExperts(D, F, ranks, nn.functional.silu)
+    grouped = []
+    for bucket in low.buckets:
+        weights = [p for p in bucket.parameters()]
+        grouped.append(bucket.num_experts > 1 and _groupable(torch.zeros(3, D), weights))
+    assert any(grouped) == (ranks is not MIXED)
 
 
 @pytest.mark.parametrize("num", [0, 1, 40])
@@ -111,14 +124,15 @@ def test_full_rank_is_transformers_experts(num: int) -> None:
     torch.testing.assert_close(low_rank(dense, FULL)(*tokens(num)), dense(*tokens(num)), rtol=1e-4, atol=1e-4)
 
 
-def test_low_rank_is_transformers_experts_with_the_products_as_weights() -> None:
-    """Forward, and gradients of the input and of the routing weights."""
+@pytest.mark.parametrize("ranks", [MIXED, ALIGNED])
+def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: Any) -> None:
+    """Forward, and gradients of the input, of the routing weights and, by the chain rule, of the factors."""
     dense, found = dense_experts(), []
-    low = low_rank(dense, MIXED)
+    low = low_rank(dense, ranks).requires_grad_(True)
     products = copy.deepcopy(dense)
     with torch.no_grad():
         for expert in range(E):
-            for name, rank in ((name, ranks[expert]) for name, ranks in MIXED.items()):
+            for name, rank in ((name, values[expert]) for name, values in ranks.items()):
                 gate, up = products.gate_up_proj[expert].chunk(2)
                 weight = {"gate_proj": gate, "up_proj": up, "down_proj": products.down_proj[expert]}[name]
                 if rank is not None:
@@ -132,6 +146,27 @@ def test_low_rank_is_transformers_experts_with_the_products_as_weights() -> None
         found.append((y.detach(), x.grad, weights.grad))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for experts, bucket in zip(low.experts_of, low.buckets, strict=True):  # W = left · right: dleft = dW · rightᵀ
+        for position, expert in enumerate(experts):
+            if ranks["down_proj"][expert] is not None and expert in index:
+                expected = products.down_proj.grad[expert] @ bucket.down_right[position].T
+                torch.testing.assert_close(bucket.down_left.grad[position], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    """Forward and backward, whatever the number of threads."""
+    low, found, threads = low_rank(dense_experts(), ALIGNED).requires_grad_(True), [], torch.get_num_threads()
+    try:
+        for num in (1, 2, 2):
+            torch.set_num_threads(num)
+            x, index, weights = tokens(300)
+            x.requires_grad_(), low.zero_grad()
+            low(x, index, weights).square().sum().backward()
+            assert x.grad is not None
+            found.append([x.grad, *(p.grad for p in low.parameters() if p.grad is not None)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(found[0], one, strict=True))
 
 
 def test_gradients_of_the_factors() -> None:
@@ -155,9 +190,10 @@ def test_nothing_is_padded() -> None:
     assert not list(low.buffers())
 
 
+@pytest.mark.parametrize("ranks", [MIXED, ALIGNED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype: torch.dtype) -> None:
-    low = low_rank(dense_experts(), MIXED)
+def test_autocast(dtype: torch.dtype, ranks: Any) -> None:
+    low = low_rank(dense_experts(), ranks)
     exact = low(*tokens(9))
     x, index, weights = tokens(9)
     with torch.autocast("cpu", torch.bfloat16):
