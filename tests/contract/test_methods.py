@@ -48,6 +48,10 @@ BUDGETS: dict[str, list[str]] = {
     },
     "block_drop": ["method.memory_ratio=0.8"],
     "svd_llm": ["method.memory_ratio=0.8"],
+    "cdmoe_moei2": [
+        *("method.memory_ratio=0.85", "method.num_experts=[2]", "method.prune_ratios=[0.34]"),
+        *("method.kept_ratios=[0.5]", "method.population=20"),
+    ],
     "moei2": ["method.prune_ratio=0.34", "method.memory_ratio=0.7", "method.population=10", "method.parents=4"],
 }
 
@@ -102,9 +106,7 @@ def test_search_leaves_the_model_unchanged(method: str, family: str, tmp_path: P
 
 
 @pytest.mark.parametrize("budget", ["small", "the YAML's"])
-@pytest.mark.parametrize(
-    ("method", "family"), [each for each in PRODUCT if str(each.values[0])[:5] in ("cdmoe", "none")]
-)
+@pytest.mark.parametrize(("method", "family"), [each for each in PRODUCT if each.values[0] in CONDENSING])
 def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budget: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     overrides = BUDGETS[method] if budget == "small" else []
@@ -143,7 +145,7 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(method: str, family: st
         sum(parameter.numel() for parameter in families.decoder_layers(model)[layer].parameters())
         for layer in families.sparse_blocks(model)
     )
-    quick = [each for each in BUDGETS[method] if "ratio" not in each and "num_layers" not in each]
+    quick = [each for each in BUDGETS[method] if "ratio=" not in each and "num_layers" not in each]
     other = {"memory_ratio": "removed_expert_ratio", "removed_expert_ratio": "memory_ratio"}[budget]
     ratio = 0.78 if budget == "memory_ratio" else 0.4
     plan = plan_of(model, method, tmp_path, *quick, f"method.{budget}={ratio}", f"method.{other}=null")

@@ -1,0 +1,204 @@
+"""CD-MoE and MoE-I² in one run: condense some layers, prune and factorize others, within one budget.
+
+For each layer a few options are tried on the model as it is: condensed, pruned, factorized, pruned then factorized,
+each at a few strengths. Their damage is the divergence of the final hidden state; what is chosen together does the
+least damage for the parameters that must go. The damage of several layers is not the sum of the single ones, so it is
+measured again around the choice, and the choice that measures least is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from recondense.families import Facts
+from recondense.methods.budget import Budget
+from recondense.methods.damage import Damage
+from recondense.methods.genetic import Genetic
+from recondense.methods.knapsack import least_damage
+from recondense.methods.options import Option, Options
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+    from recondense.plan import Operation
+
+Cache = MutableMapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Choose for every MoE layer between condensing, pruning, factorizing and nothing, by damage per parameter saved.
+
+    Args:
+        memory_ratio: parameters of the compressed model / of the original.
+        removed_expert_ratio: instead of it: fraction of the routed experts' parameters that goes.
+        num_experts: routed experts that a condensed layer keeps; an option for each number. The shared stay.
+        prune_ratios: fractions of a layer's experts that an option drops; 0 is always among them.
+        kept_ratios: fractions of a retained expert's parameters that an option's factors keep; 1 is always among them.
+        rounds: how often the damages are measured: first each layer alone, then around the choice so far.
+        alpha: how much more rank important experts get (MoE-I²).
+        shared_gate, expert_search: as in `CDMoE`.
+        normalize: as in MoE-I²'s importance.
+        population, iterations, seed: of the genetic search for the experts to drop.
+
+    Raises:
+        ValueError: a setting outside its range.
+
+    Reference: arXiv 2412.00069, section 3 (condensing); arXiv 2411.01016, section 3 (pruning and decomposition). The
+    combination is this project's own.
+    """
+
+    memory_ratio: float | None = None
+    removed_expert_ratio: float | None = None
+    num_experts: Sequence[int] = (4,)
+    prune_ratios: Sequence[float] = (0.25, 0.5)
+    kept_ratios: Sequence[float] = (0.75, 0.5, 0.25)
+    rounds: int = 2
+    alpha: float = 0.15
+    shared_gate: str = "mean"
+    expert_search: str = "greedy"
+    normalize: bool = True
+    population: int = 100
+    iterations: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = self.budget.problems()
+        for name in ("prune_ratios", "kept_ratios"):
+            wrong = [value for value in getattr(self, name) if not 0 < value < 1]
+            if wrong:
+                problems.append(f"method.{name}={list(getattr(self, name))}: {wrong} must lie between 0 and 1")
+        wrong = [count for count in self.num_experts if not isinstance(count, int) or count < 0]
+        if wrong:
+            problems.append(f"method.num_experts={list(self.num_experts)}: {wrong} must be whole numbers of at least 0")
+        if self.rounds < 1:
+            problems.append(f"method.rounds={self.rounds} must be at least 1")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(removed_expert_ratio=self.removed_expert_ratio, memory_ratio=self.memory_ratio)
+
+    @property
+    def genetic(self) -> Genetic:
+        return Genetic(population=self.population, iterations=self.iterations)
+
+    def check(self, facts: Facts) -> list[str]:
+        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
+        problems = [
+            f"method.num_experts: a layer cannot keep {count}: the model has {facts.num_experts} routed experts"
+            for count in self.num_experts
+            if count > facts.num_experts
+        ]
+        if 0 in self.num_experts and facts.shared_width == 0:
+            problems.append("method.num_experts: 0 leaves nothing of a layer: this model has no shared experts")
+        if facts.num_groups > 1:
+            problems.append(
+                f"method=cdmoe_moei2: the router selects among {facts.num_groups} groups of experts, which pruning "
+                "must leave equal; this search does not. Use method=cdmoe or svd_llm."
+            )
+        for ratio in self.prune_ratios:
+            retained = facts.num_experts - round(ratio * facts.num_experts)
+            if retained < facts.top_k:
+                problems.append(
+                    f"method.prune_ratios: {ratio} leaves {retained} of {facts.num_experts} experts, but each token "
+                    f"selects {facts.top_k}; use at most {1 - facts.top_k / facts.num_experts:.4g}"
+                )
+        return problems
+
+    def key(self) -> dict[str, Any]:
+        """What a cached search depends on besides weights and calibration; the budget is not part of it."""
+        lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios", "kept_ratios")}
+        names = ("alpha", "shared_gate", "expert_search", "normalize", "population", "iterations", "seed")
+        return {"method": "cdmoe_moei2", "version": 1, **lists, **{name: getattr(self, name) for name in names}}
+
+    def search(
+        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> tuple[list[Operation], dict[str, Any]]:
+        """Decide what to do with every layer; the model is left bit-identical.
+
+        Returns:
+            operations in layer order; for every round the damages, the choice, and the damage of all of it together.
+
+        Raises:
+            ValueError: the budget asks for more than the options can save.
+        """
+        started = time.perf_counter()
+        options = Options(self, model, tape, cache, max_scratch_bytes)
+        damage = Damage(model, tape())
+        seconds = {"options": time.perf_counter() - started}
+        rounds: list[dict[str, Any]] = []
+        choice: dict[int, Option] = {}
+        for number in range(self.rounds):
+            measured = _measure(damage, options, f"damage, round {number + 1} of {self.rounds}")
+            found = self._choose(options, measured, model)
+            together = damage.choose(_blocks(options, found))
+            rounds.append(_record(measured, found, together))
+            if together <= min(each["damage"] for each in rounds):
+                choice = found
+        seconds["damage"] = time.perf_counter() - started - seconds["options"]
+        operations = [operation for option in choice.values() for operation in option.operations]
+        return operations, {
+            **self.key(),
+            "memory_ratio": self.memory_ratio,
+            "removed_expert_ratio": self.removed_expert_ratio,
+            "rounds": rounds,
+            "chosen": {str(layer): option.name for layer, option in choice.items()},
+            "expert_importance": {str(layer): values for layer, values in options.importance.items()},
+            **options.records(),
+            "seconds": seconds,
+        }
+
+    def _choose(self, options: Options, measured: dict[int, list[float]], model: PreTrainedModel) -> dict[int, Option]:
+        """Least damage for the budget, then what is left of the budget is given to ranks."""
+        routed = self.budget.removed_expert_ratio is not None
+        need = self.budget.expert_parameters_to_remove(model)
+        layers = list(options.of)
+        saved = [[option.saved_routed if routed else option.saved for option in options.of[layer]] for layer in layers]
+        try:
+            chosen = least_damage(saved, [measured[layer] for layer in layers], need)
+        except ValueError as error:
+            raise ValueError(
+                f"method: the budget asks for more than condensing and pruning can save: {error}"
+            ) from None
+        spare = sum(each[index] for each, index in zip(saved, chosen, strict=True)) - need
+        found = {layer: options.of[layer][index] for layer, index in zip(layers, chosen, strict=True)}
+        return options.widened(found, spare)
+
+
+def _measure(damage: Damage, options: Options, title: str) -> dict[int, list[float]]:
+    """The damage of each option of each layer, with what is chosen now in all other layers."""
+    found: dict[int, list[float]] = {}
+    with progress(title, sum(len(each) for each in options.of.values())) as bar:
+        for layer, each in options.of.items():
+            found[layer] = []
+            for option in each:
+                found[layer].append(damage.of(layer, options.block(layer, option)))
+                bar.advance()
+            options.forget()
+    return found
+
+
+def _blocks(options: Options, choice: dict[int, Option]) -> dict[int, nn.Module]:
+    blocks = {}
+    for layer, option in choice.items():
+        block = options.block(layer, option)
+        options.forget()
+        if block is not None:
+            blocks[layer] = block
+    return blocks
+
+
+def _record(measured: dict[int, list[float]], choice: dict[int, Option], together: float) -> dict[str, Any]:
+    return {
+        "damages": {str(layer): values for layer, values in measured.items()},
+        "choice": {str(layer): option.name for layer, option in choice.items()},
+        "damage": together,
+    }

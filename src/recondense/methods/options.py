@@ -1,0 +1,230 @@
+"""What may be done to one MoE layer, as operations and as a block to try: for the combination of both papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recondense import families
+from recondense.decomposition import Factors, factors
+from recondense.families import SparseBlock
+from recondense.low_rank import LowRankExperts
+from recondense.methods import ranks
+from recondense.methods.budget import total_parameters
+from recondense.methods.cdmoe import CDMoE, condensing_saves
+from recondense.methods.cdmoe import Search as CondenseSearch
+from recondense.methods.genetic import best_sets
+from recondense.methods.importance import expert_importance
+from recondense.methods.replay import Replay
+from recondense.modules import CondensedMoE
+from recondense.plan import Condense, Factorize, Operation, Prune
+from recondense.progress import progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+    from recondense.methods.combined import Combined
+
+Cache = MutableMapping[str, dict[str, Any]]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that may be done to one layer.
+
+    Args:
+        name: in words.
+        operations: none leaves the layer alone.
+        saved: parameters that go, of the whole model.
+        saved_routed: parameters that go, of the routed experts.
+    """
+
+    name: str
+    operations: tuple[Operation, ...] = ()
+    saved: int = 0
+    saved_routed: int = 0
+
+
+class Options:
+    """Every option of every MoE layer.
+
+    Args:
+        step: the settings.
+        model: left bit-identical.
+        tape: its hidden states on the calibration set.
+        cache: orders, importances and sets found so far.
+        max_scratch_bytes: bound on temporary tensors.
+    """
+
+    def __init__(
+        self, step: Combined, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
+    ) -> None:
+        self.step = step
+        self.model = model
+        self.tape = tape
+        self.cache = cache
+        self.max_scratch_bytes = max_scratch_bytes
+        self.blocks = families.sparse_blocks(model)
+        self.importance: dict[int, list[float]] = {}
+        self.of: dict[int, list[Option]] = {}
+        self._factors: dict[tuple[int, int, str], Factors] = {}
+        with progress("options of each layer", len(self.blocks)) as bar:
+            for layer in self.blocks:
+                self.importance[layer] = self._importance(layer)
+                self.of[layer] = [Option("as it is"), *self._condensed(layer), *self._pruned_and_factorized(layer)]
+                bar.advance()
+
+    def block(self, layer: int, option: Option) -> nn.Module | None:
+        """The layer's block under an option, to try it; None leaves it as it is. Unchanged experts are not copied."""
+        view = self.blocks[layer]
+        retained = tuple(range(view.num_experts))
+        made: nn.Module | None = None
+        for operation in option.operations:
+            if isinstance(operation, Condense):
+                layer_of = CondensedMoE.shaped_for(
+                    view.weights, len(operation.experts), token_gate=operation.shared_gate is None
+                )
+                return layer_of.fill(view.weights, operation.experts, operation.coefficients, operation.shared_gate)
+            if isinstance(operation, Prune):
+                retained = operation.retained
+                made = families.masked_block(view, retained)
+            if isinstance(operation, Factorize):
+                return families.with_parts(
+                    view.module,
+                    router=families.pruned_router(view, retained),
+                    experts=self._low_rank(view, retained, operation),
+                )
+        return made
+
+    def forget(self) -> None:
+        """Let go of the factors of the layer that was tried."""
+        self._factors.clear()
+
+    def widened(self, choice: dict[int, Option], spare: int) -> dict[int, Option]:
+        """The choice with what the budget has left given to ranks, as evenly as whole ranks allow."""
+        low = {
+            layer: option
+            for layer, option in choice.items()
+            if option.operations and isinstance(option.operations[-1], Factorize)
+        }
+        if not low or spare <= 0:
+            return choice
+        found = dict(choice)
+        kept = {layer: self._kept(layer, option) for layer, option in low.items()}
+        importance = {layer: self._own_importance(layer, option) for layer, option in low.items()}
+        _, hidden_size, expert_width = next(iter(self.blocks.values())).weights.down_EDF.shape
+        total = sum(kept.values())
+        for layer, option in low.items():
+            budget = kept[layer] + int(spare * kept[layer] / total)
+            _, given = ranks.within({layer: importance[layer]}, budget, hidden_size, expert_width, self.step.alpha)
+            found[layer] = self._factorized(layer, option.operations[:-1], given[layer])
+        return found
+
+    def records(self) -> dict[str, Any]:
+        """For the plan: every option with what it saves."""
+        return {
+            "options": {
+                str(layer): [[each.name, each.saved, each.saved_routed] for each in options]
+                for layer, options in self.of.items()
+            }
+        }
+
+    def _importance(self, layer: int) -> list[float]:
+        key = f"importance-{layer:03d}"
+        if key not in self.cache:
+            values = expert_importance(
+                self.model, self.tape(), self.blocks[layer], "layer_output", self.step.normalize, self.max_scratch_bytes
+            )
+            self.cache[key] = {"importance": values}
+        return list(self.cache[key]["importance"])
+
+    def _condensed(self, layer: int) -> list[Option]:
+        found = []
+        for count in self.step.num_experts:
+            condensing = CDMoE(count, "all", self.step.shared_gate, self.step.expert_search)
+            search = CondenseSearch(condensing, self.model, self.tape, self.cache, self.max_scratch_bytes)
+            view = self.blocks[layer]
+            saved = condensing_saves(view, count, routed=False)
+            if self.step.shared_gate == "mean" and view.shared_expert_gate is not None:
+                saved += total_parameters(view.shared_expert_gate)
+            routed = condensing_saves(view, count, routed=True)
+            found.append(Option(f"condensed to {count}", (search.operation(layer),), saved, routed))
+        return found
+
+    def _pruned_and_factorized(self, layer: int) -> list[Option]:
+        view = self.blocks[layer]
+        _, hidden_size, expert_width = view.weights.down_EDF.shape
+        found = []
+        for ratio in (0.0, *self.step.prune_ratios):
+            number = min(round(ratio * view.num_experts), view.num_experts - view.routing.top_k)
+            prune = self._prune(layer, number) if number else ()
+            if prune:
+                found.append(self._saving(layer, f"pruned by {number}", prune, 0))
+            for kept in self.step.kept_ratios:
+                average = max(1.0, kept * ranks.break_even(hidden_size, expert_width))
+                own = self._own_importance(layer, Option("", prune))
+                given = ranks.allocate(own, average, hidden_size, expert_width, self.step.alpha)
+                found.append(self._factorized(layer, prune, given))
+        return list({each.name: each for each in found}.values())
+
+    def _prune(self, layer: int, number: int) -> tuple[Operation, ...]:
+        key = f"set-{layer:03d}-{number:03d}"
+        if key not in self.cache:
+            view = self.blocks[layer]
+            replay = Replay(self.model, self.tape(), view, number, self.max_scratch_bytes)
+            seed = self.step.seed * 1_000_003 + layer
+            best = best_sets(replay.errors, view.num_experts, number, self.step.genetic, seed)[0]
+            self.cache[key] = {"dropped": list(best[0]), "error": best[1] / replay.output_norm}
+        dropped = self.cache[key]["dropped"]
+        return (Prune(layer, tuple(e for e in range(self.blocks[layer].num_experts) if e not in dropped)),)
+
+    def _factorized(self, layer: int, prune: tuple[Operation, ...], given: ranks.Ranks) -> Option:
+        low = [rank for rank in given if rank is not None]
+        _, hidden_size, expert_width = self.blocks[layer].weights.down_EDF.shape
+        lost = ranks.parameters([None] * len(given), hidden_size, expert_width)
+        lost -= ranks.parameters(given, hidden_size, expert_width)
+        name = f"{len(given)} experts, mean rank {sum(low) / max(1, len(low)):.4g}"
+        ranks_of = dict.fromkeys(PROJECTIONS, tuple(given))
+        return self._saving(layer, name, (*prune, Factorize(layer, ranks_of)), lost)
+
+    def _saving(self, layer: int, name: str, operations: tuple[Operation, ...], factors_save: int) -> Option:
+        view = self.blocks[layer]
+        gone = sum(view.num_experts - len(each.retained) for each in operations if isinstance(each, Prune))
+        _, hidden_size, expert_width = view.weights.down_EDF.shape
+        routed = gone * 3 * hidden_size * expert_width + factors_save
+        return Option(name, operations, routed + gone * hidden_size, routed)
+
+    def _own_importance(self, layer: int, option: Option) -> list[float]:
+        """Of the experts that an option retains."""
+        retained = next((each.retained for each in option.operations if isinstance(each, Prune)), None)
+        values = self.importance[layer]
+        return values if retained is None else [values[expert] for expert in retained]
+
+    def _kept(self, layer: int, option: Option) -> int:
+        """Parameters of the experts under an option that factorizes."""
+        _, hidden_size, expert_width = self.blocks[layer].weights.down_EDF.shape
+        operation = option.operations[-1]
+        assert isinstance(operation, Factorize)
+        return ranks.parameters(operation.ranks["gate_proj"], hidden_size, expert_width)
+
+    def _low_rank(self, view: SparseBlock, retained: tuple[int, ...], operation: Factorize) -> LowRankExperts:
+        weights = view.weights
+        _, hidden_size, expert_width = weights.down_EDF.shape
+        index = torch.as_tensor(retained, device=weights.down_EDF.device)
+
+        def of(place: int, name: str) -> tuple[Tensor, Tensor]:
+            key = view.layer, retained[place], name
+            if key not in self._factors:
+                gate_FD, up_FD = weights.gate_up_EHD[retained[place]].chunk(2, dim=0)
+                weight = {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": weights.down_EDF[retained[place]]}[name]
+                self._factors[key] = factors(weight)
+            return self._factors[key]
+
+        with torch.device(weights.down_EDF.device):
+            low = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.act_fn).to(weights.down_EDF.dtype)
+        return low.fill(weights.gate_up_EHD[index], weights.down_EDF[index], of)
