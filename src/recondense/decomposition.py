@@ -30,7 +30,7 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
     """Factors of every rank at once, least in ‖W − W'‖_F, or with a second moment in ‖(W − W')X‖_F.
 
     W' = U_R U_Rᵀ W, with U the eigenvectors of W M Wᵀ, largest first, M = XXᵀ (M = 1 is the plain SVD). For M = SSᵀ
-    this is the truncated SVD of WS times S⁻¹, without an inverse. Both factors of a rank-one term get the same norm.
+    this is the truncated SVD of WS times S⁻¹. Both factors of a rank-one term get the same norm.
 
     Args:
         weight_OI: in any dtype; the work is in fp64.
@@ -51,6 +51,16 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
         left = weight @ right.T
         norms = left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         return Factors((left / norms.sqrt()).float(), (right * norms.sqrt()[:, None]).float())
+    if moment_II is not None and num_outputs > num_inputs:
+        # The same with the smaller eigenproblem: M = LLᵀ, V of (WL)ᵀ(WL), W' = W L V Vᵀ L⁻¹.
+        lower_II = torch.linalg.cholesky(regular(moment_II, ridge))
+        product = weight @ lower_II
+        _, vectors_II = torch.linalg.eigh(product.T @ product)
+        own = vectors_II.flip(1)
+        left = product @ own
+        right = torch.linalg.solve_triangular(lower_II.T, own, upper=True).T
+        balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        return Factors((left * balance).float(), (right / balance[:, None]).float())
     gram_OO = weight @ weight.T if moment_II is None else weight @ regular(moment_II, ridge) @ weight.T
     _, vectors_OO = torch.linalg.eigh(gram_OO)
     left = vectors_OO.flip(1)[:, :size]

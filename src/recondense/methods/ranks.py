@@ -37,7 +37,8 @@ def allocate(
     R_j = floor( (I_j + ε)^α / Σ_j (I_j + ε)^α · R_a · M' )
 
     A rank at or above the break-even saves nothing: that expert stays dense, and what it does not use of the layer's
-    R_a·M'·(D + F) parameters goes to the others by the same formula. No rank is below 1.
+    R_a·M'·(D + F) parameters goes to the others by the same formula, then rank by rank. No rank is below 1; what that
+    costs the largest ranks pay.
 
     Args:
         importance: I_j of the layer's retained experts, >= 0.
@@ -46,7 +47,16 @@ def allocate(
     Reference: MoE-I², arXiv 2411.01016, section 3.2.
     """
     exact = _exact(importance, average_rank, hidden_size, expert_width, alpha, epsilon)
-    return [None if rank is None else max(1, math.floor(rank + 1e-9)) for rank in exact]
+    found: Ranks = [None if rank is None else max(1, math.floor(rank + 1e-9)) for rank in exact]
+    shape, unit = (hidden_size, expert_width), 3 * (hidden_size + expert_width)
+    budget = math.floor(average_rank * len(found) * unit + 1e-6)
+    if None in found:  # its whole parameters are no whole number of ranks: the formula's sum does not hold any more
+        fractions = [(r - e, 0, j) for j, (r, e) in enumerate(zip(found, exact, strict=True)) if r and e is not None]
+        return _filled_up({0: found}, fractions, budget - parameters(found, *shape), shape)[0]
+    while parameters(found, *shape) > budget and max(rank or 0 for rank in found) > 1:
+        largest = max(range(len(found)), key=lambda j: (found[j] or 0, -j))
+        found[largest] = (found[largest] or 0) - 1
+    return found
 
 
 def _exact(
@@ -115,34 +125,39 @@ def within(
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
-    return low, _filled_up(at(low), importance, low, budget - size(at(low)), shape, alpha, epsilon)
+    found = at(low)
+    fractions = [
+        (rank - exact, layer, position)
+        for layer, values in importance.items()
+        for position, (rank, exact) in enumerate(
+            zip(found[layer], _exact(values, low, *shape, alpha, epsilon), strict=True)
+        )
+        if rank is not None and exact is not None
+    ]
+    return low, _filled_up(found, fractions, budget - size(found), shape)
 
 
 def _filled_up(
-    ranks: dict[int, Ranks],
-    importance: Mapping[int, Sequence[float]],
-    average_rank: float,
-    left: int,
-    shape: tuple[int, int],
-    alpha: float,
-    epsilon: float,
+    ranks: dict[int, Ranks], fractions: Sequence[tuple[float, int, int]], left: int, shape: tuple[int, int]
 ) -> dict[int, Ranks]:
-    """Ranks raised by one, the largest fractions first, as long as the budget lasts."""
+    """Ranks raised by one, the largest fractions first, as long as the budget lasts; the last step makes one dense.
+
+    Args:
+        fractions: (rank less exact rank, layer, position) of those that may rise.
+        left: parameters.
+    """
     unit, cap = 3 * sum(shape), break_even(*shape)
-    fractions = []
-    for layer, values in importance.items():
-        for position, exact in enumerate(_exact(values, average_rank, *shape, alpha, epsilon)):
-            rank = ranks[layer][position]
-            if exact is not None and rank is not None:
-                fractions.append((rank - exact, layer, position))
-    while left >= unit:
+    order, raised = sorted(fractions), True
+    while raised:
         raised = False
-        for _, layer, position in sorted(fractions):
+        for _, layer, position in order:
             rank = ranks[layer][position]
-            if rank is not None and rank + 1 < cap and left >= unit:
-                ranks[layer][position] = rank + 1
-                left -= unit
+            if rank is None:
+                continue
+            dense = rank + 1 >= cap
+            cost = 3 * shape[0] * shape[1] - rank * unit if dense else unit
+            if cost <= left:
+                ranks[layer][position] = None if dense else rank + 1
+                left -= cost
                 raised = True
-        if not raised:
-            break
     return ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,24 +58,25 @@ def second_moments(block: SparseBlock, traces: Iterable[LayerTrace]) -> Moments:
     """What each expert's projections met on the calibration set: Σ x xᵀ and Σ h hᵀ over the tokens routed to it.
 
     Returns:
-        a function of the expert that gives (D, D) for gate_proj and up_proj and (F, F) for down_proj, in fp32, one
+        a function of the expert that gives (D, D) for gate_proj and up_proj and (F, F) for down_proj, in fp64, one
         expert at a time: all of them together would take E·(D² + F²) numbers.
 
     Reference: SVD-LLM, arXiv 2403.07378, section 3.1.
     """
-    kept = list(traces)
+    kept = [(trace.x_TD, trace.top_k_index_TK) for trace in traces]
     weights = block.weights
 
     @lru_cache(maxsize=1)
     def of(expert: int) -> tuple[Tensor, Tensor]:
         _, hidden_size, expert_width = weights.down_EDF.shape
-        inputs_DD = torch.zeros(hidden_size, hidden_size, device=weights.down_EDF.device)
-        inner_FF = torch.zeros(expert_width, expert_width, device=weights.down_EDF.device)
-        for trace in kept:
-            x_tD = trace.x_TD[(trace.top_k_index_TK == expert).any(dim=1)]
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": weights.down_EDF.device}
+        inputs_DD = torch.zeros(hidden_size, hidden_size, **kind)
+        inner_FF = torch.zeros(expert_width, expert_width, **kind)
+        for x_TD, index_TK in kept:
+            x_tD = x_TD[(index_TK == expert).any(dim=1)]
             gate_tF, up_tF = torch.nn.functional.linear(x_tD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
-            inner_tF = (weights.act_fn(gate_tF) * up_tF).float()
-            inputs_DD.addmm_(x_tD.float().T, x_tD.float())
+            inner_tF = (weights.act_fn(gate_tF) * up_tF).double()
+            inputs_DD.addmm_(x_tD.double().T, x_tD.double())
             inner_FF.addmm_(inner_tF.T, inner_tF)
         return inputs_DD, inner_FF
 
