@@ -27,6 +27,33 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
     crowded = bool(tasks) and (len(tasks) > MAX_TASK_COLUMNS or wanted > console.width)
     tables = [stage_table(summary, with_tasks=False), task_table(summary)] if crowded else [table]
     print_tables([*tables, ratios_table(summary)], console)
+    if summary.get("operations"):
+        console.print(f"\nplan: {plan_line(summary['operations'])}", soft_wrap=True, highlight=False)
+
+
+def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
+    """A plan in one line.
+
+    Args:
+        operations: `summary.operation_counts`.
+    """
+    words = {
+        "prune": "{layers} pruned ({retained} of {of} experts stay)",
+        "condense": "{layers} condensed ({retained} of {of} experts stay, always active)",
+        "merge": "{layers} merged ({of} experts into {groups})",
+        "factorize": "{layers} factorized",
+        "drop_moe": "{layers} without their feed-forward block",
+        "drop_block": "{layers} removed whole",
+        "refit": "{layers} refitted",
+    }
+    found = []
+    for name, counts in operations.items():
+        layers = f"{counts['layers']} layer{'s' if counts['layers'] > 1 else ''}"
+        text = words[name].format(**{**counts, "layers": layers})
+        if "mean" in counts:
+            text += f" (ranks {counts['lowest']}-{counts['highest']}, mean {counts['mean']:.1f})"
+        found.append(text)
+    return ", ".join(found) or "nothing changed"
 
 
 def print_tables(tables: Iterable[Table], console: Console | None = None) -> None:

@@ -11,11 +11,14 @@ from recondense.pictures import plan_picture, save_figure, start_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+HATCHES = {"dropped": "xxx", "removed": "///", "skipped": "---"}
 # Okabe and Ito's colours, and the words of the legend.
 KINDS = {
     "kept": ("#DDDDDD", "left alone"),
     "condensed": ("#E69F00", "condensed: always active"),
     "dropped": ("white", "dropped"),
+    "removed": ("white", "feed-forward block removed"),
+    "skipped": ("white", "whole layer removed"),
     "merged": ("#56B4E9", "merged: number of the group"),
 }
 RANKS = "viridis"
@@ -53,9 +56,10 @@ def structure_picture(plan: Mapping[str, Any], num_experts: int, layers: Sequenc
     from matplotlib.patches import Patch
 
     cells = {layer: _layer(layer, plan["operations"], num_experts) for layer in layers}
-    ranks = [rank for row in cells.values() for _, rank in row if isinstance(rank, int)]
+    ranks = [rank for row in cells.values() for kind, rank in row if kind == "factorized" and rank is not None]
     cell = min(0.4, max(0.2, 9.0 / num_experts))
-    figure = start_figure(cell * num_experts + (2.2 if ranks else 1.2), cell * len(layers) + 1.7)
+    width = max(6.0, cell * num_experts + (2.2 if ranks else 1.2))  # the legend's three columns
+    figure = start_figure(width, max(2.6, cell * len(layers) + 1.9))
     axes = figure.add_subplot()
     norm = Normalize(min(ranks, default=0), max([*ranks, min(ranks, default=0) + 1]))
     seen = set()
@@ -73,13 +77,12 @@ def structure_picture(plan: Mapping[str, Any], num_experts: int, layers: Sequenc
     for spine in axes.spines.values():
         spine.set_visible(False)
     handles = [
-        Patch(facecolor=colour, edgecolor="#999999", hatch="xxx" if kind == "dropped" else None, label=words)
+        Patch(facecolor=colour, edgecolor="#999999", hatch=HATCHES.get(kind), label=words)
         for kind, (colour, words) in KINDS.items()
         if kind in seen
     ]
     if handles:
-        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.5 / max(1.0, cell * len(layers)))}
-        axes.legend(handles=handles, frameon=False, fontsize=7, ncols=len(handles), **place)
+        figure.legend(handles=handles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
     if ranks:
         bar = figure.colorbar(ScalarMappable(norm, RANKS), ax=axes, shrink=0.8, pad=0.02)
         bar.set_label("rank of a factorized expert", fontsize=8)
@@ -95,8 +98,8 @@ def _draw(axes: Axes, expert: int, row: int, kind: str, detail: int | None, norm
     factorized = kind == "factorized"
     colour: Any = colormaps[RANKS](norm(detail)) if factorized else KINDS[kind][0]
     box: dict[str, Any] = {"facecolor": colour, "edgecolor": "#BBBBBB", "linewidth": 0.5}
-    if kind == "dropped":
-        box["hatch"] = "xxx"
+    if kind in HATCHES:
+        box["hatch"] = HATCHES[kind]
     axes.add_patch(Rectangle((expert - 0.46, row - 0.46), 0.92, 0.92, **box))
     if detail is not None:
         dark = factorized and norm(detail) < 0.6
@@ -107,23 +110,27 @@ def _draw(axes: Axes, expert: int, row: int, kind: str, detail: int | None, norm
 def _layer(layer: int, operations: Sequence[Mapping[str, Any]], num_experts: int) -> list[tuple[str, int | None]]:
     """What becomes of each expert that a layer had at first, and a number to write on it."""
     found: list[tuple[str, int | None]] = [("kept", None)] * num_experts
-    there = list(range(num_experts))  # the experts that the next operation counts
+    there: list[tuple[int, ...]] = [
+        (expert,) for expert in range(num_experts)
+    ]  # the experts that the next operation counts
     for operation in (each for each in operations if each["layer"] == layer):
         kind = operation["kind"]
         if kind == "drop":
-            return [("dropped", None)] * num_experts
+            return [("removed" if operation["part"] == "moe" else "skipped", None)] * num_experts
         if kind == "prune":
-            retained = [there[index] for index in operation["retained"]]
+            there = [there[index] for index in operation["retained"]]
+            retained = {expert for each in there for expert in each}
             found = [each if expert in retained else ("dropped", None) for expert, each in enumerate(found)]
-            there = retained
         elif kind == "condense":
-            kept = {there[index]: order for order, index in enumerate(operation["experts"], start=1)}
+            kept = {e: order for order, index in enumerate(operation["experts"], start=1) for e in there[index]}
             found = [("condensed", kept[e]) if e in kept else ("dropped", None) for e in range(num_experts)]
         elif kind == "merge":
-            for number, group in enumerate(operation["groups"]):
-                for index in group:
-                    found[there[index]] = ("merged", number)
+            there = [tuple(expert for index in group for expert in there[index]) for group in operation["groups"]]
+            for number, group in enumerate(there):
+                for expert in group:
+                    found[expert] = ("merged", number)
         elif kind == "factorize":
-            for index, rank in zip(there, operation["ranks"]["gate_proj"], strict=False):
-                found[index] = ("factorized", rank) if rank is not None else found[index]
+            for experts, rank in zip(there, operation["ranks"]["gate_proj"], strict=True):
+                for expert in experts:
+                    found[expert] = ("factorized", rank) if rank is not None else found[expert]
     return found

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from recondense import families
 from recondense.config import Config, RecoveryConfig
 from recondense.measure import Measure
 from recondense.methods.budget import routed_parameters
-from recondense.plan import Plan
+from recondense.plan import Condense, Drop, Factorize, Merge, Plan, Prune
 from recondense.profiling import count_parameters
-from recondense.report import format_bytes, format_number
+from recondense.report import format_bytes, format_number, plan_line
 
 SCHEMA = 1
 PACKAGES = (
@@ -56,6 +57,9 @@ def collect(
     first = next((stage["original_profile"] for stage in stages.values() if stage.get("original_profile")), None)
     if first is not None:
         stages["original"]["profile"] = first
+    operations: dict[str, dict[str, float]] = {}
+    if plan.operations:  # a model without MoE layers can be measured all the same
+        operations = operation_counts(plan, families.facts(measure.model.config).num_experts)
     return {
         "schema": SCHEMA,
         "model": config.model.name,
@@ -66,11 +70,48 @@ def collect(
         "parameters": {
             kind: {stage: numbers[kind] for stage, numbers in counted.items()} for kind in ("total", "routed_experts")
         },
+        "operations": operations,
         "stages": stages,
         "ratios": ratios(stages, counted),
         "seconds": measure.seconds,
         "artifacts": {"plan": "plan.json"} if plan.operations else {},
     }
+
+
+def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]]:
+    """How many layers each kind of operation changes, and how many experts or which ranks it leaves there.
+
+    Args:
+        num_experts: routed experts in a layer of the uncompressed model.
+
+    Returns:
+        by kind (`drop_moe` and `drop_block` apart): layers; retained, of; groups, of; lowest, highest and mean rank.
+    """
+    found: dict[str, dict[str, float]] = {}
+    layers: dict[str, set[int]] = {}
+    ranks: list[int] = []
+    there: dict[int, int] = {}
+    for operation in plan.operations:
+        name = f"drop_{operation.part}" if isinstance(operation, Drop) else operation.kind
+        own = found.setdefault(name, {"layers": 0})
+        layers.setdefault(name, set()).add(operation.layer)
+        own["layers"] = len(layers[name])
+        before = there.get(operation.layer, num_experts)
+        left, word = before, ""
+        if isinstance(operation, Prune):
+            left, word = len(operation.retained), "retained"
+        elif isinstance(operation, Condense):
+            left, word = len(operation.experts), "retained"
+        elif isinstance(operation, Merge):
+            left, word = len(operation.groups), "groups"
+        elif isinstance(operation, Factorize):
+            ranks += [rank for each in operation.ranks.values() for rank in each if rank is not None]
+        if word:
+            own[word], own["of"] = own.get(word, 0) + left, own.get("of", 0) + before
+        there[operation.layer] = left
+    if ranks:
+        found["factorize"] |= {"lowest": min(ranks), "highest": max(ranks), "mean": sum(ranks) / len(ranks)}
+    return found
 
 
 def ratios(stages: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
@@ -133,7 +174,7 @@ def model_card(summary: Mapping[str, Any]) -> str:
         "",
         f"# {summary['model']}, {summary['method']}, recovery {summary['recovery']}",
         "",
-        "Made by recondense: experts condensed by the plan in `plan.json`.",
+        f"Made by recondense: {plan_line(summary.get('operations', {}))}. What was decided is in `plan.json`.",
         "",
         "| | " + " | ".join(stages) + " |",
         "|---|" + "---:|" * len(stages),

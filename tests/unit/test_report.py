@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from recondense.pictures import plan_picture, sweep_picture
+from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
 from recondense.report import (
     format_bytes,
     format_number,
+    plan_line,
     print_report,
     ratios_table,
     stage_table,
@@ -21,6 +23,8 @@ from recondense.report import (
     sweep_table,
     task_table,
 )
+from recondense.structures import _layer, picture_of
+from recondense.summary import model_card, operation_counts
 
 
 def profile(scale: float) -> dict[str, float]:
@@ -198,3 +202,71 @@ def test_sweep_picture_needs_a_size_and_a_perplexity(tmp_path: Path) -> None:
     no_perplexity = {key: value for key, value in row.items() if "perplexity" not in key}
     assert sweep_picture([no_perplexity], tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
+
+
+def ranks(*each: int | None) -> dict[str, tuple[int | None, ...]]:
+    return dict.fromkeys(("gate_proj", "up_proj", "down_proj"), each)
+
+
+MIXED: tuple[Operation, ...] = (
+    Prune(0, (1, 2, 4, 5)),
+    Factorize(0, ranks(8, None, 20, 9)),
+    Merge(1, ((0, 3), (1, 2), (4, 5)), ((0.5, 0.5),) * 3),
+    Factorize(1, ranks(7, 5, None)),
+    Prune(2, (0, 2, 4)),
+    Condense(2, (2, 0), (0.1, 0.2)),
+    Drop(3, "moe"),
+    Drop(4, "block"),
+    Refit(0, "down_proj", 0.01),
+)
+
+
+def test_operations_are_counted_where_they_stand() -> None:
+    """Condensing after pruning counts the experts that pruning left."""
+    found = operation_counts(Plan("tiny", MIXED), 6)
+    assert found["prune"] == {"layers": 2, "retained": 7, "of": 12}
+    assert found["condense"] == {"layers": 1, "retained": 2, "of": 3}
+    assert found["merge"] == {"layers": 1, "groups": 3, "of": 6}
+    assert found["factorize"] == {"layers": 2, "lowest": 5, "highest": 20, "mean": pytest.approx(49 / 5)}
+    assert found["drop_moe"] == found["drop_block"] == found["refit"] == {"layers": 1}
+    assert operation_counts(Plan("tiny"), 6) == {}
+    json.dumps(found)
+
+
+def test_the_report_and_the_card_say_what_the_plan_did(tmp_path: Path) -> None:
+    counts = operation_counts(Plan("tiny", MIXED), 6)
+    line = plan_line(counts)
+    for words in (
+        "2 layers pruned (7 of 12 experts stay)", "1 layer condensed (2 of 3 experts", "6 experts into 3",
+        "2 layers factorized (ranks 5-20, mean 9.8)", "1 layer removed whole", "1 layer refitted",
+    ):  # fmt: skip
+        assert words in line
+    with (tmp_path / "out").open("w") as file:
+        console = Console(width=80, record=True, file=file)
+        print_report({**summary(), "operations": counts}, console)
+    assert f"plan: {line}" in console.export_text()
+    assert line in model_card({**summary(), "operations": counts})
+
+
+def test_each_expert_of_a_layer_is_drawn_as_what_became_of_it() -> None:
+    operations = Plan("tiny", MIXED).to_dict()["operations"]
+    gone = ("dropped", None)
+    assert _layer(0, operations, 6) == [
+        gone, ("factorized", 8), ("kept", None), gone, ("factorized", 20), ("factorized", 9)
+    ]  # fmt: skip
+    first, second, third = ("factorized", 7), ("factorized", 5), ("merged", 2)
+    assert _layer(1, operations, 6) == [first, second, second, first, third, third]
+    assert _layer(2, operations, 6) == [("condensed", 2), gone, gone, gone, ("condensed", 1), gone]
+    assert set(_layer(3, operations, 6)) == {("removed", None)} and set(_layer(4, operations, 6)) == {("skipped", None)}
+    assert set(_layer(5, operations, 6)) == {("kept", None)}
+
+
+@pytest.mark.parametrize(
+    "operations", [MIXED, MIXED[:1], MIXED[2:3], MIXED[6:7]], ids=["mixed", "prune", "merge", "drop"]
+)
+def test_a_picture_of_any_plan(operations: tuple[Operation, ...], tmp_path: Path) -> None:
+    path = picture_of(Plan("tiny", operations).to_dict(), 6, range(6), tmp_path / "plan.png")
+    pixels = imread(path)
+    assert pixels.shape[0] > 250 and pixels.shape[1] > 300
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])[:, :3]
+    assert (border == 1).all()
