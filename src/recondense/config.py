@@ -92,6 +92,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """What recovery.trainable=lora trains."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target: Literal["attention", "experts", "both"] = "both"
+
+
+@dataclass(frozen=True)
 class RecoveryConfig:
     name: str = "none"
     objective: Literal["none", "finetune", "distill"] = "none"
@@ -104,7 +114,8 @@ class RecoveryConfig:
     gradient_clip: float = 1.0
     warmup_steps: int = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    trainable: Literal["experts", "all"] = "experts"
+    trainable: Literal["experts", "all", "lora"] = "experts"
+    lora: LoraSettings = field(default_factory=LoraSettings)
     temperature: float = 1.0
     cross_entropy_share: float = 0.0
     hidden_share: float = 0.0

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from recondense.modules import MoEWeights, RemappedRouter, SkippedLayer, shallow_copy, sliced
+from recondense.modules import CondensedMoE, MoEWeights, RemappedRouter, SkippedLayer, shallow_copy, sliced
 
 
 @dataclass(frozen=True)
@@ -309,6 +309,12 @@ def facts(config: PretrainedConfig) -> Facts:
     return found
 
 
+def cache_layers(config: PretrainedConfig) -> set[int]:
+    """Decoder layers whose cache says how long all of one attention type are: the first, and the first of each type."""
+    types = getattr(config, "layer_types", None) or ["full_attention"]
+    return {0, *(types.index(each) for each in set(types))}
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.model.layers  # type: ignore[return-value,union-attr]
 
@@ -462,6 +468,30 @@ def _standing_in(model: PreTrainedModel, layer: int, block: nn.Module) -> nn.Mod
     """What `set_block` with this block would displace: a whole decoder layer for a whole one."""
     whole = isinstance(block, SkippedLayer) or hasattr(block, "self_attn")
     return decoder_layers(model)[layer] if whole else get_block(model, layer)
+
+
+def attention_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the Linear layers of every decoder layer's attention."""
+    return [
+        f"model.layers.{index}.self_attn.{name}"
+        for index, layer in enumerate(decoder_layers(model))
+        if not isinstance(layer, SkippedLayer)
+        for name, module in layer.self_attn.named_modules()  # type: ignore[union-attr]
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def trained_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Module]:
+    """The experts of some layers, shared and routed, by their names in the model; no router, no gate."""
+    found: dict[str, nn.Module] = {}
+    for layer in layers:
+        block = get_block(model, layer)
+        if isinstance(block, CondensedMoE):
+            parts: dict[str, nn.Module] = {name: getattr(block, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        else:
+            parts = expert_modules(model, layer)
+        found |= {f"{block_name(layer)}.{name}": part for name, part in parts.items()}
+    return found
 
 
 def separated(model: PreTrainedModel, layer: int, original: nn.Module) -> bool:

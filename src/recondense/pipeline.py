@@ -166,6 +166,7 @@ class _Run:
             measure.stage("refitted", module)
         if config.recovery.objective != "none":
             self._recover(module, texts, measure)
+            module.finish()
             measure.stage("recovered", module)
             if config.recovery.control and plan.operations:
                 self._control(module, texts, measure)

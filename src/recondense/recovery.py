@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from recondense import families, surgery
+from recondense import adapters, families, surgery
 from recondense.config import RecoveryConfig
 from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
 from recondense.modes import evaluating
@@ -77,7 +77,9 @@ class RecoveryModule(L.LightningModule):
         self._record = record
         self._max_scratch_bytes = max_scratch_bytes
         self._originals: dict[int, nn.Module] = {}
+        self.adapters: adapters.Adapters | None = None
         self._prepared = False
+        self._freed = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
 
@@ -99,16 +101,48 @@ class RecoveryModule(L.LightningModule):
             self._originals = surgery.apply(self.model, self.plan, self._record)
             self.model.requires_grad_(False)
             layers = self.plan.layers if self._trained_layers is None else self._trained_layers
-            if self.recovery.objective != "none":
-                if self._originals:
-                    self._separate(layers)
-                for parameter in trainable_parameters(self.model, layers, self.recovery.trainable).values():
-                    parameter.requires_grad_(True)
+            if self._originals and self.recovery.objective != "none" and self.recovery.trainable == "experts":
+                self._separate(layers)
             self.teacher = SharedBackboneTeacher(self.model, self._originals) if self._originals else None
             self._prepared = True
         if refit:
             self.refit()
+            self._free(self.plan.layers if self._trained_layers is None else self._trained_layers)
         return self.plan
+
+    def _free(self, layers: Sequence[int]) -> None:
+        """Let train what the recovery names; adapters come last, when weights are as they will stay."""
+        if self.recovery.objective == "none" or self._freed:
+            return
+        self._freed = True
+        if self.recovery.trainable == "lora":
+            self.adapters = adapters.inject(self.model, trained_layers(self.model, layers), self.recovery.lora)
+            for parameter in self.adapters.parameters():
+                parameter.requires_grad_(True)
+            if self.teacher is not None:
+                self.teacher.adapters = self.adapters
+            return
+        for parameter in trainable_parameters(self.model, layers, self.recovery.trainable).values():
+            parameter.requires_grad_(True)
+
+    def finish(self) -> None:
+        """Merge adapters into the weights, once; the teacher goes on with the weights as they were."""
+        if self.adapters is None:
+            return
+        shared = {id(parameter) for parameter in self._original_parameters()}
+
+        def replaced(module: nn.Module, name: str, before: nn.Parameter) -> None:
+            if self.teacher is not None and id(before) in shared:
+                self.teacher.keep(module, name, before)
+
+        self.adapters.merge(replaced)
+        self.adapters = None
+        if self.teacher is not None:
+            self.teacher.adapters = None
+
+    def _original_parameters(self) -> list[nn.Parameter]:
+        with self.original() as model:
+            return list(model.parameters())
 
     def refit(self) -> dict[int, dict[str, float]]:
         """Execute the plan's refits, once; the errors that `surgery.refit` returns.
@@ -254,7 +288,7 @@ class RecoveryModule(L.LightningModule):
             self.model.set_experts_implementation("eager")  # grouped products are not covered by autocast
 
     def to_dtype(self, dtype: torch.dtype) -> None:
-        """Bring trained weights back to the model's dtype; the scales of condensed layers stay in fp32."""
+        """Bring trained weights back to a dtype; the scales of condensed layers stay in fp32."""
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
@@ -278,17 +312,11 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
     """
     if trainable == "all":
         return dict(model.named_parameters())
-    found: dict[str, nn.Parameter] = {}
-    for layer in trained_layers(model, layers):
-        block = families.get_block(model, layer)
-        if isinstance(block, CondensedMoE):
-            parts: dict[str, nn.Module] = {name: getattr(block, name) for name in ("gate_proj", "up_proj", "down_proj")}
-        else:
-            parts = families.expert_modules(model, layer)
-        for name, part in parts.items():
-            prefix = f"{families.block_name(layer)}.{name}"
-            found |= {f"{prefix}.{own}": parameter for own, parameter in part.named_parameters()}
-    return found
+    return {
+        f"{name}.{own}": parameter
+        for name, module in families.trained_modules(model, trained_layers(model, layers)).items()
+        for own, parameter in module.named_parameters()
+    }
 
 
 def trained_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.adapters import Adapters
 
 
 class SharedBackboneTeacher(nn.Module):
@@ -26,7 +27,24 @@ class SharedBackboneTeacher(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleDict({str(layer): block for layer, block in originals.items()}).requires_grad_(False)
         self._model = (model,)  # in a tuple, so that the student is not registered a second time
+        self.adapters: Adapters | None = None  # the student's, off while the teacher is asked
+        self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
 
-    def active(self) -> AbstractContextManager[PreTrainedModel]:
+    def keep(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """Go on using a weight of the shared backbone that the student has replaced by another."""
+        self._kept.append((module, name, parameter))
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
         """A context inside which the model computes what the original does."""
-        return families.swapped(self._model[0], {int(layer): block for layer, block in self.blocks.items()})
+        model = self._model[0]
+        off = self.adapters.disabled() if self.adapters is not None else nullcontext()
+        own = [(module, name, module._parameters[name]) for module, name, _ in self._kept]
+        with off, families.swapped(model, {int(layer): block for layer, block in self.blocks.items()}):
+            for module, name, original in self._kept:
+                module._parameters[name] = original
+            try:
+                yield model
+            finally:
+                for module, name, parameter in own:
+                    module._parameters[name] = parameter

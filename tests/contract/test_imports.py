@@ -16,7 +16,7 @@ LEVELS = {
         *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
         *("checks", "progress", "cache", "modes"),
     ),
-    1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading"),
+    1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading", "adapters"),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
     3: ("recovery", "fitting", "export", "searching", "measure", "summary", "structures", "tiny"),
     4: ("pipeline", "preflight"),

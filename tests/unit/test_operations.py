@@ -100,13 +100,23 @@ def test_dropped_adds_nothing(family: str, part: Any) -> None:
 
 
 @torch.no_grad()
+def test_the_first_layer_of_an_attention_type_stays() -> None:
+    """Its cache sizes the masks of that type: padded prompts would be read wrongly without it."""
+    model = qwen2_moe(num_hidden_layers=4, use_sliding_window=True, sliding_window=4, max_window_layers=2)
+    types = model.config.layer_types
+    assert families.cache_layers(model.config) == {0, 1} == {types.index(each) for each in set(types)}
+    with pytest.raises(ValueError, match="layer 1: the key-value cache"):
+        surgery.apply(model, Plan("tiny", (Drop(1, "block"),)))
+
+
+@torch.no_grad()
 def test_generation_without_a_layer_uses_the_cache_rightly() -> None:
     model = qwen2_moe()
     surgery.apply(model, Plan("tiny", (Drop(1, "block"),)))
     with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
     without = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(with_cache, without)
-    with pytest.raises(ValueError, match="first decoder layer"):
+    with pytest.raises(ValueError, match="cache counts tokens"):
         surgery.apply(model, Plan("tiny", (Drop(0, "block"),)))
 
 

@@ -34,8 +34,8 @@ class Dropping:
     pass decides, as in the paper; the fewest that keep the budget go.
 
     Args:
-        part: "moe" or "block". Whole layers are those with a sparse MoE block, and never the first: a cache counts the
-            tokens by it.
+        part: "moe" or "block". Whole layers are those with a sparse MoE block, and never the first of an attention
+            type: a cache counts the tokens by it.
         removed_expert_ratio, memory_ratio: the budget.
 
     Raises:
@@ -81,7 +81,8 @@ class Dropping:
             ValueError: not even dropping all of them keeps the budget.
         """
         started = time.perf_counter()
-        layers = [layer for layer in families.sparse_blocks(model) if self.part == "moe" or layer > 0]
+        never = families.cache_layers(model.config) if self.part == "block" else set()
+        layers = [layer for layer in families.sparse_blocks(model) if layer not in never]
         with progress("cosine similarity", len(layers)) as bar:
             for layer in layers:
                 if f"similarity-{layer:03d}" not in cache:

@@ -117,7 +117,7 @@ def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
         case Merge():
             return merge.restructure(block, operation)
         case Drop():
-            return drop.restructure(operation)
+            return drop.restructure(model, operation)
         case Factorize():
             return families.with_parts(block.module, experts=factorize.restructure(block, operation))
     raise AssertionError(operation)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from recondense import families
 from recondense.modules import SkippedLayer, Zeros
 from recondense.plan import Drop
 
 
-def restructure(operation: Drop) -> nn.Module:
-    """What stands in for the removed part. The first decoder layer cannot go whole: the cache counts tokens by it.
+def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
+    """What stands in for the removed part.
 
     Raises:
-        ValueError: the whole first decoder layer is to go.
+        ValueError: a whole layer that must stay, see `families.cache_layers`.
     """
     if operation.part == "moe":
         return Zeros()
-    if operation.layer == 0:
-        raise ValueError("plan: drop layer 0: the first decoder layer cannot be removed whole; part=moe can")
+    if operation.layer in families.cache_layers(model.config):
+        raise ValueError(
+            f"plan: drop layer {operation.layer}: the key-value cache counts tokens by this decoder layer, so it "
+            "cannot be removed whole; part=moe can"
+        )
     return SkippedLayer()

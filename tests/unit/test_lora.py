@@ -1,0 +1,120 @@
+"""LoRA on what each operation leaves: only adapters train, the teacher stays the original, merging changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, bits, logits, recorded, same_bits, windows
+
+from recondense import families
+from recondense.config import LoraSettings, RecoveryConfig
+from recondense.export import export
+from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+from recondense.recovery import RecoveryModule, trained_state
+
+IDS = windows(3, 11)
+FOUR = (0, 2, 3, 5)
+RANKS = {name: (3, 5, None, 2) for name in ("gate_proj", "up_proj", "down_proj")}
+PLANS: dict[str, tuple[Operation, ...]] = {
+    "nothing": (),
+    "condense": (Condense(1, (3, 0), (0.4, 0.2), 0.5),),
+    "prune": (Prune(1, FOUR), Prune(2, FOUR)),
+    "factorize": (Prune(1, FOUR), Factorize(1, RANKS)),
+    "merge": (Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),),
+    "drop moe": (Drop(1, "moe"),),
+    "drop block": (Drop(1, "block"),),
+}
+
+
+def prepared(family: str, name: str, **changes: Any) -> RecoveryModule:
+    model = FAMILIES[family]()
+    settings: dict[str, Any] = {"objective": "distill", "trainable": "lora", "learning_rate": 1e-3, "steps": 3}
+    recovery = RecoveryConfig(name="lora", **{**settings, **changes})
+    module = RecoveryModule(model, recovery, plan=Plan("tiny", PLANS[name]), record=lambda: recorded(model))
+    module.prepare()
+    return module
+
+
+def steps(module: RecoveryModule, number: int = 3) -> list[float]:
+    optimizer = module.configure_optimizers()["optimizer"]
+    found = []
+    for _ in range(number):
+        loss = module.losses(IDS)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("target", ["attention", "experts", "both"])
+def test_adapters(name: str, family: str, target: Any) -> None:
+    original = FAMILIES[family]()
+    expected, before = logits(original, IDS), bits(original)
+    objective: Any = "finetune" if name == "nothing" else "distill"
+    module = prepared(family, name, lora=LoraSettings(target=target), objective=objective)
+    start = logits(module.model, IDS)
+    frozen = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
+    trained = [n for n, p in module.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in each for each in trained) and set(trained_state(module)) >= set()
+    assert any("self_attn" in each for each in trained) == (target != "experts")
+    assert any(".mlp." in each for each in trained) == (target != "attention")
+    losses = steps(module)
+    assert min(losses[1:]) < losses[0]
+    for each, value in module.model.named_parameters():
+        assert each not in frozen or torch.equal(value, frozen[each]), each
+    if module.teacher is not None:
+        with module.original() as teacher:
+            assert torch.equal(logits(teacher, IDS), expected)
+    live = logits(module.model, IDS)
+    assert not torch.equal(live, start)
+    names = {each for each, _ in _plain(name, family).named_parameters()}
+    module.finish()
+    module.finish()
+    torch.testing.assert_close(logits(module.model, IDS), live, rtol=1e-4, atol=1e-4)
+    assert {each for each, _ in module.model.named_parameters()} == names
+    if module.teacher is not None:
+        with module.original() as teacher:
+            assert torch.equal(logits(teacher, IDS), expected) and same_bits(bits(teacher), before)
+        torch.testing.assert_close(logits(module.model, IDS), live, rtol=1e-4, atol=1e-4)
+
+
+def _plain(name: str, family: str) -> Any:
+    model = FAMILIES[family]()
+    module = RecoveryModule(model, RecoveryConfig(), plan=Plan("tiny", PLANS[name]), record=lambda: recorded(model))
+    module.prepare()
+    return module.model
+
+
+def test_merged_adapters_are_exported(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    module = prepared("qwen2_moe", "prune")
+    module.plan = Plan("tiny", PLANS["prune"])
+    steps(module)
+    module.finish()
+    assert families.sparse_blocks(module.model)[0].num_experts == 6
+    whole = RecoveryModule(
+        FAMILIES["qwen2_moe"](),
+        RecoveryConfig(name="lora", objective="distill", trainable="lora", learning_rate=1e-2, steps=3),
+        plan=Plan("tiny", tuple(Prune(layer, FOUR) for layer in range(3))),
+    )
+    whole.prepare()
+    steps(whole)
+    whole.finish()
+    assert whole.plan is not None
+    assert export(whole.model, None, whole.plan, tmp_path / "out", "") == "stock"
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(again, IDS), logits(whole.model, IDS), rtol=0, atol=1e-4)
+
+
+def test_two_preparations_start_alike() -> None:
+    states = [trained_state(prepared("qwen2_moe", "prune")) for _ in range(2)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(bool(value.any()) for value in states[0].values())
