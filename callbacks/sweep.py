@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recondense import config as schema
 from recondense.command_line import JobFailed, refuse
+from recondense.comparison import by_seed, comparison_markdown, comparison_picture, comparison_table
 from recondense.pictures import sweep_picture
 from recondense.plan import write_aside
 from recondense.report import print_tables, sweep_row, sweep_table
@@ -87,7 +88,8 @@ def _compare(folder: Path, *, show: bool) -> None:
     rows = comparison_rows(records)
     write_comparison(rows, folder)
     if show:
-        print_tables([sweep_table(rows)])
+        seeded = any("seed" in row["settings"] for row in rows)
+        print_tables([comparison_table(by_seed(rows)) if seeded else sweep_table(rows)])
         print(f"comparison.csv, comparison.json and the picture are in {folder}")
 
 
@@ -129,6 +131,11 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     writer.writeheader()
     writer.writerows(flat)
     write_aside(folder / "comparison.csv", text.getvalue())
+    if any("seed" in row["settings"] for row in rows):
+        entries = by_seed(rows)
+        write_aside(folder / "comparison.md", comparison_markdown(entries))
+        if comparison_picture(entries, folder / "comparison.png") is not None:
+            return
     sweep_picture(rows, folder / "comparison.png")
 
 

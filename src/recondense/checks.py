@@ -150,11 +150,6 @@ def _evaluation(config: Config) -> Iterator[str]:
             "recovery.trainable=all: the original shares the backbone and would change with the student. Use "
             "recovery.trainable=experts."
         )
-    if config.recovery.objective == "distill" and not config.method.get("steps"):
-        yield (
-            f"recovery={config.recovery.name} with method={config.method.get('name')}: nothing is condensed, so the "
-            "student is its own teacher. Choose a method, or recovery=finetune."
-        )
 
 
 def _memory(config: Config) -> Iterator[str]:

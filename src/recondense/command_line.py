@@ -70,7 +70,8 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
     folders: dict[Path, str] = {}
     with initialize_config_dir(version_base="1.3", config_dir=str(folder.absolute())):
         loader = GlobalHydra.instance().config_loader()
-        jobs = _jobs(args.overrides, args.multirun, loader, problems)
+        multirun, swept = _sweep(args.config_name or name, args.overrides, args.multirun)
+        jobs = _jobs([*swept, *args.overrides], multirun, loader, problems)
         of_all = tuple(problems)
         for overrides in jobs:
             found: list[str] = []
@@ -119,6 +120,18 @@ def build_steps(method: Mapping[str, Any]) -> list[Any]:
     if problems:
         raise ConfigError(problems)
     return steps
+
+
+def _sweep(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, list[str]]:
+    """Whether the command is a sweep, and what an experiment sweeps of itself (hydra.mode, hydra.sweeper.params)."""
+    chosen = [text for text in overrides if text.startswith(("experiment=", "hydra."))]
+    try:
+        hydra = compose(name, chosen, return_hydra_config=True).hydra
+    except COMPOSE_ERRORS:
+        return multirun, []  # reported where the jobs are composed
+    multirun = multirun or str(hydra.mode).endswith("MULTIRUN")
+    params = hydra.sweeper.get("params") or {}
+    return multirun, [f"{key}={value}" for key, value in params.items()] if multirun else []
 
 
 def _jobs(overrides: Sequence[str], multirun: bool, loader: ConfigLoader, problems: list[str]) -> list[list[str]]:

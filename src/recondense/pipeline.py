@@ -145,9 +145,13 @@ class _Run:
         with measure.timed("search"):
             plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder, measure.timed)
         self._show(plan, model)
+        recovery = config.recovery
+        if recovery.objective == "distill" and not plan.operations:
+            log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
+            recovery = replace(recovery, objective="finetune")
         module = RecoveryModule(
             model,
-            config.recovery,
+            recovery,
             plan=plan,
             tokenizer=tokenizer,
             record=recorder(config, model, tokenizer, texts, measure.timed),

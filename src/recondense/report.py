@@ -151,17 +151,22 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "recovery": ("recovery",),
         "original_perplexity": ("stages", "original", "perplexity"),
         "compressed_perplexity": ("stages", "compressed", "perplexity"),
+        "refitted_perplexity": ("stages", "refitted", "perplexity"),
         "recovered_perplexity": ("stages", "recovered", "perplexity"),
         "original_weights_bytes": ("stages", "original", "profile", "weights_bytes"),
         "weights_bytes": ("stages", final, "profile", "weights_bytes"),
         "total_parameters": ("parameters", "total", "compressed"),
         "memory_ratio": ("ratios", "memory"),
         "routed_expert_ratio": ("ratios", "routed_expert_parameters"),
+        "refit_gap_closed": ("ratios", "refit_gap_closed"),
         "gap_closed": ("ratios", "gap_closed"),
     }
     row = {name: _find(summary, path) for name, path in paths.items()}
     if row["weights_bytes"] is None:
         row["weights_bytes"] = _find(summary, ("stages", "compressed", "profile", "weights_bytes"))
+    for task, metric in _main_metrics(summary):
+        for stage in ("compressed", "recovered"):
+            row[f"{stage}_{task}"] = _find(summary, ("stages", stage, "tasks", task, metric))
     if summary.get("seconds"):
         row["seconds"] = sum(summary["seconds"].values())
     return {name: value for name, value in row.items() if value is not None}
@@ -175,6 +180,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """
     columns: dict[str, tuple[str, Any]] = {
         "compressed_perplexity": ("perplexity\ncompr.", format_number),
+        "refitted_perplexity": ("perplexity\nrefit", format_number),
         "recovered_perplexity": ("perplexity\nrecov.", format_number),
         "weights_bytes": ("weights", format_bytes),
         "memory_ratio": ("memory\nratio", "{:.4f}".format),

@@ -128,7 +128,6 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["recovery=distill", "recovery.hidden_share=0.6", "recovery.cross_entropy_share=0.6"],
         ["= 1.2", "at most 1"],
     ),
-    "own teacher": (["method=none", "recovery=distill"], ["recovery=distill with method=none", "recovery=finetune"]),
     "unknown task": (["evaluation.tasks=[piqqa]"], ["evaluation.tasks", "piqqa", "did you mean piqa"]),
     "no such task folder": (
         ["evaluation.include_path=/nowhere"],
