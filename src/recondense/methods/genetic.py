@@ -27,10 +27,8 @@ class Genetic:
         parents: the best sets, which go on to the next generation and have children.
         mutation: how likely a child exchanges one of its experts for one outside.
         search: "genetic", "exact" (all sets), or "auto": all of them where they are at most `enumerate_below`.
+        enumerate_below: so many sets take as long as the default population and iterations.
         memoise: score no set twice.
-
-    Raises:
-        ValueError: a setting outside its range.
     """
 
     population: int = 100
@@ -88,11 +86,7 @@ def best_sets(
         return _enumerate(errors, num_experts, num_dropped, num_best, advance)
     draw = random.Random(seed)
     size = min(settings.population, number)
-    population: list[Set] = []
-    while len(population) < size:
-        child = tuple(sorted(draw.sample(range(num_experts), num_dropped)))
-        if child not in population:
-            population.append(child)
+    population = _first_population(size, num_experts, num_dropped, draw)
     known: dict[Set, float] = {}
     for generation in range(settings.iterations):
         fresh = [each for each in population if each not in known] if settings.memoise else population
@@ -103,6 +97,14 @@ def best_sets(
             parents = population[: settings.parents]
             population = parents + _children(parents, size - len(parents), num_experts, settings.mutation, draw)
     return sorted(known.items(), key=lambda item: (item[1], item[0]))[:num_best]
+
+
+def _first_population(size: int, num_experts: int, num_dropped: int, draw: random.Random) -> list[Set]:
+    """Distinct sets, all equally likely."""
+    population: dict[Set, None] = {}
+    while len(population) < size:
+        population[tuple(sorted(draw.sample(range(num_experts), num_dropped)))] = None
+    return list(population)
 
 
 def _children(parents: Sequence[Set], number: int, num_experts: int, mutation: float, draw: random.Random) -> list[Set]:

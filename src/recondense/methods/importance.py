@@ -1,12 +1,12 @@
 """How much each routed expert matters: the calibration loss with only that expert removed (MoE-I², section 3.1).
 
-Legend: B texts of a block, S their padded length, E routed experts.
+Legend: B texts of a block, S their padded length, T real tokens, D hidden size, E routed experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from recondense.calibrate import Tape
 
 KINDS = ("layer_output", "lm_loss")
+LOGIT_BYTES = 12  # of one logit: as the head gives it, in fp32, and its logarithmic softmax
 
 
 @torch.no_grad()
@@ -42,8 +43,9 @@ def expert_importance(
         tape: its hidden states.
         block: the layer.
         kind: "layer_output": ‖F(X) − F^{−j}(X)‖_F of the MoE layer. "lm_loss": the model's next-token loss, mean over
-            all predicted tokens; only the layers above run again.
+            all predicted tokens; only this layer and those above run again.
         normalize: divide a layer_output by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms.
+        max_scratch_bytes: bound on temporaries of scoring, logits included.
         advance: called after each expert, or once for all of them.
 
     Returns:
@@ -52,16 +54,18 @@ def expert_importance(
     Reference: arXiv 2411.01016, section 3.1.
     """
     if kind == "lm_loss":
-        return [_loss_without(model, tape, block, expert, advance) for expert in range(block.num_experts)]
+        losses = []
+        for expert in range(block.num_experts):
+            losses.append(_loss_without(model, tape, block, expert, max_scratch_bytes))
+            advance()
+        return losses
     replay = Replay(model, tape, block, 1, max_scratch_bytes)
     errors = replay.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
     advance()
     return [error / replay.output_norm for error in errors] if normalize else errors
 
 
-def _loss_without(
-    model: PreTrainedModel, tape: Tape, block: SparseBlock, expert: int, advance: Callable[[], None]
-) -> float:
+def _loss_without(model: PreTrainedModel, tape: Tape, block: SparseBlock, expert: int, max_scratch_bytes: int) -> float:
     """Mean next-token loss in nats with one expert dropped, the layers below taken from the tape."""
     retained = [each for each in range(block.num_experts) if each != expert]
     masked = families.masked_block(block, retained)
@@ -71,15 +75,19 @@ def _loss_without(
             hidden_BSD = tape.states[block.layer][index]
             for layer in range(block.layer, tape.num_layers):
                 hidden_BSD = tape.run_layer(model, layer, index, hidden_BSD)
-            losses = _next_token_losses(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS)
-            total, count = total + float(losses.double().sum()), count + losses.numel()
-    advance()
+            total += _next_token_loss(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS, max_scratch_bytes)
+            count += int(texts.mask_BS[:, 1:].sum())
     return total / max(1, count)
 
 
-def _next_token_losses(model: PreTrainedModel, hidden_BSD: Tensor, input_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Losses of the real tokens but each text's first."""
-    head: nn.Module = model.get_output_embeddings()
+def _next_token_loss(
+    model: PreTrainedModel, hidden_BSD: Tensor, input_ids_BS: Tensor, mask_BS: Tensor, max_scratch_bytes: int
+) -> float:
+    """Sum of the losses of the real tokens but each text's first, logits of a few tokens at a time."""
+    head = cast(nn.Linear, model.get_output_embeddings())
     wanted_BS = mask_BS[:, 1:]
-    normed = families.final_norm(model)(hidden_BSD)[:, :-1][wanted_BS]
-    return nn.functional.cross_entropy(head(normed).float(), input_ids_BS[:, 1:][wanted_BS], reduction="none")
+    normed_TD = families.final_norm(model)(hidden_BSD)[:, :-1][wanted_BS]
+    rows = max(1, max_scratch_bytes // (LOGIT_BYTES * head.weight.shape[0]))
+    parts = zip(normed_TD.split(rows), input_ids_BS[:, 1:][wanted_BS].split(rows), strict=True)
+    losses = (nn.functional.cross_entropy(head(x_TD).float(), ids_T, reduction="none") for x_TD, ids_T in parts)
+    return sum(float(each_T.double().sum()) for each_T in losses)

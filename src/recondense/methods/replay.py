@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TEMPORARIES = 6  # tensors of (tokens, M, P) that scoring a chunk holds at once
 CHUNK_ELEMENTS = 2**18  # of each temporary on a CPU: larger ones leave its cache and take longer
 GRAM_TOKENS = 256  # tokens whose expert outputs are held together
+STEEP = 60.0  # nats between a token's logits beyond which exponentials relative to the largest leave fp32
 
 
 class Replay:
@@ -37,7 +38,10 @@ class Replay:
         block: the layer; its router must not select among groups.
         max_dropped: the most experts that a set will have.
         max_scratch_bytes: bound on temporaries. The Gram matrices (4·T·M² bytes) are kept if they fit half of it, and
-            computed again for each population otherwise; the other half is for scoring.
+            computed again for each population otherwise; the other half is for scoring. Outputs of GRAM_TOKENS tokens
+            are held besides.
+
+    Equal logits are taken in torch.topk's order over M, where the router takes them in its order over K.
 
     Raises:
         ValueError: fewer than top_k experts would stay; grouped routing.
@@ -62,11 +66,13 @@ class Replay:
         self._x = [trace.x_TD for trace in traces]
         self.num_tokens = sum(len(x_TD) for x_TD in self._x)
         self.output_norm = float(sum(trace.output_TD.double().square().sum() for trace in traces)) ** 0.5
-        self._exp: list[Tensor] = []
+        self._logits: list[Tensor] = []
+        self._steep: list[bool] = []
         self._index: list[Tensor] = []
         for x_TD in self._x:
             logits_TE = block.router(x_TD)[0].detach().float()
-            self._exp.append(torch.exp(logits_TE - logits_TE.amax(dim=1, keepdim=True)))
+            self._logits.append(logits_TE)
+            self._steep.append(bool((logits_TE.amax(dim=1) - logits_TE.amin(dim=1)).max() > STEEP))
             self._index.append(logits_TE.topk(self.num_candidates, dim=1).indices)
         keeps = self.num_tokens * self.num_candidates**2 * 4 <= max_scratch_bytes // 2
         self._grams = [self._gram(index) for index in range(len(self._x))] if keeps else None
@@ -79,7 +85,10 @@ class Replay:
             dropped_PE: bool, one row a set of at most `max_dropped` experts.
 
         Returns:
-            (P,) in fp64.
+            (P,) in fp64; the same for a set whatever the others and the scratch size, but for rounding (1e-6 relative).
+
+        Raises:
+            ValueError: an expert's outputs overflow.
         """
         assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
         retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
@@ -87,32 +96,43 @@ class Replay:
         elements = self.max_scratch_bytes // 2 // (4 * TEMPORARIES)
         if retained_EP.device.type == "cpu":
             elements = min(elements, CHUNK_ELEMENTS)
-        rows = max(1, elements // (self.num_candidates * len(dropped_PE)))
         for index in range(len(self._x)):
+            width = self.block.num_experts if self._steep[index] else self.num_candidates
+            rows = max(1, elements // (width * len(dropped_PE)))
             gram_TMM = self._grams[index] if self._grams is not None else self._gram(index)
             for first in range(0, len(gram_TMM), rows):
                 part = slice(first, first + rows)
                 change_TMP = self._change(index, part, retained_EP)
                 squares_TP = (torch.bmm(gram_TMM[part], change_TMP) * change_TMP).sum(dim=1)
                 total_P += squares_TP.double().sum(dim=0)
+        if not bool(torch.isfinite(total_P).all()):
+            raise ValueError(
+                f"layer {self.block.layer}: outputs of some experts on the calibration tokens are NaN or infinite; "
+                "check the weights of that layer, or use model.dtype=float32 if the model overflows in half precision"
+            )
         return total_P.clamp_min(0).sqrt().cpu()
 
     def _change(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
         """Routing weights with a set dropped less those of the whole layer: (T, M, P), M candidates of each token."""
-        index_TM, exp_TE = self._index[index][part], self._exp[index][part]
         everything_E1 = torch.ones_like(retained_EP[:, :1])
-        return self._weights(index_TM, exp_TE, retained_EP) - self._weights(index_TM, exp_TE, everything_E1)
+        return self._weights(index, part, retained_EP) - self._weights(index, part, everything_E1)
 
-    def _weights(self, index_TM: Tensor, exp_TE: Tensor, retained_EP: Tensor) -> Tensor:
+    def _weights(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
         """softmax over the retained experts, the top_k of them, then the family's normalisation and scale."""
         routing = self.block.routing
+        index_TM, logits_TE = self._index[index][part], self._logits[index][part]
         keep_TMP = retained_EP[index_TM]
         selected_TMP = keep_TMP & (keep_TMP.cumsum(dim=1, dtype=torch.int16) <= routing.top_k)
-        weights_TMP = selected_TMP * exp_TE.gather(1, index_TM).unsqueeze(-1)
+        if self._steep[index]:  # relative to the largest that is retained, which differs from set to set
+            weights_TEP = logits_TE.unsqueeze(-1).masked_fill(~retained_EP, -torch.inf).softmax(dim=1)
+            weights_TMP = selected_TMP * weights_TEP.gather(1, index_TM.unsqueeze(-1).expand_as(selected_TMP))
+        else:
+            exp_TE = torch.exp(logits_TE - logits_TE.amax(dim=1, keepdim=True))
+            weights_TMP = selected_TMP * exp_TE.gather(1, index_TM).unsqueeze(-1)
+            if not routing.normalize:
+                weights_TMP /= (exp_TE @ retained_EP.float()).unsqueeze(1)
         if routing.normalize:
             weights_TMP /= weights_TMP.sum(dim=1, keepdim=True)
-        else:
-            weights_TMP /= (exp_TE @ retained_EP.float()).unsqueeze(1)
         return weights_TMP.mul_(routing.scale)
 
     @torch.no_grad()
