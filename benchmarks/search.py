@@ -1,5 +1,6 @@
 """CD-MoE's search against the authors' procedure, side by side: time, layer runs, memory, and the plan.
 
+    python benchmarks/search.py --method moei2      MoE-I²'s genetic search: see search_moei2.py
     python benchmarks/search.py [--json FILE] [--model FOLDER] [--texts 20] [--tokens 96] [--experts 4]
 
 The authors' procedure (tests/brute_force.py) runs the whole model for every candidate. Both sides see the same texts in
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import search_moei2
 import subjects
 import torch
 from rich.table import Table
@@ -42,6 +44,7 @@ MEBIBYTE = 2**20
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=("cdmoe", "moei2"), default="cdmoe", help="moei2: see search_moei2.py")
     parser.add_argument("--model", type=Path, help="folder of a Qwen2-MoE (default: the embedded model)")
     parser.add_argument("--texts", type=int, default=20, help="calibration texts, from the standard library")
     parser.add_argument("--tokens", type=int, default=96, help="tokens at which a text is cut")
@@ -224,6 +227,9 @@ def in_words(figures: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print, write."""
+    if "moei2" in sys.argv[1:]:
+        search_moei2.main()
+        return
     args = arguments()
     torch.set_num_threads(args.threads)
     model, tokenizer = subjects.load(args.model, dtype=args.dtype, device="cpu", experts=args.implementation)

@@ -79,7 +79,10 @@ LINE = json.dumps({"text": "some words"}) + "\n"
 
 # what it is: (arguments, parts of the message). recovery=none is added where no recovery is named.
 STATIC: dict[str, tuple[list[str], list[str]]] = {
-    "unknown method": (["method=cdmoee"], ["method=cdmoee", "no such method", "Did you mean cdmoe?", "cdmoe_s, none"]),
+    "unknown method": (
+        ["method=cdmoee"],
+        ["method=cdmoee", "no such method", "Did you mean cdmoe?"],
+    ),
     "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?", "deepseek_v2_lite"]),
     "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),
     "no choice": (["logger=null"], ["logger=null", "Choices: default"]),

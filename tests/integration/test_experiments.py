@@ -15,10 +15,12 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recondense import corpora, progress, tiny
+from recondense.comparison import by_seed
 from recondense.config import Config, from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+SWEEPS = ("compare",)
+EXPERIMENTS = sorted({path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")} - set(SWEEPS))
 SMOKE = (
     "model.pretrain.config.hidden_size=32", "model.pretrain.config.intermediate_size=32",
     "model.pretrain.config.num_hidden_layers=2", "model.pretrain.config.num_attention_heads=2",
@@ -113,3 +115,38 @@ def test_experiment(command: Callable[..., tuple[int, str]], tmp_path: Path, nam
         logits = model(**tokenizer("def run(self):", return_tensors="pt")).logits
     assert torch.isfinite(logits).all()
     assert not [path for path in folder.parent.rglob("*.partial")]
+
+
+def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """Without -m: the experiment says what it sweeps. Two methods and the control, two budgets, two seeds."""
+    small = [each for each in SMOKE if "num_texts" not in each and "moe_intermediate" not in each]
+    small.append("model.pretrain.config.moe_intermediate_size=96")  # mostly routed experts: both budgets can be met
+    sweep = ["hydra.sweeper.params.method='none,reap,random'", "hydra.sweeper.params.seed='0,1'"]
+    arguments = ("experiment=compare", *small, *sweep, "method.refit=true", f"output_dir={tmp_path}/out")
+    code, err = command(*arguments)
+    assert code == 0, err
+    (folder,) = (tmp_path / "out" / "compare" / "sweeps").iterdir()
+    rows = json.loads((folder / "comparison.json").read_text())
+    assert len(rows) == 12 and all(row["status"] == "done" for row in rows)
+    entries = by_seed(rows)
+    assert [entry["count"] for entry in entries] == [2] * 6
+    for entry in entries:
+        own = [row["recovered_perplexity"] for row in rows if row["settings"].items() >= entry["settings"].items()]
+        mean = sum(own) / 2
+        assert entry["recovered_perplexity"][0] == pytest.approx(mean)
+        assert entry["recovered_perplexity"][1] == pytest.approx(((own[0] - mean) ** 2 * 2) ** 0.5)
+        if entry["method"] != "none":
+            assert entry["memory_ratio"][0] <= float(entry["settings"]["method.memory_ratio"])
+            assert "refit_gap_closed" in entry
+    budgets = [entry["settings"]["method.memory_ratio"] for entry in entries]
+    assert budgets == sorted(budgets, reverse=True)
+    table = (folder / "comparison.md").read_text().splitlines()
+    assert len(table) == 8 and "±" in table[2] and (folder / "comparison.png").stat().st_size > 0
+
+
+def test_what_an_experiment_sweeps_is_checked_before_it_runs(
+    command: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    arguments = ("experiment=compare", "hydra.sweeper.params.method='cdmoe,reapp'", f"output_dir={tmp_path}/out")
+    code, err = command(*arguments)
+    assert code == 2 and "reapp" in err and "reap" in err
