@@ -9,6 +9,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from recondense import config as schema
+from recondense import tracking
 from recondense.command_line import JobFailed, refuse
-from recondense.comparison import by_seed, comparison_markdown, comparison_picture, comparison_table
+from recondense.comparison import by_seed, comparison_cells, comparison_markdown, comparison_picture, comparison_table
 from recondense.pictures import sweep_picture
 from recondense.plan import write_aside
 from recondense.report import print_tables, sweep_row, sweep_table
@@ -31,6 +33,8 @@ RECORDS = ".jobs"  # one file a job, written by the process that ran it, which n
 
 class SweepComparison(Callback):
     """After `-m`: collect each run's `summary.json` into comparison.csv, comparison.json and comparison.png.
+
+    Several seeds of the same settings are one line of the table, which is also written as comparison.md.
 
     The files grow with every job that ends; the table is printed at the end, and after a failure. Of the settings only
     those are shown in which the runs differ. A run without a summary is listed with what happened.
@@ -66,7 +70,7 @@ class SweepComparison(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         records = _records(_folder(config))
-        _compare(_folder(config), show=True)
+        _log(config, _compare(_folder(config), show=True))
         shutil.rmtree(_folder(config) / RECORDS, ignore_errors=True)
         messages = [
             f"{', '.join(f'{key}={value}' for key, value in settings.items())}: {problem}"
@@ -81,16 +85,35 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / RECORDS).glob("*.json"))]
 
 
-def _compare(folder: Path, *, show: bool) -> None:
+def _compare(folder: Path, *, show: bool) -> list[dict[str, Any]]:
     records = _records(folder)
     if not records:
-        return
+        return []
     rows = comparison_rows(records)
     write_comparison(rows, folder)
     if show:
-        seeded = any("seed" in row["settings"] for row in rows)
-        print_tables([comparison_table(by_seed(rows)) if seeded else sweep_table(rows)])
+        print_tables([comparison_table(by_seed(rows)) if _seeded(rows) else sweep_table(rows)])
         print(f"comparison.csv, comparison.json and the picture are in {folder}")
+    return rows
+
+
+def _log(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Table and picture as one run of W&B, where the runs of the sweep are logged there too."""
+    if "logger" not in config or not any(row["status"] == "done" for row in rows):
+        return
+    values = cast(dict[str, Any], OmegaConf.to_container(config.logger, resolve=True))
+    settings, folder = schema.from_dict({"logger": values}).logger, _folder(config)
+    named = replace(settings.wandb, name=settings.wandb.name or f"{config.experiment_name}-{folder.name}")
+    sweep = {"sweep": [row["settings"] for row in rows]}
+    loggers = tracking.make_loggers(replace(settings, csv=False, wandb=named), folder, sweep, job_type="comparison")
+    header, data = comparison_cells(by_seed(rows))
+    columns = [title.replace("\n", " ") for title in header]
+    for logger in loggers:
+        if isinstance(logger, tracking.QuietWandbLogger):
+            logger.attempt(logger.log_table, "comparison/table", columns=columns, data=data)
+            if (folder / "comparison.png").exists():
+                logger.attempt(logger.log_image, "comparison/picture", [str(folder / "comparison.png")])
+    tracking.finish_loggers(loggers)
 
 
 def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -131,12 +154,17 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     writer.writeheader()
     writer.writerows(flat)
     write_aside(folder / "comparison.csv", text.getvalue())
-    if any("seed" in row["settings"] for row in rows):
+    if _seeded(rows):
         entries = by_seed(rows)
         write_aside(folder / "comparison.md", comparison_markdown(entries))
         if comparison_picture(entries, folder / "comparison.png") is not None:
             return
     sweep_picture(rows, folder / "comparison.png")
+
+
+def _seeded(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether several seeds of several things were run."""
+    return any("seed" in row["settings"] and len(row["settings"]) > 1 for row in rows)
 
 
 def _split(override: str) -> tuple[str, str]:

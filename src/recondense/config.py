@@ -218,6 +218,8 @@ class Config:
         """The part of the config that a result depends on."""
         found = {key: value for key, value in self.resolved().items() if key not in (*NOT_IDENTITY, "logger")}
         del found["trainer"]["progress_bar"]
+        if not self.method.get("steps"):  # a budget, or any other setting, means nothing to no step
+            found["method"] = {"name": self.method.get("name", "none"), "steps": []}
         return found
 
     def run_hash(self) -> str:

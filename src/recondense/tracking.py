@@ -24,7 +24,12 @@ log = logging.getLogger(__name__)
 
 
 def make_loggers(
-    settings: LoggerConfig, run_folder: Path, resolved_config: Mapping[str, Any], *, run_id: str | None = None
+    settings: LoggerConfig,
+    run_folder: Path,
+    resolved_config: Mapping[str, Any],
+    *,
+    run_id: str | None = None,
+    job_type: str | None = None,
 ) -> list[Logger]:
     """The loggers that the settings ask for, with all their files below `run_folder/logs`.
 
@@ -33,6 +38,7 @@ def make_loggers(
         run_folder: the run's folder. It also keeps the id of the W&B run, so a restarted run goes on in the same one.
         resolved_config: plain containers; becomes the config of the W&B run.
         run_id: id of the W&B run, instead of the kept one.
+        job_type: of the W&B run.
 
     Returns:
         csv first. W&B is left out when it is disabled or does not start; that is a warning, not an error.
@@ -43,7 +49,8 @@ def make_loggers(
         loggers.append(AppendingCSVLogger(folder / "metrics.csv"))
     mode = wandb_mode(settings.wandb.mode)
     if mode != "disabled" and _is_first_rank():
-        wandb_logger = _start_wandb(settings.wandb, mode, folder, run_id or _kept_id(folder), resolved_config)
+        names = {"id": run_id or _kept_id(folder), "job_type": job_type}
+        wandb_logger = _start_wandb(settings.wandb, mode, folder, resolved_config, names)
         if wandb_logger is not None:
             loggers.append(wandb_logger)
     return loggers
@@ -223,7 +230,7 @@ class QuietWandbLogger(WandbLogger):
 
 
 def _start_wandb(
-    settings: WandbConfig, mode: str, folder: Path, run_id: str, resolved_config: Mapping[str, Any]
+    settings: WandbConfig, mode: str, folder: Path, resolved_config: Mapping[str, Any], names: Mapping[str, Any]
 ) -> QuietWandbLogger | None:
     for attempt in dict.fromkeys((mode, "offline")):
         try:
@@ -236,7 +243,7 @@ def _start_wandb(
                 name=settings.name,
                 tags=list(settings.tags) or None,
                 dir=str(folder),
-                id=run_id,
+                **names,
                 # Offline there is nothing to resume from: the next start of this id is joined to it by `wandb sync`.
                 resume="allow" if attempt == "online" else None,
                 mode=attempt,  # type: ignore[arg-type]
@@ -252,7 +259,7 @@ def _start_wandb(
             continue
         if attempt == "online":
             log.info("W&B: %s", run.url)
-        return QuietWandbLogger(experiment=run, save_dir=str(folder), project=settings.project, id=run_id)
+        return QuietWandbLogger(experiment=run, save_dir=str(folder), project=settings.project, id=names["id"])
     return None
 
 

