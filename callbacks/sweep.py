@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from recondense import config as schema
 from recondense import tracking
 from recondense.command_line import JobFailed, refuse
-from recondense.comparison import by_seed, comparison_cells, comparison_markdown, comparison_picture, comparison_table
+from recondense.comparison import by_seed, comparison_cells, comparison_markdown, comparison_table
+from recondense.comparison_picture import comparison_picture
 from recondense.pictures import sweep_picture
 from recondense.plan import write_aside
 from recondense.report import print_tables, sweep_row, sweep_table
@@ -70,7 +71,7 @@ class SweepComparison(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         records = _records(_folder(config))
-        _log(config, _compare(_folder(config), show=True))
+        log_sweep(config, _compare(_folder(config), show=True))
         shutil.rmtree(_folder(config) / RECORDS, ignore_errors=True)
         messages = [
             f"{', '.join(f'{key}={value}' for key, value in settings.items())}: {problem}"
@@ -97,7 +98,7 @@ def _compare(folder: Path, *, show: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _log(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
+def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     """Table and picture as one run of W&B, where the runs of the sweep are logged there too."""
     if "logger" not in config or not any(row["status"] == "done" for row in rows):
         return

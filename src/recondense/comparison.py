@@ -1,20 +1,15 @@
-"""Runs that differ by their seed alone, as one line: mean and standard deviation, as a table and as a picture."""
+"""Runs that differ by their seed alone, as one line: mean and standard deviation, as a table."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from recondense.pictures import save_figure, start_figure
 from recondense.report import format_bytes, format_number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 BUDGET = "method.memory_ratio"
 CONTROL = "none"  # the method without steps: what a recovery makes of it is the original trained further
@@ -37,10 +32,6 @@ STAGES = {
     "recovered": ("after", "recovered"),
 }
 OTHERS = ("original_perplexity", "original_weights_bytes")
-# Colours that are told apart without colour vision where the mark differs as well: 7 x 3 looks.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
-DASHES = ("-", "--", ":")
 
 
 def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -52,9 +43,9 @@ def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         rows: as for `report.sweep_table`.
 
     Returns:
-        entries with `settings` (without the seed), `method`, `count` of the runs that ended, `status` (of the first
-        that failed, or "done"), and for each figure (mean, sample standard deviation; None for a single run). Largest
-        budget first, then by perplexity, those without any last.
+        entries with `settings` (without the seed), `method`, `jobs`, `count` of those that ended, `status` (of the
+        first that failed, or "done"), and for each figure (mean, sample standard deviation; None for a single run).
+        Largest budget first, then by perplexity, those without any last.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
     for row in _distinct(rows):
@@ -65,6 +56,7 @@ def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             "settings": dict(key),
             "method": str(next((row["method"] for row in members if "method" in row), dict(key).get("method", ""))),
+            "jobs": len(members),
             "count": sum(row["status"] == "done" for row in members),
             "status": next((row["status"] for row in members if row["status"] != "done"), "done"),
         }
@@ -111,10 +103,10 @@ def _order(entry: Mapping[str, Any]) -> tuple[float, float]:
         budget = float(entry["settings"][BUDGET])
     except (KeyError, ValueError):
         budget = entry.get("memory_ratio", (1.0, None))[0]
-    return -budget, _last_perplexity(entry)
+    return -budget, last_perplexity(entry)
 
 
-def _last_perplexity(entry: Mapping[str, Any]) -> float:
+def last_perplexity(entry: Mapping[str, Any]) -> float:
     for stage in ("recovered", "refitted", "compressed"):
         if f"{stage}_perplexity" in entry:
             return float(entry[f"{stage}_perplexity"][0])
@@ -123,7 +115,7 @@ def _last_perplexity(entry: Mapping[str, Any]) -> float:
 
 def comparison_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """The entries of `by_seed` for a terminal: the mean, below it the standard deviation."""
-    header, body = comparison_cells(entries)
+    header, body = comparison_cells(entries, without=["weights_bytes"])  # narrow; the ratio says it too
     table = Table(
         title="comparison: mean ± standard deviation over seeds",
         title_justify="left",
@@ -156,7 +148,7 @@ def comparison_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def caption(entries: Sequence[Mapping[str, Any]]) -> str:
     """What the figures of a comparison mean, and what failed, one line each."""
-    original, size = (_level(entries, f"original_{what}") for what in ("perplexity", "weights_bytes"))
+    original, size = (common_level(entries, f"original_{what}") for what in ("perplexity", "weights_bytes"))
     words = ["n runs each; where no ± stands, all gave the same."]
     words += ["The seed changes the order of the training text and what a method draws at random; the model is one."]
     words += [] if original is None else [f"Original: perplexity {format_number(original)}."]
@@ -173,13 +165,15 @@ def caption(entries: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([" ".join(words), *failed])
 
 
-def comparison_cells(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table, as texts."""
-    shown = columns(entries)
+def comparison_cells(
+    entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table, as texts; `without` some figures."""
+    shown = {name: column for name, column in columns(entries).items() if name not in without}
     header = ["run", "n", *(title for title, _ in shown.values())]
     body = []
     for entry in entries:
-        count = str(entry["count"]) + ("" if entry["status"] == "done" else " (failed)")
+        count = f"{entry['count']} of {entry['jobs']}" if entry["status"] != "done" else str(entry["count"])
         body.append([_name(entry), count, *(_mean(entry.get(key), form) for key, (_, form) in shown.items())])
     return header, body
 
@@ -204,98 +198,7 @@ def _mean(value: tuple[float, float | None] | None, form: Any) -> str:
     return f"{shown} ± {deviation * (100 if percent else 1):.{decimals}f}{'%' if percent else ''}"
 
 
-def _level(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+def common_level(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """The figure that all entries have in common; None where they differ or lack it."""
     found = {round(entry[key][0], 9) for entry in entries if key in entry}
     return found.pop() if len(found) == 1 else None
-
-
-def comparison_picture(entries: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Perplexity against bytes, a line a method, before and after recovery side by side; bars are standard deviations.
-
-    Horizontal lines: the original, and the control (the original trained further).
-
-    Returns:
-        `path`, or None without two methods to compare.
-    """
-    shown = [entry for entry in entries if "weights_bytes" in entry and "compressed_perplexity" in entry]
-    # From best to worst at the end, which is also the order of the lines' ends.
-    ranked = sorted(shown, key=lambda entry: (entry["weights_bytes"][0] > _middle(shown), _last_perplexity(entry)))
-    methods = list(dict.fromkeys(entry["method"] for entry in ranked))
-    if len(methods) < 2:
-        return None
-    looks = {method: _look(index) for index, method in enumerate(sorted(methods))}
-    stages = [stage for stage in STAGES if any(f"{stage}_perplexity" in entry for entry in shown)]
-    figure = start_figure(4.0 * len(stages) + 1.9, 4.8)
-    panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    control = [entry for entry in entries if entry["method"] == CONTROL]
-    for axes, stage in zip(panels, stages, strict=True):
-        for method in methods:
-            own = [entry for entry in shown if entry["method"] == method and f"{stage}_perplexity" in entry]
-            _draw_line(axes, sorted(own, key=lambda entry: entry["weights_bytes"][0]), stage, looks[method], method)
-        _draw_levels(axes, _level(entries, "original_perplexity"), control if stage == "recovered" else [])
-        _finish(axes, [entry[f"{stage}_perplexity"][0] for entry in shown if f"{stage}_perplexity" in entry])
-        axes.set_title(STAGES[stage][1], fontsize=10)
-    panels[0].set_ylabel("validation perplexity")
-    handles = dict(zip(*reversed(panels[-1].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
-    return save_figure(figure, path)
-
-
-def _middle(entries: Sequence[Mapping[str, Any]]) -> float:
-    sizes = [entry["weights_bytes"][0] for entry in entries]
-    return (min(sizes) + max(sizes)) / 2 if sizes else 0.0
-
-
-def _look(index: int) -> dict[str, Any]:
-    """A colour, a mark and dashes that no other of 21 methods has together."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
-        "marker": MARKS[index % len(MARKS)],
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.5,
-        "markersize": 6.5,
-        "linewidth": 1.3,
-    }
-
-
-def _draw_line(axes: Axes, own: Sequence[Mapping[str, Any]], stage: str, look: Mapping[str, Any], method: str) -> None:
-    figures = [entry[f"{stage}_perplexity"] for entry in own]
-    axes.errorbar(
-        [entry["weights_bytes"][0] / 1e6 for entry in own],
-        [mean for mean, _ in figures],
-        yerr=[deviation or 0.0 for _, deviation in figures],
-        label=method,
-        capsize=2,
-        elinewidth=0.9,
-        **look,
-    )
-
-
-def _draw_levels(axes: Axes, original: float | None, control: Sequence[Mapping[str, Any]]) -> None:
-    if original is not None:
-        axes.axhline(original, color="black", linewidth=1, linestyle=(0, (1, 1)), label="original", zorder=1)
-    for entry in control[:1]:
-        mean, deviation = entry.get("recovered_perplexity", (None, None))
-        if mean is not None:
-            axes.axhline(
-                mean, color="#777777", linewidth=1, linestyle="-.", label="original, trained further", zorder=1
-            )
-            if deviation:
-                axes.axhspan(mean - deviation, mean + deviation, color="#777777", alpha=0.15, linewidth=0)
-
-
-def _finish(axes: Axes, heights: Sequence[float]) -> None:
-    """Axes, logarithmic where the perplexities span more than a factor of three."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    if heights and max(heights) > 3 * min(heights) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 3.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("weights (MB)")
-    axes.margins(x=0.08)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)

@@ -37,8 +37,7 @@ def make_loggers(
         settings: csv on or off; mode, project, entity, name and tags of W&B.
         run_folder: the run's folder. It also keeps the id of the W&B run, so a restarted run goes on in the same one.
         resolved_config: plain containers; becomes the config of the W&B run.
-        run_id: id of the W&B run, instead of the kept one.
-        job_type: of the W&B run.
+        run_id: id of the W&B run, instead of the kept one; and its job_type.
 
     Returns:
         csv first. W&B is left out when it is disabled or does not start; that is a warning, not an error.
@@ -50,9 +49,7 @@ def make_loggers(
     mode = wandb_mode(settings.wandb.mode)
     if mode != "disabled" and _is_first_rank():
         names = {"id": run_id or _kept_id(folder), "job_type": job_type}
-        wandb_logger = _start_wandb(settings.wandb, mode, folder, resolved_config, names)
-        if wandb_logger is not None:
-            loggers.append(wandb_logger)
+        loggers += _start_wandb(settings.wandb, mode, folder, resolved_config, names)
     return loggers
 
 
@@ -231,7 +228,7 @@ class QuietWandbLogger(WandbLogger):
 
 def _start_wandb(
     settings: WandbConfig, mode: str, folder: Path, resolved_config: Mapping[str, Any], names: Mapping[str, Any]
-) -> QuietWandbLogger | None:
+) -> list[QuietWandbLogger]:
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             import wandb
@@ -259,8 +256,8 @@ def _start_wandb(
             continue
         if attempt == "online":
             log.info("W&B: %s", run.url)
-        return QuietWandbLogger(experiment=run, save_dir=str(folder), project=settings.project, id=names["id"])
-    return None
+        return [QuietWandbLogger(experiment=run, save_dir=str(folder), project=settings.project, id=names["id"])]
+    return []
 
 
 def _kept_id(folder: Path) -> str:

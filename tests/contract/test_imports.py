@@ -18,7 +18,10 @@ LEVELS = {
     ),
     1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading", "adapters"),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
-    3: ("recovery", "fitting", "export", "searching", "measure", "summary", "structures", "comparison", "tiny"),
+    3: (
+        *("recovery", "fitting", "export", "searching", "measure", "summary", "structures", "tiny"),
+        *("comparison", "comparison_picture"),
+    ),
     4: ("pipeline", "preflight"),
     5: ("command_line",),
 }

@@ -1,6 +1,7 @@
 """The comparison of a sweep: in a real Hydra multirun, and for rows that lack things."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -8,11 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
+from matplotlib.image import imread
 from omegaconf import OmegaConf
+from rich.console import Console
 
-from callbacks.sweep import SweepComparison, comparison_rows, swept_settings, write_comparison
+from callbacks.sweep import SweepComparison, comparison_rows, log_sweep, swept_settings, write_comparison
+from recondense import tracking
+from recondense.comparison import by_seed, comparison_table
+from recondense.comparison_picture import comparison_picture
 
 APPLICATION = """
 import json
@@ -137,3 +144,97 @@ def test_without_perplexity_there_is_no_picture(tmp_path: Path) -> None:
     rows = [{"settings": {"seed": "1"}, "status": "done", "run_folder": "x", "memory_ratio": 0.5}]
     write_comparison(rows, tmp_path / "sweep")
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["comparison.csv", "comparison.json"]
+
+
+def seeded(method: str, ratio: str, seed: int, **figures: Any) -> dict[str, Any]:
+    settings = {"method": method, "method.memory_ratio": ratio, "seed": str(seed)}
+    folder = f"out/{method}/{seed}" if method == "none" else f"out/{method}/{ratio}/{seed}"
+    return {"settings": settings, "status": "done", "run_folder": folder, "method": method, **figures}
+
+
+def comparison() -> list[dict[str, Any]]:
+    """Two methods, the control and one that fails, two budgets, two seeds."""
+    rows = []
+    for ratio, scale in (("0.5", 10.0), ("0.7", 1.0)):
+        for seed in (0, 1):
+            size = {"memory_ratio": float(ratio), "weights_bytes": 1e6 * float(ratio), "original_perplexity": 8.0}
+            for method, first in (("reap", 12.0), ("cdmoe", 9.0)):
+                after = 8 + (first - 8 + 2 * seed) * scale
+                size |= {"compressed_perplexity": 30.0 * scale, "recovered_perplexity": after, "recovered_task": 0.5}
+                rows.append(seeded(method, ratio, seed, seconds=3.0 + seed, gap_closed=0.5, **size))
+            rows.append(seeded("none", ratio, seed, original_perplexity=8.0, recovered_perplexity=7.0 + seed))
+            failed = seeded("block_drop", ratio, seed, **(size if ratio == "0.7" else {}))
+            rows.append(failed if ratio == "0.7" else {**failed, "status": "failed: no layer | is small enough"})
+    return rows
+
+
+def test_seeds_become_mean_and_deviation() -> None:
+    entries = {(each["method"], each["settings"].get("method.memory_ratio")): each for each in by_seed(comparison())}
+    assert len(entries) == 7
+    assert entries["reap", "0.7"]["recovered_perplexity"] == pytest.approx((13.0, 2**0.5))
+    assert entries["cdmoe", "0.5"]["recovered_perplexity"] == pytest.approx((28.0, 200**0.5))
+    assert entries["cdmoe", "0.5"]["seconds"] == pytest.approx((3.5, 0.5**0.5))
+    assert entries["reap", "0.5"]["compressed_perplexity"] == (300.0, 0.0)
+    assert entries["reap", "0.5"]["count"] == entries["reap", "0.5"]["jobs"] == 2
+    one = by_seed([seeded("reap", "0.5", 0, recovered_perplexity=3.0)])
+    assert one[0]["recovered_perplexity"] == (3.0, None) and one[0]["count"] == 1
+
+
+def test_one_run_counts_once() -> None:
+    """Both budgets of method=none are the same two runs, so that budget is none of their settings."""
+    [control] = [entry for entry in by_seed(comparison()) if entry["method"] == "none"]
+    assert control["settings"] == {"method": "none"} and control["count"] == 2
+    assert control["recovered_perplexity"] == pytest.approx((7.5, 0.5**0.5))
+
+
+def test_largest_budget_first_then_the_best() -> None:
+    order = [(entry["method"], entry["settings"].get("method.memory_ratio")) for entry in by_seed(comparison())]
+    assert order == [
+        *(("none", None), ("cdmoe", "0.7"), ("block_drop", "0.7"), ("reap", "0.7")),
+        *(("cdmoe", "0.5"), ("reap", "0.5"), ("block_drop", "0.5")),
+    ]
+    rows = [{**row, "settings": {**row["settings"], "method.memory_ratio": "null"}} for row in comparison()]
+    assert by_seed(rows)[0]["method"] == "none", "without budgets the measured sizes order"
+
+
+def test_the_table_of_seeds_and_what_failed(tmp_path: Path) -> None:
+    write_comparison(comparison(), tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    lines = text.splitlines()
+    assert lines[0].startswith("| run | n | weights | memory ratio | ppl before | ppl after |")
+    assert lines[0].count("|") == lines[1].count("|") == lines[3].count("|")
+    assert lines[3].startswith("| cdmoe, 0.7 | 2 | 700 kB | 0.700 | 30.00 | 10.00 ± 1.41 | 50% | 0.500 | 4 ± 1 |")
+    assert "| block_drop, 0.5 | 0 of 2 | - |" in text
+    assert "block_drop, 0.5: failed: no layer" in text and "perplexity 8.00" in text
+    with (tmp_path / "comparison.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 16, "a row a job"
+    assert imread(tmp_path / "comparison.png").shape[:2] == (720, 1485)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(comparison_table(by_seed(comparison())))
+    shown = console.export_text()
+    assert "±1.41" in shown and "0 of 2" in shown and "[" not in shown
+
+
+def test_a_comparison_of_one_method_has_the_picture_of_a_sweep(tmp_path: Path) -> None:
+    rows = [row for row in comparison() if row["method"] == "reap"]
+    assert comparison_picture(by_seed(rows), tmp_path / "none.png") is None
+    write_comparison(rows, tmp_path)
+    assert (tmp_path / "comparison.png").exists() and not (tmp_path / "none.png").exists()
+
+
+def test_wandb_gets_the_table_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(tracking.QuietWandbLogger, "log_table", lambda self, key, **table: logged.update({key: table}))
+    monkeypatch.setattr(tracking.QuietWandbLogger, "log_image", lambda self, key, files: logged.update({key: files}))
+    write_comparison(comparison(), tmp_path)
+    wandb = {"mode": "offline", "project": "recondense", "entity": None, "name": None, "tags": []}
+    config = {"experiment_name": "compare", "hydra": {"sweep": {"dir": str(tmp_path)}}}
+    log_sweep(OmegaConf.create(config), comparison())
+    log_sweep(OmegaConf.create({**config, "logger": {"wandb": {**wandb, "mode": "disabled"}}}), comparison())
+    assert not logged and not (tmp_path / "logs").exists()
+    log_sweep(OmegaConf.create({**config, "logger": {"wandb": wandb}}), comparison())
+    assert list(logged) == ["comparison/table", "comparison/picture"]
+    assert len(logged["comparison/table"]["data"]) == 7
+    assert logged["comparison/picture"] == [str(tmp_path / "comparison.png")]
+    [run] = (tmp_path / "logs" / "wandb").glob("offline-run-*")
+    assert b"comparison" in next(run.glob("*.wandb")).read_bytes(), "the type of the run"
