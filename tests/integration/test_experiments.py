@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recondense import corpora, progress, tiny
+from recondense import corpora, pipeline, progress, tiny
 from recondense.comparison import by_seed
 from recondense.config import Config, from_dict
 
@@ -150,3 +150,20 @@ def test_what_an_experiment_sweeps_is_checked_before_it_runs(
     arguments = ("experiment=compare", "hydra.sweeper.params.method='cdmoe,reapp'", f"output_dir={tmp_path}/out")
     code, err = command(*arguments)
     assert code == 2 and "reapp" in err and "reap" in err
+
+
+def test_the_command_line_wins_over_what_an_experiment_sweeps(
+    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, callbacks: seen.append(config) or 1.0)
+    for multirun in ((), ("-m",)):
+        seen.clear()
+        arguments = (*multirun, "experiment=compare", "method=none,reap", "method.memory_ratio=0.7,0.6", "seed=5")
+        code, err = command(*arguments, f"output_dir={tmp_path}/out")
+        assert code == 0, err
+        assert [(config.method["name"], config.method["memory_ratio"], config.seed) for config in seen] == [
+            *(("none", 0.7, 5), ("none", 0.6, 5), ("reap", 0.7, 5), ("reap", 0.6, 5))
+        ]
+        assert len({config.run_folder() for config in seen}) == 3, "the control is one run for all budgets"
+        assert all(config.method["refit"] for config in seen)

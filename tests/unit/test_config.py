@@ -110,7 +110,16 @@ def test_what_changes_a_result_changes_the_hash(change: dict[str, Any]) -> None:
 
 
 def test_hash_does_not_depend_on_the_order_of_keys() -> None:
-    assert Config(method={"a": 1, "b": 2}).run_hash() == Config(method={"b": 2, "a": 1}).run_hash()
+    one, other = ({**STEP, **more} for more in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
+    assert Config(method=one).run_hash() == Config(method=other).run_hash()
+    assert Config(method=one).run_hash() != Config(method={**one, "a": 2}).run_hash()
+
+
+def test_settings_of_a_method_without_steps_leave_the_hash() -> None:
+    """A sweep of budgets runs method=none once."""
+    none = {"name": "none", "steps": [], "memory_ratio": None}
+    assert Config(method=none).run_hash() == Config(method={**none, "memory_ratio": 0.5}).run_hash()
+    assert Config(method=none).run_hash() != Config(method={**none, "name": "other"}).run_hash()
 
 
 def test_run_folder() -> None:
