@@ -227,7 +227,9 @@ def in_words(figures: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print, write."""
-    if "moei2" in sys.argv[1:]:
+    method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    method.add_argument("--method")
+    if method.parse_known_args()[0].method == "moei2":
         search_moei2.main()
         return
     args = arguments()

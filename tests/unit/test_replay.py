@@ -11,6 +11,7 @@ from brute_force_moei2 import change, loss_without
 from tiny_models import FAMILIES, qwen2_moe, recorded, texts
 
 from recondense import families
+from recondense.methods.genetic import Genetic, best_sets
 from recondense.methods.importance import expert_importance
 from recondense.methods.replay import Replay
 
@@ -70,6 +71,33 @@ def test_half_precision_follows_the_block_as_far_as_it_can_be_told() -> None:
     far = [(each, error) for each, error in zip(SETS, errors, strict=True) if len(each) == 4]
     for each, error in far:
         assert error == pytest.approx(change(model, tape, 2, each), rel=0.05), each
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("memoise", [False, True])
+def test_the_search_survives_the_same_with_errors_by_the_block(name: str, memoise: bool) -> None:
+    """Every generation, and what is left at the end: replay stands in for a run of the block for each individual."""
+    model = MODELS[name]()
+    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    replay = Replay(model, tape, block, 3, 1 << 30)
+
+    def by_the_block(dropped_PE: torch.Tensor) -> torch.Tensor:
+        sets = [row.nonzero().flatten().tolist() for row in dropped_PE]
+        return torch.tensor([change(model, tape, 2, each) for each in sets], dtype=torch.float64)
+
+    runs = []
+    for errors in (replay.errors, by_the_block):
+        seen: list[list[list[bool]]] = []
+
+        def noted(dropped_PE: torch.Tensor, errors: Any = errors, seen: Any = seen) -> torch.Tensor:
+            seen.append(dropped_PE.tolist())
+            return errors(dropped_PE)
+
+        settings = Genetic(population=6, iterations=3, parents=3, search="genetic", memoise=memoise)
+        runs.append((best_sets(noted, 6, 3, settings, seed=1, num_best=3), seen))
+    (mine, mine_seen), (theirs, their_seen) = runs
+    assert mine_seen == their_seen and [each for each, _ in mine] == [each for each, _ in theirs]
+    assert [error for _, error in mine] == pytest.approx([error for _, error in theirs], rel=1e-4)
 
 
 def test_refusals() -> None:
