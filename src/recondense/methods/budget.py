@@ -81,6 +81,19 @@ class Budget:
         assert self.memory_ratio is not None
         return max(0, total_parameters(model) - math.floor(self.memory_ratio * counts.total))
 
+    def at_best(self, model: PreTrainedModel, removable: int) -> str:
+        """The strictest budget of this kind that a model can keep, in words, rounded to the side that it can.
+
+        Args:
+            removable: parameters that can still go of the model as it is now, counted as this budget counts.
+        """
+        counts = families.parameter_counts(model.config)
+        if self.removed_expert_ratio is not None:
+            gone = counts.routed_experts - routed_parameters(model) + removable
+            return f"removed_expert_ratio={math.floor(1e4 * gone / counts.routed_experts) / 1e4:g}"
+        left = total_parameters(model) - removable
+        return f"memory_ratio={math.ceil(1e4 * left / counts.total) / 1e4:g}"
+
 
 def total_parameters(model: nn.Module) -> int:
     """Parameters of the model as it is now, tied ones once."""

@@ -159,13 +159,14 @@ class CDMoE:
         saved = condensing_saves(block, self.num_experts, routed=self.budget.removed_expert_ratio is not None)
         if self.shared_gate == "mean" and block.shared_expert_gate is not None and self.memory_ratio is not None:
             saved += block.weights.down_EDF.shape[1]
-        count, most = -(-need // saved), len(families.sparse_blocks(model))
-        if count > most:
+        most = len(families.sparse_blocks(model))
+        if need > most * saved:
             raise ValueError(
                 f"method: the budget asks for {need:,} parameters less, but condensing all {most} MoE layers to "
-                f"{self.num_experts} experts saves {most * saved:,}; lower method.num_experts or raise the budget"
+                f"{self.num_experts} experts saves {most * saved:,}: {self.budget.at_best(model, most * saved)} at "
+                "best; set it within that or lower method.num_experts"
             )
-        return max(1, count)
+        return max(1, -(-need // saved)) if need else 1
 
 
 def condensing_saves(block: SparseBlock, num_experts: int, routed: bool) -> int:

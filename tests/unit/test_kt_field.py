@@ -1,0 +1,71 @@
+"""How the KT-reception field works: how many decoder layers it runs, and what it leaves to blocks after the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from brute_force_moei2 import best_of_block, pruned
+from tiny_models import blocks, deepseek_v2, qwen2_moe, texts, unchanged
+
+from recondense import families
+from recondense.calibrate import Tape
+from recondense.methods.kt_field import reception_field
+
+SETS = [(0, 1), (2, 4), (3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("make", "groups", "runs"),
+    [
+        # K + K² + K³ for a block of three layers; then the chosen way once more.
+        (lambda: qwen2_moe(num_hidden_layers=3), [(0, 1, 2)], 39 + 3),
+        # The last block is shorter.
+        (lambda: qwen2_moe(num_hidden_layers=4), [(0, 1, 2), (3,)], 39 + 3 + 4),
+        # Layer 0 is dense and below: never run. Then MoE layers 1, 2 and 3.
+        (lambda: deepseek_v2(num_hidden_layers=4), [(1, 2, 3)], 39 + 3),
+        # Layer 1 is dense, within a block: it runs with each of layer 0's candidates.
+        (lambda: qwen2_moe(num_hidden_layers=4, mlp_only_layers=[1]), [(0, 2, 3)], 2 * 3 + 9 + 27 + 4),
+        # Layers 3 and 5 are dense: 3 is run once, between the blocks, and 5 is above all.
+        (lambda: qwen2_moe(num_hidden_layers=6, mlp_only_layers=[3, 5]), [(0, 1, 2), (4,)], 39 + 3 + 1 + 3 + 1),
+    ],
+)
+def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs: int) -> None:
+    model = make()
+    tape = Tape.record(model, blocks(texts()))
+    before = tape.layer_runs
+    with unchanged(model):
+        found = reception_field(model, tape, dict.fromkeys(families.sparse_blocks(model), SETS), 3)
+    assert [field.layers for field in found] == list(groups)
+    assert [field.combinations for field in found] == [3 ** len(group) for group in groups]
+    assert tape.layer_runs - before == pytest.approx(runs)
+
+
+def test_a_dense_layer_between_blocks_sees_the_pruned_states() -> None:
+    """The second block's choice is the enumeration's, the first block pruned; its error is the whole model's."""
+    for seed in range(4):
+        model = qwen2_moe(seed, num_hidden_layers=5, mlp_only_layers=[2])
+        ids = [torch.tensor(text) for text in texts(seed)]
+        tape = Tape.record(model, blocks(texts(seed)))
+        candidates = dict.fromkeys(families.sparse_blocks(model), SETS)
+        first, second = reception_field(model, tape, candidates, 2)
+        chosen = {layer: SETS[place] for layer, place in zip(first.layers, first.choice, strict=True)}
+        assert second.choice == best_of_block(model, ids, candidates, second.layers, chosen)
+        chosen |= {layer: SETS[place] for layer, place in zip(second.layers, second.choice, strict=True)}
+        own = leaving_last_layer(model, ids)
+        with pruned(model, chosen):
+            other = leaving_last_layer(model, ids)
+        assert second.error == pytest.approx(float((other - own).norm() / own.norm()), rel=1e-4)
+
+
+@torch.no_grad()
+def leaving_last_layer(model: Any, ids: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Hidden states of all tokens, before the final norm, in fp64."""
+    seen: list[torch.Tensor] = []
+    handle = families.decoder_layers(model)[-1].register_forward_hook(lambda *args: seen.append(args[2][0].double()))
+    for text in ids:
+        families.decoder(model)(input_ids=text[None], use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
