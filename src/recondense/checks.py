@@ -145,6 +145,8 @@ def _evaluation(config: Config) -> Iterator[str]:
             yield f"evaluation.tasks[{index}] is an empty name; name an lm-eval task, or write evaluation.tasks=null."
     if evaluation.include_path is not None and not Path(evaluation.include_path).is_dir():
         yield f"evaluation.include_path={evaluation.include_path}: there is no such folder; it holds task YAMLs."
+    if (refit := config.method.get("refit", False)) not in (False, True, "coefficients"):
+        yield f"method.refit={refit}: must be false, true, or coefficients (of condensed layers)."
     if config.recovery.trainable == "all" and config.recovery.objective != "none" and config.method.get("steps"):
         yield (
             "recovery.trainable=all: the original shares the backbone and would change with the student. Use "

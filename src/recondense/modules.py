@@ -157,9 +157,14 @@ def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) ->
     """
     output_nTD = x_TD.new_empty(len(experts), *x_TD.shape)
     for position, expert in enumerate(experts):
-        gate_TF, up_TF = nn.functional.linear(x_TD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
-        torch.mm(weights.act_fn(gate_TF).mul_(up_TF), weights.down_EDF[expert].T, out=output_nTD[position])
+        torch.mm(expert_inner(x_TD, weights, expert), weights.down_EDF[expert].T, out=output_nTD[position])
     return output_nTD
+
+
+def expert_inner(x_TD: Tensor, weights: MoEWeights, expert: int) -> Tensor:
+    """What enters an expert's down projection, act(gate x) ⊙ up x: (T, F)."""
+    gate_TF, up_TF = nn.functional.linear(x_TD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
+    return weights.act_fn(gate_TF).mul_(up_TF)
 
 
 class RemappedRouter(nn.Module):

@@ -5,7 +5,7 @@ Expert indices of an operation count in the layer as the operations before it le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -69,6 +69,11 @@ class Prune:
         _check_experts(self.kind, self.layer, self.retained)
         if not self.retained or list(self.retained) != sorted(self.retained):
             raise ValueError(f"prune, layer {self.layer}: retained {list(self.retained)} must be ascending, not empty")
+
+    @classmethod
+    def without(cls, layer: int, num_experts: int, dropped: Collection[int]) -> Prune:
+        """Of a layer of so many experts, all but some."""
+        return cls(layer, tuple(expert for expert in range(num_experts) if expert not in dropped))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prune:

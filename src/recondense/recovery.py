@@ -17,7 +17,6 @@ from recondense import adapters, families, surgery
 from recondense.config import RecoveryConfig
 from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
 from recondense.modes import evaluating
-from recondense.modules import CondensedMoE
 from recondense.plan import Plan, Refit
 from recondense.teacher import SharedBackboneTeacher
 
@@ -101,7 +100,9 @@ class RecoveryModule(L.LightningModule):
             self._originals = surgery.apply(self.model, self.plan, self._record)
             self.model.requires_grad_(False)
             layers = self.plan.layers if self._trained_layers is None else self._trained_layers
-            if self._originals and self.recovery.objective != "none" and self.recovery.trainable == "experts":
+            # A control trains the original's experts afterwards: not the student's with them.
+            trains = self.recovery.trainable == "experts" or self.recovery.control
+            if self._originals and self.recovery.objective != "none" and trains:
                 self._separate(layers)
             self.teacher = SharedBackboneTeacher(self.model, self._originals) if self._originals else None
             self._prepared = True
@@ -321,9 +322,9 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
 
 def trained_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """Those of some layers that have experts; all layers that have, where none of these does."""
-    condensed = [layer for layer in layers if isinstance(families.get_block(model, layer), CondensedMoE)]
-    sparse = families.sparse_blocks(model)
-    return [layer for layer in layers if layer in condensed or layer in sparse] or list(sparse)
+    return [layer for layer in layers if families.trained_modules(model, [layer])] or list(
+        families.sparse_blocks(model)
+    )
 
 
 def trained_state(module: RecoveryModule) -> dict[str, Tensor]:

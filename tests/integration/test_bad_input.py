@@ -83,6 +83,7 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["method=cdmoee"],
         ["method=cdmoee", "no such method", "Did you mean cdmoe?"],
     ),
+    "unknown refit": (["method.refit=weights"], ["method.refit=weights", "coefficients"]),
     "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?", "deepseek_v2_lite"]),
     "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),
     "no choice": (["logger=null"], ["logger=null", "Choices: default"]),

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from recondense import families
 from recondense.families import Facts, SparseBlock
-from recondense.methods.budget import Budget
+from recondense.methods.budget import Budget, total_parameters
 from recondense.methods.scoring import Ladder, LayerScorer
 from recondense.modes import evaluating
 from recondense.modules import CondensedMoE
@@ -156,9 +156,7 @@ class CDMoE:
         """The fewest layers whose condensing keeps the budget; all MoE layers of a model are alike."""
         block = next(iter(families.sparse_blocks(model).values()))
         need = self.budget.expert_parameters_to_remove(model)
-        saved = condensing_saves(block, self.num_experts, routed=self.budget.removed_expert_ratio is not None)
-        if self.shared_gate == "mean" and block.shared_expert_gate is not None and self.memory_ratio is not None:
-            saved += block.weights.down_EDF.shape[1]
+        saved = condensing_saves(block, self, routed=self.budget.removed_expert_ratio is not None)
         most = len(families.sparse_blocks(model))
         if need > most * saved:
             raise ValueError(
@@ -169,15 +167,24 @@ class CDMoE:
         return max(1, -(-need // saved)) if need else 1
 
 
-def condensing_saves(block: SparseBlock, num_experts: int, routed: bool) -> int:
-    """Parameters that a layer loses when condensed to its shared and a few routed experts.
+def condensing_saves(block: SparseBlock, step: CDMoE, routed: bool) -> int:
+    """Parameters that a layer loses when condensed: experts, router, and the shared experts' gate if it turns constant.
 
     Args:
-        routed: count routed experts alone, not the router.
+        routed: count routed experts alone.
     """
     _, hidden_size, expert_width = block.weights.down_EDF.shape
-    experts = (block.num_experts - num_experts) * 3 * hidden_size * expert_width
-    return experts if routed else experts + sum(parameter.numel() for parameter in block.router.parameters())
+    experts = (block.num_experts - step.num_experts) * 3 * hidden_size * expert_width
+    gate = block.shared_expert_gate if step.shared_gate == "mean" else None
+    others = [block.router] if gate is None else [block.router, gate]
+    return experts if routed else experts + sum(map(total_parameters, others))
+
+
+def condensed(block: SparseBlock, operation: Condense) -> CondensedMoE:
+    """The layer that an operation would make, beside the original."""
+    weights = block.weights
+    layer = CondensedMoE.shaped_for(weights, len(operation.experts), token_gate=operation.shared_gate is None)
+    return layer.fill(weights, operation.experts, operation.coefficients, operation.shared_gate)
 
 
 class Search:
@@ -269,8 +276,8 @@ class Search:
         self.steps["cached"] = min(count, len(entry["order"]))
         self.steps["searched"] = count - self.steps["cached"]
         if self.steps["searched"]:
-            condensed = {layer: self._condensed(each) for layer, each in operations.items()}
-            ladder = Ladder(self.model, self.tape(), condensed)
+            blocks = {layer: condensed(self.blocks[layer], each) for layer, each in operations.items()}
+            ladder = Ladder(self.model, self.tape(), blocks)
             runs = entry["layer_runs"] - round(ladder.tape.layer_runs)
             with progress("layer search", count) as bar, evaluating(self.model):
                 for layer in entry["order"]:
@@ -288,12 +295,6 @@ class Search:
                     self.cache[key] = entry
                     bar.advance()
         return {name: value[:count] if isinstance(value, list) else value for name, value in entry.items()}
-
-    def _condensed(self, operation: Condense) -> CondensedMoE:
-        """The layer that an operation would make, beside the original."""
-        weights = self.blocks[operation.layer].weights
-        layer = CondensedMoE.shaped_for(weights, len(operation.experts), token_gate=operation.shared_gate is None)
-        return layer.fill(weights, operation.experts, operation.coefficients, operation.shared_gate)
 
 
 def _is_int(value: object) -> bool:

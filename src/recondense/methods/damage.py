@@ -32,51 +32,55 @@ class Damage:
         self.tape = tape
         self.references = [Reference.of(self._normed(index, state)) for index, state in enumerate(tape.states[-1])]
         self.chosen: dict[int, nn.Module] = {}
-        self.states = tape.states
+        self.states = [list(each) for each in tape.states]
 
     def choose(self, blocks: Mapping[int, nn.Module]) -> float:
         """Let these blocks stand in the model from now on; the damage that they do together."""
+        self.chosen = {}
+        self.states = [list(each) for each in self.tape.states]
+        if not blocks:
+            return self.score(self.states[-1])
+        first = min(blocks)
         self.chosen = dict(blocks)
-        states = [list(each) for each in self.tape.states]
-        for index in range(len(self.tape.blocks)):
-            for layer, hidden_BSD in self._climb(min(blocks, default=self.tape.num_layers), index, self.tape.states):
-                states[layer + 1][index] = hidden_BSD
-        self.states = states
-        return self._score([each for each in states[-1]])
+        self.keep(first, blocks[first], self.above(first, blocks[first]))
+        return self.score(self.states[-1])
+
+    def keep(self, layer: int, block: nn.Module, above: list[list[Tensor]]) -> None:
+        """Let a block stand in the model from now on, with the states that `above` gave for it."""
+        self.chosen[layer] = block
+        for index, states in enumerate(above):
+            for offset, state in enumerate(states, start=layer + 1):
+                self.states[offset][index] = state
 
     def of(self, layer: int, block: nn.Module | None) -> float:
         """The damage with one layer's block in place of what is chosen for it; None: the original's."""
-        before = self.chosen
-        self.chosen = {other: module for other, module in before.items() if other != layer}
-        if block is not None:
-            self.chosen[layer] = block
-        try:
-            final = []
-            for index in range(len(self.tape.blocks)):
-                *_, (_, hidden_BSD) = self._climb(layer, index, self.states)
-                final.append(hidden_BSD)
-            return self._score(final)
-        finally:
-            self.chosen = before
+        return self.score([self._climb(layer, block, index)[-1] for index in range(len(self.tape.blocks))])
+
+    def above(self, layer: int, block: nn.Module | None) -> list[list[Tensor]]:
+        """For each block of texts, the states leaving a layer with this block in it, and every layer above."""
+        return [self._climb(layer, block, index) for index in range(len(self.tape.blocks))]
 
     @torch.no_grad()
-    def _climb(self, first: int, index: int, states: list[list[Tensor]]) -> list[tuple[int, Tensor]]:
-        """Run one block of texts from a layer's input to the end; the state leaving each layer."""
-        found = []
-        with families.swapped(self.model, self.chosen), evaluating(self.model):
-            hidden_BSD = states[first][index]
-            for layer in range(first, self.tape.num_layers):
-                hidden_BSD = self.tape.run_layer(self.model, layer, index, hidden_BSD)
-                found.append((layer, hidden_BSD))
-        return found
-
-    @torch.no_grad()
-    def _score(self, final: list[Tensor]) -> float:
+    def score(self, final: list[Tensor]) -> float:
+        """The divergence of states leaving the last layer, one a block of texts."""
         js = [
             js_from_difference(reference, (self._normed(index, hidden_BSD) - reference.logits_TD).unsqueeze(0))
             for index, (reference, hidden_BSD) in enumerate(zip(self.references, final, strict=True))
         ]
         return float(self.tape.mean_over_texts(js)[0])
+
+    @torch.no_grad()
+    def _climb(self, layer: int, block: nn.Module | None, index: int) -> list[Tensor]:
+        """One block of texts, from a layer's input to the end."""
+        others = {other: module for other, module in self.chosen.items() if other != layer}
+        found = [self.states[layer][index]]
+        with (
+            families.swapped(self.model, others if block is None else {**others, layer: block}),
+            evaluating(self.model),
+        ):
+            for each in range(layer, self.tape.num_layers):
+                found.append(self.tape.run_layer(self.model, each, index, found[-1]))
+        return found[1:]
 
     @torch.no_grad()
     def _normed(self, index: int, hidden_BSD: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class Genetic:
         return found
 
 
+def layer_seed(seed: int, layer: int) -> int:
+    """One for each layer, so that what is found for a layer does not depend on the others."""
+    return seed * 1_000_003 + layer
+
+
 def best_sets(
     errors: Errors,
     num_experts: int,

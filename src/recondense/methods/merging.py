@@ -19,7 +19,7 @@ from recondense import families
 from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
-from recondense.methods.saliency import routing_sums
+from recondense.methods.scoring import routing_totals
 from recondense.modules import expert_outputs
 from recondense.plan import Merge
 from recondense.progress import progress
@@ -114,7 +114,7 @@ class Merging:
     @torch.no_grad()
     def _features(self, block: SparseBlock, traces: list[LayerTrace]) -> dict[str, Any]:
         """What experts are compared by, one row each: similarity of router logits, or mean outputs (E, D)."""
-        counts_E, _, _ = routing_sums(block, traces)
+        counts_E, _ = routing_totals(traces, block.num_experts)
         if self.grouping == "router_logits":
             logits_TE = torch.cat([block.router(trace.x_TD)[0].double() for trace in traces])
             unit_TE = logits_TE / logits_TE.norm(dim=0).clamp_min(1e-300)
@@ -126,7 +126,7 @@ class Merging:
                 for trace in traces
             ]
             features = torch.stack(sums).sum(dim=0) / sum(len(trace.x_TD) for trace in traces)
-        return {"counts": counts_E.tolist(), "features": features.tolist()}
+        return {"counts": counts_E.double().tolist(), "features": features.tolist()}
 
     def _numbers(self, counts: dict[int, list[float]], gone: int) -> dict[int, int]:
         """Groups of each layer."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from recondense import families
 from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import inverse_importance
-from recondense.methods.genetic import Genetic, best_sets
+from recondense.methods.genetic import Genetic, best_sets, layer_seed
 from recondense.methods.importance import KINDS, expert_importance
 from recondense.methods.kt_field import reception_field
 from recondense.methods.replay import Replay
@@ -152,11 +152,7 @@ class _Search:
             for field in fields
             for layer, place in zip(field["layers"], field["choice"], strict=True)
         }
-        operations = [
-            Prune(layer, tuple(expert for expert in range(experts[layer]) if expert not in dropped))
-            for layer, dropped in chosen.items()
-            if dropped
-        ]
+        operations = [Prune.without(layer, experts[layer], dropped) for layer, dropped in chosen.items() if dropped]
         return operations, {
             **self.step.key(),
             "prune_ratio": self.step.prune_ratio,
@@ -211,7 +207,7 @@ class _Search:
         if not number:
             return [((), 0.0)]
         replay = Replay(self.model, self.tape(), block, number, self.max_scratch_bytes)
-        seed = step.seed * 1_000_003 + block.layer
+        seed = layer_seed(step.seed, block.layer)
         return best_sets(replay.errors, block.num_experts, number, step.genetic, seed, step.num_candidates, show)
 
     def _fields(self, candidates: dict[int, list[tuple[tuple[int, ...], float]]]) -> list[dict[str, Any]]:

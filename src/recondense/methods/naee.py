@@ -13,7 +13,7 @@ from recondense import families
 from recondense.families import Facts
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
-from recondense.methods.genetic import Genetic, best_sets
+from recondense.methods.genetic import Genetic, best_sets, layer_seed
 from recondense.methods.moei2 import refuse_groups
 from recondense.methods.replay import Replay
 from recondense.methods.saliency import too_much
@@ -97,17 +97,13 @@ class NAEE:
                 key = f"set-{layer:03d}-{number:03d}"
                 if key not in cache and number:
                     replay = Replay(model, tape(), blocks[layer], number, max_scratch_bytes)
-                    seed = self.seed * 1_000_003 + layer
+                    seed = layer_seed(self.seed, layer)
                     best = best_sets(replay.errors, experts[layer], number, self.genetic, seed)[0]
                     cache[key] = {"dropped": list(best[0]), "error": best[1] / replay.output_norm}
                 entry: dict[str, Any] = cache[key] if number else {"dropped": [], "error": 0.0}
                 found[layer] = tuple(entry["dropped"]), float(entry["error"])
                 bar.advance()
-        operations = [
-            Prune(layer, tuple(expert for expert in range(experts[layer]) if expert not in dropped))
-            for layer, (dropped, _) in found.items()
-            if dropped
-        ]
+        operations = [Prune.without(layer, experts[layer], dropped) for layer, (dropped, _) in found.items() if dropped]
         return operations, {
             **self.key(),
             **self.budget.settings(),

@@ -15,13 +15,11 @@ from recondense.decomposition import Factors, factors
 from recondense.families import SparseBlock
 from recondense.low_rank import LowRankExperts
 from recondense.methods import ranks
-from recondense.methods.budget import total_parameters
-from recondense.methods.cdmoe import CDMoE, condensing_saves
+from recondense.methods.cdmoe import CDMoE, condensed, condensing_saves
 from recondense.methods.cdmoe import Search as CondenseSearch
-from recondense.methods.genetic import best_sets
+from recondense.methods.genetic import best_sets, layer_seed
 from recondense.methods.importance import expert_importance
 from recondense.methods.replay import Replay
-from recondense.modules import CondensedMoE
 from recondense.plan import Condense, Factorize, Operation, Prune
 from recondense.progress import progress
 
@@ -86,10 +84,7 @@ class Options:
         made: nn.Module | None = None
         for operation in option.operations:
             if isinstance(operation, Condense):
-                layer_of = CondensedMoE.shaped_for(
-                    view.weights, len(operation.experts), token_gate=operation.shared_gate is None
-                )
-                return layer_of.fill(view.weights, operation.experts, operation.coefficients, operation.shared_gate)
+                return condensed(view, operation)
             if isinstance(operation, Prune):
                 retained = operation.retained
                 made = families.masked_block(view, retained)
@@ -149,10 +144,8 @@ class Options:
             condensing = CDMoE(count, "all", self.step.shared_gate, self.step.expert_search)
             search = CondenseSearch(condensing, self.model, self.tape, self.cache, self.max_scratch_bytes)
             view = self.blocks[layer]
-            saved = condensing_saves(view, count, routed=False)
-            if self.step.shared_gate == "mean" and view.shared_expert_gate is not None:
-                saved += total_parameters(view.shared_expert_gate)
-            routed = condensing_saves(view, count, routed=True)
+            saved = condensing_saves(view, condensing, routed=False)
+            routed = condensing_saves(view, condensing, routed=True)
             found.append(Option(f"condensed to {count}", (search.operation(layer),), saved, routed))
         return found
 
@@ -177,11 +170,11 @@ class Options:
         if key not in self.cache:
             view = self.blocks[layer]
             replay = Replay(self.model, self.tape(), view, number, self.max_scratch_bytes)
-            seed = self.step.seed * 1_000_003 + layer
+            seed = layer_seed(self.step.seed, layer)
             best = best_sets(replay.errors, view.num_experts, number, self.step.genetic, seed)[0]
             self.cache[key] = {"dropped": list(best[0]), "error": best[1] / replay.output_norm}
         dropped = self.cache[key]["dropped"]
-        return (Prune(layer, tuple(e for e in range(self.blocks[layer].num_experts) if e not in dropped)),)
+        return (Prune.without(layer, self.blocks[layer].num_experts, dropped),)
 
     def _factorized(self, layer: int, prune: tuple[Operation, ...], given: ranks.Ranks) -> Option:
         low = [rank for rank in given if rank is not None]

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense.families import SparseBlock
+from recondense.modules import expert_outputs
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
@@ -147,9 +148,7 @@ class Replay:
         outputs_TMD = x_TD.new_empty(*index_TM.shape, x_TD.shape[1], dtype=torch.float32)
         for expert in index_TM.unique().tolist():
             token, place = torch.where(index_TM == expert)
-            gate, up = torch.nn.functional.linear(x_TD[token], weights.gate_up_EHD[expert]).chunk(2, dim=-1)
-            inner = weights.act_fn(gate) * up
-            outputs_TMD[token, place] = torch.nn.functional.linear(inner, weights.down_EDF[expert]).float()
+            outputs_TMD[token, place] = expert_outputs(x_TD[token], weights, [expert])[0].float()
         return torch.bmm(outputs_TMD, outputs_TMD.transpose(1, 2))
 
 

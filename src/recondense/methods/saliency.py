@@ -19,7 +19,9 @@ from recondense import families
 from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
+from recondense.methods.genetic import layer_seed
 from recondense.methods.moei2 import refuse_groups
+from recondense.methods.scoring import routing_totals
 from recondense.modules import expert_outputs
 from recondense.plan import Prune
 from recondense.progress import progress
@@ -109,9 +111,7 @@ class SaliencyPruning:
         floor = next(iter(blocks.values())).routing.top_k
         dropped = _least(scores, number, floor, everywhere=self.allocation == "uniform")
         operations = [
-            Prune(layer, tuple(expert for expert in range(len(values)) if expert not in dropped[layer]))
-            for layer, values in scores.items()
-            if dropped[layer]
+            Prune.without(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]
         ]
         return operations, {
             **self.key(),
@@ -123,16 +123,14 @@ class SaliencyPruning:
 
     def _scores(self, model: PreTrainedModel, tape: Callable[[], Tape], block: SparseBlock) -> list[float]:
         if self.saliency == "random":
-            draw = random.Random(self.seed * 1_000_003 + block.layer)
+            draw = random.Random(layer_seed(self.seed, block.layer))
             return [draw.random() for _ in range(block.num_experts)]
-        counts_E, weights_E, norms_E = routing_sums(block, list(tape().trace(model, block.layer)))
-        found = {
-            "frequency": counts_E,
-            "routing_weight": weights_E,
-            "reap": norms_E / counts_E.clamp_min(1),
-            "expert_drop": norms_E,
-        }[self.saliency]
-        return [float(value) for value in found]
+        traces = list(tape().trace(model, block.layer))
+        counts_E, weights_E = routing_totals(traces, block.num_experts)
+        if self.saliency in ("frequency", "routing_weight"):
+            return [float(value) for value in (counts_E if self.saliency == "frequency" else weights_E)]
+        norms_E = _weighted_norms(block, traces)
+        return (norms_E / counts_E.cpu().clamp_min(1) if self.saliency == "reap" else norms_E).tolist()
 
 
 def too_much(removed_expert_ratio: float | None, facts: Facts) -> list[str]:
@@ -147,19 +145,17 @@ def too_much(removed_expert_ratio: float | None, facts: Facts) -> list[str]:
 
 
 @torch.no_grad()
-def routing_sums(block: SparseBlock, traces: list[LayerTrace]) -> tuple[Tensor, Tensor, Tensor]:
-    """Over the calibration tokens that select each expert: their number, Σ weight, Σ weight·‖E(x)‖₂; (E,) in fp64."""
-    counts_E, weights_E, norms_E = (torch.zeros(block.num_experts, dtype=torch.float64) for _ in range(3))
+def _weighted_norms(block: SparseBlock, traces: list[LayerTrace]) -> Tensor:
+    """Σ weight·‖E(x)‖₂ over the calibration tokens that select each expert; (E,) in fp64."""
+    norms_E = torch.zeros(block.num_experts, dtype=torch.float64)
     for trace in traces:
         for expert in range(block.num_experts):
             chosen_TK = trace.top_k_index_TK == expert
             rows = chosen_TK.any(dim=1)
             weight_t = (trace.top_k_weights_TK * chosen_TK).sum(dim=1)[rows].double()
             norm_t = expert_outputs(trace.x_TD[rows], block.weights, [expert])[0].double().norm(dim=1)
-            counts_E[expert] += int(rows.sum())
-            weights_E[expert] += float(weight_t.sum())
             norms_E[expert] += float((weight_t * norm_t).sum())
-    return counts_E, weights_E, norms_E
+    return norms_E
 
 
 def _least(scores: Mapping[int, list[float]], number: int, floor: int, everywhere: bool) -> dict[int, set[int]]:
@@ -169,7 +165,9 @@ def _least(scores: Mapping[int, list[float]], number: int, floor: int, everywher
         room = {layer: len(values) - floor for layer, values in scores.items()}
     order = sorted((value, layer, expert) for layer, values in scores.items() for expert, value in enumerate(values))
     dropped: dict[int, set[int]] = {layer: set() for layer in scores}
+    left = number
     for _, layer, expert in order:
-        if sum(map(len, dropped.values())) < number and len(dropped[layer]) < room[layer]:
+        if left and len(dropped[layer]) < room[layer]:
             dropped[layer].add(expert)
+            left -= 1
     return dropped

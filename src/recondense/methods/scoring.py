@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from recondense import families
 from recondense.families import SparseBlock
 from recondense.losses import Reference, js_from_difference
+from recondense.methods.damage import Damage
 from recondense.modules import CondensedMoE, expert_outputs
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LayerScorer:
         self.norm: nn.Module | None = families.final_norm(model) if last else None
         traces = list(tape.trace(model, block.layer))
         self.x = [trace.x_TD for trace in traces]
-        self.counts_E, self.sums_E = _routing_totals(traces, block.num_experts)
+        self.counts_E, self.sums_E = routing_totals(traces, block.num_experts)
         used = self.counts_E > 0
         self.coefficients: list[float | None] = [
             float(total / count) if hit else None
@@ -154,12 +155,9 @@ class Ladder:
     """
 
     def __init__(self, model: PreTrainedModel, tape: Tape, condensed: dict[int, CondensedMoE]) -> None:
-        self.model = model
         self.tape = tape
         self.condensed = condensed
-        self.chosen: dict[int, CondensedMoE] = {}
-        self.base = [list(states) for states in tape.states]
-        self.references = [Reference.of(self._normed(index, state)) for index, state in enumerate(tape.states[-1])]
+        self.damage = Damage(model, tape)
         self._best: tuple[int, list[list[Tensor]]] | None = None
 
     def score(self) -> dict[int, float]:
@@ -167,48 +165,25 @@ class Ladder:
         scores: dict[int, float] = {}
         self._best = None
         for layer in self.condensed:
-            if layer in self.chosen:
+            if layer in self.damage.chosen:
                 continue
-            states = self._climb(layer)
-            js = [
-                js_from_difference(reference, (self._normed(index, above[-1]) - reference.logits_TD).unsqueeze(0))
-                for index, (reference, above) in enumerate(zip(self.references, states, strict=True))
-            ]
-            score = float(self.tape.mean_over_texts(js)[0])
+            above = self.damage.above(layer, self.condensed[layer])
+            score = self.damage.score([states[-1] for states in above])
             if self._best is None or score < scores[self._best[0]]:
-                self._best = layer, states
+                self._best = layer, above
             scores[layer] = score
         return scores
 
     def choose(self, layer: int) -> None:
         """Condense a layer for good: the base states above it become those with it."""
         known = self._best is not None and self._best[0] == layer
-        states = self._best[1] if known and self._best is not None else self._climb(layer)
-        self.chosen[layer] = self.condensed[layer]
-        for index, above in enumerate(states):
-            for offset, state in enumerate(above, start=layer + 1):
-                self.base[offset][index] = state
+        block = self.condensed[layer]
+        above = self._best[1] if known and self._best is not None else self.damage.above(layer, block)
+        self.damage.keep(layer, block, above)
         self._best = None
 
-    def _climb(self, layer: int) -> list[list[Tensor]]:
-        """For each block, the states leaving `layer`, condensed too, and every layer above it."""
-        found = []
-        with families.swapped(self.model, {**self.chosen, layer: self.condensed[layer]}):
-            for index, hidden_BSD in enumerate(self.base[layer]):
-                states = []
-                for above in range(layer, self.tape.num_layers):
-                    hidden_BSD = self.tape.run_layer(self.model, above, index, hidden_BSD)
-                    states.append(hidden_BSD)
-                found.append(states)
-        return found
 
-    def _normed(self, index: int, hidden_BSD: Tensor) -> Tensor:
-        """The real tokens after the final norm, (T, D) in fp32."""
-        normed_TD: Tensor = families.final_norm(self.model)(self.tape.real_tokens(index, hidden_BSD))
-        return normed_TD.float()
-
-
-def _routing_totals(traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
+def routing_totals(traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
     """How often each expert was selected, and the sum of its routing weights then: (E,) int64 and fp64."""
     device = traces[0].x_TD.device
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from recondense.decomposition import factors
 from recondense.families import SparseBlock
 from recondense.low_rank import LowRankExperts
+from recondense.modules import expert_inner
 from recondense.plan import Factorize
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ def second_moments(block: SparseBlock, traces: Iterable[LayerTrace]) -> Moments:
         inner_FF = torch.zeros(expert_width, expert_width, **kind)
         for x_TD, index_TK in kept:
             x_tD = x_TD[(index_TK == expert).any(dim=1)]
-            gate_tF, up_tF = torch.nn.functional.linear(x_tD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
-            inner_tF = (weights.act_fn(gate_tF) * up_tF).double()
+            inner_tF = expert_inner(x_tD, weights, expert).double()
             inputs_DD.addmm_(x_tD.double().T, x_tD.double())
             inner_FF.addmm_(inner_tF.T, inner_tF)
         return inputs_DD, inner_FF

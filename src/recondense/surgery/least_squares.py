@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from recondense import families
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating
-from recondense.modules import CondensedMoE
+from recondense.modules import CondensedMoE, expert_inner
 from recondense.plan import Refit
 
 if TYPE_CHECKING:
@@ -172,8 +172,7 @@ def _inner(view: families.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
     """act(gate x) ⊙ up x of one expert."""
     experts = view.experts
     if not isinstance(experts, LowRankExperts):
-        gate_tF, up_tF = nn.functional.linear(x_tD, view.weights.gate_up_EHD[expert]).chunk(2, dim=-1)
-        return view.weights.act_fn(gate_tF) * up_tF
+        return expert_inner(x_tD, view.weights, expert)
     for own, each in zip(experts.experts_of, experts.buckets, strict=True):
         if expert in own:
             bucket: Any = each
