@@ -221,13 +221,37 @@ def test_second_moments_are_those_of_the_routed_tokens(family: str) -> None:
 
 
 def test_ranks_follow_the_formula() -> None:
+    """Rounded down, and what that leaves of the layer's total goes to the largest fractions, one rank each."""
     draw = random.Random(0)
     importance = [draw.uniform(1, 3) for _ in range(48)]
     total = sum((value + 1e-9) ** 0.15 for value in importance)
-    expected = [int((value + 1e-9) ** 0.15 / total * 512 * 48) for value in importance]
-    assert ranks_of.allocate(importance, 512, 2048, 1408) == expected
-    assert min(expected) < 490 < 530 < max(expected)
+    exact = [(value + 1e-9) ** 0.15 / total * 512 * 48 for value in importance]
+    found = ranks_of.allocate(importance, 512, 2048, 1408)
+    left = 512 * 48 - sum(map(int, exact))
+    raised = sorted(range(48), key=lambda j: int(exact[j]) - exact[j])[:left]
+    assert left > 0 and found == [int(value) + (j in raised) for j, value in enumerate(exact)]
+    assert sum(rank or 0 for rank in found) == 512 * 48
+    assert min(rank or 0 for rank in found) < 490 < 530 < max(rank or 0 for rank in found)
     assert ranks_of.automatic(2048, 1408) == 512
+    assert ranks_of.allocate([2.0] * 48, 512, 2048, 1408) == [512] * 48
+
+
+@pytest.mark.parametrize("shape", [(2048, 1408), (4096, 14336), (128, 64)])
+@pytest.mark.parametrize("spread", [3.0, 300.0])
+def test_multiples_meet_the_same_total(shape: tuple[int, int], spread: float) -> None:
+    """Few different ranks, each within a step of the formula's, and nothing of the total is lost."""
+    multiple, average = ranks_of.automatic_multiple(*shape), ranks_of.automatic(*shape)
+    assert multiple == {2048: 32, 4096: 128, 128: 1}[shape[0]]
+    average -= average % multiple
+    importance = [spread ** (j / 47) for j in range(48)]
+    exact = ranks_of._exact(importance, average, *shape, 0.15, ranks_of.EPSILON)
+    found = ranks_of.allocate(importance, average, *shape, multiple=multiple)
+    assert [rank is None for rank in found] == [rank is None for rank in exact]
+    near = [(rank, own) for rank, own in zip(found, exact, strict=True) if rank is not None and own is not None]
+    assert all(rank % multiple == 0 and abs(rank - own) < multiple for rank, own in near)
+    left = 48 * average * 3 * sum(shape) - ranks_of.parameters(found, *shape)
+    assert left == 0 if None not in found else 0 <= left < multiple * 3 * sum(shape)
+    assert len(set(found)) <= 24 < 48
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -251,14 +275,16 @@ def test_the_least_rank_is_paid_for() -> None:
     assert min(rank for rank in found if rank) == 1 and 0 <= 48 * 20 * unit - total < 48 * unit
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("kept", [0.1, 0.3333, 0.614, 0.97])
-def test_a_budget_is_met_to_one_rank(kept: float) -> None:
+def test_a_budget_is_met_to_one_step(kept: float, multiple: int) -> None:
     draw = random.Random(1)
     importance = {layer: [300.0 ** draw.random() for _ in range(6 + layer)] for layer in range(4)}
     dense = ranks_of.parameters([None] * sum(map(len, importance.values())), 128, 64)
-    average, found = ranks_of.within(importance, int(kept * dense), 128, 64)
+    average, found = ranks_of.within(importance, int(kept * dense), 128, 64, multiple=multiple)
     total = sum(ranks_of.parameters(ranks, 128, 64) for ranks in found.values())
-    assert 0 <= int(kept * dense) - total < 3 * (128 + 64)
+    assert 0 <= int(kept * dense) - total < multiple * 3 * (128 + 64)
+    assert all(rank % multiple == 0 for ranks in found.values() for rank in ranks if rank is not None)
     assert 1 <= average <= 43
     with pytest.raises(ValueError, match="rank 1 everywhere"):
         ranks_of.within(importance, 100, 128, 64)

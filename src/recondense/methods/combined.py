@@ -22,6 +22,7 @@ from recondense.methods.damage import Damage
 from recondense.methods.genetic import Genetic
 from recondense.methods.knapsack import least_damage
 from recondense.methods.options import Option, Options
+from recondense.methods.ranks import multiple_problems
 from recondense.progress import progress
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Combined:
         kept_ratios: fractions of a retained expert's parameters that an option's factors keep; 1 is always among them.
         rounds: how often the damages are measured: first each layer alone, then around the choice so far.
         alpha: how much more rank important experts get (MoE-I²).
+        rank_multiple: as in `Decompose`.
         shared_gate, expert_search: as in `CDMoE`.
         normalize: as in MoE-I²'s importance.
         population, iterations, seed: of the genetic search for the experts to drop.
@@ -61,6 +63,7 @@ class Combined:
     kept_ratios: Sequence[float] = (0.75, 0.5, 0.25)
     rounds: int = 2
     alpha: float = 0.15
+    rank_multiple: int | str = "auto"
     shared_gate: str = "mean"
     expert_search: str = "greedy"
     normalize: bool = True
@@ -77,6 +80,7 @@ class Combined:
         wrong = [count for count in self.num_experts if not isinstance(count, int) or count < 0]
         if wrong:
             problems.append(f"method.num_experts={list(self.num_experts)}: {wrong} must be whole numbers of at least 0")
+        problems += multiple_problems(self.rank_multiple)
         if self.rounds < 1:
             problems.append(f"method.rounds={self.rounds} must be at least 1")
         if problems:
@@ -116,8 +120,17 @@ class Combined:
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration; the budget is not part of it."""
         lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios", "kept_ratios")}
-        names = ("alpha", "shared_gate", "expert_search", "normalize", "population", "iterations", "seed")
-        return {"method": "cdmoe_moei2", "version": 1, **lists, **{name: getattr(self, name) for name in names}}
+        how = (
+            "alpha",
+            "rank_multiple",
+            "shared_gate",
+            "expert_search",
+            "normalize",
+            "population",
+            "iterations",
+            "seed",
+        )
+        return {"method": "cdmoe_moei2", "version": 1, **lists, **{name: getattr(self, name) for name in how}}
 
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int

@@ -38,6 +38,7 @@ class Decompose:
         ratio: fraction of the experts' present parameters that stays.
         removed_expert_ratio, memory_ratio: budgets of the whole model; what earlier steps removed counts.
         alpha: how much more rank important experts get; 0 gives all the same.
+        rank_multiple: ranks are multiples of this; "auto": see `ranks.automatic_multiple`; 1 rounds nothing.
         whitening: factors of least error on the calibration activations.
         importance: "layer_output", "lm_loss", or "uniform".
         normalize: see `expert_importance`.
@@ -53,6 +54,7 @@ class Decompose:
     removed_expert_ratio: float | None = None
     memory_ratio: float | None = None
     alpha: float = 0.15
+    rank_multiple: int | str = "auto"
     whitening: bool = False
     importance: str = "layer_output"
     normalize: bool = True
@@ -64,6 +66,7 @@ class Decompose:
             problems.append(f"method.average_rank={rank} must be a whole number of at least 1, auto or null")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             problems.append(f"method.ratio={self.ratio} must be above 0 and at most 1")
+        problems += ranks.multiple_problems(self.rank_multiple)
         if self.alpha < 0:
             problems.append(f"method.alpha={self.alpha} must be at least 0")
         if self.importance not in (*KINDS, "uniform"):
@@ -127,6 +130,7 @@ class Decompose:
             **self.key(),
             **self.budget.settings(),
             "alpha": self.alpha,
+            "rank_multiple": ranks.multiple_of(self.rank_multiple, hidden_size, expert_width),
             "whitening": self.whitening,
             "average_rank": average,
             "break_even": ranks.break_even(hidden_size, expert_width),
@@ -140,14 +144,15 @@ class Decompose:
         self, model: PreTrainedModel, importance: dict[int, Sequence[float]], hidden_size: int, expert_width: int
     ) -> tuple[float, dict[int, ranks.Ranks]]:
         shape = hidden_size, expert_width
+        how = *shape, self.alpha, ranks.multiple_of(self.rank_multiple, *shape)
         dense = sum(ranks.parameters([None] * len(each), *shape) for each in importance.values())
         if self.budget.given:
-            return ranks.within(importance, dense - self.budget.expert_parameters_to_remove(model), *shape, self.alpha)
+            return ranks.within(importance, dense - self.budget.expert_parameters_to_remove(model), *how)
         if self.ratio is not None:
-            return ranks.within(importance, int(self.ratio * dense), *shape, self.alpha)
+            return ranks.within(importance, int(self.ratio * dense), *how)
         average = ranks.automatic(*shape) if self.average_rank == "auto" else self.average_rank
         assert isinstance(average, int)
-        return average, {layer: ranks.allocate(each, average, *shape, self.alpha) for layer, each in importance.items()}
+        return average, {layer: ranks.allocate(each, average, *how) for layer, each in importance.items()}
 
     def _importance(
         self,

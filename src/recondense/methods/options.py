@@ -116,7 +116,8 @@ class Options:
         total = sum(kept.values())
         for layer, option in low.items():
             budget = kept[layer] + int(spare * kept[layer] / total)
-            _, given = ranks.within({layer: importance[layer]}, budget, hidden_size, expert_width, self.step.alpha)
+            how = hidden_size, expert_width, self.step.alpha, self._multiple()
+            _, given = ranks.within({layer: importance[layer]}, budget, *how)
             found[layer] = self._factorized(layer, option.operations[:-1], given[layer])
         return found
 
@@ -161,7 +162,7 @@ class Options:
             for kept in self.step.kept_ratios:
                 average = max(1.0, kept * ranks.break_even(hidden_size, expert_width))
                 own = self._own_importance(layer, Option("", prune))
-                given = ranks.allocate(own, average, hidden_size, expert_width, self.step.alpha)
+                given = ranks.allocate(own, average, hidden_size, expert_width, self.step.alpha, self._multiple())
                 found.append(self._factorized(layer, prune, given))
         return list({each.name: each for each in found}.values())
 
@@ -175,6 +176,10 @@ class Options:
             self.cache[key] = {"dropped": list(best[0]), "error": best[1] / replay.output_norm}
         dropped = self.cache[key]["dropped"]
         return (Prune.without(layer, self.blocks[layer].num_experts, dropped),)
+
+    def _multiple(self) -> int:
+        _, hidden_size, expert_width = next(iter(self.blocks.values())).weights.down_EDF.shape
+        return ranks.multiple_of(self.step.rank_multiple, hidden_size, expert_width)
 
     def _factorized(self, layer: int, prune: tuple[Operation, ...], given: ranks.Ranks) -> Option:
         low = [rank for rank in given if rank is not None]

@@ -24,39 +24,62 @@ def automatic(hidden_size: int, expert_width: int) -> int:
     return max(1, int(AUTO_KEPT * break_even(hidden_size, expert_width)))
 
 
+def automatic_multiple(hidden_size: int, expert_width: int) -> int:
+    """What ranks are multiples of: the largest power of two within a 24th of the break-even rank (32 for 2048 x 1408).
+
+    A layer then has a handful of different ranks. Experts of one rank are computed by one grouped product, and their
+    rows lie at the multiples of 16 bytes that such a product asks for.
+    """
+    return 1 << max(0, int(break_even(hidden_size, expert_width) / 24).bit_length() - 1)
+
+
+def multiple_of(setting: int | str, hidden_size: int, expert_width: int) -> int:
+    """What `rank_multiple` means for experts of this shape."""
+    return automatic_multiple(hidden_size, expert_width) if setting == "auto" else int(setting)
+
+
+def multiple_problems(setting: int | str) -> list[str]:
+    """What is wrong with `rank_multiple`, as sentences."""
+    if setting == "auto" or (isinstance(setting, int) and not isinstance(setting, bool) and setting >= 1):
+        return []
+    return [f"method.rank_multiple={setting} must be a whole number of at least 1, or auto"]
+
+
 def allocate(
     importance: Sequence[float],
     average_rank: float,
     hidden_size: int,
     expert_width: int,
     alpha: float = 0.15,
+    multiple: int = 1,
     epsilon: float = EPSILON,
 ) -> Ranks:
     """One rank a retained expert of a layer, the same for its three projections; None stays dense.
 
     R_j = floor( (I_j + ε)^α / Σ_j (I_j + ε)^α · R_a · M' )
 
-    A rank at or above the break-even saves nothing: that expert stays dense, and what it does not use of the layer's
-    R_a·M'·(D + F) parameters goes to the others by the same formula, then rank by rank. No rank is below 1; what that
-    costs the largest ranks pay.
+    What rounding down leaves of R_a·M' goes to the largest fractions, so that the layer's total is met. A rank at or
+    above the break-even saves nothing: that expert stays dense, and what it does not use of the layer's
+    R_a·M'·(D + F) parameters goes to the others by the same formula, then step by step. No rank is below one multiple;
+    what that costs the largest ranks pay.
 
     Args:
         importance: I_j of the layer's retained experts, >= 0.
         average_rank: R_a, >= 1; need not be whole.
+        multiple: ranks are rounded to multiples of this.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.2.
     """
     exact = _exact(importance, average_rank, hidden_size, expert_width, alpha, epsilon)
-    found: Ranks = [None if rank is None else max(1, math.floor(rank + 1e-9)) for rank in exact]
+    steps = [None if rank is None else max(1, math.floor(rank / multiple + 1e-9)) for rank in exact]
+    found: Ranks = [None if step is None else step * multiple for step in steps]
     shape, unit = (hidden_size, expert_width), 3 * (hidden_size + expert_width)
     budget = math.floor(average_rank * len(found) * unit + 1e-6)
-    if None in found:  # its whole parameters are no whole number of ranks: the formula's sum does not hold any more
-        fractions = [(r - e, 0, j) for j, (r, e) in enumerate(zip(found, exact, strict=True)) if r and e is not None]
-        return _filled_up({0: found}, fractions, budget - parameters(found, *shape), shape)[0]
-    while parameters(found, *shape) > budget and max(rank or 0 for rank in found) > 1:
+    while parameters(found, *shape) > budget and max(rank or 0 for rank in found) > multiple:
         largest = max(range(len(found)), key=lambda j: (found[j] or 0, -j))
-        found[largest] = (found[largest] or 0) - 1
-    return found
+        found[largest] = (found[largest] or 0) - multiple
+    fractions = [(r - e, 0, j) for j, (r, e) in enumerate(zip(found, exact, strict=True)) if r and e is not None]
+    return _filled_up({0: found}, fractions, budget - parameters(found, *shape), shape, multiple)[0]
 
 
 def _exact(
@@ -94,32 +117,37 @@ def within(
     hidden_size: int,
     expert_width: int,
     alpha: float = 0.15,
+    multiple: int = 1,
     epsilon: float = EPSILON,
 ) -> tuple[float, dict[int, Ranks]]:
-    """The largest average rank, the same for all layers, whose experts keep a budget; then single ranks fill it up.
+    """The largest average rank, the same for all layers, whose experts keep a budget; then single steps fill it up.
 
     Args:
         importance: of the retained experts, layer by layer.
         budget: parameters that all of them may have together.
+        multiple: ranks are multiples of this.
 
     Returns:
-        the average rank, and ranks by layer; less than one rank of one expert is left of the budget, if some expert is
-        not dense.
+        the average rank, and ranks by layer; less than one step (`multiple`) of one expert is left of the budget, if
+        some expert is not dense.
 
     Raises:
-        ValueError: not even rank 1 everywhere keeps the budget.
+        ValueError: not even the least rank everywhere keeps the budget.
     """
     shape = hidden_size, expert_width
 
     def at(average_rank: float) -> dict[int, Ranks]:
-        return {layer: allocate(values, average_rank, *shape, alpha, epsilon) for layer, values in importance.items()}
+        return {
+            layer: allocate(values, average_rank, *shape, alpha, multiple, epsilon)
+            for layer, values in importance.items()
+        }
 
     def size(ranks: Mapping[int, Ranks]) -> int:
         return sum(parameters(each, *shape) for each in ranks.values())
 
     low, high = 0.0, break_even(*shape)
-    if size(at(low)) > budget:
-        raise ValueError(f"the experts may keep {budget:,} parameters, but rank 1 everywhere has {size(at(low)):,}")
+    if (least := size(at(low))) > budget:
+        raise ValueError(f"the experts may keep {budget:,} parameters, but rank {multiple} everywhere has {least:,}")
     if size(at(high)) <= budget:
         return high, at(high)
     for _ in range(60):
@@ -134,13 +162,17 @@ def within(
         )
         if rank is not None and exact is not None
     ]
-    return low, _filled_up(found, fractions, budget - size(found), shape)
+    return low, _filled_up(found, fractions, budget - size(found), shape, multiple)
 
 
 def _filled_up(
-    ranks: dict[int, Ranks], fractions: Sequence[tuple[float, int, int]], left: int, shape: tuple[int, int]
+    ranks: dict[int, Ranks],
+    fractions: Sequence[tuple[float, int, int]],
+    left: int,
+    shape: tuple[int, int],
+    multiple: int,
 ) -> dict[int, Ranks]:
-    """Ranks raised by one, the largest fractions first, as long as the budget lasts; the last step makes one dense.
+    """Ranks raised by a step, the largest fractions first, as long as the budget lasts; the last step makes one dense.
 
     Args:
         fractions: (rank less exact rank, layer, position) of those that may rise.
@@ -154,10 +186,10 @@ def _filled_up(
             rank = ranks[layer][position]
             if rank is None:
                 continue
-            dense = rank + 1 >= cap
-            cost = 3 * shape[0] * shape[1] - rank * unit if dense else unit
+            dense = rank + multiple >= cap
+            cost = 3 * shape[0] * shape[1] - rank * unit if dense else multiple * unit
             if cost <= left:
-                ranks[layer][position] = None if dense else rank + 1
+                ranks[layer][position] = None if dense else rank + multiple
                 left -= cost
                 raised = True
     return ranks
