@@ -45,7 +45,7 @@ def no_stray_files() -> Iterator[None]:
     assert not stray, f"tests left files in the repository: {', '.join(stray)}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
     return ROOT

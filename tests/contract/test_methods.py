@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from searched import BUDGETS, METHODS, plan_of, steps_of
 from tiny_models import FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recondense import families, surgery
-from recondense.cache import JsonFolder
-from recondense.command_line import build_steps
-from recondense.config import RecoveryConfig, read
+from recondense.config import RecoveryConfig
 from recondense.export import condensed_layers, export
-from recondense.plan import Plan
+from recondense.plan import Factorize, Plan
 from recondense.recovery import RecoveryModule, trainable_parameters
 from recondense.summary import sizes
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 FIRST = next(iter(FAMILIES))
 IDS = windows(3, 11)
 
@@ -34,54 +33,7 @@ PRODUCT = [
     for family in FAMILIES
 ]
 CONDENSING = ("cdmoe", "cdmoe_s", "none")
-# A budget below "everything", as a user would write it.
-BUDGETS: dict[str, list[str]] = {
-    "cdmoe": ["method.num_experts=2", "method.num_layers=1"],
-    "cdmoe_s": ["method.num_layers=[2]"],
-    "none": [],
-    **{
-        name: ["method.removed_expert_ratio=0.4"]
-        for name in (
-            *("random", "frequency", "routing_weight", "reap", "naee", "expert_drop", "mc_smoe", "hc_smoe"),
-            "layer_drop",
-        )
-    },
-    "block_drop": ["method.memory_ratio=0.8"],
-    "svd_llm": ["method.memory_ratio=0.8"],
-    "cdmoe_moei2": [
-        *("method.memory_ratio=0.85", "method.num_experts=[2]", "method.prune_ratios=[0.34]"),
-        *("method.kept_ratios=[0.5]", "method.population=20"),
-    ],
-    "moei2": ["method.prune_ratio=0.34", "method.memory_ratio=0.7", "method.population=10", "method.parents=4"],
-}
-
-
-def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
-    """The steps that a command would run, and the method's settings."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        values = OmegaConf.to_container(compose("train", [f"method={method}", *overrides]), resolve=True)
-    config, problems = read(cast(dict[str, Any], values))
-    assert problems == []
-    return build_steps(config.method), dict(config.method)
-
-
-def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
-    """Searched step by step, each step on the model that the previous one left; the model is left as it was."""
-    steps, _ = steps_of(method, *overrides)
-    facts = families.facts(model.config)
-    assert [problem for step in steps for problem in step.check(facts)] == []
-    operations: list[Any] = []
-    records: list[dict[str, Any]] = []
-    originals: dict[int, Any] = {}
-    for index, step in enumerate(steps):
-        chosen, record = step.search(model, lambda: recorded(model), JsonFolder(folder / str(index)), 1 << 30)
-        operations += chosen
-        records.append(record)
-        if step is not steps[-1]:
-            originals = {**surgery.apply(model, Plan("tiny", tuple(chosen)), lambda: recorded(model)), **originals}
-    for layer, block in originals.items():
-        families.set_block(model, layer, block)
-    return Plan("tiny", tuple(operations), search={"steps": records})
+FACTORIZING = ("moei2", "svd_llm")
 
 
 def test_every_method_has_a_budget_here() -> None:
@@ -172,6 +124,48 @@ def test_two_searches_decide_the_same(method: str, family: str, tmp_path: Path) 
     assert found[0] == found[1] == found[2]
 
 
+@pytest.fixture(scope="module")
+def decided_apart(tmp_path_factory: pytest.TempPathFactory, root: Path) -> list[Path]:
+    """Folders with the plan of every method: two processes at once on one cache, then one on its own with two threads.
+
+    They differ in their hash seed too, which orders their sets.
+    """
+    folder = tmp_path_factory.mktemp("apart")
+
+    def start(name: str, cache: str, threads: int) -> subprocess.Popen[str]:
+        (folder / name).mkdir()
+        env = os.environ | {"PYTHONHASHSEED": str(len(name)), "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, str(root / "tests" / "searched.py"), str(folder / name), str(folder / cache)]
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    def wait(*processes: subprocess.Popen[str]) -> None:
+        for process in processes:
+            errors = process.communicate()[1]
+            assert process.returncode == 0, errors
+
+    wait(start("one", "shared", 1), start("other", "shared", 1))
+    wait(start("threads", "own", 2))
+    return [folder / name for name in ("one", "other", "threads")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_processes_decide_what_one_decides(method: str, decided_apart: list[Path], tmp_path: Path) -> None:
+    """To the bit; threads sum in another order, so that with two of them numbers differ in their last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        mine = plan_of(FAMILIES[FIRST](), method, tmp_path, *BUDGETS[method])
+    finally:
+        torch.set_num_threads(threads)
+    one, other, threaded = (Plan.load(folder / f"{method}.json") for folder in decided_apart)
+    assert one.operations == other.operations == mine.operations
+
+    def rounded(plan: Plan) -> Any:
+        return json.loads(plan.to_json(), parse_float=lambda number: float(f"{float(number):.5g}"))["operations"]
+
+    assert rounded(threaded) == rounded(mine)
+
+
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_logits_are_finite_and_change_only_if_something_did(method: str, family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
@@ -254,6 +248,28 @@ def test_an_empty_plan_is_bit_identical(family: str) -> None:
     module.prepare()
     assert module.teacher is None and same_bits(bits(model), before)
     assert torch.equal(logits(model, IDS), expected)
+
+
+@pytest.mark.parametrize("whitening", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_equals_the_original(family: str, whitening: bool) -> None:
+    """Every projection of every expert in two factors of min(D, F) = 16, through a plan and surgery."""
+    model = FAMILIES[family]()
+    before = logits(model, IDS)
+    full = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
+    operations = tuple(Factorize(layer, full, whitening) for layer in families.sparse_blocks(model))
+    surgery.apply(model, Plan("tiny", operations), lambda: recorded(model))
+    assert not torch.equal(logits(model, IDS), before)  # it did go through the factors
+    torch.testing.assert_close(logits(model, IDS), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "family"), [each for each in PRODUCT if each.values[0] in FACTORIZING])
+def test_a_budget_of_everything_leaves_every_expert_dense(method: str, family: str, tmp_path: Path) -> None:
+    """A rank above the break-even saves nothing, so that keeping all of the parameters changes nothing."""
+    model = FAMILIES[family]()
+    all_of_them = {"moei2": ("method.average_rank=16",), "svd_llm": ("method.removed_expert_ratio=1e-9",)}[method]
+    plan = plan_of(model, method, tmp_path, *all_of_them, "method.memory_ratio=null")
+    assert not [operation for operation in plan.operations if isinstance(operation, Factorize)]
 
 
 @pytest.mark.parametrize("method", ["cdmoe", "cdmoe_s"])

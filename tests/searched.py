@@ -1,0 +1,82 @@
+"""Plans as a command would search them, for every method of conf/method; also as a script, one process of several.
+
+python searched.py FOLDER CACHE     writes FOLDER/<method>.json, with what others share in CACHE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tiny_models import FAMILIES, recorded
+
+from recondense import families, surgery
+from recondense.cache import JsonFolder
+from recondense.command_line import build_steps
+from recondense.config import read
+from recondense.plan import Plan
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+# A budget below "everything", as a user would write it.
+BUDGETS: dict[str, list[str]] = {
+    "cdmoe": ["method.num_experts=2", "method.num_layers=1"],
+    "cdmoe_s": ["method.num_layers=[2]"],
+    "none": [],
+    **{
+        name: ["method.removed_expert_ratio=0.4"]
+        for name in (
+            *("random", "frequency", "routing_weight", "reap", "naee", "expert_drop", "mc_smoe", "hc_smoe"),
+            "layer_drop",
+        )
+    },
+    "block_drop": ["method.memory_ratio=0.8"],
+    "svd_llm": ["method.memory_ratio=0.8"],
+    "cdmoe_moei2": [
+        *("method.memory_ratio=0.85", "method.num_experts=[2]", "method.prune_ratios=[0.34]"),
+        *("method.kept_ratios=[0.5]", "method.population=20"),
+    ],
+    "moei2": ["method.prune_ratio=0.34", "method.memory_ratio=0.7", "method.population=10", "method.parents=4"],
+}
+
+
+def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
+    """The steps that a command would run, and the method's settings."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        values = OmegaConf.to_container(compose("train", [f"method={method}", *overrides]), resolve=True)
+    config, problems = read(cast(dict[str, Any], values))
+    assert problems == []
+    return build_steps(config.method), dict(config.method)
+
+
+def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
+    """Searched step by step, each step on the model that the previous one left; the model is left as it was."""
+    steps, _ = steps_of(method, *overrides)
+    facts = families.facts(model.config)
+    assert [problem for step in steps for problem in step.check(facts)] == []
+    operations: list[Any] = []
+    records: list[dict[str, Any]] = []
+    originals: dict[int, Any] = {}
+    for index, step in enumerate(steps):
+        chosen, record = step.search(model, lambda: recorded(model), JsonFolder(folder / str(index)), 1 << 30)
+        operations += chosen
+        records.append(record)
+        if step is not steps[-1]:
+            originals = {**surgery.apply(model, Plan("tiny", tuple(chosen)), lambda: recorded(model)), **originals}
+    for layer, block in originals.items():
+        families.set_block(model, layer, block)
+    return Plan("tiny", tuple(operations), search={"steps": records})
+
+
+def main() -> None:
+    folder, cache = map(Path, sys.argv[1:])
+    for method in METHODS:
+        model = next(iter(FAMILIES.values()))()
+        plan_of(model, method, cache / method, *BUDGETS[method]).save(folder / f"{method}.json")
+
+
+if __name__ == "__main__":
+    main()
