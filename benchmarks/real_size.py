@@ -1,6 +1,7 @@
-"""CD-MoE on Qwen1.5-MoE-A2.7B at its real size with random weights: how long the search takes, what condensing saves.
+"""Qwen1.5-MoE-A2.7B at its real size with random weights: how long a method's stages take, and what it saves.
 
     python benchmarks/real_size.py --device cuda --condense 9 [--experts 4] [--json FILE]
+    python benchmarks/real_size.py --device cuda --method moei2 [--prune-ratio 0.25] [--average-rank 512]
     python benchmarks/real_size.py --device cpu --scale tiny          (a smoke test of seconds)
 
 Random weights give no quality, so only times, bytes and speeds are measured; they do not depend on what the weights are
@@ -27,6 +28,8 @@ from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config, parse_bytes
 from recondense.data import CalibrationSet, calibration_set
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.factorize import Decompose
+from recondense.methods.moei2 import InterExpertPruning
 from recondense.plan import Condense, Plan
 from recondense.profiling import Variant, peak_tensor_bytes, profile_variants
 from recondense.searching import scratch_bytes
@@ -39,16 +42,28 @@ GIBIBYTE = 2**30
 # 9 layers with E(4+4): from shapes (METHODS.md section 2.8), and the authors' measurements.
 ARITHMETIC_RATIO, PUBLISHED_RATIO, PUBLISHED_SPEEDUP = 0.6954, 0.697, 1.30
 
+STAGES = {
+    "importance": "expert importance",
+    "genetic": "genetic search",
+    "reception_field": "KT-reception field",
+    "ranks": "ranks, importance of the retained experts",
+}
+
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=("cdmoe", "moei2"), default="cdmoe")
     parser.add_argument("--scale", choices=("real", "tiny"), default="real")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--implementation", choices=("grouped_mm", "eager", "batched_mm"), default="grouped_mm")
     parser.add_argument("--condense", type=int, default=9, help="layers to condense")
     parser.add_argument("--experts", type=int, default=4, help="routed experts that they keep")
+    parser.add_argument(
+        "--prune-ratio", type=float, default=0.25, help="moei2: fraction of the routed experts that goes"
+    )
+    parser.add_argument("--average-rank", default="auto", help="moei2: of the factors; auto is 512 at real size")
     parser.add_argument("--texts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--texts-file", type=Path, help="jsonl or plain text, with --tokenizer; default: random tokens")
@@ -63,6 +78,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.texts_file is None) != (args.tokenizer is None):
         parser.error("--texts-file and --tokenizer go together")
+    if args.average_rank != "auto":
+        args.average_rank = int(args.average_rank)
     if args.max_scratch_bytes != "auto":
         args.max_scratch_bytes = parse_bytes(args.max_scratch_bytes)
     return args
@@ -105,6 +122,36 @@ def search(
     return Plan("qwen", tuple(operations), search=record), figures
 
 
+def stages(
+    model: PreTrainedModel, calibration: CalibrationSet, args: argparse.Namespace
+) -> tuple[Plan, dict[str, Any]]:
+    """MoE-I²: seconds of every stage of the search, each step as `train.py` runs it; the model is left as it was."""
+    scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
+    seconds: dict[str, float] = {}
+    operations: list[Any] = []
+    tapes: list[Tape] = []
+
+    def step(method: Any, before: str) -> list[Any]:
+        blocks = calibration.blocks(TEXTS_PER_BLOCK)
+        tape, seconds[f"taping before {before}"] = timed(lambda: Tape.record(model, blocks), model.device)
+        tapes[:] = [tape]
+        (found, record), _ = timed(lambda: method.search(model, lambda: tape, {}, scratch), model.device)
+        seconds.update({STAGES.get(name, name): value for name, value in record["seconds"].items()})
+        operations.extend(found)
+        return found
+
+    def both() -> None:
+        pruned = Plan("qwen", tuple(step(InterExpertPruning(prune_ratio=args.prune_ratio), "pruning")))
+        originals, seconds["pruning"] = timed(lambda: surgery.apply(model, pruned), model.device)
+        step(Decompose(average_rank=args.average_rank), "factorizing")
+        for layer, block in originals.items():
+            families.set_block(model, layer, block)
+
+    peak = peak_tensor_bytes(both, model.device)
+    figures = {"seconds": seconds, "tape_bytes": tapes[0].nbytes, "peak_tensor_bytes": peak}
+    return Plan("qwen", tuple(operations)), {**figures, "max_scratch_bytes": scratch}
+
+
 def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: int) -> dict[str, Any]:
     """One whole-model pass of the authors' procedure, LM head included, and how many they would make."""
     layers = bf.moe_layers(model)
@@ -115,12 +162,12 @@ def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: in
     return {"pass_seconds": min(times), "passes": passes, "estimated_seconds": passes * min(times)}
 
 
-def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes and speeds before and after condensing, in alternation; the model is left condensed."""
-    originals = surgery.apply(model, plan)
+def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
+    """Seconds of surgery; bytes and speeds before and after, in alternation. The model is left compressed."""
+    originals, seconds = timed(lambda: surgery.apply(model, plan), model.device)
     variants: dict[str, Variant] = {
         "original": lambda: families.swapped(model, originals),
-        "condensed": lambda: nullcontext(model),
+        "compressed": lambda: nullcontext(model),
     }
     found = {}
     for batch_size in args.batch_sizes:
@@ -134,15 +181,15 @@ def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> di
             device=model.device,
             seed=0,
         )
-        before, after = measured["original"], measured["condensed"]
+        before, after = measured["original"], measured["compressed"]
         found[str(batch_size)] = {
             "original": before.to_dict(),
-            "condensed": after.to_dict(),
+            "compressed": after.to_dict(),
             "memory_ratio": after.weights_bytes / before.weights_bytes,
             "prefill_speedup": after.prefill_tokens_per_second / before.prefill_tokens_per_second,
             "decode_speedup": after.decode_tokens_per_second / before.decode_tokens_per_second,
         }
-    return found
+    return seconds, found
 
 
 def search_table(found: dict[str, Any], theirs: dict[str, Any]) -> Table:
@@ -156,13 +203,23 @@ def search_table(found: dict[str, Any], theirs: dict[str, Any]) -> Table:
     return table
 
 
+def stage_table(found: dict[str, Any], surgery_seconds: float) -> Table:
+    """Times of MoE-I²'s stages."""
+    table = Table("stage", "seconds", title="MoE-I²")
+    for name, value in {**found["seconds"], "surgery (pruning, factors)": surgery_seconds}.items():
+        table.add_row(name, f"{value:.2f}")
+    return table
+
+
 def speed_table(found: dict[str, Any], args: argparse.Namespace) -> Table:
     """Bytes and speeds, with the published figures where the setting is the published one."""
-    published = args.scale == "real" and (args.condense, args.experts) == (9, 4)
+    published = args.method == "cdmoe" and args.scale == "real" and (args.condense, args.experts) == (9, 4)
     title = f"{args.condense} layers condensed, {args.experts} routed experts kept"
-    table = Table("batch", "", "original", "condensed", "ratio", "published", title=title)
+    if args.method == "moei2":
+        title = f"{args.prune_ratio:.0%} of the experts pruned, average rank {args.average_rank}"
+    table = Table("batch", "", "original", "compressed", "ratio", "published", title=title)
     for batch, each in found.items():
-        before, after = each["original"], each["condensed"]
+        before, after = each["original"], each["compressed"]
         ratio = f"{PUBLISHED_RATIO} (shapes: {ARITHMETIC_RATIO})" if published else ""
         weights = [f"{side['weights_bytes'] / GIBIBYTE:.3f}" for side in (before, after)]
         table.add_row(batch, "weights, GiB", *weights, f"{each['memory_ratio']:.4f}", ratio)
@@ -191,17 +248,23 @@ def main() -> None:
         f"{model.num_parameters():,} parameters, random, {args.dtype}, on {where['device']} (made in {seconds:.0f} s); "
         f"{len(calibration)} texts, {calibration.num_tokens} tokens; experts {args.implementation}"
     )
-    plan, found = search(model, calibration, args)
-    theirs = authors(model, calibration, args.experts)
-    console.print(search_table(found, theirs))
-    speeds = profiles(model, plan, args)
+    figures: dict[str, Any] = {}
+    if args.method == "cdmoe":
+        plan, found = search(model, calibration, args)
+        figures["authors"] = authors(model, calibration, args.experts)
+        console.print(search_table(found, figures["authors"]))
+        surgery_seconds, speeds = profiles(model, plan, args)
+    else:
+        plan, found = stages(model, calibration, args)
+        surgery_seconds, speeds = profiles(model, plan, args)
+        console.print(stage_table(found, surgery_seconds))
     console.print(speed_table(speeds, args))
     console.print(
-        f"search: {found['layer_runs']} decoder-layer runs, tape {found['tape_bytes'] / GIBIBYTE:.2f} GiB, "
-        f"peak {found['peak_tensor_bytes'] / GIBIBYTE:.2f} GiB beside the model"
+        f"search: tape {found['tape_bytes'] / GIBIBYTE:.2f} GiB, peak {found['peak_tensor_bytes'] / GIBIBYTE:.2f} GiB "
+        "beside the model"
     )
     layers = [operation.layer for operation in plan.operations]
-    figures = {"search": found, "authors": theirs, "layers": layers, "profiles": speeds}
+    figures |= {"search": found, "surgery_seconds": surgery_seconds, "layers": layers, "profiles": speeds}
     subjects.write_json(args.json, vars(args), where, figures)
 
 

@@ -10,13 +10,16 @@ import pytest
 import torch
 from tiny_models import FAMILIES, condense_plan, logits, recorded, unchanged, windows
 
-from recondense import families, loading
+from recondense import families, loading, surgery
 from recondense.config import ModelConfig, RecoveryConfig, TrainerConfig
 from recondense.data import RecoveryData
 from recondense.export import export
 from recondense.fitting import fit
+from recondense.low_rank import LowRankExperts
 from recondense.methods.cdmoe import CDMoE
-from recondense.plan import Plan
+from recondense.methods.factorize import Decompose
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.plan import Plan, Refit
 from recondense.recovery import RecoveryModule
 
 pytestmark = pytest.mark.gpu
@@ -104,6 +107,61 @@ def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
         again.cuda().eval()
         mine, theirs = logits(model, ids).float(), logits(again, ids).float()
         torch.testing.assert_close(theirs, mine, rtol=0, atol=0.05 * float(mine.abs().max()))
+
+
+def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]]:
+    """Prune, factorize (with whitening) and refit a model; the plan, the importances, the errors of the refit."""
+
+    def tape() -> Any:
+        return recorded(model)
+
+    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
+    pruned, record = step.search(model, tape, {}, 1 << 30)
+    originals = surgery.apply(model, Plan("tiny", tuple(pruned)))
+    ranks, _ = Decompose(average_rank=4, whitening=True).search(model, tape, {}, 1 << 30)
+    for layer, block in originals.items():
+        families.set_block(model, layer, block)
+    plan = Plan("tiny", (*pruned, *ranks, *(Refit(each.layer, "down_proj", 1e-2) for each in ranks)))
+    originals = surgery.apply(model, plan, tape)
+    return plan, record["expert_importance"], surgery.refit(model, plan, originals, tape, 1 << 30)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moei2_on_cuda_is_the_cpus(family: str) -> None:
+    """fp32: the experts that go, ranks, whitened factors, refit."""
+    ids, one, other = windows(3, 8), FAMILIES[family](), FAMILIES[family]().cuda()
+    (plan, importance, errors), (mine, my_importance, my_errors) = moei2(one), moei2(other)
+    assert mine.operations == plan.operations
+    for layer, values in importance.items():
+        assert my_importance[layer] == pytest.approx(values, rel=1e-3)
+    for number, each in errors.items():
+        assert my_errors[number] == pytest.approx(each, rel=1e-2)
+    expected = logits(one, ids)
+    torch.testing.assert_close(
+        logits(other, ids.cuda()).cpu(), expected, rtol=0, atol=1e-2 * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("ranks", [(8, 8, None, 16, 8, 8), (3, 5, 5, None, 7, 3)])
+def test_low_rank_experts_in_bf16_on_cuda(ranks: tuple[int | None, ...]) -> None:
+    """By grouped products and expert by expert, forward and backward, against fp32 on the CPU."""
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        torch.manual_seed(0)
+        low = LowRankExperts(
+            64, 32, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), ranks), torch.nn.functional.silu
+        )
+        for parameter in low.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        low = low.to(device, dtype).requires_grad_(True)
+        x = torch.randn(40, 64).to(device, dtype).requires_grad_(True)
+        y = low(x, torch.randint(0, 5, (40, 2)).to(device), torch.rand(40, 2).to(device, dtype))
+        y.sum().backward()
+        assert x.grad is not None
+        gradients = [parameter.grad for parameter in low.parameters() if parameter.grad is not None]
+        found.append([each.float().cpu() for each in (y.detach(), x.grad, *gradients)])
+    for expected, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
 def test_device_names() -> None:

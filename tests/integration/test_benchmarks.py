@@ -1,0 +1,64 @@
+"""Benchmarks run to their end at a size of seconds, and write what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.runs import ROOT
+
+GENETIC = ["--experts", "8", "--top-k", "2", "--hidden-size", "32", "--width", "16", "--texts", "1", "--dropped", "3"]
+RUNS = {
+    "search": [
+        *("benchmarks/search.py", "--method", "moei2", *GENETIC, "--population", "6", "--iterations", "3"),
+        *("--threads", "1"),
+    ],
+    "low_rank": [
+        *("benchmarks/low_rank.py", "--shapes", "4x64x48", "--tokens", "8", "--seconds", "0.01", "--threads", "1"),
+    ],
+    "real_size": [
+        *("benchmarks/real_size.py", "--method", "moei2", "--device", "cpu", "--scale", "tiny", "--dtype", "float32"),
+        *("--texts", "2", "--tokens", "16", "--batch-sizes", "1", "--new-tokens", "2", "--repetitions", "1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_benchmark(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, *RUNS[name], "--json", str(tmp_path / "figures.json")]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=env)
+    assert done.returncode == 0, done.stderr
+    CHECKS[name](json.loads((tmp_path / "figures.json").read_text()))
+
+
+def genetic(figures: dict[str, Any]) -> None:
+    for case in figures["cases"].values():
+        assert case["same_survivors"] and case["same_generations"] == case["generations"] == 3
+        assert case["largest_relative_difference"] < 1e-5
+    scored = [case["scored"]["block"] for case in figures["cases"].values()]
+    assert scored[0] == 18 > scored[1]  # sets remembered
+
+
+def low_rank(figures: dict[str, Any]) -> None:
+    for cell in figures["cells"]:
+        # Ranks are whole: one of 27 is 0.04.
+        assert cell["arithmetic"] == pytest.approx(float(cell["ranks"].partition(" ")[0]), abs=0.05)
+        assert all(cell[f"{way} 8"]["times_faster"] > 0 for way in ("forward", "backward"))
+    assert any("uneven" in cell["ranks"] and cell["different"] > 1 for cell in figures["cells"])
+
+
+def real_size(figures: dict[str, Any]) -> None:
+    seconds = figures["search"]["seconds"]
+    assert {"expert importance", "genetic search", "KT-reception field"} < set(seconds)
+    assert all(value > 0 for value in seconds.values()) and figures["surgery_seconds"] > 0
+    assert 0.5 < figures["profiles"]["1"]["memory_ratio"] < 0.8
+
+
+CHECKS = {"search": genetic, "low_rank": low_rank, "real_size": real_size}
