@@ -37,7 +37,7 @@ BUDGETS: dict[str, list[str]] = {
     "svd_llm": ["method.memory_ratio=0.8"],
     "cdmoe_moei2": [
         *("method.memory_ratio=0.85", "method.num_experts=[2]", "method.prune_ratios=[0.34]"),
-        *("method.kept_ratios=[0.5]", "method.population=20"),
+        *("method.kept_ratios=[0.5]", "method.population=20", "method.parents=5"),
     ],
     "moei2": ["method.prune_ratio=0.34", "method.memory_ratio=0.7", "method.population=10", "method.parents=4"],
 }

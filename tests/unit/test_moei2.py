@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from brute_force_moei2 import best_of_block, change, loss_without
-from tiny_models import FAMILIES, blocks, deepseek_v2, qwen2_moe, recorded, texts, unchanged
+from tiny_models import FAMILIES, blocks, condense_plan, deepseek_v2, qwen2_moe, recorded, texts, unchanged
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from recondense import families, surgery
@@ -20,8 +20,10 @@ from recondense.methods.genetic import Genetic, best_sets
 from recondense.methods.importance import expert_importance
 from recondense.methods.kt_field import reception_field
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.naee import NAEE
 from recondense.methods.replay import Replay
-from recondense.plan import Factorize, Plan, Prune
+from recondense.methods.saliency import SaliencyPruning
+from recondense.plan import Factorize, Merge, Plan, Prune
 from recondense.summary import sizes
 
 MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
@@ -157,7 +159,7 @@ def test_published_cuts_from_the_shapes_alone(
         kept = 0
         for layer, number in numbers.items():
             own = [importance[layer] * spread ** (j / experts) for j in range(experts - number)]
-            multiple = ranks.automatic_multiple(hidden, width)
+            multiple = ranks.multiple_of("auto", hidden, width, rank)
             kept += ranks.parameters(ranks.allocate(own, rank, hidden, width, multiple=multiple), hidden, width)
         assert 1 - kept / (layers * experts * dense) == pytest.approx(cut, abs=1e-4)
 
@@ -209,11 +211,90 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
     assert achieved["kept_of_routed_experts"] == pytest.approx(kept)
 
 
+def test_an_exact_search_that_would_not_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"5\.32e\+13 sets of 15 of 60 experts"):
+        best_sets(lambda dropped_PE: dropped_PE.sum(dim=1), 60, 15, Genetic(search="exact"), 0)
+
+
+def test_lm_loss_importance_is_what_is_lost() -> None:
+    """Relative to the whole model's loss, or as it is: then all are nearly equal."""
+    model = qwen2_moe()
+    tape, block = recorded(model), families.sparse_blocks(model)[1]
+    raw, lost = (expert_importance(model, tape, block, "lm_loss", normalize, 1 << 30) for normalize in (False, True))
+    whole = loss_without(model, [torch.tensor(text) for text in texts()], {})
+    assert lost == pytest.approx([max(0.0, value - whole) for value in raw], abs=1e-3)
+    assert max(raw) / min(raw) < 1.1 < 2 < max(lost) / max(min(lost), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["layer_output", "lm_loss"])
+@torch.no_grad()
+def test_importance_where_no_expert_is_to_spare(kind: str) -> None:
+    """As many experts as a token selects: without one, the others share its weight among them, or nobody takes it."""
+    for normalized in (False, True):
+        model = qwen2_moe(num_experts=2, norm_topk_prob=normalized)
+        tape, block = recorded(model), families.sparse_blocks(model)[1]
+        found = expert_importance(model, tape, block, kind, False, 1 << 30)
+        for expert in range(2):
+            total = 0.0
+            for trace in tape.trace(model, 1):
+                logits_TE = block.router(trace.x_TD)[0].clone()
+                logits_TE[:, expert] = -torch.inf
+                weight_T = logits_TE.softmax(dim=1)[:, 1 - expert]  # 1: the only one that is left
+                other = block.weights
+                gate, up = (trace.x_TD @ other.gate_up_EHD[1 - expert].T).chunk(2, dim=1)
+                left_TD = weight_T[:, None] * ((torch.nn.functional.silu(gate) * up) @ other.down_EDF[1 - expert].T)
+                whole_TD = block.experts(trace.x_TD, trace.top_k_index_TK, trace.top_k_weights_TK)
+                total += float((whole_TD - left_TD).double().square().sum())
+            assert found[expert] == pytest.approx(total**0.5, rel=1e-3)
+
+
+def test_layers_that_cannot_be_searched() -> None:
+    """All condensed: nothing to prune. Merged: no expert can be dropped alone. All zero: no division by the norm."""
+    model = qwen2_moe()
+    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
+    merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
+    originals = surgery.apply(model, Plan("tiny", (merged,)))
+    with pytest.raises(ValueError, match="layer 1: its experts were merged"):
+        step.search(model, lambda: recorded(model), {}, 1 << 30)
+    for layer, block in originals.items():
+        families.set_block(model, layer, block)
+    surgery.apply(model, condense_plan(model, [0, 1, 2]))
+    for each in (step, SaliencyPruning("reap", removed_expert_ratio=0.3), NAEE(removed_expert_ratio=0.3), Decompose()):
+        assert each.search(model, lambda: recorded(model), {}, 1 << 30)[0] == []
+    model = qwen2_moe()
+    torch.nn.init.zeros_(families.sparse_blocks(model)[1].weights.down_EDF)
+    torch.nn.init.zeros_(model.model.layers[1].mlp.shared_expert.down_proj.weight)
+    operations, record = step.search(model, lambda: recorded(model), {}, 1 << 30)
+    assert record["expert_importance"]["1"] == [0.0] * 6 and operations
+
+
+@pytest.mark.parametrize(("average", "multiple"), [(16, "auto"), (100, "auto"), (512, "auto"), (16, 1)])
+def test_the_multiple_suits_the_average_rank(average: int, multiple: Any) -> None:
+    """Small averages get small steps: nothing overshoots what was asked for."""
+    own = ranks.multiple_of(multiple, 2048, 1408, average)
+    found = ranks.allocate([1.0, 2.0, 3.0, 4.0], average, 2048, 1408, multiple=own)
+    assert sum(rank or 0 for rank in found) <= 4 * average < sum(rank or 0 for rank in found) + own
+    assert own <= max(1, average / 16)
+
+
 def test_refusals() -> None:
     facts = families.facts(qwen2_moe().config)
     assert "at most 0.6667" in InterExpertPruning(prune_ratio=0.8).check(facts)[0]
     grouped = families.facts(deepseek_v2(n_group=2, topk_method="group_limited_greedy").config)
     assert "groups" in InterExpertPruning().check(grouped)[0]
+    facts = families.facts(qwen2_moe(hidden_size=64, moe_intermediate_size=64).config)
+    assert not Decompose(average_rank=31).check(facts)
+    assert "below 32" in Decompose(average_rank=32).check(facts)[0]
+    assert "rank_multiple=8" in Decompose(average_rank=4, rank_multiple=8).check(facts)[0]
+    assert "rank_multiple=64" in Decompose(memory_ratio=0.5, rank_multiple=64).check(facts)[0]
+    with pytest.raises(ValueError, match="both null"):
+        Decompose(average_rank=None, required=True)
+    assert "combinations" in InterExpertPruning(num_candidates=200, block_size=6).check(facts)[0]
+    assert "not one of 18" in InterExpertPruning(prune_ratio=0.01).check(facts)[0]
+    with pytest.raises(ValueError, match="both given"):
+        InterExpertPruning(memory_ratio=0.5, removed_expert_ratio=0.5)
+    with pytest.raises(ValueError, match=r"below method\.population=20"):
+        InterExpertPruning(population=20, parents=20)
     with pytest.raises(ValueError, match="parents") as error:
         InterExpertPruning(prune_ratio=1.5, parents=200, importance="size", search_kind="all", block_size=0)
     assert len(str(error.value).splitlines()) == 5

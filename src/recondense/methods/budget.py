@@ -72,6 +72,12 @@ class Budget:
         size = expert + (counts.router_row if router_rows else 0)
         return max(0, math.ceil(self.expert_parameters_to_remove(model) / size))
 
+    def experts_at_most(self, model: PreTrainedModel) -> int:
+        """Whole experts that may still go before more is gone than was asked for."""
+        counts = families.parameter_counts(model.config)
+        size = counts.expert + (counts.router_row if self.memory_ratio is not None else 0)
+        return self.expert_parameters_to_remove(model) // size
+
     def expert_parameters_to_remove(self, model: PreTrainedModel) -> int:
         """Parameters that still have to go: of the routed experts for removed_expert_ratio, of any for memory_ratio."""
         counts = families.parameter_counts(model.config)

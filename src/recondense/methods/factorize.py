@@ -38,10 +38,11 @@ class Decompose:
         ratio: fraction of the experts' present parameters that stays.
         removed_expert_ratio, memory_ratio: budgets of the whole model; what earlier steps removed counts.
         alpha: how much more rank important experts get; 0 gives all the same.
-        rank_multiple: ranks are multiples of this; "auto": see `ranks.automatic_multiple`; 1 rounds nothing.
+        rank_multiple: ranks are multiples of this; "auto": see `ranks.multiple_of`; 1 rounds nothing.
         whitening: factors of least error on the calibration activations.
         importance: "layer_output", "lm_loss", or "uniform".
         normalize: see `expert_importance`.
+        required: one of the three must be given.
 
     Raises:
         ValueError: a setting outside its range.
@@ -58,10 +59,11 @@ class Decompose:
     whitening: bool = False
     importance: str = "layer_output"
     normalize: bool = True
+    required: bool = False
 
     def __post_init__(self) -> None:
-        problems = self.budget.problems(required=False)
         rank = self.average_rank
+        problems = self.budget.problems(required=self.required and rank is None and self.ratio is None)
         if rank not in (None, "auto") and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             problems.append(f"method.average_rank={rank} must be a whole number of at least 1, auto or null")
         if self.ratio is not None and not 0 < self.ratio <= 1:
@@ -78,20 +80,31 @@ class Decompose:
     def budget(self) -> Budget:
         return Budget(self.removed_expert_ratio, self.memory_ratio)
 
+    @property
+    def _by_share(self) -> bool:
+        """Whether a budget or a ratio gives the average rank."""
+        return self.budget.given or self.ratio is not None
+
     def check(self, facts: Facts) -> list[str]:
         """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
-        full = min(facts.hidden_size, facts.expert_width)
-        if isinstance(self.average_rank, int) and self.average_rank > full:
-            return [
-                f"method.average_rank={self.average_rank}: an expert of {facts.hidden_size} x {facts.expert_width} "
-                f"has full rank {full}; factors save nothing above the break-even rank, "
-                f"{ranks.break_even(facts.hidden_size, facts.expert_width):.0f}"
-            ]
-        return []
+        cap = ranks.break_even(facts.hidden_size, facts.expert_width)
+        least = 1 if self.rank_multiple == "auto" else int(self.rank_multiple)
+        problems = []
+        if isinstance(self.average_rank, int) and not least <= self.average_rank < cap and not self._by_share:
+            problems.append(
+                f"method.average_rank={self.average_rank}: must be at least method.rank_multiple={least} and below "
+                f"{cap:.4g}, the rank at which the factors of an expert of {facts.hidden_size} x {facts.expert_width} "
+                "have as many parameters as the expert; null factorizes nothing"
+            )
+        if least >= cap:
+            problems.append(
+                f"method.rank_multiple={least}: must be below {cap:.4g}, from where on factors save nothing"
+            )
+        return problems
 
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration; ranks and budgets are not part of it."""
-        return {"method": "decompose", "version": 1, "importance": self.importance, "normalize": self.normalize}
+        return {"method": "decompose", "version": 2, "importance": self.importance, "normalize": self.normalize}
 
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
@@ -117,7 +130,7 @@ class Decompose:
             return [], {**self.key(), "seconds": {}}
         _, hidden_size, expert_width = next(iter(blocks.values())).weights.down_EDF.shape
         importance = self._importance(model, blocks, tape, cache, max_scratch_bytes)
-        average, found = self._ranks(model, importance, hidden_size, expert_width)
+        multiple, average, found = self._ranks(model, importance, hidden_size, expert_width)
         changed = {layer: each for layer, each in found.items() if any(rank is not None for rank in each)}
         operations = [
             Factorize(layer, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), tuple(each)), self.whitening)
@@ -130,7 +143,7 @@ class Decompose:
             **self.key(),
             **self.budget.settings(),
             "alpha": self.alpha,
-            "rank_multiple": ranks.multiple_of(self.rank_multiple, hidden_size, expert_width),
+            "rank_multiple": multiple,
             "whitening": self.whitening,
             "average_rank": average,
             "break_even": ranks.break_even(hidden_size, expert_width),
@@ -142,17 +155,29 @@ class Decompose:
 
     def _ranks(
         self, model: PreTrainedModel, importance: dict[int, Sequence[float]], hidden_size: int, expert_width: int
-    ) -> tuple[float, dict[int, ranks.Ranks]]:
+    ) -> tuple[int, float, dict[int, ranks.Ranks]]:
+        """What ranks are multiples of, their average, and each layer's."""
         shape = hidden_size, expert_width
-        how = *shape, self.alpha, ranks.multiple_of(self.rank_multiple, *shape)
-        dense = sum(ranks.parameters([None] * len(each), *shape) for each in importance.values())
+        num_experts = sum(len(each) for each in importance.values())
+        dense = ranks.parameters([None] * num_experts, *shape)
+        if not self._by_share:
+            average = ranks.automatic(*shape) if self.average_rank == "auto" else self.average_rank
+            assert isinstance(average, int)
+            multiple = ranks.multiple_of(self.rank_multiple, *shape, average)
+            how = *shape, self.alpha, multiple
+            return multiple, average, {layer: ranks.allocate(each, average, *how) for layer, each in importance.items()}
         if self.budget.given:
-            return ranks.within(importance, dense - self.budget.expert_parameters_to_remove(model), *how)
-        if self.ratio is not None:
-            return ranks.within(importance, int(self.ratio * dense), *how)
-        average = ranks.automatic(*shape) if self.average_rank == "auto" else self.average_rank
-        assert isinstance(average, int)
-        return average, {layer: ranks.allocate(each, average, *how) for layer, each in importance.items()}
+            kept = dense - self.budget.expert_parameters_to_remove(model)
+        else:
+            kept = int((self.ratio or 1.0) * dense)
+        multiple = ranks.multiple_of(self.rank_multiple, *shape, kept / ranks.parameters([1] * num_experts, *shape))
+        least = ranks.parameters([multiple] * num_experts, *shape)
+        if kept < least and self.budget.given:
+            raise ValueError(
+                f"method: the budget asks for more than factors can save; rank {multiple} for every expert gives "
+                f"{self.budget.at_best(model, dense - least)}"
+            )
+        return multiple, *ranks.within(importance, kept, *shape, self.alpha, multiple)
 
     def _importance(
         self,
@@ -169,15 +194,8 @@ class Decompose:
             for layer, block in blocks.items():
                 key = f"importance-{layer:03d}"
                 if key not in cache:
-                    cache[key] = {"importance": self._of(model, block, tape, max_scratch_bytes)}
+                    values = expert_importance(model, tape(), block, self.importance, self.normalize, max_scratch_bytes)
+                    cache[key] = {"importance": values}
                 found[layer] = list(cache[key]["importance"])
                 bar.advance()
         return found
-
-    def _of(
-        self, model: PreTrainedModel, block: families.SparseBlock, tape: Callable[[], Tape], max_scratch_bytes: int
-    ) -> list[float]:
-        """Importances of one layer; all alike where none can be missed, because top_k are left."""
-        if block.num_experts == block.routing.top_k:
-            return [1.0] * block.num_experts
-        return expert_importance(model, tape(), block, self.importance, self.normalize, max_scratch_bytes)

@@ -15,6 +15,7 @@ Errors = Callable[[Tensor], Tensor]
 Set = tuple[int, ...]
 DIGITS = 6  # errors are compared to so many significant digits: the last ones differ between ways to compute them
 CHUNK = 1024  # sets scored at once when all are
+MOST_SETS = 10**7  # that an exact search tries: about an hour
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class Genetic:
             for name, least in (("population", 2), ("iterations", 1), ("parents", 2))
             if getattr(self, name) < least
         ]
-        if self.parents > self.population:
-            found.append(f"method.parents={self.parents} must be at most method.population={self.population}")
+        if self.parents >= self.population:
+            found.append(
+                f"method.parents={self.parents} must be below method.population={self.population}: the rest of a "
+                "generation are their children"
+            )
         if not 0 <= self.mutation <= 1:
             found.append(f"method.mutation={self.mutation} must lie between 0 and 1")
         if self.search not in ("auto", "genetic", "exact"):
@@ -83,10 +87,18 @@ def best_sets(
 
     Returns:
         (set, error) with ascending sets, best first; the lexicographically first among equals.
+
+    Raises:
+        ValueError: all sets are to be tried, and there are too many.
     """
     if num_dropped == 0:
         return [((), 0.0)]
     number = math.comb(num_experts, num_dropped)
+    if settings.search == "exact" and number > MOST_SETS:
+        raise ValueError(
+            f"method.search=exact: there are {number:.3g} sets of {num_dropped} of {num_experts} experts, and at most "
+            f"{MOST_SETS:,} are tried; use genetic or auto"
+        )
     if settings.search == "exact" or (settings.search == "auto" and number <= settings.enumerate_below):
         return _enumerate(errors, num_experts, num_dropped, num_best, advance)
     draw = random.Random(seed)

@@ -36,15 +36,18 @@ def expert_importance(
 ) -> list[float]:
     """I_j of each expert of one layer: the loss on the calibration set when only expert j is missing.
 
-    Its logit is −∞ before the softmax. Which loss the paper means is open; both are its readings.
+    Its logit is −∞ before the softmax. Which loss the paper means is open; both are its readings. Where only top_k
+    experts are left, nothing is selected in its stead.
 
     Args:
         model: as the tape saw it; left bit-identical.
         tape: its hidden states.
         block: the layer.
         kind: "layer_output": ‖F(X) − F^{−j}(X)‖_F of the MoE layer. "lm_loss": the model's next-token loss, mean over
-            all predicted tokens; only this layer and those above run again.
-        normalize: divide a layer_output by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms.
+            all predicted tokens; only this layer and those above run again. A layer with only top_k experts, whose
+            router cannot do without one, is measured by its output all the same.
+        normalize: of a layer_output, divide it by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms. Of
+            an lm_loss, take the loss of the whole model off, not below 0: else all importances are nearly equal.
         max_scratch_bytes: bound on temporaries of scoring, logits included.
         advance: called after each expert, or once for all of them.
 
@@ -53,22 +56,25 @@ def expert_importance(
 
     Reference: arXiv 2411.01016, section 3.1.
     """
-    if kind == "lm_loss":
+    if kind == "lm_loss" and block.num_experts > block.routing.top_k:
+        least = _loss_without(model, tape, block, None, max_scratch_bytes) if normalize else 0.0
         losses = []
         for expert in range(block.num_experts):
-            losses.append(_loss_without(model, tape, block, expert, max_scratch_bytes))
+            losses.append(max(0.0, _loss_without(model, tape, block, expert, max_scratch_bytes) - least))
             advance()
         return losses
-    replay = Replay(model, tape, block, 1, max_scratch_bytes)
+    replay = Replay(model, tape, block, 1, max_scratch_bytes, least_retained=1)
     errors = replay.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
     advance()
-    return [error / replay.output_norm for error in errors] if normalize else errors
+    return [error / max(replay.output_norm, 1e-300) for error in errors] if normalize else errors
 
 
-def _loss_without(model: PreTrainedModel, tape: Tape, block: SparseBlock, expert: int, max_scratch_bytes: int) -> float:
-    """Mean next-token loss in nats with one expert dropped, the layers below taken from the tape."""
+def _loss_without(
+    model: PreTrainedModel, tape: Tape, block: SparseBlock, expert: int | None, max_scratch_bytes: int
+) -> float:
+    """Mean next-token loss in nats with one expert dropped, or none; the layers below are taken from the tape."""
     retained = [each for each in range(block.num_experts) if each != expert]
-    masked = families.masked_block(block, retained)
+    masked = block.module if expert is None else families.masked_block(block, retained)
     total, count = 0.0, 0
     with families.swapped(model, {block.layer: masked}), evaluating(model):
         for index, texts in enumerate(tape.blocks):

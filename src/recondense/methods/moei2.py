@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from recondense import families
 from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import inverse_importance
+from recondense.methods.budget import Budget
 from recondense.methods.genetic import Genetic, best_sets, layer_seed
 from recondense.methods.importance import KINDS, expert_importance
 from recondense.methods.kt_field import reception_field
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from recondense.calibrate import Tape
 
 Cache = MutableMapping[str, dict[str, Any]]
+MOST_COMBINATIONS = 10_000  # of a block's candidates, each a run of decoder layers
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class InterExpertPruning:
 
     Args:
         prune_ratio: fraction of all routed experts that goes.
+        removed_expert_ratio, memory_ratio: a budget of the whole method; where it asks for less, fewer experts go.
         importance: the loss behind an expert's importance: "layer_output" or "lm_loss".
         normalize: layer_output relative to the layer's own output; the raw norm grows with depth.
         population, iterations, parents, mutation, search: see `Genetic`.
@@ -49,6 +52,8 @@ class InterExpertPruning:
     """
 
     prune_ratio: float = 0.25
+    removed_expert_ratio: float | None = None
+    memory_ratio: float | None = None
     importance: str = "layer_output"
     normalize: bool = True
     population: int = 100
@@ -61,7 +66,9 @@ class InterExpertPruning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = self.genetic.problems()
+        problems = [*self.genetic.problems(), *self.budget.problems(required=False)]
+        if self.removed_expert_ratio is not None and self.memory_ratio is not None:
+            problems.append("method.removed_expert_ratio and method.memory_ratio are both given: set one to null")
         if not 0 < self.prune_ratio < 1:
             problems.append(f"method.prune_ratio={self.prune_ratio} must lie between 0 and 1")
         if self.importance not in KINDS:
@@ -71,6 +78,10 @@ class InterExpertPruning:
                 problems.append(f"method.{name}={getattr(self, name)} must be at least 1")
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.removed_expert_ratio, self.memory_ratio)
 
     @property
     def genetic(self) -> Genetic:
@@ -86,13 +97,21 @@ class InterExpertPruning:
                 f"method.prune_ratio={self.prune_ratio}: {facts.num_experts} experts a layer, of which each token "
                 f"selects {facts.top_k}: at most {most / total:.4g} can go"
             )
+        if round(self.prune_ratio * total) < 1:
+            problems.append(f"method.prune_ratio={self.prune_ratio}: not one of {total} experts would go")
+        runs = self.num_candidates**self.block_size
+        if runs > MOST_COMBINATIONS:
+            problems.append(
+                f"method.num_candidates={self.num_candidates} and method.block_size={self.block_size}: "
+                f"{runs:,} combinations a block; at most {MOST_COMBINATIONS:,} are tried"
+            )
         return problems
 
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration; the ratio is not part of it."""
         names = ("importance", "normalize", "population", "iterations", "parents", "mutation", "search_kind")
         own = {name: getattr(self, name) for name in (*names, "num_candidates", "block_size", "seed")}
-        return {"method": "moei2", "version": 1, **own}
+        return {"method": "moei2", "version": 2, **own}
 
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
@@ -136,10 +155,14 @@ class _Search:
 
     def run(self) -> tuple[list[Prune], dict[str, Any]]:
         started = time.perf_counter()
+        if not self.blocks:
+            return [], {**self.step.key(), "seconds": {}}
         importance = self._importance()
         seconds = {"importance": time.perf_counter() - started}
         experts = {layer: block.num_experts for layer, block in self.blocks.items()}
         total = round(self.step.prune_ratio * sum(experts.values()))
+        if self.step.budget.given:
+            total = min(total, self.step.budget.experts_at_most(self.model))
         layer_importance = {layer: sum(values) for layer, values in importance.items()}
         floor = next(iter(self.blocks.values())).routing.top_k
         numbers = inverse_importance(total, layer_importance, experts, floor)
@@ -156,6 +179,7 @@ class _Search:
         return operations, {
             **self.step.key(),
             "prune_ratio": self.step.prune_ratio,
+            **self.step.budget.settings(),
             "expert_importance": {str(layer): values for layer, values in importance.items()},
             "layer_importance": {str(layer): value for layer, value in layer_importance.items()},
             "dropped": {str(layer): number for layer, number in numbers.items()},

@@ -88,6 +88,8 @@ class NAEE:
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)
+        if not blocks:
+            return [], {**self.key(), "seconds": {}}
         experts = {layer: block.num_experts for layer, block in blocks.items()}
         floor = next(iter(blocks.values())).routing.top_k
         numbers = uniform(self.budget.experts_to_drop(model), experts, floor)
@@ -99,7 +101,7 @@ class NAEE:
                     replay = Replay(model, tape(), blocks[layer], number, max_scratch_bytes)
                     seed = layer_seed(self.seed, layer)
                     best = best_sets(replay.errors, experts[layer], number, self.genetic, seed)[0]
-                    cache[key] = {"dropped": list(best[0]), "error": best[1] / replay.output_norm}
+                    cache[key] = {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
                 entry: dict[str, Any] = cache[key] if number else {"dropped": [], "error": 0.0}
                 found[layer] = tuple(entry["dropped"]), float(entry["error"])
                 bar.advance()

@@ -24,18 +24,20 @@ def automatic(hidden_size: int, expert_width: int) -> int:
     return max(1, int(AUTO_KEPT * break_even(hidden_size, expert_width)))
 
 
-def automatic_multiple(hidden_size: int, expert_width: int) -> int:
-    """What ranks are multiples of: the largest power of two within a 24th of the break-even rank (32 for 2048 x 1408).
+def multiple_of(setting: int | str, hidden_size: int, expert_width: int, average_rank: float) -> int:
+    """What `rank_multiple` means; "auto" is the largest power of two within a 16th of the average rank (32 for 512).
 
     A layer then has a handful of different ranks. Experts of one rank are computed by one grouped product, and their
-    rows lie at the multiples of 16 bytes that such a product asks for.
+    rows lie at the multiples of 16 bytes that such a product asks for. Above a 24th of the break-even rank nothing more
+    is gained.
+
+    Args:
+        average_rank: R_a, or the rank that a budget leaves to every expert.
     """
-    return 1 << max(0, int(break_even(hidden_size, expert_width) / 24).bit_length() - 1)
-
-
-def multiple_of(setting: int | str, hidden_size: int, expert_width: int) -> int:
-    """What `rank_multiple` means for experts of this shape."""
-    return automatic_multiple(hidden_size, expert_width) if setting == "auto" else int(setting)
+    if setting != "auto":
+        return int(setting)
+    most = min(average_rank / 16, break_even(hidden_size, expert_width) / 24)
+    return 1 << max(0, int(most).bit_length() - 1)
 
 
 def multiple_problems(setting: int | str) -> list[str]:

@@ -19,14 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense.families import SparseBlock
-from recondense.modules import expert_outputs
+from recondense.modules import RemappedRouter, expert_outputs
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
 
 TEMPORARIES = 6  # tensors of (tokens, M, P) that scoring a chunk holds at once
-CHUNK_ELEMENTS = 2**18  # of each temporary on a CPU: larger ones leave its cache and take longer
-GRAM_TOKENS = 256  # tokens whose expert outputs are held together
+# Of each temporary, so that sums do not depend on how much memory is free. On a CPU larger ones leave its cache.
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+GRAM_TOKENS = {"cpu": 256, "cuda": 4096}  # tokens whose expert outputs are held together
 STEEP = 60.0  # nats between a token's logits beyond which exponentials relative to the largest leave fp32
 
 
@@ -38,27 +39,40 @@ class Replay:
         tape: its hidden states.
         block: the layer; its router must not select among groups.
         max_dropped: the most experts that a set will have.
+        least_retained: how many experts a set must leave; None: top_k, as any router needs. With fewer a token selects
+            all that are left.
         max_scratch_bytes: bound on temporaries. The Gram matrices (4·T·M² bytes) are kept if they fit half of it, and
-            computed again for each population otherwise; the other half is for scoring. Outputs of GRAM_TOKENS tokens
-            are held besides.
+            computed again for each population otherwise; the other half is for scoring, or for the outputs of
+            GRAM_TOKENS tokens, of fewer where they do not fit.
 
     Equal logits are taken in torch.topk's order over M, where the router takes them in its order over K.
 
     Raises:
-        ValueError: fewer than top_k experts would stay; grouped routing.
+        ValueError: fewer experts would stay than must; grouped routing; merged experts.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tape: Tape, block: SparseBlock, max_dropped: int, max_scratch_bytes: int
+        self,
+        model: PreTrainedModel,
+        tape: Tape,
+        block: SparseBlock,
+        max_dropped: int,
+        max_scratch_bytes: int,
+        least_retained: int | None = None,
     ) -> None:
         routing = block.routing
-        if block.num_experts - max_dropped < routing.top_k:
+        if block.num_experts - max_dropped < (routing.top_k if least_retained is None else least_retained):
             raise ValueError(
                 f"layer {block.layer}: dropping {max_dropped} of {block.num_experts} experts leaves fewer than the "
                 f"{routing.top_k} that each token selects"
             )
         if routing.num_groups > 1:
             raise ValueError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
+        if isinstance(block.router, RemappedRouter):
+            raise ValueError(
+                f"layer {block.layer}: its experts were merged, so that dropping one alone has no meaning; prune "
+                "before merging, or set importance: uniform"
+            )
         self.block = block
         self.max_dropped = max_dropped
         self.max_scratch_bytes = max_scratch_bytes
@@ -94,9 +108,7 @@ class Replay:
         assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
         retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
         total_P = torch.zeros(len(dropped_PE), dtype=torch.float64, device=retained_EP.device)
-        elements = self.max_scratch_bytes // 2 // (4 * TEMPORARIES)
-        if retained_EP.device.type == "cpu":
-            elements = min(elements, CHUNK_ELEMENTS)
+        elements = min(self.max_scratch_bytes // 2 // (4 * TEMPORARIES), CHUNK_ELEMENTS[retained_EP.device.type])
         for index in range(len(self._x)):
             width = self.block.num_experts if self._steep[index] else self.num_candidates
             rows = max(1, elements // (width * len(dropped_PE)))
@@ -140,15 +152,21 @@ class Replay:
     def _gram(self, index: int) -> Tensor:
         """Products of the outputs of each token's candidates, (T, M, M) in fp32."""
         x_TD, index_TM = self._x[index], self._index[index]
-        parts = [self._gram_of(x_TD[part], index_TM[part]) for part in _parts(len(x_TD), GRAM_TOKENS)]
+        fitting = self.max_scratch_bytes // 2 // (4 * self.num_candidates * x_TD.shape[1])
+        rows = max(1, min(GRAM_TOKENS[x_TD.device.type], fitting))
+        parts = [self._gram_of(x_TD[part], index_TM[part]) for part in _parts(len(x_TD), rows)]
         return torch.cat(parts)
 
     def _gram_of(self, x_TD: Tensor, index_TM: Tensor) -> Tensor:
-        weights = self.block.weights
-        outputs_TMD = x_TD.new_empty(*index_TM.shape, x_TD.shape[1], dtype=torch.float32)
-        for expert in index_TM.unique().tolist():
-            token, place = torch.where(index_TM == expert)
-            outputs_TMD[token, place] = expert_outputs(x_TD[token], weights, [expert])[0].float()
+        """The tokens of each expert together: one wait for the device, however many experts there are."""
+        order = index_TM.flatten().argsort(stable=True)
+        counts = torch.bincount(index_TM.flatten(), minlength=self.block.num_experts).tolist()
+        outputs_SD = x_TD.new_empty(index_TM.numel(), x_TD.shape[1], dtype=torch.float32)
+        for expert, rows in enumerate(order.split(counts)):
+            if len(rows):
+                x_tD = x_TD[rows // index_TM.shape[1]]
+                outputs_SD[rows] = expert_outputs(x_tD, self.block.weights, [expert])[0].float()
+        outputs_TMD = outputs_SD.unflatten(0, index_TM.shape)
         return torch.bmm(outputs_TMD, outputs_TMD.transpose(1, 2))
 
 

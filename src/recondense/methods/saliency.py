@@ -99,6 +99,8 @@ class SaliencyPruning:
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)
+        if not blocks:
+            return [], {**self.key(), "seconds": {}}
         scores: dict[int, list[float]] = {}
         with progress(f"saliency: {self.saliency}", len(blocks)) as bar:
             for layer, block in blocks.items():
