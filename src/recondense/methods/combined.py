@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from recondense.families import Facts
 from recondense.methods.budget import Budget
+from recondense.methods.cdmoe import CDMoE
 from recondense.methods.damage import Damage
 from recondense.methods.genetic import Genetic
 from recondense.methods.knapsack import least_damage
@@ -38,7 +39,7 @@ class Combined:
 
     Args:
         memory_ratio: parameters of the compressed model / of the original.
-        removed_expert_ratio: instead of it: fraction of the routed experts' parameters that goes.
+        removed_expert_ratio: where it is given, in its place: fraction of the routed experts' parameters that goes.
         num_experts: routed experts that a condensed layer keeps; an option for each number. The shared stay.
         prune_ratios: fractions of a layer's experts that an option drops; 0 is always among them.
         kept_ratios: fractions of a retained expert's parameters that an option's factors keep; 1 is always among them.
@@ -47,7 +48,7 @@ class Combined:
         rank_multiple: as in `Decompose`.
         shared_gate, expert_search: as in `CDMoE`.
         normalize: as in MoE-I²'s importance.
-        population, iterations, seed: of the genetic search for the experts to drop.
+        population, iterations, parents, mutation, seed: of the genetic search for the experts to drop.
 
     Raises:
         ValueError: a setting outside its range.
@@ -69,10 +70,22 @@ class Combined:
     normalize: bool = True
     population: int = 100
     iterations: int = 50
+    parents: int = 20
+    mutation: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = self.budget.problems()
+        problems = [*self.budget.problems(), *self.genetic.problems()]
+        if self.alpha < 0:
+            problems.append(f"method.alpha={self.alpha} must be at least 0")
+        if not (self.num_experts or self.prune_ratios or self.kept_ratios):
+            problems.append(
+                "method.num_experts, prune_ratios and kept_ratios are all empty: there is nothing to choose"
+            )
+        try:  # its own words for what condensing takes
+            CDMoE(1, "all", self.shared_gate, self.expert_search)
+        except ValueError as error:
+            problems += str(error).splitlines()
         for name in ("prune_ratios", "kept_ratios"):
             wrong = [value for value in getattr(self, name) if not 0 < value < 1]
             if wrong:
@@ -88,11 +101,11 @@ class Combined:
 
     @property
     def budget(self) -> Budget:
-        return Budget(removed_expert_ratio=self.removed_expert_ratio, memory_ratio=self.memory_ratio)
+        return Budget(self.removed_expert_ratio, None if self.removed_expert_ratio is not None else self.memory_ratio)
 
     @property
     def genetic(self) -> Genetic:
-        return Genetic(population=self.population, iterations=self.iterations)
+        return Genetic(self.population, self.iterations, self.parents, self.mutation)
 
     def check(self, facts: Facts) -> list[str]:
         """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
@@ -120,17 +133,9 @@ class Combined:
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration; the budget is not part of it."""
         lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios", "kept_ratios")}
-        how = (
-            "alpha",
-            "rank_multiple",
-            "shared_gate",
-            "expert_search",
-            "normalize",
-            "population",
-            "iterations",
-            "seed",
-        )
-        return {"method": "cdmoe_moei2", "version": 1, **lists, **{name: getattr(self, name) for name in how}}
+        searched = ("population", "iterations", "parents", "mutation", "seed")
+        names = ("alpha", "rank_multiple", "shared_gate", "expert_search", "normalize", *searched)
+        return {"method": "cdmoe_moei2", "version": 2, **lists, **{name: getattr(self, name) for name in names}}
 
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
@@ -150,7 +155,8 @@ class Combined:
         rounds: list[dict[str, Any]] = []
         choice: dict[int, Option] = {}
         for number in range(self.rounds):
-            measured = _measure(damage, options, f"damage, round {number + 1} of {self.rounds}")
+            alone = cache if number == 0 else {}  # each layer alone: the same for every budget
+            measured = _measure(damage, options, f"damage, round {number + 1} of {self.rounds}", alone)
             found = self._choose(options, measured, model)
             together = damage.choose(_blocks(options, found))
             rounds.append(_record(measured, found, together))
@@ -186,16 +192,23 @@ class Combined:
         return options.widened(found, spare)
 
 
-def _measure(damage: Damage, options: Options, title: str) -> dict[int, list[float]]:
-    """The damage of each option of each layer, with what is chosen now in all other layers."""
+def _measure(damage: Damage, options: Options, title: str, cache: Cache) -> dict[int, list[float]]:
+    """The damage of each option of each layer, with what is chosen now in all other layers.
+
+    Args:
+        cache: damages found so far; written after every layer.
+    """
     found: dict[int, list[float]] = {}
     with progress(title, sum(len(each) for each in options.of.values())) as bar:
         for layer, each in options.of.items():
-            found[layer] = []
-            for option in each:
-                found[layer].append(damage.of(layer, options.block(layer, option)))
+            key = f"damage-{layer:03d}"
+            values = list(cache[key]["damage"]) if key in cache else []
+            for option in each[len(values) :]:
+                values.append(damage.of(layer, options.block(layer, option)))
                 bar.advance()
             options.forget()
+            cache[key] = {"damage": values}
+            found[layer] = values
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,7 @@ class Options:
         self.blocks = families.sparse_blocks(model)
         self.importance: dict[int, list[float]] = {}
         self.of: dict[int, list[Option]] = {}
+        self.left_out: dict[int, list[str]] = {}  # why a layer lacks an option
         self._factors: dict[tuple[int, int, str], Factors] = {}
         with progress("options of each layer", len(self.blocks)) as bar:
             for layer in self.blocks:
@@ -116,7 +118,9 @@ class Options:
         total = sum(kept.values())
         for layer, option in low.items():
             budget = kept[layer] + int(spare * kept[layer] / total)
-            how = hidden_size, expert_width, self.step.alpha, self._multiple()
+            left = budget / ranks.parameters([1] * len(importance[layer]), hidden_size, expert_width)
+            multiple = ranks.multiple_of(self.step.rank_multiple, hidden_size, expert_width, left)
+            how = hidden_size, expert_width, self.step.alpha, multiple
             _, given = ranks.within({layer: importance[layer]}, budget, *how)
             found[layer] = self._factorized(layer, option.operations[:-1], given[layer])
         return found
@@ -127,7 +131,8 @@ class Options:
             "options": {
                 str(layer): [[each.name, each.saved, each.saved_routed] for each in options]
                 for layer, options in self.of.items()
-            }
+            },
+            **({"left_out": {str(layer): why for layer, why in self.left_out.items()}} if self.left_out else {}),
         }
 
     def _importance(self, layer: int) -> list[float]:
@@ -147,7 +152,10 @@ class Options:
             view = self.blocks[layer]
             saved = condensing_saves(view, condensing, routed=False)
             routed = condensing_saves(view, condensing, routed=True)
-            found.append(Option(f"condensed to {count}", (search.operation(layer),), saved, routed))
+            try:
+                found.append(Option(f"condensed to {count}", (search.operation(layer),), saved, routed))
+            except ValueError as error:  # fewer experts than that were ever selected here
+                self.left_out.setdefault(layer, []).append(str(error))
         return found
 
     def _pruned_and_factorized(self, layer: int) -> list[Option]:
@@ -161,8 +169,9 @@ class Options:
                 found.append(self._saving(layer, f"pruned by {number}", prune, 0))
             for kept in self.step.kept_ratios:
                 average = max(1.0, kept * ranks.break_even(hidden_size, expert_width))
+                multiple = ranks.multiple_of(self.step.rank_multiple, hidden_size, expert_width, average)
                 own = self._own_importance(layer, Option("", prune))
-                given = ranks.allocate(own, average, hidden_size, expert_width, self.step.alpha, self._multiple())
+                given = ranks.allocate(own, average, hidden_size, expert_width, self.step.alpha, multiple)
                 found.append(self._factorized(layer, prune, given))
         return list({each.name: each for each in found}.values())
 
@@ -173,13 +182,9 @@ class Options:
             replay = Replay(self.model, self.tape(), view, number, self.max_scratch_bytes)
             seed = layer_seed(self.step.seed, layer)
             best = best_sets(replay.errors, view.num_experts, number, self.step.genetic, seed)[0]
-            self.cache[key] = {"dropped": list(best[0]), "error": best[1] / replay.output_norm}
+            self.cache[key] = {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
         dropped = self.cache[key]["dropped"]
         return (Prune.without(layer, self.blocks[layer].num_experts, dropped),)
-
-    def _multiple(self) -> int:
-        _, hidden_size, expert_width = next(iter(self.blocks.values())).weights.down_EDF.shape
-        return ranks.multiple_of(self.step.rank_multiple, hidden_size, expert_width)
 
     def _factorized(self, layer: int, prune: tuple[Operation, ...], given: ranks.Ranks) -> Option:
         low = [rank for rank in given if rank is not None]
@@ -210,6 +215,11 @@ class Options:
         assert isinstance(operation, Factorize)
         return ranks.parameters(operation.ranks["gate_proj"], hidden_size, expert_width)
 
+    def _most_rank(self, layer: int) -> int:
+        """No expert's rank is above it; what is kept of factors while a layer's options are tried."""
+        _, hidden_size, expert_width = self.blocks[layer].weights.down_EDF.shape
+        return math.ceil(ranks.break_even(hidden_size, expert_width))
+
     def _low_rank(self, view: SparseBlock, retained: tuple[int, ...], operation: Factorize) -> LowRankExperts:
         weights = view.weights
         _, hidden_size, expert_width = weights.down_EDF.shape
@@ -220,7 +230,9 @@ class Options:
             if key not in self._factors:
                 gate_FD, up_FD = weights.gate_up_EHD[retained[place]].chunk(2, dim=0)
                 weight = {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": weights.down_EDF[retained[place]]}[name]
-                self._factors[key] = factors(weight)
+                left, right = factors(weight)
+                most = self._most_rank(view.layer)
+                self._factors[key] = Factors(left[:, :most].clone(), right[:most].clone())
             return self._factors[key]
 
         with torch.device(weights.down_EDF.device):
