@@ -147,6 +147,17 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
     torch.testing.assert_close(families.get_block(model, 1)(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_equal_experts_are_merged_into_as_many_groups_as_asked() -> None:
+    """Upcycled experts: all distances are the same, and a cut by height would leave one group."""
+    model = qwen2_moe()
+    for block in families.sparse_blocks(model).values():
+        for weight in (block.weights.gate_up_EHD, block.weights.down_EDF):
+            weight.copy_(weight[:1].expand_as(weight))
+    operations, _ = search(Merging("expert_outputs", removed_expert_ratio=0.5), model)
+    assert [len(each.groups) for each in operations] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_groups_by_hand(family: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -154,7 +154,8 @@ class Merging:
                 groups[nearest].append(expert)
             parted = list(groups.values())
         else:
-            labels = fcluster(linkage(features.numpy(), "average"), number, "maxclust")
+            # Exactly so many groups: a cut by height would join equal ones further.
+            labels = cut_tree(linkage(features.numpy(), "average"), n_clusters=number)[:, 0]
             parted = [[expert for expert in order if labels[expert] == label] for label in sorted(set(labels))]
         parted.sort()
         weights = [_shares([counts[expert] for expert in group]) for group in parted]
