@@ -11,6 +11,7 @@ Legend: T tokens, t those of a unit, D hidden size, F expert width, n inputs of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from recondense.calibrate import Tape
 
 SWEEPS = 3  # over the units of a layer, where they are too many to be solved together
+NORMAL_BYTES = 20  # of an entry of the normal matrix: in fp64, its factors, and one block of texts' share in fp32
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def refit(
         operations: which layers, and what of them.
         originals: the uncompressed blocks that surgery took out.
         record: tapes the model as it is when called.
-        max_scratch_bytes: the units of a layer are solved together where their normal matrix fits half of this, and one
-            after another otherwise, several times over.
+        max_scratch_bytes: the units of a layer are solved together where their normal matrix and its factors fit this,
+            and one after another otherwise, in parts that do, several times over.
 
     Returns:
         by layer: ‖target − output‖_F / ‖target‖_F before and after. Weights that would not lower it are not changed.
@@ -195,13 +197,28 @@ def _solve(
 ) -> None:
     """Add to the weights what ridge least squares finds in the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖²."""
     residuals = [target - block(x[None])[0].float() for x, target in zip(inputs, targets, strict=True)]
-    total = sum(unit.weight_Dn.shape[1] for unit in units)
-    if total**2 * 8 <= max_scratch_bytes // 2:
+    most = max(1, math.isqrt(max_scratch_bytes // NORMAL_BYTES))
+    if sum(unit.weight_Dn.shape[1] for unit in units) <= most:
         _solve_together(units, inputs, residuals, ridge)
         return
+    parts = [part for unit in units for part in _cut(unit, most)]
     for _ in range(SWEEPS):
-        for unit in units:
-            _solve_together([unit], inputs, residuals, ridge)
+        for part in parts:
+            _solve_together([part], inputs, residuals, ridge)
+
+
+def _cut(unit: Unit, most: int) -> list[Unit]:
+    """A unit as several of at most so many columns each; they share the tokens."""
+
+    def one(columns: slice) -> Unit:
+        def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+            rows, h_tn = unit.features(x_TD)
+            return rows, h_tn[:, columns]
+
+        return Unit(unit.weight_Dn[:, columns], features)
+
+    width = unit.weight_Dn.shape[1]
+    return [one(slice(first, first + most)) for first in range(0, width, most)] if width > most else [unit]
 
 
 def _solve_together(units: Sequence[Unit], inputs: Sequence[Tensor], residuals: Sequence[Tensor], ridge: float) -> None:
@@ -212,8 +229,8 @@ def _solve_together(units: Sequence[Unit], inputs: Sequence[Tensor], residuals: 
     right = torch.zeros(sum(widths), residuals[0].shape[1], dtype=torch.float64, device=device)
     for x_TD, residual_TD in zip(inputs, residuals, strict=True):
         h_Tn = _stacked(units, widths, x_TD)
-        gram += (h_Tn.T @ h_Tn).double()
-        right += (h_Tn.T @ residual_TD).double()
+        gram += h_Tn.T @ h_Tn  # added in fp64
+        right += h_Tn.T @ residual_TD
     gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
     delta_nD = torch.linalg.solve(gram, right).float()
     for unit, own_nD in zip(units, delta_nD.split(widths), strict=True):
