@@ -9,7 +9,7 @@ Legend: n experts, O and I output and input features, r rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ Replaced = Callable[[nn.Module, str, nn.Parameter], None]
 class LoraUpdate(nn.Module):
     """W + (alpha / r)·B A for each expert of a weight (n, O, I); B starts at 0.
 
+    The rank r is that of the settings, or the full one where it is less.
+
     Reference: LoRA, arXiv 2106.09685, section 4.1.
     """
 
@@ -41,7 +43,7 @@ class LoraUpdate(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(num_experts, num_outputs, rank, **kind))
         for each in self.lora_A:
             nn.init.kaiming_uniform_(each, a=5**0.5)  # as peft does
-        self.scale = settings.alpha / settings.rank
+        self.scale = settings.alpha / rank
         self.active = True
 
     def forward(self, weight_nOI: Tensor) -> Tensor:
@@ -111,12 +113,20 @@ class Adapters:
         self.updates.clear()
 
 
+def once(adapters: Adapters | None) -> AbstractContextManager[None]:
+    """A context in which each updated weight is computed once, however often it is read.
+
+    It must hold one pass with adapters or one without, not both: what was computed stays until it ends.
+    """
+    return parametrize.cached() if adapters is not None else nullcontext()
+
+
 def inject(model: PreTrainedModel, layers: Sequence[int], settings: LoraSettings) -> Adapters:
     """Put adapters into a model.
 
     Args:
         layers: whose experts get adapters; attention gets them in every decoder layer.
-        settings: rank, alpha, dropout, and what gets adapters.
+        settings: rank, alpha, dropout (of linear layers alone), and what gets adapters.
 
     Returns:
         the adapters; everything else of the model is frozen.

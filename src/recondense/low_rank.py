@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -55,21 +56,21 @@ class LowRankExperts(nn.Module):
         if not top_k_index.numel():
             return torch.zeros_like(hidden_states)
         buckets, kind = cast("list[_Bucket]", list(self.buckets)), hidden_states.device.type
-        dtype = buckets[0].gate_up_right.dtype
+        dtype = next(buckets[0].parameters()).dtype  # not a weight by its name, which an adapter would compute
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         place_S = self._table(top_k_index.device)[top_k_index.flatten()]
         order_S = place_S.argsort(stable=True)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.numel(), device=order_S.device))
-        counts, of_bucket = torch.bincount(place_S, minlength=self.num_experts).tolist(), []
-        for experts in self.experts_of:
-            of_bucket.append(counts[: len(experts)])
-            counts = counts[len(experts) :]
+        sizes = [len(experts) for experts in self.experts_of]
+        counts_E = torch.bincount(place_S, minlength=self.num_experts)
+        on_device, waited = counts_E.split(sizes), iter(counts_E.tolist())  # type: ignore[no-untyped-call]
+        counts = [list(islice(waited, size)) for size in sizes]
         x_SD = _Spread.apply(hidden_states.to(dtype), order_S, back_S, top_k_index.shape[1])
         # Split once: the backward of a slice is as large as the whole, that of a split is one concatenation.
-        parts = x_SD.split([sum(own) for own in of_bucket])  # type: ignore[no-untyped-call]
-        used = [each for each in zip(buckets, parts, of_bucket, strict=True) if len(each[1])]
-        y_SD = torch.cat([bucket(x_sD, own, self.act_fn) for bucket, x_sD, own in used])
+        parts = x_SD.split([sum(own) for own in counts])  # type: ignore[no-untyped-call]
+        used = [each for each in zip(buckets, parts, counts, on_device, strict=True) if len(each[1])]
+        y_SD = torch.cat([bucket(x_sD, own, counts_n, self.act_fn) for bucket, x_sD, own, counts_n in used])
         weighted_SD = y_SD * top_k_weights.flatten()[order_S, None]
         y_TD: Tensor = _Collect.apply(weighted_SD, order_S, back_S, top_k_index.shape[1])
         return y_TD.to(hidden_states.dtype)
@@ -133,13 +134,12 @@ class _Bucket(nn.Module):
             self.down_right = _empty(num_experts, self.down_rank, expert_width)
             self.down_left = _empty(num_experts, hidden_size, self.down_rank)
 
-    def forward(self, x_SD: Tensor, counts: list[int], act_fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """Outputs (S, D) of tokens sorted by expert, `counts` of each; unweighted."""
+    def forward(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, act_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Outputs (S, D) of tokens sorted by expert, `counts` of each (`counts_n` on the device); unweighted."""
         weights = (self.gate_up_right, self.gate_left, self.up_left, self.down_right, self.down_left)
         if self.num_experts > 1 and _groupable(x_SD, weights):
             # grouped_mm keeps out of autocast, so the weights are converted here.
-            ends = torch.tensor(counts, device=x_SD.device).cumsum(0).to(torch.int32)
-            linear = partial(_grouped_linear, ends=ends)
+            linear = partial(_grouped_linear, ends=counts_n.cumsum(0).to(torch.int32))
             return self._chain(x_SD, [None if w is None else w.to(x_SD.dtype) for w in weights], act_fn, linear)
         outputs = []
         # Unbound at once, so that backward stacks gradients instead of adding zeros.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from recondense import adapters, families, surgery
 from recondense.config import RecoveryConfig
 from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
+from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating
 from recondense.plan import Plan, Refit
 from recondense.teacher import SharedBackboneTeacher
@@ -177,7 +178,8 @@ class RecoveryModule(L.LightningModule):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, S, V) of the student."""
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        with adapters.once(self.adapters):
+            return self.model(input_ids=input_ids, use_cache=False).logits
 
     def losses(self, input_ids: Tensor) -> dict[str, Tensor]:
         """The objective (`loss`) and its parts, nats per token, for token ids (B, S)."""
@@ -188,7 +190,8 @@ class RecoveryModule(L.LightningModule):
             arguments["output_hidden_states"] = True
         if self._router_auxiliary_loss:
             arguments["output_router_logits"] = True
-        student = self.model(**arguments)
+        with adapters.once(self.adapters):  # the student's pass alone: the teacher's knows no adapters
+            student = self.model(**arguments)
         losses = {}
         if not distill or recovery.cross_entropy_share:
             losses["cross_entropy"] = cross_entropy(student.logits, input_ids)
@@ -285,8 +288,10 @@ class RecoveryModule(L.LightningModule):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        if families.sparse_blocks(self.model) and not (self.plan and self.plan.operations):
-            self.model.set_experts_implementation("eager")  # grouped products are not covered by autocast
+        blocks = families.sparse_blocks(self.model).values()
+        fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
+        if any(block.weights.down_EDF.dtype == torch.float32 for block in fused):
+            self.model.set_experts_implementation("eager")  # autocast does not cover transformers' grouped products
 
     def to_dtype(self, dtype: torch.dtype) -> None:
         """Bring trained weights back to a dtype; the scales of condensed layers stay in fp32."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, bits, logits, recorded, same_bits, windows
+from torch.nn.utils import parametrize
 
+from recondense.adapters import LoraUpdate
 from recondense.config import LoraSettings, RecoveryConfig
 from recondense.export import export
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
@@ -129,3 +132,58 @@ def test_a_control_after_lora_does_not_train_the_student(family: str) -> None:
         steps(control)
         assert not torch.equal(logits(model, IDS), start)
     assert torch.equal(logits(module.model, IDS), before)
+
+
+@pytest.mark.parametrize(("rank", "actual"), [(2, 2), (64, 3)])
+def test_the_scale_follows_the_actual_rank(rank: int, actual: int) -> None:
+    """W + (alpha / r)·B A; r is at most the smaller side of W."""
+    weight_nOI = torch.randn(2, 5, 3)
+    update = LoraUpdate(weight_nOI, LoraSettings(rank=rank, alpha=6))
+    assert update.lora_A.shape == (2, actual, 3)
+    torch.nn.init.normal_(update.lora_B)
+    expected = weight_nOI + 6 / actual * torch.einsum("nor,nri->noi", update.lora_B, update.lora_A)
+    torch.testing.assert_close(update(weight_nOI), expected)
+
+
+@pytest.mark.parametrize("name", ["prune", "drop moe"])
+def test_updated_weights_are_computed_once_a_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager experts read their weights for each. With "drop moe" the teacher reads the same blocks, no adapters."""
+    calls: list[bool] = []
+    forward = LoraUpdate.forward
+
+    def counted(update: LoraUpdate, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(update.active)
+        return forward(update, weight)
+
+    monkeypatch.setattr(LoraUpdate, "forward", counted)
+    found = {}
+    for cached in (True, False):
+        if not cached:
+            monkeypatch.setattr(parametrize, "cached", nullcontext)
+        module = prepared("qwen2_moe", name, hidden_share=0.25)
+        module.model.set_experts_implementation("eager")
+        steps(module)  # B is no longer 0
+        assert module.adapters is not None and module.adapters.updates
+        parameters = module.adapters.parameters()
+        for parameter in parameters:
+            parameter.grad = None
+        calls.clear()
+        losses = module.losses(IDS)
+        losses["loss"].backward()
+        number, once = sum(calls), len(module.adapters.updates)
+        assert number == once if cached else number > once
+        calls.clear()
+        live = module(IDS).detach()
+        assert sum(calls) == number
+        with module.original():
+            original = module(IDS)
+        assert not torch.equal(live, original)
+        assert torch.equal(original, logits(FAMILIES["qwen2_moe"](), IDS))
+        assert torch.equal(module(IDS), live)
+        found[cached] = {**losses, "live": live}, [parameter.grad for parameter in parameters]
+    for one, other in zip(found[True][0].values(), found[False][0].values(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(found[True][1]) == len(found[False][1])
+    for one, other in zip(found[True][1], found[False][1], strict=True):
+        assert one is not None and other is not None and bool(other.any())
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)

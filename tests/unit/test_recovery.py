@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe, same_bits, windows
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from recondense import families
@@ -20,7 +21,7 @@ from recondense.data import RecoveryData
 from recondense.fitting import FINAL, fit, newest_checkpoint, precision_of
 from recondense.losses import cross_entropy
 from recondense.modules import CondensedMoE
-from recondense.plan import Plan
+from recondense.plan import Factorize, Plan, Prune
 from recondense.profiling import resident_bytes
 from recondense.recovery import RecoveryModule, trainable_parameters
 from recondense.summary import control_settings
@@ -28,6 +29,7 @@ from recondense.summary import control_settings
 # Lightning says so of every fit that goes on.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 QUIET = TrainerConfig(progress_bar=False)
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def recovery(**changes: Any) -> RecoveryConfig:
@@ -473,3 +475,31 @@ def test_a_fit_leaves_the_model_on_its_device(tmp_path: Path, monkeypatch: pytes
     fit(module, data(module), tmp_path, TrainerConfig(), seed=0)
     assert "cpu" in moves, "Lightning no longer does this: the move back can go"
     assert moves[-1] == "to cpu", moves
+
+
+@pytest.mark.parametrize("kind", ["prune", "factorize", "lora"])
+def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
+    """Trained weights are kept in fp32, and yet the products run in bf16: autocast does not cover grouped ones."""
+    model = FAMILIES["qwen2_moe"]().bfloat16()
+    operations: dict[str, Any] = {
+        "prune": [Prune(layer, (0, 1, 2, 4)) for layer in range(3)],
+        "factorize": [Factorize(layer, dict.fromkeys(PROJECTIONS, (8,) * 6)) for layer in range(3)],
+    }
+    recovery = RecoveryConfig(objective="finetune", trainable="lora" if kind == "lora" else "experts")
+    plan = Plan("tiny", tuple(operations["prune" if kind == "lora" else kind]))
+    module = RecoveryModule(model, recovery, plan=plan)
+    module.prepare()
+    module.keep_trained_in_fp32("bf16-mixed")
+    seen: list[torch.dtype] = []
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if func in (torch.nn.functional.linear, getattr(torch.nn.functional, "grouped_mm", None)):
+                seen.append(found.dtype)
+            return found
+
+    with torch.autocast("cpu", torch.bfloat16), Products():
+        module.losses(windows(2, 8))["loss"]
+    assert len(seen) > 20 and set(seen) == {torch.bfloat16}
+    assert model.config._experts_implementation == ("eager" if kind == "prune" else "grouped_mm")
