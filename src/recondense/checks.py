@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from recondense.config import Config, RecoveryConfig, differences, parse_bytes
 
 SMALLEST_SCRATCH = 16 * 2**20
+CONDENSING = ("recondense.methods.cdmoe.CDMoE", "recondense.methods.combined.Combined")  # what condenses layers
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -96,6 +97,15 @@ def _model_folder(path: str, tokenizer: str | None) -> Iterator[str]:
 def _method(config: Config) -> Iterator[str]:
     if not isinstance(config.method.get("steps"), list):
         yield "method.steps: expected a list of steps, each with its _target_; see conf/method/cdmoe.yaml."
+        return
+    targets = [step.get("_target_") for step in config.method["steps"] if isinstance(step, Mapping)]
+    if (refit := config.method.get("refit", False)) not in (False, True, "coefficients"):
+        yield f"method.refit={refit}: must be false, true, or coefficients (of condensed layers)."
+    elif refit == "coefficients" and not any(target in CONDENSING for target in targets):
+        yield (
+            f"method.refit=coefficients: method={config.method.get('name')} condenses no layer, so there are none. Use "
+            "method.refit=true or false."
+        )
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -116,6 +126,7 @@ def _data(config: Config) -> Iterator[str]:
 def _recovery(recovery: RecoveryConfig) -> Iterator[str]:
     if recovery.objective == "none":
         return
+    yield from _adapters(recovery)
     if not recovery.learning_rate > 0:
         yield f"recovery.learning_rate={recovery.learning_rate}: must be above 0."
     if not all(0 <= beta < 1 for beta in recovery.betas):
@@ -138,6 +149,29 @@ def _recovery(recovery: RecoveryConfig) -> Iterator[str]:
         )
 
 
+def _adapters(recovery: RecoveryConfig) -> Iterator[str]:
+    """Settings of LoRA, and a recovery called so that trains something else."""
+    if recovery.name == "lora" and recovery.trainable != "lora":
+        yield (
+            f"recovery.trainable={recovery.trainable}: recovery=lora trains adapters. Use recovery.trainable=lora, or "
+            f"recovery=finetune with recovery.trainable={recovery.trainable}."
+        )
+    if recovery.trainable != "lora":
+        return
+    lora = recovery.lora
+    if lora.rank < 1:
+        yield f"recovery.lora.rank={lora.rank}: must be at least 1."
+    if lora.alpha <= 0:
+        yield f"recovery.lora.alpha={lora.alpha}: must be above 0; what adapters add is scaled by alpha / rank."
+    if not 0 <= lora.dropout < 1:
+        yield f"recovery.lora.dropout={lora.dropout}: must be in [0, 1)."
+    elif lora.dropout and lora.target != "attention":
+        yield (
+            f"recovery.lora.dropout={lora.dropout}: adapters of experts have no dropout, and recovery.lora.target="
+            f"{lora.target}. Use recovery.lora.target=attention or recovery.lora.dropout=0."
+        )
+
+
 def _evaluation(config: Config) -> Iterator[str]:
     evaluation = config.evaluation
     for index, task in enumerate(evaluation.tasks or ()):
@@ -145,8 +179,6 @@ def _evaluation(config: Config) -> Iterator[str]:
             yield f"evaluation.tasks[{index}] is an empty name; name an lm-eval task, or write evaluation.tasks=null."
     if evaluation.include_path is not None and not Path(evaluation.include_path).is_dir():
         yield f"evaluation.include_path={evaluation.include_path}: there is no such folder; it holds task YAMLs."
-    if (refit := config.method.get("refit", False)) not in (False, True, "coefficients"):
-        yield f"method.refit={refit}: must be false, true, or coefficients (of condensed layers)."
     if config.recovery.trainable == "all" and config.recovery.objective != "none" and config.method.get("steps"):
         yield (
             "recovery.trainable=all: the original shares the backbone and would change with the student. Use "

@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recondense.config import Config, ConfigError, read
 from recondense.preflight import preflight
-from recondense.reading import nearest, suggestion
+from recondense.reading import nearest, suggestion, wrong_types
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for overrides
 NO_RUN = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
@@ -94,7 +94,8 @@ def check_run(config: Config, found: Sequence[str] = ()) -> list[str]:
     try:
         steps, wrong = build_steps(config.method), []
     except ConfigError as error:
-        steps, wrong = [], list(error.messages)
+        # What is wrong with ${seed} was said of seed.
+        steps, wrong = [], [text for text in error.messages if text.removeprefix("method.") not in found]
     return [*wrong, *preflight(config, steps, found)]
 
 
@@ -102,13 +103,16 @@ def build_steps(method: Mapping[str, Any]) -> list[Any]:
     """The method's steps, made by their `_target_`.
 
     Raises:
-        ConfigError: targets that do not exist, and values that a step refuses.
+        ConfigError: targets that do not exist, values of a wrong type, and values that a step refuses.
     """
     steps, problems = [], []
     for index, entry in enumerate(method.get("steps") or ()):
         name = f"method.steps[{index}]"
         if not isinstance(entry, Mapping) or "_target_" not in entry:
             problems.append(f"{name}: has no _target_; see conf/method/cdmoe.yaml.")
+            continue
+        if wrong := wrong_types(entry, method, name):
+            problems += wrong
             continue
         try:
             steps.append(instantiate(dict(entry), _convert_="all"))
@@ -118,7 +122,7 @@ def build_steps(method: Mapping[str, Any]) -> list[Any]:
             else:
                 problems.append(f"{name} ({entry['_target_']}): {' '.join(str(error.__cause__ or error).split())}")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(dict.fromkeys(problems))
     return steps
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+SETTINGS = {"search_kind": "search"}  # fields of steps that a method's YAML calls otherwise
+LISTS = (tuple, list, Sequence)  # origins of annotations
 
 
 def suggestion(word: str, choices: Iterable[str], *, prefix: str = "", most: int = 8) -> str:
@@ -39,23 +45,62 @@ def read_dataclass(kind: type, values: Any, path: str, messages: list[str]) -> A
     if not isinstance(values, Mapping):
         messages.append(f"{path}={_show(values)}: expected a group of settings.")
         return kind()
+    return kind(**read_fields(kind, values, lambda name: f"{path}.{name}" if path else name, messages))
+
+
+def read_fields(
+    kind: Any, values: Mapping[str, Any], name_of: Callable[[str], str], messages: list[str]
+) -> dict[str, Any]:
+    """Values for fields of the dataclass `kind`, each in its field's type; what is wrong goes to `messages` instead.
+
+    Args:
+        name_of: what the config calls a field, for the messages.
+    """
     hints = get_type_hints(kind)
-    names = [entry.name for entry in fields(kind)]
+    defaults = {entry.name: entry.default for entry in fields(kind)}
     for key in values:
-        if key not in names:
-            prefix = f"{path}." if path else ""
-            messages.append(f"{prefix}{key}: there is no such setting. {suggestion(str(key), names, prefix=prefix)}")
+        if key not in defaults:
+            where = name_of(str(key))
+            hint = suggestion(str(key), defaults, prefix=where.removesuffix(str(key)))
+            messages.append(f"{where}: there is no such setting. {hint}")
     found = {}
-    for name in names:
+    for name, default in defaults.items():
         if name in values:
             before = len(messages)
-            value = _read_value(hints[name], values[name], f"{path}.{name}" if path else name, messages)
+            value = _read_value(hints[name], values[name], name_of(name), messages, default)
             if len(messages) == before or is_dataclass(value):
                 found[name] = value
-    return kind(**found)
+    return found
 
 
-def _read_value(hint: Any, value: Any, path: str, messages: list[str]) -> Any:
+def wrong_types(entry: Mapping[str, Any], method: Mapping[str, Any], name: str) -> list[str]:
+    """Values of a step that its fields cannot hold: instantiating would not notice.
+
+    Args:
+        method: its settings name the step's where they hold the same value.
+        name: of the step, for values that stand in the step alone.
+    """
+    module, _, leaf = str(entry["_target_"]).rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), leaf, None)
+    except Exception:  # whatever a module raises, instantiating reports
+        return []
+    if not isinstance(target, type) or not is_dataclass(target):
+        return []
+
+    def name_of(field: str) -> str:
+        setting = SETTINGS.get(field, field)
+        same = setting in method and repr(method[setting]) == repr(entry[field])  # nan is not equal to itself
+        return f"method.{setting}" if same else f"{name}.{field}"
+
+    problems: list[str] = []
+    own = {key: value for key, value in entry.items() if not key.startswith("_")}
+    own = {key: value for key, value in own.items() if not (isinstance(value, Mapping) and "_target_" in value)}
+    read_fields(target, own, name_of, problems)
+    return problems
+
+
+def _read_value(hint: Any, value: Any, path: str, messages: list[str], default: Any = None) -> Any:
     """The value as `hint` wants it, or a message."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and types.NoneType in options:
@@ -71,7 +116,7 @@ def _read_value(hint: Any, value: Any, path: str, messages: list[str]) -> Any:
     if choices:
         messages.append(f"{path}={_show(value)}: there is no such choice. {suggestion(str(value), choices)}")
     else:
-        messages.append(f"{path}={_show(value)}: expected {' or '.join(_describe(option) for option in options)}.")
+        messages.append(f"{path}={_show(value)}: {_expectation(options, value, path, default)}")
     return None
 
 
@@ -80,27 +125,41 @@ def _convert(option: Any, value: Any, path: str, messages: list[str]) -> tuple[b
     origin = get_origin(option)
     if origin is Literal:
         return value in get_args(option), value
-    if origin is tuple:
+    if origin in LISTS:
         items = get_args(option)
-        fixed = len(items) if items[-1] is not Ellipsis else None
+        fixed = len(items) if origin is tuple and items[-1] is not Ellipsis else None
         if isinstance(value, str) or not isinstance(value, Sequence) or fixed not in (None, len(value)):
             return False, None
         item = items[0]
         return True, tuple(_read_value(item, entry, f"{path}[{index}]", messages) for index, entry in enumerate(value))
     if origin is not None:  # a free mapping
         return isinstance(value, Mapping), value
-    if option is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
-    return isinstance(value, option) and (option is bool or not isinstance(value, bool)), value
+    if option not in NAMES:  # a class of somebody else's
+        return True, value
+    if isinstance(value, bool):
+        return option is bool, value
+    if option is float and isinstance(value, int | float):
+        finite = abs(value) <= sys.float_info.max
+        return finite, float(value) if finite else None
+    return isinstance(value, option), value
+
+
+def _expectation(options: Sequence[Any], value: Any, path: str, default: Any) -> str:
+    """What a value should have been, as a sentence; where it was to stand in a list, the list."""
+    example = f" such as {default}" if len(options) > 1 and isinstance(default, str) else ""
+    names = [_describe(option) + (example if option is str else "") for option in options]
+    words = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    messages: list[str] = []
+    listed = any(_convert(option, [value], path, messages)[0] for option in options if get_origin(option) in LISTS)
+    return f"expected {words}." + (f" Write {path}=[{_show(value)}]." if listed and not messages else "")
 
 
 def _describe(option: Any) -> str:
-    if get_origin(option) is tuple:
+    if get_origin(option) in LISTS:
         items = get_args(option)
-        count = "" if items[-1] is Ellipsis else f" of {len(items)}"
-        return f"a list{count} (each {_describe(items[0])})"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(option, "a group of settings")
+        fixed = get_origin(option) is tuple and items[-1] is not Ellipsis
+        return f"a list{f' of {len(items)}' if fixed else ''} (each {_describe(items[0])})"
+    return NAMES.get(option, "a group of settings")
 
 
 def _show(value: Any) -> str:

@@ -77,6 +77,8 @@ def files(tmp_path: Path) -> Files:
 
 LINE = json.dumps({"text": "some words"}) + "\n"
 
+WHOLE, FINITE = "expected a whole number", "expected a finite number"
+
 # what it is: (arguments, parts of the message). recovery=none is added where no recovery is named.
 STATIC: dict[str, tuple[list[str], list[str]]] = {
     "unknown method": (
@@ -84,6 +86,51 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["method=cdmoee", "no such method", "Did you mean cdmoe?"],
     ),
     "unknown refit": (["method.refit=weights"], ["method.refit=weights", "coefficients"]),
+    "coefficients where nothing is condensed": (
+        ["method=moei2", "method.refit=coefficients"],
+        ["method.refit=coefficients", "method=moei2 condenses no layer", "method.refit=true"],
+    ),
+    "part of an iteration": (["method=moei2", "method.iterations=2.5"], ["method.iterations=2.5", WHOLE]),
+    "part of a candidate": (["method=moei2", "method.num_candidates=1.5"], ["method.num_candidates=1.5", WHOLE]),
+    "part of a layer": (["method=moei2", "method.block_size=2.5"], ["method.block_size=2.5", WHOLE]),
+    "parents in words": (["method=moei2", "method.parents=abc"], ["method.parents=abc", WHOLE]),
+    "seed of a method": (["method=moei2", "method.seed=abc"], ["method.seed=abc", WHOLE]),
+    "alpha that is no number": (["method=moei2", "method.alpha=nan"], ["method.alpha=nan", FINITE]),
+    "alpha in words": (["method=moei2", "method.alpha=abc"], ["method.alpha=abc", FINITE]),
+    "no alpha": (["method=moei2", "method.alpha=null"], ["method.alpha=null", FINITE]),
+    "no prune ratio": (["method=moei2", "method.prune_ratio=null"], ["method.prune_ratio=null", FINITE]),
+    "whitening in words": (["method=moei2", "method.whitening=maybe"], ["method.whitening=maybe", "true or false"]),
+    "normalize in words": (["method=moei2", "method.normalize=maybe"], ["method.normalize=maybe", "true or false"]),
+    "search that is no word": (["method=naee", "method.search=3"], ["method.search=3", "expected a text"]),
+    "one option for a list": (
+        ["method=cdmoe_moei2", "method.num_experts=4"],
+        ["method.num_experts=4", "expected a list (each a whole number)", "Write method.num_experts=[4]"],
+    ),
+    "wrong option in a list": (
+        ["method=cdmoe_moei2", "method.prune_ratios=[0.5,half]"],
+        ["method.prune_ratios[1]=half", FINITE],
+    ),
+    "half a round": (["method=cdmoe_moei2", "method.rounds=1.5"], ["method.rounds=1.5", WHOLE]),
+    "value of a step alone": (["method=naee", "method.steps.0.parents=x"], ["method.steps[0].parents=x", WHOLE]),
+    "rank of adapters": (["recovery=lora", "recovery.lora.rank=0"], ["recovery.lora.rank=0", "at least 1"]),
+    "scale of adapters": (["recovery=lora", "recovery.lora.alpha=0"], ["recovery.lora.alpha=0", "above 0"]),
+    "dropout of one": (["recovery=lora", "recovery.lora.dropout=1"], ["recovery.lora.dropout=1.0", "[0, 1)"]),
+    "dropout of experts' adapters": (
+        ["recovery=lora", "recovery.lora.dropout=0.1"],
+        ["recovery.lora.dropout=0.1", "recovery.lora.target=both", "target=attention or recovery.lora.dropout=0"],
+    ),
+    "adapters elsewhere": (
+        ["recovery=lora", "recovery.lora.target=router"],
+        ["recovery.lora.target=router", "no such choice", "attention, both, experts"],
+    ),
+    "adapters that do not train": (
+        ["recovery=lora", "recovery.trainable=experts"],
+        ["recovery.trainable=experts", "recovery=lora trains adapters", "recovery=finetune"],
+    ),
+    "unknown trainable": (
+        ["recovery=finetune", "recovery.trainable=router"],
+        ["recovery.trainable=router", "no such choice", "all, experts, lora"],
+    ),
     "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?", "deepseek_v2_lite"]),
     "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),
     "no choice": (["logger=null"], ["logger=null", "Choices: default"]),
@@ -267,6 +314,14 @@ def test_several_at_once_are_reported_together(command: Command) -> None:
     parts = ("method=cdmoee", "recovery.stepz", "recovery.steps=many", "/nowhere.jsonl", "batched_mm", "99", "seed=-1")
     for part in parts:
         assert part in err
+
+
+@pytest.mark.parametrize("setting", ["seed=x", "method.normalize=maybe"])
+def test_a_wrong_setting_of_two_steps_is_reported_once(command: Command, setting: str) -> None:
+    """What a step's own check says of the others is not among it: the step is not made."""
+    code, err = command("method=moei2", setting, "recovery=none")
+    _check(code, err, [f"recondense: {setting}: expected"])
+    assert len(err.strip().splitlines()) == 1, err
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from recondense.config import (
     ConfigError,
     DataConfig,
     EvaluationConfig,
+    LoraSettings,
     ModelConfig,
     RecoveryConfig,
     TrainerConfig,
@@ -23,9 +25,17 @@ from recondense.config import (
     parse_bytes,
     read,
 )
-from recondense.reading import nearest, suggestion
+from recondense.reading import nearest, suggestion, wrong_types
 
 STEP = {"name": "example", "steps": [{"_target_": "builtins.dict"}]}
+
+
+CONDENSING = {"name": "cdmoe", "steps": [{"_target_": "recondense.methods.cdmoe.CDMoE"}]}
+
+
+def lora(trainable: Any = "lora", name: str = "lora", **settings: Any) -> dict[str, Any]:
+    adapters = LoraSettings(**settings)
+    return {"recovery": RecoveryConfig(name=name, objective="finetune", trainable=trainable, lora=adapters)}
 
 
 def problems(**values: Any) -> str:
@@ -70,15 +80,80 @@ def test_all_wrong_values_are_reported_together() -> None:
         "sed: there is no such setting. Did you mean seed?",
         "model=tiny: expected a group of settings.",
         "recovery.steps=1.5: expected a whole number.",
-        "recovery.learning_rate=true: expected a number.",
-        "recovery.betas=[0.9]: expected a list of 2 (each a number).",
+        "recovery.learning_rate=true: expected a finite number.",
+        "recovery.betas=[0.9]: expected a list of 2 (each a finite number).",
         "recovery.schedule=liner: there is no such choice. Did you mean linear? Choices: constant, cosine, linear.",
         "data.calibration.num_sample: there is no such setting. Did you mean data.calibration.num_samples? "
         "Choices: max_length, num_samples, path.",
-        "evaluation.tasks=piqa: expected a list (each a text).",
+        "evaluation.tasks=piqa: expected a list (each a text). Write evaluation.tasks=[piqa].",
         "evaluation.limit=all: expected a whole number.",
         "seed=one: expected a whole number.",
     ]
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), 10**400], ids=["nan", "inf", "-inf", "huge"]
+)
+def test_numbers_are_finite(value: float) -> None:
+    config, messages = read({"recovery": {"temperature": value}})
+    assert messages == [f"recovery.temperature={value}: expected a finite number."]
+    assert config.recovery.temperature == RecoveryConfig().temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Every kind of annotation that a step may have."""
+
+    whole: int = 1
+    number: float | None = 0.5
+    several: Sequence[float] = (0.5,)
+    word: int | str | Sequence[int] = "all"
+    kind: Literal["one", "other"] = "one"
+    switch: bool = True
+    search_kind: str = "auto"
+    foreign: Path | None = None
+    nested: Any = None
+
+
+def step_problems(values: dict[str, Any], **method: Any) -> list[str]:
+    return wrong_types({"_target_": f"{__name__}.Step", "_convert_": "all", **values}, method, "method.steps[0]")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"whole": 2, "number": 3, "several": [1, 0.5], "word": [1, 2], "kind": "other", "switch": False},
+        {"number": None, "several": [], "word": 3},
+        {"word": "any", "foreign": Path("x"), "nested": {"_target_": "builtins.dict"}},
+        {"foreign": {"_target_": "pathlib.Path"}},
+    ],
+)
+def test_a_step_that_is_right(values: dict[str, Any]) -> None:
+    assert step_problems(values) == []
+
+
+def test_all_wrong_types_of_a_step_are_reported() -> None:
+    values = {
+        "whole": True, "number": "abc", "several": 0.5, "word": 2.5, "kind": "othr", "switch": "maybe",
+        "search_kind": 3, "hole": 1,
+    }  # fmt: skip
+    method = {"whole": True, "number": 0.25, "search": 3, "several": 0.5}
+    assert step_problems(values, **method) == [
+        "method.steps[0].hole: there is no such setting. Did you mean method.steps[0].whole?",
+        "method.whole=true: expected a whole number.",
+        "method.steps[0].number=abc: expected a finite number.",
+        "method.several=0.5: expected a list (each a finite number). Write method.several=[0.5].",
+        "method.steps[0].word=2.5: expected a whole number, a text such as all or a list (each a whole number).",
+        "method.steps[0].kind=othr: there is no such choice. Did you mean other? Choices: one, other.",
+        "method.steps[0].switch=maybe: expected true or false.",
+        "method.search=3: expected a text.",
+    ]
+
+
+@pytest.mark.parametrize("target", ["builtins.dict", "nowhere.Step", "Step", "recondense.reading.Absent"])
+def test_targets_that_are_no_dataclasses_are_left_to_instantiating(target: str) -> None:
+    assert wrong_types({"_target_": target, "whole": "x"}, {}, "method.steps[0]") == []
 
 
 def test_a_wrong_value_leaves_its_default_and_its_neighbours() -> None:
@@ -194,10 +269,34 @@ def test_suggestions() -> None:
         ({"evaluation": EvaluationConfig(limit=0)}, "evaluation.limit=0: must be at least 1"),
         ({"evaluation": EvaluationConfig(tasks=("piqa", " "))}, "evaluation.tasks[1] is an empty name"),
         ({"max_scratch_bytes": "-1"}, "max_scratch_bytes=-1: must be at least 16MiB"),
+        ({"method": {**CONDENSING, "refit": "all"}}, "method.refit=all: must be false, true, or coefficients"),
+        ({"method": {**STEP, "refit": "coefficients"}}, "method=example condenses no layer"),
+        (lora(rank=0), "recovery.lora.rank=0: must be at least 1"),
+        (lora(alpha=0), "recovery.lora.alpha=0: must be above 0"),
+        (lora(dropout=1.0), "recovery.lora.dropout=1.0: must be in [0, 1)"),
+        (lora(dropout=-0.1, target="attention"), "recovery.lora.dropout=-0.1: must be in [0, 1)"),
+        (lora(dropout=0.1), "recovery.lora.target=both. Use recovery.lora.target=attention"),
+        (lora(dropout=0.1, target="experts"), "recovery.lora.target=experts. Use recovery.lora.target=attention"),
+        (lora("experts"), "recovery.trainable=experts: recovery=lora trains adapters. Use recovery.trainable=lora"),
     ],
 )
 def test_checks(values: dict[str, Any], message: str) -> None:
     assert message in problems(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lora(dropout=0.1, target="attention"),
+        lora(name="distill"),
+        lora("experts", "finetune", rank=0, alpha=0, dropout=2.0),
+        {"method": {**CONDENSING, "refit": "coefficients"}},
+        {"method": {**STEP, "steps": [*STEP["steps"], *CONDENSING["steps"]], "refit": "coefficients"}},
+        {"method": {**STEP, "refit": True}},
+    ],
+)
+def test_right_values(values: dict[str, Any]) -> None:
+    assert problems(**values) == ""
 
 
 def test_values_of_a_recovery_that_does_not_run_do_not_matter() -> None:
