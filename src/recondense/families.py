@@ -197,6 +197,11 @@ def _deepseek_v2_routing(config: PretrainedConfig) -> Routing:
     )
 
 
+# Lists of one entry a decoder layer, by name: those whose length transformers checks against num_hidden_layers. Others
+# may only happen to be as long, as eos_token_id.
+PER_LAYER = ("layer_types", "mlp_layer_types")
+
+
 def _without_layers(config: PretrainedConfig, dropped: Collection[int]) -> dict[str, object] | None:
     """Config updates of a model that lacks some decoder layers, the others renumbered; None if it cannot be said."""
     if getattr(config, "decoder_sparse_step", 1) != 1 or any(
@@ -207,9 +212,9 @@ def _without_layers(config: PretrainedConfig, dropped: Collection[int]) -> dict[
     updates: dict[str, object] = {"num_hidden_layers": len(kept)}
     if getattr(config, "mlp_only_layers", None):
         updates["mlp_only_layers"] = [kept.index(layer) for layer in config.mlp_only_layers if layer in kept]
-    for name, value in vars(config).items():  # one entry a layer, as layer_types
-        if isinstance(value, list) and len(value) == config.num_hidden_layers and name != "mlp_only_layers":
-            updates[name] = [value[layer] for layer in kept]
+    for name in PER_LAYER:
+        if getattr(config, name, None) is not None:
+            updates[name] = [getattr(config, name)[layer] for layer in kept]
     return updates
 
 

@@ -257,6 +257,18 @@ def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
     assert not any("scale" in name for name in stored)
 
 
+def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None:
+    """Only lists of one entry a layer lose those of layers that are gone: two end tokens are not two layers."""
+    model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
+    plan = Plan("tiny", (Drop(1, "block"),))
+    surgery.apply(model, plan)
+    assert export(model, None, plan, tmp_path / "out", "") == "stock"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == [5, 6]
+    assert config["num_hidden_layers"] == 1 and config["layer_types"] == ["full_attention"]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [5, 6]
+
+
 # ------------------------------------------------------------------------------------------------ interruptions
 
 

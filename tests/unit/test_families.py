@@ -129,6 +129,26 @@ def test_unsupported_models() -> None:
         families.family_of(close)
 
 
+def test_lists_of_one_entry_a_layer_lose_those_of_layers_that_are_gone() -> None:
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    settings: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": kinds, "eos_token_id": [1, 2, 3, 4]}
+    config = Qwen2MoeConfig(**settings, mlp_only_layers=[3], mlp_layer_types=["sparse"] * 3 + ["dense"])
+    assert families.stock_updates(config, {}, [0, 2], None) == {
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["sparse", "dense"],
+        "mlp_only_layers": [1],
+    }
+
+
+@pytest.mark.parametrize("kind", [Qwen2MoeConfig, DeepseekV2Config])
+def test_no_other_list_of_a_config_has_one_entry_a_layer(kind: type[PretrainedConfig]) -> None:
+    """Lists that a config makes for its layers are known by name: a new release of transformers may make more."""
+    few, many = (kind(num_hidden_layers=number).to_dict() for number in (7, 11))
+    grown = {name for name, value in many.items() if isinstance(value, list) and value != few[name]}
+    assert grown <= set(families.PER_LAYER)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_swapped_comes_back_also_after_an_error(family: str) -> None:
     model, ids = FAMILIES[family](), windows(2, 7)
