@@ -11,6 +11,7 @@ from recondense.pictures import save_figure, start_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Colours that are told apart without colour vision where the mark differs as well: 21 looks.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -24,17 +25,17 @@ def comparison_picture(entries: Sequence[Mapping[str, Any]], path: Path) -> Path
     Horizontal lines: the original, and the control (the original trained further).
 
     Returns:
-        `path`, or None without two methods to compare.
+        `path`, or None without a method that compresses.
     """
     shown = [entry for entry in entries if "weights_bytes" in entry and "compressed_perplexity" in entry]
     # From best to worst at the end, which is also the order of the lines' ends.
     ranked = sorted(shown, key=lambda entry: (entry["weights_bytes"][0] > _middle(shown), last_perplexity(entry)))
     methods = list(dict.fromkeys(entry["method"] for entry in ranked))
-    if len(methods) < 2:
+    if not methods:
         return None
     looks = {method: _look(index) for index, method in enumerate(sorted(methods))}
     stages = [stage for stage in STAGES if any(f"{stage}_perplexity" in entry for entry in shown)]
-    figure = start_figure(4.0 * len(stages) + 1.9, 4.8)
+    figure = start_figure(4.0 * len(stages) + 1.9, 4.8 if len(methods) <= 8 else 6.4)
     panels = figure.subplots(1, len(stages), squeeze=False, sharex=True, sharey=True)[0]
     original = common_level(entries, "original_perplexity")
     control = [entry for entry in entries if entry["method"] == CONTROL]
@@ -50,9 +51,21 @@ def comparison_picture(entries: Sequence[Mapping[str, Any]], path: Path) -> Path
         axes.set_title(STAGES[stage][1], fontsize=10)
     panels[0].set_ylabel("validation perplexity")
     _stretch(panels[0], [*shown, *control], original or min(last_perplexity(entry) for entry in shown))
-    handles = dict(zip(*reversed(panels[-1].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
+    _draw_legend(figure, panels[-1], spread=any(entry["count"] > 1 for entry in entries))
     return save_figure(figure, path)
+
+
+def _draw_legend(figure: Figure, axes: Axes, *, spread: bool) -> None:
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        title="± over seeds: bars, band" if spread else None,
+        title_fontsize=7,
+        loc="outside right center",
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def _middle(entries: Sequence[Mapping[str, Any]]) -> float:
@@ -100,7 +113,7 @@ def _draw_levels(axes: Axes, original: float | None, control: Sequence[Mapping[s
 
 
 def _stretch(axes: Axes, entries: Sequence[Mapping[str, Any]], original: float) -> None:
-    """Perplexities that span more than a factor of three: the axis is linear near the original's, then logarithmic.
+    """Perplexities that span more than half of the lowest: the axis is linear near the original's, then logarithmic.
 
     A logarithmic axis alone would press all good methods together under a bad one.
     """
@@ -108,9 +121,10 @@ def _stretch(axes: Axes, entries: Sequence[Mapping[str, Any]], original: float) 
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     keys = [f"{stage}_perplexity" for stage in STAGES]
-    heights = [entry[key][0] for entry in entries for key in keys if key in entry]
+    figures = [entry[key] for entry in entries for key in keys if key in entry]
+    heights = [mean + sign * (deviation or 0.0) for mean, deviation in figures for sign in (-1, 1)]
     low, high = min([original, *heights]), max([original, *heights])
-    if high <= 3 * low:
+    if high <= 1.5 * low:
         return
     width = 0.02 * original
     forward = lambda value: np.arcsinh((np.asarray(value) - original) / width)  # noqa: E731

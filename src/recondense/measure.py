@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense.cache import JsonFolder, fingerprint
 from recondense.config import Config
 from recondense.evaluate import HELDOUT_TASKS, heldout_tasks, perplexity, run_tasks
+from recondense.loading import weights_fingerprint
 from recondense.profiling import profile_variants, weights_bytes
 from recondense.progress import progress
 from recondense.recovery import RecoveryModule
@@ -47,6 +48,7 @@ class Measure:
         self.texts = texts
         self.stages = JsonFolder(folder / "stages")
         self._within = 0.0
+        self._original = ""  # fingerprint of the weights as they were loaded
         data = texts.corpora.sha256()
         if self.stages.setdefault("data", data) != data:
             raise ValueError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
@@ -73,25 +75,49 @@ class Measure:
     def has(self, name: str) -> bool:
         return name in self.stages
 
+    def keep_refit(self, errors: Mapping[int, Mapping[str, float]]) -> None:
+        """Keep what a refit says of each layer; a restarted run keeps what its first start found."""
+        if errors:
+            self.stages.setdefault("refit", {str(layer): dict(error) for layer, error in errors.items()})
+
+    @property
+    def refit(self) -> dict[str, dict[str, float]]:
+        """By layer: error of its output before and after the refit, relative to the original's; empty without one."""
+        return self.stages.get("refit", {})
+
     def original(self, weights: str) -> None:
         """Measure the model as it was loaded; equal models and texts are evaluated once for all runs."""
+        self._original = weights
         if self.has("original"):
             return
+        self.stages["original"] = self._once([weights], "original", None, self.tasks)
+
+    def _once(
+        self, computes: Sequence[str], name: str, reference: Reference | None, tasks: list[str]
+    ) -> dict[str, Any]:
+        """The quality of a model; equal models, originals and texts are evaluated once for all runs.
+
+        Args:
+            computes: fingerprints of all that the model, and what it is compared with, compute with.
+        """
+        config = self.config
         key = fingerprint(
-            weights,
+            list(computes),
+            tasks,
             self.texts.corpora.sha256().get("validation"),
-            self.config.resolved()["evaluation"],
-            self.config.data.sequence_length,
-            str(self.config.model.tokenizer),
+            config.resolved()["evaluation"],
+            config.data.sequence_length,
+            str(config.model.tokenizer),
             str(self.model.device),
-            self.config.model.attention,
-            self.config.model.experts,
+            config.model.attention,
+            config.model.experts,
+            config.seed if config.evaluation.num_fewshot else None,  # draws the examples
         )
-        known = JsonFolder(Path(self.config.cache_dir) / "evaluations")
+        known = JsonFolder(Path(config.cache_dir) / "evaluations")
         if key not in known:
             with self.timed("evaluate"):
-                known[key] = self._quality("original", None, self.tasks)
-        self.stages["original"] = known[key]
+                known[key] = self._quality(name, reference, tasks)
+        return known[key]
 
     def unchanged(self, module: RecoveryModule) -> None:
         """Memory and speed of the original alone, where no surgery gives it a counterpart."""
@@ -107,14 +133,21 @@ class Measure:
         L.seed_everything(self.config.seed, verbose=False)
         reference = module.original if module.teacher is not None else None
         wanted = self.tasks if self.config.evaluation.at_end or name == "compressed" else []
-        with self.timed("evaluate"):
-            found = self._quality(name, reference, wanted)
+        if name in ("compressed", "refitted"):  # not trained: the same for runs that differ in their recovery alone
+            plan = module.plan.to_dict()["operations"] if module.plan else []
+            buffers = {key: buffer.double().tolist() for key, buffer in self.model.named_buffers()}
+            computes = [self._original, weights_fingerprint(self.model), fingerprint(plan, buffers)]
+            found = self._once(computes, name, reference, wanted)
+        else:
+            with self.timed("evaluate"):
+                found = self._quality(name, reference, wanted)
         if name != "control":
             with self.timed("profile"):
                 profiles = self._profiles(name, module)
             if profiles:
                 found["profile"] = profiles.pop(name)
-                found["original_profile"] = profiles.get("original")
+                if "original" in profiles:
+                    found["original_profile"] = profiles["original"]
         self.stages[name] = found
 
     def _quality(self, name: str, reference: Reference | None, tasks: list[str]) -> dict[str, Any]:

@@ -254,10 +254,10 @@ def _mark_original(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _annotate(rows: Sequence[Mapping[str, Any]], size: str, axes: Axes, *, below: bool) -> None:
-    """Write at each run what was swept; the method is left out, the line says it. Every second method goes below."""
+    """Write at each run what was swept: not the method, which the line says, nor seeds, which lie on each other."""
     for row in rows:
         values = [row[key] for key in ("compressed_perplexity", "recovered_perplexity") if key in row]
-        settings = {key: value for key, value in row.get("settings", {}).items() if key != "method"}
+        settings = {key: value for key, value in row.get("settings", {}).items() if key not in ("method", "seed")}
         if values and settings and size in row:
             axes.annotate(
                 "\n".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in settings.items()),

@@ -166,6 +166,7 @@ class _Run:
             measure.unchanged(module)
         with measure.timed("refit"):
             refitted = module.refit()
+        measure.keep_refit(refitted)
         if refitted:
             measure.stage("refitted", module)
         if config.recovery.objective != "none":
@@ -174,7 +175,7 @@ class _Run:
             measure.stage("recovered", module)
             if config.recovery.control and plan.operations:
                 self._control(module, texts, measure)
-        found = summary.collect(config, plan, sizes, measure, texts.corpora.sha256())
+        found = summary.collect(config, recovery.objective, plan, sizes, measure, texts.corpora.sha256())
         if config.export.enabled:
             with measure.timed("export"), progress("exporting"):
                 card = summary.model_card(found)

@@ -29,6 +29,29 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
     print_tables([*tables, ratios_table(summary)], console)
     if summary.get("operations"):
         console.print(f"\nplan: {plan_line(summary['operations'])}", soft_wrap=True, highlight=False)
+    if summary.get("refit"):
+        console.print(f"refit: {refit_line(summary['refit'])}", soft_wrap=True, highlight=False)
+
+
+def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
+    """What a refit brought, in one line.
+
+    Args:
+        errors: by layer, `error_before` and `error_after`.
+    """
+    sides = []
+    for key in ("error_before", "error_after"):
+        own = [error[key] for error in errors.values()]
+        spread = f" ({min(own):.3f} to {max(own):.3f})" if len(own) > 1 else ""
+        sides.append(f"{sum(own) / len(own):.3f}{spread}")
+    layers = "1 layer" if len(errors) == 1 else f"mean and range of {len(errors)} layers"
+    return f"error of a layer's output, relative to the original's: {' -> '.join(sides)}, {layers}"
+
+
+def recovery_words(summary: Mapping[str, Any]) -> str:
+    """The recovery, and its objective where the name does not say it: method=none has no teacher to distil from."""
+    name, objective = summary.get("recovery", "?"), summary.get("objective")
+    return str(name) if objective in (None, name) else f"{name} (objective: {objective})"
 
 
 def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
@@ -88,7 +111,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
         ("decode\ntok/s", ("profile", "decode_tokens_per_second"), format_number),
     ]
     columns = [column for column in columns if any(_find(stage, column[1]) is not None for stage in stages.values())]
-    table = _table(f"{summary.get('model', 'model')}: {summary.get('method', '?')} + {summary.get('recovery', '?')}")
+    table = _table(f"{summary.get('model', 'model')}: {summary.get('method', '?')} + {recovery_words(summary)}")
     table.add_column("stage", style="bold", no_wrap=True)
     for title, _, _ in columns:
         table.add_column(title, justify="right", overflow="fold")
@@ -126,7 +149,8 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
         "routed_expert_parameters": "retained / original",
         "prefill_speedup": "prefill, compressed / original",
         "decode_speedup": "decode, compressed / original",
-        "gap_closed": "share of the lost loss brought back",
+        "refit_gap_closed": "share of the lost loss that the refit brought back, before any training",
+        "gap_closed": "share of the lost loss brought back in all",
     }
     table = _table("ratios, sizes, times")
     table.add_column("figure", style="bold")
@@ -164,12 +188,29 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: _find(summary, path) for name, path in paths.items()}
     if row["weights_bytes"] is None:
         row["weights_bytes"] = _find(summary, ("stages", "compressed", "profile", "weights_bytes"))
+    if row["memory_ratio"] is None and row["original_weights_bytes"] and row["weights_bytes"]:
+        row["memory_ratio"] = (
+            row["weights_bytes"] / row["original_weights_bytes"]
+        )  # the control has no compressed stage
     for task, metric in _main_metrics(summary):
-        for stage in ("compressed", "recovered"):
+        for stage in ("original", "compressed", "refitted", "recovered"):
             row[f"{stage}_{task}"] = _find(summary, ("stages", stage, "tasks", task, metric))
-    if summary.get("seconds"):
-        row["seconds"] = sum(summary["seconds"].values())
+        row[f"original_{task}_error"] = _find(summary, ("stages", "original", "tasks", task, f"{metric}_stderr"))
+    row |= _seconds(summary)
     return {name: value for name, value in row.items() if value is not None}
+
+
+def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Of the whole run, and of its parts without evaluation: the search, and what the run did of refit and recovery."""
+    seconds, stages = summary.get("seconds", {}), summary.get("stages", {})
+    if not seconds:
+        return {}
+    parts: dict[str, tuple[str, ...]] = {"search_seconds": ("calibrate", "search", "apply")}
+    for part, stage in (("refit", "refitted"), ("recover", "recovered")):
+        if stage in stages:
+            parts[f"{part}_seconds"] = (part,)
+    found = {name: sum(seconds.get(part, 0.0) for part in own) for name, own in parts.items()}
+    return {"seconds": sum(seconds.values()), **found}
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 HATCHES = {"dropped": "xxx", "removed": "///", "skipped": "---"}
 # Okabe and Ito's colours, and the words of the legend.
 KINDS = {
-    "kept": ("#DDDDDD", "left alone"),
-    "condensed": ("#E69F00", "condensed: always active"),
+    "kept": ("#DDDDDD", "kept"),
+    "dense": ("#CC79A7", "kept dense in a factorized layer"),
+    "condensed": ("#E69F00", "condensed: always active; number: order of selection"),
     "dropped": ("white", "dropped"),
     "removed": ("white", "feed-forward block removed"),
     "skipped": ("white", "whole layer removed"),
-    "merged": ("#56B4E9", "merged: number of the group"),
+    "merged": ("#56B4E9", "merged; number: its group"),
 }
 RANKS = "viridis"
 
@@ -54,11 +55,12 @@ def structure_picture(plan: Mapping[str, Any], num_experts: int, layers: Sequenc
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     cells = {layer: _layer(layer, plan["operations"], num_experts) for layer in layers}
     ranks = [rank for row in cells.values() for kind, rank in row if kind == "factorized" and rank is not None]
     cell = min(0.4, max(0.2, 9.0 / num_experts))
-    width = max(6.0, cell * num_experts + (2.2 if ranks else 1.2))  # the legend's three columns
+    width = max(7.4, cell * num_experts + (2.2 if ranks else 1.2))  # the legend's three columns
     figure = start_figure(width, max(2.6, cell * len(layers) + 1.9))
     axes = figure.add_subplot()
     norm = Normalize(min(ranks, default=0), max([*ranks, min(ranks, default=0) + 1]))
@@ -84,7 +86,9 @@ def structure_picture(plan: Mapping[str, Any], num_experts: int, layers: Sequenc
     if handles:
         figure.legend(handles=handles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
     if ranks:
-        bar = figure.colorbar(ScalarMappable(norm, RANKS), ax=axes, shrink=0.8, pad=0.02)
+        bar = figure.colorbar(
+            ScalarMappable(norm, RANKS), ax=axes, shrink=0.8, pad=0.02, ticks=MaxNLocator(integer=True)
+        )
         bar.set_label("rank of a factorized expert", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     axes.set_title(f"what the plan makes of {plan.get('model') or 'the model'}", fontsize=10)
@@ -132,5 +136,8 @@ def _layer(layer: int, operations: Sequence[Mapping[str, Any]], num_experts: int
         elif kind == "factorize":
             for experts, rank in zip(there, operation["ranks"]["gate_proj"], strict=True):
                 for expert in experts:
-                    found[expert] = ("factorized", rank) if rank is not None else found[expert]
+                    if rank is not None:
+                        found[expert] = ("factorized", rank)
+                    elif found[expert][0] == "kept":
+                        found[expert] = ("dense", None)
     return found

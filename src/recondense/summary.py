@@ -19,7 +19,7 @@ from recondense.measure import Measure
 from recondense.methods.budget import routed_parameters
 from recondense.plan import Condense, Drop, Factorize, Merge, Plan, Prune
 from recondense.profiling import count_parameters
-from recondense.report import format_bytes, format_number, plan_line
+from recondense.report import format_bytes, format_number, plan_line, recovery_words
 
 SCHEMA = 1
 PACKAGES = (
@@ -41,11 +41,17 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 
 
 def collect(
-    config: Config, plan: Plan, counted: Mapping[str, Mapping[str, int]], measure: Measure, data: Mapping[str, str]
+    config: Config,
+    objective: str,
+    plan: Plan,
+    counted: Mapping[str, Mapping[str, int]],
+    measure: Measure,
+    data: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything a run found, as summary.json keeps it; what was not measured is absent.
 
     Args:
+        objective: of the training that ran, which need not be the config's: an uncompressed model has no teacher.
         counted: `sizes` of the original and of the compressed model.
         data: sha256 of each split.
     """
@@ -65,12 +71,14 @@ def collect(
         "model": config.model.name,
         "method": config.method.get("name", "none"),
         "recovery": config.recovery.name,
+        "objective": objective,
         "seed": config.seed,
         "environment": environment(measure.model, data),
         "parameters": {
             kind: {stage: numbers[kind] for stage, numbers in counted.items()} for kind in ("total", "routed_experts")
         },
         "operations": operations,
+        **({"refit": measure.refit} if measure.refit else {}),
         "stages": stages,
         "ratios": ratios(stages, counted),
         "seconds": measure.seconds,
@@ -172,7 +180,7 @@ def model_card(summary: Mapping[str, Any]) -> str:
         "tags: [mixture-of-experts, compression, recondense]",
         "---",
         "",
-        f"# {summary['model']}, {summary['method']}, recovery {summary['recovery']}",
+        f"# {summary['model']}, {summary['method']}, recovery {recovery_words(summary)}",
         "",
         f"Made by recondense: {plan_line(summary.get('operations', {}))}. What was decided is in `plan.json`.",
         "",

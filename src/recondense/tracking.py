@@ -83,14 +83,14 @@ def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of `summary.json` under fixed names.
 
     `original/perplexity`, `compressed/<task>/<metric>`, `recovered/decode_tokens_per_second`, `ratios/memory`,
-    `parameters/routed_experts/compressed`, `seconds/search`. What a run has not measured is absent.
+    `parameters/routed_experts/compressed`, `refit/<layer>/error_after`, `seconds/search`. What is not known is absent.
     """
     metrics: dict[str, float] = {}
     for stage, values in summary.get("stages", {}).items():
         for key, value in values.items():
             # Tasks and profile are levels of the file, not of a metric's name.
             metrics.update(_numbers(value, stage if key in ("tasks", "profile") else f"{stage}/{key}"))
-    for section in ("ratios", "parameters", "seconds"):
+    for section in ("ratios", "parameters", "refit", "seconds"):
         metrics.update(_numbers(summary.get(section, {}), section))
     return metrics
 
@@ -296,5 +296,10 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 def _plan_row(number: int, operation: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"order": number}
     for key, value in operation.items():
-        row[key] = " ".join(f"{item:.4g}" for item in value) if isinstance(value, (list, tuple)) else value
+        row[key] = _cell(value) if isinstance(value, (list, tuple)) else value
     return row
+
+
+def _cell(values: Sequence[Any]) -> str:
+    """Numbers as one text, lists within in brackets."""
+    return " ".join(f"({_cell(value)})" if isinstance(value, (list, tuple)) else f"{value:.4g}" for value in values)

@@ -141,7 +141,22 @@ def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path)
         assert "refit_gap_closed" in entry
     budgets = [entry["settings"]["method.memory_ratio"] for entry in entries]
     assert budgets == sorted(budgets, reverse=True)
-    assert "±" in (folder / "comparison.md").read_text() and (folder / "comparison.png").stat().st_size > 0
+    control = next(entry for entry in by_seed(rows) if entry["method"] == "none")
+    assert control["memory_ratio"] == (1.0, 0.0)
+    for row in rows:
+        found = json.loads((Path(row["run_folder"]) / "summary.json").read_text())
+        assert (found["recovery"], found["objective"]) == ("distill", "distill" if found["operations"] else "finetune")
+        refitted = {int(layer): error for layer, error in found.get("refit", {}).items()}
+        assert set(refitted) == ({0, 1} if found["operations"] else set())
+        assert all(0 < error["error_after"] <= error["error_before"] for error in refitted.values())
+        assert ("refitted_heldout_next_line" in row) == bool(refitted)
+    words = (folder / "comparison.md").read_text()
+    assert (
+        "±" in words
+        and "next line 0." in words
+        and "next line refit" in words
+        and (folder / "comparison.png").stat().st_size > 0
+    )
 
 
 def test_what_an_experiment_sweeps_is_checked_before_it_runs(

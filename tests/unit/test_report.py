@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
+from recondense.cache import JsonFolder
+from recondense.measure import Measure
 from recondense.pictures import plan_picture, sweep_picture
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
 from recondense.report import (
@@ -18,13 +21,16 @@ from recondense.report import (
     plan_line,
     print_report,
     ratios_table,
+    recovery_words,
+    refit_line,
     stage_table,
     sweep_row,
     sweep_table,
     task_table,
 )
-from recondense.structures import _layer, picture_of
+from recondense.structures import KINDS, _layer, picture_of
 from recondense.summary import model_card, operation_counts
+from recondense.tracking import flatten_summary
 
 
 def profile(scale: float) -> dict[str, float]:
@@ -132,8 +138,58 @@ def test_sweep_row_keeps_what_is_there() -> None:
     assert row["weights_bytes"] == 6e6 and row["original_weights_bytes"] == 12e6
     assert row["compressed_perplexity"] == 135.0 and row["recovered_perplexity"] == 99.0
     assert row["seconds"] == 4.0 and row["routed_expert_ratio"] == 0.25
+    assert row["original_heldout_next_line"] == 0.6 and row["original_heldout_next_line_error"] == 0.03
     assert sweep_row({"method": "none"}) == {"method": "none"}
     json.dumps(row)
+
+
+def test_sweep_row_has_the_refitted_stage_and_seconds_without_evaluation() -> None:
+    found = summary()
+    found["stages"]["refitted"] = {"perplexity": 110.0, "tasks": {"heldout_next_line": {"acc": 0.52}}}
+    found["seconds"] |= {"apply": 0.5, "refit": 7.0, "recover": 30.0, "evaluate": 100.0, "profile": 3.0, "control": 9.0}
+    row = sweep_row(found)
+    assert row["refitted_heldout_next_line"] == 0.52
+    assert (row["search_seconds"], row["refit_seconds"], row["recover_seconds"]) == (4.5, 7.0, 30.0)
+    without = {**found, "stages": {"compressed": {}}}
+    assert not {"refit_seconds", "recover_seconds"} & set(sweep_row(without)), "nothing was refitted or trained"
+
+
+def test_the_control_has_the_memory_of_the_original() -> None:
+    control = {"stages": {"original": {"profile": profile(1.0)}, "recovered": {"profile": profile(1.0)}}}
+    assert sweep_row(control)["memory_ratio"] == 1.0
+
+
+def test_a_refit_is_reported_in_one_line(tmp_path: Path) -> None:
+    errors = {"0": {"error_before": 0.2, "error_after": 0.1}, "5": {"error_before": 0.4, "error_after": 0.15}}
+    assert refit_line(errors).endswith(": 0.300 (0.200 to 0.400) -> 0.125 (0.100 to 0.150), mean and range of 2 layers")
+    assert refit_line({"3": errors["0"]}).endswith(": 0.200 -> 0.100, 1 layer")
+    with (tmp_path / "out").open("w") as file:
+        console = Console(width=80, record=True, file=file)
+        print_report({**summary(), "refit": errors}, console)
+    assert refit_line(errors) in console.export_text()
+    assert "before any training" in text(ratios_table({"ratios": {"refit_gap_closed": 0.5}}))
+    assert flatten_summary({"refit": errors})["refit/5/error_after"] == 0.15
+
+
+def test_a_refit_is_kept_over_restarts(tmp_path: Path) -> None:
+    def started() -> Measure:
+        measure = object.__new__(Measure)  # no model: only what it keeps
+        measure.stages = JsonFolder(tmp_path / "stages")
+        return measure
+
+    assert started().refit == {}
+    started().keep_refit({})
+    assert started().refit == {} and not (tmp_path / "stages").exists(), "no refit, nothing to keep"
+    started().keep_refit({3: {"error_before": 0.2, "error_after": 0.1}})
+    started().keep_refit({3: {"error_before": 0.3, "error_after": 0.3}})
+    assert started().refit == {"3": {"error_before": 0.2, "error_after": 0.1}}
+
+
+def test_what_trained_is_said_where_the_recovery_does_not() -> None:
+    assert recovery_words(summary()) == recovery_words({**summary(), "objective": "distill"}) == "distill"
+    control = {**summary(), "objective": "finetune"}
+    assert "distill (objective: finetune)" in text(stage_table(control))
+    assert "distill (objective: finetune)" in model_card(control)
 
 
 def test_sweep_table_lists_failures_and_drops_empty_columns() -> None:
@@ -204,6 +260,15 @@ def test_sweep_picture_needs_a_size_and_a_perplexity(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
+def test_sweep_picture_writes_no_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(Axes, "annotate", lambda self, words, *args, **kwargs: written.append(words))
+    row = sweep_row(summary())
+    rows = [{**row, "settings": {"method.num_layers": "2", "seed": seed}} for seed in "01"]
+    sweep_picture([*rows, {**row, "settings": {"seed": "2"}}], tmp_path / "sweep.png")
+    assert written == ["num_layers=2"] * 2
+
+
 def ranks(*each: int | None) -> dict[str, tuple[int | None, ...]]:
     return dict.fromkeys(("gate_proj", "up_proj", "down_proj"), each)
 
@@ -252,13 +317,15 @@ def test_each_expert_of_a_layer_is_drawn_as_what_became_of_it() -> None:
     operations = Plan("tiny", MIXED).to_dict()["operations"]
     gone = ("dropped", None)
     assert _layer(0, operations, 6) == [
-        gone, ("factorized", 8), ("kept", None), gone, ("factorized", 20), ("factorized", 9)
+        gone, ("factorized", 8), ("dense", None), gone, ("factorized", 20), ("factorized", 9)
     ]  # fmt: skip
     first, second, third = ("factorized", 7), ("factorized", 5), ("merged", 2)
     assert _layer(1, operations, 6) == [first, second, second, first, third, third]
     assert _layer(2, operations, 6) == [("condensed", 2), gone, gone, gone, ("condensed", 1), gone]
     assert set(_layer(3, operations, 6)) == {("removed", None)} and set(_layer(4, operations, 6)) == {("skipped", None)}
     assert set(_layer(5, operations, 6)) == {("kept", None)}
+    words = {kind: text for kind, (_, text) in KINDS.items()}
+    assert "number: order of selection" in words["condensed"] and "dense in a factorized layer" in words["dense"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from callbacks.sweep import SweepComparison, comparison_rows, log_sweep, swept_settings, write_comparison
 from recondense import tracking
-from recondense.comparison import by_seed, comparison_table
+from recondense.comparison import by_seed, caption, comparison_markdown, comparison_table
 from recondense.comparison_picture import comparison_picture
 
 APPLICATION = """
@@ -160,8 +161,10 @@ def comparison() -> list[dict[str, Any]]:
             size = {"memory_ratio": float(ratio), "weights_bytes": 1e6 * float(ratio), "original_perplexity": 8.0}
             for method, first in (("reap", 12.0), ("cdmoe", 9.0)):
                 after = 8 + (first - 8 + 2 * seed) * scale
-                size |= {"compressed_perplexity": 30.0 * scale, "recovered_perplexity": after, "recovered_task": 0.5}
-                rows.append(seeded(method, ratio, seed, seconds=3.0 + seed, gap_closed=0.5, **size))
+                size |= {"compressed_perplexity": 30.0 * scale, "recovered_perplexity": after}
+                size |= {"original_task": 0.59, "original_task_error": 0.049, "recovered_task": 0.603 + 0.01 * seed}
+                spent = {"search_seconds": 40.0 - 39 * seed, "refit_seconds": 7.0, "recover_seconds": 3.0 + seed}
+                rows.append(seeded(method, ratio, seed, seconds=99.0, gap_closed=0.5, **spent, **size))
             rows.append(seeded("none", ratio, seed, original_perplexity=8.0, recovered_perplexity=7.0 + seed))
             failed = seeded("block_drop", ratio, seed, **(size if ratio == "0.7" else {}))
             rows.append(failed if ratio == "0.7" else {**failed, "status": "failed: no layer | is small enough"})
@@ -173,7 +176,9 @@ def test_seeds_become_mean_and_deviation() -> None:
     assert len(entries) == 7
     assert entries["reap", "0.7"]["recovered_perplexity"] == pytest.approx((13.0, 2**0.5))
     assert entries["cdmoe", "0.5"]["recovered_perplexity"] == pytest.approx((28.0, 200**0.5))
-    assert entries["cdmoe", "0.5"]["seconds"] == pytest.approx((3.5, 0.5**0.5))
+    assert entries["cdmoe", "0.5"]["recover_seconds"] == pytest.approx((3.5, 0.5**0.5))
+    assert entries["cdmoe", "0.5"]["search_seconds"] == (40.0, None), "the other seed read the cache"
+    assert "seconds" not in entries["cdmoe", "0.5"], "evaluation is in them"
     assert entries["reap", "0.5"]["compressed_perplexity"] == (300.0, 0.0)
     assert entries["reap", "0.5"]["count"] == entries["reap", "0.5"]["jobs"] == 2
     one = by_seed([seeded("reap", "0.5", 0, recovered_perplexity=3.0)])
@@ -201,10 +206,12 @@ def test_the_table_of_seeds_and_what_failed(tmp_path: Path) -> None:
     write_comparison(comparison(), tmp_path)
     text = (tmp_path / "comparison.md").read_text()
     lines = text.splitlines()
-    assert lines[0].startswith("| run | n | weights | memory ratio | ppl before | ppl after |")
+    assert lines[0] == (
+        "| run | n | memory ratio | ppl before | ppl after | task after | search (s) | refit (s) | recover (s) |"
+    )
     assert lines[0].count("|") == lines[1].count("|") == lines[3].count("|")
-    assert lines[3].startswith("| cdmoe, 0.7 | 2 | 700 kB | 0.700 | 30.00 | 10.00 ± 1.41 | 50% | 0.500 | 4 ± 1 |")
-    assert "| block_drop, 0.5 | 0 of 2 | - |" in text
+    assert lines[3] == "| cdmoe, 0.7 | 2 | 0.700 | 30.00 | 10.00 ± 1.41 | 0.61 ± 0.01 | 40 | 7 | 4 ± 1 |"
+    assert "| block_drop, 0.5 | 0/2 | - |" in text
     assert "block_drop, 0.5: failed: no layer" in text and "perplexity 8.00" in text
     with (tmp_path / "comparison.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 16, "a row a job"
@@ -212,14 +219,50 @@ def test_the_table_of_seeds_and_what_failed(tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(comparison_table(by_seed(comparison())))
     shown = console.export_text()
-    assert "±1.41" in shown and "0 of 2" in shown and "[" not in shown
+    assert "±1.41" in shown and "0/2" in shown and "[" not in shown
 
 
-def test_a_comparison_of_one_method_has_the_picture_of_a_sweep(tmp_path: Path) -> None:
-    rows = [row for row in comparison() if row["method"] == "reap"]
-    assert comparison_picture(by_seed(rows), tmp_path / "none.png") is None
+def test_the_caption_says_what_can_be_told_apart() -> None:
+    entries = by_seed([row for row in comparison() if row["method"] != "block_drop"])
+    words = "\n".join(caption(entries, without=["n"]))
+    assert "2 runs each" in words and "no spread by construction" in words
+    assert "Original: perplexity 8.00, task 0.590 (standard error 0.049)." in words
+    assert "about 0.05 (standard error), larger than the spread over seeds (at most 0.007)" in words
+    assert "closer than 0.14" in words
+    assert "at or below the budget" in words and "not counted again" in words
+    assert "Closes: " in words and "Closes: " not in comparison_markdown(entries), "no such column there"
+    steady = [{**entry, "recovered_task": (0.6, 0.07)} for entry in entries]
+    assert "larger than" not in "\n".join(caption(steady))
+    bare = by_seed([seeded("reap", "0.5", 0, recovered_perplexity=3.0)])
+    words = "\n".join(caption(bare, without=["n"]))
+    assert "One run each" in words and not any(word in words for word in ("standard error", "Original", "Seconds"))
+
+
+def test_the_table_of_all_methods_fits_120_columns() -> None:
+    figures = {
+        "memory_ratio": 0.673, "original_heldout_next_line_error": 0.049, "refit_gap_closed": 0.823, "gap_closed": 0.9,
+        **{f"{stage}_perplexity": 121.4 for stage in ("compressed", "refitted", "recovered")},
+        **{f"{stage}_heldout_next_line": 0.59 for stage in ("original", "compressed", "refitted", "recovered")},
+        **{f"{part}_seconds": 149.0 for part in ("search", "refit", "recover")},
+    }  # fmt: skip
+    rows = [seeded("routing_weight", ratio, seed, **figures) for ratio in ("0.673", "0.509") for seed in (0, 1, 2)]
+    rows[0] = {**rows[0], "status": "failed: no"}  # the longest in the column of the number of runs
+    table = comparison_table(by_seed(rows))
+    table.caption = None
+    assert Console(width=500).measure(table).maximum <= 120
+
+
+@pytest.mark.parametrize("methods", [("reap",), ("reap", "none")], ids=["alone", "with_control"])
+def test_a_comparison_of_one_method_has_its_picture(methods: tuple[str, ...], tmp_path: Path) -> None:
+    rows = [row for row in comparison() if row["method"] in methods]
     write_comparison(rows, tmp_path)
-    assert (tmp_path / "comparison.png").exists() and not (tmp_path / "none.png").exists()
+    assert imread(tmp_path / "comparison.png").shape[:2] == (720, 1485)
+
+
+def test_the_control_alone_has_no_picture_of_methods(tmp_path: Path) -> None:
+    rows = [row for row in comparison() if row["method"] == "none"]
+    assert comparison_picture(by_seed(rows), tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_wandb_gets_the_table_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,4 +280,7 @@ def test_wandb_gets_the_table_and_the_picture(tmp_path: Path, monkeypatch: pytes
     assert len(logged["comparison/table"]["data"]) == 7
     assert logged["comparison/picture"] == [str(tmp_path / "comparison.png")]
     [run] = (tmp_path / "logs" / "wandb").glob("offline-run-*")
-    assert b"comparison" in next(run.glob("*.wandb")).read_bytes(), "the type of the run"
+    until = time.monotonic() + 20  # W&B's own process writes a little after `finish` has returned
+    while b"comparison" not in (written := next(run.glob("*.wandb")).read_bytes()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert b"comparison" in written, "the type of the run"
