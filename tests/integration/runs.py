@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from small import byte_tokenizer
 from tiny_models import qwen2_moe
 
-from recondense import pipeline
+from recondense import pipeline, progress
 from recondense.cache import JsonFolder
 from recondense.config import Config, from_dict
 from recondense.methods.cdmoe import CDMoE
@@ -20,10 +23,10 @@ from recondense.methods.cdmoe import CDMoE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def model_folder(folder: Path) -> Path:
-    """A random Qwen2-MoE of three layers with a byte tokenizer, saved as a hub model is."""
+def model_folder(folder: Path, family: Callable[..., Any] = qwen2_moe) -> Path:
+    """A random model of three layers with a byte tokenizer, saved as a hub model is."""
     tokenizer = byte_tokenizer()
-    model = qwen2_moe(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2)
+    model = family(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -65,6 +68,31 @@ def config(model: Path, texts: dict[str, str], output: Path, **recovery: Any) ->
             "output_dir": str(output), "cache_dir": str(output / "cache"), "run_dir": str(output / "run"),
         }
     )  # fmt: skip
+
+
+def arguments(model: Path, texts: dict[str, str], output: Path, run: str, *more: str) -> tuple[str, ...]:
+    """The arguments of a whole run of train.py in seconds, in the folder `output/run`."""
+    return (
+        f"model.path={model}", f"output_dir={output}", f"run_dir={output / run}", "data=texts",
+        *(f"data.{split}.path={path}" for split, path in texts.items()),
+        "data.sequence_length=32", "data.calibration.num_samples=10", "data.calibration.max_length=24",
+        "recovery.steps=6", "recovery.batch_size=2", "recovery.learning_rate=1e-2", "recovery.warmup_steps=0",
+        "recovery.checkpoint_every=2", "evaluation.tasks=[]", "evaluation.perplexity_windows=8",
+        "callbacks.profile.repetitions=1", "callbacks.profile.prompt_length=8", "callbacks.profile.new_tokens=2",
+        "logger.wandb.mode=disabled", "trainer.progress_bar=false", *more,
+    )  # fmt: skip
+
+
+@contextmanager
+def one_command() -> Iterator[None]:
+    """Put back what a process that runs one command never does: handlers of loggers, and no progress bars."""
+    loggers = [logging.getLogger(name) for name in ("recondense", "callbacks")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    progress.configure(None)
 
 
 def step() -> CDMoE:

@@ -1,0 +1,244 @@
+"""Every method of conf/method through train.py to its export; runs that are killed while factors or adapters train."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from searched import BUDGETS, METHODS
+from tiny_models import FAMILIES
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from integration.runs import arguments, model_folder, one_command, text_files
+from recondense import families, surgery
+from recondense.plan import Factorize, Plan, Refit
+
+Command = Callable[..., tuple[int, str]]
+Case = tuple[str, str]  # family, method
+
+CASES: list[Case] = [
+    *(("qwen2_moe", method) for method in METHODS),
+    *(("deepseek_v2", method) for method in ("cdmoe", "moei2", "block_drop")),
+]
+# More of this model's parameters lie elsewhere: its factors cannot save so much.
+CHANGES = {("deepseek_v2", "moei2"): ("method.memory_ratio=0.8",)}
+IDS = torch.arange(1, 41).reshape(2, 20)
+
+# Runs where recondense cannot be imported: what each folder computes.
+ELSEWHERE = """
+import sys
+sys.modules["recondense"] = None
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+found = {}
+ids = torch.load(sys.argv[1], weights_only=True)
+for folder in map(Path, sys.argv[3:]):
+    trust = {"trust_remote_code": True} if (folder / "modeling_recondense.py").exists() else {}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **trust)
+    assert not any(info.values()), (folder, info)
+    with torch.no_grad():
+        found[str(folder)] = model.eval()(input_ids=ids).logits, sum(each.numel() for each in model.parameters())
+assert sys.modules["recondense"] is None
+torch.save(found, sys.argv[2])
+"""
+
+
+def name_of(case: Case) -> str:
+    return "-".join(case)
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    with one_command():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("every")
+    for family, make in FAMILIES.items():
+        model_folder(folder / family, make)
+    text_files(folder / "texts")
+    return folder
+
+
+def budget(case: Case) -> dict[str, str]:
+    """What a case is asked to keep to."""
+    given = [*BUDGETS[case[1]], *CHANGES.get(case, ())]
+    return dict(setting.removeprefix("method.").split("=") for setting in given)
+
+
+def finished(command: Command, base: Path, case: Case) -> Path:
+    """The folder of a case's run, which is made if it is not there yet."""
+    family, method = case
+    folder = base / "out" / name_of(case)
+    if not (folder / "summary.json").exists():
+        refit = () if method == "none" else ("method.refit=true",)
+        settings = (f"method={method}", *(f"method.{name}={value}" for name, value in budget(case).items()), *refit)
+        code, err = command(*arguments(base / family, text_files(base / "texts"), base / "out", folder.name, *settings))
+        assert code == 0, err
+    return folder
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All that a part of summary.json holds, which must be numbers."""
+    for inner in value.values():
+        if isinstance(inner, dict):
+            yield from numbers(inner)
+        else:
+            assert isinstance(inner, int | float), value
+            yield inner
+
+
+def routed_at_most(case: Case, facts: families.Facts) -> float:
+    """The fraction of the routed experts that a case's budget leaves; what it leaves of whole layers."""
+    asked, method = budget(case), case[1]
+    total = len(facts.moe_layers) * facts.num_experts
+    if "removed_expert_ratio" in asked:
+        return 1 - round(float(asked["removed_expert_ratio"]) * total) / total
+    if method in ("cdmoe", "cdmoe_s"):  # one layer is condensed
+        return 1 - (facts.num_experts - {"cdmoe": 2, "cdmoe_s": 0}[method]) / total
+    return 1.0
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_run_ends_and_keeps_its_budget(command: Command, base: Path, case: Case) -> None:
+    folder = finished(command, base, case)
+    found = json.loads((folder / "summary.json").read_text())
+    stages, ratios, sizes = found["stages"], found["ratios"], found["parameters"]
+    assert all(map(math.isfinite, [*numbers(stages), *numbers(ratios)]))
+    if case[1] == "none":
+        assert list(stages) == ["original", "recovered"] and set(ratios) == {"routed_expert_parameters"}
+        return
+    refits = any(isinstance(operation, Refit) for operation in Plan.load(folder / "plan.json").operations)
+    assert refits == (case[1] not in ("layer_drop", "block_drop"))
+    assert list(stages) == ["original", "compressed", *(["refitted"] if refits else []), "recovered"]
+    wanted = {"routed_expert_parameters", "memory", "prefill_speedup", "decode_speedup", "gap_closed"}
+    assert set(ratios) == wanted | ({"refit_gap_closed"} if refits else set())
+    assert 0 < ratios["memory"] < 1
+    facts = families.facts(FAMILIES[case[0]]().config)
+    assert 0 < ratios["routed_expert_parameters"] <= routed_at_most(case, facts) + 1e-9
+    asked = float(budget(case).get("memory_ratio", 1))  # the scales of condensed layers, folded at export, do not count
+    assert sizes["total"]["compressed"] <= asked * sizes["total"]["original"]
+
+
+@torch.no_grad()
+def student(folder: Path, original: Path) -> tuple[Tensor, Tensor]:
+    """Logits of a run's student before and after training, from the original, the plan and the final checkpoint.
+
+    What is solved on calibration data, factors and refits, trains afterwards: the checkpoint holds it.
+    """
+    model = AutoModelForCausalLM.from_pretrained(original).eval()
+    operations = Plan.load(folder / "plan.json").operations if (folder / "plan.json").exists() else ()
+    surgery.apply(
+        model,
+        Plan("", tuple(replace(each, whitening=False) if isinstance(each, Factorize) else each for each in operations)),
+    )
+    before = model(IDS).logits
+    state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
+    state = {name.removeprefix("model."): value for name, value in state.items()}
+    assert state and model.load_state_dict(state, strict=False).unexpected_keys == []
+    return before, model(IDS).logits
+
+
+def test_every_export_is_the_student_and_loads_without_recondense(command: Command, base: Path, tmp_path: Path) -> None:
+    folders = {case: finished(command, base, case) for case in CASES}
+    torch.save(IDS, tmp_path / "ids.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "ids.pt"), str(tmp_path / "found.pt")]
+        + [str(folder / "model") for folder in folders.values()],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True, text=True, cwd=tmp_path, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    exported = torch.load(tmp_path / "found.pt", weights_only=True)
+    for case, folder in folders.items():
+        logits, num_parameters = exported[str(folder / "model")]
+        before, after = student(folder, base / case[0])
+        assert (logits - after).abs().max() < 1e-4, case
+        assert (logits - before).abs().max() > 1e-2, case  # what is far away would be noticed
+        found = json.loads((folder / "summary.json").read_text())
+        assert num_parameters == found["parameters"]["total"]["compressed"], case
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+INTERRUPTED = {
+    "cdmoe-lora": (
+        *("method=cdmoe", *BUDGETS["cdmoe"]),
+        *("recovery=lora", "recovery.lora.target=attention", "recovery.lora.dropout=0.1"),  # random numbers count
+    ),
+    "svd_llm": ("method=svd_llm", *BUDGETS["svd_llm"], "method.refit=true"),
+    "moei2-lora": ("method=moei2", *BUDGETS["moei2"], "method.refit=true", "recovery=lora"),
+}
+
+# One process after the other, each a fork of one that has imported everything: an import takes longer than a run.
+COMMANDS = """
+import json, os, sys
+import callbacks, train
+from integration.runs import kill_at
+codes = []
+for phase, log, arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        kill_at(phase)
+        sys.argv[1:] = arguments
+        train.main()
+        sys.stdout.flush()
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print("\\n" + json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(base: Path) -> dict[str, list[int]]:
+    """Exit codes of each command: undisturbed in one folder, then killed in another, then the same again."""
+    texts, root = text_files(base / "texts"), Path(__file__).resolve().parents[2]
+    jobs = []
+    for name, changes in INTERRUPTED.items():
+        settings = (*changes, "callbacks.profile.enabled=false")
+        for phase, output, log in (("never", "calm", "a"), ("recovery", "killed", "b"), ("never", "killed", "c")):
+            command = arguments(base / "qwen2_moe", texts, base / output, name, *settings)
+            jobs.append((phase, str(base / f"{name}.{log}"), command))
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(jobs)],
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, cwd=base, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return {name: codes[3 * index : 3 * index + 3] for index, name in enumerate(INTERRUPTED)}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_a_killed_recovery_ends_like_an_undisturbed_one(
+    base: Path, killed_and_resumed: dict[str, list[int]], name: str
+) -> None:
+    log = (base / f"{name}.c").read_text()
+    assert killed_and_resumed[name] == [0, -signal.SIGKILL, 0], log
+    assert "plan: found in" in log and "going on from" in log
+    calm, resumed = base / "calm" / name, base / "killed" / name
+    plans = [Plan.load(folder / "plan.json") for folder in (calm, resumed)]
+    assert plans[0].operations == plans[1].operations
+    stages = [json.loads((folder / "summary.json").read_text())["stages"] for folder in (calm, resumed)]
+    for stage in stages[0]:
+        for figure in {"loss", "kl_to_original"} & set(stages[0][stage]):
+            assert stages[0][stage][figure] == stages[1][stage][figure], (stage, figure)
+    assert stages[0]["recovered"]["loss"] != stages[0]["compressed"]["loss"]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (calm, resumed)]
+    assert weights[0] == weights[1]
