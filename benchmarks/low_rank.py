@@ -7,6 +7,9 @@ backward. The dense experts run in whichever of transformers' implementations is
 between the two; a cell is the ratio of medians, dense / low-rank: above 1 the low-rank experts are faster. What is kept
 of the arithmetic is rank·(D + F) / (D·F). "uneven" ranks are those that MoE-I2's formula gives to importances that
 spread 3-fold, in multiples of 1 and of the default.
+
+Ends with exit code 1 if experts of D·F >= 512·352 are less than 0.9 times as fast as dense ones at half the arithmetic
+or less. Smaller ones, whose time goes into calls, are shown only.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from recondense.methods import ranks
 
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm gathers weights for every token
 KEPT = (0.25, 0.5, 0.614, 0.9)  # of the arithmetic
+AT_HALF = 0.505  # of the arithmetic or less: ranks are whole
+JUDGED = 512 * 352  # hidden size x width: smaller experts cost calls, not arithmetic
+NOISE = 0.9  # times as fast: what is slower than that is no matter of noise
 NAMES = ("gate_proj", "up_proj", "down_proj")
 SPREAD = 3.0  # of the uneven importances
 
@@ -74,7 +80,7 @@ def filled(module: nn.Module, args: argparse.Namespace) -> nn.Module:
 def cases(shape: tuple[int, int, int]) -> dict[str, ranks.Ranks]:
     """Ranks of each expert, by a name that says what they keep."""
     num_experts, hidden_size, width = shape
-    multiple = ranks.automatic_multiple(hidden_size, width)
+    multiple = ranks.multiple_of("auto", hidden_size, width, 0.5 * ranks.break_even(hidden_size, width))
     average = {kept: max(1, round(kept * ranks.break_even(hidden_size, width))) for kept in KEPT}
     found: dict[str, ranks.Ranks] = {f"{kept:g}": [rank] * num_experts for kept, rank in average.items()}
     importance = [SPREAD ** (j / (num_experts - 1)) for j in range(num_experts)]
@@ -155,14 +161,39 @@ def table(cells: Sequence[dict[str, Any]], args: argparse.Namespace) -> Table:
         for way in ("forward", "backward"):
             for num in args.tokens:
                 ratio = cell[f"{way} {num}"]["times_faster"]
-                mark = " !" if ratio < 1 and cell["arithmetic"] <= 0.505 else ""
+                mark = " !" if ratio < 1 and cell["arithmetic"] <= AT_HALF else ""
                 row.append(f"{ratio:.2f}{mark}")
         found.add_row(*row)
     return found
 
 
-def main() -> None:
-    """Measure, print, write."""
+def judge(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many timings of large enough experts are slower than dense ones at half the arithmetic or less.
+
+    Returns:
+        slower, of; the slowest (None without any); failed: it is slower by more than noise.
+    """
+    ratios = []
+    for cell in cells:
+        _, hidden_size, width = map(int, cell["shape"].split("x"))
+        if hidden_size * width >= JUDGED and cell["arithmetic"] <= AT_HALF:
+            ratios += [timing["times_faster"] for timing in cell.values() if isinstance(timing, dict)]
+    slowest = min(ratios, default=None)
+    failed = slowest is not None and slowest < NOISE
+    return {"slower": sum(ratio < 1 for ratio in ratios), "of": len(ratios), "slowest": slowest, "failed": failed}
+
+
+def verdict(judged: dict[str, Any]) -> str:
+    """The closing sentence."""
+    if not judged["of"]:
+        return "No experts of 512 x 352 or more were timed at half the arithmetic or less: nothing to judge."
+    words = f"{judged['slower']} of {judged['of']} timings at half the arithmetic or less are slower than dense experts"
+    end = f": too slow, below {NOISE}." if judged["failed"] else "."
+    return f"{words} (experts of 512 x 352 or more); the slowest is {judged['slowest']:.2f} times as fast{end}"
+
+
+def main() -> int:
+    """Measure, print, write; 1 if low-rank experts are too slow."""
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -177,8 +208,12 @@ def main() -> None:
         experts, hidden_size, width = map(int, shape.split("x"))
         found += (cells := measure((experts, hidden_size, width), args))
         console.print(table(cells, args))
-    subjects.write_json(args.json, vars(args), subjects.machine(args.device), {"cells": found})
+    judged = judge(found)
+    console.print(verdict(judged))
+    figures = {"cells": found, "slower_at_half": judged}
+    subjects.write_json(args.json, vars(args), subjects.machine(args.device), figures)
+    return int(judged["failed"])
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -36,6 +37,31 @@ def test_benchmark(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=env)
     assert done.returncode == 0, done.stderr
     CHECKS[name](json.loads((tmp_path / "figures.json").read_text()))
+    if name == "low_rank":
+        assert "nothing to judge" in done.stdout
+
+
+def test_slow_low_rank_experts_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = importlib.import_module("low_rank")
+
+    def cell(ratio: float, shape: str = "16x512x352", arithmetic: float = 0.5) -> dict[str, Any]:
+        timings = {f"{way} 64": {"times_faster": ratio} for way in ("forward", "backward")}
+        return {"shape": shape, "ranks": "0.5", "arithmetic": arithmetic, **timings}
+
+    shown = [cell(0.5, shape="16x128x64"), cell(0.5, arithmetic=0.9)]  # too small; more than half
+    assert bench.judge(shown) == {"slower": 0, "of": 0, "slowest": None, "failed": False}
+    noise = bench.judge([*shown, cell(0.95), cell(1.2)])
+    assert noise == {"slower": 2, "of": 4, "slowest": 0.95, "failed": False}
+    assert bench.verdict(noise).startswith("2 of 4 timings") and "too slow" not in bench.verdict(noise)
+    slow = bench.judge([cell(0.89), cell(1.2, shape="60x2048x1408")])
+    assert slow == {"slower": 2, "of": 4, "slowest": 0.89, "failed": True}
+    assert "too slow, below 0.9" in bench.verdict(slow)
+    monkeypatch.setattr(bench, "measure", lambda shape, args: [cell(0.89)])
+    monkeypatch.setattr(bench, "table", lambda cells, args: "")
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda num_threads: None)
+    monkeypatch.setattr("sys.argv", ["low_rank.py", "--shapes", "16x512x352", "--tokens", "8"])
+    assert bench.main() == 1
 
 
 def genetic(figures: dict[str, Any]) -> None:
@@ -51,6 +77,7 @@ def low_rank(figures: dict[str, Any]) -> None:
         # Ranks are whole: one of 27 is 0.04.
         assert cell["arithmetic"] == pytest.approx(float(cell["ranks"].partition(" ")[0]), abs=0.05)
         assert all(cell[f"{way} 8"]["times_faster"] > 0 for way in ("forward", "backward"))
+    assert figures["slower_at_half"] == {"slower": 0, "of": 0, "slowest": None, "failed": False}
     assert any("uneven" in cell["ranks"] and cell["different"] > 1 for cell in figures["cells"])
 
 
