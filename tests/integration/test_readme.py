@@ -169,9 +169,12 @@ def test_links_lead_somewhere() -> None:
 # ---------------------------------------------------------------------------------------------------- the settings
 
 
-def settings() -> list[tuple[str, str]]:
-    """(setting, default) of every row of the table; a row may name several, the later ones by their last part."""
-    section = README.partition("\n## Settings that matter\n")[2].partition("\n## ")[0]
+TABLES = {"\n## Settings that matter\n": ([], 15), "\n### Settings of `moei2`\n": (["method=moei2"], 5)}
+
+
+def settings(title: str) -> list[tuple[str, str]]:
+    """(setting, default) of every row of a table; a row may name several, the later ones by their last part."""
+    section = README.partition(title)[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     found: list[tuple[str, str]] = []
     for names, defaults, _ in rows:
@@ -185,11 +188,13 @@ def settings() -> list[tuple[str, str]]:
     return found
 
 
-def test_settings_have_these_defaults() -> None:
+@pytest.mark.parametrize("title", TABLES, ids=lambda title: title.strip("# `\n"))
+def test_settings_have_these_defaults(title: str) -> None:
+    overrides, least = TABLES[title]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        values = cast(dict[str, Any], OmegaConf.to_container(compose("train"), resolve=True))
-    table = settings()
-    assert len(table) > 15
+        values = cast(dict[str, Any], OmegaConf.to_container(compose("train", overrides), resolve=True))
+    table = settings(title)
+    assert len(table) > least
     wrong = []
     for name, default in table:
         value: Any = values
