@@ -46,10 +46,27 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
     if any(problem.startswith("model.path") for problem in problems):
         return problems
     try:
-        facts = families.facts(planned_config(config.model))
+        planned = planned_config(config.model)
+        facts = families.facts(planned)
     except ValueError as error:
         return [*problems, str(error)]
-    return [*problems, *(problem for step in steps for problem in step.check(facts))]
+    return [*problems, *(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
+
+
+def _budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[str]:
+    """Sizes that no method reaches which only takes routed experts away; dropping layers takes attention too."""
+    wanted = [getattr(step, "memory_ratio", None) for step in steps if not hasattr(step, "part")]
+    wanted = [ratio for ratio in wanted if isinstance(ratio, float | int) and 0 < ratio < 1]
+    if not wanted:
+        return []
+    counts = families.parameter_counts(planned)
+    rest = (counts.total - counts.routed_experts) / counts.total
+    return [
+        f"method.memory_ratio={ratio}: without any of its routed experts the model still has {rest:.4g} of its size; "
+        "ask for more, or use method=layer_drop or block_drop"
+        for ratio in dict.fromkeys(wanted)
+        if ratio <= rest
+    ]
 
 
 def planned_config(model: ModelConfig) -> PretrainedConfig:

@@ -86,6 +86,23 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["method=cdmoee", "no such method", "Did you mean cdmoe?"],
     ),
     "unknown refit": (["method.refit=weights"], ["method.refit=weights", "coefficients"]),
+    "smaller than the model without its experts": (
+        ["method=reap", "method.memory_ratio=0.05"],
+        ["method.memory_ratio=0.05", "still has 0.3485 of its size", "layer_drop"],
+    ),
+    "two budgets": (
+        ["method=moei2", "method.memory_ratio=0.6", "method.removed_expert_ratio=0.5"],
+        ["removed_expert_ratio and method.memory_ratio are both given"],
+    ),
+    "a rank that saves nothing": (
+        ["method=moei2", "method.average_rank=50"],
+        ["method.average_rank=50", "below 42.67", "null factorizes nothing"],
+    ),
+    "nothing asked of the factors": (
+        ["method=svd_llm", "method.removed_expert_ratio=null"],
+        ["both null: set one of them"],
+    ),
+    "no children": (["method=moei2", "method.parents=100"], ["must be below method.population=100"]),
     "coefficients where nothing is condensed": (
         ["method=moei2", "method.refit=coefficients"],
         ["method.refit=coefficients", "method=moei2 condenses no layer", "method.refit=true"],
