@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=60)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--width", type=int, default=352, help="of an expert, and of the shared one")
+    parser.add_argument("--width", type=int, default=192, help="of an expert, as Qwen3-MoE has 768 of 2048; and shared")
     parser.add_argument("--texts", type=int, default=16, help="calibration texts of 256 random tokens")
     parser.add_argument("--dropped", type=int, default=15)
     parser.add_argument("--population", type=int, default=100)

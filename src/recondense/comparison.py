@@ -197,9 +197,9 @@ def caption(entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()
         lines += ["Methods that remove or condense whole layers land at or below the budget: see the memory ratio."]
     if "search_seconds" in shown:
         lines += [
-            "Seconds are without evaluation. Search (calibrate, search, apply): the longest of the seeds, as the "
-            "others read its plan from the cache. What is cached is not counted again: CD-MoE's expert searches serve "
-            "all budgets."
+            "Seconds are without evaluation of the stages. Search (calibrate, search, apply): the longest of the "
+            "seeds; others may find it in the cache. What serves all budgets (expert searches, importances, damages) "
+            "is not counted again."
         ]
     return lines + [f"{_name(entry)}: {entry['status']}" for entry in entries if entry["status"] != "done"]
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,13 @@ class Measure:
             str(self.model.device),
             config.model.attention,
             config.model.experts,
-            config.seed if config.evaluation.num_fewshot else None,  # draws the examples
+            [] if self.windows is None else self.windows.tolist(),  # the tokenizer's doing
+            [
+                path.read_text(encoding="utf-8")
+                for folder in self.include_path
+                for path in sorted(folder.rglob("*.yaml"))
+            ],
+            [version(name) for name in ("torch", "transformers", "lm-eval")],
         )
         known = JsonFolder(Path(config.cache_dir) / "evaluations")
         if key not in known:
@@ -136,7 +143,8 @@ class Measure:
         if name in ("compressed", "refitted"):  # not trained: the same for runs that differ in their recovery alone
             plan = module.plan.to_dict()["operations"] if module.plan else []
             buffers = {key: buffer.double().tolist() for key, buffer in self.model.named_buffers()}
-            computes = [self._original, weights_fingerprint(self.model), fingerprint(plan, buffers)]
+            with self.timed("evaluate"):
+                computes = [self._original, weights_fingerprint(self.model), fingerprint(plan, buffers)]
             found = self._once(computes, name, reference, wanted)
         else:
             with self.timed("evaluate"):

@@ -18,6 +18,8 @@ from recondense.checks import check, check_folder
 from recondense.config import Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
 from recondense.hub import reachable_or_offline
+from recondense.methods.budget import Budget
+from recondense.methods.dropping import Dropping
 
 
 class Step(Protocol):
@@ -54,13 +56,14 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
 
 
 def _budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[str]:
-    """Sizes that no method reaches which only takes routed experts away; dropping layers takes attention too."""
-    wanted = [getattr(step, "memory_ratio", None) for step in steps if not hasattr(step, "part")]
-    wanted = [ratio for ratio in wanted if isinstance(ratio, float | int) and 0 < ratio < 1]
-    if not wanted:
+    """Sizes that no method reaches which takes only routed experts and routers away; a dropped layer is more."""
+    budgets = [getattr(step, "budget", None) for step in steps]
+    wanted = [budget.memory_ratio for budget in budgets if isinstance(budget, Budget) and budget.memory_ratio]
+    if not wanted or any(isinstance(step, Dropping) for step in steps):
         return []
-    counts = families.parameter_counts(planned)
-    rest = (counts.total - counts.routed_experts) / counts.total
+    counts, facts = families.parameter_counts(planned), families.facts(planned)
+    gates = len(facts.moe_layers) * facts.hidden_size * (facts.num_experts + 1)
+    rest = (counts.total - counts.routed_experts - gates) / counts.total
     return [
         f"method.memory_ratio={ratio}: without any of its routed experts the model still has {rest:.4g} of its size; "
         "ask for more, or use method=layer_drop or block_drop"

@@ -96,7 +96,10 @@ def wrong_types(entry: Mapping[str, Any], method: Mapping[str, Any], name: str) 
     problems: list[str] = []
     own = {key: value for key, value in entry.items() if not key.startswith("_")}
     own = {key: value for key, value in own.items() if not (isinstance(value, Mapping) and "_target_" in value)}
-    read_fields(target, own, name_of, problems)
+    try:
+        read_fields(target, own, name_of, problems)
+    except (NameError, TypeError, AttributeError):  # somebody's annotations that only a type checker can resolve
+        return []
     return problems
 
 
@@ -130,10 +133,13 @@ def _convert(option: Any, value: Any, path: str, messages: list[str]) -> tuple[b
         fixed = len(items) if origin is tuple and items[-1] is not Ellipsis else None
         if isinstance(value, str) or not isinstance(value, Sequence) or fixed not in (None, len(value)):
             return False, None
-        item = items[0]
-        return True, tuple(_read_value(item, entry, f"{path}[{index}]", messages) for index, entry in enumerate(value))
-    if origin is not None:  # a free mapping
+        kinds = items if fixed else [items[0]] * len(value)
+        each = enumerate(zip(kinds, value, strict=True))
+        return True, tuple(_read_value(kind, entry, f"{path}[{index}]", messages) for index, (kind, entry) in each)
+    if origin in (dict, Mapping):
         return isinstance(value, Mapping), value
+    if origin is not None:  # some other container of somebody's
+        return True, value
     if option not in NAMES:  # a class of somebody else's
         return True, value
     if isinstance(value, bool):

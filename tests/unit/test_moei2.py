@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from recondense import families, surgery
 from recondense.calibrate import Tape
 from recondense.methods import ranks
 from recondense.methods.allocation import inverse_importance
+from recondense.methods.combined import Combined
 from recondense.methods.factorize import Decompose
 from recondense.methods.genetic import Genetic, best_sets
 from recondense.methods.importance import expert_importance
@@ -277,6 +279,27 @@ def test_the_multiple_suits_the_average_rank(average: int, multiple: Any) -> Non
     assert own <= max(1, average / 16)
 
 
+@pytest.mark.parametrize("alpha", [0.15, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_experts_that_stay_dense_never_cost_more_than_there_is(seed: int, alpha: float) -> None:
+    """Importances of 0 among large ones: the rest cannot give what dense experts take."""
+    draw = random.Random(seed)
+    importance = [draw.choice((0.0, draw.random())) for _ in range(12)]
+    for average in (300, 512, 700):
+        multiple = ranks.multiple_of("auto", 2048, 1408, average)
+        found = ranks.allocate(importance, average, 2048, 1408, alpha, multiple)
+        left = 12 * average * 3 * (2048 + 1408) - ranks.parameters(found, 2048, 1408)
+        assert 0 <= left < multiple * 3 * (2048 + 1408)
+
+
+def test_a_router_that_selects_one() -> None:
+    """top_k = 1: a layer that keeps one expert has no importances to compare."""
+    model = qwen2_moe(num_experts=1, num_experts_per_tok=1)
+    block = families.sparse_blocks(model)[1]
+    for kind in ("layer_output", "lm_loss"):
+        assert expert_importance(model, recorded(model), block, kind, True, 1 << 30) == [1.0]
+
+
 def test_refusals() -> None:
     facts = families.facts(qwen2_moe().config)
     assert "at most 0.6667" in InterExpertPruning(prune_ratio=0.8).check(facts)[0]
@@ -285,6 +308,8 @@ def test_refusals() -> None:
     facts = families.facts(qwen2_moe(hidden_size=64, moe_intermediate_size=64).config)
     assert not Decompose(average_rank=31).check(facts)
     assert "below 32" in Decompose(average_rank=32).check(facts)[0]
+    assert "auto (19)" in Decompose(rank_multiple=24).check(facts)[0]
+    assert "at most 8" in Combined(memory_ratio=0.5, rank_multiple=16).check(facts)[0]
     assert "rank_multiple=8" in Decompose(average_rank=4, rank_multiple=8).check(facts)[0]
     assert "rank_multiple=64" in Decompose(memory_ratio=0.5, rank_multiple=64).check(facts)[0]
     with pytest.raises(ValueError, match="both null"):

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Cache = MutableMapping[str, dict[str, Any]]
 
 
+class TooFewSelected(ValueError):
+    """Fewer experts of a layer were ever selected on the calibration set than it is to retain."""
+
+
 @dataclass(frozen=True)
 class CDMoE:
     """Condense MoE layers: experts by greedy Jensen-Shannon divergence, then layers likewise.
@@ -238,7 +242,7 @@ class Search:
         count = self.step.num_experts
         available = [expert for expert, value in enumerate(coefficients) if value is not None]
         if len(available) < count:
-            raise ValueError(
+            raise TooFewSelected(
                 f"layer {layer}: {len(available)} of {len(coefficients)} routed experts were ever selected on the "
                 f"calibration set, but method.num_experts={count}; use more or longer calibration texts "
                 "(data.calibration.num_samples, data.calibration.max_length) or retain fewer experts"

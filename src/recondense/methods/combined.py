@@ -23,7 +23,7 @@ from recondense.methods.damage import Damage
 from recondense.methods.genetic import Genetic
 from recondense.methods.knapsack import least_damage
 from recondense.methods.options import Option, Options
-from recondense.methods.ranks import multiple_problems
+from recondense.methods.ranks import break_even, multiple_problems
 from recondense.progress import progress
 
 if TYPE_CHECKING:
@@ -116,6 +116,13 @@ class Combined:
         ]
         if 0 in self.num_experts and facts.shared_width == 0:
             problems.append("method.num_experts: 0 leaves nothing of a layer: this model has no shared experts")
+        cap = break_even(facts.hidden_size, facts.expert_width)
+        least = min(self.kept_ratios, default=1.0) * cap
+        if self.rank_multiple != "auto" and int(self.rank_multiple) > least:
+            problems.append(
+                f"method.rank_multiple={self.rank_multiple}: must be at most {least:.4g}, the average rank "
+                f"of the least of method.kept_ratios={list(self.kept_ratios)}"
+            )
         if facts.num_groups > 1:
             problems.append(
                 f"method=cdmoe_moei2: the router selects among {facts.num_groups} groups of experts, which pruning "
@@ -166,8 +173,7 @@ class Combined:
         operations = [operation for option in choice.values() for operation in option.operations]
         return operations, {
             **self.key(),
-            "memory_ratio": self.memory_ratio,
-            "removed_expert_ratio": self.removed_expert_ratio,
+            **self.budget.settings(),
             "rounds": rounds,
             "chosen": {str(layer): option.name for layer, option in choice.items()},
             "expert_importance": {str(layer): values for layer, values in options.importance.items()},
@@ -203,6 +209,7 @@ def _measure(damage: Damage, options: Options, title: str, cache: Cache) -> dict
         for layer, each in options.of.items():
             key = f"damage-{layer:03d}"
             values = list(cache[key]["damage"]) if key in cache else []
+            bar.advance(len(values))
             for option in each[len(values) :]:
                 values.append(damage.of(layer, options.block(layer, option)))
                 bar.advance()

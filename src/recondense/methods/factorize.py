@@ -90,11 +90,14 @@ class Decompose:
         cap = ranks.break_even(facts.hidden_size, facts.expert_width)
         least = 1 if self.rank_multiple == "auto" else int(self.rank_multiple)
         problems = []
-        if isinstance(self.average_rank, int) and not least <= self.average_rank < cap and not self._by_share:
+        automatic = ranks.automatic(facts.hidden_size, facts.expert_width)
+        average = automatic if self.average_rank == "auto" else self.average_rank
+        if isinstance(average, int) and not least <= average < cap and not self._by_share:
+            shown = f"auto ({average})" if self.average_rank == "auto" else average
             problems.append(
-                f"method.average_rank={self.average_rank}: must be at least method.rank_multiple={least} and below "
-                f"{cap:.4g}, the rank at which the factors of an expert of {facts.hidden_size} x {facts.expert_width} "
-                "have as many parameters as the expert; null factorizes nothing"
+                f"method.average_rank={shown}: must be at least method.rank_multiple={least} and below {cap:.4g}, the "
+                f"rank at which the factors of an expert of {facts.hidden_size} x {facts.expert_width} have as many "
+                "parameters as the expert; null factorizes nothing"
             )
         if least >= cap:
             problems.append(
@@ -122,7 +125,7 @@ class Decompose:
             of the original stays.
 
         Raises:
-            ValueError: the budget is smaller than rank 1 everywhere.
+            ValueError: the budget is smaller than the least rank everywhere.
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)

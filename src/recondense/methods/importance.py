@@ -47,7 +47,8 @@ def expert_importance(
             all predicted tokens; only this layer and those above run again. A layer with only top_k experts, whose
             router cannot do without one, is measured by its output all the same.
         normalize: of a layer_output, divide it by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms. Of
-            an lm_loss, take the loss of the whole model off, not below 0: else all importances are nearly equal.
+            an lm_loss, take the loss of the whole model off, not below 0: else all importances are nearly equal. Where
+            no expert is missed the layer's importance is then 0.
         max_scratch_bytes: bound on temporaries of scoring, logits included.
         advance: called after each expert, or once for all of them.
 
@@ -63,6 +64,8 @@ def expert_importance(
             losses.append(max(0.0, _loss_without(model, tape, block, expert, max_scratch_bytes) - least))
             advance()
         return losses
+    if block.num_experts == 1:
+        return [1.0]
     replay = Replay(model, tape, block, 1, max_scratch_bytes, least_retained=1)
     errors = replay.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
     advance()

@@ -16,7 +16,7 @@ from recondense.decomposition import Factors, factors
 from recondense.families import SparseBlock
 from recondense.low_rank import LowRankExperts
 from recondense.methods import ranks
-from recondense.methods.cdmoe import CDMoE, condensed, condensing_saves
+from recondense.methods.cdmoe import CDMoE, TooFewSelected, condensed, condensing_saves
 from recondense.methods.cdmoe import Search as CondenseSearch
 from recondense.methods.genetic import best_sets, layer_seed
 from recondense.methods.importance import expert_importance
@@ -103,7 +103,7 @@ class Options:
         self._factors.clear()
 
     def widened(self, choice: dict[int, Option], spare: int) -> dict[int, Option]:
-        """The choice with what the budget has left given to ranks, as evenly as whole ranks allow."""
+        """The choice with what the budget has left given to ranks, as evenly as steps of ranks allow."""
         low = {
             layer: option
             for layer, option in choice.items()
@@ -154,7 +154,7 @@ class Options:
             routed = condensing_saves(view, condensing, routed=True)
             try:
                 found.append(Option(f"condensed to {count}", (search.operation(layer),), saved, routed))
-            except ValueError as error:  # fewer experts than that were ever selected here
+            except TooFewSelected as error:
                 self.left_out.setdefault(layer, []).append(str(error))
         return found
 

@@ -37,7 +37,7 @@ def multiple_of(setting: int | str, hidden_size: int, expert_width: int, average
     if setting != "auto":
         return int(setting)
     most = min(average_rank / 16, break_even(hidden_size, expert_width) / 24)
-    return 1 << max(0, int(most).bit_length() - 1)
+    return 1 << (max(1, int(most)).bit_length() - 1)
 
 
 def multiple_problems(setting: int | str) -> list[str]:
@@ -77,10 +77,18 @@ def allocate(
     found: Ranks = [None if step is None else step * multiple for step in steps]
     shape, unit = (hidden_size, expert_width), 3 * (hidden_size + expert_width)
     budget = math.floor(average_rank * len(found) * unit + 1e-6)
-    while parameters(found, *shape) > budget and max(rank or 0 for rank in found) > multiple:
+    while parameters(found, *shape) > budget:
         largest = max(range(len(found)), key=lambda j: (found[j] or 0, -j))
-        found[largest] = (found[largest] or 0) - multiple
-    fractions = [(r - e, 0, j) for j, (r, e) in enumerate(zip(found, exact, strict=True)) if r and e is not None]
+        dense = [j for j, rank in enumerate(found) if rank is None]
+        if (found[largest] or 0) > multiple:
+            found[largest] = (found[largest] or 0) - multiple
+        elif dense:  # the others have nothing left to give: the least important of these becomes low-rank
+            least = min(dense, key=lambda j: (importance[j], -j))
+            found[least] = max(multiple, (math.ceil(break_even(*shape)) - 1) // multiple * multiple)
+        else:
+            break
+    own = enumerate(zip(found, exact, strict=True))
+    fractions = [(0.0 if e is None else r - e, 0, j) for j, (r, e) in own if r is not None]
     return _filled_up({0: found}, fractions, budget - parameters(found, *shape), shape, multiple)[0]
 
 
