@@ -154,7 +154,7 @@ def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path)
     assert (
         "±" in words
         and "next line 0." in words
-        and "next line refit" in words
+        and "refit closes" in words
         and (folder / "comparison.png").stat().st_size > 0
     )
 
