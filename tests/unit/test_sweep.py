@@ -207,10 +207,10 @@ def test_the_table_of_seeds_and_what_failed(tmp_path: Path) -> None:
     text = (tmp_path / "comparison.md").read_text()
     lines = text.splitlines()
     assert lines[0] == (
-        "| run | n | memory ratio | ppl before | ppl after | task after | search (s) | refit (s) | recover (s) |"
+        "| run | n | memory ratio | ppl before | ppl after | all closes | task after | search (s) | recover (s) |"
     )
     assert lines[0].count("|") == lines[1].count("|") == lines[3].count("|")
-    assert lines[3] == "| cdmoe, 0.7 | 2 | 0.700 | 30.00 | 10.00 ± 1.41 | 0.61 ± 0.01 | 40 | 7 | 4 ± 1 |"
+    assert lines[3] == "| cdmoe, 0.7 | 2 | 0.700 | 30.00 | 10.00 ± 1.41 | 50% | 0.61 ± 0.01 | 40 | 4 ± 1 |"
     assert "| block_drop, 0.5 | 0/2 | - |" in text
     assert "block_drop, 0.5: failed: no layer" in text and "perplexity 8.00" in text
     with (tmp_path / "comparison.csv").open(newline="") as file:
@@ -230,7 +230,8 @@ def test_the_caption_says_what_can_be_told_apart() -> None:
     assert "about 0.05 (standard error), larger than the spread over seeds (at most 0.007)" in words
     assert "closer than 0.14" in words
     assert "at or below the budget" in words and "not counted again" in words
-    assert "Closes: " in words and "Closes: " not in comparison_markdown(entries), "no such column there"
+    assert "Closes: " in words and "Closes: " in comparison_markdown(entries)
+    assert "Closes: " not in "\n".join(caption(entries, without=["gap_closed", "refit_gap_closed"])), "no such column"
     steady = [{**entry, "recovered_task": (0.6, 0.07)} for entry in entries]
     assert "larger than" not in "\n".join(caption(steady))
     bare = by_seed([seeded("reap", "0.5", 0, recovered_perplexity=3.0)])
