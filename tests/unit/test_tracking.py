@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,11 @@ def test_offline_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str
         assert summary["original/perplexity"] == 90.0 and summary["artifacts/model"] == str(tmp_path / "model")
         tracking.finish_loggers(loggers)
         assert not wandb_logger.broken
+        time.sleep(1.1)  # W&B names the folder by the second
     assert ids[0] == ids[1] == (tmp_path / "logs" / "run_id").read_text()
+    until = time.monotonic() + 20  # W&B's own process writes a little after `finish` has returned
+    while len(list((tmp_path / "logs" / "wandb").rglob("picture*.png"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
     assert len(list((tmp_path / "logs" / "wandb").glob(f"offline-run-*-{ids[0]}"))) == 2
     assert len(list((tmp_path / "logs").rglob("*.table.json"))) == 2
     assert len(list((tmp_path / "logs" / "wandb").rglob("picture*.png"))) == 2
