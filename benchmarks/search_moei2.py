@@ -8,8 +8,9 @@ remembering sets that were scored before, once with. Errors are compared to six 
 that rounding does not order sets that are equally good. The block's experts run in whichever of transformers'
 implementations is faster here. Memory is the most bytes of tensors alive at once beside the model and its tape.
 
-The block runs 5,000 times without memory and 2,587 with it, half an hour on two free cores. With fewer iterations
-preparation weighs more, and recondense gains less. Other work on the machine makes all of it slower, unevenly.
+The block runs 5,000 times without memory and half as often with it: half an hour on one free core. With fewer
+iterations preparation weighs more, and recondense gains less. Other work on the machine makes all of it slower,
+unevenly.
 """
 
 from __future__ import annotations
