@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recondense import corpora, pipeline, progress, tiny
+from integration.runs import one_command
+from recondense import corpora, pipeline, tiny
 from recondense.comparison import by_seed
 from recondense.config import Config, from_dict
 
@@ -44,13 +44,8 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     few = corpora.Corpora(*([file.read_text()[:3000] for file in sources[start::3]] for start in range(3)))
     monkeypatch.setattr(corpora, "stdlib_corpora", lambda: few)
     monkeypatch.setattr(tiny, "stdlib_corpora", lambda: few)
-    loggers = [logging.getLogger(name) for name in ("recondense", "callbacks")]
-    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    progress.configure(None)
+    with one_command():
+        yield
 
 
 def composed(arguments: tuple[str, ...]) -> Config:
