@@ -1,7 +1,7 @@
 """Routed experts whose projections are products of two factors. Imports torch alone: it is bundled into exports.
 
-Legend: T tokens, K top-k, S = T·K routed tokens sorted by expert, t those of one expert, D hidden size, F expert width,
-E experts, n those of one bucket, R rank, O and I output and input features of a projection.
+Legend: T tokens, K top-k, S = T·K routed tokens sorted by expert, t those of one expert, P those of the busiest, D
+hidden size, F expert width, E experts, n those of one bucket, R rank, O and I output and input features.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 Ranks = Mapping[str, Sequence[int | None]]
 Linear = Callable[[Tensor, Tensor], Tensor]
 
+# Where calls cost more than arithmetic on a CPU, in weights and in multiplications (benchmarks/low_rank.py).
+SMALL = 2**15  # weights that meet an expert's input: D times the ranks of gate and up
+FEW = 2**22  # multiplications of the busiest expert with those weights
+PADDING = 2**20  # multiplications of an average expert with zeros
+
 
 class LowRankExperts(nn.Module):
     """Routed experts with a rank an expert and projection, called as transformers' fused experts are.
@@ -24,7 +29,8 @@ class LowRankExperts(nn.Module):
     E_e(x) = down( act(gate x) ⊙ up x ),  each projection W = left · right, or dense
 
     Experts of equal ranks form a bucket: its factors are 3-D tensors of exactly their size, nothing is padded. Ranks at
-    multiples of 16 bytes make the product over a bucket one grouped product; others go expert by expert.
+    multiples of 16 bytes make the product over a bucket one grouped product; others go expert by expert. On a CPU small
+    experts with few tokens are one batched product a bucket, and those of very few tokens one product in all.
 
     Args:
         hidden_size: D.
@@ -49,6 +55,8 @@ class LowRankExperts(nn.Module):
         )
         order = [expert for experts in self.experts_of for expert in experts]
         self._place = tuple(order.index(expert) for expert in range(self.num_experts))
+        self._in_bucket = [(b, e) for b, experts in enumerate(self.experts_of) for e in range(len(experts))]
+        self._small = all(cast(_Bucket, bucket).small for bucket in self.buckets)
         self._places: dict[torch.device, Tensor] = {}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -59,21 +67,39 @@ class LowRankExperts(nn.Module):
         dtype = next(buckets[0].parameters()).dtype  # not a weight by its name, which an adapter would compute
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
+        x_TD, top_k = hidden_states.to(dtype), top_k_index.shape[1]
         place_S = self._table(top_k_index.device)[top_k_index.flatten()]
+        if kind == "cpu" and self._small and 2 * len(place_S) <= self.num_experts:
+            y_SD = self._row_by_row(x_TD, place_S, top_k) * top_k_weights.flatten()[:, None]
+            return y_SD.unflatten(0, (-1, top_k)).sum(dim=1).to(hidden_states.dtype)
         order_S = place_S.argsort(stable=True)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.numel(), device=order_S.device))
         sizes = [len(experts) for experts in self.experts_of]
         counts_E = torch.bincount(place_S, minlength=self.num_experts)
         on_device, waited = counts_E.split(sizes), iter(counts_E.tolist())  # type: ignore[no-untyped-call]
         counts = [list(islice(waited, size)) for size in sizes]
-        x_SD = _Spread.apply(hidden_states.to(dtype), order_S, back_S, top_k_index.shape[1])
+        x_SD = _Spread.apply(x_TD, order_S, back_S, top_k)
         # Split once: the backward of a slice is as large as the whole, that of a split is one concatenation.
         parts = x_SD.split([sum(own) for own in counts])  # type: ignore[no-untyped-call]
         used = [each for each in zip(buckets, parts, counts, on_device, strict=True) if len(each[1])]
         y_SD = torch.cat([bucket(x_sD, own, counts_n, self.act_fn) for bucket, x_sD, own, counts_n in used])
         weighted_SD = y_SD * top_k_weights.flatten()[order_S, None]
-        y_TD: Tensor = _Collect.apply(weighted_SD, order_S, back_S, top_k_index.shape[1])
+        y_TD: Tensor = _Collect.apply(weighted_SD, order_S, back_S, top_k)
         return y_TD.to(hidden_states.dtype)
+
+    def _row_by_row(self, x_TD: Tensor, place_S: Tensor, top_k: int) -> Tensor:
+        """Outputs (S, D), each row with a copy of its expert, ranks padded with zeros; neither sorted nor weighted."""
+        buckets = cast("list[_Bucket]", list(self.buckets))
+        if len(buckets) == 1:
+            weights = [w.index_select(0, place_S) for w in buckets[0].weights() if w is not None]
+            gate_rows = buckets[0].gate_rows
+        else:
+            each = [buckets[b].factors(e) for b, e in (self._in_bucket[place] for place in place_S.tolist())]
+            gate, gate_left, up, up_left, down_right, down_left = map(_stacked, zip(*each, strict=True))
+            weights = [torch.cat((gate, up), dim=1), gate_left, up_left, down_right, down_left]
+            gate_rows = gate.shape[1]
+        x_S1D = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, 1, x_TD.shape[1])
+        return _chain(x_S1D, weights, gate_rows, self.act_fn, _batched_linear).squeeze(1)
 
     def _table(self, device: torch.device) -> Tensor:
         """Each expert's place in the order of the buckets; not a buffer: its values follow from the ranks."""
@@ -123,7 +149,8 @@ class _Bucket(nn.Module):
         self.gate_rank, self.up_rank, self.down_rank = ranks
         gate_rows = expert_width if self.gate_rank is None else self.gate_rank
         up_rows = expert_width if self.up_rank is None else self.up_rank
-        self.gate_rows = gate_rows
+        self.gate_rows, self._size = gate_rows, hidden_size * (gate_rows + up_rows)
+        self.small = None not in ranks and self._size <= SMALL
         self.gate_up_right = _empty(num_experts, gate_rows + up_rows, hidden_size)  # whole rows where dense
         self.gate_left = None if self.gate_rank is None else _empty(num_experts, expert_width, gate_rows)
         self.up_left = None if self.up_rank is None else _empty(num_experts, expert_width, up_rows)
@@ -136,30 +163,46 @@ class _Bucket(nn.Module):
 
     def forward(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, act_fn: Callable[[Tensor], Tensor]) -> Tensor:
         """Outputs (S, D) of tokens sorted by expert, `counts` of each (`counts_n` on the device); unweighted."""
-        weights = (self.gate_up_right, self.gate_left, self.up_left, self.down_right, self.down_left)
-        if self.num_experts > 1 and _groupable(x_SD, weights):
+        if x_SD.device.type == "cpu" and self._pads(counts):
+            return self._padded(x_SD, counts, counts_n, act_fn)
+        weights = self.weights()
+        if self.num_experts == 1:
+            own = [None if w is None else w.squeeze(0) for w in weights]
+            return _chain(x_SD, own, self.gate_rows, act_fn, nn.functional.linear)
+        if _groupable(x_SD, weights):
             # grouped_mm keeps out of autocast, so the weights are converted here.
             linear = partial(_grouped_linear, ends=counts_n.cumsum(0).to(torch.int32))
-            return self._chain(x_SD, [None if w is None else w.to(x_SD.dtype) for w in weights], act_fn, linear)
+            own = [None if w is None else w.to(x_SD.dtype) for w in weights]
+            return _chain(x_SD, own, self.gate_rows, act_fn, linear)
         outputs = []
         # Unbound at once, so that backward stacks gradients instead of adding zeros.
         each = zip(*((None,) * self.num_experts if w is None else w.unbind(0) for w in weights), strict=True)
-        for x_tD, own in zip(x_SD.split(counts), each, strict=True):  # type: ignore[no-untyped-call]
+        for x_tD, own_weights in zip(x_SD.split(counts), each, strict=True):  # type: ignore[no-untyped-call]
             if len(x_tD):
-                outputs.append(self._chain(x_tD, own, act_fn, nn.functional.linear))
+                outputs.append(_chain(x_tD, own_weights, self.gate_rows, act_fn, nn.functional.linear))
         return torch.cat(outputs)
 
-    def _chain(
-        self, x: Tensor, weights: Sequence[Tensor | None], act_fn: Callable[[Tensor], Tensor], linear: Linear
-    ) -> Tensor:
-        gate_up, gate_left, up_left, down_right, down_left = weights
-        assert gate_up is not None and down_left is not None
-        inner = linear(x, gate_up)
-        gate, up = inner.split((self.gate_rows, inner.shape[1] - self.gate_rows), dim=1)  # type: ignore[no-untyped-call]
-        gate = gate if gate_left is None else linear(gate, gate_left)
-        up = up if up_left is None else linear(up, up_left)
-        inner = act_fn(gate) * up
-        return linear(inner if down_right is None else linear(inner, down_right), down_left)
+    def _padded(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, act_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        most = max(counts)
+        shift_n = torch.arange(0, most * len(counts), most) - (counts_n.cumsum(0) - counts_n)
+        places_S = torch.arange(len(x_SD)) + shift_n.repeat_interleave(counts_n, output_size=len(x_SD))
+        x_nPD = _Put.apply(x_SD, places_S, most * len(counts)).unflatten(0, (-1, most))
+        y_nPD = _chain(x_nPD, self.weights(), self.gate_rows, act_fn, _batched_linear)
+        return cast(Tensor, _Take.apply(y_nPD.flatten(0, 1), places_S))
+
+    def _pads(self, counts: list[int]) -> bool:
+        """Whether one product over experts padded to the busiest one's tokens costs less than a product for each."""
+        most, mean = max(counts), sum(counts) / len(counts)
+        return len(counts) >= 4 and self.small and most * self._size <= FEW and (most - mean) * self._size <= PADDING
+
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """As `_chain` takes them; None where a projection is dense."""
+        return self.gate_up_right, self.gate_left, self.up_left, self.down_right, self.down_left
+
+    def factors(self, position: int) -> tuple[Tensor, ...]:
+        """An expert's right (R, I) and left (O, R) factors of gate, up and down; none is dense."""
+        gate_up, gate_left, up_left, down_right, down_left = (w[position] for w in self.weights() if w is not None)
+        return gate_up[: self.gate_rows], gate_left, gate_up[self.gate_rows :], up_left, down_right, down_left
 
     def fill(self, position: int, name: str, left: Tensor, right: Tensor) -> None:
         """Copy an expert's factors."""
@@ -188,6 +231,26 @@ class _Bucket(nn.Module):
         return slice(self.gate_rows, None), self.up_left
 
 
+def _chain(
+    x: Tensor, weights: Sequence[Tensor | None], gate_rows: int, act_fn: Callable[[Tensor], Tensor], linear: Linear
+) -> Tensor:
+    """An expert's output; of `weights` the left of gate and up and the right of down are None where it is dense."""
+    gate_up, gate_left, up_left, down_right, down_left = weights
+    assert gate_up is not None and down_left is not None
+    inner = linear(x, gate_up)
+    gate, up = inner.split((gate_rows, inner.shape[-1] - gate_rows), dim=-1)  # type: ignore[no-untyped-call]
+    gate = gate if gate_left is None else linear(gate, gate_left)
+    up = up if up_left is None else linear(up, up_left)
+    inner = act_fn(gate) * up
+    return linear(inner if down_right is None else linear(inner, down_right), down_left)
+
+
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """Matrices of different ranks as one tensor, padded with zeros."""
+    rows, columns = (max(w.shape[dim] for w in factors) for dim in (0, 1))
+    return torch.stack([nn.functional.pad(w, (0, columns - w.shape[1], 0, rows - w.shape[0])) for w in factors])
+
+
 def _groupable(x_SD: Tensor, weights: Sequence[Tensor | None]) -> bool:
     """Whether torch's grouped product takes these: rows and addresses at multiples of 16 bytes, on Ampere or a CPU."""
     if not hasattr(nn.functional, "grouped_mm") or x_SD.dtype not in (torch.float32, torch.bfloat16):
@@ -203,6 +266,10 @@ def _groupable(x_SD: Tensor, weights: Sequence[Tensor | None]) -> bool:
 
 def _grouped_linear(x_SI: Tensor, weight_nOI: Tensor, ends: Tensor) -> Tensor:
     return nn.functional.grouped_mm(x_SI, weight_nOI.transpose(-2, -1), offs=ends)
+
+
+def _batched_linear(x_nPI: Tensor, weight_nOI: Tensor) -> Tensor:
+    return torch.bmm(x_nPI, weight_nOI.transpose(1, 2))
 
 
 class _Spread(torch.autograd.Function):
@@ -229,6 +296,32 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return cast(Tensor, _Spread.apply(grads[0], ctx.order_S, ctx.back_S, ctx.top_k)), None, None, None
+
+
+class _Put(torch.autograd.Function):
+    """Rows at their places among zeros; the adjoint of `_Take`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, places_S: Tensor, num: int) -> Tensor:
+        ctx.places_S = places_S
+        return x_SD.new_zeros(num, x_SD.shape[1]).index_copy_(0, places_S, x_SD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return cast(Tensor, _Take.apply(grads[0], ctx.places_S)), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows of different places."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, places_S: Tensor) -> Tensor:
+        ctx.places_S, ctx.num = places_S, len(x_PD)
+        return x_PD.index_select(0, places_S)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return cast(Tensor, _Put.apply(grads[0], ctx.places_S, ctx.num)), None
 
 
 def _empty(*shape: int) -> nn.Parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 from recondense import families
+from recondense import low_rank as module_of_low_rank
 from recondense.decomposition import factors
-from recondense.low_rank import LowRankExperts, _groupable
+from recondense.low_rank import LowRankExperts, _Bucket, _groupable
 from recondense.methods import ranks as ranks_of
 from recondense.surgery.factorize import second_moments
 
@@ -107,9 +108,49 @@ MIXED: dict[str, tuple[int | None, ...]] = {
 ALIGNED: dict[str, tuple[int | None, ...]] = {name: (8, 8, None, 16, 8, 8) for name in NAMES}
 
 
+# No expert is dense: a few tokens are one batched product; four experts of a bucket are one, too.
+UNEVEN: dict[str, tuple[int | None, ...]] = {name: (3, 3, 5, 3, 7, 3) for name in NAMES}
+EVEN: dict[str, tuple[int | None, ...]] = {
+    "gate_proj": (3,) * E, "up_proj": (5,) * E, "down_proj": (7,) * E
+}  # fmt: skip
+
+
+@pytest.fixture(params=["small", "large"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Experts count as small, as they are here, or as large."""
+    if request.param == "large":
+        monkeypatch.setattr(module_of_low_rank, "SMALL", 0)
+    return cast(str, request.param)
+
+
+@pytest.mark.parametrize("ranks", [FULL, ALIGNED, MIXED, UNEVEN, EVEN])
+@pytest.mark.parametrize("num", [1, 40])
+def test_what_is_batched(ranks: Any, num: int, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests below reach every way of computing."""
+    low, called = low_rank(dense_experts(), ranks), set()
+    for owner, name in ((LowRankExperts, "_row_by_row"), (_Bucket, "_padded")):
+        monkeypatch.setattr(owner, name, spy(getattr(owner, name), called))
+    low(*tokens(num))
+    several = any(len(experts) >= 4 for experts in low.experts_of)
+    if size == "large":
+        assert not called
+    elif num == 1 and ranks in (UNEVEN, EVEN):
+        assert called == {"_row_by_row"}
+    elif num == 40:
+        assert called == ({"_padded"} if several else set()) and several == (ranks is not MIXED)
+
+
+def spy(method: Any, called: set[str]) -> Any:
+    def run(*args: Any) -> Any:
+        called.add(method.__name__)
+        return method(*args)
+
+    return run
+
+
 @pytest.mark.parametrize("ranks", [FULL, ALIGNED, MIXED])
 def test_which_experts_are_grouped(ranks: Any) -> None:
-    """The tests below reach both ways of computing."""
+    """If they are large."""
     low = LowRankExperts(D, F, ranks, nn.functional.silu)
     grouped = []
     for bucket in low.buckets:
@@ -119,13 +160,14 @@ def test_which_experts_are_grouped(ranks: Any) -> None:
 
 
 @pytest.mark.parametrize("num", [0, 1, 40])
-def test_full_rank_is_transformers_experts(num: int) -> None:
+def test_full_rank_is_transformers_experts(num: int, size: str) -> None:
     dense = dense_experts()
     torch.testing.assert_close(low_rank(dense, FULL)(*tokens(num)), dense(*tokens(num)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [MIXED, ALIGNED])
-def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: Any) -> None:
+@pytest.mark.parametrize("ranks", [MIXED, ALIGNED, UNEVEN, EVEN])
+@pytest.mark.parametrize("num", [1, 40])
+def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: Any, num: int, size: str) -> None:
     """Forward, and gradients of the input, of the routing weights and, by the chain rule, of the factors."""
     dense, found = dense_experts(), []
     low = low_rank(dense, ranks).requires_grad_(True)
@@ -139,7 +181,7 @@ def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: An
                     left, right = factors(weight)
                     weight.copy_(left[:, :rank] @ right[:rank])
     for module in (low, products):
-        x, index, weights = tokens(40)
+        x, index, weights = tokens(num)
         x.requires_grad_(), weights.requires_grad_()
         y = module(x, index, weights)
         y.square().sum().backward()
@@ -153,25 +195,29 @@ def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: An
                 torch.testing.assert_close(bucket.down_left.grad[position], expected, rtol=1e-4, atol=1e-3)
 
 
-def test_the_same_call_gives_the_same_bits() -> None:
-    """Forward and backward, whatever the number of threads."""
-    low, found, threads = low_rank(dense_experts(), ALIGNED).requires_grad_(True), [], torch.get_num_threads()
+@pytest.mark.parametrize("ranks", [ALIGNED, UNEVEN])
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_the_same_call_gives_the_same_bits(ranks: Any, num_tokens: int, size: str) -> None:
+    """Forward and backward; ALIGNED whatever the number of threads, else a product of torch's may depend on it."""
+    low, found, threads = low_rank(dense_experts(), ranks).requires_grad_(True), [], torch.get_num_threads()
     try:
         for num in (1, 2, 2):
             torch.set_num_threads(num)
-            x, index, weights = tokens(300)
+            x, index, weights = tokens(num_tokens)
             x.requires_grad_(), low.zero_grad()
             low(x, index, weights).square().sum().backward()
             assert x.grad is not None
             found.append([x.grad, *(p.grad for p in low.parameters() if p.grad is not None)])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(found[0], one, strict=True))
+    alike = found if ranks is ALIGNED else found[1:]
+    assert all(torch.equal(a, b) for one in alike[1:] for a, b in zip(alike[0], one, strict=True))
 
 
-def test_gradients_of_the_factors() -> None:
-    low = low_rank(dense_experts(), MIXED).double().requires_grad_(True)
-    x, index, weights = tokens(7)
+@pytest.mark.parametrize(("ranks", "num"), [(MIXED, 7), (UNEVEN, 7), (UNEVEN, 1), (EVEN, 1)])
+def test_gradients_of_the_factors(ranks: Any, num: int) -> None:
+    low = low_rank(dense_experts(), ranks).double().requires_grad_(True)
+    x, index, weights = tokens(num)
     names = [name for name, _ in low.named_parameters()]
 
     def of(*parameters: Tensor) -> Tensor:
@@ -190,12 +236,13 @@ def test_nothing_is_padded() -> None:
     assert not list(low.buffers())
 
 
-@pytest.mark.parametrize("ranks", [MIXED, ALIGNED])
+@pytest.mark.parametrize("ranks", [MIXED, ALIGNED, UNEVEN, EVEN])
+@pytest.mark.parametrize("num", [1, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype: torch.dtype, ranks: Any) -> None:
+def test_autocast(dtype: torch.dtype, num: int, ranks: Any, size: str) -> None:
     low = low_rank(dense_experts(), ranks)
-    exact = low(*tokens(9))
-    x, index, weights = tokens(9)
+    exact = low(*tokens(num))
+    x, index, weights = tokens(num)
     with torch.autocast("cpu", torch.bfloat16):
         y = low.to(dtype)(x.to(dtype), index, weights.to(dtype))
     torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1 * float(exact.abs().max()))
