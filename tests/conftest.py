@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,17 @@ def no_stray_files() -> Iterator[None]:
     yield
     stray = sorted(str(path.relative_to(ROOT)) for path in listing() - before)
     assert not stray, f"tests left files in the repository: {', '.join(stray)}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def handlers_end_with_their_module() -> Iterator[None]:
+    """A run and Hydra add handlers to loggers; they would write to a stream that pytest has closed."""
+    loggers = [logging.getLogger(name) for name in (None, "recondense", "callbacks")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -123,9 +123,8 @@ def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path)
     (folder,) = (tmp_path / "out" / "compare" / "sweeps").iterdir()
     rows = json.loads((folder / "comparison.json").read_text())
     assert len(rows) == 12 and all(row["status"] == "done" for row in rows)
-    entries = [
-        entry for entry in by_seed(rows) if entry["method"] != "none"
-    ]  # the control is one line for both budgets
+    # The control is one line for both budgets.
+    entries = [entry for entry in by_seed(rows) if entry["method"] != "none"]
     assert [entry["count"] for entry in entries] == [2] * 4
     for entry in entries:
         own = [row["recovered_perplexity"] for row in rows if row["settings"].items() >= entry["settings"].items()]
@@ -152,6 +151,14 @@ def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path)
         and "refit closes" in words
         and (folder / "comparison.png").stat().st_size > 0
     )
+
+
+def test_the_comparison_is_of_all_methods() -> None:
+    """But CD-MoE-S, which is cdmoe without its routed experts."""
+    sweep = OmegaConf.load(ROOT / "conf" / "experiment" / "compare.yaml").hydra.sweeper.params
+    compared = sweep.method.split(",")
+    assert len(compared) == len(set(compared))
+    assert {*compared, "cdmoe_s"} == {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
 
 
 def test_what_an_experiment_sweeps_is_checked_before_it_runs(
