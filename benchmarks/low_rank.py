@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
     args.shapes = args.shapes or (["16x128x64", "16x512x352"] if on_cpu else ["60x2048x1408"])
-    args.tokens = args.tokens or ([64, 512, 2048] if on_cpu else [256, 2048, 16384])
+    args.tokens = args.tokens or ([1, 64, 512, 2048] if on_cpu else [256, 2048, 16384])
     args.dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     return args
 
