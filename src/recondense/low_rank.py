@@ -166,8 +166,9 @@ class _Bucket(nn.Module):
         if x_SD.device.type == "cpu" and self._pads(counts):
             return self._padded(x_SD, counts, counts_n, act_fn)
         weights = self.weights()
-        if self.num_experts == 1:
-            own = [None if w is None else w.squeeze(0) for w in weights]
+        if len(counts) - counts.count(0) == 1:
+            busy = next(e for e, count in enumerate(counts) if count)
+            own = [w if w is None else w.squeeze(0) if len(w) == 1 else w[busy] for w in weights]
             return _chain(x_SD, own, self.gate_rows, act_fn, nn.functional.linear)
         if _groupable(x_SD, weights):
             # grouped_mm keeps out of autocast, so the weights are converted here.
