@@ -164,10 +164,9 @@ class _Run:
             measure.stage("compressed", module)
         else:
             measure.unchanged(module)
-        with measure.timed("refit"):
-            refitted = module.refit()
-        measure.keep_refit(refitted)
-        if refitted:
+        if any(operation.kind == "refit" for operation in plan.operations):
+            with measure.timed("refit"):
+                measure.keep_refit(module.refit())
             measure.stage("refitted", module)
         if config.recovery.objective != "none":
             self._recover(module, texts, measure)

@@ -52,6 +52,8 @@ def test_summary_says_what_design_promises(finished: tuple[Path, dict[str, Any]]
     assert found["schema"] == 1
     assert list(found["stages"]) == ["original", "compressed", "recovered", "control"]
     assert set(found["environment"]["data"]) == {"train", "validation", "calibration"}
+    seconds = {"calibrate", "search", "apply", "evaluate", "profile", "recover", "control", "export"}
+    assert set(found["seconds"]) == seconds, "no refit was asked for"
     stages, ratios = found["stages"], found["ratios"]
     lost = stages["compressed"]["loss"] - stages["original"]["loss"]
     assert ratios["gap_closed"] == pytest.approx((stages["compressed"]["loss"] - stages["recovered"]["loss"]) / lost)
