@@ -1,11 +1,12 @@
-"""Modes of a model, put back after use."""
+"""Modes of a model and hooks on it, put back after use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,3 +19,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The outputs of modules in the forward that runs inside, in their order."""
+    found: dict[int, Tensor] = {}
+    outputs: list[Tensor] = []
+
+    def keep(number: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(number)) for number, module in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs += [found[number] for number in range(len(modules))]

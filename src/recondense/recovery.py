@@ -17,7 +17,7 @@ from recondense import adapters, families, surgery
 from recondense.config import RecoveryConfig
 from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
 from recondense.low_rank import LowRankExperts
-from recondense.modes import evaluating
+from recondense.modes import evaluating, outputs_of
 from recondense.plan import Plan, Refit
 from recondense.teacher import SharedBackboneTeacher
 
@@ -101,6 +101,7 @@ class RecoveryModule(L.LightningModule):
             self._originals = surgery.apply(self.model, self.plan, self._record)
             self.model.requires_grad_(False)
             layers = self.plan.layers if self._trained_layers is None else self._trained_layers
+            self._refuse_nothing_to_train(layers)
             # A control trains the original's experts afterwards: not the student's with them.
             trains = self.recovery.trainable == "experts" or self.recovery.control
             if self._originals and self.recovery.objective != "none" and trains:
@@ -111,6 +112,14 @@ class RecoveryModule(L.LightningModule):
             self.refit()
             self._free(self.plan.layers if self._trained_layers is None else self._trained_layers)
         return self.plan
+
+    def _refuse_nothing_to_train(self, layers: Sequence[int]) -> None:
+        recovery = self.recovery
+        experts = recovery.trainable == "experts" or (recovery.trainable, recovery.lora.target) == ("lora", "experts")
+        if recovery.objective != "none" and experts and not trainable_parameters(self.model, layers, "experts"):
+            raise ValueError(
+                "recovery: no experts are left to train, all MoE layers were removed; use recovery=none or remove less"
+            )
 
     def _free(self, layers: Sequence[int]) -> None:
         """Let train what the recovery names; adapters come last, when weights are as they will stay."""
@@ -186,11 +195,9 @@ class RecoveryModule(L.LightningModule):
         recovery = self.recovery
         distill = recovery.objective == "distill"
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if distill and recovery.hidden_share:
-            arguments["output_hidden_states"] = True
         if self._router_auxiliary_loss:
             arguments["output_router_logits"] = True
-        with adapters.once(self.adapters):  # the student's pass alone: the teacher's knows no adapters
+        with adapters.once(self.adapters), self._states() as mine:  # the teacher's pass knows no adapters
             student = self.model(**arguments)
         losses = {}
         if not distill or recovery.cross_entropy_share:
@@ -202,18 +209,27 @@ class RecoveryModule(L.LightningModule):
                 losses["load_balancing"] = load_balancing(student.router_logits, top_k)
                 losses["loss"] = losses["loss"] + self._router_auxiliary_loss * losses["load_balancing"]
             return losses
-        with torch.no_grad(), self.original(), evaluating(self.model):  # no dropout in what the student should match
+        # No dropout in what the student should match.
+        with torch.no_grad(), self.original(), evaluating(self.model), self._states() as theirs:
             teacher = self.model(**arguments)
         losses["kl"] = forward_kl(student.logits, teacher.logits, recovery.temperature)
         shares = {"cross_entropy": recovery.cross_entropy_share, "hidden": recovery.hidden_share}
         if recovery.hidden_share:
-            assert self.plan is not None
-            at = [layer + 1 for layer in self.plan.layers]
-            mine, theirs = ([output.hidden_states[i] for i in at] for output in (student, teacher))
             losses["hidden"] = feature_matching(mine, theirs)
         kl_share = 1 - sum(shares.values())
         losses["loss"] = kl_share * losses["kl"] + sum(share * losses[name] for name, share in shares.items() if share)
         return losses
+
+    def _states(self) -> AbstractContextManager[list[Tensor]]:
+        """Hidden states (B, S, D) after the layers that the plan changes, after the final norm for the last.
+
+        transformers' own `hidden_states` are the same, but lack those of removed layers.
+        """
+        if self.recovery.objective != "distill" or not self.recovery.hidden_share:
+            return nullcontext([])
+        assert self.plan is not None
+        after = [*families.decoder_layers(self.model)[:-1], families.final_norm(self.model)]
+        return outputs_of([after[layer] for layer in self.plan.layers])
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         losses = self.losses(batch["input_ids"])

@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.config import RecoveryConfig, TrainerConfig
+from recondense.config import LoraSettings, RecoveryConfig, TrainerConfig
 from recondense.data import RecoveryData
 from recondense.fitting import FINAL, fit, newest_checkpoint, precision_of
 from recondense.losses import cross_entropy
 from recondense.modules import CondensedMoE
-from recondense.plan import Factorize, Plan, Prune
+from recondense.plan import Drop, Factorize, Plan, Prune
 from recondense.profiling import resident_bytes
 from recondense.recovery import RecoveryModule, trainable_parameters
 from recondense.summary import control_settings
@@ -242,6 +242,40 @@ def test_distilling_from_oneself_costs_nothing(temperature: float) -> None:
     with module.original():
         losses = module.losses(windows(2, 8))
     assert losses["kl"].item() == losses["hidden"].item() == losses["loss"].item() == 0.0
+
+
+@pytest.mark.parametrize("dropped", [(1,), (2,), (1, 2)])
+def test_hidden_states_are_compared_at_the_same_layers_where_some_were_removed(dropped: tuple[int, ...]) -> None:
+    """A removed layer passes on what it is given; the teacher's own states are transformers'."""
+    model = FAMILIES["qwen2_moe"]()
+    plan = Plan("qwen2_moe", tuple(Drop(layer, "block") for layer in dropped))
+    module = RecoveryModule(model, recovery(hidden_share=0.5), plan=plan)
+    module.prepare()
+    ids = windows(2, 8)
+    with torch.no_grad():
+        losses = module.losses(ids)
+        theirs = qwen2_moe()(input_ids=ids, output_hidden_states=True).hidden_states
+        original = qwen2_moe()
+        x, mine = original.model.embed_tokens(ids), []
+        positions = torch.arange(8)[None]
+        rotary = original.model.rotary_emb(x, positions)
+        mask = torch.full((8, 8), -torch.inf).triu(1)[None, None]
+        for layer, block in enumerate(original.model.layers):
+            if layer not in dropped:
+                x = block(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+            mine.append(x)
+        mine[-1] = original.model.norm(mine[-1])
+        each = [(mine[i] - theirs[i + 1]).square().mean() / theirs[i + 1].square().mean() for i in dropped]
+    torch.testing.assert_close(losses["hidden"], torch.stack(each).mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trainable": "lora", "lora": LoraSettings(target="experts")}])
+def test_a_recovery_without_anything_to_train_is_refused(changes: dict[str, Any]) -> None:
+    model = FAMILIES["qwen2_moe"]()
+    plan = Plan("qwen2_moe", tuple(Drop(layer, "moe") for layer in range(3)))
+    with pytest.raises(ValueError, match="no experts are left to train"):
+        RecoveryModule(model, recovery(**changes), plan=plan).prepare()
+    RecoveryModule(FAMILIES["qwen2_moe"](), recovery(objective="none"), plan=plan).prepare()
 
 
 def test_losses_by_hand() -> None:
