@@ -95,6 +95,7 @@ class LowRankExperts(nn.Module):
             gate_rows = buckets[0].gate_rows
         else:
             each = [buckets[b].factors(e) for b, e in (self._in_bucket[place] for place in place_S.tolist())]
+            each = [tuple(w.to(x_TD.dtype) for w in own) for own in each]  # stack keeps out of autocast
             gate, gate_left, up, up_left, down_right, down_left = map(_stacked, zip(*each, strict=True))
             weights = [torch.cat((gate, up), dim=1), gate_left, up_left, down_right, down_left]
             gate_rows = gate.shape[1]
@@ -254,6 +255,8 @@ def _stacked(factors: Sequence[Tensor]) -> Tensor:
 
 def _groupable(x_SD: Tensor, weights: Sequence[Tensor | None]) -> bool:
     """Whether torch's grouped product takes these: rows and addresses at multiples of 16 bytes, on Ampere or a CPU."""
+    if torch.compiler.is_compiling() and x_SD.dtype != torch.bfloat16:
+        return False  # dynamo knows the grouped product of bfloat16 alone
     if not hasattr(nn.functional, "grouped_mm") or x_SD.dtype not in (torch.float32, torch.bfloat16):
         return False
     if x_SD.is_cuda and (x_SD.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x_SD.device) < (8, 0)):

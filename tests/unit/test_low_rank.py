@@ -248,6 +248,26 @@ def test_autocast(dtype: torch.dtype, num: int, ranks: Any, size: str) -> None:
     torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1 * float(exact.abs().max()))
 
 
+def test_half_precision_weights_under_autocast() -> None:
+    low = low_rank(dense_experts(), UNEVEN).half()
+    x, index, weights = tokens(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(low(x.half(), index, weights)).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated")  # dynamo does
+@pytest.mark.parametrize("ranks", [ALIGNED, UNEVEN])
+def test_compiled(ranks: Any, size: str) -> None:
+    """As far as dynamo traces; what it cannot trace runs as written."""
+    low = low_rank(dense_experts(), ranks)
+    compiled = torch.compile(low, backend="eager")
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*tokens(40)), low(*tokens(40)), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.compiler.reset()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_second_moments_are_those_of_the_routed_tokens(family: str) -> None:
