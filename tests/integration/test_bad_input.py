@@ -183,6 +183,22 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["data=texts", "method=none", "recovery=finetune"],
         ["data.train.path is missing", "recovery=finetune trains on it"],
     ),
+    "share beside a budget": (
+        ["method=svd_llm", "method.ratio=0.5"],
+        ["method.ratio=0.5", "method.removed_expert_ratio=0.25", "set one to null"],
+    ),
+    "rank beside a budget": (
+        ["method=moei2", "method.memory_ratio=0.7", "method.average_rank=20"],
+        ["method.average_rank=20", "a budget", "default"],
+    ),
+    "importance that is none": (
+        ["method=svd_llm", "method.alpha=1"],
+        ["method.alpha=1", "no effect", "method.importance=uniform"],
+    ),
+    "layers beside a budget": (
+        ["method=cdmoe", "method.num_layers=1", "method.memory_ratio=0.8"],
+        ["method.num_layers=1", "a budget decides"],
+    ),
     "length below one": (["data.calibration.max_length=0"], ["data.calibration.max_length=0", "at least 1"]),
     "samples below one": (["data.calibration.num_samples=0"], ["data.calibration.num_samples=0", "at least 1"]),
     "no learning": (["recovery=finetune", "recovery.learning_rate=0"], ["recovery.learning_rate=0.0", "above 0"]),

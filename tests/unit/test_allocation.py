@@ -45,5 +45,5 @@ def test_by_hand() -> None:
 
 
 def test_too_many() -> None:
-    with pytest.raises(ValueError, match=r"37 experts.*36 at most.*top_k=4"):
+    with pytest.raises(ValueError, match=r"37 experts.*36 at most.*retain 4"):
         inverse_importance(37, dict.fromkeys(range(3), 1.0), dict.fromkeys(range(3), 16), 4)

@@ -51,6 +51,18 @@ def test_the_first_round_is_the_enumerated_best() -> None:
     assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
 
 
+def test_what_cannot_be_saved_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the size that can be had; it can."""
+    monkeypatch.setattr(Damage, "of", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"strongest options of all layers give memory_ratio=0\.") as error:
+        search(qwen2_moe(), memory_ratio=0.05)
+    monkeypatch.undo()
+    model, best = qwen2_moe(), float(str(error.value).rpartition("=")[2])
+    operations, _ = search(model, memory_ratio=best)
+    surgery.apply(model, Plan("tiny", tuple(operations)))
+    assert sizes(model)["total"] <= best * sizes(qwen2_moe())["total"]
+
+
 def test_the_damage_is_that_of_surgery() -> None:
     """What a choice was measured to do is what the plan's operations do."""
     model, expected = qwen2_moe(), qwen2_moe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
@@ -325,3 +326,19 @@ def test_refusals() -> None:
     assert len(str(error.value).splitlines()) == 5
     with pytest.raises(ValueError, match="between 0 and 1"):
         Decompose(memory_ratio=1.5)
+
+
+def test_an_exact_search_that_would_not_end_is_refused_before_it_starts() -> None:
+    facts = dataclasses.replace(families.facts(qwen2_moe().config), num_experts=60, top_k=4)
+    step = InterExpertPruning(search_kind="exact")
+    [problem] = step.check(facts)
+    assert "5.32e+13 sets of 15 of 60" in problem  # 60! / (15! 45!)
+    assert step.check(dataclasses.replace(facts, num_experts=16)) == []
+    assert any("sets of 30 of 60" in each for each in NAEE(removed_expert_ratio=0.5, search_kind="exact").check(facts))
+
+
+def test_measured_importances_of_groups_are_refused_before_they_are_measured() -> None:
+    facts = families.facts(deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").config)
+    [problem] = Decompose(removed_expert_ratio=0.5).check(facts)
+    assert "2 groups" in problem and "method.alpha=0" in problem
+    assert Decompose(removed_expert_ratio=0.5, alpha=0).check(facts) == []

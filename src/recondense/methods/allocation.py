@@ -51,7 +51,7 @@ def _spread(total: int, shares: Mapping[int, float], num_experts: Mapping[int, i
     if total > sum(room.values()):
         raise ValueError(
             f"{total} experts are to be dropped, but {len(room)} layers of {sorted(set(num_experts.values()))} experts "
-            f"can lose {sum(room.values())} at most: each must retain top_k={floor}"
+            f"can lose {sum(room.values())} at most: each must retain {floor}"
         )
     exact: dict[int, float] = {}
     left, open_layers = float(total), set(room)

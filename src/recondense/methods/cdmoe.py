@@ -65,6 +65,10 @@ class CDMoE:
         problems = self.budget.problems(required=False)
         if self.removed_expert_ratio is not None and self.memory_ratio is not None:
             problems.append("method.removed_expert_ratio and method.memory_ratio are both given: set one to null")
+        if self.budget.given and self.num_layers != "all":
+            problems.append(
+                f"method.num_layers={self.num_layers}: a budget decides how many layers are condensed; leave it at all"
+            )
         if not _is_int(self.num_experts) or self.num_experts < 0:
             problems.append(f"method.num_experts={self.num_experts} must be a whole number of at least 0")
         if self.shared_gate not in ("mean", "token"):

@@ -157,6 +157,12 @@ class Combined:
         """
         started = time.perf_counter()
         options = Options(self, model, tape, cache, max_scratch_bytes)
+        need, most = self.budget.expert_parameters_to_remove(model), sum(map(max, self._saved(options)))
+        if need > most:  # known before anything is measured
+            raise ValueError(
+                "method: the budget asks for more than condensing, pruning and factorizing can save; the strongest "
+                f"options of all layers give {self.budget.at_best(model, most)}"
+            )
         damage = Damage(model, tape())
         seconds = {"options": time.perf_counter() - started}
         rounds: list[dict[str, Any]] = []
@@ -181,18 +187,16 @@ class Combined:
             "seconds": seconds,
         }
 
+    def _saved(self, options: Options) -> list[list[int]]:
+        """What the budget counts as saved by each option of each layer."""
+        routed = self.budget.removed_expert_ratio is not None
+        return [[option.saved_routed if routed else option.saved for option in each] for each in options.of.values()]
+
     def _choose(self, options: Options, measured: dict[int, list[float]], model: PreTrainedModel) -> dict[int, Option]:
         """Least damage for the budget, then what is left of the budget is given to ranks."""
-        routed = self.budget.removed_expert_ratio is not None
         need = self.budget.expert_parameters_to_remove(model)
-        layers = list(options.of)
-        saved = [[option.saved_routed if routed else option.saved for option in options.of[layer]] for layer in layers]
-        try:
-            chosen = least_damage(saved, [measured[layer] for layer in layers], need)
-        except ValueError as error:
-            raise ValueError(
-                f"method: the budget asks for more than condensing and pruning can save: {error}"
-            ) from None
+        layers, saved = list(options.of), self._saved(options)
+        chosen = least_damage(saved, [measured[layer] for layer in layers], need)
         spare = sum(each[index] for each, index in zip(saved, chosen, strict=True)) - need
         found = {layer: options.of[layer][index] for layer, index in zip(layers, chosen, strict=True)}
         return options.widened(found, spare)

@@ -83,13 +83,18 @@ class Dropping:
         started = time.perf_counter()
         never = families.cache_layers(model.config) if self.part == "block" else set()
         layers = [layer for layer in families.sparse_blocks(model) if layer not in never]
+        need = self.budget.expert_parameters_to_remove(model)
+        if need > (most := sum(self._size(model, layer) for layer in layers)):
+            raise ValueError(
+                f"method: the budget asks for more than dropping layers can save; all {len(layers)} that can go give "
+                f"{self.budget.at_best(model, most)}"
+            )
         with progress("cosine similarity", len(layers)) as bar:
             for layer in layers:
                 if f"similarity-{layer:03d}" not in cache:
                     cache[f"similarity-{layer:03d}"] = {"cosine": self._similarity(model, tape(), layer)}
                 bar.advance()
         similarity = {layer: float(cache[f"similarity-{layer:03d}"]["cosine"]) for layer in layers}
-        need = self.budget.expert_parameters_to_remove(model)
         operations: list[Drop] = []
         left = need
         for layer in sorted(layers, key=lambda layer: (-similarity[layer], layer)):
@@ -97,11 +102,7 @@ class Dropping:
                 break
             operations.append(Drop(layer, self.part))
             left -= self._size(model, layer)
-        if left > 0:
-            raise ValueError(
-                f"method: the budget asks for {need:,} parameters less, but dropping all {len(layers)} layers saves "
-                f"{need - left:,}"
-            )
+        assert left <= 0
         return operations, {
             **self.key(),
             **self.budget.settings(),

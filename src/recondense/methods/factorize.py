@@ -68,7 +68,18 @@ class Decompose:
             problems.append(f"method.average_rank={rank} must be a whole number of at least 1, auto or null")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             problems.append(f"method.ratio={self.ratio} must be above 0 and at most 1")
+        if self.ratio is not None and self.budget.given:
+            given = ", ".join(f"method.{name}={value}" for name, value in self.budget.settings().items() if value)
+            problems.append(f"method.ratio={self.ratio} and {given} are both given: set one to null")
+        if isinstance(rank, int) and self._by_share:
+            problems.append(
+                f"method.average_rank={rank}: a budget or method.ratio gives the ranks; leave it at its default"
+            )
         problems += ranks.multiple_problems(self.rank_multiple)
+        if self.alpha > 0 and self.importance == "uniform":
+            problems.append(
+                f"method.alpha={self.alpha}: has no effect where method.importance=uniform; use {' or '.join(KINDS)}"
+            )
         if self.alpha < 0:
             problems.append(f"method.alpha={self.alpha} must be at least 0")
         if self.importance not in (*KINDS, "uniform"):
@@ -90,6 +101,11 @@ class Decompose:
         cap = ranks.break_even(facts.hidden_size, facts.expert_width)
         least = 1 if self.rank_multiple == "auto" else int(self.rank_multiple)
         problems = []
+        if facts.num_groups > 1 and self.alpha and self.importance != "uniform":
+            problems.append(
+                f"method.importance={self.importance}: the router selects among {facts.num_groups} groups of experts, "
+                "where the loss without one expert is not known; use method.alpha=0"
+            )
         automatic = ranks.automatic(facts.hidden_size, facts.expert_width)
         average = automatic if self.average_rank == "auto" else self.average_rank
         if isinstance(average, int) and not least <= average < cap and not self._by_share:

@@ -58,6 +58,16 @@ class Genetic:
             found.append(f"method.search={self.search} must be auto, genetic or exact")
         return found
 
+    def endless(self, num_experts: int, num_dropped: int) -> list[str]:
+        """Why an exact search of a layer would not end, as a sentence; empty if it would."""
+        number = math.comb(num_experts, num_dropped)
+        if self.search != "exact" or number <= MOST_SETS:
+            return []
+        return [
+            f"method.search=exact: there are {number:.3g} sets of {num_dropped} of {num_experts} experts, and at most "
+            f"{MOST_SETS:,} are tried; use genetic or auto"
+        ]
+
 
 def layer_seed(seed: int, layer: int) -> int:
     """One for each layer, so that what is found for a layer does not depend on the others."""
@@ -93,12 +103,9 @@ def best_sets(
     """
     if num_dropped == 0:
         return [((), 0.0)]
+    if problems := settings.endless(num_experts, num_dropped):
+        raise ValueError(problems[0])
     number = math.comb(num_experts, num_dropped)
-    if settings.search == "exact" and number > MOST_SETS:
-        raise ValueError(
-            f"method.search=exact: there are {number:.3g} sets of {num_dropped} of {num_experts} experts, and at most "
-            f"{MOST_SETS:,} are tried; use genetic or auto"
-        )
     if settings.search == "exact" or (settings.search == "auto" and number <= settings.enumerate_below):
         return _enumerate(errors, num_experts, num_dropped, num_best, advance)
     draw = random.Random(seed)

@@ -99,6 +99,8 @@ class InterExpertPruning:
             )
         if round(self.prune_ratio * total) < 1:
             problems.append(f"method.prune_ratio={self.prune_ratio}: not one of {total} experts would go")
+        if not self.budget.given:  # of an average layer; a budget may ask for fewer
+            problems += self.genetic.endless(facts.num_experts, round(self.prune_ratio * facts.num_experts))
         runs = self.num_candidates**self.block_size
         if runs > MOST_COMBINATIONS:
             problems.append(

@@ -68,7 +68,12 @@ class NAEE:
 
     def check(self, facts: Facts) -> list[str]:
         """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
-        return [*refuse_groups(facts), *too_much(self.budget.removed_expert_ratio, facts)]
+        num_dropped = round((self.budget.removed_expert_ratio or 0.0) * facts.num_experts)
+        return [
+            *refuse_groups(facts),
+            *too_much(self.budget.removed_expert_ratio, facts),
+            *self.genetic.endless(facts.num_experts, num_dropped),
+        ]
 
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration; the budget is not part of it."""
