@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## train, condense, recover, measure and export a small model: about five minutes on two cores
+demo: $(STAMP) ## train, condense, recover, measure and export a small model: five to nine minutes on two cores
 	env -u OMP_NUM_THREADS $(BIN)/python train.py experiment=demo
 
 check: $(STAMP) ## lint, format and types
