@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from log_handlers import loggers_put_back
 
 # Before any library reads them.
 os.environ.update(
@@ -48,13 +48,8 @@ def no_stray_files() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def handlers_end_with_their_module() -> Iterator[None]:
-    """A run and Hydra add handlers to loggers; they would write to a stream that pytest has closed."""
-    loggers = [logging.getLogger(name) for name in (None, "recondense", "callbacks")]
-    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    with loggers_put_back():
+        yield
 
 
 @pytest.fixture(scope="session")

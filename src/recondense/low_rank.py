@@ -169,6 +169,7 @@ class _Bucket(nn.Module):
         weights = self.weights()
         if len(counts) - counts.count(0) == 1:
             busy = next(e for e, count in enumerate(counts) if count)
+            # The backward of squeeze is a view, that of an index a tensor of zeros.
             own = [w if w is None else w.squeeze(0) if len(w) == 1 else w[busy] for w in weights]
             return _chain(x_SD, own, self.gate_rows, act_fn, nn.functional.linear)
         if _groupable(x_SD, weights):

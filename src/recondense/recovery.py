@@ -100,40 +100,45 @@ class RecoveryModule(L.LightningModule):
                 )
             self._originals = surgery.apply(self.model, self.plan, self._record)
             self.model.requires_grad_(False)
-            layers = self.plan.layers if self._trained_layers is None else self._trained_layers
-            self._refuse_nothing_to_train(layers)
+            self._refuse_nothing_to_train()
             # A control trains the original's experts afterwards: not the student's with them.
             trains = self.recovery.trainable == "experts" or self.recovery.control
             if self._originals and self.recovery.objective != "none" and trains:
-                self._separate(layers)
+                self._separate()
             self.teacher = SharedBackboneTeacher(self.model, self._originals) if self._originals else None
             self._prepared = True
         if refit:
             self.refit()
-            self._free(self.plan.layers if self._trained_layers is None else self._trained_layers)
+            self._free()
         return self.plan
 
-    def _refuse_nothing_to_train(self, layers: Sequence[int]) -> None:
+    @property
+    def _layers(self) -> Sequence[int]:
+        """Those whose experts train, as far as they have any."""
+        assert self.plan is not None
+        return self.plan.layers if self._trained_layers is None else self._trained_layers
+
+    def _refuse_nothing_to_train(self) -> None:
         recovery = self.recovery
         experts = recovery.trainable == "experts" or (recovery.trainable, recovery.lora.target) == ("lora", "experts")
-        if recovery.objective != "none" and experts and not trainable_parameters(self.model, layers, "experts"):
+        if recovery.objective != "none" and experts and not trainable_parameters(self.model, self._layers, "experts"):
             raise ValueError(
                 "recovery: no experts are left to train, all MoE layers were removed; use recovery=none or remove less"
             )
 
-    def _free(self, layers: Sequence[int]) -> None:
+    def _free(self) -> None:
         """Let train what the recovery names; adapters come last, when weights are as they will stay."""
         if self.recovery.objective == "none" or self._freed:
             return
         self._freed = True
         if self.recovery.trainable == "lora":
-            self.adapters = adapters.inject(self.model, trained_layers(self.model, layers), self.recovery.lora)
+            self.adapters = adapters.inject(self.model, trained_layers(self.model, self._layers), self.recovery.lora)
             for parameter in self.adapters.parameters():
                 parameter.requires_grad_(True)
             if self.teacher is not None:
                 self.teacher.adapters = self.adapters
             return
-        for parameter in trainable_parameters(self.model, layers, self.recovery.trainable).values():
+        for parameter in trainable_parameters(self.model, self._layers, self.recovery.trainable).values():
             parameter.requires_grad_(True)
 
     def finish(self) -> None:
@@ -169,9 +174,9 @@ class RecoveryModule(L.LightningModule):
             self._refitted = surgery.refit(self.model, self.plan, self._originals, record, self._max_scratch_bytes)
         return self._refitted
 
-    def _separate(self, layers: Sequence[int]) -> None:
+    def _separate(self) -> None:
         """What will train gets weights of its own where the original uses them too; all else stays shared."""
-        for layer in trained_layers(self.model, layers):
+        for layer in trained_layers(self.model, self._layers):
             original = self._originals.get(layer, families.get_block(self.model, layer))
             if families.separated(self.model, layer, original):
                 self._originals[layer] = original

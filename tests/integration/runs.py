@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from log_handlers import loggers_put_back
 from small import byte_tokenizer
 from tiny_models import qwen2_moe
 
@@ -86,12 +86,8 @@ def arguments(model: Path, texts: dict[str, str], output: Path, run: str, *more:
 @contextmanager
 def one_command() -> Iterator[None]:
     """Put back what a process that runs one command never does: handlers of loggers, and no progress bars."""
-    loggers = [logging.getLogger(name) for name in ("recondense", "callbacks")]
-    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    with loggers_put_back():
+        yield
     progress.configure(None)
 
 
