@@ -155,6 +155,10 @@ class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
         "attentions": LlamaAttention,
     }
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for its decorator in the source of the class; here Qwen2MoeExperts has it
+
 
 class DeepseekModel(DeepseekPreTrainedModel):
     """Embedding, decoder layers, final norm."""
