@@ -52,7 +52,7 @@ def published_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor
         for part, shape in (("gate_proj", (width, D)), ("up_proj", (width, D)), ("down_proj", (D, width))):
             add(f"{name}.{part}", *shape)
 
-    add("model.embed_tokens", config["vocab_size"], D, std=1.0)
+    add("model.embed_tokens", config["vocab_size"], D)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
         for part, shape in (("q", (D, D)), ("k", (kv, D)), ("v", (kv, D)), ("o", (D, D))):

@@ -92,8 +92,8 @@ class DeepseekConfig(LlamaConfig):
                 "if the model was trained so, else model_type to that of its architecture (sigmoid: deepseek_v3)"
             )
         # The published code is for transformers 4, and not in the folders that are written from here.
-        code = {name.rpartition("--")[2].partition(".")[0] for name in (kwargs.get("auto_map") or {}).values()}
-        if code & {"configuration_deepseek", "modeling_deepseek"}:
+        code = str((kwargs.get("auto_map") or {}).get("AutoConfig"))  # with "owner/name--" before it if from the hub
+        if code.rpartition("--")[2].startswith("configuration_deepseek."):
             del kwargs["auto_map"]
         super().__post_init__(**kwargs)
         self.validate_architecture()
