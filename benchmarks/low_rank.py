@@ -31,6 +31,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 from recondense.low_rank import LowRankExperts
 from recondense.methods import ranks
+from recondense.modules import GLU
 
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm gathers weights for every token
 KEPT = (0.25, 0.5, 0.614, 0.9)  # of the arithmetic
@@ -127,7 +128,7 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict[
     dense, found = dense_experts(shape, args), []
     dense_parameters = sum(parameter.numel() for parameter in dense.parameters())
     for name, own in cases(shape).items():
-        low = filled(LowRankExperts(*shape[1:], dict.fromkeys(NAMES, tuple(own)), dense.act_fn), args)
+        low = filled(LowRankExperts(*shape[1:], dict.fromkeys(NAMES, tuple(own)), GLU(dense.act_fn)), args)
         cell: dict[str, Any] = {"shape": "x".join(map(str, shape)), "ranks": name, "different": len(set(own))}
         cell["arithmetic"] = sum(parameter.numel() for parameter in low.parameters()) / dense_parameters
         for num_tokens in args.tokens:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recondense.calibrate import Tape
 from recondense.data import CalibrationSet
@@ -18,38 +19,87 @@ VOCAB = 97
 LENGTHS = (5, 17, 9, 20, 12)
 
 
-def qwen2_moe(seed: int = 0, **changes: Any) -> Qwen2MoeForCausalLM:
+def qwen2_moe(seed: int = 0, **changes: Any) -> Any:
     """Three sparse layers of six experts, top-2, a gated shared expert."""
+    return tiny("qwen2_moe", seed, **changes)
+
+
+# Of all families: sizes that are no multiples of each other, so that nothing is transposed unnoticed.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
+# A dense layer, then two sparse ones: six experts, top-2, two shared experts.
+SHARED: dict[str, Any] = {
+    "moe_intermediate_size": 16, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+UNSHARED: dict[str, Any] = {"intermediate_size": 16, "num_experts_per_tok": 2}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "norm_topk_prob": True,
+    },
+    "deepseek": SHARED,
+    "deepseek_v2": {**SHARED, **LATENT, "topk_method": "greedy"},
+    "deepseek_v3": {**SHARED, **LATENT, "q_lora_rank": 24, "norm_topk_prob": True},
+    "mixtral": {**UNSHARED, "num_local_experts": 6},
+    "olmoe": {**UNSHARED, "num_experts": 6},
+    "gpt_oss": {
+        **UNSHARED, "num_local_experts": 6, "head_dim": 16, "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+    },
+    "glm4_moe": {**SHARED, "head_dim": 16, "norm_topk_prob": True, "use_qk_norm": True},
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 16, "moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1, "tie_word_embeddings": True,
+    },
+    "dots1": {**SHARED, "head_dim": 16, "norm_topk_prob": True},
+    "solar_open": {**SHARED, "head_dim": 16, "norm_topk_prob": True},
+    "glm4_moe_lite": {**SHARED, **LATENT, "q_lora_rank": 24, "norm_topk_prob": True},
+    "mellum": {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 16},
+}  # fmt: skip
+NOT_OF_A_CONFIG = {"deepseek": ("n_group", "topk_group", "routed_scaling_factor")}
+
+
+def tiny(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a family, three layers, some of its tensors that start constant made random too."""
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2,
-        "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**settings, **changes})).eval()
+    settings = {**COMMON, **SETTINGS[family], **changes}
+    settings = {name: value for name, value in settings.items() if name not in NOT_OF_A_CONFIG.get(family, ())}
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if family == "gpt_oss" else "sdpa"
+    ).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(CONSTANT):
+            tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
     model.set_experts_implementation("grouped_mm")  # as loading does
     return model
 
 
-def deepseek_v2(seed: int = 0, **changes: Any) -> DeepseekV2ForCausalLM:
+CONSTANT = ("e_score_correction_bias", "gate_up_proj_bias", "down_proj_bias", "router.bias")
+
+
+def deepseek_v2(seed: int = 0, **changes: Any) -> Any:
     """A dense layer, then two sparse ones: six experts, top-2, two shared experts, weights × 1.5, latent attention."""
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 6,
-        "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None,
-        "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 1,
-        "topk_group": 1, "routed_scaling_factor": 1.5, "topk_method": "greedy", "initializer_range": 0.3,
-        "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**settings, **changes})).eval()
-    model.set_experts_implementation("grouped_mm")
-    return model
+    return tiny("deepseek_v2", seed, **changes)
 
 
 # Any: transformers wraps methods of its models in ways that type checkers do not follow.
-FAMILIES: dict[str, Callable[..., Any]] = {"qwen2_moe": qwen2_moe, "deepseek_v2": deepseek_v2}
+EVERY: dict[str, Callable[..., Any]] = {family: partial(tiny, family) for family in SETTINGS}
+# For tests of what does not depend on the family.
+
+FAMILIES = {family: EVERY[family] for family in ("qwen2_moe", "deepseek_v2")}
 
 
 def texts(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:

@@ -199,7 +199,7 @@ def _tracing(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
         sparse = families.sparse_blocks(model)[layer]
 
         def keep(module: nn.Module, args: Any, output: Any, found: dict[str, Any] = found) -> None:
-            found.update(x=args[0], output=output)
+            found.update(x=args[0], output=families.output_of(output))
 
         def keep_router(module: nn.Module, args: Any, output: Any, found: dict[str, Any] = found) -> None:
             found.update(router=output)

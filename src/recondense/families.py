@@ -1,7 +1,7 @@
-"""The only file that knows Hugging Face attribute names: uniform views of MoE layers.
+"""Uniform views of MoE layers: with layouts.py and bundle.py the only place that knows Hugging Face attribute names.
 
-A family is a model_type of transformers whose experts are fused: `experts.gate_up_proj` (E, 2F, D) and
-`experts.down_proj` (E, D, F), and whose router returns (logits, top_k_weights, top_k_index).
+A family's experts are fused: `experts.gate_up_proj` (E, 2F, D) and `experts.down_proj` (E, D, F) (in gpt_oss
+transposed, gate and up interleaved, with biases), and its router returns (logits, top_k_weights, top_k_index).
 
 Legend: E routed experts, D hidden size, F expert width.
 """
@@ -9,69 +9,71 @@ Legend: E routed experts, D hidden size, F expert width.
 from __future__ import annotations
 
 import copy
-import difflib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from recondense import deepseek
+from recondense.bundle import PREFIX, compressed_classes, gives_pair, glu_of, has_bias, router_name
+from recondense.layouts import (
+    FAMILIES,
+    PER_LAYER,
+    Facts,
+    Family,
+    Routing,
+    compressed_layers,
+    dense_widths,
+    facts,
+    family_name,
+    family_of,
+    original_facts,
+    stock_updates,
+)
+from recondense.low_rank import LowRankExperts
 from recondense.modules import CondensedMoE, MoEWeights, RemappedRouter, SkippedLayer, shallow_copy, sliced
 
+__all__ = [
+    "FAMILIES",
+    "PER_LAYER",
+    "PREFIX",
+    "Facts",
+    "Family",
+    "Routing",
+    "SparseBlock",
+    "compressed_layers",
+    "dense_widths",
+    "facts",
+    "family_name",
+    "family_of",
+    "gives_pair",
+    "original_facts",
+    "stock_updates",
+]
 
-@dataclass(frozen=True)
-class Facts:
-    """What a model's config says of its MoE layers, before any weight is loaded.
-
-    Args:
-        moe_layers: decoder-layer indices of the sparse layers, ascending.
-        expert_width: F, rows of one routed expert.
-        shared_width: rows of the shared experts together, 0 without any.
-        shared_gate: whether the shared experts have a gate per token.
-    """
-
-    model_type: str
-    num_layers: int
-    moe_layers: tuple[int, ...]
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    expert_width: int
-    shared_width: int
-    shared_gate: bool
-    num_groups: int = 1
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router does with its logits: softmax over all experts, the top_k of them, then this.
-
-    Args:
-        top_k: experts a token.
-        normalize: the selected weights are divided by their sum.
-        scale: then multiplied by this.
-        num_groups, top_groups: experts stand in groups of equal size; only those of the best top_groups are selected.
-    """
-
-    top_k: int
-    normalize: bool
-    scale: float
-    num_groups: int = 1
-    top_groups: int = 1
+deepseek.register()
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of the uncompressed model, from its config alone.
+    """Parameters of the model that a config describes.
 
     Args:
         total: of the whole model, tied ones once.
-        routed_experts: of all routed experts.
-        expert: of one routed expert, 3·D·F.
+        routed_experts: of all routed experts, those in condensed layers included.
+        expert: of one whole routed expert, 3·D·F and its biases.
         router_row: of one expert's row in the router.
     """
 
@@ -79,19 +81,6 @@ class Counts:
     routed_experts: int
     expert: int
     router_row: int
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where one model_type keeps things."""
-
-    facts: Callable[[PretrainedConfig], Facts]
-    routing: Callable[[PretrainedConfig], Routing]
-    num_experts: str  # what the config calls the number of routed experts
-    shared_expert: str | None
-    shared_expert_gate: str | None = None
-    # Config updates with which stock transformers holds condensed layers, given {layer: width}; None if it cannot.
-    dense_layers: Callable[[PretrainedConfig, dict[int, int]], dict[str, object] | None] = lambda config, widths: None
 
 
 @dataclass(frozen=True)
@@ -115,12 +104,16 @@ class SparseBlock:
         """
         if not hasattr(self.experts, "gate_up_proj"):
             raise ValueError(f"layer {self.layer}: its experts are factorized; this needs whole ones, so do it before")
-        shared = self.shared_expert
+        shared, experts = self.shared_expert, cast(Any, self.experts)
         projections = ("gate_proj", "up_proj", "down_proj")
+        turned, bias = getattr(experts, "is_transposed", False), has_bias(experts)
         return MoEWeights(
-            gate_up_EHD=self.experts.gate_up_proj,  # type: ignore[arg-type]
-            down_EDF=self.experts.down_proj,  # type: ignore[arg-type]
-            act_fn=self.experts.act_fn,  # type: ignore[arg-type]
+            gate_up_EHD=experts.gate_up_proj.transpose(1, 2) if turned else experts.gate_up_proj,
+            down_EDF=experts.down_proj.transpose(1, 2) if turned else experts.down_proj,
+            glu=glu_of(experts),
+            interleaved=not getattr(experts, "is_concatenated", True),
+            gate_up_bias_EH=experts.gate_up_proj_bias if bias else None,
+            down_bias_ED=experts.down_proj_bias if bias else None,
             shared=None if shared is None else tuple(getattr(shared, name).weight for name in projections),  # type: ignore[arg-type]
             shared_gate=None if self.shared_expert_gate is None else self.shared_expert_gate.weight,  # type: ignore[arg-type]
         )
@@ -129,189 +122,28 @@ class SparseBlock:
     def num_experts(self) -> int:
         return int(self.experts.num_experts)  # type: ignore[arg-type]
 
+    @property
+    def pair(self) -> bool:
+        """Whether the block hands out its router's scores beside its output."""
+        return gives_pair(self.module)
 
-def _qwen2_moe_facts(config: PretrainedConfig) -> Facts:
-    layers = [
-        layer
-        for layer in range(config.num_hidden_layers)
-        if layer not in (config.mlp_only_layers or ())
-        and config.num_experts > 0
-        and (layer + 1) % config.decoder_sparse_step == 0
-    ]
-    return Facts(
-        model_type=config.model_type,
-        num_layers=config.num_hidden_layers,
-        moe_layers=tuple(layers),
-        num_experts=config.num_experts,
-        top_k=config.num_experts_per_tok,
-        hidden_size=config.hidden_size,
-        expert_width=config.moe_intermediate_size,
-        shared_width=config.shared_expert_intermediate_size,
-        shared_gate=True,
-    )
+    @property
+    def expert_size(self) -> int:
+        """Parameters of one routed expert, the mean of them where ranks differ."""
+        return sum(parameter.numel() for parameter in self.experts.parameters()) // self.num_experts
 
+    @property
+    def router_row(self) -> int:
+        """Parameters of one expert's row in the router."""
+        return sum(parameter.numel() for parameter in self.router.parameters()) // self.num_experts
 
-def _qwen2_moe_routing(config: PretrainedConfig) -> Routing:
-    return Routing(config.num_experts_per_tok, normalize=bool(config.norm_topk_prob), scale=1.0)
-
-
-def _qwen2_moe_dense_layers(config: PretrainedConfig, widths: dict[int, int]) -> dict[str, object] | None:
-    """Stock Qwen2-MoE has dense layers of one width: `mlp_only_layers` and `intermediate_size`."""
-    facts = _qwen2_moe_facts(config)
-    dense = sorted(set(range(facts.num_layers)) - set(facts.moe_layers))
-    needed = set(widths.values()) | ({config.intermediate_size} if dense else set())
-    if len(needed) > 1:
-        return None
-    return {
-        "mlp_only_layers": sorted({*dense, *widths}),
-        "intermediate_size": needed.pop() if needed else config.intermediate_size,
-    }
-
-
-def _deepseek_v2_facts(config: PretrainedConfig) -> Facts:
-    num_experts = config.n_routed_experts or 0
-    layers = range(config.first_k_dense_replace, config.num_hidden_layers) if num_experts else ()
-    return Facts(
-        model_type=config.model_type,
-        num_layers=config.num_hidden_layers,
-        moe_layers=tuple(layers),
-        num_experts=num_experts,
-        top_k=config.num_experts_per_tok,
-        hidden_size=config.hidden_size,
-        expert_width=config.moe_intermediate_size,
-        shared_width=config.moe_intermediate_size * (config.n_shared_experts or 0),
-        shared_gate=False,
-        num_groups=_deepseek_v2_routing(config).num_groups,
-    )
-
-
-def _deepseek_v2_routing(config: PretrainedConfig) -> Routing:
-    """transformers ignores `norm_topk_prob` here, and groups unless the method is group_limited_greedy."""
-    grouped = config.topk_method == "group_limited_greedy"
-    return Routing(
-        config.num_experts_per_tok,
-        normalize=False,
-        scale=float(config.routed_scaling_factor),
-        num_groups=config.n_group if grouped else 1,
-        top_groups=config.topk_group if grouped else 1,
-    )
-
-
-# Lists of one entry a decoder layer, by name: those whose length transformers checks against num_hidden_layers. Others
-# may only happen to be as long, as eos_token_id.
-PER_LAYER = ("layer_types", "mlp_layer_types")
-
-
-def _without_layers(config: PretrainedConfig, dropped: Collection[int]) -> dict[str, object] | None:
-    """Config updates of a model that lacks some decoder layers, the others renumbered; None if it cannot be said."""
-    if getattr(config, "decoder_sparse_step", 1) != 1 or any(
-        layer < getattr(config, "first_k_dense_replace", 0) for layer in dropped
-    ):
-        return None
-    kept = [layer for layer in range(config.num_hidden_layers) if layer not in dropped]
-    updates: dict[str, object] = {"num_hidden_layers": len(kept)}
-    if getattr(config, "mlp_only_layers", None):
-        updates["mlp_only_layers"] = [kept.index(layer) for layer in config.mlp_only_layers if layer in kept]
-    for name in PER_LAYER:
-        if getattr(config, name, None) is not None:
-            updates[name] = [getattr(config, name)[layer] for layer in kept]
-    return updates
-
-
-# What follows modules.py and low_rank.py in the modeling file. The model_type is its own: without trust_remote_code
-# loading fails loudly, where a stock model_type would load the stock class with missing weights.
-BUNDLE = '''
-
-from transformers import {config_class}, {model_class}
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-
-MODEL_TYPE = "recondense_{model_type}"
-register_checkpoint_conversion_mapping(
-    MODEL_TYPE, get_checkpoint_conversion_mapping("{model_type}") or [], overwrite=True
-)
-
-
-class CompressedConfig({config_class}):
-    model_type = MODEL_TYPE
-
-
-class CompressedForCausalLM({model_class}):
-    """{model_class} in which the layers of `config.compressed_layers` have other shapes."""
-
-    config_class = CompressedConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        for layer, shape in config.compressed_layers.items():
-            reshape(self.model.layers, int(layer), config.hidden_size, **shape)
-        self.post_init()
-
-
-def reshape(layers, index, hidden_size, kind, num_experts=None, router_rows=None, ranks=None, merged=False, **widths):
-    layer = layers[index]
-    if kind == "skipped":
-        layers[index] = SkippedLayer()
-        return
-    if kind == "zeros":
-        layer.mlp = Zeros()
-        return
-    experts, router = layer.mlp.experts, layer.mlp.gate
-    if kind == "condensed":
-        layer.mlp = CondensedMoE(hidden_size, act_fn=experts.act_fn, scaled=False, **widths)
-        return
-    before = router.num_experts
-    if router_rows != before:
-        router = sliced(router, range(router_rows), before)
-    if ranks is not None:
-        experts = LowRankExperts(hidden_size, experts.down_proj.shape[-1], ranks, experts.act_fn)
-    elif num_experts != before:
-        experts = sliced(experts, range(num_experts), before)
-    layer.mlp.gate = RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router
-    layer.mlp.experts = experts
-'''
-
-FAMILIES: dict[str, Family] = {
-    "qwen2_moe": Family(
-        _qwen2_moe_facts,
-        _qwen2_moe_routing,
-        "num_experts",
-        "shared_expert",
-        "shared_expert_gate",
-        _qwen2_moe_dense_layers,
-    ),
-    "deepseek_v2": Family(_deepseek_v2_facts, _deepseek_v2_routing, "n_routed_experts", "shared_experts"),
-}
-
-
-def family_of(config: PretrainedConfig) -> Family:
-    """The family of a config.
-
-    Raises:
-        ValueError: a model_type that is not supported.
-    """
-    model_type = str(config.model_type)
-    if model_type not in FAMILIES:
-        close = difflib.get_close_matches(model_type, FAMILIES, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
-
-
-def facts(config: PretrainedConfig) -> Facts:
-    """What the config says of the MoE layers.
-
-    Raises:
-        ValueError: an unsupported model_type, or a model without MoE layers.
-    """
-    found = family_of(config).facts(config)
-    if not found.moe_layers:
-        raise ValueError(
-            f"the model ({found.model_type}, {found.num_layers} layers) has no MoE layers: there is nothing to condense"
-        )
-    return found
+    @property
+    def correction_E(self) -> Tensor | None:
+        """What is added to the experts' scores while the top_k are selected, and to no weight; None without it."""
+        found: Any = getattr(self.router, "e_score_correction_bias", None)
+        if found is None and hasattr(self.router, "moe_statics"):
+            found = cast(Any, self.router.moe_statics).e_score_correction_bias
+        return None if found is None else found.detach().flatten()
 
 
 def cache_layers(config: PretrainedConfig) -> set[int]:
@@ -348,14 +180,19 @@ def set_block(model: PreTrainedModel, layer: int, block: nn.Module) -> None:
 
 
 def is_sparse(block: nn.Module) -> bool:
-    return hasattr(block, "experts") and hasattr(block, "gate")
+    return hasattr(block, "experts") and hasattr(block, router_name(block))
+
+
+def output_of(returned: Any) -> Tensor:
+    """What a block adds to the residual stream; some families' blocks return their router's scores beside it."""
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def with_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Module | None = None) -> nn.Module:
     """A sparse block with another router or other experts; everything else is shared with the given one."""
     twin = shallow_copy(block)
     if router is not None:
-        twin.gate = router
+        setattr(twin, router_name(twin), router)
     if experts is not None:
         twin.experts = experts
     return twin
@@ -398,26 +235,73 @@ def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
 
 @cache
 def _counts(text: str, kind: type[PretrainedConfig]) -> Counts:
-    config = kind.from_dict(json.loads(text))
-    found = facts(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expert = 3 * found.hidden_size * found.expert_width
+    model = on_meta(kind.from_dict(json.loads(text)))
+    found = original_facts(model.config)
+    view = next(iter(sparse_blocks(model).values()), None)
+    bias = view is not None and has_bias(view.experts)
     return Counts(
         total=sum(parameter.numel() for parameter in model.parameters()),
-        routed_experts=expert * found.num_experts * len(found.moe_layers),
-        expert=expert,
-        router_row=found.hidden_size,
+        routed_experts=routed_parameters(model),
+        expert=3 * found.hidden_size * found.expert_width + (2 * found.expert_width + found.hidden_size) * bias,
+        router_row=0 if view is None else view.router_row,
     )
 
 
 def parameter_counts(config: PretrainedConfig) -> Counts:
-    """Parameters of the uncompressed model that a config describes; built on the meta device, without weights.
+    """Parameters of the model that a config describes; built on the meta device, without weights.
 
     Raises:
         ValueError: as `facts`.
     """
     return _counts(json.dumps(config.to_dict(), sort_keys=True, default=str), type(config))  # type: ignore[arg-type]
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, without weights."""
+    family_of(config)
+    register_compressed(config.model_type)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def routed_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the routed experts as they are now; those in condensed layers count as retained."""
+    sparse = sum(
+        parameter.numel() for block in sparse_blocks(model).values() for parameter in block.experts.parameters()
+    )
+    blocks = [get_block(model, layer) for layer in range(len(decoder_layers(model)))]
+    return sparse + sum(_routed_of(block) for block in blocks if isinstance(block, CondensedMoE))
+
+
+def _routed_of(block: CondensedMoE) -> int:
+    """Parameters of a condensed layer that came from routed experts."""
+    width, hidden_size = block.down_proj.in_features - block.shared_width, block.down_proj.out_features
+    bias = 2 * width + hidden_size if block.down_proj.bias is not None and width else 0
+    return width * 3 * hidden_size + bias
+
+
+@cache
+def register_compressed(model_type: str) -> None:
+    """Let transformers' Auto classes know what compressed folders of a family are loaded into, without remote code."""
+    if not model_type.startswith(PREFIX):
+        return
+    config_class = type(AutoConfig.for_model(family_name(model_type)))
+    model_class = model_class_of(config_class)
+    compressed_config, compressed_model = compressed_classes(config_class, model_class)
+    AutoConfig.register(model_type, compressed_config, exist_ok=True)
+    AutoModelForCausalLM.register(compressed_config, compressed_model, exist_ok=True)
+
+
+def model_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """The causal LM of a config class."""
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
+
+
+def own_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Config class and causal LM of the family's own, whatever was compressed before."""
+    config_class = type(AutoConfig.for_model(family_name(config.model_type)))
+    return config_class, model_class_of(config_class)
 
 
 def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
@@ -442,7 +326,7 @@ def sparse_view(model: PreTrainedModel, layer: int, module: nn.Module) -> Sparse
     return SparseBlock(
         layer=layer,
         module=module,
-        router=module.gate,  # type: ignore[arg-type]
+        router=getattr(module, router_name(module)),
         experts=module.experts,  # type: ignore[arg-type]
         shared_expert=getattr(module, family.shared_expert or "", None),
         shared_expert_gate=getattr(module, family.shared_expert_gate or "", None),
@@ -487,7 +371,10 @@ def attention_linears(model: PreTrainedModel) -> list[str]:
 
 
 def trained_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Module]:
-    """The experts of some layers, shared and routed, by their names in the model; no router, no gate."""
+    """The experts of some layers, shared and routed, by their names in the model; no router, no gate.
+
+    A layer that a family's own class holds dense has none.
+    """
     found: dict[str, nn.Module] = {}
     for layer in layers:
         block = get_block(model, layer)
@@ -519,31 +406,35 @@ def separated(model: PreTrainedModel, layer: int, original: nn.Module) -> bool:
     return bool(shared)
 
 
-def stock_updates(
-    config: PretrainedConfig, widths: dict[int, int], skipped: Collection[int], num_experts: int | None
-) -> dict[str, object] | None:
-    """Config updates with which the stock class holds a compressed model; None if it cannot.
+def multiplied_out(experts: LowRankExperts, *, turned: bool) -> dict[str, Tensor]:
+    """Low-rank experts as a family's fused ones, by parameter name, in the factors' dtype.
 
     Args:
-        widths: of condensed layers without a gate per token.
-        skipped: decoder layers that are gone; those after them move up.
-        num_experts: of every sparse layer, if that changed.
+        turned: as gpt_oss has them: transposed, gate and up interleaved.
     """
-    family = family_of(config)
-    updates: dict[str, object] = {}
-    if widths:
-        dense = None if skipped else family.dense_layers(config, widths)
-        if dense is None:
-            return None
-        updates |= dense
-    if skipped:
-        fewer = _without_layers(config, skipped)
-        if fewer is None:
-            return None
-        updates |= fewer
-    if num_experts is not None:
-        updates[family.num_experts] = num_experts
-    return updates
+    parts: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
+    biases: dict[str, list[Tensor]] = {name: [] for name in parts}
+    dtype = next(experts.parameters()).dtype
+    for expert in range(experts.num_experts):
+        bucket, position = experts.place_of(expert)
+        for name, found in parts.items():
+            found.append(bucket.projection(position, name).to(dtype))
+        for name, bias in zip(biases, bucket.biases() or (), strict=False):
+            biases[name].append(bias[position])
+    gate, up, down = (torch.stack(found) for found in parts.values())
+    fused = {"gate_up_proj": torch.cat((gate, up), dim=1), "down_proj": down}
+    if turned:
+        fused = {"gate_up_proj": torch.stack((gate, up), dim=2).flatten(1, 2).transpose(1, 2), "down_proj": down.mT}
+    if experts.bias:
+        gate, up, down = (torch.stack(found) for found in biases.values())
+        both = torch.stack((gate, up), dim=2).flatten(1) if turned else torch.cat((gate, up), dim=1)
+        fused |= {"gate_up_proj_bias": both, "down_proj_bias": down}
+    return fused
+
+
+def layers_prefix() -> str:
+    """What the state-dict names of all decoder layers begin with."""
+    return "model.layers."
 
 
 def layer_prefix(layer: int) -> str:

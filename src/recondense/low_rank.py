@@ -14,8 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+Glu = Callable[[Tensor, Tensor], Tensor]
 Ranks = Mapping[str, Sequence[int | None]]
 Linear = Callable[[Tensor, Tensor], Tensor]
+Biases = Sequence[Tensor] | None  # of gate, up and down, each to be added to all rows of a product
 
 # Where calls cost more than arithmetic on a CPU, in weights and in multiplications (benchmarks/low_rank.py).
 SMALL = 2**15  # weights that meet an expert's input: D times the ranks of gate and up
@@ -26,7 +28,7 @@ PADDING = 2**20  # multiplications of an average expert with zeros
 class LowRankExperts(nn.Module):
     """Routed experts with a rank an expert and projection, called as transformers' fused experts are.
 
-    E_e(x) = down( act(gate x) ⊙ up x ),  each projection W = left · right, or dense
+    E_e(x) = down( glu(gate x, up x) ),  each projection W = left · right (+ bias), or dense
 
     Experts of equal ranks form a bucket: its factors are 3-D tensors of exactly their size, nothing is padded. Ranks at
     multiples of 16 bytes make the product over a bucket one grouped product; others go expert by expert. On a CPU small
@@ -36,21 +38,22 @@ class LowRankExperts(nn.Module):
         hidden_size: D.
         expert_width: F.
         ranks: for gate_proj, up_proj and down_proj one rank an expert; None is dense.
-        act_fn: the activation.
+        glu: the family's gated activation.
+        bias: the projections have biases.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.2.
     """
 
-    def __init__(self, hidden_size: int, expert_width: int, ranks: Ranks, act_fn: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, hidden_size: int, expert_width: int, ranks: Ranks, glu: Glu, bias: bool = False) -> None:
         super().__init__()
-        self.hidden_dim, self.intermediate_dim, self.act_fn = hidden_size, expert_width, act_fn
+        self.hidden_dim, self.intermediate_dim, self.glu, self.bias = hidden_size, expert_width, glu, bias
         self.ranks = {name: tuple(ranks[name]) for name in ("gate_proj", "up_proj", "down_proj")}
         self.num_experts = len(self.ranks["gate_proj"])
         triples = list(zip(*self.ranks.values(), strict=True))
         kinds = sorted(set(triples), key=lambda triple: tuple(-1 if rank is None else rank for rank in triple))
         self.experts_of = [tuple(e for e, triple in enumerate(triples) if triple == kind) for kind in kinds]
         self.buckets = nn.ModuleList(
-            _Bucket(len(experts), hidden_size, expert_width, kind)
+            _Bucket(len(experts), hidden_size, expert_width, kind, bias)
             for experts, kind in zip(self.experts_of, kinds, strict=True)
         )
         order = [expert for experts in self.experts_of for expert in experts]
@@ -82,7 +85,7 @@ class LowRankExperts(nn.Module):
         # Split once: the backward of a slice is as large as the whole, that of a split is one concatenation.
         parts = x_SD.split([sum(own) for own in counts])  # type: ignore[no-untyped-call]
         used = [each for each in zip(buckets, parts, counts, on_device, strict=True) if len(each[1])]
-        y_SD = torch.cat([bucket(x_sD, own, counts_n, self.act_fn) for bucket, x_sD, own, counts_n in used])
+        y_SD = torch.cat([bucket(x_sD, own, counts_n, self.glu) for bucket, x_sD, own, counts_n in used])
         weighted_SD = y_SD * top_k_weights.flatten()[order_S, None]
         y_TD: Tensor = _Collect.apply(weighted_SD, order_S, back_S, top_k)
         return y_TD.to(hidden_states.dtype)
@@ -100,7 +103,16 @@ class LowRankExperts(nn.Module):
             weights = [torch.cat((gate, up), dim=1), gate_left, up_left, down_right, down_left]
             gate_rows = gate.shape[1]
         x_S1D = x_TD[:, None].expand(-1, top_k, -1).reshape(-1, 1, x_TD.shape[1])
-        return _chain(x_S1D, weights, gate_rows, self.act_fn, _batched_linear).squeeze(1)
+        biases = None
+        if self.bias:
+            added = zip(*(bucket.biases() or () for bucket in buckets), strict=True)
+            biases = [torch.cat(own)[place_S, None].to(x_TD.dtype) for own in added]
+        return _chain(x_S1D, weights, gate_rows, self.glu, _batched_linear, biases).squeeze(1)
+
+    def place_of(self, expert: int) -> tuple[_Bucket, int]:
+        """The bucket that an expert is in, and its position there."""
+        bucket, position = self._in_bucket[self._place[expert]]
+        return cast(_Bucket, self.buckets[bucket]), position
 
     def _table(self, device: torch.device) -> Tensor:
         """Each expert's place in the order of the buckets; not a buffer: its values follow from the ranks."""
@@ -115,25 +127,26 @@ class LowRankExperts(nn.Module):
     @torch.no_grad()
     def fill(
         self,
-        gate_up_EHD: Tensor,
-        down_EDF: Tensor,
+        weights: Callable[[int], Mapping[str, Tensor]],
         factors: Callable[[int, str], tuple[Tensor, Tensor]],
+        biases: Mapping[str, Tensor] | None = None,
     ) -> LowRankExperts:
         """Copy in the first columns and rows of factors, or the weight where a projection is dense.
 
         Args:
-            gate_up_EHD, down_EDF: fused weights (E, 2F, D) and (E, D, F).
+            weights: gives gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert, by name.
             factors: gives (left (O, >= R), right (>= R, I)) of an expert's projection.
+            biases: of the three projections, (E, F), (E, F) and (E, D), if there are any.
 
         Returns:
             itself.
         """
         for experts, bucket in zip(self.experts_of, self.buckets, strict=True):
             assert isinstance(bucket, _Bucket)
+            for name, bias in (biases or {}).items():
+                getattr(bucket, f"{name}_bias").copy_(bias[list(experts)])
             for position, expert in enumerate(experts):
-                gate_FD, up_FD = gate_up_EHD[expert].chunk(2, dim=0)
-                own = {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": down_EDF[expert]}
-                for name, weight in own.items():
+                for name, weight in weights(expert).items():
                     if self.ranks[name][expert] is None:
                         bucket.fill_dense(position, name, weight)
                     else:
@@ -144,7 +157,9 @@ class LowRankExperts(nn.Module):
 class _Bucket(nn.Module):
     """Experts of equal ranks. gate and up share their input, so what meets it first is one product."""
 
-    def __init__(self, num_experts: int, hidden_size: int, expert_width: int, ranks: Sequence[int | None]) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, expert_width: int, ranks: Sequence[int | None], bias: bool
+    ) -> None:
         super().__init__()
         self.num_experts, self.width = num_experts, expert_width
         self.gate_rank, self.up_rank, self.down_rank = ranks
@@ -161,36 +176,48 @@ class _Bucket(nn.Module):
         else:
             self.down_right = _empty(num_experts, self.down_rank, expert_width)
             self.down_left = _empty(num_experts, hidden_size, self.down_rank)
+        self.gate_proj_bias = _empty(num_experts, expert_width) if bias else None
+        self.up_proj_bias = _empty(num_experts, expert_width) if bias else None
+        self.down_proj_bias = _empty(num_experts, hidden_size) if bias else None
 
-    def forward(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, act_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, glu: Glu) -> Tensor:
         """Outputs (S, D) of tokens sorted by expert, `counts` of each (`counts_n` on the device); unweighted."""
         if x_SD.device.type == "cpu" and self._pads(counts):
-            return self._padded(x_SD, counts, counts_n, act_fn)
-        weights = self.weights()
+            return self._padded(x_SD, counts, counts_n, glu)
+        weights, biases = self.weights(), self.biases()
         if len(counts) - counts.count(0) == 1:
             busy = next(e for e, count in enumerate(counts) if count)
             # The backward of squeeze is a view, that of an index a tensor of zeros.
             own = [w if w is None else w.squeeze(0) if len(w) == 1 else w[busy] for w in weights]
-            return _chain(x_SD, own, self.gate_rows, act_fn, nn.functional.linear)
+            added = None if biases is None else [bias[busy] for bias in biases]
+            return _chain(x_SD, own, self.gate_rows, glu, nn.functional.linear, added)
         if _groupable(x_SD, weights):
             # grouped_mm keeps out of autocast, so the weights are converted here.
             linear = partial(_grouped_linear, ends=counts_n.cumsum(0).to(torch.int32))
             own = [None if w is None else w.to(x_SD.dtype) for w in weights]
-            return _chain(x_SD, own, self.gate_rows, act_fn, linear)
+            added = None
+            if biases is not None:
+                added = [b.to(x_SD.dtype).repeat_interleave(counts_n, 0, output_size=len(x_SD)) for b in biases]
+            return _chain(x_SD, own, self.gate_rows, glu, linear, added)
         outputs = []
         # Unbound at once, so that backward stacks gradients instead of adding zeros.
         each = zip(*((None,) * self.num_experts if w is None else w.unbind(0) for w in weights), strict=True)
-        for x_tD, own_weights in zip(x_SD.split(counts), each, strict=True):  # type: ignore[no-untyped-call]
+        added_n = (
+            [None] * self.num_experts if biases is None else list(zip(*(b.unbind(0) for b in biases), strict=True))
+        )
+        for x_tD, own_weights, own_biases in zip(x_SD.split(counts), each, added_n, strict=True):  # type: ignore[no-untyped-call]
             if len(x_tD):
-                outputs.append(_chain(x_tD, own_weights, self.gate_rows, act_fn, nn.functional.linear))
+                outputs.append(_chain(x_tD, own_weights, self.gate_rows, glu, nn.functional.linear, own_biases))
         return torch.cat(outputs)
 
-    def _padded(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, act_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    def _padded(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, glu: Glu) -> Tensor:
         most = max(counts)
         shift_n = torch.arange(0, most * len(counts), most) - (counts_n.cumsum(0) - counts_n)
         places_S = torch.arange(len(x_SD)) + shift_n.repeat_interleave(counts_n, output_size=len(x_SD))
         x_nPD = _Put.apply(x_SD, places_S, most * len(counts)).unflatten(0, (-1, most))
-        y_nPD = _chain(x_nPD, self.weights(), self.gate_rows, act_fn, _batched_linear)
+        biases = self.biases()
+        added = None if biases is None else [bias[:, None].to(x_SD.dtype) for bias in biases]
+        y_nPD = _chain(x_nPD, self.weights(), self.gate_rows, glu, _batched_linear, added)
         return cast(Tensor, _Take.apply(y_nPD.flatten(0, 1), places_S))
 
     def _pads(self, counts: list[int]) -> bool:
@@ -201,6 +228,29 @@ class _Bucket(nn.Module):
     def weights(self) -> tuple[Tensor | None, ...]:
         """As `_chain` takes them; None where a projection is dense."""
         return self.gate_up_right, self.gate_left, self.up_left, self.down_right, self.down_left
+
+    def biases(self) -> Biases:
+        """Of gate, up and down: (n, F), (n, F) and (n, D); None where the family has none."""
+        if self.gate_proj_bias is None or self.up_proj_bias is None or self.down_proj_bias is None:
+            return None
+        return self.gate_proj_bias, self.up_proj_bias, self.down_proj_bias
+
+    def inner(self, x_tD: Tensor, position: int, glu: Glu) -> Tensor:
+        """What enters an expert's down projection, (t, F)."""
+        own = [None if w is None else w[position] for w in self.weights()]
+        biases = self.biases()
+        added = None if biases is None else [bias[position] for bias in biases]
+        return _inner(x_tD, own, self.gate_rows, glu, nn.functional.linear, added)
+
+    def projection(self, position: int, name: str) -> Tensor:
+        """An expert's projection multiplied out, (O, I)."""
+        if name == "down_proj":
+            left, right = self.down_left[position], None if self.down_right is None else self.down_right[position]
+        else:
+            rows, factor = self._part(name)
+            inner = self.gate_up_right[position, rows]
+            left, right = (inner, None) if factor is None else (factor[position], inner)
+        return left if right is None else left.float() @ right.float()
 
     def factors(self, position: int) -> tuple[Tensor, ...]:
         """An expert's right (R, I) and left (O, R) factors of gate, up and down; none is dense."""
@@ -235,17 +285,27 @@ class _Bucket(nn.Module):
 
 
 def _chain(
-    x: Tensor, weights: Sequence[Tensor | None], gate_rows: int, act_fn: Callable[[Tensor], Tensor], linear: Linear
+    x: Tensor, weights: Sequence[Tensor | None], gate_rows: int, glu: Glu, linear: Linear, biases: Biases = None
 ) -> Tensor:
     """An expert's output; of `weights` the left of gate and up and the right of down are None where it is dense."""
-    gate_up, gate_left, up_left, down_right, down_left = weights
-    assert gate_up is not None and down_left is not None
+    *_, down_right, down_left = weights
+    assert down_left is not None
+    inner = _inner(x, weights, gate_rows, glu, linear, biases)
+    output = linear(inner if down_right is None else linear(inner, down_right), down_left)
+    return output if biases is None else output + biases[2]
+
+
+def _inner(
+    x: Tensor, weights: Sequence[Tensor | None], gate_rows: int, glu: Glu, linear: Linear, biases: Biases
+) -> Tensor:
+    """What enters an expert's down projection."""
+    gate_up, gate_left, up_left, *_ = weights
+    assert gate_up is not None
     inner = linear(x, gate_up)
     gate, up = inner.split((gate_rows, inner.shape[-1] - gate_rows), dim=-1)  # type: ignore[no-untyped-call]
     gate = gate if gate_left is None else linear(gate, gate_left)
     up = up if up_left is None else linear(up, up_left)
-    inner = act_fn(gate) * up
-    return linear(inner if down_right is None else linear(inner, down_right), down_left)
+    return glu(gate, up) if biases is None else glu(gate + biases[0], up + biases[1])
 
 
 def _stacked(factors: Sequence[Tensor]) -> Tensor:

@@ -8,44 +8,98 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class GLU:
+    """act(gate) ⊙ up: what an expert makes of its gate and up projections."""
+
+    act_fn: Callable[[Tensor], Tensor]
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up
+
+
+@dataclass(frozen=True)
+class ClampedGLU:
+    """(clamp(up) + 1) ⊙ g·σ(αg), g = min(gate, limit): gpt-oss's, arXiv 2508.10925."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate = gate.clamp(max=self.limit)
+        return (up.clamp(-self.limit, self.limit) + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+Glu = Callable[[Tensor, Tensor], Tensor]
+
+
 class MoEWeights(NamedTuple):
-    """The weights of a sparse MoE layer that condensing needs.
+    """The weights of a sparse MoE layer, in one orientation whatever the family's; views, never copies.
 
     Args:
-        gate_up_EHD: fused gate and up weights of the routed experts, (E, 2F, D); the first F rows are gate_proj.
+        gate_up_EHD: fused gate and up weights of the routed experts, (E, 2F, D); see `halves`.
         down_EDF: their down weights, (E, D, F).
-        act_fn: the activation.
+        glu: what joins gate and up.
+        interleaved: rows of gate and up alternate; otherwise the first F rows are gate_proj.
+        gate_up_bias_EH, down_bias_ED: (E, 2F) and (E, D), or None.
         shared: gate_proj (Ws, D), up_proj (Ws, D), down_proj (D, Ws) of the shared experts, or None.
         shared_gate: (1, D), the weight of the shared experts' gate, or None.
     """
 
     gate_up_EHD: Tensor
     down_EDF: Tensor
-    act_fn: Callable[[Tensor], Tensor]
+    glu: Glu
+    interleaved: bool = False
+    gate_up_bias_EH: Tensor | None = None
+    down_bias_ED: Tensor | None = None
     shared: tuple[Tensor, Tensor, Tensor] | None = None
     shared_gate: Tensor | None = None
+
+    def halves(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """The gate and the up part of what has 2F entries along a dimension; views."""
+        if self.interleaved:
+            gate, up = both.unflatten(dim, (-1, 2)).unbind(dim + 1 if dim >= 0 else dim)
+        else:
+            gate, up = both.chunk(2, dim=dim)
+        return gate, up
+
+    def projections(self, expert: int) -> dict[str, Tensor]:
+        """gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert."""
+        gate_FD, up_FD = self.halves(self.gate_up_EHD[expert], 0)
+        return {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": self.down_EDF[expert]}
+
+    def biases(self) -> dict[str, Tensor]:
+        """Those of the three projections, (E, F), (E, F) and (E, D); empty where the family has none."""
+        if self.gate_up_bias_EH is None or self.down_bias_ED is None:
+            return {}
+        gate_EF, up_EF = self.halves(self.gate_up_bias_EH, 1)
+        return {"gate_proj": gate_EF, "up_proj": up_EF, "down_proj": self.down_bias_ED}
 
 
 class CondensedMoE(nn.Module):
     """A condensed MoE layer: shared experts and a few routed experts as one wide SwiGLU, active for every token.
 
-    y = W_down [ scale ⊙ act(W_gate x) ⊙ (W_up x) ],  scale = shared gate on the shared rows, w̄_i on expert i's rows
+    y = W_down [ scale ⊙ glu(W_gate x, W_up x) ],  scale = shared gate on the shared rows, w̄_i on expert i's rows
 
     The scale stands outside the weights while training: folded into W_down, AdamW's steps would be 1/w̄ times larger.
+    Of experts with biases, W_down's is Σ w̄_i·b_i.
 
     Args:
         hidden_size: D.
         shared_width: rows of the shared experts, 0 if the family has none.
         routed_width: rows of the retained routed experts together, n·F.
-        act_fn: the family's activation.
+        glu: the family's gated activation.
         token_gate: keep the shared experts' gate per token, sigmoid(W_g x), in place of a constant.
         scaled: hold the scale buffer; False once it has been folded into W_down.
+        bias: the three projections have biases.
+        pair: give (y, None), as the blocks of families do that hand out their router's scores.
 
     Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.
     """
@@ -57,18 +111,20 @@ class CondensedMoE(nn.Module):
         hidden_size: int,
         shared_width: int,
         routed_width: int,
-        act_fn: Callable[[Tensor], Tensor],
+        glu: Glu,
         token_gate: bool = False,
         scaled: bool = True,
+        bias: bool = False,
+        pair: bool = False,
     ) -> None:
         super().__init__()
         width = shared_width + routed_width
         self.shared_width = shared_width
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden_size, bias=bias)
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if token_gate else None
-        self.act_fn = act_fn
+        self.glu, self.pair = glu, pair
         self.register_buffer("scale", torch.ones(width, dtype=torch.float32) if scaled else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CondensedMoE:
@@ -79,18 +135,19 @@ class CondensedMoE(nn.Module):
             self.scale = scale.to(self.scale.device)
         return self
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
         """Map x (…, D) to y (…, D)."""
-        inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        inner = self.glu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
         if self.scale is not None:
             inner = (inner * self.scale).to(inner.dtype)  # the scale keeps fp32: rounding it would be a bias
         if self.shared_expert_gate is not None:
             shared, routed = inner.split((self.shared_width, inner.shape[-1] - self.shared_width), dim=-1)
             inner = torch.cat((torch.sigmoid(self.shared_expert_gate(hidden_states)) * shared, routed), dim=-1)
-        return self.down_proj(inner)
+        output: Tensor = self.down_proj(inner)
+        return (output, None) if self.pair else output
 
     @classmethod
-    def shaped_for(cls, weights: MoEWeights, num_experts: int, token_gate: bool) -> CondensedMoE:
+    def shaped_for(cls, weights: MoEWeights, num_experts: int, token_gate: bool, pair: bool = False) -> CondensedMoE:
         """An unfilled layer of the right shape, on the device and in the dtype of the weights (meta works too)."""
         _, hidden_size, expert_width = weights.down_EDF.shape
         with torch.device(weights.down_EDF.device):
@@ -98,8 +155,10 @@ class CondensedMoE(nn.Module):
                 hidden_size=hidden_size,
                 shared_width=weights.shared[0].shape[0] if weights.shared else 0,
                 routed_width=num_experts * expert_width,
-                act_fn=weights.act_fn,
+                glu=weights.glu,
                 token_gate=token_gate and weights.shared_gate is not None,
+                bias=bool(weights.biases()),
+                pair=pair,
             )
         return layer.to(weights.down_EDF.dtype).requires_grad_(False)
 
@@ -118,13 +177,18 @@ class CondensedMoE(nn.Module):
         """
         gates, ups, downs = ([weight] for weight in weights.shared) if weights.shared else ([], [], [])
         for expert in experts:
-            gate_FD, up_FD = weights.gate_up_EHD[expert].chunk(2, dim=0)
-            gates.append(gate_FD)
-            ups.append(up_FD)
-            downs.append(weights.down_EDF[expert])
+            for parts, weight in zip((gates, ups, downs), weights.projections(expert).values(), strict=True):
+                parts.append(weight)
         self.gate_proj.weight.copy_(torch.cat(gates, dim=0))
         self.up_proj.weight.copy_(torch.cat(ups, dim=0))
         self.down_proj.weight.copy_(torch.cat(downs, dim=1))
+        for name, bias in weights.biases().items():
+            own = bias[list(experts)].float()
+            if name == "down_proj":
+                share_n1 = torch.tensor(list(coefficients), dtype=torch.float32, device=own.device)[:, None]
+                self.down_proj.bias.copy_((own * share_n1).sum(dim=0))
+            else:
+                getattr(self, name).bias.copy_(own.flatten())
         if self.shared_expert_gate is not None:
             assert weights.shared_gate is not None
             self.shared_expert_gate.weight.copy_(weights.shared_gate)
@@ -158,13 +222,16 @@ def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) ->
     output_nTD = x_TD.new_empty(len(experts), *x_TD.shape)
     for position, expert in enumerate(experts):
         torch.mm(expert_inner(x_TD, weights, expert), weights.down_EDF[expert].T, out=output_nTD[position])
+        if weights.down_bias_ED is not None:
+            output_nTD[position] += weights.down_bias_ED[expert]
     return output_nTD
 
 
 def expert_inner(x_TD: Tensor, weights: MoEWeights, expert: int) -> Tensor:
-    """What enters an expert's down projection, act(gate x) ⊙ up x: (T, F)."""
-    gate_TF, up_TF = nn.functional.linear(x_TD, weights.gate_up_EHD[expert]).chunk(2, dim=-1)
-    return weights.act_fn(gate_TF).mul_(up_TF)
+    """What enters an expert's down projection, glu(gate x, up x): (T, F)."""
+    bias_H = None if weights.gate_up_bias_EH is None else weights.gate_up_bias_EH[expert]
+    both_TH = nn.functional.linear(x_TD, weights.gate_up_EHD[expert], bias_H)
+    return weights.glu(*weights.halves(both_TH, -1))
 
 
 class RemappedRouter(nn.Module):
@@ -189,10 +256,19 @@ class RemappedRouter(nn.Module):
 
 
 class Zeros(nn.Module):
-    """What stands in for a removed feed-forward block: adds nothing to the residual stream."""
+    """What stands in for a removed feed-forward block: adds nothing to the residual stream.
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    Args:
+        pair: as of `CondensedMoE`.
+    """
+
+    def __init__(self, pair: bool = False) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
+        output = torch.zeros_like(hidden_states)
+        return (output, None) if self.pair else output
 
 
 class SkippedLayer(nn.Module):
@@ -216,7 +292,8 @@ def sliced(module: nn.Module, index: Sequence[int], num_experts: int) -> nn.Modu
     """A router or an experts module with some experts only, in fresh tensors.
 
     Args:
-        module: its direct parameters and buffers with `num_experts` rows are cut to the rows of `index`.
+        module: its parameters and buffers, and those of its children, with `num_experts` rows (or of one row, columns)
+            are cut to those of `index`.
         index: n experts.
         num_experts: E, of the module.
 
@@ -224,10 +301,16 @@ def sliced(module: nn.Module, index: Sequence[int], num_experts: int) -> nn.Modu
         a module of the same class; attributes that count the experts say n.
     """
     twin = shallow_copy(module)
+    for name, child in twin._modules.items():
+        if child is not None and any(True for _ in child.parameters()):
+            twin._modules[name] = sliced(child, index, num_experts)
     for tensors in (twin._parameters, twin._buffers):
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.ndim and tensor.shape[0] == num_experts:
-                cut: Tensor = tensor.detach()[torch.as_tensor(index, device=tensor.device)]
+            if tensor is None or num_experts not in tensor.shape:
+                continue
+            dim = 1 if tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] == num_experts else 0
+            if tensor.shape[dim] == num_experts:
+                cut: Tensor = tensor.detach().index_select(dim, torch.as_tensor(index, device=tensor.device))
                 parameter = isinstance(tensor, nn.Parameter)
                 tensors[name] = nn.Parameter(cut, requires_grad=tensor.requires_grad) if parameter else cut  # type: ignore[assignment]
     for name in EXPERT_COUNTS:

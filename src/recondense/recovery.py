@@ -348,9 +348,9 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
 
 def trained_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """Those of some layers that have experts; all layers that have, where none of these does."""
-    return [layer for layer in layers if families.trained_modules(model, [layer])] or list(
-        families.sparse_blocks(model)
-    )
+    everywhere = range(len(families.decoder_layers(model)))
+    own = [layer for layer in layers if families.trained_modules(model, [layer])]
+    return own or [layer for layer in everywhere if families.trained_modules(model, [layer])]
 
 
 def trained_state(module: RecoveryModule) -> dict[str, Tensor]:

@@ -14,12 +14,12 @@ SOURCE = ROOT / "src" / "recondense"
 LEVELS = {
     0: (
         *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
-        *("checks", "progress", "cache", "modes", "deepseek"),
+        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts"),
     ),
     1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading", "adapters"),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
     3: (
-        *("recovery", "fitting", "export", "searching", "measure", "summary", "structures", "tiny"),
+        *("recovery", "fitting", "export", "shards", "searching", "measure", "summary", "structures", "tiny"),
         *("comparison", "comparison_picture"),
     ),
     4: ("pipeline", "preflight"),
@@ -101,11 +101,12 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
     assert imported(file) == {"calibrate": 3} and imported(file, types=False) == {}
 
 
-@pytest.mark.parametrize("module", ["modules", "low_rank", "deepseek", "operations", "plan"])
+@pytest.mark.parametrize("module", ["modules", "low_rank", "deepseek", "bundle", "operations", "plan"])
 def test_bundled_and_plain_modules_stand_alone(module: str) -> None:
     """What is copied into exports needs torch alone, or transformers too; plans are readable without any library."""
     allowed: set[str] = {
-        "modules": {"torch"}, "low_rank": {"torch"}, "deepseek": {"torch", "transformers"}, "plan": {"recondense"},
+        "modules": {"torch"}, "low_rank": {"torch"}, "deepseek": {"torch", "transformers"},
+        "bundle": {"torch", "transformers", "recondense"}, "plan": {"recondense"},
     }.get(module, set())  # fmt: skip
     for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))):
         names = []

@@ -19,6 +19,7 @@ from recondense.low_rank import LowRankExperts
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.factorize import Decompose
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.modules import GLU
 from recondense.plan import Plan, Refit
 from recondense.recovery import RecoveryModule
 
@@ -149,7 +150,7 @@ def test_low_rank_experts_in_bf16_on_cuda(ranks: tuple[int | None, ...]) -> None
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         torch.manual_seed(0)
         low = LowRankExperts(
-            64, 32, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), ranks), torch.nn.functional.silu
+            64, 32, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), ranks), GLU(torch.nn.functional.silu)
         )
         for parameter in low.parameters():
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

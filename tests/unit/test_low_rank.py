@@ -18,6 +18,7 @@ from recondense import low_rank as module_of_low_rank
 from recondense.decomposition import factors
 from recondense.low_rank import LowRankExperts, _Bucket, _groupable
 from recondense.methods import ranks as ranks_of
+from recondense.modules import GLU
 from recondense.surgery.factorize import second_moments
 
 D, F, E = 24, 16, 6
@@ -84,13 +85,13 @@ def dense_experts() -> Any:
 
 
 def low_rank(dense: Any, ranks: dict[str, tuple[int | None, ...]]) -> LowRankExperts:
-    low = LowRankExperts(D, F, ranks, dense.act_fn)
+    low = LowRankExperts(D, F, ranks, GLU(dense.act_fn))
 
-    def of(expert: int, name: str) -> tuple[Tensor, Tensor]:
+    def weights(expert: int) -> dict[str, Tensor]:
         gate, up = dense.gate_up_proj[expert].chunk(2)
-        return factors({"gate_proj": gate, "up_proj": up, "down_proj": dense.down_proj[expert]}[name])
+        return {"gate_proj": gate, "up_proj": up, "down_proj": dense.down_proj[expert]}
 
-    return low.fill(dense.gate_up_proj, dense.down_proj, of)
+    return low.fill(weights, lambda expert, name: factors(weights(expert)[name]))
 
 
 def tokens(num: int, top_k: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +152,7 @@ def spy(method: Any, called: set[str]) -> Any:
 @pytest.mark.parametrize("ranks", [FULL, ALIGNED, MIXED])
 def test_which_experts_are_grouped(ranks: Any) -> None:
     """If they are large."""
-    low = LowRankExperts(D, F, ranks, nn.functional.silu)
+    low = LowRankExperts(D, F, ranks, GLU(nn.functional.silu))
     grouped = []
     for bucket in low.buckets:
         weights = [p for p in bucket.parameters()]
@@ -230,7 +231,7 @@ def test_gradients_of_the_factors(ranks: Any, num: int) -> None:
 
 
 def test_nothing_is_padded() -> None:
-    low = LowRankExperts(D, F, MIXED, nn.functional.silu)
+    low = LowRankExperts(D, F, MIXED, GLU(nn.functional.silu))
     expected = sum(D * F if rank is None else rank * (D + F) for ranks in MIXED.values() for rank in ranks)
     assert sum(parameter.numel() for parameter in low.parameters()) == expected
     assert not list(low.buffers())

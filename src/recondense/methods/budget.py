@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.modules import CondensedMoE
+from recondense.families import routed_parameters
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,3 @@ class Budget:
 def total_parameters(model: nn.Module) -> int:
     """Parameters of the model as it is now, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def routed_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the routed experts as they are now; those in condensed layers count as retained."""
-    sparse = sum(
-        parameter.numel()
-        for block in families.sparse_blocks(model).values()
-        for parameter in block.experts.parameters()
-    )
-    blocks = [families.get_block(model, layer) for layer in range(len(families.decoder_layers(model)))]
-    condensed = [block for block in blocks if isinstance(block, CondensedMoE)]
-    return sparse + sum(routed_width(block) * 3 * block.down_proj.out_features for block in condensed)
-
-
-def routed_width(block: CondensedMoE) -> int:
-    """Rows of a condensed layer that came from routed experts."""
-    return block.down_proj.in_features - block.shared_width

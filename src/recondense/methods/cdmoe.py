@@ -183,8 +183,12 @@ def condensing_saves(block: SparseBlock, step: CDMoE, routed: bool) -> int:
     Args:
         routed: count routed experts alone.
     """
-    _, hidden_size, expert_width = block.weights.down_EDF.shape
-    experts = (block.num_experts - step.num_experts) * 3 * hidden_size * expert_width
+    weights = block.weights
+    _, hidden_size, expert_width = weights.down_EDF.shape
+    kept = step.num_experts * 3 * hidden_size * expert_width
+    if weights.biases() and step.num_experts:
+        kept += step.num_experts * 2 * expert_width + hidden_size  # those of down_proj become one
+    experts = total_parameters(block.experts) - kept
     gate = block.shared_expert_gate if step.shared_gate == "mean" else None
     others = [block.router] if gate is None else [block.router, gate]
     return experts if routed else experts + sum(map(total_parameters, others))
@@ -193,7 +197,8 @@ def condensing_saves(block: SparseBlock, step: CDMoE, routed: bool) -> int:
 def condensed(block: SparseBlock, operation: Condense) -> CondensedMoE:
     """The layer that an operation would make, beside the original."""
     weights = block.weights
-    layer = CondensedMoE.shaped_for(weights, len(operation.experts), token_gate=operation.shared_gate is None)
+    token_gate = operation.shared_gate is None
+    layer = CondensedMoE.shaped_for(weights, len(operation.experts), token_gate, pair=block.pair)
     return layer.fill(weights, operation.experts, operation.coefficients, operation.shared_gate)
 
 

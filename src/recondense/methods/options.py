@@ -198,9 +198,8 @@ class Options:
     def _saving(self, layer: int, name: str, operations: tuple[Operation, ...], factors_save: int) -> Option:
         view = self.blocks[layer]
         gone = sum(view.num_experts - len(each.retained) for each in operations if isinstance(each, Prune))
-        _, hidden_size, expert_width = view.weights.down_EDF.shape
-        routed = gone * 3 * hidden_size * expert_width + factors_save
-        return Option(name, operations, routed + gone * hidden_size, routed)
+        routed = gone * view.expert_size + factors_save
+        return Option(name, operations, routed + gone * view.router_row, routed)
 
     def _own_importance(self, layer: int, option: Option) -> list[float]:
         """Of the experts that an option retains."""
@@ -223,18 +222,16 @@ class Options:
     def _low_rank(self, view: SparseBlock, retained: tuple[int, ...], operation: Factorize) -> LowRankExperts:
         weights = view.weights
         _, hidden_size, expert_width = weights.down_EDF.shape
-        index = torch.as_tensor(retained, device=weights.down_EDF.device)
 
         def of(place: int, name: str) -> tuple[Tensor, Tensor]:
             key = view.layer, retained[place], name
             if key not in self._factors:
-                gate_FD, up_FD = weights.gate_up_EHD[retained[place]].chunk(2, dim=0)
-                weight = {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": weights.down_EDF[retained[place]]}[name]
-                left, right = factors(weight)
+                left, right = factors(weights.projections(retained[place])[name])
                 most = self._most_rank(view.layer)
                 self._factors[key] = Factors(left[:, :most].clone(), right[:most].clone())
             return self._factors[key]
 
         with torch.device(weights.down_EDF.device):
-            low = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.act_fn).to(weights.down_EDF.dtype)
-        return low.fill(weights.gate_up_EHD[index], weights.down_EDF[index], of)
+            low = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.glu, bool(weights.biases()))
+        biases = {name: bias[list(retained)] for name, bias in weights.biases().items()}
+        return low.to(weights.down_EDF.dtype).fill(lambda place: weights.projections(retained[place]), of, biases)

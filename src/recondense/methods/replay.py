@@ -1,9 +1,11 @@
 """One sparse layer's calibration tokens, ready to say what dropping any set of experts would change.
 
-With a set S dropped, its logits are −∞ before the softmax, so the layer changes by Σ_e (w_e(S) − w_e)·E_e(x): the
-shared experts cancel. With d the difference of the weights and G_t the Gram matrix of the token's expert outputs, the
-squared change is Σ_t dᵀ G_t d. Of a token only its first M = K + (most experts dropped) experts in the order of its
-logits can ever be selected, so G_t is M × M, is computed once, and no expert output is kept.
+With a set S dropped, its logits are −∞ before the softmax (its scores before the selection, where a sigmoid gives
+them), so the layer changes by Σ_e (w_e(S) − w_e)·E_e(x): the shared experts cancel. With d the difference of the
+weights and G_t the Gram matrix of the token's expert outputs, the squared change is Σ_t dᵀ G_t d. Of a token only its
+first M = K + (most experts dropped) experts in the order of selection can ever be selected, so G_t is M × M, is
+computed once, and no expert output is kept. Where a softmax's scores are corrected for the selection, its order depends
+on S, and M = E.
 
 Legend: P sets (a population), T tokens, E routed experts, K top-k, M experts that a token can come to select, D hidden
 size.
@@ -76,7 +78,10 @@ class Replay:
         self.block = block
         self.max_dropped = max_dropped
         self.max_scratch_bytes = max_scratch_bytes
-        self.num_candidates = min(block.num_experts, routing.top_k + max_dropped)
+        self._correction_E = block.correction_E
+        self._one_order = self._correction_E is None or routing.score == "sigmoid"
+        most = routing.top_k + max_dropped if self._one_order else block.num_experts
+        self.num_candidates = min(block.num_experts, most)
         traces = list(tape.trace(model, block.layer))
         self._x = [trace.x_TD for trace in traces]
         self.num_tokens = sum(len(x_TD) for x_TD in self._x)
@@ -88,7 +93,7 @@ class Replay:
             logits_TE = block.router(x_TD)[0].detach().float()
             self._logits.append(logits_TE)
             self._steep.append(bool((logits_TE.amax(dim=1) - logits_TE.amin(dim=1)).max() > STEEP))
-            self._index.append(logits_TE.topk(self.num_candidates, dim=1).indices)
+            self._index.append(self._candidates(logits_TE))
         keeps = self.num_tokens * self.num_candidates**2 * 4 <= max_scratch_bytes // 2
         self._grams = [self._gram(index) for index in range(len(self._x))] if keeps else None
 
@@ -130,23 +135,44 @@ class Replay:
         everything_E1 = torch.ones_like(retained_EP[:, :1])
         return self._weights(index, part, retained_EP) - self._weights(index, part, everything_E1)
 
+    def _candidates(self, logits_TE: Tensor) -> Tensor:
+        """The experts that a token can come to select, first those that it selects first: (T, M)."""
+        if not self._one_order:
+            return torch.arange(logits_TE.shape[1], device=logits_TE.device).expand_as(logits_TE)
+        if self._correction_E is not None:
+            logits_TE = torch.sigmoid(logits_TE) + self._correction_E
+        return logits_TE.topk(self.num_candidates, dim=1).indices
+
     def _weights(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
-        """softmax over the retained experts, the top_k of them, then the family's normalisation and scale."""
+        """Scores over the retained experts, the top_k of them, then the family's normalisation and scale."""
         routing = self.block.routing
         index_TM, logits_TE = self._index[index][part], self._logits[index][part]
         keep_TMP = retained_EP[index_TM]
-        selected_TMP = keep_TMP & (keep_TMP.cumsum(dim=1, dtype=torch.int16) <= routing.top_k)
-        if self._steep[index]:  # relative to the largest that is retained, which differs from set to set
-            weights_TEP = logits_TE.unsqueeze(-1).masked_fill(~retained_EP, -torch.inf).softmax(dim=1)
-            weights_TMP = selected_TMP * weights_TEP.gather(1, index_TM.unsqueeze(-1).expand_as(selected_TMP))
+        if routing.score == "sigmoid":
+            scores_TMP = torch.sigmoid(logits_TE).gather(1, index_TM).unsqueeze(-1)
+        elif self._steep[index]:  # relative to the largest that is retained, which differs from set to set
+            scores_TEP = logits_TE.unsqueeze(-1).masked_fill(~retained_EP, -torch.inf).softmax(dim=1)
+            scores_TMP = scores_TEP.gather(1, index_TM.unsqueeze(-1).expand_as(keep_TMP))
         else:
             exp_TE = torch.exp(logits_TE - logits_TE.amax(dim=1, keepdim=True))
-            weights_TMP = selected_TMP * exp_TE.gather(1, index_TM).unsqueeze(-1)
-            if not routing.normalize:
-                weights_TMP /= (exp_TE @ retained_EP.float()).unsqueeze(1)
+            scores_TMP = exp_TE.gather(1, index_TM).unsqueeze(-1)
+            if not routing.normalize or not self._one_order:
+                scores_TMP = scores_TMP / (exp_TE @ retained_EP.float()).unsqueeze(1)
+        if self._one_order:
+            selected_TMP = keep_TMP & (keep_TMP.cumsum(dim=1, dtype=torch.int16) <= routing.top_k)
+        else:
+            selected_TMP = self._selected(scores_TMP, keep_TMP, index_TM)
+        weights_TMP = selected_TMP * scores_TMP
         if routing.normalize:
             weights_TMP /= weights_TMP.sum(dim=1, keepdim=True)
         return weights_TMP.mul_(routing.scale)
+
+    def _selected(self, scores_TMP: Tensor, keep_TMP: Tensor, index_TM: Tensor) -> Tensor:
+        """The top_k of corrected scores, for each set anew."""
+        assert self._correction_E is not None
+        choice_TMP = (scores_TMP + self._correction_E[index_TM].unsqueeze(-1)).masked_fill(~keep_TMP, -torch.inf)
+        best_TKP = choice_TMP.topk(min(self.block.routing.top_k, choice_TMP.shape[1]), dim=1).indices
+        return torch.zeros_like(keep_TMP).scatter_(1, best_TKP, True) & keep_TMP
 
     @torch.no_grad()
     def _gram(self, index: int) -> Tensor:

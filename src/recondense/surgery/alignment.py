@@ -5,34 +5,33 @@ Legend: F expert width, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+ROWS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1, "gate_proj_bias": 0, "up_proj_bias": 0}  # where neurons lie
 
-def aligned(reference: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+
+def aligned(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The other expert with its F rows permuted so that they are most like the reference's.
 
     The permutation maximises the sum of inner products of gate rows, up rows and down columns (weight matching).
 
     Args:
-        reference, other: gate_up (2F, D) and down (D, F) of an expert.
+        reference, other: gate_proj (F, D), up_proj (F, D), down_proj (D, F) of an expert, and its biases if it has any.
 
     Returns:
         the other's weights, permuted; the same function.
 
     Reference: MC-SMoE, arXiv 2310.01334, section 3.1; Git Re-Basin, arXiv 2209.04836, section 3.2.
     """
-    gain_FF = torch.zeros(other[1].shape[1], other[1].shape[1], dtype=torch.float64)
-    for mine, theirs in zip(_parts(reference), _parts(other), strict=True):
-        gain_FF += (mine.double() @ theirs.double().T).cpu()
+    width = other["down_proj"].shape[1]
+    gain_FF = torch.zeros(width, width, dtype=torch.float64)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        mine, theirs = (each[name].movedim(ROWS[name], 0).double() for each in (reference, other))
+        gain_FF += (mine @ theirs.T).cpu()
     _, order = linear_sum_assignment(gain_FF.numpy(), maximize=True)
-    gate_FD, up_FD, _ = _parts(other)
-    index = torch.as_tensor(order, device=gate_FD.device)
-    return torch.cat((gate_FD[index], up_FD[index])), other[1][:, index]
-
-
-def _parts(expert: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """gate, up and down, each with one row a neuron: (F, D)."""
-    gate_FD, up_FD = expert[0].chunk(2, dim=0)
-    return gate_FD, up_FD, expert[1].T
+    index = torch.as_tensor(order, device=other["down_proj"].device)
+    return {name: each.index_select(ROWS[name], index) if name in ROWS else each for name, each in other.items()}

@@ -13,7 +13,8 @@ from recondense.surgery.checks import check_experts
 def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
     """An unfilled condensed layer: shared rows, then F rows an expert; token gate kept if shared_gate is None."""
     check_experts(block, operation.kind, operation.experts)
-    return CondensedMoE.shaped_for(block.weights, len(operation.experts), token_gate=operation.shared_gate is None)
+    token_gate = operation.shared_gate is None
+    return CondensedMoE.shaped_for(block.weights, len(operation.experts), token_gate, pair=block.pair)
 
 
 def fill(layer: nn.Module, before: SparseBlock, operation: Condense) -> None:

@@ -17,7 +17,7 @@ def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
         ValueError: a whole layer that must stay, see `families.cache_layers`.
     """
     if operation.part == "moe":
-        return Zeros()
+        return Zeros(pair=families.gives_pair(families.get_block(model, operation.layer)))
     if operation.layer in families.cache_layers(model.config):
         raise ValueError(
             f"plan: drop layer {operation.layer}: the key-value cache counts tokens by this decoder layer, so it "

@@ -37,7 +37,7 @@ def restructure(block: SparseBlock, operation: Factorize) -> LowRankExperts:
     if high:
         raise ValueError(f"plan: factorize layer {block.layer}: ranks {high} are above the full rank {full}")
     with torch.device(weights.down_EDF.device):
-        experts = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.act_fn)
+        experts = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.glu, bool(weights.biases()))
     return experts.to(weights.down_EDF.dtype)
 
 
@@ -46,13 +46,12 @@ def fill(experts: LowRankExperts, before: SparseBlock, moments: Moments | None =
     weights = before.weights
 
     def of(expert: int, name: str) -> tuple[Tensor, Tensor]:
-        gate_FD, up_FD = weights.gate_up_EHD[expert].chunk(2, dim=0)
-        weight = {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": weights.down_EDF[expert]}[name]
+        weight = weights.projections(expert)[name]
         if moments is None:
             return factors(weight)
         return factors(weight, moments(expert)[1 if name == "down_proj" else 0])
 
-    experts.fill(weights.gate_up_EHD, weights.down_EDF, of)
+    experts.fill(weights.projections, of, weights.biases())
 
 
 def second_moments(block: SparseBlock, traces: Iterable[LayerTrace]) -> Moments:

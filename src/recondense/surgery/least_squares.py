@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def _refit_layer(
 
     def error() -> float:
         squares = [
-            (target_TD - block(x_TD[None])[0].float()).double().square().sum()
+            (target_TD - families.output_of(block(x_TD[None]))[0].float()).double().square().sum()
             for x_TD, target_TD in zip(inputs, targets, strict=True)
         ]
         return float(sum(squares)) ** 0.5 / max(norm, 1e-300)
@@ -151,10 +151,7 @@ def _condensed_unit(block: CondensedMoE) -> Unit:
 def _expert_unit(view: families.SparseBlock, expert: int) -> Unit:
     experts = view.experts
     if isinstance(experts, LowRankExperts):
-        bucket, position = next(
-            (bucket, own.index(expert)) for bucket, own in enumerate(experts.experts_of) if expert in own
-        )
-        low: Any = experts.buckets[bucket]
+        low, position = experts.place_of(expert)
         weight, right = low.down_left[position], None if low.down_right is None else low.down_right[position]
     else:
         weight, right = view.weights.down_EDF[expert], None
@@ -171,20 +168,12 @@ def _expert_unit(view: families.SparseBlock, expert: int) -> Unit:
 
 
 def _inner(view: families.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
-    """act(gate x) ⊙ up x of one expert."""
+    """What enters the down projection of one expert."""
     experts = view.experts
     if not isinstance(experts, LowRankExperts):
         return expert_inner(x_tD, view.weights, expert)
-    for own, each in zip(experts.experts_of, experts.buckets, strict=True):
-        if expert in own:
-            bucket: Any = each
-            position = own.index(expert)
-            both = nn.functional.linear(x_tD, bucket.gate_up_right[position])
-            gate, up = both[:, : bucket.gate_rows], both[:, bucket.gate_rows :]
-            gate = gate if bucket.gate_left is None else nn.functional.linear(gate, bucket.gate_left[position])
-            up = up if bucket.up_left is None else nn.functional.linear(up, bucket.up_left[position])
-            return experts.act_fn(gate) * up
-    raise AssertionError(expert)
+    bucket, position = experts.place_of(expert)
+    return bucket.inner(x_tD, position, experts.glu)
 
 
 def _solve(
@@ -196,7 +185,9 @@ def _solve(
     max_scratch_bytes: int,
 ) -> None:
     """Add to the weights what ridge least squares finds in the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖²."""
-    residuals = [target - block(x[None])[0].float() for x, target in zip(inputs, targets, strict=True)]
+    residuals = [
+        target - families.output_of(block(x[None]))[0].float() for x, target in zip(inputs, targets, strict=True)
+    ]
     most = max(1, math.isqrt(max_scratch_bytes // NORMAL_BYTES))
     if sum(unit.weight_Dn.shape[1] for unit in units) <= most:
         _solve_together(units, inputs, residuals, ridge)
@@ -265,7 +256,8 @@ def _solve_coefficients(block: CondensedMoE, inputs: Sequence[Tensor], targets: 
         _, inner_TW = unit.features(x_TD)
         outputs = [inner_TW[:, part] @ block.down_proj.weight[:, part].float().T for part in parts]
         stacked = torch.stack([output.flatten() for output in outputs])
-        residual = (target_TD - sum(outputs)).flatten()
+        bias = block.down_proj.bias
+        residual = (target_TD - sum(outputs) - (0 if bias is None else bias.float())).flatten()
         gram += (stacked @ stacked.T).double().cpu()
         right += (stacked @ residual).double().cpu()
     gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
@@ -301,7 +293,7 @@ def _before(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _after(module: nn.Module, given: list[Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, args, output: given.append(output))
+    handle = module.register_forward_hook(lambda _, args, output: given.append(families.output_of(output)))
     try:
         yield
     finally:

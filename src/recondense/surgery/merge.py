@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from recondense import families
 from recondense.families import SparseBlock
-from recondense.modules import RemappedRouter, sliced
+from recondense.modules import MoEWeights, RemappedRouter, sliced
 from recondense.plan import Merge
 from recondense.surgery.alignment import aligned
 
@@ -44,13 +44,19 @@ def fill(merged: SparseBlock, before: SparseBlock, operation: Merge) -> None:
     """The weighted means, summed in fp32."""
     weights, target = before.weights, merged.weights
     for position, (group, shares) in enumerate(zip(operation.groups, operation.weights, strict=True)):
-        first = (weights.gate_up_EHD[group[0]], weights.down_EDF[group[0]])
-        sums: list[Tensor] = [torch.zeros_like(each, dtype=torch.float32) for each in first]
+        first = _expert(weights, group[0])
+        sums = {name: torch.zeros_like(each, dtype=torch.float32) for name, each in first.items()}
         for expert, share in zip(group, shares, strict=True):
-            own = (weights.gate_up_EHD[expert], weights.down_EDF[expert])
+            own = _expert(weights, expert)
             if operation.align and expert != group[0]:
                 own = aligned(first, own)
-            for total, each in zip(sums, own, strict=True):
-                total.add_(each.float(), alpha=share)
-        target.gate_up_EHD[position].copy_(sums[0])
-        target.down_EDF[position].copy_(sums[1])
+            for name, each in own.items():
+                sums[name].add_(each.float(), alpha=share)
+        for name, each in _expert(target, position).items():
+            each.copy_(sums[name])
+
+
+def _expert(weights: MoEWeights, expert: int) -> dict[str, Tensor]:
+    """Weights and biases of an expert by name; views."""
+    biases = {f"{name}_bias": bias[expert] for name, bias in weights.biases().items()}
+    return {**weights.projections(expert), **biases}

@@ -1,0 +1,114 @@
+"""A family's own class in which some layers have other shapes: what a compressed folder is loaded into.
+
+With families.py this is the only place that knows Hugging Face attribute names. Imports torch and transformers beside
+`modules` and `low_rank`: together with those it is the modeling file that exports carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from recondense.low_rank import LowRankExperts
+from recondense.modules import GLU, ClampedGLU, CondensedMoE, Glu, RemappedRouter, SkippedLayer, Zeros, sliced
+
+# A model_type of its own: a stock one would load the stock class with missing weights.
+PREFIX = "recondense_"
+
+
+def compressed_classes(
+    config_class: type[PretrainedConfig], model_class: type[PreTrainedModel]
+) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Config and causal LM of a family, with layers as `config.compressed_layers` says.
+
+    Args:
+        config_class, model_class: the family's own.
+
+    Returns:
+        classes named CompressedConfig and CompressedForCausalLM, whose checkpoints have the family's key names.
+    """
+    name = PREFIX + config_class.model_type
+    mapping = get_checkpoint_conversion_mapping(config_class.model_type) or []
+    register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+    class CompressedConfig(config_class):  # type: ignore[valid-type,misc]
+        model_type = name
+
+    class CompressedForCausalLM(model_class):  # type: ignore[valid-type,misc]
+        config_class = CompressedConfig
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            for layer, shape in config.compressed_layers.items():
+                reshape(self.model.layers, int(layer), config.hidden_size, **shape)
+            self.post_init()
+
+    for each in (CompressedConfig, CompressedForCausalLM):
+        each.__qualname__ = each.__name__
+    return CompressedConfig, CompressedForCausalLM
+
+
+def reshape(
+    layers: nn.ModuleList,
+    index: int,
+    hidden_size: int,
+    kind: str,
+    num_experts: int = 0,
+    router_rows: int = 0,
+    ranks: Mapping[str, list[int | None]] | None = None,
+    merged: bool = False,
+    **widths: Any,
+) -> None:
+    """Give a decoder layer of the uncompressed model the shape that `export.layer_shapes` describes; no weights."""
+    layer: Any = layers[index]
+    if kind == "skipped":
+        layers[index] = SkippedLayer()
+        return
+    block = layer.mlp
+    pair = gives_pair(block)
+    if kind == "zeros":
+        layer.mlp = Zeros(pair)
+        return
+    experts, name = block.experts, router_name(block)
+    router, before, bias = getattr(block, name), experts.num_experts, has_bias(experts)
+    if kind == "condensed":
+        layer.mlp = CondensedMoE(hidden_size, glu=glu_of(experts), scaled=False, bias=bias, pair=pair, **widths)
+        return
+    if router_rows != before:
+        router = sliced(router, range(router_rows), before)
+    if ranks is not None:
+        experts = LowRankExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), bias)
+    elif num_experts != before:
+        experts = sliced(experts, range(num_experts), before)
+    setattr(block, name, RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router)
+    block.experts = experts
+
+
+def router_name(block: nn.Module) -> str:
+    """What a sparse block calls its router."""
+    return "gate" if hasattr(block, "gate") else "router"
+
+
+def gives_pair(block: nn.Module) -> bool:
+    """Whether a block hands out its router's scores beside its output: gpt_oss."""
+    return hasattr(block, "router") or bool(getattr(block, "pair", False))
+
+
+def glu_of(experts: Any) -> Glu:
+    """The gated activation of fused experts."""
+    return ClampedGLU(experts.alpha, experts.limit) if hasattr(experts, "alpha") else GLU(experts.act_fn)
+
+
+def has_bias(experts: nn.Module) -> bool:
+    """Whether the projections of fused experts have biases."""
+    return hasattr(experts, "gate_up_proj_bias")
+
+
+def expert_width(experts: Any) -> int:
+    """F of fused experts, (E, D, F), or (E, F, D) where they are stored transposed."""
+    return int(experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2])
