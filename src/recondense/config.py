@@ -185,7 +185,11 @@ class LoggerConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     enabled: bool = True
+    format: Literal["auto", "stock", "bundled", "dense"] = "auto"
+    max_padding: float = 0.05
     max_shard_size: str | int = "5GB"
+    push_to_hub: str | None = None
+    private: bool = True
 
 
 @dataclass(frozen=True)

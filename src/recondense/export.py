@@ -1,29 +1,57 @@
 """A model out: a Hugging Face folder that loads without recondense.
 
 `stock` where the family's own config can say what the layers have become, else `bundled`: the folder carries one
-self-contained modeling file (trust_remote_code=True).
+self-contained modeling file (trust_remote_code=True). `dense` multiplies low-rank experts out first.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import pad
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
-from recondense import families, low_rank, modules
+from recondense import bundle, deepseek, families, low_rank, modules
+from recondense.config import ExportConfig, parse_bytes
 from recondense.low_rank import LowRankExperts
 from recondense.modules import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 from recondense.plan import Plan, write_aside
+from recondense.shards import ShardWriter
 
 MODELING_FILE = "modeling_recondense"
+OWN_IMPORT = re.compile(r"^from recondense[^\n(]*(\([^)]*\))?\n", re.MULTILINE)
+NOT_KEPT = ("compressed_layers", "auto_map", "quantization_config", "model_type", "transformers_version")
+NARROWEST = 16  # of dense layers of zeros alone: kernels want rows of some bytes
+Shapes = Mapping[int, Mapping[str, Any]]
+
+
+class NotStock(ValueError):
+    """The family's own class cannot hold the model; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """How the family's own class holds a compressed model.
+
+    Args:
+        updates: of its config.
+        width: of every dense layer; narrower ones are padded with zeros. None without dense layers.
+        padding: parameters that padding adds.
+    """
+
+    updates: dict[str, Any] = field(default_factory=dict)
+    width: int | None = None
+    padding: int = 0
 
 
 def export(
@@ -32,9 +60,11 @@ def export(
     plan: Plan,
     folder: Path,
     card: str,
-    max_shard_size: str | int = "5GB",
+    settings: ExportConfig | None = None,
 ) -> str:
     """Write the model as it is now; scales are folded into down_proj, the model itself is not changed.
+
+    Layer after layer goes to disk, so that never more than a shard and a layer is copied.
 
     Args:
         model: the student, its plan applied.
@@ -43,32 +73,95 @@ def export(
 
     Returns:
         "stock" or "bundled".
+
+    Raises:
+        NotStock: `settings.format` is stock, and the family's own class cannot hold the model.
     """
-    shapes = layer_shapes(model)
-    stock = stock_config(model, shapes)
+    settings = settings or ExportConfig()
+    shapes = layer_shapes(model, multiplied=settings.format == "dense")
+    stock = layout(model, shapes, settings)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    state = exported_state(model)
-    if stock is not None:
-        state = _renumbered(state, [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"])
-    with _config_updates(model, stock or {}):
-        model.save_pretrained(aside, state_dict=state, max_shard_size=max_shard_size)
-    if stock is None:
-        _bundle(model, shapes, aside)
+    aside.mkdir(parents=True)
+    writer = ShardWriter(aside, parse_bytes(settings.max_shard_size))
+    with torch.no_grad():
+        for piece in pieces(model, shapes, stock):
+            writer.add(piece)
+    writer.finish()
+    _write_config(model, shapes, stock, aside)
+    if model.can_generate():
+        model.generation_config.save_pretrained(aside)
     if tokenizer is not None:
         tokenizer.save_pretrained(aside)
     plan.save(aside / "plan.json")
     write_aside(aside / "README.md", card)
-    readable = 0o666 & ~_umask()
-    for path in aside.iterdir():
-        path.chmod(readable)  # safetensors writes for the owner alone
-    before = folder.with_name(f".{folder.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, before)  # a kill while it is removed must not leave half of it under the final name
-    os.replace(aside, folder)
-    shutil.rmtree(before, ignore_errors=True)
+    _rename(aside, folder)
     return "bundled" if stock is None else "stock"
+
+
+def layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig) -> Stock | None:
+    """How the family's own class would hold the model; None: the folder carries a modeling file.
+
+    Raises:
+        NotStock: `settings.format` is stock, and it cannot.
+    """
+    if settings.format == "bundled":
+        return None
+    try:
+        return stock_layout(model, shapes, settings.max_padding)
+    except NotStock as error:
+        if settings.format == "stock":
+            raise NotStock(f"export.format=stock: {error}; use export.format=auto or bundled") from None
+        return None
+
+
+def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> Stock:
+    """How the family's own class holds a model with these layers.
+
+    Args:
+        max_padding: most that zeros may add, as a fraction of the model's parameters.
+
+    Raises:
+        NotStock: it cannot, or only with more padding.
+    """
+    if not shapes:
+        return Stock()
+    name = families.family_name(model.config.model_type)
+    for layer, shape in shapes.items():
+        odd = [word for word in ("token_gate", "merged", "ranks") if shape.get(word)]
+        if odd:
+            raise NotStock(f"layer {layer} has {ODD[odd[0]]}, which no config of {name} says")
+    sparse = {layer: shape["num_experts"] for layer, shape in shapes.items() if shape["kind"] == "sparse"}
+    counts = {block.num_experts for block in families.sparse_blocks(model).values()}
+    if len(counts) > 1:
+        raise NotStock(f"its layers have {min(counts)} to {max(counts)} experts; a config of {name} says one number")
+    gone = [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"]
+    widths = {layer: width for layer, shape in shapes.items() if (width := _width(shape)) is not None}
+    updates = families.stock_updates(model.config, widths, gone, counts.pop() if sparse else None)
+    if updates is None:
+        raise NotStock(f"its sparse and dense layers are mixed in a way that no config of {name} says")
+    own = {layer: width for layer, width in families.dense_widths(model.config).items() if layer not in gone}
+    if not widths:
+        return Stock(updates, max(own.values(), default=None))
+    width = max([*own.values(), *widths.values()]) or NARROWEST
+    padding = sum(width - each for each in [*own.values(), *widths.values()]) * 3 * model.config.hidden_size
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if padding > max_padding * total:
+        raise NotStock(
+            f"its dense layers are {min([*own.values(), *widths.values()])} to {width} wide and a config of {name} "
+            f"says one width: zeros would add {padding / total:.1%} (export.max_padding={max_padding:g})"
+        )
+    return Stock({**updates, "intermediate_size": width}, width, padding)
+
+
+ODD = {"token_gate": "a gate per token", "merged": "merged experts", "ranks": "low-rank experts"}
+
+
+def _width(shape: Mapping[str, Any]) -> int | None:
+    """Of a layer that is dense now; None of others."""
+    if shape["kind"] == "zeros":
+        return 0
+    return shape["shared_width"] + shape["routed_width"] if shape["kind"] == "condensed" else None
 
 
 def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMoE]:
@@ -77,10 +170,14 @@ def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMoE]:
     return {layer: block for layer, block in blocks.items() if isinstance(block, CondensedMoE)}
 
 
-def layer_shapes(model: PreTrainedModel) -> dict[int, dict[str, Any]]:
-    """What became of each layer that is not as the config says: JSON values, arguments of the bundle's `reshape`."""
+def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[int, dict[str, Any]]:
+    """What became of each layer that is not as the family's config says: JSON values, arguments of `bundle.reshape`.
+
+    Args:
+        multiplied: low-rank experts count as whole ones.
+    """
     found: dict[int, dict[str, Any]] = {}
-    num_experts = families.facts(model.config).num_experts
+    num_experts = families.original_facts(model.config).num_experts
     for layer in range(len(families.decoder_layers(model))):
         block = families.get_block(model, layer)
         if isinstance(block, SkippedLayer):
@@ -96,6 +193,8 @@ def layer_shapes(model: PreTrainedModel) -> dict[int, dict[str, Any]]:
             }
         elif families.is_sparse(block):
             shape = _sparse_shape(families.sparse_view(model, layer, block))
+            if multiplied:
+                shape.pop("ranks", None)
             if shape != {"kind": "sparse", "num_experts": num_experts, "router_rows": num_experts}:
                 found[layer] = shape
     return found
@@ -103,88 +202,141 @@ def layer_shapes(model: PreTrainedModel) -> dict[int, dict[str, Any]]:
 
 def _sparse_shape(block: families.SparseBlock) -> dict[str, Any]:
     router = block.router
-    merged = isinstance(router, RemappedRouter)
     shape: dict[str, Any] = {
         "kind": "sparse",
         "num_experts": block.num_experts,
         "router_rows": len(router.table) if isinstance(router, RemappedRouter) else block.num_experts,
     }
-    if merged:
+    if isinstance(router, RemappedRouter):
         shape["merged"] = True
     if isinstance(block.experts, LowRankExperts):
         shape["ranks"] = {name: list(ranks) for name, ranks in block.experts.ranks.items()}
     return shape
 
 
-def stock_config(model: PreTrainedModel, shapes: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Config updates under which the family's stock class computes what the model does; None if there are none."""
-    if not shapes:
-        return {}
-    kinds = {layer: shape["kind"] for layer, shape in shapes.items()}
-    odd = any(shape.get("token_gate") or shape.get("merged") or shape.get("ranks") for shape in shapes.values())
-    counts = {block.num_experts for block in families.sparse_blocks(model).values()}
-    if odd or "zeros" in kinds.values() or len(counts) > 1:
-        return None
-    widths = {
-        layer: shape["shared_width"] + shape["routed_width"]
-        for layer, shape in shapes.items()
-        if shape["kind"] == "condensed"
-    }
-    skipped = [layer for layer, kind in kinds.items() if kind == "skipped"]
-    pruned = counts.pop() if "sparse" in kinds.values() else None
-    return families.stock_updates(model.config, widths, skipped, pruned)
+def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Iterator[dict[str, Tensor]]:
+    """The exported weights under their names on disk: each decoder layer, then all else.
+
+    Args:
+        shapes: as `layer_shapes`; a layer without ranks there is multiplied out.
+        stock: None: for the bundle.
+    """
+    gone = [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"] if stock is not None else []
+    for layer, module in enumerate(families.decoder_layers(model)):
+        if layer in gone:
+            continue
+        state = module.state_dict(prefix=families.layer_prefix(layer))
+        state = _finished(model, layer, state, shapes)
+        if stock is not None and stock.width is not None:
+            state = _padded(model, layer, state, stock.width)
+        moved = layer - sum(each < layer for each in gone)
+        old, new = families.layer_prefix(layer), families.layer_prefix(moved)
+        yield revert_weight_conversion(model, {new + name.removeprefix(old): each for name, each in state.items()})
+    inside = families.layers_prefix()
+    tied = set(model.all_tied_weights_keys)
+    rest = {name: each for name, each in model.state_dict().items() if not name.startswith(inside) and name not in tied}
+    yield revert_weight_conversion(model, rest)
 
 
-def exported_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's state dict in its own dtype, with scales folded into copies of the down_proj weights."""
-    state = model.state_dict()
-    dtype = model.dtype
-    for layer, block in condensed_layers(model).items():
-        name = families.block_name(layer)
-        if block.scale is not None:
-            down = block.down_proj.weight.detach()
-            state[f"{name}.down_proj.weight"] = (down.float() * block.scale.float()).to(dtype)
-            del state[f"{name}.scale"]
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+def _finished(model: PreTrainedModel, layer: int, state: dict[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """A layer's state with scales folded into a copy of down_proj, and low-rank experts multiplied out if asked."""
+    block, name = families.get_block(model, layer), families.block_name(layer)
+    if isinstance(block, CondensedMoE) and block.scale is not None:
+        down = block.down_proj.weight
+        folded = (down.float() * block.scale.float()).to(down.dtype)
+        state = {**state, f"{name}.down_proj.weight": folded}
+        del state[f"{name}.scale"]
+    if families.is_sparse(block):
+        experts = families.sparse_view(model, layer, block).experts
+        if isinstance(experts, LowRankExperts) and not shapes.get(layer, {}).get("ranks"):
+            state = {key: each for key, each in state.items() if not key.startswith(f"{name}.experts.")}
+            whole = families.multiplied_out(experts, turned=families.gives_pair(block))
+            state |= {f"{name}.experts.{key}": each for key, each in whole.items()}
+    return state
 
 
-def _renumbered(state: dict[str, Tensor], skipped: list[int]) -> dict[str, Tensor]:
-    """Names of the layers that are left, counted without those that are gone."""
-    found = {}
-    for name, value in state.items():
-        number, _, end = name.partition(".layers.")[2].partition(".")
-        if number.isdigit() and name.startswith(families.layer_prefix(int(number))):
-            moved = int(number) - sum(layer < int(number) for layer in skipped)
-            name = f"{families.layer_prefix(moved)}{end}"
-        found[name] = value
+def _padded(model: PreTrainedModel, layer: int, state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A dense layer's state with rows and columns of zeros up to a width; any other as it is."""
+    block, name = families.get_block(model, layer), families.block_name(layer)
+    hidden_size = model.config.hidden_size
+    if isinstance(block, Zeros):
+        kind: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+        empty = {"gate_proj": (0, hidden_size), "up_proj": (0, hidden_size), "down_proj": (hidden_size, 0)}
+        state = {**state, **{f"{name}.{key}.weight": torch.zeros(*size, **kind) for key, size in empty.items()}}
+    elif families.is_sparse(block):
+        return state
+    found = dict(state)
+    for key in ("gate_proj", "up_proj"):
+        weight = state[f"{name}.{key}.weight"]
+        found[f"{name}.{key}.weight"] = pad(weight, (0, 0, 0, width - weight.shape[0]))
+    weight = state[f"{name}.down_proj.weight"]
+    found[f"{name}.down_proj.weight"] = pad(weight, (0, width - weight.shape[1]))
     return found
 
 
-def _bundle(model: PreTrainedModel, shapes: Mapping[int, Mapping[str, Any]], folder: Path) -> None:
-    """Turn a saved folder into one that carries its own modeling file."""
-    first, second = (Path(str(module.__file__)).read_text(encoding="utf-8") for module in (modules, low_rank))
-    source = (
-        first
-        + second.replace("from __future__ import annotations\n", "", 1)
-        + families.BUNDLE.format(
-            config_class=type(model.config).__name__,
-            model_class=type(model).__name__,
-            model_type=model.config.model_type,
-        )
-    )
-    write_aside(folder / f"{MODELING_FILE}.py", source)
+def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path) -> None:
+    """config.json, and the modeling file where one is needed."""
+    config_class, model_class = families.own_classes(model.config)
+    carried = families.family_of(model.config).carried
+    own = _own_config(model.config, config_class)
+    for name, value in (stock.updates if stock is not None else {}).items():
+        setattr(own, name, value)
+    own.architectures = [model_class.__name__]
+    own.dtype = str(model.dtype).removeprefix("torch.")
+    own.save_pretrained(folder)
+    if stock is not None and not carried:
+        return
+    names = config_class.__name__, model_class.__name__
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {
-        "model_type": f"recondense_{config['model_type']}",
-        "architectures": ["CompressedForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{MODELING_FILE}.CompressedConfig",
-            "AutoModelForCausalLM": f"{MODELING_FILE}.CompressedForCausalLM",
-        },
-        "compressed_layers": {str(layer): dict(shape) for layer, shape in shapes.items()},
+    if stock is None:
+        config["model_type"] = bundle.PREFIX + config["model_type"]
+        config["architectures"] = ["CompressedForCausalLM"]
+        config["compressed_layers"] = {str(layer): dict(shape) for layer, shape in shapes.items()}
+        write_aside(folder / f"{MODELING_FILE}.py", _bundled(*names, carried))
+        names = "CompressedConfig", "CompressedForCausalLM"
+    else:
+        write_aside(folder / f"{MODELING_FILE}.py", _concatenated(deepseek) + "\n\nregister()\n")
+    config["auto_map"] = {
+        "AutoConfig": f"{MODELING_FILE}.{names[0]}",
+        "AutoModelForCausalLM": f"{MODELING_FILE}.{names[1]}",
     }
     write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _bundled(config_class: str, model_class: str, carried: bool) -> str:
+    """The modeling file of a compressed folder."""
+    source = _concatenated(modules, low_rank, *([deepseek] if carried else []), bundle)
+    own = "register()" if carried else f"from transformers import {config_class}, {model_class}  # noqa: E402"
+    made = f"CompressedConfig, CompressedForCausalLM = compressed_classes({config_class}, {model_class})"
+    return f"{source}\n\n{own}\n\n{made}\n"
+
+
+def _own_config(config: PretrainedConfig, config_class: type[PretrainedConfig]) -> PretrainedConfig:
+    """A copy in the family's own class, without what a folder of ours adds and what the weights are no longer."""
+    values = {name: value for name, value in config.to_dict().items() if name not in NOT_KEPT}
+    return config_class.from_dict(values)
+
+
+def _concatenated(*parts: Any) -> str:
+    """Sources of modules as one file, which needs none of them."""
+    texts = [Path(part.__file__).read_text(encoding="utf-8") for part in parts]
+    first, *others = (OWN_IMPORT.sub("", text) for text in texts)
+    future = "from __future__ import annotations\n"
+    return "\n\n".join([first, *(text.replace(future, "", 1) for text in others)])
+
+
+def _rename(aside: Path, folder: Path) -> None:
+    """Put a finished folder in its place: a kill must not leave half of one under the final name."""
+    readable = 0o666 & ~_umask()
+    for path in aside.iterdir():
+        path.chmod(readable)  # safetensors writes for the owner alone
+    before = folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, before)
+    os.replace(aside, folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -192,16 +344,3 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-@contextmanager
-def _config_updates(model: PreTrainedModel, updates: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(model.config, name) for name in updates}
-    for name, value in updates.items():
-        setattr(model.config, name, value)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(model.config, name, value)

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from recondense import families
 from recondense.config import ModelConfig
@@ -32,6 +38,8 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
     """
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
+        values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
+        families.register_compressed(values.get("model_type", ""))
         with progress(f"loading {path}"):
             model = AutoModelForCausalLM.from_pretrained(
                 path,

@@ -178,7 +178,7 @@ class _Run:
         if config.export.enabled:
             with measure.timed("export"), progress("exporting"):
                 card = summary.model_card(found)
-                kind = export(model, tokenizer, plan, folder / "model", card, config.export.max_shard_size)
+                kind = export(model, tokenizer, plan, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
             found["artifacts"] |= {"model": "model", "export_format": kind}
             tracking.log_export(self.loggers, folder / "model")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -62,7 +61,7 @@ def _budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[str]:
     if not wanted or any(isinstance(step, Dropping) for step in steps):
         return []
     counts, facts = families.parameter_counts(planned), families.facts(planned)
-    gates = len(facts.moe_layers) * facts.hidden_size * (facts.num_experts + 1)
+    gates = len(facts.moe_layers) * (facts.hidden_size + counts.router_row * facts.num_experts)
     rest = (counts.total - counts.routed_experts - gates) / counts.total
     return [
         f"method.memory_ratio={ratio}: without any of its routed experts the model still has {rest:.4g} of its size; "
@@ -86,7 +85,8 @@ def planned_config(model: ModelConfig) -> PretrainedConfig:
             return _hub_config(model.path, model)
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not model.trust_remote_code:
-            families.family_of(cast(PretrainedConfig, SimpleNamespace(model_type=values.get("model_type"))))
+            families.family_name(values.get("model_type"))
+        families.register_compressed(str(values.get("model_type")))
         return AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error) or type(error).__name__

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recondense import export as export_module
 from recondense import loading, surgery
-from recondense.config import ModelConfig
+from recondense.config import ExportConfig, ModelConfig
 from recondense.export import export
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
 from recondense.profiling import count_parameters
@@ -38,32 +38,63 @@ class Variant:
     layers: tuple[int, ...]
     experts: tuple[int, ...] = (1, 4)
     shared_gate: float | None = 0.4
-    max_shard_size: str = "5GB"
+    how: ExportConfig = ExportConfig()  # noqa: RUF009
     operations: tuple[Operation, ...] = ()  # in place of condensing
+    added: int = 0  # parameters: zeros, or what multiplying out adds
 
 
+LOST = 3 * sum(32 * 16 - rank * (32 + 16) for rank in (3, 5, 2))  # by RANKS, of one layer
 RANKS = {name: (3, 5, None, 2) for name in ("gate_proj", "up_proj", "down_proj")}
 PAIRS = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
 FOUR, THREE = (0, 2, 3, 5), (1, 2, 4)
 
 
-def other(kind: str, model: Callable[[], Any], *operations: Operation) -> Variant:
-    return Variant(kind, model, (), operations=operations)
+ROOMY = ExportConfig(max_padding=0.5)
+
+
+def other(kind: str, model: Callable[[], Any], *operations: Operation, **more: Any) -> Variant:
+    return Variant(kind, model, (), operations=operations, **more)
 
 
 VARIANTS = {
     "qwen": Variant("stock", qwen2_moe, (2, 0, 1)),
     "qwen, sparse layers left": Variant("stock", qwen2_moe, (2, 0)),
-    "qwen, in shards": Variant("stock", qwen2_moe, (2,), max_shard_size="30KB"),
+    "qwen, in shards": Variant("stock", qwen2_moe, (2,), how=ExportConfig(max_shard_size="30KB")),
     "qwen, shared expert alone": Variant("stock", qwen2_moe, (0, 1), experts=()),
     "qwen, dense layers of the same width": Variant(
         "stock", lambda: qwen2_moe(mlp_only_layers=[0], intermediate_size=24 + 2 * 16), (1,)
     ),
-    "qwen, dense layers of another width": Variant("bundled", lambda: qwen2_moe(mlp_only_layers=[0]), (1,)),
+    "qwen, dense layers of another width": Variant("stock", lambda: qwen2_moe(mlp_only_layers=[0]), (1,), added=96 * 8),
+    "qwen, zeros would cost too much": Variant(
+        "bundled", lambda: qwen2_moe(mlp_only_layers=[0]), (1,), how=ExportConfig(max_padding=0.01)
+    ),
+    "qwen, of several widths": other(
+        "stock",
+        qwen2_moe,
+        Condense(0, (3, 0), (0.4, 0.2), 0.5),
+        Condense(1, (3,), (0.4,), 0.5),
+        how=ROOMY,
+        added=96 * 16,
+    ),
+    "qwen, block gone, stock": other(
+        "stock", qwen2_moe, Drop(0, "moe"), Condense(1, (3,), (0.4,), 0.5), how=ROOMY, added=96 * 40
+    ),
+    "qwen, factorized, dense": other(
+        "bundled", qwen2_moe, Prune(1, FOUR), Factorize(1, RANKS), how=ExportConfig(format="dense"), added=LOST
+    ),
+    "qwen, factorized alike, dense": other(
+        "stock",
+        qwen2_moe,
+        *(operation for layer in range(3) for operation in (Prune(layer, FOUR), Factorize(layer, RANKS))),
+        how=ExportConfig(format="dense"),
+        added=3 * LOST,
+    ),
+    "qwen, bundled though stock could": Variant("bundled", qwen2_moe, (2, 0), how=ExportConfig(format="bundled")),
+    "deepseek, condensed behind the dense ones": Variant("stock", deepseek_v2, (1,), how=ROOMY, added=96 * 16),
     "qwen, token gate": Variant("bundled", qwen2_moe, (1, 2), shared_gate=None),
     "qwen, bf16": Variant("stock", lambda: qwen2_moe().bfloat16(), (1, 2)),
     "qwen, token gate, bf16": Variant("bundled", lambda: qwen2_moe().bfloat16(), (1, 2), shared_gate=None),
-    "deepseek": Variant("bundled", deepseek_v2, (1, 2)),
+    "deepseek": Variant("bundled", deepseek_v2, (1, 2), how=ExportConfig(max_padding=0.0)),
     "deepseek, sparse layers left": Variant("bundled", deepseek_v2, (2,), experts=(0, 5, 3)),
     "nothing condensed": Variant("stock", deepseek_v2, ()),
     "qwen, pruned alike": other("stock", qwen2_moe, *(Prune(layer, FOUR) for layer in range(3))),
@@ -88,7 +119,7 @@ VARIANTS = {
         "stock", lambda: qwen2_moe(mlp_only_layers=[2], num_hidden_layers=4), Drop(1, "block")
     ),
     "deepseek, layer gone": other("stock", deepseek_v2, Drop(1, "block")),
-    "qwen, block gone": other("bundled", qwen2_moe, Drop(0, "moe")),
+    "qwen, block gone": other("bundled", qwen2_moe, Drop(0, "moe"), how=ExportConfig(max_padding=0.0)),
     "qwen, a bit of everything": other(
         "bundled",
         lambda: qwen2_moe(num_hidden_layers=6),
@@ -161,7 +192,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, variant in VARIANTS.items():
         model, plan = student(variant)
         before, config, blocks = bits(model), settings(model), list(model.modules())
-        kind = export(model, None, plan, root / name, f"# {name}\n", variant.max_shard_size)
+        kind = export(model, None, plan, root / name, f"# {name}\n", variant.how)
         assert kind == variant.kind, name
         assert same_bits(before, bits(model)) and settings(model) == config and list(model.modules()) == blocks
     return root
@@ -194,7 +225,7 @@ def test_computes_the_same_elsewhere(name: str, elsewhere: dict[str, Any]) -> No
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     assert found["loading"] == {}  # no missing, unexpected or mismatched keys
     assert found["dtype"] == str(model.dtype)
-    assert found["parameters"] == count_parameters(model)
+    assert found["parameters"] == count_parameters(model) + variant.added
     assert found["parameters"] < count_parameters(variant.model()) or not variant.layers
 
 
@@ -230,17 +261,19 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
     assert Plan.load(folder / "plan.json") == plan
     assert (folder / "README.md").read_text() == f"# {name}\n"
     assert (folder / "generation_config.json").exists() and list(folder.glob("*.safetensors"))
-    assert len(list(folder.glob("*.safetensors"))) > 1 or variant.max_shard_size == "5GB"
+    assert len(list(folder.glob("*.safetensors"))) > 1 or variant.how.max_shard_size == "5GB"
     assert not list(folder.glob("*.bin")) and not list(folder.glob(".*"))
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 1.2 * model.get_memory_footprint() + 4e4
     if variant.kind == "stock":
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == model.config.model_type and "auto_map" not in config
-        if variant.layers:
+        if variant.layers and "mlp_only_layers" in config:
             assert set(variant.layers) <= set(config["mlp_only_layers"])
             condensed = export_module.condensed_layers(model)
             (width,) = {block.down_proj.in_features for block in condensed.values()}
             assert config["intermediate_size"] == width
+        elif variant.layers:
+            assert config["first_k_dense_replace"] == 2 and config["intermediate_size"] == 32 + 2 * 16
 
 
 def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
@@ -277,7 +310,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("variant", ["qwen", "deepseek"])
-@pytest.mark.parametrize("where", ["save_pretrained", "write_aside", "plan", "os.replace"])
+@pytest.mark.parametrize("where", ["shards", "write_aside", "plan", "os.replace"])
 def test_an_interrupted_export_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, where: str
 ) -> None:
@@ -290,8 +323,8 @@ def test_an_interrupted_export_leaves_nothing_half_written(
 
     def broken() -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            if where == "save_pretrained":
-                patch.setattr(type(model), "save_pretrained", interrupted)
+            if where == "shards":
+                patch.setattr(export_module.ShardWriter, "finish", interrupted)
             elif where == "write_aside":
                 patch.setattr(export_module, "write_aside", interrupted)
             elif where == "plan":

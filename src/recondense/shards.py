@@ -1,0 +1,72 @@
+"""Weights out: safetensors shards of a bounded size, written piece by piece, so that no second model is in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recondense.plan import write_aside
+
+INDEX = "model.safetensors.index.json"
+
+
+class ShardWriter:
+    """Collects tensors until a shard is full, and writes it; one shard is held at a time.
+
+    Args:
+        folder: where the files go; one file is `model.safetensors`, several are numbered and have an index.
+        max_shard_size: bytes of a shard; a tensor that is larger has one for itself.
+    """
+
+    def __init__(self, folder: Path, max_shard_size: int) -> None:
+        self.folder = folder
+        self.max_shard_size = max_shard_size
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._names: list[list[str]] = []
+        self._bytes = 0
+        self._parameters = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write these, now or with a later shard."""
+        for name, tensor in tensors.items():
+            if self._held and self._held_bytes + tensor.nbytes > self.max_shard_size:
+                self._flush()
+            # A copy where it is a part of a larger tensor: what is held would keep all of that.
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            self._held[name] = tensor.detach().contiguous() if whole else tensor.detach().clone()
+            self._held_bytes += tensor.nbytes
+            self._bytes += tensor.nbytes
+            self._parameters += tensor.numel()
+
+    def finish(self) -> None:
+        """Write what is held, give the files their names, and write the index."""
+        self._flush()
+        count = len(self._names)
+        if count == 1:
+            os.replace(self._partial(1), self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._names, start=1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            os.replace(self._partial(number), self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {
+            "metadata": {"total_size": self._bytes, "total_parameters": self._parameters},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_aside(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        if self._held:
+            self._names.append(list(self._held))
+            save_file(self._held, self._partial(len(self._names)), metadata={"format": "pt"})
+            self._held, self._held_bytes = {}, 0
+
+    def _partial(self, number: int) -> Path:
+        return self.folder / f"model-{number:05d}.safetensors"
