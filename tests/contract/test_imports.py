@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "recondense"
 LEVELS = {
     0: (
         *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
-        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts"),
+        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published"),
     ),
     1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading", "adapters"),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
@@ -101,7 +101,7 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
     assert imported(file) == {"calibrate": 3} and imported(file, types=False) == {}
 
 
-@pytest.mark.parametrize("module", ["modules", "low_rank", "deepseek", "bundle", "operations", "plan"])
+@pytest.mark.parametrize("module", ["modules", "low_rank", "deepseek", "bundle", "operations", "plan", "published"])
 def test_bundled_and_plain_modules_stand_alone(module: str) -> None:
     """What is copied into exports needs torch alone, or transformers too; plans are readable without any library."""
     allowed: set[str] = {

@@ -1,0 +1,107 @@
+"""The published results as data: whole, consistent with themselves, and found by model and setting."""
+
+from __future__ import annotations
+
+import pytest
+
+from recondense.published import (
+    CDMOE,
+    DEEPSEEK,
+    MIXTRAL,
+    MODELS,
+    MOEI2,
+    PAPER_TASKS,
+    QWEN,
+    RESULTS,
+    V2_LITE,
+    Result,
+    find,
+    model_named,
+    published_model,
+)
+
+
+def test_every_row_is_of_a_known_paper_and_model() -> None:
+    for row in RESULTS:
+        assert row.paper in PAPER_TASKS and row.source.startswith("arXiv 24"), row
+        assert model_named(row.model), row
+        assert 40 < row.mean < 70, row
+        assert row.tasks == () or tuple(name for name, _ in row.tasks) == PAPER_TASKS[row.paper], row
+
+
+def test_memory_and_cut_are_never_mixed() -> None:
+    for row in RESULTS:
+        if row.paper == CDMOE:
+            assert row.removed_expert_ratio is None and row.memory_gb is None, row
+        else:
+            assert row.memory_ratio is None, row
+
+
+def test_means_are_those_of_the_tasks() -> None:
+    rows = [row for row in RESULTS if row.tasks]
+    assert [row.setting for row in rows] == ["original", "cdmoe: shared+6, 9 layers, fine-tuned"]
+    for row in rows:
+        # eight figures rounded to 0.1: their mean is off by less than 0.05, and the mean is rounded too
+        assert row.mean == pytest.approx(sum(score for _, score in row.tasks) / len(row.tasks), abs=0.1), row
+
+
+@pytest.mark.parametrize(
+    ("model", "shared"), [(DEEPSEEK, 2816), (QWEN, 5632), (V2_LITE, 2816), (MIXTRAL, 0)], ids=lambda value: str(value)
+)
+def test_routed_parameters_follow_from_the_shapes(model: str, shared: int) -> None:
+    facts = model_named(model)
+    expert = 3 * facts.hidden_size * facts.expert_width
+    assert facts.routed_expert_parameters == facts.num_moe_layers * facts.num_experts * expert
+    rest = facts.total_parameters - facts.routed_expert_parameters
+    assert rest > facts.num_moe_layers * facts.hidden_size * (facts.num_experts + 3 * shared)
+
+
+@pytest.mark.parametrize("model", [DEEPSEEK, QWEN])
+def test_published_memory_is_near_what_the_shapes_say(model: str) -> None:
+    """A condensed layer loses the router and the experts it does not keep, and nothing else."""
+    facts = model_named(model)
+    gates = facts.num_experts + (model == QWEN)
+    rows = [row for row in find(model, method="cdmoe") if row.memory_ratio is not None]
+    assert len(rows) >= 10
+    for row in rows:
+        assert row.num_layers is not None and row.num_experts is not None
+        lost = 3 * facts.hidden_size * facts.expert_width * (facts.num_experts - row.num_experts)
+        derived = 1 - row.num_layers * (lost + gates * facts.hidden_size) / facts.total_parameters
+        assert row.memory_ratio == pytest.approx(derived, abs=0.004), row
+
+
+def test_the_published_cuts_follow_from_prune_and_rank() -> None:
+    """What 25% pruned experts leave, times the factors' share at the mean rank."""
+    for name, rank, tolerance in ((V2_LITE, 512, 5e-5), (MIXTRAL, 2048, 0.02)):
+        facts = model_named(name)
+        width, hidden = facts.expert_width, facts.hidden_size
+        cut = 1 - 0.75 * rank * (width + hidden) / (width * hidden)
+        published = [row.removed_expert_ratio for row in find(name, method="moei2")]
+        assert published[-1] == pytest.approx(cut, abs=tolerance)
+
+
+def test_models_are_recognised_by_their_numbers() -> None:
+    for model in MODELS:
+        assert published_model(model.model_type, model.hidden_size, model.num_layers, model.num_experts) is model
+    assert published_model("qwen2_moe", 2048, 24, 45) is None
+    assert published_model("qwen2_moe", 64, 3, 8) is None
+    assert published_model("olmoe", 2048, 16, 64) is None
+
+
+def test_rows_are_found_by_model_and_setting() -> None:
+    means = lambda rows: [row.mean for row in rows]  # noqa: E731
+    assert means(find(QWEN, method="original")) == [65.5]
+    assert means(find(QWEN, num_experts=4, num_layers=9)) == [60.2]
+    assert means(find(DEEPSEEK, method="cdmoe", num_experts=6, num_layers=9)) == [55.5, 60.4, 55.5]
+    assert means(find(DEEPSEEK, num_experts=6, num_layers=9, fine_tuned=True)) == [60.4]
+    assert len(find(DEEPSEEK, num_experts=6, num_layers=9, ablations=True)) == 3 + 7
+    assert means(find(V2_LITE, removed_expert_ratio=0.54)) == [59.62]
+    assert means(find(MIXTRAL, paper=MOEI2)) == [67.53, 67.65, 64.55]
+    assert find(MIXTRAL, paper=CDMOE) == () and find("olmoe") == ()
+
+
+def test_a_setting_in_words() -> None:
+    words = [row.setting for row in RESULTS]
+    assert "cdmoe: shared+6, 9 layers" in words
+    assert "moei2: 53.98% of the experts' parameters cut, fine-tuned" in words
+    assert Result(CDMOE, QWEN, "layer_drop", 1.0, "", 8).setting == "layer_drop: 8 layers"
