@@ -23,7 +23,7 @@ def check(config: Config) -> list[str]:
         *_data(config),
         *_recovery(config.recovery),
         *_evaluation(config),
-        *_memory(config),
+        *_export_and_memory(config),
     ]
 
 
@@ -177,8 +177,13 @@ def _evaluation(config: Config) -> Iterator[str]:
     for index, task in enumerate(evaluation.tasks or ()):
         if not task.strip():
             yield f"evaluation.tasks[{index}] is an empty name; name an lm-eval task, or write evaluation.tasks=null."
-    if evaluation.include_path is not None and not Path(evaluation.include_path).is_dir():
-        yield f"evaluation.include_path={evaluation.include_path}: there is no such folder; it holds task YAMLs."
+    folder = evaluation.include_path
+    if folder is None and evaluation.name == "local":
+        yield "evaluation.include_path is missing: evaluation=local runs a folder's tasks. Give a folder of task YAMLs."
+    elif folder is not None and not Path(folder).is_dir():
+        yield f"evaluation.include_path={folder}: there is no such folder; it holds task YAMLs."
+    elif folder is not None and not task_files(folder):
+        yield f"evaluation.include_path={folder}: the folder has no task YAML (*.yaml). Give one that has."
     if config.recovery.trainable == "all" and config.recovery.objective != "none" and config.method.get("steps"):
         yield (
             "recovery.trainable=all: the original shares the backbone and would change with the student. Use "
@@ -186,7 +191,14 @@ def _evaluation(config: Config) -> Iterator[str]:
         )
 
 
-def _memory(config: Config) -> Iterator[str]:
+def task_files(folder: str | Path) -> list[Path]:
+    """The YAML files of a folder of lm-eval tasks, and of the folders in it."""
+    return sorted(Path(folder).rglob("*.yaml"))
+
+
+def _export_and_memory(config: Config) -> Iterator[str]:
+    if config.export.enabled not in (True, False, "auto"):
+        yield f"export.enabled={config.export.enabled}: must be true, false or auto (where the run changed the model)."
     for name, value in (
         ("max_scratch_bytes", config.max_scratch_bytes),
         ("export.max_shard_size", config.export.max_shard_size),

@@ -184,7 +184,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    enabled: bool = True
+    enabled: bool | str = "auto"
     format: Literal["auto", "stock", "bundled", "dense"] = "auto"
     max_padding: float = 0.05
     max_shard_size: str | int = "5GB"

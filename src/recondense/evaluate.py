@@ -18,9 +18,17 @@ from transformers import PreTrainedModel
 from recondense.heldout import HELDOUT_TASKS, heldout_tasks
 from recondense.modes import evaluating
 from recondense.progress import Stage, progress
-from recondense.tasks import check_tasks, run_tasks
+from recondense.tasks import check_tasks, folder_tasks, run_tasks
 
-__all__ = ["HELDOUT_TASKS", "check_tasks", "heldout_tasks", "kl_divergence", "perplexity", "run_tasks"]
+__all__ = [
+    "HELDOUT_TASKS",
+    "check_tasks",
+    "folder_tasks",
+    "heldout_tasks",
+    "kl_divergence",
+    "perplexity",
+    "run_tasks",
+]
 
 CHUNK_ELEMENTS = 2**22  # logits that are turned into fp32 at a time: 16 MiB a tensor
 FAR = 60.0  # a logit further from the original's, in nats, is too far for exp in fp32

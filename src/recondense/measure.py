@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.cache import JsonFolder, fingerprint
 from recondense.config import Config
-from recondense.evaluate import HELDOUT_TASKS, heldout_tasks, perplexity, run_tasks
+from recondense.evaluate import HELDOUT_TASKS, folder_tasks, heldout_tasks, perplexity, run_tasks
 from recondense.loading import weights_fingerprint
 from recondense.profiling import profile_variants, weights_bytes
 from recondense.progress import progress
@@ -113,11 +114,7 @@ class Measure:
             config.model.attention,
             config.model.experts,
             [] if self.windows is None else self.windows.tolist(),  # the tokenizer's doing
-            [
-                path.read_text(encoding="utf-8")
-                for folder in self.include_path
-                for path in sorted(folder.rglob("*.yaml"))
-            ],
+            [_digest(path) for folder in self.include_path for path in _deciding_files(folder)],
             [version(name) for name in ("torch", "transformers", "lm-eval")],
         )
         known = JsonFolder(Path(config.cache_dir) / "evaluations")
@@ -211,8 +208,8 @@ class Measure:
     def _tasks(self) -> tuple[list[str], list[Path]]:
         """The tasks of this run and the folders of their files; held-out ones are written here."""
         evaluation = self.config.evaluation
-        tasks = list(evaluation.tasks or ())
         folders = [Path(evaluation.include_path)] if evaluation.include_path else []
+        tasks = list(folder_tasks(folders) if folders and evaluation.tasks is None else evaluation.tasks or ())
         own = [task for task in tasks if task in HELDOUT_TASKS]
         if not own:
             return tasks, folders
@@ -225,3 +222,15 @@ class Measure:
         folder = Path(self.config.cache_dir) / "tasks" / key
         heldout_tasks(folder, self.texts.corpora.validation, **sizes)
         return tasks, [*folders, folder]
+
+
+def _deciding_files(folder: Path) -> list[Path]:
+    """Files of a task folder that can change a result: tasks, their functions and data, but not a cache of the data."""
+    kinds = (".yaml", ".py", ".json", ".jsonl", ".csv", ".txt", ".parquet")
+    cached = lambda path: "cache" in path.relative_to(folder).parts  # noqa: E731
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and not cached(path)]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

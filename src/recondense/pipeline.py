@@ -175,7 +175,8 @@ class _Run:
             if config.recovery.control and plan.operations:
                 self._control(module, texts, measure)
         found = summary.collect(config, recovery.objective, plan, sizes, measure, texts.corpora.sha256())
-        if config.export.enabled:
+        changed = bool(plan.operations) or config.recovery.objective != "none"
+        if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
                 card = summary.model_card(found)
                 kind = export(model, tokenizer, plan, folder / "model", card, config.export)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
 
 from recondense import families
-from recondense.checks import check, check_folder
+from recondense.checks import check, check_folder, task_files
 from recondense.config import Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
 from recondense.hub import reachable_or_offline
@@ -48,6 +48,8 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         return problems
     try:
         planned = planned_config(config.model)
+        if not steps and config.recovery.objective == "none":  # what is only measured needs no MoE layer
+            return problems
         facts = families.facts(planned)
     except ValueError as error:
         return [*problems, str(error)]
@@ -141,11 +143,15 @@ def _machine(model: ModelConfig) -> list[str]:
 
 def _tasks(evaluation: EvaluationConfig) -> list[str]:
     """Unknown lm-eval tasks; its import takes seconds, so only where some are named."""
-    if not evaluation.tasks or (evaluation.include_path and not Path(evaluation.include_path).is_dir()):
+    folder = evaluation.include_path
+    if folder is not None and not task_files(folder):
+        return []
+    if not evaluation.tasks and (folder is None or evaluation.tasks is not None):
         return []
     from recondense.evaluate import check_tasks
 
-    return check_tasks([task for task in evaluation.tasks if task.strip()], evaluation.include_path)
+    named = None if evaluation.tasks is None else [task for task in evaluation.tasks if task.strip()]
+    return check_tasks(named, folder)
 
 
 def stored_config(folder: Path) -> Config | None:

@@ -25,6 +25,8 @@ from recondense.hub import reachable_or_offline
 from recondense.modes import evaluating
 from recondense.progress import Stage, progress
 
+IncludePath = str | Path | Sequence[str | Path] | None
+FILE_FORMATS = ("json", "csv", "text", "parquet", "arrow", "xml")  # what `datasets` reads from files
 BOOTSTRAP_ITERATIONS = 1000  # for the metrics whose standard error has no closed form
 
 
@@ -36,7 +38,7 @@ def run_tasks(
     limit: int | float | None = None,
     num_fewshot: int | None = 0,
     batch_size: int = 8,
-    include_path: str | Path | Sequence[str | Path] | None = None,
+    include_path: IncludePath = None,
     description: str = "lm-eval",
 ) -> dict[str, dict[str, float]]:
     """Run lm-eval tasks on the live model, which stays as it is: weights, mode, tokenizer and random states.
@@ -58,16 +60,14 @@ def run_tasks(
     problems = check_tasks(tasks, include_path)
     if problems:
         raise ValueError("\n".join(problems))
-    # Our own tasks need no hub: not even a look-up, which would wait for its time-out on a machine without network.
-    local = all(task in HELDOUT_TASKS for task in tasks)
+    manager = _manager(tasks, include_path)
     with ExitStack() as stack:
         stack.enter_context(_own_random_states())
-        stack.enter_context(reachable_or_offline(offline=True if local else None))
+        stack.enter_context(reachable_or_offline(offline=True if _on_disk(manager, tasks) else None))
         stack.enter_context(_quiet(description))
         stack.enter_context(evaluating(model))
         from lm_eval.evaluator import evaluate
 
-        manager = _local_tasks(include_path) if local else _all_tasks(_folders(include_path))
         loaded = _load(manager, tasks)
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
@@ -83,13 +83,25 @@ def run_tasks(
     return {name: _numbers(found[name]) for name in _reported(manager, tasks) if name in found}
 
 
-def check_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None = None) -> list[str]:
-    """Problems of task names, as sentences; reading lm-eval's list takes seconds, our own tasks do not need it."""
-    unknown = [task for task in tasks if task not in HELDOUT_TASKS]
+def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -> list[str]:
+    """Problems of task names, as sentences; reading lm-eval's list takes seconds, tasks of one's own do not need it.
+
+    Args:
+        tasks: None: all that `include_path` defines.
+    """
+    problems = _check_folders(include_path)
+    if tasks is None:
+        if not problems and not folder_tasks(include_path):
+            problems.append(
+                f"evaluation.include_path={include_path}: none of its YAML files defines a task; one that does has a "
+                "line `task: <name>`."
+            )
+        return problems
+    local = _local_tasks(include_path).all_tasks if include_path is not None else ()
+    unknown = [task for task in tasks if task not in (*HELDOUT_TASKS, *local)]
     if not unknown:
-        return []
+        return problems
     known = [*_all_tasks(_folders(include_path)).all_tasks, *HELDOUT_TASKS]
-    problems = []
     for task in dict.fromkeys(unknown):
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3)
@@ -98,13 +110,47 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | 
     return problems
 
 
-def _folders(include_path: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
+def folder_tasks(include_path: IncludePath) -> list[str]:
+    """The tasks that the YAML files of folders define, by name; groups and tags, which are made of tasks, are not."""
+    return list(_local_tasks(include_path).all_subtasks)
+
+
+def _check_folders(include_path: IncludePath) -> list[str]:
+    """Files that are no YAML: lm-eval's index leaves them out without a word."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    problems = []
+    for path in (path for folder in _folders(include_path) for path in sorted(Path(folder).rglob("*.yaml"))):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # whatever a parser, or a file that it includes, raises
+            problems.append(f"evaluation.include_path: {path} cannot be read: {' '.join(str(error).split())}")
+    return problems
+
+
+def _folders(include_path: IncludePath) -> tuple[str, ...]:
     if include_path is None:
         return ()
     return tuple(map(str, [include_path] if isinstance(include_path, str | Path) else include_path))
 
 
-def _local_tasks(include_path: str | Path | Sequence[str | Path] | None) -> Any:
+def _manager(tasks: Sequence[str], include_path: IncludePath) -> Any:
+    """An index that has the tasks: of their folders alone, where all are defined there."""
+    local = _local_tasks(include_path)
+    # A group of somebody's may be made of lm-eval's tasks.
+    return local if set(tasks) <= set(local.all_subtasks) else _all_tasks(_folders(include_path))
+
+
+def _on_disk(manager: Any, tasks: Sequence[str]) -> bool:
+    """Whether tasks read files of this machine: then nothing is looked up, which would wait for its time-out."""
+    for task in tasks:
+        settings = manager.task_index[task].cfg or {}
+        if settings.get("dataset_path") not in FILE_FORMATS or "://" in str(settings.get("dataset_kwargs")):
+            return False
+    return True
+
+
+def _local_tasks(include_path: IncludePath) -> Any:
     """An index of the tasks in some folders alone."""
     from lm_eval.tasks import TaskManager
 

@@ -58,6 +58,13 @@ class Files:
     def calibration(self, content: str | bytes, name: str = "texts.jsonl") -> tuple[str, ...]:
         return ("data=texts", f"data.calibration.path={self.text(content, name)}", "data.calibration.num_samples=2")
 
+    def task_folder(self, contents: dict[str, str]) -> str:
+        folder = self.folder / "tasks"
+        folder.mkdir()
+        for name, content in contents.items():
+            (folder / name).write_text(content)
+        return str(folder)
+
     def empty_folder(self) -> str:
         folder = self.folder / "empty"
         folder.mkdir()
@@ -217,6 +224,11 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["evaluation.include_path=/nowhere"],
         ["evaluation.include_path=/nowhere", "no such folder"],
     ),
+    "local tasks of no folder": (
+        ["evaluation=local"],
+        ["evaluation.include_path is missing", "evaluation=local", "task YAMLs"],
+    ),
+    "export that is no choice": (["export.enabled=maybe"], ["export.enabled=maybe", "true, false or auto"]),
     "no such device": (["model.device=gpu"], ["model.device=gpu", "cuda:N"]),
     "slow experts": (["model.device=cpu", "model.experts=batched_mm"], ["batched_mm", "60 times slower", "grouped_mm"]),
     "scratch that is no size": (["max_scratch_bytes=lots"], ["max_scratch_bytes", "'lots'", "512MiB"]),
@@ -253,6 +265,26 @@ MADE: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     "calibration that is no UTF-8": (lambda f: f.calibration(b"\xff\xfe\x00", "texts.txt"), ["not UTF-8"]),
     "too few texts": (lambda f: f.calibration(LINE), ["has 1 texts", "num_samples=2"]),
     "text below one token": (lambda f: f.calibration(LINE + '{"text": ""}\n'), ["line 2", "shorter than one token"]),
+    "folder without task files": (
+        lambda f: ("evaluation=local", f"evaluation.include_path={f.task_folder({})}"),
+        ["tasks: the folder has no task YAML (*.yaml)"],
+    ),
+    "task files without a task": (
+        lambda f: ("evaluation=local", f"evaluation.include_path={f.task_folder({'_base.yaml': 'test_split: x'})}"),
+        ["evaluation.include_path=", "none of its YAML files defines a task", "`task: <name>`"],
+    ),
+    "task file that is no YAML": (
+        lambda f: ("evaluation=local", f"evaluation.include_path={f.task_folder({'a.yaml': 'task: ['})}"),
+        ["evaluation.include_path: ", "a.yaml cannot be read"],
+    ),
+    "task that the folder has not": (
+        lambda f: (
+            "evaluation=local",
+            f"evaluation.include_path={f.task_folder({'a.yaml': 'task: my_capitals'})}",
+            "evaluation.tasks=[my_capital]",
+        ),
+        ["evaluation.tasks", "'my_capital'", "did you mean my_capitals"],
+    ),
     "folder of something else": (
         lambda f: (f"run_dir={f.foreign_folder()}",),
         ["foreign", "holds no run of recondense"],
