@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recondense import papers
+
 STAGES = ("original", "compressed", "refitted", "recovered", "control")
 MAX_TASK_COLUMNS = 3  # more tasks than that get a table of their own
 # The figure of a task that is shown, in the order of preference.
@@ -26,7 +28,9 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
     wanted = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     crowded = bool(tasks) and (len(tasks) > MAX_TASK_COLUMNS or wanted > console.width)
     tables = [stage_table(summary, with_tasks=False), task_table(summary)] if crowded else [table]
-    print_tables([*tables, ratios_table(summary)], console)
+    print_tables([*tables, *published_tables(summary), ratios_table(summary)], console)
+    for line in papers.notes(summary):
+        console.print(f"\n{line}", soft_wrap=True, highlight=False)
     if summary.get("operations"):
         console.print(f"\nplan: {plan_line(summary['operations'])}", soft_wrap=True, highlight=False)
     if summary.get("refit"):
@@ -52,6 +56,13 @@ def recovery_words(summary: Mapping[str, Any]) -> str:
     """The recovery, and its objective where the name does not say it: method=none has no teacher to distil from."""
     name, objective = summary.get("recovery", "?"), summary.get("objective")
     return str(name) if objective in (None, name) else f"{name} (objective: {objective})"
+
+
+def title_of(summary: Mapping[str, Any]) -> str:
+    """What a run was: the model, and what was done to it."""
+    method, recovery = summary.get("method", "?"), recovery_words(summary)
+    done = "as it is" if (method, recovery) == ("none", "none") else f"{method} + {recovery}"
+    return f"{summary.get('model', 'model')}: {done}"
 
 
 def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
@@ -111,7 +122,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
         ("decode\ntok/s", ("profile", "decode_tokens_per_second"), format_number),
     ]
     columns = [column for column in columns if any(_find(stage, column[1]) is not None for stage in stages.values())]
-    table = _table(f"{summary.get('model', 'model')}: {summary.get('method', '?')} + {recovery_words(summary)}")
+    table = _table(title_of(summary))
     table.add_column("stage", style="bold", no_wrap=True)
     for title, _, _ in columns:
         table.add_column(title, justify="right", overflow="fold")
@@ -142,6 +153,20 @@ def task_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def published_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """For each paper whose tasks were run: the mean of each stage, then the published rows."""
+    found = []
+    for title, headings, rows in papers.tables(summary):
+        table = _table(title)
+        for index, heading in enumerate(headings):
+            left = index == 0 or heading == "source"
+            table.add_column(heading, justify="left" if left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        found.append(table)
+    return found
+
+
 def ratios_table(summary: Mapping[str, Any]) -> Table:
     """The ratios of a run, each with the way in which it counts, then parameters and seconds."""
     meanings = {
@@ -162,7 +187,11 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
     for name, values in summary.get("parameters", {}).items():
         if "compressed" in values and "original" in values:
             table.add_row(f"{name} parameters", f"{values['compressed']:,}", f"of {values['original']:,}")
+        elif "original" in values:
+            table.add_row(f"{name} parameters", f"{values['original']:,}", "")
     for name, value in summary.get("seconds", {}).items():
+        if value < 0.05:
+            continue
         table.add_row(f"seconds: {name}", f"{value:.1f}", "")
     return table
 
@@ -170,6 +199,7 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
 def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     """One line of a comparison of runs; what a run has not measured is absent."""
     final = "recovered" if "recovered" in summary.get("stages", {}) else "compressed"
+    measured = "compressed" in summary.get("parameters", {}).get("total", {})
     paths = {
         "method": ("method",),
         "recovery": ("recovery",),
@@ -179,7 +209,7 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "recovered_perplexity": ("stages", "recovered", "perplexity"),
         "original_weights_bytes": ("stages", "original", "profile", "weights_bytes"),
         "weights_bytes": ("stages", final, "profile", "weights_bytes"),
-        "total_parameters": ("parameters", "total", "compressed"),
+        "total_parameters": ("parameters", "total", "compressed" if measured else "original"),
         "memory_ratio": ("ratios", "memory"),
         "routed_expert_ratio": ("ratios", "routed_expert_parameters"),
         "refit_gap_closed": ("ratios", "refit_gap_closed"),

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from recondense import families
-from recondense.config import Config, RecoveryConfig
+from recondense import families, papers
+from recondense.config import Config, ModelConfig, RecoveryConfig
 from recondense.measure import Measure
 from recondense.methods.budget import routed_parameters
-from recondense.plan import Condense, Drop, Factorize, Merge, Plan, Prune
+from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
 from recondense.profiling import count_parameters
+from recondense.published import PAPER_TASKS
 from recondense.report import format_bytes, format_number, plan_line, recovery_words
 
 SCHEMA = 1
@@ -60,15 +61,21 @@ def collect(
         for name in ("original", "compressed", "refitted", "recovered", "control")
         if measure.has(name)
     }
+    for stage in stages.values():
+        if means := papers.task_means(stage.get("tasks", {})):
+            stage["task_mean"] = means
     first = next((stage["original_profile"] for stage in stages.values() if stage.get("original_profile")), None)
     if first is not None:
         stages["original"]["profile"] = first
     operations: dict[str, dict[str, float]] = {}
     if plan.operations:  # a model without MoE layers can be measured all the same
         operations = operation_counts(plan, families.facts(measure.model.config).num_experts)
+    beside = published(config, plan, counted, measure.model.config, stages)
+    if not plan.operations and config.recovery.objective == "none":  # only measured: there is nothing to compare
+        counted = {"original": counted["original"]}
     return {
         "schema": SCHEMA,
-        "model": config.model.name,
+        "model": name_of(config.model),
         "method": config.method.get("name", "none"),
         "recovery": config.recovery.name,
         "objective": objective,
@@ -80,10 +87,16 @@ def collect(
         "operations": operations,
         **({"refit": measure.refit} if measure.refit else {}),
         "stages": stages,
+        **beside,
         "ratios": ratios(stages, counted),
         "seconds": measure.seconds,
         "artifacts": {"plan": "plan.json"} if plan.operations else {},
     }
+
+
+def name_of(model: ModelConfig) -> str:
+    """What to call a model: the entry's name, or the path that was given in place of the built-in one's."""
+    return model.name if model.path is None or model.pretrain is None else model.path
 
 
 def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]]:
@@ -122,10 +135,54 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
     return found
 
 
+def published(
+    config: Config,
+    plan: Plan,
+    counted: Mapping[str, Mapping[str, int]],
+    model: PretrainedConfig,
+    stages: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """`{"published": …}`: what was published on this model and setting; nothing where no paper's mean was measured.
+
+    Args:
+        plan: of this run; a folder that was compressed before has one of its own, which comes first.
+        counted: `sizes` of the original and of the compressed model.
+        model: its config.
+    """
+    measured = [name for name in PAPER_TASKS if any(name in stage.get("task_mean", {}) for stage in stages.values())]
+    if not measured:
+        return {}
+    earlier = _earlier_operations(config.model.path)
+    facts = families.family_of(model).facts(model)
+    known = papers.recognise(
+        *(facts.model_type.removeprefix("recondense_"), facts.hidden_size, facts.num_layers, facts.num_experts),
+        compressed=bool(earlier),
+    )
+    setting = papers.Setting(None)
+    if known is not None:
+        operations = operation_counts(Plan("", (*earlier, *plan.operations)), known.num_experts)
+        removed = 1 - counted["compressed"]["routed_experts"] / known.routed_expert_parameters
+        setting = papers.setting_of(operations, removed)
+    evaluation = config.evaluation
+    differs = [] if evaluation.limit is None else [f"evaluation.limit={evaluation.limit}"]
+    differs += [] if evaluation.num_fewshot == 0 else [f"evaluation.num_fewshot={evaluation.num_fewshot}"]
+    return {"published": papers.beside(known, setting, measured, differs)}
+
+
+def _earlier_operations(path: str | None) -> tuple[Operation, ...]:
+    """What the plan in a model's folder says was done to it before; nothing for a folder that has none."""
+    try:
+        return Plan.load(Path(path, "plan.json")).operations if path else ()
+    except (OSError, ValueError, AttributeError):  # somebody else's file of that name
+        return ()
+
+
 def ratios(stages: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
     """compressed / original of memory, routed-expert parameters and speed, and the share of the lost loss regained."""
-    before, after = counted["original"]["routed_experts"], counted["compressed"]["routed_experts"]
-    found = {"routed_expert_parameters": after / before} if before else {}
+    found = {}
+    if "compressed" in counted and counted["original"]["routed_experts"]:
+        retained = counted["compressed"]["routed_experts"]
+        found["routed_expert_parameters"] = retained / counted["original"]["routed_experts"]
     original, compressed = (stages.get(name, {}).get("profile", {}) for name in ("original", "compressed"))
     for name, key in (
         ("memory", "weights_bytes"),

@@ -162,7 +162,13 @@ def _all_tasks(folders: tuple[str, ...]) -> Any:
     """An index that has lm-eval's own 14,000 tasks too: ten seconds to read, so only when needed, and once."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=list(folders))
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # a task of one's own may have the name of one of lm-eval's: that is what it is for
+    try:
+        return TaskManager(include_path=list(folders))
+    finally:
+        logger.setLevel(level)
 
 
 def _load(manager: Any, tasks: Sequence[str]) -> Any:

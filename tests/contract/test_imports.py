@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "recondense"
 LEVELS = {
     0: (
         *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
-        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published"),
+        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers"),
     ),
     1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading", "adapters"),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),

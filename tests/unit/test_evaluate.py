@@ -21,9 +21,17 @@ from small import byte_tokenizer, small_model
 from torch import nn
 from transformers import Qwen2MoeForCausalLM
 
-from recondense import tasks
+from recondense import measure, tasks
 from recondense.corpora import stdlib_corpora
-from recondense.evaluate import HELDOUT_TASKS, check_tasks, heldout_tasks, kl_divergence, perplexity, run_tasks
+from recondense.evaluate import (
+    HELDOUT_TASKS,
+    check_tasks,
+    folder_tasks,
+    heldout_tasks,
+    kl_divergence,
+    perplexity,
+    run_tasks,
+)
 from recondense.heldout import CONTEXT_LINES, NEXT_LINE, PERPLEXITY
 
 WINDOWS = torch.randint(1, 257, (5, 16), generator=torch.Generator().manual_seed(0))
@@ -281,6 +289,33 @@ def test_unknown_tasks_are_named_with_the_nearest_ones(monkeypatch: pytest.Monke
     assert "did you mean heldout_next_line" in problems[2]
     with pytest.raises(ValueError, match="no task 'zzzz'"):
         run_tasks(small_model(), byte_tokenizer(), ["zzzz"])
+
+
+def test_tasks_of_a_folder(own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are known without lm-eval's own list, which takes ten seconds to read."""
+    monkeypatch.setattr(tasks, "_all_tasks", lambda folders: pytest.fail("lm-eval's list was read"))
+    for name, content in {
+        "one": {"task": "one", "tag": "numbers", "dataset_path": "json"},
+        "remote": {"task": "remote", "dataset_path": "somebody/questions"},
+        "linked": {"task": "linked", "dataset_path": "json", "dataset_kwargs": {"data_files": "https://x.org/a.json"}},
+        "both": {"group": "both", "task": ["one", "remote"]},
+        "_base": {"test_split": "test"},
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    assert folder_tasks(tmp_path) == ["linked", "one", "remote"]
+    assert folder_tasks([tmp_path, own_tasks]) == sorted(["linked", "one", "remote", *HELDOUT_TASKS])
+    assert check_tasks(None, tmp_path) == check_tasks(["one", "both", "numbers"], tmp_path) == []
+    manager = tasks._manager(["one", "remote", "linked"], tmp_path)
+    assert tasks._on_disk(manager, ["one"])
+    assert not tasks._on_disk(manager, ["one", "remote"]) and not tasks._on_disk(manager, ["linked"])
+
+
+def test_what_decides_a_folders_results(tmp_path: Path) -> None:
+    for name in ("a.yaml", "deep/b.jsonl", "utils.py", "cache/json/info.json", "notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(path.relative_to(tmp_path)) for path in measure._deciding_files(tmp_path)]
+    assert found == ["a.yaml", "deep/b.jsonl", "utils.py"]
 
 
 def test_names_and_numbers_of_results() -> None:

@@ -85,6 +85,23 @@ def test_stage_table_leaves_out_what_no_stage_has() -> None:
     assert text(table)
 
 
+def test_a_model_that_was_only_measured_has_nothing_beside_it() -> None:
+    found = {
+        "model": "/models/mine",
+        "method": "none",
+        "recovery": "none",
+        "stages": {"original": {"perplexity": 2.0, "profile": profile(1.0)}},
+        "parameters": {"total": {"original": 1_500_000}},
+        "ratios": {},
+        "seconds": {"search": 0.001, "evaluate": 2.0},
+    }
+    shown = text(stage_table(found)) + text(ratios_table(found))
+    assert "/models/mine: as it is" in shown and "1,500,000" in shown and "seconds: evaluate" in shown
+    for absent in ("compressed", "1.00x", "none + none", " of ", "seconds: search"):
+        assert absent not in shown, absent
+    assert sweep_row(found)["total_parameters"] == 1_500_000
+
+
 def test_an_empty_summary_still_prints() -> None:
     console = Console(width=80, record=True, quiet=True)
     print_report({}, console)
