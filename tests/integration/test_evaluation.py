@@ -103,7 +103,7 @@ def alone(command: Command, model: Path, output: Path, *arguments: str) -> dict[
             "data=texts", "callbacks.profile.enabled=false", "logger.wandb.mode=disabled", *arguments,
         )  # fmt: skip
     assert code == 0, err
-    assert "calibrating" not in err and "exporting" not in err
+    assert "calibrating" not in err and ("exporting" in err) == ("export.enabled=true" in arguments)
     found = json.loads((output / "run" / "summary.json").read_text())
     assert list(found["stages"]) == ["original"] and "perplexity" not in found["stages"]["original"]
     assert found["ratios"] == {} and set(found["parameters"]["total"]) == {"original"}
@@ -120,18 +120,21 @@ def test_a_folder_alone_is_evaluated(stock: dict[str, Any], base: Path, command:
     assert found["stages"]["original"]["task_mean"] == pytest.approx(compressed["task_mean"])
     assert found["model"] == str(model)
     assert not (tmp_path / "run" / "model").exists() and found["artifacts"] == {}
+    asked = alone(command, model, tmp_path / "asked", "evaluation=none", "export.enabled=true")
+    assert asked["artifacts"] == {"model": "model", "export_format": "stock"}
 
 
-def test_a_folder_without_moe_layers_is_evaluated_on_local_tasks(base: Path, command: Command, tmp_path: Path) -> None:
-    """All layers condensed: a dense model by its config. Every task of the folder is run; a copy is made when asked."""
+def test_a_folder_without_moe_layers_is_evaluated_on_local_tasks(
+    base: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All layers condensed: a dense model by its config. Every task of the folder is run."""
     settings = config(base / "model", text_files(base / "texts"), tmp_path / "first", name="none", objective="none")
     with one_command():
         pipeline.run(settings, [CDMoE(2, "all")])
-    arguments = ("evaluation=local", f"evaluation.include_path={base / 'tasks'}", "export.enabled=true")
+    capsys.readouterr()  # of the first run
+    arguments = ("evaluation=local", f"evaluation.include_path={base / 'tasks'}")
     found = alone(command, tmp_path / "first" / "run" / "model", tmp_path / "second", *arguments)
     assert set(found["stages"]["original"]["tasks"]) == set(PAPER_TASKS[CDMOE])
-    assert found["artifacts"] == {"model": "model", "export_format": "stock"}
-    assert (tmp_path / "second" / "run" / "model" / "config.json").exists()
 
 
 def test_published_rows_of_a_known_model(
