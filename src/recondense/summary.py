@@ -153,7 +153,7 @@ def published(
     if not measured:
         return {}
     earlier = _earlier_operations(config.model.path)
-    facts = families.family_of(model).facts(model)
+    facts = families.original_facts(model)
     known = papers.recognise(
         *(facts.model_type.removeprefix("recondense_"), facts.hidden_size, facts.num_layers, facts.num_experts),
         compressed=bool(earlier),
