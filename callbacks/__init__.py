@@ -36,7 +36,7 @@ def of_run(config: Config) -> Callable[..., list[L.Callback]]:
                     include_path=include_path,
                 )
             )
-        if stage == "recovery" and config.callbacks.profile.enabled:
+        if stage != "pretrain" and not stage.startswith("control") and config.callbacks.profile.enabled:
             made.append(ProfileMemoryAndSpeed(at_start=False, at_end=False))
         return [*made, GracefulStop()]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from recondense.config import Config, RecoveryConfig, differences, parse_bytes
+from recondense.config import Config, DataConfig, RecoveryConfig, differences, parse_bytes
+from recondense.stages import read_stages
 
 SMALLEST_SCRATCH = 16 * 2**20
 CONDENSING = ("recondense.methods.cdmoe.CDMoE", "recondense.methods.combined.Combined")  # what condenses layers
+TRAINS_ALL = "trainable=all: the original shares the backbone and would change with the student. Use trainable=experts."
+Row = tuple[str, float | None, float]  # name of a setting, value, least value
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -21,7 +24,8 @@ def check(config: Config) -> list[str]:
         *_model(config),
         *_method(config),
         *_data(config),
-        *_recovery(config.recovery),
+        *_recovery(config.recovery, "recovery"),
+        *_stages(config),
         *_evaluation(config),
         *_export_and_memory(config),
     ]
@@ -29,18 +33,12 @@ def check(config: Config) -> list[str]:
 
 def _ranges(config: Config) -> Iterator[str]:
     """Numbers below their smallest value."""
-    recovery, evaluation, profile = config.recovery, config.evaluation, config.callbacks.profile
-    rows: list[tuple[str, float | None, float]] = [
+    evaluation, profile = config.evaluation, config.callbacks.profile
+    rows: list[Row] = [
         ("seed", config.seed, 0),
-        ("data.sequence_length", config.data.sequence_length, 2),
+        *_data_rows(config.data, "data"),
         ("data.calibration.num_samples", config.data.calibration.num_samples, 1),
         ("data.calibration.max_length", config.data.calibration.max_length, 1),
-        ("data.train.num_texts", config.data.train.num_texts, 1),
-        ("data.validation.num_texts", config.data.validation.num_texts, 1),
-        ("recovery.weight_decay", recovery.weight_decay, 0),
-        ("recovery.gradient_clip", recovery.gradient_clip, 0),
-        ("recovery.warmup_steps", recovery.warmup_steps, 0),
-        ("recovery.validate_every", recovery.validate_every, 0),
         ("evaluation.limit", evaluation.limit, 1),
         ("evaluation.num_fewshot", evaluation.num_fewshot, 0),
         ("evaluation.batch_size", evaluation.batch_size, 1),
@@ -48,14 +46,31 @@ def _ranges(config: Config) -> Iterator[str]:
         ("evaluation.perplexity_windows", evaluation.perplexity_windows, 1),
         ("trainer.num_threads", config.trainer.num_threads, 1),
     ]
-    for name in ("steps", "batch_size", "accumulate_grad_batches", "checkpoint_every"):
-        rows.append((f"recovery.{name}", getattr(recovery, name), 1))
+    rows += _recovery_rows(config.recovery, "recovery")
     for name in ("batch_size", "prompt_length", "new_tokens", "repetitions"):
         rows.append((f"callbacks.profile.{name}", getattr(profile, name), 1))
     if evaluation.heldout is not None:
         rows.append(("evaluation.heldout.num_choices", evaluation.heldout.num_choices, 2))
         rows.append(("evaluation.heldout.num_questions", evaluation.heldout.num_questions, 1))
         rows.append(("evaluation.heldout.num_texts", evaluation.heldout.num_texts, 1))
+    yield from _too_small(rows)
+
+
+def _recovery_rows(recovery: RecoveryConfig, where: str) -> list[Row]:
+    least = dict.fromkeys(("weight_decay", "gradient_clip", "warmup_steps", "validate_every"), 0)
+    least |= dict.fromkeys(("steps", "batch_size", "accumulate_grad_batches", "checkpoint_every"), 1)
+    return [(f"{where}.{name}", getattr(recovery, name), value) for name, value in least.items()]
+
+
+def _data_rows(data: DataConfig, where: str) -> list[Row]:
+    return [
+        (f"{where}.sequence_length", data.sequence_length, 2),
+        (f"{where}.train.num_texts", data.train.num_texts, 1),
+        (f"{where}.validation.num_texts", data.validation.num_texts, 1),
+    ]
+
+
+def _too_small(rows: Iterable[Row]) -> Iterator[str]:
     for name, value, least in rows:
         if value is not None and not value >= least:
             yield f"{name}={value}: must be at least {least}."
@@ -111,47 +126,84 @@ def _method(config: Config) -> Iterator[str]:
 def _data(config: Config) -> Iterator[str]:
     """Splits that the run needs and that have no file; `corpora.check_paths` looks into the files."""
     data = config.data
-    if data.source != "texts":
+    needs = {}
+    if config.method.get("steps") and data.calibration.sources is None:
+        needs["calibration"] = "the method searches on it"
+    if config.recovery.objective != "none" and not all(stage.own_texts for stage in read_stages(config, [])):
+        needs["train"] = f"recovery={config.recovery.name} trains on it (or recovery=none)"
+    yield from _splits(data, "data", needs)
+
+
+def _splits(data: DataConfig, where: str, needs: Mapping[str, str]) -> Iterator[str]:
+    """Splits that are needed and missing, and records where there are none.
+
+    Args:
+        needs: what each split is needed for.
+    """
+    for split, why in needs.items():
+        if data.source == "texts" and getattr(data, split).path is None:
+            yield f"{where}.{split}.path is missing: {why}. Give a file of texts."
+        if data.source == "hub" and getattr(data.splits, split) is None:
+            yield f"{where}.splits.{split} is null: {why}. Name a split of {data.dataset}."
+    if data.source == "stdlib" and data.form is not None:
+        yield f"{where}.form={data.form}: the standard library holds no records. Use form=null, or source=texts or hub."
+
+
+def _stages(config: Config) -> Iterator[str]:
+    """What is wrong with the stages of the recovery and not with the recovery itself."""
+    recovery = config.recovery
+    if recovery.stages is None:
         return
-    needs = []
-    if config.method.get("steps"):
-        needs.append(("calibration", data.calibration.path, "the method searches on it"))
-    if config.recovery.objective != "none":
-        needs.append(("train", data.train.path, f"recovery={config.recovery.name} trains on it (or recovery=none)"))
-    for split, path, why in needs:
-        if path is None:
-            yield f"data.{split}.path is missing: {why}. Give a file of texts."
+    if recovery.objective == "none":
+        yield "recovery.objective=none: recovery.stages are given; set them to null, or an objective."
+        return
+    messages: list[str] = []
+    stages = read_stages(config, messages)
+    yield from messages
+    known = {*_recovery(recovery, "recovery"), *_too_small(_recovery_rows(recovery, "recovery"))}
+    for stage in stages:
+        rows = [*_recovery_rows(stage.recovery, stage.where), *_data_rows(stage.data, f"{stage.where}.data")]
+        found = [*_recovery(stage.recovery, stage.where), *_too_small(rows)]
+        yield from (text for text in found if text.replace(stage.where, "recovery") not in known)
+        if stage.own_texts:
+            yield from _splits(stage.data, f"{stage.where}.data", {"train": f"stage {stage.name} trains on it"})
+        if stage.recovery.objective == "none":
+            yield f"{stage.where}.objective=none: a stage trains; leave it out instead."
+        if stage.recovery.trainable == "all" != recovery.trainable and config.method.get("steps"):
+            yield f"{stage.where}.{TRAINS_ALL}"
 
 
-def _recovery(recovery: RecoveryConfig) -> Iterator[str]:
+def _recovery(recovery: RecoveryConfig, where: str) -> Iterator[str]:
     if recovery.objective == "none":
         return
-    yield from _adapters(recovery)
+    yield from _adapters(recovery, where)
     if not recovery.learning_rate > 0:
-        yield f"recovery.learning_rate={recovery.learning_rate}: must be above 0."
+        yield f"{where}.learning_rate={recovery.learning_rate}: must be above 0."
     if not all(0 <= beta < 1 for beta in recovery.betas):
-        yield f"recovery.betas={list(recovery.betas)}: must be two numbers in [0, 1)."
-    if recovery.warmup_steps >= recovery.steps > 0:
+        yield f"{where}.betas={list(recovery.betas)}: must be two numbers in [0, 1)."
+    if recovery.epochs is not None and not recovery.epochs > 0:
+        yield f"{where}.epochs={recovery.epochs}: must be above 0, or null to train for {where}.steps."
+    if recovery.epochs is None and recovery.warmup_steps >= recovery.steps > 0:
         yield (
-            f"recovery.warmup_steps={recovery.warmup_steps}: must be below recovery.steps={recovery.steps}, or the "
+            f"{where}.warmup_steps={recovery.warmup_steps}: must be below {where}.steps={recovery.steps}, or the "
             "learning rate never reaches its peak."
         )
     if not recovery.temperature > 0:
-        yield f"recovery.temperature={recovery.temperature}: must be above 0; 1.0 leaves the distributions as they are."
+        yield f"{where}.temperature={recovery.temperature}: must be above 0; 1.0 leaves the distributions as they are."
     shares = {"cross_entropy_share": recovery.cross_entropy_share, "hidden_share": recovery.hidden_share}
     for name, share in shares.items():
         if not 0 <= share <= 1:
-            yield f"recovery.{name}={share}: must be in [0, 1]; it is a share of the loss."
+            yield f"{where}.{name}={share}: must be in [0, 1]; it is a share of the loss."
     if all(0 <= share <= 1 for share in shares.values()) and sum(shares.values()) > 1:
         yield (
-            f"recovery.cross_entropy_share + recovery.hidden_share = {sum(shares.values()):g}: must be at most 1; the "
+            f"{where}.cross_entropy_share + {where}.hidden_share = {sum(shares.values()):g}: must be at most 1; the "
             "rest is the share of the divergence from the teacher."
         )
 
 
-def _adapters(recovery: RecoveryConfig) -> Iterator[str]:
+def _adapters(recovery: RecoveryConfig, where: str) -> Iterator[str]:
     """Settings of LoRA, and a recovery called so that trains something else."""
-    if recovery.name == "lora" and recovery.trainable != "lora":
+    if where == "recovery" and recovery.name == "lora" and recovery.trainable != "lora":
         yield (
             f"recovery.trainable={recovery.trainable}: recovery=lora trains adapters. Use recovery.trainable=lora, or "
             f"recovery=finetune with recovery.trainable={recovery.trainable}."
@@ -160,15 +212,15 @@ def _adapters(recovery: RecoveryConfig) -> Iterator[str]:
         return
     lora = recovery.lora
     if lora.rank < 1:
-        yield f"recovery.lora.rank={lora.rank}: must be at least 1."
+        yield f"{where}.lora.rank={lora.rank}: must be at least 1."
     if lora.alpha <= 0:
-        yield f"recovery.lora.alpha={lora.alpha}: must be above 0; what adapters add is scaled by alpha / rank."
+        yield f"{where}.lora.alpha={lora.alpha}: must be above 0; what adapters add is scaled by alpha / rank."
     if not 0 <= lora.dropout < 1:
-        yield f"recovery.lora.dropout={lora.dropout}: must be in [0, 1)."
+        yield f"{where}.lora.dropout={lora.dropout}: must be in [0, 1)."
     elif lora.dropout and lora.target != "attention":
         yield (
-            f"recovery.lora.dropout={lora.dropout}: adapters of experts have no dropout, and recovery.lora.target="
-            f"{lora.target}. Use recovery.lora.target=attention or recovery.lora.dropout=0."
+            f"{where}.lora.dropout={lora.dropout}: adapters of experts have no dropout, and {where}.lora.target="
+            f"{lora.target}. Use {where}.lora.target=attention or {where}.lora.dropout=0."
         )
 
 
@@ -185,10 +237,7 @@ def _evaluation(config: Config) -> Iterator[str]:
     elif folder is not None and not task_files(folder):
         yield f"evaluation.include_path={folder}: the folder has no task YAML (*.yaml). Give one that has."
     if config.recovery.trainable == "all" and config.recovery.objective != "none" and config.method.get("steps"):
-        yield (
-            "recovery.trainable=all: the original shares the backbone and would change with the student. Use "
-            "recovery.trainable=experts."
-        )
+        yield f"recovery.{TRAINS_ALL}"
 
 
 def task_files(folder: str | Path) -> list[Path]:

@@ -5,8 +5,10 @@ Hydra's containers do not come here: train.py turns them into dicts, `from_dict`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 import os
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,9 +24,16 @@ if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Entry = typing.TypeVar("Entry", bound="DataclassInstance")
+Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records; see instructions.py
 Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # What cannot change a result has no part in a run's hash.
+# Settings that are younger than the first runs: where they ask for nothing, they have no part in it either.
+YOUNGER: dict[str, dict[str, Any]] = {
+    "recovery": {"epochs": None, "stages": None},
+    "data": {"form": None, "packing": True},
+    "data.calibration": {"sources": None},
+}
 NOT_IDENTITY = ("experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "max_scratch_bytes", "metric")
 
 
@@ -55,10 +64,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources that a calibration set is mixed from: a local file, or a split of a hub dataset."""
+
+    path: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    weight: float = 1.0
+    text_field: str = "text"
+    form: Form | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationConfig:
     path: str | None = None
     num_samples: int = 100
     max_length: int = 256
+    sources: tuple[SourceConfig, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,8 @@ class DataConfig:
     train: SplitConfig = field(default_factory=SplitConfig)
     validation: SplitConfig = field(default_factory=SplitConfig)
     text_field: str = "text"
+    form: Form | None = None
+    packing: bool = True
     dataset: str | None = None
     subset: str | None = None
     splits: SplitNames = field(default_factory=SplitNames)
@@ -106,6 +132,7 @@ class RecoveryConfig:
     name: str = "none"
     objective: Literal["none", "finetune", "distill"] = "none"
     steps: int = 1250
+    epochs: float | None = None
     batch_size: int = 8
     accumulate_grad_batches: int = 1
     learning_rate: float = 1e-5
@@ -122,6 +149,7 @@ class RecoveryConfig:
     checkpoint_every: int = 50
     validate_every: int = 0
     control: bool = False
+    stages: tuple[Free, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +250,10 @@ class Config:
         """The part of the config that a result depends on."""
         found = {key: value for key, value in self.resolved().items() if key not in (*NOT_IDENTITY, "logger")}
         del found["trainer"]["progress_bar"]
+        for where, settings in YOUNGER.items():
+            group = functools.reduce(operator.getitem, where.split("."), found)
+            for name in [name for name, absent in settings.items() if group[name] == absent]:
+                del group[name]
         if not self.method.get("steps"):  # a budget, or any other setting, means nothing to no step
             found["method"] = {"name": self.method.get("name", "none"), "steps": []}
         return found
@@ -281,19 +313,26 @@ def read(values: Free) -> tuple[Config, list[str]]:
     """
     messages: list[str] = []
     config = typing.cast(Config, read_dataclass(Config, values, "", messages))
-    data = replace(
-        _expand_home(config.data, "dataset"),
-        calibration=_expand_home(config.data.calibration, "path"),
-        train=_expand_home(config.data.train, "path"),
-        validation=_expand_home(config.data.validation, "path"),
-    )
     config = replace(
         _expand_home(config, "output_dir", "cache_dir", "run_dir"),
         model=_expand_home(config.model, "path", "tokenizer"),
         evaluation=_expand_home(config.evaluation, "include_path"),
-        data=data,
+        data=expand_homes(config.data),
     )
     return config, messages
+
+
+def expand_homes(data: DataConfig) -> DataConfig:
+    """The same with `~` expanded wherever a path stands."""
+    sources = data.calibration.sources
+    if sources is not None:
+        sources = tuple(_expand_home(source, "path", "dataset") for source in sources)
+    return replace(
+        _expand_home(data, "dataset"),
+        calibration=replace(_expand_home(data.calibration, "path"), sources=sources),
+        train=_expand_home(data.train, "path"),
+        validation=_expand_home(data.validation, "path"),
+    )
 
 
 def _expand_home(entry: Entry, *names: str) -> Entry:

@@ -10,12 +10,13 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from recondense.config import DataConfig
+from recondense.config import CalibrationConfig, DataConfig
 from recondense.hub import hub_corpora
+from recondense.mixing import check_sources, mixed
 from recondense.textfiles import read_texts
 
 SPLITS = ("train", "validation", "calibration")
@@ -40,7 +41,7 @@ CHUNK_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Corpora:
-    """Documents of each split; None where a split is not configured or was not asked for."""
+    """Documents of each split, texts or `Record`s; None where a split is not configured or was not asked for."""
 
     train: list[str] | None = None
     validation: list[str] | None = None
@@ -68,22 +69,38 @@ def load_corpora(data: DataConfig, splits: Iterable[str] = SPLITS) -> Corpora:
         ConnectionError: the hub cannot be reached.
     """
     wanted = set(splits)
+    if data.calibration.sources is not None and wanted & {"calibration", "train"}:
+        return _with_sources(data, wanted)
+    return _load(data, wanted)
+
+
+def _with_sources(data: DataConfig, wanted: set[str]) -> Corpora:
+    """The calibration set is mixed from its sources; the other splits are the data's own."""
+    calibration = mixed(data, load_corpora)
+    own = replace(data, calibration=CalibrationConfig(), splits=replace(data.splits, calibration=None))
+    found = _load(own, wanted - {"calibration"}, apart=calibration)
+    return replace(found, calibration=calibration if "calibration" in wanted else None)
+
+
+def _load(data: DataConfig, wanted: set[str], apart: Sequence[str] = ()) -> Corpora:
+    """Read splits of the data's own source; `apart`: documents that may not train."""
     if data.source == "stdlib":
         corpora = stdlib_corpora()
         limits = {"train": data.train.num_texts, "validation": data.validation.num_texts, "calibration": None}
         return Corpora(**{split: getattr(corpora, split)[: limits[split]] for split in SPLITS if split in wanted})
     if data.source == "texts":
-        return _text_corpora(data, wanted)
-    return Corpora(**hub_corpora(data, wanted))
+        return _text_corpora(data, wanted, apart)
+    return Corpora(**hub_corpora(data, wanted, apart))
 
 
 def check_paths(data: DataConfig) -> list[str]:
     """Every problem of the configured text sources that shows without a model, as sentences with their remedy."""
+    problems = list(check_sources(data))
     if data.source == "texts":
-        return [problem for split in SPLITS for problem in _check_file(data, split)]
+        problems += [problem for split in SPLITS for problem in _check_file(data, split)]
     if data.source == "hub":
-        return _check_hub(data)
-    return []
+        problems += _check_hub(data)
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------- standard library
@@ -159,7 +176,7 @@ def _take_turns(groups: Sequence[Sequence[str]]) -> list[str]:
 # --------------------------------------------------------------------------------------------------- local files
 
 
-def _text_corpora(data: DataConfig, wanted: set[str]) -> Corpora:
+def _text_corpora(data: DataConfig, wanted: set[str], apart: Sequence[str]) -> Corpora:
     found: dict[str, list[str] | None] = dict.fromkeys(SPLITS)
     for split in SPLITS:
         needed = split in wanted or "train" in wanted  # which leaves out the others' texts
@@ -168,7 +185,8 @@ def _text_corpora(data: DataConfig, wanted: set[str]) -> Corpora:
     if found["validation"] is not None:
         found["validation"] = found["validation"][: data.validation.num_texts]
     if found["train"] is not None:
-        taken = {*(found["calibration"] or [])[: data.calibration.num_samples], *(found["validation"] or [])}
+        calibration = (found["calibration"] or [])[: data.calibration.num_samples]
+        taken = {*calibration, *(found["validation"] or []), *apart}
         found["train"] = [text for text in found["train"] if text not in taken][: data.train.num_texts]
         if not found["train"]:
             raise ValueError(
@@ -182,7 +200,7 @@ def _read_split(data: DataConfig, split: str) -> list[str]:
     """All documents of a split's file; empty ones stay in the calibration set alone, where they are an error."""
     given = getattr(data, split).path
     try:
-        texts = [text for _, text in read_texts(Path(given).expanduser(), data.text_field)]
+        texts = [text for _, text in read_texts(Path(given).expanduser(), data.text_field, data.form)]
     except ValueError as error:
         raise ValueError(f"data.{split}.path={given}: {error}") from None
     if split != "calibration":
@@ -202,7 +220,7 @@ def _check_file(data: DataConfig, split: str) -> Iterator[str]:
         return
     # The calibration file is read whole, it decides the search; of the others the first document must be readable.
     try:
-        found = list(islice(read_texts(path, data.text_field), None if split == "calibration" else 1))
+        found = list(islice(read_texts(path, data.text_field, data.form), None if split == "calibration" else 1))
     except ValueError as error:
         yield f"{where}: {error}"
         return

@@ -6,7 +6,7 @@ Shapes: B texts or windows of a batch, S tokens, N training windows, M validatio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,19 +155,31 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, 
 # ------------------------------------------------------------------------------------------------- recovery's data
 
 
+Table = Mapping[str, Tensor]  # of equally many rows: input_ids (N, S), and what else a model or a loss needs of each
+
+
+def table_of(windows: Tensor | Table) -> Table:
+    """Windows of ids alone (N, S), or with labels and positions."""
+    return {"input_ids": windows} if isinstance(windows, Tensor) else windows
+
+
+def num_rows(table: Table) -> int:
+    return len(table["input_ids"])
+
+
 class Windows:
     """Windows in batches, in their order; the last batch may be smaller."""
 
-    def __init__(self, windows_NS: Tensor, batch_size: int) -> None:
-        self.windows_NS = windows_NS
+    def __init__(self, windows: Tensor | Table, batch_size: int) -> None:
+        self.table = table_of(windows)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.windows_NS) // self.batch_size)
+        return -(-num_rows(self.table) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch_BS in self.windows_NS.split(self.batch_size):
-            yield {"input_ids": batch_BS}
+        for start in range(0, num_rows(self.table), self.batch_size):
+            yield {name: column[start : start + self.batch_size] for name, column in self.table.items()}
 
 
 class ShuffledWindows:
@@ -179,9 +191,9 @@ class ShuffledWindows:
     """
 
     def __init__(
-        self, windows_NS: Tensor, batch_size: int, num_batches: int, seed: int, in_flight: Callable[[], int]
+        self, table: Table, batch_size: int, num_batches: int, seed: int, in_flight: Callable[[], int]
     ) -> None:
-        self.windows_NS = windows_NS
+        self.table = table
         self.batch_size = batch_size
         self.num_batches = num_batches
         self.seed = seed
@@ -204,12 +216,12 @@ class ShuffledWindows:
         """The batch at a position, counted from 0."""
         first = position * self.batch_size
         rows = [self._window_index(sample) for sample in range(first, first + self.batch_size)]
-        return {"input_ids": self.windows_NS[rows]}
+        return {name: column[rows] for name, column in self.table.items()}
 
     def _window_index(self, sample: int) -> int:
-        epoch, index = divmod(sample, len(self.windows_NS))
+        epoch, index = divmod(sample, num_rows(self.table))
         if self._permutation is None or self._permutation[0] != epoch:
-            self._permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.windows_NS))
+            self._permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(num_rows(self.table))
         return int(self._permutation[1][index])
 
     def state_dict(self) -> dict[str, int]:
@@ -225,8 +237,8 @@ class RecoveryData(LightningDataModule):
     Lightning keeps the loader's position in its checkpoints and hands it back before the first batch.
 
     Args:
-        train_NS: training windows.
-        validation_MS: validation windows; None: no validation (give the Trainer limit_val_batches=0).
+        train: training windows: ids (N, S), or a table with their labels and positions.
+        validation: validation windows; None: no validation (give the Trainer limit_val_batches=0).
         batch_size: windows of a batch.
         num_batches: batches of one fit (optimiser steps × accumulated batches); windows repeat as often as needed.
         seed: of the order.
@@ -236,22 +248,27 @@ class RecoveryData(LightningDataModule):
     """
 
     def __init__(
-        self, train_NS: Tensor, validation_MS: Tensor | None, batch_size: int, num_batches: int, seed: int
+        self,
+        train: Tensor | Table,
+        validation: Tensor | Table | None,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
     ) -> None:
         super().__init__()
-        if len(train_NS) == 0:
+        self.train_table = table_of(train)
+        if num_rows(self.train_table) == 0:
             raise ValueError("recovery: there is no training window; give more training text.")
-        self.train_NS = train_NS
-        self.validation_MS = validation_MS
+        self.validation = validation
         self.batch_size = batch_size
         self.num_batches = num_batches
         self.seed = seed
 
     def train_dataloader(self) -> ShuffledWindows:
-        return ShuffledWindows(self.train_NS, self.batch_size, self.num_batches, self.seed, self._in_flight)
+        return ShuffledWindows(self.train_table, self.batch_size, self.num_batches, self.seed, self._in_flight)
 
     def val_dataloader(self) -> Windows | list[Any]:
-        return [] if self.validation_MS is None else Windows(self.validation_MS, self.batch_size)
+        return [] if self.validation is None else Windows(self.validation, self.batch_size)
 
     def _in_flight(self) -> int:
         """How many batches the trainer has taken but not worked off (1 in the middle of a step, else 0)."""

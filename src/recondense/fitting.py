@@ -47,10 +47,11 @@ def fit(
     module.prepare()
     final = folder / FINAL
     dtype, device = module.model.dtype, module.model.device
+    precision = precision_of(trainer, dtype)
     if final.exists():
+        module.keep_trained_in_fp32(precision)  # the experts' implementation is the one after a training
         log.info("%s: found trained in %s", module.stage, final)
     else:
-        precision = precision_of(trainer, dtype)
         if precision == "bf16-true" and dtype != torch.bfloat16:
             raise ValueError(
                 f"trainer.precision=bf16-true would round all weights of a {dtype} model, frozen ones included; use "

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any
 
 from recondense.config import DataConfig
+from recondense.instructions import form_of, read_record
 from recondense.progress import track
 from recondense.textfiles import documents, is_article
 
@@ -21,11 +22,15 @@ PROBE_SECONDS = 4.0
 ORDER = ("calibration", "validation", "train")
 
 
-def hub_corpora(data: DataConfig, wanted: set[str]) -> dict[str, list[str]]:
+def hub_corpora(data: DataConfig, wanted: set[str], apart: Iterable[str] = ()) -> dict[str, list[str]]:
     """The wanted splits of a hub dataset, as documents.
 
     The calibration set is the first `num_samples` documents of its split that are not empty; the other splits skip it.
-    A dataset of WikiText's form (one line a row) is joined to articles; elsewhere a row is a document.
+    A dataset of WikiText's form (one line a row) is joined to articles; elsewhere a row is a document, and with
+    `data.form` a `Record`.
+
+    Args:
+        apart: documents that no split may have.
 
     Raises:
         ValueError: the dataset, subset, split or field does not exist, or too little is left for a split.
@@ -35,7 +40,7 @@ def hub_corpora(data: DataConfig, wanted: set[str]) -> dict[str, list[str]]:
     counts |= {split: getattr(data, split).num_texts for split in ("validation", "train")}
     streams: dict[str, Iterator[str]] = {}
     found: dict[str, list[str]] = {}
-    taken: set[str] = set()
+    taken = set(apart)
     with reachable_or_offline():
         for split in _needed(data, wanted):
             name = getattr(data.splits, split)
@@ -68,7 +73,7 @@ def _needed(data: DataConfig, wanted: set[str]) -> list[str]:
 
 
 def _rows(data: DataConfig, split: str) -> Iterator[str]:
-    """The text field of every row of a split."""
+    """The text field of every row of a split, or the row as a record."""
     name = getattr(data.splits, split)
     with _explained(data, split):
         import datasets
@@ -76,10 +81,22 @@ def _rows(data: DataConfig, split: str) -> Iterator[str]:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(
             data.dataset, name=data.subset, split=name, streaming=data.streaming
         )
+        if data.form is not None:
+            yield from _records(rows, data.form)
+            return
         for index, row in enumerate(rows):
             if index == 0 and data.text_field not in row:
                 raise ValueError(f"no field {data.text_field!r} (fields: {', '.join(row)}); set data.text_field")
             yield row[data.text_field] or ""
+
+
+def _records(rows: Iterable[dict[str, Any]], form: str) -> Iterator[str]:
+    for index, row in enumerate(rows):
+        try:
+            form = form_of(row) if form == "auto" else form
+            yield read_record(row, form)
+        except ValueError as error:
+            raise ValueError(f"row {index} (from 0) {error}; data.form={form}") from None
 
 
 def _texts(rows: Iterator[str]) -> Iterator[str]:

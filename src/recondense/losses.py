@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MASKED = -100  # the label of a token that is not to be predicted
 EPSILON = 1e-10  # what CD-MoE's code adds to both arguments of each KL
 # Both keep arithmetic out of the denormal range, where a CPU is ten times slower. Neither can be seen in a result:
 LOWEST = -70.0  # logits below a row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
@@ -119,13 +120,24 @@ def _js_direct(logits_RD: Tensor, difference_RD: Tensor) -> Tensor:
     return _from_ratio((q_RD - p_RD) / (p_RD + EPSILON), p_RD + EPSILON)
 
 
-def cross_entropy(logits_BSV: Tensor, input_ids_BS: Tensor) -> Tensor:
-    """Mean next-token negative log-likelihood, nats per predicted token, in fp32."""
+def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Mean next-token negative log-likelihood, nats per predicted token, in fp32.
+
+    Args:
+        labels_BS: ids to predict, those of the input; MASKED ones are not predicted and do not count.
+    """
     logits = logits_BSV[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, input_ids_BS[:, 1:].flatten())
+    return F.cross_entropy(logits, labels_BS[:, 1:].flatten(), ignore_index=MASKED)
 
 
-def forward_kl(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.0) -> Tensor:
+def predicting(labels_BS: Tensor) -> Tensor:
+    """The positions (B, S), bool, whose next token is to be predicted: those before a label that is not MASKED."""
+    return F.pad(labels_BS[:, 1:] != MASKED, (0, 1))
+
+
+def forward_kl(
+    student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.0, mask_BS: Tensor | None = None
+) -> Tensor:
     """Forward KL from teacher to student over the vocabulary, τ²·KL(softmax(t/τ) ‖ softmax(s/τ)), mean over positions.
 
     The factor τ² keeps the size of the gradient (Hinton et al., arXiv 1503.02531, section 2.1).
@@ -133,10 +145,13 @@ def forward_kl(student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.
     Args:
         student_BSV, teacher_BSV: logits; the last position counts too: it predicts, though no label follows it.
         temperature: τ > 0.
+        mask_BS: positions that count (bool); None: all.
 
     Returns:
         A scalar, nats per token (times τ²).
     """
+    if mask_BS is not None:
+        student_BSV, teacher_BSV = student_BSV[mask_BS], teacher_BSV[mask_BS]
     student = F.log_softmax(student_BSV.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_BSV.float() / temperature, dim=-1)
     kl_sum = F.kl_div(student, teacher, reduction="sum", log_target=True)
@@ -161,8 +176,14 @@ def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def feature_matching(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖², for hidden states (B, S, D)."""
+def feature_matching(student: list[Tensor], teacher: list[Tensor], mask_BS: Tensor | None = None) -> Tensor:
+    """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖², for hidden states (B, S, D).
+
+    Args:
+        mask_BS: positions that count (bool); None: all. The states may have the rows of the batch in one.
+    """
+    if mask_BS is not None:
+        student, teacher = ([h.flatten(0, 1)[mask_BS.flatten()] for h in states] for states in (student, teacher))
     errors = [
         F.mse_loss(mine.float(), theirs.float()) / theirs.float().square().mean().clamp_min(1e-12)
         for mine, theirs in zip(student, teacher, strict=True)

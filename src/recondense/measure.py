@@ -51,7 +51,7 @@ class Measure:
         self.stages = JsonFolder(folder / "stages")
         self._within = 0.0
         self._original = ""  # fingerprint of the weights as they were loaded
-        data = texts.corpora.sha256()
+        data = texts.sha256()
         if self.stages.setdefault("data", data) != data:
             raise ValueError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
         self.windows = self._windows()
@@ -73,6 +73,21 @@ class Measure:
             seconds = self.seconds
             self.stages["seconds"] = {**seconds, name: seconds.get(name, 0.0) + spent - self._within}
             self._within = outer + spent
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """Seconds of each stage of the recovery so far, restarts included."""
+        return dict(self.stages.get("recovery_seconds", {}))
+
+    @contextmanager
+    def counted(self, name: str) -> Iterator[None]:
+        """Count the time inside as that of a stage of the recovery."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            counts = self.counts
+            self.stages["recovery_seconds"] = {**counts, name: counts.get(name, 0.0) + time.perf_counter() - started}
 
     def has(self, name: str) -> bool:
         return name in self.stages
@@ -213,14 +228,14 @@ class Measure:
         own = [task for task in tasks if task in HELDOUT_TASKS]
         if not own:
             return tasks, folders
-        if self.texts.corpora.validation is None:
+        if (validation := self.texts.documents("validation", self.tokenizer)) is None:
             log.warning("no validation text: perplexity and %s are left out", ", ".join(own))
             return [task for task in tasks if task not in own], folders
         settings = evaluation.heldout
         sizes = {} if settings is None else vars(settings)
         key = fingerprint(self.texts.corpora.sha256().get("validation"), sizes)
         folder = Path(self.config.cache_dir) / "tasks" / key
-        heldout_tasks(folder, self.texts.corpora.validation, **sizes)
+        heldout_tasks(folder, validation, **sizes)
         return tasks, [*folders, folder]
 
 

@@ -18,15 +18,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from recondense import families, loading, profiling, report, summary, tiny, tracking
-from recondense.config import Config, ConfigError
-from recondense.data import RecoveryData
+from recondense.config import Config, ConfigError, RecoveryConfig
 from recondense.export import export
-from recondense.fitting import fit
 from recondense.measure import Measure
 from recondense.plan import Plan, write_aside
 from recondense.progress import configure, progress
+from recondense.recovering import Fits
 from recondense.recovery import RecoveryModule
 from recondense.searching import MethodStep, Texts, find_plan, recorder, scratch_bytes
+from recondense.stages import stages_of
 from recondense.structures import picture_of
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ CONTENTS = ("config.yaml", "plan.json", "plan.png", "summary.json", "stages", "c
 
 
 class MakeCallbacks(Protocol):
-    """Gives the Lightning callbacks of a fit, by its stage (pretrain, recovery, control) and folders of task files."""
+    """Gives the Lightning callbacks of a fit, by its stage (pretrain, recovery or a stage's own name, control or
+    control/<stage>), tasks and folders of task files."""
 
     def __call__(self, stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]: ...
 
@@ -145,17 +146,18 @@ class _Run:
         with measure.timed("search"):
             plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder, measure.timed)
         self._show(plan, model)
-        recovery = config.recovery
-        if recovery.objective == "distill" and not plan.operations:
+        recovery = config.recovery if plan.operations else _without_teacher(config.recovery)
+        stages = stages_of(replace(config, recovery=recovery))
+        if recovery != config.recovery:
             log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
-            recovery = replace(recovery, objective="finetune")
         module = RecoveryModule(
             model,
-            recovery,
+            stages[0].recovery,
             plan=plan,
             tokenizer=tokenizer,
             record=recorder(config, model, tokenizer, texts, measure.timed),
             max_scratch_bytes=scratch_bytes(config, model.device),
+            later=[stage.recovery for stage in stages[1:]],
         )
         with measure.timed("apply"):
             module.prepare(refit=False)
@@ -169,12 +171,14 @@ class _Run:
                 measure.keep_refit(module.refit())
             measure.stage("refitted", module)
         if config.recovery.objective != "none":
-            self._recover(module, texts, measure)
-            module.finish()
+            fits = Fits(config, stages, folder, texts, measure, self.callbacks, self.loggers)
+            self._recover(module, fits)
             measure.stage("recovered", module)
             if config.recovery.control and plan.operations:
-                self._control(module, texts, measure)
-        found = summary.collect(config, recovery.objective, plan, sizes, measure, texts.corpora.sha256())
+                fits.control(module)
+        found = summary.collect(config, recovery.objective, plan, sizes, measure, texts.sha256())
+        if config.recovery.objective != "none" and (config.recovery.stages or fits.texts.counts):
+            found["recovery_stages"] = fits.done
         changed = bool(plan.operations) or config.recovery.objective != "none"
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
@@ -193,20 +197,7 @@ class _Run:
         picture = picture_of(plan.to_dict(), facts.num_experts, facts.moe_layers, self.folder / "plan.png")
         tracking.log_plan(self.loggers, plan.to_dict(), picture)
 
-    def _data(self, texts: Texts, module: RecoveryModule) -> RecoveryData:
-        config, recovery = self.config, self.config.recovery
-        windows = texts.windows("train", module.tokenizer, config.data.sequence_length)
-        assert windows is not None
-        validation = texts.windows("validation", module.tokenizer, config.data.sequence_length)
-        return RecoveryData(
-            windows,
-            validation if recovery.validate_every else None,
-            recovery.batch_size,
-            recovery.steps * recovery.accumulate_grad_batches,
-            config.seed,
-        )
-
-    def _recover(self, module: RecoveryModule, texts: Texts, measure: Measure) -> None:
+    def _recover(self, module: RecoveryModule, fits: Fits) -> None:
         if module.teacher is not None:
             together = profiling.resident_bytes(module.model, module.teacher)
             alone = profiling.resident_bytes(module.model)
@@ -216,29 +207,16 @@ class _Run:
                 "student and teacher on one backbone: %s resident (the student alone %s; two whole models %s)",
                 *(report.format_bytes(size) for size in (together, alone, apart)),
             )
-        folder = self.folder / "checkpoints"
-        with measure.timed("recover"):
-            data = self._data(texts, module)
-            callbacks = self.callbacks("recovery", measure.tasks, measure.include_path)
-            fit(module, data, folder, self.config.trainer, self.config.seed, callbacks, self.loggers)
+        fits.recover(module)
 
-    def _control(self, module: RecoveryModule, texts: Texts, measure: Measure) -> None:
-        """The original trained further for the same steps: its experts in the layers that the plan changes."""
-        if measure.has("control"):
-            return
-        assert module.plan is not None
-        with module.original() as model:
-            control = RecoveryModule(
-                model,
-                summary.control_settings(self.config.recovery),
-                plan=Plan(model=module.plan.model),
-                tokenizer=module.tokenizer,
-                stage="control",
-                trained_layers=module.plan.layers,
-            )
-            with measure.timed("control"):
-                data = self._data(texts, control)
-                folder = self.folder / "checkpoints" / "control"
-                callbacks = self.callbacks("control", (), ())
-                fit(control, data, folder, self.config.trainer, self.config.seed, callbacks, self.loggers)
-            measure.stage("control", control)
+
+def _without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
+    """The same recovery of a model that has nothing to learn from: next-token training in place of distillation."""
+    stages = recovery.stages
+    if stages is not None:
+        stages = tuple(
+            {**stage, "objective": "finetune"} if stage.get("objective") == "distill" else stage for stage in stages
+        )
+    return replace(
+        recovery, objective="finetune" if recovery.objective == "distill" else recovery.objective, stages=stages
+    )

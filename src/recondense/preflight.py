@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,12 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
 
 from recondense import families
 from recondense.checks import check, check_folder, task_files
-from recondense.config import Config, EvaluationConfig, ModelConfig, read
+from recondense.config import CalibrationConfig, Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
 from recondense.hub import reachable_or_offline
 from recondense.methods.budget import Budget
 from recondense.methods.dropping import Dropping
+from recondense.stages import read_stages
 
 
 class Step(Protocol):
@@ -38,6 +40,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
     problems = [
         *check(config),
         *check_paths(config.data),
+        *_stages(config),
         *check_folder(config, stored_config(config.run_folder())),
         *_machine(config.model),
         *_tasks(config.evaluation),
@@ -54,6 +57,16 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
     except ValueError as error:
         return [*problems, str(error)]
     return [*problems, *(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
+
+
+def _stages(config: Config) -> list[str]:
+    """Problems of the texts that stages have of their own; that a stage can be read at all is `check`'s."""
+    found = []
+    for stage in read_stages(config, []) if config.recovery.objective != "none" else ():
+        if stage.own_texts:
+            data = replace(stage.data, calibration=CalibrationConfig())
+            found += [text.replace("data.", f"{stage.where}.data.") for text in check_paths(data)]
+    return found
 
 
 def _budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[str]:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from recondense import adapters, families, surgery
 from recondense.config import RecoveryConfig
-from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing
+from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing, predicting
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating, outputs_of
+from recondense.packing import model_inputs
 from recondense.plan import Plan, Refit
 from recondense.teacher import SharedBackboneTeacher
 
@@ -42,6 +43,7 @@ class RecoveryModule(L.LightningModule):
         router_auxiliary_loss: weight of the router's load-balancing loss; for training a sparse model from nothing.
         record: tapes the model on the calibration set as it is when called; plans that whiten or refit need it.
         max_scratch_bytes: bound on the temporary tensors of a refit.
+        later: stages of training that `begin` will take up after this one; what they train is set apart with the rest.
 
     Raises:
         ValueError: neither plan nor search given.
@@ -59,6 +61,7 @@ class RecoveryModule(L.LightningModule):
         router_auxiliary_loss: float = 0.0,
         record: Callable[[], Tape] | None = None,
         max_scratch_bytes: int = 1 << 30,
+        later: Sequence[RecoveryConfig] = (),
     ) -> None:
         super().__init__()
         if plan is None and search is None:
@@ -71,6 +74,7 @@ class RecoveryModule(L.LightningModule):
         self.teacher: SharedBackboneTeacher | None = None
         self.task_results: dict[int, dict[str, dict[str, float]]] = {}  # optimiser step -> lm-eval results
         self.strict_loading = False  # checkpoints hold what trains
+        self._all = (recovery, *later)
         self._search = search
         self._trained_layers = trained_layers
         self._router_auxiliary_loss = router_auxiliary_loss
@@ -93,7 +97,7 @@ class RecoveryModule(L.LightningModule):
         if self.plan is None:
             self.plan = self._search(self.model)  # type: ignore[misc]
         if not self._prepared:
-            if self.recovery.trainable == "all" and self.plan.operations:
+            if any(stage.trainable == "all" for stage in self._all) and self.plan.operations:
                 raise ValueError(
                     "recovery.trainable=all: the original shares the backbone and would change with the student; use "
                     "recovery.trainable=experts"
@@ -102,7 +106,7 @@ class RecoveryModule(L.LightningModule):
             self.model.requires_grad_(False)
             self._refuse_nothing_to_train()
             # A control trains the original's experts afterwards: not the student's with them.
-            trains = self.recovery.trainable == "experts" or self.recovery.control
+            trains = any(stage.trainable == "experts" or stage.control for stage in self._all)
             if self._originals and self.recovery.objective != "none" and trains:
                 self._separate()
             self.teacher = SharedBackboneTeacher(self.model, self._originals) if self._originals else None
@@ -119,9 +123,12 @@ class RecoveryModule(L.LightningModule):
         return self.plan.layers if self._trained_layers is None else self._trained_layers
 
     def _refuse_nothing_to_train(self) -> None:
-        recovery = self.recovery
-        experts = recovery.trainable == "experts" or (recovery.trainable, recovery.lora.target) == ("lora", "experts")
-        if recovery.objective != "none" and experts and not trainable_parameters(self.model, self._layers, "experts"):
+        experts = any(
+            stage.trainable == "experts" or (stage.trainable, stage.lora.target) == ("lora", "experts")
+            for stage in self._all
+        )
+        none = self.recovery.objective == "none"
+        if not none and experts and not trainable_parameters(self.model, self._layers, "experts"):
             raise ValueError(
                 "recovery: no experts are left to train, all MoE layers were removed; use recovery=none or remove less"
             )
@@ -140,6 +147,19 @@ class RecoveryModule(L.LightningModule):
             return
         for parameter in trainable_parameters(self.model, self._layers, self.recovery.trainable).values():
             parameter.requires_grad_(True)
+
+    def begin(self, recovery: RecoveryConfig, stage: str) -> None:
+        """Take up a stage of training on the model as the one before left it.
+
+        Args:
+            recovery: its settings.
+            stage: prefix of its metrics.
+        """
+        assert self.adapters is None, "the stage before is not finished"
+        self.recovery, self.stage = recovery, stage
+        self.task_results = {}
+        self._freed = False
+        self._random_states = None  # of a checkpoint after which no step was left
 
     def finish(self) -> None:
         """Merge adapters into the weights, once; the teacher goes on with the weights as they were."""
@@ -190,23 +210,33 @@ class RecoveryModule(L.LightningModule):
         """A context in which the model is the uncompressed one."""
         return self.teacher.active() if self.teacher is not None else nullcontext(self.model)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits (B, S, V) of the student."""
         with adapters.once(self.adapters):
-            return self.model(input_ids=input_ids, use_cache=False).logits
+            logits: Tensor = self.model(**model_inputs(self.model, input_ids, position_ids), use_cache=False).logits
+        return logits.view(*input_ids.shape, -1)
 
-    def losses(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """The objective (`loss`) and its parts, nats per token, for token ids (B, S)."""
+    def losses(
+        self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The objective (`loss`) and its parts, nats per token, for token ids (B, S).
+
+        Args:
+            labels: the ids where they are to be predicted, MASKED elsewhere; None: each token but the first is.
+            position_ids: begin at 0 with each example of a window; None: a window is one text.
+        """
         recovery = self.recovery
         distill = recovery.objective == "distill"
-        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        arguments: dict[str, Any] = {**model_inputs(self.model, input_ids, position_ids), "use_cache": False}
+        mask = None if labels is None else predicting(labels)
+        size = (*input_ids.shape, -1)
         if self._router_auxiliary_loss:
             arguments["output_router_logits"] = True
         with adapters.once(self.adapters), self._states() as mine:  # the teacher's pass knows no adapters
             student = self.model(**arguments)
         losses = {}
         if not distill or recovery.cross_entropy_share:
-            losses["cross_entropy"] = cross_entropy(student.logits, input_ids)
+            losses["cross_entropy"] = cross_entropy(student.logits.view(size), input_ids if labels is None else labels)
         if not distill:
             losses["loss"] = losses["cross_entropy"]
             if self._router_auxiliary_loss:
@@ -217,10 +247,10 @@ class RecoveryModule(L.LightningModule):
         # No dropout in what the student should match.
         with torch.no_grad(), self.original(), evaluating(self.model), self._states() as theirs:
             teacher = self.model(**arguments)
-        losses["kl"] = forward_kl(student.logits, teacher.logits, recovery.temperature)
+        losses["kl"] = forward_kl(student.logits.view(size), teacher.logits.view(size), recovery.temperature, mask)
         shares = {"cross_entropy": recovery.cross_entropy_share, "hidden": recovery.hidden_share}
         if recovery.hidden_share:
-            losses["hidden"] = feature_matching(mine, theirs)
+            losses["hidden"] = feature_matching(mine, theirs, mask)
         kl_share = 1 - sum(shares.values())
         losses["loss"] = kl_share * losses["kl"] + sum(share * losses[name] for name, share in shares.items() if share)
         return losses
@@ -237,19 +267,21 @@ class RecoveryModule(L.LightningModule):
         return outputs_of([after[layer] for layer in self.plan.layers])
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        losses = self.losses(batch["input_ids"])
+        losses = self.losses(**batch)
         self.log_dict({f"{self.stage}/{name}": value.detach() for name, value in losses.items() if name != "loss"})
         self.log(f"{self.stage}/loss", losses["loss"].detach(), prog_bar=True)
         return losses["loss"]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
-        input_ids = batch["input_ids"]
-        logits = self(input_ids)
-        size = input_ids.shape[0]
-        self.log(f"{self.stage}/validation_loss", cross_entropy(logits, input_ids), prog_bar=True, batch_size=size)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        labels = batch.get("labels", batch["input_ids"])
+        mask = predicting(labels) if "labels" in batch else None
+        logits = self(**inputs)
+        size = labels.shape[0] if mask is None else int(mask.sum())  # a batch counts by what it predicts
+        self.log(f"{self.stage}/validation_loss", cross_entropy(logits, labels), prog_bar=True, batch_size=size)
         if self.teacher is not None:
             with self.original():
-                kl = forward_kl(logits, self(input_ids))
+                kl = forward_kl(logits, self(**inputs), mask_BS=mask)
             self.log(f"{self.stage}/validation_kl", kl, batch_size=size)
 
     def configure_optimizers(self) -> Any:

@@ -20,9 +20,13 @@ from recondense.cache import JsonFolder, fingerprint, waiting_lock
 from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
 from recondense.corpora import Corpora, load_corpora
-from recondense.data import CalibrationSet, calibration_set, pack
+from recondense.data import CalibrationSet, Table, calibration_set, pack
+from recondense.instructions import Record
+from recondense.packing import examples_of, windows_of
 from recondense.plan import Condense, Drop, Operation, Plan, Refit
 from recondense.progress import progress
+from recondense.stages import Stage, stages_of
+from recondense.templates import as_texts
 
 log = logging.getLogger(__name__)
 
@@ -45,26 +49,76 @@ class MethodStep(Protocol):
 
 @dataclass
 class Texts:
-    """The corpora of a run, and their token windows, each made once."""
+    """The corpora of a run, and their token windows, each made once.
+
+    Args:
+        own: corpora of the stages that train on others than the run's, by the stage's name.
+        counts: what was cut and left out of supervised examples, by stage and split.
+    """
 
     corpora: Corpora
-    _windows: dict[str, Tensor | None] = field(default_factory=dict)
+    own: dict[str, Corpora] = field(default_factory=dict)
+    counts: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    _windows: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
+    _training: dict[tuple[str, str], Table | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: Config, calibrates: bool) -> Texts:
         """Read the splits that this run needs."""
-        wanted = ["validation"] if config.evaluation.name != "none" or config.recovery.validate_every else []
+        stages = stages_of(config) if config.recovery.objective != "none" else []
+        shared = [stage for stage in stages if not stage.own_texts]
+        validates = any(stage.recovery.validate_every for stage in shared)
+        wanted = ["validation"] if config.evaluation.name != "none" or validates else []
         wanted += ["calibration"] if calibrates else []
-        wanted += ["train"] if config.recovery.objective != "none" else []
-        return cls(load_corpora(config.data, wanted))
+        wanted += ["train"] if shared else []
+        own = {
+            stage.name: load_corpora(stage.data, ["train", *(["validation"] if stage.recovery.validate_every else [])])
+            for stage in stages
+            if stage.own_texts
+        }
+        return cls(load_corpora(config.data, wanted), own)
 
-    def windows(self, split: str, tokenizer: PreTrainedTokenizerBase | None, length: int) -> Tensor | None:
+    def sha256(self) -> dict[str, str]:
+        """The hash of every split, those of stages as <stage>/<split>."""
+        own = {f"{name}/{split}": sha for name, corpora in self.own.items() for split, sha in corpora.sha256().items()}
+        return {**self.corpora.sha256(), **own}
+
+    def documents(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+        """The run's documents of a split as plain texts; None if it has none."""
+        found = getattr(self.corpora, split)
+        return None if found is None else as_texts(found, tokenizer)
+
+    def windows(self, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor | None:
         """Packed windows (N, length) of a split; None if the run has no such text."""
-        if split not in self._windows:
-            texts = getattr(self.corpora, split)
-            assert tokenizer is not None
-            self._windows[split] = None if texts is None else pack(texts, tokenizer, length, f"the {split} text")
-        return self._windows[split]
+        if (split, length) not in self._windows:
+            texts = self.documents(split, tokenizer)
+            found = None if texts is None else pack(texts, tokenizer, length, f"the {split} text")
+            self._windows[split, length] = found
+        return self._windows[split, length]
+
+    def training(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Table | None:
+        """Windows of a stage's split: of records with the labels of their answers, of texts as they are packed."""
+        assert tokenizer is not None
+        if (stage.name, split) not in self._training:
+            self._training[stage.name, split] = self._windows_of(stage, split, tokenizer)
+        return self._training[stage.name, split]
+
+    def _windows_of(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase) -> Table | None:
+        found = getattr(self.own.get(stage.name, self.corpora), split)
+        length, name = stage.data.sequence_length, f"the {split} text"
+        records = [document for document in found or () if isinstance(document, Record)]
+        if found is None or not records:
+            if not stage.own_texts:
+                windows = self.windows(split, tokenizer, length)
+            else:
+                windows = None if found is None else pack(found, tokenizer, length, f"{name} of stage {stage.name}")
+            return None if windows is None else {"input_ids": windows}
+        examples = examples_of(records, tokenizer, length, f"{stage.where}, the {split} records")
+        self.counts[stage.name, split] = {
+            "examples": len(examples.kept), "left_out": examples.left_out, "cut": examples.cut
+        }  # fmt: skip
+        filler = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        return windows_of(examples.kept, length, filler, stage.data.packing)
 
 
 def recorder(
@@ -87,7 +141,8 @@ def recorder(
 def calibration(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> CalibrationSet:
     """The run's calibration set."""
     settings = config.data.calibration
-    return calibration_set(texts.corpora.calibration or [], tokenizer, settings.num_samples, settings.max_length)
+    documents = texts.documents("calibration", tokenizer) or []
+    return calibration_set(documents, tokenizer, settings.num_samples, settings.max_length)
 
 
 def find_plan(

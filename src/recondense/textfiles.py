@@ -1,4 +1,4 @@
-"""Documents of local text files: JSON lines, or plain text."""
+"""Documents of local files: JSON lines, plain text, or records of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from recondense.instructions import form_of, read_record
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 # WikiText marks an article by a line " = Title = " (its sections have " = = ").
 ARTICLE = re.compile(r"^ ?= [^=]+ = ?$")
 
 
-def read_texts(path: Path, text_field: str = "text") -> Iterator[tuple[int, str]]:
+def read_texts(path: Path, text_field: str = "text", form: str | None = None) -> Iterator[tuple[int, str]]:
     """Documents of a local file, with the line at which each starts (from 1).
 
     JSON lines (.jsonl, .ndjson, .json): one object a line, its `text_field` is a document; blank lines are skipped.
     Anything else is plain text: a document is an article when the file is in WikiText's form (it starts with a line
     " = Title = "), otherwise a block between blank lines.
 
+    Args:
+        form: of the file's records (see instructions.py), one a line or all in one JSON list, in place of texts: each
+            is a `Record`, and its number counts records where they are in a list. auto: what the first one is.
+
     Raises:
-        ValueError: the file cannot be read, is not UTF-8, or a line has no such field; the line is named, not the file.
+        ValueError: the file cannot be read, is not UTF-8, or a line has no such field or is no such record; the line is
+            named, not the file.
     """
-    reader = _json_lines if path.suffix.lower() in JSON_LINES else _plain
     try:
-        yield from reader(path, text_field)
+        if form is not None:
+            yield from _records(path, form)
+        elif path.suffix.lower() in JSON_LINES:
+            yield from _json_lines(path, text_field)
+        else:
+            yield from _plain(path)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror}); give a file that is there and readable.") from None
     except UnicodeDecodeError as error:
@@ -58,22 +70,52 @@ def _join(lines: list[str]) -> str:
     return "\n".join(line.rstrip("\n") for line in lines).rstrip()
 
 
-def _plain(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _plain(path: Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding="utf-8") as file:
         yield from documents(file)
 
 
 def _json_lines(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    for number, record in _objects(path):
+        text = record.get(text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            found = f"its keys: {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise ValueError(f"line {number} has no text under {text_field!r} ({found}); set data.text_field.")
+        yield number, text
+
+
+def _objects(path: Path) -> Iterator[tuple[int, Any]]:
+    """What each line of a file holds, with its number."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                found = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} is not JSON ({error.msg}); write one object a line.") from None
-            text = record.get(text_field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                found = f"its keys: {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise ValueError(f"line {number} has no text under {text_field!r} ({found}); set data.text_field.")
-            yield number, text
+            yield number, found
+
+
+def _records(path: Path, form: str) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8") as file:
+        listed = file.read(4096).lstrip().startswith("[")
+    rows = enumerate(_list(path), start=1) if listed else _objects(path)
+    for number, values in rows:
+        try:
+            if form == "auto" and isinstance(values, dict):
+                form = form_of(values)
+            yield number, read_record(values, form)
+        except ValueError as error:
+            what = "record" if listed else "line"
+            raise ValueError(f"{what} {number} {error}; mend it, or set data.form to what the file holds.") from None
+
+
+def _list(path: Path) -> list[Any]:
+    try:
+        found: list[Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"is not JSON (line {error.lineno}: {error.msg}); write a list or one object a line."
+        ) from None
+    return found

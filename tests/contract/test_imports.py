@@ -14,12 +14,17 @@ SOURCE = ROOT / "src" / "recondense"
 LEVELS = {
     0: (
         *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
-        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers"),
+        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
+        "instructions",
     ),
-    1: ("families", "textfiles", "hub", "corpora", "data", "heldout", "tasks", "loading", "adapters"),
+    1: (
+        *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
+        *("loading", "adapters"),
+    ),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
     3: (
-        *("recovery", "fitting", "export", "shards", "searching", "measure", "summary", "structures", "tiny"),
+        *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),
+        "tiny",
         *("comparison", "comparison_picture"),
     ),
     4: ("pipeline", "preflight"),

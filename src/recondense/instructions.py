@@ -1,0 +1,240 @@
+"""Records of supervised fine-tuning: the forms in which they are published, brought to two of them.
+
+Whatever its form, a record becomes an instruction with its answer (Alpaca's three fields) or a chat (`messages`), kept
+as JSON: a document among a corpus's documents. This file needs no torch, so that files are checked before it is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FORMS = ("alpaca", "chat", "commonsense")
+# Who speaks, in ShareGPT's words and in those of chat templates.
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+
+
+class Record(str):
+    """A record as JSON; a `str`, so that corpora hash, compare and count it like any document."""
+
+    __slots__ = ()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """{"instruction", "input", "output"}, or {"messages": [{"role", "content"}, ...]}."""
+        found: dict[str, Any] = json.loads(self)
+        return found
+
+
+def read_record(values: Any, form: str) -> Record:
+    """A published record.
+
+    Args:
+        values: the record's fields.
+        form: one of FORMS, or auto: what the fields tell.
+
+    Raises:
+        ValueError: it is not of that form, or has no answer; a clause that its place in a file stands before.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"is a {type(values).__name__}, not an object with fields")
+    if len(values) == 1 and isinstance(inner := next(iter(values.values())), Mapping):
+        values = inner  # cais/mmlu's auxiliary_train
+    form = form_of(values) if form == "auto" else form
+    try:
+        found = {"alpaca": _alpaca, "chat": _chat, "commonsense": _commonsense}[form](values)
+    except KeyError as error:
+        raise ValueError(f"is no {form} record: it has no {error.args[0]!r} ({_fields(values)})") from None
+    return Record(json.dumps(found, ensure_ascii=False))
+
+
+def form_of(values: Mapping[str, Any]) -> str:
+    """The form of a record, from its fields.
+
+    Raises:
+        ValueError: none is known that has such fields.
+    """
+    if "messages" in values or "conversations" in values:
+        return "chat"
+    if {"instruction", "output"} <= values.keys():
+        return "alpaca"
+    if any(fields <= values.keys() for fields, _ in QUESTIONS):
+        return "commonsense"
+    raise ValueError(f"has no known form ({_fields(values)}); the forms are {', '.join(FORMS)}")
+
+
+def _fields(values: Mapping[str, Any]) -> str:
+    return f"its fields: {', '.join(map(str, values)) or 'none'}"
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values[name]
+    if not isinstance(value, str):
+        raise ValueError(f"its {name!r} is a {type(value).__name__}, not a text")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ Alpaca, chats
+
+
+def _alpaca(values: Mapping[str, Any]) -> dict[str, Any]:
+    given = _text(values, "input") if values.get("input") is not None else ""
+    return _prompted(_text(values, "instruction"), _text(values, "output"), given)
+
+
+def _prompted(instruction: str, output: str, given: str = "") -> dict[str, Any]:
+    return {"instruction": instruction, "input": given, "output": output}
+
+
+def _chat(values: Mapping[str, Any]) -> dict[str, Any]:
+    turns = values["messages" if values.get("messages") is not None else "conversations"]
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise ValueError("its messages are no list")
+    messages = [_turn(turn) for turn in turns]
+    system = values.get("system")
+    if isinstance(system, str) and system and not any(turn["role"] == "system" for turn in messages):
+        messages.insert(0, {"role": "system", "content": system})
+    last = max((index for index, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
+    if last < 0:
+        raise ValueError("has no message of an assistant")
+    return {"messages": messages[: last + 1]}  # what nobody answers teaches nothing
+
+
+def _turn(turn: Any) -> dict[str, str]:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"a message is a {type(turn).__name__}, not an object with role and content")
+    names = ("role", "content") if "role" in turn else ("from", "value")
+    who, said = turn[names[0]], turn[names[1]]
+    if who not in ROLES:
+        raise ValueError(f"nobody is called {who!r} in a chat; the roles are {', '.join(ROLES)}")
+    if isinstance(said, Sequence) and not isinstance(said, str):  # parts, of which text is one kind
+        said = "".join(part["text"] for part in said if isinstance(part, Mapping) and part.get("type") == "text")
+    if not isinstance(said, str):
+        raise ValueError(f"what {who!r} says is a {type(said).__name__}, not a text")
+    return {"role": ROLES[who], "content": said}
+
+
+# --------------------------------------------------------------------------------------- commonsense questions
+#
+# The instructions are word for word those of commonsense_170k (LLM-Adapters, arXiv 2304.01933), its quirks included: a
+# question of ARC as the hub has it gives the same record as that set's.
+
+CHOOSE = "Please choose the correct answer to the question: {}"
+
+
+def _commonsense(values: Mapping[str, Any]) -> dict[str, Any]:
+    for fields, read in QUESTIONS:
+        if fields <= values.keys():
+            return read(values)
+    raise ValueError(f"is no commonsense question ({_fields(values)})")
+
+
+def _listed(head: str, word: str, options: Sequence[str], chosen: int, between: str = " ", end: str = "\n\n") -> Any:
+    """An instruction with numbered options, and the number that is right.
+
+    Args:
+        chosen: from 0.
+    """
+    if not 0 <= chosen < len(options):
+        raise ValueError(f"has no answer among its {len(options)} options")
+    shown = between.join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
+    names = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
+    instruction = f"{head}\n\n{shown}{end}Answer format: {names}"
+    return _prompted(instruction, f"the correct answer is {word}{chosen + 1}")
+
+
+def _number(values: Mapping[str, Any], name: str) -> int:
+    """A label that counts, as a number or as digits; published test sets have none, -1 or an empty text."""
+    try:
+        return int(values[name])
+    except (TypeError, ValueError):
+        return -1
+
+
+def _piqa(values: Mapping[str, Any]) -> dict[str, Any]:
+    head = f"Please choose the correct solution to the question: {_text(values, 'goal')}"
+    options = [_text(values, "sol1"), _text(values, "sol2")]
+    return _listed(head, "solution", options, _number(values, "label"), between="\n\n")
+
+
+def _hellaswag(values: Mapping[str, Any]) -> dict[str, Any]:
+    activity = f"{values['activity_label']}: " if values.get("activity_label") else ""
+    head = f"Please choose the correct ending to complete the given sentence: {activity}{_text(values, 'ctx')}"
+    return _listed(head, "ending", values["endings"], _number(values, "label"))
+
+
+def _winogrande(values: Mapping[str, Any]) -> dict[str, Any]:
+    sentence = _text(values, "sentence")
+    head = f"Please choose the correct answer to fill in the blank to complete the given sentence: {sentence}"
+    options = [_text(values, "option1"), _text(values, "option2")]
+    return _listed(head, "option", options, _number(values, "answer") - 1, end=" ")
+
+
+def _siqa(values: Mapping[str, Any]) -> dict[str, Any]:
+    head = CHOOSE.format(f"{_text(values, 'context')} {_text(values, 'question')}")
+    options = [_text(values, f"answer{letter}") for letter in "ABC"]
+    return _listed(head, "answer", options, _number(values, "label") - 1)
+
+
+def _boolq(values: Mapping[str, Any]) -> dict[str, Any]:
+    answer = values["answer"] if "answer" in values else values["label"]
+    if answer not in (True, False):
+        raise ValueError("has no answer: neither true nor false")
+    question = _text(values, "question").removesuffix("?")
+    head = f"Please answer the following question with true or false, question: {question}?"
+    return _prompted(f"{head}\n\nAnswer format: true/false", f"the correct answer is {str(bool(answer)).lower()}")
+
+
+def _multiple_choice(values: Mapping[str, Any]) -> dict[str, Any]:
+    """ARC, OpenBookQA, CommonsenseQA, MMLU, and what looks like them."""
+    question: Any = values["question_stem" if "question_stem" in values else "question"]
+    options: Any = values.get("choices", values.get("options"))
+    if isinstance(question, Mapping):  # as AI2 publishes ARC itself
+        question, options = question["stem"], question["choices"]
+    labels, texts = _options(options)
+    answer = values["answerKey"] if "answerKey" in values else values["answer"]
+    if isinstance(answer, str):
+        found = [names.index(answer) for names in (labels, texts) if answer in names]
+        chosen = found[0] if found else _number({"answer": answer}, "answer")
+    else:
+        chosen = _number({"answer": answer}, "answer")
+    return _listed(CHOOSE.format(question), "answer", texts, chosen)
+
+
+def _options(options: Any) -> tuple[list[str], list[str]]:
+    """Labels and texts of options: two lists, a list of pairs, a mapping, or texts alone (labelled A, B, ...)."""
+    if isinstance(options, Mapping) and {"text", "label"} <= options.keys():
+        return [str(label) for label in options["label"]], list(options["text"])
+    if isinstance(options, Mapping):
+        return list(options), list(options.values())
+    if not isinstance(options, Sequence) or isinstance(options, str):
+        raise ValueError("its options are no list")
+    if all(isinstance(option, Mapping) for option in options):
+        return [str(option["label"]) for option in options], [option["text"] for option in options]
+    return [chr(ord("A") + index) for index in range(len(options))], [str(option) for option in options]
+
+
+def _question(values: Mapping[str, Any]) -> dict[str, Any]:
+    return _prompted(_text(values, "question"), _text(values, "answer"))
+
+
+# Fields that tell a data set, the narrower before the wider.
+QUESTIONS = (
+    (frozenset({"goal", "sol1", "sol2", "label"}), _piqa),
+    (frozenset({"ctx", "endings", "label"}), _hellaswag),
+    (frozenset({"sentence", "option1", "option2", "answer"}), _winogrande),
+    (frozenset({"context", "question", "answerA", "answerB", "answerC", "label"}), _siqa),
+    (frozenset({"question", "passage", "answer"}), _boolq),
+    (frozenset({"question", "passage", "label"}), _boolq),
+    (frozenset({"question_stem", "choices", "answerKey"}), _multiple_choice),
+    (frozenset({"question", "answerKey"}), _multiple_choice),
+    (frozenset({"question", "choices", "answer"}), _multiple_choice),
+    (frozenset({"question", "options", "answer"}), _multiple_choice),
+    (frozenset({"question", "answer"}), _question),
+)
