@@ -91,6 +91,27 @@ def one_command() -> Iterator[None]:
     progress.configure(None)
 
 
+def record_file(folder: Path) -> str:
+    """Instructions about this repository's own sources; the last one's answer lies beyond any window."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "records.jsonl"
+    sources = sorted((ROOT / "src" / "recondense").glob("*.py"))[:20]
+    records = [{"instruction": f"Open {file.name}.", "input": "", "output": file.read_text()[3:40]} for file in sources]
+    records.append({"instruction": "words " * 100, "input": "", "output": "no"})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def stages(base: Path) -> list[dict[str, Any]]:
+    """Distillation on texts, adapters on instructions, and the experts once more for an epoch."""
+    data = {"source": "texts", "form": "auto", "train": {"path": record_file(base / "texts")}}
+    return [
+        {"name": "first", "steps": 3},
+        {"name": "sft", "objective": "finetune", "trainable": "lora", "steps": 5, "sequence_length": 230, "data": data},
+        {"name": "last", "epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "sequence_length": 230, "data": data},
+    ]
+
+
 def step() -> CDMoE:
     return CDMoE(num_experts=2, num_layers=2)
 
@@ -100,7 +121,8 @@ def kill_at(phase: str) -> None:
 
     Args:
         phase: "search" after the third write of the search's cache (in the layer search), "recovery" in the fourth
-            optimiser step (two after a checkpoint), "export" when the folder is about to get its final name.
+            optimiser step (one after a checkpoint) of whichever stage has one, "export" when the folder is about to get
+            its final name.
     """
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     if phase == "search":
@@ -142,4 +164,5 @@ def kill_at(phase: str) -> None:
 if __name__ == "__main__":
     base = Path(sys.argv[1])
     kill_at(sys.argv[2])
-    pipeline.run(config(base / "model", text_files(base / "texts"), Path(sys.argv[3])), [step()])
+    recovery = {"stages": stages(base)} if "staged" in sys.argv[4:] else {}
+    pipeline.run(config(base / "model", text_files(base / "texts"), Path(sys.argv[3]), **recovery), [step()])

@@ -17,9 +17,10 @@ RUNS = Path(__file__).with_name("runs.py")
 TESTS = RUNS.parents[1]
 
 
-def start(base: Path, phase: str, output: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(RUNS), str(base), phase, str(output)]
+def start(base: Path, phase: str, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(RUNS), str(base), phase, str(output), *more]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -53,3 +54,31 @@ def test_killed_run_ends_like_an_undisturbed_one(base: Path, phase: str) -> None
     assert weights[0] == weights[1]
     if phase == "recovery":
         assert "going on from" in resumed.stderr
+
+
+def test_a_run_killed_in_its_second_stage_goes_on_there(base: Path) -> None:
+    """Texts, then instructions through adapters, then the merged model's experts: bit for bit as undisturbed."""
+    whole, cut = base / "whole", base / "cut"
+    done = start(base, "never", whole, "staged")
+    assert done.returncode == 0, done.stderr
+    killed = start(base, "recovery", cut, "staged")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    found = sorted(str(path.relative_to(cut / "run")) for path in (cut / "run" / "checkpoints").glob("*/*.ckpt"))
+    assert found == [
+        "checkpoints/0-first/final.ckpt",
+        "checkpoints/0-first/step=2.ckpt",
+        "checkpoints/1-sft/step=2.ckpt",
+    ]
+    resumed = start(base, "never", cut, "staged")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "first: found trained in" in resumed.stderr and "sft: going on from" in resumed.stderr
+    mine, theirs = (json.loads((folder / "run" / "summary.json").read_text()) for folder in (cut, whole))
+    assert mine["stages"]["recovered"]["loss"] == theirs["stages"]["recovered"]["loss"]
+    weights = [(folder / "run" / "model" / "model.safetensors").read_bytes() for folder in (cut, whole)]
+    assert weights[0] == weights[1]
+    assert [stage["name"] for stage in mine["recovery_stages"]] == ["first", "sft", "last"]
+    assert [stage.get("left_out") for stage in mine["recovery_stages"]] == [None, 1, 1]
+    assert all(stage["seconds"] > 0 for stage in mine["recovery_stages"])
+    last = mine["recovery_stages"][2]
+    assert last["steps"] == -(-last["windows"] // 8) and last["windows"] < last["examples"] == 20
+    assert mine["environment"]["data"].keys() >= {"train", "sft/train", "last/train"}
