@@ -55,14 +55,13 @@ def read_stages(config: Config, messages: list[str]) -> list[Stage]:
     found = [_read(config, index, values, messages) for index, values in enumerate(config.recovery.stages)]
     if not found:
         messages.append("recovery.stages is an empty list: name at least one stage, or set it to null.")
-    names = [stage.name for stage in found]
-    for stage in found:
+    for index, stage in enumerate(found):
         if not NAME.fullmatch(stage.name) or stage.name in TAKEN:
             messages.append(
                 f"{stage.where}.name={stage.name}: must be a word of letters, digits, - and _ that begins with a "
                 f"letter, and none of {', '.join(TAKEN)}."
             )
-        elif names.count(stage.name) > 1:
+        elif stage.name in [other.name for other in found[:index]]:
             messages.append(f"{stage.where}.name={stage.name}: another stage has that name; give each its own.")
     return found
 

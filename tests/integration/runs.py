@@ -92,12 +92,15 @@ def one_command() -> Iterator[None]:
 
 
 def record_file(folder: Path) -> str:
-    """Instructions about this repository's own sources; the last one's answer lies beyond any window."""
+    """Chats about this repository's own sources; the last one's answer lies beyond any window."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "records.jsonl"
     sources = sorted((ROOT / "src" / "recondense").glob("*.py"))[:20]
-    records = [{"instruction": f"Open {file.name}.", "input": "", "output": file.read_text()[3:40]} for file in sources]
-    records.append({"instruction": "words " * 100, "input": "", "output": "no"})
+    turns = [(f"Open {file.name}.", file.read_text()[3:30]) for file in sources]
+    records = [
+        {"system": "Do.", "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        for asked, answer in [*turns, ("words " * 100, "no")]
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 

@@ -213,6 +213,37 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["recovery=distill", "recovery.steps=5", "recovery.warmup_steps=5"],
         ["recovery.warmup_steps=5", "below recovery.steps=5"],
     ),
+    "no epochs": (["recovery=finetune", "recovery.epochs=0"], ["recovery.epochs=0.0", "above 0"]),
+    "stage that is misspelt": (
+        ["recovery=finetune", "recovery.stages=[{name:lm,step:3}]"],
+        ["recovery.stages[0].step", "Did you mean recovery.stages[0].steps?"],
+    ),
+    "stage of the published two": (
+        ["recovery=two_stage", "recovery.stages.1.data.form=alpacca"],
+        ["recovery.stages[1].data.form=alpacca", "no such choice", "Did you mean alpaca?"],
+    ),
+    "stage without its file": (
+        ["recovery=finetune", "recovery.stages=[{name:a,data:{source:texts,train:{path:/nowhere}}}]"],
+        ["recovery.stages[0].data.train.path=/nowhere", "no such file"],
+    ),
+    "stages of no recovery": (
+        ["recovery=none", "recovery.stages=[{name:lm}]"],
+        ["recovery.objective=none: recovery.stages are given"],
+    ),
+    "no such form": (["data=instruct", "data.form=alpacca"], ["data.form=alpacca", "Did you mean alpaca?"]),
+    "records of the standard library": (["data.form=auto"], ["data.form=auto", "holds no records"]),
+    "hub data without a split to train on": (
+        ["data=instruct", "data.splits.train=null", "recovery=finetune"],
+        ["data.splits.train is null", "recovery=finetune trains on it", "Name a split of tatsu-lab/alpaca"],
+    ),
+    "source that is not there": (
+        ["data.calibration.sources=[{path:/nowhere}]"],
+        ["data.calibration.sources[0].path=/nowhere", "no such file"],
+    ),
+    "source without weight": (
+        ["data=c4_alpaca", "data.calibration.sources.1.weight=0"],
+        ["data.calibration.sources[1].weight=0.0", "above 0"],
+    ),
     "temperature": (["recovery=distill", "recovery.temperature=0"], ["recovery.temperature=0.0", "above 0"]),
     "share": (["recovery=distill", "recovery.hidden_share=-0.5"], ["recovery.hidden_share=-0.5", "[0, 1]"]),
     "shares together": (
@@ -284,6 +315,10 @@ MADE: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
             "evaluation.tasks=[my_capital]",
         ),
         ["evaluation.tasks", "'my_capital'", "did you mean my_capitals"],
+    ),
+    "records of another form": (
+        lambda f: ("data=instruct", "data.source=texts", "data.form=chat", f"data.calibration.path={f.text(LINE)}"),
+        ["line 1 is no chat record", "its fields: text", "set data.form"],
     ),
     "folder of something else": (
         lambda f: (f"run_dir={f.foreign_folder()}",),

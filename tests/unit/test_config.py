@@ -313,3 +313,18 @@ def test_run_folder_of_the_same_config_is_taken_up(tmp_path: Path) -> None:
     other = dataclasses.replace(config, seed=3)
     assert "different: seed" in check_folder(other, config)[0]
     assert check_folder(dataclasses.replace(other, overwrite=True), config) == []
+
+
+def test_settings_that_came_later_leave_the_names_of_earlier_runs() -> None:
+    """A run's folder is found by its hash."""
+    assert Config().run_hash() == "2e16cb04"
+    assert from_dict({"data": {"source": "texts"}, "recovery": {"objective": "distill"}}).run_hash() == "f5d2d431"
+    changed = [
+        {"recovery": {"epochs": 2}},
+        {"recovery": {"stages": [{"name": "a"}]}},
+        {"recovery": {"stages": [{"name": "b"}]}},
+        {"data": {"form": "auto"}},
+        {"data": {"packing": False}},
+        {"data": {"calibration": {"sources": [{"path": "x"}]}}},
+    ]
+    assert len({from_dict(values).run_hash() for values in [{}, *changed]}) == 7

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from recondense import corpora, hub
-from recondense.config import CalibrationConfig, DataConfig, SplitConfig, SplitNames
+from recondense.config import CalibrationConfig, DataConfig, SourceConfig, SplitConfig, SplitNames
 from recondense.corpora import SPLITS, Corpora, check_paths, load_corpora, stdlib_corpora
+from recondense.instructions import Record, read_record
+from recondense.mixing import interleaved, shares
 from recondense.textfiles import read_texts
 
 
@@ -254,3 +256,112 @@ def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch:
     hub.hub_reachable.cache_clear()
     assert "\n" not in str(caught.value) and time.monotonic() - started < 5
     assert datasets.config.HF_HUB_OFFLINE is False and huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+# ------------------------------------------------------------------------------------------------------- records
+
+QUESTION = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B", "id": "x"}
+ALPACA = [{"instruction": f"Do {number}.", "input": "", "output": "done"} for number in range(6)]
+
+
+def write_records(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_records_are_documents(tmp_path: Path) -> None:
+    """They count, and are kept apart between splits, as texts are."""
+    path = write_records(tmp_path / "train.jsonl", [*ALPACA, ALPACA[0]])
+    config = replace(texts_config(calibration=path, train=path), form="auto")
+    assert check_paths(config) == []
+    found = load_corpora(config)
+    expected = [read_record(values, "alpaca") for values in ALPACA]
+    assert found.train == expected[2:] and found.calibration == [*expected, expected[0]]
+    assert all(isinstance(text, Record) for text in found.train)
+    write_records(path, [{"body": "x"}])
+    [problem] = check_paths(replace(config, calibration=CalibrationConfig()))
+    assert problem.startswith(f"data.train.path={path}: line 1 has no known form")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_records_of_the_hub(dataset: Path, streaming: bool) -> None:
+    write_records(dataset / "train.jsonl", [{**QUESTION, "question": f"Which of {number}?"} for number in range(6)])
+    write_records(dataset / "validation.jsonl", [QUESTION])
+    config = replace(hub_config(dataset, streaming=streaming), form="auto")
+    found = load_corpora(config)
+    assert found.train is not None and found.calibration is not None
+    assert [text.values["instruction"].partition("\n")[0][-2:] for text in found.train] == ["2?", "3?", "4?"]  # type: ignore[attr-defined]
+    assert found.validation == [read_record(QUESTION, "commonsense")]
+    with pytest.raises(ValueError, match=r"split 'train': row 0 \(from 0\) is no alpaca record.*data.form=alpaca"):
+        load_corpora(replace(config, form="alpaca"))
+
+
+# ------------------------------------------------------------------------------------------- several sources, mixed
+
+
+def test_shares_add_up_and_are_in_proportion() -> None:
+    assert shares(2048, [1, 1]) == [1024, 1024]
+    assert shares(10, [1, 1, 1]) == [4, 3, 3]
+    assert shares(10, [0.3, 0.7]) == [3, 7]
+    assert shares(7, [5, 1, 1]) == [5, 1, 1]
+    assert shares(1, [1, 3]) == [0, 1]
+    for total in range(1, 30):
+        counts = shares(total, [0.2, 1.7, 3.1])
+        assert sum(counts) == total
+        assert all(abs(count - total * weight / 5) < 1 for count, weight in zip(counts, [0.2, 1.7, 3.1], strict=True))
+
+
+def test_sources_are_spread_evenly() -> None:
+    assert interleaved(["abcd", "xy"]) == ["a", "x", "b", "c", "y", "d"]
+    assert interleaved(["ab", "", "xy"]) == ["a", "x", "b", "y"]
+
+
+def mixed_config(tmp_path: Path, dataset: Path, num_samples: int = 6, **more: Any) -> DataConfig:
+    texts = write_jsonl(tmp_path / "texts.jsonl", [f"text {number}" for number in range(9)], field="body")
+    records = write_records(tmp_path / "records.jsonl", ALPACA)
+    sources = (
+        SourceConfig(path=str(texts), text_field="body", weight=3),
+        SourceConfig(dataset=str(dataset), streaming=True, weight=2),
+        SourceConfig(path=str(records), form="auto", weight=1),
+    )
+    calibration = CalibrationConfig(num_samples=num_samples, sources=sources)
+    return DataConfig(**{"source": "texts", "calibration": calibration, "train": SplitConfig(str(texts)), **more})
+
+
+def test_a_calibration_set_of_several_sources(tmp_path: Path, dataset: Path) -> None:
+    config = mixed_config(tmp_path, dataset, text_field="body")
+    assert check_paths(config) == []
+    found = load_corpora(config)
+    record = read_record(ALPACA[0], "alpaca")
+    assert found.calibration == ["text 0", "train 0", "text 1", record, "train 1", "text 2"]
+    assert isinstance(found.calibration[3], Record)
+    assert found.train == [f"text {number}" for number in range(3, 9)], "training leaves them out"
+    assert load_corpora(config, ["train"]).train == found.train and load_corpora(config, ["validation"]).sha256() == {}
+    assert load_corpora(config, ["calibration"]).calibration == found.calibration
+    other = replace(
+        mixed_config(tmp_path, dataset), source="hub", dataset=str(dataset), splits=SplitNames(train="train")
+    )
+    assert load_corpora(replace(other, train=SplitConfig())).train == ["train 2", "train 3", "train 4", "train 5"]
+
+
+def test_sources_that_cannot_be_had(tmp_path: Path, dataset: Path) -> None:
+    def problems(*sources: SourceConfig, **more: Any) -> list[str]:
+        return check_paths(DataConfig(calibration=CalibrationConfig(num_samples=4, sources=sources, **more)))
+
+    path = str(write_jsonl(tmp_path / "x.jsonl", ["a", "b"]))
+    name = "data.calibration.sources"
+    assert f"{name} is an empty list" in problems()[0]
+    assert problems(SourceConfig(path="/nowhere")) == [f"{name}[0].path=/nowhere: there is no such file."]
+    assert f"{name}[0]: give either path" in problems(SourceConfig())[0]
+    assert f"{name}[0]: give either path" in problems(SourceConfig(path=path, dataset="x"))[0]
+    assert f"{name}[1].weight=0: must be above 0" in problems(SourceConfig(path), SourceConfig(path, weight=0))[0]
+    assert f"{name}[1].weight=0.01: none of" in problems(SourceConfig(dataset="x"), SourceConfig(path, weight=0.01))[0]
+    assert "has 2 texts, but 4 are its share; lower its weight" in problems(SourceConfig(path))[0]
+    assert f"set {name}[0].text_field." in problems(SourceConfig(path, text_field="body"))[0]
+    assert "set one of them to null" in problems(SourceConfig(dataset="x"), path=path)[0]
+    short = CalibrationConfig(num_samples=50, sources=(SourceConfig(dataset=str(dataset)),))
+    with pytest.raises(ValueError, match=r"sources\[0\] has 7 texts, but 50 are its share"):
+        load_corpora(DataConfig(calibration=short), ["calibration"])
+    missing = CalibrationConfig(num_samples=5, sources=(SourceConfig(dataset=str(dataset), split="tran"),))
+    with pytest.raises(ValueError, match=r"^data.calibration.sources\[0\].dataset=.*Check data.calibration.sources"):
+        load_corpora(DataConfig(calibration=missing), ["calibration"])
