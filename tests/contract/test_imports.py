@@ -19,7 +19,7 @@ LEVELS = {
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
-        *("loading", "adapters"),
+        *("loading", "adapters", "recorded"),
     ),
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
     3: (
