@@ -46,4 +46,4 @@ def recorded_config(hub_id: str) -> PretrainedConfig:
     values = recorded_values(hub_id)
     model_type = values["model_type"]
     families.family_of(cast(PretrainedConfig, SimpleNamespace(model_type=model_type)))
-    return cast(PretrainedConfig, CONFIG_MAPPING[model_type].from_dict(values))
+    return CONFIG_MAPPING[model_type].from_dict(values)

@@ -1,4 +1,4 @@
-"""The recorded configurations are those of the published checkpoints: their parameters and bytes are the published ones."""
+"""The recorded configurations are those of the published checkpoints: their parameters are the published ones."""
 
 from __future__ import annotations
 

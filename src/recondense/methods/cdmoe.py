@@ -121,6 +121,25 @@ class CDMoE:
         """What a cached search depends on besides weights and calibration; budgets are not part of it."""
         return {"method": "cdmoe", "version": 1, "shared_gate": self.shared_gate, "expert_search": self.expert_search}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        return ""
+
+    def outline(self, model: PreTrainedModel) -> list[Condense]:
+        """Operations of the sizes that the search reaches, from shapes alone; which layers and experts is made up."""
+        blocks = families.sparse_blocks(model)
+        wanted = self._wanted(model)
+        if isinstance(wanted, int | str):
+            wanted = [*blocks][: wanted if isinstance(wanted, int) else len(blocks)]
+        return [self.shape(blocks[layer]) for layer in wanted]
+
+    def shape(self, block: SparseBlock) -> Condense:
+        """What condensing makes of a layer, with the first experts and made-up coefficients."""
+        constant = self.shared_gate == "mean" and block.shared_expert_gate is not None
+        experts = tuple(range(self.num_experts))
+        return Condense(block.layer, experts, (1.0,) * len(experts), 1.0 if constant else None)
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Condense], dict[str, Any]]:
@@ -140,7 +159,7 @@ class CDMoE:
         """
         started = time.perf_counter()
         search = Search(self, model, tape, cache, max_scratch_bytes)
-        wanted = self._layers_for(model) if self.budget.given else self.num_layers
+        wanted = self._wanted(model)
         layers = list(families.sparse_blocks(model)) if isinstance(wanted, int | str) else [*wanted]
         with progress("expert search", len(layers)) as bar:
             for layer in layers:
@@ -161,6 +180,10 @@ class CDMoE:
             "reused": search.reused(),
             "seconds": seconds,
         }
+
+    def _wanted(self, model: PreTrainedModel) -> int | str | Sequence[int]:
+        """How many layers, which ones, or "all"."""
+        return self._layers_for(model) if self.budget.given else self.num_layers
 
     def _layers_for(self, model: PreTrainedModel) -> int:
         """The fewest layers whose condensing keeps the budget; all MoE layers of a model are alike."""

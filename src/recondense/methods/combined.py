@@ -22,7 +22,7 @@ from recondense.methods.cdmoe import CDMoE
 from recondense.methods.damage import Damage
 from recondense.methods.genetic import Genetic
 from recondense.methods.knapsack import least_damage
-from recondense.methods.options import Option, Options
+from recondense.methods.options import MadeUp, Option, Options, Searched
 from recondense.methods.ranks import break_even, multiple_problems
 from recondense.progress import progress
 
@@ -144,6 +144,22 @@ class Combined:
         names = ("alpha", "rank_multiple", "shared_gate", "expert_search", "normalize", *searched)
         return {"method": "cdmoe_moei2", "version": 2, **lists, **{name: getattr(self, name) for name in names}}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        return "what is done to each layer; all of it together keeps the budget"
+
+    def outline(self, model: PreTrainedModel) -> list[Operation]:
+        """Operations that just keep the budget, from shapes alone.
+
+        The damage that decides is made up, as much for every parameter that goes: a mix, one of many of its size.
+        """
+        options = Options(self, model, MadeUp())
+        self._check_reach(options, model)
+        damage = {layer: [float(option.saved) for option in each] for layer, each in options.of.items()}
+        choice = self._choose(options, damage, model)
+        return [operation for option in choice.values() for operation in option.operations]
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Operation], dict[str, Any]]:
@@ -156,13 +172,8 @@ class Combined:
             ValueError: the budget asks for more than the options can save.
         """
         started = time.perf_counter()
-        options = Options(self, model, tape, cache, max_scratch_bytes)
-        need, most = self.budget.expert_parameters_to_remove(model), sum(map(max, self._saved(options)))
-        if need > most:  # known before anything is measured
-            raise ValueError(
-                "method: the budget asks for more than condensing, pruning and factorizing can save; the strongest "
-                f"options of all layers give {self.budget.at_best(model, most)}"
-            )
+        options = Options(self, model, Searched(self, model, tape, cache, max_scratch_bytes))
+        self._check_reach(options, model)  # before anything is measured
         damage = Damage(model, tape())
         seconds = {"options": time.perf_counter() - started}
         rounds: list[dict[str, Any]] = []
@@ -186,6 +197,19 @@ class Combined:
             **options.records(),
             "seconds": seconds,
         }
+
+    def _check_reach(self, options: Options, model: PreTrainedModel) -> None:
+        """Refuse a budget that no choice keeps.
+
+        Raises:
+            ValueError: with what the options can save.
+        """
+        most = sum(map(max, self._saved(options)))
+        if self.budget.expert_parameters_to_remove(model) > most:
+            raise ValueError(
+                "method: the budget asks for more than condensing, pruning and factorizing can save; the strongest "
+                f"options of all layers give {self.budget.at_best(model, most)}"
+            )
 
     def _saved(self, options: Options) -> list[list[int]]:
         """What the budget counts as saved by each option of each layer."""

@@ -6,7 +6,7 @@ Legend: T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,6 +69,15 @@ class Dropping:
         """What a cached search depends on besides weights and calibration; the budget is not part of it."""
         return {"method": "dropping", "version": 1, "part": self.part}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        return ""
+
+    def outline(self, model: PreTrainedModel) -> list[Drop]:
+        """Operations of the sizes that the search reaches, from shapes alone; which layers they change is made up."""
+        return self._drops(model, dict.fromkeys(self._layers(model), 0.0))
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Drop], dict[str, Any]]:
@@ -81,34 +90,47 @@ class Dropping:
             ValueError: not even dropping all of them keeps the budget.
         """
         started = time.perf_counter()
-        never = families.cache_layers(model.config) if self.part == "block" else set()
-        layers = [layer for layer in families.sparse_blocks(model) if layer not in never]
-        need = self.budget.expert_parameters_to_remove(model)
-        if need > (most := sum(self._size(model, layer) for layer in layers)):
-            raise ValueError(
-                f"method: the budget asks for more than dropping layers can save; all {len(layers)} that can go give "
-                f"{self.budget.at_best(model, most)}"
-            )
+        layers = self._layers(model)
         with progress("cosine similarity", len(layers)) as bar:
             for layer in layers:
                 if f"similarity-{layer:03d}" not in cache:
                     cache[f"similarity-{layer:03d}"] = {"cosine": self._similarity(model, tape(), layer)}
                 bar.advance()
         similarity = {layer: float(cache[f"similarity-{layer:03d}"]["cosine"]) for layer in layers}
-        operations: list[Drop] = []
-        left = need
-        for layer in sorted(layers, key=lambda layer: (-similarity[layer], layer)):
-            if left <= 0:
-                break
-            operations.append(Drop(layer, self.part))
-            left -= self._size(model, layer)
-        assert left <= 0
-        return operations, {
+        return self._drops(model, similarity), {
             **self.key(),
             **self.budget.settings(),
             "similarity": {str(layer): value for layer, value in similarity.items()},
             "seconds": {"similarity": time.perf_counter() - started},
         }
+
+    def _layers(self, model: PreTrainedModel) -> list[int]:
+        """Those that can lose the part.
+
+        Raises:
+            ValueError: not even dropping all of them keeps the budget.
+        """
+        never = families.cache_layers(model.config) if self.part == "block" else set()
+        layers = [layer for layer in families.sparse_blocks(model) if layer not in never]
+        most = sum(self._size(model, layer) for layer in layers)
+        if self.budget.expert_parameters_to_remove(model) > most:
+            raise ValueError(
+                f"method: the budget asks for more than dropping layers can save; all {len(layers)} that can go give "
+                f"{self.budget.at_best(model, most)}"
+            )
+        return layers
+
+    def _drops(self, model: PreTrainedModel, similarity: Mapping[int, float]) -> list[Drop]:
+        """The fewest that keep the budget, the most similar first."""
+        operations: list[Drop] = []
+        left = self.budget.expert_parameters_to_remove(model)
+        for layer in sorted(similarity, key=lambda layer: (-similarity[layer], layer)):
+            if left <= 0:
+                break
+            operations.append(Drop(layer, self.part))
+            left -= self._size(model, layer)
+        assert left <= 0
+        return operations
 
     @torch.no_grad()
     def _similarity(self, model: PreTrainedModel, tape: Tape, layer: int) -> float:

@@ -6,7 +6,7 @@ With uniform importances, whitening and no pruning before it, this is SVD-LLM (a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,10 @@ class Decompose:
         """Whether a budget or a ratio gives the average rank."""
         return self.budget.given or self.ratio is not None
 
+    @property
+    def _nothing_asked(self) -> bool:
+        return self.average_rank is None and not self._by_share
+
     def check(self, facts: Facts) -> list[str]:
         """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
         cap = ranks.break_even(facts.hidden_size, facts.expert_width)
@@ -125,6 +129,20 @@ class Decompose:
         """What a cached search depends on besides weights and calibration; ranks and budgets are not part of it."""
         return {"method": "decompose", "version": 2, "importance": self.importance, "normalize": self.normalize}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        even = not self.alpha or self.importance == "uniform"
+        return "" if even else "the ranks of single experts; not their mean"
+
+    def outline(self, model: PreTrainedModel) -> list[Factorize]:
+        """Operations of the sizes that the search reaches, from shapes alone: as if all experts were as important."""
+        blocks = families.sparse_blocks(model)
+        if not blocks or self._nothing_asked:
+            return []
+        importance = {layer: [1.0] * block.num_experts for layer, block in blocks.items()}
+        return self._operations(self._ranks(model, importance, *_shape(blocks))[2])
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Factorize], dict[str, Any]]:
@@ -145,20 +163,15 @@ class Decompose:
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)
-        if not blocks or (self.average_rank is None and self.ratio is None and not self.budget.given):
+        if not blocks or self._nothing_asked:
             return [], {**self.key(), "seconds": {}}
-        _, hidden_size, expert_width = next(iter(blocks.values())).weights.down_EDF.shape
+        hidden_size, expert_width = _shape(blocks)
         importance = self._importance(model, blocks, tape, cache, max_scratch_bytes)
         multiple, average, found = self._ranks(model, importance, hidden_size, expert_width)
-        changed = {layer: each for layer, each in found.items() if any(rank is not None for rank in each)}
-        operations = [
-            Factorize(layer, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), tuple(each)), self.whitening)
-            for layer, each in changed.items()
-        ]
         before = sum(ranks.parameters([None] * len(each), hidden_size, expert_width) for each in found.values())
         after = sum(ranks.parameters(each, hidden_size, expert_width) for each in found.values())
         original = families.parameter_counts(model.config).routed_experts
-        return operations, {
+        return self._operations(found), {
             **self.key(),
             **self.budget.settings(),
             "alpha": self.alpha,
@@ -172,8 +185,16 @@ class Decompose:
             "seconds": {"ranks": time.perf_counter() - started},
         }
 
+    def _operations(self, found: dict[int, ranks.Ranks]) -> list[Factorize]:
+        """Of the layers in which some expert does not stay dense."""
+        changed = {layer: each for layer, each in found.items() if any(rank is not None for rank in each)}
+        return [
+            Factorize(layer, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), tuple(each)), self.whitening)
+            for layer, each in changed.items()
+        ]
+
     def _ranks(
-        self, model: PreTrainedModel, importance: dict[int, Sequence[float]], hidden_size: int, expert_width: int
+        self, model: PreTrainedModel, importance: Mapping[int, Sequence[float]], hidden_size: int, expert_width: int
     ) -> tuple[int, float, dict[int, ranks.Ranks]]:
         """What ranks are multiples of, their average, and each layer's."""
         shape = hidden_size, expert_width
@@ -218,3 +239,9 @@ class Decompose:
                 found[layer] = list(cache[key]["importance"])
                 bar.advance()
         return found
+
+
+def _shape(blocks: Mapping[int, families.SparseBlock]) -> tuple[int, int]:
+    """Hidden size and width of a routed expert."""
+    _, hidden_size, expert_width = next(iter(blocks.values())).weights.down_EDF.shape
+    return hidden_size, expert_width

@@ -77,6 +77,25 @@ class Merging:
         """What a cached search depends on besides weights and calibration; the budget is not part of it."""
         return {"method": "merging", "version": 1, "grouping": self.grouping}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        return "how many groups each layer keeps; not their total" if self.grouping == "router_logits" else ""
+
+    def outline(self, model: PreTrainedModel) -> list[Merge]:
+        """Operations of the sizes that the search reaches, from shapes alone: as many groups in every layer.
+
+        Which experts join is made up.
+        """
+        experts = {layer: block.num_experts for layer, block in families.sparse_blocks(model).items()}
+        even = _even(experts, self.budget.experts_to_drop(model, router_rows=False))
+        operations = []
+        for layer, count in experts.items():
+            if even[layer] < count:
+                groups = (tuple(range(count - even[layer] + 1)), *((e,) for e in range(count - even[layer] + 1, count)))
+                operations.append(Merge(layer, groups, tuple(_shares([1.0] * len(group)) for group in groups)))
+        return operations
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Merge], dict[str, Any]]:
@@ -131,7 +150,7 @@ class Merging:
     def _numbers(self, counts: dict[int, list[float]], gone: int) -> dict[int, int]:
         """Groups of each layer."""
         experts = {layer: len(values) for layer, values in counts.items()}
-        even = {layer: experts[layer] - lost for layer, lost in uniform(gone, experts, 1).items()}  # or its error
+        even = _even(experts, gone)  # or its error
         if self.grouping == "expert_outputs":
             return even
         # The best used of each layer, then the best used of all: frequencies compare across layers.
@@ -161,6 +180,15 @@ class Merging:
         weights = [_shares([counts[expert] for expert in group]) for group in parted]
         align = self.grouping == "router_logits"
         return Merge(layer, tuple(map(tuple, parted)), tuple(weights), align)
+
+
+def _even(experts: dict[int, int], gone: int) -> dict[int, int]:
+    """Groups of each layer, where every layer loses as many experts.
+
+    Raises:
+        ValueError: more are to go than can.
+    """
+    return {layer: experts[layer] - lost for layer, lost in uniform(gone, experts, 1).items()}
 
 
 def _shares(counts: Sequence[float]) -> tuple[float, ...]:

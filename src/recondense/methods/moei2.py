@@ -7,7 +7,7 @@ and the block-wise KT-reception field that chooses among them. The second stage,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,36 @@ class InterExpertPruning:
         own = {name: getattr(self, name) for name in (*names, "num_candidates", "block_size", "seed")}
         return {"method": "moei2", "version": 2, **own}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        return "how many experts each layer loses; not their total"
+
+    def outline(self, model: PreTrainedModel) -> list[Prune]:
+        """Operations of the sizes that the search reaches, from shapes alone: as if all layers were as important.
+
+        Which experts go is made up.
+        """
+        blocks = families.sparse_blocks(model)
+        numbers = self.numbers(model, dict.fromkeys(blocks, 1.0))
+        chosen = {layer: range(number) for layer, number in numbers.items() if number}
+        return [Prune.without(layer, blocks[layer].num_experts, dropped) for layer, dropped in chosen.items()]
+
+    def numbers(self, model: PreTrainedModel, importance: Mapping[int, float]) -> dict[int, int]:
+        """How many experts each layer loses.
+
+        Args:
+            importance: of each sparse layer.
+        """
+        blocks = families.sparse_blocks(model)
+        if not blocks:
+            return {}
+        experts = {layer: block.num_experts for layer, block in blocks.items()}
+        total = round(self.prune_ratio * sum(experts.values()))
+        if self.budget.given:
+            total = min(total, self.budget.experts_at_most(model))
+        return inverse_importance(total, importance, experts, next(iter(blocks.values())).routing.top_k)
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Prune], dict[str, Any]]:
@@ -162,12 +192,8 @@ class _Search:
         importance = self._importance()
         seconds = {"importance": time.perf_counter() - started}
         experts = {layer: block.num_experts for layer, block in self.blocks.items()}
-        total = round(self.step.prune_ratio * sum(experts.values()))
-        if self.step.budget.given:
-            total = min(total, self.step.budget.experts_at_most(self.model))
         layer_importance = {layer: sum(values) for layer, values in importance.items()}
-        floor = next(iter(self.blocks.values())).routing.top_k
-        numbers = inverse_importance(total, layer_importance, experts, floor)
+        numbers = self.step.numbers(self.model, layer_importance)
         candidates = self._candidates(numbers)
         seconds["genetic"] = time.perf_counter() - started - sum(seconds.values())
         fields = self._fields(candidates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,23 @@ class NAEE:
         names = ("population", "iterations", "parents", "mutation", "search_kind", "seed")
         return {"method": "naee", "version": 1, **{name: getattr(self, name) for name in names}}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        return ""
+
+    def outline(self, model: PreTrainedModel) -> list[Prune]:
+        """Operations of the sizes that the search reaches, from shapes alone; which experts go is made up."""
+        experts = {layer: block.num_experts for layer, block in families.sparse_blocks(model).items()}
+        numbers = self._numbers(model, experts)
+        return [Prune.without(layer, experts[layer], range(number)) for layer, number in numbers.items() if number]
+
+    def _numbers(self, model: PreTrainedModel, experts: Mapping[int, int]) -> dict[int, int]:
+        """How many experts each layer loses."""
+        blocks = families.sparse_blocks(model)
+        floor = next(iter(blocks.values())).routing.top_k if blocks else 0
+        return uniform(self.budget.experts_to_drop(model), experts, floor)
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Prune], dict[str, Any]]:
@@ -96,8 +113,7 @@ class NAEE:
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         experts = {layer: block.num_experts for layer, block in blocks.items()}
-        floor = next(iter(blocks.values())).routing.top_k
-        numbers = uniform(self.budget.experts_to_drop(model), experts, floor)
+        numbers = self._numbers(model, experts)
         found: dict[int, tuple[tuple[int, ...], float]] = {}
         with progress("expert sets", len(blocks)) as bar:
             for layer, number in numbers.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,32 @@ class Option:
     saved_routed: int = 0
 
 
-class Options:
-    """Every option of every MoE layer.
+class Choices(Protocol):
+    """What stands in an option beside its size."""
+
+    def importance(self, view: SparseBlock) -> list[float]: ...
+
+    def condense(self, view: SparseBlock, condensing: CDMoE) -> Condense: ...
+
+    def dropped(self, view: SparseBlock, number: int) -> Sequence[int]: ...
+
+
+class MadeUp:
+    """Choices for sizes alone: all experts are as important, the first ones are kept or go."""
+
+    def importance(self, view: SparseBlock) -> list[float]:
+        return [1.0] * view.num_experts
+
+    def condense(self, view: SparseBlock, condensing: CDMoE) -> Condense:
+        return condensing.shape(view)
+
+    def dropped(self, view: SparseBlock, number: int) -> Sequence[int]:
+        return range(number)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Choices by the methods' own searches.
 
     Args:
         step: the settings.
@@ -60,22 +84,55 @@ class Options:
         max_scratch_bytes: bound on temporary tensors.
     """
 
-    def __init__(
-        self, step: Combined, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
-    ) -> None:
+    step: Combined
+    model: PreTrainedModel
+    tape: Callable[[], Tape]
+    cache: Cache
+    max_scratch_bytes: int
+
+    def importance(self, view: SparseBlock) -> list[float]:
+        key = f"importance-{view.layer:03d}"
+        if key not in self.cache:
+            values = expert_importance(
+                self.model, self.tape(), view, "layer_output", self.step.normalize, self.max_scratch_bytes
+            )
+            self.cache[key] = {"importance": values}
+        return list(self.cache[key]["importance"])
+
+    def condense(self, view: SparseBlock, condensing: CDMoE) -> Condense:
+        search = CondenseSearch(condensing, self.model, self.tape, self.cache, self.max_scratch_bytes)
+        return search.operation(view.layer)
+
+    def dropped(self, view: SparseBlock, number: int) -> Sequence[int]:
+        key = f"set-{view.layer:03d}-{number:03d}"
+        if key not in self.cache:
+            replay = Replay(self.model, self.tape(), view, number, self.max_scratch_bytes)
+            seed = layer_seed(self.step.seed, view.layer)
+            best = best_sets(replay.errors, view.num_experts, number, self.step.genetic, seed)[0]
+            self.cache[key] = {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
+        return list(self.cache[key]["dropped"])
+
+
+class Options:
+    """Every option of every MoE layer.
+
+    Args:
+        step: the settings.
+        model: left bit-identical.
+        choices: searched, or made up where only sizes are wanted.
+    """
+
+    def __init__(self, step: Combined, model: PreTrainedModel, choices: Choices) -> None:
         self.step = step
-        self.model = model
-        self.tape = tape
-        self.cache = cache
-        self.max_scratch_bytes = max_scratch_bytes
+        self.choices = choices
         self.blocks = families.sparse_blocks(model)
         self.importance: dict[int, list[float]] = {}
         self.of: dict[int, list[Option]] = {}
         self.left_out: dict[int, list[str]] = {}  # why a layer lacks an option
         self._factors: dict[tuple[int, int, str], Factors] = {}
         with progress("options of each layer", len(self.blocks)) as bar:
-            for layer in self.blocks:
-                self.importance[layer] = self._importance(layer)
+            for layer, view in self.blocks.items():
+                self.importance[layer] = choices.importance(view)
                 self.of[layer] = [Option("as it is"), *self._condensed(layer), *self._pruned_and_factorized(layer)]
                 bar.advance()
 
@@ -135,25 +192,15 @@ class Options:
             **({"left_out": {str(layer): why for layer, why in self.left_out.items()}} if self.left_out else {}),
         }
 
-    def _importance(self, layer: int) -> list[float]:
-        key = f"importance-{layer:03d}"
-        if key not in self.cache:
-            values = expert_importance(
-                self.model, self.tape(), self.blocks[layer], "layer_output", self.step.normalize, self.max_scratch_bytes
-            )
-            self.cache[key] = {"importance": values}
-        return list(self.cache[key]["importance"])
-
     def _condensed(self, layer: int) -> list[Option]:
         found = []
         for count in self.step.num_experts:
             condensing = CDMoE(count, "all", self.step.shared_gate, self.step.expert_search)
-            search = CondenseSearch(condensing, self.model, self.tape, self.cache, self.max_scratch_bytes)
             view = self.blocks[layer]
             saved = condensing_saves(view, condensing, routed=False)
             routed = condensing_saves(view, condensing, routed=True)
             try:
-                found.append(Option(f"condensed to {count}", (search.operation(layer),), saved, routed))
+                found.append(Option(f"condensed to {count}", (self.choices.condense(view, condensing),), saved, routed))
             except TooFewSelected as error:
                 self.left_out.setdefault(layer, []).append(str(error))
         return found
@@ -164,7 +211,8 @@ class Options:
         found = []
         for ratio in (0.0, *self.step.prune_ratios):
             number = min(round(ratio * view.num_experts), view.num_experts - view.routing.top_k)
-            prune = self._prune(layer, number) if number else ()
+            gone = self.choices.dropped(view, number) if number else ()
+            prune = (Prune.without(layer, view.num_experts, gone),) if number else ()
             if prune:
                 found.append(self._saving(layer, f"pruned by {number}", prune, 0))
             for kept in self.step.kept_ratios:
@@ -174,17 +222,6 @@ class Options:
                 given = ranks.allocate(own, average, hidden_size, expert_width, self.step.alpha, multiple)
                 found.append(self._factorized(layer, prune, given))
         return list({each.name: each for each in found}.values())
-
-    def _prune(self, layer: int, number: int) -> tuple[Operation, ...]:
-        key = f"set-{layer:03d}-{number:03d}"
-        if key not in self.cache:
-            view = self.blocks[layer]
-            replay = Replay(self.model, self.tape(), view, number, self.max_scratch_bytes)
-            seed = layer_seed(self.step.seed, layer)
-            best = best_sets(replay.errors, view.num_experts, number, self.step.genetic, seed)[0]
-            self.cache[key] = {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
-        dropped = self.cache[key]["dropped"]
-        return (Prune.without(layer, self.blocks[layer].num_experts, dropped),)
 
     def _factorized(self, layer: int, prune: tuple[Operation, ...], given: ranks.Ranks) -> Option:
         low = [rank for rank in given if rank is not None]

@@ -86,6 +86,16 @@ class SaliencyPruning:
         seed = {"seed": self.seed} if self.saliency == "random" else {}
         return {"method": "saliency", "version": 1, "saliency": self.saliency, **seed}
 
+    @property
+    def left_open(self) -> str:
+        """What of the sizes the calibration set decides, in words; empty if nothing."""
+        return "how many experts each layer loses; not their total" if self.allocation == "global" else ""
+
+    def outline(self, model: PreTrainedModel) -> list[Prune]:
+        """Operations of the sizes that the search reaches, from shapes alone: the first experts of every layer go."""
+        counts = {layer: block.num_experts for layer, block in families.sparse_blocks(model).items()}
+        return self._prunes(model, {layer: [0.0] * count for layer, count in counts.items()}, everywhere=True)
+
     def search(
         self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
     ) -> tuple[list[Prune], dict[str, Any]]:
@@ -109,19 +119,26 @@ class SaliencyPruning:
                     cache[key] = {"saliency": self._scores(model, tape, block)}
                 scores[layer] = list(cache[key]["saliency"])
                 bar.advance()
-        number = self.budget.experts_to_drop(model)
-        floor = next(iter(blocks.values())).routing.top_k
-        dropped = _least(scores, number, floor, everywhere=self.allocation == "uniform")
-        operations = [
-            Prune.without(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]
-        ]
-        return operations, {
+        return self._prunes(model, scores, everywhere=self.allocation == "uniform"), {
             **self.key(),
             **self.budget.settings(),
             "allocation": self.allocation,
             "saliencies": {str(layer): values for layer, values in scores.items()},
             "seconds": {"saliency": time.perf_counter() - started},
         }
+
+    def _prunes(self, model: PreTrainedModel, scores: Mapping[int, list[float]], everywhere: bool) -> list[Prune]:
+        """The budget's number of experts, by their scores.
+
+        Args:
+            everywhere: the same number of every layer.
+        """
+        blocks = families.sparse_blocks(model)
+        if not blocks:
+            return []
+        floor = next(iter(blocks.values())).routing.top_k
+        dropped = _least(scores, self.budget.experts_to_drop(model), floor, everywhere)
+        return [Prune.without(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]]
 
     def _scores(self, model: PreTrainedModel, tape: Callable[[], Tape], block: SparseBlock) -> list[float]:
         if self.saliency == "random":
