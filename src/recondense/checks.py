@@ -23,7 +23,7 @@ def check(config: Config) -> list[str]:
         *_ranges(config),
         *_model(config),
         *_method(config),
-        *_data(config),
+        *([] if config.plan_only else _data(config)),
         *_recovery(config.recovery, "recovery"),
         *_stages(config),
         *_evaluation(config),
@@ -83,11 +83,15 @@ def _model(config: Config) -> Iterator[str]:
     if model.path is None and model.pretrain is None:
         yield f"model.path is null and model={model.name} is not built in: give a local folder or a hub id."
     if model.path is not None:
-        yield from _model_folder(model.path, model.tokenizer)
+        yield from _model_folder(model.path, model.tokenizer, config.plan_only)
 
 
-def _model_folder(path: str, tokenizer: str | None) -> Iterator[str]:
-    """Problems of a local folder; a hub id has none that can be seen from here."""
+def _model_folder(path: str, tokenizer: str | None, plan_only: bool) -> Iterator[str]:
+    """Problems of a local folder; a hub id has none that can be seen from here.
+
+    Args:
+        plan_only: neither weights nor a tokenizer are needed.
+    """
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
@@ -96,6 +100,8 @@ def _model_folder(path: str, tokenizer: str | None) -> Iterator[str]:
     names = {entry.name for entry in folder.iterdir()}
     if "config.json" not in names:
         yield f"model.path={path}: the folder has no config.json, so it holds no Hugging Face model."
+        return
+    if plan_only:
         return
     if not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))

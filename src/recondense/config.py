@@ -28,13 +28,15 @@ Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records; see instr
 Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # What cannot change a result has no part in a run's hash.
+NOT_IDENTITY = (
+    *("experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "plan_only", "max_scratch_bytes", "metric"),
+)
 # Settings that are younger than the first runs: where they ask for nothing, they have no part in it either.
 YOUNGER: dict[str, dict[str, Any]] = {
     "recovery": {"epochs": None, "stages": None},
     "data": {"form": None, "packing": True},
     "data.calibration": {"sources": None},
 }
-NOT_IDENTITY = ("experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "max_scratch_bytes", "metric")
 
 
 class ConfigError(ValueError):
@@ -239,6 +241,7 @@ class Config:
     cache_dir: str = "outputs/cache"
     run_dir: str | None = None
     overwrite: bool = False
+    plan_only: bool = False
     max_scratch_bytes: int | str = "auto"
     metric: Literal["perplexity", "loss", "kl_to_original", "gap_closed"] = "perplexity"
 
@@ -264,8 +267,9 @@ class Config:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def run_folder(self) -> Path:
-        """`run_dir`, or `<output_dir>/<experiment_name>/<hash>`."""
-        return Path(self.run_dir) if self.run_dir else Path(self.output_dir, self.experiment_name, self.run_hash())
+        """`run_dir`, or `<output_dir>/<experiment_name>/<hash>`; of plan_only one beside it, for it holds no run."""
+        folder = Path(self.run_dir) if self.run_dir else Path(self.output_dir, self.experiment_name, self.run_hash())
+        return Path(f"{folder}-plan_only") if self.plan_only else folder
 
     def to_yaml(self) -> str:
         """What a run's folder keeps as config.yaml; `from_dict` reads it back."""

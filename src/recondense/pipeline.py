@@ -22,6 +22,7 @@ from recondense.config import Config, ConfigError, RecoveryConfig
 from recondense.export import export
 from recondense.measure import Measure
 from recondense.plan import Plan, write_aside
+from recondense.plan_only import plan_only
 from recondense.progress import configure, progress
 from recondense.recovering import Fits
 from recondense.recovery import RecoveryModule
@@ -66,6 +67,9 @@ def run(config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks = 
         with FileLock(folder / ".lock", timeout=0):
             _start(config, folder)
             finished = folder / "summary.json"
+            if config.plan_only:
+                plan_only(config, steps, folder)
+                return None
             if not finished.exists():
                 _Run(config, steps, callbacks, folder).finish()
             else:

@@ -20,6 +20,7 @@ from recondense.corpora import check_paths
 from recondense.hub import reachable_or_offline
 from recondense.methods.budget import Budget
 from recondense.methods.dropping import Dropping
+from recondense.recorded import recorded_config
 from recondense.stages import read_stages
 
 
@@ -39,18 +40,16 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
     """
     problems = [
         *check(config),
-        *check_paths(config.data),
-        *_stages(config),
+        *([] if config.plan_only else [*check_paths(config.data), *_stages(config)]),
         *check_folder(config, stored_config(config.run_folder())),
-        *_machine(config.model),
-        *_tasks(config.evaluation),
+        *([] if config.plan_only else [*_machine(config.model), *_tasks(config.evaluation)]),
     ]
     if any("model.path" in problem for problem in found):
         return [problem for problem in problems if not problem.startswith("model.path")]
     if any(problem.startswith("model.path") for problem in problems):
         return problems
     try:
-        planned = planned_config(config.model)
+        planned = planned_config(config.model, config.plan_only)
         if not steps and config.recovery.objective == "none":  # what is only measured needs no MoE layer
             return problems
         facts = families.facts(planned)
@@ -86,8 +85,11 @@ def _budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[str]:
     ]
 
 
-def planned_config(model: ModelConfig) -> PretrainedConfig:
+def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedConfig:
     """The config of the model that a run starts from, without its weights.
+
+    Args:
+        plan_only: of a hub id, what is recorded here; the hub is not asked.
 
     Raises:
         ValueError: a config that transformers cannot read or does not know; a hub id that is unknown or out of reach.
@@ -97,7 +99,7 @@ def planned_config(model: ModelConfig) -> PretrainedConfig:
     path = Path(model.path)
     try:
         if not path.is_dir():
-            return _hub_config(model.path, model)
+            return recorded_config(model.path) if plan_only else _hub_config(model.path, model)
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not model.trust_remote_code:
             families.family_name(values.get("model_type"))

@@ -122,7 +122,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
         ("decode\ntok/s", ("profile", "decode_tokens_per_second"), format_number),
     ]
     columns = [column for column in columns if any(_find(stage, column[1]) is not None for stage in stages.values())]
-    table = _table(title_of(summary))
+    table = plain_table(title_of(summary))
     table.add_column("stage", style="bold", no_wrap=True)
     for title, _, _ in columns:
         table.add_column(title, justify="right", overflow="fold")
@@ -138,7 +138,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
 def task_table(summary: Mapping[str, Any]) -> Table:
     """Rows: tasks by their main metric; columns: stages, each with its standard error where known."""
     stages = _present_stages(summary)
-    table = _table("tasks")
+    table = plain_table("tasks")
     table.add_column("task", style="bold", overflow="fold")
     table.add_column("metric", overflow="fold")
     for name in stages:
@@ -157,7 +157,7 @@ def published_tables(summary: Mapping[str, Any]) -> list[Table]:
     """For each paper whose tasks were run: the mean of each stage, then the published rows."""
     found = []
     for title, headings, rows in papers.tables(summary):
-        table = _table(title)
+        table = plain_table(title)
         for index, heading in enumerate(headings):
             left = index == 0 or heading == "source"
             table.add_column(heading, justify="left" if left else "right", overflow="fold")
@@ -177,7 +177,7 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
         "refit_gap_closed": "share of the lost loss that the refit brought back, before any training",
         "gap_closed": "share of the lost loss brought back in all",
     }
-    table = _table("ratios, sizes, times")
+    table = plain_table("ratios, sizes, times")
     table.add_column("figure", style="bold")
     table.add_column("value", justify="right")
     table.add_column("meaning", style="dim")
@@ -260,7 +260,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     }
     columns = {name: column for name, column in columns.items() if any(name in row for row in rows)}
     settings = list(dict.fromkeys(key for row in rows for key in row.get("settings", {})))
-    table = _table("comparison")
+    table = plain_table("comparison")
     for key in settings:
         table.add_column(key.replace(".", "\n.", 1), style="bold", overflow="fold")
     for title, _ in columns.values():
@@ -331,7 +331,8 @@ def _find(values: Any, path: Sequence[str]) -> Any:
     return values
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """An empty table in the style of all of them."""
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
     )

@@ -67,12 +67,36 @@ def collect(
     first = next((stage["original_profile"] for stage in stages.values() if stage.get("original_profile")), None)
     if first is not None:
         stages["original"]["profile"] = first
-    operations: dict[str, dict[str, float]] = {}
-    if plan.operations:  # a model without MoE layers can be measured all the same
-        operations = operation_counts(plan, families.facts(measure.model.config).num_experts)
     beside = published(config, plan, counted, measure.model.config, stages)
     if not plan.operations and config.recovery.objective == "none":  # only measured: there is nothing to compare
         counted = {"original": counted["original"]}
+    return {
+        **header(config, objective, plan, counted, measure.model, data),
+        **({"refit": measure.refit} if measure.refit else {}),
+        "stages": stages,
+        **beside,
+        "ratios": ratios(stages, counted),
+        "seconds": measure.seconds,
+        "artifacts": {"plan": "plan.json"} if plan.operations else {},
+    }
+
+
+def header(
+    config: Config,
+    objective: str,
+    plan: Plan,
+    counted: Mapping[str, Mapping[str, int]],
+    model: PreTrainedModel,
+    data: Mapping[str, str],
+) -> dict[str, Any]:
+    """What summary.json says before anything that is measured: which run, where, its parameters and operations.
+
+    Args:
+        counted: `sizes` of the original and of the compressed model.
+    """
+    operations: dict[str, dict[str, float]] = {}
+    if plan.operations:  # a model without MoE layers can be measured all the same
+        operations = operation_counts(plan, families.facts(model.config).num_experts)
     return {
         "schema": SCHEMA,
         "model": name_of(config.model),
@@ -80,17 +104,11 @@ def collect(
         "recovery": config.recovery.name,
         "objective": objective,
         "seed": config.seed,
-        "environment": environment(measure.model, data),
+        "environment": environment(model, data),
         "parameters": {
-            kind: {stage: numbers[kind] for stage, numbers in counted.items()} for kind in ("total", "routed_experts")
+            kind: {stage: numbers[kind] for stage, numbers in counted.items()} for kind in counted["original"]
         },
         "operations": operations,
-        **({"refit": measure.refit} if measure.refit else {}),
-        "stages": stages,
-        **beside,
-        "ratios": ratios(stages, counted),
-        "seconds": measure.seconds,
-        "artifacts": {"plan": "plan.json"} if plan.operations else {},
     }
 
 

@@ -24,10 +24,10 @@ LEVELS = {
     2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
     3: (
         *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),
-        "tiny",
+        *("tiny", "sizes"),
         *("comparison", "comparison_picture"),
     ),
-    4: ("pipeline", "preflight"),
+    4: ("pipeline", "plan_only", "preflight"),
     5: ("command_line",),
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
