@@ -100,7 +100,7 @@ def _compare(folder: Path, *, show: bool) -> list[dict[str, Any]]:
 
 def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     """Table and picture as one run of W&B, where the runs of the sweep are logged there too."""
-    if "logger" not in config or not any(row["status"] == "done" for row in rows):
+    if "logger" not in config or config.get("plan_only") or not any(row["status"] == "done" for row in rows):
         return
     values = cast(dict[str, Any], OmegaConf.to_container(config.logger, resolve=True))
     settings, folder = schema.from_dict({"logger": values}).logger, _folder(config)

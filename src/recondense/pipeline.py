@@ -111,7 +111,8 @@ def _start(config: Config, folder: Path) -> None:
         for path in map(folder.joinpath, CONTENTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if (folder / "config.yaml").exists():
-        log.info("going on in %s", folder)
+        if not config.plan_only:  # which starts anew each time
+            log.info("going on in %s", folder)
     else:
         write_aside(folder / "config.yaml", config.to_yaml())
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from recondense import report, summary
 from recondense.config import Config
-from recondense.plan import Plan, write_aside
+from recondense.plan import Factorize, Plan, write_aside
 from recondense.preflight import planned_config
 from recondense.published import CDMOE, PAPER_TITLES, Result
 from recondense.searching import refits
@@ -92,7 +92,7 @@ def _notes(
 ) -> list[str]:
     """What the figures do not say of themselves."""
     found = []
-    if steps:
+    if any(not isinstance(operation, Factorize) for operation in sizes.operations):
         found.append("which layers and experts: decided by calibration; the first ones stand in for them here")
     found += [f"decided by calibration too: {step.left_open}" for step in steps if step.left_open]
     if quantized:
@@ -150,7 +150,7 @@ def layer_table(sizes: Sizes) -> Table:
 def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
     """What the paper publishes of this model beside what its settings come to here."""
     condensing = rows[0][0].paper == CDMOE
-    what = "memory of the whole model, compressed / original" if condensing else "routed experts' parameters that go"
+    what = "memory, compressed / original" if condensing else "routed experts' parameters that go"
     table = report.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {what}")
     table.add_column("setting", style="bold")
     gibibytes = () if condensing else ("GiB here", "GB published")
@@ -182,6 +182,8 @@ def ranges(layers: Sequence[int]) -> str:
 def _experts(size: LayerSize) -> str:
     if size.experts_before is None:
         return ""
+    if not size.outcome:
+        return f"{size.experts_before}"
     active = " always active" if size.always_active and size.experts_after else ""
     return f"{size.experts_before} -> {size.experts_after}{active}"
 

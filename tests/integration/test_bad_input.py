@@ -92,6 +92,15 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["method=cdmoee"],
         ["method=cdmoee", "no such method", "Did you mean cdmoe?"],
     ),
+    "sizes of what is not recorded": (
+        ["plan_only=true", "model.path=Qwen/Qwen9"],
+        ["model.path=Qwen/Qwen9", "looks nothing up", "openai/gpt-oss-20b", "config.json"],
+    ),
+    "sizes, perhaps": (["plan_only=maybe"], ["plan_only=maybe", "true or false"]),
+    "sizes beyond a budget": (
+        ["plan_only=true", "method=reap", "method.memory_ratio=0.05"],
+        ["method.memory_ratio=0.05", "still has 0.3449 of its size"],
+    ),
     "unknown refit": (["method.refit=weights"], ["method.refit=weights", "coefficients"]),
     "smaller than the model without its experts": (
         ["method=reap", "method.memory_ratio=0.05"],
@@ -155,7 +164,7 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["recovery=finetune", "recovery.trainable=router"],
         ["recovery.trainable=router", "no such choice", "all, experts, lora"],
     ),
-    "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?", "deepseek_v2_lite"]),
+    "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?"]),
     "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),
     "no choice": (["logger=null"], ["logger=null", "Choices: default"]),
     "unknown setting": (["recovery.stepz=3"], ["recovery.stepz", "no such setting", "Did you mean recovery.steps?"]),

@@ -201,6 +201,10 @@ def test_run_folder() -> None:
     config = Config(output_dir="out", experiment_name="trial")
     assert config.run_folder() == Path("out", "trial", config.run_hash())
     assert dataclasses.replace(config, run_dir="there").run_folder() == Path("there")
+    sizes = dataclasses.replace(config, plan_only=True)
+    assert sizes.run_hash() == config.run_hash(), "the same run"
+    assert sizes.run_folder() == Path("out", "trial", f"{config.run_hash()}-plan_only")
+    assert dataclasses.replace(sizes, run_dir="there").run_folder() == Path("there-plan_only")
 
 
 def test_home_is_expanded_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,158 @@
+"""`train.py plan_only=true`: for every model of conf/model, without weights, texts, a tokenizer or the hub."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_models import qwen2_moe
+
+from integration.runs import one_command
+from recondense import families, hub, loading
+from recondense.preflight import planned_config
+from recondense.recorded import recorded_values
+
+MODELS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    for path in sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+}
+RANK_2048 = ("method.average_rank=2048",)
+Sizes = Callable[..., tuple[int, str, str, dict[str, Any]]]
+
+
+def model_type(name: str) -> str:
+    path = MODELS[name]["path"]
+    return str(recorded_values(path)["model_type"]) if path else "qwen2_moe"
+
+
+def supported(name: str) -> Any:
+    """Skips, with the reason, where a model's family is not supported."""
+    missing = model_type(name) not in families.FAMILIES
+    return pytest.mark.skipif(missing, reason=f"model_type {model_type(name)} is not supported")
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Sizes:
+    """Runs a command with plan_only=true, out of reach of the hub; its exit code, stdout, stderr and summary."""
+    import train
+
+    def refused(*arguments: object, **settings: object) -> None:
+        pytest.fail("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(hub, "reachable_or_offline", refused)
+    monkeypatch.setattr(loading, "load", refused)
+
+    def run(*arguments: str) -> tuple[int, str, str, dict[str, Any]]:
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments, "plan_only=true", f"output_dir={tmp_path}/out"])
+        code = 0
+        try:
+            with one_command():
+                train.main()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        written = capsys.readouterr()
+        found = list(tmp_path.glob("out/default/*-plan_only/summary.json"))
+        return code, written.out, written.err, json.loads(found[0].read_text()) if found else {}
+
+    return run
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(name: str, sizes: Sizes, tmp_path: Path) -> None:
+    """Those of a family that is not supported are refused, with the reason."""
+    experts = ["method.num_experts=2"]
+    code, output, errors, summary = sizes(f"model={name}", "method=cdmoe", *experts)
+    if model_type(name) not in families.FAMILIES:
+        assert code == 2 and f"{model_type(name)!r} is not supported" in errors
+        return
+    assert code == 0, errors
+    assert (summary["schema"], summary["model"], summary["method"]) == (1, name, "cdmoe")
+    assert summary["plan_only"] and summary["stages"] == {}
+    total, bytes_of = summary["parameters"]["total"], summary["weights_bytes"]
+    assert total["compressed"] < total["original"]
+    assert summary["ratios"]["memory"] == bytes_of["compressed"] / bytes_of["original"]
+    layers = len(families.facts(_planned(name)).moe_layers)
+    assert summary["operations"]["condense"] | {"of": 0} == {"layers": layers, "retained": 2 * layers, "of": 0}
+    assert f"{total['compressed']:,}" in output and "always active" in output and "decided by calibration" in output
+    [folder] = tmp_path.glob("out/default/*")
+    assert {path.name for path in folder.iterdir()} <= {".lock", "config.yaml", "summary.json"}
+
+
+def _planned(name: str) -> Any:
+    from recondense.config import from_dict
+
+    return planned_config(from_dict({"model": MODELS[name]}).model, plan_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "computed", "beside"),
+    [
+        pytest.param("deepseek_moe", 6, 0.7242, "0.725", marks=supported("deepseek_moe")),
+        ("qwen_moe", 4, 0.6954, "0.697"),
+    ],
+)
+def test_the_published_memory_of_nine_layers(
+    name: str, experts: int, computed: float, beside: str, sizes: Sizes
+) -> None:
+    """CD-MoE's E(2+6) of DeepSeekMoE-16B and E(4+4) of Qwen1.5-MoE."""
+    settings = ("method=cdmoe", f"method.num_experts={experts}", "method.num_layers=9")
+    code, output, errors, summary = sizes(f"model={name}", *settings)
+    assert code == 0, errors
+    assert round(summary["ratios"]["memory"], 4) == computed
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert any(line.startswith(f"cdmoe: shared+{experts}, 9 layers {computed} {beside}") for line in lines)
+    assert sum(line.startswith("cdmoe: shared+") for line in lines) >= 10  # E(2+6), E(2+0): 3, 6, 9, 12, 15 layers
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "cut", "gibibytes"),
+    [
+        ("deepseek_v2_lite", (), "53.98% 53.98%", "14.78"),
+        pytest.param("mixtral", RANK_2048, "51.79% 50.00%", "43.49", marks=supported("mixtral")),
+    ],
+)
+def test_the_published_cuts_of_moei2(
+    name: str, settings: tuple[str, ...], cut: str, gibibytes: str, sizes: Sizes
+) -> None:
+    code, output, errors, summary = sizes(f"model={name}", "method=moei2", *settings)
+    assert code == 0, errors
+    removed = 1 - summary["ratios"]["routed_expert_parameters"]
+    assert f"{removed:.2%}" == cut.split()[0]
+    assert f"{summary['weights_bytes']['compressed'] / 2**30:.2f}" == gibibytes
+    assert any(f"{cut} {gibibytes}" in " ".join(line.split()) for line in output.splitlines())
+
+
+def test_a_folder_needs_its_config_alone(sizes: Sizes, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(qwen2_moe().config.to_dict()))
+    code, output, errors, summary = sizes("method=moei2", "method.average_rank=5", f"model.path={folder}")
+    assert code == 0, errors
+    assert summary["operations"]["factorize"]["mean"] == 5
+    assert "how many experts each layer loses" in output
+
+
+def test_texts_are_not_needed(sizes: Sizes) -> None:
+    code, _, errors, summary = sizes("data=texts", "method=layer_drop", "evaluation.tasks=[no_such_task]")
+    assert code == 0, errors
+    assert summary["operations"]["drop_moe"]["layers"] == 2
+
+
+def test_none_changes_nothing(sizes: Sizes) -> None:
+    code, output, errors, summary = sizes("method=none", "recovery=none")
+    assert code == 0, errors
+    assert summary["ratios"] == {"memory": 1.0, "routed_expert_parameters": 1.0}
+    assert "nothing changed" in output and "decided by calibration" not in output
+
+
+def test_the_same_command_again(sizes: Sizes, tmp_path: Path) -> None:
+    """And beside it the run itself has its own folder, still empty."""
+    first = sizes("method=reap")
+    assert sizes("method=reap") == first
+    assert [path.name.endswith("-plan_only") for path in tmp_path.glob("out/default/*")] == [True]
