@@ -188,7 +188,7 @@ def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[in
             found[layer] = {
                 "kind": "condensed",
                 "shared_width": block.shared_width,
-                "routed_width": block.down_proj.in_features - block.shared_width,
+                "routed_width": block.routed_width,
                 "token_gate": block.shared_expert_gate is not None,
             }
         elif families.is_sparse(block):

@@ -256,12 +256,12 @@ def parameter_counts(config: PretrainedConfig) -> Counts:
     return _counts(json.dumps(config.to_dict(), sort_keys=True, default=str), type(config))  # type: ignore[arg-type]
 
 
-def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model that a config describes, without weights."""
     family_of(config)
     register_compressed(config.model_type)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
     return model
 
 
@@ -276,7 +276,7 @@ def routed_parameters(model: PreTrainedModel) -> int:
 
 def _routed_of(block: CondensedMoE) -> int:
     """Parameters of a condensed layer that came from routed experts."""
-    width, hidden_size = block.down_proj.in_features - block.shared_width, block.down_proj.out_features
+    width, hidden_size = block.routed_width, block.down_proj.out_features
     bias = 2 * width + hidden_size if block.down_proj.bias is not None and width else 0
     return width * 3 * hidden_size + bias
 

@@ -127,6 +127,11 @@ class CondensedMoE(nn.Module):
         self.glu, self.pair = glu, pair
         self.register_buffer("scale", torch.ones(width, dtype=torch.float32) if scaled else None)
 
+    @property
+    def routed_width(self) -> int:
+        """Rows that came from routed experts."""
+        return self.down_proj.in_features - self.shared_width
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CondensedMoE:
         """Move and convert as any module, but the scale keeps fp32: Lightning's bf16-true converts whole modules."""
         scale = self.scale

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from recondense import report, summary
+from recondense import families, report, summary
 from recondense.config import Config
 from recondense.plan import Factorize, Plan, write_aside
 from recondense.preflight import planned_config
@@ -23,7 +23,6 @@ from recondense.sizes import (
     Sizes,
     beside_published,
     compare,
-    meta_model,
     quantization,
     stored_bytes,
 )
@@ -40,7 +39,7 @@ def plan_only(config: Config, steps: Sequence[OutliningStep], folder: Path) -> N
     planned = planned_config(config.model, plan_only=True)
     dtype = weights_dtype(planned, config.model.dtype)
     quantized = quantization(planned) if config.model.dtype == "auto" else {}
-    model = meta_model(planned, dtype)
+    model = families.on_meta(planned, dtype)
     sizes = compare(model, steps, stored_bytes(model, quantized))
     found = _summary(config, model, sizes)
     tables = [size_table(found), layer_table(sizes)]

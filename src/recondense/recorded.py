@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -45,5 +44,5 @@ def recorded_config(hub_id: str) -> PretrainedConfig:
     """
     values = recorded_values(hub_id)
     model_type = values["model_type"]
-    families.family_of(cast(PretrainedConfig, SimpleNamespace(model_type=model_type)))
+    families.family_name(model_type)
     return CONFIG_MAPPING[model_type].from_dict(values)

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from recondense import families, surgery
-from recondense.methods.budget import routed_parameters, routed_width, total_parameters
+from recondense.methods.budget import routed_parameters, total_parameters
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.factorize import Decompose
 from recondense.methods.moei2 import InterExpertPruning
@@ -90,12 +90,6 @@ class Sizes:
     after: Size
     operations: tuple[Operation, ...]
     layers: Mapping[int, LayerSize]
-
-
-def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config, without weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def quantization(config: PretrainedConfig) -> dict[str, Any]:
@@ -211,7 +205,7 @@ def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | 
         if layer in sparse:
             experts = sparse[layer].num_experts
         elif isinstance(block, CondensedMoE):
-            experts = routed_width(block) // width
+            experts = block.routed_width // width
         elif isinstance(block, SkippedLayer | Zeros):
             experts = 0
         found[layer] = experts, bytes_of(module)

@@ -21,7 +21,7 @@ from recondense.export import condensed_layers, export
 from recondense.plan import Factorize, Plan
 from recondense.profiling import weights_bytes
 from recondense.recovery import RecoveryModule, trainable_parameters
-from recondense.sizes import compare, meta_model
+from recondense.sizes import compare
 from recondense.summary import sizes
 
 FIRST = next(iter(FAMILIES))
@@ -85,7 +85,7 @@ def test_the_outline_has_the_sizes_that_the_search_reaches(method: str, family: 
     """From shapes alone: no weights, no calibration set. Layer by layer, unless the step says what is left open."""
     steps, _ = steps_of(method, *BUDGETS[method])
     model = FAMILIES[family]()
-    meta = meta_model(model.config, torch.float32)
+    meta = families.on_meta(model.config, torch.float32)
     surgery.restructure(model, plan_of(model, method, tmp_path, *BUDGETS[method]))
     found = compare(meta, steps)
     reached, layers = sizes(model), [size.bytes_after for size in found.layers.values()]

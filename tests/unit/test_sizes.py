@@ -20,17 +20,17 @@ from recondense.methods.moei2 import InterExpertPruning
 from recondense.plan_only import layer_table, ranges, weights_dtype
 from recondense.profiling import weights_bytes
 from recondense.recorded import recorded_values
-from recondense.sizes import compare, meta_model, outlined, quantization, stored_bytes
+from recondense.sizes import compare, outlined, quantization, stored_bytes
 
 
 def meta(make: Any = qwen2_moe, **changes: Any) -> Any:
-    return meta_model(make(**changes).config, torch.float32)
+    return families.on_meta(make(**changes).config, torch.float32)
 
 
 def published(hub_id: str) -> tuple[Any, dict[str, Any]]:
     values = recorded_values(hub_id)
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    return meta_model(config, torch.bfloat16), quantization(config)
+    return families.on_meta(config, torch.bfloat16), quantization(config)
 
 
 def test_bytes_of_an_mxfp4_checkpoint_are_those_of_its_files() -> None:
