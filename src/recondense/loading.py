@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -17,16 +18,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recondense import families
+from recondense import families, quantized
 from recondense.config import ModelConfig
 from recondense.progress import progress
+
+log = logging.getLogger(__name__)
 
 HASH_BYTES = 1 << 26
 NOT_COMPUTED = ("_name_or_path", "architectures", "transformers_version")  # of a config: what changes no result
 
 
 def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer.
+    """Load a model and its tokenizer; weights stored in MXFP4 or FP8 are dequantised.
 
     Args:
         settings: dtype, device, attention and experts implementation.
@@ -40,14 +43,18 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
     try:
         values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
         families.register_compressed(values.get("model_type", ""))
-        with progress(f"loading {path}"):
+        dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        with progress(f"loading {path}"), quantized.dequantising(values, dtype) as arguments:
             model = AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
                 attn_implementation=settings.attention,
                 use_safetensors=True,
+                **arguments,
                 **common,
             )
+            if (method := quantized.method_of(values)) is not None:
+                quantized.settle(model, arguments["dtype"])
+                log.info("%s is stored in %s: dequantised to %s", path, method, arguments["dtype"])
             if settings.tokenizer is not None:
                 common["revision"] = None  # that of the model says nothing of another repository
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or path, **common)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import families, loading, profiling, report, summary, tiny, tracking
+from recondense import families, loading, profiling, quantized, report, summary, tiny, tracking
 from recondense.config import Config, ConfigError, RecoveryConfig
 from recondense.export import export
 from recondense.measure import Measure
@@ -184,6 +184,9 @@ class _Run:
         found = summary.collect(config, recovery.objective, plan, sizes, measure, texts.sha256())
         if config.recovery.objective != "none" and (config.recovery.stages or fits.texts.counts):
             found["recovery_stages"] = fits.done
+        stored = quantized.stored(config.model.path, config.model.revision) if config.model.path else None
+        if stored and plan.operations:
+            found = summary.with_bytes_on_disk(found, stored, profiling.weights_bytes(model))
         changed = bool(plan.operations) or config.recovery.objective != "none"
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
@@ -191,6 +194,9 @@ class _Run:
                 kind = export(model, tokenizer, plan, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
             found["artifacts"] |= {"model": "model", "export_format": kind}
+            if stored and plan.operations:
+                found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)
+                write_aside(folder / "model" / "README.md", summary.model_card(found))
             tracking.log_export(self.loggers, folder / "model")
         found["seconds"] = measure.seconds
         return found

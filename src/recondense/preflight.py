@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
 
-from recondense import families
+from recondense import families, quantized
 from recondense.checks import check, check_folder, task_files
 from recondense.config import CalibrationConfig, Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
@@ -55,6 +55,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         facts = families.facts(planned)
     except ValueError as error:
         return [*problems, str(error)]
+    problems += [f"model.path={config.model.path}: {problem}" for problem in quantized.check(planned.to_dict())]
     return [*problems, *(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
 
 

@@ -35,6 +35,18 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
         console.print(f"\nplan: {plan_line(summary['operations'])}", soft_wrap=True, highlight=False)
     if summary.get("refit"):
         console.print(f"refit: {refit_line(summary['refit'])}", soft_wrap=True, highlight=False)
+    if summary.get("bytes_on_disk"):
+        console.print(f"memory: {disk_line(summary)}", soft_wrap=True, highlight=False)
+
+
+def disk_line(summary: Mapping[str, Any]) -> str:
+    """What the memory ratio of a run counts whose original is stored in fewer bits than it computes in."""
+    sizes = {name: format_bytes(size) for name, size in summary["bytes_on_disk"].items()}
+    return (
+        f"counted in bytes on disk: {sizes['compressed']} of {sizes['original']}, for the original is stored in "
+        f"{summary['quantization']} and was dequantised on loading; weights and peak memory are those of the "
+        "dequantised model"
+    )
 
 
 def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
@@ -170,7 +182,7 @@ def published_tables(summary: Mapping[str, Any]) -> list[Table]:
 def ratios_table(summary: Mapping[str, Any]) -> Table:
     """The ratios of a run, each with the way in which it counts, then parameters and seconds."""
     meanings = {
-        "memory": "bytes of weights, compressed / original",
+        "memory": f"bytes {'on disk' if summary.get('bytes_on_disk') else 'of weights'}, compressed / original",
         "routed_expert_parameters": "retained / original",
         "prefill_speedup": "prefill, compressed / original",
         "decode_speedup": "decode, compressed / original",

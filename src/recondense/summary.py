@@ -20,7 +20,8 @@ from recondense.methods.budget import routed_parameters
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
 from recondense.profiling import count_parameters
 from recondense.published import PAPER_TASKS
-from recondense.report import format_bytes, format_number, plan_line, recovery_words
+from recondense.quantized import Stored
+from recondense.report import disk_line, format_bytes, format_number, plan_line, recovery_words
 
 SCHEMA = 1
 PACKAGES = (
@@ -115,6 +116,20 @@ def header(
 def name_of(model: ModelConfig) -> str:
     """What to call a model: the entry's name, or the path that was given in place of the built-in one's."""
     return model.name if model.path is None or model.pretrain is None else model.path
+
+
+def with_bytes_on_disk(found: Mapping[str, Any], original: Stored, compressed: int) -> dict[str, Any]:
+    """The summary of a run whose original is stored in fewer bits than it computes in: `memory` counts bytes on disk.
+
+    Args:
+        compressed: bytes of the compressed weights as they are exported.
+    """
+    return {
+        **found,
+        "quantization": original.method,
+        "bytes_on_disk": {"original": original.num_bytes, "compressed": compressed},
+        "ratios": {**found["ratios"], "memory": compressed / original.num_bytes},
+    }
 
 
 def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]]:
@@ -274,6 +289,8 @@ def model_card(summary: Mapping[str, Any]) -> str:
         if any(value is not None for value in values):
             lines.append(f"| {title} | " + " | ".join("" if v is None else form(v) for v in values) + " |")
     lines += ["", *(f"- {name}: {value:.4f}" for name, value in summary["ratios"].items()), ""]
+    if "bytes_on_disk" in summary:
+        lines += [f"{disk_line(summary)}.", ""]
     return "\n".join(lines)
 
 

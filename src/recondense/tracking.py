@@ -90,7 +90,7 @@ def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items():
             # Tasks and profile are levels of the file, not of a metric's name.
             metrics.update(_numbers(value, stage if key in ("tasks", "profile") else f"{stage}/{key}"))
-    for section in ("ratios", "parameters", "refit", "seconds"):
+    for section in ("ratios", "parameters", "bytes_on_disk", "refit", "seconds"):
         metrics.update(_numbers(summary.get(section, {}), section))
     return metrics
 

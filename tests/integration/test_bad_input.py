@@ -289,6 +289,14 @@ MADE: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
         lambda f: (f.model(("pytorch_model.bin", "tokenizer.json")),),
         ["pickles (pytorch_model.bin)", "never loaded", "safetensors"],
     ),
+    "another quantisation": (
+        lambda f: (f.model(quantization_config={"quant_method": "awq", "bits": 4}),),
+        ["stored in awq", "mxfp4 and fp8", "dequantise it first"],
+    ),
+    "fp8 without blocks": (
+        lambda f: (f.model(quantization_config={"quant_method": "fp8"}),),
+        ["fp8 without weight_block_size"],
+    ),
     "no weights": (lambda f: (f.model(("tokenizer.json",)),), ["no weights (*.safetensors)"]),
     "no tokenizer": (lambda f: (f.model(("model.safetensors",)),), ["no tokenizer", "model.tokenizer"]),
     "dense layer of a model": (

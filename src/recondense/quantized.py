@@ -1,0 +1,172 @@
+"""Published weights that are stored in fewer bits (gpt-oss: MXFP4, DeepSeek-V3: FP8): read as whole numbers again.
+
+Needs transformers alone: it gives `from_pretrained` its arguments and puts the loaded model in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+from transformers import FineGrainedFP8Config, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.utils.quantization_config import Mxfp4Config
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the weights of a model that is no plain one lie on disk.
+
+    Args:
+        method: "mxfp4" or "fp8".
+        num_bytes: of its safetensors files.
+    """
+
+    method: str
+    num_bytes: int
+
+
+def method_of(config: Mapping[str, Any]) -> str | None:
+    """How a config.json says that the weights are stored: "mxfp4", "fp8" or what else; None if plainly."""
+    stored = config.get("quantization_config")
+    return str(stored.get("quant_method") or "a format without a name") if stored else None
+
+
+def check(config: Mapping[str, Any]) -> list[str]:
+    """Why the weights of a config.json cannot be read; empty if they can."""
+    method = method_of(config)
+    if method in (None, "mxfp4"):
+        return []
+    if method == "fp8":
+        if config["quantization_config"].get("weight_block_size"):
+            return []
+        method = "fp8 without weight_block_size"
+    return [
+        f"its weights are stored in {method}, which is not read (mxfp4 and fp8 with weight_block_size are); use the "
+        "model in bf16, fp16 or fp32, or dequantise it first with the tool that made it."
+    ]
+
+
+@contextmanager
+def dequantising(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterator[dict[str, Any]]:
+    """Arguments with which `from_pretrained` reads the weights of a config as whole numbers, within the context.
+
+    Args:
+        config: config.json of a model.
+        dtype: what the weights are loaded in; "auto" is the config's own, and bf16 where that has fewer bits.
+
+    Yields:
+        `dtype`, and `quantization_config` unless the weights are stored plainly.
+
+    Raises:
+        ValueError: what `check` has against it.
+    """
+    if refused := check(config):
+        raise ValueError(refused[0])
+    method = method_of(config)
+    if method is None:
+        yield {"dtype": dtype}
+        return
+    if isinstance(dtype, str):
+        said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+        dtype = {"float32": torch.float32, "float16": torch.float16}.get(said, torch.bfloat16)
+    if method == "mxfp4":
+        yield {"dtype": dtype, "quantization_config": Mxfp4Config(dequantize=True)}
+        return
+    how = FineGrainedFP8Config(**{**config["quantization_config"], "dequantize": True})
+    own = Fp8Dequantize._dequantize_one
+    Fp8Dequantize._dequantize_one = _by_blocks_of_the_config(own)  # type: ignore[method-assign]
+    try:
+        yield {"dtype": dtype, "quantization_config": how}
+    finally:
+        Fp8Dequantize._dequantize_one = own  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make a dequantised model one like any other: in one dtype, and saved as it is.
+
+    transformers leaves what was never quantised in the file's dtype, and would write fewer bits again.
+
+    Args:
+        dtype: as it was asked for; fp32 tensors that transformers keeps stay fp32.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float32):
+            tensor.data = tensor.data.to(dtype)
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__["_weight_conversions"] = get_model_conversion_mapping(model)
+
+
+def _by_blocks_of_the_config(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """transformers' way from FP8 to whole numbers, with blocks of the size that the config says.
+
+    transformers 5.17 to 5.23 divide a weight evenly by its number of scales: wrong, or refused, where the last block is
+    cut short (576 rows in blocks of 128: kv_a_proj_with_mqa of DeepSeek-V3).
+    """
+
+    def dequantize(
+        op: Fp8Dequantize, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """W = q ⊙ (scale of its block): (…, O, I) from (…, O, I) and (…, ⌈O/o⌉, ⌈I/i⌉) in blocks of (o, i)."""
+        rows, columns = quantized.shape[-2:]
+        high, wide = op.hf_quantizer.quantization_config.weight_block_size
+        fp8 = quantized.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        if not fp8 or scales.dtype == torch.uint8 or scales.shape[-2:] != (-(-rows // high), -(-columns // wide)):
+            return own(op, quantized, scales, output_dtype=output_dtype)  # not what the config says of the others
+        spread = scales.float().repeat_interleave(high, dim=-2).narrow(-2, 0, rows)
+        spread = spread.repeat_interleave(wide, dim=-1).narrow(-1, 0, columns)
+        return (quantized.float() * spread).to(output_dtype or torch.bfloat16)
+
+    return dequantize
+
+
+def stored(path: str | Path, revision: str | None = None) -> Stored | None:
+    """How the weights of a model lie on disk; None if they are stored plainly, or their files cannot be found.
+
+    Args:
+        path: a folder, or a hub id that has been loaded: its files in the cache count.
+    """
+    config = _file(path, "config.json", revision)
+    method = None if config is None else method_of(json.loads(config.read_text(encoding="utf-8")))
+    num_bytes = None if method is None else bytes_on_disk(path, revision)
+    return None if method is None or num_bytes is None else Stored(method, num_bytes)
+
+
+def bytes_on_disk(path: str | Path, revision: str | None = None) -> int | None:
+    """Bytes of the safetensors files that hold a model's weights.
+
+    Args:
+        path: a folder, or a hub id that has been loaded: its files in the cache count.
+
+    Returns:
+        None if they cannot be found.
+    """
+    index = _file(path, INDEX, revision)
+    names = [SINGLE]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files = [_file(path, name, revision) for name in names]
+    found = [file.stat().st_size for file in files if file is not None]
+    return sum(found) if len(found) == len(names) else None
+
+
+def _file(path: str | Path, name: str, revision: str | None) -> Path | None:
+    """A file of a model's, in its folder or in the hub's cache."""
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    cached = try_to_load_from_cache(str(path), name, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None

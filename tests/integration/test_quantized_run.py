@@ -1,0 +1,41 @@
+"""A whole run of an original that is stored in fewer bits than it computes in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packed import fp8_folder
+from tiny_models import qwen2_moe
+
+from integration.runs import config, text_files
+from recondense import pipeline
+from recondense.config import RecoveryConfig
+from recondense.methods.cdmoe import CDMoE
+
+
+def test_a_run_counts_bytes_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both numbers, their ratio, the report's line and the card's, from the files that the run leaves."""
+    torch.manual_seed(0)
+    fp8_folder(
+        tmp_path / "fp8",
+        qwen2_moe(vocab_size=257, hidden_size=160, moe_intermediate_size=144, max_position_embeddings=256),
+    )
+    settings = config(tmp_path / "fp8", text_files(tmp_path / "texts"), tmp_path / "out")
+    settings = replace(settings, recovery=RecoveryConfig(), model=replace(settings.model, dtype="bfloat16"))
+    pipeline.run(settings, [CDMoE(num_experts=1, num_layers=1)])
+    folder = tmp_path / "out" / "run"
+    found = json.loads((folder / "summary.json").read_text())
+    original, compressed = (
+        (each / "model.safetensors").stat().st_size for each in (tmp_path / "fp8", folder / "model")
+    )
+    assert found["quantization"] == "fp8"
+    assert found["bytes_on_disk"] == {"original": original, "compressed": compressed}
+    assert found["ratios"]["memory"] == compressed / original
+    whole = found["stages"]["original"]["profile"]["weights_bytes"]
+    assert whole > 1.5 * original, "the stages' own bytes are the dequantised model's"
+    for said in (capsys.readouterr().out, (folder / "model" / "README.md").read_text()):
+        assert "counted in bytes on disk" in said and "stored in fp8" in said
