@@ -6,7 +6,7 @@ With families.py this is the only place that knows Hugging Face attribute names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,15 +22,16 @@ PREFIX = "recondense_"
 
 
 def compressed_classes(
-    config_class: type[PretrainedConfig], model_class: type[PreTrainedModel]
-) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """Config and causal LM of a family, with layers as `config.compressed_layers` says.
+    config_class: type[PretrainedConfig], model_class: type[PreTrainedModel], base_class: type[PreTrainedModel]
+) -> tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
+    """Config, causal LM and its base of a family, with layers as `config.compressed_layers` says.
 
     Args:
-        config_class, model_class: the family's own.
+        config_class, model_class, base_class: the family's own; the base is what has no head.
 
     Returns:
-        classes named CompressedConfig and CompressedForCausalLM, whose checkpoints have the family's key names.
+        classes named CompressedConfig, CompressedForCausalLM and CompressedModel, whose checkpoints have the family's
+        key names. vLLM puts a head of its own on the last.
     """
     name = PREFIX + config_class.model_type
     mapping = get_checkpoint_conversion_mapping(config_class.model_type) or []
@@ -48,9 +49,30 @@ def compressed_classes(
                 reshape(self.model.layers, int(layer), config.hidden_size, **shape)
             self.post_init()
 
-    for each in (CompressedConfig, CompressedForCausalLM):
+    class CompressedModel(base_class):  # type: ignore[valid-type,misc]
+        config_class = CompressedConfig
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            for layer, shape in config.compressed_layers.items():
+                reshape(self.layers, int(layer), config.hidden_size, **shape)
+            self.post_init()
+
+    for each in (CompressedConfig, CompressedForCausalLM, CompressedModel):
         each.__qualname__ = each.__name__
-    return CompressedConfig, CompressedForCausalLM
+    return CompressedConfig, CompressedForCausalLM, CompressedModel
+
+
+class _KeptExperts(LowRankExperts):
+    """Low-rank experts that vLLM leaves in their place.
+
+    It takes every child named `experts` whose parameters are all 3-D for whole experts, puts its own there, and loads
+    none of the factors, without an error (0.32, transformers/moe.py). An empty vector among them says otherwise.
+    """
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        yield from super().parameters(recurse)
+        yield nn.Parameter(torch.empty(0), requires_grad=False)
 
 
 def reshape(
@@ -82,7 +104,7 @@ def reshape(
     if router_rows != before:
         router = sliced(router, range(router_rows), before)
     if ranks is not None:
-        experts = LowRankExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), bias)
+        experts = _KeptExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), bias)
     elif num_experts != before:
         experts = sliced(experts, range(num_experts), before)
     setattr(block, name, RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router)

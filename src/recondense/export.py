@@ -286,7 +286,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
     own.save_pretrained(folder)
     if stock is not None and not carried:
         return
-    names = config_class.__name__, model_class.__name__
+    names = config_class.__name__, model_class.__name__, families.base_class_of(config_class).__name__
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if stock is None:
@@ -294,22 +294,24 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
         config["architectures"] = ["CompressedForCausalLM"]
         config["compressed_layers"] = {str(layer): dict(shape) for layer, shape in shapes.items()}
         write_aside(folder / f"{MODELING_FILE}.py", _bundled(*names, carried))
-        names = "CompressedConfig", "CompressedForCausalLM"
+        names = "CompressedConfig", "CompressedForCausalLM", "CompressedModel"
     else:
         write_aside(folder / f"{MODELING_FILE}.py", _concatenated(deepseek) + "\n\nregister()\n")
     config["auto_map"] = {
         "AutoConfig": f"{MODELING_FILE}.{names[0]}",
         "AutoModelForCausalLM": f"{MODELING_FILE}.{names[1]}",
+        "AutoModel": f"{MODELING_FILE}.{names[2]}",  # vLLM's transformers backend puts a head of its own on it
     }
     write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _bundled(config_class: str, model_class: str, carried: bool) -> str:
+def _bundled(config_class: str, model_class: str, base_class: str, carried: bool) -> str:
     """The modeling file of a compressed folder."""
     source = _concatenated(modules, low_rank, *([deepseek] if carried else []), bundle)
-    own = "register()" if carried else f"from transformers import {config_class}, {model_class}  # noqa: E402"
-    made = f"CompressedConfig, CompressedForCausalLM = compressed_classes({config_class}, {model_class})"
-    return f"{source}\n\n{own}\n\n{made}\n"
+    own = ", ".join((config_class, model_class, base_class))
+    imported = "register()" if carried else f"from transformers import {own}  # noqa: E402"
+    made = f"CompressedConfig, CompressedForCausalLM, CompressedModel = compressed_classes({own})"
+    return f"{source}\n\n{imported}\n\n{made}\n"
 
 
 def _own_config(config: PretrainedConfig, config_class: type[PretrainedConfig]) -> PretrainedConfig:

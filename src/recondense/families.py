@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -287,15 +289,21 @@ def register_compressed(model_type: str) -> None:
     if not model_type.startswith(PREFIX):
         return
     config_class = type(AutoConfig.for_model(family_name(model_type)))
-    model_class = model_class_of(config_class)
-    compressed_config, compressed_model = compressed_classes(config_class, model_class)
+    model_class, base = model_class_of(config_class), base_class_of(config_class)
+    compressed_config, compressed_model, compressed_base = compressed_classes(config_class, model_class, base)
     AutoConfig.register(model_type, compressed_config, exist_ok=True)
     AutoModelForCausalLM.register(compressed_config, compressed_model, exist_ok=True)
+    AutoModel.register(compressed_config, compressed_base, exist_ok=True)
 
 
 def model_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
     """The causal LM of a config class."""
     return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
+
+
+def base_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """The model without a head of a config class."""
+    return cast(type[PreTrainedModel], MODEL_MAPPING[config_class])
 
 
 def own_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
