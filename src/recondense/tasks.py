@@ -117,6 +117,8 @@ def folder_tasks(include_path: IncludePath) -> list[str]:
 
 def _check_folders(include_path: IncludePath) -> list[str]:
     """Files that are no YAML: lm-eval's index leaves them out without a word."""
+    if not _folders(include_path):
+        return []  # before an import that takes seconds
     from lm_eval.tasks._yaml_loader import load_yaml
 
     problems = []
