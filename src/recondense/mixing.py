@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,8 @@ from recondense.textfiles import read_texts
 
 if TYPE_CHECKING:
     from recondense.corpora import Corpora
+
+SETTING = re.compile(r"(?<![\w./-])data\.(train\.path|splits\.train|splits|dataset|subset|text_field|form)\b")
 
 
 def mixed(data: DataConfig, load: Callable[[DataConfig, list[str]], Corpora]) -> list[str]:
@@ -80,11 +83,8 @@ def _remedy() -> str:
 
 def _renamed(message: str, where: str) -> str:
     """A message about a data config's settings, as one about those of a source."""
-    for name, own in (("train.path", "path"), ("splits.train", "split"), ("splits", "split")):
-        message = message.replace(f"data.{name}", f"{where}.{own}")
-    for name in ("dataset", "subset", "text_field", "form"):
-        message = message.replace(f"data.{name}", f"{where}.{name}")
-    return message
+    own = {"train.path": "path", "splits.train": "split", "splits": "split"}
+    return SETTING.sub(lambda found: f"{where}.{own.get(found[1], found[1])}", message)
 
 
 def check_sources(data: DataConfig) -> Iterator[str]:

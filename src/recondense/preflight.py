@@ -21,7 +21,7 @@ from recondense.hub import reachable_or_offline
 from recondense.methods.budget import Budget
 from recondense.methods.dropping import Dropping
 from recondense.recorded import recorded_config
-from recondense.stages import read_stages
+from recondense.stages import read_stages, renamed
 
 
 class Step(Protocol):
@@ -65,7 +65,7 @@ def _stages(config: Config) -> list[str]:
     for stage in read_stages(config, []) if config.recovery.objective != "none" else ():
         if stage.own_texts:
             data = replace(stage.data, calibration=CalibrationConfig())
-            found += [text.replace("data.", f"{stage.where}.data.") for text in check_paths(data)]
+            found += [renamed(text, f"{stage.where}.data") for text in check_paths(data)]
     return found
 
 

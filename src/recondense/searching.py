@@ -25,7 +25,7 @@ from recondense.instructions import Record
 from recondense.packing import examples_of, windows_of
 from recondense.plan import Condense, Drop, Operation, Plan, Refit
 from recondense.progress import progress
-from recondense.stages import Stage, stages_of
+from recondense.stages import Stage, renamed, stages_of
 from recondense.templates import as_texts
 
 log = logging.getLogger(__name__)
@@ -76,11 +76,7 @@ class Texts:
         wanted = ["validation"] if config.evaluation.name != "none" or validates else []
         wanted += ["calibration"] if calibrates else []
         wanted += ["train"] if shared else []
-        own = {
-            stage.name: load_corpora(stage.data, ["train", *(["validation"] if stage.recovery.validate_every else [])])
-            for stage in stages
-            if stage.own_texts
-        }
+        own = {stage.name: _corpora_of(stage) for stage in stages if stage.own_texts}
         return cls(load_corpora(config.data, wanted), own)
 
     def sha256(self) -> dict[str, str]:
@@ -124,6 +120,15 @@ class Texts:
         }  # fmt: skip
         filler = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
         return windows_of(examples.kept, length, filler, stage.data.packing)
+
+
+def _corpora_of(stage: Stage) -> Corpora:
+    """The texts that a stage has of its own."""
+    wanted = ["train", "validation"] if stage.recovery.validate_every else ["train"]
+    try:
+        return load_corpora(stage.data, wanted)
+    except (ValueError, ConnectionError) as error:
+        raise type(error)(renamed(str(error), f"{stage.where}.data")) from error
 
 
 def recorder(

@@ -11,6 +11,7 @@ from recondense.config import CalibrationConfig, Config, ConfigError, DataConfig
 from recondense.reading import read_dataclass
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, and of those of metrics
+DATA_SETTING = re.compile(r"(?<![\w./-])data\.(?=(train|validation|dataset|subset|splits|text_field|form)\b)")
 TAKEN = ("control", "pretrain", "recovery")  # names of the other fits of a run
 OF_ALL = ("stages", "control")  # settings of the recovery as a whole
 
@@ -120,6 +121,11 @@ def _data(config: Config, values: Any, name: str, where: str, messages: list[str
     data = cast(DataConfig, read_dataclass(DataConfig, _over(base, values), where, messages))
     calibration = CalibrationConfig() if "source" in values else config.data.calibration
     return replace(expand_homes(data), calibration=calibration)
+
+
+def renamed(message: str, where: str) -> str:
+    """A message about the settings of some data, as one about those that `where` has."""
+    return DATA_SETTING.sub(f"{where}.", message)
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from recondense.config import Config, ConfigError, RecoveryConfig, from_dict
 from recondense.fitting import fit
 from recondense.recovering import with_steps
 from recondense.recovery import RecoveryModule
+from recondense.searching import Texts
 from recondense.stages import stages_of
 
 
@@ -119,6 +120,15 @@ def test_what_is_wrong_with_the_recovery_is_said_once() -> None:
     assert any("recovery.objective=none" in text for text in problems({"name": "a"}, objective="none"))
     with pytest.raises(ConfigError, match="there is no such setting"):
         stages_of(config({"name": "a", "x": 1}))
+
+
+def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
+    """And leave alone a path that looks like one."""
+    path = tmp_path / "data.train.jsonl"
+    own = {"source": "texts", "train": {"path": str(path)}}
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        Texts.read(config({"name": "a", "data": own}), calibrates=False)
+    assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: cannot be read")
 
 
 def test_epochs_are_steps() -> None:
