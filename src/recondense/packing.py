@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from recondense.instructions import Record
 from recondense.losses import MASKED
@@ -23,6 +24,8 @@ from recondense.templates import Marked, Refused, marked
 
 log = logging.getLogger(__name__)
 
+# transformers 5.23 makes their masks without the positions, but takes one for each kind of layer.
+UNAWARE = ("gpt_oss",)
 TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
 MANY = 20_000  # records whose templates and tokens take long enough for a progress bar
 
@@ -190,14 +193,25 @@ def _best_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
     return groups
 
 
-def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None) -> dict[str, Tensor]:
+def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None) -> dict[str, Any]:
     """What the model is called with, so that examples of one window are kept apart.
 
     Flash attention finds examples in a single row only: there the rows of a batch become one, for every row's positions
-    begin at 0. Other kinds find them in every row.
+    begin at 0. Other kinds find them in every row. Models that do not look for them get their masks ready made.
     """
     if position_ids_BS is None:
         return {"input_ids": input_ids_BS}
     if "flash" in str(model.config._attn_implementation):
         return {"input_ids": input_ids_BS.reshape(1, -1), "position_ids": position_ids_BS.reshape(1, -1)}
-    return {"input_ids": input_ids_BS, "position_ids": position_ids_BS}
+    inputs: dict[str, Any] = {"input_ids": input_ids_BS, "position_ids": position_ids_BS}
+    if model.config.model_type in UNAWARE:
+        shape = torch.empty(*input_ids_BS.shape, 0, dtype=model.dtype, device=input_ids_BS.device)
+        settings: dict[str, Any] = {
+            "config": model.config, "inputs_embeds": shape, "attention_mask": None, "past_key_values": None,
+            "position_ids": position_ids_BS,
+        }  # fmt: skip
+        inputs["attention_mask"] = {
+            "full_attention": create_causal_mask(**settings),
+            "sliding_attention": create_sliding_window_causal_mask(**settings),
+        }
+    return inputs
