@@ -150,9 +150,10 @@ def of_family(family: str, methods: list[str], folder: Path, python: str) -> dic
         return cells
     torch.save(expected, folder / "expected.pt")
     environment = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    subprocess.run(
-        [python, "-c", ELSEWHERE, folder / "expected.pt", folder / "found.json"], check=True, env=environment
-    )
+    command = [python, "-c", ELSEWHERE, folder / "expected.pt", folder / "found.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{python}: {done.stderr[-2000:]}")
     for name, entry in json.loads((folder / "found.json").read_text(encoding="utf-8")).items():
         method, format_ = name.split("-")
         cells[method]["formats"][format_] |= entry

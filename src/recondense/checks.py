@@ -14,6 +14,7 @@ SMALLEST_SCRATCH = 16 * 2**20
 CONDENSING = ("recondense.methods.cdmoe.CDMoE", "recondense.methods.combined.Combined")  # what condenses layers
 TRAINS_ALL = "trainable=all: the original shares the backbone and would change with the student. Use trainable=experts."
 Row = tuple[str, float | None, float]  # name of a setting, value, least value
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -254,6 +255,10 @@ def task_files(folder: str | Path) -> list[Path]:
 def _export_and_memory(config: Config) -> Iterator[str]:
     if config.export.enabled not in (True, False, "auto"):
         yield f"export.enabled={config.export.enabled}: must be true, false or auto (where the run changed the model)."
+    if not 0 <= config.export.max_padding <= 1:
+        yield f"export.max_padding={config.export.max_padding}: must be in [0, 1]; it is a fraction of the parameters."
+    if (name := config.export.push_to_hub) is not None and not REPOSITORY.fullmatch(name):
+        yield f"export.push_to_hub={name}: is no repository of the hub; write owner/name, or null."
     for name, value in (
         ("max_scratch_bytes", config.max_scratch_bytes),
         ("export.max_shard_size", config.export.max_shard_size),

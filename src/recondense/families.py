@@ -306,6 +306,12 @@ def base_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]
     return cast(type[PreTrainedModel], MODEL_MAPPING[config_class])
 
 
+def has_attention(config: PretrainedConfig, name: str) -> bool:
+    """Whether a config's model has an attention implementation."""
+    needed = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(name)
+    return needed is None or bool(getattr(own_classes(config)[1], needed))
+
+
 def own_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Config class and causal LM of the family's own, whatever was compressed before."""
     config_class = type(AutoConfig.for_model(family_name(config.model_type)))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from recondense.config import DataConfig
@@ -140,6 +141,31 @@ def _is_network(error: Exception) -> bool:
         "aiohttp",
         "requests",
     }
+
+
+def push_folder(folder: Path, repository: str, private: bool) -> None:
+    """Upload a folder to the hub; a repository that is not there is created.
+
+    Args:
+        repository: owner/name.
+        private: of one that is created.
+
+    Raises:
+        ConnectionError: the hub refuses, or cannot be reached; the folder stays where it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConnectionError(
+            f"export.push_to_hub={repository}: {reason}. The folder is whole in {folder}; push it with "
+            f"`hf upload {repository} {folder}`."
+        ) from error
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import Logger
 
 from recondense import families, loading, profiling, quantized, report, summary, tiny, tracking
 from recondense.config import Config, ConfigError, RecoveryConfig
-from recondense.export import export
+from recondense.export import export, layer_shapes, layout
+from recondense.hub import push_folder
 from recondense.measure import Measure
 from recondense.plan import Plan, write_aside
 from recondense.plan_only import plan_only
@@ -166,6 +167,8 @@ class _Run:
         )
         with measure.timed("apply"):
             module.prepare(refit=False)
+        if config.export.format == "stock" and config.export.enabled is not False:
+            layout(model, layer_shapes(model), config.export)  # or its error, before anything is trained
         sizes["compressed"] = summary.sizes(model)
         if plan.operations:
             measure.stage("compressed", module)
@@ -193,6 +196,9 @@ class _Run:
                 card = summary.model_card(found)
                 kind = export(model, tokenizer, plan, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
+            if config.export.push_to_hub:
+                with measure.timed("push"), progress(f"pushing to {config.export.push_to_hub}"):
+                    push_folder(folder / "model", config.export.push_to_hub, config.export.private)
             found["artifacts"] |= {"model": "model", "export_format": kind}
             if stored and plan.operations:
                 found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)

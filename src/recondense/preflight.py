@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import yaml
+from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
 
@@ -17,10 +18,12 @@ from recondense import families, quantized
 from recondense.checks import check, check_folder, task_files
 from recondense.config import CalibrationConfig, Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
+from recondense.export import layer_shapes, layout
 from recondense.hub import reachable_or_offline
 from recondense.methods.budget import Budget
 from recondense.methods.dropping import Dropping
 from recondense.recorded import recorded_config
+from recondense.sizes import OutliningStep, outlined
 from recondense.stages import read_stages, renamed
 
 
@@ -42,7 +45,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         *check(config),
         *([] if config.plan_only else [*check_paths(config.data), *_stages(config)]),
         *check_folder(config, stored_config(config.run_folder())),
-        *([] if config.plan_only else [*_machine(config.model), *_tasks(config.evaluation)]),
+        *([] if config.plan_only else [*_machine(config.model), *_tasks(config.evaluation), *_push(config)]),
     ]
     if any("model.path" in problem for problem in found):
         return [problem for problem in problems if not problem.startswith("model.path")]
@@ -56,7 +59,51 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
     except ValueError as error:
         return [*problems, str(error)]
     problems += [f"model.path={config.model.path}: {problem}" for problem in quantized.check(planned.to_dict())]
-    return [*problems, *(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
+    problems += [*_attention(config, planned), *_low_rank_already(steps, facts)]
+    refused = [*(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
+    return [*problems, *refused, *([] if refused else _stock(config, steps, planned))]
+
+
+def _push(config: Config) -> list[str]:
+    """An upload that nobody is logged in for."""
+    if config.export.push_to_hub is None or config.export.enabled is False or get_token() is not None:
+        return []
+    return [
+        f"export.push_to_hub={config.export.push_to_hub}: there is no token for the hub; run `hf auth login`, or set "
+        "HF_TOKEN."
+    ]
+
+
+def _attention(config: Config, planned: PretrainedConfig) -> list[str]:
+    """An attention that the family's class has not, and what it has."""
+    wanted = config.model.attention
+    if config.plan_only or families.has_attention(planned, wanted):
+        return []
+    return [f"model.attention={wanted}: model_type {planned.model_type} has no such attention. Use eager."]
+
+
+def _low_rank_already(steps: Sequence[Step], facts: families.Facts) -> list[str]:
+    """A folder whose experts were factorized, given to a method that needs whole ones."""
+    if not facts.factorized or all(isinstance(step, Dropping) for step in steps):
+        return []
+    layers = ", ".join(map(str, facts.factorized[:6])) + (", ..." if len(facts.factorized) > 6 else "")
+    return [
+        f"model.path: the experts of layers {layers} are low-rank already, and this method needs whole ones. Use "
+        "method=layer_drop or block_drop, or compress a folder that was exported with export.format=dense."
+    ]
+
+
+def _stock(config: Config, steps: Sequence[Step], planned: PretrainedConfig) -> list[str]:
+    """Why the family's own class can never hold what this method makes, where it is asked to."""
+    if config.export.format != "stock" or config.export.enabled is False or not steps:
+        return []
+    model = families.on_meta(planned)
+    try:
+        with outlined(model, cast(Sequence[OutliningStep], steps)):
+            layout(model, layer_shapes(model), config.export)
+    except ValueError as error:  # NotStock, or a budget that the method cannot keep
+        return [f"{error}."]
+    return []
 
 
 def _stages(config: Config) -> list[str]:
