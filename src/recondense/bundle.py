@@ -49,6 +49,11 @@ def compressed_classes(
                 reshape(self.model.layers, int(layer), config.hidden_size, **shape)
             self.post_init()
 
+        @classmethod
+        def _can_set_experts_implementation(cls) -> bool:
+            # transformers looks for its decorator in the source of the class, which here is not where the experts are.
+            return bool(model_class._can_set_experts_implementation())
+
     class CompressedModel(base_class):  # type: ignore[valid-type,misc]
         config_class = CompressedConfig
 
@@ -57,6 +62,10 @@ def compressed_classes(
             for layer, shape in config.compressed_layers.items():
                 reshape(self.layers, int(layer), config.hidden_size, **shape)
             self.post_init()
+
+        @classmethod
+        def _can_set_experts_implementation(cls) -> bool:
+            return bool(model_class._can_set_experts_implementation())
 
     for each in (CompressedConfig, CompressedForCausalLM, CompressedModel):
         each.__qualname__ = each.__name__
