@@ -34,16 +34,16 @@ from recondense.plan import Plan  # noqa: E402
 TOLERANCE = 1e-4
 NEW_TOKENS = 8
 PLAIN = ("torch", "transformers", "safetensors")
-# What every family can keep to, of a model with three layers: a third of the experts, half of what is left.
-HALF = ["method.removed_expert_ratio=0.3"]
+# What every family can keep to, of a model with three layers: a third of the experts, as many in each layer.
+THIRD = ["method.removed_expert_ratio=0.33333"]
 SMALL = ["method.population=10", "method.parents=4", "method.iterations=10"]
 BUDGETS: dict[str, list[str]] = {
     "none": [],
     "cdmoe": ["method.num_experts=2", "method.num_layers=1"],
     "cdmoe_s": ["method.num_layers=1"],
     "moei2": ["method.prune_ratio=0.34", "method.average_rank=4", *SMALL],
-    "cdmoe_moei2": [*HALF, "method.num_experts=[2]", "method.prune_ratios=[0.34]", "method.kept_ratios=[0.5]", *SMALL],
-    "naee": [*HALF, *SMALL],
+    "cdmoe_moei2": [*THIRD, "method.num_experts=[2]", "method.prune_ratios=[0.34]", "method.kept_ratios=[0.5]", *SMALL],
+    "naee": [*THIRD, *SMALL],
 }
 LETTERS = {"stock": "S", "bundled": "B", "dense": "D"}
 
@@ -167,7 +167,7 @@ def refused(config: Any, method: str) -> str:
 
 
 def budget(method: str) -> list[str]:
-    return BUDGETS.get(method, HALF)
+    return BUDGETS.get(method, THIRD)
 
 
 @torch.no_grad()
