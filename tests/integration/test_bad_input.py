@@ -82,6 +82,8 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
+RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), [2] * 6)
+LOW_RANK = {"kind": "sparse", "num_experts": 6, "router_rows": 6, "ranks": RANKS}
 LINE = json.dumps({"text": "some words"}) + "\n"
 
 WHOLE, FINITE = "expected a whole number", "expected a finite number"
@@ -269,6 +271,14 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["evaluation.include_path is missing", "evaluation=local", "task YAMLs"],
     ),
     "export that is no choice": (["export.enabled=maybe"], ["export.enabled=maybe", "true, false or auto"]),
+    "format that is no choice": (["export.format=stok"], ["export.format=stok", "Did you mean stock?"]),
+    "padding beyond all": (["export.max_padding=1.5"], ["export.max_padding=1.5", "[0, 1]"]),
+    "stock where it cannot be": (
+        ["method=moei2", "export.format=stock"],
+        ["export.format=stock", "low-rank experts", "no config of qwen2_moe says", "export.format=auto"],
+    ),
+    "repository that is none": (["export.push_to_hub=mine"], ["export.push_to_hub=mine", "owner/name"]),
+    "push by nobody": (["export.push_to_hub=me/mine"], ["no token", "hf auth login"]),
     "no such device": (["model.device=gpu"], ["model.device=gpu", "cuda:N"]),
     "slow experts": (["model.device=cpu", "model.experts=batched_mm"], ["batched_mm", "60 times slower", "grouped_mm"]),
     "scratch that is no size": (["max_scratch_bytes=lots"], ["max_scratch_bytes", "'lots'", "512MiB"]),
@@ -296,6 +306,18 @@ MADE: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     "fp8 without blocks": (
         lambda f: (f.model(quantization_config={"quant_method": "fp8"}),),
         ["fp8 without weight_block_size"],
+    ),
+    "experts that are low-rank already": (
+        lambda f: (f.model(model_type="recondense_qwen2_moe", compressed_layers={"2": LOW_RANK}), "method=reap"),
+        ["experts of layers 2 are low-rank already", "layer_drop", "export.format=dense"],
+    ),
+    "attention that a family lacks": (
+        lambda f: (f.model(model_type="gpt_oss", num_local_experts=6, head_dim=8), "method.num_experts=2"),
+        ["model.attention=sdpa", "gpt_oss has no such attention", "eager"],
+    ),
+    "condensed layers that a family cannot say": (
+        lambda f: (f.model(model_type="mixtral", num_local_experts=6), "method.num_experts=2", "export.format=stock"),
+        ["export.format=stock", "no config of mixtral says"],
     ),
     "no weights": (lambda f: (f.model(("tokenizer.json",)),), ["no weights (*.safetensors)"]),
     "no tokenizer": (lambda f: (f.model(("model.safetensors",)),), ["no tokenizer", "model.tokenizer"]),
