@@ -53,6 +53,8 @@ class Routing:
         score: softmax over all experts, or a sigmoid each. A softmax over the selected logits alone is softmax with
             `normalize`.
         num_groups, top_groups: experts stand in groups of equal size; only those of the best top_groups are selected.
+        least_sum: the least that selected weights are divided by, as all of them may be next to 0 where not the scores
+            alone decide the selection; added to the sum of sigmoids.
     """
 
     top_k: int
@@ -61,6 +63,7 @@ class Routing:
     score: Literal["softmax", "sigmoid"] = "softmax"
     num_groups: int = 1
     top_groups: int = 1
+    least_sum: float = 0.0
 
 
 class Pattern(NamedTuple):
@@ -192,7 +195,12 @@ def _deepseek_v3(config: PretrainedConfig) -> Routing:
         score="sigmoid",
         num_groups=config.n_group,
         top_groups=config.topk_group,
+        least_sum=1e-20,
     )
+
+
+def _ernie(config: PretrainedConfig) -> Routing:
+    return replace(_normalized(config), least_sum=float(config.moe_norm_min))
 
 
 def _shared(config: PretrainedConfig) -> int:
@@ -225,7 +233,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": Family(
         "moe_num_experts",
         INTERVAL,
-        _normalized,
+        _ernie,
         shared_width=lambda config: config.moe_intermediate_size * (config.moe_num_shared_experts or 0),
         shared_expert="shared_experts",
     ),

@@ -47,7 +47,8 @@ class Replay:
             computed again for each population otherwise; the other half is for scoring, or for the outputs of
             GRAM_TOKENS tokens, of fewer where they do not fit.
 
-    Equal logits are taken in torch.topk's order over M, where the router takes them in its order over K.
+    Equal logits, or sigmoids that round alike, are taken in torch.topk's order over M, where the router takes them in
+    its order over K.
 
     Raises:
         ValueError: fewer experts would stay than must; grouped routing; merged experts.
@@ -164,7 +165,9 @@ class Replay:
             selected_TMP = self._selected(scores_TMP, keep_TMP, index_TM)
         weights_TMP = selected_TMP * scores_TMP
         if routing.normalize:
-            weights_TMP /= weights_TMP.sum(dim=1, keepdim=True)
+            total_T1P = weights_TMP.sum(dim=1, keepdim=True)
+            sigmoid = routing.score == "sigmoid"
+            weights_TMP /= total_T1P + routing.least_sum if sigmoid else total_T1P.clamp_min(routing.least_sum)
         return weights_TMP.mul_(routing.scale)
 
     def _selected(self, scores_TMP: Tensor, keep_TMP: Tensor, index_TM: Tensor) -> Tensor:
