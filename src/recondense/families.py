@@ -421,29 +421,31 @@ def separated(model: PreTrainedModel, layer: int, original: nn.Module) -> bool:
 
 
 def multiplied_out(experts: LowRankExperts, *, turned: bool) -> dict[str, Tensor]:
-    """Low-rank experts as a family's fused ones, by parameter name, in the factors' dtype.
+    """Low-rank experts as a family's fused ones, by parameter name, in the factors' dtype; one expert at a time.
 
     Args:
         turned: as gpt_oss has them: transposed, gate and up interleaved.
     """
-    parts: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
-    biases: dict[str, list[Tensor]] = {name: [] for name in parts}
-    dtype = next(experts.parameters()).dtype
-    for expert in range(experts.num_experts):
+    number, width, hidden_size = experts.num_experts, experts.intermediate_dim, experts.hidden_dim
+    like = next(experts.parameters())
+    both, down = like.new_empty(number, 2 * width, hidden_size), like.new_empty(number, hidden_size, width)
+    added = {
+        "gate_up_proj_bias": like.new_empty(number, 2 * width),
+        "down_proj_bias": like.new_empty(number, hidden_size),
+    }
+    gate_rows, up_rows = (slice(0, None, 2), slice(1, None, 2)) if turned else (slice(width), slice(width, None))
+    for expert in range(number):
         bucket, position = experts.place_of(expert)
-        for name, found in parts.items():
-            found.append(bucket.projection(position, name).to(dtype))
-        for name, bias in zip(biases, bucket.biases() or (), strict=False):
-            biases[name].append(bias[position])
-    gate, up, down = (torch.stack(found) for found in parts.values())
-    fused = {"gate_up_proj": torch.cat((gate, up), dim=1), "down_proj": down}
-    if turned:
-        fused = {"gate_up_proj": torch.stack((gate, up), dim=2).flatten(1, 2).transpose(1, 2), "down_proj": down.mT}
-    if experts.bias:
-        gate, up, down = (torch.stack(found) for found in biases.values())
-        both = torch.stack((gate, up), dim=2).flatten(1) if turned else torch.cat((gate, up), dim=1)
-        fused |= {"gate_up_proj_bias": both, "down_proj_bias": down}
-    return fused
+        both[expert, gate_rows] = bucket.projection(position, "gate_proj").to(like.dtype)
+        both[expert, up_rows] = bucket.projection(position, "up_proj").to(like.dtype)
+        down[expert] = bucket.projection(position, "down_proj").to(like.dtype)
+        if experts.bias:
+            gate_bias, up_bias, down_bias = (bias[position] for bias in bucket.biases() or ())
+            added["gate_up_proj_bias"][expert, gate_rows] = gate_bias
+            added["gate_up_proj_bias"][expert, up_rows] = up_bias
+            added["down_proj_bias"][expert] = down_bias
+    fused = {"gate_up_proj": both.mT, "down_proj": down.mT} if turned else {"gate_up_proj": both, "down_proj": down}
+    return {**fused, **(added if experts.bias else {})}
 
 
 def layers_prefix() -> str:
