@@ -89,3 +89,26 @@ def real_size(figures: dict[str, Any]) -> None:
 
 
 CHECKS = {"search": genetic, "low_rank": low_rank, "real_size": real_size}
+
+
+def test_families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One family by two methods; a folder that computes something else is found."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = importlib.import_module("families")
+    alone = next(line for line in bench.ELSEWHERE.splitlines() if line.startswith("assert all(importlib"))
+    monkeypatch.setattr(bench, "ELSEWHERE", bench.ELSEWHERE.replace(alone, 'sys.modules["recondense"] = None'))
+    cells = bench.of_family("mixtral", ["cdmoe_s", "reap", "svd_llm"], tmp_path, sys.executable)
+    assert "no shared experts" in cells["cdmoe_s"]["refused"] and bench.letters(cells["cdmoe_s"]) == "x"
+    assert not any(list(bench.failures(cell)) for cell in cells.values())
+    assert [bench.letters(cells[method]) for method in ("reap", "svd_llm")] == ["S B", "B D"]
+    for entry in cells["reap"]["formats"].values():
+        assert 0 <= entry["difference"] < 1e-4 and entry["tokens"]
+    assert (
+        bench.letters({"refused": "", "formats": {"auto": {"kind": "stock", "difference": 1e-3, "tokens": True}}})
+        == "!"
+    )
+    assert (
+        bench.letters({"refused": "", "formats": {"auto": {"kind": "stock", "difference": 0.0, "tokens": False}}})
+        == "!"
+    )
+    assert bench.letters({"refused": "", "formats": {"auto": {"kind": "stock", "error": "it does not load"}}}) == "!"
