@@ -284,11 +284,14 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
     own.architectures = [model_class.__name__]
     own.dtype = str(model.dtype).removeprefix("torch.")
     own.save_pretrained(folder)
-    if stock is not None and not carried:
-        return
-    names = config_class.__name__, model_class.__name__, families.base_class_of(config_class).__name__
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
+    counts = families.family_of(model.config).num_experts
+    config[counts] = getattr(own, counts)  # under its published name, where transformers writes another alone
+    if stock is not None and not carried:
+        write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return
+    names = config_class.__name__, model_class.__name__, families.base_class_of(config_class).__name__
     if stock is None:
         config["model_type"] = bundle.PREFIX + config["model_type"]
         config["architectures"] = ["CompressedForCausalLM"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from transformers import PretrainedConfig
 
@@ -83,7 +83,7 @@ class Family:
     """Where one model_type keeps things.
 
     Args:
-        num_experts: what the config calls the number of routed experts.
+        num_experts: what published configs call the number of routed experts.
         pattern: which layers are sparse.
         routing: what the router does.
         expert_width: what the config calls F.
@@ -218,7 +218,7 @@ FAMILIES: dict[str, Family] = {
         shared_expert="shared_expert",
         shared_expert_gate="shared_expert_gate",
     ),
-    "qwen3_moe": Family("num_local_experts", MLP_ONLY, _plain),
+    "qwen3_moe": Family("num_experts", MLP_ONLY, _plain),
     "deepseek": Family(
         "n_routed_experts", FREQUENCY, _deepseek, shared_width=_shared, shared_expert="shared_experts", carried=True
     ),
@@ -349,9 +349,22 @@ def stock_updates(
         for name in PER_LAYER:
             if name not in updates and getattr(config, name, None) is not None:
                 updates[name] = [getattr(config, name)[layer] for layer in kept]
+        if not _follows(config, updates.get("layer_types", ())):
+            return None
     if num_experts is not None:
         updates[family.num_experts] = num_experts
     return updates
+
+
+def _follows(config: PretrainedConfig, types: Sequence[str]) -> bool:
+    """Whether kinds of attention lie as in any config of the family of so many layers.
+
+    vLLM 0.32 goes by that (gpt_oss: every other layer slides) and not by `layer_types`.
+    """
+    if len(set(types)) < 2:
+        return True
+    usual = cast(Any, type(config))(num_hidden_layers=len(types)).layer_types
+    return list(types) == list(usual or ())
 
 
 def dense_widths(config: PretrainedConfig) -> Mapping[int, int]:
