@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, bits, logits, recorded, same_bits, windows
+from tiny_models import EVERY, bits, logits, recorded, same_bits, windows
 from torch.nn.utils import parametrize
 
 from recondense.adapters import LoraUpdate
@@ -18,6 +18,7 @@ from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, P
 from recondense.recovery import RecoveryModule, trained_state
 
 IDS = windows(3, 11)
+FAMILIES = {name: EVERY[name] for name in ("qwen2_moe", "deepseek_v2", "gpt_oss")}
 FOUR = (0, 2, 3, 5)
 RANKS = {name: (3, 5, None, 2) for name in ("gate_proj", "up_proj", "down_proj")}
 PLANS: dict[str, tuple[Operation, ...]] = {
