@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from searched import BUDGETS, METHODS, plan_of, steps_of
-from tiny_models import FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
+from transformers import AutoModelForCausalLM
 
 from recondense import families, surgery
 from recondense.config import RecoveryConfig
@@ -28,11 +29,20 @@ FIRST = next(iter(FAMILIES))
 IDS = windows(3, 11)
 
 # Every method on one family, each family with some method; the rest of the product with the slow tests.
-QUICK = {(method, FIRST) for method in METHODS} | {("cdmoe", family) for family in FAMILIES}
+WITH = ("cdmoe", "moei2", "mc_smoe", "hc_smoe", "naee", "layer_drop", "svd_llm", "reap")
+QUICK = {(method, FIRST) for method in METHODS} | set(zip(cycle(WITH), EVERY, strict=False))
+
+
+def config(family: str) -> Any:
+    return EVERY[family]().config
+
+
+UNSHARED = [family for family in EVERY if not families.facts(config(family)).shared_width]
 PRODUCT = [
     pytest.param(method, family, marks=() if (method, family) in QUICK else pytest.mark.slow)
     for method in METHODS
-    for family in FAMILIES
+    for family in EVERY
+    if method != "cdmoe_s" or family not in UNSHARED
 ]
 CONDENSING = ("cdmoe", "cdmoe_s", "none")
 FACTORIZING = ("moei2", "svd_llm")
@@ -43,16 +53,23 @@ def test_every_method_has_a_budget_here() -> None:
     assert set(BUDGETS) == set(METHODS)
 
 
+@pytest.mark.parametrize("family", UNSHARED)
+def test_without_shared_experts_nothing_is_left_by_cdmoe_s(family: str) -> None:
+    """Said from the config, before weights are loaded."""
+    problems = [problem for step in steps_of("cdmoe_s")[0] for problem in step.check(families.facts(config(family)))]
+    assert problems == ["method.num_experts=0 leaves nothing of a layer: this model has no shared experts"]
+
+
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_plan_round_trip(method: str, family: str, tmp_path: Path) -> None:
-    plan = plan_of(FAMILIES[family](), method, tmp_path, *BUDGETS[method])
+    plan = plan_of(EVERY[family](), method, tmp_path, *BUDGETS[method])
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan == Plan.from_json(plan.to_json())
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_search_leaves_the_model_unchanged(method: str, family: str, tmp_path: Path) -> None:
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     before = logits(model, IDS)
     with unchanged(model):
         plan_of(model, method, tmp_path, *BUDGETS[method])
@@ -62,7 +79,7 @@ def test_search_leaves_the_model_unchanged(method: str, family: str, tmp_path: P
 @pytest.mark.parametrize("budget", ["small", "the YAML's"])
 @pytest.mark.parametrize(("method", "family"), [each for each in PRODUCT if each.values[0] in CONDENSING])
 def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budget: str, tmp_path: Path) -> None:
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     overrides = BUDGETS[method] if budget == "small" else []
     _, settings = steps_of(method, *overrides)
     facts = families.facts(model.config)
@@ -74,7 +91,7 @@ def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budge
     assert plan.layers == tuple(layers) if layers is not None else len(plan.layers) == wanted
     num_experts = settings.get("num_experts", facts.num_experts)
     assert all(len(cast(Any, operation).experts) == num_experts for operation in plan.operations)
-    expert = 3 * facts.hidden_size * facts.expert_width
+    expert = families.parameter_counts(model.config).expert
     lost = len(plan.layers) * (facts.num_experts - num_experts) * expert
     assert before["routed_experts"] - sizes(model)["routed_experts"] == lost
     assert set(condensed_layers(model)) | set(families.sparse_blocks(model)) == set(facts.moe_layers)
@@ -84,7 +101,7 @@ def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budge
 def test_the_outline_has_the_sizes_that_the_search_reaches(method: str, family: str, tmp_path: Path) -> None:
     """From shapes alone: no weights, no calibration set. Layer by layer, unless the step says what is left open."""
     steps, _ = steps_of(method, *BUDGETS[method])
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     meta = families.on_meta(model.config, torch.float32)
     surgery.restructure(model, plan_of(model, method, tmp_path, *BUDGETS[method]))
     found = compare(meta, steps)
@@ -93,7 +110,8 @@ def test_the_outline_has_the_sizes_that_the_search_reaches(method: str, family: 
     if not any(step.left_open for step in steps):
         assert sorted(layers) == sorted(left)
     # Ranks that are rounded elsewhere, and another mix of options, reach the budget less exactly.
-    step = RANK * 4 if method == "moei2" else max(left) // 4 if method == "cdmoe_moei2" else 0
+    rank = 3 * (32 + 16)  # what a rank of one takes in an expert of the tiny models
+    step = rank * 4 if method == "moei2" else max(left) // 4 if method == "cdmoe_moei2" else 0
     assert abs(found.after.total - reached["total"]) <= step
     assert abs(found.after.routed_experts - reached["routed_experts"]) <= step
     assert sizes(meta) == {"total": found.before.total, "routed_experts": found.before.routed_experts}
@@ -104,13 +122,12 @@ def scale_bytes(layer: torch.nn.Module) -> int:
     return sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.endswith("scale"))
 
 
-EXPERT, RANK = 3 * 32 * 16, 3 * (32 + 16)  # parameters of the tiny models
-# The least that a method can remove at a time: an expert (with its router row), a rank of one, or a layer (None).
-UNITS: dict[str, int | None] = {
-    **dict.fromkeys(("random", "frequency", "routing_weight", "reap", "naee", "expert_drop"), EXPERT + 32),
-    **dict.fromkeys(("mc_smoe", "hc_smoe"), EXPERT),
-    **dict.fromkeys(("svd_llm", "moei2"), RANK),
-    **dict.fromkeys(("cdmoe", "cdmoe_s", "layer_drop", "block_drop", "cdmoe_moei2"), None),
+# The least that a method can remove at a time.
+UNITS = {
+    **dict.fromkeys(("random", "frequency", "routing_weight", "reap", "naee", "expert_drop"), "expert with router row"),
+    **dict.fromkeys(("mc_smoe", "hc_smoe"), "expert"),
+    **dict.fromkeys(("svd_llm", "moei2"), "rank"),
+    **dict.fromkeys(("cdmoe", "cdmoe_s", "layer_drop", "block_drop", "cdmoe_moei2"), "layer"),
 }
 
 
@@ -122,8 +139,10 @@ UNITS: dict[str, int | None] = {
 def test_the_budget_is_kept_as_closely_as_the_method_can(
     method: str, family: str, budget: str, ratio: float, tmp_path: Path
 ) -> None:
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     before = sizes(model)
+    counts = families.parameter_counts(model.config)
+    expert, row = counts.expert, counts.router_row
     layer = max(
         sum(parameter.numel() for parameter in families.decoder_layers(model)[layer].parameters())
         for layer in families.sparse_blocks(model)
@@ -138,16 +157,17 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
     else:
         # Whole experts: as many as round to the ratio.
         limit = before["routed_experts"] - round(ratio * before["routed_experts"])
-        if UNITS[method] in (EXPERT, EXPERT + 32):
-            limit = before["routed_experts"] - round(ratio * before["routed_experts"] / EXPERT) * EXPERT
+        if "expert" in UNITS[method]:
+            limit = before["routed_experts"] - round(ratio * before["routed_experts"] / expert) * expert
         reached = after["routed_experts"]
-    assert reached <= limit < reached + (UNITS[method] or layer)
+    units = {"expert with router row": expert + row, "expert": expert, "rank": 3 * (32 + 16), "layer": layer}
+    assert reached <= limit < reached + units[UNITS[method]]
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_two_searches_decide_the_same(method: str, family: str, tmp_path: Path) -> None:
     """Each with a cache of its own; then one that reads the other's."""
-    plans = [plan_of(FAMILIES[family](), method, tmp_path / str(index), *BUDGETS[method]) for index in (0, 1, 0)]
+    plans = [plan_of(EVERY[family](), method, tmp_path / str(index), *BUDGETS[method]) for index in (0, 1, 0)]
     assert plans[0].operations == plans[1].operations == plans[2].operations
     apart = ("seconds", "reused")
     found = [[{k: v for k, v in step.items() if k not in apart} for step in plan.search["steps"]] for plan in plans]
@@ -184,7 +204,7 @@ def test_several_processes_decide_what_one_decides(method: str, decided_apart: l
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        mine = plan_of(FAMILIES[FIRST](), method, tmp_path, *BUDGETS[method])
+        mine = plan_of(EVERY[FIRST](), method, tmp_path, *BUDGETS[method])
     finally:
         torch.set_num_threads(threads)
     one, other, threaded = (Plan.load(folder / f"{method}.json") for folder in decided_apart)
@@ -203,7 +223,7 @@ def test_several_processes_decide_what_one_decides(method: str, decided_apart: l
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_logits_are_finite_and_change_only_if_something_did(method: str, family: str, tmp_path: Path) -> None:
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     before = logits(model, IDS)
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
     surgery.apply(model, plan, lambda: recorded(model))
@@ -215,45 +235,28 @@ def test_logits_are_finite_and_change_only_if_something_did(method: str, family:
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_export_then_load_gives_equal_logits(method: str, family: str, tmp_path: Path) -> None:
     """Here with the live classes; tests/unit/test_export.py loads where recondense does not exist."""
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     plan = plan_of(model, method, tmp_path / "cache", *BUDGETS[method])
     surgery.apply(model, plan, lambda: recorded(model))
     kind = export(model, None, plan, tmp_path / "out", "")
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
-    if kind == "stock":
-        again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    else:  # restructured from the plan alone, then filled with the folder's weights
-        with pytest.raises(ValueError, match="trust_remote_code"):
-            AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=False)
-        again = FAMILIES[family](seed=5)
-        surgery.restructure(again, Plan.load(tmp_path / "out" / "plan.json"))
-        for block in condensed_layers(again).values():
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
+    assert said == (family if kind == "stock" else f"recondense_{family}")
+    families.register_compressed(said)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if kind == "bundled":  # the shapes that the plan alone makes
+        shaped = EVERY[family](seed=5)
+        surgery.restructure(shaped, plan)
+        for block in condensed_layers(shaped).values():
             block.fold()
-        load_weights(again, tmp_path / "out")
+        sizes_of = [{name: value.shape for name, value in each.state_dict().items()} for each in (again, shaped)]
+        assert sizes_of[0] == sizes_of[1]
     torch.testing.assert_close(logits(again.eval(), IDS), logits(model, IDS), rtol=0, atol=1e-4)
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Fill a model from a folder's safetensors; on disk the experts are separate."""
-    from safetensors.torch import load_file
-
-    stored = load_file(folder / "model.safetensors")
-    state = model.state_dict()
-    for name in state:
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            prefix, _, kind = name.rpartition(".")
-            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-            each = [
-                torch.cat([stored.pop(f"{prefix}.{expert}.{part}.weight") for part in parts])
-                for expert in range(state[name].shape[0])
-            ]
-            stored[name] = torch.stack(each)
-    model.load_state_dict(stored)
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_only_named_parameters_receive_gradients(method: str, family: str, tmp_path: Path) -> None:
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
     objective = cast(Any, "distill" if plan.operations else "finetune")
     recovery = RecoveryConfig(name="x", objective=objective, steps=1)
@@ -275,9 +278,9 @@ def test_only_named_parameters_receive_gradients(method: str, family: str, tmp_p
     assert module.teacher is None or same_bits(bits(module.teacher), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_an_empty_plan_is_bit_identical(family: str) -> None:
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     before, expected = bits(model), logits(model, IDS)
     module = RecoveryModule(model, RecoveryConfig(), plan=Plan("tiny"))
     module.prepare()
@@ -286,10 +289,10 @@ def test_an_empty_plan_is_bit_identical(family: str) -> None:
 
 
 @pytest.mark.parametrize("whitening", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_full_rank_equals_the_original(family: str, whitening: bool) -> None:
     """Every projection of every expert in two factors of min(D, F) = 16, through a plan and surgery."""
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     before = logits(model, IDS)
     full = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
     operations = tuple(Factorize(layer, full, whitening) for layer in families.sparse_blocks(model))
@@ -301,18 +304,18 @@ def test_full_rank_equals_the_original(family: str, whitening: bool) -> None:
 @pytest.mark.parametrize(("method", "family"), [each for each in PRODUCT if each.values[0] in FACTORIZING])
 def test_a_budget_of_everything_leaves_every_expert_dense(method: str, family: str, tmp_path: Path) -> None:
     """A rank above the break-even saves nothing, so that keeping all of the parameters changes nothing."""
-    model = FAMILIES[family]()
+    model = EVERY[family]()
     without = ("method.memory_ratio=null", "method.removed_expert_ratio=null")
     plan = plan_of(model, method, tmp_path, *without, "method.ratio=1")
     assert not [operation for operation in plan.operations if isinstance(operation, Factorize)]
 
 
 @pytest.mark.parametrize("method", ["cdmoe", "cdmoe_s"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_all_experts_of_a_layer_that_weighs_them_alike_are_the_layer(method: str, family: str, tmp_path: Path) -> None:
     """The one case in which condensing loses nothing: constant routing weights, every expert kept."""
     top_k = {"num_experts_per_tok": 6}
-    model = FAMILIES[family](**top_k)
+    model = EVERY[family](**top_k)
     with torch.no_grad():
         for block in families.sparse_blocks(model).values():
             block.router.weight.zero_()  # type: ignore[operator]
