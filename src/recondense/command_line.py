@@ -197,7 +197,7 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
     if key in _groups(loader):
-        options = loader.get_group_options(key, results_filter=ObjectType.CONFIG)
+        options = _choices(key, loader)
         word = text.partition("=")[2]
         if word not in options:
             near = nearest(word, options)
@@ -230,6 +230,14 @@ def _names(config: DictConfig, path: str = "") -> Iterator[str]:
             yield from _names(node, f"{path}{key}.")
         else:
             yield f"{path}{key}"
+
+
+def _choices(group: str, loader: ConfigLoader) -> list[str]:
+    """A group's files and those of the folders in it, as folder/name; one that starts with _ is a part of others."""
+    names = [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
+    return names + [
+        f"{folder}/{name}" for folder in loader.list_groups(group) for name in _choices(f"{group}/{folder}", loader)
+    ]
 
 
 def _groups(loader: ConfigLoader) -> list[str]:

@@ -168,6 +168,11 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?"]),
     "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),
+    "recipe without its folder": (
+        ["experiment=cdmoe_qwen_e4"],
+        ["experiment=cdmoe_qwen_e4", "Did you mean paper/cdmoe_qwen_e4?"],
+    ),
+    "part of recipes": (["experiment=paper/_moei2x"], ["no such experiment", "Did you mean paper/moei2_"]),
     "no choice": (["logger=null"], ["logger=null", "Choices: default"]),
     "unknown setting": (["recovery.stepz=3"], ["recovery.stepz", "no such setting", "Did you mean recovery.steps?"]),
     "setting of another group": (["num_experts=3"], ["num_experts", "no such setting", "method.num_experts"]),
