@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from log_handlers import loggers_put_back
 from small import byte_tokenizer
 from tiny_models import qwen2_moe
@@ -19,8 +20,10 @@ from recondense import pipeline, progress
 from recondense.cache import JsonFolder
 from recondense.config import Config, from_dict
 from recondense.methods.cdmoe import CDMoE
+from recondense.published import CDMOE, PAPER_TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
+NORMALISED = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa")  # those for which lm-eval has acc_norm
 
 
 def model_folder(folder: Path, family: Callable[..., Any] = qwen2_moe) -> Path:
@@ -103,6 +106,61 @@ def record_file(folder: Path) -> str:
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
+
+
+def paper_tasks(folder: Path, paper: str = CDMOE) -> Path:
+    """Tasks under the names of a paper's, with the metrics that lm-eval's have and a dozen questions each."""
+    folder.mkdir(parents=True)
+    for number, name in enumerate(PAPER_TASKS[paper]):
+        data = folder / f"{name}.jsonl"
+        lines = [
+            {
+                "question": f"{name}: which is number {index * (number + 3)}?",
+                "choices": [chr(97 + index), f"{index} or {number}", "none of the two others"],
+                "label": (index * index + number) % 3,
+            }
+            for index in range(12)
+        ]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "question",
+            "doc_to_choice": "choices",
+            "doc_to_target": "label",
+            "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")[: 1 + (name in NORMALISED)]],
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+def paper_sets(folder: Path) -> None:
+    """Few texts and records in the forms of C4, Alpaca and commonsense_170k: files, and as on the hub in `hub`."""
+    texts = {split: Path(path).read_text() for split, path in text_files(folder / "texts").items()}
+    lines = {"c4": texts["train"] + texts["calibration"], "c4-validation": texts["validation"]}
+    rows = {name: [{**json.loads(line), "url": "x"} for line in text.splitlines()] for name, text in lines.items()}
+    rows["alpaca"] = [
+        {"instruction": f"Add {n}.", "input": f"{n}" if n % 2 else "", "output": f"{2 * n}."} for n in range(12)
+    ]
+    rows["commonsense_170k"] = [
+        {"instruction": f"True or false: is {n} odd?", "input": "", "output": "true", "answer": "true"}
+        for n in range(10)
+    ]
+    hub = folder / "hub"
+    for name, path in {
+        "c4": "c4/train", "c4-validation": "c4/validation", "alpaca": "alpaca/train",
+        "commonsense_170k": "commonsense_170k/train",
+    }.items():  # fmt: skip
+        text = "".join(json.dumps(row) + "\n" for row in rows[name])
+        (folder / f"{name}.jsonl").write_text(text)
+        (folder / f"{name}.json").write_text(json.dumps(rows[name]))
+        (hub / path).parent.mkdir(parents=True, exist_ok=True)
+        (hub / f"{path}.jsonl").write_text(text)
+    files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "validation"))
+    (hub / "c4" / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:\n{files}---\n")
 
 
 def stages(base: Path) -> list[dict[str, Any]]:

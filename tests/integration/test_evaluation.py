@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from integration.runs import config, model_folder, one_command, text_files
+from integration.runs import NORMALISED, config, model_folder, one_command, paper_tasks, text_files
 from recondense import pipeline, published
 from recondense.config import EvaluationConfig, HeldoutConfig
 from recondense.heldout import HELDOUT_TASKS
@@ -23,37 +22,6 @@ from recondense.methods.cdmoe import CDMoE
 from recondense.published import CDMOE, DEEPSEEK, PAPER_TASKS, model_named
 
 Command = Callable[..., tuple[int, str]]
-
-NORMALISED = ("arc_challenge", "hellaswag", "openbookqa", "piqa")  # those for which lm-eval has acc_norm
-
-
-def paper_tasks(folder: Path) -> Path:
-    """Tasks under the names of CD-MoE's, with the metrics that lm-eval's have and a dozen questions each."""
-    folder.mkdir(parents=True)
-    for number, name in enumerate(PAPER_TASKS[CDMOE]):
-        data = folder / f"{name}.jsonl"
-        lines = [
-            {
-                "question": f"{name}: which is number {index * (number + 3)}?",
-                "choices": [chr(97 + index), f"{index} or {number}", "none of the two others"],
-                "label": (index * index + number) % 3,
-            }
-            for index in range(12)
-        ]
-        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        task = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "question",
-            "doc_to_choice": "choices",
-            "doc_to_target": "label",
-            "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")[: 1 + (name in NORMALISED)]],
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-    return folder
 
 
 @pytest.fixture(scope="module")

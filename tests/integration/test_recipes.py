@@ -1,0 +1,291 @@
+"""The papers' recipes: they compose, hold the papers' numbers, and run to their export on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tiny_models import EVERY
+
+from integration.runs import model_folder, one_command, paper_sets, paper_tasks
+from recondense import loading, preflight
+from recondense.command_line import check_run
+from recondense.config import Config, ModelConfig, from_dict
+from recondense.plan import Plan
+from recondense.published import PAPER_TASKS
+from recondense.recorded import recorded_config, recorded_values
+from recondense.stages import stages_of
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "conf" / "experiment" / "paper"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
+
+# ------------------------------------------------------------------------------------------------- the papers' numbers
+
+CDMOE: dict[str, Any] = {
+    "data.source": "hub", "data.dataset": "allenai/c4", "data.subset": "en", "data.calibration.num_samples": 100,
+    "data.calibration.max_length": 256, "data.calibration.sources": None, "data.train.num_texts": 10_000,
+    "method.shared_gate": "mean", "method.expert_search": "greedy", "method.refit": False,
+    "recovery.objective": "finetune", "evaluation.num_fewshot": 0, "evaluation.limit": None,
+}  # fmt: skip
+MOEI2: dict[str, Any] = {
+    "data.calibration.num_samples": 2048, "data.calibration.sources.0.dataset": "allenai/c4",
+    "data.calibration.sources.1.dataset": "tatsu-lab/alpaca", "data.calibration.sources.0.weight": 1.0,
+    "data.calibration.sources.1.weight": 1.0, "method.prune_ratio": 0.25, "method.population": 100,
+    "method.iterations": 50, "method.num_candidates": 3, "method.block_size": 3, "method.alpha": 0.15,
+    "method.rank_multiple": 1, "method.whitening": False, "method.ratio": None, "method.memory_ratio": None,
+    "method.removed_expert_ratio": None, "method.refit": False, "evaluation.num_fewshot": 0, "evaluation.limit": None,
+}  # fmt: skip
+# Stage by stage. What MoE-I² does not say is LLM-Pruner's, which has its data and epochs: batches of 64, rank 8.
+LM = {
+    "objective": "finetune", "trainable": "experts", "steps": 1250, "epochs": None, "batch_size": 8,
+    "accumulate_grad_batches": 1, "learning_rate": 1e-5, "schedule": "linear", "warmup_steps": 0, "gradient_clip": 1.0,
+}  # fmt: skip
+SFT = {**LM, "epochs": 1, "batch_size": 16, "learning_rate": 5e-5}
+LORA = {
+    **LM, "trainable": "lora", "epochs": 2, "accumulate_grad_batches": 8, "learning_rate": 1e-4, "warmup_steps": 100
+}  # fmt: skip
+STAGES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "cdmoe": [
+        (LM, {"dataset": "allenai/c4", "sequence_length": 256, "form": None}),
+        (SFT, {"dataset": "zwhe99/commonsense_170k", "sequence_length": 128, "form": "alpaca", "packing": False}),
+    ],
+    "moei2": [(LORA, {"dataset": "tatsu-lab/alpaca", "sequence_length": 256, "form": "alpaca", "packing": False})],
+}
+DEEPSEEK, QWEN = "deepseek-ai/deepseek-moe-16b-base", "Qwen/Qwen1.5-MoE-A2.7B"
+NUMBERS: dict[str, dict[str, Any]] = {
+    "cdmoe_deepseek_e6": {"model.path": DEEPSEEK, "method.num_experts": 6, "method.num_layers": 9},
+    "cdmoe_deepseek_e0": {"model.path": DEEPSEEK, "method.num_experts": 0, "method.num_layers": 8},
+    "cdmoe_qwen_e4": {"model.path": QWEN, "method.num_experts": 4, "method.num_layers": 9},
+    "cdmoe_qwen_e0": {"model.path": QWEN, "method.num_experts": 0, "method.num_layers": 9},
+    "moei2_qwen": {"model.path": QWEN, "method.average_rank": 512, "method.search": "genetic"},
+    "moei2_deepseek_v2_lite": {
+        "model.path": "deepseek-ai/DeepSeek-V2-Lite", "method.average_rank": 512, "method.search": "genetic",
+    },
+    "moei2_mixtral": {
+        "model.path": "mistralai/Mixtral-8x7B-v0.1", "method.average_rank": 2048, "method.search": "exact",
+    },
+}  # fmt: skip
+# Of the whole model's memory (CD-MoE), or of the routed experts' parameters (MoE-I²), and the row that is printed.
+SIZES: dict[str, tuple[str, float, str | None]] = {
+    "cdmoe_deepseek_e6": ("memory", 0.7242, "cdmoe: shared+6, 9 layers 0.7242 0.725 55.5"),
+    "cdmoe_deepseek_e0": ("memory", 0.7295, "cdmoe: shared+0, 8 layers 0.7295 0.731 55.1"),
+    "cdmoe_qwen_e4": ("memory", 0.6954, "cdmoe: shared+4, 9 layers 0.6954 0.697 60.2"),
+    "cdmoe_qwen_e0": ("memory", 0.6736, "cdmoe: shared+0, 9 layers 0.6736 0.675 60.1"),
+    "moei2_qwen": ("routed_expert_parameters", 1 - 0.5398, None),  # the paper has no row of this model
+    "moei2_deepseek_v2_lite": ("routed_expert_parameters", 1 - 0.5398, "53.98% 53.98% 14.78 15.03 59.62"),
+    "moei2_mixtral": ("routed_expert_parameters", 1 - 0.5179, "51.79% 50.00% 43.49"),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_one_command() -> Iterator[None]:
+    with one_command():
+        yield
+
+
+def composed(name: str, *overrides: str) -> Config:
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        values = OmegaConf.to_container(compose("train", [f"experiment=paper/{name}", *overrides]), resolve=True)
+    return from_dict(cast(dict[str, Any], values))
+
+
+def paper_of(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def setting(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values[int(part)] if isinstance(values, list) else values[part]
+    return values
+
+
+def test_there_is_a_recipe_for_each_published_result() -> None:
+    assert set(RECIPES) == set(NUMBERS) == set(SIZES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_holds_the_papers_numbers(name: str) -> None:
+    config = composed(name)
+    values = config.resolved()
+    expected = {**{"cdmoe": CDMOE, "moei2": MOEI2}[paper_of(name)], **NUMBERS[name], "experiment_name": name}
+    assert {key: setting(values, key) for key in expected} == expected
+    assert config.evaluation.tasks == PAPER_TASKS[paper_of(name)]
+    stages = stages_of(config)
+    for stage, (recovery, data) in zip(stages, STAGES[paper_of(name)], strict=True):
+        assert {key: getattr(stage.recovery, key) for key in recovery} == recovery
+        assert {key: getattr(stage.data, key) for key in data} == data
+    if paper_of(name) == "moei2":
+        [stage] = stages
+        assert stage.recovery.batch_size * stage.recovery.accumulate_grad_batches == 64
+        assert stage.data.splits.train == "train[-50000:]"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_right(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is wrong with it on its model's real shapes; the hub would give the config that is recorded here."""
+    monkeypatch.setattr(preflight, "_hub_config", lambda path, model: recorded_config(path))
+    assert check_run(composed(name, f"output_dir={tmp_path}")) == []
+
+
+def test_the_hub_is_all_that_a_recipe_needs(command: Callable[..., tuple[int, str]]) -> None:
+    """Out of its reach the model is the one thing that is missing."""
+    code, err = command("experiment=paper/moei2_mixtral")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "model.path=mistralai/Mixtral-8x7B-v0.1: there is no such folder here, and the hub" in err
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_published_sizes(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", f"experiment=paper/{name}", "plan_only=true", f"output_dir={tmp_path}"])
+        train.main()
+    [path] = tmp_path.glob(f"{name}/*-plan_only/summary.json")
+    found, (key, ratio, line) = json.loads(path.read_text()), SIZES[name]
+    assert round(found["ratios"][key], 4) == pytest.approx(ratio)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert line is None or any(line in each for each in lines), lines
+
+
+# ------------------------------------------------------------------------------------------------------------ dry runs
+
+FAMILY = {name: str(recorded_values(NUMBERS[name]["model.path"])["model_type"]) for name in RECIPES}
+QUICK = {"cdmoe_deepseek_e6", "moei2_deepseek_v2_lite", "moei2_mixtral"}
+BY_HAND = {"cdmoe_deepseek_e6", "moei2_mixtral"}  # run as their comment says without the hub; the others on cloned sets
+
+# A byte is a token here, so Alpaca's words alone are some 150 of them.
+SMALL = (
+    "data.calibration.num_samples=8", "data.calibration.max_length=24", "data.validation.num_texts=4",
+    "evaluation.perplexity_windows=8", "callbacks.profile.repetitions=1", "callbacks.profile.prompt_length=8",
+    "callbacks.profile.new_tokens=2", "logger.wandb.mode=disabled", "trainer.progress_bar=false",
+)  # fmt: skip
+SMALL_OF = {
+    "cdmoe": (
+        "method.num_layers=2", "data.sequence_length=32", "recovery.stages.0.sequence_length=32",
+        "recovery.stages.0.steps=2", "recovery.stages.1.sequence_length=320", "recovery.stages.1.batch_size=4",
+    ),
+    "moei2": (
+        "method.population=6", "method.iterations=3", "method.parents=3", "method.average_rank=5",
+        "data.sequence_length=32", "recovery.stages.0.sequence_length=320", "recovery.batch_size=2",
+        "recovery.accumulate_grad_batches=2", "recovery.warmup_steps=1",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    paper_sets(folder)
+    return folder
+
+
+def without_the_hub(name: str, base: Path, model: Path) -> list[str]:
+    """The settings that the comment of the recipe's base file names, with the files here."""
+    text = (FOLDER / f"_{paper_of(name)}.yaml").read_text()
+    block = re.search(r"^# Without the hub.*?(?=^# evaluation=)", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    words = [word for word in block.group().split() if re.fullmatch(r"[\w.]+=\S+", word)]
+    assert words[0].startswith("experiment=paper/") and words[1].startswith("model.path=")
+    paths = [re.sub(r"=([\w-]+\.jsonl?)$", rf"={base}/\1", word) for word in words[2:]]
+    heldout = ("limit=2", "heldout.num_questions=4", "heldout.num_texts=2")
+    return [f"model.path={model}", *paths, *(f"evaluation.{each}" for each in heldout)]
+
+
+def on_cloned_sets(name: str, base: Path, model: Path) -> list[str]:
+    """The hub's data sets as folders, and tasks under the paper's names."""
+    hub, tasks = base / "hub", base / f"{paper_of(name)}-tasks"
+    if not tasks.exists():
+        paper_tasks(tasks, paper_of(name))
+    stage = {"cdmoe": "stages.1.data.dataset={}/commonsense_170k", "moei2": "stages.0.data.dataset={}/alpaca"}
+    sources = (f"data.calibration.sources.{index}.dataset={hub / each}" for index, each in enumerate(("c4", "alpaca")))
+    return [
+        f"model.path={model}", f"data.dataset={hub / 'c4'}", f"recovery.{stage[paper_of(name)].format(hub)}",
+        f"evaluation.include_path={tasks}", *(sources if paper_of(name) == "moei2" else ()),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def finished(
+    command: Callable[..., tuple[int, str]], base: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> tuple[str, Config, Path, dict[str, Any]]:
+    """A recipe's name, the config of its dry run, its folder and its summary."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", base / "cache")
+    name: str = request.param
+    model = base / FAMILY[name]
+    if not model.exists():
+        model_folder(model, EVERY[FAMILY[name]])
+    kept = ("method.num_experts=3",) if NUMBERS[name].get("method.num_experts") else ()  # of six experts
+    inputs = (without_the_hub if name in BY_HAND else on_cloned_sets)(name, base, model)
+    arguments = (*inputs, *SMALL, *SMALL_OF[paper_of(name)], *kept, f"output_dir={base / 'out'}")
+    code, err = command(f"experiment=paper/{name}", *arguments)
+    assert code == 0, err
+    config = composed(name, *arguments)
+    folder = config.run_folder()
+    return name, config, folder, json.loads((folder / "summary.json").read_text())
+
+
+DRY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("finished", DRY, indirect=True)
+def test_a_recipe_runs_to_its_export(finished: tuple[str, Config, Path, dict[str, Any]]) -> None:
+    name, config, folder, found = finished
+    assert_recovered(name, config, found)
+    assert_measured(name, found)
+
+    plan = Plan.load(folder / "plan.json")
+    kinds = {operation.kind for operation in plan.operations}
+    assert kinds == ({"condense"} if paper_of(name) == "cdmoe" else {"prune", "factorize"})
+    if paper_of(name) == "cdmoe":
+        kept = config.method["num_experts"]
+        assert [len(each.experts) for each in plan.operations if each.kind == "condense"] == [kept, kept]
+    model, tokenizer = loading.load(ModelConfig(path=str(folder / "model")), folder / "model")
+    assert model.num_parameters() == found["parameters"]["total"]["compressed"]
+    with torch.no_grad():
+        assert torch.isfinite(model(**tokenizer("Is 3 odd?", return_tensors="pt")).logits).all()
+
+
+def assert_recovered(name: str, config: Config, found: dict[str, Any]) -> None:
+    """Every stage ran, with the recipe's learning rate and objective."""
+    published = stages_of(composed(name))
+    for stage, ran, done in zip(published, stages_of(config), found["recovery_stages"], strict=True):
+        assert done["name"] == stage.name
+        for key in ("objective", "trainable", "learning_rate"):
+            assert done[key] == getattr(stage.recovery, key), key
+        epochs, batch = ran.recovery.epochs, ran.recovery.batch_size * ran.recovery.accumulate_grad_batches
+        assert done["steps"] == (math.ceil(epochs * done["windows"] / batch) if epochs else ran.recovery.steps)
+    last = found["recovery_stages"][-1]
+    assert (last["examples"], last["left_out"]) == ({"cdmoe": 10, "moei2": 12}[paper_of(name)], 0)
+    texts = {"train"} if paper_of(name) == "cdmoe" else set()
+    assert set(found["environment"]["data"]) == {"calibration", "validation", f"{last['name']}/train", *texts}
+
+
+def assert_measured(name: str, found: dict[str, Any]) -> None:
+    """Each stage has its figures, and the summary everything that a run leaves."""
+    paper = paper_of(name)
+    assert list(found["stages"]) == ["original", "compressed", "recovered"]
+    for stage, figures in found["stages"].items():
+        assert figures["loss"] > 0 and figures["perplexity"] > 1, stage
+        assert set(figures["tasks"]) == set(found["stages"]["original"]["tasks"]) != set()
+        if name not in BY_HAND:
+            assert set(figures["tasks"]) == set(PAPER_TASKS[paper]) and set(figures["task_mean"]) == {paper}
+    assert found["stages"]["original"]["profile"]["weights_bytes"] > 0
+    assert found["stages"]["compressed"]["kl_to_original"] > 0
+    assert found["stages"]["recovered"]["loss"] != found["stages"]["compressed"]["loss"]
+    wanted = {"memory", "routed_expert_parameters", "prefill_speedup", "decode_speedup", "gap_closed"}
+    assert set(found["ratios"]) == wanted and 0 < found["ratios"]["memory"] < 1
+    assert set(found["seconds"]) >= {"calibrate", "search", "apply", "recover", "evaluate", "export"}
+    assert found["artifacts"].keys() >= {"plan", "model", "export_format"}
