@@ -137,13 +137,13 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
         raise NotStock(f"its layers have {min(counts)} to {max(counts)} experts; a config of {name} says one number")
     gone = [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"]
     widths = {layer: width for layer, shape in shapes.items() if (width := _width(shape)) is not None}
-    updates = families.stock_updates(model.config, widths, gone, counts.pop() if sparse else None)
+    own = {layer: width for layer, width in families.dense_widths(model.config).items() if layer not in gone}
+    width = (max([*own.values(), *widths.values()]) or NARROWEST) if widths else None
+    updates = families.stock_updates(model.config, widths, gone, counts.pop() if sparse else None, width)
     if updates is None:
         raise NotStock(f"its sparse and dense layers are mixed in a way that no config of {name} says")
-    own = {layer: width for layer, width in families.dense_widths(model.config).items() if layer not in gone}
-    if not widths:
+    if width is None:
         return Stock(updates, max(own.values(), default=None))
-    width = max([*own.values(), *widths.values()]) or NARROWEST
     padding = sum(width - each for each in [*own.values(), *widths.values()]) * 3 * model.config.hidden_size
     total = sum(parameter.numel() for parameter in model.parameters())
     if padding > max_padding * total:
@@ -151,7 +151,7 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
             f"its dense layers are {min([*own.values(), *widths.values()])} to {width} wide and a config of {name} "
             f"says one width: zeros would add {padding / total:.1%} (export.max_padding={max_padding:g})"
         )
-    return Stock({**updates, "intermediate_size": width}, width, padding)
+    return Stock(updates, width, padding)
 
 
 ODD = {"token_gate": "a gate per token", "merged": "merged experts", "ranks": "low-rank experts"}

@@ -27,6 +27,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from recondense import deepseek
 from recondense.bundle import PREFIX, compressed_classes, gives_pair, glu_of, has_bias, router_name
@@ -371,6 +372,21 @@ def _standing_in(model: PreTrainedModel, layer: int, block: nn.Module) -> nn.Mod
     """What `set_block` with this block would displace: a whole decoder layer for a whole one."""
     whole = isinstance(block, SkippedLayer) or hasattr(block, "self_attn")
     return decoder_layers(model)[layer] if whole else get_block(model, layer)
+
+
+def masks_of_types(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor) -> dict[str, Any] | None:
+    """Attention masks by kind of layer that keep packed examples apart, where the family needs them ready made."""
+    if not family_of(model.config).masks_of_types:
+        return None
+    shape = torch.empty(*input_ids_BS.shape, 0, dtype=model.dtype, device=input_ids_BS.device)
+    settings: dict[str, Any] = {
+        "config": model.config, "inputs_embeds": shape, "attention_mask": None, "past_key_values": None,
+        "position_ids": position_ids_BS,
+    }  # fmt: skip
+    return {
+        "full_attention": create_causal_mask(**settings),
+        "sliding_attention": create_sliding_window_causal_mask(**settings),
+    }
 
 
 def attention_linears(model: PreTrainedModel) -> list[str]:

@@ -39,7 +39,13 @@ class Facts:
     shared_width: int
     shared_gate: bool
     num_groups: int = 1
+    top_groups: int = 1
     factorized: tuple[int, ...] = ()
+
+    @property
+    def least_experts(self) -> int:
+        """The fewest that a layer can route among."""
+        return least_experts(self.top_k, self.num_groups, self.top_groups)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,16 @@ class Routing:
     num_groups: int = 1
     top_groups: int = 1
     least_sum: float = 0.0
+
+    @property
+    def least_experts(self) -> int:
+        """The fewest that a layer can route among."""
+        return least_experts(self.top_k, self.num_groups, self.top_groups)
+
+
+def least_experts(top_k: int, num_groups: int, top_groups: int) -> int:
+    """As many as a token selects; of grouped ones at least two a group, and enough of them in the selected groups."""
+    return top_k if num_groups == 1 else num_groups * max(2, -(-top_k // top_groups))
 
 
 class Pattern(NamedTuple):
@@ -90,6 +106,8 @@ class Family:
         shared_width: rows of the shared experts together.
         shared_expert, shared_expert_gate: attributes of a sparse block.
         carried: its model is recondense's own, so that even stock exports carry a modeling file.
+        masks_of_types: transformers 5.23 makes its attention masks without the positions, so that it does not keep
+            packed examples apart; it takes one mask for each kind of layer instead.
     """
 
     num_experts: str
@@ -100,6 +118,7 @@ class Family:
     shared_expert: str | None = None
     shared_expert_gate: str | None = None
     carried: bool = False
+    masks_of_types: bool = False
 
 
 def _dense_first(sparse: Sequence[bool]) -> int | None:
@@ -228,7 +247,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": _V3,
     "mixtral": Family("num_local_experts", EVERY, _normalized, expert_width="intermediate_size"),
     "olmoe": Family("num_experts", EVERY, _plain, expert_width="intermediate_size"),
-    "gpt_oss": Family("num_local_experts", EVERY, _normalized, expert_width="intermediate_size"),
+    "gpt_oss": Family("num_local_experts", EVERY, _normalized, expert_width="intermediate_size", masks_of_types=True),
     "glm4_moe": _V3,
     "ernie4_5_moe": Family(
         "moe_num_experts",
@@ -301,6 +320,7 @@ def original_facts(config: PretrainedConfig) -> Facts:
         shared_width=family.shared_width(config),
         shared_gate=family.shared_expert_gate is not None,
         num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
     )
 
 
@@ -326,12 +346,17 @@ def facts(config: PretrainedConfig) -> Facts:
 
 
 def stock_updates(
-    config: PretrainedConfig, dense: Collection[int], skipped: Collection[int], num_experts: int | None
+    config: PretrainedConfig,
+    dense: Collection[int],
+    skipped: Collection[int],
+    num_experts: int | None,
+    width: int | None,
 ) -> dict[str, Any] | None:
     """Config updates with which the family's own class has these layers; None if it cannot.
 
     Args:
         dense: decoder layers whose MoE block became a dense one.
+        width: of all dense layers, if that changed.
         skipped: decoder layers that are gone; those after them move up.
         num_experts: of every sparse layer, if that changed.
     """
@@ -353,6 +378,8 @@ def stock_updates(
             return None
     if num_experts is not None:
         updates[family.num_experts] = num_experts
+    if width is not None:
+        updates["intermediate_size"] = width
     return updates
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from recondense import families
 from recondense.instructions import Record
 from recondense.losses import MASKED
 from recondense.progress import track
@@ -24,8 +24,6 @@ from recondense.templates import Marked, Refused, marked
 
 log = logging.getLogger(__name__)
 
-# transformers 5.23 makes their masks without the positions, but takes one for each kind of layer.
-UNAWARE = ("gpt_oss",)
 TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
 MANY = 20_000  # records whose templates and tokens take long enough for a progress bar
 
@@ -116,7 +114,7 @@ def _marked(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name:
 
 
 def _by_offsets(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
-    """Tokens of whole texts; a token is a target if it begins within an answer."""
+    """Tokens of whole texts; a token is a target if it begins within an answer, but for spaces before it."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -125,9 +123,16 @@ def _by_offsets(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> 
     )  # fmt: skip
     found: list[Tokenized] = []
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        targets = [any(first <= start < last for first, last in text.answers) for start, _ in offsets]
+        targets = [_within(text.text, start, end, text.answers) for start, end in offsets]
         found.append((list(ids), targets, text.complete))
     return found
+
+
+def _within(text: str, start: int, end: int, answers: Sequence[tuple[int, int]]) -> bool:
+    """Many tokenizers put a space and the word after it in one token, which is then the word's."""
+    while start < end - 1 and text[start] == " ":
+        start += 1
+    return any(first <= start < last for first, last in answers)
 
 
 def _by_pieces(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
@@ -204,14 +209,7 @@ def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: 
     if "flash" in str(model.config._attn_implementation):
         return {"input_ids": input_ids_BS.reshape(1, -1), "position_ids": position_ids_BS.reshape(1, -1)}
     inputs: dict[str, Any] = {"input_ids": input_ids_BS, "position_ids": position_ids_BS}
-    if model.config.model_type in UNAWARE:
-        shape = torch.empty(*input_ids_BS.shape, 0, dtype=model.dtype, device=input_ids_BS.device)
-        settings: dict[str, Any] = {
-            "config": model.config, "inputs_embeds": shape, "attention_mask": None, "past_key_values": None,
-            "position_ids": position_ids_BS,
-        }  # fmt: skip
-        inputs["attention_mask"] = {
-            "full_attention": create_causal_mask(**settings),
-            "sliding_attention": create_sliding_window_causal_mask(**settings),
-        }
+    masks = families.masks_of_types(model, input_ids_BS, position_ids_BS)
+    if masks is not None:
+        inputs["attention_mask"] = masks
     return inputs

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from brute_force_moei2 import change
-from tiny_models import FAMILIES, qwen2_moe, recorded, texts, unchanged
+from tiny_models import FAMILIES, logits, qwen2_moe, recorded, texts, tiny, unchanged, windows
 from torch import nn
 
 from recondense import families, surgery
@@ -204,3 +204,25 @@ def test_refusals() -> None:
     for make in (lambda: SaliencyPruning("size", "odd"), lambda: Merging("size"), lambda: Dropping("head")):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="both null"):
             make()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("saliency", ["frequency", "reap"])
+def test_every_group_loses_as_many_its_least_salient(saliency: str, allocation: str) -> None:
+    """A router that selects groups first needs them equal; a token selects two experts out of one group of four."""
+    model = tiny("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1)
+    step = SaliencyPruning(saliency, allocation, removed_expert_ratio=0.2)  # of 16: three, so two in each group
+    assert step.check(families.facts(model.config)) == []
+    operations, record = search(step, model)
+    scores = {int(layer): values for layer, values in record["saliencies"].items()}
+    gone = {each.layer: sorted(set(range(8)) - set(each.retained)) for each in operations}
+    assert sum(map(len, gone.values())) == 4
+    for layer, dropped in gone.items():
+        groups = [[expert for expert in dropped if expert // 4 == group] for group in (0, 1)]
+        assert len(groups[0]) == len(groups[1]) in ((1,) if allocation == "uniform" else (1, 2))
+        for group, own in enumerate(groups):
+            assert own == sorted(sorted(range(4 * group, 4 * group + 4), key=lambda e: scores[layer][e])[: len(own)])
+    surgery.apply(model, Plan("tiny", tuple(operations)))
+    assert torch.isfinite(logits(model, windows(2, 9))).all()
+    [problem] = SaliencyPruning(saliency, removed_expert_ratio=0.6).check(families.facts(model.config))
+    assert "selects 2 out of 1 of 2 groups: at most 0.5 can go" in problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from recoveries import module_of
 from small import byte_tokenizer
-from tiny_models import EVERY, FAMILIES, VOCAB, qwen2_moe
+from tiny_models import EVERY, FAMILIES, VOCAB, condense_plan, qwen2_moe
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from recondense import families, surgery
+from recondense.export import export
 from recondense.instructions import Record, read_record
 from recondense.losses import MASKED, cross_entropy, feature_matching, forward_kl, predicting
 from recondense.packing import Example, examples_of, leading_tokens, model_inputs, windows_of
@@ -109,6 +112,25 @@ def test_logits_are_those_of_each_example_alone(family: str, attention: str) -> 
                 compared += 1
                 assert (unaware[row, start : start + size] - expected).abs().max() > 1e-2, "the test sees nothing"
     assert compared > 2
+
+
+def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
+    """gpt_oss gets its masks ready made, under whatever model_type."""
+    model: Any = EVERY["gpt_oss"]()
+    model.set_attn_implementation("eager")
+    plan = condense_plan(model, [1])
+    surgery.apply(model, plan)
+    export(model, None, plan, tmp_path / "out", "")
+    families.register_compressed("recondense_gpt_oss")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    windows = windows_of(examples(), 24, filler=3)
+    given = [model_inputs(each, windows["input_ids"], windows["position_ids"]) for each in (model, loaded)]
+    assert set(given[1]) == {"input_ids", "position_ids", "attention_mask"}
+    with torch.no_grad():
+        live, again = (
+            each(**inputs, use_cache=False).logits for each, inputs in zip((model, loaded), given, strict=True)
+        )
+    torch.testing.assert_close(again, live, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

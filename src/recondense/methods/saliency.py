@@ -20,7 +20,6 @@ from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
 from recondense.methods.genetic import layer_seed
-from recondense.methods.moei2 import refuse_groups
 from recondense.methods.scoring import routing_totals
 from recondense.modules import expert_outputs
 from recondense.plan import Prune
@@ -49,6 +48,7 @@ class SaliencyPruning:
             section 4; arXiv 2412.00069, ablations); "reap" divides by the tokens that select an expert, so that rare
             but strong experts stay; "expert_drop" does not.
         allocation: "uniform": every layer loses as many; "global": the least salient of all layers, none below top_k.
+            Of a router that selects groups first, every group loses as many: its least salient.
         removed_expert_ratio, memory_ratio: the budget.
         seed: of "random".
 
@@ -79,7 +79,7 @@ class SaliencyPruning:
 
     def check(self, facts: Facts) -> list[str]:
         """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
-        return [*refuse_groups(facts), *too_much(self.budget.removed_expert_ratio, facts)]
+        return too_much(self.budget.removed_expert_ratio, facts)
 
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration."""
@@ -136,8 +136,12 @@ class SaliencyPruning:
         blocks = families.sparse_blocks(model)
         if not blocks:
             return []
-        floor = next(iter(blocks.values())).routing.top_k
-        dropped = _least(scores, self.budget.experts_to_drop(model), floor, everywhere)
+        routing = next(iter(blocks.values())).routing
+        rows = {layer: _rows(values, routing.num_groups) for layer, values in scores.items()}
+        sums = {layer: [sum(scores[layer][expert] for expert in row) for row in own] for layer, own in rows.items()}
+        number = -(-self.budget.experts_to_drop(model) // routing.num_groups)
+        gone = _least(sums, number, routing.least_experts // routing.num_groups, everywhere)
+        dropped = {layer: {expert for row in gone[layer] for expert in rows[layer][row]} for layer in rows}
         return [Prune.without(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]]
 
     def _scores(self, model: PreTrainedModel, tape: Callable[[], Tape], block: SparseBlock) -> list[float]:
@@ -154,13 +158,24 @@ class SaliencyPruning:
 
 def too_much(removed_expert_ratio: float | None, facts: Facts) -> list[str]:
     """A budget that would leave fewer experts than a token selects."""
-    most = 1 - facts.top_k / facts.num_experts
+    most = 1 - facts.least_experts / facts.num_experts
     if removed_expert_ratio is None or removed_expert_ratio <= most + 1e-9:
         return []
     return [
         f"method.removed_expert_ratio={removed_expert_ratio}: {facts.num_experts} experts a layer, of which each token "
-        f"selects {facts.top_k}: at most {most:.4g} can go"
+        f"selects {facts.top_k}{_of_groups(facts)}: at most {most:.4g} can go"
     ]
+
+
+def _of_groups(facts: Facts) -> str:
+    return "" if facts.num_groups == 1 else f" out of {facts.top_groups} of {facts.num_groups} groups"
+
+
+def _rows(values: list[float], num_groups: int) -> list[list[int]]:
+    """Experts that go together, least salient first: one of each group, so that groups stay equal."""
+    size = len(values) // num_groups
+    groups = [sorted(range(first, first + size), key=lambda e: (values[e], e)) for first in range(0, len(values), size)]
+    return [list(row) for row in zip(*groups, strict=True)]
 
 
 @torch.no_grad()
