@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import venv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from searched import METHODS, plan_of, steps_of  # noqa: E402
-from tiny_models import EVERY, logits, recorded, windows  # noqa: E402
+from tiny_models import EVERY, logits, recorded, tiny, windows  # noqa: E402
 
 from recondense import families, surgery  # noqa: E402
 from recondense.config import ExportConfig  # noqa: E402
@@ -44,6 +45,13 @@ BUDGETS: dict[str, list[str]] = {
     "moei2": ["method.prune_ratio=0.34", "method.average_rank=4", *SMALL],
     "cdmoe_moei2": [*THIRD, "method.num_experts=[2]", "method.prune_ratios=[0.34]", "method.kept_ratios=[0.5]", *SMALL],
     "naee": [*THIRD, *SMALL],
+}
+# Published DeepSeek-V2 and V3 select groups of experts first; their small versions do not.
+GROUPS = {"n_group": 2, "topk_group": 2}
+MODELS: dict[str, Any] = {
+    **EVERY,
+    "deepseek_v2, groups": partial(tiny, "deepseek_v2", topk_method="group_limited_greedy", **GROUPS),
+    "deepseek_v3, groups": partial(tiny, "deepseek_v3", **GROUPS),
 }
 LETTERS = {"stock": "S", "bundled": "B", "dense": "D"}
 
@@ -102,7 +110,7 @@ def main() -> None:
         f"{result['largest_difference']:.1e} (at most {TOLERANCE:g}); {result['seconds']:.0f} s"
     )
     for reason in dict.fromkeys(cell["refused"] for row in rows.values() for cell in row.values() if cell["refused"]):
-        print(f"refused: {reason}")
+        print(f"refused (x): {reason}")
     if args.markdown:
         print("\n" + markdown(rows, args.methods))
     if args.json:
@@ -118,7 +126,7 @@ LEGEND = (
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=list(EVERY), choices=list(EVERY))
+    parser.add_argument("--families", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--python", help="an interpreter with torch, transformers and safetensors; else one is made")
     parser.add_argument("--threads", type=int, default=1)
@@ -143,7 +151,7 @@ def of_family(family: str, methods: list[str], folder: Path, python: str) -> dic
     cells: dict[str, Any] = {}
     expected: dict[str, Any] = {}
     for method in methods:
-        cells[method] = {"refused": refused(EVERY[family]().config, method), "formats": {}}
+        cells[method] = {"refused": refused(MODELS[family]().config, method), "formats": {}}
         if not cells[method]["refused"]:
             expected |= exported(family, method, folder, cells[method]["formats"])
     if not expected:
@@ -173,7 +181,7 @@ def budget(method: str) -> list[str]:
 @torch.no_grad()
 def exported(family: str, method: str, folder: Path, formats: dict[str, Any]) -> dict[str, Any]:
     """Folders of a compressed model in every format; what each must compute."""
-    model = EVERY[family]()
+    model = MODELS[family]()
     plan = plan_of(model, method, folder / "search" / method, *budget(method)) if method != "none" else Plan("tiny")
     surgery.apply(model, plan, lambda: recorded(model))
     ids = windows(2, 12, seed=7)

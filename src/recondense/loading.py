@@ -83,11 +83,17 @@ def device_of(settings: ModelConfig) -> torch.device:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hexadecimal digits of a hash of the config and of every parameter's name, type, shape and bytes."""
+    """Sixteen hexadecimal digits of a hash of the config and of every weight's name, type, shape and bytes.
+
+    Weights are parameters and what else a checkpoint has: routers' correction biases are buffers.
+    """
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     with progress("hashing weights"):
-        for name, parameter in sorted(model.named_parameters()):
+        parameters = dict(model.named_parameters())  # tied ones once
+        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+        weights = parameters | {name: model.get_buffer(name) for name in buffers}
+        for name, parameter in sorted(weights.items()):
             content = xxhash.xxh3_128()
             flat = parameter.detach().reshape(-1).view(torch.uint8)
             for piece in flat.split(HASH_BYTES):

@@ -158,9 +158,12 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
         rows = []
         for name, stage in summary.get("stages", {}).items():
             if paper in stage.get("task_mean", {}):
-                ratio = None if name in ("original", "control") else _own_ratio(summary, key)
+                earlier = summary.get("published", {}).get("earlier", False)
+                # The run's own ratio is to what it was given, which was compressed before.
+                ratio = None if earlier or name in ("original", "control") else _own_ratio(summary, key)
                 mean = f"{100 * stage['task_mean'][paper]:.2f}"
-                rows.append([f"this run: {name}", mean, _or_dash(ratio, "{:.4f}"), "-", ""])
+                called = "as given" if earlier and name == "original" else name
+                rows.append([f"this run: {called}", mean, _or_dash(ratio, "{:.4f}"), "-", ""])
         if not rows:
             continue
         for row in summary.get("published", {}).get("rows", ()):

@@ -138,6 +138,9 @@ class _Run:
             found = self._stages()
             tracking.log_summary(self.loggers, found)
             write_aside(self.folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+            if config.export.push_to_hub and "model" in found["artifacts"]:
+                with progress(f"pushing to {config.export.push_to_hub}"):
+                    push_folder(self.folder / "model", config.export.push_to_hub, config.export.private)
         finally:
             tracking.finish_loggers(self.loggers)
 
@@ -194,11 +197,9 @@ class _Run:
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
                 card = summary.model_card(found)
-                kind = export(model, tokenizer, plan, folder / "model", card, config.export)
+                whole = replace(plan, earlier=summary.earlier_operations(config.model.path))
+                kind = export(model, tokenizer, whole, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
-            if config.export.push_to_hub:
-                with measure.timed("push"), progress(f"pushing to {config.export.push_to_hub}"):
-                    push_folder(folder / "model", config.export.push_to_hub, config.export.private)
             found["artifacts"] |= {"model": "model", "export_format": kind}
             if stored and plan.operations:
                 found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)

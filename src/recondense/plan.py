@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 
@@ -30,12 +30,14 @@ class Plan:
         fingerprint: hashes of what decided it: weights, calibration, method.
         operations: in the order in which they were chosen.
         search: what decided it (orders, scores, seconds); JSON values only.
+        earlier: what was done to the model before, where it is a compressed folder; layers as they were numbered then.
     """
 
     model: str
     operations: tuple[Operation, ...] = ()
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
+    earlier: tuple[Operation, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -43,13 +45,13 @@ class Plan:
         return tuple(sorted({operation.layer for operation in self.operations}))
 
     def to_dict(self) -> dict[str, Any]:
-        operations = [{"kind": operation.kind, **asdict(operation)} for operation in self.operations]
         return {
             "schema": SCHEMA,
             "model": self.model,
             "fingerprint": dict(self.fingerprint),
-            "operations": json.loads(json.dumps(operations)),
+            "operations": _to_json(self.operations),
             "search": dict(self.search),
+            **({"earlier": _to_json(self.earlier)} if self.earlier else {}),
         }
 
     def to_json(self) -> str:
@@ -64,20 +66,12 @@ class Plan:
         """
         if data.get("schema") != SCHEMA:
             raise ValueError(f"plan: schema {data.get('schema')!r} is not {SCHEMA}, the version that this code reads")
-        operations = []
-        for entry in data.get("operations", ()):
-            kind = entry.get("kind")
-            if kind not in OPERATIONS:
-                raise ValueError(f"plan: unknown kind of operation {kind!r}; known: {', '.join(OPERATIONS)}")
-            try:
-                operations.append(OPERATIONS[kind].from_dict(entry))
-            except KeyError as missing:
-                raise ValueError(f"plan: a {kind} operation lacks {missing}") from None
         return cls(
             model=str(data.get("model", "")),
-            operations=tuple(operations),
+            operations=_from_json(data.get("operations", ())),
             fingerprint=dict(data.get("fingerprint", {})),
             search=dict(data.get("search", {})),
+            earlier=_from_json(data.get("earlier", ())),
         )
 
     @classmethod
@@ -90,6 +84,24 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> Plan:
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _to_json(operations: Sequence[Operation]) -> list[dict[str, Any]]:
+    found = [{"kind": operation.kind, **asdict(operation)} for operation in operations]
+    return cast(list[dict[str, Any]], json.loads(json.dumps(found)))
+
+
+def _from_json(entries: Sequence[Mapping[str, Any]]) -> tuple[Operation, ...]:
+    operations = []
+    for entry in entries:
+        kind = entry.get("kind")
+        if kind not in OPERATIONS:
+            raise ValueError(f"plan: unknown kind of operation {kind!r}; known: {', '.join(OPERATIONS)}")
+        try:
+            operations.append(OPERATIONS[kind].from_dict(entry))
+        except KeyError as missing:
+            raise ValueError(f"plan: a {kind} operation lacks {missing}") from None
+    return tuple(operations)
 
 
 def write_aside(path: Path, content: str | bytes) -> None:

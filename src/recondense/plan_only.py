@@ -42,7 +42,7 @@ def plan_only(config: Config, steps: Sequence[OutliningStep], folder: Path) -> N
     model = families.on_meta(planned, dtype)
     sizes = compare(model, steps, stored_bytes(model, quantized))
     found = _summary(config, model, sizes)
-    tables = [size_table(found), layer_table(sizes)]
+    tables = [size_table(found, bool(quantized), dtype), layer_table(sizes)]
     rows = beside_published(model, steps)
     report.print_tables([*tables, *([published_table(rows)] if rows else [])])
     print(f"\nplan: {report.plan_line(found['operations'])}")
@@ -106,7 +106,7 @@ def _notes(
     return found
 
 
-def size_table(found: dict[str, Any]) -> Table:
+def size_table(found: dict[str, Any], quantized: bool, dtype: torch.dtype) -> Table:
     """Rows: parameters and bytes; columns: before, after, ratio."""
     table = report.plain_table(f"{found['model']}: {found['method']}, from shapes alone")
     for name in ("", "before", "after", "ratio"):
@@ -120,7 +120,13 @@ def size_table(found: dict[str, Any]) -> Table:
         before, after = (found["parameters"][key][side] for side in ("original", "compressed"))
         table.add_row(name, f"{before:,}", f"{after:,}", _ratio(after, before))
     before, after = found["weights_bytes"]["original"], found["weights_bytes"]["compressed"]
-    table.add_row("memory (weights)", report.format_bytes(before), report.format_bytes(after), _ratio(after, before))
+    name = "memory (weights)" if not quantized else "bytes as stored"
+    table.add_row(name, report.format_bytes(before), report.format_bytes(after), _ratio(after, before))
+    if quantized:  # what is dequantised takes more bytes without any change
+        size = dtype.itemsize
+        before, after = (found["parameters"]["total"][side] * size for side in ("original", "compressed"))
+        words = f"memory, both {str(dtype).removeprefix('torch.')}"
+        table.add_row(words, report.format_bytes(before), report.format_bytes(after), _ratio(after, before))
     return table
 
 

@@ -53,13 +53,14 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         return problems
     try:
         planned = planned_config(config.model, config.plan_only)
+        problems += [f"model.path={config.model.path}: {problem}" for problem in quantized.check(planned.to_dict())]
+        problems += _attention(config, planned)
         if not steps and config.recovery.objective == "none":  # what is only measured needs no MoE layer
             return problems
         facts = families.facts(planned)
     except ValueError as error:
         return [*problems, str(error)]
-    problems += [f"model.path={config.model.path}: {problem}" for problem in quantized.check(planned.to_dict())]
-    problems += [*_attention(config, planned), *_low_rank_already(steps, facts)]
+    problems += _low_rank_already(steps, facts)
     refused = [*(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
     return [*problems, *refused, *([] if refused else _stock(config, steps, planned))]
 
@@ -169,13 +170,11 @@ def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
 def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
     """The config of a hub id, from the cache when the hub is out of reach."""
     with reachable_or_offline() as online:
+        where: dict[str, Any] = {"revision": model.revision, "local_files_only": not online}
         try:
-            return AutoConfig.from_pretrained(
-                path,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                local_files_only=not online,
-            )
+            values, _ = PretrainedConfig.get_config_dict(path, **where)
+            families.register_compressed(str(values.get("model_type")))
+            return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **where)
         except OSError as error:
             why = (
                 "has no such model (or not for you)"

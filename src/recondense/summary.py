@@ -185,10 +185,10 @@ def published(
     measured = [name for name in PAPER_TASKS if any(name in stage.get("task_mean", {}) for stage in stages.values())]
     if not measured:
         return {}
-    earlier = _earlier_operations(config.model.path)
+    earlier = earlier_operations(config.model.path)
     facts = families.original_facts(model)
     known = papers.recognise(
-        *(facts.model_type.removeprefix("recondense_"), facts.hidden_size, facts.num_layers, facts.num_experts),
+        *(families.family_name(facts.model_type), facts.hidden_size, facts.num_layers, facts.num_experts),
         compressed=bool(earlier),
     )
     setting = papers.Setting(None)
@@ -199,13 +199,15 @@ def published(
     evaluation = config.evaluation
     differs = [] if evaluation.limit is None else [f"evaluation.limit={evaluation.limit}"]
     differs += [] if evaluation.num_fewshot == 0 else [f"evaluation.num_fewshot={evaluation.num_fewshot}"]
-    return {"published": papers.beside(known, setting, measured, differs)}
+    beside = papers.beside(known, setting, measured, differs)
+    return {"published": {**beside, **({"earlier": True} if earlier else {})}}
 
 
-def _earlier_operations(path: str | None) -> tuple[Operation, ...]:
+def earlier_operations(path: str | None) -> tuple[Operation, ...]:
     """What the plan in a model's folder says was done to it before; nothing for a folder that has none."""
     try:
-        return Plan.load(Path(path, "plan.json")).operations if path else ()
+        plan = Plan.load(Path(path, "plan.json")) if path else Plan("")
+        return (*plan.earlier, *plan.operations)
     except (OSError, ValueError, AttributeError):  # somebody else's file of that name
         return ()
 

@@ -14,6 +14,7 @@ from tiny_models import EVERY, logits
 from integration.runs import arguments, model_folder, one_command, text_files
 from recondense import families, hub, loading
 from recondense.config import ModelConfig
+from recondense.plan import Plan
 
 Command = Callable[..., tuple[int, str]]
 
@@ -48,6 +49,8 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
         assert started["perplexity"] == pytest.approx(ended["perplexity"], rel=1e-5)
         assert found[before]["parameters"]["total"]["compressed"] == found[after]["parameters"]["total"]["original"]
     assert found["second"]["artifacts"]["export_format"] == "bundled"
+    whole = Plan.load(out / "third" / "model" / "plan.json")  # what was done to the model that nobody had compressed
+    assert not whole.operations and {operation.kind for operation in whole.earlier} == {"condense", "factorize"}
     kinds = {layer: shape for layer, shape in _config(out / "third" / "model")["compressed_layers"].items()}
     assert sorted("ranks" if "ranks" in shape else shape["kind"] for shape in kinds.values())[0] == "condensed"
     assert any("ranks" in shape for shape in kinds.values())

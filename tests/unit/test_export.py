@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, windows
+from tiny_models import VOCAB, bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, tiny, windows
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -440,3 +440,21 @@ def test_weights_fingerprint() -> None:
         weight[5, 31, 15] = torch.nextafter(weight[5, 31, 15], torch.tensor(9.0))
     others.add(loading.weights_fingerprint(model))
     assert len(others | {found}) == 4
+
+
+def test_weights_fingerprint_sees_what_is_no_parameter() -> None:
+    """A router's correction bias, and the table of merged experts."""
+    found = set()
+    for change in (0.0, 0.5):
+        model = tiny("deepseek_v3")
+        model.model.layers[1].mlp.gate.e_score_correction_bias += change
+        found.add(loading.weights_fingerprint(model))
+    for groups in (PAIRS, (((0, 3), (4,), (5, 2, 1)), PAIRS[1])):
+        model = qwen2_moe()
+        surgery.apply(model, Plan("tiny", (Merge(1, *groups),)))
+        table = model.model.layers[1].mlp.gate.table.clone()
+        model = qwen2_moe()
+        surgery.apply(model, Plan("tiny", (Merge(1, *PAIRS),)))
+        model.model.layers[1].mlp.gate.table.copy_(table)
+        found.add(loading.weights_fingerprint(model))
+    assert len(found) == 4
