@@ -350,7 +350,7 @@ def stock_updates(
     dense: Collection[int],
     skipped: Collection[int],
     num_experts: int | None,
-    width: int | None,
+    width: int | None = None,
 ) -> dict[str, Any] | None:
     """Config updates with which the family's own class has these layers; None if it cannot.
 

@@ -296,6 +296,9 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
+# These read lm-eval's list of tasks, half a minute on a busy machine.
+SLOW = dict.fromkeys(("task that the folder has not", "recipe without its folder"), pytest.mark.slow)
+
 MADE: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     "folder without a model": (lambda f: (f"model.path={f.empty_folder()}",), ["has no config.json"]),
     "model without MoE layers": (lambda f: (f.model(mlp_only_layers=[0, 1, 2, 3]),), ["4 layers", "no MoE layers"]),
@@ -384,13 +387,13 @@ def _with_recovery(arguments: tuple[str, ...]) -> list[str]:
     return [*arguments, *(() if named else ("recovery=none",))]
 
 
-@pytest.mark.parametrize("kind", STATIC)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in STATIC])
 def test_bad_command(command: Command, kind: str) -> None:
     arguments, parts = STATIC[kind]
     _check(*command(*_with_recovery(tuple(arguments))), parts)
 
 
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in MADE])
 def test_bad_files(command: Command, files: Files, kind: str) -> None:
     make, parts = MADE[kind]
     _check(*command(*_with_recovery(make(files))), parts)

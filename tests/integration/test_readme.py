@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,13 +108,19 @@ def test_train_command(words: list[str], stand_in: dict[str, str], tmp_path: Pat
 def test_benchmark(words: list[str]) -> None:
     script, options = words[0], [word for word in words[1:] if word.startswith("--")]
     assert script.startswith("benchmarks/") and (ROOT / script).is_file()
+    for option in options:
+        assert option in help_of(script)
+
+
+@cache
+def help_of(script: str) -> list[str]:
+    """The words of what a script says of itself."""
     done = subprocess.run(
         [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for option in options:
-        assert f"{option} " in done.stdout
+    return re.findall(r"--[\w-]+", done.stdout)
 
 
 # ------------------------------------------------------------------------------------------------------- the files

@@ -9,7 +9,14 @@ import pytest
 import torch
 from tiny_models import FAMILIES, deepseek_v2, logits, qwen2_moe, unchanged, windows
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV2Config, MixtralConfig, PretrainedConfig, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    GptOssConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+)
 
 from recondense import families, surgery
 from recondense.plan import Condense, Plan
@@ -119,8 +126,8 @@ def test_names_of_blocks_and_experts(family: str) -> None:
 
 
 def test_unsupported_models() -> None:
-    with pytest.raises(ValueError, match=r"'mixtral' is not supported.*deepseek_v2, qwen2_moe"):
-        families.facts(MixtralConfig())
+    with pytest.raises(ValueError, match=r"'llama' is not supported.*deepseek_v2, .*qwen2_moe"):
+        families.facts(LlamaConfig())
     with pytest.raises(ValueError, match="has no MoE layers"):
         families.facts(Qwen2MoeConfig(num_hidden_layers=2, mlp_only_layers=[0, 1]))
     close: Any = PretrainedConfig()
@@ -130,15 +137,25 @@ def test_unsupported_models() -> None:
 
 
 def test_lists_of_one_entry_a_layer_lose_those_of_layers_that_are_gone() -> None:
-    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-    settings: dict[str, Any] = {"num_hidden_layers": 4, "layer_types": kinds, "eos_token_id": [1, 2, 3, 4]}
+    settings: dict[str, Any] = {"num_hidden_layers": 4, "eos_token_id": [1, 2, 3, 4]}
     config = Qwen2MoeConfig(**settings, mlp_only_layers=[3], mlp_layer_types=["sparse"] * 3 + ["dense"])
     assert families.stock_updates(config, {}, [0, 2], None) == {
         "num_hidden_layers": 2,
-        "layer_types": ["full_attention", "sliding_attention"],
+        "layer_types": ["full_attention"] * 2,
         "mlp_layer_types": ["sparse", "dense"],
         "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
     }
+
+
+def test_kinds_of_attention_stay_where_a_config_has_them() -> None:
+    """Every other layer of gpt-oss slides, whatever its layer_types say to a stack that does not read them."""
+    config = GptOssConfig(num_hidden_layers=4)
+    assert config.layer_types == ["sliding_attention", "full_attention"] * 2
+    expected = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    assert families.stock_updates(config, {}, [1, 2], None) == expected
+    assert families.stock_updates(config, {}, [0, 2], None) is not None  # one kind alone is left
+    assert families.stock_updates(config, {}, [1], None) is None
 
 
 @pytest.mark.parametrize("kind", [Qwen2MoeConfig, DeepseekV2Config])
