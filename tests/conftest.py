@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from log_handlers import loggers_put_back
 
 # Before any library reads them.
@@ -56,6 +57,14 @@ def handlers_end_with_their_module() -> Iterator[None]:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs commands as processes that need not import everything first."""
+    started = Forks()
+    yield started
+    started.close()
 
 
 @pytest.fixture

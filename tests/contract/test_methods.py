@@ -182,38 +182,34 @@ def test_two_searches_decide_the_same(method: str, family: str, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def decided_apart(tmp_path_factory: pytest.TempPathFactory, root: Path) -> list[Path]:
-    """Folders with the plan of every method: two processes at once on one cache, then one on its own with two threads.
-
-    They differ in their hash seed too, which orders their sets.
-    """
+    """Folders with the plan of every method: two processes at once on one cache, whose sets differ in their order."""
     folder = tmp_path_factory.mktemp("apart")
 
-    def start(name: str, cache: str, threads: int) -> subprocess.Popen[str]:
+    def start(name: str) -> subprocess.Popen[str]:
         (folder / name).mkdir()
-        env = os.environ | {"PYTHONHASHSEED": str(len(name)), "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, str(root / "tests" / "searched.py"), str(folder / name), str(folder / cache)]
+        env = os.environ | {"PYTHONHASHSEED": str(len(name)), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(root / "tests" / "searched.py"), str(folder / name), str(folder / "shared")]
         return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
-    def wait(*processes: subprocess.Popen[str]) -> None:
-        for process in processes:
-            errors = process.communicate()[1]
-            assert process.returncode == 0, errors
-
-    wait(start("one", "shared", 1), start("other", "shared", 1))
-    wait(start("threads", "own", 2))
-    return [folder / name for name in ("one", "other", "threads")]
+    for process in [start("one"), start("other")]:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    return [folder / name for name in ("one", "other")]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_several_processes_decide_what_one_decides(method: str, decided_apart: list[Path], tmp_path: Path) -> None:
     """To the bit; threads sum in another order, so that with two of them numbers differ in their last digits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    one, other = (Plan.load(folder / f"{method}.json") for folder in decided_apart)
+    before = torch.get_num_threads()
+    here = []
     try:
-        mine = plan_of(EVERY[FIRST](), method, tmp_path, *BUDGETS[method])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            here.append(plan_of(EVERY[FIRST](), method, tmp_path / str(threads), *BUDGETS[method]))
     finally:
-        torch.set_num_threads(threads)
-    one, other, threaded = (Plan.load(folder / f"{method}.json") for folder in decided_apart)
+        torch.set_num_threads(before)
+    mine, threaded = here
     assert one.operations == other.operations == mine.operations
 
     def but_for_floats(plan: Plan) -> Any:

@@ -223,7 +223,6 @@ def kill_at(phase: str) -> None:
 
 
 if __name__ == "__main__":
-    base = Path(sys.argv[1])
-    kill_at(sys.argv[2])
-    recovery = {"stages": stages(base)} if "staged" in sys.argv[4:] else {}
-    pipeline.run(config(base / "model", text_files(base / "texts"), Path(sys.argv[3]), **recovery), [step()])
+    base, output, *flags = sys.argv[1:]
+    recovery = {"stages": stages(Path(base))} if "staged" in flags else {}
+    pipeline.run(config(Path(base) / "model", text_files(Path(base) / "texts"), Path(output), **recovery), [step()])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 
 from integration.runs import model_folder, text_files
 
@@ -172,7 +173,10 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["experiment=cdmoe_qwen_e4"],
         ["experiment=cdmoe_qwen_e4", "Did you mean paper/cdmoe_qwen_e4?"],
     ),
-    "part of recipes": (["experiment=paper/_moei2x"], ["no such experiment", "Did you mean paper/moei2_"]),
+    "part of recipes": (
+        ["experiment=paper/_moei2x", "evaluation=none"],
+        ["no such experiment", "Did you mean paper/moei2_"],
+    ),
     "no choice": (["logger=null"], ["logger=null", "Choices: default"]),
     "unknown setting": (["recovery.stepz=3"], ["recovery.stepz", "no such setting", "Did you mean recovery.steps?"]),
     "setting of another group": (["num_experts=3"], ["num_experts", "no such setting", "method.num_experts"]),
@@ -549,10 +553,13 @@ def _process(root: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]
     )  # fmt: skip
 
 
-def test_a_sweep_outlives_a_job_that_the_user_can_mend(root: Path, tmp_path: Path, small: list[str]) -> None:
-    with _process(root, tmp_path, "-m", "method.num_experts=1,6,2", *small) as process:
-        out, err = process.communicate(timeout=240)
-    _check(process.returncode, err, ["job 1 of the sweep failed: layer ", "recondense: method.num_experts=6: layer "])
+def test_a_sweep_outlives_a_job_that_the_user_can_mend(
+    forks: Forks, root: Path, tmp_path: Path, small: list[str]
+) -> None:
+    words = ("-m", "method.num_experts=1,6,2", *small, f"output_dir={tmp_path}/out")
+    done = forks.run(root / "train.py", *words, folder=tmp_path)
+    out, err = done.stdout, done.stderr
+    _check(done.returncode, err, ["job 1 of the sweep failed: layer ", "recondense: method.num_experts=6: layer "])
     [table] = (tmp_path / "out").glob("default/sweeps/*/comparison.json")
     rows = json.loads(table.read_text())
     assert [row["settings"] for row in rows] == [{"method.num_experts": number} for number in "162"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 
 from integration.runs import ROOT
 
@@ -31,10 +30,9 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_benchmark(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, *RUNS[name], "--json", str(tmp_path / "figures.json")]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, env=env)
+def test_benchmark(forks: Forks, name: str, tmp_path: Path) -> None:
+    script, *options = RUNS[name]
+    done = forks.run(ROOT / script, *options, "--json", str(tmp_path / "figures.json"), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     CHECKS[name](json.loads((tmp_path / "figures.json").read_text()))
     if name == "low_rank":

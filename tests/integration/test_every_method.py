@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from searched import BUDGETS, METHODS
 from tiny_models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from integration.runs import arguments, model_folder, one_command, text_files
+from integration.runs import ROOT, arguments, model_folder, one_command, text_files
 from recondense import families, surgery
 from recondense.plan import Factorize, Plan, Refit
 
@@ -185,52 +186,20 @@ INTERRUPTED = {
     "moei2-lora": ("method=moei2", *BUDGETS["moei2"], "method.refit=true", "recovery=lora"),
 }
 
-# One process after the other, each a fork of one that has imported everything: an import takes longer than a run.
-COMMANDS = """
-import json, os, sys
-import callbacks, train
-from integration.runs import kill_at
-codes = []
-for phase, log, arguments in json.loads(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-        kill_at(phase)
-        sys.argv[1:] = arguments
-        train.main()
-        sys.stdout.flush()
-        os._exit(0)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print("\\n" + json.dumps(codes))
-"""
-
-
-@pytest.fixture(scope="module")
-def killed_and_resumed(base: Path) -> dict[str, list[int]]:
-    """Exit codes of each command: undisturbed in one folder, then killed in another, then the same again."""
-    texts, root = text_files(base / "texts"), Path(__file__).resolve().parents[2]
-    jobs = []
-    for name, changes in INTERRUPTED.items():
-        settings = (*changes, "callbacks.profile.enabled=false")
-        for phase, output, log in (("never", "calm", "a"), ("recovery", "killed", "b"), ("never", "killed", "c")):
-            command = arguments(base / "qwen2_moe", texts, base / output, name, *settings)
-            jobs.append((phase, str(base / f"{name}.{log}"), command))
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(jobs)],
-        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, cwd=base, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return {name: codes[3 * index : 3 * index + 3] for index, name in enumerate(INTERRUPTED)}
-
 
 @pytest.mark.parametrize("name", INTERRUPTED)
-def test_a_killed_recovery_ends_like_an_undisturbed_one(
-    base: Path, killed_and_resumed: dict[str, list[int]], name: str
-) -> None:
-    log = (base / f"{name}.c").read_text()
-    assert killed_and_resumed[name] == [0, -signal.SIGKILL, 0], log
+def test_a_killed_recovery_ends_like_an_undisturbed_one(forks: Forks, base: Path, name: str) -> None:
+    """Undisturbed in one folder, then killed in another, then the same again."""
+    texts = text_files(base / "texts")
+
+    def run(output: str, phase: str = "never") -> subprocess.CompletedProcess[str]:
+        settings = (*INTERRUPTED[name], "callbacks.profile.enabled=false")
+        words = arguments(base / "qwen2_moe", texts, base / output, name, *settings)
+        return forks.run(ROOT / "train.py", *words, folder=base, kill_at=phase)
+
+    done = [run("calm"), run("killed", "recovery"), run("killed")]
+    log = done[2].stderr
+    assert [each.returncode for each in done] == [0, -signal.SIGKILL, 0], log
     assert "plan: found in" in log and "going on from" in log
     calm, resumed = base / "calm" / name, base / "killed" / name
     plans = [Plan.load(folder / "plan.json") for folder in (calm, resumed)]

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 from integration.runs import model_folder
 
 RUNS = Path(__file__).with_name("runs.py")
-TESTS = RUNS.parents[1]
-
-
-def start(base: Path, phase: str, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(RUNS), str(base), phase, str(output), *more]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(forks: Forks) -> Start:
+    """`start(base, phase, output)`: a run that is killed in that phase."""
+
+    def run(base: Path, phase: str, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        return forks.run(RUNS, str(base), str(output), *more, folder=base, kill_at=phase)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     model_folder(folder / "model")
     done = start(folder, "never", folder / "undisturbed")
@@ -34,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("phase", ["search", "recovery", "export"])
-def test_killed_run_ends_like_an_undisturbed_one(base: Path, phase: str) -> None:
+def test_killed_run_ends_like_an_undisturbed_one(start: Start, base: Path, phase: str) -> None:
     output = base / phase
     killed = start(base, phase, output)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -56,7 +59,7 @@ def test_killed_run_ends_like_an_undisturbed_one(base: Path, phase: str) -> None
         assert "going on from" in resumed.stderr
 
 
-def test_a_run_killed_in_its_second_stage_goes_on_there(base: Path) -> None:
+def test_a_run_killed_in_its_second_stage_goes_on_there(start: Start, base: Path) -> None:
     """Texts, then instructions through adapters, then the merged model's experts: bit for bit as undisturbed."""
     whole, cut = base / "whole", base / "cut"
     done = start(base, "never", whole, "staged")

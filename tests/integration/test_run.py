@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from transformers import AutoModelForCausalLM
 
-from integration.runs import config, model_folder, step, text_files
+from integration.runs import ROOT, config, model_folder, step, text_files
 from recondense import pipeline, surgery
 from recondense.plan import Plan
 
@@ -116,7 +116,7 @@ def test_method_none_trains_the_original_further(base: Path) -> None:
     assert stages["recovered"]["loss"] < stages["original"]["loss"]
 
 
-def test_sweep_searches_once(base: Path) -> None:
+def test_sweep_searches_once(forks: Forks, base: Path) -> None:
     texts = text_files(base / "texts")
     out = base / "sweep"
     arguments = [
@@ -125,24 +125,11 @@ def test_sweep_searches_once(base: Path) -> None:
         *(f"data.{split}.path={path}" for split, path in texts.items()),
         "evaluation.tasks=[]", "callbacks.profile.enabled=false", "logger.wandb.mode=disabled", f"output_dir={out}",
     ]  # fmt: skip
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, str(root / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+    done = forks.run(ROOT / "train.py", *arguments, folder=base)
     assert done.returncode == 0, done.stderr
     assert "reused 3 of 3 expert orders and 1 of 2 layers of the layer order" in done.stderr
     assert "reused 3 of 3 expert orders and 2 of 3 layers of the layer order" in done.stderr
-    again = subprocess.run(
-        [sys.executable, str(root / "train.py"), *arguments, "overwrite=true"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+    again = forks.run(ROOT / "train.py", *arguments, "overwrite=true", folder=base)
     assert again.returncode == 0, again.stderr
     assert "reused 3 of 3 expert orders and 3 of 3 layers of the layer order" in again.stderr
     assert "calibrating" not in again.stderr

@@ -3,14 +3,13 @@
 import csv
 import io
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from matplotlib.image import imread
@@ -54,21 +53,14 @@ hydra:
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(forks: Forks, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "application.yaml").write_text(CONFIG)
     (folder / "application.py").write_text(APPLICATION)
-    return subprocess.run(
-        [sys.executable, "application.py", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return forks.run(folder / "application.py", *arguments, folder=folder)
 
 
-def test_a_multirun_is_compared_failures_included(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "seed=1,2,3", "+experiment_name=test")
+def test_a_multirun_is_compared_failures_included(forks: Forks, tmp_path: Path) -> None:
+    done = run(forks, tmp_path, "-m", "seed=1,2,3", "+experiment_name=test")
     folder = tmp_path / "sweep"
     rows = json.loads((folder / "comparison.json").read_text())
     assert [row["settings"] for row in rows] == [{"seed": "1"}, {"seed": "2"}, {"seed": "3"}]
@@ -83,8 +75,8 @@ def test_a_multirun_is_compared_failures_included(tmp_path: Path) -> None:
     assert "UserWarning" not in done.stderr
 
 
-def test_what_the_user_can_mend_is_listed_and_ends_with_2(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "seed=1,4,2")
+def test_what_the_user_can_mend_is_listed_and_ends_with_2(forks: Forks, tmp_path: Path) -> None:
+    done = run(forks, tmp_path, "-m", "seed=1,4,2")
     rows = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
     assert [row["status"] for row in rows] == ["done", "failed: too little text. no room.", "done"]
     assert done.returncode == 2
