@@ -122,6 +122,7 @@ def variants(family: str) -> dict[str, tuple[Operation, ...]]:
         "pruned unlike": (Prune(last, (1, 2, 4)),),
         "factorized": (Prune(last, (0, 2, 3, 5)), Factorize(last, RANKS)),
         "merged": (Merge(last, *PAIRS),),
+        "no MoE layer left": tuple(Condense(layer, (1, 4), (0.3, 0.4), 0.4) for layer in layers),
     }
     if family == "qwen2_moe":
         found["condensed"] = (Condense(1, (1, 4), (0.3, 0.4), 0.4),)

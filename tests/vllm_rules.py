@@ -66,6 +66,12 @@ def corrected(config: Config) -> bool:
     return config.get("topk_method") == "noaux_tc" and config.get("scoring_func") == "sigmoid"
 
 
+def some_sparse(config: Config) -> bool:
+    """qwen3_moe.py and glm4_moe.py look for an example of an MoE layer."""
+    sparse = listed if "mlp_only_layers" in config else after_first
+    return any(sparse(config, layer) for layer in range(config["num_hidden_layers"]))
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one of vLLM's models reads a folder.
@@ -109,7 +115,7 @@ RULES: dict[str, Rule] = {
     ),
     "qwen3_moe": Rule(
         "qwen3_moe.py", "Qwen3MoeForCausalLM", "num_experts", "moe_intermediate_size", listed, norms="head",
-        biases="attention_bias",
+        biases="attention_bias", needs={"an MoE layer": some_sparse},
     ),
     "mixtral": Rule(
         "mixtral.py", "MixtralForCausalLM", "num_local_experts", "intermediate_size", block="block_sparse_moe",
@@ -144,7 +150,7 @@ RULES: dict[str, Rule] = {
     "glm4_moe": Rule(
         "glm4_moe.py", "Glm4MoeForCausalLM", "n_routed_experts", "moe_intermediate_size", after_first,
         shared=("shared_experts", "n_shared_experts"), biases="attention_bias", norms="use_qk_norm", correction="gate",
-        needs={"groups": grouped, "silu": lambda config: config["hidden_act"] == "silu"},
+        needs={"groups": grouped, "an MoE layer": some_sparse, "silu": lambda config: config["hidden_act"] == "silu"},
     ),
     "ernie4_5_moe": Rule(
         "ernie45_moe.py", "Ernie4_5_MoeForCausalLM", "moe_num_experts", "moe_intermediate_size", from_to,

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def export(
 
     Args:
         model: the student, its plan applied.
+        plan: of this run, with the history of the model that it found.
         folder: replaced if it exists; written aside, then renamed.
         card: the text of README.md.
 
@@ -93,7 +94,9 @@ def export(
         model.generation_config.save_pretrained(aside)
     if tokenizer is not None:
         tokenizer.save_pretrained(aside)
-    plan.save(aside / "plan.json")
+    gone = _gone(shapes) if stock is not None else []
+    kept = [layer for layer in range(len(families.decoder_layers(model))) if layer not in gone]
+    replace(plan, history=plan.history.then(plan.operations, kept)).save(aside / "plan.json")
     write_aside(aside / "README.md", card)
     _rename(aside, folder)
     return "bundled" if stock is None else "stock"
@@ -102,13 +105,18 @@ def export(
 def layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig) -> Stock | None:
     """How the family's own class would hold the model; None: the folder carries a modeling file.
 
+    So does one that transformers' class could hold and vLLM's could not, where nobody asked for stock.
+
     Raises:
         NotStock: `settings.format` is stock, and it cannot.
     """
     if settings.format == "bundled":
         return None
     try:
-        return stock_layout(model, shapes, settings.max_padding)
+        found = stock_layout(model, shapes, settings.max_padding)
+        if settings.format == "stock" or not shapes or families.sparse_blocks(model):
+            return found
+        return None if families.family_of(model.config).needs_sparse else found
     except NotStock as error:
         if settings.format == "stock":
             raise NotStock(f"export.format=stock: {error}; use export.format=auto or bundled") from None
@@ -135,7 +143,7 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
     counts = {block.num_experts for block in families.sparse_blocks(model).values()}
     if len(counts) > 1:
         raise NotStock(f"its layers have {min(counts)} to {max(counts)} experts; a config of {name} says one number")
-    gone = [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"]
+    gone = _gone(shapes)
     widths = {layer: width for layer, shape in shapes.items() if (width := _width(shape)) is not None}
     own = {layer: width for layer, width in families.dense_widths(model.config).items() if layer not in gone}
     width = (max([*own.values(), *widths.values()]) or NARROWEST) if widths else None
@@ -155,6 +163,11 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
 
 
 ODD = {"token_gate": "a gate per token", "merged": "merged experts", "ranks": "low-rank experts"}
+
+
+def _gone(shapes: Shapes) -> list[int]:
+    """Decoder layers that are no more."""
+    return [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"]
 
 
 def _width(shape: Mapping[str, Any]) -> int | None:
@@ -221,7 +234,7 @@ def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Itera
         shapes: as `layer_shapes`; a layer without ranks there is multiplied out.
         stock: None: for the bundle.
     """
-    gone = [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"] if stock is not None else []
+    gone = _gone(shapes) if stock is not None else []
     for layer, module in enumerate(families.decoder_layers(model)):
         if layer in gone:
             continue

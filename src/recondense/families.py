@@ -46,7 +46,8 @@ from recondense.layouts import (
     stock_updates,
 )
 from recondense.low_rank import LowRankExperts
-from recondense.modules import CondensedMoE, MoEWeights, RemappedRouter, SkippedLayer, shallow_copy, sliced
+from recondense.modules import CondensedMoE, MoEWeights, RemappedRouter, SkippedLayer, Zeros, shallow_copy, sliced
+from recondense.operations import PROJECTIONS
 
 __all__ = [
     "FAMILIES",
@@ -108,7 +109,6 @@ class SparseBlock:
         if not hasattr(self.experts, "gate_up_proj"):
             raise ValueError(f"layer {self.layer}: its experts are factorized; this needs whole ones, so do it before")
         shared, experts = self.shared_expert, cast(Any, self.experts)
-        projections = ("gate_proj", "up_proj", "down_proj")
         turned, bias = getattr(experts, "is_transposed", False), has_bias(experts)
         return MoEWeights(
             gate_up_EHD=experts.gate_up_proj.transpose(1, 2) if turned else experts.gate_up_proj,
@@ -117,7 +117,7 @@ class SparseBlock:
             interleaved=not getattr(experts, "is_concatenated", True),
             gate_up_bias_EH=experts.gate_up_proj_bias if bias else None,
             down_bias_ED=experts.down_proj_bias if bias else None,
-            shared=None if shared is None else tuple(getattr(shared, name).weight for name in projections),  # type: ignore[arg-type]
+            shared=None if shared is None else tuple(getattr(shared, name).weight for name in PROJECTIONS),  # type: ignore[arg-type]
             shared_gate=None if self.shared_expert_gate is None else self.shared_expert_gate.weight,  # type: ignore[arg-type]
         )
 
@@ -400,20 +400,33 @@ def attention_linears(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def is_dense(block: nn.Module) -> bool:
+    """Whether this is a dense layer's block, of a family's own class."""
+    own = isinstance(block, (CondensedMoE, Zeros)) or is_sparse(block)
+    return not own and all(hasattr(block, name) for name in PROJECTIONS)
+
+
 def trained_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Module]:
     """The experts of some layers, shared and routed, by their names in the model; no router, no gate.
 
-    A layer that a family's own class holds dense has none.
+    Of a layer that a family's own class holds dense, as it does a condensed one, its projections.
     """
     found: dict[str, nn.Module] = {}
     for layer in layers:
         block = get_block(model, layer)
-        if isinstance(block, CondensedMoE):
-            parts: dict[str, nn.Module] = {name: getattr(block, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        if isinstance(block, CondensedMoE) or is_dense(block):
+            parts: dict[str, nn.Module] = {name: getattr(block, name) for name in PROJECTIONS}
         else:
             parts = expert_modules(model, layer)
         found |= {f"{block_name(layer)}.{name}": part for name, part in parts.items()}
     return found
+
+
+def trained_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Those of some layers that have experts, or were condensed; all that have experts, where none of these is left."""
+    own = [layer for layer in layers if trained_modules(model, [layer])]
+    blocks = {layer: get_block(model, layer) for layer in range(len(decoder_layers(model)))}
+    return own or [layer for layer, block in blocks.items() if not is_dense(block) and trained_modules(model, [layer])]
 
 
 def separated(model: PreTrainedModel, layer: int, original: nn.Module) -> bool:

@@ -108,6 +108,7 @@ class Family:
         carried: its model is recondense's own, so that even stock exports carry a modeling file.
         masks_of_types: transformers 5.23 makes its attention masks without the positions, so that it does not keep
             packed examples apart; it takes one mask for each kind of layer instead.
+        needs_sparse: vLLM 0.32's class of it does not load a model without MoE layers, which transformers' does.
     """
 
     num_experts: str
@@ -119,6 +120,7 @@ class Family:
     shared_expert_gate: str | None = None
     carried: bool = False
     masks_of_types: bool = False
+    needs_sparse: bool = False
 
 
 def _dense_first(sparse: Sequence[bool]) -> int | None:
@@ -237,7 +239,7 @@ FAMILIES: dict[str, Family] = {
         shared_expert="shared_expert",
         shared_expert_gate="shared_expert_gate",
     ),
-    "qwen3_moe": Family("num_experts", MLP_ONLY, _plain),
+    "qwen3_moe": Family("num_experts", MLP_ONLY, _plain, needs_sparse=True),
     "deepseek": Family(
         "n_routed_experts", FREQUENCY, _deepseek, shared_width=_shared, shared_expert="shared_experts", carried=True
     ),
@@ -248,7 +250,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("num_local_experts", EVERY, _normalized, expert_width="intermediate_size"),
     "olmoe": Family("num_experts", EVERY, _plain, expert_width="intermediate_size"),
     "gpt_oss": Family("num_local_experts", EVERY, _normalized, expert_width="intermediate_size", masks_of_types=True),
-    "glm4_moe": _V3,
+    "glm4_moe": replace(_V3, needs_sparse=True),
     "ernie4_5_moe": Family(
         "moe_num_experts",
         INTERVAL,
@@ -259,7 +261,7 @@ FAMILIES: dict[str, Family] = {
     # These need nothing that those above do not have.
     "dots1": _V3,
     "solar_open": replace(_V3, pattern=EVERY),
-    "glm4_moe_lite": replace(_V3, pattern=TYPES),
+    "glm4_moe_lite": replace(_V3, pattern=TYPES, needs_sparse=True),
     "mellum": Family("num_experts", TYPES, _plain),
 }
 

@@ -22,7 +22,7 @@ from recondense.config import Config, ConfigError, RecoveryConfig
 from recondense.export import export, layer_shapes, layout
 from recondense.hub import push_folder
 from recondense.measure import Measure
-from recondense.plan import Plan, write_aside
+from recondense.plan import History, Plan, write_aside
 from recondense.plan_only import plan_only
 from recondense.progress import configure, progress
 from recondense.recovering import Fits
@@ -159,10 +159,12 @@ class _Run:
         stages = stages_of(replace(config, recovery=recovery))
         if recovery != config.recovery:
             log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
+        history = History.of_folder(config.model.path)
         module = RecoveryModule(
             model,
             stages[0].recovery,
             plan=plan,
+            trained_layers=None if plan.operations else history.changed(len(families.decoder_layers(model))),
             tokenizer=tokenizer,
             record=recorder(config, model, tokenizer, texts, measure.timed),
             max_scratch_bytes=scratch_bytes(config, model.device),
@@ -197,7 +199,7 @@ class _Run:
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
                 card = summary.model_card(found)
-                whole = replace(plan, earlier=summary.earlier_operations(config.model.path))
+                whole = replace(plan, history=history)
                 kind = export(model, tokenizer, whole, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
             found["artifacts"] |= {"model": "model", "export_format": kind}

@@ -10,15 +10,56 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 
-__all__ = ["Condense", "Drop", "Factorize", "Merge", "Operation", "Plan", "Prune", "Refit", "write_aside"]
+__all__ = ["Condense", "Drop", "Factorize", "History", "Merge", "Operation", "Plan", "Prune", "Refit", "write_aside"]
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class History:
+    """What was done to a model in all, one run after the other.
+
+    Args:
+        operations: in order; layers are numbered as in the model that nobody had compressed.
+        layers: that number for each decoder layer that there is now; empty: as they are counted now.
+    """
+
+    operations: tuple[Operation, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    def then(self, operations: Sequence[Operation], kept: Sequence[int]) -> History:
+        """After one run more.
+
+        Args:
+            operations: of that run; layers are numbered as it found them.
+            kept: the decoder layers that it found and that the written model has.
+        """
+        numbered = [replace(operation, layer=self._number(operation.layer)) for operation in operations]
+        layers = tuple(map(self._number, kept))
+        return History((*self.operations, *numbered), () if layers == tuple(range(len(layers))) else layers)
+
+    def changed(self, num_layers: int) -> tuple[int, ...]:
+        """Those of the decoder layers that there are now, as they are counted now, which some operation changed."""
+        numbers = {operation.layer for operation in self.operations}
+        return tuple(layer for layer in range(num_layers) if self._number(layer) in numbers)
+
+    @classmethod
+    def of_folder(cls, path: str | Path | None) -> History:
+        """What the plan in a model's folder says; nothing of a folder that has none."""
+        try:
+            plan = Plan.load(Path(path, "plan.json")) if path else Plan("")
+            return plan.history if plan.history.operations else cls(plan.operations)
+        except (OSError, ValueError, AttributeError, TypeError):  # somebody else's file of that name
+            return cls()
+
+    def _number(self, layer: int) -> int:
+        return self.layers[layer] if self.layers else layer
 
 
 @dataclass(frozen=True)
@@ -30,14 +71,14 @@ class Plan:
         fingerprint: hashes of what decided it: weights, calibration, method.
         operations: in the order in which they were chosen.
         search: what decided it (orders, scores, seconds); JSON values only.
-        earlier: what was done to the model before, where it is a compressed folder; layers as they were numbered then.
+        history: what was done to the model before; in an exported folder, this plan's operations included.
     """
 
     model: str
     operations: tuple[Operation, ...] = ()
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
-    earlier: tuple[Operation, ...] = ()
+    history: History = History()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -51,8 +92,11 @@ class Plan:
             "fingerprint": dict(self.fingerprint),
             "operations": _to_json(self.operations),
             "search": dict(self.search),
-            **({"earlier": _to_json(self.earlier)} if self.earlier else {}),
+            **({"history": self._history()} if self.history != History() else {}),
         }
+
+    def _history(self) -> dict[str, Any]:
+        return {"operations": _to_json(self.history.operations), "layers": list(self.history.layers)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
@@ -66,12 +110,13 @@ class Plan:
         """
         if data.get("schema") != SCHEMA:
             raise ValueError(f"plan: schema {data.get('schema')!r} is not {SCHEMA}, the version that this code reads")
+        history = data.get("history", {})
         return cls(
             model=str(data.get("model", "")),
             operations=_from_json(data.get("operations", ())),
             fingerprint=dict(data.get("fingerprint", {})),
             search=dict(data.get("search", {})),
-            earlier=_from_json(data.get("earlier", ())),
+            history=History(_from_json(history.get("operations", ())), tuple(history.get("layers", ()))),
         )
 
     @classmethod

@@ -22,6 +22,7 @@ from recondense.export import layer_shapes, layout
 from recondense.hub import reachable_or_offline
 from recondense.methods.budget import Budget
 from recondense.methods.dropping import Dropping
+from recondense.plan import History
 from recondense.recorded import recorded_config
 from recondense.sizes import OutliningStep, outlined
 from recondense.stages import read_stages, renamed
@@ -57,12 +58,31 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         problems += _attention(config, planned)
         if not steps and config.recovery.objective == "none":  # what is only measured needs no MoE layer
             return problems
-        facts = families.facts(planned)
+        facts = families.facts(planned) if steps else families.original_facts(planned)
+        problems += [] if steps else _nothing_trains(config, planned)
     except ValueError as error:
         return [*problems, str(error)]
     problems += _low_rank_already(steps, facts)
     refused = [*(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
     return [*problems, *refused, *([] if refused else _stock(config, steps, planned))]
+
+
+def _nothing_trains(config: Config, planned: PretrainedConfig) -> list[str]:
+    """Experts that are to train, of a model that has none and of which recondense condensed no layer."""
+    wanted = [
+        stage.where
+        for stage in read_stages(config, [])
+        if stage.recovery.trainable == "experts"
+        or (stage.recovery.trainable, stage.recovery.lora.target) == ("lora", "experts")
+    ]
+    changed = History.of_folder(config.model.path).changed(planned.num_hidden_layers)
+    if not wanted or families.trained_layers(families.on_meta(planned), changed):
+        return []
+    return [
+        f"{where}: the model ({planned.model_type}) has no experts to train. Use {where}.trainable=all, or "
+        "recovery=none."
+        for where in wanted
+    ]
 
 
 def _push(config: Config) -> list[str]:

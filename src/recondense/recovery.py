@@ -139,7 +139,8 @@ class RecoveryModule(L.LightningModule):
             return
         self._freed = True
         if self.recovery.trainable == "lora":
-            self.adapters = adapters.inject(self.model, trained_layers(self.model, self._layers), self.recovery.lora)
+            layers = families.trained_layers(self.model, self._layers)
+            self.adapters = adapters.inject(self.model, layers, self.recovery.lora)
             for parameter in self.adapters.parameters():
                 parameter.requires_grad_(True)
             if self.teacher is not None:
@@ -196,7 +197,7 @@ class RecoveryModule(L.LightningModule):
 
     def _separate(self) -> None:
         """What will train gets weights of its own where the original uses them too; all else stays shared."""
-        for layer in trained_layers(self.model, self._layers):
+        for layer in families.trained_layers(self.model, self._layers):
             original = self._originals.get(layer, families.get_block(self.model, layer))
             if families.separated(self.model, layer, original):
                 self._originals[layer] = original
@@ -362,8 +363,8 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
     """What a recovery trains, by name in the model.
 
     Args:
-        layers: "experts" trains shared and retained experts of these layers only; of all MoE layers that are left if
-            there are none, or if nothing is left of these (they were dropped).
+        layers: "experts" trains shared and retained experts of these layers only, dense ones among them; of all MoE
+            layers that are left if there are none, or if nothing is left of these (they were dropped).
         trainable: "experts" or "all".
 
     Returns:
@@ -373,16 +374,9 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
         return dict(model.named_parameters())
     return {
         f"{name}.{own}": parameter
-        for name, module in families.trained_modules(model, trained_layers(model, layers)).items()
+        for name, module in families.trained_modules(model, families.trained_layers(model, layers)).items()
         for own, parameter in module.named_parameters()
     }
-
-
-def trained_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
-    """Those of some layers that have experts; all layers that have, where none of these does."""
-    everywhere = range(len(families.decoder_layers(model)))
-    own = [layer for layer in layers if families.trained_modules(model, [layer])]
-    return own or [layer for layer in everywhere if families.trained_modules(model, [layer])]
 
 
 def trained_state(module: RecoveryModule) -> dict[str, Tensor]:

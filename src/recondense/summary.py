@@ -17,7 +17,7 @@ from recondense import families, papers
 from recondense.config import Config, ModelConfig, RecoveryConfig
 from recondense.measure import Measure
 from recondense.methods.budget import routed_parameters
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+from recondense.plan import Condense, Drop, Factorize, History, Merge, Plan, Prune
 from recondense.profiling import count_parameters
 from recondense.published import PAPER_TASKS
 from recondense.quantized import Stored
@@ -185,15 +185,16 @@ def published(
     measured = [name for name in PAPER_TASKS if any(name in stage.get("task_mean", {}) for stage in stages.values())]
     if not measured:
         return {}
-    earlier = earlier_operations(config.model.path)
+    history = History.of_folder(config.model.path)
+    earlier = bool(history.operations)
     facts = families.original_facts(model)
     known = papers.recognise(
         *(families.family_name(facts.model_type), facts.hidden_size, facts.num_layers, facts.num_experts),
-        compressed=bool(earlier),
+        compressed=earlier,
     )
     setting = papers.Setting(None)
     if known is not None:
-        operations = operation_counts(Plan("", (*earlier, *plan.operations)), known.num_experts)
+        operations = operation_counts(Plan("", history.then(plan.operations, ()).operations), known.num_experts)
         removed = 1 - counted["compressed"]["routed_experts"] / known.routed_expert_parameters
         setting = papers.setting_of(operations, removed)
     evaluation = config.evaluation
@@ -201,15 +202,6 @@ def published(
     differs += [] if evaluation.num_fewshot == 0 else [f"evaluation.num_fewshot={evaluation.num_fewshot}"]
     beside = papers.beside(known, setting, measured, differs)
     return {"published": {**beside, **({"earlier": True} if earlier else {})}}
-
-
-def earlier_operations(path: str | None) -> tuple[Operation, ...]:
-    """What the plan in a model's folder says was done to it before; nothing for a folder that has none."""
-    try:
-        plan = Plan.load(Path(path, "plan.json")) if path else Plan("")
-        return (*plan.earlier, *plan.operations)
-    except (OSError, ValueError, AttributeError):  # somebody else's file of that name
-        return ()
 
 
 def ratios(stages: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> dict[str, float]:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import EVERY, logits
 
 from integration.runs import arguments, model_folder, one_command, text_files
 from recondense import families, hub, loading
 from recondense.config import ModelConfig
+from recondense.operations import PROJECTIONS
 from recondense.plan import Plan
+from recondense.summary import operation_counts
 
 Command = Callable[..., tuple[int, str]]
 
@@ -50,7 +53,8 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
         assert found[before]["parameters"]["total"]["compressed"] == found[after]["parameters"]["total"]["original"]
     assert found["second"]["artifacts"]["export_format"] == "bundled"
     whole = Plan.load(out / "third" / "model" / "plan.json")  # what was done to the model that nobody had compressed
-    assert not whole.operations and {operation.kind for operation in whole.earlier} == {"condense", "factorize"}
+    assert not whole.operations
+    assert {operation.kind for operation in whole.history.operations} == {"condense", "factorize"}
     kinds = {layer: shape for layer, shape in _config(out / "third" / "model")["compressed_layers"].items()}
     assert sorted("ranks" if "ranks" in shape else shape["kind"] for shape in kinds.values())[0] == "condensed"
     assert any("ranks" in shape for shape in kinds.values())
@@ -58,6 +62,68 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
     assert families.facts(model.config).factorized == tuple(families.sparse_blocks(model))
     ids = torch.arange(1, 41).reshape(2, 20)
     assert torch.isfinite(logits(model, ids)).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "num_layers", "way"),
+    [
+        ("qwen2_moe", "stock", 2, "finetune"),
+        ("qwen2_moe", "bundled", 2, "finetune"),
+        ("qwen2_moe", "stock", 2, "lora"),
+        ("qwen2_moe", "stock", 3, "finetune"),  # no MoE layer is left
+        ("qwen2_moe", "bundled", 3, "lora"),
+        ("ernie4_5_moe", "stock", "all", "finetune"),
+    ],
+)
+def test_what_was_condensed_trains_further(
+    command: Command, tmp_path: Path, family: str, form: str, num_layers: object, way: str
+) -> None:
+    """Exactly the condensed layers, whether the family's own class holds them or ours."""
+    folder, texts, out = (
+        model_folder(tmp_path / "model", EVERY[family]),
+        text_files(tmp_path / "texts"),
+        tmp_path / "out",
+    )
+    first = ("method=cdmoe", "method.num_experts=2", f"method.num_layers={num_layers}", f"export.format={form}")
+    adapters = ("recovery.lora.target=experts",) if way == "lora" else ()
+    ways = {
+        "first": (folder, *first, "recovery=none"),
+        "second": (out / "first" / "model", "method=none", f"recovery={way}", *adapters),
+    }
+    for run, (path, *settings) in ways.items():
+        code, err = command(*arguments(path, texts, out, run, *settings, "callbacks.profile.enabled=false"))
+        assert code == 0, err
+    before, after = (load_file(out / run / "model" / "model.safetensors") for run in ways)
+    assert before.keys() == after.keys()
+    condensed = Plan.load(out / "first" / "plan.json").layers
+    assert len(condensed) == (num_layers if isinstance(num_layers, int) else len(condensed)) > 0
+    parts = [f"model.layers.{layer}.mlp.{part}.weight" for layer in condensed for part in PROJECTIONS]
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(parts)
+    assert Plan.load(out / "second" / "model" / "plan.json").history.changed(3) == condensed
+
+
+def test_layers_dropped_twice_are_two(command: Command, tmp_path: Path) -> None:
+    """The layers of a stock folder move up; what was published is looked up by how many are gone."""
+    folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
+    for run in ("first", "second"):
+        settings = ("method=block_drop", "method.removed_expert_ratio=0.3", "recovery=none")
+        code, err = command(*arguments(folder, texts, out, run, *settings, "callbacks.profile.enabled=false"))
+        assert code == 0, err
+        folder = out / run / "model"
+    history = Plan.load(folder / "plan.json").history
+    assert len({operation.layer for operation in history.operations}) == 3 - _config(folder)["num_hidden_layers"] == 2
+    assert operation_counts(Plan("", history.operations), 6) == {"drop_block": {"layers": 2}}
+    [left] = {0, 1, 2} - {operation.layer for operation in history.operations}
+    assert history.layers == ((left,) if left else ())
+
+
+def test_a_model_without_experts_is_refused_before_it_is_loaded(command: Command, tmp_path: Path) -> None:
+    """One that nobody condensed; all of it can train."""
+    folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"mlp_only_layers": [0, 1, 2]}))
+    code, err = command(*arguments(folder, texts, out, "run", "method=none", "recovery=finetune"))
+    assert code == 2 and "recovery: the model (qwen2_moe) has no experts to train. Use recovery.trainable=all" in err
 
 
 def test_a_folder_goes_to_the_hub_on_request(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from recondense.config import ExportConfig, ModelConfig, RecoveryConfig
 from recondense.export import condensed_layers, export
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
 from recondense.profiling import count_parameters
-from recondense.recovery import RecoveryModule, trainable_parameters, trained_layers
+from recondense.recovery import RecoveryModule, trainable_parameters
 
 IDS = windows(3, 11)
 BUNDLED = ExportConfig(format="bundled")
@@ -157,7 +157,7 @@ def test_a_compressed_folder_is_recovered_further(family: str, tmp_path: Path) -
     written(model, plan, tmp_path / "first")
     again = loaded(tmp_path / "first", family)
     layers = sorted({1, *families.sparse_blocks(again)})
-    assert trained_layers(again, ()) == layers
+    assert families.trained_layers(again, ()) == layers
     recovery = RecoveryConfig(name="finetune", objective="finetune", learning_rate=1e-3, steps=3)
     module = RecoveryModule(again, recovery, plan=Plan("tiny"))
     module.prepare()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 from recondense import plan as plan_module
 from recondense.cache import JsonFolder, fingerprint
 from recondense.operations import OPERATIONS
-from recondense.plan import Condense, Drop, Factorize, Merge, Plan, Prune, Refit, write_aside
+from recondense.plan import Condense, Drop, Factorize, History, Merge, Plan, Prune, Refit, write_aside
 
 PLAN = Plan(
     model="Qwen/Qwen1.5-MoE-A2.7B",
@@ -195,3 +196,32 @@ def test_every_kind_survives_json() -> None:
 def test_operations_that_make_no_sense(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ------------------------------------------------------------------------------------------------- run after run
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_history_counts_layers_as_they_were_at_first(tmp_path: Path, seed: int) -> None:
+    """Against names that go along with the layers."""
+    draw = random.Random(seed)
+    there, history, done = list(range(8)), History(), []
+    for _ in range(4):
+        dropped = draw.sample(range(len(there)), draw.choice((0, 1)))
+        pruned = [layer for layer in range(len(there)) if layer not in dropped and draw.random() < 0.4]
+        operations = [*(Drop(layer, "block") for layer in dropped), *(Prune(layer, (0, 1)) for layer in pruned)]
+        kept = [layer for layer in range(len(there)) if layer not in dropped]
+        done += [(operation.kind, there[operation.layer]) for operation in operations]
+        there = [there[layer] for layer in kept]
+        Plan("tiny", tuple(operations), history=history.then(operations, kept)).save(tmp_path / "plan.json")
+        history = History.of_folder(tmp_path)
+    assert [(operation.kind, operation.layer) for operation in history.operations] == done
+    changed = [layer for layer, name in enumerate(there) if name in {name for _, name in done}]
+    assert history.changed(len(there)) == tuple(changed)
+
+
+def test_a_folder_without_a_plan_of_ours_has_no_history(tmp_path: Path) -> None:
+    assert History.of_folder(None) == History.of_folder(tmp_path) == History()
+    for text in ("[]", "no JSON", '{"schema": 1, "history": 3}', '{"schema": 7}'):
+        (tmp_path / "plan.json").write_text(text)
+        assert History.of_folder(tmp_path) == History()

@@ -15,6 +15,7 @@ from torch import nn
 from vllm_rules import PUBLISHED, RULES, backend_problems, problems
 
 from recondense import bundle, families, surgery
+from recondense.config import ExportConfig
 from recondense.export import export
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
 
@@ -29,12 +30,39 @@ def pruned(model: Any, retained: tuple[int, ...] = (1, 2, 4)) -> tuple[Operation
     return tuple(Prune(layer, retained) for layer in families.facts(model.config).moe_layers)
 
 
+# What a family's config says of what was condensed and dropped; vLLM wants an MoE layer of two.
+ALL = ("first condensed", "condensed", "last dropped")
+STOCK = {family: ALL for family in RULES}
+STOCK |= dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), ALL[2:]) | dict.fromkeys(("qwen3_moe", "glm4_moe"), ALL[::2])
+
+
 @pytest.mark.parametrize("family", [family for family in EVERY if family in RULES])
 def test_stock_exports_meet_the_rules_of_vllm(tmp_path: Path, family: str) -> None:
-    """As it is, and pruned alike."""
-    for name, operations in {"whole": (), "pruned": pruned(EVERY[family]())}.items():
-        assert exported(tmp_path / name, EVERY[family](**PUBLISHED.get(family, {})), *operations) == "stock"
-        assert problems(tmp_path / name) == [], name
+    """As it is and pruned alike; condensed and with layers dropped where that is stock."""
+    layers = families.facts(EVERY[family]().config).moe_layers
+    ways = {
+        "whole": (),
+        "pruned": pruned(EVERY[family]()),
+        "first condensed": condense_plan(EVERY[family](), layers[:1]).operations,
+        "condensed": condense_plan(EVERY[family](), layers).operations,
+        "last dropped": (Drop(layers[-1], "block"),),
+    }
+    kinds = {
+        name: exported(tmp_path / name, EVERY[family](**PUBLISHED.get(family, {})), *operations)
+        for name, operations in ways.items()
+    }
+    assert {name for name, kind in kinds.items() if kind == "stock"} == {"whole", "pruned", *STOCK[family]}
+    for name, kind in kinds.items():
+        assert kind == "bundled" or problems(tmp_path / name) == [], name
+
+
+def test_vllm_wants_an_moe_layer_of_some_families(tmp_path: Path) -> None:
+    """Who asks for stock gets it, and transformers loads it."""
+    model = EVERY["qwen3_moe"]()
+    plan = condense_plan(model, families.facts(model.config).moe_layers)
+    surgery.apply(model, plan)
+    assert export(model, None, plan, tmp_path / "out", "", ExportConfig(format="stock")) == "stock"
+    assert "needs an MoE layer" in problems(tmp_path / "out")
 
 
 def test_no_rule_is_without_a_family() -> None:
