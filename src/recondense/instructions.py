@@ -44,8 +44,7 @@ def read_record(values: Any, form: str) -> Record:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"is a {type(values).__name__}, not an object with fields")
-    if len(values) == 1 and isinstance(inner := next(iter(values.values())), Mapping):
-        values = inner  # cais/mmlu's auxiliary_train
+    values = _unwrapped(values)
     form = form_of(values) if form == "auto" else form
     try:
         found = {"alpaca": _alpaca, "chat": _chat, "commonsense": _commonsense}[form](values)
@@ -60,6 +59,7 @@ def form_of(values: Mapping[str, Any]) -> str:
     Raises:
         ValueError: none is known that has such fields.
     """
+    values = _unwrapped(values)
     if "messages" in values or "conversations" in values:
         return "chat"
     if {"instruction", "output"} <= values.keys():
@@ -67,6 +67,12 @@ def form_of(values: Mapping[str, Any]) -> str:
     if any(fields <= values.keys() for fields, _ in QUESTIONS):
         return "commonsense"
     raise ValueError(f"has no known form ({_fields(values)}); the forms are {', '.join(FORMS)}")
+
+
+def _unwrapped(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a record that lies in the only field of another, as in cais/mmlu's auxiliary_train."""
+    inner = next(iter(values.values())) if len(values) == 1 else None
+    return inner if isinstance(inner, Mapping) else values
 
 
 def _fields(values: Mapping[str, Any]) -> str:
@@ -78,6 +84,14 @@ def _text(values: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"its {name!r} is a {type(value).__name__}, not a text")
     return value
+
+
+def _texts(values: Any, what: str) -> list[str]:
+    """Options, some of which may be numbers."""
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    if not listed or not all(isinstance(value, str | int | float) for value in values):
+        raise ValueError(f"its {what} are no list of texts")
+    return [str(value) for value in values]
 
 
 # ------------------------------------------------------------------------------------------------ Alpaca, chats
@@ -111,10 +125,11 @@ def _turn(turn: Any) -> dict[str, str]:
         raise ValueError(f"a message is a {type(turn).__name__}, not an object with role and content")
     names = ("role", "content") if "role" in turn else ("from", "value")
     who, said = turn[names[0]], turn[names[1]]
-    if who not in ROLES:
+    if not isinstance(who, str) or who not in ROLES:
         raise ValueError(f"nobody is called {who!r} in a chat; the roles are {', '.join(ROLES)}")
     if isinstance(said, Sequence) and not isinstance(said, str):  # parts, of which text is one kind
-        said = "".join(part["text"] for part in said if isinstance(part, Mapping) and part.get("type") == "text")
+        texts = [part["text"] for part in said if isinstance(part, Mapping) and part.get("type") == "text"]
+        said = "".join(_texts(texts, "parts"))
     if not isinstance(said, str):
         raise ValueError(f"what {who!r} says is a {type(said).__name__}, not a text")
     return {"role": ROLES[who], "content": said}
@@ -166,7 +181,7 @@ def _piqa(values: Mapping[str, Any]) -> dict[str, Any]:
 def _hellaswag(values: Mapping[str, Any]) -> dict[str, Any]:
     activity = f"{values['activity_label']}: " if values.get("activity_label") else ""
     head = f"Please choose the correct ending to complete the given sentence: {activity}{_text(values, 'ctx')}"
-    return _listed(head, "ending", values["endings"], _number(values, "label"))
+    return _listed(head, "ending", _texts(values["endings"], "endings"), _number(values, "label"))
 
 
 def _winogrande(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,6 +212,7 @@ def _multiple_choice(values: Mapping[str, Any]) -> dict[str, Any]:
     options: Any = values.get("choices", values.get("options"))
     if isinstance(question, Mapping):  # as AI2 publishes ARC itself
         question, options = question["stem"], question["choices"]
+    question = _text({"question": question}, "question")
     labels, texts = _options(options)
     answer = values["answerKey"] if "answerKey" in values else values["answer"]
     if isinstance(answer, str):
@@ -210,14 +226,14 @@ def _multiple_choice(values: Mapping[str, Any]) -> dict[str, Any]:
 def _options(options: Any) -> tuple[list[str], list[str]]:
     """Labels and texts of options: two lists, a list of pairs, a mapping, or texts alone (labelled A, B, ...)."""
     if isinstance(options, Mapping) and {"text", "label"} <= options.keys():
-        return [str(label) for label in options["label"]], list(options["text"])
+        return _texts(options["label"], "labels"), _texts(options["text"], "options")
     if isinstance(options, Mapping):
-        return list(options), list(options.values())
-    if not isinstance(options, Sequence) or isinstance(options, str):
-        raise ValueError("its options are no list")
-    if all(isinstance(option, Mapping) for option in options):
-        return [str(option["label"]) for option in options], [option["text"] for option in options]
-    return [chr(ord("A") + index) for index in range(len(options))], [str(option) for option in options]
+        return list(options), _texts(list(options.values()), "options")
+    if isinstance(options, Sequence) and options and all(isinstance(option, Mapping) for option in options):
+        texts = _texts([option["text"] for option in options], "options")
+        return _texts([option["label"] for option in options], "labels"), texts
+    texts = _texts(options, "options")
+    return [chr(ord("A") + index) for index in range(len(texts))], texts
 
 
 def _question(values: Mapping[str, Any]) -> dict[str, Any]:

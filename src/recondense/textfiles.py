@@ -10,6 +10,7 @@ from typing import Any
 
 from recondense.instructions import form_of, read_record
 
+ENCODING = "utf-8-sig"  # UTF-8, with the mark at its head that some programs write
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 # WikiText marks an article by a line " = Title = " (its sections have " = = ").
 ARTICLE = re.compile(r"^ ?= [^=]+ = ?$")
@@ -71,7 +72,7 @@ def _join(lines: list[str]) -> str:
 
 
 def _plain(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=ENCODING) as file:
         yield from documents(file)
 
 
@@ -86,7 +87,7 @@ def _json_lines(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
 
 def _objects(path: Path) -> Iterator[tuple[int, Any]]:
     """What each line of a file holds, with its number."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=ENCODING) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -98,7 +99,7 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _records(path: Path, form: str) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=ENCODING) as file:
         listed = file.read(4096).lstrip().startswith("[")
     rows = enumerate(_list(path), start=1) if listed else _objects(path)
     for number, values in rows:
@@ -113,7 +114,7 @@ def _records(path: Path, form: str) -> Iterator[tuple[int, str]]:
 
 def _list(path: Path) -> list[Any]:
     try:
-        found: list[Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: list[Any] = json.loads(path.read_text(encoding=ENCODING))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"is not JSON (line {error.lineno}: {error.msg}); write a list or one object a line."

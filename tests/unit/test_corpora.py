@@ -283,10 +283,12 @@ def test_records_are_documents(tmp_path: Path) -> None:
     assert problem.startswith(f"data.train.path={path}: line 1 has no known form")
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("streaming", [True, False])
-def test_records_of_the_hub(dataset: Path, streaming: bool) -> None:
-    write_records(dataset / "train.jsonl", [{**QUESTION, "question": f"Which of {number}?"} for number in range(6)])
-    write_records(dataset / "validation.jsonl", [QUESTION])
+def test_records_of_the_hub(dataset: Path, streaming: bool, inside: bool) -> None:
+    rows = [{**QUESTION, "question": f"Which of {number}?"} for number in range(6)]
+    write_records(dataset / "train.jsonl", [{"train": row} for row in rows] if inside else rows)
+    write_records(dataset / "validation.jsonl", [{"train": QUESTION}] if inside else [QUESTION])
     config = replace(hub_config(dataset, streaming=streaming), form="auto")
     found = load_corpora(config)
     assert found.train is not None and found.calibration is not None

@@ -197,6 +197,13 @@ def test_chats_in_both_words() -> None:
         ({**QUESTIONS["hellaswag"][0], "label": ""}, "auto", "has no answer among its 4 options"),
         ({**QUESTIONS["boolq"][0], "answer": -1}, "auto", "neither true nor false"),
         ({"question": "x", "choices": "ab", "answer": "a"}, "auto", "its options are no list"),
+        ({"question": "x", "choices": ["a", None], "answer": "a"}, "auto", "its options are no list"),
+        ({"question": None, "choices": ["a", "b"], "answer": "a"}, "auto", "its 'question' is a NoneType, not a text"),
+        ({"question": "q", "choices": {"text": None, "label": None}, "answerKey": "A"}, "auto", "its labels are no"),
+        ({"ctx": "a", "endings": None, "label": "1"}, "auto", "its endings are no list of texts"),
+        ({"ctx": "a", "endings": "abc", "label": "1"}, "auto", "its endings are no list of texts"),
+        ({"messages": [{"role": ["x"], "content": "c"}]}, "auto", r"nobody is called \['x'\]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1.5}]}]}, "auto", "no message of an"),
     ],
 )
 def test_other_records_are_refused(values: Any, form: str, message: str) -> None:
@@ -297,6 +304,17 @@ def test_files_hold_a_list_or_lines(tmp_path: Path, listed: bool, form: str) -> 
     assert [text for _, text in found] == [read_record(each, "alpaca") for each in ALPACA]
     assert all(isinstance(text, Record) for _, text in found)
     assert [number for number, _ in found] == ([1, 2] if listed else [1, 3])
+
+
+def test_a_mark_at_the_head_and_a_field_around_all_are_read(tmp_path: Path) -> None:
+    """The first as Windows writes it, the second as in cais/mmlu's auxiliary_train."""
+    question = {"question": "Q?", "choices": ["a", "b", "c"], "answer": 1, "subject": ""}
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps({"train": question}) + "\n", encoding="utf-8-sig")
+    [(number, text)] = read_texts(path, form="auto")
+    assert (number, text) == (1, read_record(question, "commonsense"))
+    path.write_text("a text", encoding="utf-8-sig")
+    assert list(read_texts(path.rename(tmp_path / "plain.txt"))) == [(1, "a text")]
 
 
 @pytest.mark.parametrize(
