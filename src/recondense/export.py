@@ -25,7 +25,7 @@ from recondense import bundle, deepseek, families, low_rank, modules
 from recondense.config import ExportConfig, parse_bytes
 from recondense.low_rank import LowRankExperts
 from recondense.modules import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
-from recondense.plan import Plan, write_aside
+from recondense.plan import History, Plan, write_aside
 from recondense.shards import ShardWriter
 
 MODELING_FILE = "modeling_recondense"
@@ -70,7 +70,7 @@ def export(
         model: the student, its plan applied.
         plan: of this run, with the history of the model that it found.
         folder: replaced if it exists; written aside, then renamed.
-        card: the text of README.md.
+        card: the text of README.md; how the folder loads follows.
 
     Returns:
         "stock" or "bundled".
@@ -96,10 +96,23 @@ def export(
         tokenizer.save_pretrained(aside)
     gone = _gone(shapes) if stock is not None else []
     kept = [layer for layer in range(len(families.decoder_layers(model))) if layer not in gone]
-    replace(plan, history=plan.history.then(plan.operations, kept)).save(aside / "plan.json")
-    write_aside(aside / "README.md", card)
+    history = plan.history.then(plan.operations, kept)
+    said = history == History(plan.operations)  # by the plan alone
+    (plan if said else replace(plan, history=history)).save(aside / "plan.json")
+    write_aside(aside / "README.md", card + how_to_load(aside))
     _rename(aside, folder)
     return "bundled" if stock is None else "stock"
+
+
+def how_to_load(folder: Path) -> str:
+    """The end of an exported folder's README.md: the call that loads it."""
+    code = (folder / f"{MODELING_FILE}.py").exists()
+    return (
+        "\n## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{", trust_remote_code=True" * code})\n```\n'
+        + f"\nThe model's class is in `{MODELING_FILE}.py`, which needs torch and transformers alone.\n"
+        * code
+    )
 
 
 def layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig) -> Stock | None:

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 
 from recondense import families, loading, profiling, quantized, report, summary, tiny, tracking
 from recondense.config import Config, ConfigError, RecoveryConfig
-from recondense.export import export, layer_shapes, layout
+from recondense.export import export, how_to_load, layer_shapes, layout
 from recondense.hub import push_folder
 from recondense.measure import Measure
 from recondense.plan import History, Plan, write_aside
@@ -205,7 +205,7 @@ class _Run:
             found["artifacts"] |= {"model": "model", "export_format": kind}
             if stored and plan.operations:
                 found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)
-                write_aside(folder / "model" / "README.md", summary.model_card(found))
+                write_aside(folder / "model" / "README.md", summary.model_card(found) + how_to_load(folder / "model"))
             tracking.log_export(self.loggers, folder / "model")
         found["seconds"] = measure.seconds
         return found

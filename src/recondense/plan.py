@@ -71,7 +71,8 @@ class Plan:
         fingerprint: hashes of what decided it: weights, calibration, method.
         operations: in the order in which they were chosen.
         search: what decided it (orders, scores, seconds); JSON values only.
-        history: what was done to the model before; in an exported folder, this plan's operations included.
+        history: what was done to the model before; in an exported folder this plan's operations included, or nothing
+            where they alone say it.
     """
 
     model: str

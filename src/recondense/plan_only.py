@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import ListConfig
 from rich.table import Table
 from transformers import PretrainedConfig
 
 from recondense import families, report, summary
 from recondense.config import Config
-from recondense.plan import Factorize, Plan, write_aside
+from recondense.plan import Drop, Factorize, Plan, write_aside
 from recondense.preflight import planned_config
 from recondense.published import CDMOE, PAPER_TITLES, Result
 from recondense.searching import refits
@@ -91,8 +92,17 @@ def _notes(
 ) -> list[str]:
     """What the figures do not say of themselves."""
     found = []
-    if any(not isinstance(operation, Factorize) for operation in sizes.operations):
-        found.append("which layers and experts: decided by calibration; the first ones stand in for them here")
+    chosen = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
+    everywhere = {operation.layer for operation in chosen} >= set(families.facts(planned).moe_layers)
+    given = any(isinstance(getattr(step, "num_layers", 1), list | tuple | ListConfig) for step in steps)
+    words = ["layers"] if chosen and not everywhere and not given else []
+    words += (
+        ["experts"]
+        if any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in chosen)
+        else []
+    )
+    if words:
+        found.append(f"which {' and '.join(words)}: decided by calibration; the first ones stand in for them here")
     found += [f"decided by calibration too: {step.left_open}" for step in steps if step.left_open]
     if quantized:
         name = str(dtype).removeprefix("torch.")

@@ -151,6 +151,23 @@ def test_none_changes_nothing(sizes: Sizes) -> None:
     assert "nothing changed" in output and "decided by calibration" not in output
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("method=cdmoe", "method.num_layers=2"), "which layers and experts: decided by calibration"),
+        (("method=cdmoe", "method.num_layers=[0,2]"), "which experts: decided by calibration"),
+        (("method=reap",), "which experts: decided by calibration"),
+        (("method=layer_drop",), "which layers: decided by calibration"),
+        (("method=cdmoe_s",), ""),
+    ],
+)
+def test_what_calibration_decides(sizes: Sizes, settings: tuple[str, ...], said: str) -> None:
+    code, output, errors, _ = sizes(*settings)
+    assert code == 0, errors
+    lines = [line.partition(";")[0] for line in output.splitlines() if "decided by calibration" in line]
+    assert lines == [said] * bool(said)
+
+
 def test_the_same_command_again(sizes: Sizes, tmp_path: Path) -> None:
     """And beside it the run itself has its own folder, still empty."""
     first = sizes("method=reap")

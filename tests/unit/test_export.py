@@ -259,7 +259,9 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
     variant, folder = VARIANTS[name], folders / name
     model, plan = student(variant)
     assert Plan.load(folder / "plan.json") == plan
-    assert (folder / "README.md").read_text() == f"# {name}\n"
+    card = (folder / "README.md").read_text()
+    assert card.startswith(f"# {name}\n\n## Load it\n")
+    assert ("trust_remote_code=True" in card) == (folder / "modeling_recondense.py").exists()
     assert (folder / "generation_config.json").exists() and list(folder.glob("*.safetensors"))
     assert len(list(folder.glob("*.safetensors"))) > 1 or variant.how.max_shard_size == "5GB"
     assert not list(folder.glob("*.bin")) and not list(folder.glob(".*"))
