@@ -252,7 +252,7 @@ def test_expert_loads_are_what_the_routers_select() -> None:
 def test_the_embedded_model_has_learned(tmp_path: Path) -> None:
     """The one in outputs/cache, if these settings and this library's text made it; else it is trained in full."""
     model = ModelConfig(name="tiny_moe", dtype="float32", pretrain=published())
-    key = tiny.fingerprint(tiny.VERSION, published(), stdlib_corpora().sha256())
+    key = tiny.fingerprint(tiny.VERSION, published(), stdlib_corpora().sha256(), "cpu")
     folder = ROOT / "outputs" / "cache" / "models" / f"tiny_moe-{key}"
     if not folder.exists():
         folder = tiny.ensure(model, tmp_path, QUIET)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from recondense import export as export_module
 from recondense import loading, surgery
 from recondense.config import ExportConfig, ModelConfig
 from recondense.export import export
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+from recondense.plan import Condense, Drop, Factorize, History, Merge, Operation, Plan, Prune
 from recondense.profiling import count_parameters
 
 IDS = windows(3, 11)
@@ -258,7 +258,14 @@ def test_a_bundled_folder_does_not_load_by_mistake(name: str, elsewhere: dict[st
 def test_what_a_folder_holds(name: str, folders: Path) -> None:
     variant, folder = VARIANTS[name], folders / name
     model, plan = student(variant)
-    assert Plan.load(folder / "plan.json") == plan
+    written = Plan.load(folder / "plan.json")
+    assert replace(written, history=History()) == plan
+    dropped = [each.layer for each in plan.operations if isinstance(each, Drop) and each.part == "block"]
+    moved = [layer for layer in range(model.config.num_hidden_layers) if layer not in dropped]
+    if variant.kind == "stock" and moved != list(range(len(moved))):
+        assert written.history == History(plan.operations, tuple(moved))
+    else:
+        assert written.history == History()
     card = (folder / "README.md").read_text()
     assert card.startswith(f"# {name}\n\n## Load it\n")
     assert ("trust_remote_code=True" in card) == (folder / "modeling_recondense.py").exists()
@@ -343,7 +350,7 @@ def test_an_interrupted_export_leaves_nothing_half_written(
         broken()
         assert contents(folder) == before
     export(model, None, plan, folder, "another card")
-    assert contents(folder) == {**before, "README.md": b"another card"}
+    assert contents(folder) == {**before, "README.md": before["README.md"].replace(b"card", b"another card", 1)}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
