@@ -360,7 +360,7 @@ def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, mo
     folder = tmp_path / "model"
     export(model, None, plan, folder, "old")
     old = contents(folder)
-    new = {**old, "README.md": b"new"}
+    new = {**old, "README.md": old["README.md"].replace(b"old", b"new", 1)}
     remove = shutil.rmtree
 
     def killed(path: Any, *args: Any, **kwargs: Any) -> None:
