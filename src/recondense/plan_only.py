@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import ListConfig
 from rich.table import Table
 from transformers import PretrainedConfig
 
@@ -94,7 +93,7 @@ def _notes(
     found = []
     chosen = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
     everywhere = {operation.layer for operation in chosen} >= set(families.facts(planned).moe_layers)
-    given = any(isinstance(getattr(step, "num_layers", 1), list | tuple | ListConfig) for step in steps)
+    given = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
     words = ["layers"] if chosen and not everywhere and not given else []
     words += (
         ["experts"]

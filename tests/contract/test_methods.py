@@ -29,7 +29,7 @@ FIRST = next(iter(FAMILIES))
 IDS = windows(3, 11)
 
 # Every method on one family, each family with some method; the rest of the product with the slow tests.
-WITH = ("cdmoe", "moei2", "mc_smoe", "hc_smoe", "naee", "layer_drop", "svd_llm", "reap")
+WITH = ("cdmoe", "svd_llm", "mc_smoe", "reap", "layer_drop", "hc_smoe", "expert_drop")
 QUICK = {(method, FIRST) for method in METHODS} | set(zip(cycle(WITH), EVERY, strict=False))
 
 

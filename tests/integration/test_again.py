@@ -68,11 +68,11 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
     ("family", "form", "num_layers", "way"),
     [
         ("qwen2_moe", "stock", 2, "finetune"),
-        ("qwen2_moe", "bundled", 2, "finetune"),
+        pytest.param("qwen2_moe", "bundled", 2, "finetune", marks=pytest.mark.slow),
         ("qwen2_moe", "stock", 2, "lora"),
         ("qwen2_moe", "stock", 3, "finetune"),  # no MoE layer is left
         ("qwen2_moe", "bundled", 3, "lora"),
-        ("ernie4_5_moe", "stock", "all", "finetune"),
+        pytest.param("ernie4_5_moe", "stock", "all", "finetune", marks=pytest.mark.slow),
     ],
 )
 def test_what_was_condensed_trains_further(

@@ -479,7 +479,11 @@ def test_a_wrong_setting_of_two_steps_is_reported_once(command: Command, setting
     ("arguments", "parts"),
     [
         (["method=cdmoee"], ["recondense: method=cdmoee: there is no such method. Did you mean cdmoe?"]),
-        (["-m", "method.num_experts=1,99", "seed=x", "recovery=none"], ["2 problems", "num_experts=99", "seed=x"]),
+        pytest.param(
+            ["-m", "method.num_experts=1,99", "seed=x", "recovery=none"],
+            ["2 problems", "num_experts=99", "seed=x"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_as_a_process(root: Path, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:

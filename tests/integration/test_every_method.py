@@ -187,7 +187,9 @@ INTERRUPTED = {
 }
 
 
-@pytest.mark.parametrize("name", INTERRUPTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "svd_llm")) for name in INTERRUPTED]
+)
 def test_a_killed_recovery_ends_like_an_undisturbed_one(forks: Forks, base: Path, name: str) -> None:
     """Undisturbed in one folder, then killed in another, then the same again."""
     texts = text_files(base / "texts")
