@@ -153,6 +153,11 @@ class RecoveryConfig:
     control: bool = False
     stages: tuple[Free, ...] | None = None
 
+    @property
+    def needs_experts(self) -> bool:
+        """Whether nothing would train in a model that has no experts left."""
+        return self.trainable == "experts" or (self.trainable, self.lora.target) == ("lora", "experts")
+
 
 @dataclass(frozen=True)
 class HeldoutConfig:

@@ -92,14 +92,10 @@ def _notes(
     """What the figures do not say of themselves."""
     found = []
     chosen = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
-    everywhere = {operation.layer for operation in chosen} >= set(families.facts(planned).moe_layers)
     given = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
-    words = ["layers"] if chosen and not everywhere and not given else []
-    words += (
-        ["experts"]
-        if any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in chosen)
-        else []
-    )
+    some = bool(chosen) and not {operation.layer for operation in chosen} >= set(families.facts(planned).moe_layers)
+    picked = any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in chosen)
+    words = ["layers"] * (some and not given) + ["experts"] * picked
     if words:
         found.append(f"which {' and '.join(words)}: decided by calibration; the first ones stand in for them here")
     found += [f"decided by calibration too: {step.left_open}" for step in steps if step.left_open]

@@ -69,12 +69,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
 
 def _nothing_trains(config: Config, planned: PretrainedConfig) -> list[str]:
     """Experts that are to train, of a model that has none and of which recondense condensed no layer."""
-    wanted = [
-        stage.where
-        for stage in read_stages(config, [])
-        if stage.recovery.trainable == "experts"
-        or (stage.recovery.trainable, stage.recovery.lora.target) == ("lora", "experts")
-    ]
+    wanted = [stage.where for stage in read_stages(config, []) if stage.recovery.needs_experts]
     changed = History.of_folder(config.model.path).changed(planned.num_hidden_layers)
     if not wanted or families.trained_layers(families.on_meta(planned), changed):
         return []

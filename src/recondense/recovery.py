@@ -123,10 +123,7 @@ class RecoveryModule(L.LightningModule):
         return self.plan.layers if self._trained_layers is None else self._trained_layers
 
     def _refuse_nothing_to_train(self) -> None:
-        experts = any(
-            stage.trainable == "experts" or (stage.trainable, stage.lora.target) == ("lora", "experts")
-            for stage in self._all
-        )
+        experts = any(stage.needs_experts for stage in self._all)
         none = self.recovery.objective == "none"
         if not none and experts and not trainable_parameters(self.model, self._layers, "experts"):
             raise ValueError(
