@@ -1,0 +1,91 @@
+"""The processes of one run: which this is, and what they tell each other. A single one needs no process group.
+
+All of them go the same way through the program and meet at each call here, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+def world_size() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which this one is, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this one writes the run's files and prints."""
+    return rank() == 0
+
+
+def share(items: Sequence[Value]) -> Sequence[Value]:
+    """Every world_size-th of some items, this process's."""
+    return items[rank() :: world_size()]
+
+
+def barrier() -> None:
+    """Wait until all have come here."""
+    if world_size() > 1:
+        gather(None)
+
+
+def broadcast(value: Value | None) -> Value:
+    """What the first process has; the others' own is ignored."""
+    if world_size() == 1:
+        return value  # type: ignore[return-value]
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_group())
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(value: Value) -> list[Value]:
+    """What each process has, in the order of ranks, for all of them; plain data or CPU tensors."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value, group=_group())
+    return found
+
+
+class FirstProcess(MutableMapping[str, dict[str, Any]]):
+    """A mapping that the first process keeps: all see what it holds, and only it writes."""
+
+    def __init__(self, own: MutableMapping[str, dict[str, Any]]) -> None:
+        self._own = own
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        found: dict[str, Any] | None = broadcast(self._own.get(key) if is_first() else None)
+        if found is None:
+            raise KeyError(key)
+        return found
+
+    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
+        if is_first():
+            self._own[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if is_first():
+            del self._own[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(broadcast(list(self._own) if is_first() else None))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@cache
+def _group() -> dist.ProcessGroup | None:
+    """Plain data goes over gloo whatever the tensors go over."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")  # type: ignore[return-value]
