@@ -1,27 +1,30 @@
 """The Tape: hidden states entering each decoder layer for the calibration set.
 
 Anything above a layer can be rerun from it without anything below. Texts go through in blocks of a fixed number, so
-that results do not depend on how much memory there is.
+that results do not depend on how much memory there is, nor on how many processes share the blocks.
 
 Legend: B texts of a block, S their padded length, T real tokens of a block (padding left out), D hidden size, K top-k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense import families, processes
 from recondense.modes import evaluating
+from recondense.paging import resident
+from recondense.shelves import DiskShelf, Memory, Shelf, Storage, nbytes
 
 TEXTS_PER_BLOCK = 8
 TRACE_BYTES = 1 << 30  # traces of all layers up to this are kept while taping; above it a layer is rerun when asked for
+SHAPES = 8  # of blocks of texts, whose masks and positions are kept
 
 
 @dataclass(frozen=True)
@@ -68,24 +71,51 @@ class LayerTrace:
         return sum(value.nbytes for value in vars(self).values())
 
 
-@dataclass
+class Traces(Sequence[LayerTrace]):
+    """The traces of one layer, block by block, on shelves."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._shelves = [storage.shelf() for _ in LayerTrace.__dataclass_fields__]
+
+    def append(self, trace: LayerTrace) -> None:
+        for shelf, tensor in zip(self._shelves, vars(trace).values(), strict=True):
+            shelf.append(tensor)
+
+    def __len__(self) -> int:
+        return len(self._shelves[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return LayerTrace(*(shelf[index] for shelf in self._shelves))
+
+
 class Tape:
     """Hidden states of a model on the calibration set.
 
     Args:
-        blocks: the texts.
+        everything: all blocks of texts.
+        storage: where the hidden states lie.
+        num_layers: decoder layers.
+        split: whether the processes share the blocks, one after another in turn.
+
+    Attributes:
+        blocks: those of this process.
         states: states[layer][block] (B, S, D) enters decoder layer `layer`; states[num_layers] leaves the last one,
             before the final norm.
-        arguments: arguments[block][layer], what a decoder layer is called with besides the hidden states.
         traces: traces[layer][block], what each sparse MoE layer saw; empty where that was more than TRACE_BYTES.
         layer_runs: decoder layers run on all blocks so far, a count of the work done.
     """
 
-    blocks: list[TextBlock]
-    states: list[list[Tensor]]
-    arguments: list[list[dict[str, Any]]]
-    traces: dict[int, list[LayerTrace]] = field(default_factory=dict)
-    layer_runs: float = field(default=0.0, compare=False)
+    def __init__(self, everything: Sequence[TextBlock], storage: Storage, num_layers: int, split: bool = False) -> None:
+        self.everything = list(everything)
+        self.storage = storage
+        self.split = split and processes.world_size() > 1
+        self.blocks = list(processes.share(self.everything)) if self.split else self.everything
+        self.states: list[Shelf] = [[] for _ in range(num_layers + 1)]
+        self.traces: dict[int, list[LayerTrace]] = {}
+        self.layer_runs = 0.0
+        self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        self._shapes: list[tuple[int, ...]] = []  # of the states of all blocks
+        self._dtype = torch.float32
 
     @property
     def num_layers(self) -> int:
@@ -93,11 +123,13 @@ class Tape:
 
     @property
     def num_tokens(self) -> int:
-        return sum(int(block.mask_BS.sum()) for block in self.blocks)
+        """Of all processes."""
+        return sum(int(block.mask_BS.sum()) for block in self.everything)
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for layer in self.states for state in layer)
+        """Of the hidden states of this process."""
+        return sum(map(nbytes, self.states))
 
     @classmethod
     @torch.no_grad()
@@ -106,57 +138,85 @@ class Tape:
         model: PreTrainedModel,
         blocks: Iterable[tuple[Tensor, Tensor]],
         advance: Callable[[], None] = lambda: None,
+        storage: Storage | None = None,
+        split: bool = False,
     ) -> Tape:
-        """Run the model once over the texts and keep the hidden states entering every decoder layer.
+        """Run the texts through the model once, layer after layer, and keep the states entering each.
 
         Args:
             model: a causal LM; left bit-identical.
             blocks: (input_ids (B, S), mask (B, S)), padded on the right, texts in order.
-            advance: called after each block.
+            advance: called after each decoder layer.
+            storage: where the states go; what a folder has already is not computed again. None: in memory.
+            split: every process takes its share of the blocks; all must call this.
 
         Raises:
             ValueError: a hidden state that is not finite; the message names the layer.
         """
-        device = next(model.parameters()).device
-        layers = families.decoder_layers(model)
-        text_blocks: list[TextBlock] = []
-        states: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
-        arguments: list[list[dict[str, Any]]] = []
+        device = families.device(model)
+        texts = [TextBlock(ids_BS.to(device), mask_BS.to(device).bool()) for ids_BS, mask_BS in blocks]
+        tape = cls(texts, storage or Memory(), len(families.decoder_layers(model)), split)
+        tape._shapes = [(*text.input_ids_BS.shape, model.config.hidden_size) for text in texts]
+        tape._dtype = model.dtype
+        sparse = families.sparse_blocks(model)
+        room = TRACE_BYTES if isinstance(tape.storage, Memory) else 0
+        with evaluating(model):
+            tape._keep(0, (tape._enter(model, block) for block in tape.blocks))
+            for layer in range(tape.num_layers):
+                traced = [layer] if room > 0 and layer in sparse else []
+                with _tracing(model, traced) as seen:
+                    tape._keep(layer + 1, tape._leaving(model, layer, seen))
+                room -= sum(trace.nbytes for trace in tape.traces.get(layer, ()))
+                if room < 0:
+                    tape.traces.clear()
+                advance()
+        return tape
 
-        def keep(layer: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                states[layer].append(args[0] if args else kwargs["hidden_states"])
-                arguments[-1].append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+    def _keep(self, layer: int, states: Iterator[Tensor]) -> None:
+        """The states entering a layer, each checked; those that lie finished in the storage are taken from there."""
+        shelf = self.storage.shelf(f"states-{layer:03d}-of-{processes.rank() if self.split else 0:03d}")
+        self.states[layer] = shelf
+        if len(shelf):
+            return
+        for block, state_BSD in zip(self.blocks, states, strict=True):
+            if not bool(torch.isfinite(state_BSD[block.mask_BS]).all()):
+                where = "the embedding" if layer == 0 else f"decoder layer {layer - 1}"
+                raise ValueError(
+                    f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, "
+                    "or use model.dtype=float32 if the model overflows in half precision"
+                )
+            shelf.append(state_BSD)
+        if isinstance(shelf, DiskShelf):
+            shelf.finish()
 
-            return hook
+    def _leaving(self, model: PreTrainedModel, layer: int, seen: dict[int, dict[str, Any]]) -> Iterator[Tensor]:
+        for index, block in enumerate(self.blocks):
+            yield self.run_layer(model, layer, index, self.states[layer][index])
+            for traced, found in seen.items():
+                self.traces.setdefault(traced, []).append(LayerTrace.of(found, block))
 
-        handles = [module.register_forward_pre_hook(keep(i), with_kwargs=True) for i, module in enumerate(layers)]
-        handles.append(layers[-1].register_forward_hook(lambda module, args, output: states[-1].append(output)))
-        traces: dict[int, list[LayerTrace]] = {layer: [] for layer in families.sparse_blocks(model)}
-        room = TRACE_BYTES
-        try:
-            with evaluating(model), _tracing(model, traces) as seen:
-                for input_ids_BS, mask_BS in blocks:
-                    block = TextBlock(input_ids_BS.to(device), mask_BS.to(device).bool())
-                    text_blocks.append(block)
-                    arguments.append([])
-                    families.decoder(model)(input_ids=block.input_ids_BS, use_cache=False)
-                    _check_finite([state[-1][block.mask_BS] for state in states])
-                    for layer, found in traces.items():
-                        found.append(LayerTrace.of(seen[layer], block))
-                        room -= found[-1].nbytes
-                    if room < 0:
-                        traces.clear()
-                    advance()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return cls(text_blocks, states, arguments, traces, layer_runs=float(len(layers)))
+    def _enter(self, model: PreTrainedModel, block: TextBlock) -> Tensor:
+        """What enters the first decoder layer; what the layers are called with besides is kept by the block's shape."""
+        taken, entered = families.arguments_of_layers(model, block.input_ids_BS)
+        shape = tuple(block.input_ids_BS.shape)
+        if shape not in self._arguments and len(self._arguments) >= SHAPES:
+            del self._arguments[next(iter(self._arguments))]
+        self._arguments[shape] = taken
+        return entered
+
+    def arguments(self, model: PreTrainedModel, layer: int, block: TextBlock) -> dict[str, Any]:
+        """What a decoder layer is called with besides hidden states: blocks of one shape have the same."""
+        shape = tuple(block.input_ids_BS.shape)
+        if shape not in self._arguments:
+            self._enter(model, block)
+        return self._arguments[shape][layer]
 
     def run_layer(self, model: PreTrainedModel, layer: int, block: int, hidden_BSD: Tensor) -> Tensor:
         """One decoder layer on the hidden states of one block; (B, S, D) to (B, S, D)."""
         self.layer_runs += 1 / len(self.blocks)
-        output = families.decoder_layers(model)[layer](hidden_BSD, **self.arguments[block][layer])
+        arguments = self.arguments(model, layer, self.blocks[block])
+        with resident(model, layer):
+            output = families.decoder_layers(model)[layer](hidden_BSD, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
     def real_tokens(self, block: int, hidden_BSD: Tensor) -> Tensor:
@@ -164,17 +224,49 @@ class Tape:
         return hidden_BSD[self.blocks[block].mask_BS]
 
     @torch.no_grad()
-    def trace(self, model: PreTrainedModel, layer: int) -> Iterator[LayerTrace]:
+    def trace(self, model: PreTrainedModel, layer: int) -> Sequence[LayerTrace]:
         """What one sparse MoE layer saw, block by block: kept, or from a rerun of the layer on its taped input."""
         if layer in self.traces:
-            yield from self.traces[layer]
-            return
-        with evaluating(model), _tracing(model, [layer]) as seen:
+            return self.traces[layer]
+        found = Traces(self.storage)
+        with evaluating(model), resident(model, layer), _tracing(model, [layer]) as seen:
             for index, block in enumerate(self.blocks):
                 self.run_layer(model, layer, index, self.states[layer][index])
-                yield LayerTrace.of(seen[layer], block)
+                found.append(LayerTrace.of(seen[layer], block))
+        return found
 
-    def mean_over_texts(self, values_CT: list[Tensor]) -> Tensor:
+    def excerpt(self, layers: Sequence[int]) -> Tape | None:
+        """The states around one layer on all texts, for this process: the tape itself where it has all texts.
+
+        Args:
+            layers: one for each of the first processes, in the order of ranks; all must call this with the same.
+
+        Returns:
+            a tape that knows the states entering and leaving this process's layer; None where there is none for it.
+        """
+        if not self.split:
+            return self
+        found = None
+        for owner, layer in enumerate(layers):
+            for each in (layer, layer + 1):
+                sent = processes.collect(self.states[each], self._shapes, self._dtype, owner)
+                if processes.rank() == owner:
+                    found = found or Tape(self.everything, self.storage, self.num_layers)
+                    found.states[each] = self.storage.shelf()
+                    for state_BSD in sent:
+                        found.states[each].append(state_BSD.to(self.everything[0].input_ids_BS.device))
+                else:
+                    assert not list(sent)
+        return found
+
+    def in_order(self, own: Sequence[Any]) -> list[Any]:
+        """What every block of texts gave, in their order, from what this process's own gave; plain data or tensors."""
+        if not self.split:
+            return list(own)
+        shares = processes.gather([value.cpu() if isinstance(value, Tensor) else value for value in own])
+        return [shares[index % len(shares)][index // len(shares)] for index in range(len(self.everything))]
+
+    def mean_over_texts(self, values_CT: Sequence[Tensor]) -> Tensor:
         """Mean over the tokens of each text, then over texts in their order: each text weighs the same.
 
         Args:
@@ -187,7 +279,7 @@ class Tape:
             torch.segment_reduce(values.double().T.contiguous(), "mean", lengths=block.lengths_B, axis=0)
             for values, block in zip(values_CT, self.blocks, strict=True)
         ]
-        return torch.cat(per_text).mean(dim=0)
+        return torch.cat(self.in_order(per_text)).mean(dim=0)
 
 
 @contextmanager
@@ -210,14 +302,3 @@ def _tracing(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _check_finite(states: list[Tensor]) -> None:
-    if bool(torch.isfinite(states[-1]).all()):  # what is not finite stays so through the residual stream
-        return
-    layer = next(index for index, state in enumerate(states) if not bool(torch.isfinite(state).all()))
-    where = "the embedding" if layer == 0 else f"decoder layer {layer - 1}"
-    raise ValueError(
-        f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, or use "
-        "model.dtype=float32 if the model overflows in half precision"
-    )

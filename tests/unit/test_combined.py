@@ -10,6 +10,7 @@ import torch
 from tiny_models import qwen2_moe, recorded, unchanged
 
 from recondense import families, surgery
+from recondense.methods.climbing import Start
 from recondense.methods.combined import Combined
 from recondense.methods.damage import Damage
 from recondense.plan import Condense, Factorize, Plan, Prune
@@ -80,9 +81,9 @@ def test_another_budget_measures_no_layer_alone_again(monkeypatch: pytest.Monkey
     measured: list[int] = []
     of = Damage.of
 
-    def counted(self: Damage, layer: int, block: Any) -> float:
-        measured.append(layer)
-        return of(self, layer, block)
+    def counted(self: Damage, starts: list[Start]) -> list[float]:
+        measured.extend(start.layer for start in starts)
+        return of(self, starts)
 
     monkeypatch.setattr(Damage, "of", counted)
     model, cache = qwen2_moe(), {}

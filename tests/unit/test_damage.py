@@ -10,8 +10,13 @@ from tiny_models import FAMILIES, recorded, unchanged
 from torch import nn
 
 from recondense import families
+from recondense.methods.climbing import Start
 from recondense.methods.damage import Damage
 from recondense.modules import Zeros
+
+
+def only(damage: Damage, layer: int, block: nn.Module | None) -> float:
+    return damage.of([Start(layer, lambda: block)])[0]
 
 
 def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
@@ -40,14 +45,14 @@ def test_damage_is_the_divergence_of_the_whole_model(family: str) -> None:
     pruned = {layer: families.masked_block(block, (0, 2, 5)) for layer, block in families.sparse_blocks(model).items()}
     with unchanged(model):
         damage = Damage(model, tape)
-        assert damage.of(1, None) == pytest.approx(0.0, abs=1e-9)
-        assert damage.of(1, pruned[1]) == pytest.approx(whole_model(model, tape, {1: pruned[1]}), rel=1e-3)
-        assert damage.of(2, Zeros()) == pytest.approx(whole_model(model, tape, {2: Zeros()}), rel=1e-3)
+        assert only(damage, 1, None) == pytest.approx(0.0, abs=1e-9)
+        assert only(damage, 1, pruned[1]) == pytest.approx(whole_model(model, tape, {1: pruned[1]}), rel=1e-3)
+        assert only(damage, 2, Zeros()) == pytest.approx(whole_model(model, tape, {2: Zeros()}), rel=1e-3)
         together = damage.choose(pruned)
         assert together == pytest.approx(whole_model(model, tape, pruned), rel=1e-3)
-        assert damage.of(1, pruned[1]) == pytest.approx(together, rel=1e-6)
+        assert only(damage, 1, pruned[1]) == pytest.approx(together, rel=1e-6)
         mixed = {**pruned, 1: Zeros()}
-        assert damage.of(1, Zeros()) == pytest.approx(whole_model(model, tape, mixed), rel=1e-3)
+        assert only(damage, 1, Zeros()) == pytest.approx(whole_model(model, tape, mixed), rel=1e-3)
         without = {layer: block for layer, block in pruned.items() if layer != 1}
-        assert damage.of(1, None) == pytest.approx(whole_model(model, tape, without), rel=1e-3)
+        assert only(damage, 1, None) == pytest.approx(whole_model(model, tape, without), rel=1e-3)
         assert damage.choose({}) == pytest.approx(0.0, abs=1e-9)

@@ -77,7 +77,8 @@ def test_moei2_drops_fewer_experts_of_layers_that_matter_more() -> None:
 def test_moei2_allocates_by_inverse_importance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importances 2, 1 and 4: shares of 12 by 1/I are 3.43, 6.86 and 1.71."""
     by_layer = {0: 2.0, 1: 1.0, 2: 4.0}
-    monkeypatch.setattr(moei2, "expert_importance", lambda model, tape, block, *args: [by_layer[block.layer] / 12] * 12)
+    found = {layer: [value / 12] * 12 for layer, value in by_layer.items()}, 0
+    monkeypatch.setattr(moei2, "expert_importances", lambda *_: found)
     model = qwen2_moe(num_experts=12)
     operations, _ = search(InterExpertPruning(prune_ratio=12 / 36, num_candidates=1), model)
     assert numbers_dropped(model, operations) == {0: 3, 1: 7, 2: 2}
@@ -105,7 +106,7 @@ def test_moei2_takes_the_importance_that_was_asked_for() -> None:
 def test_ranks_follow_importances(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
     """R_j = I_j^α / Σ I^α · R_a · M': roots 1, 2 and 1.5 of 9 give 4, 8 and 6 of 6 · 6. A rank keeps 144 of 1536."""
     by_layer = {0: [1.0, 4.0, 2.25] * 2, 1: [4.0, 4.0, 1.0, 1.0, 2.25, 2.25], 2: [7.0] * 6}
-    monkeypatch.setattr(factorize, "expert_importance", lambda model, tape, block, *args: by_layer[block.layer])
+    monkeypatch.setattr(factorize, "expert_importances", lambda *_: (by_layer, 0))
     operations, _ = search(Decompose(alpha=0.5, **how), qwen2_moe())
     expected = {0: (4, 8, 6, 4, 8, 6), 1: (8, 8, 4, 4, 6, 6), 2: (6,) * 6}
     assert {each.layer: dict(each.ranks) for each in operations} == {

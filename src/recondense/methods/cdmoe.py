@@ -8,26 +8,29 @@ reruns only the layers above a candidate. Both give orders whose prefixes serve 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
 from recondense.families import Facts, SparseBlock
 from recondense.methods.budget import Budget, total_parameters
-from recondense.methods.scoring import Ladder, LayerScorer
-from recondense.modes import evaluating
+from recondense.methods.climbing import Start
+from recondense.methods.damage import Damage
+from recondense.methods.layerwise import Cache, layerwise
+from recondense.methods.scoring import LayerScorer
 from recondense.modules import CondensedMoE
+from recondense.paging import put_away, resident
 from recondense.plan import Condense
-from recondense.progress import progress
+from recondense.progress import Stage, progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
-
-Cache = MutableMapping[str, dict[str, Any]]
 
 
 class TooFewSelected(ValueError):
@@ -161,12 +164,9 @@ class CDMoE:
         search = Search(self, model, tape, cache, max_scratch_bytes)
         wanted = self._wanted(model)
         layers = list(families.sparse_blocks(model)) if isinstance(wanted, int | str) else [*wanted]
-        with progress("expert search", len(layers)) as bar:
-            for layer in layers:
-                search.experts(layer)
-                bar.advance()
+        search.experts(layers)
         operations = {layer: search.operation(layer) for layer in layers}
-        record: dict[str, Any] = {"expert_search": {str(layer): search.experts(layer) for layer in layers}}
+        record: dict[str, Any] = {"expert_search": {str(layer): search.orders[layer] for layer in layers}}
         seconds = {"expert_search": time.perf_counter() - started}
         if isinstance(wanted, int):
             record["layer_search"] = search.layers(operations, wanted)
@@ -237,38 +237,41 @@ class Search:
         self.cache = cache
         self.max_scratch_bytes = max_scratch_bytes
         self.blocks = families.sparse_blocks(model)
-        self.seen: set[int] = set()
-        self.orders = {"searched": 0, "cached": 0}  # expert orders
-        self.steps = {"searched": 0, "cached": 0}  # of the layer search
+        self.orders: dict[int, dict[str, Any]] = {}  # by layer, as far as `experts` was asked for
+        self.counts = {"expert orders": [0, 0], "layers of the layer order": [0, 0]}  # out of the cache, and searched
 
     def reused(self) -> str:
         """How much came out of the cache, in words; empty if nothing did."""
-        found = [
-            f"{counts['cached']} of {sum(counts.values())} {name}"
-            for name, counts in (("expert orders", self.orders), ("layers of the layer order", self.steps))
-            if counts["cached"]
-        ]
+        found = [f"{cached} of {cached + new} {name}" for name, (cached, new) in self.counts.items() if cached]
         return " and ".join(found)
 
-    def experts(self, layer: int) -> dict[str, Any]:
-        """The first num_experts of a layer's order with their scores, searched as far as the cache lacks them."""
+    def experts(self, layers: Sequence[int], failed: dict[int, str] | None = None) -> None:
+        """The first num_experts of each layer's order with their scores, searched as far as the cache lacks them.
+
+        Args:
+            failed: takes what is wrong with a layer; None: it is raised.
+        """
         count = self.step.num_experts
-        key = f"experts-{layer:03d}"
-        entry = self.cache.get(key)
-        if entry is None or len(entry["order"]) < count:
-            entry = self._search_experts(layer, entry)
-            self.cache[key] = entry
-            self.orders["searched"] += 1
-        elif layer not in self.seen:
-            self.orders["cached"] += 1
-        self.seen.add(layer)
+        names = {layer: f"experts-{layer:03d}" for layer in layers}
+        entries, reused = layerwise(
+            self.model,
+            self.tape,
+            self.cache,
+            names,
+            self._search_experts,
+            "expert search",
+            lambda entry: len(entry["order"]) >= count,
+            failed,
+        )
+        self.counts["expert orders"] = [reused, len(layers) - reused]
         prefix = ("order", "js", "candidates")
-        return {name: value[:count] if name in prefix else value for name, value in entry.items()}
+        for layer, entry in entries.items():
+            self.orders[layer] = {name: value[:count] if name in prefix else value for name, value in entry.items()}
 
     @torch.no_grad()
-    def _search_experts(self, layer: int, entry: dict[str, Any] | None) -> dict[str, Any]:
+    def _search_experts(self, tape: Tape, layer: int, entry: dict[str, Any] | None, bar: Stage) -> dict[str, Any]:
         scorer = LayerScorer(
-            self.model, self.tape(), self.blocks[layer], self.step.shared_gate == "mean", self.max_scratch_bytes
+            self.model, tape, self.blocks[layer], self.step.shared_gate == "mean", self.max_scratch_bytes
         )
         coefficients = scorer.coefficients
         count = self.step.num_experts
@@ -301,7 +304,7 @@ class Search:
         return entry
 
     def operation(self, layer: int) -> Condense:
-        entry = self.experts(layer)
+        entry = self.orders[layer]
         gate = entry["shared_gate_mean"] if self.step.shared_gate == "mean" else None
         coefficients = tuple(entry["coefficients"][expert] for expert in entry["order"])
         return Condense(layer=layer, experts=tuple(entry["order"]), coefficients=coefficients, shared_gate=gate)
@@ -311,28 +314,32 @@ class Search:
         """The first `count` layers of the greedy order; one order for each number of routed experts."""
         key = f"layers-{self.step.num_experts:03d}"
         entry = self.cache.get(key) or {"order": [], "js": [], "candidates": [], "layer_runs": 0}
-        self.steps["cached"] = min(count, len(entry["order"]))
-        self.steps["searched"] = count - self.steps["cached"]
-        if self.steps["searched"]:
-            blocks = {layer: condensed(self.blocks[layer], each) for layer, each in operations.items()}
-            ladder = Ladder(self.model, self.tape(), blocks)
-            runs = entry["layer_runs"] - round(ladder.tape.layer_runs)
-            with progress("layer search", count) as bar, evaluating(self.model):
-                for layer in entry["order"]:
-                    ladder.choose(layer)
-                    bar.advance()
+        cached = min(count, len(entry["order"]))
+        self.counts["layers of the layer order"] = [cached, count - cached]
+        if cached < count:
+            tape = self.tape()
+            blocks = {layer: self._condensed(operation) for layer, operation in operations.items()}
+            damage = Damage(self.model, tape)
+            damage.stand({layer: blocks[layer] for layer in entry["order"]})
+            runs = entry["layer_runs"] - round(tape.layer_runs)
+            with progress("layer search", count) as bar:
+                bar.advance(cached)
                 while len(entry["order"]) < count:
-                    scores = ladder.score()
-                    best = min(scores, key=lambda layer: (scores[layer], layer))
-                    entry["order"].append(best)
+                    left = [layer for layer in blocks if layer not in entry["order"]]
+                    scores = damage.of([Start(layer, partial(blocks.get, layer)) for layer in left])
+                    best = min(range(len(left)), key=lambda place: scores[place])  # the lowest layer wins a tie
+                    damage.stand({left[best]: blocks[left[best]]})
+                    entry["order"].append(left[best])
                     entry["js"].append(scores[best])
-                    entry["candidates"].append([[layer, score] for layer, score in scores.items()])
-                    if len(entry["order"]) < count:
-                        ladder.choose(best)
-                    entry["layer_runs"] = runs + round(ladder.tape.layer_runs)
+                    entry["candidates"].append([list(pair) for pair in zip(left, scores, strict=True)])
+                    entry["layer_runs"] = runs + round(tape.layer_runs)
                     self.cache[key] = entry
                     bar.advance()
         return {name: value[:count] if isinstance(value, list) else value for name, value in entry.items()}
+
+    def _condensed(self, operation: Condense) -> nn.Module:
+        with resident(self.model, operation.layer):
+            return put_away(self.model, condensed(self.blocks[operation.layer], operation))
 
 
 def _is_int(value: object) -> bool:

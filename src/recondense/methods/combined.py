@@ -9,8 +9,9 @@ measured again around the choice, and the choice that measures least is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,18 +20,19 @@ from transformers import PreTrainedModel
 from recondense.families import Facts
 from recondense.methods.budget import Budget
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.climbing import Start
 from recondense.methods.damage import Damage
 from recondense.methods.genetic import Genetic
 from recondense.methods.knapsack import least_damage
+from recondense.methods.layerwise import Cache
 from recondense.methods.options import MadeUp, Option, Options, Searched
 from recondense.methods.ranks import break_even, multiple_problems
+from recondense.paging import put_away, resident
 from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
     from recondense.plan import Operation
-
-Cache = MutableMapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Combined:
             alone = cache if number == 0 else {}  # each layer alone: the same for every budget
             measured = _measure(damage, options, f"damage, round {number + 1} of {self.rounds}", alone)
             found = self._choose(options, measured, model)
-            together = damage.choose(_blocks(options, found))
+            together = damage.choose(_blocks(model, options, found))
             rounds.append(_record(measured, found, together))
             if together <= min(each["damage"] for each in rounds):
                 choice = found
@@ -236,24 +238,24 @@ def _measure(damage: Damage, options: Options, title: str, cache: Cache) -> dict
     with progress(title, sum(len(each) for each in options.of.values())) as bar:
         for layer, each in options.of.items():
             key = f"damage-{layer:03d}"
-            values = list(cache[key]["damage"]) if key in cache else []
-            bar.advance(len(values))
-            for option in each[len(values) :]:
-                values.append(damage.of(layer, options.block(layer, option)))
-                bar.advance()
-            options.forget()
-            cache[key] = {"damage": values}
-            found[layer] = values
+            known = cache.get(key)
+            if known is None:
+                known = {"damage": damage.of([Start(layer, partial(options.block, layer, option)) for option in each])}
+                options.forget()
+                cache[key] = known
+            bar.advance(len(each))
+            found[layer] = list(known["damage"])
     return found
 
 
-def _blocks(options: Options, choice: dict[int, Option]) -> dict[int, nn.Module]:
+def _blocks(model: PreTrainedModel, options: Options, choice: dict[int, Option]) -> dict[int, nn.Module]:
     blocks = {}
     for layer, option in choice.items():
-        block = options.block(layer, option)
-        options.forget()
-        if block is not None:
-            blocks[layer] = block
+        with resident(model, layer):
+            block = options.block(layer, option)
+            options.forget()
+            if block is not None:
+                blocks[layer] = put_away(model, block)
     return blocks
 
 

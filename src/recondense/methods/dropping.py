@@ -6,7 +6,7 @@ Legend: T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +17,11 @@ from transformers import PreTrainedModel
 from recondense import families
 from recondense.families import Facts
 from recondense.methods.budget import Budget, total_parameters
+from recondense.methods.layerwise import Cache, layerwise
 from recondense.plan import Drop
-from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
-
-Cache = MutableMapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,13 @@ class Dropping:
         """
         started = time.perf_counter()
         layers = self._layers(model)
-        with progress("cosine similarity", len(layers)) as bar:
-            for layer in layers:
-                if f"similarity-{layer:03d}" not in cache:
-                    cache[f"similarity-{layer:03d}"] = {"cosine": self._similarity(model, tape(), layer)}
-                bar.advance()
-        similarity = {layer: float(cache[f"similarity-{layer:03d}"]["cosine"]) for layer in layers}
+        names = {layer: f"similarity-{layer:03d}" for layer in layers}
+
+        def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
+            return {"cosine": self._similarity(model, tape, layer)}
+
+        found, _ = layerwise(model, tape, cache, names, work, "cosine similarity")
+        similarity = {layer: float(record["cosine"]) for layer, record in found.items()}
         return self._drops(model, similarity), {
             **self.key(),
             **self.budget.settings(),

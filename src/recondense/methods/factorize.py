@@ -6,7 +6,7 @@ With uniform importances, whitening and no pruning before it, this is SVD-LLM (a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,12 @@ from recondense import families
 from recondense.families import Facts
 from recondense.methods import ranks
 from recondense.methods.budget import Budget, routed_parameters
-from recondense.methods.importance import KINDS, expert_importance
+from recondense.methods.importance import KINDS, expert_importances
+from recondense.methods.layerwise import Cache
 from recondense.plan import Factorize
-from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
-
-Cache = MutableMapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -226,18 +224,13 @@ class Decompose:
         tape: Callable[[], Tape],
         cache: Cache,
         max_scratch_bytes: int,
-    ) -> dict[int, Sequence[float]]:
+    ) -> Mapping[int, Sequence[float]]:
         if self.importance == "uniform" or not self.alpha:
             return {layer: [1.0] * block.num_experts for layer, block in blocks.items()}
-        found: dict[int, Sequence[float]] = {}
-        with progress("importance of the retained experts", len(blocks)) as bar:
-            for layer, block in blocks.items():
-                key = f"importance-{layer:03d}"
-                if key not in cache:
-                    values = expert_importance(model, tape(), block, self.importance, self.normalize, max_scratch_bytes)
-                    cache[key] = {"importance": values}
-                found[layer] = list(cache[key]["importance"])
-                bar.advance()
+        title = "importance of the retained experts"
+        found, _ = expert_importances(
+            model, tape, cache, blocks, self.importance, self.normalize, max_scratch_bytes, title
+        )
         return found
 
 

@@ -5,8 +5,9 @@ Legend: B texts of a block, S their padded length, T real tokens, D hidden size,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +15,49 @@ from transformers import PreTrainedModel
 
 from recondense import families
 from recondense.families import SparseBlock
+from recondense.methods.climbing import Climb, Start
+from recondense.methods.layerwise import Cache, lacking, layerwise
 from recondense.methods.replay import Replay
-from recondense.modes import evaluating
+from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
+    from recondense.shelves import Shelf
 
 KINDS = ("layer_output", "lm_loss")
 LOGIT_BYTES = 12  # of one logit: as the head gives it, in fp32, and its logarithmic softmax
 
 
-@torch.no_grad()
-def expert_importance(
+def expert_importances(
     model: PreTrainedModel,
-    tape: Tape,
-    block: SparseBlock,
+    tape: Callable[[], Tape],
+    cache: Cache,
+    blocks: Mapping[int, SparseBlock],
     kind: str,
     normalize: bool,
     max_scratch_bytes: int,
-    advance: Callable[[], None] = lambda: None,
+    description: str,
+) -> tuple[dict[int, list[float]], int]:
+    """`expert_importance` of some layers, as far as the cache lacks it; and how many came out of the cache."""
+    names = {layer: f"importance-{layer:03d}" for layer in blocks}
+    by_loss = [layer for layer in lacking(cache, names) if _by_loss(kind, blocks[layer])]
+    reused = len(names) - len(lacking(cache, names))
+    if by_loss:
+        with progress(f"{description}: the loss without each", len(by_loss)) as bar:
+            for layer in by_loss:  # on the way to the top, all processes go through each layer with their own texts
+                values = _losses(model, tape(), blocks[layer], normalize, max_scratch_bytes)
+                cache[names[layer]] = {"importance": values}
+                bar.advance()
+
+    def work(own: Tape, layer: int, *_: Any) -> dict[str, Any]:
+        return {"importance": _changes(model, own, blocks[layer], normalize, max_scratch_bytes)}
+
+    found, _ = layerwise(model, tape, cache, names, work, description)
+    return {layer: list(record["importance"]) for layer, record in found.items()}, reused
+
+
+def expert_importance(
+    model: PreTrainedModel, tape: Tape, block: SparseBlock, kind: str, normalize: bool, max_scratch_bytes: int
 ) -> list[float]:
     """I_j of each expert of one layer: the loss on the calibration set when only expert j is missing.
 
@@ -50,43 +75,62 @@ def expert_importance(
             an lm_loss, take the loss of the whole model off, not below 0: else all importances are nearly equal. Where
             no expert is missed the layer's importance is then 0.
         max_scratch_bytes: bound on temporaries of scoring, logits included.
-        advance: called after each expert, or once for all of them.
 
     Returns:
         E values.
 
     Reference: arXiv 2411.01016, section 3.1.
     """
-    if kind == "lm_loss" and block.num_experts > block.routing.top_k:
-        least = _loss_without(model, tape, block, None, max_scratch_bytes) if normalize else 0.0
-        losses = []
-        for expert in range(block.num_experts):
-            losses.append(max(0.0, _loss_without(model, tape, block, expert, max_scratch_bytes) - least))
-            advance()
-        return losses
+    of = _losses if _by_loss(kind, block) else _changes
+    return of(model, tape, block, normalize, max_scratch_bytes)
+
+
+def _by_loss(kind: str, block: SparseBlock) -> bool:
+    return kind == "lm_loss" and block.num_experts > block.routing.top_k
+
+
+@torch.no_grad()
+def _changes(
+    model: PreTrainedModel, tape: Tape, block: SparseBlock, normalize: bool, max_scratch_bytes: int
+) -> list[float]:
+    """What each expert alone changes of the layer's output."""
     if block.num_experts == 1:
         return [1.0]
     replay = Replay(model, tape, block, 1, max_scratch_bytes, least_retained=1)
-    errors = replay.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
-    advance()
+    errors: list[float] = replay.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
     return [error / max(replay.output_norm, 1e-300) for error in errors] if normalize else errors
 
 
-def _loss_without(
-    model: PreTrainedModel, tape: Tape, block: SparseBlock, expert: int | None, max_scratch_bytes: int
-) -> float:
-    """Mean next-token loss in nats with one expert dropped, or none; the layers below are taken from the tape."""
-    retained = [each for each in range(block.num_experts) if each != expert]
-    masked = block.module if expert is None else families.masked_block(block, retained)
-    total, count = 0.0, 0
-    with families.swapped(model, {block.layer: masked}), evaluating(model):
-        for index, texts in enumerate(tape.blocks):
-            hidden_BSD = tape.states[block.layer][index]
-            for layer in range(block.layer, tape.num_layers):
-                hidden_BSD = tape.run_layer(model, layer, index, hidden_BSD)
-            total += _next_token_loss(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS, max_scratch_bytes)
-            count += int(texts.mask_BS[:, 1:].sum())
-    return total / max(1, count)
+@torch.no_grad()
+def _losses(
+    model: PreTrainedModel, tape: Tape, block: SparseBlock, normalize: bool, max_scratch_bytes: int
+) -> list[float]:
+    """Mean next-token loss in nats without each expert; as many at a time as the tape has layers."""
+    everything = range(block.num_experts)
+
+    def without(expert: int) -> nn.Module:
+        return families.masked_block(families.sparse_blocks(model)[block.layer], [e for e in everything if e != expert])
+
+    starts = [Start(block.layer), *(Start(block.layer, partial(without, expert)) for expert in everything)]
+    climb = Climb(model, tape)
+    losses: list[float] = []
+    for first in range(0, len(starts), tape.num_layers):
+        for final in climb.final(starts[first : first + tape.num_layers]):
+            losses.append(_loss_of(model, tape, final, max_scratch_bytes))
+    least, *others = losses
+    return [max(0.0, loss - least) if normalize else loss for loss in others]
+
+
+def _loss_of(model: PreTrainedModel, tape: Tape, final: Shelf, max_scratch_bytes: int) -> float:
+    """From the states leaving the last layer; summed over blocks of texts in their order."""
+    parts = tape.in_order([
+        (
+            _next_token_loss(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS, max_scratch_bytes),
+            int(texts.mask_BS[:, 1:].sum()),
+        )
+        for texts, hidden_BSD in zip(tape.blocks, final, strict=True)
+    ])  # fmt: skip
+    return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
 
 
 def _next_token_loss(

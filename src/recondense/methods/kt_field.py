@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense import families
 from recondense.modes import evaluating
+from recondense.paging import resident
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
+    from recondense.shelves import Shelf
 
 Set = tuple[int, ...]
 
@@ -67,60 +68,80 @@ def reception_field(
         the blocks, in order. The first combination wins a tie.
     """
     layers = sorted(candidates)
-    states = list(tape.states[layers[0]]) if layers else []
+    states = tape.states[layers[0]] if layers else tape.storage.shelf()
     found = []
     with evaluating(model):
         for first in range(0, len(layers), block_size):
             own = tuple(layers[first : first + block_size])
             following = layers[first + block_size] if first + block_size < len(layers) else own[-1] + 1
             stretches = [*zip(own, [*own[1:], own[-1] + 1], strict=True)]
-            best, errors = _best(model, tape, candidates, stretches, states)
-            ends = [tape.real_tokens(index, state) for index, state in enumerate(tape.states[own[-1] + 1])]
-            norm = sum(float(end_TD.double().square().sum()) for end_TD in ends)
-            found.append(Block(own, best, (min(errors.values()) / max(norm, 1e-300)) ** 0.5, len(errors)))
-            for index, hidden_BSD in enumerate(states):
+            errors, norm = _errors(model, tape, candidates, stretches, states)
+            best = min(errors, key=lambda choice: (errors[choice], choice))
+            found.append(Block(own, best, (errors[best] / max(norm, 1e-300)) ** 0.5, len(errors)))
+            if first + block_size < len(layers):
                 for (layer, end), place in zip(stretches, best, strict=True):
-                    hidden_BSD = _run(model, tape, index, hidden_BSD, layer, end, candidates[layer][place])
+                    states = _run(model, tape, states, layer, end, candidates[layer][place])
                 for layer in range(own[-1] + 1, following):  # dense layers before the next block
-                    hidden_BSD = tape.run_layer(model, layer, index, hidden_BSD)
-                states[index] = hidden_BSD
+                    states = _through(model, tape, states, layer, None)
             advance()
     return found
 
 
-def _best(
+def _errors(
     model: PreTrainedModel,
     tape: Tape,
     candidates: Mapping[int, Sequence[Set]],
     stretches: Sequence[tuple[int, int]],
-    states: Sequence[Tensor],
-) -> tuple[tuple[int, ...], dict[tuple[int, ...], float]]:
-    """Squared errors of every combination, and the best; depth first, so that one state a level is held."""
+    states: Shelf,
+) -> tuple[dict[tuple[int, ...], float], float]:
+    """Squared errors of every combination, and the squared norm of what they are compared with.
+
+    All combinations go through a layer before the next one is needed: one reading of its weights, and K^(T-1) states
+    of one layer are held.
+    """
+    live: dict[tuple[int, ...], Shelf] = {(): states}
+    for layer, end in stretches[:-1]:
+        live = {
+            (*chosen, place): _run(model, tape, before, layer, end, dropped)
+            for chosen, before in live.items()
+            for place, dropped in enumerate(candidates[layer])
+        }
+    layer, end = stretches[-1]
     errors: dict[tuple[int, ...], float] = {}
-
-    def descend(index: int, hidden_BSD: Tensor, chosen: tuple[int, ...]) -> None:
-        if len(chosen) == len(stretches):
-            target_BSD = tape.states[stretches[-1][1]][index]
-            difference_TD = tape.real_tokens(index, hidden_BSD).double() - tape.real_tokens(index, target_BSD).double()
-            errors[chosen] = errors.get(chosen, 0.0) + float(difference_TD.square().sum())
-            return
-        layer, end = stretches[len(chosen)]
+    for chosen, before in live.items():
         for place, dropped in enumerate(candidates[layer]):
-            descend(index, _run(model, tape, index, hidden_BSD, layer, end, dropped), (*chosen, place))
+            after = _run(model, tape, before, layer, end, dropped)
+            errors[*chosen, place] = _squares(tape, after, tape.states[end])
+    return errors, _squares(tape, tape.states[end], None)
 
+
+def _squares(tape: Tape, states: Shelf, others: Shelf | None) -> float:
+    """‖states − others‖² over the real tokens, summed over blocks of texts in their order."""
+    sums = []
     for index, hidden_BSD in enumerate(states):
-        descend(index, hidden_BSD, ())
-    return min(errors, key=lambda choice: (errors[choice], choice)), errors
+        wanted_TD = tape.real_tokens(index, hidden_BSD).double()
+        if others is not None:
+            wanted_TD = wanted_TD - tape.real_tokens(index, others[index]).double()
+        sums.append(float(wanted_TD.square().sum()))
+    return sum(tape.in_order(sums))
 
 
-def _run(
-    model: PreTrainedModel, tape: Tape, index: int, hidden_BSD: Tensor, layer: int, end: int, dropped: Set
-) -> Tensor:
-    """One block of texts from the input of a MoE layer, with some experts dropped, to the input of layer `end`."""
-    block = families.sparse_blocks(model)[layer]
-    retained = [expert for expert in range(block.num_experts) if expert not in dropped]
-    masked = families.masked_block(block, retained) if dropped else block.module
-    with families.swapped(model, {layer: masked}):
-        for each in range(layer, end):
-            hidden_BSD = tape.run_layer(model, each, index, hidden_BSD)
-    return hidden_BSD
+def _run(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, end: int, dropped: Set) -> Shelf:
+    """All texts from the input of a MoE layer, with some experts dropped, to the input of layer `end`."""
+    states = _through(model, tape, states, layer, dropped)
+    for each in range(layer + 1, end):
+        states = _through(model, tape, states, each, None)
+    return states
+
+
+def _through(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, dropped: Set | None) -> Shelf:
+    found = tape.storage.shelf()
+    with resident(model, layer):
+        blocks = {}
+        if dropped:
+            block = families.sparse_blocks(model)[layer]
+            blocks = {layer: families.masked_block(block, [e for e in range(block.num_experts) if e not in dropped])}
+        with families.swapped(model, blocks):
+            for index, hidden_BSD in enumerate(states):
+                found.append(tape.run_layer(model, layer, index, hidden_BSD))
+    return found

@@ -6,7 +6,7 @@ Legend: T tokens, E routed experts, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,13 @@ from recondense import families
 from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
+from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.scoring import routing_totals
 from recondense.modules import expert_outputs
 from recondense.plan import Merge
-from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import LayerTrace, Tape
-
-Cache = MutableMapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,12 @@ class Merging:
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)
-        with progress("similarity of experts", len(blocks)) as bar:
-            for layer, block in blocks.items():
-                if f"features-{layer:03d}" not in cache:
-                    cache[f"features-{layer:03d}"] = self._features(block, list(tape().trace(model, layer)))
-                bar.advance()
-        found = {layer: cache[f"features-{layer:03d}"] for layer in blocks}
+        names = {layer: f"features-{layer:03d}" for layer in blocks}
+
+        def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
+            return self._features(blocks[layer], tape.trace(model, layer))
+
+        found, _ = layerwise(model, tape, cache, names, work, "similarity of experts")
         counts = {layer: list(entry["counts"]) for layer, entry in found.items()}
         gone = self.budget.experts_to_drop(model, router_rows=False)
         numbers = self._numbers(counts, gone)
@@ -131,7 +129,7 @@ class Merging:
         }
 
     @torch.no_grad()
-    def _features(self, block: SparseBlock, traces: list[LayerTrace]) -> dict[str, Any]:
+    def _features(self, block: SparseBlock, traces: Sequence[LayerTrace]) -> dict[str, Any]:
         """What experts are compared by, one row each: similarity of router logits, or mean outputs (E, D)."""
         counts_E, _ = routing_totals(traces, block.num_experts)
         if self.grouping == "router_logits":

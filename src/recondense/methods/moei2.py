@@ -7,27 +7,27 @@ and the block-wise KT-reception field that chooses among them. The second stage,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.families import Facts, SparseBlock
+from recondense.families import Facts
 from recondense.methods.allocation import inverse_importance
 from recondense.methods.budget import Budget
 from recondense.methods.genetic import Genetic, best_sets, layer_seed
-from recondense.methods.importance import KINDS, expert_importance
+from recondense.methods.importance import KINDS, expert_importances
 from recondense.methods.kt_field import reception_field
+from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.replay import Replay
 from recondense.plan import Prune
-from recondense.progress import progress
+from recondense.progress import Stage, progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
 
-Cache = MutableMapping[str, dict[str, Any]]
 MOST_COMBINATIONS = 10_000  # of a block's candidates, each a run of decoder layers
 
 
@@ -218,49 +218,31 @@ class _Search:
         }
 
     def _importance(self) -> dict[int, list[float]]:
-        found = {}
-        with progress("expert importance", len(self.blocks)) as bar:
-            for layer, block in self.blocks.items():
-                key = f"importance-{layer:03d}"
-                if key in self.cache:
-                    self.reused += 1
-                else:
-                    step = self.step
-                    values = expert_importance(
-                        self.model, self.tape(), block, step.importance, step.normalize, self.max_scratch_bytes
-                    )
-                    self.cache[key] = {"importance": values}
-                found[layer] = list(self.cache[key]["importance"])
-                bar.advance()
+        how = self.step.importance, self.step.normalize, self.max_scratch_bytes
+        found, reused = expert_importances(self.model, self.tape, self.cache, self.blocks, *how, "expert importance")
+        self.reused += reused
         return found
 
     def _candidates(self, numbers: dict[int, int]) -> dict[int, list[tuple[tuple[int, ...], float]]]:
-        found = {}
-        with progress("genetic search", len(numbers)) as bar:
-            for layer, number in numbers.items():
-                key = f"candidates-{layer:03d}-{number:03d}"
-                if key in self.cache:
-                    self.reused += 1
-                else:
+        def work(tape: Tape, layer: int, known: Any, bar: Stage) -> dict[str, Any]:
+            step, block, number = self.step, self.blocks[layer], numbers[layer]
 
-                    def show(generation: int, best: float, layer: int = layer) -> None:
-                        bar.note(f"layer {layer}, generation {generation}, best error {best:.4g}")
+            def show(generation: int, best: float) -> None:
+                bar.note(f"layer {layer}, generation {generation}, best error {best:.4g}")
 
-                    sets = self._search_layer(self.blocks[layer], number, show)
-                    self.cache[key] = {"sets": _plain(sets)}
-                found[layer] = [(tuple(each), float(error)) for each, error in self.cache[key]["sets"]]
-                bar.advance()
-        return found
+            replay = Replay(self.model, tape, block, number, self.max_scratch_bytes)
+            seed = layer_seed(step.seed, layer)
+            how = step.genetic, seed, step.num_candidates
+            return {"sets": _plain(best_sets(replay.errors, block.num_experts, number, *how, show))}
 
-    def _search_layer(
-        self, block: SparseBlock, number: int, show: Callable[[int, float], None]
-    ) -> list[tuple[tuple[int, ...], float]]:
-        step = self.step
-        if not number:
-            return [((), 0.0)]
-        replay = Replay(self.model, self.tape(), block, number, self.max_scratch_bytes)
-        seed = layer_seed(step.seed, block.layer)
-        return best_sets(replay.errors, block.num_experts, number, step.genetic, seed, step.num_candidates, show)
+        names = {layer: f"candidates-{layer:03d}-{number:03d}" for layer, number in numbers.items() if number}
+        found, reused = layerwise(self.model, self.tape, self.cache, names, work, "genetic search")
+        self.reused += reused + len(numbers) - len(names)
+        nothing: dict[str, Any] = {"sets": [[[], 0.0]]}
+        return {
+            layer: [(tuple(each), float(error)) for each, error in found.get(layer, nothing)["sets"]]
+            for layer in numbers
+        }
 
     def _fields(self, candidates: dict[int, list[tuple[tuple[int, ...], float]]]) -> list[dict[str, Any]]:
         numbers = "-".join(str(len(sets[0][0])) for sets in candidates.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,14 @@ from recondense.families import Facts
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
 from recondense.methods.genetic import Genetic, best_sets, layer_seed
+from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.moei2 import refuse_groups
 from recondense.methods.replay import Replay
 from recondense.methods.saliency import too_much
 from recondense.plan import Prune
-from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
-
-Cache = MutableMapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -114,18 +112,20 @@ class NAEE:
             return [], {**self.key(), "seconds": {}}
         experts = {layer: block.num_experts for layer, block in blocks.items()}
         numbers = self._numbers(model, experts)
-        found: dict[int, tuple[tuple[int, ...], float]] = {}
-        with progress("expert sets", len(blocks)) as bar:
-            for layer, number in numbers.items():
-                key = f"set-{layer:03d}-{number:03d}"
-                if key not in cache and number:
-                    replay = Replay(model, tape(), blocks[layer], number, max_scratch_bytes)
-                    seed = layer_seed(self.seed, layer)
-                    best = best_sets(replay.errors, experts[layer], number, self.genetic, seed)[0]
-                    cache[key] = {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
-                entry: dict[str, Any] = cache[key] if number else {"dropped": [], "error": 0.0}
-                found[layer] = tuple(entry["dropped"]), float(entry["error"])
-                bar.advance()
+        names = {layer: f"set-{layer:03d}-{number:03d}" for layer, number in numbers.items() if number}
+
+        def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
+            replay = Replay(model, tape, blocks[layer], numbers[layer], max_scratch_bytes)
+            seed = layer_seed(self.seed, layer)
+            best = best_sets(replay.errors, experts[layer], numbers[layer], self.genetic, seed)[0]
+            return {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
+
+        records, _ = layerwise(model, tape, cache, names, work, "expert sets")
+        found: dict[int, tuple[tuple[int, ...], float]] = {
+            layer: (tuple(record["dropped"]), float(record["error"]))
+            for layer in numbers
+            for record in [records.get(layer, {"dropped": [], "error": 0.0})]
+        }
         operations = [Prune.without(layer, experts[layer], dropped) for layer, (dropped, _) in found.items() if dropped]
         return operations, {
             **self.key(),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,16 +19,16 @@ from recondense.methods import ranks
 from recondense.methods.cdmoe import CDMoE, TooFewSelected, condensed, condensing_saves
 from recondense.methods.cdmoe import Search as CondenseSearch
 from recondense.methods.genetic import best_sets, layer_seed
-from recondense.methods.importance import expert_importance
+from recondense.methods.importance import expert_importances
+from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.replay import Replay
 from recondense.plan import Condense, Factorize, Operation, Prune
-from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
     from recondense.methods.combined import Combined
 
-Cache = MutableMapping[str, dict[str, Any]]
+Numbers = Mapping[int, Sequence[int]]  # by layer
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -52,6 +52,8 @@ class Option:
 class Choices(Protocol):
     """What stands in an option beside its size."""
 
+    def prepare(self, views: Mapping[int, SparseBlock], condensing: Sequence[CDMoE], numbers: Numbers) -> None: ...
+
     def importance(self, view: SparseBlock) -> list[float]: ...
 
     def condense(self, view: SparseBlock, condensing: CDMoE) -> Condense: ...
@@ -61,6 +63,9 @@ class Choices(Protocol):
 
 class MadeUp:
     """Choices for sizes alone: all experts are as important, the first ones are kept or go."""
+
+    def prepare(self, views: Mapping[int, SparseBlock], condensing: Sequence[CDMoE], numbers: Numbers) -> None:
+        pass
 
     def importance(self, view: SparseBlock) -> list[float]:
         return [1.0] * view.num_experts
@@ -89,28 +94,48 @@ class Searched:
     tape: Callable[[], Tape]
     cache: Cache
     max_scratch_bytes: int
+    _importance: dict[int, list[float]] = field(default_factory=dict)
+    _condensed: dict[tuple[int, int], Condense | str] = field(default_factory=dict)  # a text: why there is none
+    _dropped: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    def prepare(self, views: Mapping[int, SparseBlock], condensing: Sequence[CDMoE], numbers: Numbers) -> None:
+        """Search all that will be asked for, layer by layer; what the cache has is not searched again."""
+        how = "layer_output", self.step.normalize, self.max_scratch_bytes
+        found, _ = expert_importances(self.model, self.tape, self.cache, views, *how, "expert importance")
+        self._importance.update(found)
+        for step in condensing:
+            search = CondenseSearch(step, self.model, self.tape, self.cache, self.max_scratch_bytes)
+            failed: dict[int, str] = {}
+            search.experts(list(views), failed)
+            for layer in views:
+                ready = layer in search.orders
+                self._condensed[layer, step.num_experts] = search.operation(layer) if ready else failed[layer]
+        for number in sorted({number for each in numbers.values() for number in each}):
+            layers = [layer for layer, each in numbers.items() if number in each]
+            self._search_sets(views, layers, number)
+
+    def _search_sets(self, views: Mapping[int, SparseBlock], layers: Sequence[int], number: int) -> None:
+        def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
+            replay = Replay(self.model, tape, views[layer], number, self.max_scratch_bytes)
+            seed = layer_seed(self.step.seed, layer)
+            best = best_sets(replay.errors, views[layer].num_experts, number, self.step.genetic, seed)[0]
+            return {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
+
+        names = {layer: f"set-{layer:03d}-{number:03d}" for layer in layers}
+        found, _ = layerwise(self.model, self.tape, self.cache, names, work, f"sets of {number} experts")
+        self._dropped.update({(layer, number): list(record["dropped"]) for layer, record in found.items()})
 
     def importance(self, view: SparseBlock) -> list[float]:
-        key = f"importance-{view.layer:03d}"
-        if key not in self.cache:
-            values = expert_importance(
-                self.model, self.tape(), view, "layer_output", self.step.normalize, self.max_scratch_bytes
-            )
-            self.cache[key] = {"importance": values}
-        return list(self.cache[key]["importance"])
+        return self._importance[view.layer]
 
     def condense(self, view: SparseBlock, condensing: CDMoE) -> Condense:
-        search = CondenseSearch(condensing, self.model, self.tape, self.cache, self.max_scratch_bytes)
-        return search.operation(view.layer)
+        found = self._condensed[view.layer, condensing.num_experts]
+        if isinstance(found, str):
+            raise TooFewSelected(found)
+        return found
 
     def dropped(self, view: SparseBlock, number: int) -> Sequence[int]:
-        key = f"set-{view.layer:03d}-{number:03d}"
-        if key not in self.cache:
-            replay = Replay(self.model, self.tape(), view, number, self.max_scratch_bytes)
-            seed = layer_seed(self.step.seed, view.layer)
-            best = best_sets(replay.errors, view.num_experts, number, self.step.genetic, seed)[0]
-            self.cache[key] = {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
-        return list(self.cache[key]["dropped"])
+        return self._dropped[view.layer, number]
 
 
 class Options:
@@ -130,11 +155,11 @@ class Options:
         self.of: dict[int, list[Option]] = {}
         self.left_out: dict[int, list[str]] = {}  # why a layer lacks an option
         self._factors: dict[tuple[int, int, str], Factors] = {}
-        with progress("options of each layer", len(self.blocks)) as bar:
-            for layer, view in self.blocks.items():
-                self.importance[layer] = choices.importance(view)
-                self.of[layer] = [Option("as it is"), *self._condensed(layer), *self._pruned_and_factorized(layer)]
-                bar.advance()
+        numbers = {layer: [number for number in self._numbers(layer) if number] for layer in self.blocks}
+        choices.prepare(self.blocks, [self._condensing(count) for count in step.num_experts], numbers)
+        for layer, view in self.blocks.items():
+            self.importance[layer] = choices.importance(view)
+            self.of[layer] = [Option("as it is"), *self._condensed(layer), *self._pruned_and_factorized(layer)]
 
     def block(self, layer: int, option: Option) -> nn.Module | None:
         """The layer's block under an option, to try it; None leaves it as it is. Unchanged experts are not copied."""
@@ -192,11 +217,19 @@ class Options:
             **({"left_out": {str(layer): why for layer, why in self.left_out.items()}} if self.left_out else {}),
         }
 
+    def _condensing(self, count: int) -> CDMoE:
+        return CDMoE(count, "all", self.step.shared_gate, self.step.expert_search)
+
+    def _numbers(self, layer: int) -> list[int]:
+        """How many experts the options of a layer drop."""
+        view = self.blocks[layer]
+        most = view.num_experts - view.routing.top_k
+        return [min(round(ratio * view.num_experts), most) for ratio in (0.0, *self.step.prune_ratios)]
+
     def _condensed(self, layer: int) -> list[Option]:
         found = []
         for count in self.step.num_experts:
-            condensing = CDMoE(count, "all", self.step.shared_gate, self.step.expert_search)
-            view = self.blocks[layer]
+            condensing, view = self._condensing(count), self.blocks[layer]
             saved = condensing_saves(view, condensing, routed=False)
             routed = condensing_saves(view, condensing, routed=True)
             try:
@@ -209,8 +242,7 @@ class Options:
         view = self.blocks[layer]
         _, hidden_size, expert_width = view.weights.down_EDF.shape
         found = []
-        for ratio in (0.0, *self.step.prune_ratios):
-            number = min(round(ratio * view.num_experts), view.num_experts - view.routing.top_k)
+        for number in self._numbers(layer):
             gone = self.choices.dropped(view, number) if number else ()
             prune = (Prune.without(layer, view.num_experts, gone),) if number else ()
             if prune:

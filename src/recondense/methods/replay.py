@@ -83,13 +83,16 @@ class Replay:
         self._one_order = self._correction_E is None or routing.score == "sigmoid"
         most = routing.top_k + max_dropped if self._one_order else block.num_experts
         self.num_candidates = min(block.num_experts, most)
-        traces = list(tape.trace(model, block.layer))
-        self._x = [trace.x_TD for trace in traces]
-        self.num_tokens = sum(len(x_TD) for x_TD in self._x)
+        traces = tape.trace(model, block.layer)
+        self._x = tape.storage.shelf()
+        self.num_tokens = 0
+        for trace in traces:
+            self._x.append(trace.x_TD)
+            self.num_tokens += len(trace.x_TD)
         self.output_norm = float(sum(trace.output_TD.double().square().sum() for trace in traces)) ** 0.5
-        self._logits: list[Tensor] = []
+        self._logits = tape.storage.shelf()
         self._steep: list[bool] = []
-        self._index: list[Tensor] = []
+        self._index = tape.storage.shelf()
         for x_TD in self._x:
             logits_TE = block.router(x_TD)[0].detach().float()
             self._logits.append(logits_TE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,13 @@ from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
 from recondense.methods.genetic import layer_seed
+from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.scoring import routing_totals
 from recondense.modules import expert_outputs
 from recondense.plan import Prune
-from recondense.progress import progress
 
 if TYPE_CHECKING:
     from recondense.calibrate import LayerTrace, Tape
-
-Cache = MutableMapping[str, dict[str, Any]]
 
 SALIENCIES = {
     "random": "drawn from the seed",
@@ -111,14 +109,16 @@ class SaliencyPruning:
         blocks = families.sparse_blocks(model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
-        scores: dict[int, list[float]] = {}
-        with progress(f"saliency: {self.saliency}", len(blocks)) as bar:
-            for layer, block in blocks.items():
-                key = f"saliency-{layer:03d}"
-                if key not in cache:
-                    cache[key] = {"saliency": self._scores(model, tape, block)}
-                scores[layer] = list(cache[key]["saliency"])
-                bar.advance()
+        if self.saliency == "random":
+            scores = {layer: self._drawn(block) for layer, block in blocks.items()}
+        else:
+            names = {layer: f"saliency-{layer:03d}" for layer in blocks}
+
+            def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
+                return {"saliency": self._scores(model, tape, blocks[layer])}
+
+            found, _ = layerwise(model, tape, cache, names, work, f"saliency: {self.saliency}")
+            scores = {layer: list(record["saliency"]) for layer, record in found.items()}
         return self._prunes(model, scores, everywhere=self.allocation == "uniform"), {
             **self.key(),
             **self.budget.settings(),
@@ -144,11 +144,12 @@ class SaliencyPruning:
         dropped = {layer: {expert for row in gone[layer] for expert in rows[layer][row]} for layer in rows}
         return [Prune.without(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]]
 
-    def _scores(self, model: PreTrainedModel, tape: Callable[[], Tape], block: SparseBlock) -> list[float]:
-        if self.saliency == "random":
-            draw = random.Random(layer_seed(self.seed, block.layer))
-            return [draw.random() for _ in range(block.num_experts)]
-        traces = list(tape().trace(model, block.layer))
+    def _drawn(self, block: SparseBlock) -> list[float]:
+        draw = random.Random(layer_seed(self.seed, block.layer))
+        return [draw.random() for _ in range(block.num_experts)]
+
+    def _scores(self, model: PreTrainedModel, tape: Tape, block: SparseBlock) -> list[float]:
+        traces = tape.trace(model, block.layer)
         counts_E, weights_E = routing_totals(traces, block.num_experts)
         if self.saliency in ("frequency", "routing_weight"):
             return [float(value) for value in (counts_E if self.saliency == "frequency" else weights_E)]
@@ -179,7 +180,7 @@ def _rows(values: list[float], num_groups: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _weighted_norms(block: SparseBlock, traces: list[LayerTrace]) -> Tensor:
+def _weighted_norms(block: SparseBlock, traces: Sequence[LayerTrace]) -> Tensor:
     """Σ weight·‖E(x)‖₂ over the calibration tokens that select each expert; (E,) in fp64."""
     norms_E = torch.zeros(block.num_experts, dtype=torch.float64)
     for trace in traces:

@@ -1,4 +1,4 @@
-"""How candidates are scored against the original model on a Tape: experts of one layer, and whole layers.
+"""How candidates for the experts of one layer are scored against the original model on a Tape.
 
 Legend: C candidates, T real tokens of a block, D hidden size, E routed experts, K top-k, n experts.
 """
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from recondense import families
 from recondense.families import SparseBlock
 from recondense.losses import Reference, js_from_difference
-from recondense.methods.damage import Damage
-from recondense.modules import CondensedMoE, expert_outputs
+from recondense.modules import expert_outputs
+from recondense.shelves import nbytes
 
 if TYPE_CHECKING:
     from recondense.calibrate import LayerTrace, Tape
@@ -41,8 +41,10 @@ class LayerScorer:
         self.max_scratch_bytes = max_scratch_bytes
         last = block.layer == tape.num_layers - 1
         self.norm: nn.Module | None = families.final_norm(model) if last else None
-        traces = list(tape.trace(model, block.layer))
-        self.x = [trace.x_TD for trace in traces]
+        traces = tape.trace(model, block.layer)
+        self.x = tape.storage.shelf()
+        for trace in traces:
+            self.x.append(trace.x_TD)
         self.counts_E, self.sums_E = routing_totals(traces, block.num_experts)
         used = self.counts_E > 0
         self.coefficients: list[float | None] = [
@@ -51,9 +53,9 @@ class LayerScorer:
         ]
         gates = [_shared_gate(block, x_TD) for x_TD in self.x]
         self.gate_mean = None if gates[0] is None else float(torch.cat(gates).double().mean())  # type: ignore[arg-type]
-        self.differences: list[Tensor] = []
-        self.hidden: list[Tensor] = []
-        self.references: list[Reference] = []
+        self.differences = tape.storage.shelf()
+        self.hidden = tape.storage.shelf()
+        self._references: dict[int, Reference] = {}
         for index, (trace, gate_T1) in enumerate(zip(traces, gates, strict=True)):
             shared_TD = torch.zeros_like(trace.output_TD, dtype=torch.float32)
             if block.shared_expert is not None:
@@ -61,9 +63,8 @@ class LayerScorer:
                 if gate_T1 is not None:
                     shared_TD *= gate_T1 if self.gate_mean is None or not mean_gate else self.gate_mean
             self.differences.append(shared_TD - trace.output_TD)
-            hidden_TD = tape.real_tokens(index, tape.states[block.layer + 1][index]).float()
-            self.hidden.append(hidden_TD)
-            self.references.append(Reference.of(hidden_TD if self.norm is None else self.norm(hidden_TD)))
+            self.hidden.append(tape.real_tokens(index, tape.states[block.layer + 1][index]).float())
+        self._device = self.counts_E.device
         self._hold = self._experts_bytes() <= max_scratch_bytes // 2
         self._held: dict[int, Tensor] = {}
         self.apart = False
@@ -84,26 +85,48 @@ class LayerScorer:
         weight = self.coefficients[expert]
         assert weight is not None
         for index in range(len(self.x)):
-            self.differences[index] += weight * self._outputs(index, [expert])[0].float()
+            added_TD = weight * self._outputs(index, [expert])[0].float()
+            self.differences[index] = self.differences[index] + added_TD
 
     def score(self, candidates: Sequence[int | None]) -> Tensor:
         """JS when one more expert is retained, for each candidate; None is the layer as it is. (C,) in fp64."""
-        per_block = []
-        for index in range(len(self.x)):
-            js_CT = self.x[index].new_empty(len(candidates), self.x[index].shape[0], dtype=torch.float32)
-            groups, rows_of = self._chunks(index, candidates)
-            for group in groups:
-                experts = [expert for expert in candidates[group] if expert is not None]
-                outputs_CTD = self._outputs(index, experts) if experts else None
-                for rows in rows_of:
-                    js_CT[group, rows] = self._score_chunk(index, rows, experts, outputs_CTD)
-            per_block.append(js_CT)
-        return self.tape.mean_over_texts(per_block)
+        return self.tape.mean_over_texts([self._score_block(index, candidates) for index in range(len(self.x))])
 
-    def _score_chunk(self, index: int, rows: slice, experts: list[int], outputs_CTD: Tensor | None) -> Tensor:
+    def _score_block(self, index: int, candidates: Sequence[int | None]) -> Tensor:
+        """JS (C, T) of one block of texts."""
+        difference_TD = self.differences[index]
+        js_CT = difference_TD.new_empty(len(candidates), difference_TD.shape[0], dtype=torch.float32)
+        of_block = self._reference(index), difference_TD, None if self.norm is None else self.hidden[index]
+        groups, rows_of = self._chunks(len(difference_TD), difference_TD.shape[1], candidates)
+        for group in groups:
+            experts = [expert for expert in candidates[group] if expert is not None]
+            outputs_CTD = self._outputs(index, experts) if experts else None
+            for rows in rows_of:
+                js_CT[group, rows] = self._score_chunk(*of_block, rows, experts, outputs_CTD)
+        return js_CT
+
+    def _reference(self, index: int) -> Reference:
+        """The original's side of a block of texts; on the disk nothing is held that can be computed again."""
+        if index in self._references:
+            return self._references[index]
+        hidden_TD = self.hidden[index]
+        found = Reference.of(hidden_TD if self.norm is None else self.norm(hidden_TD))
+        if isinstance(self.hidden, list):
+            self._references[index] = found
+        return found
+
+    def _score_chunk(
+        self,
+        of_block: Reference,
+        differences_TD: Tensor,
+        hidden_TD: Tensor | None,
+        rows: slice,
+        experts: list[int],
+        outputs_CTD: Tensor | None,
+    ) -> Tensor:
         """JS (C, rows) of the layer with each of some experts added, or as it is if there are none."""
-        reference = Reference(*(tensor[rows] for tensor in self.references[index]))
-        difference_TD = self.differences[index][rows]
+        reference = Reference(*(tensor[rows] for tensor in of_block))
+        difference_TD = differences_TD[rows]
         if outputs_CTD is None:
             difference_CTD = difference_TD.unsqueeze(0).clone()
         else:
@@ -111,7 +134,8 @@ class LayerScorer:
             weights_C11 = weights_C.float()[:, None, None]
             difference_CTD = torch.addcmul(difference_TD, outputs_CTD[:, rows].float(), weights_C11)
         if self.norm is not None:
-            difference_CTD = self.norm(difference_CTD.add_(self.hidden[index][rows])) - reference.logits_TD
+            assert hidden_TD is not None
+            difference_CTD = self.norm(difference_CTD.add_(hidden_TD[rows])) - reference.logits_TD
         return js_from_difference(reference, difference_CTD, self.apart)
 
     def _outputs(self, index: int, experts: list[int]) -> Tensor:
@@ -124,17 +148,16 @@ class LayerScorer:
         return self._held[index][experts[0] : experts[-1] + 1]  # a view
 
     def _experts_bytes(self) -> int:
-        return self.block.num_experts * sum(x_TD.nbytes for x_TD in self.x)
+        return self.block.num_experts * nbytes(self.x)
 
-    def _chunks(self, index: int, candidates: Sequence[int | None]) -> tuple[list[slice], list[slice]]:
+    def _chunks(self, num_tokens: int, width: int, candidates: Sequence[int | None]) -> tuple[list[slice], list[slice]]:
         """Cut candidates, into consecutive experts, and tokens so that temporaries fit half the scratch bound.
 
         The other half is for experts' outputs: held, or those of one group. Every row is scored on its own: its bits do
         not depend on the chunk.
         """
-        num_tokens, width = self.x[index].shape
         elements = self.max_scratch_bytes // (2 * 4 * SCORE_TEMPORARIES)
-        if self.x[index].device.type == "cpu":
+        if self._device.type == "cpu":
             elements = min(elements, CPU_CHUNK)
         rows = min(num_tokens, max(1, elements // width))
         size = max(1, elements // (rows * width))
@@ -148,44 +171,9 @@ class LayerScorer:
         return groups, [slice(row, row + rows) for row in range(0, num_tokens, rows)]
 
 
-class Ladder:
-    """Greedy choice of layers: base states under those chosen so far, and reruns of what lies above a candidate.
-
-    Beside the tape it holds the states of the best candidate so far and of the one that is run: at most two tapes more.
-    """
-
-    def __init__(self, model: PreTrainedModel, tape: Tape, condensed: dict[int, CondensedMoE]) -> None:
-        self.tape = tape
-        self.condensed = condensed
-        self.damage = Damage(model, tape)
-        self._best: tuple[int, list[list[Tensor]]] | None = None
-
-    def score(self) -> dict[int, float]:
-        """JS of the final hidden state, after the final norm, against the original's, for each layer not yet chosen."""
-        scores: dict[int, float] = {}
-        self._best = None
-        for layer in self.condensed:
-            if layer in self.damage.chosen:
-                continue
-            above = self.damage.above(layer, self.condensed[layer])
-            score = self.damage.score([states[-1] for states in above])
-            if self._best is None or score < scores[self._best[0]]:
-                self._best = layer, above
-            scores[layer] = score
-        return scores
-
-    def choose(self, layer: int) -> None:
-        """Condense a layer for good: the base states above it become those with it."""
-        known = self._best is not None and self._best[0] == layer
-        block = self.condensed[layer]
-        above = self._best[1] if known and self._best is not None else self.damage.above(layer, block)
-        self.damage.keep(layer, block, above)
-        self._best = None
-
-
 def routing_totals(traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
     """How often each expert was selected, and the sum of its routing weights then: (E,) int64 and fp64."""
-    device = traces[0].x_TD.device
+    device = traces[0].top_k_index_TK.device
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
     sums_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
     for trace in traces:

@@ -1,0 +1,94 @@
+"""Searches that treat each layer on its own: what the cache lacks is searched, by all processes, a layer each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from recondense import processes
+from recondense.paging import resident
+from recondense.progress import Stage, progress
+
+if TYPE_CHECKING:
+    from recondense.calibrate import Tape
+
+Record = dict[str, Any]
+Cache = MutableMapping[str, Record]
+
+
+def lacking(
+    cache: Cache, names: Mapping[int, str], enough: Callable[[Record], bool] = lambda record: True
+) -> list[int]:
+    """The layers whose records the cache does not have, or not all that is asked of them."""
+    known = {layer: cache.get(name) for layer, name in names.items()}
+    return [layer for layer, record in known.items() if record is None or not enough(record)]
+
+
+def layerwise(
+    model: PreTrainedModel,
+    tape: Callable[[], Tape],
+    cache: Cache,
+    names: Mapping[int, str],
+    work: Callable[[Tape, int, Record | None, Stage], Record],
+    description: str,
+    enough: Callable[[Record], bool] = lambda record: True,
+    failed: dict[int, str] | None = None,
+) -> tuple[dict[int, Record], int]:
+    """One record a layer.
+
+    Args:
+        tape: gives the states on the calibration set; called only if something is searched.
+        cache: records found so far; written after every layer.
+        names: for each layer, what the cache calls its record.
+        work: searches a layer, whose weights are in memory: gets the states around it on all texts, the layer, what
+            the cache has of it, and the progress to note something on.
+        description: shown as progress.
+        enough: whether a record that the cache has answers all that is asked.
+        failed: takes the message of a ValueError of `work`, by layer; None: it is raised.
+
+    Returns:
+        the records that were found, by layer, and how many of them came out of the cache.
+    """
+    wanted = lacking(cache, names, enough)
+    known = {layer: cache.get(name) for layer, name in names.items()}
+    reused = len(names) - len(wanted)
+    with progress(description, len(names)) as bar:
+        bar.advance(reused)
+        together = processes.world_size()
+        for first in range(0, len(wanted), together):
+            layers = wanted[first : first + together]
+            for layer, (record, error) in zip(layers, _each(model, tape(), layers, known, work, bar), strict=True):
+                if error is not None and failed is None:
+                    raise error
+                if error is not None and failed is not None:
+                    failed[layer] = str(error)
+                known[layer] = record
+                if record is not None:
+                    cache[names[layer]] = record
+                bar.advance()
+    return {layer: record for layer, record in known.items() if record is not None}, reused
+
+
+def _each(
+    model: PreTrainedModel,
+    tape: Tape,
+    layers: Sequence[int],
+    known: dict[int, Record | None],
+    work: Callable[[Tape, int, Record | None, Stage], Record],
+    bar: Stage,
+) -> list[tuple[Record | None, ValueError | None]]:
+    """What the processes find for some layers, one each; all of them get all of it."""
+    own = tape.excerpt(layers)
+    found: tuple[Record | None, ValueError | None] = None, None
+    if own is not None:
+        layer = layers[processes.rank()] if tape.split else layers[0]
+        try:
+            with resident(model, layer):
+                found = work(own, layer, known[layer], bar), None
+        except ValueError as error:
+            if processes.world_size() == 1:
+                return [(None, error)]
+            found = None, error
+    return processes.gather(found)[: len(layers)]

@@ -1,0 +1,168 @@
+"""Rows of tensors, written once and read many times: in memory, or in files that are mapped while they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recondense.plan import write_aside
+
+
+class Shelf(Protocol):
+    """What a list of tensors and a `DiskShelf` have in common."""
+
+    def append(self, tensor: Tensor, /) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+    def __setitem__(self, index: int, tensor: Tensor, /) -> None: ...
+
+
+class Storage(Protocol):
+    """Where the tensors of a tape lie."""
+
+    def shelf(self, name: str | None = None) -> Shelf:
+        """An empty one, or the finished one of this name."""
+        ...
+
+
+class Memory:
+    """Tensors stay as they are."""
+
+    def shelf(self, name: str | None = None) -> Shelf:
+        return []
+
+
+class Disk:
+    """Tensors lie in a folder.
+
+    Args:
+        folder: made if it does not exist.
+        dtype: floating-point tensors of named shelves are kept in it; None: in their own.
+        device: where tensors go when they are read.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.device = torch.device(device)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def shelf(self, name: str | None = None) -> Shelf:
+        if name is None:
+            return DiskShelf(tempfile.TemporaryFile(dir=self.folder), device=self.device)
+        return DiskShelf.named(self.folder / name, self.dtype, self.device)
+
+
+class DiskShelf:
+    """Tensors one behind another in a file. Reading maps the file, copies one tensor and lets go of the map.
+
+    Args:
+        file: open for reading and writing; a temporary one is gone with the shelf.
+        path: of a file that is to stay; `finish` names it.
+        dtype: floating-point tensors are kept in it; they are read in the dtype that they had.
+        device: where tensors go when they are read.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        path: Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._file = file
+        self._path = path
+        self._dtype = dtype
+        self._device = device
+        self._entries: list[dict[str, Any]] = []
+
+    @classmethod
+    def named(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskShelf:
+        """The finished shelf at a path, or an empty one that will be."""
+        index = path.with_suffix(".json")
+        if not index.exists():
+            return cls(path.with_suffix(".bin").open("w+b"), path, dtype, device)
+        found = cls(path.with_suffix(".bin").open("rb"), path, dtype, device)
+        found._entries = json.loads(index.read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it is on the disk under its name."""
+        return self._path is not None and self._path.with_suffix(".json").exists()
+
+    def finish(self) -> None:
+        """Say on the disk that nothing will be added."""
+        assert self._path is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        write_aside(self._path.with_suffix(".json"), json.dumps(self._entries) + "\n")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._size(entry) for entry in self._entries)
+
+    def append(self, tensor: Tensor, /) -> None:
+        kept = self._kept(tensor)
+        offset = self._file.seek(0, os.SEEK_END)
+        self._file.write(_bytes(kept))
+        entry = {"offset": offset, "shape": list(kept.shape), "kept": _name(kept.dtype), "dtype": _name(tensor.dtype)}
+        self._entries.append(entry)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        entry = self._entries[index]
+        self._file.flush()
+        size = self._size(entry)
+        flat = torch.empty(0, dtype=torch.uint8)
+        if size:
+            mapped = np.memmap(self._file, dtype=np.uint8, mode="r", offset=entry["offset"], shape=(size,))
+            flat = torch.from_numpy(np.array(mapped))
+        found = flat.view(getattr(torch, entry["kept"])).view(entry["shape"])
+        return found.to(self._device, getattr(torch, entry["dtype"]))
+
+    def __setitem__(self, index: int, tensor: Tensor, /) -> None:
+        entry = self._entries[index]
+        kept = self._kept(tensor)
+        assert list(kept.shape) == entry["shape"] and _name(kept.dtype) == entry["kept"]
+        self._file.seek(entry["offset"])
+        self._file.write(_bytes(kept))
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        keeps = self._dtype is not None and tensor.is_floating_point()
+        return tensor.detach().to("cpu", self._dtype if keeps else tensor.dtype).contiguous()
+
+    def _size(self, entry: dict[str, Any]) -> int:
+        return math.prod(entry["shape"]) * getattr(torch, entry["kept"]).itemsize
+
+
+def nbytes(shelf: Shelf) -> int:
+    """Of all tensors of a shelf."""
+    return shelf.nbytes if isinstance(shelf, DiskShelf) else sum(tensor.nbytes for tensor in shelf)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
