@@ -1,6 +1,6 @@
-"""Plans as a command would search them, for every method of conf/method; also as a script, one process of several.
+"""Plans as a command would search them, for every method of conf/method; also as a script, one process of two.
 
-python searched.py FOLDER CACHE     writes FOLDER/<method>.json, with what others share in CACHE
+python searched.py FOLDER RANK     the first process writes FOLDER/<method>.json
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny_models import FAMILIES, recorded
 
-from recondense import families, surgery
+from recondense import families, processes, surgery
 from recondense.cache import JsonFolder
 from recondense.command_line import build_steps
 from recondense.config import read
@@ -61,9 +62,10 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
     records: list[dict[str, Any]] = []
     originals: dict[int, Any] = {}
     for index, step in enumerate(steps):
-        chosen, record = step.search(model, lambda: recorded(model), JsonFolder(folder / str(index)), 1 << 30)
+        cache = processes.FirstProcess(JsonFolder(folder / str(index)))
+        chosen, record = step.search(model, lambda: recorded(model, split=True), cache, 1 << 30)
         operations += chosen
-        records.append(record)
+        records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:
             originals = {**surgery.apply(model, Plan("tiny", tuple(chosen)), lambda: recorded(model)), **originals}
     for layer, block in originals.items():
@@ -72,10 +74,16 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
 
 
 def main() -> None:
-    folder, cache = map(Path, sys.argv[1:])
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     for method in METHODS:
         model = next(iter(FAMILIES.values()))()
-        plan_of(model, method, cache / method, *BUDGETS[method]).save(folder / f"{method}.json")
+        plan = plan_of(model, method, folder / str(rank) / method, *BUDGETS[method])
+        if rank == 0:
+            plan.save(folder / f"{method}.json")
+        else:
+            assert not (folder / str(rank)).exists(), "only the first process writes"
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

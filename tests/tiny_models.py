@@ -118,8 +118,10 @@ def blocks(ids: list[list[int]], texts_per_block: int = 2) -> list[tuple[Tensor,
     return list(CalibrationSet(ids).blocks(texts_per_block))
 
 
-def recorded(model: PreTrainedModel, ids: list[list[int]] | None = None, texts_per_block: int = 2) -> Tape:
-    return Tape.record(model, blocks(texts() if ids is None else ids, texts_per_block))
+def recorded(
+    model: PreTrainedModel, ids: list[list[int]] | None = None, texts_per_block: int = 2, split: bool = False
+) -> Tape:
+    return Tape.record(model, blocks(texts() if ids is None else ids, texts_per_block), split=split)
 
 
 def condense_plan(
