@@ -25,6 +25,7 @@ from recondense import bundle, deepseek, families, low_rank, modules
 from recondense.config import ExportConfig, parse_bytes
 from recondense.low_rank import LowRankExperts
 from recondense.modules import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
+from recondense.paging import is_streamed, page_bytes, resident
 from recondense.plan import History, Plan, write_aside
 from recondense.shards import ShardWriter
 
@@ -64,7 +65,8 @@ def export(
 ) -> str:
     """Write the model as it is now; scales are folded into down_proj, the model itself is not changed.
 
-    Layer after layer goes to disk, so that never more than a shard and a layer is copied.
+    Layer after layer goes to disk, so that never more than a shard and a layer is copied; of a model larger than
+    memory, shards are smaller than a layer.
 
     Args:
         model: the student, its plan applied.
@@ -84,7 +86,8 @@ def export(
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    writer = ShardWriter(aside, parse_bytes(settings.max_shard_size))
+    most = parse_bytes(settings.max_shard_size)
+    writer = ShardWriter(aside, min(most, page_bytes(model) // 2) if is_streamed(model) else most)
     with torch.no_grad():
         for piece in pieces(model, shapes, stock):
             writer.add(piece)
@@ -251,13 +254,14 @@ def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Itera
     for layer, module in enumerate(families.decoder_layers(model)):
         if layer in gone:
             continue
-        state = module.state_dict(prefix=families.layer_prefix(layer))
-        state = _finished(model, layer, state, shapes)
-        if stock is not None and stock.width is not None:
-            state = _padded(model, layer, state, stock.width)
-        moved = layer - sum(each < layer for each in gone)
-        old, new = families.layer_prefix(layer), families.layer_prefix(moved)
-        yield revert_weight_conversion(model, {new + name.removeprefix(old): each for name, each in state.items()})
+        with resident(model, layer):
+            state = module.state_dict(prefix=families.layer_prefix(layer))
+            state = _finished(model, layer, state, shapes)
+            if stock is not None and stock.width is not None:
+                state = _padded(model, layer, state, stock.width)
+            moved = layer - sum(each < layer for each in gone)
+            old, new = families.layer_prefix(layer), families.layer_prefix(moved)
+            yield revert_weight_conversion(model, {new + name.removeprefix(old): each for name, each in state.items()})
     inside = families.layers_prefix()
     tied = set(model.all_tied_weights_keys)
     rest = {name: each for name, each in model.state_dict().items() if not name.startswith(inside) and name not in tied}

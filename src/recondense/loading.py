@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recondense import families, quantized
+from recondense import families, paging, quantized
 from recondense.config import ModelConfig
 from recondense.progress import progress
 
@@ -28,12 +32,15 @@ HASH_BYTES = 1 << 26
 NOT_COMPUTED = ("_name_or_path", "architectures", "transformers_version")  # of a config: what changes no result
 
 
-def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    settings: ModelConfig, path: str | Path, pages: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer; weights stored in MXFP4 or FP8 are dequantised.
 
     Args:
         settings: dtype, device, attention and experts implementation.
         path: hub id or folder.
+        pages: decoder layers are read when they are used, and this folder takes what surgery makes of them.
 
     Raises:
         ValueError: weights that are not there, or not safetensors.
@@ -44,7 +51,10 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
         values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
         families.register_compressed(values.get("model_type", ""))
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        with progress(f"loading {path}"), quantized.dequantising(values, dtype) as arguments:
+        unread = nullcontext() if pages is None else _unread(pages)
+        with progress(f"loading {path}"), quantized.dequantising(values, dtype) as arguments, unread:
+            if pages is not None:
+                arguments["device_map"] = {"": device_of(settings)}
             model = AutoModelForCausalLM.from_pretrained(
                 path,
                 attn_implementation=settings.attention,
@@ -71,8 +81,30 @@ def load(settings: ModelConfig, path: str | Path) -> tuple[PreTrainedModel, PreT
     # auto never takes batched_mm, some 60 times slower on a CPU
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     families.without_router_loss(model)
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
+    if pages is None:
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _unread(pages: Path) -> Iterator[None]:
+    """Inside, transformers loads what is outside the decoder layers; those get pages in place of weights."""
+    own = PreTrainedModel._load_pretrained_model
+
+    def load_rest(model: Any, state_dict: Any, files: Any, load_config: Any, *_: Any, **__: Any) -> Any:
+        inside = families.layers_prefix()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.startswith(inside):
+                tensor._is_hf_initialized = True  # nothing to draw at random
+        info, index = paging.Pages(model, files, load_config, pages).load_the_rest(model)
+        info.missing_keys = {name for name in info.missing_keys if not name.startswith(inside)}
+        return info, index
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load_rest)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = staticmethod(own)  # type: ignore[method-assign]
 
 
 def device_of(settings: ModelConfig) -> torch.device:
@@ -90,13 +122,26 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_COMPUTED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     with progress("hashing weights"):
-        parameters = dict(model.named_parameters())  # tied ones once
-        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-        weights = parameters | {name: model.get_buffer(name) for name in buffers}
-        for name, parameter in sorted(weights.items()):
-            content = xxhash.xxh3_128()
-            flat = parameter.detach().reshape(-1).view(torch.uint8)
-            for piece in flat.split(HASH_BYTES):
-                content.update(piece.cpu().numpy().data)
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {content.hexdigest()}\n".encode())
+        found: dict[str, str] = {}
+        for layer, module in enumerate(families.decoder_layers(model)):
+            with paging.resident(model, layer):
+                found |= {families.layer_prefix(layer) + name: line for name, line in _digests(module).items()}
+        inside = families.layers_prefix()
+        found |= _digests(model, lambda name: not name.startswith(inside))
+        for name, line in sorted(found.items()):
+            digest.update(f"{name} {line}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _digests(module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+    """Type, shape and hash of every weight by its name, tied ones once."""
+    parameters = dict(module.named_parameters())
+    buffers = {name for name, _ in module.named_buffers()} & module.state_dict().keys()
+    found = {}
+    for name, tensor in (parameters | {name: module.get_buffer(name) for name in buffers}).items():
+        if wanted(name):
+            content = xxhash.xxh3_128()
+            for piece in tensor.detach().reshape(-1).view(torch.uint8).split(HASH_BYTES):
+                content.update(piece.cpu().numpy().data)
+            found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}"
+    return found

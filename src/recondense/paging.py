@@ -1,20 +1,272 @@
-"""Decoder layers whose weights are in memory only while they are used; of a model that is whole, all always are."""
+"""A model larger than memory: a decoder layer's weights are read when it is used, and let go of for the next one.
+
+What is outside the decoder layers (embedding, final norm, head) stays in memory. A layer is read in two parts, its
+feed-forward block and the rest, each from the checkpoint's shards or from a file that `put_away` wrote. Of a model that
+is whole in memory, `resident` and `put_away` do nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+
+from recondense import families
+from recondense.modules import shallow_copy
+
+State = dict[str, Tensor]
+_pages: weakref.WeakKeyDictionary[nn.Module, Pages] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def resident(model: PreTrainedModel, layer: int) -> Iterator[None]:
-    """Inside, a decoder layer has its weights."""
-    yield
+    """Inside, a decoder layer, as it stands in the model now, has its weights; nothing else needs to have."""
+    pages = _pages.get(model)
+    if pages is None:
+        yield
+        return
+    with pages.held(model, layer):
+        yield
 
 
-def put_away(model: PreTrainedModel, block: nn.Module) -> nn.Module:
-    """A block of one's own that stands in a layer later; its weights are in memory only while that layer is used."""
-    return block
+def put_away(model: PreTrainedModel, block: nn.Module, name: str | None = None) -> nn.Module:
+    """A block that stands in a layer later: its weights are in memory only while that layer is used.
+
+    Args:
+        name: its file is kept under it; None: it is gone with the block.
+
+    Returns:
+        a block that computes the same; the given one where the model is whole in memory.
+    """
+    pages = _pages.get(model)
+    return block if pages is None else pages.put_away(block, name)
+
+
+def taken_back(model: PreTrainedModel, shaped: Callable[[], nn.Module], name: str) -> nn.Module | None:
+    """The block that was put away under a name, in this process or in an earlier one; None if there is none.
+
+    Args:
+        shaped: makes one of its shapes; what its weights are does not matter.
+    """
+    pages = _pages.get(model)
+    return None if pages is None else pages.taken_back(shaped, name)
+
+
+def is_streamed(model: PreTrainedModel) -> bool:
+    """Whether the model's decoder layers are read when they are used."""
+    return model in _pages
+
+
+def page_bytes(model: PreTrainedModel) -> int:
+    """Of the largest decoder layer, as it stands now."""
+    states = (layer.state_dict().values() for layer in families.decoder_layers(model))
+    return max(sum(tensor.numel() * tensor.element_size() for tensor in state) for state in states)
+
+
+class Pages:
+    """Where the weights of a model's decoder layers are read from, and which of them are in memory.
+
+    Args:
+        model: its decoder layers without weights, all else loaded.
+        files: the safetensors files of the checkpoint.
+        load_config: how transformers would read them: conversions, dtypes, quantisation.
+        folder: for what is put away; made when something is.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Sequence[str], load_config: Any, folder: Path) -> None:
+        self.folder = folder
+        self._shards = Shards(model, files, load_config)
+        self._sources: weakref.WeakKeyDictionary[nn.Module, Callable[[], State]] = weakref.WeakKeyDictionary()
+        self._loaded: dict[nn.Module, State] = {}  # units with their tensors of the meta device
+        self._held: Counter[nn.Module] = Counter()
+        for layer, module in enumerate(families.decoder_layers(model)):
+            block, inside = families.get_block(model, layer), families.block_name(layer)
+            own = families.layer_prefix(layer)
+            names = [own + name for name in module.state_dict()]
+            rest = [name for name in names if not name.startswith(f"{inside}.")]
+            self._sources[module] = self._reader(rest, own)
+            self._sources[block] = self._reader([name for name in names if name not in rest], f"{inside}.")
+        _pages[model] = self
+
+    def _reader(self, names: Sequence[str], prefix: str) -> Callable[[], State]:
+        return lambda: {name.removeprefix(prefix): tensor for name, tensor in self._shards.read(names)}
+
+    def load_the_rest(self, model: PreTrainedModel) -> tuple[Any, Any]:
+        """Read what is outside the decoder layers; what transformers' loading returns."""
+        return self._shards.load(model, lambda name: not name.startswith(families.layers_prefix()))
+
+    @contextmanager
+    def held(self, model: PreTrainedModel, layer: int) -> Iterator[None]:
+        """Inside, both parts of a layer are in memory; before, those of others go that nobody holds."""
+        units = {families.decoder_layers(model)[layer]: None, families.get_block(model, layer): None}
+        known = [unit for unit in units if unit in self._sources]
+        for unit in [unit for unit in self._loaded if unit not in known and not self._held[unit]]:
+            self._let_go(unit)
+        self._held.update(known)
+        try:
+            for unit in known:
+                if unit not in self._loaded:
+                    state = self._sources[unit]()
+                    self._loaded[unit] = _exchanged(unit, state)
+                    del state
+            yield
+        finally:
+            self._held.subtract(known)
+
+    def let_go_of_all(self) -> None:
+        """Nothing of the decoder layers stays in memory."""
+        for unit in list(self._loaded):
+            self._let_go(unit)
+
+    def _let_go(self, unit: nn.Module) -> None:
+        _exchanged(unit, self._loaded.pop(unit))
+
+    def put_away(self, block: nn.Module, name: str | None) -> nn.Module:
+        """See the function of this name."""
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in block.state_dict().items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name or f'block-{id(block)}-{len(self._sources)}'}.safetensors"
+        aside = path.with_name(f".{path.name}.partial")
+        save_file(_without_aliases(state), aside)
+        aside.replace(path)
+        device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
+        found = _without_weights(block)
+        self._register(found, path, device)
+        if name is None:
+            weakref.finalize(found, path.unlink, missing_ok=True)
+        return found
+
+    def taken_back(self, shaped: Callable[[], nn.Module], name: str) -> nn.Module | None:
+        """See the function of this name."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        block = shaped()
+        device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
+        found = _without_weights(block)
+        self._register(found, path, self._shards.device if device.type == "meta" else device)
+        return found
+
+    def _register(self, unit: nn.Module, path: Path, device: torch.device) -> None:
+        def read() -> State:
+            with _opened(path) as file:
+                return {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+
+        self._sources[unit] = read
+
+
+class Shards:
+    """A checkpoint's weights under their names in the model.
+
+    Args:
+        model: without any weights yet.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Sequence[str], load_config: Any) -> None:
+        self.device = torch.device(load_config.device_map[""])
+        self._dtype = model.dtype
+        self._load_config = load_config
+        # Reading assigns into a twin, so that what stands in the model does not matter.
+        self._twin = copy.deepcopy(model)
+        self._keys: dict[str, list[tuple[str, str]]] = {}  # file and key, by the name in the model
+        shapes = self._twin.state_dict()
+        mapping = load_config.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        for path in files:
+            with _opened(path) as file:
+                for key in file.keys():  # noqa: SIM118
+                    name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+                    self._keys.setdefault(name, []).append((path, key))
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Some weights, one after the other, so that no more than one is held twice."""
+        for name in names:
+            yield name, self._read(name)
+
+    def load(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> tuple[Any, Any]:
+        """Read into a model the weights whose names are wanted."""
+        keys = [key for name, keys in self._keys.items() if wanted(name) for key in keys]
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(_opened(path)) for path in {path for path, _ in keys}}
+            slices = {key: opened[path].get_slice(key) for path, key in keys}
+            return convert_and_load_state_dict_in_model(model, slices, self._load_config)
+
+    def _read(self, name: str) -> Tensor:
+        self.load(self._twin, lambda other: other == name)
+        module_name, _, own = name.rpartition(".")
+        module = self._twin.get_submodule(module_name)
+        tensors: Any = module._parameters if own in module._parameters else module._buffers
+        tensor: Tensor = tensors[own].detach()
+        tensors[own] = nn.Parameter(tensor.to("meta"), False) if own in module._parameters else tensor.to("meta")
+        if tensor.is_floating_point() and tensor.dtype not in (self._dtype, torch.float32):
+            tensor = tensor.to(self._dtype)  # as `quantized.settle` does
+        return tensor
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, read without mapping it where safetensors can: maps count as resident memory."""
+    try:
+        file = safe_open(path, framework="pt", backend="pread")
+    except TypeError:
+        file = safe_open(path, framework="pt")
+    with file as opened:
+        yield opened
+
+
+def _exchanged(unit: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """Put tensors in place of a unit's own, by their names; those that were there."""
+    before: State = {}
+    for name, tensor in state.items():
+        module_name, _, own = name.rpartition(".")
+        module = unit.get_submodule(module_name)
+        tensors: Any = module._parameters if own in module._parameters else module._buffers
+        before[name] = tensors[own]
+        parameter = own in module._parameters and not isinstance(tensor, nn.Parameter)
+        tensors[own] = nn.Parameter(tensor, before[name].requires_grad) if parameter else tensor
+    return before
+
+
+def _without_weights(block: nn.Module) -> nn.Module:
+    """A block of the same structure whose parameters and persistent buffers are on the meta device."""
+    twin = shallow_copy(block)
+    for name, child in block._modules.items():
+        twin._modules[name] = None if child is None else _without_weights(child)
+    for name, parameter in block._parameters.items():
+        twin._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().to("meta"), False)
+    for name, buffer in block._buffers.items():
+        stays = buffer is None or name in block._non_persistent_buffers_set
+        twin._buffers[name] = buffer if stays or buffer is None else buffer.to("meta")
+    return twin
+
+
+def _without_aliases(state: State) -> State:
+    """Tensors that share no storage, as safetensors wants them."""
+    seen: set[int] = set()
+    found: State = {}
+    for name, tensor in state.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        alone = tensor.untyped_storage().nbytes() == tensor.nbytes and pointer not in seen
+        found[name] = tensor if alone else tensor.clone()
+        seen.add(pointer)
+    return found
+
+
+__all__ = ["Pages", "is_streamed", "page_bytes", "put_away", "resident", "taken_back"]

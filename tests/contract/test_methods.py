@@ -180,7 +180,7 @@ def test_two_searches_decide_the_same(method: str, family: str, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def decided_together(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A folder with the plan of every method, by two processes that share the work; their sets differ in their order."""
+    """A folder with the plan of every method, by two processes that share the work, sets in other orders."""
     folder = tmp_path_factory.mktemp("together")
 
     def start(rank: int) -> subprocess.Popen[str]:

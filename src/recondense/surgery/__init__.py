@@ -6,8 +6,10 @@ operation on what the one before it left; `refit` solves weights on the calibrat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.paging import put_away, resident, taken_back
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
 from recondense.surgery import condense, drop, factorize, least_squares, merge, prune
 
@@ -63,13 +66,16 @@ def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> d
         ValueError: as `restructure`; an operation that needs calibration data, and no `record`.
     """
     originals: dict[int, nn.Module] = {}
+    done: dict[int, list[Operation]] = {}
     with _all_or_nothing(model, originals):
         for whitened, operations in groupby(structural(plan), lambda each: getattr(each, "whitening", False)):
             if whitened and record is None:
                 raise ValueError("plan: factorize with whitening needs the calibration set; none was given")
-            tape = record() if whitened and record is not None else None
+            tape = cache(record) if whitened and record is not None else None
             for operation in operations:
-                _exchange(model, operation.layer, _filled(model, operation, tape), originals)
+                done.setdefault(operation.layer, []).append(operation)
+                block = _made(model, operation, tape, _name_of(done[operation.layer]))
+                _exchange(model, operation.layer, block, originals)
     families.without_router_loss(model)
     return originals
 
@@ -123,7 +129,24 @@ def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
     raise AssertionError(operation)
 
 
-def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
+def _made(model: PreTrainedModel, operation: Operation, tape: Record | None, name: str) -> nn.Module:
+    """The block that an operation makes; of a model larger than memory it is put away, and not made twice."""
+    if isinstance(operation, Drop):
+        return _shaped(model, operation)
+    found = taken_back(model, lambda: _shaped(model, operation), name)
+    if found is not None:
+        return found
+    with resident(model, operation.layer):
+        return put_away(model, _filled(model, operation, tape), name)
+
+
+def _name_of(operations: Sequence[Operation]) -> str:
+    """What a layer's block is called after some operations."""
+    said = Plan("", tuple(operations)).to_json()
+    return f"layer-{operations[0].layer:03d}-{sha256(said.encode()).hexdigest()[:12]}"
+
+
+def _filled(model: PreTrainedModel, operation: Operation, tape: Record | None) -> nn.Module:
     """`_shaped`, with its weights."""
     before = _sparse_block(model, operation)
     after = _shaped(model, operation)
@@ -135,7 +158,7 @@ def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> 
         moments = None
         if operation.whitening:
             assert tape is not None
-            moments = factorize.second_moments(before, tape.trace(model, operation.layer))
+            moments = factorize.second_moments(before, tape().trace(model, operation.layer))
         factorize.fill(families.sparse_view(model, operation.layer, after).experts, before, moments)  # type: ignore[arg-type]
     return after
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ def fill(experts: LowRankExperts, before: SparseBlock, moments: Moments | None =
     experts.fill(weights.projections, of, weights.biases())
 
 
-def second_moments(block: SparseBlock, traces: Iterable[LayerTrace]) -> Moments:
+def second_moments(block: SparseBlock, traces: Sequence[LayerTrace]) -> Moments:
     """What each expert's projections met on the calibration set: Σ x xᵀ and Σ h hᵀ over the tokens routed to it.
 
     Returns:
@@ -63,7 +63,6 @@ def second_moments(block: SparseBlock, traces: Iterable[LayerTrace]) -> Moments:
 
     Reference: SVD-LLM, arXiv 2403.07378, section 3.1.
     """
-    kept = [(trace.x_TD, trace.top_k_index_TK) for trace in traces]
     weights = block.weights
 
     @lru_cache(maxsize=1)
@@ -72,8 +71,8 @@ def second_moments(block: SparseBlock, traces: Iterable[LayerTrace]) -> Moments:
         kind: dict[str, Any] = {"dtype": torch.float64, "device": weights.down_EDF.device}
         inputs_DD = torch.zeros(hidden_size, hidden_size, **kind)
         inner_FF = torch.zeros(expert_width, expert_width, **kind)
-        for x_TD, index_TK in kept:
-            x_tD = x_TD[(index_TK == expert).any(dim=1)]
+        for trace in traces:
+            x_tD = trace.x_TD[(trace.top_k_index_TK == expert).any(dim=1)]
             inner_tF = expert_inner(x_tD, weights, expert).double()
             inputs_DD.addmm_(x_tD.double().T, x_tD.double())
             inner_FF.addmm_(inner_tF.T, inner_tF)

@@ -26,12 +26,14 @@ from recondense import families
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating
 from recondense.modules import CondensedMoE, expert_inner
+from recondense.paging import put_away, resident
 from recondense.plan import Refit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from recondense.calibrate import Tape
+    from recondense.shelves import Shelf
 
 SWEEPS = 3  # over the units of a layer, where they are too many to be solved together
 NORMAL_BYTES = 20  # of an entry of the normal matrix: in fp64, its factors, and one block of texts' share in fp32
@@ -77,18 +79,23 @@ def refit(
         tape = record()
     wanted = {operation.layer: operation for operation in operations}
     first = min([*wanted, *originals])
-    states = list(tape.states[first])
+    states = tape.states[first]
     report: dict[int, dict[str, float]] = {}
     with evaluating(model):
         for layer in range(first, tape.num_layers):
-            if layer in wanted:
-                report[layer] = _refit_layer(model, tape, wanted[layer], states, max_scratch_bytes)
-            states = [tape.run_layer(model, layer, index, state) for index, state in enumerate(states)]
+            with resident(model, layer):
+                if layer in wanted:
+                    report[layer] = _refit_layer(model, tape, wanted[layer], states, max_scratch_bytes)
+                entering, states = states, tape.storage.shelf()
+                for index, state in enumerate(entering):
+                    states.append(tape.run_layer(model, layer, index, state))
+                if layer in wanted:
+                    families.set_block(model, layer, put_away(model, families.get_block(model, layer)))
     return report
 
 
 def _refit_layer(
-    model: PreTrainedModel, tape: Tape, operation: Refit, states: Sequence[Tensor], max_scratch_bytes: int
+    model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, max_scratch_bytes: int
 ) -> dict[str, float]:
     layer = operation.layer
     inputs, targets = _inputs_and_targets(model, tape, layer, states)
@@ -114,7 +121,7 @@ def _refit_layer(
         units = units_of(model, layer)
         changed = [unit.weight_Dn for unit in units]
         kept = [weight.clone() for weight in changed]
-        _solve(block, units, inputs, targets, operation.ridge, max_scratch_bytes)
+        _solve(block, units, inputs, targets, tape.storage.shelf(), operation.ridge, max_scratch_bytes)
     after = error()
     if not after < before:
         for weight, old in zip(changed, kept, strict=True):
@@ -179,15 +186,19 @@ def _inner(view: families.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
 def _solve(
     block: nn.Module,
     units: Sequence[Unit],
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    inputs: Shelf,
+    targets: Shelf,
+    residuals: Shelf,
     ridge: float,
     max_scratch_bytes: int,
 ) -> None:
-    """Add to the weights what ridge least squares finds in the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖²."""
-    residuals = [
-        target - families.output_of(block(x[None]))[0].float() for x, target in zip(inputs, targets, strict=True)
-    ]
+    """Add to the weights what ridge least squares finds in the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖².
+
+    Args:
+        residuals: an empty shelf for them.
+    """
+    for x_TD, target_TD in zip(inputs, targets, strict=True):
+        residuals.append(target_TD - families.output_of(block(x_TD[None]))[0].float())
     most = max(1, math.isqrt(max_scratch_bytes // NORMAL_BYTES))
     if sum(unit.weight_Dn.shape[1] for unit in units) <= most:
         _solve_together(units, inputs, residuals, ridge)
@@ -212,12 +223,12 @@ def _cut(unit: Unit, most: int) -> list[Unit]:
     return [one(slice(first, first + most)) for first in range(0, width, most)] if width > most else [unit]
 
 
-def _solve_together(units: Sequence[Unit], inputs: Sequence[Tensor], residuals: Sequence[Tensor], ridge: float) -> None:
+def _solve_together(units: Sequence[Unit], inputs: Shelf, residuals: Shelf, ridge: float) -> None:
     """One ridge problem for some units at once; residuals are brought up to date."""
     widths = [unit.weight_Dn.shape[1] for unit in units]
-    device = inputs[0].device
-    gram = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=device)
-    right = torch.zeros(sum(widths), residuals[0].shape[1], dtype=torch.float64, device=device)
+    weight_Dn = units[0].weight_Dn
+    gram = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=weight_Dn.device)
+    right = torch.zeros(sum(widths), weight_Dn.shape[0], dtype=torch.float64, device=weight_Dn.device)
     for x_TD, residual_TD in zip(inputs, residuals, strict=True):
         h_Tn = _stacked(units, widths, x_TD)
         gram += h_Tn.T @ h_Tn  # added in fp64
@@ -228,8 +239,8 @@ def _solve_together(units: Sequence[Unit], inputs: Sequence[Tensor], residuals: 
         old_Dn = unit.weight_Dn.clone()
         unit.weight_Dn.add_(own_nD.T.to(old_Dn.dtype))
         own_nD.copy_((unit.weight_Dn.float() - old_Dn.float()).T)  # what the weights' dtype made of it
-    for x_TD, residual_TD in zip(inputs, residuals, strict=True):
-        residual_TD -= _stacked(units, widths, x_TD) @ delta_nD
+    for index, x_TD in enumerate(inputs):
+        residuals[index] = residuals[index] - _stacked(units, widths, x_TD) @ delta_nD
 
 
 def _stacked(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) -> Tensor:
@@ -241,7 +252,7 @@ def _stacked(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) -> Tens
     return h_Tn
 
 
-def _solve_coefficients(block: CondensedMoE, inputs: Sequence[Tensor], targets: Sequence[Tensor], ridge: float) -> None:
+def _solve_coefficients(block: CondensedMoE, inputs: Shelf, targets: Shelf, ridge: float) -> None:
     """Scale the shared part and each retained expert by one number: the least squares over so few of them."""
     assert block.scale is not None
     # Rows that have one scale now belong to one part; a part's new scale is its old one times what is solved for.
@@ -265,12 +276,10 @@ def _solve_coefficients(block: CondensedMoE, inputs: Sequence[Tensor], targets: 
         block.scale[part] *= 1 + change
 
 
-def _inputs_and_targets(
-    model: PreTrainedModel, tape: Tape, layer: int, states: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _inputs_and_targets(model: PreTrainedModel, tape: Tape, layer: int, states: Shelf) -> tuple[Shelf, Shelf]:
     """What the layer's block gets from the compressed model, and what it should add to the residual: (T, D) each."""
     block = families.get_block(model, layer)
-    inputs, targets = [], []
+    inputs, targets = tape.storage.shelf(), tape.storage.shelf()
     for index, state in enumerate(states):
         seen: list[Tensor] = []
         given: list[Tensor] = []
