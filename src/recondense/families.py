@@ -31,6 +31,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from recondense import deepseek
 from recondense.bundle import PREFIX, compressed_classes, gives_pair, glu_of, has_bias, router_name
+from recondense.chunking import Head
 from recondense.layouts import (
     FAMILIES,
     PER_LAYER,
@@ -166,6 +167,33 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The causal LM without its head."""
     return model.model  # type: ignore[return-value]
+
+
+@contextmanager
+def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside, the model's logits are its hidden states after the final norm.
+
+    It is still called as a whole: engines that shard it hang their hooks on it.
+    """
+    head = model.lm_head
+    model.lm_head = nn.Identity()
+    try:
+        yield model
+    finally:
+        model.lm_head = head
+
+
+@contextmanager
+def gathered(model: PreTrainedModel) -> Iterator[Head]:
+    """The weights of the LM head, for use inside; the one place where a sharded head is put together."""
+    head: Any = model.lm_head
+    yield Head(head.weight, head.bias)
+
+
+def random_in_training(config: PretrainedConfig) -> bool:
+    """Whether a model computes otherwise in training than in evaluation: dropout, or noise on its routers."""
+    values = config.to_dict()
+    return any(bool(values[name]) for name in values if "dropout" in name or "jitter" in name)
 
 
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:
