@@ -195,7 +195,7 @@ def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def feature_matching(student: list[Tensor], teacher: list[Tensor], mask_BS: Tensor | None = None) -> Tensor:
+def feature_matching(student: Sequence[Tensor], teacher: Sequence[Tensor], mask_BS: Tensor | None = None) -> Tensor:
     """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖², for hidden states (B, S, D).
 
     Args:

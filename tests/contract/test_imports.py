@@ -19,9 +19,12 @@ LEVELS = {
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
-        *("loading", "adapters", "recorded"),
+        *("loading", "adapters", "recorded", "passes"),
     ),
-    2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
+    2: (
+        *("calibrate", "methods", "surgery", "teacher", "teacher_cache", "evaluate", "profiling", "report", "pictures"),
+        *("tracking",),
+    ),
     3: (
         *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),
         *("tiny", "sizes"),
