@@ -13,6 +13,7 @@ from recondense.stages import read_stages
 SMALLEST_SCRATCH = 16 * 2**20
 CONDENSING = ("recondense.methods.cdmoe.CDMoE", "recondense.methods.combined.Combined")  # what condenses layers
 TRAINS_ALL = "trainable=all: the original shares the backbone and would change with the student. Use trainable=experts."
+NO_TOKENIZER = "; set model.tokenizer to a folder or hub id that has one"
 Row = tuple[str, float | None, float]  # name of a setting, value, least value
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -59,7 +60,7 @@ def _ranges(config: Config) -> Iterator[str]:
 
 def _recovery_rows(recovery: RecoveryConfig, where: str) -> list[Row]:
     least = dict.fromkeys(("weight_decay", "gradient_clip", "warmup_steps", "validate_every"), 0)
-    least |= dict.fromkeys(("steps", "batch_size", "accumulate_grad_batches", "checkpoint_every"), 1)
+    least |= dict.fromkeys(("steps", "batch_size", "accumulate_grad_batches", "checkpoint_every", "teacher_top_k"), 1)
     return [(f"{where}.{name}", getattr(recovery, name), value) for name, value in least.items()]
 
 
@@ -113,7 +114,7 @@ def _model_folder(path: str, tokenizer: str | None, plan_only: bool) -> Iterator
         )
         yield f"model.path={path}: {found}."
     if tokenizer is None and not any("tokenizer" in name or name.startswith("vocab") for name in names):
-        yield f"model.path={path}: the folder has no tokenizer; set model.tokenizer to a folder or hub id that has one."
+        yield f"model.path={path}: the folder has no tokenizer{NO_TOKENIZER}."
 
 
 def _method(config: Config) -> Iterator[str]:
@@ -197,6 +198,8 @@ def _recovery(recovery: RecoveryConfig, where: str) -> Iterator[str]:
         )
     if not recovery.temperature > 0:
         yield f"{where}.temperature={recovery.temperature}: must be above 0; 1.0 leaves the distributions as they are."
+    if recovery.objective == "distill":
+        yield from _teacher(recovery, where)
     shares = {"cross_entropy_share": recovery.cross_entropy_share, "hidden_share": recovery.hidden_share}
     for name, share in shares.items():
         if not 0 <= share <= 1:
@@ -205,6 +208,28 @@ def _recovery(recovery: RecoveryConfig, where: str) -> Iterator[str]:
         yield (
             f"{where}.cross_entropy_share + {where}.hidden_share = {sum(shares.values()):g}: must be at most 1; the "
             "rest is the share of the divergence from the teacher."
+        )
+
+
+def _teacher(recovery: RecoveryConfig, where: str) -> Iterator[str]:
+    """Where a distillation's predictions come from."""
+    path = recovery.teacher_path
+    if recovery.teacher == "cached" and recovery.hidden_share:
+        yield (
+            f"{where}.hidden_share={recovery.hidden_share}: {where}.teacher=cached keeps predictions on disk, not "
+            f"hidden states. Use {where}.hidden_share=0, or {where}.teacher=shared."
+        )
+    if recovery.teacher == "model" and path is None:
+        yield f"{where}.teacher_path is missing: {where}.teacher=model learns from it. Give a folder or a hub id."
+    elif recovery.teacher == "model" and path is not None:
+        found = _model_folder(path, None, False)
+        yield from (
+            problem.replace("model.path=", f"{where}.teacher_path=").replace(NO_TOKENIZER, "") for problem in found
+        )
+    elif path is not None and where == "recovery" and recovery.stages is None:
+        yield (
+            f"{where}.teacher_path={path}: {where}.teacher={recovery.teacher} does not read it. Use "
+            f"{where}.teacher=model, or {where}.teacher_path=null."
         )
 
 

@@ -33,10 +33,14 @@ NOT_IDENTITY = (
 )
 # Settings that are younger than the first runs: where they ask for nothing, they have no part in it either.
 YOUNGER: dict[str, dict[str, Any]] = {
-    "recovery": {"epochs": None, "stages": None},
+    "recovery": {
+        "epochs": None, "stages": None, "divergence": "forward_kl", "teacher": "shared", "teacher_top_k": 64,
+        "teacher_path": None, "teacher_revision": None, "activation_checkpointing": False,
+    },
+    "trainer": {"compile": False},
     "data": {"form": None, "packing": True},
     "data.calibration": {"sources": None},
-}
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -145,12 +149,18 @@ class RecoveryConfig:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     trainable: Literal["experts", "all", "lora"] = "experts"
     lora: LoraSettings = field(default_factory=LoraSettings)
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     temperature: float = 1.0
+    teacher: Literal["shared", "cached", "model"] = "shared"
+    teacher_top_k: int = 64
+    teacher_path: str | None = None
+    teacher_revision: str | None = None
     cross_entropy_share: float = 0.0
     hidden_share: float = 0.0
     checkpoint_every: int = 50
     validate_every: int = 0
     control: bool = False
+    activation_checkpointing: bool = False
     stages: tuple[Free, ...] | None = None
 
     @property
@@ -199,6 +209,7 @@ class TrainerConfig:
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     num_threads: int | None = None
     deterministic: bool = False
+    compile: bool = False
     progress_bar: bool = True
 
 
@@ -325,6 +336,7 @@ def read(values: Free) -> tuple[Config, list[str]]:
     config = replace(
         _expand_home(config, "output_dir", "cache_dir", "run_dir"),
         model=_expand_home(config.model, "path", "tokenizer"),
+        recovery=_expand_home(config.recovery, "teacher_path"),
         evaluation=_expand_home(config.evaluation, "include_path"),
         data=expand_homes(config.data),
     )

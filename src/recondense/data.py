@@ -218,6 +218,11 @@ class ShuffledWindows:
         rows = [self._window_index(sample) for sample in range(first, first + self.batch_size)]
         return {name: column[rows] for name, column in self.table.items()}
 
+    def used(self) -> list[int]:
+        """The windows that some batch holds, ascending."""
+        samples = min(self.batch_size * self.num_batches, num_rows(self.table))  # an epoch holds each once
+        return sorted(self._window_index(sample) for sample in range(samples))
+
     def _window_index(self, sample: int) -> int:
         epoch, index = divmod(sample, num_rows(self.table))
         if self._permutation is None or self._permutation[0] != epoch:

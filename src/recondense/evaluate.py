@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from recondense import families
+from recondense.chunking import Head, chunks
 from recondense.heldout import HELDOUT_TASKS, heldout_tasks
 from recondense.modes import evaluating
 from recondense.progress import Stage, progress
@@ -30,7 +32,7 @@ __all__ = [
     "run_tasks",
 ]
 
-CHUNK_ELEMENTS = 2**22  # logits that are turned into fp32 at a time: 16 MiB a tensor
+CHUNK_ELEMENTS = 2**22  # logits that exist at a time: 16 MiB in fp32
 FAR = 60.0  # a logit further from the original's, in nats, is too far for exp in fp32
 
 
@@ -50,7 +52,7 @@ def perplexity(
         model: runs where its weights are, in the precision that the caller's autocast sets; its mode is restored.
         windows_MS: ids; each window predicts its tokens but the first.
         batch_size: windows of a forward pass.
-        reference: gives a context inside which `model` is the original.
+        reference: gives a context inside which `model` is the original; both have the same head.
         description: shown as progress; None shows none.
 
     Returns:
@@ -69,12 +71,13 @@ def perplexity(
     with evaluating(model), torch.no_grad(), _stage(description, len(windows_MS)) as stage:
         for batch_BS in windows_MS.split(batch_size):
             ids_BS = batch_BS.to(device)
-            logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
-            original_BSV = None
+            hidden_BSD = _hidden(model, ids_BS)
+            original_BSD = None
             if reference is not None:
                 with reference():
-                    original_BSV = model(input_ids=ids_BS, use_cache=False).logits
-            sums += _sums(logits_BSV, original_BSV, ids_BS)
+                    original_BSD = _hidden(model, ids_BS)
+            with families.gathered(model) as head:
+                sums += _sums(hidden_BSD, original_BSD, ids_BS, head)
             if stage is not None:
                 stage.advance(len(ids_BS))
     count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
@@ -87,17 +90,24 @@ def perplexity(
     return found if reference is None else {**found, "kl_to_original": divergence}
 
 
-def _sums(logits_BSV: Tensor, original_BSV: Tensor | None, ids_BS: Tensor) -> Tensor:
-    """Summed loss and divergence of a batch, (2,); a few rows of logits at a time, so that fp32 copies stay small."""
+def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+    """Hidden states of which the head makes logits, (B, S, D)."""
+    with families.headless(model):
+        hidden_BSD: Tensor = model(input_ids=ids_BS, use_cache=False).logits
+    return hidden_BSD
+
+
+def _sums(hidden_BSD: Tensor, original_BSD: Tensor | None, ids_BS: Tensor, head: Head) -> Tensor:
+    """Summed loss and divergence of a batch, (2,); the logits of a few tokens at a time."""
     sums = torch.zeros(2, dtype=torch.float64, device=ids_BS.device)
-    step = max(1, CHUNK_ELEMENTS // logits_BSV.shape[-1])
-    for row in range(len(ids_BS)):
-        for start in range(0, ids_BS.shape[1] - 1, step):
-            end = min(start + step, ids_BS.shape[1] - 1)
-            logits_TV = logits_BSV[row, start:end].float()
-            sums[0] += F.cross_entropy(logits_TV, ids_BS[row, start + 1 : end + 1], reduction="none").double().sum()
-            if original_BSV is not None:
-                sums[1] += kl_divergence(original_BSV[row, start:end].float(), logits_TV).double().sum()
+    hidden_TD, labels_T = hidden_BSD[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten()
+    original_TD = None if original_BSD is None else original_BSD[:, :-1].flatten(0, 1)
+    for part in chunks(len(hidden_TD), max(1, CHUNK_ELEMENTS // len(head.weight_VD))):
+        logits_CV = head.logits(hidden_TD[part]).float()
+        sums[0] += F.cross_entropy(logits_CV, labels_T[part], reduction="none").double().sum()
+        if original_TD is not None:
+            original_CV = head.logits(original_TD[part]).float()
+            sums[1] += kl_divergence(original_CV, logits_CV).double().sum()
     return sums
 
 

@@ -31,6 +31,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from recondense import deepseek
 from recondense.bundle import PREFIX, compressed_classes, gives_pair, glu_of, has_bias, router_name
+from recondense.chunking import Head
 from recondense.layouts import (
     FAMILIES,
     PER_LAYER,
@@ -201,6 +202,33 @@ def arguments_of_layers(model: PreTrainedModel, input_ids_BS: Tensor) -> tuple[l
         decoder(model).layers = layers
     assert taken[0].hidden_states is not None
     return [each.arguments for each in taken], taken[0].hidden_states
+
+
+@contextmanager
+def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside, the model's logits are its hidden states after the final norm.
+
+    It is still called as a whole: engines that shard it hang their hooks on it.
+    """
+    head = model.lm_head
+    model.lm_head = nn.Identity()
+    try:
+        yield model
+    finally:
+        model.lm_head = head
+
+
+@contextmanager
+def gathered(model: PreTrainedModel) -> Iterator[Head]:
+    """The weights of the LM head, for use inside; the one place where a sharded head is put together."""
+    head: Any = model.lm_head
+    yield Head(head.weight, head.bias)
+
+
+def random_in_training(config: PretrainedConfig) -> bool:
+    """Whether a model computes otherwise in training than in evaluation: dropout, or noise on its routers."""
+    values = config.to_dict()
+    return any(bool(values[name]) for name in values if "dropout" in name or "jitter" in name)
 
 
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:

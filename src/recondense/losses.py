@@ -1,4 +1,4 @@
-"""Divergences and losses as pure tensor functions.
+"""Divergences and losses as pure tensor functions of hidden states or whole logits; chunking.py has those of training.
 
 Legend: C candidates, T tokens, D hidden size, V vocabulary.
 """
@@ -12,7 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKED = -100  # the label of a token that is not to be predicted
+from recondense.fused import MASKED
+
+__all__ = [
+    "MASKED",
+    "Reference",
+    "cross_entropy",
+    "feature_matching",
+    "forward_kl",
+    "jensen_shannon",
+    "js_from_difference",
+    "load_balancing",
+    "next_labels",
+    "predicting",
+]
+
 EPSILON = 1e-10  # what CD-MoE's code adds to both arguments of each KL
 # Both keep arithmetic out of the denormal range, where a CPU is ten times slower. Neither can be seen in a result:
 LOWEST = -70.0  # logits below a row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
@@ -135,6 +149,11 @@ def predicting(labels_BS: Tensor) -> Tensor:
     return F.pad(labels_BS[:, 1:] != MASKED, (0, 1))
 
 
+def next_labels(labels_BS: Tensor) -> Tensor:
+    """What each position is to predict, (B, S): the label after it, MASKED for the last."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=MASKED)
+
+
 def forward_kl(
     student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.0, mask_BS: Tensor | None = None
 ) -> Tensor:
@@ -176,7 +195,7 @@ def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def feature_matching(student: list[Tensor], teacher: list[Tensor], mask_BS: Tensor | None = None) -> Tensor:
+def feature_matching(student: Sequence[Tensor], teacher: Sequence[Tensor], mask_BS: Tensor | None = None) -> Tensor:
     """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖², for hidden states (B, S, D).
 
     Args:

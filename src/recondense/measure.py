@@ -58,6 +58,11 @@ class Measure:
         self.tasks, self.include_path = self._tasks()
 
     @property
+    def weights(self) -> str:
+        """The fingerprint of the original's weights; empty before `original` was called."""
+        return self._original
+
+    @property
     def seconds(self) -> dict[str, float]:
         """What each part of the run has taken so far, restarts included."""
         return dict(self.stages.get("seconds", {}))

@@ -40,3 +40,18 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         for handle in handles:
             handle.remove()
     outputs += [found[number] for number in range(len(modules))]
+
+
+@contextmanager
+def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states that enter a module in the forward that runs inside."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()

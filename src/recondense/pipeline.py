@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -231,12 +231,16 @@ class _Run:
 
 
 def _without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
-    """The same recovery of a model that has nothing to learn from: next-token training in place of distillation."""
+    """The same recovery of a model that is its own original: next-token training in place of distillation.
+
+    What learns from another model goes on doing so.
+    """
+
+    def objective(own: Mapping[str, Any]) -> Any:
+        wanted, teacher = own.get("objective", recovery.objective), own.get("teacher", recovery.teacher)
+        return "finetune" if wanted == "distill" and teacher != "model" else wanted
+
     stages = recovery.stages
     if stages is not None:
-        stages = tuple(
-            {**stage, "objective": "finetune"} if stage.get("objective") == "distill" else stage for stage in stages
-        )
-    return replace(
-        recovery, objective="finetune" if recovery.objective == "distill" else recovery.objective, stages=stages
-    )
+        stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
+    return replace(recovery, objective=objective({}), stages=stages)

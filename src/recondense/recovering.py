@@ -9,19 +9,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import summary
+from recondense import loading, summary
 from recondense.config import Config, RecoveryConfig
-from recondense.data import RecoveryData, num_rows
-from recondense.fitting import fit
+from recondense.data import RecoveryData, ShuffledWindows, num_rows
+from recondense.fitting import FINAL, fit, precision_of
 from recondense.measure import Measure
 from recondense.plan import Plan
 from recondense.recovery import RecoveryModule
 from recondense.searching import Texts
 from recondense.stages import Stage
+from recondense.teacher import OtherTeacher, same_vocabulary
+from recondense.teacher_cache import CachedTeacher, keep_predictions, key_of
 
+USED_BY_TEACHERS = ("input_ids", "position_ids")
 log = logging.getLogger(__name__)
 
 MakeCallbacks = Callable[[str, Sequence[str], Sequence[Path]], Sequence[Callback]]
@@ -49,14 +53,56 @@ class Fits:
     def recover(self, module: RecoveryModule) -> None:
         """Train every stage, or what is left of them; adapters are merged at the end of theirs."""
         self.done = []
+        sources = self._on_disk(module)
         for stage in self.stages:
             with self.measure.timed("recover"), self.measure.counted(stage.name):
                 data, recovery = self._data(stage, module)
                 module.begin(recovery, stage.name)
+                module.source = sources.get(stage.name) or self._teacher_of(stage, module)
                 callbacks = self.callbacks(stage.name, self.measure.tasks, self.measure.include_path)
                 self._fit(module, data, self.folder / stage.folder, callbacks)
                 module.finish()
+            module.source = "shared"
             self.done.append(self._describe(stage, recovery, data))
+
+    def _on_disk(self, module: RecoveryModule) -> dict[str, CachedTeacher]:
+        """The predictions that stages learn from disk, made where they are not there; then the original is freed."""
+        sources: dict[str, CachedTeacher] = {}
+        asks = [stage.recovery for stage in self.stages if stage.recovery.objective == "distill"]
+        for stage in self.stages:
+            cached = stage.recovery.objective == "distill" and stage.recovery.teacher == "cached"
+            if not cached or (self.folder / stage.folder / FINAL).exists():
+                continue
+            with self.measure.timed("teacher"):
+                data, recovery = self._data(stage, module)
+                sources[stage.name] = self._kept(module, data, recovery)
+        if asks and all(recovery.teacher == "cached" for recovery in asks) and not self.config.recovery.control:
+            log.info("the teacher's predictions are on disk: what the student does not use of the original is freed")
+            module.release_original()
+        return sources
+
+    def _kept(self, module: RecoveryModule, data: RecoveryData, recovery: RecoveryConfig) -> CachedTeacher:
+        used = data.train_dataloader().used()
+        windows = {name: data.train_table[name][used] for name in USED_BY_TEACHERS if name in data.train_table}
+        precision = precision_of(self.config.trainer, module.model.dtype)
+        key = key_of(self.measure.weights, windows, recovery.teacher_top_k, recovery.temperature, precision)
+        folder = Path(self.config.cache_dir) / "teacher" / key
+        device = module.model.device.type
+        autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
+        k, temperature, batch_size = recovery.teacher_top_k, recovery.temperature, recovery.batch_size
+        return keep_predictions(module.original, windows, folder, k, temperature, batch_size, autocast)
+
+    def _teacher_of(self, stage: Stage, module: RecoveryModule) -> Any:
+        """What a stage learns from where that is no file: the original, or another model, loaded now."""
+        recovery = stage.recovery
+        if recovery.objective != "distill" or recovery.teacher != "model":
+            return "shared"
+        path = str(recovery.teacher_path)
+        settings = replace(self.config.model, path=path, revision=recovery.teacher_revision, tokenizer=None)
+        model, tokenizer = loading.load(settings, path)
+        assert module.tokenizer is not None
+        same_vocabulary(tokenizer, module.tokenizer, path)
+        return OtherTeacher(model, module.model, path)
 
     def control(self, module: RecoveryModule) -> None:
         """The original trained further for the same steps: its experts in the layers that the plan changes."""
@@ -95,6 +141,11 @@ class Fits:
         validation = self.texts.training(stage, "validation", module.tokenizer) if recovery.validate_every else None
         recovery = with_steps(recovery, num_rows(train), stage.where)
         batches = recovery.steps * recovery.accumulate_grad_batches
+        if recovery.objective == "distill" and recovery.teacher == "cached":
+            used = ShuffledWindows(train, recovery.batch_size, batches, self.config.seed, lambda: 0).used()
+            numbers = torch.full((num_rows(train),), -1)
+            numbers[used] = torch.arange(len(used))
+            train = {**train, "window": numbers}
         return RecoveryData(train, validation, recovery.batch_size, batches, self.config.seed), recovery
 
     def _describe(self, stage: Stage, recovery: RecoveryConfig, data: RecoveryData) -> dict[str, Any]:

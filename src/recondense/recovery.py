@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import lightning as L
 import numpy as np
@@ -13,17 +13,37 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from recondense import adapters, families, surgery
+from recondense import adapters, families, passes, surgery
+from recondense.chunking import CrossEntropy, Divergent, Hidden, Term, TopK, chunked
 from recondense.config import RecoveryConfig
-from recondense.losses import cross_entropy, feature_matching, forward_kl, load_balancing, predicting
+from recondense.losses import feature_matching, load_balancing, predicting
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating, outputs_of
 from recondense.packing import model_inputs
 from recondense.plan import Plan, Refit
-from recondense.teacher import SharedBackboneTeacher
+from recondense.teacher import OtherTeacher, SharedBackboneTeacher
+from recondense.teacher_cache import CachedTeacher
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
+
+Source = Literal["shared"] | OtherTeacher | CachedTeacher
+NAMES = {"forward_kl": "kl", "reverse_kl": "reverse_kl", "js": "js"}  # of metrics
+
+
+class Taught(NamedTuple):
+    """What a teacher says of a batch.
+
+    Args:
+        target: its predictions; None: there is no teacher.
+        states: its hidden states after the layers that the plan changes.
+        layer: the first that is the student's own; the student starts there from `entering`, what enters it.
+    """
+
+    target: Hidden | TopK | None = None
+    states: Sequence[Tensor] = ()
+    layer: int = 0
+    entering: Sequence[Tensor] = ()
 
 
 class RecoveryModule(L.LightningModule):
@@ -72,6 +92,7 @@ class RecoveryModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.stage = stage
         self.teacher: SharedBackboneTeacher | None = None
+        self.source: Source = "shared"  # whose predictions it learns
         self.task_results: dict[int, dict[str, dict[str, float]]] = {}  # optimiser step -> lm-eval results
         self.strict_loading = False  # checkpoints hold what trains
         self._all = (recovery, *later)
@@ -84,6 +105,7 @@ class RecoveryModule(L.LightningModule):
         self.adapters: adapters.Adapters | None = None
         self._prepared = False
         self._freed = False
+        self._released = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
 
@@ -163,7 +185,7 @@ class RecoveryModule(L.LightningModule):
         """Merge adapters into the weights, once; the teacher goes on with the weights as they were."""
         if self.adapters is None:
             return
-        shared = {id(parameter) for parameter in self._original_parameters()}
+        shared = {id(parameter) for parameter in self._original_parameters()} if self.teacher is not None else set()
 
         def replaced(module: nn.Module, name: str, before: nn.Parameter) -> None:
             if self.teacher is not None and id(before) in shared:
@@ -173,6 +195,11 @@ class RecoveryModule(L.LightningModule):
         self.adapters = None
         if self.teacher is not None:
             self.teacher.adapters = None
+
+    def release_original(self) -> None:
+        """Forget what the student does not use of the original; from here on there is none."""
+        self.teacher, self._originals = None, {}
+        self._released = True
 
     def _original_parameters(self) -> list[nn.Parameter]:
         with self.original() as model:
@@ -206,6 +233,7 @@ class RecoveryModule(L.LightningModule):
 
     def original(self) -> AbstractContextManager[PreTrainedModel]:
         """A context in which the model is the uncompressed one."""
+        assert not self._released, "the original was freed: its predictions are on disk"
         return self.teacher.active() if self.teacher is not None else nullcontext(self.model)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -215,45 +243,91 @@ class RecoveryModule(L.LightningModule):
         return logits.view(*input_ids.shape, -1)
 
     def losses(
-        self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        window: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The objective (`loss`) and its parts, nats per token, for token ids (B, S).
 
         Args:
             labels: the ids where they are to be predicted, MASKED elsewhere; None: each token but the first is.
             position_ids: begin at 0 with each example of a window; None: a window is one text.
+            window: numbers of the windows, by which a teacher on disk keeps its predictions.
         """
         recovery = self.recovery
         distill = recovery.objective == "distill"
+        counted = passes.Counted.of(input_ids, labels, last=distill)
         arguments: dict[str, Any] = {**model_inputs(self.model, input_ids, position_ids), "use_cache": False}
-        mask = None if labels is None else predicting(labels)
-        size = (*input_ids.shape, -1)
         if self._router_auxiliary_loss:
             arguments["output_router_logits"] = True
-        with adapters.once(self.adapters), self._states() as mine:  # the teacher's pass knows no adapters
-            student = self.model(**arguments)
-        losses = {}
-        if not distill or recovery.cross_entropy_share:
-            losses["cross_entropy"] = cross_entropy(student.logits.view(size), input_ids if labels is None else labels)
-        if not distill:
-            losses["loss"] = losses["cross_entropy"]
-            if self._router_auxiliary_loss:
-                top_k = families.facts(self.model.config).top_k
-                losses["load_balancing"] = load_balancing(student.router_logits, top_k)
-                losses["loss"] = losses["loss"] + self._router_auxiliary_loss * losses["load_balancing"]
-            return losses
-        # No dropout in what the student should match.
-        with torch.no_grad(), self.original(), evaluating(self.model), self._states() as theirs:
-            teacher = self.model(**arguments)
-        losses["kl"] = forward_kl(student.logits.view(size), teacher.logits.view(size), recovery.temperature, mask)
-        shares = {"cross_entropy": recovery.cross_entropy_share, "hidden": recovery.hidden_share}
-        if recovery.hidden_share:
-            losses["hidden"] = feature_matching(mine, theirs, mask)
-        kl_share = 1 - sum(shares.values())
-        losses["loss"] = kl_share * losses["kl"] + sum(share * losses[name] for name, share in shares.items() if share)
+        taught = self._taught(arguments, counted, window) if distill else Taught()
+        # The teacher's pass knows no adapters, so it comes before.
+        with (
+            adapters.once(self.adapters),
+            self._states() as mine,
+            passes.starting(self.model, taught.layer, taught.entering, arguments) as own,
+        ):
+            student = passes.run(self.model, own)
+        losses = self._divided(counted.rows(student.logits), counted, taught)
+        if recovery.hidden_share and distill:
+            mask = None if labels is None else predicting(labels)
+            losses["hidden"] = feature_matching(mine, taught.states, mask)
+            losses["loss"] = losses["loss"] + recovery.hidden_share * losses["hidden"]
+        if self._router_auxiliary_loss and not distill:
+            top_k = families.facts(self.model.config).top_k
+            losses["load_balancing"] = load_balancing(student.router_logits, top_k)
+            losses["loss"] = losses["loss"] + self._router_auxiliary_loss * losses["load_balancing"]
         return losses
 
-    def _states(self) -> AbstractContextManager[list[Tensor]]:
+    def _divided(self, hidden_TD: Tensor, counted: passes.Counted, taught: Taught) -> dict[str, Tensor]:
+        """The losses of the student's predictions, each a mean over the tokens that it counts."""
+        recovery = self.recovery
+        shares = {"cross_entropy": recovery.cross_entropy_share, "hidden": recovery.hidden_share}
+        terms: dict[str, tuple[float, int, Term]] = {}
+        entropy = CrossEntropy(counted.labels_T)
+        if taught.target is None:
+            terms["cross_entropy"] = 1.0, counted.num_labels, entropy
+        else:
+            divergent = Divergent(recovery.divergence, taught.target, recovery.temperature)
+            terms[NAMES[recovery.divergence]] = 1 - sum(shares.values()), len(counted), divergent
+            if recovery.cross_entropy_share:
+                terms["cross_entropy"] = recovery.cross_entropy_share, counted.num_labels, entropy
+        counts = [max(1, count) for _, count, _ in terms.values()]
+        with families.gathered(self.model) as head:
+            weighted = [(share / max(1, count), term) for share, count, term in terms.values()]
+            loss, sums = chunked(weighted, hidden_TD, head)
+        losses = {name: total / count for name, total, count in zip(terms, sums, counts, strict=True)}
+        if taught.target is None:
+            losses["cross_entropy"] = loss
+        return {**losses, "loss": loss}
+
+    @torch.no_grad()
+    def _taught(self, arguments: Mapping[str, Any], counted: passes.Counted, window: Tensor | None) -> Taught:
+        """The teacher's pass, without dropout, or what is kept of one."""
+        if self.source == "shared":
+            changed = set() if self.teacher is None else self.teacher.changed()
+            layer = passes.first_own_layer(self.model, changed)
+            with (
+                self.original(),
+                evaluating(self.model),
+                self._states() as states,
+                passes.keeping(self.model, layer) as entering,
+            ):
+                found = passes.run(self.model, arguments)
+            with families.gathered(self.model) as head:
+                return Taught(Hidden(counted.rows(found.logits), head), states, layer, entering)
+        if isinstance(self.source, OtherTeacher):
+            with evaluating(self.source.model), self._states(self.source.model) as states:
+                found = passes.run(self.source.model, arguments)
+            with families.gathered(self.source.model) as head:
+                return Taught(Hidden(counted.rows(found.logits), head), states)
+        assert window is not None, "a teacher on disk is asked by the numbers of windows"
+        kept = self.source.read(window.tolist())
+        return Taught(TopK(*(counted.rows(column).to(self.model.device) for column in kept)))
+
+    def _states(self, model: PreTrainedModel | None = None) -> AbstractContextManager[list[Tensor]]:
         """Hidden states (B, S, D) after the layers that the plan changes, after the final norm for the last.
 
         transformers' own `hidden_states` are the same, but lack those of removed layers.
@@ -261,7 +335,8 @@ class RecoveryModule(L.LightningModule):
         if self.recovery.objective != "distill" or not self.recovery.hidden_share:
             return nullcontext([])
         assert self.plan is not None
-        after = [*families.decoder_layers(self.model)[:-1], families.final_norm(self.model)]
+        model = model or self.model
+        after = [*families.decoder_layers(model)[:-1], families.final_norm(model)]
         return outputs_of([after[layer] for layer in self.plan.layers])
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
@@ -271,16 +346,27 @@ class RecoveryModule(L.LightningModule):
         return losses["loss"]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-        labels = batch.get("labels", batch["input_ids"])
-        mask = predicting(labels) if "labels" in batch else None
-        logits = self(**inputs)
-        size = labels.shape[0] if mask is None else int(mask.sum())  # a batch counts by what it predicts
-        self.log(f"{self.stage}/validation_loss", cross_entropy(logits, labels), prog_bar=True, batch_size=size)
-        if self.teacher is not None:
-            with self.original():
-                kl = forward_kl(logits, self(**inputs), mask_BS=mask)
-            self.log(f"{self.stage}/validation_kl", kl, batch_size=size)
+        ids, labels = batch["input_ids"], batch.get("labels")
+        arguments = {**model_inputs(self.model, ids, batch.get("position_ids")), "use_cache": False}
+        counted = passes.Counted.of(ids, labels, last=True)
+        taught = Taught()
+        if isinstance(self.source, OtherTeacher) or (self.teacher is not None and self.source == "shared"):
+            taught = self._taught(arguments, counted, None)
+        with (
+            adapters.once(self.adapters),
+            passes.starting(self.model, taught.layer, taught.entering, arguments) as own,
+        ):
+            student_TD = counted.rows(passes.run(self.model, own).logits)
+        terms: list[tuple[float, Term]] = [(1.0, CrossEntropy(counted.labels_T))]
+        terms += [] if taught.target is None else [(1.0, Divergent("forward_kl", taught.target))]
+        with families.gathered(self.model) as head:
+            _, sums = chunked(terms, student_TD, head)
+        # A batch counts by what it predicts.
+        size = len(ids) if labels is None else counted.num_labels
+        loss = sums[0] / max(1, counted.num_labels)
+        self.log(f"{self.stage}/validation_loss", loss, prog_bar=True, batch_size=size)
+        if taught.target is not None:
+            self.log(f"{self.stage}/validation_kl", sums[1] / max(1, len(counted)), batch_size=size)
 
     def configure_optimizers(self) -> Any:
         recovery = self.recovery

@@ -1,4 +1,7 @@
-"""Where the teacher's predictions come from: here, the uncompressed model on a backbone shared with the student."""
+"""Where the teacher's predictions come from: the original on the student's backbone, or another model.
+
+A third kind, predictions kept on disk, is in teacher_cache.py.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import families
 from recondense.adapters import Adapters
+
+# Texts that tokenizers of one vocabulary may still cut otherwise.
+PROBES = (
+    "Hello world",
+    "  two spaces\n\n\tand a tab",
+    "1234567 + 3.14e-5",
+    "naïve café, Ünïcödé, 東京",
+    "don't I'LL x_y()",
+)
 
 
 class SharedBackboneTeacher(nn.Module):
@@ -34,6 +46,13 @@ class SharedBackboneTeacher(nn.Module):
         """Go on using a weight of the shared backbone that the student has replaced by another."""
         self._kept.append((module, name, parameter))
 
+    def changed(self) -> set[int]:
+        """Decoder layers in which the original differs from the student, adapters that are still in it apart."""
+        kept = {id(module) for module, *_ in self._kept}
+        layers = enumerate(families.decoder_layers(self._model[0]))
+        own = {layer for layer, module in layers if any(id(inner) in kept for inner in module.modules())}
+        return own | {int(layer) for layer in self.blocks}
+
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
         """A context inside which the model computes what the original does."""
@@ -48,3 +67,51 @@ class SharedBackboneTeacher(nn.Module):
             finally:
                 for module, name, parameter in own:
                     module._parameters[name] = parameter
+
+
+class OtherTeacher:
+    """Another model with the student's tokenizer, frozen. It is no part of the student's module, nor of checkpoints.
+
+    Args:
+        model: the causal LM, on the student's device.
+
+    Raises:
+        ValueError: its head gives logits of another width than the student's.
+    """
+
+    def __init__(self, model: PreTrainedModel, student: PreTrainedModel, name: str) -> None:
+        widths = []
+        for each in (model, student):
+            with families.gathered(each) as head:
+                widths.append(len(head.weight_VD))
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"recovery.teacher_path={name}: its head gives {widths[0]} logits and the student's {widths[1]}; a "
+                "teacher needs the student's vocabulary"
+            )
+        self.model = model.requires_grad_(False).eval()
+
+
+def same_vocabulary(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a teacher whose token ids mean something else.
+
+    Raises:
+        ValueError: another vocabulary, or texts that come out as other ids.
+    """
+    mine, others = own.get_vocab(), theirs.get_vocab()
+    differing = [token for token in {**mine, **others} if mine.get(token) != others.get(token)]
+    reason = ""
+    if differing:
+        token = min(differing)
+        reason = (
+            f"{len(differing)} tokens have other ids or exist in one of the two only, as {token!r} (id "
+            f"{others.get(token)} there, {mine.get(token)} here)"
+        )
+    else:
+        texts = [text for text in PROBES if theirs(text)["input_ids"] != own(text)["input_ids"]]
+        reason = f"it encodes {texts[0]!r} otherwise" if texts else ""
+    if reason:
+        raise ValueError(
+            f"recovery.teacher_path={name}: its tokenizer is not the student's: {reason}. A teacher must have the same "
+            "tokenizer; use recovery.teacher=shared, or another checkpoint."
+        )

@@ -57,7 +57,7 @@ def test_perplexity_is_the_mean_over_predicted_tokens(model: Qwen2MoeForCausalLM
 def test_perplexity_does_not_depend_on_the_chunks(model: Qwen2MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perplexity(model, WINDOWS, 4)
     monkeypatch.setattr("recondense.evaluate.CHUNK_ELEMENTS", 3 * 257)
-    assert perplexity(model, WINDOWS, 4)["loss"] == pytest.approx(whole["loss"], rel=1e-9)
+    assert perplexity(model, WINDOWS, 4)["loss"] == pytest.approx(whole["loss"], rel=1e-7)  # products of other sizes
 
 
 def test_divergence_from_the_original(model: Qwen2MoeForCausalLM) -> None:
