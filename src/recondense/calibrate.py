@@ -186,7 +186,7 @@ class Tape:
                     "or use model.dtype=float32 if the model overflows in half precision"
                 )
             shelf.append(state_BSD)
-        if isinstance(shelf, DiskShelf):
+        if isinstance(shelf, DiskShelf) and shelf.named:
             shelf.finish()
 
     def _leaving(self, model: PreTrainedModel, layer: int, seen: dict[int, dict[str, Any]]) -> Iterator[Tensor]:
@@ -197,7 +197,7 @@ class Tape:
 
     def _enter(self, model: PreTrainedModel, block: TextBlock) -> Tensor:
         """What enters the first decoder layer; what the layers are called with besides is kept by the block's shape."""
-        taken, entered = families.arguments_of_layers(model, block.input_ids_BS)
+        taken, entered = families.arguments_of_layers(model, {"input_ids": block.input_ids_BS})
         shape = tuple(block.input_ids_BS.shape)
         if shape not in self._arguments and len(self._arguments) >= SHAPES:
             del self._arguments[next(iter(self._arguments))]

@@ -39,7 +39,8 @@ YOUNGER: dict[str, dict[str, Any]] = {
     },
     "trainer": {"compile": False},
     "data": {"form": None, "packing": True},
-    "data.calibration": {"sources": None},
+    "data.calibration": {"sources": None, "tape": "auto", "tape_dtype": "auto"},
+    "model": {"streaming": False},
 }  # fmt: skip
 
 
@@ -66,6 +67,7 @@ class ModelConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
     trust_remote_code: bool = False
+    streaming: bool = False
     pretrain: Free | None = None
 
 
@@ -88,6 +90,8 @@ class CalibrationConfig:
     path: str | None = None
     num_samples: int = 100
     max_length: int = 256
+    tape: Literal["auto", "memory", "disk"] = "auto"
+    tape_dtype: Literal["auto", "bfloat16"] = "auto"
     sources: tuple[SourceConfig, ...] | None = None
 
 

@@ -6,7 +6,7 @@ Shapes: B windows of a batch, S tokens of a window, T predicted tokens, V vocabu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense import families, paging, passes
 from recondense.chunking import Head, chunks
 from recondense.heldout import HELDOUT_TASKS, heldout_tasks
 from recondense.modes import evaluating
 from recondense.progress import Stage, progress
+from recondense.shelves import Shelf
 from recondense.tasks import check_tasks, folder_tasks, run_tasks
 
 __all__ = [
@@ -52,7 +53,8 @@ def perplexity(
         model: runs where its weights are, in the precision that the caller's autocast sets; its mode is restored.
         windows_MS: ids; each window predicts its tokens but the first.
         batch_size: windows of a forward pass.
-        reference: gives a context inside which `model` is the original; both have the same head.
+        reference: gives a context which yields the original, inside which it may be `model` itself; both have the
+            same head.
         description: shown as progress; None shows none.
 
     Returns:
@@ -66,16 +68,11 @@ def perplexity(
         raise ValueError(
             f"perplexity: windows have shape {tuple(windows_MS.shape)}; at least one window of two tokens is needed."
         )
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    device = families.device(model)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    batches = [batch_BS.to(device) for batch_BS in windows_MS.split(batch_size)]
     with evaluating(model), torch.no_grad(), _stage(description, len(windows_MS)) as stage:
-        for batch_BS in windows_MS.split(batch_size):
-            ids_BS = batch_BS.to(device)
-            hidden_BSD = _hidden(model, ids_BS)
-            original_BSD = None
-            if reference is not None:
-                with reference():
-                    original_BSD = _hidden(model, ids_BS)
+        for ids_BS, (hidden_BSD, original_BSD) in zip(batches, _pairs(model, batches, reference), strict=True):
             with families.gathered(model) as head:
                 sums += _sums(hidden_BSD, original_BSD, ids_BS, head)
             if stage is not None:
@@ -90,10 +87,39 @@ def perplexity(
     return found if reference is None else {**found, "kl_to_original": divergence}
 
 
+def _pairs(
+    model: PreTrainedModel, batches: Sequence[Tensor], reference: Callable[[], AbstractContextManager[Any]] | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Hidden states of which the head makes logits (B, S, D), the model's and the original's, of each batch.
+
+    One that is larger than memory goes through all batches first.
+    """
+    mine = _streamed(model, batches)
+    theirs = None
+    if reference is not None:
+        with reference() as original:
+            theirs = _streamed(original, batches)
+    for index, ids_BS in enumerate(batches):
+        own_BSD = _hidden(model, ids_BS) if mine is None else mine[index]
+        if reference is None:
+            yield own_BSD, None
+        elif theirs is not None:
+            yield own_BSD, theirs[index]
+        else:
+            with reference() as original:
+                original_BSD = _hidden(original, ids_BS)
+            yield own_BSD, original_BSD
+
+
+def _streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> Shelf | None:
+    if not paging.is_streamed(model):
+        return None
+    with progress("layer by layer", len(families.decoder_layers(model))) as bar:
+        return passes.layer_by_layer(model, [{"input_ids": ids_BS} for ids_BS in batches], bar.advance)
+
+
 def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    """Hidden states of which the head makes logits, (B, S, D)."""
-    with families.headless(model):
-        hidden_BSD: Tensor = model(input_ids=ids_BS, use_cache=False).logits
+    hidden_BSD: Tensor = passes.run(model, {"input_ids": ids_BS, "use_cache": False}).logits
     return hidden_BSD
 
 

@@ -188,16 +188,19 @@ class _Taken(nn.Module):
         return hidden_states
 
 
-def arguments_of_layers(model: PreTrainedModel, input_ids_BS: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+def arguments_of_layers(model: PreTrainedModel, arguments: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Tensor]:
     """What the decoder calls each of its layers with besides hidden states, and what enters the first (B, S, D).
 
-    No layer runs. Without padding masks the arguments are the same for all ids of one shape.
+    No layer runs. With ids alone the former is the same for all of one shape.
+
+    Args:
+        arguments: of the model.
     """
     layers = decoder_layers(model)
     taken = [_Taken() for _ in layers]
     decoder(model).layers = nn.ModuleList(taken)
     try:
-        decoder(model)(input_ids=input_ids_BS, use_cache=False)
+        decoder(model)(**{**arguments, "use_cache": False})
     finally:
         decoder(model).layers = layers
     assert taken[0].hidden_states is not None

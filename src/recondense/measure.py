@@ -56,6 +56,9 @@ class Measure:
             raise ValueError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
         self.windows = self._windows()
         self.tasks, self.include_path = self._tasks()
+        if config.model.streaming and self.tasks:
+            log.info("model.streaming: lm-eval needs a whole model; %s left out", ", ".join(self.tasks))
+            self.tasks = []
 
     @property
     def weights(self) -> str:
@@ -150,16 +153,24 @@ class Measure:
                 profile = self._profiles("original", module)["original"]
             self.stages["original"] = {**self.stages["original"], "profile": profile}
 
-    def stage(self, name: str, module: RecoveryModule) -> None:
-        """Measure the model as it is now, against the original where surgery has set one aside."""
+    def stage(self, name: str, module: RecoveryModule, original: Reference | None = None) -> None:
+        """Measure the model as it is now, against the original where surgery has set one aside.
+
+        Args:
+            original: a context with the original where the module has none any more.
+        """
         if self.has(name):
             return
         L.seed_everything(self.config.seed, verbose=False)
-        reference = module.original if module.teacher is not None else None
+        reference = module.original if module.teacher is not None else original
         wanted = self.tasks if self.config.evaluation.at_end or name == "compressed" else []
         if name in ("compressed", "refitted"):  # not trained: the same for runs that differ in their recovery alone
             plan = module.plan.to_dict()["operations"] if module.plan else []
-            buffers = {key: buffer.double().tolist() for key, buffer in self.model.named_buffers()}
+            buffers = {
+                key: buffer.double().tolist()
+                for key, buffer in self.model.named_buffers()
+                if buffer.device.type != "meta"  # a streamed layer's are among the weights
+            }
             with self.timed("evaluate"):
                 computes = [self._original, weights_fingerprint(self.model), fingerprint(plan, buffers)]
             found = self._once(computes, name, reference, wanted)
@@ -200,7 +211,7 @@ class Measure:
         variants: dict[str, Reference] = {name: lambda: nullcontext(self.model)}
         if module.teacher is not None:
             variants = {"original": module.original, **variants}
-        if not settings.enabled:
+        if not settings.enabled or self.config.model.streaming:  # there is no speed of what is read from disk
             found = {}
             for variant, context in variants.items():
                 with context():

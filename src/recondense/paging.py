@@ -28,7 +28,9 @@ from transformers.core_model_loading import (
 )
 
 from recondense import families
+from recondense.cache import fingerprint
 from recondense.modules import shallow_copy
+from recondense.shelves import Disk, Memory, Storage
 
 State = dict[str, Tensor]
 _pages: weakref.WeakKeyDictionary[nn.Module, Pages] = weakref.WeakKeyDictionary()
@@ -68,9 +70,31 @@ def taken_back(model: PreTrainedModel, shaped: Callable[[], nn.Module], name: st
     return None if pages is None else pages.taken_back(shaped, name)
 
 
+def storage(model: PreTrainedModel) -> Storage:
+    """Where states of a model's own go: on the disk for one larger than memory."""
+    pages = _pages.get(model)
+    return Memory() if pages is None else Disk(pages.folder, device=families.device(model))
+
+
 def is_streamed(model: PreTrainedModel) -> bool:
     """Whether the model's decoder layers are read when they are used."""
     return model in _pages
+
+
+def bring_in(model: PreTrainedModel) -> None:
+    """Read all that stands in the model's layers now: from here on it is whole in memory."""
+    pages = _pages.pop(model, None)
+    if pages is not None:
+        pages.bring_in(model)
+
+
+def standing(model: PreTrainedModel) -> str:
+    """A fingerprint of what stands in the layers of a streamed model: its own blocks, and those that were put away."""
+    pages = _pages[model]
+    layers = enumerate(families.decoder_layers(model))
+    return fingerprint(
+        [[pages.name_of(module), pages.name_of(families.get_block(model, layer))] for layer, module in layers]
+    )
 
 
 def page_bytes(model: PreTrainedModel) -> int:
@@ -93,6 +117,7 @@ class Pages:
         self.folder = folder
         self._shards = Shards(model, files, load_config)
         self._sources: weakref.WeakKeyDictionary[nn.Module, Callable[[], State]] = weakref.WeakKeyDictionary()
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._loaded: dict[nn.Module, State] = {}  # units with their tensors of the meta device
         self._held: Counter[nn.Module] = Counter()
         for layer, module in enumerate(families.decoder_layers(model)):
@@ -129,13 +154,18 @@ class Pages:
         finally:
             self._held.subtract(known)
 
-    def let_go_of_all(self) -> None:
-        """Nothing of the decoder layers stays in memory."""
-        for unit in list(self._loaded):
-            self._let_go(unit)
+    def bring_in(self, model: PreTrainedModel) -> None:
+        """See the function of this name."""
+        for layer in range(len(families.decoder_layers(model))):
+            with self.held(model, layer):
+                self._loaded.clear()  # without giving back: they stay
 
     def _let_go(self, unit: nn.Module) -> None:
         _exchanged(unit, self._loaded.pop(unit))
+
+    def name_of(self, unit: nn.Module) -> str:
+        """What a part of a layer was put away as; of the checkpoint's own the empty text, of others their class."""
+        return self._names.get(unit, "" if unit in self._sources else type(unit).__name__)
 
     def put_away(self, block: nn.Module, name: str | None) -> nn.Module:
         """See the function of this name."""
@@ -148,6 +178,7 @@ class Pages:
         device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
         found = _without_weights(block)
         self._register(found, path, device)
+        self._names[found] = path.stem
         if name is None:
             weakref.finalize(found, path.unlink, missing_ok=True)
         return found
@@ -161,6 +192,7 @@ class Pages:
         device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
         found = _without_weights(block)
         self._register(found, path, self._shards.device if device.type == "meta" else device)
+        self._names[found] = name
         return found
 
     def _register(self, unit: nn.Module, path: Path, device: torch.device) -> None:
@@ -269,4 +301,14 @@ def _without_aliases(state: State) -> State:
     return found
 
 
-__all__ = ["Pages", "is_streamed", "page_bytes", "put_away", "resident", "taken_back"]
+__all__ = [
+    "Pages",
+    "bring_in",
+    "is_streamed",
+    "page_bytes",
+    "put_away",
+    "resident",
+    "standing",
+    "storage",
+    "taken_back",
+]

@@ -5,17 +5,19 @@ Shapes: B windows of a batch, S tokens of a window, T tokens that count, D hidde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense import families, paging
 from recondense.losses import MASKED, next_labels
 from recondense.modes import input_of
 from recondense.modules import SkippedLayer
+from recondense.shelves import Shelf
 
 
 class Counted(NamedTuple):
@@ -58,6 +60,36 @@ def run(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Any:
     """The model's output, with hidden states after the final norm in place of logits."""
     with families.headless(model):
         return model(**arguments)
+
+
+@torch.no_grad()
+def layer_by_layer(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], advance: Callable[[], None] = lambda: None
+) -> Shelf:
+    """What `run` gives for some batches, each decoder layer's weights needed once; for models larger than memory.
+
+    Args:
+        batches: arguments of the model, input_ids among them.
+        advance: called after each decoder layer.
+
+    Returns:
+        hidden states after the final norm (B, S, D), one a batch.
+    """
+    storage = paging.storage(model)
+    states = storage.shelf()
+    for batch in batches:
+        states.append(families.arguments_of_layers(model, batch)[1])
+    for layer, module in enumerate(families.decoder_layers(model)):
+        entering, states = states, storage.shelf()
+        with paging.resident(model, layer):
+            for batch, hidden_BSD in zip(batches, entering, strict=True):
+                output = module(hidden_BSD, **families.arguments_of_layers(model, batch)[0][layer])
+                states.append(output[0] if isinstance(output, tuple) else output)
+        advance()
+    final = storage.shelf()
+    for hidden_BSD in states:
+        final.append(families.final_norm(model)(hidden_BSD))
+    return final
 
 
 def first_own_layer(model: PreTrainedModel, changed: set[int]) -> int:

@@ -6,7 +6,8 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,14 +28,14 @@ from recondense.plan_only import plan_only
 from recondense.progress import configure, progress
 from recondense.recovering import Fits
 from recondense.recovery import RecoveryModule
-from recondense.searching import MethodStep, Texts, find_plan, recorder, scratch_bytes
+from recondense.searching import WORK, MethodStep, Texts, find_plan, recorder, scratch_bytes
 from recondense.stages import stages_of
 from recondense.structures import picture_of
 
 log = logging.getLogger(__name__)
 
 # What a run's folder holds; overwrite=true deletes these and nothing else.
-CONTENTS = ("config.yaml", "plan.json", "plan.png", "summary.json", "stages", "checkpoints", "logs", "model")
+CONTENTS = ("config.yaml", "plan.json", "plan.png", "summary.json", "stages", "checkpoints", "logs", "model", WORK)
 
 
 class MakeCallbacks(Protocol):
@@ -89,7 +90,7 @@ def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, 
     """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
     settings = config.model
     path = settings.path or tiny.ensure(settings, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))
-    return loading.load(settings, path)
+    return loading.load(settings, path, config.run_folder() / WORK / "layers" if settings.streaming else None)
 
 
 def _start(config: Config, folder: Path) -> None:
@@ -138,6 +139,7 @@ class _Run:
             found = self._stages()
             tracking.log_summary(self.loggers, found)
             write_aside(self.folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+            shutil.rmtree(self.folder / WORK, ignore_errors=True)
             if config.export.push_to_hub and "model" in found["artifacts"]:
                 with progress(f"pushing to {config.export.push_to_hub}"):
                     push_folder(self.folder / "model", config.export.push_to_hub, config.export.private)
@@ -166,8 +168,8 @@ class _Run:
             plan=plan,
             trained_layers=None if plan.operations else history.changed(len(families.decoder_layers(model))),
             tokenizer=tokenizer,
-            record=recorder(config, model, tokenizer, texts, measure.timed),
-            max_scratch_bytes=scratch_bytes(config, model.device),
+            record=recorder(config, model, tokenizer, texts, folder, measure.timed),
+            max_scratch_bytes=scratch_bytes(config, model.device, model),
             later=[stage.recovery for stage in stages[1:]],
         )
         with measure.timed("apply"):
@@ -186,7 +188,7 @@ class _Run:
         if config.recovery.objective != "none":
             fits = Fits(config, stages, folder, texts, measure, self.callbacks, self.loggers)
             self._recover(module, fits)
-            measure.stage("recovered", module)
+            measure.stage("recovered", module, self._original_again if config.model.streaming else None)
             if config.recovery.control and plan.operations:
                 fits.control(module)
         found = summary.collect(config, recovery.objective, plan, sizes, measure, texts.sha256())
@@ -209,6 +211,11 @@ class _Run:
             tracking.log_export(self.loggers, folder / "model")
         found["seconds"] = measure.seconds
         return found
+
+    @contextmanager
+    def _original_again(self) -> Iterator[Any]:
+        """The original from its checkpoint, after the compressed model has taken its place."""
+        yield load(self.config, self.callbacks)[0]
 
     def _show(self, plan: Plan, model: Any) -> None:
         if not plan.operations:

@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import loading, summary
+from recondense import loading, paging, summary
 from recondense.config import Config, RecoveryConfig
 from recondense.data import RecoveryData, ShuffledWindows, num_rows
 from recondense.fitting import FINAL, fit, precision_of
 from recondense.measure import Measure
 from recondense.plan import Plan
+from recondense.progress import progress
 from recondense.recovery import RecoveryModule
 from recondense.searching import Texts
 from recondense.stages import Stage
@@ -54,6 +55,10 @@ class Fits:
         """Train every stage, or what is left of them; adapters are merged at the end of theirs."""
         self.done = []
         sources = self._on_disk(module)
+        if paging.is_streamed(module.model):
+            module.release_original()
+            with progress("the compressed model, whole"):
+                paging.bring_in(module.model)
         for stage in self.stages:
             with self.measure.timed("recover"), self.measure.counted(stage.name):
                 data, recovery = self._data(stage, module)

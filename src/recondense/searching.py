@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recondense import families, processes, surgery
+from recondense import families, paging, processes, surgery
 from recondense.cache import JsonFolder, fingerprint, waiting_lock
 from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
@@ -25,6 +25,7 @@ from recondense.instructions import Record
 from recondense.packing import examples_of, windows_of
 from recondense.plan import Condense, Drop, Operation, Plan, Refit
 from recondense.progress import progress
+from recondense.shelves import Disk, Memory, Storage
 from recondense.stages import Stage, renamed, stages_of
 from recondense.templates import as_texts
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 
 Timed = Callable[[str], AbstractContextManager[None]]
+WORK = "work"  # folder of a run for what it keeps on disk while it works
 RIDGE = 1e-2  # of a refit, relative to the mean diagonal: a pull towards the weights as they are
 
 
@@ -136,21 +138,33 @@ def recorder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
+    folder: Path,
     timed: Timed = lambda name: nullcontext(),
     split: bool = False,
 ) -> Callable[[], Tape]:
     """What tapes the model on the run's calibration set, as it is when called.
 
     Args:
+        folder: of the run; a tape on disk lies in it.
         split: the processes share the texts; without it each tapes all of them.
     """
 
     def record() -> Tape:
         blocks = list(calibration(config, tokenizer, texts).blocks(TEXTS_PER_BLOCK))
         with timed("calibrate"), progress("calibrating", len(families.decoder_layers(model))) as bar:
-            return Tape.record(model, blocks, bar.advance, split=split)
+            return Tape.record(model, blocks, bar.advance, _storage(config, model, folder), split)
 
     return record
+
+
+def _storage(config: Config, model: PreTrainedModel, folder: Path) -> Storage:
+    """Where a tape lies; that of a model larger than memory is found again by a run that goes on."""
+    settings, streamed = config.data.calibration, paging.is_streamed(model)
+    if settings.tape == "memory" or (settings.tape == "auto" and not streamed):
+        return Memory()
+    dtype = torch.bfloat16 if settings.tape_dtype == "bfloat16" else None
+    name = f"tape-{paging.standing(model)}" if streamed else None
+    return Disk(folder / WORK / (name or "tape"), dtype, families.device(model), keeps=streamed)
 
 
 def calibration(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> CalibrationSet:
@@ -187,8 +201,8 @@ def find_plan(
     if not steps:
         return Plan(model=name)
     found = {"weights": weights, "calibration": calibration(config, tokenizer, texts).fingerprint()}
-    record_split = recorder(config, model, tokenizer, texts, timed, split=True)
-    record_whole = recorder(config, model, tokenizer, texts, timed)
+    record_split = recorder(config, model, tokenizer, texts, folder, timed, split=True)
+    record_whole = recorder(config, model, tokenizer, texts, folder, timed)
     plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
     if plan is not None:
         changed = [what for what in found if plan.fingerprint.get(what) != found[what]]
@@ -253,7 +267,7 @@ def search_step(
     tape = cache(record)
     alone = waiting_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
     with alone:
-        scratch = scratch_bytes(config, families.device(model))
+        scratch = scratch_bytes(config, families.device(model), model)
         chosen, found_by = step.search(model, tape, processes.FirstProcess(JsonFolder(folder)), scratch)
     # Not part of the plan, which is the same whatever the cache had, and however long it took.
     if reused := found_by.pop("reused", ""):
@@ -263,11 +277,16 @@ def search_step(
     return chosen, found_by
 
 
-def scratch_bytes(config: Config, device: torch.device) -> int:
-    """The bound on temporary tensors: as configured, or a quarter of the memory that is free now, for all processes."""
+def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel | None = None) -> int:
+    """The bound on temporary tensors: as configured, or a quarter of the memory that is free now, for all processes.
+
+    For a model larger than memory, as much as its largest decoder layer.
+    """
     wanted = config.scratch_bytes()
     if wanted is not None:
         return wanted
+    if model is not None and paging.is_streamed(model):
+        return max(paging.page_bytes(model), 1 << 26)
     on_cpu = psutil.virtual_memory().available // processes.world_size()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     return processes.broadcast(max(free // 4, 1 << 26))

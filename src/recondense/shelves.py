@@ -53,18 +53,28 @@ class Disk:
         folder: made if it does not exist.
         dtype: floating-point tensors of named shelves are kept in it; None: in their own.
         device: where tensors go when they are read.
+        keeps: named shelves stay, and are found again.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        keeps: bool = True,
+    ) -> None:
         self.folder = folder
         self.dtype = dtype
         self.device = torch.device(device)
+        self.keeps = keeps
         folder.mkdir(parents=True, exist_ok=True)
 
     def shelf(self, name: str | None = None) -> Shelf:
+        if name is not None and not self.keeps:
+            return DiskShelf(tempfile.TemporaryFile(dir=self.folder), None, self.dtype, self.device)
         if name is None:
             return DiskShelf(tempfile.TemporaryFile(dir=self.folder), device=self.device)
-        return DiskShelf.named(self.folder / name, self.dtype, self.device)
+        return DiskShelf.at(self.folder / name, self.dtype, self.device)
 
 
 class DiskShelf:
@@ -91,7 +101,7 @@ class DiskShelf:
         self._entries: list[dict[str, Any]] = []
 
     @classmethod
-    def named(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskShelf:
+    def at(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskShelf:
         """The finished shelf at a path, or an empty one that will be."""
         index = path.with_suffix(".json")
         if not index.exists():
@@ -101,9 +111,9 @@ class DiskShelf:
         return found
 
     @property
-    def finished(self) -> bool:
-        """Whether all of it is on the disk under its name."""
-        return self._path is not None and self._path.with_suffix(".json").exists()
+    def named(self) -> bool:
+        """Whether its file is to stay."""
+        return self._path is not None
 
     def finish(self) -> None:
         """Say on the disk that nothing will be added."""

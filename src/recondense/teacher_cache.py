@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recondense import families, passes
+from recondense import families, paging, passes
 from recondense.cache import fingerprint, waiting_lock
 from recondense.chunking import TopK, top_k
 from recondense.data import Table, num_rows
@@ -32,6 +32,7 @@ from recondense.packing import model_inputs
 from recondense.progress import progress
 
 WINDOWS_PER_FILE = 64
+FILES_PER_READING = 64  # of a teacher larger than memory, whose weights are read once for so many
 SMALL_VOCABULARY = 2**16  # ids below it are kept in two bytes
 
 
@@ -128,31 +129,52 @@ def keep_predictions(
     with waiting_lock(folder / ".lock", "asks the same teacher"):
         total = sum(len(found.rows_of(index)) for index in found.missing)
         with progress("the teacher's predictions", total) as bar, original() as model, evaluating(model), autocast:
-            for index in found.missing:
-                rows = found.rows_of(index)
-                batches = [
-                    {name: column[start : min(start + batch_size, rows.stop)] for name, column in windows.items()}
-                    for start in range(rows.start, rows.stop, batch_size)
-                ]
-                kept = []
-                for batch in batches:
-                    kept.append(_predictions(model, batch, k, temperature))
-                    bar.advance(num_rows(batch))
-                found.write(index, TopK(*(torch.cat(column) for column in zip(*kept, strict=True))))
+            together = FILES_PER_READING if paging.is_streamed(model) else 1
+            missing = found.missing
+            for first in range(0, len(missing), together):
+                indices = missing[first : first + together]
+                batches = {index: _batches(windows, found.rows_of(index), batch_size) for index in indices}
+                states = _states(model, [batch for each in batches.values() for batch in each])
+                for index, own in batches.items():
+                    kept = []
+                    for batch in own:
+                        kept.append(_predictions(model, next(states), k, temperature))
+                        bar.advance(num_rows(batch))
+                    found.write(index, TopK(*(torch.cat(column) for column in zip(*kept, strict=True))))
     return found
 
 
+def _batches(windows: Table, rows: range, batch_size: int) -> list[Table]:
+    return [
+        {name: column[start : min(start + batch_size, rows.stop)] for name, column in windows.items()}
+        for start in range(rows.start, rows.stop, batch_size)
+    ]
+
+
 @torch.no_grad()
-def _predictions(model: PreTrainedModel, batch: Table, k: int, temperature: float) -> TopK:
+def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor]:
+    """Hidden states of which the head makes logits (B, S, D), of each batch."""
+
+    def inputs(batch: Table) -> dict[str, Any]:
+        moved = {
+            name: batch[name].to(families.device(model)) for name in ("input_ids", "position_ids") if name in batch
+        }
+        return {**model_inputs(model, moved["input_ids"], moved.get("position_ids")), "use_cache": False}
+
+    if paging.is_streamed(model):
+        yield from passes.layer_by_layer(model, [inputs(batch) for batch in batches])
+        return
+    for batch in batches:
+        hidden_BSD: Tensor = passes.run(model, inputs(batch)).logits
+        yield hidden_BSD.view(*batch["input_ids"].shape, -1)
+
+
+@torch.no_grad()
+def _predictions(model: PreTrainedModel, hidden_BSD: Tensor, k: int, temperature: float) -> TopK:
     """Of one batch, on the CPU; logits in the type in which the head gives them, so that none is rounded."""
-    ids_BS = batch["input_ids"].to(model.device)
-    positions_BS = batch.get("position_ids")
-    if positions_BS is not None:
-        positions_BS = positions_BS.to(model.device)
-    hidden = passes.run(model, {**model_inputs(model, ids_BS, positions_BS), "use_cache": False}).logits
     with families.gathered(model) as head:
         vocabulary = len(head.weight_VD)
-        kept = top_k(hidden.flatten(0, 1), head, min(k, vocabulary - 1), temperature)
-    size = ids_BS.shape
+        kept = top_k(hidden_BSD.flatten(0, 1), head, min(k, vocabulary - 1), temperature)
+    size = hidden_BSD.shape[:2]
     ids = kept.ids_TK.to(torch.uint16 if vocabulary <= SMALL_VOCABULARY else torch.int32)
     return TopK(ids.view(*size, -1).cpu(), kept.logits_TK.view(*size, -1).cpu(), kept.rest_T.view(size).cpu())
