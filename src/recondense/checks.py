@@ -30,6 +30,7 @@ def check(config: Config) -> list[str]:
         *_stages(config),
         *_evaluation(config),
         *_export_and_memory(config),
+        *_streaming(config),
     ]
 
 
@@ -179,6 +180,23 @@ def _stages(config: Config) -> Iterator[str]:
             yield f"{stage.where}.objective=none: a stage trains; leave it out instead."
         if stage.recovery.trainable == "all" != recovery.trainable and config.method.get("steps"):
             yield f"{stage.where}.{TRAINS_ALL}"
+
+
+def _streaming(config: Config) -> Iterator[str]:
+    """What a model larger than memory cannot do."""
+    if not config.model.streaming or config.recovery.objective == "none":
+        return
+    for stage in read_stages(config, []):
+        if stage.recovery.objective == "distill" and stage.recovery.teacher == "shared":
+            yield (
+                f"{stage.where}.teacher=shared: with model.streaming=true the original is never whole in memory: "
+                f"no student can share it. Use {stage.where}.teacher=cached, which asks it once, or recovery=finetune."
+            )
+    if config.recovery.control:
+        yield (
+            "recovery.control=true: trains the original, which with model.streaming=true is never whole in memory. Use "
+            "recovery.control=false."
+        )
 
 
 def _recovery(recovery: RecoveryConfig, where: str) -> Iterator[str]:

@@ -97,6 +97,12 @@ def standing(model: PreTrainedModel) -> str:
     )
 
 
+def bytes_outside_layers(model: PreTrainedModel) -> int:
+    """Of what is always in memory: embedding, final norm and head, tied ones once."""
+    inside = families.layers_prefix()
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(inside))
+
+
 def page_bytes(model: PreTrainedModel) -> int:
     """Of the largest decoder layer, as it stands now."""
     states = (layer.state_dict().values() for layer in families.decoder_layers(model))

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import families, loading, profiling, quantized, report, summary, tiny, tracking
+from recondense import families, loading, paging, profiling, quantized, report, summary, tiny, tracking
 from recondense.config import Config, ConfigError, RecoveryConfig
 from recondense.export import export, how_to_load, layer_shapes, layout
 from recondense.hub import push_folder
@@ -34,6 +34,7 @@ from recondense.structures import picture_of
 
 log = logging.getLogger(__name__)
 
+SLACK = 300 * 2**20  # of memory: libraries that are loaded later, the allocator, a block of texts
 # What a run's folder holds; overwrite=true deletes these and nothing else.
 CONTENTS = ("config.yaml", "plan.json", "plan.png", "summary.json", "stages", "checkpoints", "logs", "model", WORK)
 
@@ -148,9 +149,18 @@ class _Run:
 
     def _stages(self) -> dict[str, Any]:
         config, folder = self.config, self.folder
+        at_start = profiling.peak_resident_bytes()
         model, tokenizer = load(config, self.callbacks)
         texts = Texts.read(config, bool(self.steps))
         measure = Measure(config, folder, model, tokenizer, texts)
+        before = None
+        if paging.is_streamed(model):
+            before = {
+                "before_bytes": at_start,
+                "outside_layers_bytes": paging.bytes_outside_layers(model),
+                "layer_bytes": paging.page_bytes(model),
+                "scratch_bytes": scratch_bytes(config, families.device(model), model),
+            }
         weights = loading.weights_fingerprint(model)
         measure.original(weights)
         sizes = {"original": summary.sizes(model)}
@@ -209,7 +219,25 @@ class _Run:
                 found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)
                 write_aside(folder / "model" / "README.md", summary.model_card(found) + how_to_load(folder / "model"))
             tracking.log_export(self.loggers, folder / "model")
+        if before is not None:
+            found["memory"] = self._memory(model, before)
         found["seconds"] = measure.seconds
+        return found
+
+    def _memory(self, model: Any, before: Mapping[str, int]) -> dict[str, int]:
+        """What a model larger than memory took of it, printed, and a warning where that is more than it should be."""
+        if not paging.is_streamed(model):  # it was brought in for a recovery
+            return {}
+        found = {"peak_resident_bytes": profiling.peak_resident_bytes(), **before}
+        bound = before["before_bytes"] + before["outside_layers_bytes"] + 2 * before["layer_bytes"]
+        bound += before["scratch_bytes"] + SLACK
+        shown = {name: report.format_bytes(size) for name, size in found.items()}
+        log.info(
+            "peak memory %s: %s before the model, %s outside its layers, two layers of %s, scratch %s, and tokens",
+            *(shown[f"{name}_bytes"] for name in ("peak_resident", "before", "outside_layers", "layer", "scratch")),
+        )
+        if found["peak_resident_bytes"] > bound:
+            log.warning("peak memory is above the bound of %s; please report this", report.format_bytes(bound))
         return found
 
     @contextmanager

@@ -6,7 +6,9 @@ Shapes: B batch, P prompt tokens, N new tokens.
 from __future__ import annotations
 
 import os
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -44,6 +46,12 @@ class Profile:
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held at one time, in bytes; what it maps of files counts."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def weights_bytes(model: nn.Module) -> int:
