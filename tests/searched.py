@@ -6,6 +6,7 @@ python searched.py FOLDER RANK     the first process writes FOLDER/<method>.json
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from recondense.cache import JsonFolder
 from recondense.command_line import build_steps
 from recondense.config import read
 from recondense.plan import Plan
+from recondense.shelves import Storage
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -53,8 +55,9 @@ def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
     return build_steps(config.method), dict(config.method)
 
 
-def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
+def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Storage | None = None) -> Plan:
     """Searched step by step, each step on the model that the previous one left; the model is left as it was."""
+    taped = partial(recorded, model, storage=storage)
     steps, _ = steps_of(method, *overrides)
     facts = families.facts(model.config)
     assert [problem for step in steps for problem in step.check(facts)] == []
@@ -63,11 +66,11 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
     originals: dict[int, Any] = {}
     for index, step in enumerate(steps):
         cache = processes.FirstProcess(JsonFolder(folder / str(index)))
-        chosen, record = step.search(model, lambda: recorded(model, split=True), cache, 1 << 30)
+        chosen, record = step.search(model, partial(taped, split=True), cache, 1 << 30)
         operations += chosen
         records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:
-            originals = {**surgery.apply(model, Plan("tiny", tuple(chosen)), lambda: recorded(model)), **originals}
+            originals = {**surgery.apply(model, Plan("tiny", tuple(chosen)), taped), **originals}
     for layer, block in originals.items():
         families.set_block(model, layer, block)
     return Plan("tiny", tuple(operations), search={"steps": records})

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from recondense.calibrate import Tape
 from recondense.data import CalibrationSet
 from recondense.plan import Condense, Plan
+from recondense.shelves import Storage
 
 VOCAB = 97
 LENGTHS = (5, 17, 9, 20, 12)
@@ -119,9 +120,13 @@ def blocks(ids: list[list[int]], texts_per_block: int = 2) -> list[tuple[Tensor,
 
 
 def recorded(
-    model: PreTrainedModel, ids: list[list[int]] | None = None, texts_per_block: int = 2, split: bool = False
+    model: PreTrainedModel,
+    ids: list[list[int]] | None = None,
+    texts_per_block: int = 2,
+    split: bool = False,
+    storage: Storage | None = None,
 ) -> Tape:
-    return Tape.record(model, blocks(texts() if ids is None else ids, texts_per_block), split=split)
+    return Tape.record(model, blocks(texts() if ids is None else ids, texts_per_block), storage=storage, split=split)
 
 
 def condense_plan(

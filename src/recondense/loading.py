@@ -83,6 +83,8 @@ def load(
     families.without_router_loss(model)
     if pages is None:
         model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
+    for parameter in model.parameters():
+        parameter.data = paging.aligned(parameter.data)
     return model.eval(), tokenizer
 
 

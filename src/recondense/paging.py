@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.utils import logging as transformers_logging
 
 from recondense import families
 from recondense.cache import fingerprint
@@ -33,6 +34,7 @@ from recondense.modules import shallow_copy
 from recondense.shelves import Disk, Memory, Storage
 
 State = dict[str, Tensor]
+ALIGNMENT = 64  # bytes, of what torch allocates
 _pages: weakref.WeakKeyDictionary[nn.Module, Pages] = weakref.WeakKeyDictionary()
 
 
@@ -107,6 +109,14 @@ def page_bytes(model: PreTrainedModel) -> int:
     """Of the largest decoder layer, as it stands now."""
     states = (layer.state_dict().values() for layer in families.decoder_layers(model))
     return max(sum(tensor.numel() * tensor.element_size() for tensor in state) for state in states)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor where a CPU's products do not depend on it: those of MKL differ in the last bit with the alignment.
+
+    Tensors that safetensors reads lie wherever the file has them.
+    """
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 class Pages:
@@ -204,7 +214,7 @@ class Pages:
     def _register(self, unit: nn.Module, path: Path, device: torch.device) -> None:
         def read() -> State:
             with _opened(path) as file:
-                return {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+                return {key: aligned(file.get_tensor(key).to(device)) for key in file.keys()}  # noqa: SIM118
 
         self._sources[unit] = read
 
@@ -244,6 +254,7 @@ class Shards:
         with ExitStack() as stack:
             opened = {path: stack.enter_context(_opened(path)) for path in {path for path, _ in keys}}
             slices = {key: opened[path].get_slice(key) for path, key in keys}
+            stack.enter_context(_without_bars())
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
 
     def _read(self, name: str) -> Tensor:
@@ -255,7 +266,7 @@ class Shards:
         tensors[own] = nn.Parameter(tensor.to("meta"), False) if own in module._parameters else tensor.to("meta")
         if tensor.is_floating_point() and tensor.dtype not in (self._dtype, torch.float32):
             tensor = tensor.to(self._dtype)  # as `quantized.settle` does
-        return tensor
+        return aligned(tensor)
 
 
 @contextmanager
@@ -267,6 +278,18 @@ def _opened(path: str | Path) -> Iterator[Any]:
         file = safe_open(path, framework="pt")
     with file as opened:
         yield opened
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows a bar for every call, which here is one weight."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _exchanged(unit: nn.Module, state: Mapping[str, Tensor]) -> State:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -95,6 +96,7 @@ class DiskShelf:
         device: torch.device | str = "cpu",
     ) -> None:
         self._file = file
+        weakref.finalize(self, file.close)
         self._path = path
         self._dtype = dtype
         self._device = device

@@ -136,6 +136,8 @@ def _made(model: PreTrainedModel, operation: Operation, tape: Record | None, nam
     found = taken_back(model, lambda: _shaped(model, operation), name)
     if found is not None:
         return found
+    if getattr(operation, "whitening", False) and tape is not None:
+        tape()  # before the layer is held: taping goes through all of them
     with resident(model, operation.layer):
         return put_away(model, _filled(model, operation, tape), name)
 
