@@ -1,0 +1,155 @@
+"""How the cost of a search grows with tokens, layers and experts: slopes of seconds on log-log axes.
+
+    python benchmarks/growth.py [--repeats 3] [--hidden-size 128] [--json FILE]
+
+Every point is a random Qwen2-MoE that differs from the base in one size. Searches are timed on a tape in memory, taping
+apart; of the repetitions, which go round all points, the fastest counts. CD-MoE's greedy layer search runs all layers
+above every candidate, so that it grows with the square of the layers: it is shown and not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import subjects
+import torch
+from rich.table import Table
+from subjects import timed
+from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from recondense.calibrate import Tape
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.progress import track
+
+BASE = {"tokens": 2048, "layers": 6, "experts": 32, "chosen": 4}
+SCRATCH = 1 << 28
+LIMITS = {"tokens": 1.1, "layers": 1.1, "experts x chosen": 1.0}
+NOISE = 0.1  # of a slope, beyond which a limit counts as broken
+POINTS: dict[str, list[dict[str, int]]] = {
+    "tokens": [{"tokens": value} for value in (1024, 2048, 4096, 8192)],
+    "layers": [{"layers": value} for value in (3, 6, 12, 24)],
+    "experts x chosen": [
+        {"experts": experts, "chosen": chosen} for experts, chosen in ((16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
+    ],
+}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64, help="of a routed expert")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the tokens of all points")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    return parser.parse_args()
+
+
+def subject(sizes: dict[str, int], args: argparse.Namespace) -> tuple[PreTrainedModel, Tape]:
+    """A random model of these sizes, and its tape."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=512, hidden_size=args.hidden_size, num_hidden_layers=sizes["layers"], num_attention_heads=4,
+        num_key_value_heads=4, num_experts=sizes["experts"], num_experts_per_tok=4, moe_intermediate_size=args.width,
+        intermediate_size=4 * args.width, shared_expert_intermediate_size=4 * args.width, max_position_embeddings=512,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval()
+    model.set_experts_implementation("grouped_mm")
+    num_texts = max(1, int(sizes["tokens"] * args.scale) // 128)
+    texts = subjects.random_texts(512, num_texts, 128)
+    return model, Tape.record(model, list(texts.blocks(8)))
+
+
+def cdmoe(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> None:
+    """Which experts each layer keeps."""
+    CDMoE(sizes["chosen"], "all").search(model, lambda: tape, {}, SCRATCH)
+
+
+def cdmoe_layers(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> float:
+    """Which two layers are condensed: seconds of this part of the search."""
+    _, record = CDMoE(sizes["chosen"], 2).search(model, lambda: tape, {}, SCRATCH)
+    return float(record["seconds"]["layer_search"])
+
+
+def moei2(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> None:
+    """Importances, a genetic search of twenty sets in ten generations, reception fields."""
+    step = InterExpertPruning(population=20, iterations=10, parents=5, search_kind="genetic")
+    step.search(model, lambda: tape, {}, SCRATCH)
+
+
+Search = Callable[[PreTrainedModel, Tape, dict[str, int]], float | None]
+SEARCHES: dict[str, tuple[Search, list[str]]] = {
+    "cdmoe, experts": (cdmoe, list(POINTS)),
+    "moei2": (moei2, ["tokens", "layers"]),
+    "cdmoe, two layers": (cdmoe_layers, ["tokens", "layers"]),
+}
+JUDGED = ("cdmoe, experts", "moei2")
+
+
+def slope(sizes: list[float], seconds: list[float]) -> float:
+    """Of the least-squares line through the logarithms."""
+    xs, ys = [math.log(size) for size in sizes], [math.log(second) for second in seconds]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of every search at every point, and the slopes."""
+    made = [(axis, point, BASE | point) for axis, points in POINTS.items() for point in points]
+    best: dict[tuple[str, str, int], float] = {}
+    for _ in range(args.repeats):
+        for number, (axis, _, sizes) in enumerate(track(made, "searching")):
+            model, tape = subject(sizes, args)
+            for name, (search, axes) in SEARCHES.items():
+                if axis in axes:
+                    said, seconds = timed(lambda run=search, m=model, t=tape, s=sizes: run(m, t, s))
+                    key = name, axis, number
+                    best[key] = min(best.get(key, math.inf), said or seconds)
+    rows = []
+    for name, (_, axes) in SEARCHES.items():
+        for axis in axes:
+            numbers = [number for number, (each, *_) in enumerate(made) if each == axis]
+            sizes = [float(math.prod(made[number][1].values())) for number in numbers]
+            seconds = [best[name, axis, number] for number in numbers]
+            limit = LIMITS[axis] if name in JUDGED else None
+            rows.append({"search": name, "axis": axis, "sizes": sizes, "seconds": seconds,
+                         "slope": slope(sizes, seconds), "limit": limit})  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One row a search and axis."""
+    found = Table(title="Growth of the seconds of a search")
+    for column in ("search", "with", "sizes", "seconds", "slope", "at most"):
+        found.add_column(column, justify="left" if column in ("search", "with") else "right")
+    for row in rows:
+        found.add_row(
+            row["search"],
+            row["axis"],
+            " ".join(f"{size:g}" for size in row["sizes"]),
+            " ".join(f"{second:.2f}" for second in row["seconds"]),
+            f"{row['slope']:.2f}",
+            "" if row["limit"] is None else f"{row['limit']:g}",
+        )
+    return found
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    rows = measure(args)
+    subjects.console().print(table(rows))
+    subjects.write_json(args.json, vars(args), subjects.machine(), {"rows": rows})
+    steep = [row for row in rows if row["limit"] is not None and row["slope"] > row["limit"] + NOISE]
+    if steep:
+        raise SystemExit("too steep: " + ", ".join(f"{row['search']} with {row['axis']}" for row in steep))
+
+
+if __name__ == "__main__":
+    main()

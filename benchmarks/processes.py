@@ -1,0 +1,126 @@
+"""A search by one process and by two, one thread each: seconds side by side, and whether the plans are the same file.
+
+    python benchmarks/processes.py [--methods cdmoe moei2] [--texts 64] [--repeats 3] [--json FILE]
+
+Every run is a process (or two, over gloo) that makes the same random Qwen2-MoE, waits for its fellow, and then times
+calibration and search; what comes before is not counted. One and two processes take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import subjects
+import torch
+from rich.table import Table
+
+from recondense import processes
+from recondense.cache import JsonFolder
+from recondense.calibrate import Tape
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.saliency import SaliencyPruning
+from recondense.plan import Plan
+
+AT_MOST = 0.65  # of one process's seconds
+STEPS: dict[str, Any] = {
+    "cdmoe": lambda: CDMoE(4, 3),
+    "moei2": lambda: InterExpertPruning(population=40, iterations=20, parents=10, search_kind="genetic"),
+    "reap": lambda: SaliencyPruning("reap", removed_expert_ratio=0.25),
+}
+SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 8, "num_experts": 32, "moe_intermediate_size": 128}
+SIZES |= {"shared_expert_intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["cdmoe", "moei2"], choices=list(STEPS))
+    parser.add_argument("--texts", type=int, default=64, help="of random tokens")
+    parser.add_argument("--tokens", type=int, default=128, help="of a text")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--own", nargs=4, metavar=("METHOD", "RANK", "WORLD", "FOLDER"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def search(args: argparse.Namespace) -> None:
+    """What one of the processes does."""
+    method, folder = args.own[0], Path(args.own[3])
+    rank, world = map(int, args.own[1:3])
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=world)
+    subjects.TINY.update(SIZES | {"num_hidden_layers": args.layers})
+    model = subjects.random_qwen("tiny", torch.float32, "cpu", "grouped_mm")
+    blocks = list(subjects.random_texts(SIZES["vocab_size"], args.texts, args.tokens).blocks(8))
+    processes.barrier()
+    started = time.perf_counter()
+    tape = Tape.record(model, blocks, split=True)
+    cache = processes.FirstProcess(JsonFolder(folder / "cache"))
+    operations, record = STEPS[method]().search(model, lambda: tape, cache, 1 << 28)
+    seconds = time.perf_counter() - started
+    if processes.is_first():
+        decided = {name: value for name, value in record.items() if name not in ("seconds", "reused")}
+        Plan(method, tuple(operations), search=decided).save(folder / "plan.json")
+        (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def once(args: argparse.Namespace, method: str, world: int) -> tuple[float, str]:
+    """Seconds, and the plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = ["--texts", str(args.texts), "--tokens", str(args.tokens), "--layers", str(args.layers)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        started = [
+            subprocess.Popen(
+                [sys.executable, __file__, *sizes, "--own", method, str(rank), str(world), folder], env=env
+            )
+            for rank in range(world)
+        ]
+        if any([process.wait() for process in started]):
+            raise SystemExit(f"{method}: a process of {world} failed")
+        seconds = json.loads((Path(folder) / "seconds.json").read_text(encoding="utf-8"))
+        return float(seconds), (Path(folder) / "plan.json").read_text(encoding="utf-8")
+
+
+def main() -> None:
+    args = arguments()
+    if args.own:
+        search(args)
+        return
+    rows = []
+    for method in args.methods:
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        plans = set()
+        for repeat in range(args.repeats):
+            for world in (1, 2) if repeat % 2 == 0 else (2, 1):
+                spent, plan = once(args, method, world)
+                seconds[world].append(spent)
+                plans.add(plan)
+        one, two = (min(seconds[world]) for world in (1, 2))
+        rows.append({"method": method, "one": seconds[1], "two": seconds[2], "ratio": two / one, "plans": len(plans)})
+    found = Table(title="Calibration and search, one thread a process")
+    for column in ("method", "one process, s", "two, s", "two / one", "plans"):
+        found.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        same = "the same file" if row["plans"] == 1 else f"{row['plans']} different ones"
+        fastest = [f"{min(row[name]):.2f}" for name in ("one", "two")]
+        found.add_row(row["method"], *fastest, f"{row['ratio']:.2f}", same)
+    subjects.console().print(found)
+    subjects.write_json(args.json, vars(args), subjects.machine(), {"rows": rows})
+    wrong = [row["method"] for row in rows if row["plans"] > 1 or row["ratio"] > AT_MOST]
+    if wrong:
+        raise SystemExit(f"not the same plan, or more than {AT_MOST} of one process's time: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
