@@ -5,12 +5,15 @@ python searched.py FOLDER CACHE     writes FOLDER/<method>.json, with what other
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from read_once import read_configs_once
 from tiny_models import FAMILIES, recorded
 
 from recondense import families, surgery
@@ -45,11 +48,17 @@ BUDGETS: dict[str, list[str]] = {
 
 def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
     """The steps that a command would run, and the method's settings."""
+    settings = copy.deepcopy(_settings(method, *overrides))
+    return build_steps(settings), settings
+
+
+@functools.cache
+def _settings(method: str, *overrides: str) -> dict[str, Any]:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         values = OmegaConf.to_container(compose("train", [f"method={method}", *overrides]), resolve=True)
     config, problems = read(cast(dict[str, Any], values))
     assert problems == []
-    return build_steps(config.method), dict(config.method)
+    return dict(config.method)
 
 
 def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
@@ -73,6 +82,7 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str) -> Plan:
 
 def main() -> None:
     folder, cache = map(Path, sys.argv[1:])
+    read_configs_once()
     for method in METHODS:
         model = next(iter(FAMILIES.values()))()
         plan_of(model, method, cache / method, *BUDGETS[method]).save(folder / f"{method}.json")
