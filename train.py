@@ -3,9 +3,11 @@
 python train.py                                          the embedded default
 python train.py model=qwen_moe method=cdmoe              the published setting
 python train.py -m method.num_layers=2,4,6 recovery=none a sweep: one search, three students
+python train.py -m hydra/launcher=submitit seed=0,1,2    a sweep on SLURM, a job each; joblib: beside each other here
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,18 +18,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from recondense.command_line import build_steps, exit_codes, validate
 from recondense.config import from_dict
+from recondense.sweeping import beside_others
 
 CONFIGS = Path(__file__).resolve().parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-def job(settings: DictConfig) -> float | None:
+def job(settings: DictConfig) -> Any:
     """One run; what it returns is what a sweep compares."""
     with exit_codes(sweep=HydraConfig.get().mode is RunMode.MULTIRUN):
         import callbacks  # late: importing the stages takes seconds, refusing a command should not
         from recondense import pipeline
 
         config = from_dict(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True)))
+        if beside_others(HydraConfig.get().launcher["_target_"]):  # the bars of several runs would fight for one line
+            config = replace(config, trainer=replace(config.trainer, progress_bar=False))
         return pipeline.run(config, build_steps(config.method), callbacks.of_run(config))
 
 

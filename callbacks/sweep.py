@@ -80,6 +80,8 @@ class SweepComparison(Callback):
         ]
         if messages:
             refuse(messages)
+        if any(record["status"] != "done" for record in records):  # a sweeper that goes on after a crash: Optuna's
+            sys.exit(1)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from forks import Forks
 from log_handlers import loggers_put_back
+from read_once import leave_imports_to_the_end, read_configs_once
 
 # Before any library reads them.
 os.environ.update(
@@ -31,6 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         for item in gpu if not torch.cuda.is_available() else ():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    read_configs_once()
+    leave_imports_to_the_end()
 
 
 @pytest.fixture(scope="session", autouse=True)

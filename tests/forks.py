@@ -5,12 +5,16 @@ For what only a process can show: a command that is killed, an exit code, an out
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
 import subprocess
 import sys
+import threading
+import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +27,7 @@ class Forks:
             [sys.executable, __file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={
-                **os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+                **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src", ROOT / "tests"))),
                 "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
             },
         )  # fmt: skip
@@ -50,10 +54,16 @@ class Forks:
 def serve() -> None:
     """Run the commands that come in, a line of JSON each, and answer each with its exit code."""
     from integration.runs import kill_at
+    from read_once import leave_imports_to_the_end, read_configs_once
+    from searched import steps_of
 
     import callbacks  # noqa: F401
     import train  # noqa: F401
+    from recondense import pipeline  # noqa: F401
 
+    read_configs_once()
+    steps_of("cdmoe")  # reads what all commands read
+    leave_imports_to_the_end()
     while line := sys.stdin.readline():
         job = json.loads(line)
         child = os.fork()
@@ -64,9 +74,27 @@ def serve() -> None:
             kill_at(job["kill_at"])
             sys.argv = job["arguments"]
             sys.path.insert(0, str(Path(sys.argv[0]).parent))
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            return
+            _end(sys.argv[0])
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _end(script: str) -> NoReturn:
+    """Run a script and leave as Python does, but for taking down what the server has imported."""
+    code: Any = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ python searched.py FOLDER RANK     the first process writes FOLDER/<method>.json
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, cast
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from read_once import read_configs_once
 from tiny_models import FAMILIES, recorded
 
 from recondense import families, processes, surgery
@@ -48,11 +51,17 @@ BUDGETS: dict[str, list[str]] = {
 
 def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
     """The steps that a command would run, and the method's settings."""
+    settings = copy.deepcopy(_settings(method, *overrides))
+    return build_steps(settings), settings
+
+
+@functools.cache
+def _settings(method: str, *overrides: str) -> dict[str, Any]:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         values = OmegaConf.to_container(compose("train", [f"method={method}", *overrides]), resolve=True)
     config, problems = read(cast(dict[str, Any], values))
     assert problems == []
-    return build_steps(config.method), dict(config.method)
+    return dict(config.method)
 
 
 def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Storage | None = None) -> Plan:
@@ -78,6 +87,7 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Sto
 
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    read_configs_once()
     torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     for method in METHODS:
         model = next(iter(FAMILIES.values()))()

@@ -24,12 +24,13 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recondense import sweeping
 from recondense.config import Config, ConfigError, read
 from recondense.preflight import preflight
 from recondense.reading import nearest, suggestion, wrong_types
@@ -45,7 +46,8 @@ def command_hash() -> str:
     return hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
 
 
-OmegaConf.register_new_resolver("command_hash", command_hash, replace=True)
+# Cached in the config, which jobs in processes of other commands (joblib's, submitit's) are handed.
+OmegaConf.register_new_resolver("command_hash", command_hash, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)
 # DeepSpeed is never used, but libraries import it and it warns that there is no GPU. Its import sets its logger's level
 # anew; a filter stays.
@@ -70,8 +72,11 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
     folders: dict[Path, str] = {}
     with initialize_config_dir(version_base="1.3", config_dir=str(folder.absolute())):
         loader = GlobalHydra.instance().config_loader()
-        multirun, swept = _sweep(args.config_name or name, args.overrides, args.multirun)
-        jobs = _jobs([*swept, *args.overrides], multirun, loader, problems)
+        multirun, hydra = _hydra(args.config_name or name, args.overrides, args.multirun)
+        problems += sweeping.check(hydra, multirun)
+        swept = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items() if multirun]
+        intervals = multirun and sweeping.takes_intervals(hydra)
+        jobs = _jobs([*swept, *args.overrides], multirun, intervals, loader, problems)
         of_all = tuple(problems)
         for overrides in jobs:
             found: list[str] = []
@@ -81,6 +86,7 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
                 continue
             config, wrong = read(values)
             problems += [*wrong, *check_run(config, [*of_all, *found, *wrong])]
+            problems += sweeping.check_metric(hydra, config.metric) if multirun else []
             if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
                 problems.append(
                     f"run_dir={config.run_dir}: several runs of the sweep would share it. Set run_dir=null."
@@ -126,20 +132,30 @@ def build_steps(method: Mapping[str, Any]) -> list[Any]:
     return steps
 
 
-def _sweep(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, list[str]]:
-    """Whether the command is a sweep, and what an experiment sweeps of itself (hydra.mode, hydra.sweeper.params)."""
-    chosen = [text for text in overrides if text.startswith(("experiment=", "hydra."))]
+def _hydra(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, dict[str, Any]]:
+    """Whether the command is a sweep (an experiment may say so of itself), and its launcher and sweeper."""
+    chosen = [text for text in overrides if text.startswith(("experiment=", "hydra.", "hydra/"))]
+    nothing: dict[str, Any] = {"launcher": {}, "sweeper": {}}
+    if not chosen and not multirun:
+        return False, nothing
     try:
         hydra = compose(name, chosen, return_hydra_config=True).hydra
-    except COMPOSE_ERRORS:
-        return multirun, []  # reported where the jobs are composed
+    except COMPOSE_ERRORS as error:
+        if problem := sweeping.missing_plugin(str(getattr(error, "missing_cfg_file", ""))):
+            raise ConfigError([problem]) from None  # nothing of an experiment that needs it can be composed
+        return multirun, nothing  # reported where the jobs are composed
     multirun = multirun or str(hydra.mode).endswith("MULTIRUN")
-    params = hydra.sweeper.get("params") or {}
-    return multirun, [f"{key}={value}" for key, value in params.items()] if multirun else []
+    return multirun, {part: _plain(hydra[part]) for part in ("launcher", "sweeper")}
 
 
-def _jobs(overrides: Sequence[str], multirun: bool, loader: ConfigLoader, problems: list[str]) -> list[list[str]]:
-    """The overrides of every run of a command."""
+def _plain(settings: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(settings, enum_to_str=True))
+
+
+def _jobs(
+    overrides: Sequence[str], multirun: bool, intervals: bool, loader: ConfigLoader, problems: list[str]
+) -> list[list[str]]:
+    """The overrides of every run of a command; of an interval, of which every value may come, both ends."""
     parser = OverridesParser.create(config_loader=loader)
     parsed: list[Override] = []
     for text in overrides:
@@ -150,7 +166,13 @@ def _jobs(overrides: Sequence[str], multirun: bool, loader: ConfigLoader, proble
             quoted = f"'{key}=\"{value}\"'" if value.startswith("~") else "key='\"a, b\"'"
             problems.append(f"{text}: is no setting. Write key=value, and quote special characters: {quoted}.")
             continue
-        if override.is_sweep_override() and not (multirun and override.is_discrete_sweep()):
+        if intervals and override.is_interval_sweep():
+            ends = cast(IntervalSweep, override.value())
+            override = parser.parse_override(f"{override.get_key_element()}={ends.start},{ends.end}")
+        if override.is_interval_sweep():
+            problems.append(f"{text}: only Optuna chooses from an interval. Add -m hydra/sweeper=optuna.")
+            continue
+        if override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
             hint = "" if key in _groups(loader) else f", or write a list: '{key}=[{values}]'"
             problems.append(f"{text}: several values for one run. Add -m to run each{hint}.")
@@ -196,7 +218,7 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
     """Why an override cannot be placed, and the one that was probably meant."""
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
-    if key in _groups(loader):
+    if key in (*_groups(loader), *(f"hydra/{group}" for group in loader.list_groups("hydra"))):
         options = _choices(key, loader)
         word = text.partition("=")[2]
         if word not in options:

@@ -25,6 +25,11 @@ if typing.TYPE_CHECKING:
 
 Entry = typing.TypeVar("Entry", bound="DataclassInstance")
 Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records; see instructions.py
+# What a run returns to a sweep: a figure of its last stage, or a ratio of summary.json.
+Metric = Literal[
+    "perplexity", "loss", "kl_to_original", "gap_closed", "memory", "routed_expert_parameters", "prefill_speedup",
+    "decode_speedup",
+]  # fmt: skip
 Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
 BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # What cannot change a result has no part in a run's hash.
@@ -263,7 +268,7 @@ class Config:
     overwrite: bool = False
     plan_only: bool = False
     max_scratch_bytes: int | str = "auto"
-    metric: Literal["perplexity", "loss", "kl_to_original", "gap_closed"] = "perplexity"
+    metric: Metric | tuple[Metric, ...] = "perplexity"
 
     def resolved(self) -> dict[str, Any]:
         """The whole config as plain JSON values."""

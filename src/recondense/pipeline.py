@@ -50,7 +50,7 @@ def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path])
     return ()
 
 
-def run(config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks = no_callbacks) -> float | None:
+def run(config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks = no_callbacks) -> Any:
     """One run, or what is left of it; the same config finds its folder again.
 
     Args:
@@ -58,7 +58,7 @@ def run(config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks = 
         callbacks: makes those of each Lightning Trainer.
 
     Returns:
-        the metric that a sweep compares, None if this run does not measure it.
+        the metric that a sweep compares, None if this run does not measure it; a tuple for several.
 
     Raises:
         ConfigError: another process works in the folder.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -240,8 +240,10 @@ def environment(model: PreTrainedModel, data: Mapping[str, str]) -> dict[str, An
     }
 
 
-def metric(summary: Mapping[str, Any], name: str) -> float | None:
-    """The figure that a sweep compares: a ratio, or the last stage's."""
+def metric(summary: Mapping[str, Any], name: str | Sequence[str]) -> Any:
+    """The figure that a sweep compares: a ratio, or the last stage's; a tuple for several. None: not measured."""
+    if not isinstance(name, str):
+        return tuple(metric(summary, each) for each in name)
     if name in summary["ratios"]:
         return float(summary["ratios"][name])
     for stage in ("recovered", "refitted", "compressed", "original"):

@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.heldout import HELDOUT_TASKS
@@ -236,6 +235,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 @contextmanager
 def _own_random_states() -> Iterator[None]:
     """Seeds of lm-eval's choice inside; the generators are restored, so that evaluating does not change a training."""
+    from lightning.pytorch.utilities.seed import isolate_rng  # late: seconds, which refusing a command should not take
+
     with isolate_rng(include_cuda=torch.cuda.is_available()):
         random.seed(0)
         np.random.seed(1234)

@@ -30,7 +30,7 @@ LEVELS = {
         *("tiny", "sizes"),
         *("comparison", "comparison_picture"),
     ),
-    4: ("pipeline", "plan_only", "preflight"),
+    4: ("pipeline", "plan_only", "preflight", "sweeping"),
     5: ("command_line",),
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}

@@ -300,8 +300,11 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
-# These read lm-eval's list of tasks, half a minute on a busy machine.
-SLOW = dict.fromkeys(("task that the folder has not", "recipe without its folder"), pytest.mark.slow)
+# These read lm-eval's list of tasks, half a minute on a busy machine; tests/unit/test_evaluate.py has a short one.
+SLOW = dict.fromkeys(
+    ("unknown task", "task that the folder has not", "recipe without its folder"),
+    pytest.mark.slow,
+)
 
 MADE: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     "folder without a model": (lambda f: (f"model.path={f.empty_folder()}",), ["has no config.json"]),

@@ -1,10 +1,7 @@
 """Callbacks in a real Trainer: they see what they should, and training does not see them."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -249,7 +247,7 @@ class TestProgress:
 
 
 SCRIPT = """
-import sys, time, warnings
+import os, signal, sys, warnings
 import lightning as L, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.graceful_stop import GracefulStop
@@ -260,8 +258,7 @@ class Module(L.LightningModule):
         self.layer = torch.nn.Linear(2, 1)
     def training_step(self, batch, batch_idx):
         if batch_idx == 5:  # in the middle of the accumulation of step 2
-            print("READY", flush=True)
-            time.sleep(2.0)
+            os.kill(os.getpid(), signal.Signals[sys.argv[2]])
         if batch_idx > 20:
             sys.exit("was not stopped")
         return self.layer(batch).mean()
@@ -277,37 +274,20 @@ trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(40, 2), batch_size=
 """
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    folder.mkdir()
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_a_signal_stops_at_the_next_step_with_a_checkpoint(tmp_path: Path) -> None:
-    processes = {name: start(tmp_path / name) for name in ("SIGTERM", "SIGINT")}  # both at once: imports take long
-    for name, process in processes.items():
-        assert process.stdout is not None
-        while process.stdout.readline().strip() not in ("READY", ""):
-            pass
-        process.send_signal(signal.Signals[name])
-    for name, process in processes.items():
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 128 + signal.Signals[name], errors
-        # The signal came while the gradients of step 2 were being accumulated: that step was finished first.
-        assert f"recondense: stopped by {name} after step 2" in errors
-        assert "Traceback" not in errors
-        (path,) = (tmp_path / name).glob("*.ckpt")
-        assert path.name == "step=2.ckpt"
-        checkpoint = torch.load(path, weights_only=True)
-        assert checkpoint["global_step"] == 2
-        (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
-        assert state["best_model_path"] == str(path)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_stops_at_the_next_step_with_a_checkpoint(forks: Forks, tmp_path: Path, name: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = forks.run(tmp_path / "script.py", str(tmp_path / "run"), name, folder=tmp_path)
+    assert done.returncode == 128 + signal.Signals[name], done.stderr
+    # The signal came while the gradients of step 2 were being accumulated: that step was finished first.
+    assert f"recondense: stopped by {name} after step 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    (path,) = (tmp_path / "run").glob("*.ckpt")
+    assert path.name == "step=2.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == 2
+    (state,) = (value for key, value in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    assert state["best_model_path"] == str(path)
 
 
 def test_settings_that_a_plan_stand_in_needs() -> None:
