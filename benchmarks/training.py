@@ -418,7 +418,8 @@ def main(given: Sequence[str] | None = None) -> None:
     share = float(lengths.mean() / args.length)
     console.print(
         f"{len(lengths)} texts, cut at {args.length} tokens: {lengths.mean():.0f} tokens on average, so padded ones "
-        f"are {share:.0%} text; {len(data['packed'])} packed windows; batches of {args.batch_size}; {args.threads} threads"
+        f"are {share:.0%} text; {len(data['packed'])} packed windows; batches of {args.batch_size}; "
+        f"{args.threads} threads"
     )
     figures = measure(args, data)
     found = ratios(figures)
