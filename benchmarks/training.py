@@ -6,6 +6,8 @@ A Qwen2-MoE with random weights, its upper half of layers condensed; only the ex
 AdamW. Each contestant is a process of its own; they take turns, a few steps at a time, in one order and then in the
 other, so that a slow minute of the machine meets all. A token counts when it is no padding.
 
+On a machine that does other things too, compare tokens per second of CPU time, with --threads 1.
+
 Memory is the most that was resident while training (the kernel's high-water mark, put back after set-up), and the same
 less what the process had after its imports. The recoveries of recondense run as in train.py, the original kept for the
 final comparison also where nothing is distilled; `cached` has freed it.
@@ -25,6 +27,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -165,13 +168,14 @@ class Turns:
         self.losses: list[float] = []
         self.facts: dict[str, Any] = {}
         self._started: float | None = None
+        self._cpu = 0.0
 
     def step(self) -> None:
         """A step begins: the one before it is done."""
         if self.left == 0:
             now = time.perf_counter()
             if self._started is not None:
-                self.connection.send((now - self._started, self.tokens))
+                self.connection.send((now - self._started, time.process_time() - self._cpu, self.tokens))
             else:
                 ctypes.CDLL(None).malloc_trim(0)
                 Path("/proc/self/clear_refs").write_text("5")  # puts VmHWM back
@@ -182,7 +186,7 @@ class Turns:
                 os._exit(1)
             if self.left == 0:
                 self._end()
-            self.tokens, self._started = 0, time.perf_counter()
+            self.tokens, self._started, self._cpu = 0, time.perf_counter(), time.process_time()
         self.left -= 1
 
     def _end(self) -> None:
@@ -337,22 +341,29 @@ def measure(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
         theirs.close()
         pipes[name].recv()  # is set up
     speeds: dict[str, list[float]] = {name: [] for name in args.only}
+    efforts: dict[str, list[float]] = {name: [] for name in args.only}
     for round_ in range(args.rounds + 1):
         for name in args.only[:: 1 if round_ % 2 else -1]:
             pipes[name].send(args.steps if round_ else 2)  # the first warms up
-            seconds, tokens = pipes[name].recv()
+            seconds, cpu_seconds, tokens = pipes[name].recv()
             if round_:
                 speeds[name].append(tokens / seconds)
+                efforts[name].append(tokens / cpu_seconds)
+                print(f"{name}: {tokens} tokens in {seconds:.1f} s ({cpu_seconds:.1f} of CPU)", file=sys.stderr)
     figures = {}
     for name, pipe in pipes.items():
         pipe.send(0)
         found = pipe.recv()
-        figures[name] = {**found, "tokens_per_second": subjects.spread(speeds[name])}
+        figures[name] = {
+            **found,
+            "tokens_per_second": subjects.spread(speeds[name]),
+            "tokens_per_cpu_second": subjects.spread(efforts[name]),
+        }
     return figures
 
 
 def ratios(figures: dict[str, Any]) -> dict[str, float]:
-    """Ours against the others, each turn against the other's of the same round."""
+    """Ours against the others: medians of the turns, memory, and how far the losses of distillations are apart."""
     found: dict[str, float] = {}
     pairs = [("finetune", "trainer_padded"), ("finetune", "trainer_packed"), ("shared", "two_models")]
     pairs += [("shared", "full_logits"), ("cached", "two_models")]
@@ -361,7 +372,9 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
             speeds = [figures[name]["tokens_per_second"]["median"] for name in (ours, theirs)]
             memory = [figures[name]["peak_bytes"] for name in (ours, theirs)]
             over = [figures[name]["peak_bytes_over_imports"] for name in (ours, theirs)]
+            efforts = [figures[name]["tokens_per_cpu_second"]["median"] for name in (ours, theirs)]
             found[f"{ours}/{theirs} speed"] = speeds[0] / speeds[1]
+            found[f"{ours}/{theirs} speed by CPU time"] = efforts[0] / efforts[1]
             found[f"{ours}/{theirs} memory"] = memory[0] / memory[1]
             found[f"{ours}/{theirs} memory over imports"] = over[0] / over[1]
     curves = {name: figures[name]["losses"] for name in ("shared", "two_models", "full_logits", "model", "cached")
@@ -377,13 +390,16 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
 
 def table(figures: dict[str, Any]) -> Table:
     """One row a contestant."""
-    result = Table("", "real tokens/s", "peak, MiB", "over imports", "first loss", title="training step")
+    result = Table(
+        "", "real tokens/s", "per CPU second", "peak, MiB", "over imports", "first loss", title="training step"
+    )
     for name, found in figures.items():
         speed = found["tokens_per_second"]
         cells = [
             f"{speed['median']:.0f} ({speed['min']:.0f} to {speed['max']:.0f})",
             f"{found['peak_bytes'] / MIB:.0f}",
         ]
+        cells.insert(1, f"{found['tokens_per_cpu_second']['median']:.0f}")
         cells += [f"{found['peak_bytes_over_imports'] / MIB:.0f}"]
         result.add_row(TITLES[name], *cells, f"{found['losses'][0]:.6f}" if found["losses"] else "")
     return result
