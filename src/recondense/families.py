@@ -205,11 +205,17 @@ def checkpointing(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]
 @contextmanager
 def compiling(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Inside, decoder layers are compiled, each for every block that stands in it."""
-    layers = [layer for layer in decoder_layers(model) if not isinstance(layer, SkippedLayer)] if wanted else []
+    if not wanted:
+        yield
+        return
+    layers = [layer for layer in decoder_layers(model) if not isinstance(layer, SkippedLayer)]
     for layer in layers:
         layer.compile()
     try:
-        yield
+        # All layers are one piece of code to the compiler: with the teacher's blocks, the student's, and gradients or
+        # none it needs more versions than it would keep.
+        with torch._dynamo.config.patch(recompile_limit=8 + 8 * len(layers)):
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from small import byte_tokenizer
 from tiny_models import qwen2_moe
 
 from integration.runs import config, model_folder, one_command, step, text_files
 from recondense import pipeline
+from recondense.preflight import preflight
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,18 @@ def test_another_model(base: Path) -> None:
     }
     assert "recovery/kl" in logged["whole"] and "recovery/cross_entropy" not in logged["whole"]
     assert "recovery/cross_entropy" in logged["itself"] and "recovery/kl" not in logged["itself"]
+
+
+def test_a_teacher_with_another_vocabulary_is_refused_before_anything_is_loaded(base: Path) -> None:
+    made = config(base / "model", text_files(base / "texts"), base / "output" / "refused", teacher="model")
+    wider = model_folder(base / "wider", lambda **changes: qwen2_moe(**{**changes, "vocab_size": 300}))
+    renamed = model_folder(base / "renamed")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(renamed)
+    for path, reason in ((wider, "gives 300 logits and the student's 257"), (renamed, "'<|extra|>' (id 257 there")):
+        settings = replace(made, recovery=replace(made.recovery, teacher_path=str(path)))
+        (problem,) = preflight(settings, [step()])
+        assert f"recovery.teacher_path={path}" in problem and reason in problem
+    settings = replace(made, recovery=replace(made.recovery, teacher_path=str(base / "model")))
+    assert preflight(settings, [step()]) == []
