@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--hidden-size", type=int, default=384)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--num-experts", type=int, default=32)
+    parser.add_argument("--num-experts", type=int, default=60)
     parser.add_argument("--width", type=int, default=256, help="of an expert; shared ones have four times as much")
     parser.add_argument("--checkpointing", action="store_true", help="ours with recovery.activation_checkpointing=true")
     parser.add_argument("--compile", action="store_true", help="ours with trainer.compile=true")
