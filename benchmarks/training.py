@@ -240,7 +240,7 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
         module.release_original()
     loader = RecoveryData(windows, None, args.batch_size, MOST_STEPS, seed=0)
     trainer = TrainerConfig(progress_bar=False, compile=args.compile)
-    fit(module, loader, folder, trainer, 0, [LightningTurns(turns)])
+    fit(module, loader, folder / "checkpoints", trainer, 0, [LightningTurns(turns)])
 
 
 def trainer(packed: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:
