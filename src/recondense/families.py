@@ -228,6 +228,37 @@ def gathered(model: PreTrainedModel) -> Iterator[Head]:
     yield Head(head.weight, head.bias)
 
 
+@contextmanager
+def checkpointing(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+    """Inside, decoder layers in training keep what enters them alone, and backward computes the rest again."""
+    if wanted:
+        model.activation_checkpointing_enable()
+    try:
+        yield
+    finally:
+        if wanted:
+            model.activation_checkpointing_disable()
+
+
+@contextmanager
+def compiling(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+    """Inside, decoder layers are compiled, each for every block that stands in it."""
+    if not wanted:
+        yield
+        return
+    layers = [layer for layer in decoder_layers(model) if not isinstance(layer, SkippedLayer)]
+    for layer in layers:
+        layer.compile()
+    try:
+        # All layers are one piece of code to the compiler: with the teacher's blocks, the student's, and gradients or
+        # none it needs more versions than it would keep.
+        with torch._dynamo.config.patch(recompile_limit=8 + 8 * len(layers)):
+            yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
 def random_in_training(config: PretrainedConfig) -> bool:
     """Whether a model computes otherwise in training than in evaluation: dropout, or noise on its routers."""
     values = config.to_dict()

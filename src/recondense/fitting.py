@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from recondense import families
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
 from recondense.recovery import RecoveryModule, trained_state
@@ -64,7 +65,11 @@ def fit(
         if newest is not None:
             log.info("%s: going on from %s", module.stage, newest)
         try:
-            with _deterministic(trainer.deterministic or device.type == "cpu"):
+            with (
+                _deterministic(trainer.deterministic or device.type == "cpu"),
+                families.checkpointing(module.model, module.recovery.activation_checkpointing),
+                families.compiling(module.model, trainer.compile),
+            ):
                 lightning.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
         finally:
             module.to(device)  # Lightning leaves every module on the CPU

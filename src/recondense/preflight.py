@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, Qwen2MoeConfig
 
 from recondense import families, quantized
 from recondense.checks import check, check_folder, task_files
@@ -26,6 +26,7 @@ from recondense.plan import History
 from recondense.recorded import recorded_config
 from recondense.sizes import OutliningStep, outlined
 from recondense.stages import read_stages, renamed
+from recondense.teacher import same_vocabulary
 
 
 class Step(Protocol):
@@ -56,6 +57,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         planned = planned_config(config.model, config.plan_only)
         problems += [f"model.path={config.model.path}: {problem}" for problem in quantized.check(planned.to_dict())]
         problems += _attention(config, planned)
+        problems += [] if config.plan_only else _teachers(config, planned)
         if not steps and config.recovery.objective == "none":  # what is only measured needs no MoE layer
             return problems
         facts = families.facts(planned) if steps else families.original_facts(planned)
@@ -78,6 +80,28 @@ def _nothing_trains(config: Config, planned: PretrainedConfig) -> list[str]:
         "recovery=none."
         for where in wanted
     ]
+
+
+def _teachers(config: Config, planned: PretrainedConfig) -> list[str]:
+    """Local teachers without the student's vocabulary; those of hub ids are looked at when they are loaded."""
+    wanted = [stage.recovery for stage in read_stages(config, [])]
+    paths = {each.teacher_path for each in wanted if (each.objective, each.teacher) == ("distill", "model")}
+    own = config.model.tokenizer or config.model.path
+    found = []
+    for path in sorted(path for path in paths if path is not None and Path(path).is_dir()):
+        try:
+            size = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+            if size != planned.vocab_size:
+                found.append(
+                    f"recovery.teacher_path={path}: its head gives {size} logits and the student's "
+                    f"{planned.vocab_size}; a teacher needs the student's vocabulary."
+                )
+            elif own is not None and Path(own).is_dir():
+                theirs, mine = (AutoTokenizer.from_pretrained(each, local_files_only=True) for each in (path, own))
+                same_vocabulary(theirs, mine, path)
+        except (OSError, ValueError) as error:  # a folder without a config is `check`'s
+            found += [str(error)] if str(error).startswith("recovery.") else []
+    return found
 
 
 def _push(config: Config) -> list[str]:

@@ -111,6 +111,7 @@ def keep_predictions(
     temperature: float,
     batch_size: int,
     autocast: AbstractContextManager[Any],
+    windows_per_file: int = WINDOWS_PER_FILE,
 ) -> CachedTeacher:
     """Run the teacher over the windows of which no predictions are kept yet.
 
@@ -122,7 +123,7 @@ def keep_predictions(
         batch_size: windows of a pass.
         autocast: the precision of its passes.
     """
-    found = CachedTeacher(folder, num_rows(windows))
+    found = CachedTeacher(folder, num_rows(windows), windows_per_file)
     if not found.missing:
         return found
     folder.mkdir(parents=True, exist_ok=True)

@@ -265,6 +265,21 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["data.calibration.sources[1].weight=0.0", "above 0"],
     ),
     "temperature": (["recovery=distill", "recovery.temperature=0"], ["recovery.temperature=0.0", "above 0"]),
+    "hidden states of predictions on disk": (
+        ["recovery=distill", "recovery.teacher=cached", "recovery.hidden_share=0.25"],
+        ["recovery.hidden_share=0.25", "not hidden states", "recovery.teacher=shared"],
+    ),
+    "nothing kept": (["recovery=distill", "recovery.teacher_top_k=0"], ["recovery.teacher_top_k=0", "at least 1"]),
+    "another model, which?": (["recovery=distill", "recovery.teacher=model"], ["recovery.teacher_path is missing"]),
+    "a teacher that is not there": (
+        ["recovery=distill", "recovery.teacher=model", "recovery.teacher_path=./nowhere"],
+        ["recovery.teacher_path=./nowhere", "there is no such folder"],
+    ),
+    "a teacher that nobody asks": (
+        ["recovery=distill", "recovery.teacher_path=some/model"],
+        ["recovery.teacher_path=some/model", "recovery.teacher=shared does not read it"],
+    ),
+    "a divergence": (["recovery=distill", "recovery.divergence=kl"], ["recovery.divergence=kl", "forward_kl"]),
     "share": (["recovery=distill", "recovery.hidden_share=-0.5"], ["recovery.hidden_share=-0.5", "[0, 1]"]),
     "shares together": (
         ["recovery=distill", "recovery.hidden_share=0.6", "recovery.cross_entropy_share=0.6"],

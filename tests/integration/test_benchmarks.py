@@ -26,10 +26,20 @@ RUNS = {
         *("benchmarks/real_size.py", "--method", "moei2", "--device", "cpu", "--scale", "tiny", "--dtype", "float32"),
         *("--texts", "2", "--tokens", "16", "--batch-sizes", "1", "--new-tokens", "2", "--repetitions", "1"),
     ],
+    "losses": [
+        *("benchmarks/losses.py", "--tokens", "256", "--vocabulary", "65536", "--hidden-size", "16", "--threads", "1"),
+        *("--kinds", "forward_kl"),
+    ],
+    "training": [
+        *("benchmarks/training.py", "--rounds", "1", "--steps", "1", "--batch-size", "2", "--length", "16"),
+        *("--vocabulary", "300", "--hidden-size", "32", "--layers", "2", "--num-experts", "4", "--width", "16"),
+        *("--threads", "1"),
+    ],
 }
+SLOW = ("training",)  # starts eight processes
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RUNS])
 def test_benchmark(forks: Forks, name: str, tmp_path: Path) -> None:
     script, *options = RUNS[name]
     done = forks.run(ROOT / script, *options, "--json", str(tmp_path / "figures.json"), folder=tmp_path)
@@ -86,7 +96,23 @@ def real_size(figures: dict[str, Any]) -> None:
     assert 0.5 < figures["profiles"]["1"]["memory_ratio"] < 0.8
 
 
-CHECKS = {"search": genetic, "low_rank": low_rank, "real_size": real_size}
+def losses(figures: dict[str, Any]) -> None:
+    found = figures["losses"]["forward_kl"]
+    assert found["memory_ratio"] < 0.9 and max(found["relative_differences"].values()) < 1e-4
+
+
+def training(figures: dict[str, Any]) -> None:
+    found, ratios = figures["contestants"], figures["ratios"]
+    assert all(each["tokens_per_second"]["median"] > 0 < each["peak_bytes"] for each in found.values())
+    first = {name: found[name]["losses"][0] for name in ("shared", "model", "two_models", "full_logits")}
+    assert len({round(loss, 6) for loss in first.values()}) == 1 and first["shared"] == first["model"]
+    assert found["cached"]["losses"][0] < first["shared"]
+    assert ratios["shared largest difference of losses"] < 1e-4
+
+
+CHECKS = {
+    "search": genetic, "low_rank": low_rank, "real_size": real_size, "losses": losses, "training": training
+}  # fmt: skip
 
 
 def test_families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

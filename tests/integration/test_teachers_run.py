@@ -1,0 +1,79 @@
+"""Whole runs with predictions on disk and with another model as the teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from small import byte_tokenizer
+from tiny_models import qwen2_moe
+
+from integration.runs import config, model_folder, one_command, step, text_files
+from recondense import pipeline
+from recondense.preflight import preflight
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teachers")
+    model_folder(folder / "model")
+    return folder
+
+
+def ran(base: Path, name: str, steps: Sequence[Any] | None = None, **recovery: Any) -> dict[str, Any]:
+    made = config(base / "model", text_files(base / "texts"), base / "output", **{"steps": 3, **recovery})
+    folder = base / "output" / name
+    with one_command():
+        pipeline.run(replace(made, run_dir=str(folder)), [step()] if steps is None else steps)
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_predictions_on_disk(base: Path) -> None:
+    """Made once for runs that differ in what the teacher does not see, and of the windows that train alone."""
+    settings: dict[str, Any] = {"teacher": "cached", "teacher_top_k": 16}
+    found = ran(base, "one", **settings)["stages"]
+    assert "kl_to_original" in found["compressed"] and "kl_to_original" not in found["recovered"]
+    assert found["recovered"]["loss"] < found["compressed"]["loss"]
+    files = list((base / "output" / "cache" / "teacher").rglob("*.safetensors"))
+    with safe_open(files[0], framework="pt") as file:
+        assert len(files) == 1 and file.get_slice("ids_TK").get_shape() == [6, 32, 16]  # 3 steps of 2 windows
+    before = files[0].stat().st_mtime_ns
+    ran(base, "two", **settings, learning_rate=1e-3)
+    assert list((base / "output" / "cache" / "teacher").rglob("*.safetensors")) == files
+    assert files[0].stat().st_mtime_ns == before
+
+
+def test_another_model(base: Path) -> None:
+    """Also for a model of which nothing was taken away."""
+    other = model_folder(base / "other", lambda **changes: qwen2_moe(seed=3, **changes))
+    settings: dict[str, Any] = {"teacher": "model", "teacher_path": str(other)}
+    assert "kl_to_original" in ran(base, "other", **settings)["stages"]["recovered"]
+    ran(base, "whole", [], **settings, trainable="all")
+    ran(base, "itself", [], teacher="cached")
+    logged = {
+        name: next((base / "output" / name / "logs").rglob("*.csv")).read_text().splitlines()[0]
+        for name in ("whole", "itself")
+    }
+    assert "recovery/kl" in logged["whole"] and "recovery/cross_entropy" not in logged["whole"]
+    assert "recovery/cross_entropy" in logged["itself"] and "recovery/kl" not in logged["itself"]
+
+
+def test_a_teacher_with_another_vocabulary_is_refused_before_anything_is_loaded(base: Path) -> None:
+    made = config(base / "model", text_files(base / "texts"), base / "output" / "refused", teacher="model")
+    wider = model_folder(base / "wider", lambda **changes: qwen2_moe(**{**changes, "vocab_size": 300}))
+    renamed = model_folder(base / "renamed")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(renamed)
+    for path, reason in ((wider, "gives 300 logits and the student's 257"), (renamed, "'<|extra|>' (id 257 there")):
+        settings = replace(made, recovery=replace(made.recovery, teacher_path=str(path)))
+        (problem,) = preflight(settings, [step()])
+        assert f"recovery.teacher_path={path}" in problem and reason in problem
+    settings = replace(made, recovery=replace(made.recovery, teacher_path=str(base / "model")))
+    assert preflight(settings, [step()]) == []
