@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -67,11 +68,17 @@ def config_of(args: argparse.Namespace) -> Qwen2MoeConfig:
     )  # fmt: skip
 
 
-def ensure_model(args: argparse.Namespace) -> Path:
-    """A folder with the random model, in fp32: bf16 is slow on most CPUs."""
-    folder: Path = args.folder / f"model-{args.layers}x{args.experts}x{args.hidden_size}x{args.width}"
+def folder_of(args: argparse.Namespace) -> Path:
+    """Of the random model."""
+    found: Path = args.folder / f"model-{args.layers}x{args.experts}x{args.hidden_size}x{args.width}"
+    return found
+
+
+def write_model(args: argparse.Namespace) -> None:
+    """The random model, in fp32: bf16 is slow on most CPUs."""
+    folder = folder_of(args)
     if (folder / "config.json").exists():
-        return folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(args)
     with torch.device("meta"):
@@ -84,7 +91,6 @@ def ensure_model(args: argparse.Namespace) -> Path:
     writer.finish()
     config.architectures = ["Qwen2MoeForCausalLM"]
     config.save_pretrained(folder)
-    return folder
 
 
 def pieces(model: Qwen2MoeForCausalLM) -> Iterator[dict[str, Tensor]]:
@@ -158,7 +164,13 @@ def table(figures: dict[str, dict[str, Any]], on_disk: int) -> Table:
 
 def main() -> None:
     args = arguments()
-    folder = ensure_model(args)
+    # In a process of its own: the kernel counts what a command's parent held as the command's.
+    maker = multiprocessing.get_context("spawn").Process(target=write_model, args=(args,))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise SystemExit("the model could not be written")
+    folder = folder_of(args)
     on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     figures = {}
     for method in args.methods:

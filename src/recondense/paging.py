@@ -8,12 +8,13 @@ is whole in memory, `resident` and `put_away` do nothing.
 from __future__ import annotations
 
 import copy
+import ctypes
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -21,9 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.utils import logging as transformers_logging
@@ -178,6 +182,8 @@ class Pages:
 
     def _let_go(self, unit: nn.Module) -> None:
         _exchanged(unit, self._loaded.pop(unit))
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # glibc keeps what tensors of a few megabytes took
 
     def name_of(self, unit: nn.Module) -> str:
         """What a part of a layer was put away as; of the checkpoint's own the empty text, of others their class."""
@@ -219,6 +225,14 @@ class Pages:
         self._sources[unit] = read
 
 
+class Stored(NamedTuple):
+    """One tensor of a checkpoint, and the pattern of transformers' conversions that it matches."""
+
+    path: str
+    key: str
+    pattern: str | None
+
+
 class Shards:
     """A checkpoint's weights under their names in the model.
 
@@ -232,16 +246,19 @@ class Shards:
         self._load_config = load_config
         # Reading assigns into a twin, so that what stands in the model does not matter.
         self._twin = copy.deepcopy(model)
-        self._keys: dict[str, list[tuple[str, str]]] = {}  # file and key, by the name in the model
+        self._keys: dict[str, list[Stored]] = {}  # by the name in the model
         shapes = self._twin.state_dict()
         mapping = load_config.weight_mapping or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._converters = {pattern: each for each in converters for pattern in each.source_patterns}
         for path in files:
             with _opened(path) as file:
                 for key in file.keys():  # noqa: SIM118
-                    name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
-                    self._keys.setdefault(name, []).append((path, key))
+                    name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+                    self._keys.setdefault(name, []).append(Stored(path, key, pattern))
+        for keys in self._keys.values():
+            keys.sort(key=lambda each: dot_natural_key(each.key))
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Some weights, one after the other, so that no more than one is held twice."""
@@ -252,21 +269,54 @@ class Shards:
         """Read into a model the weights whose names are wanted."""
         keys = [key for name, keys in self._keys.items() if wanted(name) for key in keys]
         with ExitStack() as stack:
-            opened = {path: stack.enter_context(_opened(path)) for path in {path for path, _ in keys}}
-            slices = {key: opened[path].get_slice(key) for path, key in keys}
+            opened = {path: stack.enter_context(_opened(path)) for path in {each.path for each in keys}}
+            slices = {each.key: opened[each.path].get_slice(each.key) for each in keys}
             stack.enter_context(_without_bars())
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
 
     def _read(self, name: str) -> Tensor:
-        self.load(self._twin, lambda other: other == name)
         module_name, _, own = name.rpartition(".")
         module = self._twin.get_submodule(module_name)
         tensors: Any = module._parameters if own in module._parameters else module._buffers
+        if (parts := self._parts_of_fused(name)) is not None:
+            return self._fused(tensors[own], parts)
+        self.load(self._twin, lambda other: other == name)
         tensor: Tensor = tensors[own].detach()
         tensors[own] = nn.Parameter(tensor.to("meta"), False) if own in module._parameters else tensor.to("meta")
         if tensor.is_floating_point() and tensor.dtype not in (self._dtype, torch.float32):
             tensor = tensor.to(self._dtype)  # as `quantized.settle` does
         return aligned(tensor)
+
+    def _parts_of_fused(self, name: str) -> list[list[Stored]] | None:
+        """The experts' own tensors of a weight that transformers stacks, side by side where there are several kinds.
+
+        None where it does anything else: what is stored in few bits has to be made whole by it.
+        """
+        keys = self._keys[name]
+        converter = self._converters.get(keys[0].pattern or "")
+        if converter is None or self._load_config.hf_quantizer is not None:
+            return None
+        steps = [type(step) for step in converter.operations]
+        dims = [getattr(step, "dim", None) for step in converter.operations]
+        if (steps, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
+            return None
+        return [[each for each in keys if each.pattern == pattern] for pattern in converter.source_patterns]
+
+    def _fused(self, like: Tensor, parts: Sequence[Sequence[Stored]]) -> Tensor:
+        """(E, rows of all parts, columns), each expert's tensor read into its place: nothing is held twice."""
+        fused = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(_opened(path)) for path in {e.path for part in parts for e in part}}
+            first = 0
+            for part in parts:
+                rows = 0
+                for expert, each in enumerate(part):
+                    tensor = opened[each.path].get_tensor(each.key)
+                    rows = len(tensor)
+                    fused[expert, first : first + rows] = tensor
+                first += rows
+        assert first == like.shape[1] and all(len(part) == len(like) for part in parts), (like.shape, parts)
+        return fused
 
 
 @contextmanager
