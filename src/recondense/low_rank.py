@@ -88,6 +88,11 @@ class LowRankExperts(nn.Module):
         y_SD = torch.cat([bucket(x_sD, own, counts_n, self.glu) for bucket, x_sD, own, counts_n in used])
         weighted_SD = y_SD * top_k_weights.flatten()[order_S, None]
         y_TD: Tensor = _Collect.apply(weighted_SD, order_S, back_S, top_k)
+        if torch.is_grad_enabled() and len(used) < len(buckets):
+            # An expert without tokens has a gradient of zeros, not none: processes whose tokens differ sum the same.
+            idle = [bucket for bucket, own in zip(buckets, counts, strict=True) if not sum(own)]
+            for weight in (each for bucket in idle for each in bucket.parameters() if each.requires_grad):
+                y_TD = y_TD + weight.flatten()[:0].sum()
         return y_TD.to(hidden_states.dtype)
 
     def _row_by_row(self, x_TD: Tensor, place_S: Tensor, top_k: int) -> Tensor:

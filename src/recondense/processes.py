@@ -5,11 +5,14 @@ All of them go the same way through the program and meet at each call here, in t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, MutableMapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -27,6 +30,11 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this one writes the run's files and prints."""
     return rank() == 0
+
+
+def on_this_node() -> int:
+    """How many there are on this machine; as many on each of the others."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
 def share(items: Sequence[Value]) -> Sequence[Value]:
@@ -56,6 +64,15 @@ def gather(value: Value) -> list[Value]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value, group=_group())
     return found
+
+
+def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The means over all processes of scalars."""
+    if world_size() == 1:
+        return values
+    both = torch.stack([value.float() for value in values.values()])
+    dist.all_reduce(both)
+    return dict(zip(values, both / world_size(), strict=True))
 
 
 class FirstProcess(MutableMapping[str, dict[str, Any]]):

@@ -34,6 +34,10 @@ class SharedBackboneTeacher(nn.Module):
         """Go on using a weight of the shared backbone that the student has replaced by another."""
         self._kept.append((module, name, parameter))
 
+    def kept(self) -> list[nn.Parameter]:
+        """The weights that `keep` was told of."""
+        return [parameter for _, _, parameter in self._kept]
+
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
         """A context inside which the model computes what the original does."""

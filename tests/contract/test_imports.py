@@ -21,7 +21,10 @@ LEVELS = {
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
         *("loading", "adapters", "recorded"),
     ),
-    2: ("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
+    2: (
+        *("calibrate", "methods", "surgery", "teacher", "evaluate", "profiling", "report", "pictures", "tracking"),
+        "engines",
+    ),
     3: (
         *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),
         *("tiny", "sizes"),
