@@ -185,7 +185,8 @@ def shard(twin: LightningModule, home: nn.Module, units: Sequence[nn.Module]) ->
     weights = dict(home.named_parameters())
     if isinstance(twin.trainer.strategy, Zero):
         for name, parameter in twin.named_parameters():
-            parameter.data = _on_device(weights[name], twin.trainer.strategy.root_device)
+            weight = _on_device(weights[name], twin.trainer.strategy.root_device)
+            torch.utils.swap_tensors(parameter, nn.Parameter(weight, requires_grad=parameter.requires_grad))
             twin.trainer.strategy.partition(parameter)
         return
     assert twin.device_mesh is not None
