@@ -30,6 +30,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recondense import launching
 from recondense.config import Config, ConfigError, read
 from recondense.preflight import preflight
 from recondense.reading import nearest, suggestion, wrong_types
@@ -72,6 +73,7 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
         loader = GlobalHydra.instance().config_loader()
         multirun, swept = _sweep(args.config_name or name, args.overrides, args.multirun)
         jobs = _jobs([*swept, *args.overrides], multirun, loader, problems)
+        problems += launching.of_a_sweep() if multirun else []
         of_all = tuple(problems)
         for overrides in jobs:
             found: list[str] = []
@@ -244,6 +246,20 @@ def _groups(loader: ConfigLoader) -> list[str]:
     return [group for group in loader.list_groups("") if group != "hydra"]
 
 
+def again(task: Sequence[str], name: str | None) -> list[str]:
+    """The command of another process of the run that is going on here.
+
+    Args:
+        task: the run's overrides; of one of a sweep its own.
+        name: of the primary config.
+    """
+    args = get_args_parser().parse_args(sys.argv[1:])
+    where = [f"--config-dir={args.config_dir}"] if args.config_dir else []
+    search = [text for text in args.overrides if text.startswith("hydra.searchpath")]
+    # An experiment may be a sweep by its own settings.
+    return [sys.executable, sys.argv[0], *where, f"--config-name={name}", *task, *search, "hydra.mode=RUN"]
+
+
 class Reported(SystemExit):
     """The end of the process, after its reason was written."""
 
@@ -257,10 +273,11 @@ class JobFailed(Exception):
 
 
 @contextmanager
-def exit_codes(*, sweep: bool = False) -> Iterator[None]:
+def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
     """2 and the message alone for what the user can mend, 130 or 143 for Ctrl-C or SIGTERM; a traceback for all else.
 
     Args:
+        silent: without the message: another process writes the same.
         sweep: in a job of a sweep: what the user can mend is raised as `JobFailed` and does not end the process.
     """
     try:
@@ -275,6 +292,8 @@ def exit_codes(*, sweep: bool = False) -> Iterator[None]:
         messages = cast(ConfigError, error).messages if known else (str(error),)
         if sweep:
             raise JobFailed(messages) from None
+        if silent:
+            raise Reported(2) from None
         refuse(messages)
     except KeyboardInterrupt:
         _stopped(130)

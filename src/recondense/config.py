@@ -198,9 +198,7 @@ class CallbacksConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    strategy: Literal[
-        "auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"
-    ] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"] = "auto"
     devices: int | str = 1
     num_nodes: int = 1
     timeout_hours: float = 12.0
@@ -208,6 +206,15 @@ class TrainerConfig:
     num_threads: int | None = None
     deterministic: bool = False
     progress_bar: bool = True
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process holds a part of the weights, so that a forward pass needs all of them."""
+        return self.strategy == "fsdp2" or self.strategy.startswith("deepspeed_zero3")
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.strategy.startswith("deepspeed")
 
 
 @dataclass(frozen=True)

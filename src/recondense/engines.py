@@ -1,7 +1,7 @@
 """What trains a module on several processes: DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3, through Lightning's strategies.
 
-All keep their checkpoints in one form, that of a single process: trained parameters and the optimiser's state, whole, in
-one file that the first process writes. So a fit goes on with another number of processes, and loads no pickles.
+All keep their checkpoints in one form, that of a single process: trained parameters and the optimiser's state, whole,
+in one file that the first process writes. So a fit goes on with another number of processes, and loads no pickles.
 
 FSDP2 and ZeRO train a twin of the module: a structure of its own whose frozen weights are shards. The module itself, at
 home in the first process's memory, gets what was trained from the last checkpoint; the other processes keep none.
@@ -18,7 +18,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
@@ -29,22 +28,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from recondense import families, processes
+from recondense import processes
 from recondense.config import TrainerConfig
 
-SHARDING = ("fsdp2", "deepspeed_zero3", "deepspeed_zero3_offload")  # a process holds a part of the weights
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 Module = TypeVar("Module", bound=LightningModule)
 
 
-def shards(strategy: str) -> bool:
-    """Whether each process holds a part of the weights, so that a forward pass needs all of them."""
-    return strategy in SHARDING
-
-
-def has_twin(strategy: str) -> bool:
-    """Whether the engine takes a module's parameters over, so that it is given a twin of it."""
-    return shards(strategy) or strategy.startswith("deepspeed")
+def needs_all(strategy: Strategy) -> bool:
+    """Whether a forward pass of what a strategy trains needs all processes."""
+    return isinstance(strategy, Sharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
 
 
 class Running(ClusterEnvironment):
@@ -93,7 +86,7 @@ def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Ite
         leaves: blocks in which the data decide what runs.
     """
     gpu = device.type == "cuda"
-    if not dist.is_initialized():
+    if not processes.grouped():
         return {"accelerator": "gpu" if gpu else "cpu", "devices": [device.index or 0] if gpu else 1}
     here = processes.on_this_node()
     return {
@@ -109,12 +102,12 @@ def _strategy(settings: TrainerConfig, gpu: bool, leaves: Iterable[nn.Module]) -
     timeout = timedelta(hours=settings.timeout_hours)
     if settings.strategy == "fsdp2":
         return Sharded(data_parallel_size=processes.world_size(), tensor_parallel_size=1, timeout=timeout)
-    if settings.strategy.startswith("deepspeed"):
+    if settings.deepspeed:
         return Zero(config=zero_config(settings.strategy, gpu), timeout=timeout, leaves=leaves)
     # Buffers are equal and stay so; unused experts give zeros (see low_rank.py), so no parameter lacks a gradient.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DDPStrategy(timeout=timeout, **{buffers: False})
+    return DDPStrategy(timeout=timeout, **{buffers: False})  # type: ignore[arg-type]
 
 
 def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
@@ -202,7 +195,9 @@ def shard(twin: LightningModule, home: nn.Module, units: Sequence[nn.Module]) ->
 
 def _on_device(weight: Tensor, device: torch.device) -> Tensor:
     """The first process's weight on its device; room for it on that of another."""
-    return torch.empty(weight.shape, dtype=weight.dtype, device=device) if weight.is_meta else weight.detach().to(device)
+    return (
+        torch.empty(weight.shape, dtype=weight.dtype, device=device) if weight.is_meta else weight.detach().to(device)
+    )
 
 
 def _scattered(whole: Tensor, mesh: DeviceMesh, like: Tensor) -> DTensor:
@@ -254,7 +249,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 def whole(parameter: Tensor) -> Tensor:
     """A parameter as one tensor, where it is kept in higher precision that; all processes ask for it together."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        return parameter.full_tensor().detach()
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import torch.utils.deterministic
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -58,7 +57,7 @@ def fit(
         module.keep_trained_in_fp32(precision)  # the experts' implementation is the one after a training
     else:
         _refuse_rounding(trainer, precision, dtype)
-        if not trainer.strategy.startswith("deepspeed"):  # which keeps copies in fp32 of its own
+        if not trainer.deepspeed:  # which keeps copies in fp32 of its own
             module.keep_trained_in_fp32(precision)
         _train(module, data, folder, trainer, precision, callbacks, loggers)
     processes.barrier()
@@ -75,10 +74,9 @@ def fit(
 
 def _refuse_rounding(trainer: TrainerConfig, precision: str, dtype: torch.dtype) -> None:
     """What would round the weights of a model that is not in bf16."""
-    deepspeed = trainer.strategy.startswith("deepspeed")
-    if dtype == torch.bfloat16 or not (precision == "bf16-true" or (deepspeed and precision == "bf16-mixed")):
+    if dtype == torch.bfloat16 or not (precision == "bf16-true" or (trainer.deepspeed and precision == "bf16-mixed")):
         return
-    instead = "trainer.precision=32-true" if deepspeed else "trainer.precision=bf16-mixed"
+    instead = "trainer.precision=32-true" if trainer.deepspeed else "trainer.precision=bf16-mixed"
     raise ValueError(
         f"trainer.precision={precision} would round all weights of a {dtype} model, frozen ones included; use "
         f"{instead}, or model.dtype=bfloat16"
@@ -99,7 +97,7 @@ def _train(
     newest = processes.broadcast(newest_checkpoint(folder))
     if newest is not None and processes.is_first():
         log.info("%s: going on from %s", module.stage, newest)
-    trained = _trained(module, settings.strategy)
+    trained = _trained(module, settings)
     trained.train()
     lightning = _trainer(trained, folder, settings, precision, device, callbacks, loggers)
     try:
@@ -116,11 +114,11 @@ def _train(
             module.to(device)  # Lightning leaves every module on the CPU
 
 
-def _trained(module: RecoveryModule, strategy: str) -> RecoveryModule:
+def _trained(module: RecoveryModule, settings: TrainerConfig) -> RecoveryModule:
     """What the Trainer is given: the module, or a twin of it."""
-    if not engines.has_twin(strategy):
+    if not (settings.shards or settings.deepspeed):
         return module
-    empty = engines.shards(strategy)
+    empty = settings.shards
     if empty:
         if processes.is_first():
             module.to("cpu")  # at home, so that the cards are the shards'
@@ -144,7 +142,9 @@ def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
     engines.shard(twin, home, units)
     if all(isinstance(unit, engines.FSDPModule) for unit in units):
         lowest = min(i for i, layer in enumerate(layers) if any(each.requires_grad for each in layer.parameters()))
-        order = [each for i in reversed(range(lowest, len(layers))) for each in (layers[i], blocks.get(i)) if each in units]
+        order = [
+            each for i in reversed(range(lowest, len(layers))) for each in (layers[i], blocks.get(i)) if each in units
+        ]
         engines.prefetch_backwards(twin, order)
 
 
@@ -212,7 +212,7 @@ def _trainer(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=recovery.gradient_clip,
         callbacks=[*callbacks, checkpoints],
-        plugins=[AsideCheckpointIO(), *([engines.Running()] if dist.is_initialized() else [])],
+        plugins=[AsideCheckpointIO(), *([engines.Running()] if processes.grouped() else [])],
         logger=list(loggers) or False,
         log_every_n_steps=min(10, recovery.steps),
         val_check_interval=recovery.validate_every * accumulate or None,

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import summary
+from recondense import processes, summary
 from recondense.config import Config, RecoveryConfig
 from recondense.data import RecoveryData, num_rows
 from recondense.fitting import fit
@@ -56,7 +56,8 @@ class Fits:
                 callbacks = self.callbacks(stage.name, self.measure.tasks, self.measure.include_path)
                 self._fit(module, data, self.folder / stage.folder, callbacks)
                 module.finish()
-            self.done.append(self._describe(stage, recovery, data))
+            if processes.is_first():
+                self.done.append(self._describe(stage, recovery, data))
 
     def control(self, module: RecoveryModule) -> None:
         """The original trained further for the same steps: its experts in the layers that the plan changes."""

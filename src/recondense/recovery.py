@@ -86,7 +86,7 @@ class RecoveryModule(L.LightningModule):
         self._freed = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
-        self.shard: Callable[[], None] | None = None  # what spreads the weights over processes, once, if an engine does
+        self.shard: Callable[[], None] | None = None  # spreads the weights over the processes, once
 
     def prepare(self, refit: bool = True) -> Plan:
         """Search if there is no plan, apply the plan, freeze what does not train. Idempotent.
@@ -213,7 +213,14 @@ class RecoveryModule(L.LightningModule):
     def in_common(self) -> list[object]:
         """What a twin of this module shares with it: what is no part of the computation."""
         kept = [self.teacher.kept()] if self.teacher is not None else []
-        return [self.tokenizer, self.plan, self.task_results, self._search, self._record, *(p for own in kept for p in own)]
+        return [
+            self.tokenizer,
+            self.plan,
+            self.task_results,
+            self._search,
+            self._record,
+            *(p for own in kept for p in own),
+        ]
 
     def originals(self) -> dict[int, nn.Module]:
         """The teacher's own blocks, by decoder layer."""
@@ -313,7 +320,10 @@ class RecoveryModule(L.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         decayed = [p for p in trained if engines.num_dimensions(p) > 1]
         others = [p for p in trained if engines.num_dimensions(p) <= 1]
-        groups = [{"params": decayed, "weight_decay": self.recovery.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": self.recovery.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:

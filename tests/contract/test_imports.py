@@ -15,7 +15,7 @@ LEVELS = {
     0: (
         *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
         *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
-        *("instructions", "quantized", "processes"),
+        *("instructions", "quantized", "processes", "launching"),
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
