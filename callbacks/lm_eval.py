@@ -56,8 +56,8 @@ class LmEval(L.Callback):
         }
         self._results: dict[int, Results] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._results:  # of the steps before a restart
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._results:  # of the steps before a restart; some engines restore them after `on_fit_start`
             _kept_results(pl_module).update(self._results)
 
     def on_train_batch_end(

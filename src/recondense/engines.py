@@ -383,15 +383,16 @@ class Zero(DeepSpeedStrategy):
         return True
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         for name, value in checkpoint["state_dict"].items():
             value = value.to(self.root_device)
             safe_set_full_fp32_param(parameters[name], value.float())
-            with torch.no_grad(), GatheredParameters([parameters[name]], modifier_rank=0, enabled=self.zero_stage_3):
+            own = deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0, enabled=self.zero_stage_3)
+            with torch.no_grad(), own:
                 parameters[name].copy_(value)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

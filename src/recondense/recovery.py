@@ -307,13 +307,15 @@ class RecoveryModule(L.LightningModule):
         mask = predicting(labels) if "labels" in batch else None
         logits = self(**inputs)
         size = labels.shape[0] if mask is None else int(mask.sum())  # a batch counts by what it predicts
-        # A process that has no window left computes one with the others, and it does not count.
-        of_all: dict[str, Any] = {"batch_size": 0 if "idle" in batch else size, "sync_dist": processes.world_size() > 1}
-        self.log(f"{self.stage}/validation_loss", cross_entropy(logits, labels), prog_bar=True, **of_all)
+        # A process that has no window left computes one with the others, and it does not count. Sizes are averaged as whole
+        # numbers, so they are given as multiples.
+        several = processes.world_size()
+        counts: dict[str, Any] = {"batch_size": 0 if "idle" in batch else size * several, "sync_dist": several > 1}
+        self.log(f"{self.stage}/validation_loss", cross_entropy(logits, labels), prog_bar=True, **counts)
         if self.teacher is not None:
             with self.original():
                 kl = forward_kl(logits, self(**inputs), mask_BS=mask)
-            self.log(f"{self.stage}/validation_kl", kl, **of_all)
+            self.log(f"{self.stage}/validation_kl", kl, **counts)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What trains, as an optimiser takes it: norms and biases are not decayed."""
