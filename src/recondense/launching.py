@@ -87,8 +87,8 @@ def layout(settings: TrainerConfig, gpu: bool) -> Layout:
     own = size // settings.num_nodes if settings.devices == "auto" else int(settings.devices)
     if own * settings.num_nodes != size:
         raise ValueError(
-            f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were started; "
-            "use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
+            f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
+            "started; use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
         )
     return Layout(own, settings.num_nodes, found=True)
 

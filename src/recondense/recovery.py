@@ -307,8 +307,8 @@ class RecoveryModule(L.LightningModule):
         mask = predicting(labels) if "labels" in batch else None
         logits = self(**inputs)
         size = labels.shape[0] if mask is None else int(mask.sum())  # a batch counts by what it predicts
-        # A process that has no window left computes one with the others, and it does not count. Sizes are averaged as whole
-        # numbers, so they are given as multiples.
+        # A process that has no window left computes one with the others, and it does not count. Sizes are averaged as
+        # whole numbers, so they are given as multiples.
         several = processes.world_size()
         counts: dict[str, Any] = {"batch_size": 0 if "idle" in batch else size * several, "sync_dist": several > 1}
         self.log(f"{self.stage}/validation_loss", cross_entropy(logits, labels), prog_bar=True, **counts)

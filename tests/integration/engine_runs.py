@@ -1,6 +1,6 @@
 """Recoveries of a tiny model by each engine on two processes; run as a script by a process that has imported all.
 
-    engine_runs.py FOLDER ENGINE...
+    engine_runs.py FOLDER TASKS ENGINE...
 
 A process writes what it saw of each engine to FOLDER/<engine>-<rank>.json.
 """
@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from recoveries import recovery
 from small import byte_tokenizer
-from tiny_models import VOCAB, qwen2_moe, windows
+from tiny_models import qwen2_moe, windows
 
 from callbacks.lm_eval import LmEval
 from recondense import engines, processes
@@ -121,7 +121,7 @@ def train(
 
 def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> dict[str, Any]:
     """Train with an engine, killed once; what this process saw."""
-    killed, before = train(engine, folder, KILLED_AT, tasks, where)
+    _, before = train(engine, folder, KILLED_AT, tasks, where)
     module, after = train(engine, folder, tasks=tasks, where=where)
     hollow = engines.is_hollow(module)
     if not hollow:
@@ -135,29 +135,22 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
         "state_elements": after.state_elements,
         "tasks": module.task_results,
         "hollow": hollow,
-        "calls": killed.stage,
     }
 
 
-def process(rank: int, port: int, folder: Path, names: Sequence[str], tasks: tuple[str, ...], where: Path) -> None:
+def process(rank: int, port: int, folder: Path, names: Sequence[str], where: Path) -> None:
     """One of the two."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(environment(rank, port))
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     for name in names:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        found = on_two(name, folder / name, tasks, where)
+        found = on_two(name, folder / name, TASKS, where)
         (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
     faulthandler.cancel_dump_traceback_later()
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    for noisy in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    folder, where, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+def on_processes(run: Callable[[int, int], None]) -> int:
+    """Fork two processes, each of which is given its rank and a port; the worse of their exit codes."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -167,8 +160,10 @@ def main() -> None:
         if not child:
             code = 1
             try:
-                process(rank, port, folder, names, TASKS, where)
+                run(rank, port)
                 code = 0
+            except SystemExit as error:
+                code = int(error.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -176,9 +171,22 @@ def main() -> None:
                 sys.stderr.flush()
                 os._exit(code)
         started.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in started))
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in started)
 
 
-assert VOCAB < 257
+def environment(rank: int, port: int) -> dict[str, str]:
+    """As torchrun sets it."""
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), **both}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for noisy in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    folder, where, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    sys.exit(on_processes(lambda rank, port: process(rank, port, folder, names, where)))
+
+
 if __name__ == "__main__":
     main()
