@@ -72,7 +72,7 @@ class LowRankExperts(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
         x_TD, top_k = hidden_states.to(dtype), top_k_index.shape[1]
         place_S = self._table(top_k_index.device)[top_k_index.flatten()]
-        if kind == "cpu" and self._small and not torch.is_grad_enabled() and 2 * len(place_S) <= self.num_experts:
+        if kind == "cpu" and self._small and 2 * len(place_S) <= self.num_experts and not _trains_with_others():
             y_SD = self._row_by_row(x_TD, place_S, top_k) * top_k_weights.flatten()[:, None]
             return y_SD.unflatten(0, (-1, top_k)).sum(dim=1).to(hidden_states.dtype)
         order_S = place_S.argsort(stable=True)
@@ -362,6 +362,11 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return cast(Tensor, _Collect.apply(grads[0], ctx.order_S, ctx.back_S, ctx.top_k)), None, None, None
+
+
+def _trains_with_others() -> bool:
+    """Whether gradients are reduced over processes: each weight must have one, and all in the same order."""
+    return torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class _Collect(torch.autograd.Function):
