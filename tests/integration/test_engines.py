@@ -152,7 +152,7 @@ def test_a_run_of_torchrun(one: tuple[Path, Any]) -> None:
     base, command = one
     ended = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
             *(str(engine_runs_root() / "train.py"), *command("three", "trainer=deepspeed_zero3")),
         ],
         cwd=base, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
