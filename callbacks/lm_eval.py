@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from recondense import engines, processes
+from recondense import processes
 from recondense.modes import evaluating
 
 Results = dict[str, dict[str, float]]
@@ -82,6 +82,8 @@ class LmEval(L.Callback):
         step = trainer.global_step
         if not self.tasks or step in self._results:
             return
+        from recondense import engines  # with the model families, which take seconds to import
+
         if engines.needs_all(trainer.strategy):
             with engines.gathered(pl_module):
                 results = self._run(trainer, pl_module)

@@ -29,7 +29,7 @@ def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatc
     assert launching.layout(TrainerConfig(devices=3, num_nodes=2), gpu=False).world_size == 6
     under_torchrun(monkeypatch, 4)
     assert launching.layout(auto, gpu=False) == launching.Layout(4, 1, found=True)
-    with pytest.raises(ValueError, match="4 processes were started; use trainer.devices=auto"):
+    with pytest.raises(ValueError, match="4 processes were started; use"):
         launching.layout(TrainerConfig(), gpu=False)
     assert "-m: 4 processes" in launching.of_a_sweep()[0]
 
