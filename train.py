@@ -16,8 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from recondense.command_line import build_steps, exit_codes, validate
+from recondense.command_line import again, build_steps, exit_codes, validate
 from recondense.config import from_dict
+from recondense.processes import first_to_start
 from recondense.sweeping import beside_others
 
 CONFIGS = Path(__file__).resolve().parent / "conf"
@@ -33,12 +34,13 @@ def job(settings: DictConfig) -> Any:
         config = from_dict(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True)))
         if beside_others(HydraConfig.get().launcher["_target_"]):  # the bars of several runs would fight for one line
             config = replace(config, trainer=replace(config.trainer, progress_bar=False))
-        return pipeline.run(config, build_steps(config.method), callbacks.of_run(config))
+        command = again(HydraConfig.get().overrides.task, HydraConfig.get().job.config_name)
+        return pipeline.run(config, build_steps(config.method), callbacks.of_run(config), command)
 
 
 def main() -> None:
     """Check the whole command, then run it."""
-    with exit_codes():
+    with exit_codes(silent=not first_to_start()):
         validate(CONFIGS, "train", sys.argv[1:])
         job()
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from recondense import processes
 from recondense.modes import evaluating
 
 Results = dict[str, dict[str, float]]
@@ -18,8 +19,9 @@ class LmEval(L.Callback):
     """Evaluate `pl_module.model` with `pl_module.tokenizer`, and log `<stage>/<task>/<metric>`.
 
     The results are also kept in `pl_module.task_results`, by optimiser step. Training does not notice: the random
-    states, and the mode of every submodule, are put back. Every rank evaluates (a sharded model's forward needs them
-    all); the first one logs. Results so far are part of the checkpoint, and an evaluated step is not evaluated again.
+    states, and the mode of every submodule, are put back. Every process evaluates where the model is spread over them
+    all, the first alone where it has a whole one; that one logs. Results so far are part of the checkpoint, and an
+    evaluated step is not evaluated again.
 
     Args:
         tasks: names of lm-eval tasks; none switches the callback off.
@@ -54,8 +56,8 @@ class LmEval(L.Callback):
         }
         self._results: dict[int, Results] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._results:  # of the steps before a restart
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._results:  # of the steps before a restart; some engines restore them after `on_fit_start`
             _kept_results(pl_module).update(self._results)
 
     def on_train_batch_end(
@@ -80,18 +82,25 @@ class LmEval(L.Callback):
         step = trainer.global_step
         if not self.tasks or step in self._results:
             return
-        from recondense import evaluate  # lm-eval takes seconds to import
+        from recondense import engines  # with the model families, which take seconds to import
 
-        module: Any = pl_module
-        with isolate_rng(), evaluating(pl_module), trainer.precision_plugin.forward_context():
-            results = evaluate.run_tasks(module.model, module.tokenizer, list(self.tasks), **self._settings)
+        if engines.needs_all(trainer.strategy):
+            with engines.gathered(pl_module):
+                results = self._run(trainer, pl_module)
+        else:
+            results = processes.by_first(lambda: self._run(trainer, pl_module))
         self._results[step] = results
         _kept_results(pl_module)[step] = results
         stage = getattr(pl_module, "stage", "recovery")
         metrics = {f"{stage}/{task}/{name}": value for task, found in results.items() for name, value in found.items()}
         for logger in trainer.loggers:  # does nothing on other ranks than the first
             logger.log_metrics(metrics, step=step)
-        trainer.strategy.barrier("lm_eval")
+
+    def _run(self, trainer: L.Trainer, module: Any) -> Results:
+        from recondense import evaluate  # lm-eval takes seconds to import
+
+        with isolate_rng(), evaluating(module), trainer.precision_plugin.forward_context():
+            return evaluate.run_tasks(module.model, module.tokenizer, list(self.tasks), **self._settings)
 
 
 def _kept_results(pl_module: L.LightningModule) -> dict[int, Results]:

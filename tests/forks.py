@@ -27,7 +27,7 @@ class Forks:
             [sys.executable, __file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={
-                **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src", ROOT / "tests"))),
+                **os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT, ROOT / "tests"))),
                 "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
             },
         )  # fmt: skip

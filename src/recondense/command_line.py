@@ -30,7 +30,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recondense import sweeping
+from recondense import launching, sweeping
 from recondense.config import Config, ConfigError, read
 from recondense.preflight import preflight
 from recondense.reading import nearest, suggestion, wrong_types
@@ -77,6 +77,7 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
         swept = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items() if multirun]
         intervals = multirun and sweeping.takes_intervals(hydra)
         jobs = _jobs([*swept, *args.overrides], multirun, intervals, loader, problems)
+        problems += launching.of_a_sweep() if multirun else []
         of_all = tuple(problems)
         for overrides in jobs:
             found: list[str] = []
@@ -266,6 +267,20 @@ def _groups(loader: ConfigLoader) -> list[str]:
     return [group for group in loader.list_groups("") if group != "hydra"]
 
 
+def again(task: Sequence[str], name: str | None) -> list[str]:
+    """The command of another process of the run that is going on here.
+
+    Args:
+        task: the run's overrides; of one of a sweep its own.
+        name: of the primary config.
+    """
+    args = get_args_parser().parse_args(sys.argv[1:])
+    where = [f"--config-dir={args.config_dir}"] if args.config_dir else []
+    search = [text for text in args.overrides if text.startswith("hydra.searchpath")]
+    # An experiment may be a sweep by its own settings.
+    return [sys.executable, sys.argv[0], *where, f"--config-name={name}", *task, *search, "hydra.mode=RUN"]
+
+
 class Reported(SystemExit):
     """The end of the process, after its reason was written."""
 
@@ -279,10 +294,11 @@ class JobFailed(Exception):
 
 
 @contextmanager
-def exit_codes(*, sweep: bool = False) -> Iterator[None]:
+def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
     """2 and the message alone for what the user can mend, 130 or 143 for Ctrl-C or SIGTERM; a traceback for all else.
 
     Args:
+        silent: without the message: another process writes the same.
         sweep: in a job of a sweep: what the user can mend is raised as `JobFailed` and does not end the process.
     """
     try:
@@ -297,6 +313,8 @@ def exit_codes(*, sweep: bool = False) -> Iterator[None]:
         messages = cast(ConfigError, error).messages if known else (str(error),)
         if sweep:
             raise JobFailed(messages) from None
+        if silent:
+            raise Reported(2) from None
         refuse(messages)
     except KeyboardInterrupt:
         _stopped(130)

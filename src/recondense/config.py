@@ -36,13 +36,14 @@ BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10
 NOT_IDENTITY = (
     *("experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "plan_only", "max_scratch_bytes", "metric"),
 )
+OF_PROCESSES = ("progress_bar", "devices", "num_nodes", "timeout_hours")  # of the trainer
 # Settings that are younger than the first runs: where they ask for nothing, they have no part in it either.
 YOUNGER: dict[str, dict[str, Any]] = {
     "recovery": {
         "epochs": None, "stages": None, "divergence": "forward_kl", "teacher": "shared", "teacher_top_k": 64,
         "teacher_path": None, "teacher_revision": None, "activation_checkpointing": False,
     },
-    "trainer": {"compile": False},
+    "trainer": {"compile": False, "strategy": "auto"},
     "data": {"form": None, "packing": True},
     "data.calibration": {"sources": None, "tape": "auto", "tape_dtype": "auto"},
     "model": {"streaming": False},
@@ -215,11 +216,24 @@ class CallbacksConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"] = "auto"
+    devices: int | str = 1
+    num_nodes: int = 1
+    timeout_hours: float = 12.0
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
     num_threads: int | None = None
     deterministic: bool = False
     compile: bool = False
     progress_bar: bool = True
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process holds a part of the weights, so that a forward pass needs all of them."""
+        return self.strategy == "fsdp2" or self.strategy.startswith("deepspeed_zero3")
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.strategy.startswith("deepspeed")
 
 
 @dataclass(frozen=True)
@@ -277,7 +291,8 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The part of the config that a result depends on."""
         found = {key: value for key, value in self.resolved().items() if key not in (*NOT_IDENTITY, "logger")}
-        del found["trainer"]["progress_bar"]
+        for name in OF_PROCESSES:
+            del found["trainer"][name]
         for where, settings in YOUNGER.items():
             group = functools.reduce(operator.getitem, where.split("."), found)
             for name in [name for name, absent in settings.items() if group[name] == absent]:

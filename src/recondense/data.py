@@ -16,7 +16,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recondense import processes
 from recondense.corpora import SPLITS, Corpora, check_paths, load_corpora, stdlib_corpora
+from recondense.losses import predicting
 from recondense.progress import track
 
 __all__ = [
@@ -168,7 +170,11 @@ def num_rows(table: Table) -> int:
 
 
 class Windows:
-    """Windows in batches, in their order; the last batch may be smaller."""
+    """Windows in batches, in their order; the last batch may be smaller.
+
+    Of several processes each has its part of every batch. One that has none of the last is given a window with the mark
+    `idle`, so that all do the same.
+    """
 
     def __init__(self, windows: Tensor | Table, batch_size: int) -> None:
         self.table = table_of(windows)
@@ -179,7 +185,15 @@ class Windows:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, num_rows(self.table), self.batch_size):
-            yield {name: column[start : start + self.batch_size] for name, column in self.table.items()}
+            rows = _own_rows(range(start, min(start + self.batch_size, num_rows(self.table))))
+            batch = {name: column[rows or [0]] for name, column in self.table.items()}
+            yield batch if rows else {**batch, "idle": torch.ones(())}
+
+
+def _own_rows(rows: Sequence[int]) -> list[int]:
+    """This process's part of a batch."""
+    size = -(-len(rows) // processes.world_size())
+    return list(rows[processes.rank() * size : (processes.rank() + 1) * size])
 
 
 class ShuffledWindows:
@@ -213,10 +227,18 @@ class ShuffledWindows:
             yield batch
 
     def batch(self, position: int) -> dict[str, Tensor]:
-        """The batch at a position, counted from 0."""
+        """The batch at a position, counted from 0; of several processes each has its part of it.
+
+        Where labels make parts of different sizes, `weight` is the number of predicted tokens relative to their mean.
+        """
         first = position * self.batch_size
         rows = [self._window_index(sample) for sample in range(first, first + self.batch_size)]
-        return {name: column[rows] for name, column in self.table.items()}
+        own = _own_rows(rows)
+        batch = {name: column[own] for name, column in self.table.items()}
+        if processes.world_size() > 1 and "labels" in self.table:
+            of_all = predicting(self.table["labels"][rows]).sum() / processes.world_size()
+            batch["weight"] = predicting(batch["labels"]).sum() / of_all
+        return batch
 
     def used(self) -> list[int]:
         """The windows that some batch holds, ascending."""

@@ -223,9 +223,19 @@ def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def gathered(model: PreTrainedModel) -> Iterator[Head]:
-    """The weights of the LM head, for use inside; the one place where a sharded head is put together."""
+    """The weights of the LM head, for use inside; the one place where one that ZeRO-3 spread is put together.
+
+    Under FSDP2 it lies in the root unit, which is gathered for the whole of a step.
+    """
     head: Any = model.lm_head
-    yield Head(head.weight, head.bias)
+    spread = [part for part in (head.weight, head.bias) if hasattr(part, "ds_id")]
+    if not spread:
+        yield Head(head.weight, head.bias)
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(spread):
+        yield Head(head.weight, head.bias)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from recondense import families
+from recondense import engines, families, processes
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
 from recondense.recovery import RecoveryModule, trained_state
@@ -37,6 +37,8 @@ def fit(
 ) -> Path:
     """Train, or go on from the newest checkpoint in a folder, or do nothing if the training is done.
 
+    All processes come here together. An engine that shards leaves the module without weights in all but the first.
+
     Args:
         module: what to train; left with the trained weights, in its model's dtype.
         folder: of checkpoints. `final.ckpt` is there when the training is done.
@@ -47,44 +49,107 @@ def fit(
     L.seed_everything(seed, verbose=False)
     module.prepare()
     final = folder / FINAL
-    dtype, device = module.model.dtype, module.model.device
+    dtype = module.model.dtype
     precision = precision_of(trainer, dtype)
-    if final.exists():
+    if processes.broadcast(final.exists()):
+        if processes.is_first():
+            log.info("%s: found trained in %s", module.stage, final)
         module.keep_trained_in_fp32(precision)  # the experts' implementation is the one after a training
-        log.info("%s: found trained in %s", module.stage, final)
     else:
-        if precision == "bf16-true" and dtype != torch.bfloat16:
-            raise ValueError(
-                f"trainer.precision=bf16-true would round all weights of a {dtype} model, frozen ones included; use "
-                "trainer.precision=bf16-mixed, or model.dtype=bfloat16"
-            )
-        module.keep_trained_in_fp32(precision)
-        module.train()
-        lightning = _trainer(module, folder, trainer, precision, callbacks, loggers)
-        newest = newest_checkpoint(folder)
-        if newest is not None:
-            log.info("%s: going on from %s", module.stage, newest)
-        try:
-            with (
-                _deterministic(trainer.deterministic or device.type == "cpu"),
-                families.checkpointing(module.model, module.recovery.activation_checkpointing),
-                families.compiling(module.model, trainer.compile),
-            ):
-                lightning.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
-        finally:
-            module.to(device)  # Lightning leaves every module on the CPU
-        if lightning.interrupted or lightning.global_step < module.recovery.steps:
-            raise KeyboardInterrupt
-        assert module.plan is not None
-        save_aside({"state_dict": trained_state(module), "plan": module.plan.to_dict()}, final)
-    state = torch.load(final, map_location="cpu", weights_only=True)
-    module.check_plan(state["plan"])
-    unknown = module.load_state_dict(state["state_dict"], strict=False).unexpected_keys
-    assert not unknown, unknown
+        _refuse_rounding(trainer, precision, dtype)
+        if not trainer.deepspeed:  # which keeps copies in fp32 of its own
+            module.keep_trained_in_fp32(precision)
+        _train(module, data, folder, trainer, precision, callbacks, loggers)
+    processes.barrier()
+    if not engines.is_hollow(module):
+        state = torch.load(final, map_location="cpu", weights_only=True)
+        module.check_plan(state["plan"])
+        unknown = module.load_state_dict(state["state_dict"], strict=False).unexpected_keys
+        assert not unknown, unknown
     module.to_dtype(dtype)
     module.eval()
     module.model.requires_grad_(False)
     return final
+
+
+def _refuse_rounding(trainer: TrainerConfig, precision: str, dtype: torch.dtype) -> None:
+    """What would round the weights of a model that is not in bf16."""
+    if dtype == torch.bfloat16 or not (precision == "bf16-true" or (trainer.deepspeed and precision == "bf16-mixed")):
+        return
+    instead = "trainer.precision=32-true" if trainer.deepspeed else "trainer.precision=bf16-mixed"
+    raise ValueError(
+        f"trainer.precision={precision} would round all weights of a {dtype} model, frozen ones included; use "
+        f"{instead}, or model.dtype=bfloat16"
+    )
+
+
+def _train(
+    module: RecoveryModule,
+    data: RecoveryData,
+    folder: Path,
+    settings: TrainerConfig,
+    precision: str,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+) -> None:
+    """Train the module, or the twin that an engine takes over, and write `final.ckpt`."""
+    device = module.model.device
+    newest = processes.broadcast(newest_checkpoint(folder))
+    if newest is not None and processes.is_first():
+        log.info("%s: going on from %s", module.stage, newest)
+    trained = _trained(module, settings)
+    trained.train()
+    lightning = _trainer(trained, folder, settings, precision, device, callbacks, loggers)
+    try:
+        with (
+            _deterministic(settings.deterministic or device.type == "cpu"),
+            families.checkpointing(trained.model, module.recovery.activation_checkpointing),
+            families.compiling(trained.model, settings.compile),
+        ):
+            lightning.fit(trained, datamodule=data, ckpt_path=newest, weights_only=True)
+        if lightning.interrupted or lightning.global_step < module.recovery.steps:
+            raise KeyboardInterrupt
+        assert module.plan is not None
+        state = trained_state(trained)
+        if processes.is_first():
+            save_aside({"state_dict": state, "plan": module.plan.to_dict()}, folder / FINAL)
+    finally:
+        if not engines.is_hollow(module):
+            module.to(device)  # Lightning leaves every module on the CPU
+
+
+def _trained(module: RecoveryModule, settings: TrainerConfig) -> RecoveryModule:
+    """What the Trainer is given: the module, or a twin of it."""
+    if not (settings.shards or settings.deepspeed):
+        return module
+    empty = settings.shards
+    if empty:
+        if processes.is_first():
+            module.to("cpu")  # at home, so that the cards are the shards'
+        else:
+            engines.forget(module)
+    twin = engines.twin_of(module, module.in_common(), empty)
+    if empty:
+        twin.shard = lambda: _shard(twin, module)
+    return twin
+
+
+def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
+    """Blocks of the student and of the teacher are units of their own, so that a pass gathers only its own."""
+    layers = list(families.decoder_layers(twin.model))
+    originals = twin.originals()
+    blocks = {layer: families.get_block(twin.model, layer) for layer in originals}
+    student = {id(each) for each in twin.model.modules()}
+    shared = [each for block in originals.values() for each in block.modules() if id(each) in student]
+    units = [*shared, *blocks.values(), *originals.values(), *layers]
+    units = [unit for unit in dict.fromkeys(units) if any(True for _ in unit.parameters())]
+    engines.shard(twin, home, units)
+    if all(isinstance(unit, engines.FSDPModule) for unit in units):
+        lowest = min(i for i, layer in enumerate(layers) if any(each.requires_grad for each in layer.parameters()))
+        order = [
+            each for i in reversed(range(lowest, len(layers))) for each in (layers[i], blocks.get(i)) if each in units
+        ]
+        engines.prefetch_backwards(twin, order)
 
 
 class AsideCheckpointIO(TorchCheckpointIO):
@@ -135,24 +200,23 @@ def _trainer(
     folder: Path,
     settings: TrainerConfig,
     precision: str,
+    device: torch.device,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
 ) -> L.Trainer:
     recovery = module.recovery
-    device = module.model.device
     accumulate = recovery.accumulate_grad_batches
     checkpoints = StepCheckpoint(
         dirpath=folder, filename="{step}", every_n_train_steps=recovery.checkpoint_every, save_on_train_epoch_end=False
     )
     return L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index or 0] if device.type == "cuda" else 1,
+        **engines.trainer_arguments(settings, device, module.data_dependent()),
         precision=precision,  # type: ignore[arg-type]
         max_steps=recovery.steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=recovery.gradient_clip,
         callbacks=[*callbacks, checkpoints],
-        plugins=[AsideCheckpointIO()],
+        plugins=[AsideCheckpointIO(), *([engines.Running()] if processes.grouped() else [])],
         logger=list(loggers) or False,
         log_every_n_steps=min(10, recovery.steps),
         val_check_interval=recovery.validate_every * accumulate or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recondense import families, paging, quantized
+from recondense import families, paging, processes, quantized
 from recondense.config import ModelConfig
 from recondense.progress import progress
 
@@ -110,10 +111,12 @@ def _unread(pages: Path) -> Iterator[None]:
 
 
 def device_of(settings: ModelConfig) -> torch.device:
-    """The device that the settings name; auto is the first GPU if there is one."""
-    if settings.device != "auto":
-        return torch.device(settings.device)
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    """The device that the settings name; auto is a GPU if there is one: the first, or that of each process's number."""
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if processes.world_size() > 1:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda:0" if settings.device == "auto" else settings.device)
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

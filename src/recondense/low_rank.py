@@ -72,7 +72,7 @@ class LowRankExperts(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
         x_TD, top_k = hidden_states.to(dtype), top_k_index.shape[1]
         place_S = self._table(top_k_index.device)[top_k_index.flatten()]
-        if kind == "cpu" and self._small and 2 * len(place_S) <= self.num_experts:
+        if kind == "cpu" and self._small and 2 * len(place_S) <= self.num_experts and not _trains_with_others():
             y_SD = self._row_by_row(x_TD, place_S, top_k) * top_k_weights.flatten()[:, None]
             return y_SD.unflatten(0, (-1, top_k)).sum(dim=1).to(hidden_states.dtype)
         order_S = place_S.argsort(stable=True)
@@ -84,8 +84,13 @@ class LowRankExperts(nn.Module):
         x_SD = _Spread.apply(x_TD, order_S, back_S, top_k)
         # Split once: the backward of a slice is as large as the whole, that of a split is one concatenation.
         parts = x_SD.split([sum(own) for own in counts])  # type: ignore[no-untyped-call]
-        used = [each for each in zip(buckets, parts, counts, on_device, strict=True) if len(each[1])]
-        y_SD = torch.cat([bucket(x_sD, own, counts_n, self.glu) for bucket, x_sD, own, counts_n in used])
+        y_SD = torch.cat(
+            [
+                bucket(x_sD, own, counts_n, self.glu) if len(x_sD) else bucket.idle(x_TD, self.glu)
+                for bucket, x_sD, own, counts_n in zip(buckets, parts, counts, on_device, strict=True)
+                if len(x_sD) or torch.is_grad_enabled()
+            ]
+        )
         weighted_SD = y_SD * top_k_weights.flatten()[order_S, None]
         y_TD: Tensor = _Collect.apply(weighted_SD, order_S, back_S, top_k)
         return y_TD.to(hidden_states.dtype)
@@ -209,6 +214,15 @@ class _Bucket(nn.Module):
             if len(x_tD):
                 outputs.append(_chain(x_tD, own_weights, self.gate_rows, glu, nn.functional.linear, own_biases))
         return torch.cat(outputs)
+
+    def idle(self, x_TD: Tensor, glu: Glu) -> Tensor:
+        """Outputs (0, D) of no token, which give every weight a gradient of zeros, in the order of others' gradients.
+
+        Processes whose tokens differ reduce gradients together, in the order in which these come.
+        """
+        counts = [1] + [0] * (self.num_experts - 1)
+        row_1D = x_TD.new_zeros(1, x_TD.shape[1])
+        return self(row_1D, counts, torch.tensor(counts, device=x_TD.device), glu)[:0]  # type: ignore[no-any-return]
 
     def _padded(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, glu: Glu) -> Tensor:
         most = max(counts)
@@ -348,6 +362,11 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return cast(Tensor, _Collect.apply(grads[0], ctx.order_S, ctx.back_S, ctx.top_k)), None, None, None
+
+
+def _trains_with_others() -> bool:
+    """Whether gradients are reduced over processes: each weight must have one, and all in the same order."""
+    return torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class _Collect(torch.autograd.Function):

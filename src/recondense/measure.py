@@ -15,6 +15,7 @@ import lightning as L
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recondense import processes
 from recondense.cache import JsonFolder, fingerprint
 from recondense.config import Config
 from recondense.evaluate import HELDOUT_TASKS, folder_tasks, heldout_tasks, perplexity, run_tasks
@@ -49,13 +50,15 @@ class Measure:
         self.tokenizer = tokenizer
         self.texts = texts
         self.stages = JsonFolder(folder / "stages")
+        self._of_all = processes.FirstProcess(self.stages)
         self._within = 0.0
         self._original = ""  # fingerprint of the weights as they were loaded
         data = texts.sha256()
-        if self.stages.setdefault("data", data) != data:
+        if self._of_all.setdefault("data", data) != data:
             raise ValueError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
         self.windows = self._windows()
-        self.tasks, self.include_path = self._tasks()
+        with processes.first_before_others():
+            self.tasks, self.include_path = self._tasks()
         if config.model.streaming and self.tasks:
             log.info("model.streaming: lm-eval needs a whole model; %s left out", ", ".join(self.tasks))
             self.tasks = []
@@ -78,8 +81,9 @@ class Measure:
             yield
         finally:
             spent = time.perf_counter() - started
-            seconds = self.seconds
-            self.stages["seconds"] = {**seconds, name: seconds.get(name, 0.0) + spent - self._within}
+            if processes.is_first():
+                seconds = self.seconds
+                self.stages["seconds"] = {**seconds, name: seconds.get(name, 0.0) + spent - self._within}
             self._within = outer + spent
 
     @property
@@ -94,15 +98,15 @@ class Measure:
         try:
             yield
         finally:
-            counts = self.counts
-            self.stages["recovery_seconds"] = {**counts, name: counts.get(name, 0.0) + time.perf_counter() - started}
+            counts = self.counts if processes.is_first() else {}
+            self._of_all["recovery_seconds"] = {**counts, name: counts.get(name, 0.0) + time.perf_counter() - started}
 
     def has(self, name: str) -> bool:
-        return name in self.stages
+        return name in self._of_all
 
     def keep_refit(self, errors: Mapping[int, Mapping[str, float]]) -> None:
         """Keep what a refit says of each layer; a restarted run keeps what its first start found."""
-        if errors:
+        if errors and processes.is_first():
             self.stages.setdefault("refit", {str(layer): dict(error) for layer, error in errors.items()})
 
     @property
@@ -115,7 +119,7 @@ class Measure:
         self._original = weights
         if self.has("original"):
             return
-        self.stages["original"] = self._once([weights], "original", None, self.tasks)
+        self._of_all["original"] = self._once([weights], "original", None, self.tasks)
 
     def _once(
         self, computes: Sequence[str], name: str, reference: Reference | None, tasks: list[str]
@@ -140,18 +144,18 @@ class Measure:
             [_digest(path) for folder in self.include_path for path in _deciding_files(folder)],
             [version(name) for name in ("torch", "transformers", "lm-eval")],
         )
-        known = JsonFolder(Path(config.cache_dir) / "evaluations")
+        known = processes.FirstProcess(JsonFolder(Path(config.cache_dir) / "evaluations"))
         if key not in known:
             with self.timed("evaluate"):
-                known[key] = self._quality(name, reference, tasks)
+                known[key] = processes.by_first(lambda: self._quality(name, reference, tasks))
         return known[key]
 
     def unchanged(self, module: RecoveryModule) -> None:
         """Memory and speed of the original alone, where no surgery gives it a counterpart."""
-        if "profile" not in self.stages["original"]:
+        if "profile" not in (original := self._of_all["original"]):
             with self.timed("profile"):
-                profile = self._profiles("original", module)["original"]
-            self.stages["original"] = {**self.stages["original"], "profile": profile}
+                profile = processes.by_first(lambda: self._profiles("original", module)["original"])
+            self._of_all["original"] = {**original, "profile": profile}
 
     def stage(self, name: str, module: RecoveryModule, original: Reference | None = None) -> None:
         """Measure the model as it is now, against the original where surgery has set one aside.
@@ -176,15 +180,15 @@ class Measure:
             found = self._once(computes, name, reference, wanted)
         else:
             with self.timed("evaluate"):
-                found = self._quality(name, reference, wanted)
+                found = processes.by_first(lambda: self._quality(name, reference, wanted))
         if name != "control":
             with self.timed("profile"):
-                profiles = self._profiles(name, module)
+                profiles = processes.by_first(lambda: self._profiles(name, module))
             if profiles:
                 found["profile"] = profiles.pop(name)
                 if "original" in profiles:
                     found["original_profile"] = profiles["original"]
-        self.stages[name] = found
+        self._of_all[name] = found
 
     def _quality(self, name: str, reference: Reference | None, tasks: list[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}

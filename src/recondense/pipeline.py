@@ -7,7 +7,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,19 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import families, loading, paging, profiling, quantized, report, summary, tiny, tracking
+from recondense import (
+    families,
+    launching,
+    loading,
+    paging,
+    processes,
+    profiling,
+    quantized,
+    report,
+    summary,
+    tiny,
+    tracking,
+)
 from recondense.config import Config, ConfigError, RecoveryConfig
 from recondense.export import export, how_to_load, layer_shapes, layout
 from recondense.hub import push_folder
@@ -50,12 +62,20 @@ def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path])
     return ()
 
 
-def run(config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks = no_callbacks) -> Any:
+def run(
+    config: Config,
+    steps: Sequence[MethodStep],
+    callbacks: MakeCallbacks = no_callbacks,
+    command: Sequence[str] | None = None,
+) -> Any:
     """One run, or what is left of it; the same config finds its folder again.
+
+    Of several processes the first writes, prints and evaluates.
 
     Args:
         steps: the method's steps, in order.
         callbacks: makes those of each Lightning Trainer.
+        command: starts a further process of this run; None: what started this one.
 
     Returns:
         the metric that a sweep compares, None if this run does not measure it; a tuple for several.
@@ -65,43 +85,70 @@ def run(config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks = 
         ValueError, OSError: what the user can mend; the message says how.
     """
     folder = config.run_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            _start(config, folder)
-            finished = folder / "summary.json"
-            if config.plan_only:
+    if config.plan_only:
+        if processes.first_to_start():
+            with _folder(config, folder):
                 plan_only(config, steps, folder)
-                return None
-            if not finished.exists():
-                _Run(config, steps, callbacks, folder).finish()
-            else:
-                print(f"all done: {folder} holds this run; overwrite=true starts it anew")
-            found = json.loads(finished.read_text(encoding="utf-8"))
-            report.print_report(found)
-            print(f"\nresults: {folder}")
-            return summary.metric(found, config.metric)
+        return None
+    gpu = loading.device_of(config.model).type == "cuda"
+    with launching.started(config.trainer, gpu, command), _folder(config, folder):
+        if not processes.broadcast((folder / "summary.json").exists()):
+            _Run(config, steps, callbacks, folder).finish()
+        elif processes.is_first():
+            print(f"all done: {folder} holds this run; overwrite=true starts it anew")
+        if not processes.is_first():
+            return None
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        report.print_report(found)
+        print(f"\nresults: {folder}")
+        return summary.metric(found, config.metric)
+
+
+@contextmanager
+def _folder(config: Config, folder: Path) -> Iterator[None]:
+    """Inside, the folder is this run's: no other process works in it but those of the run."""
+    _quiet(config)
+    if not processes.is_first():
+        processes.barrier()
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
     except Timeout:
         raise ConfigError(
             [f"run folder {folder}: another process is working in it; wait for it or set run_dir"]
         ) from None
+    try:
+        _start(config, folder)
+        processes.barrier()
+        yield
+    finally:
+        lock.release()
 
 
 def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
     """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
     settings = config.model
-    path = settings.path or tiny.ensure(settings, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))
-    return loading.load(settings, path, config.run_folder() / WORK / "layers" if settings.streaming else None)
+    path = settings.path or processes.by_first(
+        lambda: tiny.ensure(settings, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))
+    )
+    pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None
+    with processes.first_before_others() if settings.path else nullcontext():  # a hub id is downloaded once
+        return loading.load(settings, path, pages)
 
 
-def _start(config: Config, folder: Path) -> None:
-    """Settings of the process, and a folder that says what it holds."""
-    configure(None if config.trainer.progress_bar else False)
+def _quiet(config: Config) -> None:
+    """Settings of the process: what it shows, and its threads."""
+    configure(None if config.trainer.progress_bar and processes.is_first() else False)
     for logger in map(logging.getLogger, ("recondense", "callbacks")):
         if not logger.handlers:
             logger.addHandler(logging.StreamHandler())
             logger.setLevel(logging.INFO)
             logger.propagate = False  # Hydra's root handler would say everything twice
+        if not processes.is_first():
+            logger.setLevel(logging.ERROR)
     for noisy in ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "transformers.tokenization_utils_base"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # "loading", "exporting": the stages have bars of their own
@@ -110,6 +157,10 @@ def _start(config: Config, folder: Path) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning")
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
+
+
+def _start(config: Config, folder: Path) -> None:
+    """A folder that says what it holds."""
     if config.overwrite:
         for path in map(folder.joinpath, CONTENTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -129,15 +180,19 @@ class _Run:
         self.callbacks = callbacks
         self.folder = folder
         self.loggers: list[Logger] = []
+        self.memory: dict[str, int] = {}  # what the peak of a streamed run is made of
 
     def finish(self) -> None:
         """Run what is left, then write summary.json."""
         config = self.config
         wandb = config.logger.wandb
         named = replace(wandb, name=wandb.name or f"{config.experiment_name}-{config.run_hash()}")
-        self.loggers = tracking.make_loggers(replace(config.logger, wandb=named), self.folder, config.resolved())
+        if processes.is_first():
+            self.loggers = tracking.make_loggers(replace(config.logger, wandb=named), self.folder, config.resolved())
         try:
             found = self._stages()
+            if not processes.is_first():
+                return
             tracking.log_summary(self.loggers, found)
             write_aside(self.folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
             shutil.rmtree(self.folder / WORK, ignore_errors=True)
@@ -151,11 +206,11 @@ class _Run:
         config, folder = self.config, self.folder
         at_start = profiling.peak_resident_bytes()
         model, tokenizer = load(config, self.callbacks)
-        texts = Texts.read(config, bool(self.steps))
+        with processes.first_before_others():
+            texts = Texts.read(config, bool(self.steps))
         measure = Measure(config, folder, model, tokenizer, texts)
-        before = None
         if paging.is_streamed(model):
-            before = {
+            self.memory = {
                 "before_bytes": at_start,
                 "outside_layers_bytes": paging.bytes_outside_layers(model),
                 "layer_bytes": paging.page_bytes(model),
@@ -166,7 +221,8 @@ class _Run:
         sizes = {"original": summary.sizes(model)}
         with measure.timed("search"):
             plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder, measure.timed)
-        self._show(plan, model)
+        if processes.is_first():
+            self._show(plan, model)
         recovery = config.recovery if plan.operations else _without_teacher(config.recovery)
         stages = stages_of(replace(config, recovery=recovery))
         if recovery != config.recovery:
@@ -201,9 +257,19 @@ class _Run:
             measure.stage("recovered", module, self._original_again if config.model.streaming else None)
             if config.recovery.control and plan.operations:
                 fits.control(module)
-        found = summary.collect(config, recovery.objective, plan, sizes, measure, texts.sha256())
-        if config.recovery.objective != "none" and (config.recovery.stages or fits.texts.counts):
-            found["recovery_stages"] = fits.done
+        done = (
+            fits.done if config.recovery.objective != "none" and (config.recovery.stages or fits.texts.counts) else None
+        )
+        return processes.by_first(lambda: self._collect(measure, plan, recovery.objective, sizes, done))
+
+    def _collect(
+        self, measure: Measure, plan: Plan, objective: str, sizes: dict[str, Any], done: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        """What summary.json says, and the export."""
+        config, folder, model = self.config, self.folder, measure.model
+        found = summary.collect(config, objective, plan, sizes, measure, measure.texts.sha256())
+        if done is not None:
+            found["recovery_stages"] = done
         stored = quantized.stored(config.model.path, config.model.revision) if config.model.path else None
         if stored and plan.operations:
             found = summary.with_bytes_on_disk(found, stored, profiling.weights_bytes(model))
@@ -211,23 +277,22 @@ class _Run:
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
                 card = summary.model_card(found)
-                whole = replace(plan, history=history)
-                kind = export(model, tokenizer, whole, folder / "model", card, config.export)
+                whole = replace(plan, history=History.of_folder(config.model.path))
+                kind = export(model, measure.tokenizer, whole, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
             found["artifacts"] |= {"model": "model", "export_format": kind}
             if stored and plan.operations:
                 found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)
                 write_aside(folder / "model" / "README.md", summary.model_card(found) + how_to_load(folder / "model"))
             tracking.log_export(self.loggers, folder / "model")
-        if before is not None:
-            found["memory"] = self._memory(model, before)
+        if paging.is_streamed(model):
+            found["memory"] = self._memory()
         found["seconds"] = measure.seconds
         return found
 
-    def _memory(self, model: Any, before: Mapping[str, int]) -> dict[str, int]:
+    def _memory(self) -> dict[str, int]:
         """What a model larger than memory took of it, printed, and a warning where that is more than it should be."""
-        if not paging.is_streamed(model):  # it was brought in for a recovery
-            return {}
+        before = self.memory
         found = {"peak_resident_bytes": profiling.peak_resident_bytes(), **before}
         bound = before["before_bytes"] + before["outside_layers_bytes"] + 2 * before["layer_bytes"]
         bound += before["scratch_bytes"] + SLACK
@@ -253,7 +318,7 @@ class _Run:
         tracking.log_plan(self.loggers, plan.to_dict(), picture)
 
     def _recover(self, module: RecoveryModule, fits: Fits) -> None:
-        if module.teacher is not None:
+        if module.teacher is not None and processes.is_first():
             together = profiling.resident_bytes(module.model, module.teacher)
             alone = profiling.resident_bytes(module.model)
             with module.original():

@@ -14,7 +14,7 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, Qwen2MoeConfig
 
-from recondense import families, quantized
+from recondense import families, launching, quantized
 from recondense.checks import check, check_folder, task_files
 from recondense.config import CalibrationConfig, Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
@@ -48,6 +48,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         *([] if config.plan_only else [*check_paths(config.data), *_stages(config)]),
         *check_folder(config, stored_config(config.run_folder())),
         *([] if config.plan_only else [*_machine(config.model), *_tasks(config.evaluation), *_push(config)]),
+        *([] if config.plan_only else _processes(config)),
     ]
     if any("model.path" in problem for problem in found):
         return [problem for problem in problems if not problem.startswith("model.path")]
@@ -56,7 +57,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
     try:
         planned = planned_config(config.model, config.plan_only)
         problems += [f"model.path={config.model.path}: {problem}" for problem in quantized.check(planned.to_dict())]
-        problems += _attention(config, planned)
+        problems += [*_attention(config, planned), *_rounding(config, planned)]
         problems += [] if config.plan_only else _teachers(config, planned)
         if not steps and config.recovery.objective == "none":  # what is only measured needs no MoE layer
             return problems
@@ -240,6 +241,42 @@ def _machine(model: ModelConfig) -> list[str]:
     if on_cpu and model.attention == "flash_attention_2":
         problems.append("model.attention=flash_attention_2: runs on CUDA only. Use sdpa or eager.")
     return problems
+
+
+def _processes(config: Config) -> list[str]:
+    """What is wrong with the processes of the run and with what trains on them."""
+    trainer, recovery = config.trainer, config.recovery
+    stages = read_stages(config, []) if recovery.objective != "none" else []
+    gpu = config.model.device.startswith("cuda") or (config.model.device == "auto" and torch.cuda.is_available())
+    problems = launching.problems(
+        trainer, gpu, {f"{each.where}.batch_size": each.recovery.batch_size for each in stages}
+    )
+    if not problems and ":" in config.model.device and launching.layout(trainer, gpu).world_size > 1:
+        problems.append(f"model.device={config.model.device}: each process has a card of its own. Use auto.")
+    if trainer.shards:
+        problems += [
+            f"{each.where}.trainable=lora: adapters are merged into whole weights, and trainer={trainer.strategy} "
+            "leaves a part of them to each process. Use trainer=ddp or deepspeed_zero2, or trainable=experts."
+            for each in stages
+            if each.recovery.trainable == "lora"
+        ]
+    return problems
+
+
+def _rounding(config: Config, planned: PretrainedConfig) -> list[str]:
+    """A precision in which DeepSpeed would round the weights that are frozen."""
+    trainer = config.trainer
+    wanted = config.model.dtype if config.model.dtype != "auto" else str(planned.dtype).rpartition(".")[2]
+    if config.plan_only or not trainer.deepspeed or config.recovery.objective == "none":
+        return []
+    if trainer.precision.startswith("bf16") and wanted != "bfloat16":
+        return [
+            f"trainer.precision={trainer.precision}: DeepSpeed would round all weights of a model in {wanted}, the "
+            "original's too. Use trainer.precision=32-true, or model.dtype=bfloat16."
+        ]
+    if wanted == "float16":
+        return ["model.dtype=float16: DeepSpeed would train in fp16. Use model.dtype=bfloat16."]
+    return []
 
 
 def _tasks(evaluation: EvaluationConfig) -> list[str]:

@@ -5,7 +5,10 @@ All of them go the same way through the program and meet at each call here, in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -16,9 +19,17 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 
+_alone = False  # while the first works without the others
+
+
+def grouped() -> bool:
+    """Whether there is a process group, be it of one process."""
+    return dist.is_available() and dist.is_initialized() and not _alone
+
+
 def world_size() -> int:
     """How many there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if grouped() else 1
 
 
 def rank() -> int:
@@ -29,6 +40,11 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this one writes the run's files and prints."""
     return rank() == 0
+
+
+def on_this_node() -> int:
+    """How many there are on this machine; as many on each of the others."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
 def share(items: Sequence[Value]) -> Sequence[Value]:
@@ -58,6 +74,61 @@ def gather(value: Value) -> list[Value]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value, group=_group())
     return found
+
+
+def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The means over all processes of scalars."""
+    if world_size() == 1:
+        return values
+    both = torch.stack([value.float() for value in values.values()])
+    dist.all_reduce(both)
+    return dict(zip(values, both / world_size(), strict=True))
+
+
+def by_first(make: Callable[[], Value]) -> Value:
+    """What the first process makes, for all. Inside it is alone, and may call what all call together; others wait."""
+    if world_size() == 1:
+        return make()
+    made = None
+    if is_first():
+        with _working_alone():
+            made = make()
+    return broadcast(made)
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """What the first does inside it has done when the others begin: they find its downloads."""
+    if not is_first():
+        barrier()
+    yield
+    if is_first():
+        barrier()
+
+
+@contextmanager
+def _working_alone() -> Iterator[None]:
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def end() -> None:
+    """Leave the process group."""
+    _group.cache_clear()
+    deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
+    if deepspeed is not None:
+        deepspeed.cdb = None  # it would go on with the group that ended
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_start() -> bool:
+    """Whether this is the first process, by what its launcher has set; there may be no group yet."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 class FirstProcess(MutableMapping[str, dict[str, Any]]):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from recondense.modes import evaluating
 
@@ -256,7 +257,9 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     sizes: dict[tuple[Any, ...], int] = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        # Of a weight that is spread over processes (by FSDP2, by ZeRO-3) this one's part.
+        part = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
+        storage = part.untyped_storage()
         # Storages without an address (meta device) are told apart by their identity.
         address = storage.data_ptr() if storage.device.type != "meta" else 0
         key = (str(storage.device), address) if address else ("no address", storage._cdata)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from recondense import loading, paging, summary
+from recondense import loading, paging, processes, summary
 from recondense.config import Config, RecoveryConfig
 from recondense.data import RecoveryData, ShuffledWindows, num_rows
 from recondense.fitting import FINAL, fit, precision_of
@@ -68,7 +68,8 @@ class Fits:
                 self._fit(module, data, self.folder / stage.folder, callbacks)
                 module.finish()
             module.source = "shared"
-            self.done.append(self._describe(stage, recovery, data))
+            if processes.is_first():
+                self.done.append(self._describe(stage, recovery, data))
 
     def _on_disk(self, module: RecoveryModule) -> dict[str, CachedTeacher]:
         """The predictions that stages learn from disk, made where they are not there; then the original is freed."""
@@ -95,7 +96,8 @@ class Fits:
         device = module.model.device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
         k, temperature, batch_size = recovery.teacher_top_k, recovery.temperature, recovery.batch_size
-        return keep_predictions(module.original, windows, folder, k, temperature, batch_size, autocast)
+        with processes.first_before_others():
+            return keep_predictions(module.original, windows, folder, k, temperature, batch_size, autocast)
 
     def _teacher_of(self, stage: Stage, module: RecoveryModule) -> Any:
         """What a stage learns from where that is no file: the original, or another model, loaded now."""

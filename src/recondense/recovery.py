@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from recondense import adapters, families, passes, surgery
+from recondense import adapters, engines, families, passes, processes, surgery
 from recondense.chunking import CrossEntropy, Divergent, Hidden, Term, TopK, chunked
 from recondense.config import RecoveryConfig
 from recondense.losses import feature_matching, load_balancing, predicting
@@ -108,6 +108,7 @@ class RecoveryModule(L.LightningModule):
         self._released = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
+        self.shard: Callable[[], None] | None = None  # spreads the weights over the processes, once
 
     def prepare(self, refit: bool = True) -> Plan:
         """Search if there is no plan, apply the plan, freeze what does not train. Idempotent.
@@ -231,6 +232,33 @@ class RecoveryModule(L.LightningModule):
         if stage == "fit":
             self.train()  # transformers hands models out in evaluation mode
 
+    def configure_model(self) -> None:
+        shard, self.shard = self.shard, None
+        if shard is not None:
+            shard()
+
+    def in_common(self) -> list[object]:
+        """What a twin of this module shares with it: what is no part of the computation."""
+        kept = [self.teacher.kept()] if self.teacher is not None else []
+        return [
+            self.tokenizer,
+            self.plan,
+            self.task_results,
+            self._search,
+            self._record,
+            *([] if isinstance(self.source, str) else [self.source]),
+            *(p for own in kept for p in own),
+        ]
+
+    def originals(self) -> dict[int, nn.Module]:
+        """The teacher's own blocks, by decoder layer."""
+        return {} if self.teacher is None else {int(layer): block for layer, block in self.teacher.blocks.items()}
+
+    def data_dependent(self) -> list[nn.Module]:
+        """Blocks in which the tokens decide what runs, the teacher's among them."""
+        blocks = [families.get_block(self.model, layer) for layer in range(len(families.decoder_layers(self.model)))]
+        return [block for block in (*blocks, *self.originals().values()) if families.is_sparse(block)]
+
     def original(self) -> AbstractContextManager[PreTrainedModel]:
         """A context in which the model is the uncompressed one."""
         assert not self._released, "the original was freed: its predictions are on disk"
@@ -340,9 +368,13 @@ class RecoveryModule(L.LightningModule):
         return outputs_of([after[layer] for layer in self.plan.layers])
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        losses = self.losses(**batch)
-        self.log_dict({f"{self.stage}/{name}": value.detach() for name, value in losses.items() if name != "loss"})
-        self.log(f"{self.stage}/loss", losses["loss"].detach(), prog_bar=True)
+        inputs = {name: value for name, value in batch.items() if name != "weight"}
+        # Of several processes, each counts by what it predicts: their mean is that over the whole batch.
+        weight = batch.get("weight", 1.0)
+        losses = {name: weight * value for name, value in self.losses(**inputs).items()}
+        means = processes.mean({name: value.detach() for name, value in losses.items()})
+        self.log_dict({f"{self.stage}/{name}": value for name, value in means.items() if name != "loss"})
+        self.log(f"{self.stage}/loss", means["loss"], prog_bar=True)
         return losses["loss"]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
@@ -361,22 +393,31 @@ class RecoveryModule(L.LightningModule):
         terms += [] if taught.target is None else [(1.0, Divergent("forward_kl", taught.target))]
         with families.gathered(self.model) as head:
             _, sums = chunked(terms, student_TD, head)
-        # A batch counts by what it predicts.
+        # A batch counts by what it predicts. A process that has no window left computes one with the others, and it
+        # does not count. Sizes are averaged as whole numbers, so they are given as multiples.
         size = len(ids) if labels is None else counted.num_labels
+        several = processes.world_size()
+        counts: dict[str, Any] = {"batch_size": 0 if "idle" in batch else size * several, "sync_dist": several > 1}
         loss = sums[0] / max(1, counted.num_labels)
-        self.log(f"{self.stage}/validation_loss", loss, prog_bar=True, batch_size=size)
+        self.log(f"{self.stage}/validation_loss", loss, prog_bar=True, **counts)
         if taught.target is not None:
-            self.log(f"{self.stage}/validation_kl", sums[1] / max(1, len(counted)), batch_size=size)
+            self.log(f"{self.stage}/validation_kl", sums[1] / max(1, len(counted)), **counts)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What trains, as an optimiser takes it: norms and biases are not decayed."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        decayed = [p for p in trained if engines.num_dimensions(p) > 1]
+        others = [p for p in trained if engines.num_dimensions(p) <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": self.recovery.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:
         recovery = self.recovery
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [  # norms and biases are not decayed
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": recovery.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
         optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            self.parameter_groups(),
             lr=recovery.learning_rate,
             betas=(recovery.betas[0], recovery.betas[1]),
             fused=True,
@@ -405,18 +446,22 @@ class RecoveryModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """By norm. Lightning refuses a fused AdamW under mixed precision, which may unscale; bf16 has no scale."""
-        if gradient_clip_val:
+        if gradient_clip_val and not isinstance(self.trainer.strategy, engines.Zero):  # DeepSpeed clips itself
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_state(self)
         checkpoint["plan"] = self.plan.to_dict() if self.plan else None
-        checkpoint["random_states"] = random_states()
+        first, *others = processes.gather(random_states())
+        checkpoint["random_states"] = first
+        if others:
+            checkpoint["random_states_of_others"] = others
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_plan(checkpoint["plan"])
-        self._random_states = checkpoint["random_states"]
+        states = [checkpoint["random_states"], *checkpoint.get("random_states_of_others", ())]
+        self._random_states = states[min(processes.rank(), len(states) - 1)]
 
     def keep_trained_in_fp32(self, precision: str) -> None:
         """Hold what trains in fp32 under mixed precision: AdamW's small steps would vanish in bf16."""
@@ -463,8 +508,14 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
 
 
 def trained_state(module: RecoveryModule) -> dict[str, Tensor]:
-    """The part of a module's state that trains, detached."""
-    return {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+    """The part of a module's state that trains, detached and whole; empty in all processes but the first."""
+    found = {}
+    for name, value in module.named_parameters():
+        if value.requires_grad:
+            whole = engines.whole(value)
+            if processes.is_first():
+                found[name] = whole
+    return found
 
 
 def random_states() -> dict[str, Any]:

@@ -53,6 +53,10 @@ class SharedBackboneTeacher(nn.Module):
         own = {layer for layer, module in layers if any(id(inner) in kept for inner in module.modules())}
         return own | {int(layer) for layer in self.blocks}
 
+    def kept(self) -> list[nn.Parameter]:
+        """The weights that `keep` was told of."""
+        return [parameter for _, _, parameter in self._kept]
+
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
         """A context inside which the model computes what the original does."""

@@ -53,7 +53,8 @@ def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: S
     """
     settings = dict(model.pretrain or {})
     corpora = stdlib_corpora()
-    trainer = replace(trainer, precision="32-true", deterministic=True)  # the run's own settings make no other model
+    # the run's own settings make no other model
+    trainer = replace(trainer, precision="32-true", deterministic=True, strategy="auto")
     decides = VERSION, settings, corpora.sha256(), device_of(model).type
     folder = cache / "models" / f"tiny_moe-{fingerprint(*decides)}"
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ LEVELS = {
     0: (
         *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
         *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
-        *("instructions", "quantized", "processes", "chunking", "fused", "shelves"),
+        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching"),
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
@@ -23,7 +23,7 @@ LEVELS = {
     ),
     2: (
         *("calibrate", "methods", "surgery", "teacher", "teacher_cache", "evaluate", "profiling", "report", "pictures"),
-        *("tracking",),
+        *("tracking", "engines"),
     ),
     3: (
         *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),

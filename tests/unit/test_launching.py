@@ -1,0 +1,56 @@
+"""How many processes a run has, and what is refused before any of them loads weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from recondense import launching
+from recondense.config import Config, RecoveryConfig, TrainerConfig
+from recondense.preflight import preflight
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def under_torchrun(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(size))
+
+
+def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = TrainerConfig(devices="auto")
+    assert launching.layout(TrainerConfig(), gpu=False).world_size == 1
+    assert launching.layout(auto, gpu=False).world_size == 1
+    assert launching.layout(TrainerConfig(devices=3, num_nodes=2), gpu=False).world_size == 6
+    under_torchrun(monkeypatch, 4)
+    assert launching.layout(auto, gpu=False) == launching.Layout(4, 1, found=True)
+    with pytest.raises(ValueError, match="4 processes were started; use"):
+        launching.layout(TrainerConfig(), gpu=False)
+    assert "-m: 4 processes" in launching.of_a_sweep()[0]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "recovery", "message"),
+    [
+        ({"devices": 3}, {"batch_size": 8}, "recovery.batch_size=8: each of 3 processes takes an equal part"),
+        ({"devices": 0}, {}, "trainer.devices=0, trainer.num_nodes=1: write how many"),
+        ({"devices": "two"}, {}, "trainer.devices=two, trainer.num_nodes=1: write how many"),
+        ({"strategy": "fsdp2"}, {"trainable": "lora"}, "recovery.trainable=lora: adapters are merged"),
+        (
+            {"strategy": "deepspeed_zero3", "precision": "bf16-mixed"}, {},
+            "trainer.precision=bf16-mixed: DeepSpeed would round all weights of a model in float32",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_before_weights_load(trainer: dict[str, Any], recovery: dict[str, Any], message: str) -> None:
+    from recondense.config import ModelConfig
+
+    model = ModelConfig(dtype="float32", device="cpu", pretrain={"vocab_size": 97, "config": {}})
+    settings = RecoveryConfig(objective="finetune", **recovery)
+    found = preflight(Config(model=model, recovery=settings, trainer=TrainerConfig(**trainer)), [])
+    assert [problem for problem in found if problem.startswith(message)], found
