@@ -223,19 +223,13 @@ def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def gathered(model: PreTrainedModel) -> Iterator[Head]:
-    """The weights of the LM head, for use inside; the one place where one that ZeRO-3 spread is put together.
+    """The weights of the LM head, for use inside.
 
-    Under FSDP2 it lies in the root unit, which is gathered for the whole of a step.
+    Where an engine spreads them: under FSDP2 they lie in the root unit, which is gathered for the whole of a step;
+    ZeRO-3 gathers a weight when a module's attribute is read, and lets go of it with the root.
     """
     head: Any = model.lm_head
-    spread = [part for part in (head.weight, head.bias) if hasattr(part, "ds_id")]
-    if not spread:
-        yield Head(head.weight, head.bias)
-        return
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters(spread):
-        yield Head(head.weight, head.bias)
+    yield Head(head.weight, head.bias)
 
 
 @contextmanager
