@@ -174,18 +174,22 @@ class Tape:
 
     def _keep(self, layer: int, states: Iterator[Tensor]) -> None:
         """The states entering a layer, each checked; those that lie finished in the storage are taken from there."""
-        shelf = self.storage.shelf(f"states-{layer:03d}-of-{processes.rank() if self.split else 0:03d}")
+        shared = f"{processes.rank()}-of-{processes.world_size() if self.split else 1}"
+        shelf = self.storage.shelf(f"states-{layer:03d}-{shared}")
         self.states[layer] = shelf
         if len(shelf):
+            assert len(shelf) == len(self.blocks)
             return
+        finite = True
         for block, state_BSD in zip(self.blocks, states, strict=True):
-            if not bool(torch.isfinite(state_BSD[block.mask_BS]).all()):
-                where = "the embedding" if layer == 0 else f"decoder layer {layer - 1}"
-                raise ValueError(
-                    f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, "
-                    "or use model.dtype=float32 if the model overflows in half precision"
-                )
+            finite = finite and bool(torch.isfinite(state_BSD[block.mask_BS]).all())
             shelf.append(state_BSD)
+        if not all(processes.gather(finite) if self.split else [finite]):
+            where = "the embedding" if layer == 0 else f"decoder layer {layer - 1}"
+            raise ValueError(
+                f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, "
+                "or use model.dtype=float32 if the model overflows in half precision"
+            )
         if isinstance(shelf, DiskShelf) and shelf.named:
             shelf.finish()
 

@@ -183,7 +183,14 @@ def _stages(config: Config) -> Iterator[str]:
 
 
 def _streaming(config: Config) -> Iterator[str]:
-    """What a model larger than memory cannot do."""
+    """What a model larger than memory cannot do, and a tape in memory."""
+    tape, dtype = config.data.calibration.tape, config.data.calibration.tape_dtype
+    on_disk = tape == "disk" or (tape == "auto" and config.model.streaming)
+    if dtype != "auto" and not on_disk:
+        yield (
+            f"data.calibration.tape_dtype={dtype}: is of a tape on disk; use data.calibration.tape=disk, or "
+            "data.calibration.tape_dtype=auto."
+        )
     if not config.model.streaming or config.recovery.objective == "none":
         return
     for stage in read_stages(config, []):

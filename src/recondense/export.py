@@ -91,6 +91,7 @@ def export(
     with torch.no_grad():
         for piece in pieces(model, shapes, stock):
             writer.add(piece)
+            piece.clear()  # or it would be there until the next one is
     writer.finish()
     _write_config(model, shapes, stock, aside)
     if model.can_generate():
@@ -244,7 +245,7 @@ def _sparse_shape(block: families.SparseBlock) -> dict[str, Any]:
 
 
 def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Iterator[dict[str, Tensor]]:
-    """The exported weights under their names on disk: each decoder layer, then all else.
+    """The exported weights under their names on disk: each decoder layer in several parts, then all else.
 
     Args:
         shapes: as `layer_shapes`; a layer without ranks there is multiplied out.
@@ -261,7 +262,12 @@ def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Itera
                 state = _padded(model, layer, state, stock.width)
             moved = layer - sum(each < layer for each in gone)
             old, new = families.layer_prefix(layer), families.layer_prefix(moved)
-            yield revert_weight_conversion(model, {new + name.removeprefix(old): each for name, each in state.items()})
+            renamed = {new + name.removeprefix(old): each for name, each in state.items()}
+            del state
+            experts = [name for name in renamed if ".experts." in name]  # taken apart one by one: most of a layer
+            yield revert_weight_conversion(model, {n: each for n, each in renamed.items() if n not in experts})
+            for name in experts:
+                yield revert_weight_conversion(model, {name: renamed.pop(name)})
     inside = families.layers_prefix()
     tied = set(model.all_tied_weights_keys)
     rest = {name: each for name, each in model.state_dict().items() if not name.startswith(inside) and name not in tied}

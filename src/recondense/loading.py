@@ -7,7 +7,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def load(
         values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
         families.register_compressed(values.get("model_type", ""))
         dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        unread = nullcontext() if pages is None else _unread(pages)
+        unread = nullcontext() if pages is None else _unread(pages, partial(quantized.reading, values))
         with progress(f"loading {path}"), quantized.dequantising(values, dtype) as arguments, unread:
             if pages is not None:
                 arguments["device_map"] = {"": device_of(settings)}
@@ -90,7 +91,7 @@ def load(
 
 
 @contextmanager
-def _unread(pages: Path) -> Iterator[None]:
+def _unread(pages: Path, reading: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Inside, transformers loads what is outside the decoder layers; those get pages in place of weights."""
     own = PreTrainedModel._load_pretrained_model
 
@@ -99,7 +100,7 @@ def _unread(pages: Path) -> Iterator[None]:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.startswith(inside):
                 tensor._is_hf_initialized = True  # nothing to draw at random
-        info, index = paging.Pages(model, files, load_config, pages).load_the_rest(model)
+        info, index = paging.Pages(model, files, load_config, pages, reading).load_the_rest(model)
         info.missing_keys = {name for name in info.missing_keys if not name.startswith(inside)}
         return info, index
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import json
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 from recondense import families
 from recondense.cache import fingerprint
 from recondense.modules import shallow_copy
+from recondense.plan import write_aside
 from recondense.shelves import Disk, Memory, Storage
 
 State = dict[str, Tensor]
@@ -94,13 +98,59 @@ def bring_in(model: PreTrainedModel) -> None:
         pages.bring_in(model)
 
 
+def identify(model: PreTrainedModel, key: str) -> None:
+    """Say what decides the blocks that will be put away: the weights, and what they are computed on.
+
+    Files of a run with another key, in the same folder, are not taken back.
+    """
+    pages = _pages.get(model)
+    if pages is not None:
+        pages.identity = key
+
+
+def identity(model: PreTrainedModel) -> str:
+    """What `identify` said; empty of a model that is whole in memory."""
+    pages = _pages.get(model)
+    return "" if pages is None else pages.identity
+
+
 def standing(model: PreTrainedModel) -> str:
-    """A fingerprint of what stands in the layers of a streamed model: its own blocks, and those that were put away."""
-    pages = _pages[model]
-    layers = enumerate(families.decoder_layers(model))
-    return fingerprint(
-        [[pages.name_of(module), pages.name_of(families.get_block(model, layer))] for layer, module in layers]
-    )
+    """A fingerprint of what stands in the layers of a streamed model: its own blocks, and those that were put away.
+
+    Empty of a model that is whole in memory.
+    """
+    pages = _pages.get(model)
+    if pages is None:
+        return ""
+    layers = range(len(families.decoder_layers(model)))
+    return fingerprint(pages.identity, [name_standing(model, layer) for layer in layers])
+
+
+def name_standing(model: PreTrainedModel, layer: int) -> list[str]:
+    """What a layer of a streamed model and its block were put away as; empty texts for the checkpoint's own."""
+    pages = _pages.get(model)
+    units = [families.decoder_layers(model)[layer], families.get_block(model, layer)]
+    return [] if pages is None else [pages.name_of(unit) for unit in units]
+
+
+def remember(model: PreTrainedModel, name: str, values: dict[str, float]) -> None:
+    """Keep a few numbers beside a block that was put away under a name."""
+    pages = _pages.get(model)
+    if pages is not None:
+        write_aside(pages.folder / f"{name}.json", json.dumps(values))
+
+
+def remembered(model: PreTrainedModel, name: str) -> dict[str, float]:
+    """What was kept beside a block; empty if nothing."""
+    pages = _pages.get(model)
+    path = None if pages is None else pages.folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+
+
+def is_put_away(model: PreTrainedModel, name: str) -> bool:
+    """Whether there is a block of this name; always of a model that is whole in memory, which keeps none."""
+    pages = _pages.get(model)
+    return pages is None or (pages.folder / f"{name}.safetensors").exists()
 
 
 def bytes_outside_layers(model: PreTrainedModel) -> int:
@@ -131,11 +181,26 @@ class Pages:
         files: the safetensors files of the checkpoint.
         load_config: how transformers would read them: conversions, dtypes, quantisation.
         folder: for what is put away; made when something is.
+        reading: a context in which transformers reads the weights as they are stored.
+
+    Raises:
+        ValueError: weights that the checkpoint does not have.
     """
 
-    def __init__(self, model: PreTrainedModel, files: Sequence[str], load_config: Any, folder: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: Sequence[str],
+        load_config: Any,
+        folder: Path,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.folder = folder
-        self._shards = Shards(model, files, load_config)
+        self.identity = ""
+        self._numbers = count()
+        self._shards = Shards(model, files, load_config, reading)
+        inside = families.layers_prefix()
+        self._shards.refuse_missing([name for name in model.state_dict() if name.startswith(inside)])
         self._sources: weakref.WeakKeyDictionary[nn.Module, Callable[[], State]] = weakref.WeakKeyDictionary()
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._loaded: dict[nn.Module, State] = {}  # units with their tensors of the meta device
@@ -163,7 +228,8 @@ class Pages:
         known = [unit for unit in units if unit in self._sources]
         for unit in [unit for unit in self._loaded if unit not in known and not self._held[unit]]:
             self._let_go(unit)
-        self._held.update(known)
+        for unit in known:
+            self._held[unit] += 1
         try:
             for unit in known:
                 if unit not in self._loaded:
@@ -172,7 +238,10 @@ class Pages:
                     del state
             yield
         finally:
-            self._held.subtract(known)
+            for unit in known:
+                self._held[unit] -= 1
+                if not self._held[unit]:
+                    del self._held[unit]  # it must not keep what nobody uses any more
 
     def bring_in(self, model: PreTrainedModel) -> None:
         """See the function of this name."""
@@ -193,8 +262,8 @@ class Pages:
         """See the function of this name."""
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in block.state_dict().items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name or f'block-{id(block)}-{len(self._sources)}'}.safetensors"
-        aside = path.with_name(f".{path.name}.partial")
+        path = self.folder / f"{name or f'block-{os.getpid()}-{next(self._numbers)}'}.safetensors"
+        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         save_file(_without_aliases(state), aside)
         aside.replace(path)
         device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
@@ -240,10 +309,17 @@ class Shards:
         model: without any weights yet.
     """
 
-    def __init__(self, model: PreTrainedModel, files: Sequence[str], load_config: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: Sequence[str],
+        load_config: Any,
+        reading: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self.device = torch.device(load_config.device_map[""])
         self._dtype = model.dtype
         self._load_config = load_config
+        self._reading = reading
         # Reading assigns into a twin, so that what stands in the model does not matter.
         self._twin = copy.deepcopy(model)
         self._keys: dict[str, list[Stored]] = {}  # by the name in the model
@@ -265,6 +341,13 @@ class Shards:
         for name in names:
             yield name, self._read(name)
 
+    def refuse_missing(self, names: Sequence[str]) -> None:
+        """Raise for those of some weights that no file has."""
+        missing = [name for name in names if name not in self._keys]
+        if missing:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(f"the checkpoint lacks {len(missing)} weights of decoder layers: {shown}")
+
     def load(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> tuple[Any, Any]:
         """Read into a model the weights whose names are wanted."""
         keys = [key for name, keys in self._keys.items() if wanted(name) for key in keys]
@@ -272,6 +355,7 @@ class Shards:
             opened = {path: stack.enter_context(_opened(path)) for path in {each.path for each in keys}}
             slices = {each.key: opened[each.path].get_slice(each.key) for each in keys}
             stack.enter_context(_without_bars())
+            stack.enter_context(self._reading())
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
 
     def _read(self, name: str) -> Tensor:

@@ -84,10 +84,20 @@ def dequantising(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterato
         yield {"dtype": dtype, "quantization_config": Mxfp4Config(dequantize=True)}
         return
     how = FineGrainedFP8Config(**{**config["quantization_config"], "dequantize": True})
+    with reading(config):
+        yield {"dtype": dtype, "quantization_config": how}
+
+
+@contextmanager
+def reading(config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, transformers makes the weights of a config whole as they are stored."""
+    if method_of(config) != "fp8":
+        yield
+        return
     own = Fp8Dequantize._dequantize_one
     Fp8Dequantize._dequantize_one = _by_blocks_of_the_config(own)  # type: ignore[method-assign]
     try:
-        yield {"dtype": dtype, "quantization_config": how}
+        yield
     finally:
         Fp8Dequantize._dequantize_one = own  # type: ignore[method-assign]
 

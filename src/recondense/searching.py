@@ -163,8 +163,14 @@ def _storage(config: Config, model: PreTrainedModel, folder: Path) -> Storage:
     if settings.tape == "memory" or (settings.tape == "auto" and not streamed):
         return Memory()
     dtype = torch.bfloat16 if settings.tape_dtype == "bfloat16" else None
-    name = f"tape-{paging.standing(model)}" if streamed else None
-    return Disk(folder / WORK / (name or "tape"), dtype, families.device(model), keeps=streamed)
+    name = f"tape-{fingerprint(paging.standing(model), settings.tape_dtype, TEXTS_PER_BLOCK)}" if streamed else "tape"
+    return Disk(folder / WORK / name, dtype, families.device(model), keeps=streamed)
+
+
+def _rounded(config: Config, model: PreTrainedModel) -> list[str]:
+    """What the tape's states are rounded to: part of what decides a search."""
+    rounds = config.data.calibration.tape_dtype == "bfloat16" and model.dtype != torch.bfloat16
+    return ["tape in bfloat16"] if rounds else []
 
 
 def calibration(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> CalibrationSet:
@@ -201,6 +207,7 @@ def find_plan(
     if not steps:
         return Plan(model=name)
     found = {"weights": weights, "calibration": calibration(config, tokenizer, texts).fingerprint()}
+    paging.identify(model, fingerprint(found))
     record_split = recorder(config, model, tokenizer, texts, folder, timed, split=True)
     record_whole = recorder(config, model, tokenizer, texts, folder, timed)
     plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
@@ -261,7 +268,8 @@ def search_step(
 ) -> tuple[list[Operation], dict[str, Any]]:
     """Search one step with the cached orders that weights, calibration and the step's settings name."""
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
-    folder = Path(config.cache_dir) / "search" / fingerprint(dict(found), TEXTS_PER_BLOCK, step.key(), earlier)
+    key = fingerprint(dict(found), TEXTS_PER_BLOCK, step.key(), earlier, *_rounded(config, model))
+    folder = Path(config.cache_dir) / "search" / key
     folder.mkdir(parents=True, exist_ok=True)
 
     tape = cache(record)

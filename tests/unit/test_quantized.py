@@ -25,7 +25,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from recondense import loading, quantized
+from recondense import families, loading, paging, quantized
 from recondense.config import ModelConfig
 from recondense.export import export
 from recondense.plan import Plan
@@ -70,6 +70,19 @@ FORMATS: dict[str, tuple[Callable[[], Any], Callable[[Path, Any], dict[str, Tens
     "qwen2_moe": (qwen2_moe, fp8_folder, "fp8"),
     "gpt_oss": (gpt_oss, mxfp4_folder, "mxfp4"),
 }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_layers_that_are_read_one_at_a_time_are_made_whole_as_ever(tmp_path: Path, name: str) -> None:
+    make, folder_of, _ = FORMATS[name]
+    folder_of(tmp_path / "model", make())
+    settings = ModelConfig(attention="eager", device="cpu")
+    whole, model = (loading.load(settings, tmp_path / "model", pages)[0] for pages in (None, tmp_path / "pages"))
+    for layer, expected in enumerate(families.decoder_layers(whole)):
+        with paging.resident(model, layer):
+            found = families.decoder_layers(model)[layer].state_dict()
+            assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
+    assert loading.weights_fingerprint(model) == loading.weights_fingerprint(whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

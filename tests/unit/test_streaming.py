@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from searched import BUDGETS, METHODS, plan_of
 from small import byte_tokenizer
 from tiny_models import EVERY, blocks, qwen2_moe, recorded, texts, windows
@@ -22,7 +26,9 @@ from recondense.evaluate import perplexity
 from recondense.export import export
 from recondense.methods.importance import expert_importance
 from recondense.plan import Condense, Factorize, Plan, Prune, Refit
+from recondense.profiling import peak_tensor_bytes
 from recondense.shelves import Disk
+from recondense.surgery import least_squares
 from recondense.teacher_cache import keep_predictions
 
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
@@ -195,6 +201,91 @@ def test_what_was_killed_goes_on_at_its_layer(folder: Path, tmp_path: Path) -> N
     for layer, module in enumerate(families.decoder_layers(expected)):
         with paging.resident(again, layer):
             assert same(families.decoder_layers(again)[layer].state_dict(), module.state_dict())
+
+
+def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments are of the model before any layer was factorized; layers that were refitted are not solved again."""
+    plan = Plan(
+        "tiny",
+        (
+            *(Factorize(layer, RANKS, whitening=True) for layer in range(3)),
+            *(Refit(layer, "down_proj", 1e-2) for layer in range(3)),
+        ),
+    )
+    expected = opened(folder, None)
+    record = lambda: recorded(expected)  # noqa: E731
+    surgery.refit(expected, plan, surgery.apply(expected, plan, record), record, 1 << 26)
+    solved: list[int] = []
+    solve = least_squares._refit_layer
+    put_away, left = paging.Pages.put_away, [2]
+
+    def counted(model: Any, tape: Any, operation: Refit, *args: Any) -> Any:
+        solved.append(operation.layer)
+        return solve(model, tape, operation, *args)
+
+    def killed(self: Any, block: nn.Module, name: str | None) -> nn.Module:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return put_away(self, block, name)
+
+    monkeypatch.setattr(least_squares, "_refit_layer", counted)
+    for more in (2, 3, None):  # two layers, then one and two refits, then the rest
+        model = opened(folder, tmp_path / "pages")
+        left[0] = 100 if more is None else more
+        monkeypatch.setattr(paging.Pages, "put_away", killed)
+        again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
+        with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
+            surgery.refit(model, plan, surgery.apply(model, plan, again), again, 1 << 26)
+    assert solved == [0, 1, 2, 2]  # the third time the kill came before the last was on the disk
+    for layer, module in enumerate(families.decoder_layers(expected)):
+        with paging.resident(model, layer):
+            assert same(families.decoder_layers(model)[layer].state_dict(), module.state_dict())
+
+
+def test_what_is_put_away_goes_with_the_block_and_is_known_by_what_decided_it(folder: Path, tmp_path: Path) -> None:
+    model = opened(folder, tmp_path / "pages")
+    condense = Condense(0, (1, 4), (0.3, 0.4), 0.5)
+    for key in ("one", "other"):
+        paging.identify(model, key)
+        originals = surgery.apply(model, Plan("tiny", (condense,)))
+        with paging.resident(model, 0):
+            pass
+        families.set_block(model, 0, originals[0])
+    assert len(list((tmp_path / "pages").iterdir())) == 2  # other weights, or texts: another file
+    with paging.resident(model, 1):
+        block = paging.put_away(model, families.get_block(model, 1))
+    with families.swapped(model, {1: block}), paging.resident(model, 1):
+        pass
+    with paging.resident(model, 2):
+        assert len(list((tmp_path / "pages").iterdir())) == 3
+    del block
+    gc.collect()
+    assert len(list((tmp_path / "pages").iterdir())) == 2
+
+
+def test_a_checkpoint_without_a_layers_weight_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    files = (tmp_path / "model").glob("*.safetensors")
+    lacking = next(path for path in files if any("model.layers.1.mlp" in name for name in load_file(path)))
+    held = {name: value for name, value in load_file(lacking).items() if "model.layers.1.mlp" not in name}
+    save_file(held, lacking, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.path=.*: the checkpoint lacks \d+ weights of decoder layers: model"):
+        opened(tmp_path / "model", tmp_path / "pages")
+
+
+def test_export_holds_few_copies_of_a_layer(tmp_path: Path) -> None:
+    """At one time the layer, what is taken apart of one weight of it, and less than half of it for a shard."""
+    model = qwen2_moe(hidden_size=256, moe_intermediate_size=128, num_experts=16)
+    folder = written(model, tmp_path / "model")
+    page = paging.page_bytes(model)
+    del model
+    streamed = opened(folder, tmp_path / "pages")
+    peak = peak_tensor_bytes(lambda: export(streamed, None, Plan("tiny"), tmp_path / "out", ""), "cpu")
+    assert page < peak < 2.5 * page
+    assert same(tensors(tmp_path / "out"), tensors(folder))
 
 
 def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def layerwise(
     reused = len(names) - len(wanted)
     with progress(description, len(names)) as bar:
         bar.advance(reused)
-        together = processes.world_size()
+        # A tape of which every process has all texts: each of them searches all layers.
+        together = processes.world_size() if wanted and tape().split else 1
         for first in range(0, len(wanted), together):
             layers = wanted[first : first + together]
             for layer, (record, error) in zip(layers, _each(model, tape(), layers, known, work, bar), strict=True):
@@ -88,7 +89,5 @@ def _each(
             with resident(model, layer):
                 found = work(own, layer, known[layer], bar), None
         except ValueError as error:
-            if processes.world_size() == 1:
-                return [(None, error)]
             found = None, error
-    return processes.gather(found)[: len(layers)]
+    return processes.gather(found)[: len(layers)] if tape.split else [found]

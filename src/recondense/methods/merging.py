@@ -73,7 +73,7 @@ class Merging:
 
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration; the budget is not part of it."""
-        return {"method": "merging", "version": 1, "grouping": self.grouping}
+        return {"method": "merging", "version": 2, "grouping": self.grouping}
 
     @property
     def left_open(self) -> str:
@@ -133,9 +133,12 @@ class Merging:
         """What experts are compared by, one row each: similarity of router logits, or mean outputs (E, D)."""
         counts_E, _ = routing_totals(traces, block.num_experts)
         if self.grouping == "router_logits":
-            logits_TE = torch.cat([block.router(trace.x_TD)[0].double() for trace in traces])
-            unit_TE = logits_TE / logits_TE.norm(dim=0).clamp_min(1e-300)
-            features = unit_TE.T @ unit_TE
+            gram_EE = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64, device=counts_E.device)
+            for trace in traces:
+                logits_TE = block.router(trace.x_TD)[0].double()
+                gram_EE += logits_TE.T @ logits_TE
+            norms_E = gram_EE.diagonal().sqrt().clamp_min(1e-150)
+            features = gram_EE / (norms_E[:, None] * norms_E)
         else:
             experts = range(block.num_experts)
             sums = [

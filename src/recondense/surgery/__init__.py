@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from hashlib import sha256
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from recondense import families
-from recondense.paging import put_away, resident, taken_back
+from recondense import families, paging
+from recondense.cache import fingerprint
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
 from recondense.surgery import condense, drop, factorize, least_squares, merge, prune
 
@@ -66,16 +64,21 @@ def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> d
         ValueError: as `restructure`; an operation that needs calibration data, and no `record`.
     """
     originals: dict[int, nn.Module] = {}
-    done: dict[int, list[Operation]] = {}
     with _all_or_nothing(model, originals):
-        for whitened, operations in groupby(structural(plan), lambda each: getattr(each, "whitening", False)):
+        for whitened, group in groupby(structural(plan), lambda each: getattr(each, "whitening", False)):
+            operations = list(group)
             if whitened and record is None:
                 raise ValueError("plan: factorize with whitening needs the calibration set; none was given")
-            tape = cache(record) if whitened and record is not None else None
-            for operation in operations:
-                done.setdefault(operation.layer, []).append(operation)
-                block = _made(model, operation, tape, _name_of(done[operation.layer]))
-                _exchange(model, operation.layer, block, originals)
+            names = _names(model, operations, paging.standing(model) if whitened else "")
+            tape = None
+            if (
+                whitened
+                and record is not None
+                and not (paging.is_streamed(model) and all(paging.is_put_away(model, name) for name in names))
+            ):
+                tape = record()  # of the model before any of the group
+            for operation, name in zip(operations, names, strict=True):
+                _exchange(model, operation.layer, _made(model, operation, tape, name), originals)
     families.without_router_loss(model)
     return originals
 
@@ -129,26 +132,29 @@ def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
     raise AssertionError(operation)
 
 
-def _made(model: PreTrainedModel, operation: Operation, tape: Record | None, name: str) -> nn.Module:
+def _made(model: PreTrainedModel, operation: Operation, tape: Tape | None, name: str) -> nn.Module:
     """The block that an operation makes; of a model larger than memory it is put away, and not made twice."""
     if isinstance(operation, Drop):
         return _shaped(model, operation)
-    found = taken_back(model, lambda: _shaped(model, operation), name)
+    found = paging.taken_back(model, lambda: _shaped(model, operation), name)
     if found is not None:
         return found
-    if getattr(operation, "whitening", False) and tape is not None:
-        tape()  # before the layer is held: taping goes through all of them
-    with resident(model, operation.layer):
-        return put_away(model, _filled(model, operation, tape), name)
+    with paging.resident(model, operation.layer):
+        return paging.put_away(model, _filled(model, operation, tape), name)
 
 
-def _name_of(operations: Sequence[Operation]) -> str:
-    """What a layer's block is called after some operations."""
-    said = Plan("", tuple(operations)).to_json()
-    return f"layer-{operations[0].layer:03d}-{sha256(said.encode()).hexdigest()[:12]}"
+def _names(model: PreTrainedModel, operations: Sequence[Operation], context: str) -> list[str]:
+    """What blocks are put away as: by what stood in the layer, what is done to it, and what else decides that."""
+    standing: dict[int, Any] = {each.layer: paging.name_standing(model, each.layer) for each in operations}
+    names = []
+    for each in operations:
+        said = paging.identity(model), context, standing[each.layer], Plan("", (each,)).to_dict()["operations"]
+        names.append(f"layer-{each.layer:03d}-{fingerprint(*said)}")
+        standing[each.layer] = names[-1]
+    return names
 
 
-def _filled(model: PreTrainedModel, operation: Operation, tape: Record | None) -> nn.Module:
+def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
     """`_shaped`, with its weights."""
     before = _sparse_block(model, operation)
     after = _shaped(model, operation)
@@ -160,7 +166,7 @@ def _filled(model: PreTrainedModel, operation: Operation, tape: Record | None) -
         moments = None
         if operation.whitening:
             assert tape is not None
-            moments = factorize.second_moments(before, tape().trace(model, operation.layer))
+            moments = factorize.second_moments(before, tape.trace(model, operation.layer))
         factorize.fill(families.sparse_view(model, operation.layer, after).experts, before, moments)  # type: ignore[arg-type]
     return after
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense import families, paging
+from recondense.cache import fingerprint
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating
 from recondense.modules import CondensedMoE, expert_inner
@@ -83,15 +84,30 @@ def refit(
     report: dict[int, dict[str, float]] = {}
     with evaluating(model):
         for layer in range(first, tape.num_layers):
+            if layer in wanted:
+                report[layer] = _refitted(model, tape, wanted[layer], states, max_scratch_bytes)
+            entering, states = states, tape.storage.shelf()
             with resident(model, layer):
-                if layer in wanted:
-                    report[layer] = _refit_layer(model, tape, wanted[layer], states, max_scratch_bytes)
-                entering, states = states, tape.storage.shelf()
                 for index, state in enumerate(entering):
                     states.append(tape.run_layer(model, layer, index, state))
-                if layer in wanted:
-                    families.set_block(model, layer, put_away(model, families.get_block(model, layer)))
     return report
+
+
+def _refitted(
+    model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, max_scratch_bytes: int
+) -> dict[str, float]:
+    """Refit a layer; of a model larger than memory what was refitted is put away, and not solved twice."""
+    layer = operation.layer
+    name = f"refit-{layer:03d}-{fingerprint(paging.standing(model), asdict(operation))}"
+    known = paging.remembered(model, name)
+    block = paging.taken_back(model, lambda: families.get_block(model, layer), name) if known else None
+    if block is None:
+        with resident(model, layer):
+            known = _refit_layer(model, tape, operation, states, max_scratch_bytes)
+            block = put_away(model, families.get_block(model, layer), name)
+        paging.remember(model, name, known)
+    families.set_block(model, layer, block)
+    return known
 
 
 def _refit_layer(
