@@ -92,10 +92,11 @@ def is_streamed(model: PreTrainedModel) -> bool:
 
 
 def bring_in(model: PreTrainedModel) -> None:
-    """Read all that stands in the model's layers now: from here on it is whole in memory."""
+    """Read all that stands in the model's layers now: from here on it is whole in memory, and frozen."""
     pages = _pages.pop(model, None)
     if pages is not None:
         pages.bring_in(model)
+        model.requires_grad_(False)
 
 
 def identify(model: PreTrainedModel, key: str) -> None:
@@ -435,7 +436,7 @@ def _exchanged(unit: nn.Module, state: Mapping[str, Tensor]) -> State:
         tensors: Any = module._parameters if own in module._parameters else module._buffers
         before[name] = tensors[own]
         parameter = own in module._parameters and not isinstance(tensor, nn.Parameter)
-        tensors[own] = nn.Parameter(tensor, before[name].requires_grad) if parameter else tensor
+        tensors[own] = nn.Parameter(tensor, False) if parameter else tensor
     return before
 
 

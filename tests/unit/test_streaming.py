@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from recoveries import recovery
 from safetensors.torch import load_file, save_file
 from searched import BUDGETS, METHODS, plan_of
 from small import byte_tokenizer
@@ -27,6 +28,7 @@ from recondense.export import export
 from recondense.methods.importance import expert_importance
 from recondense.plan import Condense, Factorize, Plan, Prune, Refit
 from recondense.profiling import peak_tensor_bytes
+from recondense.recovery import RecoveryModule
 from recondense.shelves import Disk
 from recondense.surgery import least_squares
 from recondense.teacher_cache import keep_predictions
@@ -298,6 +300,23 @@ def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
     ids = windows(2, 9)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for pages in (None, tmp_path / "pages"):
+        plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
+        module = RecoveryModule(opened(folder, pages), recovery(objective="finetune"), plan=plan)
+        with paging.resident(module.model, 1):  # whatever is in memory while all is frozen
+            module.prepare(refit=False)
+        if pages is not None:
+            module.release_original()
+            paging.bring_in(module.model)
+        module.prepare()
+        module.losses(windows(2, 9))["loss"].backward()
+        found.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})
+    whole, streamed = found
+    assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
 
 
 def test_bf16_on_disk_is_the_rounded_state(folder: Path, tmp_path: Path) -> None:
