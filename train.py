@@ -34,7 +34,7 @@ def job(settings: DictConfig) -> Any:
         config = from_dict(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True)))
         if beside_others(HydraConfig.get().launcher["_target_"]):  # the bars of several runs would fight for one line
             config = replace(config, trainer=replace(config.trainer, progress_bar=False))
-        command = again(HydraConfig.get().overrides.task, HydraConfig.get().job.config_name)
+        command = again(__file__, HydraConfig.get().overrides.task, HydraConfig.get().job.config_name)
         return pipeline.run(config, build_steps(config.method), callbacks.of_run(config), command)
 
 

@@ -48,6 +48,7 @@ def _ranges(config: Config) -> Iterator[str]:
         ("evaluation.every_n_steps", evaluation.every_n_steps, 0),
         ("evaluation.perplexity_windows", evaluation.perplexity_windows, 1),
         ("trainer.num_threads", config.trainer.num_threads, 1),
+        ("trainer.timeout_hours", config.trainer.timeout_hours, 0.1),
     ]
     rows += _recovery_rows(config.recovery, "recovery")
     for name in ("batch_size", "prompt_length", "new_tokens", "repetitions"):
@@ -243,6 +244,11 @@ def _teacher(recovery: RecoveryConfig, where: str) -> Iterator[str]:
         yield (
             f"{where}.hidden_share={recovery.hidden_share}: {where}.teacher=cached keeps predictions on disk, not "
             f"hidden states. Use {where}.hidden_share=0, or {where}.teacher=shared."
+        )
+    if recovery.teacher == "model" and recovery.hidden_share:
+        yield (
+            f"{where}.hidden_share={recovery.hidden_share}: the layers of {where}.teacher=model need not be the "
+            f"student's. Use {where}.hidden_share=0, or {where}.teacher=shared."
         )
     if recovery.teacher == "model" and path is None:
         yield f"{where}.teacher_path is missing: {where}.teacher=model learns from it. Give a folder or a hub id."

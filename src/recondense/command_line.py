@@ -267,18 +267,20 @@ def _groups(loader: ConfigLoader) -> list[str]:
     return [group for group in loader.list_groups("") if group != "hydra"]
 
 
-def again(task: Sequence[str], name: str | None) -> list[str]:
+def again(script: str, task: Sequence[str], name: str | None) -> list[str]:
     """The command of another process of the run that is going on here.
 
     Args:
+        script: train.py; a launcher may have started something else.
         task: the run's overrides; of one of a sweep its own.
         name: of the primary config.
     """
-    args = get_args_parser().parse_args(sys.argv[1:])
+    args, _ = get_args_parser().parse_known_args(sys.argv[1:])
     where = [f"--config-dir={args.config_dir}"] if args.config_dir else []
     search = [text for text in args.overrides if text.startswith("hydra.searchpath")]
     # An experiment may be a sweep by its own settings.
-    return [sys.executable, sys.argv[0], *where, f"--config-name={name}", *task, *search, "hydra.mode=RUN"]
+    alone = "hydra.mode=RUN", "hydra/sweeper=basic", "hydra/launcher=basic"
+    return [sys.executable, script, *where, f"--config-name={name}", *task, *search, *alone]
 
 
 class Reported(SystemExit):

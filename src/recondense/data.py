@@ -236,8 +236,8 @@ class ShuffledWindows:
         own = _own_rows(rows)
         batch = {name: column[own] for name, column in self.table.items()}
         if processes.world_size() > 1 and "labels" in self.table:
-            of_all = predicting(self.table["labels"][rows]).sum() / processes.world_size()
-            batch["weight"] = predicting(batch["labels"]).sum() / of_all
+            of_all = predicting(self.table["labels"][rows]).sum().clamp_min(1)
+            batch["weight"] = predicting(batch["labels"]).sum() * processes.world_size() / of_all
         return batch
 
     def used(self) -> list[int]:

@@ -40,6 +40,11 @@ def needs_all(strategy: Strategy) -> bool:
     return isinstance(strategy, Sharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
 
 
+def has_leaves(strategy: Strategy) -> bool:
+    """Whether a strategy gathers some modules as a whole: ZeRO-3's leaves."""
+    return isinstance(strategy, Zero) and strategy.zero_stage_3
+
+
 class Running(ClusterEnvironment):
     """The processes that run already: Lightning starts none."""
 
@@ -273,10 +278,12 @@ class Sharded(ModelParallelStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # The module itself is the root unit: what lies in no other is gathered for the whole of a step.
-        return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)  # type: ignore[arg-type]
+        with self.precision_plugin.train_step_context():
+            return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)  # type: ignore[arg-type]
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward_redirection(self.model, self.lightning_module, "validation_step", *args, **kwargs)  # type: ignore[arg-type]
+        with self.precision_plugin.val_step_context():
+            return self._forward_redirection(self.model, self.lightning_module, "validation_step", *args, **kwargs)  # type: ignore[arg-type]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)

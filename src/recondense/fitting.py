@@ -15,6 +15,7 @@ import torch.utils.deterministic
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
 
 from recondense import engines, families, processes
 from recondense.config import TrainerConfig
@@ -54,7 +55,8 @@ def fit(
     if processes.broadcast(final.exists()):
         if processes.is_first():
             log.info("%s: found trained in %s", module.stage, final)
-        module.keep_trained_in_fp32(precision)  # the experts' implementation is the one after a training
+        if not trainer.deepspeed:
+            module.keep_trained_in_fp32(precision)  # the experts' implementation is the one after a training
     else:
         _refuse_rounding(trainer, precision, dtype)
         if not trainer.deepspeed:  # which keeps copies in fp32 of its own
@@ -93,7 +95,7 @@ def _train(
     loggers: Sequence[Logger],
 ) -> None:
     """Train the module, or the twin that an engine takes over, and write `final.ckpt`."""
-    device = module.model.device
+    device = module.computes_on
     newest = processes.broadcast(newest_checkpoint(folder))
     if newest is not None and processes.is_first():
         log.info("%s: going on from %s", module.stage, newest)
@@ -140,7 +142,7 @@ def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
     originals = twin.originals()
     blocks = {layer: families.get_block(twin.model, layer) for layer in originals}
     student = {id(each) for each in twin.model.modules()}
-    shared = [each for block in originals.values() for each in block.modules() if id(each) in student]
+    shared = [each for block in originals.values() for each in _outermost(block, student)]
     units = [*shared, *blocks.values(), *originals.values(), *layers]
     units = [unit for unit in dict.fromkeys(units) if any(True for _ in unit.parameters())]
     engines.shard(twin, home, units)
@@ -150,6 +152,15 @@ def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
             each for i in reversed(range(lowest, len(layers))) for each in (layers[i], blocks.get(i)) if each in units
         ]
         engines.prefetch_backwards(twin, order)
+
+
+def _outermost(module: nn.Module, wanted: set[int]) -> Iterator[nn.Module]:
+    """The modules in it that are wanted, by id, but none within another."""
+    for child in module.children():
+        if id(child) in wanted:
+            yield child
+        else:
+            yield from _outermost(child, wanted)
 
 
 class AsideCheckpointIO(TorchCheckpointIO):

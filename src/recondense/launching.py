@@ -81,6 +81,11 @@ def layout(settings: TrainerConfig, gpu: bool) -> Layout:
     """
     cluster = found_environment()
     if cluster is None:
+        if settings.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
+            raise ValueError(
+                f"trainer.num_nodes={settings.num_nodes}: nothing says where the other machines are; start with "
+                "torchrun or srun on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
+            )
         own = (torch.cuda.device_count() if gpu else 1) if settings.devices == "auto" else int(settings.devices)
         return Layout(max(own, 1), settings.num_nodes)
     size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if isinstance(cluster, SLURMEnvironment) else cluster.world_size()
@@ -162,7 +167,8 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
     if gpu:
         torch.cuda.set_device(local)
     timeout = timedelta(hours=settings.timeout_hours)  # the first evaluates alone while the others wait
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
+    with _meeting(children):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
     watch = _Watch.beginning(children)
     try:
         yield
@@ -175,6 +181,28 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
         watch.stop()
         processes.end()
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _meeting(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Ends this process when one that it started ends before all have met: it would wait for it, for hours."""
+    met = threading.Event()
+
+    def follow() -> None:
+        while not met.wait(POLL):
+            code = next((child.returncode for child in children if child.poll() is not None), None)
+            if code is not None and not met.is_set():
+                log.error("a process of this run ended with exit code %d before it had begun", code)
+                for child in children:
+                    child.kill()
+                logging.shutdown()
+                os._exit(code if code > 0 else 1)
+
+    threading.Thread(target=follow, daemon=True, name="recondense-meeting").start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 def _exit_code(error: BaseException) -> int:

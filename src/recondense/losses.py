@@ -5,7 +5,7 @@ Legend: C candidates, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -195,16 +195,21 @@ def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def feature_matching(student: Sequence[Tensor], teacher: Sequence[Tensor], mask_BS: Tensor | None = None) -> Tensor:
+def feature_matching(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask_BS: Tensor | None = None,
+    mean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda values: values,
+) -> Tensor:
     """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖², for hidden states (B, S, D).
 
     Args:
         mask_BS: positions that count (bool); None: all. The states may have the rows of the batch in one.
+        mean: over processes that share a batch; the mean of what they get is that of the whole batch.
     """
     if mask_BS is not None:
         student, teacher = ([h.flatten(0, 1)[mask_BS.flatten()] for h in states] for states in (student, teacher))
-    errors = [
-        F.mse_loss(mine.float(), theirs.float()) / theirs.float().square().mean().clamp_min(1e-12)
-        for mine, theirs in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(errors).mean()
+    errors = [F.mse_loss(m.float(), t.float(), reduction="sum") for m, t in zip(student, teacher, strict=True)]
+    norms = torch.stack([theirs.float().square().sum() for theirs in teacher])
+    least = 1e-12 * max(1, teacher[0].numel())
+    return (torch.stack(errors) / mean({"norms": norms})["norms"].clamp_min(least)).mean()

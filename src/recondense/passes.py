@@ -118,6 +118,32 @@ def keeping(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def differentiable(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Inside, what enters the lowest layer that trains requires a gradient, though nobody uses it.
+
+    ZeRO-3 frees the weights of a leaf module before their gradients come where its input has none.
+    """
+    layers = enumerate(families.decoder_layers(model))
+    lowest = next((module for _, module in layers if any(p.requires_grad for p in module.parameters())), None)
+    if not wanted or lowest is None:
+        yield
+        return
+
+    def require(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+    handle = lowest.register_forward_pre_hook(require, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def starting(
     model: PreTrainedModel, layer: int, states: Sequence[Tensor], arguments: Mapping[str, Any]
 ) -> Iterator[Any]:

@@ -106,7 +106,8 @@ class Fits:
             return "shared"
         path = str(recovery.teacher_path)
         settings = replace(self.config.model, path=path, revision=recovery.teacher_revision, tokenizer=None)
-        model, tokenizer = loading.load(settings, path)
+        with processes.first_before_others():  # a hub id is downloaded once
+            model, tokenizer = loading.load(settings, path)
         assert module.tokenizer is not None
         same_vocabulary(tokenizer, module.tokenizer, path)
         return OtherTeacher(model, module.model, path)

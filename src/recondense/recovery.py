@@ -108,6 +108,7 @@ class RecoveryModule(L.LightningModule):
         self._released = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
+        self.computes_on = families.device(model)  # also while its weights lie elsewhere
         self.shard: Callable[[], None] | None = None  # spreads the weights over the processes, once
 
     def prepare(self, refit: bool = True) -> Plan:
@@ -276,6 +277,7 @@ class RecoveryModule(L.LightningModule):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         window: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The objective (`loss`) and its parts, nats per token, for token ids (B, S).
 
@@ -283,6 +285,8 @@ class RecoveryModule(L.LightningModule):
             labels: the ids where they are to be predicted, MASKED elsewhere; None: each token but the first is.
             position_ids: begin at 0 with each example of a window; None: a window is one text.
             window: numbers of the windows, by which a teacher on disk keeps its predictions.
+            weight: of several processes, what this one predicts relative to their mean: their mean is that over the
+                whole batch.
         """
         recovery = self.recovery
         distill = recovery.objective == "distill"
@@ -296,12 +300,15 @@ class RecoveryModule(L.LightningModule):
             adapters.once(self.adapters),
             self._states() as mine,
             passes.starting(self.model, taught.layer, taught.entering, arguments) as own,
+            passes.differentiable(self.model, self._trainer is not None and engines.has_leaves(self.trainer.strategy)),
         ):
             student = passes.run(self.model, own)
         losses = self._divided(counted.rows(student.logits), counted, taught)
+        if weight is not None:
+            losses = {name: weight * value for name, value in losses.items()}
         if recovery.hidden_share and distill:
             mask = None if labels is None else predicting(labels)
-            losses["hidden"] = feature_matching(mine, taught.states, mask)
+            losses["hidden"] = feature_matching(mine, taught.states, mask, processes.mean)
             losses["loss"] = losses["loss"] + recovery.hidden_share * losses["hidden"]
         if self._router_auxiliary_loss and not distill:
             top_k = families.facts(self.model.config).top_k
@@ -347,15 +354,15 @@ class RecoveryModule(L.LightningModule):
             with families.gathered(self.model) as head:
                 return Taught(Hidden(counted.rows(found.logits), head), states, layer, entering)
         if isinstance(self.source, OtherTeacher):
-            with evaluating(self.source.model), self._states(self.source.model) as states:
+            with evaluating(self.source.model):
                 found = passes.run(self.source.model, arguments)
             with families.gathered(self.source.model) as head:
-                return Taught(Hidden(counted.rows(found.logits), head), states)
+                return Taught(Hidden(counted.rows(found.logits), head))
         assert window is not None, "a teacher on disk is asked by the numbers of windows"
         kept = self.source.read(window.tolist())
         return Taught(TopK(*(counted.rows(column).to(self.model.device) for column in kept)))
 
-    def _states(self, model: PreTrainedModel | None = None) -> AbstractContextManager[list[Tensor]]:
+    def _states(self) -> AbstractContextManager[list[Tensor]]:
         """Hidden states (B, S, D) after the layers that the plan changes, after the final norm for the last.
 
         transformers' own `hidden_states` are the same, but lack those of removed layers.
@@ -363,15 +370,11 @@ class RecoveryModule(L.LightningModule):
         if self.recovery.objective != "distill" or not self.recovery.hidden_share:
             return nullcontext([])
         assert self.plan is not None
-        model = model or self.model
-        after = [*families.decoder_layers(model)[:-1], families.final_norm(model)]
+        after = [*families.decoder_layers(self.model)[:-1], families.final_norm(self.model)]
         return outputs_of([after[layer] for layer in self.plan.layers])
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "weight"}
-        # Of several processes, each counts by what it predicts: their mean is that over the whole batch.
-        weight = batch.get("weight", 1.0)
-        losses = {name: weight * value for name, value in self.losses(**inputs).items()}
+        losses = self.losses(**batch)
         means = processes.mean({name: value.detach() for name, value in losses.items()})
         self.log_dict({f"{self.stage}/{name}": value for name, value in means.items() if name != "loss"})
         self.log(f"{self.stage}/loss", means["loss"], prog_bar=True)
@@ -514,7 +517,7 @@ def trained_state(module: RecoveryModule) -> dict[str, Tensor]:
         if value.requires_grad:
             whole = engines.whole(value)
             if processes.is_first():
-                found[name] = whole
+                found[name] = whole.cpu()  # all of them on one card would be much
     return found
 
 

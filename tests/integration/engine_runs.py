@@ -32,8 +32,9 @@ from recondense import engines, processes
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
 from recondense.fitting import fit
+from recondense.losses import MASKED
 from recondense.low_rank import LowRankExperts
-from recondense.plan import Condense, Factorize, Plan
+from recondense.plan import Condense, Factorize, Plan, Prune
 from recondense.recovery import RecoveryModule
 
 STEPS, KILLED_AT, SAVED = 10, 6, 4
@@ -138,6 +139,37 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
     }
 
 
+RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (8,) * 6)
+# Other plans, types and losses, four steps each: sparse blocks lowest, the shared router of a factorized layer, labels in
+# other numbers in each window, hidden states.
+SHORT: dict[str, dict[str, Any]] = {
+    "pruned": {"plan": Plan("tiny", (Prune(0, (0, 2, 3)), Factorize(1, RANKS))), "hidden_share": 0.5},
+    "bf16": {
+        "plan": Plan("tiny", (Prune(0, (0, 2, 3)), Condense(1, (1, 4), (0.3, 0.4), 0.4))),
+        "dtype": torch.bfloat16,
+    },
+    "fine-tuned": {"plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "objective": "finetune", "labels": True},
+}
+
+
+def short(name: str, strategy: str, folder: Path) -> list[float]:
+    """The losses of a few steps."""
+    own = dict(SHORT[name])
+    plan, dtype, labels = own.pop("plan"), own.pop("dtype", torch.float32), own.pop("labels", False)
+    model = qwen2_moe(vocab_size=257, max_position_embeddings=256).to(dtype)
+    module = RecoveryModule(model, recovery(steps=4, checkpoint_every=10, **own), plan=plan, tokenizer=byte_tokenizer())
+    module.prepare()
+    ids = windows(7, 8)
+    table: Any = ids
+    if labels:
+        counted = torch.arange(8) < torch.tensor([8, 3, 5, 2, 6, 4, 7])[:, None]
+        table = {"input_ids": ids, "labels": torch.where(counted, ids, torch.full_like(ids, MASKED))}
+    watching = Watching()
+    fit(module, RecoveryData(table, None, 2, 4, seed=3), folder, TrainerConfig(strategy=strategy, progress_bar=False),  # type: ignore[arg-type]
+        seed=1, callbacks=[watching])  # fmt: skip
+    return list(watching.losses.values())
+
+
 def process(rank: int, port: int, folder: Path, names: Sequence[str], where: Path) -> None:
     """One of the two."""
     os.environ.update(environment(rank, port))
@@ -145,6 +177,7 @@ def process(rank: int, port: int, folder: Path, names: Sequence[str], where: Pat
     for name in names:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         found = on_two(name, folder / name, TASKS, where)
+        found["short"] = {each: short(each, name, folder / name / each) for each in SHORT}
         (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
     faulthandler.cancel_dump_traceback_later()
 

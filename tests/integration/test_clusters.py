@@ -113,7 +113,7 @@ def test_a_jobs_folder_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -
 def test_runs_beside_others_have_no_bars(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One at a time, so in this process: joblib's launcher as it is."""
     seen: list[Config] = []
-    monkeypatch.setattr(pipeline, "run", lambda config, steps, callbacks: seen.append(config) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
     words = ("-m", "recovery=none", "method.num_layers=2,4", f"output_dir={tmp_path}/out")
     assert command(*words) == (0, "")
     code, err = command(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")

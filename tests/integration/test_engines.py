@@ -68,6 +68,20 @@ def test_two_processes_train_as_one(runs: Runs, engine: str) -> None:
     runs.same_weights(torch.load(runs.folder / engine / "weights-0.pt"))
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("short")
+    return {name: engine_runs.short(name, "auto", folder / name) for name in engine_runs.SHORT}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", engine_runs.SHORT)
+def test_other_plans_types_and_losses(runs: Runs, short: dict[str, list[float]], engine: str, name: str) -> None:
+    rounding = 3e-2 if name == "bf16" else 1e-4
+    for found in runs.seen(engine):
+        assert found["short"][name] == pytest.approx(short[name], rel=rounding) and len(short[name]) == 4
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_frozen_weights_cost_nothing(runs: Runs, engine: str) -> None:
     found = runs.seen(engine)
