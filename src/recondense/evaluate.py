@@ -53,8 +53,7 @@ def perplexity(
         model: runs where its weights are, in the precision that the caller's autocast sets; its mode is restored.
         windows_MS: ids; each window predicts its tokens but the first.
         batch_size: windows of a forward pass.
-        reference: gives a context which yields the original, inside which it may be `model` itself; both have the
-            same head.
+        reference: gives a context inside which `model` is the original, or which yields that; both have the same head.
         description: shown as progress; None shows none.
 
     Returns:
@@ -97,8 +96,8 @@ def _pairs(
     mine = _streamed(model, batches)
     theirs = None
     if reference is not None:
-        with reference() as original:
-            theirs = _streamed(original, batches)
+        with reference() as other:
+            theirs = _streamed(other or model, batches)
     for index, ids_BS in enumerate(batches):
         own_BSD = _hidden(model, ids_BS) if mine is None else mine[index]
         if reference is None:
@@ -106,8 +105,8 @@ def _pairs(
         elif theirs is not None:
             yield own_BSD, theirs[index]
         else:
-            with reference() as original:
-                original_BSD = _hidden(original, ids_BS)
+            with reference() as other:
+                original_BSD = _hidden(other or model, ids_BS)
             yield own_BSD, original_BSD
 
 

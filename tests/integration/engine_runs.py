@@ -140,8 +140,8 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
 
 
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (8,) * 6)
-# Other plans, types and losses, four steps each: sparse blocks lowest, the shared router of a factorized layer, labels in
-# other numbers in each window, hidden states.
+# Other plans, types and losses, four steps each: sparse blocks lowest, the shared router of a factorized layer, hidden
+# states, labels in other numbers in each window.
 SHORT: dict[str, dict[str, Any]] = {
     "pruned": {"plan": Plan("tiny", (Prune(0, (0, 2, 3)), Factorize(1, RANKS))), "hidden_share": 0.5},
     "bf16": {

@@ -19,7 +19,7 @@ from recondense.comparison import by_seed
 from recondense.config import Config, from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-SWEEPS = ("compare",)
+SWEEPS = ("compare", "pareto")
 EXPERIMENTS = sorted({path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")} - set(SWEEPS))
 SMOKE = (
     "model.pretrain.config.hidden_size=32", "model.pretrain.config.intermediate_size=32",

@@ -84,7 +84,7 @@ def test_all_wrong_values_are_reported_together() -> None:
         "recovery.betas=[0.9]: expected a list of 2 (each a finite number).",
         "recovery.schedule=liner: there is no such choice. Did you mean linear? Choices: constant, cosine, linear.",
         "data.calibration.num_sample: there is no such setting. Did you mean data.calibration.num_samples? "
-        "Choices: max_length, num_samples, path, sources.",
+        "Choices: max_length, num_samples, path, sources, tape, tape_dtype.",
         "evaluation.tasks=piqa: expected a list (each a text). Write evaluation.tasks=[piqa].",
         "evaluation.limit=all: expected a whole number.",
         "seed=one: expected a whole number.",

@@ -212,7 +212,7 @@ def test_a_fit_without_a_teacher_in_memory(tmp_path: Path) -> None:
 
 
 def test_another_model_teaches_and_stays_as_it_is(tmp_path: Path) -> None:
-    module = module_of(steps=3, hidden_share=0.25)
+    module = module_of(steps=3)
     teacher = qwen2_moe(seed=5)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     module.source = OtherTeacher(teacher, module.model, "another")

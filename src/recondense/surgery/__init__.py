@@ -145,6 +145,8 @@ def _made(model: PreTrainedModel, operation: Operation, tape: Tape | None, name:
 
 def _names(model: PreTrainedModel, operations: Sequence[Operation], context: str) -> list[str]:
     """What blocks are put away as: by what stood in the layer, what is done to it, and what else decides that."""
+    if not paging.is_streamed(model):
+        return [""] * len(operations)
     standing: dict[int, Any] = {each.layer: paging.name_standing(model, each.layer) for each in operations}
     names = []
     for each in operations:
