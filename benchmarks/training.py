@@ -9,8 +9,8 @@ other, so that a slow minute of the machine meets all. A token counts when it is
 On a machine that does other things too, compare tokens per second of CPU time, with --threads 1.
 
 Memory is the most that was resident while training (the kernel's high-water mark, put back after set-up), and the same
-less what the process had after its imports. The recoveries of recondense run as in train.py, the original kept for the
-final comparison also where nothing is distilled; `cached` has freed it.
+less what the process had after its imports. The recoveries of recondense run as in train.py: where nobody asks the
+original while training, it lies on the disk until the final comparison.
 
     (a) transformers' Trainer on the same condensed model: the authors' fine-tuning, each text cut at the length and
         padded to it; and once on the same packed windows as ours
@@ -234,13 +234,13 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
         turns.facts["kept_bytes_per_token"] = sum(file.stat().st_size for file in kept.files) / data["packed"].numel()
         windows["window"] = torch.arange(len(data["packed"]))
         module.source = kept
-        module.release_original()
     elif name == "model":
         module.source = OtherTeacher(model_of(args), model, "the original")
-        module.release_original()
     loader = RecoveryData(windows, None, args.batch_size, MOST_STEPS, seed=0)
     trainer = TrainerConfig(progress_bar=False, compile=args.compile)
-    fit(module, loader, folder / "checkpoints", trainer, 0, [LightningTurns(turns)])
+    asked = name == "shared"
+    with nullcontext() if asked else module.teacher.set_aside(folder / "original.safetensors"):
+        fit(module, loader, folder / "checkpoints", trainer, 0, [LightningTurns(turns)])
 
 
 def trainer(packed: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:

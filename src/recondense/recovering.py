@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from recondense.measure import Measure
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.recovery import RecoveryModule
-from recondense.searching import Texts
+from recondense.searching import WORK, Texts
 from recondense.stages import Stage
 from recondense.teacher import OtherTeacher, same_vocabulary
 from recondense.teacher_cache import CachedTeacher, keep_predictions, key_of
@@ -59,20 +60,39 @@ class Fits:
             module.release_original()
             with progress("the compressed model, whole"):
                 paging.bring_in(module.model)
-        for stage in self.stages:
-            with self.measure.timed("recover"), self.measure.counted(stage.name):
-                data, recovery = self._data(stage, module)
-                module.begin(recovery, stage.name)
-                module.source = sources.get(stage.name) or self._teacher_of(stage, module)
-                callbacks = self.callbacks(stage.name, self.measure.tasks, self.measure.include_path)
-                self._fit(module, data, self.folder / stage.folder, callbacks)
-                module.finish()
-            module.source = "shared"
-            if processes.is_first():
-                self.done.append(self._describe(stage, recovery, data))
+        with self._without_original(module):
+            for stage in self.stages:
+                self._stage(stage, module, sources.get(stage.name))
+
+    def _stage(self, stage: Stage, module: RecoveryModule, source: CachedTeacher | None) -> None:
+        with self.measure.timed("recover"), self.measure.counted(stage.name):
+            data, recovery = self._data(stage, module)
+            module.begin(recovery, stage.name)
+            module.source = source or self._teacher_of(stage, module)
+            callbacks = self.callbacks(stage.name, self.measure.tasks, self.measure.include_path)
+            self._fit(module, data, self.folder / stage.folder, callbacks)
+            module.finish()
+        module.source = "shared"
+        if processes.is_first():
+            self.done.append(self._describe(stage, recovery, data))
+
+    def _without_original(self, module: RecoveryModule) -> AbstractContextManager[None]:
+        """Inside, the memory of what the student does not use of the original is free, where nobody asks it."""
+        recoveries = [stage.recovery for stage in self.stages]
+        asked = any(
+            recovery.validate_every or (recovery.objective == "distill" and recovery.teacher == "shared")
+            for recovery in recoveries
+        )
+        spread = self.config.trainer.shards or self.config.trainer.deepspeed
+        if asked or spread or module.teacher is None:
+            return nullcontext()
+        return module.teacher.set_aside(self.folder / WORK / f"original-{processes.rank()}.safetensors")
 
     def _on_disk(self, module: RecoveryModule) -> dict[str, CachedTeacher]:
-        """The predictions that stages learn from disk, made where they are not there; then the original is freed."""
+        """The predictions that stages learn from disk, made where they are not there.
+
+        An engine that spreads weights frees the original then.
+        """
         sources: dict[str, CachedTeacher] = {}
         asks = [stage.recovery for stage in self.stages if stage.recovery.objective == "distill"]
         for stage in self.stages:
@@ -82,7 +102,8 @@ class Fits:
             with self.measure.timed("teacher"):
                 data, recovery = self._data(stage, module)
                 sources[stage.name] = self._kept(module, data, recovery)
-        if asks and all(recovery.teacher == "cached" for recovery in asks) and not self.config.recovery.control:
+        spread = self.config.trainer.shards or self.config.trainer.deepspeed
+        if spread and asks and all(each.teacher == "cached" for each in asks) and not self.config.recovery.control:
             log.info("the teacher's predictions are on disk: what the student does not use of the original is freed")
             module.release_original()
         return sources

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +48,28 @@ class SharedBackboneTeacher(nn.Module):
     def keep(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         """Go on using a weight of the shared backbone that the student has replaced by another."""
         self._kept.append((module, name, parameter))
+
+    @contextmanager
+    def set_aside(self, path: Path) -> Iterator[None]:
+        """Inside, the weights that the original alone has lie in a file; nobody may ask it. After, they are back.
+
+        Args:
+            path: of the file; it is gone afterwards.
+        """
+        used = {id(parameter) for parameter in (*self._model[0].parameters(), *self.kept())}
+        alone = {name: each for name, each in self.blocks.named_parameters() if id(each) not in used}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: each.detach().cpu().contiguous() for name, each in alone.items()}, path)
+        devices = {name: each.device for name, each in alone.items()}
+        for each in alone.values():
+            each.data = each.data.new_empty(0)
+        try:
+            yield
+        finally:
+            with safe_open(path, framework="pt") as file:
+                for name, each in alone.items():
+                    each.data = file.get_tensor(name).clone().to(devices[name])
+            path.unlink()
 
     def changed(self) -> set[int]:
         """Decoder layers in which the original differs from the student, adapters that are still in it apart."""
