@@ -1,6 +1,6 @@
 """How the cost of a search grows with tokens, layers and experts: slopes of seconds on log-log axes.
 
-    python benchmarks/growth.py [--repeats 3] [--hidden-size 128] [--json FILE]
+    python benchmarks/growth.py [--repeats 3] [--hidden-size 64] [--json FILE]
 
 Every point is a random Qwen2-MoE that differs from the base in one size. Searches are timed on a tape in memory, taping
 apart; of the repetitions, which go round all points, the fastest counts. CD-MoE's greedy layer search runs all layers
@@ -26,12 +26,12 @@ from recondense.methods.cdmoe import CDMoE
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.progress import track
 
-BASE = {"tokens": 2048, "layers": 6, "experts": 32, "chosen": 4}
+BASE = {"tokens": 1024, "layers": 6, "experts": 32, "chosen": 4}
 SCRATCH = 1 << 28
 LIMITS = {"tokens": 1.1, "layers": 1.1, "experts x chosen": 1.0}
 NOISE = 0.1  # of a slope, beyond which a limit counts as broken
 POINTS: dict[str, list[dict[str, int]]] = {
-    "tokens": [{"tokens": value} for value in (1024, 2048, 4096, 8192)],
+    "tokens": [{"tokens": value} for value in (512, 1024, 2048, 4096)],
     "layers": [{"layers": value} for value in (3, 6, 12, 24)],
     "experts x chosen": [
         {"experts": experts, "chosen": chosen} for experts, chosen in ((16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=64, help="of a routed expert")
     parser.add_argument("--scale", type=float, default=1.0, help="of the tokens of all points")
     parser.add_argument("--threads", type=int, default=1)

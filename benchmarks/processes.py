@@ -36,7 +36,7 @@ STEPS: dict[str, Any] = {
     "moei2": lambda: InterExpertPruning(population=40, iterations=20, parents=10, search_kind="genetic"),
     "reap": lambda: SaliencyPruning("reap", removed_expert_ratio=0.25),
 }
-SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 8, "num_experts": 32, "moe_intermediate_size": 128}
+SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 8, "num_experts": 16, "moe_intermediate_size": 128}
 SIZES |= {"shared_expert_intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
@@ -44,9 +44,9 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["cdmoe", "moei2"], choices=list(STEPS))
-    parser.add_argument("--texts", type=int, default=64, help="of random tokens")
+    parser.add_argument("--texts", type=int, default=32, help="of random tokens")
     parser.add_argument("--tokens", type=int, default=128, help="of a text")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--own", nargs=4, metavar=("METHOD", "RANK", "WORLD", "FOLDER"), help=argparse.SUPPRESS)
