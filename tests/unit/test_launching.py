@@ -26,7 +26,13 @@ def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatc
     auto = TrainerConfig(devices="auto")
     assert launching.layout(TrainerConfig(), gpu=False).world_size == 1
     assert launching.layout(auto, gpu=False).world_size == 1
-    assert launching.layout(TrainerConfig(devices=3, num_nodes=2), gpu=False).world_size == 6
+    nodes = TrainerConfig(devices=3, num_nodes=2)
+    with pytest.raises(ValueError, match="trainer.num_nodes=2: nothing says where the other machines are"):
+        launching.layout(nodes, gpu=False)
+    with monkeypatch.context() as named:
+        named.setenv("MASTER_ADDR", "10.0.0.1")
+        named.setenv("NODE_RANK", "0")
+        assert launching.layout(nodes, gpu=False).world_size == 6
     under_torchrun(monkeypatch, 4)
     assert launching.layout(auto, gpu=False) == launching.Layout(4, 1, found=True)
     with pytest.raises(ValueError, match="4 processes were started; use"):
