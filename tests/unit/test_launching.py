@@ -27,7 +27,7 @@ def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatc
     assert launching.layout(TrainerConfig(), gpu=False).world_size == 1
     assert launching.layout(auto, gpu=False).world_size == 1
     nodes = TrainerConfig(devices=3, num_nodes=2)
-    with pytest.raises(ValueError, match="trainer.num_nodes=2: nothing says where the other machines are"):
+    with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: nothing says where the other machines are"):
         launching.layout(nodes, gpu=False)
     with monkeypatch.context() as named:
         named.setenv("MASTER_ADDR", "10.0.0.1")
