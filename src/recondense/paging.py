@@ -149,9 +149,9 @@ def remembered(model: PreTrainedModel, name: str) -> dict[str, float]:
 
 
 def is_put_away(model: PreTrainedModel, name: str) -> bool:
-    """Whether there is a block of this name; always of a model that is whole in memory, which keeps none."""
+    """Whether there is a block of this name; never of a model that is whole in memory, which keeps none."""
     pages = _pages.get(model)
-    return pages is None or (pages.folder / f"{name}.safetensors").exists()
+    return pages is not None and (pages.folder / f"{name}.safetensors").exists()
 
 
 def bytes_outside_layers(model: PreTrainedModel) -> int:

@@ -40,8 +40,9 @@ def expert_importances(
 ) -> tuple[dict[int, list[float]], int]:
     """`expert_importance` of some layers, as far as the cache lacks it; and how many came out of the cache."""
     names = {layer: f"importance-{layer:03d}" for layer in blocks}
-    by_loss = [layer for layer in lacking(cache, names) if _by_loss(kind, blocks[layer])]
-    reused = len(names) - len(lacking(cache, names))
+    wanted = lacking(cache, names)
+    by_loss = [layer for layer in wanted if _by_loss(kind, blocks[layer])]
+    reused = len(names) - len(wanted)
     if by_loss:
         with progress(f"{description}: the loss without each", len(by_loss)) as bar:
             for layer in by_loss:  # on the way to the top, all processes go through each layer with their own texts

@@ -71,11 +71,7 @@ def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> d
                 raise ValueError("plan: factorize with whitening needs the calibration set; none was given")
             names = _names(model, operations, paging.standing(model) if whitened else "")
             tape = None
-            if (
-                whitened
-                and record is not None
-                and not (paging.is_streamed(model) and all(paging.is_put_away(model, name) for name in names))
-            ):
+            if whitened and record is not None and not all(paging.is_put_away(model, name) for name in names):
                 tape = record()  # of the model before any of the group
             for operation, name in zip(operations, names, strict=True):
                 _exchange(model, operation.layer, _made(model, operation, tape, name), originals)
