@@ -270,6 +270,10 @@ class Tape:
         shares = processes.gather([value.cpu() if isinstance(value, Tensor) else value for value in own])
         return [shares[index % len(shares)][index // len(shares)] for index in range(len(self.everything))]
 
+    def total(self, own: Sequence[Tensor]) -> Tensor:
+        """Sum over all blocks of texts in their order, from what this process's own gave; on the CPU."""
+        return torch.stack([value.cpu() for value in self.in_order(own)]).sum(dim=0)
+
     def mean_over_texts(self, values_CT: Sequence[Tensor]) -> Tensor:
         """Mean over the tokens of each text, then over texts in their order: each text weighs the same.
 

@@ -94,7 +94,7 @@ class Dropping:
         def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
             return {"cosine": self._similarity(model, tape, layer)}
 
-        found, _ = layerwise(model, tape, cache, names, work, "cosine similarity")
+        found, _ = layerwise(model, tape, cache, names, work, "cosine similarity", by_text=True)
         similarity = {layer: float(record["cosine"]) for layer, record in found.items()}
         return self._drops(model, similarity), {
             **self.key(),
@@ -133,16 +133,15 @@ class Dropping:
 
     @torch.no_grad()
     def _similarity(self, model: PreTrainedModel, tape: Tape, layer: int) -> float:
-        total, count = 0.0, 0
+        totals = []
         for index, trace in enumerate(tape.trace(model, layer)):
             after_TD = tape.real_tokens(index, tape.states[layer + 1][index]).float()
             if self.part == "moe":  # the residual stream between attention and the MoE block
                 before_TD = after_TD - trace.output_TD.float()
             else:
                 before_TD = tape.real_tokens(index, tape.states[layer][index]).float()
-            total += float(_cosine(before_TD, after_TD).double().sum())
-            count += len(after_TD)
-        return total / count
+            totals.append(_cosine(before_TD, after_TD).double().sum())
+        return float(tape.total(totals)) / tape.num_tokens
 
     def _size(self, model: PreTrainedModel, layer: int) -> int:
         """What the budget counts of what goes with a layer."""

@@ -1,4 +1,7 @@
-"""Searches that treat each layer on its own: what the cache lacks is searched, by all processes, a layer each."""
+"""Searches that treat each layer on its own: what the cache lacks is searched, by all processes.
+
+Each of them takes a layer, or, where a layer's record is made of sums over texts, its own texts of every layer.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ def layerwise(
     description: str,
     enough: Callable[[Record], bool] = lambda record: True,
     failed: dict[int, str] | None = None,
+    by_text: bool = False,
 ) -> tuple[dict[int, Record], int]:
     """One record a layer.
 
@@ -47,6 +51,8 @@ def layerwise(
         description: shown as progress.
         enough: whether a record that the cache has answers all that is asked.
         failed: takes the message of a ValueError of `work`, by layer; None: it is raised.
+        by_text: `work` gets the states on this process's texts, and puts together what all processes found, with
+            `Tape.total` or `Tape.in_order`; none has to be sent the states of others.
 
     Returns:
         the records that were found, by layer, and how many of them came out of the cache.
@@ -56,11 +62,13 @@ def layerwise(
     reused = len(names) - len(wanted)
     with progress(description, len(names)) as bar:
         bar.advance(reused)
-        # A tape of which every process has all texts: each of them searches all layers.
-        together = processes.world_size() if wanted and tape().split else 1
+        # Where every process has all texts, each of them searches all layers.
+        together = processes.world_size() if wanted and tape().split and not by_text else 1
         for first in range(0, len(wanted), together):
             layers = wanted[first : first + together]
-            for layer, (record, error) in zip(layers, _each(model, tape(), layers, known, work, bar), strict=True):
+            for layer, (record, error) in zip(
+                layers, _each(model, tape(), layers, known, work, bar, by_text), strict=True
+            ):
                 if error is not None and failed is None:
                     raise error
                 if error is not None and failed is not None:
@@ -79,15 +87,17 @@ def _each(
     known: dict[int, Record | None],
     work: Callable[[Tape, int, Record | None, Stage], Record],
     bar: Stage,
+    by_text: bool,
 ) -> list[tuple[Record | None, ValueError | None]]:
     """What the processes find for some layers, one each; all of them get all of it."""
-    own = tape.excerpt(layers)
+    apart = tape.split and not by_text
+    own = tape.excerpt(layers) if apart else tape
     found: tuple[Record | None, ValueError | None] = None, None
     if own is not None:
-        layer = layers[processes.rank()] if tape.split else layers[0]
+        layer = layers[processes.rank()] if apart else layers[0]
         try:
             with resident(model, layer):
                 found = work(own, layer, known[layer], bar), None
         except ValueError as error:
             found = None, error
-    return processes.gather(found)[: len(layers)] if tape.split else [found]
+    return processes.gather(found)[: len(layers)] if apart else [found]

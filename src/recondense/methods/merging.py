@@ -110,9 +110,9 @@ class Merging:
         names = {layer: f"features-{layer:03d}" for layer in blocks}
 
         def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
-            return self._features(blocks[layer], tape.trace(model, layer))
+            return self._features(blocks[layer], tape, tape.trace(model, layer))
 
-        found, _ = layerwise(model, tape, cache, names, work, "similarity of experts")
+        found, _ = layerwise(model, tape, cache, names, work, "similarity of experts", by_text=True)
         counts = {layer: list(entry["counts"]) for layer, entry in found.items()}
         gone = self.budget.experts_to_drop(model, router_rows=False)
         numbers = self._numbers(counts, gone)
@@ -129,14 +129,11 @@ class Merging:
         }
 
     @torch.no_grad()
-    def _features(self, block: SparseBlock, traces: Sequence[LayerTrace]) -> dict[str, Any]:
+    def _features(self, block: SparseBlock, tape: Tape, traces: Sequence[LayerTrace]) -> dict[str, Any]:
         """What experts are compared by, one row each: similarity of router logits, or mean outputs (E, D)."""
-        counts_E, _ = routing_totals(traces, block.num_experts)
+        counts_E, _ = routing_totals(tape, traces, block.num_experts)
         if self.grouping == "router_logits":
-            gram_EE = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64, device=counts_E.device)
-            for trace in traces:
-                logits_TE = block.router(trace.x_TD)[0].double()
-                gram_EE += logits_TE.T @ logits_TE
+            gram_EE = tape.total([_gram(block.router(trace.x_TD)[0].double()) for trace in traces])
             norms_E = gram_EE.diagonal().sqrt().clamp_min(1e-150)
             features = gram_EE / (norms_E[:, None] * norms_E)
         else:
@@ -145,7 +142,7 @@ class Merging:
                 torch.stack([expert_outputs(trace.x_TD, block.weights, [e])[0].double().sum(dim=0) for e in experts])
                 for trace in traces
             ]
-            features = torch.stack(sums).sum(dim=0) / sum(len(trace.x_TD) for trace in traces)
+            features = tape.total(sums) / tape.num_tokens
         return {"counts": counts_E.double().tolist(), "features": features.tolist()}
 
     def _numbers(self, counts: dict[int, list[float]], gone: int) -> dict[int, int]:
@@ -181,6 +178,10 @@ class Merging:
         weights = [_shares([counts[expert] for expert in group]) for group in parted]
         align = self.grouping == "router_logits"
         return Merge(layer, tuple(map(tuple, parted)), tuple(weights), align)
+
+
+def _gram(logits_TE: Tensor) -> Tensor:
+    return logits_TE.T @ logits_TE
 
 
 def _even(experts: dict[int, int], gone: int) -> dict[int, int]:

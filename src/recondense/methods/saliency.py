@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +117,7 @@ class SaliencyPruning:
             def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
                 return {"saliency": self._scores(model, tape, blocks[layer])}
 
-            found, _ = layerwise(model, tape, cache, names, work, f"saliency: {self.saliency}")
+            found, _ = layerwise(model, tape, cache, names, work, f"saliency: {self.saliency}", by_text=True)
             scores = {layer: list(record["saliency"]) for layer, record in found.items()}
         return self._prunes(model, scores, everywhere=self.allocation == "uniform"), {
             **self.key(),
@@ -150,11 +150,11 @@ class SaliencyPruning:
 
     def _scores(self, model: PreTrainedModel, tape: Tape, block: SparseBlock) -> list[float]:
         traces = tape.trace(model, block.layer)
-        counts_E, weights_E = routing_totals(traces, block.num_experts)
+        counts_E, weights_E = routing_totals(tape, traces, block.num_experts)
         if self.saliency in ("frequency", "routing_weight"):
             return [float(value) for value in (counts_E if self.saliency == "frequency" else weights_E)]
-        norms_E = _weighted_norms(block, traces)
-        return (norms_E / counts_E.cpu().clamp_min(1) if self.saliency == "reap" else norms_E).tolist()
+        norms_E = tape.total([_weighted_norms(block, trace) for trace in traces])
+        return (norms_E / counts_E.clamp_min(1) if self.saliency == "reap" else norms_E).tolist()
 
 
 def too_much(removed_expert_ratio: float | None, facts: Facts) -> list[str]:
@@ -180,17 +180,16 @@ def _rows(values: list[float], num_groups: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _weighted_norms(block: SparseBlock, traces: Sequence[LayerTrace]) -> Tensor:
-    """Σ weight·‖E(x)‖₂ over the calibration tokens that select each expert; (E,) in fp64."""
-    norms_E = torch.zeros(block.num_experts, dtype=torch.float64)
-    for trace in traces:
-        for expert in range(block.num_experts):
-            chosen_TK = trace.top_k_index_TK == expert
-            rows = chosen_TK.any(dim=1)
-            weight_t = (trace.top_k_weights_TK * chosen_TK).sum(dim=1)[rows].double()
-            norm_t = expert_outputs(trace.x_TD[rows], block.weights, [expert])[0].double().norm(dim=1)
-            norms_E[expert] += float((weight_t * norm_t).sum())
-    return norms_E
+def _weighted_norms(block: SparseBlock, trace: LayerTrace) -> Tensor:
+    """Σ weight·‖E(x)‖₂ over the tokens of a block of texts that select each expert; (E,) in fp64."""
+    norms = []
+    for expert in range(block.num_experts):
+        chosen_TK = trace.top_k_index_TK == expert
+        rows = chosen_TK.any(dim=1)
+        weight_t = (trace.top_k_weights_TK * chosen_TK).sum(dim=1)[rows].double()
+        norm_t = expert_outputs(trace.x_TD[rows], block.weights, [expert])[0].double().norm(dim=1)
+        norms.append((weight_t * norm_t).sum())
+    return torch.stack(norms)
 
 
 def _least(scores: Mapping[int, list[float]], number: int, floor: int, everywhere: bool) -> dict[int, set[int]]:

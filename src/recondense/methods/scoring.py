@@ -45,7 +45,7 @@ class LayerScorer:
         self.x = tape.storage.shelf()
         for trace in traces:
             self.x.append(trace.x_TD)
-        self.counts_E, self.sums_E = routing_totals(traces, block.num_experts)
+        self.counts_E, self.sums_E = routing_totals(tape, traces, block.num_experts)
         used = self.counts_E > 0
         self.coefficients: list[float | None] = [
             float(total / count) if hit else None
@@ -64,7 +64,7 @@ class LayerScorer:
                     shared_TD *= gate_T1 if self.gate_mean is None or not mean_gate else self.gate_mean
             self.differences.append(shared_TD - trace.output_TD)
             self.hidden.append(tape.real_tokens(index, tape.states[block.layer + 1][index]).float())
-        self._device = self.counts_E.device
+        self._device = traces[0].x_TD.device
         self._hold = self._experts_bytes() <= max_scratch_bytes // 2
         self._held: dict[int, Tensor] = {}
         self.apart = False
@@ -171,19 +171,24 @@ class LayerScorer:
         return groups, [slice(row, row + rows) for row in range(0, num_tokens, rows)]
 
 
-def routing_totals(traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
-    """How often each expert was selected, and the sum of its routing weights then: (E,) int64 and fp64."""
-    device = traces[0].top_k_index_TK.device
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    sums_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+def routing_totals(tape: Tape, traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
+    """How often each expert was selected, and the sum of its routing weights then, over all texts.
+
+    Args:
+        traces: of this process's texts, as `tape` gives them.
+
+    Returns:
+        (E,) int64 and fp64, on the CPU.
+    """
+    counts, sums = [], []
     for trace in traces:
         index_TK = trace.top_k_index_TK
         # An expert stands at most once in a token's top-k: a dense (T, E) holds all weights, and its sum has one order.
-        weights_TE = torch.zeros(index_TK.shape[0], num_experts, dtype=torch.float64, device=device)
+        weights_TE = trace.top_k_weights_TK.new_zeros(index_TK.shape[0], num_experts, dtype=torch.float64)
         weights_TE.scatter_(1, index_TK, trace.top_k_weights_TK.double())
-        sums_E += weights_TE.sum(dim=0)
-        counts_E += torch.zeros_like(weights_TE, dtype=torch.int64).scatter_(1, index_TK, 1).sum(dim=0)
-    return counts_E, sums_E
+        sums.append(weights_TE.sum(dim=0))
+        counts.append(torch.zeros_like(weights_TE, dtype=torch.int64).scatter_(1, index_TK, 1).sum(dim=0))
+    return tape.total(counts), tape.total(sums)
 
 
 def _shared_gate(block: SparseBlock, x_TD: Tensor) -> Tensor | None:
