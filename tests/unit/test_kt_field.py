@@ -13,6 +13,7 @@ from tiny_models import blocks, deepseek_v2, qwen2_moe, texts, unchanged
 from recondense import families
 from recondense.calibrate import Tape
 from recondense.methods.kt_field import reception_field
+from recondense.methods.moei2 import InterExpertPruning
 
 SETS = [(0, 1), (2, 4), (3, 5)]
 
@@ -69,3 +70,44 @@ def leaving_last_layer(model: Any, ids: Sequence[torch.Tensor]) -> torch.Tensor:
         families.decoder(model)(input_ids=text[None], use_cache=False)
     handle.remove()
     return torch.cat(seen)
+
+
+def test_blocks_that_are_known_are_gone_through_and_not_tried_again() -> None:
+    model = qwen2_moe(num_hidden_layers=5, mlp_only_layers=[2])
+    tape = Tape.record(model, blocks(texts()))
+    candidates = dict.fromkeys(families.sparse_blocks(model), SETS)
+    counts: list[int] = []
+    whole = reception_field(model, tape, candidates, 2, decided=lambda so_far: counts.append(len(so_far)))
+    assert counts == [1, 2]
+    before = tape.layer_runs
+    assert reception_field(model, tape, candidates, 2, whole[:1]) == whole
+    assert tape.layer_runs - before == pytest.approx(2 + 1 + 3 + 9)  # the chosen way, the dense layer, K + K²
+
+
+class Killed(Exception):
+    """Ends a search where it stands."""
+
+
+class Dying(dict[str, dict[str, Any]]):
+    """A cache that ends the search once it holds one block of the field."""
+
+    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
+        super().__setitem__(key, value)
+        if key.startswith("blocks-") and len(value["blocks"]) == 1:
+            raise Killed
+
+
+def test_a_killed_search_goes_on_at_the_block_where_it_was() -> None:
+    model = qwen2_moe(num_hidden_layers=5)
+    tape = Tape.record(model, blocks(texts()))
+    step = InterExpertPruning(prune_ratio=0.25, block_size=2, population=10, iterations=2, parents=4)
+    cache = Dying()
+    with pytest.raises(Killed):
+        step.search(model, lambda: tape, cache, 1 << 28)
+    before = tape.layer_runs
+    resumed = step.search(model, lambda: tape, dict(cache), 1 << 28)
+    spent = tape.layer_runs - before
+    before = tape.layer_runs
+    undisturbed = step.search(model, lambda: tape, {}, 1 << 28)
+    assert resumed[0] == undisturbed[0] and resumed[1]["blocks"] == undisturbed[1]["blocks"]
+    assert spent < tape.layer_runs - before

@@ -50,7 +50,8 @@ def reception_field(
     tape: Tape,
     candidates: Mapping[int, Sequence[Set]],
     block_size: int,
-    advance: Callable[[], None] = lambda: None,
+    known: Sequence[Block] = (),
+    decided: Callable[[list[Block]], None] = lambda blocks: None,
 ) -> list[Block]:
     """Choose one candidate a layer, block after block.
 
@@ -62,28 +63,29 @@ def reception_field(
         tape: its hidden states.
         candidates: for each MoE layer, ascending, the sets of experts to drop; an empty set leaves the layer alone.
         block_size: T.
-        advance: called after each block.
+        known: the first blocks, decided in an earlier run: their states are made again, nothing is tried.
+        decided: called after each block with all so far.
 
     Returns:
         the blocks, in order. The first combination wins a tie.
     """
     layers = sorted(candidates)
     states = tape.states[layers[0]] if layers else tape.storage.shelf()
-    found = []
+    found = list(known)
     with evaluating(model):
-        for first in range(0, len(layers), block_size):
+        for number, first in enumerate(range(0, len(layers), block_size)):
             own = tuple(layers[first : first + block_size])
-            following = layers[first + block_size] if first + block_size < len(layers) else own[-1] + 1
             stretches = [*zip(own, [*own[1:], own[-1] + 1], strict=True)]
-            errors, norm = _errors(model, tape, candidates, stretches, states)
-            best = min(errors, key=lambda choice: (errors[choice], choice))
-            found.append(Block(own, best, (errors[best] / max(norm, 1e-300)) ** 0.5, len(errors)))
+            if number == len(found):
+                errors, norm = _errors(model, tape, candidates, stretches, states)
+                best = min(errors, key=lambda choice: (errors[choice], choice))
+                found.append(Block(own, best, (errors[best] / max(norm, 1e-300)) ** 0.5, len(errors)))
+                decided(found)
             if first + block_size < len(layers):
-                for (layer, end), place in zip(stretches, best, strict=True):
+                for (layer, end), place in zip(stretches, found[number].choice, strict=True):
                     states = _run(model, tape, states, layer, end, candidates[layer][place])
-                for layer in range(own[-1] + 1, following):  # dense layers before the next block
+                for layer in range(own[-1] + 1, layers[first + block_size]):  # dense layers before the next block
                     states = _through(model, tape, states, layer, None)
-            advance()
     return found
 
 

@@ -19,7 +19,7 @@ from recondense.methods.allocation import inverse_importance
 from recondense.methods.budget import Budget
 from recondense.methods.genetic import Genetic, best_sets, layer_seed
 from recondense.methods.importance import KINDS, expert_importances
-from recondense.methods.kt_field import reception_field
+from recondense.methods.kt_field import Block, reception_field
 from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.replay import Replay
 from recondense.plan import Prune
@@ -247,18 +247,30 @@ class _Search:
     def _fields(self, candidates: dict[int, list[tuple[tuple[int, ...], float]]]) -> list[dict[str, Any]]:
         numbers = "-".join(str(len(sets[0][0])) for sets in candidates.values())
         key = f"blocks-{numbers}"
-        if key not in self.cache:
-            sets = {layer: [each for each, _ in found] for layer, found in candidates.items()}
-            with progress("KT-reception field", -(-len(sets) // self.step.block_size)) as bar:
-                blocks = reception_field(self.model, self.tape(), sets, self.step.block_size, bar.advance)
-            self.cache[key] = {
-                "blocks": [
-                    {"layers": list(each.layers), "choice": list(each.choice), "error": each.error,
-                     "combinations": each.combinations}
-                    for each in blocks
-                ]
-            }  # fmt: skip
-        return list(self.cache[key]["blocks"])
+        sets = {layer: [each for each, _ in found] for layer, found in candidates.items()}
+        count = -(-len(sets) // self.step.block_size)
+        entry = self.cache.get(key) or {"blocks": []}
+        known = [Block(**{name: _tuple(value) for name, value in each.items()}) for each in entry["blocks"]]
+        if len(known) == count:
+            return list(entry["blocks"])
+        with progress("KT-reception field", count) as bar:
+            bar.advance(len(known))
+
+            def decided(blocks: list[Block]) -> None:
+                self.cache[key] = {"blocks": [_record(block) for block in blocks]}
+                bar.advance()
+
+            found = reception_field(self.model, self.tape(), sets, self.step.block_size, known, decided)
+        return [_record(block) for block in found]
+
+
+def _record(block: Block) -> dict[str, Any]:
+    """As JSON reads it back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(block).items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(sets: list[tuple[tuple[int, ...], float]]) -> list[list[Any]]:
