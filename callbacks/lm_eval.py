@@ -82,10 +82,10 @@ class LmEval(L.Callback):
         step = trainer.global_step
         if not self.tasks or step in self._results:
             return
-        from recondense import engines  # with the model families, which take seconds to import
+        from recondense import sharding, strategies  # with the model families, which take seconds to import
 
-        if engines.needs_all(trainer.strategy):
-            with engines.gathered(pl_module):
+        if strategies.needs_all(trainer.strategy):
+            with sharding.gathered(pl_module):
                 results = self._run(trainer, pl_module)
         else:
             results = processes.by_first(lambda: self._run(trainer, pl_module))

@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from recondense import engines, families, processes
+from recondense import engines, families, processes, sharding
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
 from recondense.recovery import RecoveryModule, trained_state
@@ -63,7 +64,7 @@ def fit(
             module.keep_trained_in_fp32(precision)
         _train(module, data, folder, trainer, precision, callbacks, loggers)
     processes.barrier()
-    if not engines.is_hollow(module):
+    if not sharding.is_hollow(module):
         state = torch.load(final, map_location="cpu", weights_only=True)
         module.check_plan(state["plan"])
         unknown = module.load_state_dict(state["state_dict"], strict=False).unexpected_keys
@@ -116,7 +117,7 @@ def _train(
         if processes.is_first():
             save_aside({"state_dict": state, "plan": module.plan.to_dict()}, folder / FINAL)
     finally:
-        if not engines.is_hollow(module):
+        if not sharding.is_hollow(module):
             module.to(device)  # Lightning leaves every module on the CPU
 
 
@@ -129,8 +130,8 @@ def _trained(module: RecoveryModule, settings: TrainerConfig) -> RecoveryModule:
         if processes.is_first():
             module.to("cpu")  # at home, so that the cards are the shards'
         else:
-            engines.forget(module)
-    twin = engines.twin_of(module, module.in_common(), empty)
+            sharding.forget(module)
+    twin = sharding.twin_of(module, module.in_common(), empty)
     if empty:
         twin.shard = lambda: _shard(twin, module)
     return twin
@@ -145,13 +146,13 @@ def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
     shared = [each for block in originals.values() for each in _outermost(block, student)]
     units = [*shared, *blocks.values(), *originals.values(), *layers]
     units = [unit for unit in dict.fromkeys(units) if any(True for _ in unit.parameters())]
-    engines.shard(twin, home, units)
-    if all(isinstance(unit, engines.FSDPModule) for unit in units):
+    sharding.shard(twin, home, units)
+    if all(isinstance(unit, FSDPModule) for unit in units):
         lowest = min(i for i, layer in enumerate(layers) if any(each.requires_grad for each in layer.parameters()))
         order = [
             each for i in reversed(range(lowest, len(layers))) for each in (layers[i], blocks.get(i)) if each in units
         ]
-        engines.prefetch_backwards(twin, order)
+        sharding.prefetch_backwards(twin, order)
 
 
 def _outermost(module: nn.Module, wanted: set[int]) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from recondense import adapters, engines, families, passes, processes, surgery
+from recondense import adapters, families, passes, processes, strategies, surgery
 from recondense.chunking import CrossEntropy, Divergent, Hidden, Term, TopK, chunked
 from recondense.config import RecoveryConfig
 from recondense.losses import feature_matching, load_balancing, predicting
@@ -300,7 +300,9 @@ class RecoveryModule(L.LightningModule):
             adapters.once(self.adapters),
             self._states() as mine,
             passes.starting(self.model, taught.layer, taught.entering, arguments) as own,
-            passes.differentiable(self.model, self._trainer is not None and engines.has_leaves(self.trainer.strategy)),
+            passes.differentiable(
+                self.model, self._trainer is not None and strategies.has_leaves(self.trainer.strategy)
+            ),
         ):
             student = passes.run(self.model, own)
         losses = self._divided(counted.rows(student.logits), counted, taught)
@@ -409,8 +411,8 @@ class RecoveryModule(L.LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What trains, as an optimiser takes it: norms and biases are not decayed."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        decayed = [p for p in trained if engines.num_dimensions(p) > 1]
-        others = [p for p in trained if engines.num_dimensions(p) <= 1]
+        decayed = [p for p in trained if strategies.num_dimensions(p) > 1]
+        others = [p for p in trained if strategies.num_dimensions(p) <= 1]
         groups = [
             {"params": decayed, "weight_decay": self.recovery.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -449,7 +451,7 @@ class RecoveryModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """By norm. Lightning refuses a fused AdamW under mixed precision, which may unscale; bf16 has no scale."""
-        if gradient_clip_val and not isinstance(self.trainer.strategy, engines.Zero):  # DeepSpeed clips itself
+        if gradient_clip_val and not isinstance(self.trainer.strategy, strategies.Zero):  # DeepSpeed clips itself
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
@@ -515,7 +517,7 @@ def trained_state(module: RecoveryModule) -> dict[str, Tensor]:
     found = {}
     for name, value in module.named_parameters():
         if value.requires_grad:
-            whole = engines.whole(value)
+            whole = strategies.whole(value)
             if processes.is_first():
                 found[name] = whole.cpu()  # all of them on one card would be much
     return found

@@ -19,11 +19,11 @@ LEVELS = {
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
-        *("loading", "adapters", "recorded", "passes", "paging"),
+        *("loading", "adapters", "recorded", "passes", "paging", "strategies"),
     ),
     2: (
         *("calibrate", "methods", "surgery", "teacher", "teacher_cache", "evaluate", "profiling", "report", "pictures"),
-        *("tracking", "engines"),
+        *("tracking", "engines", "sharding"),
     ),
     3: (
         *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),

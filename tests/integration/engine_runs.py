@@ -28,7 +28,7 @@ from small import byte_tokenizer
 from tiny_models import qwen2_moe, windows
 
 from callbacks.lm_eval import LmEval
-from recondense import engines, processes
+from recondense import processes, sharding, strategies
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
 from recondense.fitting import fit
@@ -96,7 +96,7 @@ class Watching(L.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         self.losses[trainer.global_step] = float(trainer.callback_metrics["recovery/loss"])
         (optimizer,) = trainer.optimizers
-        inner = optimizer.optimizer if isinstance(trainer.strategy, engines.Zero) else optimizer
+        inner = optimizer.optimizer if isinstance(trainer.strategy, strategies.Zero) else optimizer
         parts = [getattr(value, "_local_tensor", value) for own in inner.state.values() for value in own.values()]
         self.state_elements = sum(part.numel() for part in parts if part.ndim)
 
@@ -124,7 +124,7 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
     """Train with an engine, killed once; what this process saw."""
     _, before = train(engine, folder, KILLED_AT, tasks, where)
     module, after = train(engine, folder, tasks=tasks, where=where)
-    hollow = engines.is_hollow(module)
+    hollow = sharding.is_hollow(module)
     if not hollow:
         torch.save(module.model.state_dict(), folder / f"weights-{processes.rank()}.pt")
     return {

@@ -177,14 +177,14 @@ def test_a_run_of_torchrun(one: tuple[Path, Any]) -> None:
 
 def test_a_twin_is_no_second_copy() -> None:
     """ZeRO-2's twin lies on the module's memory, an empty one on none; both compute with parameters of their own."""
-    from recondense import engines
+    from recondense import sharding
 
     module = engine_runs.module_of()
-    twin: RecoveryModule = engines.twin_of(module, module.in_common(), empty=False)
+    twin: RecoveryModule = sharding.twin_of(module, module.in_common(), empty=False)
     own, theirs = dict(module.named_parameters()), dict(twin.named_parameters())
     assert own.keys() == theirs.keys() and twin.tokenizer is module.tokenizer
     for name, value in own.items():
         assert theirs[name] is not value and theirs[name].data_ptr() == value.data_ptr()
         assert theirs[name].requires_grad == value.requires_grad
-    empty: RecoveryModule = engines.twin_of(module, module.in_common(), empty=True)
+    empty: RecoveryModule = sharding.twin_of(module, module.in_common(), empty=True)
     assert all(value.is_meta for value in empty.parameters()) and not any(b.is_meta for b in empty.buffers())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -235,6 +236,38 @@ def test_activation_checkpointing_holds_less(family: str) -> None:
     plain = saved()
     with families.checkpointing(module.model):
         assert saved() < plain / 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:.*should not be instantiated")  # by dynamo
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", AGAIN)
+def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's layers, the teacher's, with gradients and without; inductor compiles C++ first."""
+    from tiny_models import recorded
+
+    plan, settings = AGAIN[name]
+    model = qwen2_moe()
+    module = RecoveryModule(model, recovery(**settings), plan=plan, record=lambda: recorded(model))
+    module.prepare()
+    module.train()
+    ids = windows(2, 8)
+    plain = module.losses(ids)["loss"]
+    plain.backward()  # type: ignore[no-untyped-call]
+    expected = gradients(module)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with families.compiling(module.model):
+        again = module.losses(ids)["loss"]
+        again.backward()  # type: ignore[no-untyped-call]
+    assert counters["frames"]["ok"] > 0 and not counters["unimplemented"]
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+    found = gradients(module)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+    assert not any(layer._compiled_call_impl for layer in families.decoder_layers(module.model))
+    torch.compiler.reset()
 
 
 def test_headless_and_back() -> None:
