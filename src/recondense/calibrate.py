@@ -102,6 +102,7 @@ class Tape:
         states: states[layer][block] (B, S, D) enters decoder layer `layer`; states[num_layers] leaves the last one,
             before the final norm.
         traces: traces[layer][block], what each sparse MoE layer saw; empty where that was more than TRACE_BYTES.
+        traced: whether all processes keep traces.
         layer_runs: decoder layers run on all blocks so far, a count of the work done.
     """
 
@@ -112,6 +113,7 @@ class Tape:
         self.blocks = list(processes.share(self.everything)) if self.split else self.everything
         self.states: list[Shelf] = [[] for _ in range(num_layers + 1)]
         self.traces: dict[int, list[LayerTrace]] = {}
+        self.traced = False
         self.layer_runs = 0.0
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self._shapes: list[tuple[int, ...]] = []  # of the states of all blocks
@@ -170,6 +172,8 @@ class Tape:
                 if room < 0:
                     tape.traces.clear()
                 advance()
+        keeps = isinstance(tape.storage, Memory) and room >= 0
+        tape.traced = all(processes.gather(keeps)) if tape.split else keeps
         return tape
 
     def _keep(self, layer: int, states: Iterator[Tensor]) -> None:
@@ -240,7 +244,7 @@ class Tape:
         return found
 
     def excerpt(self, layers: Sequence[int]) -> Tape | None:
-        """The states around one layer on all texts, for this process: the tape itself where it has all texts.
+        """The states around one layer on all texts, and what it saw, for this process; the tape itself if it has all.
 
         Args:
             layers: one for each of the first processes, in the order of ranks; all must call this with the same.
@@ -261,13 +265,32 @@ class Tape:
                         found.states[each].append(state_BSD.to(self.everything[0].input_ids_BS.device))
                 else:
                     assert not list(sent)
+            if self.traced:
+                traces = self._traces_on(owner, layer)
+                if found is not None and processes.rank() == owner:
+                    found.traces[layer] = traces
         return found
+
+    def _traces_on(self, owner: int, layer: int) -> list[LayerTrace]:
+        """The traces of a layer, of all blocks in their order, on one process; nothing on the others."""
+        own = [{name: value.cpu() for name, value in vars(trace).items()} for trace in self.traces.get(layer, [])]
+        shares = processes.gather_on(owner, own)
+        device = self.everything[0].input_ids_BS.device
+        return [
+            LayerTrace(**{name: value.to(device) for name, value in each.items()})
+            for each in (self._interleaved(shares) if shares else ())
+        ]
 
     def in_order(self, own: Sequence[Any]) -> list[Any]:
         """What every block of texts gave, in their order, from what this process's own gave; plain data or tensors."""
         if not self.split:
             return list(own)
-        shares = processes.gather([value.cpu() if isinstance(value, Tensor) else value for value in own])
+        return self._interleaved(
+            processes.gather([value.cpu() if isinstance(value, Tensor) else value for value in own])
+        )
+
+    def _interleaved(self, shares: Sequence[Sequence[Any]]) -> list[Any]:
+        """From each process's blocks to all in their order."""
         return [shares[index % len(shares)][index // len(shares)] for index in range(len(self.everything))]
 
     def total(self, own: Sequence[Tensor]) -> Tensor:

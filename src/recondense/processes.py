@@ -76,6 +76,13 @@ def gather(value: Value) -> list[Value]:
     return found
 
 
+def gather_on(to: int, value: Value) -> list[Value]:
+    """What each process has, in the order of ranks, on one of them; empty on the others. Plain data or tensors."""
+    found: list[Any] | None = [None] * world_size() if rank() == to else None
+    dist.gather_object(value, found, dst=to, group=_group())
+    return found or []
+
+
 def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The means over all processes of scalars."""
     if world_size() == 1:
