@@ -52,7 +52,7 @@ from recondense.fitting import fit
 from recondense.losses import MASKED, forward_kl
 from recondense.modes import evaluating
 from recondense.plan import Condense, Plan
-from recondense.profiling import resident_bytes, weights_bytes
+from recondense.profiling import peak_tensor_bytes, resident_bytes, weights_bytes
 from recondense.progress import configure
 from recondense.recovery import RecoveryModule, trainable_parameters
 from recondense.teacher import OtherTeacher
@@ -171,6 +171,7 @@ class Turns:
         self.tokens = 0
         self.losses: list[float] = []
         self.facts: dict[str, Any] = {}
+        self.at_end: Callable[[], dict[str, Any]] = dict
         self._started: float | None = None
         self._cpu = 0.0
 
@@ -196,37 +197,19 @@ class Turns:
     def _end(self) -> None:
         peak = resident("VmHWM")
         memory = {"peak_bytes": peak, "peak_bytes_over_imports": peak - self.imported, "imports_bytes": self.imported}
+        self.facts |= self.at_end()
         self.connection.send({**memory, **self.facts, "losses": self.losses})
         os._exit(0)
 
 
 class LightningTurns(L.Callback):
-    """For our recoveries. What the first step, which warms up, keeps for its backward pass is counted."""
+    """For our recoveries."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
-        self.saved: dict[int, int] = {}  # bytes of each storage
-        self._counting: Any = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.turns.step()
-        if batch_idx == 0:
-            weights = {each.untyped_storage().data_ptr() for each in pl_module.parameters()}
-
-            def keep(tensor: torch.Tensor) -> torch.Tensor:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in weights:
-                    self.saved[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            self._counting = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-            self._counting.__enter__()
-
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        if self._counting is not None:
-            self._counting.__exit__()
-            self._counting = None
-            self.turns.facts["saved_bytes"] = sum(self.saved.values())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.turns.losses.append(float(outputs["loss"]))
@@ -259,6 +242,12 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
         module.source = kept
     elif name == "model":
         module.source = OtherTeacher(model_of(args), model, "the original")
+    first = {key: value[: args.batch_size] for key, value in windows.items()}
+
+    def step() -> None:
+        module.losses(first["input_ids"], window=first.get("window"))["loss"].backward()  # type: ignore[no-untyped-call]
+
+    turns.at_end = lambda: {"step_bytes": peak_tensor_bytes(step, "cpu")}
     loader = RecoveryData(windows, None, args.batch_size, MOST_STEPS, seed=0)
     precision: Any = "bf16-mixed" if name == "bf16_mixed" else "auto"
     trainer = TrainerConfig(progress_bar=False, compile=name == "compiled", precision=precision)
@@ -453,10 +442,10 @@ def bounds(figures: dict[str, Any]) -> list[str]:
         for name in ("shared", "cached"):
             if name in figures:
                 size = ours["original_bytes"] + states - (dropped if name == "cached" else 0)
-                peak, saved = figures[name]["peak_bytes_over_imports"], figures[name]["saved_bytes"]
+                peak, step = figures[name]["peak_bytes_over_imports"], figures[name]["step_bytes"]
                 lines.append(
-                    f"{name}: weights and states {size / MIB:.0f} MiB, kept for the backward pass {saved / MIB:.0f} "
-                    f"(both counted), together {(size + saved) / MIB:.0f}; the peak was {peak / MIB:.0f}"
+                    f"{name}: weights and states {size / MIB:.0f} MiB, tensors of a step {step / MIB:.0f} (both "
+                    f"counted), together {(size + step) / MIB:.0f}; over imports at most {peak / MIB:.0f} were resident"
                 )
     return lines
 

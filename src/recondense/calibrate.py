@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from recondense.paging import resident
 from recondense.shelves import DiskShelf, Memory, Shelf, Storage, nbytes
 
 TEXTS_PER_BLOCK = 8
+TOTAL_BYTES = 1 << 25  # of what processes send each other at a time to add it up
 TRACE_BYTES = 1 << 30  # traces of all layers up to this are kept while taping; above it a layer is rerun when asked for
 SHAPES = 8  # of blocks of texts, whose masks and positions are kept
 
@@ -293,11 +295,24 @@ class Tape:
         """From each process's blocks to all in their order."""
         return [shares[index % len(shares)][index // len(shares)] for index in range(len(self.everything))]
 
-    def total(self, own: Sequence[Tensor]) -> Tensor:
-        """Sum over all blocks of texts in their order, from what this process's own gave; on the CPU."""
-        return torch.stack([value.cpu() for value in self.in_order(own)]).sum(dim=0)
+    def total(self, own: Iterable[Tensor]) -> Tensor:
+        """Sum over all blocks of texts in their order, from what this process's own give; on the CPU."""
+        values = (value.cpu() for value in own)
+        first = next(values, None)
+        size = 0 if first is None else first.nbytes
+        at_once = max(1, TOTAL_BYTES // max(1, *(processes.gather(size) if self.split else [size])))
+        rest = chain([] if first is None else [first], values)
+        total: Tensor | None = None
+        for _ in range(0, len(self.everything), at_once * (processes.world_size() if self.split else 1)):
+            mine = list(islice(rest, at_once))
+            for each in zip_longest(*(processes.gather(mine) if self.split else [mine])):
+                for value in each:
+                    if value is not None:
+                        total = value if total is None else total + value
+        assert total is not None
+        return total
 
-    def mean_over_texts(self, values_CT: Sequence[Tensor]) -> Tensor:
+    def mean_over_texts(self, values_CT: Iterable[Tensor]) -> Tensor:
         """Mean over the tokens of each text, then over texts in their order: each text weighs the same.
 
         Args:

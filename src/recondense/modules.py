@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,26 @@ class CondensedMoE(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
         """Map x (…, D) to y (…, D)."""
-        inner = self.glu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
-        if self.scale is not None:
-            inner = (inner * self.scale).to(inner.dtype)  # the scale keeps fp32: rounding it would be a bias
+        parts = [self.gate_proj(hidden_states), self.up_proj(hidden_states)]
         if self.shared_expert_gate is not None:
-            shared, routed = inner.split((self.shared_width, inner.shape[-1] - self.shared_width), dim=-1)
-            inner = torch.cat((torch.sigmoid(self.shared_expert_gate(hidden_states)) * shared, routed), dim=-1)
+            parts.append(torch.sigmoid(self.shared_expert_gate(hidden_states)))
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            # Made again in backward: of all that is W wide, only both projections and what they give are held.
+            inner = checkpoint(self._inner, *parts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            inner = self._inner(*parts)
         output: Tensor = self.down_proj(inner)
         return (output, None) if self.pair else output
+
+    def _inner(self, gate: Tensor, up: Tensor, token_gate: Tensor | None = None) -> Tensor:
+        """What enters the down projection, (…, W)."""
+        inner = self.glu(gate, up)
+        if self.scale is not None:
+            inner = (inner * self.scale).to(inner.dtype)  # the scale keeps fp32: rounding it would be a bias
+        if token_gate is not None:
+            shared, routed = inner.split((self.shared_width, inner.shape[-1] - self.shared_width), dim=-1)
+            inner = torch.cat((token_gate * shared, routed), dim=-1)
+        return inner
 
     @classmethod
     def shaped_for(cls, weights: MoEWeights, num_experts: int, token_gate: bool, pair: bool = False) -> CondensedMoE:

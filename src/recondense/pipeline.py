@@ -235,7 +235,6 @@ class _Run:
             trained_layers=None if plan.operations else history.changed(len(families.decoder_layers(model))),
             tokenizer=tokenizer,
             record=recorder(config, model, tokenizer, texts, folder, measure.timed),
-            max_scratch_bytes=scratch_bytes(config, model.device, model),
             later=[stage.recovery for stage in stages[1:]],
         )
         with measure.timed("apply"):

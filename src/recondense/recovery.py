@@ -62,7 +62,6 @@ class RecoveryModule(L.LightningModule):
         trained_layers: layers whose experts train, when not those of the plan.
         router_auxiliary_loss: weight of the router's load-balancing loss; for training a sparse model from nothing.
         record: tapes the model on the calibration set as it is when called; plans that whiten or refit need it.
-        max_scratch_bytes: bound on the temporary tensors of a refit.
         later: stages of training that `begin` will take up after this one; what they train is set apart with the rest.
 
     Raises:
@@ -80,7 +79,6 @@ class RecoveryModule(L.LightningModule):
         trained_layers: Sequence[int] | None = None,
         router_auxiliary_loss: float = 0.0,
         record: Callable[[], Tape] | None = None,
-        max_scratch_bytes: int = 1 << 30,
         later: Sequence[RecoveryConfig] = (),
     ) -> None:
         super().__init__()
@@ -100,7 +98,6 @@ class RecoveryModule(L.LightningModule):
         self._trained_layers = trained_layers
         self._router_auxiliary_loss = router_auxiliary_loss
         self._record = record
-        self._max_scratch_bytes = max_scratch_bytes
         self._originals: dict[int, nn.Module] = {}
         self.adapters: adapters.Adapters | None = None
         self._prepared = False
@@ -218,7 +215,7 @@ class RecoveryModule(L.LightningModule):
             if self._record is None and any(isinstance(operation, Refit) for operation in self.plan.operations):
                 raise ValueError("plan: refit needs the calibration set; none was given")
             record = cast(Callable[[], "Tape"], self._record)
-            self._refitted = surgery.refit(self.model, self.plan, self._originals, record, self._max_scratch_bytes)
+            self._refitted = surgery.refit(self.model, self.plan, self._originals, record)
         return self._refitted
 
     def _separate(self) -> None:

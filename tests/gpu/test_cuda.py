@@ -124,7 +124,7 @@ def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]
         families.set_block(model, layer, block)
     plan = Plan("tiny", (*pruned, *ranks, *(Refit(each.layer, "down_proj", 1e-2) for each in ranks)))
     originals = surgery.apply(model, plan, tape)
-    return plan, record["expert_importance"], surgery.refit(model, plan, originals, tape, 1 << 30)
+    return plan, record["expert_importance"], surgery.refit(model, plan, originals, tape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

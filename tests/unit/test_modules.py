@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, deepseek_v2, qwen2_moe
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from recondense import families, modules
 from recondense.modules import CondensedMoE, expert_outputs
@@ -181,3 +182,36 @@ def test_no_shared_experts() -> None:
     with torch.no_grad():
         one, five = expert_outputs(x_TD, weights, [1, 5])
         torch.testing.assert_close(layer(x_TD), 0.5 * one + 0.25 * five, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("token_gate", [False, True])
+def test_what_enters_the_down_projection_is_made_again_in_backward(token_gate: bool) -> None:
+    """The activation is not held, and gradients are autograd's of the formula, to the bit."""
+    torch.manual_seed(0)
+    held: list[StorageWeakRef] = []
+
+    def glu(gate: Tensor, up: Tensor) -> Tensor:
+        activation = torch.nn.functional.silu(gate)
+        held.append(StorageWeakRef(activation.untyped_storage()))
+        return activation * up
+
+    layer = CondensedMoE(8, 6, 10, glu, token_gate=token_gate)
+    assert layer.scale is not None
+    layer.scale.copy_(torch.rand(16))
+    x = torch.randn(5, 8, requires_grad=True)
+    y = layer(x)
+    assert len(held) == 1 and held[0].expired()
+    y.square().sum().backward()
+    found = {name: value.grad for name, value in layer.named_parameters()} | {"x": x.grad}
+    layer.zero_grad()
+    x.grad = None
+    inner = torch.nn.functional.silu(layer.gate_proj(x)) * layer.up_proj(x) * layer.scale
+    if layer.shared_expert_gate is not None:
+        gate = torch.sigmoid(layer.shared_expert_gate(x))
+        inner = torch.cat((gate * inner[:, :6], inner[:, 6:]), dim=1)
+    layer.down_proj(inner).square().sum().backward()
+    expected = {name: value.grad for name, value in layer.named_parameters()} | {"x": x.grad}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)

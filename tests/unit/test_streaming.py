@@ -142,7 +142,7 @@ def compressed(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Mod
     )  # fmt: skip
     record = lambda: recorded(model, storage=storage)  # noqa: E731
     originals = surgery.apply(model, plan, record)
-    surgery.refit(model, plan, originals, record, 1 << 26)
+    surgery.refit(model, plan, originals, record)
     return plan, originals, record
 
 
@@ -218,7 +218,7 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
     )
     expected = opened(folder, None)
     record = lambda: recorded(expected)  # noqa: E731
-    surgery.refit(expected, plan, surgery.apply(expected, plan, record), record, 1 << 26)
+    surgery.refit(expected, plan, surgery.apply(expected, plan, record), record)
     solved: list[int] = []
     solve = least_squares._refit_layer
     put_away, left = paging.Pages.put_away, [2]
@@ -240,7 +240,7 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
         monkeypatch.setattr(paging.Pages, "put_away", killed)
         again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
         with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
-            surgery.refit(model, plan, surgery.apply(model, plan, again), again, 1 << 26)
+            surgery.refit(model, plan, surgery.apply(model, plan, again), again)
     assert solved == [0, 1, 2, 2]  # the third time the kill came before the last was on the disk
     for layer, module in enumerate(families.decoder_layers(expected)):
         with paging.resident(model, layer):

@@ -133,15 +133,15 @@ class Merging:
         """What experts are compared by, one row each: similarity of router logits, or mean outputs (E, D)."""
         counts_E, _ = routing_totals(tape, traces, block.num_experts)
         if self.grouping == "router_logits":
-            gram_EE = tape.total([_gram(block.router(trace.x_TD)[0].double()) for trace in traces])
+            gram_EE = tape.total(_gram(block.router(trace.x_TD)[0].double()) for trace in traces)
             norms_E = gram_EE.diagonal().sqrt().clamp_min(1e-150)
             features = gram_EE / (norms_E[:, None] * norms_E)
         else:
             experts = range(block.num_experts)
-            sums = [
+            sums = (
                 torch.stack([expert_outputs(trace.x_TD, block.weights, [e])[0].double().sum(dim=0) for e in experts])
                 for trace in traces
-            ]
+            )
             features = tape.total(sums) / tape.num_tokens
         return {"counts": counts_E.double().tolist(), "features": features.tolist()}
 

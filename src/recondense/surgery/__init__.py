@@ -91,7 +91,7 @@ def fill(model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module],
 
 
 def refit(
-    model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record, max_scratch_bytes: int
+    model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record
 ) -> dict[int, dict[str, float]]:
     """Execute a plan's refits, layer after layer; empty if it has none.
 
@@ -103,7 +103,7 @@ def refit(
         error of each refitted layer's output on the calibration set before and after, relative to the original's.
     """
     wanted = [operation for operation in plan.operations if isinstance(operation, Refit)]
-    return least_squares.refit(model, wanted, originals, record, max_scratch_bytes) if wanted else {}
+    return least_squares.refit(model, wanted, originals, record) if wanted else {}
 
 
 def structural(plan: Plan) -> Iterable[Operation]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SWEEPS = 3  # over the units of a layer, where they are too many to be solved together
 NORMAL_BYTES = 20  # of an entry of the normal matrix: in fp64, its factors, and one block of texts' share in fp32
+LEAST_COLUMNS = 1024  # that are solved together, however small the layer
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,17 @@ def refit(
     operations: Sequence[Refit],
     originals: Mapping[int, nn.Module],
     record: Callable[[], Tape],
-    max_scratch_bytes: int,
 ) -> dict[int, dict[str, float]]:
     """Refit layers in place, lowest first.
+
+    The units of a layer are solved together where their normal matrix and its factors are no larger than twice the
+    original layer's weights in fp32, and one after another otherwise, in parts that are not, several times over: it
+    depends on shapes alone, so that the answer does not depend on the memory there is.
 
     Args:
         operations: which layers, and what of them.
         originals: the uncompressed blocks that surgery took out.
         record: tapes the model as it is when called.
-        max_scratch_bytes: the units of a layer are solved together where their normal matrix and its factors fit this,
-            and one after another otherwise, in parts that do, several times over.
 
     Returns:
         by layer: ‖target − output‖_F / ‖target‖_F before and after. Weights that would not lower it are not changed.
@@ -85,7 +87,8 @@ def refit(
     with evaluating(model):
         for layer in range(first, tape.num_layers):
             if layer in wanted:
-                report[layer] = _refitted(model, tape, wanted[layer], states, max_scratch_bytes)
+                most = most_columns(originals.get(layer) or families.get_block(model, layer))
+                report[layer] = _refitted(model, tape, wanted[layer], states, most)
             entering, states = states, tape.storage.shelf()
             with resident(model, layer):
                 for index, state in enumerate(entering):
@@ -93,9 +96,13 @@ def refit(
     return report
 
 
-def _refitted(
-    model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, max_scratch_bytes: int
-) -> dict[str, float]:
+def most_columns(original: nn.Module) -> int:
+    """How many inputs of a block's units are solved for at once."""
+    layer_bytes = 2 * 4 * sum(parameter.numel() for parameter in original.parameters())
+    return max(LEAST_COLUMNS, math.isqrt(layer_bytes // NORMAL_BYTES))
+
+
+def _refitted(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, most: int) -> dict[str, float]:
     """Refit a layer; of a model larger than memory what was refitted is put away, and not solved twice."""
     layer = operation.layer
     name = f"refit-{layer:03d}-{fingerprint(paging.standing(model), asdict(operation))}"
@@ -103,16 +110,14 @@ def _refitted(
     block = paging.taken_back(model, lambda: families.get_block(model, layer), name) if known else None
     if block is None:
         with resident(model, layer):
-            known = _refit_layer(model, tape, operation, states, max_scratch_bytes)
+            known = _refit_layer(model, tape, operation, states, most)
             block = put_away(model, families.get_block(model, layer), name)
         paging.remember(model, name, known)
     families.set_block(model, layer, block)
     return known
 
 
-def _refit_layer(
-    model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, max_scratch_bytes: int
-) -> dict[str, float]:
+def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, most: int) -> dict[str, float]:
     layer = operation.layer
     inputs, targets = _inputs_and_targets(model, tape, layer, states)
     block = families.get_block(model, layer)
@@ -137,7 +142,7 @@ def _refit_layer(
         units = units_of(model, layer)
         changed = [unit.weight_Dn for unit in units]
         kept = [weight.clone() for weight in changed]
-        _solve(block, units, inputs, targets, tape.storage.shelf(), operation.ridge, max_scratch_bytes)
+        _solve(block, units, inputs, targets, tape.storage.shelf(), operation.ridge, most)
     after = error()
     if not after < before:
         for weight, old in zip(changed, kept, strict=True):
@@ -206,16 +211,16 @@ def _solve(
     targets: Shelf,
     residuals: Shelf,
     ridge: float,
-    max_scratch_bytes: int,
+    most: int,
 ) -> None:
     """Add to the weights what ridge least squares finds in the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖².
 
     Args:
         residuals: an empty shelf for them.
+        most: columns that are solved together.
     """
     for x_TD, target_TD in zip(inputs, targets, strict=True):
         residuals.append(target_TD - families.output_of(block(x_TD[None]))[0].float())
-    most = max(1, math.isqrt(max_scratch_bytes // NORMAL_BYTES))
     if sum(unit.weight_Dn.shape[1] for unit in units) <= most:
         _solve_together(units, inputs, residuals, ridge)
         return
