@@ -29,7 +29,7 @@ __all__ = [
 
 EPSILON = 1e-10  # what CD-MoE's code adds to both arguments of each KL
 # Both keep arithmetic out of the denormal range, where a CPU is ten times slower. Neither can be seen in a result:
-LOWEST = -70.0  # logits below a row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
+LOWEST = -70.0  # logits less their row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
 NOTHING = 1e-15  # |q'/p' - 1| that counts as 0: the divergence has its square
 DIRECT_ABOVE = 8.0  # a row in which some logit moves further is scored in fp64
 
@@ -119,7 +119,8 @@ def _from_ratio(ratio: Tensor, weight_TD: Tensor) -> Tensor:
 
 def _js_apart(reference: Reference, d_CTD: Tensor) -> Tensor:
     """½ Σ p' [u ln u - (1 + u) ln((1 + u)/2)] with u = q'/p': the same sum with fewer operations."""
-    logits_CTD = d_CTD.add_(reference.shifted_TD).clamp_(min=LOWEST)
+    logits_CTD = d_CTD.add_(reference.shifted_TD)
+    logits_CTD = logits_CTD.sub_(logits_CTD.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)  # the largest may be another
     u_CTD = torch.softmax(logits_CTD, dim=-1).add_(EPSILON).mul_(reference.inverse_TD)
     half_CTD = torch.add(u_CTD.new_tensor(-0.5), u_CTD, alpha=0.5).log1p_()  # ln((1 + u)/2), exact where u is near 1
     terms_CTD = u_CTD.log().sub_(half_CTD).mul_(u_CTD).sub_(half_CTD)

@@ -146,6 +146,21 @@ def test_the_shorter_computation_where_distributions_lie_apart(outlier: float, s
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fall", [60.0, 150.0, 400.0])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_largest_dimension_may_fall_below_all_others(apart: bool, fall: float) -> None:
+    """A massive activation of the original that a candidate lacks, and one that it has elsewhere."""
+    reference_TD = states(0.0)
+    reference_TD[:, 3] += fall
+    difference_TD = torch.randn(reference_TD.shape)
+    difference_TD[::2, 3] -= 1.5 * fall
+    difference_TD[::4, 7] += 2 * fall
+    expected = [float(true) for true in js_in_many_digits(reference_TD, difference_TD)]
+    found = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0), apart=apart)[0]
+    np.testing.assert_allclose(found[::2], expected[::2], rtol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_forward_kl_is_torchs(temperature: float) -> None:
     torch.manual_seed(0)

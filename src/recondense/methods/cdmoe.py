@@ -122,7 +122,7 @@ class CDMoE:
 
     def key(self) -> dict[str, Any]:
         """What a cached search depends on besides weights and calibration; budgets are not part of it."""
-        return {"method": "cdmoe", "version": 1, "shared_gate": self.shared_gate, "expert_search": self.expert_search}
+        return {"method": "cdmoe", "version": 2, "shared_gate": self.shared_gate, "expert_search": self.expert_search}
 
     @property
     def left_open(self) -> str:

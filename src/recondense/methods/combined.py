@@ -144,7 +144,7 @@ class Combined:
         lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios", "kept_ratios")}
         searched = ("population", "iterations", "parents", "mutation", "seed")
         names = ("alpha", "rank_multiple", "shared_gate", "expert_search", "normalize", *searched)
-        return {"method": "cdmoe_moei2", "version": 2, **lists, **{name: getattr(self, name) for name in names}}
+        return {"method": "cdmoe_moei2", "version": 3, **lists, **{name: getattr(self, name) for name in names}}
 
     @property
     def left_open(self) -> str:
