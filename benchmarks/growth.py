@@ -29,7 +29,6 @@ from recondense.progress import track
 BASE = {"tokens": 1024, "layers": 6, "experts": 32, "chosen": 4}
 SCRATCH = 1 << 28
 LIMITS = {"tokens": 1.1, "layers": 1.1, "experts x chosen": 1.0}
-NOISE = 0.1  # of a slope, beyond which a limit counts as broken
 POINTS: dict[str, list[dict[str, int]]] = {
     "tokens": [{"tokens": value} for value in (512, 1024, 2048, 4096)],
     "layers": [{"layers": value} for value in (3, 6, 12, 24)],
@@ -146,7 +145,7 @@ def main() -> None:
     rows = measure(args)
     subjects.console().print(table(rows))
     subjects.write_json(args.json, vars(args), subjects.machine(), {"rows": rows})
-    steep = [row for row in rows if row["limit"] is not None and row["slope"] > row["limit"] + NOISE]
+    steep = [row for row in rows if row["limit"] is not None and row["slope"] > row["limit"]]
     if steep:
         raise SystemExit("too steep: " + ", ".join(f"{row['search']} with {row['axis']}" for row in steep))
 

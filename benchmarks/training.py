@@ -75,6 +75,16 @@ TITLES = {
     "bf16_mixed": "... shared, trainer.precision=bf16-mixed",
     "unfused": "... shared, AdamW without its fused kernel",
 }
+AT_LEAST = {
+    "finetune/trainer_padded speed": 1.2,
+    "finetune/trainer_packed speed": 0.95,
+    "shared/two_models speed": 1.25,
+}
+AT_MOST = {  # 0.95 and here 0.705: what a ratio moves from run to run
+    "finetune/trainer_padded memory": 1.0,
+    "shared/two_models memory": 0.705,
+    "shared largest difference of losses": 1e-5,
+}
 MOST_STEPS = 100_000
 MIB = 2**20
 
@@ -94,6 +104,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-experts", type=int, default=60)
     parser.add_argument("--width", type=int, default=256, help="of an expert; shared ones have four times as much")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--show-only", action="store_true", help="judge nothing")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     return parser.parse_args()
 
@@ -473,6 +484,14 @@ def main(given: Sequence[str] | None = None) -> None:
     subjects.write_json(
         args.json, vars(args), subjects.machine(), {"text_share": share, "contestants": figures, "ratios": found}
     )
+    missed = [
+        f"{name} {found[name]:.4g} < {limit}" for name, limit in AT_LEAST.items() if found.get(name, limit) < limit
+    ]
+    missed += [
+        f"{name} {found[name]:.4g} > {limit}" for name, limit in AT_MOST.items() if found.get(name, limit) > limit
+    ]
+    if missed and not args.show_only:
+        raise SystemExit(f"missed: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":

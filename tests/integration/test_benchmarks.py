@@ -33,7 +33,7 @@ RUNS = {
     "training": [
         *("benchmarks/training.py", "--rounds", "1", "--steps", "1", "--batch-size", "2", "--length", "16"),
         *("--vocabulary", "300", "--hidden-size", "32", "--layers", "2", "--num-experts", "4", "--width", "16"),
-        *("--threads", "1"),
+        *("--threads", "1", "--show-only"),
     ],
 }
 SLOW = ("training",)  # starts eight processes
