@@ -73,7 +73,7 @@ TITLES = {
     "checkpointed": "... shared, activation_checkpointing",
     "compiled": "... shared, trainer.compile",
     "bf16_mixed": "... shared, trainer.precision=bf16-mixed",
-    "unfused": "... shared, AdamW without its fused kernel",
+    "unfused": "... shared, recovery.fused_optimizer=false",
 }
 AT_LEAST = {
     "finetune/trainer_padded speed": 1.2,
@@ -235,11 +235,12 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
     objective: Any = "finetune" if name == "finetune" else "distill"
     recovery = RecoveryConfig(
         objective=objective, steps=MOST_STEPS, batch_size=args.batch_size, checkpoint_every=MOST_STEPS,
-        schedule="constant", activation_checkpointing=name == "checkpointed", learning_rate=1e-4,
+        schedule="constant", learning_rate=1e-4, activation_checkpointing=name == "checkpointed",
+        fused_optimizer=name != "unfused",
     )  # fmt: skip
     model = model_of(args)
     turns.facts["original_bytes"] = weights_bytes(model)
-    module = (Unfused if name == "unfused" else RecoveryModule)(model, recovery, plan=plan_of(args))
+    module = RecoveryModule(model, recovery, plan=plan_of(args))
     module.prepare()
     assert module.teacher is not None
     turns.facts["trained_bytes"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -265,16 +266,6 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
     asked = name in ("shared", *SETTINGS)
     with nullcontext() if asked else module.teacher.set_aside(folder / "original.safetensors"):
         fit(module, loader, folder / "checkpoints", trainer, 0, [LightningTurns(turns)])
-
-
-class Unfused(RecoveryModule):
-    """With AdamW as torch chooses it."""
-
-    def configure_optimizers(self) -> Any:
-        found = super().configure_optimizers()
-        for group in found["optimizer"].param_groups:
-            group["fused"] = None
-        return found
 
 
 def trainer(packed: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:

@@ -42,6 +42,7 @@ YOUNGER: dict[str, dict[str, Any]] = {
     "recovery": {
         "epochs": None, "stages": None, "divergence": "forward_kl", "teacher": "shared", "teacher_top_k": 64,
         "teacher_path": None, "teacher_revision": None, "activation_checkpointing": False,
+        "fused_optimizer": True,
     },
     "trainer": {"compile": False, "strategy": "auto"},
     "data": {"form": None, "packing": True},
@@ -171,6 +172,7 @@ class RecoveryConfig:
     validate_every: int = 0
     control: bool = False
     activation_checkpointing: bool = False
+    fused_optimizer: bool = True
     stages: tuple[Free, ...] | None = None
 
     @property

@@ -422,7 +422,7 @@ class RecoveryModule(L.LightningModule):
             self.parameter_groups(),
             lr=recovery.learning_rate,
             betas=(recovery.betas[0], recovery.betas[1]),
-            fused=True,
+            fused=recovery.fused_optimizer or None,
         )
         schedule = get_scheduler(
             recovery.schedule if recovery.schedule != "constant" else "constant_with_warmup",
