@@ -177,13 +177,21 @@ class Tape:
         return tape
 
     def _keep(self, layer: int, states: Iterator[Tensor]) -> None:
-        """The states entering a layer, each checked; those that lie finished in the storage are taken from there."""
+        """The states entering a layer, each checked; those that lie finished in the storage are taken from there.
+
+        Of a split tape only where those of all processes do: all go the same way. One without blocks has finished, too.
+        """
         shared = f"{processes.rank()}-of-{processes.world_size() if self.split else 1}"
         shelf = self.storage.shelf(f"states-{layer:03d}-{shared}")
         self.states[layer] = shelf
-        if len(shelf):
-            assert len(shelf) == len(self.blocks)
-            return
+        kept = shelf if isinstance(shelf, DiskShelf) and shelf.named else None
+        if kept is not None:
+            finished = kept.finished
+            if all(processes.gather(finished) if self.split else [finished]):
+                assert len(kept) == len(self.blocks)
+                return
+            if finished:
+                kept.start_anew()
         finite = True
         for block, state_BSD in zip(self.blocks, states, strict=True):
             finite = finite and bool(torch.isfinite(state_BSD[block.mask_BS]).all())
@@ -194,8 +202,8 @@ class Tape:
                 f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, "
                 "or use model.dtype=float32 if the model overflows in half precision"
             )
-        if isinstance(shelf, DiskShelf) and shelf.named:
-            shelf.finish()
+        if kept is not None:
+            kept.finish()
 
     def _leaving(self, model: PreTrainedModel, layer: int, seen: dict[int, dict[str, Any]]) -> Iterator[Tensor]:
         for index, block in enumerate(self.blocks):
