@@ -161,19 +161,18 @@ class Tape:
         tape._shapes = [(*text.input_ids_BS.shape, model.config.hidden_size) for text in texts]
         tape._dtype = model.dtype
         sparse = families.sparse_blocks(model)
-        room = TRACE_BYTES if isinstance(tape.storage, Memory) else 0
+        room = TRACE_BYTES if isinstance(tape.storage, Memory) else -1
         with evaluating(model):
             tape._keep(0, (tape._enter(model, block) for block in tape.blocks))
             for layer in range(tape.num_layers):
-                traced = [layer] if room > 0 and layer in sparse else []
+                traced = [layer] if room >= 0 and layer in sparse else []
                 with _tracing(model, traced) as seen:
                     tape._keep(layer + 1, tape._leaving(model, layer, seen))
                 room -= sum(trace.nbytes for trace in tape.traces.get(layer, ()))
                 if room < 0:
                     tape.traces.clear()
                 advance()
-        keeps = isinstance(tape.storage, Memory) and room >= 0
-        tape.traced = all(processes.gather(keeps)) if tape.split else keeps
+        tape.traced = all(processes.gather(room >= 0)) if tape.split else room >= 0
         return tape
 
     def _keep(self, layer: int, states: Iterator[Tensor]) -> None:

@@ -170,9 +170,13 @@ def test_mean_over_texts() -> None:
 def test_traces_kept_while_taping_are_those_of_a_rerun(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they do not fit they are computed again when asked for, to the same bits."""
     model = FAMILIES[family]()
-    kept = recorded(model)
-    monkeypatch.setattr(calibrate, "TRACE_BYTES", 1)
-    rerun = recorded(model)
+    size = sum(trace.nbytes for traces in recorded(model).traces.values() for trace in traces)
+    tapes = []
+    for room in (0, size - 1, size):
+        monkeypatch.setattr(calibrate, "TRACE_BYTES", room)
+        tapes.append(recorded(model))
+    rerun, kept = tapes[1:]
+    assert [tape.traced for tape in tapes] == [False, False, True] and not tapes[0].traces
     assert kept.traces.keys() == families.sparse_blocks(model).keys() and not rerun.traces
     for layer in kept.traces:
         for mine, theirs in zip(kept.trace(model, layer), rerun.trace(model, layer), strict=True):
