@@ -1,6 +1,6 @@
 """Plans as a command would search them, for every method of conf/method; also as a script, one process of two.
 
-python searched.py FOLDER RANK     the first process writes FOLDER/<method>.json
+python searched.py FOLDER RANK     the first process writes FOLDER/<method>.json, those of other tapes beside them
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import functools
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,13 @@ from omegaconf import OmegaConf
 from read_once import read_configs_once
 from tiny_models import FAMILIES, recorded
 
-from recondense import families, processes, surgery
+from recondense import calibrate, families, processes, surgery
 from recondense.cache import JsonFolder
+from recondense.calibrate import TRACE_BYTES
 from recondense.command_line import build_steps
 from recondense.config import read
 from recondense.plan import Plan
-from recondense.shelves import Storage
+from recondense.shelves import Disk, Storage
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -47,6 +49,9 @@ BUDGETS: dict[str, list[str]] = {
     ],
     "moei2": ["method.prune_ratio=0.34", "method.memory_ratio=0.7", "method.population=10", "method.parents=4"],
 }
+
+TAPES = ("on-disk", "without-traces")  # other than in memory with what all sparse layers saw
+WITH_OTHER_TAPES = ("cdmoe", "moei2")
 
 
 def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
@@ -89,11 +94,14 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     read_configs_once()
     torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
-    for method in METHODS:
+    for method, tape in [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES)]:
+        name = f"{method}-{tape}" if tape else method
         model = next(iter(FAMILIES.values()))()
-        plan = plan_of(model, method, folder / str(rank) / method, *BUDGETS[method])
+        calibrate.TRACE_BYTES = 0 if tape == "without-traces" else TRACE_BYTES
+        storage = Disk(folder / "tapes", keeps=False) if tape == "on-disk" else None
+        plan = plan_of(model, method, folder / str(rank) / name, *BUDGETS[method], storage=storage)
         if rank == 0:
-            plan.save(folder / f"{method}.json")
+            plan.save(folder / f"{name}.json")
         else:
             assert not (folder / str(rank)).exists(), "only the first process writes"
     torch.distributed.destroy_process_group()

@@ -163,29 +163,36 @@ class Tape:
         tape._shapes = [(*text.input_ids_BS.shape, model.config.hidden_size) for text in texts]
         tape._dtype = model.dtype
         sparse = families.sparse_blocks(model)
-        room = TRACE_BYTES if isinstance(tape.storage, Memory) else 0
+        room = TRACE_BYTES if isinstance(tape.storage, Memory) else -1
         with evaluating(model):
             tape._keep(0, (tape._enter(model, block) for block in tape.blocks))
             for layer in range(tape.num_layers):
-                traced = [layer] if room > 0 and layer in sparse else []
+                traced = [layer] if room >= 0 and layer in sparse else []
                 with _tracing(model, traced) as seen:
                     tape._keep(layer + 1, tape._leaving(model, layer, seen))
                 room -= sum(trace.nbytes for trace in tape.traces.get(layer, ()))
                 if room < 0:
                     tape.traces.clear()
                 advance()
-        keeps = isinstance(tape.storage, Memory) and room >= 0
-        tape.traced = all(processes.gather(keeps)) if tape.split else keeps
+        tape.traced = all(processes.gather(room >= 0)) if tape.split else room >= 0
         return tape
 
     def _keep(self, layer: int, states: Iterator[Tensor]) -> None:
-        """The states entering a layer, each checked; those that lie finished in the storage are taken from there."""
+        """The states entering a layer, each checked; those that lie finished in the storage are taken from there.
+
+        Of a split tape only where those of all processes do: all go the same way. One without blocks has finished, too.
+        """
         shared = f"{processes.rank()}-of-{processes.world_size() if self.split else 1}"
         shelf = self.storage.shelf(f"states-{layer:03d}-{shared}")
         self.states[layer] = shelf
-        if len(shelf):
-            assert len(shelf) == len(self.blocks)
-            return
+        kept = shelf if isinstance(shelf, DiskShelf) and shelf.named else None
+        if kept is not None:
+            finished = kept.finished
+            if all(processes.gather(finished) if self.split else [finished]):
+                assert len(kept) == len(self.blocks)
+                return
+            if finished:
+                kept.start_anew()
         finite = True
         for block, state_BSD in zip(self.blocks, states, strict=True):
             finite = finite and bool(torch.isfinite(state_BSD[block.mask_BS]).all())
@@ -196,8 +203,8 @@ class Tape:
                 f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, "
                 "or use model.dtype=float32 if the model overflows in half precision"
             )
-        if isinstance(shelf, DiskShelf) and shelf.named:
-            shelf.finish()
+        if kept is not None:
+            kept.finish()
 
     def _leaving(self, model: PreTrainedModel, layer: int, seen: dict[int, dict[str, Any]]) -> Iterator[Tensor]:
         for index, block in enumerate(self.blocks):

@@ -180,7 +180,7 @@ class _Run:
         self.callbacks = callbacks
         self.folder = folder
         self.loggers: list[Logger] = []
-        self.memory: dict[str, int] = {}  # what the peak of a streamed run is made of
+        self.memory: dict[str, int] = {}  # what the peak of a streamed run is made of, and the peak once it was taken
 
     def finish(self) -> None:
         """Run what is left, then write summary.json."""
@@ -251,7 +251,7 @@ class _Run:
                 measure.keep_refit(module.refit())
             measure.stage("refitted", module)
         if config.recovery.objective != "none":
-            fits = Fits(config, stages, folder, texts, measure, self.callbacks, self.loggers)
+            fits = Fits(config, stages, folder, texts, measure, self.callbacks, self.loggers, self._take_peak)
             self._recover(module, fits)
             measure.stage("recovered", module, self._original_again if config.model.streaming else None)
             if config.recovery.control and plan.operations:
@@ -284,15 +284,17 @@ class _Run:
                 found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)
                 write_aside(folder / "model" / "README.md", summary.model_card(found) + how_to_load(folder / "model"))
             tracking.log_export(self.loggers, folder / "model")
-        if paging.is_streamed(model):
-            found["memory"] = self._memory()
+        if paging.is_streamed(model):  # no recovery has brought it in
+            self._take_peak()
+        if self.memory:
+            found["memory"] = self.memory
         found["seconds"] = measure.seconds
         return found
 
-    def _memory(self) -> dict[str, int]:
+    def _take_peak(self) -> None:
         """What a model larger than memory took of it, printed, and a warning where that is more than it should be."""
         before = self.memory
-        found = {"peak_resident_bytes": profiling.peak_resident_bytes(), **before}
+        self.memory = found = {"peak_resident_bytes": profiling.peak_resident_bytes(), **before}
         bound = before["before_bytes"] + before["outside_layers_bytes"] + 2 * before["layer_bytes"]
         bound += before["scratch_bytes"] + SLACK
         shown = {name: report.format_bytes(size) for name, size in found.items()}
@@ -302,7 +304,6 @@ class _Run:
         )
         if found["peak_resident_bytes"] > bound:
             log.warning("peak memory is above the bound of %s; please report this", report.format_bytes(bound))
-        return found
 
     @contextmanager
     def _original_again(self) -> Iterator[Any]:

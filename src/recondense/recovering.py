@@ -40,6 +40,7 @@ class Fits:
     Args:
         stages: in order; one where the recovery lists none.
         folder: of the run.
+        streamed: called when a model larger than memory has been asked all, before it is brought in to be trained.
         done: what each stage of the recovery was, for summary.json.
     """
 
@@ -50,6 +51,7 @@ class Fits:
     measure: Measure
     callbacks: MakeCallbacks
     loggers: Sequence[Logger]
+    streamed: Callable[[], None] = lambda: None
     done: list[dict[str, Any]] = field(default_factory=list)
 
     def recover(self, module: RecoveryModule) -> None:
@@ -57,6 +59,7 @@ class Fits:
         self.done = []
         sources = self._on_disk(module)
         if paging.is_streamed(module.model):
+            self.streamed()
             module.release_original()
             with progress("the compressed model, whole"):
                 paging.bring_in(module.model)

@@ -117,6 +117,19 @@ class DiskShelf:
         """Whether its file is to stay."""
         return self._path is not None
 
+    @property
+    def finished(self) -> bool:
+        """Whether the disk says that nothing will be added."""
+        return self._path is not None and self._path.with_suffix(".json").exists()
+
+    def start_anew(self) -> None:
+        """Empty a finished one, to fill it again."""
+        assert self._path is not None
+        self._path.with_suffix(".json").unlink()
+        self._file = self._path.with_suffix(".bin").open("w+b")
+        weakref.finalize(self, self._file.close)
+        self._entries = []
+
     def finish(self) -> None:
         """Say on the disk that nothing will be added."""
         assert self._path is not None

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from searched import BUDGETS, METHODS, plan_of, steps_of
+from searched import BUDGETS, METHODS, TAPES, WITH_OTHER_TAPES, plan_of, steps_of
 from tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
 from transformers import AutoModelForCausalLM
 
@@ -194,16 +194,17 @@ def decided_together(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_decide_what_one_decides(method: str, decided_together: Path, tmp_path: Path) -> None:
-    """To the byte. The tests run with one thread, as do the two processes."""
+@pytest.mark.parametrize(("method", "tape"), [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES)])
+def test_two_processes_decide_what_one_decides(method: str, tape: str, decided_together: Path, tmp_path: Path) -> None:
+    """To the byte, wherever their tape lies. The tests run with one thread, as do the two processes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         mine = plan_of(EVERY[FIRST](), method, tmp_path, *BUDGETS[method])
     finally:
         torch.set_num_threads(before)
-    assert (decided_together / f"{method}.json").read_text(encoding="utf-8") == mine.to_json() + "\n"
+    name = f"{method}-{tape}" if tape else method
+    assert (decided_together / f"{name}.json").read_text(encoding="utf-8") == mine.to_json() + "\n"
 
 
 # Two threads of each of two processes of tests wait for each other: few methods, those that sum the most.

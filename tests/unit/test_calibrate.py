@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from tiny_models import FAMILIES, VOCAB, blocks, deepseek_v2, qwen2_moe, recorde
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recondense import calibrate, families
+from recondense import calibrate, families, processes
 from recondense.calibrate import Tape
+from recondense.shelves import Disk
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -167,10 +170,76 @@ def test_mean_over_texts() -> None:
 def test_traces_kept_while_taping_are_those_of_a_rerun(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they do not fit they are computed again when asked for, to the same bits."""
     model = FAMILIES[family]()
-    kept = recorded(model)
-    monkeypatch.setattr(calibrate, "TRACE_BYTES", 1)
-    rerun = recorded(model)
+    size = sum(trace.nbytes for traces in recorded(model).traces.values() for trace in traces)
+    tapes = []
+    for room in (0, size - 1, size):
+        monkeypatch.setattr(calibrate, "TRACE_BYTES", room)
+        tapes.append(recorded(model))
+    rerun, kept = tapes[1:]
+    assert [tape.traced for tape in tapes] == [False, False, True] and not tapes[0].traces
     assert kept.traces.keys() == families.sparse_blocks(model).keys() and not rerun.traces
     for layer in kept.traces:
         for mine, theirs in zip(kept.trace(model, layer), rerun.trace(model, layer), strict=True):
             assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in vars(mine))
+
+
+class Together:
+    """Threads in place of processes: each has its rank, and they meet where processes would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.number = number
+        self._own = threading.local()
+        self._barrier = threading.Barrier(number, timeout=20)  # seconds, after which the others went another way
+        self._values: list[Any] = [None] * number
+        monkeypatch.setattr(processes, "world_size", lambda: number)
+        monkeypatch.setattr(processes, "rank", lambda: self._own.rank)
+        monkeypatch.setattr(processes, "gather", self._gather)
+
+    def _gather(self, value: Any) -> list[Any]:
+        self._values[self._own.rank] = value
+        self._barrier.wait()
+        found = list(self._values)
+        self._barrier.wait()
+        return found
+
+    def record(self, models: list[Any], folder: Path) -> list[Tape]:
+        """The tapes of all of them on one folder."""
+        found: list[Any] = [None] * self.number
+
+        def work(rank: int) -> None:
+            self._own.rank = rank
+            try:
+                found[rank] = recorded(models[rank], split=True, storage=Disk(folder))
+            except BaseException as error:
+                found[rank] = error
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_split_tape_that_was_killed_between_two_processes_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three blocks of texts, a fourth process has none. What the last one lacks, all compute again."""
+    whole = recorded(qwen2_moe())
+    together = Together(monkeypatch, number)
+    models = [qwen2_moe() for _ in range(number)]
+    last = f"{number - 1}-of-{number}"
+    for gone, again in (((), 0), ((2, 3), 2), ((3,), 1)):
+        for layer in gone:
+            (tmp_path / f"states-{layer:03d}-{last}.json").unlink()
+        tapes = together.record(models, tmp_path)
+        for rank, tape in enumerate(tapes):
+            assert isinstance(tape, Tape), tape
+            assert tape.layer_runs == pytest.approx((again if gone else 3) if tape.blocks else 0)
+            for layer, states in enumerate(tape.states):
+                assert all(map(torch.equal, states, list(whole.states[layer])[rank::number]))
+                assert len(states) == len(tape.blocks)
+    tapes = together.record(models, tmp_path)
+    assert [tape.layer_runs for tape in tapes] == [0] * number, "all was there"

@@ -97,6 +97,38 @@ def test_another_budget_measures_no_layer_alone_again(monkeypatch: pytest.Monkey
     assert both["rounds"][0]["damages"] == one["rounds"][0]["damages"] != both["rounds"][1]["damages"]
 
 
+class Killed(Exception):
+    """Ends a search where it stands."""
+
+
+def test_a_killed_search_goes_on_at_the_layer_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds after the first are kept by the choice that they are measured around."""
+    measured: list[int] = []
+    of, left = Damage.of, [5]
+
+    def killed(self: Damage, starts: list[Start]) -> list[float]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        measured.append(starts[0].layer)
+        return of(self, starts)
+
+    monkeypatch.setattr(Damage, "of", killed)
+    model, cache = qwen2_moe(), {}
+    with pytest.raises(Killed):
+        search(model, cache, memory_ratio=0.7, rounds=3)
+    left[0] = 100
+    resumed = search(model, cache, memory_ratio=0.7, rounds=3)
+    assert measured[:6] == [0, 1, 2, 0, 1, 2], "the first round and two layers of the second were kept"
+    choices = [each["choice"] for each in resumed[1]["rounds"]]
+    assert len(measured) == (6 if choices[0] == choices[1] else 9)
+    undisturbed = search(model, {}, memory_ratio=0.7, rounds=3)
+    assert resumed[0] == undisturbed[0]
+    for records in (resumed[1], undisturbed[1]):
+        records.pop("seconds")
+    assert resumed[1] == undisturbed[1]
+
+
 def test_a_layer_that_cannot_be_condensed_keeps_its_other_options() -> None:
     """Its router selects the same two experts for every token, and three are to stay."""
     model = qwen2_moe()

@@ -12,6 +12,7 @@ from tiny_models import blocks, deepseek_v2, qwen2_moe, texts, unchanged
 
 from recondense import families
 from recondense.calibrate import Tape
+from recondense.methods import kt_field
 from recondense.methods.kt_field import reception_field
 from recondense.methods.moei2 import InterExpertPruning
 
@@ -42,6 +43,25 @@ def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs:
     assert [field.layers for field in found] == list(groups)
     assert [field.combinations for field in found] == [3 ** len(group) for group in groups]
     assert tape.layer_runs - before == pytest.approx(runs)
+
+
+def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense layers within a block, too; of a model larger than memory another layer takes the place of the last."""
+    used: list[int] = []
+    resident = kt_field.resident
+
+    def spied(model: Any, layer: int) -> Any:
+        if used[-1:] != [layer]:
+            used.append(layer)
+        return resident(model, layer)
+
+    monkeypatch.setattr(kt_field, "resident", spied)
+    model = qwen2_moe(num_hidden_layers=6, mlp_only_layers=[1, 2, 4])
+    tape = Tape.record(model, blocks(texts()))
+    before = tape.layer_runs
+    [found] = reception_field(model, tape, dict.fromkeys(families.sparse_blocks(model), SETS), 3)
+    assert found.layers == (0, 3, 5) and used == [0, 1, 2, 3, 4, 5]
+    assert tape.layer_runs - before == pytest.approx(3 * 3 + 2 * 9 + 27)
 
 
 def test_a_dense_layer_between_blocks_sees_the_pruned_states() -> None:

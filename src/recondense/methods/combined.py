@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from recondense.cache import fingerprint
 from recondense.families import Facts
 from recondense.methods.budget import Budget
 from recondense.methods.cdmoe import CDMoE
@@ -28,6 +29,7 @@ from recondense.methods.layerwise import Cache
 from recondense.methods.options import MadeUp, Option, Options, Searched
 from recondense.methods.ranks import break_even, multiple_problems
 from recondense.paging import put_away, resident
+from recondense.plan import Plan
 from recondense.progress import progress
 
 if TYPE_CHECKING:
@@ -180,10 +182,11 @@ class Combined:
         seconds = {"options": time.perf_counter() - started}
         rounds: list[dict[str, Any]] = []
         choice: dict[int, Option] = {}
+        around = ""  # the first round measures each layer alone: the same for every budget
         for number in range(self.rounds):
-            alone = cache if number == 0 else {}  # each layer alone: the same for every budget
-            measured = _measure(damage, options, f"damage, round {number + 1} of {self.rounds}", alone)
+            measured = _measure(damage, options, f"damage, round {number + 1} of {self.rounds}", cache, around)
             found = self._choose(options, measured, model)
+            around = f"{_fingerprint(found)}-"
             together = damage.choose(_blocks(model, options, found))
             rounds.append(_record(measured, found, together))
             if together <= min(each["damage"] for each in rounds):
@@ -228,16 +231,23 @@ class Combined:
         return options.widened(found, spare)
 
 
-def _measure(damage: Damage, options: Options, title: str, cache: Cache) -> dict[int, list[float]]:
+def _fingerprint(choice: dict[int, Option]) -> str:
+    """Of what stands in the layers; one without an operation is as it was."""
+    operations = [operation for option in choice.values() for operation in option.operations]
+    return fingerprint(Plan("", tuple(operations)).to_dict()["operations"])
+
+
+def _measure(damage: Damage, options: Options, title: str, cache: Cache, around: str) -> dict[int, list[float]]:
     """The damage of each option of each layer, with what is chosen now in all other layers.
 
     Args:
         cache: damages found so far; written after every layer.
+        around: what names the choice there.
     """
     found: dict[int, list[float]] = {}
     with progress(title, sum(len(each) for each in options.of.values())) as bar:
         for layer, each in options.of.items():
-            key = f"damage-{layer:03d}"
+            key = f"damage-{around}{layer:03d}"
             known = cache.get(key)
             if known is None:
                 known = {"damage": damage.of([Start(layer, partial(options.block, layer, option)) for option in each])}

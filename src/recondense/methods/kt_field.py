@@ -104,15 +104,19 @@ def _errors(
     live: dict[tuple[int, ...], Shelf] = {(): states}
     for layer, end in stretches[:-1]:
         live = {
-            (*chosen, place): _run(model, tape, before, layer, end, dropped)
+            (*chosen, place): _through(model, tape, before, layer, dropped)
             for chosen, before in live.items()
             for place, dropped in enumerate(candidates[layer])
         }
+        for dense in range(layer + 1, end):
+            for chosen in live:  # one after the other in place: no second copy of all of them
+                live[chosen] = _through(model, tape, live[chosen], dense, None)
     layer, end = stretches[-1]
+    assert end == layer + 1  # nothing behind the last MoE layer of a block
     errors: dict[tuple[int, ...], float] = {}
     for chosen, before in live.items():
         for place, dropped in enumerate(candidates[layer]):
-            after = _run(model, tape, before, layer, end, dropped)
+            after = _through(model, tape, before, layer, dropped)
             errors[*chosen, place] = _squares(tape, after, tape.states[end])
     return errors, _squares(tape, tape.states[end], None)
 

@@ -1,0 +1,86 @@
+"""A whole run of a model that is read layer by layer, beside the run of the same model whole in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from integration.runs import config, model_folder, one_command, step, text_files
+from recondense import paging, pipeline, profiling
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streamed")
+    model_folder(folder / "model")
+    return folder
+
+
+def run(base: Path, output: str, streaming: bool, **recovery: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run with a cache of its own, and its summary."""
+    settings = config(base / "model", text_files(base / "texts"), base / output, **recovery)
+    settings = replace(settings, model=replace(settings.model, streaming=streaming))
+    with one_command():
+        pipeline.run(settings, [step()])
+    folder = base / output / "run"
+    return folder, json.loads((folder / "summary.json").read_text())
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def test_a_streamed_run_decides_measures_and_exports_the_same(base: Path) -> None:
+    found = []
+    for name, streaming in (("whole", False), ("in-layers", True)):
+        folder, summary = run(base, name, streaming, name="none", objective="none")
+        quality = {stage: values["perplexity"] for stage, values in summary["stages"].items()}
+        found.append(((folder / "plan.json").read_text(), quality, tensors(folder / "model"), summary))
+    (plan, quality, exported, whole), (other_plan, other_quality, other_exported, streamed) = found
+    assert plan == other_plan and quality == other_quality and set(quality) == {"original", "compressed"}
+    assert exported.keys() == other_exported.keys()
+    assert all(torch.equal(exported[name], other_exported[name]) for name in exported)
+    assert "memory" not in whole
+    memory = streamed["memory"]
+    assert 0 < memory["layer_bytes"] < memory["before_bytes"] <= memory["peak_resident_bytes"]
+
+
+@pytest.mark.parametrize(
+    "recovery",
+    [
+        {"name": "finetune", "objective": "finetune", "steps": 1},
+        {"objective": "distill", "teacher": "cached", "steps": 1},
+    ],
+    ids=["finetune", "cached"],
+)
+def test_peak_memory_is_taken_before_a_recovery_brings_the_model_in(
+    recovery: dict[str, Any], base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And after the teacher was asked: it is streamed, too."""
+    states: list[bool] = []
+    pages: list[Any] = []
+    model_of = pipeline.load
+
+    def load(*args: Any) -> Any:
+        found = model_of(*args)
+        pages.append(found[0])
+        return found
+
+    def peak() -> int:
+        if pages:
+            states.append(paging.is_streamed(pages[0]))
+        return 12345 if pages else 1234
+
+    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(profiling, "peak_resident_bytes", peak)
+    _, summary = run(base, recovery["objective"], True, **recovery)
+    assert states == [True] and not paging.is_streamed(pages[0])
+    assert summary["memory"]["peak_resident_bytes"] == 12345 and summary["memory"]["before_bytes"] == 1234
+    assert "recovered" in summary["stages"]
+    assert capsys.readouterr().err.count("peak memory 12") == 1
