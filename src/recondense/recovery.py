@@ -486,6 +486,20 @@ class RecoveryModule(L.LightningModule):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecoveryModule:
+        """Move and convert as any module, but buffers keep their precision, as loading left it.
+
+        bf16-true converts whole modules, and rounded rotary frequencies turn far positions by another angle.
+        """
+        before = [(each, dict(each._buffers)) for each in self.modules()]
+        super()._apply(fn, recurse)
+        for each, buffers in before:
+            for name, own in buffers.items():
+                now = each._buffers.get(name)
+                if own is not None and now is not None and now.dtype != own.dtype:
+                    each._buffers[name] = own.to(now.device)
+        return self
+
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         if self._random_states is not None:  # here, after Lightning and data loaders have drawn their own numbers
             set_random_states(self._random_states)
