@@ -22,6 +22,7 @@ from integration.runs import arguments, model_folder, paper_tasks, text_files
 from recondense.recovery import RecoveryModule
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+ALL = (*ENGINES, *engine_runs.SHORT_ALONE)
 HERE = Path(__file__).parent
 # Lightning says so of every fit that goes on.
 pytestmark = [
@@ -37,7 +38,7 @@ class Runs:
         self.folder = folder
         self.tasks = paper_tasks(folder / "tasks")
         self.module, self.watched = engine_runs.train("auto", folder / "one", tasks=engine_runs.TASKS, where=self.tasks)
-        self.two = forks.run(HERE / "engine_runs.py", str(folder), str(self.tasks), *ENGINES, folder=folder)
+        self.two = forks.run(HERE / "engine_runs.py", str(folder), str(self.tasks), *ALL, folder=folder)
 
     def seen(self, engine: str) -> list[dict[str, Any]]:
         assert self.two.returncode == 0, self.two.stderr[-3000:]
@@ -69,17 +70,36 @@ def test_two_processes_train_as_one(runs: Runs, engine: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
     folder = tmp_path_factory.mktemp("short")
-    return {name: engine_runs.short(name, "auto", folder / name) for name in engine_runs.SHORT}
+    return folder, {name: engine_runs.short(name, "auto", folder / name) for name in engine_runs.SHORT}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ALL)
 @pytest.mark.parametrize("name", engine_runs.SHORT)
-def test_other_plans_types_and_losses(runs: Runs, short: dict[str, list[float]], engine: str, name: str) -> None:
-    rounding = 3e-2 if name == "bf16" else 1e-4
+def test_other_plans_types_and_losses(
+    runs: Runs, short: tuple[Path, dict[str, list[float]]], engine: str, name: str
+) -> None:
+    losses = short[1]
+    rounding = 3e-2 if name.startswith("bf16") else 1e-4
     for found in runs.seen(engine):
-        assert found["short"][name] == pytest.approx(short[name], rel=rounding) and len(short[name]) == 4
+        assert found["short"][name] == pytest.approx(losses[name], rel=rounding) and len(losses[name]) >= 2
+
+
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("name", engine_runs.MOMENTS)
+def test_gradients_have_the_size_of_one_process(
+    runs: Runs, short: tuple[Path, dict[str, list[float]]], engine: str, name: str
+) -> None:
+    runs.seen(engine)
+    found, expected = engine_runs.moments(runs.folder / engine / name), engine_runs.moments(short[0] / name)
+    for moment, norms in expected.items():
+        assert found[moment] == pytest.approx(norms, rel=1e-3)
+
+
+def test_the_clipped_case_is_clipped(short: tuple[Path, dict[str, list[float]]]) -> None:
+    clipped, free = (engine_runs.moments(short[0] / name)["exp_avg"] for name in engine_runs.MOMENTS[::-1])
+    assert max(clipped) < 1e-4 < 0.1 * max(free)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
