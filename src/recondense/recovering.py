@@ -148,6 +148,7 @@ class Fits:
                 stage="control",
                 trained_layers=module.plan.layers,
                 later=settings[1:],
+                computes_on=module.computes_on,  # the recovery may have left the weights to the first process
             )
             with self.measure.timed("control"):
                 for stage, own in zip(self.stages, settings, strict=True):

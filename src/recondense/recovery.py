@@ -60,6 +60,7 @@ class RecoveryModule(L.LightningModule):
         tokenizer: for callbacks that evaluate.
         stage: prefix of logged metrics.
         trained_layers: layers whose experts train, when not those of the plan.
+        computes_on: device of the training; None: where the model lies.
         router_auxiliary_loss: weight of the router's load-balancing loss; for training a sparse model from nothing.
         record: tapes the model on the calibration set as it is when called; plans that whiten or refit need it.
         max_scratch_bytes: bound on the temporary tensors of a refit.
@@ -82,6 +83,7 @@ class RecoveryModule(L.LightningModule):
         record: Callable[[], Tape] | None = None,
         max_scratch_bytes: int = 1 << 30,
         later: Sequence[RecoveryConfig] = (),
+        computes_on: torch.device | None = None,
     ) -> None:
         super().__init__()
         if plan is None and search is None:
@@ -108,7 +110,7 @@ class RecoveryModule(L.LightningModule):
         self._released = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
-        self.computes_on = families.device(model)  # also while its weights lie elsewhere
+        self.computes_on = computes_on or families.device(model)  # also while its weights lie elsewhere
         self.shard: Callable[[], None] | None = None  # spreads the weights over the processes, once
 
     def prepare(self, refit: bool = True) -> Plan:
