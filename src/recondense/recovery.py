@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import lightning as L
@@ -204,6 +205,23 @@ class RecoveryModule(L.LightningModule):
         """Forget what the student does not use of the original; from here on there is none."""
         self.teacher, self._originals = None, {}
         self._released = True
+
+    @contextmanager
+    def without_original(self, path: Path) -> Iterator[None]:
+        """Inside there is no original, and the memory of what it alone has is free; after, it is back.
+
+        Not in a process whose weights an engine has taken meanwhile: there it stays away.
+
+        Args:
+            path: of a file that holds it meanwhile.
+        """
+        assert self.teacher is not None
+        teacher, originals = self.teacher, self._originals
+        with teacher.set_aside(path) if processes.is_first() else nullcontext():
+            self.release_original()
+            yield
+        if processes.is_first():
+            self.teacher, self._originals, self._released = teacher, originals, False
 
     def _original_parameters(self) -> list[nn.Parameter]:
         with self.original() as model:

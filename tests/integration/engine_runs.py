@@ -201,7 +201,8 @@ def process(rank: int, port: int, folder: Path, names: Sequence[str], where: Pat
     for name in names:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         found = {} if name in SHORT_ALONE else on_two(name, folder / name, TASKS, where)
-        found["short"] = {each: short(each, name, folder / name / each) for each in SHORT}
+        cases = MOMENTS if name in SHORT_ALONE else SHORT
+        found["short"] = {each: short(each, name, folder / name / each) for each in cases}
         (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
     faulthandler.cancel_dump_traceback_later()
 
