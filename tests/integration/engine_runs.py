@@ -11,6 +11,7 @@ import faulthandler
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -141,6 +142,18 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
     }
 
 
+def taken_up(engine: str, folder: Path, checkpoint: Path) -> dict[int, float]:
+    """Go on with an engine where one process was stopped; the losses."""
+    if processes.is_first():
+        folder.mkdir()
+        shutil.copy(checkpoint, folder)
+    processes.barrier()
+    module, watched = train(engine, folder)
+    if processes.is_first():
+        torch.save(module.model.state_dict(), folder / "weights.pt")
+    return watched.losses
+
+
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (8,) * 6)
 # Other plans, types and losses, four steps each: sparse blocks lowest, the shared router of a factorized layer, hidden
 # states, labels in other numbers in each window.
@@ -201,6 +214,7 @@ def process(rank: int, port: int, folder: Path, names: Sequence[str], where: Pat
     for name in names:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         found = {} if name in SHORT_ALONE else on_two(name, folder / name, TASKS, where)
+        found["taken up"] = taken_up(name, folder / f"{name}-on", folder / "one" / f"step={2 * SAVED}.ckpt")
         cases = MOMENTS if name in SHORT_ALONE else SHORT
         found["short"] = {each: short(each, name, folder / name / each) for each in cases}
         (folder / f"{name}-{rank}.json").write_text(json.dumps(found))

@@ -128,6 +128,14 @@ def test_one_process_goes_on_where_two_were(runs: Runs, engine: str, tmp_path: P
     runs.same_weights(module.model.state_dict())
 
 
+@pytest.mark.parametrize("engine", ALL)
+def test_two_processes_go_on_where_one_was(runs: Runs, engine: str) -> None:
+    expected = {step: runs.watched.losses[step] for step in (9, 10)}
+    for found in runs.seen(engine):
+        assert {int(step): loss for step, loss in found["taken up"].items()} == pytest.approx(expected, abs=1e-4)
+    runs.same_weights(torch.load(runs.folder / f"{engine}-on" / "weights.pt"))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_lm_eval_while_training(runs: Runs, engine: str) -> None:
     expected = json.loads(json.dumps(runs.module.task_results))
