@@ -36,7 +36,7 @@ BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10
 NOT_IDENTITY = (
     *("experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "plan_only", "max_scratch_bytes", "metric"),
 )
-OF_PROCESSES = ("progress_bar", "devices", "num_nodes", "timeout_hours")  # of the trainer
+OF_PROCESSES = ("progress_bar", "strategy", "devices", "num_nodes", "timeout_hours")  # of the trainer
 # Settings that are younger than the first runs: where they ask for nothing, they have no part in it either.
 YOUNGER: dict[str, dict[str, Any]] = {
     "recovery": {
@@ -44,7 +44,7 @@ YOUNGER: dict[str, dict[str, Any]] = {
         "teacher_path": None, "teacher_revision": None, "activation_checkpointing": False,
         "fused_optimizer": True,
     },
-    "trainer": {"compile": False, "strategy": "auto"},
+    "trainer": {"compile": False},
     "data": {"form": None, "packing": True},
     "data.calibration": {"sources": None, "tape": "auto", "tape_dtype": "auto"},
     "model": {"streaming": False},

@@ -168,7 +168,7 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
         torch.cuda.set_device(local)
     timeout = timedelta(hours=settings.timeout_hours)  # the first evaluates alone while the others wait
     with _meeting(children):
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
+        processes.begin("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout)
     watch = _Watch.beginning(children)
     try:
         yield

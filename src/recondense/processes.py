@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ Value = TypeVar("Value")
 
 
 _alone = False  # while the first works without the others
+_timeout: timedelta | None = None  # of this run's groups; None: torch's own
 
 
 def grouped() -> bool:
@@ -123,8 +125,21 @@ def _working_alone() -> Iterator[None]:
         _alone = False
 
 
+def begin(backend: str, timeout: timedelta) -> None:
+    """Meet the others, by the environment that torchrun sets.
+
+    Args:
+        timeout: how long one waits for another in whatever they do together.
+    """
+    global _timeout
+    dist.init_process_group(backend, timeout=timeout)
+    _timeout = timeout
+
+
 def end() -> None:
     """Leave the process group."""
+    global _timeout
+    _timeout = None
     _group.cache_clear()
     deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
     if deepspeed is not None:
@@ -168,7 +183,10 @@ class FirstProcess(MutableMapping[str, dict[str, Any]]):
 @cache
 def _group() -> dist.ProcessGroup | None:
     """Plain data goes over gloo whatever the tensors go over."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")  # type: ignore[return-value]
+    if dist.get_backend() == "gloo":
+        return None
+    # A new group does not take the timeout of the first.
+    return dist.new_group(backend="gloo", timeout=_timeout)  # type: ignore[return-value]
 
 
 def collect(own: Iterable[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype, to: int) -> Iterator[Tensor]:

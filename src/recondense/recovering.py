@@ -81,23 +81,17 @@ class Fits:
 
     def _without_original(self, module: RecoveryModule) -> AbstractContextManager[None]:
         """Inside, the memory of what the student does not use of the original is free, where nobody asks it."""
-        recoveries = [stage.recovery for stage in self.stages]
-        asked = any(
-            recovery.validate_every or (recovery.objective == "distill" and recovery.teacher == "shared")
-            for recovery in recoveries
-        )
-        spread = self.config.trainer.shards or self.config.trainer.deepspeed
-        if asked or spread or module.teacher is None:
+        trainer = self.config.trainer
+        asked = any(_asks_original(stage.recovery) for stage in self.stages)
+        if asked or module.teacher is None or (trainer.shards and self.config.recovery.control):
             return nullcontext()
-        return module.teacher.set_aside(self.folder / WORK / f"original-{processes.rank()}.safetensors")
+        path = self.folder / WORK / f"original-{processes.rank()}.safetensors"
+        # An engine that spreads weights would spread those of the original too, which are empty inside.
+        return module.without_original(path) if trainer.shards else module.teacher.set_aside(path)
 
     def _on_disk(self, module: RecoveryModule) -> dict[str, CachedTeacher]:
-        """The predictions that stages learn from disk, made where they are not there.
-
-        An engine that spreads weights frees the original then.
-        """
+        """The predictions that stages learn from disk, made where they are not there."""
         sources: dict[str, CachedTeacher] = {}
-        asks = [stage.recovery for stage in self.stages if stage.recovery.objective == "distill"]
         for stage in self.stages:
             cached = stage.recovery.objective == "distill" and stage.recovery.teacher == "cached"
             if not cached or (self.folder / stage.folder / FINAL).exists():
@@ -105,10 +99,6 @@ class Fits:
             with self.measure.timed("teacher"):
                 data, recovery = self._data(stage, module)
                 sources[stage.name] = self._kept(module, data, recovery)
-        spread = self.config.trainer.shards or self.config.trainer.deepspeed
-        if spread and asks and all(each.teacher == "cached" for each in asks) and not self.config.recovery.control:
-            log.info("the teacher's predictions are on disk: what the student does not use of the original is freed")
-            module.release_original()
         return sources
 
     def _kept(self, module: RecoveryModule, data: RecoveryData, recovery: RecoveryConfig) -> CachedTeacher:
@@ -151,6 +141,7 @@ class Fits:
                 stage="control",
                 trained_layers=module.plan.layers,
                 later=settings[1:],
+                computes_on=module.computes_on,  # the recovery may have left the weights to the first process
             )
             with self.measure.timed("control"):
                 for stage, own in zip(self.stages, settings, strict=True):
@@ -190,6 +181,11 @@ class Fits:
             **self.texts.counts.get((stage.name, "train"), {}),
             "seconds": self.measure.counts[stage.name],
         }
+
+
+def _asks_original(recovery: RecoveryConfig) -> bool:
+    """Whether a training computes what the original predicts."""
+    return recovery.teacher == "shared" if recovery.objective == "distill" else recovery.validate_every > 0
 
 
 def with_steps(recovery: RecoveryConfig, num_windows: int, where: str = "recovery") -> RecoveryConfig:

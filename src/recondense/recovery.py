@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import lightning as L
@@ -60,6 +61,7 @@ class RecoveryModule(L.LightningModule):
         tokenizer: for callbacks that evaluate.
         stage: prefix of logged metrics.
         trained_layers: layers whose experts train, when not those of the plan.
+        computes_on: device of the training; None: where the model lies.
         router_auxiliary_loss: weight of the router's load-balancing loss; for training a sparse model from nothing.
         record: tapes the model on the calibration set as it is when called; plans that whiten or refit need it.
         later: stages of training that `begin` will take up after this one; what they train is set apart with the rest.
@@ -80,6 +82,7 @@ class RecoveryModule(L.LightningModule):
         router_auxiliary_loss: float = 0.0,
         record: Callable[[], Tape] | None = None,
         later: Sequence[RecoveryConfig] = (),
+        computes_on: torch.device | None = None,
     ) -> None:
         super().__init__()
         if plan is None and search is None:
@@ -105,7 +108,7 @@ class RecoveryModule(L.LightningModule):
         self._released = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
-        self.computes_on = families.device(model)  # also while its weights lie elsewhere
+        self.computes_on = computes_on or families.device(model)  # also while its weights lie elsewhere
         self.shard: Callable[[], None] | None = None  # spreads the weights over the processes, once
 
     def prepare(self, refit: bool = True) -> Plan:
@@ -199,6 +202,23 @@ class RecoveryModule(L.LightningModule):
         """Forget what the student does not use of the original; from here on there is none."""
         self.teacher, self._originals = None, {}
         self._released = True
+
+    @contextmanager
+    def without_original(self, path: Path) -> Iterator[None]:
+        """Inside there is no original, and the memory of what it alone has is free; after, it is back.
+
+        Not in a process whose weights an engine has taken meanwhile: there it stays away.
+
+        Args:
+            path: of a file that holds it meanwhile.
+        """
+        assert self.teacher is not None
+        teacher, originals = self.teacher, self._originals
+        with teacher.set_aside(path) if processes.is_first() else nullcontext():
+            self.release_original()
+            yield
+        if processes.is_first():
+            self.teacher, self._originals, self._released = teacher, originals, False
 
     def _original_parameters(self) -> list[nn.Parameter]:
         with self.original() as model:
@@ -482,6 +502,20 @@ class RecoveryModule(L.LightningModule):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecoveryModule:
+        """Move and convert as any module, but buffers keep their precision, as loading left it.
+
+        bf16-true converts whole modules, and rounded rotary frequencies turn far positions by another angle.
+        """
+        before = [(each, dict(each._buffers)) for each in self.modules()]
+        super()._apply(fn, recurse)
+        for each, buffers in before:
+            for name, own in buffers.items():
+                now = each._buffers.get(name)
+                if own is not None and now is not None and now.dtype != own.dtype:
+                    each._buffers[name] = own.to(now.device)
+        return self
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         if self._random_states is not None:  # here, after Lightning and data loaders have drawn their own numbers

@@ -11,6 +11,7 @@ import faulthandler
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -78,6 +79,7 @@ class Watching(L.Callback):
         self.idle = 0
         self.frozen_gradients = 0
         self.state_elements = 0
+        self.precisions: set[torch.dtype] = set()  # of buffers
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
         if batch_index == self.stop:
@@ -94,6 +96,7 @@ class Watching(L.Callback):
         self.frozen_gradients += sum(p.grad is not None for p in module.parameters() if not p.requires_grad)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        self.precisions |= {each.dtype for each in module.buffers()}
         self.losses[trainer.global_step] = float(trainer.callback_metrics["recovery/loss"])
         (optimizer,) = trainer.optimizers
         inner = optimizer.optimizer if isinstance(trainer.strategy, strategies.Zero) else optimizer
@@ -139,6 +142,18 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
     }
 
 
+def taken_up(engine: str, folder: Path, checkpoint: Path) -> dict[int, float]:
+    """Go on with an engine where one process was stopped; the losses."""
+    if processes.is_first():
+        folder.mkdir()
+        shutil.copy(checkpoint, folder)
+    processes.barrier()
+    module, watched = train(engine, folder)
+    if processes.is_first():
+        torch.save(module.model.state_dict(), folder / "weights.pt")
+    return watched.losses
+
+
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (8,) * 6)
 # Other plans, types and losses, four steps each: sparse blocks lowest, the shared router of a factorized layer, hidden
 # states, labels in other numbers in each window.
@@ -148,16 +163,36 @@ SHORT: dict[str, dict[str, Any]] = {
         "plan": Plan("tiny", (Prune(0, (0, 2, 3)), Condense(1, (1, 4), (0.3, 0.4), 0.4))),
         "dtype": torch.bfloat16,
     },
+    "bf16-true": {
+        "plan": Plan("tiny", (Prune(0, (0, 2, 3)), Condense(1, (1, 4), (0.3, 0.4), 0.4))),
+        "dtype": torch.bfloat16, "precision": "bf16-true", "steps": 2,
+    },
     "fine-tuned": {"plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "objective": "finetune", "labels": True},
-}
+    # Losses hardly know the size of a gradient, as AdamW divides by it: moments are compared too.
+    "accumulated": {
+        "plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "steps": 2, "accumulate_grad_batches": 2, "gradient_clip": 1e9,
+    },
+    "clipped": {"plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "steps": 2, "gradient_clip": 1e-4},
+}  # fmt: skip
+MOMENTS = ("accumulated", "clipped")
+SHORT_ALONE = ("deepspeed_zero3_offload",)  # engines that are much like another
+
+
+def moments(folder: Path) -> dict[str, list[float]]:
+    """Norms of AdamW's moments of each parameter, after the second step."""
+    (state,) = torch.load(folder / "step=2.ckpt", weights_only=True)["optimizer_states"]
+    return {name: [float(own[name].norm()) for _, own in sorted(state["state"].items())] for name in strategies.MOMENTS}
 
 
 def short(name: str, strategy: str, folder: Path) -> list[float]:
     """The losses of a few steps."""
-    own = dict(SHORT[name])
+    own = {"steps": 4, "checkpoint_every": 2 if name in MOMENTS else 10, **SHORT[name]}
     plan, dtype, labels = own.pop("plan"), own.pop("dtype", torch.float32), own.pop("labels", False)
-    model = qwen2_moe(vocab_size=257, max_position_embeddings=256).to(dtype)
-    module = RecoveryModule(model, recovery(steps=4, checkpoint_every=10, **own), plan=plan, tokenizer=byte_tokenizer())
+    precision = own.pop("precision", "auto")
+    model = qwen2_moe(vocab_size=257, max_position_embeddings=256)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # buffers are fp32, as loading has them
+    module = RecoveryModule(model, recovery(**own), plan=plan, tokenizer=byte_tokenizer())
     module.prepare()
     ids = windows(7, 8)
     table: Any = ids
@@ -165,8 +200,10 @@ def short(name: str, strategy: str, folder: Path) -> list[float]:
         counted = torch.arange(8) < torch.tensor([8, 3, 5, 2, 6, 4, 7])[:, None]
         table = {"input_ids": ids, "labels": torch.where(counted, ids, torch.full_like(ids, MASKED))}
     watching = Watching()
-    fit(module, RecoveryData(table, None, 2, 4, seed=3), folder, TrainerConfig(strategy=strategy, progress_bar=False),  # type: ignore[arg-type]
-        seed=1, callbacks=[watching])  # fmt: skip
+    batches = module.recovery.steps * module.recovery.accumulate_grad_batches
+    settings = TrainerConfig(strategy=strategy, precision=precision, progress_bar=False)  # type: ignore[arg-type]
+    fit(module, RecoveryData(table, None, 2, batches, seed=3), folder, settings, seed=1, callbacks=[watching])
+    assert watching.precisions | {each.dtype for each in module.buffers()} <= {torch.float32, torch.int64}
     return list(watching.losses.values())
 
 
@@ -176,8 +213,10 @@ def process(rank: int, port: int, folder: Path, names: Sequence[str], where: Pat
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     for name in names:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        found = on_two(name, folder / name, TASKS, where)
-        found["short"] = {each: short(each, name, folder / name / each) for each in SHORT}
+        found = {} if name in SHORT_ALONE else on_two(name, folder / name, TASKS, where)
+        found["taken up"] = taken_up(name, folder / f"{name}-on", folder / "one" / f"step={2 * SAVED}.ckpt")
+        cases = MOMENTS if name in SHORT_ALONE else SHORT
+        found["short"] = {each: short(each, name, folder / name / each) for each in cases}
         (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
     faulthandler.cancel_dump_traceback_later()
 

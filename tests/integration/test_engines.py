@@ -17,11 +17,13 @@ from forks import Forks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from integration import engine_runs
-from integration.runs import arguments, model_folder, paper_tasks, text_files
+from integration import engine_pipelines, engine_runs
+from integration.runs import arguments, model_folder, one_command, paper_tasks, text_files
 from recondense.recovery import RecoveryModule
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+ALL = (*ENGINES, *engine_runs.SHORT_ALONE)
+SPREAD = ("fsdp2", "deepspeed_zero2")  # of whole runs
 HERE = Path(__file__).parent
 # Lightning says so of every fit that goes on.
 pytestmark = [
@@ -37,7 +39,7 @@ class Runs:
         self.folder = folder
         self.tasks = paper_tasks(folder / "tasks")
         self.module, self.watched = engine_runs.train("auto", folder / "one", tasks=engine_runs.TASKS, where=self.tasks)
-        self.two = forks.run(HERE / "engine_runs.py", str(folder), str(self.tasks), *ENGINES, folder=folder)
+        self.two = forks.run(HERE / "engine_runs.py", str(folder), str(self.tasks), *ALL, folder=folder)
 
     def seen(self, engine: str) -> list[dict[str, Any]]:
         assert self.two.returncode == 0, self.two.stderr[-3000:]
@@ -69,17 +71,37 @@ def test_two_processes_train_as_one(runs: Runs, engine: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
     folder = tmp_path_factory.mktemp("short")
-    return {name: engine_runs.short(name, "auto", folder / name) for name in engine_runs.SHORT}
+    return folder, {name: engine_runs.short(name, "auto", folder / name) for name in engine_runs.SHORT}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", engine_runs.SHORT)
-def test_other_plans_types_and_losses(runs: Runs, short: dict[str, list[float]], engine: str, name: str) -> None:
-    rounding = 3e-2 if name == "bf16" else 1e-4
+def test_other_plans_types_and_losses(
+    runs: Runs, short: tuple[Path, dict[str, list[float]]], engine: str, name: str
+) -> None:
+    losses = short[1]
+    rounding = 3e-2 if name.startswith("bf16") else 1e-4
     for found in runs.seen(engine):
-        assert found["short"][name] == pytest.approx(short[name], rel=rounding) and len(short[name]) == 4
+        assert found["short"][name] == pytest.approx(losses[name], rel=rounding) and len(losses[name]) >= 2
+
+
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("name", engine_runs.MOMENTS)
+def test_gradients_have_the_size_of_one_process(
+    runs: Runs, short: tuple[Path, dict[str, list[float]]], engine: str, name: str
+) -> None:
+    for seen in runs.seen(engine):
+        assert seen["short"][name] == pytest.approx(short[1][name], rel=1e-4)
+    found, expected = engine_runs.moments(runs.folder / engine / name), engine_runs.moments(short[0] / name)
+    for moment, norms in expected.items():
+        assert found[moment] == pytest.approx(norms, rel=1e-3)
+
+
+def test_the_clipped_case_is_clipped(short: tuple[Path, dict[str, list[float]]]) -> None:
+    clipped, free = (engine_runs.moments(short[0] / name)["exp_avg"] for name in engine_runs.MOMENTS[::-1])
+    assert max(clipped) < 1e-4 < 0.1 * max(free)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -104,6 +126,14 @@ def test_one_process_goes_on_where_two_were(runs: Runs, engine: str, tmp_path: P
     module, watched = engine_runs.train("auto", tmp_path)
     assert sorted(watched.losses) == [9, 10]
     runs.same_weights(module.model.state_dict())
+
+
+@pytest.mark.parametrize("engine", ALL)
+def test_two_processes_go_on_where_one_was(runs: Runs, engine: str) -> None:
+    expected = {step: runs.watched.losses[step] for step in (9, 10)}
+    for found in runs.seen(engine):
+        assert {int(step): loss for step, loss in found["taken up"].items()} == pytest.approx(expected, abs=1e-4)
+    runs.same_weights(torch.load(runs.folder / f"{engine}-on" / "weights.pt"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -173,6 +203,35 @@ def test_a_run_of_torchrun(one: tuple[Path, Any]) -> None:
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     same_export(base, "three")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
+    """Whole runs of one process and of engines on two."""
+    folder = tmp_path_factory.mktemp("measured")
+    model = model_folder(folder / "model")
+    with one_command():
+        engine_pipelines.run("auto", folder, model, teacher="cached", validate_every=3)
+    ended = forks.run(HERE / "engine_pipelines.py", str(folder), str(model), *SPREAD, folder=folder)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("engine", SPREAD)
+def test_engines_that_spread_measure_the_same(measured: Path, engine: str) -> None:
+    """The original is away while its predictions are on disk, and there again to be compared with."""
+    one, found = (json.loads((measured / name / "summary.json").read_text())["stages"] for name in ("auto", engine))
+    assert found["recovered"].keys() == one["recovered"].keys() >= {"kl_to_original"}
+    for figure in ("loss", "kl_to_original"):
+        assert found["recovered"][figure] == pytest.approx(one["recovered"][figure], rel=1e-3)
+    assert not list((measured / engine).rglob("original-*"))
+
+
+def test_a_control_computes_where_the_recovery_did(measured: Path) -> None:
+    """Also where the recovery has left the weights to the first process."""
+    for rank in range(2):
+        found = json.loads((measured / f"devices-{rank}.json").read_text())
+        assert found == {"recovery": "cpu", "control": "cpu"}
 
 
 def test_a_twin_is_no_second_copy() -> None:

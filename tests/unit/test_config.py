@@ -319,6 +319,17 @@ def test_run_folder_of_the_same_config_is_taken_up(tmp_path: Path) -> None:
     assert check_folder(dataclasses.replace(other, overwrite=True), config) == []
 
 
+def test_a_run_goes_on_with_another_engine(tmp_path: Path) -> None:
+    """Checkpoints have one form, so the engine is no more part of a run than its processes are."""
+    one = from_dict({"run_dir": str(tmp_path), "trainer": {"strategy": "auto"}})
+    (tmp_path / "config.yaml").write_text(one.to_yaml())
+    for strategy in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"):
+        other = from_dict({"run_dir": str(tmp_path), "trainer": {"strategy": strategy, "devices": 2}})
+        assert other.run_hash() == one.run_hash() and check_folder(other, one) == []
+    other = from_dict({"run_dir": str(tmp_path), "trainer": {"strategy": "ddp", "precision": "bf16-true"}})
+    assert "different: trainer.precision" in check_folder(other, one)[0]
+
+
 def test_settings_that_came_later_leave_the_names_of_earlier_runs() -> None:
     """A run's folder is found by its hash: what asks for nothing has no part in it."""
     identity = Config().identity()

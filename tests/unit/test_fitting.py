@@ -11,12 +11,12 @@ import lightning as L
 import pytest
 import torch
 from recoveries import QUIET, data, module_of, recovery, trained
-from tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe, same_bits, windows
+from tiny_models import EVERY, FAMILIES, bits, condense_plan, logits, qwen2_moe, same_bits, windows
 from torch.overrides import TorchFunctionMode
 
 from recondense.config import RecoveryConfig, TrainerConfig
 from recondense.fitting import FINAL, fit, newest_checkpoint, precision_of
-from recondense.plan import Factorize, Plan, Prune
+from recondense.plan import Condense, Factorize, Plan, Prune
 from recondense.recovery import RecoveryModule
 
 # Lightning says so of every fit that goes on.
@@ -175,6 +175,32 @@ def test_precisions(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
     assert bool(logits(model, ids).isfinite().all())
     with module.original():
         assert bool(logits(model, ids).isfinite().all())
+
+
+def test_buffers_keep_their_precision(tmp_path: Path) -> None:
+    """bf16-true converts whole modules; rotary frequencies and a router's correction stay as they were loaded."""
+    model: Any = EVERY["glm4_moe"]()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    plan = Plan("tiny", (Condense(1, (1, 4), (0.3, 0.4)), Prune(2, (0, 1, 2, 4))))
+    module = RecoveryModule(model, recovery(steps=1), plan=plan)
+    module.prepare()
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    kinds = {name.rpartition(".")[2] for name in before if name.startswith("teacher.") or "rotary" in name}
+    assert kinds >= {"inv_freq", "e_score_correction_bias"}
+    assert {value.dtype for value in before.values() if value.is_floating_point()} == {torch.float32}
+    seen: dict[str, torch.Tensor] = {}
+
+    class Looking(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+            seen.update({name: value.clone() for name, value in module.named_buffers()})
+
+    settings = TrainerConfig(progress_bar=False, precision="bf16-true")
+    fit(module, data(module), tmp_path, settings, seed=0, callbacks=[Looking()])
+    for found in (seen, dict(module.named_buffers())):
+        assert found.keys() == before.keys()
+        for name, value in before.items():
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 
 
 def test_precision_auto() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 
-from recondense import launching
+from recondense import launching, processes
 from recondense.config import Config, RecoveryConfig, TrainerConfig
 from recondense.preflight import preflight
 
@@ -38,6 +41,25 @@ def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="4 processes were started; use"):
         launching.layout(TrainerConfig(), gpu=False)
     assert "-m: 4 processes" in launching.of_a_sweep()[0]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo"])
+def test_plain_data_waits_as_long_as_the_run_says(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Where tensors go over NCCL too, plain data have a group of their own."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    timeout = timedelta(hours=7)
+    processes.begin(backend, timeout)
+    try:
+        group: Any = processes._group()
+        assert (group is None) == (backend == "gloo")
+        group = group or torch.distributed.group.WORLD
+        assert group._get_backend(torch.device("cpu")).options._timeout == timeout
+    finally:
+        processes.end()
 
 
 @pytest.mark.parametrize(
