@@ -190,9 +190,7 @@ AGAIN: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", AGAIN)
-def test_activation_checkpointing_changes_no_bit(name: str) -> None:
-    """Adapters on factors are computed once a pass; in backward they are computed again with the layer."""
+def module_and_windows(name: str) -> tuple[RecoveryModule, Tensor]:
     from tiny_models import recorded
 
     plan, settings = AGAIN[name]
@@ -200,10 +198,20 @@ def test_activation_checkpointing_changes_no_bit(name: str) -> None:
     module = RecoveryModule(model, recovery(**settings), plan=plan, record=lambda: recorded(model))
     module.prepare()
     module.train()
-    ids = windows(2, 8)
-    plain = module.losses(ids)["loss"]
-    plain.backward()  # type: ignore[no-untyped-call]
-    expected = gradients(module)
+    return module, windows(2, 8)
+
+
+def loss_and_gradients(module: RecoveryModule, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = module.losses(ids)["loss"]
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss, gradients(module)
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_activation_checkpointing_changes_no_bit(name: str) -> None:
+    """Adapters on factors are computed once a pass; in backward they are computed again with the layer."""
+    module, ids = module_and_windows(name)
+    plain, expected = loss_and_gradients(module, ids)
     with families.checkpointing(module.model):
         with runs_of(module.model), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             again = module.losses(ids)["loss"]
@@ -243,26 +251,15 @@ def test_activation_checkpointing_holds_less(family: str) -> None:
 @pytest.mark.parametrize("name", AGAIN)
 def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The student's layers, the teacher's, with gradients and without; inductor compiles C++ first."""
-    from tiny_models import recorded
-
-    plan, settings = AGAIN[name]
-    model = qwen2_moe()
-    module = RecoveryModule(model, recovery(**settings), plan=plan, record=lambda: recorded(model))
-    module.prepare()
-    module.train()
-    ids = windows(2, 8)
-    plain = module.losses(ids)["loss"]
-    plain.backward()  # type: ignore[no-untyped-call]
-    expected = gradients(module)
+    module, ids = module_and_windows(name)
+    plain, expected = loss_and_gradients(module, ids)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     counters = torch._dynamo.utils.counters
     counters.clear()
     with families.compiling(module.model):
-        again = module.losses(ids)["loss"]
-        again.backward()  # type: ignore[no-untyped-call]
+        again, found = loss_and_gradients(module, ids)
     assert counters["frames"]["ok"] > 0 and not counters["unimplemented"]
     torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
-    found = gradients(module)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
