@@ -246,7 +246,7 @@ def test_activation_checkpointing_holds_less(family: str) -> None:
         assert saved() < plain / 2
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:.*should not be instantiated")  # by dynamo
+@pytest.mark.filterwarnings("ignore")  # what a compiler says of its own code
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", AGAIN)
 def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
