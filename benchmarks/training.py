@@ -12,8 +12,8 @@ On a machine that does other things too, compare tokens per second of CPU time, 
 Memory is counted in tensors, as CUDA's allocator does: those alive between steps, and the most that a further step
 adds, forward and backward. Beside it stands what was resident at most (the kernel's high-water mark, put back after
 set-up), and the same less what the process had after its imports: with it come the holes in malloc's heap. The
-recoveries of recondense run as in train.py: where nobody asks the original while training, it lies on the disk until the
-final comparison.
+recoveries of recondense run as in train.py: where nobody asks the original while training, it lies on the disk until
+the final comparison.
 
     (a) transformers' Trainer on the same condensed model: the authors' fine-tuning, each text cut at the length and
         padded to it; and once on the same packed windows as ours
