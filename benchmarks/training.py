@@ -66,17 +66,17 @@ OURS = ("finetune", "shared", "cached", "model")
 SETTINGS = ("checkpointed", "compiled", "bf16_mixed", "unfused")  # of the distillation with a shared teacher
 TITLES = {
     "finetune": "recondense: fine-tuning",
-    "trainer_padded": "(a) transformers' Trainer, padded texts",
-    "trainer_packed": "(a) transformers' Trainer, packed",
-    "shared": "recondense: distillation, teacher shared",
-    "cached": "recondense: distillation, teacher cached",
-    "model": "recondense: distillation, teacher another model",
-    "two_models": "(b) two whole models, full logits",
-    "full_logits": "(c) shared backbone, full logits",
-    "checkpointed": "... shared, activation_checkpointing",
-    "compiled": "... shared, trainer.compile",
-    "bf16_mixed": "... shared, trainer.precision=bf16-mixed",
-    "unfused": "... shared, recovery.fused_optimizer=false",
+    "trainer_padded": "(a) Trainer, padded texts",
+    "trainer_packed": "(a) Trainer, packed texts",
+    "shared": "recondense: teacher shared",
+    "cached": "recondense: teacher cached",
+    "model": "recondense: teacher a model",
+    "two_models": "(b) two whole models",
+    "full_logits": "(c) shared, full logits",
+    "checkpointed": "... activation checkpointing",
+    "compiled": "... trainer.compile",
+    "bf16_mixed": "... precision=bf16-mixed",
+    "unfused": "... fused_optimizer=false",
 }
 # No slower than the packed Trainer: within what a ratio moves from run to run.
 AT_LEAST = {
