@@ -174,7 +174,8 @@ def resident(name: str) -> int:
 def alive() -> int:
     """Bytes of all tensors of this process, each memory once."""
     gc.collect()
-    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device.type == "cpu"]
+    kinds = (torch.Tensor, torch.nn.Parameter)  # no subclasses: a compiler's have no memory
+    found = [each for each in gc.get_objects() if type(each) in kinds and each.device.type == "cpu"]
     found += [each.grad for each in found if each.is_leaf and each.grad is not None]
     return sum({(s := each.untyped_storage()).data_ptr(): s.nbytes() for each in found}.values())
 
