@@ -97,7 +97,13 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, help=".jsonl with `text` (default: the standard library's definitions)")
-    parser.add_argument("--only", nargs="+", choices=TITLES, default=[*TITLES][: -len(SETTINGS)], help="contestants")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=TITLES,
+        default=[name for name in TITLES if name not in SETTINGS],
+        help="contestants",
+    )
     parser.add_argument("--rounds", type=int, default=4, help="turns of each contestant")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
     parser.add_argument("--batch-size", type=int, default=8)

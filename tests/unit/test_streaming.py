@@ -216,7 +216,10 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
             *(Refit(layer, "down_proj", 1e-2) for layer in range(3)),
         ),
     )
+    monkeypatch.setattr(least_squares, "LEAST_COLUMNS", 1)  # so that the original's shapes cut these layers in parts
     expected = opened(folder, None)
+    block = families.get_block(expected, 0)
+    assert least_squares.most_columns(block) < sum(u.weight_Dn.shape[1] for u in least_squares.units_of(expected, 0))
     record = lambda: recorded(expected)  # noqa: E731
     surgery.refit(expected, plan, surgery.apply(expected, plan, record), record)
     solved: list[int] = []
