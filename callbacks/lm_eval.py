@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from recondense import processes
+from recondense.errors import UserError
 from recondense.modes import evaluating
 
 Results = dict[str, dict[str, float]]
@@ -44,7 +45,7 @@ class LmEval(L.Callback):
         include_path: str | Path | Sequence[str | Path] | None = None,
     ) -> None:
         if every_n_steps < 0:
-            raise ValueError(f"LmEval: every_n_steps is {every_n_steps}; use 0 to evaluate at the end only")
+            raise UserError(f"LmEval: every_n_steps is {every_n_steps}; use 0 to evaluate at the end only")
         self.tasks = tuple(tasks or ())
         self.every_n_steps = every_n_steps
         self.at_end = at_end

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense import families, processes
+from recondense.errors import UserError
 from recondense.modes import evaluating
 from recondense.paging import resident
 from recondense.shelves import DiskShelf, Memory, Shelf, Storage, nbytes
@@ -155,7 +156,7 @@ class Tape:
             split: every process takes its share of the blocks; all must call this.
 
         Raises:
-            ValueError: a hidden state that is not finite; the message names the layer.
+            UserError: a hidden state that is not finite; the message names the layer.
         """
         device = families.device(model)
         texts = [TextBlock(ids_BS.to(device), mask_BS.to(device).bool()) for ids_BS, mask_BS in blocks]
@@ -199,7 +200,7 @@ class Tape:
             shelf.append(state_BSD)
         if not all(processes.gather(finite) if self.split else [finite]):
             where = "the embedding" if layer == 0 else f"decoder layer {layer - 1}"
-            raise ValueError(
+            raise UserError(
                 f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, "
                 "or use model.dtype=float32 if the model overflows in half precision"
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from recondense.config import Config, DataConfig, RecoveryConfig, differences, parse_bytes
+from recondense.errors import UserError
 from recondense.stages import read_stages
 
 SMALLEST_SCRATCH = 16 * 2**20
@@ -323,7 +324,7 @@ def _export_and_memory(config: Config) -> Iterator[str]:
             continue
         try:
             size = parse_bytes(value)
-        except ValueError as error:
+        except UserError as error:
             yield f"{name}: {error}."
             continue
         if name == "max_scratch_bytes" and size < SMALLEST_SCRATCH:

@@ -31,13 +31,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recondense import launching, sweeping
-from recondense.config import Config, ConfigError, read
+from recondense.config import Config, read
+from recondense.errors import ConfigError, UserError
 from recondense.preflight import preflight
 from recondense.reading import nearest, suggestion, wrong_types
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for overrides
 NO_RUN = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
-PACKAGES = (str(Path(__file__).parent), str(Path(__file__).parents[2] / "callbacks"))
 
 
 def command_hash() -> str:
@@ -124,7 +124,7 @@ def build_steps(method: Mapping[str, Any]) -> list[Any]:
         try:
             steps.append(instantiate(dict(entry), _convert_="all"))
         except InstantiationException as error:
-            if isinstance(error.__cause__, ValueError):
+            if isinstance(error.__cause__, UserError):
                 problems += str(error.__cause__).splitlines()
             else:
                 problems.append(f"{name} ({entry['_target_']}): {' '.join(str(error.__cause__ or error).split())}")
@@ -308,11 +308,10 @@ def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
             yield
     except Reported:
         raise
-    except (ValueError, FloatingPointError, OSError) as error:
-        known = isinstance(error, ConfigError)
-        if not known and (os.environ.get("HYDRA_FULL_ERROR") or not _is_for_users(error)):
+    except (UserError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") and not isinstance(error, ConfigError):
             raise
-        messages = cast(ConfigError, error).messages if known else (str(error),)
+        messages = error.messages if isinstance(error, ConfigError) else (str(error),)
         if sweep:
             raise JobFailed(messages) from None
         if silent:
@@ -338,16 +337,6 @@ def _sigterm_exits() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _is_for_users(error: BaseException) -> bool:
-    """Whether recondense raised it, or the file system did; a ValueError out of a library is a defect of ours."""
-    if isinstance(error, OSError):
-        return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_code.co_filename.startswith(PACKAGES)
 
 
 def refuse(messages: Sequence[str]) -> NoReturn:

@@ -11,13 +11,14 @@ import json
 import operator
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from recondense.errors import ConfigError, UserError
 from recondense.reading import read_dataclass
 
 if typing.TYPE_CHECKING:
@@ -49,18 +50,6 @@ YOUNGER: dict[str, dict[str, Any]] = {
     "data.calibration": {"sources": None, "tape": "auto", "tape_dtype": "auto"},
     "model": {"streaming": False},
 }  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a command or its config, together.
-
-    Args:
-        messages: one sentence or more each: what, the value, the limit, the remedy.
-    """
-
-    def __init__(self, messages: Iterable[str]) -> None:
-        self.messages = tuple(messages)
-        super().__init__("\n".join(self.messages))
 
 
 @dataclass(frozen=True)
@@ -321,7 +310,7 @@ class Config:
         """Bytes that the search may take for itself; None: it decides.
 
         Raises:
-            ValueError: a text that is no number of bytes.
+            UserError: a text that is no number of bytes.
         """
         return None if self.max_scratch_bytes == "auto" else parse_bytes(self.max_scratch_bytes)
 
@@ -330,14 +319,14 @@ def parse_bytes(text: int | str) -> int:
     """Bytes in 1048576, "512MiB" or "2 GB".
 
     Raises:
-        ValueError: neither a number nor a number with a unit.
+        UserError: neither a number nor a number with a unit.
     """
     number = str(text).strip().rstrip("BKMGibkmg").strip()
     unit = str(text).strip()[len(number) :].strip().upper()
     try:
         return int(float(number) * BYTE_UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"{text!r} is not a number of bytes: write 536870912, 512MiB or 2GB") from None
+        raise UserError(f"{text!r} is not a number of bytes: write 536870912, 512MiB or 2GB") from None
 
 
 def from_dict(values: Free) -> Config:

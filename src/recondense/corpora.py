@@ -15,6 +15,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 from recondense.config import CalibrationConfig, DataConfig
+from recondense.errors import UserError
 from recondense.hub import hub_corpora
 from recondense.mixing import check_sources, mixed
 from recondense.textfiles import read_texts
@@ -65,8 +66,8 @@ def load_corpora(data: DataConfig, splits: Iterable[str] = SPLITS) -> Corpora:
         Corpora: of `calibration`, the first `data.calibration.num_samples` documents count.
 
     Raises:
-        ValueError: a file, split or field that is missing, empty or unreadable, with the remedy.
-        ConnectionError: the hub cannot be reached.
+        UserError: a file, split or field that is missing, empty or unreadable, with the remedy.
+        UserError: the hub cannot be reached.
     """
     wanted = set(splits)
     if data.calibration.sources is not None and wanted & {"calibration", "train"}:
@@ -114,7 +115,7 @@ def stdlib_corpora() -> Corpora:
     piece, ...), because there are fewer of them than a calibration set needs.
 
     Raises:
-        ValueError: the interpreter's library has no readable sources.
+        UserError: the interpreter's library has no readable sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -123,7 +124,7 @@ def stdlib_corpora() -> Corpora:
     splits["calibration"] = _take_turns([_pieces(text) for text in splits["calibration"]])
     if not all(splits.values()):
         sizes = ", ".join(f"{split} {len(texts)}" for split, texts in splits.items())
-        raise ValueError(
+        raise UserError(
             f"data=stdlib: {root} has too few Python sources ({sizes}); use an interpreter that ships its library's "
             "sources, or data=texts with files of your own."
         )
@@ -189,7 +190,7 @@ def _text_corpora(data: DataConfig, wanted: set[str], apart: Sequence[str]) -> C
         taken = {*calibration, *(found["validation"] or []), *apart}
         found["train"] = [text for text in found["train"] if text not in taken][: data.train.num_texts]
         if not found["train"]:
-            raise ValueError(
+            raise UserError(
                 f"data.train.path={data.train.path}: all of its texts are calibration or validation "
                 "texts; give another file."
             )
@@ -201,12 +202,12 @@ def _read_split(data: DataConfig, split: str) -> list[str]:
     given = getattr(data, split).path
     try:
         texts = [text for _, text in read_texts(Path(given).expanduser(), data.text_field, data.form)]
-    except ValueError as error:
-        raise ValueError(f"data.{split}.path={given}: {error}") from None
+    except UserError as error:
+        raise UserError(f"data.{split}.path={given}: {error}") from None
     if split != "calibration":
         texts = [text for text in texts if text]
     if not texts:
-        raise ValueError(f"data.{split}.path={given}: the file has no text; give one with at least one document.")
+        raise UserError(f"data.{split}.path={given}: the file has no text; give one with at least one document.")
     return texts
 
 
@@ -221,7 +222,7 @@ def _check_file(data: DataConfig, split: str) -> Iterator[str]:
     # The calibration file is read whole, it decides the search; of the others the first document must be readable.
     try:
         found = list(islice(read_texts(path, data.text_field, data.form), None if split == "calibration" else 1))
-    except ValueError as error:
+    except UserError as error:
         yield f"{where}: {error}"
         return
     if not found:

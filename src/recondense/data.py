@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recondense import processes
 from recondense.corpora import SPLITS, Corpora, check_paths, load_corpora, stdlib_corpora
+from recondense.errors import UserError
 from recondense.losses import predicting
 from recondense.progress import track
 
@@ -87,10 +88,10 @@ def calibration_set(
     """Tokenise the first `num_samples` texts, each cut at `max_length` tokens, with the tokenizer's special tokens.
 
     Raises:
-        ValueError: fewer texts than `num_samples`, or a text that gives no token besides special ones.
+        UserError: fewer texts than `num_samples`, or a text that gives no token besides special ones.
     """
     if len(texts) < num_samples:
-        raise ValueError(
+        raise UserError(
             f"data.calibration.num_samples={num_samples}: there are {len(texts)} calibration texts; lower it or give "
             "more texts."
         )
@@ -106,7 +107,7 @@ def calibration_set(
     empty = [index for index, mask in enumerate(masks) if all(mask)]
     if empty:
         shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise ValueError(
+        raise UserError(
             f"calibration set: {len(empty)} of {num_samples} texts are shorter than one token (index from 0: {shown}); "
             "remove them."
         )
@@ -129,7 +130,7 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, 
         windows of ids, (N, length), int64.
 
     Raises:
-        ValueError: all documents together are shorter than one window.
+        UserError: all documents together are shorter than one window.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts: list[np.ndarray[Any, np.dtype[np.int64]]] = [np.empty(0, dtype=np.int64)]
@@ -147,7 +148,7 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, 
     ids = np.concatenate(parts)
     count = len(ids) // length
     if count == 0:
-        raise ValueError(
+        raise UserError(
             f"{name}: {len(texts)} texts give {len(ids)} tokens, fewer than one window of "
             f"data.sequence_length={length}; give more text or lower data.sequence_length."
         )
@@ -271,7 +272,7 @@ class RecoveryData(LightningDataModule):
         seed: of the order.
 
     Raises:
-        ValueError: no training window.
+        UserError: no training window.
     """
 
     def __init__(
@@ -285,7 +286,7 @@ class RecoveryData(LightningDataModule):
         super().__init__()
         self.train_table = table_of(train)
         if num_rows(self.train_table) == 0:
-            raise ValueError("recovery: there is no training window; give more training text.")
+            raise UserError("recovery: there is no training window; give more training text.")
         self.validation = validation
         self.batch_size = batch_size
         self.num_batches = num_batches

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from recondense import families, paging, passes
 from recondense.chunking import Head, chunks
+from recondense.errors import UserError
 from recondense.heldout import HELDOUT_TASKS, heldout_tasks
 from recondense.modes import evaluating
 from recondense.progress import Stage, progress
@@ -60,11 +61,11 @@ def perplexity(
         loss (nats), perplexity, and with `reference` kl_to_original (nats).
 
     Raises:
-        ValueError: no window, or windows of one token.
-        FloatingPointError: the loss is not finite.
+        UserError: no window, or windows of one token.
+        UserError: the loss is not finite.
     """
     if windows_MS.ndim != 2 or windows_MS.shape[0] == 0 or windows_MS.shape[1] < 2:
-        raise ValueError(
+        raise UserError(
             f"perplexity: windows have shape {tuple(windows_MS.shape)}; at least one window of two tokens is needed."
         )
     device = families.device(model)
@@ -79,9 +80,7 @@ def perplexity(
     count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
     loss, divergence = (sums / count).tolist()
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"perplexity: the mean loss over {count} tokens is {loss}; the model's logits are not finite."
-        )
+        raise UserError(f"perplexity: the mean loss over {count} tokens is {loss}; the model's logits are not finite.")
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     return found if reference is None else {**found, "kl_to_original": divergence}
 

@@ -23,6 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from recondense import bundle, deepseek, families, low_rank, modules
 from recondense.config import ExportConfig, parse_bytes
+from recondense.errors import UserError
 from recondense.low_rank import LowRankExperts
 from recondense.modules import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 from recondense.paging import is_streamed, page_bytes, resident
@@ -36,7 +37,7 @@ NARROWEST = 16  # of dense layers of zeros alone: kernels want rows of some byte
 Shapes = Mapping[int, Mapping[str, Any]]
 
 
-class NotStock(ValueError):
+class NotStock(UserError):
     """The family's own class cannot hold the model; the message says why."""
 
 

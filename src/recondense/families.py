@@ -32,6 +32,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from recondense import deepseek
 from recondense.bundle import PREFIX, compressed_classes, gives_pair, glu_of, has_bias, router_name
 from recondense.chunking import Head
+from recondense.errors import UserError
 from recondense.layouts import (
     FAMILIES,
     PER_LAYER,
@@ -105,10 +106,10 @@ class SparseBlock:
         """The layer's own tensors; gate_up (E, 2F, D), down (E, D, F).
 
         Raises:
-            ValueError: the experts are factorized.
+            UserError: the experts are factorized.
         """
         if not hasattr(self.experts, "gate_up_proj"):
-            raise ValueError(f"layer {self.layer}: its experts are factorized; this needs whole ones, so do it before")
+            raise UserError(f"layer {self.layer}: its experts are factorized; this needs whole ones, so do it before")
         shared, experts = self.shared_expert, cast(Any, self.experts)
         turned, bias = getattr(experts, "is_transposed", False), has_bias(experts)
         return MoEWeights(
@@ -306,13 +307,13 @@ def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
     """The router with the rows of some experts only.
 
     Raises:
-        ValueError: fewer experts than top_k, merged experts, or groups of unequal size or of fewer than two.
+        UserError: fewer experts than top_k, merged experts, or groups of unequal size or of fewer than two.
     """
     routing, num_experts = block.routing, block.num_experts
     if isinstance(block.router, RemappedRouter):
-        raise ValueError(f"layer {block.layer}: its experts are merged, so they cannot be pruned any more")
+        raise UserError(f"layer {block.layer}: its experts are merged, so they cannot be pruned any more")
     if len(retained) < routing.top_k:
-        raise ValueError(
+        raise UserError(
             f"layer {block.layer}: {len(retained)} experts retained, but each token selects {routing.top_k}; retain at "
             "least as many"
         )
@@ -320,7 +321,7 @@ def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
         size = num_experts // routing.num_groups
         sizes = [sum(expert // size == group for expert in retained) for group in range(routing.num_groups)]
         if len(set(sizes)) > 1 or sizes[0] < 2:
-            raise ValueError(
+            raise UserError(
                 f"layer {block.layer}: the router selects {routing.top_groups} of {routing.num_groups} groups first; "
                 f"pruning would leave groups of {sizes} experts, which must be equal and at least 2"
             )
@@ -331,7 +332,7 @@ def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
     """The block as pruning would leave it, without a copy of any expert: for trying it out.
 
     Raises:
-        ValueError: as `pruned_router`.
+        UserError: as `pruned_router`.
     """
     table = torch.as_tensor(retained, device=next(block.experts.parameters()).device)
     return with_parts(block.module, router=RemappedRouter(pruned_router(block, retained), table))
@@ -355,7 +356,7 @@ def parameter_counts(config: PretrainedConfig) -> Counts:
     """Parameters of the model that a config describes; built on the meta device, without weights.
 
     Raises:
-        ValueError: as `facts`.
+        UserError: as `facts`.
     """
     return _counts(json.dumps(config.to_dict(), sort_keys=True, default=str), type(config))  # type: ignore[arg-type]
 

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from recondense import engines, families, processes, sharding
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
+from recondense.errors import UserError
 from recondense.recovery import RecoveryModule, trained_state
 
 FINAL = "final.ckpt"
@@ -80,7 +81,7 @@ def _refuse_rounding(trainer: TrainerConfig, precision: str, dtype: torch.dtype)
     if dtype == torch.bfloat16 or not (precision == "bf16-true" or (trainer.deepspeed and precision == "bf16-mixed")):
         return
     instead = "trainer.precision=32-true" if trainer.deepspeed else "trainer.precision=bf16-mixed"
-    raise ValueError(
+    raise UserError(
         f"trainer.precision={precision} would round all weights of a {dtype} model, frozen ones included; use "
         f"{instead}, or model.dtype=bfloat16"
     )

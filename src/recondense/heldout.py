@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from recondense.errors import UserError
 from recondense.plan import write_aside
 
 PERPLEXITY = "heldout_perplexity"
@@ -64,7 +65,7 @@ def heldout_tasks(
         the names of the tasks.
 
     Raises:
-        ValueError: the texts are too few to ask a single question.
+        UserError: the texts are too few to ask a single question.
     """
     rng = random.Random(seed)
     documents = [text for text in texts if text.strip()]
@@ -72,7 +73,7 @@ def heldout_tasks(
     rolling = [{"text": _cut(documents[index])} for index in chosen]
     questions = _questions([_lines(text) for text in documents], num_choices, num_questions, rng)
     if not questions:
-        raise ValueError(
+        raise UserError(
             f"evaluation: {len(documents)} held-out texts have too few lines for one question of {NEXT_LINE} with "
             f"{num_choices} choices; give more validation text, or take the task out of evaluation.tasks."
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recondense.config import DataConfig
+from recondense.errors import UserError
 from recondense.instructions import form_of, read_record
 from recondense.progress import track
 from recondense.textfiles import documents, is_article
@@ -34,8 +35,8 @@ def hub_corpora(data: DataConfig, wanted: set[str], apart: Iterable[str] = ()) -
         apart: documents that no split may have.
 
     Raises:
-        ValueError: the dataset, subset, split or field does not exist, or too little is left for a split.
-        ConnectionError: the hub cannot be reached.
+        UserError: the dataset, subset, split or field does not exist, or too little is left for a split.
+        UserError: the hub cannot be reached.
     """
     counts = {"calibration": data.calibration.num_samples}
     counts |= {split: getattr(data, split).num_texts for split in ("validation", "train")}
@@ -51,7 +52,7 @@ def hub_corpora(data: DataConfig, wanted: set[str], apart: Iterable[str] = ()) -
             if split == "calibration":
                 taken.update(found[split])
             if not found[split]:
-                raise ValueError(
+                raise UserError(
                     f"data.splits.{split}={name}: {data.dataset} has no text left for it; choose another split, or "
                     "fewer texts for the splits before it."
                 )
@@ -87,7 +88,7 @@ def _rows(data: DataConfig, split: str) -> Iterator[str]:
             return
         for index, row in enumerate(rows):
             if index == 0 and data.text_field not in row:
-                raise ValueError(f"no field {data.text_field!r} (fields: {', '.join(row)}); set data.text_field")
+                raise UserError(f"no field {data.text_field!r} (fields: {', '.join(row)}); set data.text_field")
             yield row[data.text_field] or ""
 
 
@@ -97,7 +98,7 @@ def _records(rows: Iterable[dict[str, Any]], form: str) -> Iterator[str]:
             form = form_of(row) if form == "auto" else form
             yield read_record(row, form)
         except ValueError as error:
-            raise ValueError(f"row {index} (from 0) {error}; data.form={form}") from None
+            raise UserError(f"row {index} (from 0) {error}; data.form={form}") from None
 
 
 def _texts(rows: Iterator[str]) -> Iterator[str]:
@@ -121,13 +122,13 @@ def _explained(data: DataConfig, split: str) -> Iterator[None]:
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         name = getattr(data.splits, split)
-        raise ValueError(
+        raise UserError(
             f"{where}, split {name!r}: {reason}. Check data.dataset, data.subset and data.splits."
         ) from error
     except Exception as error:
         if not _is_network(error):
             raise
-        raise ConnectionError(
+        raise UserError(
             f"{where}: the hub cannot be reached and the cache does not hold it; check the network, or use data=texts "
             "with local files."
         ) from error
@@ -151,7 +152,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
         private: of one that is created.
 
     Raises:
-        ConnectionError: the hub refuses, or cannot be reached; the folder stays where it is.
+        UserError: the hub refuses, or cannot be reached; the folder stays where it is.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -162,7 +163,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConnectionError(
+        raise UserError(
             f"export.push_to_hub={repository}: {reason}. The folder is whole in {folder}; push it with "
             f"`hf upload {repository} {folder}`."
         ) from error

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recondense.errors import UserError
+
 FORMS = ("alpaca", "chat", "commonsense")
 # Who speaks, in ShareGPT's words and in those of chat templates.
 ROLES = {
@@ -40,16 +42,16 @@ def read_record(values: Any, form: str) -> Record:
         form: one of FORMS, or auto: what the fields tell.
 
     Raises:
-        ValueError: it is not of that form, or has no answer; a clause that its place in a file stands before.
+        UserError: it is not of that form, or has no answer; a clause that its place in a file stands before.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"is a {type(values).__name__}, not an object with fields")
+        raise UserError(f"is a {type(values).__name__}, not an object with fields")
     values = _unwrapped(values)
     form = form_of(values) if form == "auto" else form
     try:
         found = {"alpaca": _alpaca, "chat": _chat, "commonsense": _commonsense}[form](values)
     except KeyError as error:
-        raise ValueError(f"is no {form} record: it has no {error.args[0]!r} ({_fields(values)})") from None
+        raise UserError(f"is no {form} record: it has no {error.args[0]!r} ({_fields(values)})") from None
     return Record(json.dumps(found, ensure_ascii=False))
 
 
@@ -57,7 +59,7 @@ def form_of(values: Mapping[str, Any]) -> str:
     """The form of a record, from its fields.
 
     Raises:
-        ValueError: none is known that has such fields.
+        UserError: none is known that has such fields.
     """
     values = _unwrapped(values)
     if "messages" in values or "conversations" in values:
@@ -66,7 +68,7 @@ def form_of(values: Mapping[str, Any]) -> str:
         return "alpaca"
     if any(fields <= values.keys() for fields, _ in QUESTIONS):
         return "commonsense"
-    raise ValueError(f"has no known form ({_fields(values)}); the forms are {', '.join(FORMS)}")
+    raise UserError(f"has no known form ({_fields(values)}); the forms are {', '.join(FORMS)}")
 
 
 def _unwrapped(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,7 +84,7 @@ def _fields(values: Mapping[str, Any]) -> str:
 def _text(values: Mapping[str, Any], name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
-        raise ValueError(f"its {name!r} is a {type(value).__name__}, not a text")
+        raise UserError(f"its {name!r} is a {type(value).__name__}, not a text")
     return value
 
 
@@ -90,7 +92,7 @@ def _texts(values: Any, what: str) -> list[str]:
     """Options, some of which may be numbers."""
     listed = isinstance(values, Sequence) and not isinstance(values, str)
     if not listed or not all(isinstance(value, str | int | float) for value in values):
-        raise ValueError(f"its {what} are no list of texts")
+        raise UserError(f"its {what} are no list of texts")
     return [str(value) for value in values]
 
 
@@ -109,29 +111,29 @@ def _prompted(instruction: str, output: str, given: str = "") -> dict[str, Any]:
 def _chat(values: Mapping[str, Any]) -> dict[str, Any]:
     turns = values["messages" if values.get("messages") is not None else "conversations"]
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise ValueError("its messages are no list")
+        raise UserError("its messages are no list")
     messages = [_turn(turn) for turn in turns]
     system = values.get("system")
     if isinstance(system, str) and system and not any(turn["role"] == "system" for turn in messages):
         messages.insert(0, {"role": "system", "content": system})
     last = max((index for index, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
     if last < 0:
-        raise ValueError("has no message of an assistant")
+        raise UserError("has no message of an assistant")
     return {"messages": messages[: last + 1]}  # what nobody answers teaches nothing
 
 
 def _turn(turn: Any) -> dict[str, str]:
     if not isinstance(turn, Mapping):
-        raise ValueError(f"a message is a {type(turn).__name__}, not an object with role and content")
+        raise UserError(f"a message is a {type(turn).__name__}, not an object with role and content")
     names = ("role", "content") if "role" in turn else ("from", "value")
     who, said = turn[names[0]], turn[names[1]]
     if not isinstance(who, str) or who not in ROLES:
-        raise ValueError(f"nobody is called {who!r} in a chat; the roles are {', '.join(ROLES)}")
+        raise UserError(f"nobody is called {who!r} in a chat; the roles are {', '.join(ROLES)}")
     if isinstance(said, Sequence) and not isinstance(said, str):  # parts, of which text is one kind
         texts = [part["text"] for part in said if isinstance(part, Mapping) and part.get("type") == "text"]
         said = "".join(_texts(texts, "parts"))
     if not isinstance(said, str):
-        raise ValueError(f"what {who!r} says is a {type(said).__name__}, not a text")
+        raise UserError(f"what {who!r} says is a {type(said).__name__}, not a text")
     return {"role": ROLES[who], "content": said}
 
 
@@ -147,7 +149,7 @@ def _commonsense(values: Mapping[str, Any]) -> dict[str, Any]:
     for fields, read in QUESTIONS:
         if fields <= values.keys():
             return read(values)
-    raise ValueError(f"is no commonsense question ({_fields(values)})")
+    raise UserError(f"is no commonsense question ({_fields(values)})")
 
 
 def _listed(head: str, word: str, options: Sequence[str], chosen: int, between: str = " ", end: str = "\n\n") -> Any:
@@ -157,7 +159,7 @@ def _listed(head: str, word: str, options: Sequence[str], chosen: int, between: 
         chosen: from 0.
     """
     if not 0 <= chosen < len(options):
-        raise ValueError(f"has no answer among its {len(options)} options")
+        raise UserError(f"has no answer among its {len(options)} options")
     shown = between.join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
     names = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
     instruction = f"{head}\n\n{shown}{end}Answer format: {names}"
@@ -200,7 +202,7 @@ def _siqa(values: Mapping[str, Any]) -> dict[str, Any]:
 def _boolq(values: Mapping[str, Any]) -> dict[str, Any]:
     answer = values["answer"] if "answer" in values else values["label"]
     if answer not in (True, False):
-        raise ValueError("has no answer: neither true nor false")
+        raise UserError("has no answer: neither true nor false")
     question = _text(values, "question").removesuffix("?")
     head = f"Please answer the following question with true or false, question: {question}?"
     return _prompted(f"{head}\n\nAnswer format: true/false", f"the correct answer is {str(bool(answer)).lower()}")

@@ -29,6 +29,7 @@ from lightning.fabric.plugins.environments import (
 
 from recondense import processes
 from recondense.config import TrainerConfig
+from recondense.errors import UserError
 
 POLL = 0.3  # seconds between looks at the others
 GRACE = 5.0  # seconds in which a process may come to an error of its own after another's
@@ -77,12 +78,12 @@ def layout(settings: TrainerConfig, gpu: bool) -> Layout:
         gpu: whether each computes on a card of its own.
 
     Raises:
-        ValueError: others than those that were started.
+        UserError: others than those that were started.
     """
     cluster = found_environment()
     if cluster is None:
         if settings.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
-            raise ValueError(
+            raise UserError(
                 f"trainer.num_nodes={settings.num_nodes}: nothing says where the other machines are; start with "
                 "torchrun or srun on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
             )
@@ -91,7 +92,7 @@ def layout(settings: TrainerConfig, gpu: bool) -> Layout:
     size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if isinstance(cluster, SLURMEnvironment) else cluster.world_size()
     own = size // settings.num_nodes if settings.devices == "auto" else int(settings.devices)
     if own * settings.num_nodes != size:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
             "started; use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
         )
@@ -109,7 +110,7 @@ def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = 
         command: starts a further process; None: what started this one.
 
     Raises:
-        ValueError: as `layout`.
+        UserError: as `layout`.
         Peer: another process failed.
     """
     planned = layout(settings, gpu)
@@ -211,7 +212,7 @@ def _exit_code(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return 2 if isinstance(error, ValueError | OSError | FloatingPointError) else 1
+    return 2 if isinstance(error, UserError | OSError) else 1
 
 
 @dataclass
@@ -302,7 +303,7 @@ def problems(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str, int])
         ]
     try:
         planned = layout(settings, gpu)
-    except ValueError as error:
+    except UserError as error:
         return [str(error)]
     found = [
         f"{name}={size}: each of {planned.world_size} processes takes an equal part of a batch. Use a multiple of "

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 from transformers import PretrainedConfig
 
 from recondense.bundle import PREFIX
+from recondense.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -275,13 +276,13 @@ def family_name(model_type: object) -> str:
     """The family of a model_type, compressed or not.
 
     Raises:
-        ValueError: a model_type that is not supported.
+        UserError: a model_type that is not supported.
     """
     name = str(model_type).removeprefix(PREFIX)
     if name not in FAMILIES:
         close = difflib.get_close_matches(name, FAMILIES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}")
     return name
 
 
@@ -289,7 +290,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """The family of a config.
 
     Raises:
-        ValueError: a model_type that is not supported.
+        UserError: a model_type that is not supported.
     """
     return FAMILIES[family_name(config.model_type)]
 
@@ -303,12 +304,12 @@ def original_facts(config: PretrainedConfig) -> Facts:
     """Facts of the family's own model, before what `compressed_layers` says; it may have no MoE layers.
 
     Raises:
-        ValueError: an unsupported model_type, or biases in the shared experts.
+        UserError: an unsupported model_type, or biases in the shared experts.
     """
     family = family_of(config)
     biased = [name for name in BIASED if getattr(config, name, False)]
     if biased:
-        raise ValueError(f"config.{biased[0]}=true: shared experts with biases are not supported")
+        raise UserError(f"config.{biased[0]}=true: shared experts with biases are not supported")
     sparse, routing = family.pattern.read(config), family.routing(config)
     num_experts = getattr(config, family.num_experts) or 0
     return Facts(
@@ -330,13 +331,13 @@ def facts(config: PretrainedConfig) -> Facts:
     """What the config says of the MoE layers, those of a compressed model as they are now.
 
     Raises:
-        ValueError: as `original_facts`; a model without MoE layers.
+        UserError: as `original_facts`; a model without MoE layers.
     """
     found = original_facts(config)
     shapes = {layer: shape for layer, shape in compressed_layers(config).items() if layer in found.moe_layers}
     left = [layer for layer in found.moe_layers if shapes.get(layer, {}).get("kind", "sparse") == "sparse"]
     if not left:
-        raise ValueError(
+        raise UserError(
             f"the model ({found.model_type}, {found.num_layers} layers) has no MoE layers: there is nothing to condense"
         )
     return replace(

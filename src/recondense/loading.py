@@ -26,6 +26,7 @@ from transformers import (
 
 from recondense import families, paging, processes, quantized
 from recondense.config import ModelConfig
+from recondense.errors import UserError
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ def load(
         pages: decoder layers are read when they are used, and this folder takes what surgery makes of them.
 
     Raises:
-        ValueError: weights that are not there, or not safetensors.
-        ConnectionError: a hub id that is in no cache while the hub cannot be reached.
+        UserError: weights that are not there, or not safetensors.
+        UserError: a hub id that is in no cache while the hub cannot be reached.
     """
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
@@ -72,13 +73,13 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or path, **common)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(path).is_dir() or not isinstance(error, OSError):
-            raise ValueError(f"model.path={path}: {error}") from error
-        raise ConnectionError(
+            raise UserError(f"model.path={path}: {error}") from error
+        raise UserError(
             f"model.path={path}: there is no such folder, and the hub cannot be reached or has no such model, nor is "
             "it in the cache; give model.path a local folder, or connect to the network."
         ) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # made up for a folder that has none
-        raise ValueError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder that has one")
+        raise UserError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder that has one")
     device = device_of(settings)
     # auto never takes batched_mm, some 60 times slower on a CPU
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense import processes
 from recondense.cache import JsonFolder, fingerprint
 from recondense.config import Config
+from recondense.errors import UserError
 from recondense.evaluate import HELDOUT_TASKS, folder_tasks, heldout_tasks, perplexity, run_tasks
 from recondense.loading import weights_fingerprint
 from recondense.profiling import profile_variants, weights_bytes
@@ -55,7 +56,7 @@ class Measure:
         self._original = ""  # fingerprint of the weights as they were loaded
         data = texts.sha256()
         if self._of_all.setdefault("data", data) != data:
-            raise ValueError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
+            raise UserError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
         self.windows = self._windows()
         with processes.first_before_others():
             self.tasks, self.include_path = self._tasks()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recondense.config import DataConfig, SourceConfig, SplitConfig, SplitNames
+from recondense.errors import UserError
 from recondense.textfiles import read_texts
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def mixed(data: DataConfig, load: Callable[[DataConfig, list[str]], Corpora]) ->
         load: reads the training split of a data config.
 
     Raises:
-        ValueError: a source that cannot be read, or has too few documents.
+        UserError: a source that cannot be read, or has too few documents.
     """
     sources = data.calibration.sources
     assert sources is not None
@@ -70,10 +71,10 @@ def _read(source: SourceConfig, count: int, index: int, load: Callable[[DataConf
     )
     try:
         found = load(data, ["train"]).train or []
-    except (ValueError, ConnectionError) as error:
-        raise type(error)(_renamed(str(error), where)) from error
+    except UserError as error:
+        raise UserError(_renamed(str(error), where)) from error
     if len(found) < count:
-        raise ValueError(f"{where} has {len(found)} texts, but {count} are its share; {_remedy()}")
+        raise UserError(f"{where} has {len(found)} texts, but {count} are its share; {_remedy()}")
     return found
 
 
@@ -122,7 +123,7 @@ def _check_file(source: SourceConfig, count: int, where: str) -> Iterator[str]:
     try:
         texts = (text for _, text in read_texts(path, source.text_field, source.form) if text)
         found = len(list(islice(texts, count)))
-    except ValueError as error:
+    except UserError as error:
         yield _renamed(f"{where}.path={path}: {error}", where)
         return
     if found < count:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
+from recondense.errors import UserError
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -35,7 +37,7 @@ class Condense:
     def __post_init__(self) -> None:
         _check_layer(self.kind, self.layer)
         if len(self.experts) != len(self.coefficients):
-            raise ValueError(
+            raise UserError(
                 f"condense, layer {self.layer}: {len(self.experts)} experts but {len(self.coefficients)} coefficients"
             )
         _check_experts(self.kind, self.layer, self.experts)
@@ -68,7 +70,7 @@ class Prune:
         _check_layer(self.kind, self.layer)
         _check_experts(self.kind, self.layer, self.retained)
         if not self.retained or list(self.retained) != sorted(self.retained):
-            raise ValueError(f"prune, layer {self.layer}: retained {list(self.retained)} must be ascending, not empty")
+            raise UserError(f"prune, layer {self.layer}: retained {list(self.retained)} must be ascending, not empty")
 
     @classmethod
     def without(cls, layer: int, num_experts: int, dropped: Collection[int]) -> Prune:
@@ -99,12 +101,12 @@ class Factorize:
         _check_layer(self.kind, self.layer)
         lengths = {name: len(self.ranks.get(name, ())) for name in PROJECTIONS}
         if set(self.ranks) != set(PROJECTIONS) or len(set(lengths.values())) != 1:
-            raise ValueError(
+            raise UserError(
                 f"factorize, layer {self.layer}: ranks {lengths} must be of {', '.join(PROJECTIONS)}, alike"
             )
         low = [rank for ranks in self.ranks.values() for rank in ranks if rank is not None and rank < 1]
         if low:
-            raise ValueError(f"factorize, layer {self.layer}: ranks {low} must be at least 1 (null: dense)")
+            raise UserError(f"factorize, layer {self.layer}: ranks {low} must be at least 1 (null: dense)")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Factorize:
@@ -136,12 +138,12 @@ class Merge:
         _check_layer(self.kind, self.layer)
         experts = sorted(expert for group in self.groups for expert in group)
         if not experts or experts != list(range(len(experts))) or not all(self.groups):
-            raise ValueError(f"merge, layer {self.layer}: groups must part the experts 0 to E-1; they name {experts}")
+            raise UserError(f"merge, layer {self.layer}: groups must part the experts 0 to E-1; they name {experts}")
         if [len(group) for group in self.groups] != [len(weights) for weights in self.weights]:
-            raise ValueError(f"merge, layer {self.layer}: weights must stand beside the experts of every group")
+            raise UserError(f"merge, layer {self.layer}: weights must stand beside the experts of every group")
         sums = [sum(weights) for weights in self.weights]
         if any(abs(total - 1) > 1e-6 for total in sums):
-            raise ValueError(f"merge, layer {self.layer}: the weights of a group must sum to 1; they sum to {sums}")
+            raise UserError(f"merge, layer {self.layer}: the weights of a group must sum to 1; they sum to {sums}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Merge:
@@ -169,7 +171,7 @@ class Drop:
     def __post_init__(self) -> None:
         _check_layer(self.kind, self.layer)
         if self.part not in ("moe", "block"):
-            raise ValueError(f"drop, layer {self.layer}: part {self.part!r} must be moe or block")
+            raise UserError(f"drop, layer {self.layer}: part {self.part!r} must be moe or block")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Drop:
@@ -194,9 +196,9 @@ class Refit:
     def __post_init__(self) -> None:
         _check_layer(self.kind, self.layer)
         if self.what not in ("down_proj", "coefficients"):
-            raise ValueError(f"refit, layer {self.layer}: {self.what!r} must be down_proj or coefficients")
+            raise UserError(f"refit, layer {self.layer}: {self.what!r} must be down_proj or coefficients")
         if not self.ridge > 0:
-            raise ValueError(f"refit, layer {self.layer}: ridge {self.ridge} must be above 0")
+            raise UserError(f"refit, layer {self.layer}: ridge {self.ridge} must be above 0")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Refit:
@@ -209,12 +211,12 @@ OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Condense,
 
 def _check_layer(kind: str, layer: int) -> None:
     if layer < 0:
-        raise ValueError(f"{kind}: layer {layer} is negative; layers are decoder-layer indices from 0")
+        raise UserError(f"{kind}: layer {layer} is negative; layers are decoder-layer indices from 0")
 
 
 def _check_experts(kind: str, layer: int, experts: Sequence[int]) -> None:
     if len(set(experts)) != len(experts) or any(expert < 0 for expert in experts):
-        raise ValueError(f"{kind}, layer {layer}: experts {list(experts)} must be distinct and >= 0")
+        raise UserError(f"{kind}, layer {layer}: experts {list(experts)} must be distinct and >= 0")
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:

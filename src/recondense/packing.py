@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.instructions import Record
 from recondense.losses import MASKED
 from recondense.progress import track
@@ -56,7 +57,7 @@ def examples_of(
     """Tokenise records, each cut at `length` tokens.
 
     Raises:
-        ValueError: no record has an answer within `length` tokens; a chat template that does not tell answers apart.
+        UserError: no record has an answer within `length` tokens; a chat template that does not tell answers apart.
     """
     lead = leading_tokens(tokenizer)
     kept, left_out, cut, why = [], 0, 0, ""
@@ -78,7 +79,7 @@ def examples_of(
         reason = f"the chat template refuses a chat ({why}), or " if why else ""
         log.info("%s: %d of %d left out: %sthe answer lies beyond the window", name, left_out, len(records), reason)
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"{name}: none of {len(records)} has an answer within data.sequence_length={length} tokens"
             f"{f' that the chat template takes ({why})' if why else ''}; raise it or give other records."
         )

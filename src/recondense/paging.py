@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from recondense import families
 from recondense.cache import fingerprint
+from recondense.errors import UserError
 from recondense.modules import shallow_copy
 from recondense.plan import write_aside
 from recondense.shelves import Disk, Memory, Storage
@@ -185,7 +186,7 @@ class Pages:
         reading: a context in which transformers reads the weights as they are stored.
 
     Raises:
-        ValueError: weights that the checkpoint does not have.
+        UserError: weights that the checkpoint does not have.
     """
 
     def __init__(
@@ -347,7 +348,7 @@ class Shards:
         missing = [name for name in names if name not in self._keys]
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise ValueError(f"the checkpoint lacks {len(missing)} weights of decoder layers: {shown}")
+            raise UserError(f"the checkpoint lacks {len(missing)} weights of decoder layers: {shown}")
 
     def load(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> tuple[Any, Any]:
         """Read into a model the weights whose names are wanted."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recondense.errors import UserError
 from recondense.plan import write_aside
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ def plan_picture(plan: Mapping[str, Any], path: Path) -> Path:
         `path`.
 
     Raises:
-        ValueError: the plan changes nothing, so there is nothing to draw.
+        UserError: the plan changes nothing, so there is nothing to draw.
     """
     operations = {op["layer"]: op for op in plan.get("operations", ()) if op.get("kind") == "condense"}
     if not operations:
-        raise ValueError("plan picture: the plan condenses no layer")
+        raise UserError("plan picture: the plan condenses no layer")
     search = {int(layer): found for layer, found in plan.get("search", {}).get("expert_search", {}).items()}
     layers = sorted({*operations, *search})
     weights = {layer: search[layer].get("mean_routing_weight", []) for layer in layers if layer in search}

@@ -31,7 +31,8 @@ from recondense import (
     tiny,
     tracking,
 )
-from recondense.config import Config, ConfigError, RecoveryConfig
+from recondense.config import Config, RecoveryConfig
+from recondense.errors import ConfigError
 from recondense.export import export, how_to_load, layer_shapes, layout
 from recondense.hub import push_folder
 from recondense.measure import Measure
@@ -82,7 +83,7 @@ def run(
 
     Raises:
         ConfigError: another process works in the folder.
-        ValueError, OSError: what the user can mend; the message says how.
+        UserError, OSError: what the user can mend; the message says how.
     """
     folder = config.run_folder()
     if config.plan_only:

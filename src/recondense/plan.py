@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from recondense.errors import UserError
 from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 
 __all__ = ["Condense", "Drop", "Factorize", "History", "Merge", "Operation", "Plan", "Prune", "Refit", "write_aside"]
@@ -107,10 +108,10 @@ class Plan:
         """Rebuild a plan from parsed JSON.
 
         Raises:
-            ValueError: another schema version, an unknown kind of operation, or a missing key.
+            UserError: another schema version, an unknown kind of operation, or a missing key.
         """
         if data.get("schema") != SCHEMA:
-            raise ValueError(f"plan: schema {data.get('schema')!r} is not {SCHEMA}, the version that this code reads")
+            raise UserError(f"plan: schema {data.get('schema')!r} is not {SCHEMA}, the version that this code reads")
         history = data.get("history", {})
         return cls(
             model=str(data.get("model", "")),
@@ -142,11 +143,11 @@ def _from_json(entries: Sequence[Mapping[str, Any]]) -> tuple[Operation, ...]:
     for entry in entries:
         kind = entry.get("kind")
         if kind not in OPERATIONS:
-            raise ValueError(f"plan: unknown kind of operation {kind!r}; known: {', '.join(OPERATIONS)}")
+            raise UserError(f"plan: unknown kind of operation {kind!r}; known: {', '.join(OPERATIONS)}")
         try:
             operations.append(OPERATIONS[kind].from_dict(entry))
         except KeyError as missing:
-            raise ValueError(f"plan: a {kind} operation lacks {missing}") from None
+            raise UserError(f"plan: a {kind} operation lacks {missing}") from None
     return tuple(operations)
 
 

@@ -34,7 +34,7 @@ def plan_only(config: Config, steps: Sequence[OutliningStep], folder: Path) -> N
     """Print the sizes of a run and write summary.json: no stages, for nothing was measured.
 
     Raises:
-        ValueError: a budget that the method cannot keep; a quantisation whose bytes are not known.
+        UserError: a budget that the method cannot keep; a quantisation whose bytes are not known.
     """
     planned = planned_config(config.model, plan_only=True)
     dtype = weights_dtype(planned, config.model.dtype)

@@ -18,6 +18,7 @@ from recondense import families, launching, quantized
 from recondense.checks import check, check_folder, task_files
 from recondense.config import CalibrationConfig, Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
+from recondense.errors import UserError
 from recondense.export import layer_shapes, layout
 from recondense.hub import reachable_or_offline
 from recondense.methods.budget import Budget
@@ -63,7 +64,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
             return problems
         facts = families.facts(planned) if steps else families.original_facts(planned)
         problems += [] if steps else _nothing_trains(config, planned)
-    except ValueError as error:
+    except UserError as error:
         return [*problems, str(error)]
     problems += _low_rank_already(steps, facts)
     refused = [*(problem for step in steps for problem in step.check(facts)), *_budgets(steps, planned)]
@@ -142,7 +143,7 @@ def _stock(config: Config, steps: Sequence[Step], planned: PretrainedConfig) -> 
     try:
         with outlined(model, cast(Sequence[OutliningStep], steps)):
             layout(model, layer_shapes(model), config.export)
-    except ValueError as error:  # NotStock, or a budget that the method cannot keep
+    except UserError as error:  # NotStock, or a budget that the method cannot keep
         return [f"{error}."]
     return []
 
@@ -181,7 +182,7 @@ def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedCon
         plan_only: of a hub id, what is recorded here; the hub is not asked.
 
     Raises:
-        ValueError: a config that transformers cannot read or does not know; a hub id that is unknown or out of reach.
+        UserError: a config that transformers cannot read or does not know; a hub id that is unknown or out of reach.
     """
     if model.path is None:
         return _pretrain_config(dict(model.pretrain or {}))
@@ -196,7 +197,7 @@ def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedCon
         return AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(f"model.path={model.path}: {' '.join(reason.split())}") from error
+        raise UserError(f"model.path={model.path}: {' '.join(reason.split())}") from error
 
 
 def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
@@ -204,7 +205,7 @@ def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
     try:
         return Qwen2MoeConfig(**{"vocab_size": pretrain.get("vocab_size"), **pretrain.get("config", {})})
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"model.pretrain.config: {' '.join(str(error).split())}") from error
+        raise UserError(f"model.pretrain.config: {' '.join(str(error).split())}") from error
 
 
 def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
@@ -221,7 +222,7 @@ def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
                 if online
                 else "cannot be reached and has left nothing in the cache"
             )
-            raise ValueError(f"there is no such folder here, and the hub {why}.") from error
+            raise UserError(f"there is no such folder here, and the hub {why}.") from error
 
 
 def _machine(model: ModelConfig) -> list[str]:

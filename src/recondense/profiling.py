@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from recondense.errors import UserError
 from recondense.modes import evaluating
 
 Variant = Callable[[], AbstractContextManager[nn.Module]]
@@ -143,7 +144,7 @@ def profile_variants(
 def _check(**counts: int) -> None:
     wrong = [f"{name} is {value}" for name, value in counts.items() if value < 1]
     if wrong:
-        raise ValueError(f"profile: {', '.join(wrong)}; each must be at least 1")
+        raise UserError(f"profile: {', '.join(wrong)}; each must be at least 1")
 
 
 def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> int:

@@ -20,6 +20,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.utils.quantization_config import Mxfp4Config
 
+from recondense.errors import UserError
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -69,10 +71,10 @@ def dequantising(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterato
         `dtype`, and `quantization_config` unless the weights are stored plainly.
 
     Raises:
-        ValueError: what `check` has against it.
+        UserError: what `check` has against it.
     """
     if refused := check(config):
-        raise ValueError(refused[0])
+        raise UserError(refused[0])
     method = method_of(config)
     if method is None:
         yield {"dtype": dtype}

@@ -13,6 +13,7 @@ from typing import Any, cast
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from recondense import families
+from recondense.errors import UserError
 
 FOLDER = Path(__file__).parent / "checkpoints"
 
@@ -26,10 +27,10 @@ def recorded_values(hub_id: str) -> dict[str, Any]:
     """What a published config.json says.
 
     Raises:
-        ValueError: it is not here.
+        UserError: it is not here.
     """
     if hub_id not in recorded_ids():
-        raise ValueError(
+        raise UserError(
             f"plan_only looks nothing up, and has no configuration of {hub_id}. Give model.path a folder with its "
             f"config.json, or one of {', '.join(recorded_ids())}"
         )
@@ -40,7 +41,7 @@ def recorded_config(hub_id: str) -> PretrainedConfig:
     """The config of a published checkpoint.
 
     Raises:
-        ValueError: it is not here, or its family is not supported.
+        UserError: it is not here, or its family is not supported.
     """
     values = recorded_values(hub_id)
     model_type = values["model_type"]

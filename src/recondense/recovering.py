@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from recondense import loading, paging, processes, summary
 from recondense.config import Config, RecoveryConfig
 from recondense.data import RecoveryData, ShuffledWindows, num_rows
+from recondense.errors import UserError
 from recondense.fitting import FINAL, fit, precision_of
 from recondense.measure import Measure
 from recondense.plan import Plan
@@ -192,13 +193,13 @@ def with_steps(recovery: RecoveryConfig, num_windows: int, where: str = "recover
     """Settings with the optimiser steps in which every window is seen `epochs` times; the last step may see some again.
 
     Raises:
-        ValueError: a warm-up that is not over by then.
+        UserError: a warm-up that is not over by then.
     """
     if recovery.epochs is None:
         return recovery
     steps = max(1, math.ceil(recovery.epochs * num_windows / (recovery.batch_size * recovery.accumulate_grad_batches)))
     if recovery.warmup_steps >= steps:
-        raise ValueError(
+        raise UserError(
             f"{where}.warmup_steps={recovery.warmup_steps}: {where}.epochs={recovery.epochs:g} of {num_windows} "
             f"windows are {steps} steps, and the learning rate would never reach its peak; lower it or train for longer"
         )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from recondense import adapters, families, passes, processes, strategies, surgery
 from recondense.chunking import CrossEntropy, Divergent, Hidden, Term, TopK, chunked
 from recondense.config import RecoveryConfig
+from recondense.errors import UserError
 from recondense.losses import feature_matching, load_balancing, predicting
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating, outputs_of
@@ -67,7 +68,7 @@ class RecoveryModule(L.LightningModule):
         later: stages of training that `begin` will take up after this one; what they train is set apart with the rest.
 
     Raises:
-        ValueError: neither plan nor search given.
+        UserError: neither plan nor search given.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class RecoveryModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if plan is None and search is None:
-            raise ValueError("RecoveryModule needs a plan, or a search that makes one")
+            raise UserError("RecoveryModule needs a plan, or a search that makes one")
         self.model = model
         self.recovery = recovery
         self.plan = plan
@@ -122,7 +123,7 @@ class RecoveryModule(L.LightningModule):
             self.plan = self._search(self.model)  # type: ignore[misc]
         if not self._prepared:
             if any(stage.trainable == "all" for stage in self._all) and self.plan.operations:
-                raise ValueError(
+                raise UserError(
                     "recovery.trainable=all: the original shares the backbone and would change with the student; use "
                     "recovery.trainable=experts"
                 )
@@ -150,7 +151,7 @@ class RecoveryModule(L.LightningModule):
         experts = any(stage.needs_experts for stage in self._all)
         none = self.recovery.objective == "none"
         if not none and experts and not trainable_parameters(self.model, self._layers, "experts"):
-            raise ValueError(
+            raise UserError(
                 "recovery: no experts are left to train, all MoE layers were removed; use recovery=none or remove less"
             )
 
@@ -228,12 +229,12 @@ class RecoveryModule(L.LightningModule):
         """Execute the plan's refits, once; the errors that `surgery.refit` returns.
 
         Raises:
-            ValueError: the plan refits, and no `record` was given.
+            UserError: the plan refits, and no `record` was given.
         """
         assert self.plan is not None
         if self._refitted is None:
             if self._record is None and any(isinstance(operation, Refit) for operation in self.plan.operations):
-                raise ValueError("plan: refit needs the calibration set; none was given")
+                raise UserError("plan: refit needs the calibration set; none was given")
             record = cast(Callable[[], "Tape"], self._record)
             self._refitted = surgery.refit(self.model, self.plan, self._originals, record)
         return self._refitted
@@ -456,10 +457,10 @@ class RecoveryModule(L.LightningModule):
         """Refuse a checkpoint that was made under another plan.
 
         Raises:
-            ValueError: it was.
+            UserError: it was.
         """
         if self.plan is None or Plan.from_dict(stored).operations != self.plan.operations:
-            raise ValueError("the checkpoint belongs to another plan; start anew in another folder or overwrite=true")
+            raise UserError("the checkpoint belongs to another plan; start anew in another folder or overwrite=true")
 
     def configure_gradient_clipping(
         self,

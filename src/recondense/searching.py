@@ -21,6 +21,7 @@ from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
 from recondense.corpora import Corpora, load_corpora
 from recondense.data import CalibrationSet, Table, calibration_set, pack
+from recondense.errors import UserError
 from recondense.instructions import Record
 from recondense.packing import examples_of, windows_of
 from recondense.plan import Condense, Drop, Operation, Plan, Refit
@@ -129,8 +130,8 @@ def _corpora_of(stage: Stage) -> Corpora:
     wanted = ["train", "validation"] if stage.recovery.validate_every else ["train"]
     try:
         return load_corpora(stage.data, wanted)
-    except (ValueError, ConnectionError) as error:
-        raise type(error)(renamed(str(error), f"{stage.where}.data")) from error
+    except UserError as error:
+        raise UserError(renamed(str(error), f"{stage.where}.data")) from error
 
 
 def recorder(
@@ -200,7 +201,7 @@ def find_plan(
         timed: counts the time of a stage.
 
     Raises:
-        ValueError: the folder's plan was made from other weights or another calibration set.
+        UserError: the folder's plan was made from other weights or another calibration set.
     """
     path = folder / "plan.json"
     name = str(config.model.path or config.model.name)
@@ -214,7 +215,7 @@ def find_plan(
     if plan is not None:
         changed = [what for what in found if plan.fingerprint.get(what) != found[what]]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"run_dir={folder}: the {' and the '.join(changed)} changed since this run began; "
                 "overwrite=true starts it anew"
             )

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recondense import families, surgery
+from recondense.errors import UserError
 from recondense.methods.budget import routed_parameters, total_parameters
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.factorize import Decompose
@@ -105,13 +106,13 @@ def stored_bytes(model: PreTrainedModel, quantized: Mapping[str, Any]) -> BytesO
     is 4 bits a number of the experts' weights and a byte for every 32. All else is stored in its own type.
 
     Raises:
-        ValueError: another quantisation.
+        UserError: another quantisation.
     """
     if not quantized:
         return weights_bytes
     method = quantized.get("quant_method")
     if method not in ("fp8", "mxfp4"):
-        raise ValueError(
+        raise UserError(
             f"model.path: the checkpoint is quantised by {method}, whose bytes are not known here (fp8 and mxfp4 are); "
             "model.dtype=bfloat16 counts it dequantised"
         )
@@ -147,7 +148,7 @@ def compare(model: PreTrainedModel, steps: Sequence[OutliningStep], bytes_of: By
         bytes_of: of the original's parts; what is changed is stored in the model's own type.
 
     Raises:
-        ValueError: a budget that the method cannot keep.
+        UserError: a budget that the method cannot keep.
     """
     before, own = _size(model, bytes_of), _layers(model, bytes_of)
     with outlined(model, steps) as operations:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from recondense.config import CalibrationConfig, Config, ConfigError, DataConfig, RecoveryConfig, expand_homes
+from recondense.config import CalibrationConfig, Config, DataConfig, RecoveryConfig, expand_homes
+from recondense.errors import ConfigError
 from recondense.reading import read_dataclass
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, and of those of metrics

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recondense.errors import UserError
 from recondense.heldout import HELDOUT_TASKS
 from recondense.hub import reachable_or_offline
 from recondense.modes import evaluating
@@ -53,12 +54,12 @@ def run_tasks(
         for each task (a tag: each of its tasks; a group: its mean) the metrics and standard errors that are numbers.
 
     Raises:
-        ValueError: an unknown task, with the nearest names.
-        ConnectionError: a task's data is not cached and the hub cannot be reached.
+        UserError: an unknown task, with the nearest names.
+        UserError: a task's data is not cached and the hub cannot be reached.
     """
     problems = check_tasks(tasks, include_path)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     manager = _manager(tasks, include_path)
     with ExitStack() as stack:
         stack.enter_context(_own_random_states())
@@ -179,7 +180,7 @@ def _load(manager: Any, tasks: Sequence[str]) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         if isinstance(error, ConnectionError) or "OfflineMode" in reason or "offline" in reason:
-            raise ConnectionError(
+            raise UserError(
                 f"evaluation.tasks={','.join(tasks)}: {reason}; the hub cannot be reached and the cache does not hold "
                 "their data: check the network, or use evaluation=heldout or evaluation=none."
             ) from error

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import families
 from recondense.adapters import Adapters
+from recondense.errors import UserError
 
 # Texts that tokenizers of one vocabulary may still cut otherwise.
 PROBES = (
@@ -105,7 +106,7 @@ class OtherTeacher:
         model: the causal LM, on the student's device.
 
     Raises:
-        ValueError: its head gives logits of another width than the student's.
+        UserError: its head gives logits of another width than the student's.
     """
 
     def __init__(self, model: PreTrainedModel, student: PreTrainedModel, name: str) -> None:
@@ -114,7 +115,7 @@ class OtherTeacher:
             with families.gathered(each) as head:
                 widths.append(len(head.weight_VD))
         if widths[0] != widths[1]:
-            raise ValueError(
+            raise UserError(
                 f"recovery.teacher_path={name}: its head gives {widths[0]} logits and the student's {widths[1]}; a "
                 "teacher needs the student's vocabulary"
             )
@@ -125,7 +126,7 @@ def same_vocabulary(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBas
     """Refuse a teacher whose token ids mean something else.
 
     Raises:
-        ValueError: another vocabulary, or texts that come out as other ids.
+        UserError: another vocabulary, or texts that come out as other ids.
     """
     mine, others = own.get_vocab(), theirs.get_vocab()
     differing = [token for token in {**mine, **others} if mine.get(token) != others.get(token)]
@@ -140,7 +141,7 @@ def same_vocabulary(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBas
         texts = [text for text in PROBES if theirs(text)["input_ids"] != own(text)["input_ids"]]
         reason = f"it encodes {texts[0]!r} otherwise" if texts else ""
     if reason:
-        raise ValueError(
+        raise UserError(
             f"recovery.teacher_path={name}: its tokenizer is not the student's: {reason}. A teacher must have the same "
             "tokenizer; use recovery.teacher=shared, or another checkpoint."
         )

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from recondense.errors import UserError
 from recondense.instructions import Record
 
 # github.com/tatsu-lab/stanford_alpaca, and the text field of its data set on the hub: an answer begins a line.
@@ -23,7 +24,7 @@ PROMPT_WITH_INPUT = (
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # how a chat template itself marks what assistants say
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A chat that the tokenizer's template does not take, such as one that an assistant opens."""
 
 
@@ -51,7 +52,7 @@ def marked(record: Record, tokenizer: PreTrainedTokenizerBase) -> Marked:
 
     Raises:
         Refused: the tokenizer's chat template refuses the chat.
-        ValueError: the chat template gives no way to tell what the assistant says.
+        UserError: the chat template gives no way to tell what the assistant says.
     """
     values = record.values
     if "messages" not in values:
@@ -122,7 +123,7 @@ def _generated(
     )
     text, ranges = rendered[0][0], [(start, end) for start, end in rendered[1][0] if end > start]
     if not ranges:
-        raise ValueError("the tokenizer's chat template marks nothing that the assistant says; use another one")
+        raise UserError("the tokenizer's chat template marks nothing that the assistant says; use another one")
     return text, ranges
 
 
@@ -132,7 +133,7 @@ def _by_prefixes(
     """An assistant's turn is what rendering it adds to the chat before it, with the prompt to answer.
 
     Raises:
-        ValueError: the template writes earlier turns in another way once there are later ones.
+        UserError: the template writes earlier turns in another way once there are later ones.
     """
     answers = []
     for index, message in enumerate(messages):
@@ -143,7 +144,7 @@ def _by_prefixes(
         start = next((len(prompt) for prompt in prompts if text.startswith(prompt)), None)
         whole = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer)
         if start is None or not text.startswith(whole):
-            raise ValueError(
+            raise UserError(
                 "the tokenizer's chat template rewrites earlier turns of a chat, so that what the assistant says "
                 "cannot be told apart; give the tokenizer a template with {% generation %} blocks"
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from recondense.errors import UserError
 from recondense.instructions import form_of, read_record
 
 ENCODING = "utf-8-sig"  # UTF-8, with the mark at its head that some programs write
@@ -28,7 +29,7 @@ def read_texts(path: Path, text_field: str = "text", form: str | None = None) ->
             is a `Record`, and its number counts records where they are in a list. auto: what the first one is.
 
     Raises:
-        ValueError: the file cannot be read, is not UTF-8, or a line has no such field or is no such record; the line is
+        UserError: the file cannot be read, is not UTF-8, or a line has no such field or is no such record; the line is
             named, not the file.
     """
     try:
@@ -39,9 +40,9 @@ def read_texts(path: Path, text_field: str = "text", form: str | None = None) ->
         else:
             yield from _plain(path)
     except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror}); give a file that is there and readable.") from None
+        raise UserError(f"cannot be read ({error.strerror}); give a file that is there and readable.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8.") from None
+        raise UserError(f"is not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8.") from None
 
 
 def documents(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -81,7 +82,7 @@ def _json_lines(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             found = f"its keys: {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ValueError(f"line {number} has no text under {text_field!r} ({found}); set data.text_field.")
+            raise UserError(f"line {number} has no text under {text_field!r} ({found}); set data.text_field.")
         yield number, text
 
 
@@ -94,7 +95,7 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 found = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON ({error.msg}); write one object a line.") from None
+                raise UserError(f"line {number} is not JSON ({error.msg}); write one object a line.") from None
             yield number, found
 
 
@@ -107,16 +108,14 @@ def _records(path: Path, form: str) -> Iterator[tuple[int, str]]:
             if form == "auto" and isinstance(values, dict):
                 form = form_of(values)
             yield number, read_record(values, form)
-        except ValueError as error:
+        except UserError as error:
             what = "record" if listed else "line"
-            raise ValueError(f"{what} {number} {error}; mend it, or set data.form to what the file holds.") from None
+            raise UserError(f"{what} {number} {error}; mend it, or set data.form to what the file holds.") from None
 
 
 def _list(path: Path) -> list[Any]:
     try:
         found: list[Any] = json.loads(path.read_text(encoding=ENCODING))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"is not JSON (line {error.lineno}: {error.msg}); write a list or one object a line."
-        ) from None
+        raise UserError(f"is not JSON (line {error.lineno}: {error.msg}); write a list or one object a line.") from None
     return found

@@ -11,7 +11,8 @@ import time
 from integration.engine_runs import environment, on_processes
 from recondense import launching, processes
 from recondense.command_line import exit_codes
-from recondense.config import ConfigError, TrainerConfig
+from recondense.config import TrainerConfig
+from recondense.errors import ConfigError
 
 
 def run(rank: int, port: int) -> None:

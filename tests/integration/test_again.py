@@ -15,6 +15,7 @@ from tiny_models import EVERY, logits
 from integration.runs import arguments, model_folder, one_command, text_files
 from recondense import families, hub, loading
 from recondense.config import ModelConfig
+from recondense.errors import UserError
 from recondense.operations import PROJECTIONS
 from recondense.plan import Plan
 from recondense.summary import operation_counts
@@ -154,7 +155,7 @@ def test_what_the_hub_refuses_is_said_with_the_remedy(tmp_path: Path, monkeypatc
             raise OSError("403 Forbidden: not for you.\nand more")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    with pytest.raises(ConnectionError, match=r"export.push_to_hub=me/mine: 403 Forbidden: not for you\. .*hf upload"):
+    with pytest.raises(UserError, match=r"export.push_to_hub=me/mine: 403 Forbidden: not for you\. .*hf upload"):
         hub.push_folder(tmp_path, "me/mine", private=True)
 
 

@@ -17,6 +17,7 @@ import torch
 from forks import Forks
 
 from integration.runs import model_folder, text_files
+from recondense.errors import UserError
 
 Command = Callable[..., tuple[int, str]]
 
@@ -525,6 +526,7 @@ def _raising(error: BaseException) -> Callable[..., None]:
     ("error", "code", "part"),
     [
         (ValueError("layer 3: a hidden state is NaN"), None, "layer 3"),
+        (UserError("layer 3: a hidden state is NaN"), 2, "recondense: layer 3"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (KeyboardInterrupt(), 130, "The same command goes on"),
         (SystemExit(143), 143, "stopped by SIGTERM. The same command goes on"),
@@ -533,7 +535,7 @@ def _raising(error: BaseException) -> Callable[..., None]:
 def test_errors_of_a_run(
     command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int | None, part: str
 ) -> None:
-    """A ValueError of recondense's own is a message; this one is raised by the test, so it keeps its traceback."""
+    """What is raised on purpose is a message; any other ValueError is a defect and keeps its traceback."""
     from recondense import pipeline
 
     monkeypatch.setattr(pipeline, "run", _raising(error))
@@ -544,7 +546,20 @@ def test_errors_of_a_run(
     assert ("Traceback" in err or "Error executing job" in err) == (code is None)
 
 
-def test_value_errors_of_recondense_are_messages(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("expression", ["max([])", "int('x')", "[].index(1)", "list(zip([1], [], strict=True))"])
+def test_a_defect_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyPatch, expression: str) -> None:
+    """The last frame of a ValueError that a builtin raises is ours: it must not pass for a message to users."""
+    from recondense import pipeline
+
+    code = compile(expression, pipeline.__file__, "eval")
+    monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: eval(code))
+    exit_code, err = command("recovery=none")
+    assert exit_code == 1
+    assert "recondense: " not in err
+    assert "Error executing job" in err
+
+
+def test_user_errors_are_messages(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     from recondense import pipeline
     from recondense.config import parse_bytes
 

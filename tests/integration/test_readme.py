@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from integration.runs import ROOT
 from recondense.command_line import validate
-from recondense.config import ConfigError
+from recondense.errors import ConfigError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -14,6 +14,7 @@ import pytest
 from recondense import corpora, hub
 from recondense.config import CalibrationConfig, DataConfig, SourceConfig, SplitConfig, SplitNames
 from recondense.corpora import SPLITS, Corpora, check_paths, load_corpora, stdlib_corpora
+from recondense.errors import UserError
 from recondense.instructions import Record, read_record
 from recondense.mixing import interleaved, shares
 from recondense.textfiles import read_texts
@@ -251,7 +252,7 @@ def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch:
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     hub.hub_reachable.cache_clear()
     started = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"^data\.dataset=owner/set: the hub cannot be reached") as caught:
+    with pytest.raises(UserError, match=r"^data\.dataset=owner/set: the hub cannot be reached") as caught:
         load_corpora(hub_config("owner/set"))
     hub.hub_reachable.cache_clear()
     assert "\n" not in str(caught.value) and time.monotonic() - started < 5

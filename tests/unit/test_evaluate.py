@@ -23,6 +23,7 @@ from transformers import Qwen2MoeForCausalLM
 
 from recondense import measure, tasks
 from recondense.corpora import stdlib_corpora
+from recondense.errors import UserError
 from recondense.evaluate import (
     HELDOUT_TASKS,
     check_tasks,
@@ -125,7 +126,7 @@ def test_windows_that_predict_nothing_are_refused(model: Qwen2MoeForCausalLM, sh
 def test_logits_that_are_not_finite_are_an_error() -> None:
     broken = small_model()
     nn.init.constant_(broken.model.norm.weight, math.nan)
-    with pytest.raises(FloatingPointError, match="the mean loss over 75 tokens is nan"):
+    with pytest.raises(UserError, match="the mean loss over 75 tokens is nan"):
         perplexity(broken, WINDOWS, 4)
 
 

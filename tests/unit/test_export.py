@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from recondense import export as export_module
 from recondense import loading, surgery
 from recondense.config import ExportConfig, ModelConfig
+from recondense.errors import UserError
 from recondense.export import export
 from recondense.plan import Condense, Drop, Factorize, History, Merge, Operation, Plan, Prune
 from recondense.profiling import count_parameters
@@ -411,7 +412,7 @@ def test_load_gives_back_what_was_exported(tmp_path: Path) -> None:
 
 
 def test_load_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ConnectionError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         loading.load(ModelConfig(device="cpu"), "nobody/no-such-model")
     qwen2_moe().save_pretrained(tmp_path / "out")
     tokenizer().save_pretrained(tmp_path / "out")

@@ -12,7 +12,8 @@ from recoveries import QUIET, data, recovery, trained
 from tiny_models import bits, condense_plan, logits, qwen2_moe, same_bits, windows
 
 from recondense.checks import check
-from recondense.config import Config, ConfigError, RecoveryConfig, from_dict
+from recondense.config import Config, RecoveryConfig, from_dict
+from recondense.errors import ConfigError
 from recondense.fitting import fit
 from recondense.recovering import with_steps
 from recondense.recovery import RecoveryModule

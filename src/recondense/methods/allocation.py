@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from recondense.errors import UserError
+
 
 def uniform(total: int, num_experts: Mapping[int, int], floor: int) -> dict[int, int]:
     """The same number from every layer; the first layers lose the remainder, one each.
@@ -18,7 +20,7 @@ def uniform(total: int, num_experts: Mapping[int, int], floor: int) -> dict[int,
         layer -> number to drop.
 
     Raises:
-        ValueError: the layers cannot lose so many.
+        UserError: the layers cannot lose so many.
     """
     return _spread(total, dict.fromkeys(num_experts, 1.0), num_experts, floor)
 
@@ -36,7 +38,7 @@ def inverse_importance(
         importance: I_i of each layer, >= 0; a layer of importance 0 loses all that it may before others lose any.
 
     Raises:
-        ValueError: the layers cannot lose so many.
+        UserError: the layers cannot lose so many.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.1; the paper gives no formula.
     """
@@ -49,7 +51,7 @@ def inverse_importance(
 def _spread(total: int, shares: Mapping[int, float], num_experts: Mapping[int, int], floor: int) -> dict[int, int]:
     room = {layer: max(0, count - floor) for layer, count in num_experts.items()}
     if total > sum(room.values()):
-        raise ValueError(
+        raise UserError(
             f"{total} experts are to be dropped, but {len(room)} layers of {sorted(set(num_experts.values()))} experts "
             f"can lose {sum(room.values())} at most: each must retain {floor}"
         )

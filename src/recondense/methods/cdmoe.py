@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import Facts, SparseBlock
 from recondense.methods.budget import Budget, total_parameters
 from recondense.methods.climbing import Start
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from recondense.calibrate import Tape
 
 
-class TooFewSelected(ValueError):
+class TooFewSelected(UserError):
     """Fewer experts of a layer were ever selected on the calibration set than it is to retain."""
 
 
@@ -52,7 +53,7 @@ class CDMoE:
         removed_expert_ratio, memory_ratio: a budget in place of num_layers: the fewest layers that keep it.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: Condense, Don't Just Prune, arXiv 2412.00069, sections 3.2 and 3.3.
     """
@@ -93,7 +94,7 @@ class CDMoE:
         elif len(set(self.num_layers)) < len(self.num_layers):
             problems.append(f"method.num_layers={list(self.num_layers)} names a layer twice")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -158,7 +159,7 @@ class CDMoE:
             operations in the order in which their layers were chosen, and the scores that decided them.
 
         Raises:
-            ValueError: fewer experts were ever selected on the calibration set than are to be retained.
+            UserError: fewer experts were ever selected on the calibration set than are to be retained.
         """
         started = time.perf_counter()
         search = Search(self, model, tape, cache, max_scratch_bytes)
@@ -192,7 +193,7 @@ class CDMoE:
         saved = condensing_saves(block, self, routed=self.budget.removed_expert_ratio is not None)
         most = len(families.sparse_blocks(model))
         if need > most * saved:
-            raise ValueError(
+            raise UserError(
                 f"method: the budget asks for {need:,} parameters less, but condensing all {most} MoE layers to "
                 f"{self.num_experts} experts saves {most * saved:,}: {self.budget.at_best(model, most * saved)} at "
                 "best; set it within that or lower method.num_experts"

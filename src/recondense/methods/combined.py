@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense.cache import fingerprint
+from recondense.errors import UserError
 from recondense.families import Facts
 from recondense.methods.budget import Budget
 from recondense.methods.cdmoe import CDMoE
@@ -55,7 +56,7 @@ class Combined:
         population, iterations, parents, mutation, seed: of the genetic search for the experts to drop.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: arXiv 2412.00069, section 3 (condensing); arXiv 2411.01016, section 3 (pruning and decomposition). The
     combination is this project's own.
@@ -88,7 +89,7 @@ class Combined:
             )
         try:  # its own words for what condensing takes
             CDMoE(1, "all", self.shared_gate, self.expert_search)
-        except ValueError as error:
+        except UserError as error:
             problems += str(error).splitlines()
         for name in ("prune_ratios", "kept_ratios"):
             wrong = [value for value in getattr(self, name) if not 0 < value < 1]
@@ -101,7 +102,7 @@ class Combined:
         if self.rounds < 1:
             problems.append(f"method.rounds={self.rounds} must be at least 1")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -173,7 +174,7 @@ class Combined:
             operations in layer order; for every round the damages, the choice, and the damage of all of it together.
 
         Raises:
-            ValueError: the budget asks for more than the options can save.
+            UserError: the budget asks for more than the options can save.
         """
         started = time.perf_counter()
         options = Options(self, model, Searched(self, model, tape, cache, max_scratch_bytes))
@@ -207,11 +208,11 @@ class Combined:
         """Refuse a budget that no choice keeps.
 
         Raises:
-            ValueError: with what the options can save.
+            UserError: with what the options can save.
         """
         most = sum(map(max, self._saved(options)))
         if self.budget.expert_parameters_to_remove(model) > most:
-            raise ValueError(
+            raise UserError(
                 "method: the budget asks for more than condensing, pruning and factorizing can save; the strongest "
                 f"options of all layers give {self.budget.at_best(model, most)}"
             )

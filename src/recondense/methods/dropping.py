@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import Facts
 from recondense.methods.budget import Budget, total_parameters
 from recondense.methods.layerwise import Cache, layerwise
@@ -37,7 +38,7 @@ class Dropping:
         removed_expert_ratio, memory_ratio: the budget.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: Demystifying the Compression of Mixture-of-Experts Through a Unified Framework, arXiv 2406.02500, 3.2.
     """
@@ -51,7 +52,7 @@ class Dropping:
         if self.part not in ("moe", "block"):
             problems.append(f"method.part={self.part} must be moe or block")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -85,7 +86,7 @@ class Dropping:
             operations, the most similar first, and all similarities.
 
         Raises:
-            ValueError: not even dropping all of them keeps the budget.
+            UserError: not even dropping all of them keeps the budget.
         """
         started = time.perf_counter()
         layers = self._layers(model)
@@ -107,13 +108,13 @@ class Dropping:
         """Those that can lose the part.
 
         Raises:
-            ValueError: not even dropping all of them keeps the budget.
+            UserError: not even dropping all of them keeps the budget.
         """
         never = families.cache_layers(model.config) if self.part == "block" else set()
         layers = [layer for layer in families.sparse_blocks(model) if layer not in never]
         most = sum(self._size(model, layer) for layer in layers)
         if self.budget.expert_parameters_to_remove(model) > most:
-            raise ValueError(
+            raise UserError(
                 f"method: the budget asks for more than dropping layers can save; all {len(layers)} that can go give "
                 f"{self.budget.at_best(model, most)}"
             )

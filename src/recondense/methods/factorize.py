@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import Facts
 from recondense.methods import ranks
 from recondense.methods.budget import Budget, routed_parameters
@@ -43,7 +44,7 @@ class Decompose:
         required: one of the three must be given.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.2; SVD-LLM, arXiv 2403.07378, section 3.1.
     """
@@ -83,7 +84,7 @@ class Decompose:
         if self.importance not in (*KINDS, "uniform"):
             problems.append(f"method.importance={self.importance} must be {', '.join(KINDS)} or uniform")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -157,7 +158,7 @@ class Decompose:
             of the original stays.
 
         Raises:
-            ValueError: the budget is smaller than the least rank everywhere.
+            UserError: the budget is smaller than the least rank everywhere.
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)
@@ -211,7 +212,7 @@ class Decompose:
         multiple = ranks.multiple_of(self.rank_multiple, *shape, kept / ranks.parameters([1] * num_experts, *shape))
         least = ranks.parameters([multiple] * num_experts, *shape)
         if kept < least and self.budget.given:
-            raise ValueError(
+            raise UserError(
                 f"method: the budget asks for more than factors can save; rank {multiple} for every expert gives "
                 f"{self.budget.at_best(model, dense - least)}"
             )

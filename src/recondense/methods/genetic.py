@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recondense.errors import UserError
+
 Errors = Callable[[Tensor], Tensor]
 Set = tuple[int, ...]
 DIGITS = 6  # errors are compared to so many significant digits: the last ones differ between ways to compute them
@@ -99,12 +101,12 @@ def best_sets(
         (set, error) with ascending sets, best first; the lexicographically first among equals.
 
     Raises:
-        ValueError: all sets are to be tried, and there are too many.
+        UserError: all sets are to be tried, and there are too many.
     """
     if num_dropped == 0:
         return [((), 0.0)]
     if problems := settings.endless(num_experts, num_dropped):
-        raise ValueError(problems[0])
+        raise UserError(problems[0])
     number = math.comb(num_experts, num_dropped)
     if settings.search == "exact" or (settings.search == "auto" and number <= settings.enumerate_below):
         return _enumerate(errors, num_experts, num_dropped, num_best, advance)

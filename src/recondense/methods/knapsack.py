@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from recondense.errors import UserError
+
 CELLS = 20_000  # what must be saved is counted in so many units; each layer's saving is rounded down to a whole one
 
 
@@ -24,11 +26,11 @@ def least_damage(saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float
         the index of each layer's option; ties go to the earlier option.
 
     Raises:
-        ValueError: the most that can be saved is less than `need`.
+        UserError: the most that can be saved is less than `need`.
     """
     most = sum(max(each) for each in saved)
     if most < need:
-        raise ValueError(f"{need:,} parameters are to be saved, but these options save at most {most:,}")
+        raise UserError(f"{need:,} parameters are to be saved, but these options save at most {most:,}")
     if need <= 0:
         return [min(range(len(each)), key=lambda option: (each[option], option)) for each in damage]
     unit = max(1, need // CELLS)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from recondense import processes
+from recondense.errors import UserError
 from recondense.paging import resident
 from recondense.progress import Stage, progress
 
@@ -50,7 +51,7 @@ def layerwise(
             the cache has of it, and the progress to note something on.
         description: shown as progress.
         enough: whether a record that the cache has answers all that is asked.
-        failed: takes the message of a ValueError of `work`, by layer; None: it is raised.
+        failed: takes the message of a UserError of `work`, by layer; None: it is raised.
         by_text: `work` gets the states on this process's texts, and puts together what all processes found, with
             `Tape.total` or `Tape.in_order`; none has to be sent the states of others.
 
@@ -88,16 +89,16 @@ def _each(
     work: Callable[[Tape, int, Record | None, Stage], Record],
     bar: Stage,
     by_text: bool,
-) -> list[tuple[Record | None, ValueError | None]]:
+) -> list[tuple[Record | None, UserError | None]]:
     """What the processes find for some layers, one each; all of them get all of it."""
     apart = tape.split and not by_text
     own = tape.excerpt(layers) if apart else tape
-    found: tuple[Record | None, ValueError | None] = None, None
+    found: tuple[Record | None, UserError | None] = None, None
     if own is not None:
         layer = layers[processes.rank()] if apart else layers[0]
         try:
             with resident(model, layer):
                 found = work(own, layer, known[layer], bar), None
-        except ValueError as error:
+        except UserError as error:
             found = None, error
     return processes.gather(found)[: len(layers)] if apart else [found]

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
@@ -40,7 +41,7 @@ class Merging:
         removed_expert_ratio, memory_ratio: the budget.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: MC-SMoE, arXiv 2310.01334, section 3.2 (its merging, not its compression after it); HC-SMoE, arXiv
     2410.08589, section 3.
@@ -55,7 +56,7 @@ class Merging:
         if self.grouping not in ("router_logits", "expert_outputs"):
             problems.append(f"method.grouping={self.grouping} must be router_logits or expert_outputs")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -103,7 +104,7 @@ class Merging:
             operations in layer order, and how often each expert was selected.
 
         Raises:
-            ValueError: more experts are to go than can.
+            UserError: more experts are to go than can.
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)
@@ -188,7 +189,7 @@ def _even(experts: dict[int, int], gone: int) -> dict[int, int]:
     """Groups of each layer, where every layer loses as many experts.
 
     Raises:
-        ValueError: more are to go than can.
+        UserError: more are to go than can.
     """
     return {layer: experts[layer] - lost for layer, lost in uniform(gone, experts, 1).items()}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import Facts
 from recondense.methods.allocation import inverse_importance
 from recondense.methods.budget import Budget
@@ -46,7 +47,7 @@ class InterExpertPruning:
         seed: of the genetic search.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.1.
     """
@@ -77,7 +78,7 @@ class InterExpertPruning:
             if getattr(self, name) < 1:
                 problems.append(f"method.{name}={getattr(self, name)} must be at least 1")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -160,7 +161,7 @@ class InterExpertPruning:
             operations in layer order, and what decided them: importances, numbers, candidates, blocks, seconds.
 
         Raises:
-            ValueError: more experts are to go than can.
+            UserError: more experts are to go than can.
         """
         search = _Search(self, model, tape, cache, max_scratch_bytes)
         return search.run()

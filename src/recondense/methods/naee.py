@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import Facts
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
@@ -37,7 +38,7 @@ class NAEE:
         seed: of the genetic search.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: Not All Experts are Equal, arXiv 2402.14800, section 3.1.
     """
@@ -54,7 +55,7 @@ class NAEE:
     def __post_init__(self) -> None:
         problems = [*self.budget.problems(), *self.genetic.problems()]
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -104,7 +105,7 @@ class NAEE:
             operations in layer order, and each layer's error.
 
         Raises:
-            ValueError: more experts are to go than can.
+            UserError: more experts are to go than can.
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from recondense.errors import UserError
+
 AUTO_KEPT = 0.614  # what R_a = 512 keeps of a 2048 x 1408 expert (METHODS: 512·3456 / 2,883,584)
 EPSILON = 1e-9
 
@@ -142,7 +144,7 @@ def within(
         some expert is not dense.
 
     Raises:
-        ValueError: not even the least rank everywhere keeps the budget.
+        UserError: not even the least rank everywhere keeps the budget.
     """
     shape = hidden_size, expert_width
 
@@ -157,7 +159,7 @@ def within(
 
     low, high = 0.0, break_even(*shape)
     if (least := size(at(low))) > budget:
-        raise ValueError(f"the experts may keep {budget:,} parameters, but rank {multiple} everywhere has {least:,}")
+        raise UserError(f"the experts may keep {budget:,} parameters, but rank {multiple} everywhere has {least:,}")
     if size(at(high)) <= budget:
         return high, at(high)
     for _ in range(60):

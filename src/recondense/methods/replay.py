@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from recondense.errors import UserError
 from recondense.families import SparseBlock
 from recondense.modules import RemappedRouter, expert_outputs
 
@@ -51,7 +52,7 @@ class Replay:
     its order over K.
 
     Raises:
-        ValueError: fewer experts would stay than must; grouped routing; merged experts.
+        UserError: fewer experts would stay than must; grouped routing; merged experts.
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class Replay:
     ) -> None:
         routing = block.routing
         if block.num_experts - max_dropped < (routing.top_k if least_retained is None else least_retained):
-            raise ValueError(
+            raise UserError(
                 f"layer {block.layer}: dropping {max_dropped} of {block.num_experts} experts leaves fewer than the "
                 f"{routing.top_k} that each token selects"
             )
         if routing.num_groups > 1:
-            raise ValueError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
+            raise UserError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
         if isinstance(block.router, RemappedRouter):
-            raise ValueError(
+            raise UserError(
                 f"layer {block.layer}: its experts were merged, so that dropping one alone has no meaning; prune "
                 "before merging, or set importance: uniform"
             )
@@ -112,7 +113,7 @@ class Replay:
             (P,) in fp64; the same for a set whatever the others and the scratch size, but for rounding (1e-6 relative).
 
         Raises:
-            ValueError: an expert's outputs overflow.
+            UserError: an expert's outputs overflow.
         """
         assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
         retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
@@ -128,7 +129,7 @@ class Replay:
                 squares_TP = (torch.bmm(gram_TMM[part], change_TMP) * change_TMP).sum(dim=1)
                 total_P += squares_TP.double().sum(dim=0)
         if not bool(torch.isfinite(total_P).all()):
-            raise ValueError(
+            raise UserError(
                 f"layer {self.block.layer}: outputs of some experts on the calibration tokens are NaN or infinite; "
                 "check the weights of that layer, or use model.dtype=float32 if the model overflows in half precision"
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import Facts, SparseBlock
 from recondense.methods.allocation import uniform
 from recondense.methods.budget import Budget
@@ -51,7 +52,7 @@ class SaliencyPruning:
         seed: of "random".
 
     Raises:
-        ValueError: a setting outside its range.
+        UserError: a setting outside its range.
 
     Reference: REAP, arXiv 2510.13999, section 4; expert drop, arXiv 2406.02500, section 3.
     """
@@ -69,7 +70,7 @@ class SaliencyPruning:
         if self.allocation not in ("uniform", "global"):
             problems.append(f"method.allocation={self.allocation} must be uniform or global")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
 
     @property
     def budget(self) -> Budget:
@@ -103,7 +104,7 @@ class SaliencyPruning:
             operations in layer order, and every expert's saliency.
 
         Raises:
-            ValueError: more experts are to go than can.
+            UserError: more experts are to go than can.
         """
         started = time.perf_counter()
         blocks = families.sparse_blocks(model)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from recondense import families, paging
 from recondense.cache import fingerprint
+from recondense.errors import UserError
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
 from recondense.surgery import condense, drop, factorize, least_squares, merge, prune
 
@@ -39,7 +40,7 @@ def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
         the original blocks by decoder-layer index; a decoder layer where the plan removes all of it.
 
     Raises:
-        ValueError: an operation on a layer that is not sparse (any more), or on experts that do not exist.
+        UserError: an operation on a layer that is not sparse (any more), or on experts that do not exist.
     """
     originals: dict[int, nn.Module] = {}
     with _all_or_nothing(model, originals):
@@ -61,14 +62,14 @@ def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> d
         the original blocks, as `restructure`: for a teacher to keep or the caller to drop.
 
     Raises:
-        ValueError: as `restructure`; an operation that needs calibration data, and no `record`.
+        UserError: as `restructure`; an operation that needs calibration data, and no `record`.
     """
     originals: dict[int, nn.Module] = {}
     with _all_or_nothing(model, originals):
         for whitened, group in groupby(structural(plan), lambda each: getattr(each, "whitening", False)):
             operations = list(group)
             if whitened and record is None:
-                raise ValueError("plan: factorize with whitening needs the calibration set; none was given")
+                raise UserError("plan: factorize with whitening needs the calibration set; none was given")
             names = _names(model, operations, paging.standing(model) if whitened else "")
             tape = None
             if whitened and record is not None and not all(paging.is_put_away(model, name) for name in names):
@@ -172,7 +173,7 @@ def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> 
 def _sparse_block(model: PreTrainedModel, operation: Operation) -> families.SparseBlock:
     blocks = families.sparse_blocks(model)
     if operation.layer not in blocks:
-        raise ValueError(
+        raise UserError(
             f"plan: {operation.kind} layer {operation.layer}, but the sparse MoE layers are {sorted(blocks)}"
         )
     return blocks[operation.layer]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recondense.errors import UserError
 from recondense.families import SparseBlock
 
 
@@ -11,10 +12,10 @@ def check_experts(block: SparseBlock, kind: str, experts: Sequence[int]) -> None
     """Refuse experts that the layer does not have.
 
     Raises:
-        ValueError: naming them.
+        UserError: naming them.
     """
     missing = [expert for expert in experts if expert >= block.num_experts]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"plan: {kind} layer {block.layer}: it has {block.num_experts} routed experts; the plan retains {missing}"
         )

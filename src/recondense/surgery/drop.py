@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.modules import SkippedLayer, Zeros
 from recondense.plan import Drop
 
@@ -14,12 +15,12 @@ def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
     """What stands in for the removed part.
 
     Raises:
-        ValueError: a whole layer that must stay, see `families.cache_layers`.
+        UserError: a whole layer that must stay, see `families.cache_layers`.
     """
     if operation.part == "moe":
         return Zeros(pair=families.gives_pair(families.get_block(model, operation.layer)))
     if operation.layer in families.cache_layers(model.config):
-        raise ValueError(
+        raise UserError(
             f"plan: drop layer {operation.layer}: the key-value cache counts tokens by this decoder layer, so it "
             "cannot be removed whole; part=moe can"
         )

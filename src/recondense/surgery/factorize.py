@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recondense.decomposition import factors
+from recondense.errors import UserError
 from recondense.families import SparseBlock
 from recondense.low_rank import LowRankExperts
 from recondense.modules import expert_inner
@@ -25,17 +26,17 @@ def restructure(block: SparseBlock, operation: Factorize) -> LowRankExperts:
     """Unfilled factors of the operation's ranks, on the device and in the dtype of the experts.
 
     Raises:
-        ValueError: ranks of another number of experts, or above full rank; experts that are factorized already.
+        UserError: ranks of another number of experts, or above full rank; experts that are factorized already.
     """
     weights = block.weights
     num_experts, hidden_size, expert_width = weights.down_EDF.shape
     given = len(operation.ranks["gate_proj"])
     full = min(hidden_size, expert_width)
     if given != num_experts:
-        raise ValueError(f"plan: factorize layer {block.layer}: ranks for {given} experts, but it has {num_experts}")
+        raise UserError(f"plan: factorize layer {block.layer}: ranks for {given} experts, but it has {num_experts}")
     high = [rank for ranks in operation.ranks.values() for rank in ranks if rank is not None and rank > full]
     if high:
-        raise ValueError(f"plan: factorize layer {block.layer}: ranks {high} are above the full rank {full}")
+        raise UserError(f"plan: factorize layer {block.layer}: ranks {high} are above the full rank {full}")
     with torch.device(weights.down_EDF.device):
         experts = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.glu, bool(weights.biases()))
     return experts.to(weights.down_EDF.dtype)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from recondense import families, paging
 from recondense.cache import fingerprint
+from recondense.errors import UserError
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating
 from recondense.modules import CondensedMoE, expert_inner
@@ -76,7 +77,7 @@ def refit(
         by layer: ‖target − output‖_F / ‖target‖_F before and after. Weights that would not lower it are not changed.
 
     Raises:
-        ValueError: coefficients of a layer that is not condensed; a layer that has no block any more.
+        UserError: coefficients of a layer that is not condensed; a layer that has no block any more.
     """
     with families.swapped(model, originals):
         tape = record()
@@ -133,7 +134,7 @@ def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: S
     before = error()
     if operation.what == "coefficients":
         if not isinstance(block, CondensedMoE):
-            raise ValueError(f"plan: refit layer {layer}: coefficients are those of a condensed layer, which it is not")
+            raise UserError(f"plan: refit layer {layer}: coefficients are those of a condensed layer, which it is not")
         assert block.scale is not None
         changed = [block.scale]
         kept = [block.scale.clone()]
@@ -155,13 +156,13 @@ def units_of(model: PreTrainedModel, layer: int) -> list[Unit]:
     """The linear pieces of a layer's block that a refit may change.
 
     Raises:
-        ValueError: nothing of the layer is left.
+        UserError: nothing of the layer is left.
     """
     block = families.get_block(model, layer)
     if isinstance(block, CondensedMoE):
         return [_condensed_unit(block)]
     if not families.is_sparse(block):
-        raise ValueError(f"plan: refit layer {layer}: the plan removed its block")
+        raise UserError(f"plan: refit layer {layer}: the plan removed its block")
     view = families.sparse_view(model, layer, block)
     return [_expert_unit(view, expert) for expert in range(view.num_experts)]
 

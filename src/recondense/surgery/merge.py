@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from recondense import families
+from recondense.errors import UserError
 from recondense.families import SparseBlock
 from recondense.modules import MoEWeights, RemappedRouter, sliced
 from recondense.plan import Merge
@@ -18,12 +19,12 @@ def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
     A token that selects two experts of a group passes its merged expert with the sum of their weights.
 
     Raises:
-        ValueError: the groups part another number of experts; factorized or merged experts.
+        UserError: the groups part another number of experts; factorized or merged experts.
     """
     named = sum(len(group) for group in operation.groups)
     if named != block.num_experts or isinstance(block.router, RemappedRouter):
         merged = ", merged already" if isinstance(block.router, RemappedRouter) else ""
-        raise ValueError(
+        raise UserError(
             f"plan: merge layer {operation.layer}: it has {block.num_experts} routed experts{merged}; the groups part "
             f"{named}"
         )

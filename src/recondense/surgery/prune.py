@@ -16,7 +16,7 @@ def restructure(block: SparseBlock, operation: Prune) -> nn.Module:
     """The pruned block, filled at once: its tensors are rows of the block's own, in fresh memory.
 
     Raises:
-        ValueError: experts that do not exist, fewer than top_k, factorized or merged experts, unequal groups.
+        UserError: experts that do not exist, fewer than top_k, factorized or merged experts, unequal groups.
     """
     check_experts(block, operation.kind, operation.retained)
     assert block.weights is not None  # whole experts, or its error
