@@ -267,7 +267,10 @@ class _Run:
     ) -> dict[str, Any]:
         """What summary.json says, and the export."""
         config, folder, model = self.config, self.folder, measure.model
-        found = summary.collect(config, objective, plan, sizes, measure, measure.texts.sha256())
+        found = summary.collect(
+            *(config, objective, plan, sizes, model, measure.stages, measure.refit, measure.seconds),
+            measure.texts.sha256(),
+        )
         if done is not None:
             found["recovery_stages"] = done
         stored = quantized.stored(config.model.path, config.model.revision) if config.model.path else None

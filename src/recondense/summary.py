@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from recondense import families, papers
 from recondense.config import Config, ModelConfig, RecoveryConfig
-from recondense.measure import Measure
 from recondense.methods.budget import routed_parameters
 from recondense.plan import Condense, Drop, Factorize, History, Merge, Plan, Prune
 from recondense.profiling import count_parameters
@@ -47,7 +46,10 @@ def collect(
     objective: str,
     plan: Plan,
     counted: Mapping[str, Mapping[str, int]],
-    measure: Measure,
+    model: PreTrainedModel,
+    measured: Mapping[str, Mapping[str, Any]],
+    refit: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
     data: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything a run found, as summary.json keeps it; what was not measured is absent.
@@ -55,12 +57,15 @@ def collect(
     Args:
         objective: of the training that ran, which need not be the config's: an uncompressed model has no teacher.
         counted: `sizes` of the original and of the compressed model.
+        measured: the figures of each stage.
+        refit: the errors of each layer before and after a refit.
+        seconds: what each part of the run took.
         data: sha256 of each split.
     """
     stages = {
-        name: dict(measure.stages[name])
+        name: dict(measured[name])
         for name in ("original", "compressed", "refitted", "recovered", "control")
-        if measure.has(name)
+        if name in measured
     }
     for stage in stages.values():
         if means := papers.task_means(stage.get("tasks", {})):
@@ -68,16 +73,16 @@ def collect(
     first = next((stage["original_profile"] for stage in stages.values() if stage.get("original_profile")), None)
     if first is not None:
         stages["original"]["profile"] = first
-    beside = published(config, plan, counted, measure.model.config, stages)
+    beside = published(config, plan, counted, model.config, stages)
     if not plan.operations and config.recovery.objective == "none":  # only measured: there is nothing to compare
         counted = {"original": counted["original"]}
     return {
-        **header(config, objective, plan, counted, measure.model, data),
-        **({"refit": measure.refit} if measure.refit else {}),
+        **header(config, objective, plan, counted, model, data),
+        **({"refit": refit} if refit else {}),
         "stages": stages,
         **beside,
         "ratios": ratios(stages, counted),
-        "seconds": measure.seconds,
+        "seconds": seconds,
         "artifacts": {"plan": "plan.json"} if plan.operations else {},
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from recondense.methods.damage import Damage
 from recondense.methods.genetic import Genetic
 from recondense.methods.knapsack import least_damage
 from recondense.methods.layerwise import Cache
-from recondense.methods.options import MadeUp, Option, Options, Searched
+from recondense.methods.options import MadeUp, Option, Options, OptionSettings, Searched
 from recondense.methods.ranks import break_even, multiple_problems
 from recondense.paging import put_away, resident
 from recondense.plan import Plan
@@ -112,6 +112,11 @@ class Combined:
     def genetic(self) -> Genetic:
         return Genetic(self.population, self.iterations, self.parents, self.mutation)
 
+    @property
+    def option_settings(self) -> OptionSettings:
+        names = [field.name for field in fields(OptionSettings)]
+        return OptionSettings(**{name: getattr(self, name) for name in names})
+
     def check(self, facts: Facts) -> list[str]:
         """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
         problems = [
@@ -159,7 +164,7 @@ class Combined:
 
         The damage that decides is made up, as much for every parameter that goes: a mix, one of many of its size.
         """
-        options = Options(self, model, MadeUp())
+        options = Options(self.option_settings, model, MadeUp())
         self._check_reach(options, model)
         damage = {layer: [float(option.saved) for option in each] for layer, each in options.of.items()}
         choice = self._choose(options, damage, model)
@@ -177,7 +182,8 @@ class Combined:
             UserError: the budget asks for more than the options can save.
         """
         started = time.perf_counter()
-        options = Options(self, model, Searched(self, model, tape, cache, max_scratch_bytes))
+        settings = self.option_settings
+        options = Options(settings, model, Searched(settings, model, tape, cache, max_scratch_bytes))
         self._check_reach(options, model)  # before anything is measured
         damage = Damage(model, tape())
         seconds = {"options": time.perf_counter() - started}

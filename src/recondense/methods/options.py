@@ -18,7 +18,7 @@ from recondense.low_rank import LowRankExperts
 from recondense.methods import ranks
 from recondense.methods.cdmoe import CDMoE, TooFewSelected, condensed, condensing_saves
 from recondense.methods.cdmoe import Search as CondenseSearch
-from recondense.methods.genetic import best_sets, layer_seed
+from recondense.methods.genetic import Genetic, best_sets, layer_seed
 from recondense.methods.importance import expert_importances
 from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.replay import Replay
@@ -26,10 +26,25 @@ from recondense.plan import Condense, Factorize, Operation, Prune
 
 if TYPE_CHECKING:
     from recondense.calibrate import Tape
-    from recondense.methods.combined import Combined
 
 Numbers = Mapping[int, Sequence[int]]  # by layer
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class OptionSettings:
+    """Which options a layer has, and how their experts and ranks are chosen; the fields are those of `Combined`."""
+
+    num_experts: Sequence[int]
+    prune_ratios: Sequence[float]
+    kept_ratios: Sequence[float]
+    alpha: float
+    rank_multiple: int | str
+    shared_gate: str
+    expert_search: str
+    normalize: bool
+    genetic: Genetic
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -82,14 +97,14 @@ class Searched:
     """Choices by the methods' own searches.
 
     Args:
-        step: the settings.
+        settings: which options there are.
         model: left bit-identical.
         tape: its hidden states on the calibration set.
         cache: orders, importances and sets found so far.
         max_scratch_bytes: bound on temporary tensors.
     """
 
-    step: Combined
+    settings: OptionSettings
     model: PreTrainedModel
     tape: Callable[[], Tape]
     cache: Cache
@@ -100,7 +115,7 @@ class Searched:
 
     def prepare(self, views: Mapping[int, SparseBlock], condensing: Sequence[CDMoE], numbers: Numbers) -> None:
         """Search all that will be asked for, layer by layer; what the cache has is not searched again."""
-        how = "layer_output", self.step.normalize, self.max_scratch_bytes
+        how = "layer_output", self.settings.normalize, self.max_scratch_bytes
         found, _ = expert_importances(self.model, self.tape, self.cache, views, *how, "expert importance")
         self._importance.update(found)
         for step in condensing:
@@ -117,8 +132,8 @@ class Searched:
     def _search_sets(self, views: Mapping[int, SparseBlock], layers: Sequence[int], number: int) -> None:
         def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
             replay = Replay(self.model, tape, views[layer], number, self.max_scratch_bytes)
-            seed = layer_seed(self.step.seed, layer)
-            best = best_sets(replay.errors, views[layer].num_experts, number, self.step.genetic, seed)[0]
+            seed = layer_seed(self.settings.seed, layer)
+            best = best_sets(replay.errors, views[layer].num_experts, number, self.settings.genetic, seed)[0]
             return {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
 
         names = {layer: f"set-{layer:03d}-{number:03d}" for layer in layers}
@@ -142,13 +157,13 @@ class Options:
     """Every option of every MoE layer.
 
     Args:
-        step: the settings.
+        settings: which options there are.
         model: left bit-identical.
         choices: searched, or made up where only sizes are wanted.
     """
 
-    def __init__(self, step: Combined, model: PreTrainedModel, choices: Choices) -> None:
-        self.step = step
+    def __init__(self, settings: OptionSettings, model: PreTrainedModel, choices: Choices) -> None:
+        self.settings = settings
         self.choices = choices
         self.blocks = families.sparse_blocks(model)
         self.importance: dict[int, list[float]] = {}
@@ -156,7 +171,7 @@ class Options:
         self.left_out: dict[int, list[str]] = {}  # why a layer lacks an option
         self._factors: dict[tuple[int, int, str], Factors] = {}
         numbers = {layer: [number for number in self._numbers(layer) if number] for layer in self.blocks}
-        choices.prepare(self.blocks, [self._condensing(count) for count in step.num_experts], numbers)
+        choices.prepare(self.blocks, [self._condensing(count) for count in settings.num_experts], numbers)
         for layer, view in self.blocks.items():
             self.importance[layer] = choices.importance(view)
             self.of[layer] = [Option("as it is"), *self._condensed(layer), *self._pruned_and_factorized(layer)]
@@ -201,8 +216,8 @@ class Options:
         for layer, option in low.items():
             budget = kept[layer] + int(spare * kept[layer] / total)
             left = budget / ranks.parameters([1] * len(importance[layer]), hidden_size, expert_width)
-            multiple = ranks.multiple_of(self.step.rank_multiple, hidden_size, expert_width, left)
-            how = hidden_size, expert_width, self.step.alpha, multiple
+            multiple = ranks.multiple_of(self.settings.rank_multiple, hidden_size, expert_width, left)
+            how = hidden_size, expert_width, self.settings.alpha, multiple
             _, given = ranks.within({layer: importance[layer]}, budget, *how)
             found[layer] = self._factorized(layer, option.operations[:-1], given[layer])
         return found
@@ -218,17 +233,17 @@ class Options:
         }
 
     def _condensing(self, count: int) -> CDMoE:
-        return CDMoE(count, "all", self.step.shared_gate, self.step.expert_search)
+        return CDMoE(count, "all", self.settings.shared_gate, self.settings.expert_search)
 
     def _numbers(self, layer: int) -> list[int]:
         """How many experts the options of a layer drop."""
         view = self.blocks[layer]
         most = view.num_experts - view.routing.top_k
-        return [min(round(ratio * view.num_experts), most) for ratio in (0.0, *self.step.prune_ratios)]
+        return [min(round(ratio * view.num_experts), most) for ratio in (0.0, *self.settings.prune_ratios)]
 
     def _condensed(self, layer: int) -> list[Option]:
         found = []
-        for count in self.step.num_experts:
+        for count in self.settings.num_experts:
             condensing, view = self._condensing(count), self.blocks[layer]
             saved = condensing_saves(view, condensing, routed=False)
             routed = condensing_saves(view, condensing, routed=True)
@@ -247,11 +262,11 @@ class Options:
             prune = (Prune.without(layer, view.num_experts, gone),) if number else ()
             if prune:
                 found.append(self._saving(layer, f"pruned by {number}", prune, 0))
-            for kept in self.step.kept_ratios:
+            for kept in self.settings.kept_ratios:
                 average = max(1.0, kept * ranks.break_even(hidden_size, expert_width))
-                multiple = ranks.multiple_of(self.step.rank_multiple, hidden_size, expert_width, average)
+                multiple = ranks.multiple_of(self.settings.rank_multiple, hidden_size, expert_width, average)
                 own = self._own_importance(layer, Option("", prune))
-                given = ranks.allocate(own, average, hidden_size, expert_width, self.step.alpha, multiple)
+                given = ranks.allocate(own, average, hidden_size, expert_width, self.settings.alpha, multiple)
                 found.append(self._factorized(layer, prune, given))
         return list({each.name: each for each in found}.values())
 
