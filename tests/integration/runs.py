@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from corpus import documents
 from log_handlers import loggers_put_back
 from small import byte_tokenizer
 from tiny_models import qwen2_moe
@@ -36,18 +37,15 @@ def model_folder(folder: Path, family: Callable[..., Any] = qwen2_moe) -> Path:
 
 
 def text_files(folder: Path) -> dict[str, str]:
-    """A few thousand characters of this repository's own sources."""
+    """A few thousand characters for each split."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted((ROOT / "src" / "recondense").glob("*.py"))
-    parts = {"calibration": sources[:12], "train": sources[12:20], "validation": sources[20:24]}
-    found = {}
-    for split, files in parts.items():
-        path = folder / f"{split}.jsonl"
-        found[split] = str(path)
-        if path.exists():
-            continue
-        path.write_text("".join(json.dumps({"text": file.read_text()[:1500]}) + "\n" for file in files))
-    return found
+    texts = documents(24, 1500)
+    splits = {"calibration": texts[:12], "train": texts[12:20], "validation": texts[20:]}
+    paths = {split: folder / f"{split}.jsonl" for split in splits}
+    for split, path in paths.items():
+        if not path.exists():
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in splits[split]))
+    return {split: str(path) for split, path in paths.items()}
 
 
 def config(model: Path, texts: dict[str, str], output: Path, **recovery: Any) -> Config:
@@ -95,11 +93,10 @@ def one_command() -> Iterator[None]:
 
 
 def record_file(folder: Path) -> str:
-    """Chats about this repository's own sources; the last one's answer lies beyond any window."""
+    """Short chats; the last one's answer lies beyond any window."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "records.jsonl"
-    sources = sorted((ROOT / "src" / "recondense").glob("*.py"))[:20]
-    turns = [(f"Open {file.name}.", file.read_text()[3:30]) for file in sources]
+    turns = [(f"Open letter {number}.", text[:27]) for number, text in enumerate(documents(20, 60))]
     records = [
         {"system": "Do.", "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
         for asked, answer in [*turns, ("words " * 100, "no")]

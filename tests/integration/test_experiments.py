@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from corpus import documents
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,8 +41,7 @@ SMOKE = (
 @pytest.fixture(autouse=True)
 def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a process that runs one command never puts back; and a short text in place of the whole library's."""
-    sources = sorted((ROOT / "src" / "recondense").glob("*.py"))
-    few = corpora.Corpora(*([file.read_text()[:3000] for file in sources[start::3]] for start in range(3)))
+    few = corpora.Corpora(*(documents()[start::3] for start in range(3)))
     monkeypatch.setattr(corpora, "stdlib_corpora", lambda: few)
     monkeypatch.setattr(tiny, "stdlib_corpora", lambda: few)
     with one_command():

@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from corpus import documents
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from tiny_models import qwen2_moe
@@ -25,8 +26,7 @@ from recondense.config import ModelConfig, TrainerConfig
 from recondense.corpora import Corpora, stdlib_corpora
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "src" / "recondense").glob("*.py"))
-CORPORA = Corpora(*([file.read_text()[:3000] for file in SOURCES[start::3]] for start in range(3)))
+CORPORA = Corpora(*(documents()[start::3] for start in range(3)))
 QUIET = TrainerConfig(progress_bar=False)
 STEPS = 15
 
