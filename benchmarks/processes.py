@@ -23,8 +23,8 @@ import torch
 from rich.table import Table
 
 from recondense import processes
-from recondense.cache import JsonFolder
 from recondense.calibrate import Tape
+from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.saliency import SaliencyPruning

@@ -23,8 +23,8 @@ from recondense import tracking
 from recondense.command_line import JobFailed, refuse
 from recondense.comparison import by_seed, comparison_cells, comparison_markdown, comparison_table
 from recondense.comparison_picture import comparison_picture
+from recondense.files import write_aside
 from recondense.pictures import sweep_picture
-from recondense.plan import write_aside
 from recondense.report import print_tables, sweep_row, sweep_table
 
 log = logging.getLogger(__name__)

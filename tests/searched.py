@@ -20,10 +20,10 @@ from read_once import read_configs_once
 from tiny_models import FAMILIES, recorded
 
 from recondense import calibrate, families, processes, surgery
-from recondense.cache import JsonFolder
 from recondense.calibrate import TRACE_BYTES
 from recondense.command_line import build_steps
 from recondense.config import read
+from recondense.files import JsonFolder
 from recondense.plan import Plan
 from recondense.shelves import Disk, Storage
 

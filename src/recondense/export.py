@@ -7,9 +7,7 @@ self-contained modeling file (trust_remote_code=True). `dense` multiplies low-ra
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +22,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from recondense import bundle, deepseek, families, low_rank, modules
 from recondense.config import ExportConfig, parse_bytes
 from recondense.errors import UserError
+from recondense.files import replace_folder, write_aside
 from recondense.low_rank import LowRankExperts
 from recondense.modules import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 from recondense.paging import is_streamed, page_bytes, resident
-from recondense.plan import History, Plan, write_aside
+from recondense.plan import History, Plan
 from recondense.shards import ShardWriter
 
 MODELING_FILE = "modeling_recondense"
@@ -84,28 +83,19 @@ def export(
     settings = settings or ExportConfig()
     shapes = layer_shapes(model, multiplied=settings.format == "dense")
     stock = layout(model, shapes, settings)
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    most = parse_bytes(settings.max_shard_size)
-    writer = ShardWriter(aside, min(most, page_bytes(model) // 2) if is_streamed(model) else most)
-    with torch.no_grad():
-        for piece in pieces(model, shapes, stock):
-            writer.add(piece)
-            piece.clear()  # or it would be there until the next one is
-    writer.finish()
-    _write_config(model, shapes, stock, aside)
-    if model.can_generate():
-        model.generation_config.save_pretrained(aside)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(aside)
     gone = _gone(shapes) if stock is not None else []
     kept = [layer for layer in range(len(families.decoder_layers(model))) if layer not in gone]
     history = plan.history.then(plan.operations, kept)
     said = history == History(plan.operations)  # by the plan alone
-    (plan if said else replace(plan, history=history)).save(aside / "plan.json")
-    write_aside(aside / "README.md", card + how_to_load(aside))
-    _rename(aside, folder)
+    with replace_folder(folder) as aside:
+        _write_weights(model, shapes, stock, aside, settings)
+        _write_config(model, shapes, stock, aside)
+        if model.can_generate():
+            model.generation_config.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        (plan if said else replace(plan, history=history)).save(aside / "plan.json")
+        write_aside(aside / "README.md", card + how_to_load(aside))
     return "bundled" if stock is None else "stock"
 
 
@@ -311,6 +301,18 @@ def _padded(model: PreTrainedModel, layer: int, state: dict[str, Tensor], width:
     return found
 
 
+def _write_weights(
+    model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path, settings: ExportConfig
+) -> None:
+    most = parse_bytes(settings.max_shard_size)
+    writer = ShardWriter(folder, min(most, page_bytes(model) // 2) if is_streamed(model) else most)
+    with torch.no_grad():
+        for piece in pieces(model, shapes, stock):
+            writer.add(piece)
+            piece.clear()  # or it would be there until the next one is
+    writer.finish()
+
+
 def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path) -> None:
     """config.json, and the modeling file where one is needed."""
     config_class, model_class = families.own_classes(model.config)
@@ -366,23 +368,3 @@ def _concatenated(*parts: Any) -> str:
     first, *others = (OWN_IMPORT.sub("", text) for text in texts)
     future = "from __future__ import annotations\n"
     return "\n\n".join([first, *(text.replace(future, "", 1) for text in others)])
-
-
-def _rename(aside: Path, folder: Path) -> None:
-    """Put a finished folder in its place: a kill must not leave half of one under the final name."""
-    readable = 0o666 & ~_umask()
-    for path in aside.iterdir():
-        path.chmod(readable)  # safetensors writes for the owner alone
-    before = folder.with_name(f".{folder.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, before)
-    os.replace(aside, folder)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from recondense import engines, families, processes, sharding
 from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
 from recondense.errors import UserError
+from recondense.files import remove_partial, replace_file
 from recondense.recovery import RecoveryModule, trained_state
 
 FINAL = "final.ckpt"
@@ -98,6 +98,8 @@ def _train(
 ) -> None:
     """Train the module, or the twin that an engine takes over, and write `final.ckpt`."""
     device = module.computes_on
+    if processes.is_first():
+        remove_partial(folder)
     newest = processes.broadcast(newest_checkpoint(folder))
     if newest is not None and processes.is_first():
         log.info("%s: going on from %s", module.stage, newest)
@@ -116,7 +118,7 @@ def _train(
         assert module.plan is not None
         state = trained_state(trained)
         if processes.is_first():
-            save_aside({"state_dict": state, "plan": module.plan.to_dict()}, folder / FINAL)
+            _save({"state_dict": state, "plan": module.plan.to_dict()}, folder / FINAL)
     finally:
         if not sharding.is_hollow(module):
             module.to(device)  # Lightning leaves every module on the CPU
@@ -169,18 +171,13 @@ class AsideCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, then renames it: Lightning's own writes elsewhere and may copy."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        save_aside(checkpoint, Path(path))
+        _save(checkpoint, Path(path))
 
 
-def save_aside(content: dict[str, Any], path: Path) -> None:
-    """torch.save, written aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def _save(content: dict[str, Any], path: Path) -> None:
+    """torch.save, complete or not at all."""
+    with replace_file(path) as aside, aside.open("wb") as file:
+        torch.save(content, file)  # given the path it would write the name into the file
 
 
 class StepCheckpoint(ModelCheckpoint):

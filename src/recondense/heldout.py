@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from recondense.errors import UserError
-from recondense.plan import write_aside
+from recondense.files import write_aside
 
 PERPLEXITY = "heldout_perplexity"
 NEXT_LINE = "heldout_next_line"

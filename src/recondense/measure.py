@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.cache import JsonFolder, fingerprint
 from recondense.config import Config
 from recondense.errors import UserError
 from recondense.evaluate import HELDOUT_TASKS, folder_tasks, heldout_tasks, perplexity, run_tasks
+from recondense.files import JsonFolder, fingerprint
 from recondense.loading import weights_fingerprint
 from recondense.profiling import profile_variants, weights_bytes
 from recondense.progress import progress

@@ -36,10 +36,9 @@ from transformers.core_model_loading import (
 from transformers.utils import logging as transformers_logging
 
 from recondense import families
-from recondense.cache import fingerprint
 from recondense.errors import UserError
+from recondense.files import file_name, fingerprint, replace_file, write_aside
 from recondense.modules import shallow_copy
-from recondense.plan import write_aside
 from recondense.shelves import Disk, Memory, Storage
 
 State = dict[str, Tensor]
@@ -139,20 +138,20 @@ def remember(model: PreTrainedModel, name: str, values: dict[str, float]) -> Non
     """Keep a few numbers beside a block that was put away under a name."""
     pages = _pages.get(model)
     if pages is not None:
-        write_aside(pages.folder / f"{name}.json", json.dumps(values))
+        write_aside(pages.folder / f"{file_name(name)}.json", json.dumps(values))
 
 
 def remembered(model: PreTrainedModel, name: str) -> dict[str, float]:
     """What was kept beside a block; empty if nothing."""
     pages = _pages.get(model)
-    path = None if pages is None else pages.folder / f"{name}.json"
+    path = None if pages is None else pages.folder / f"{file_name(name)}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
 
 
 def is_put_away(model: PreTrainedModel, name: str) -> bool:
     """Whether there is a block of this name; never of a model that is whole in memory, which keeps none."""
     pages = _pages.get(model)
-    return pages is not None and (pages.folder / f"{name}.safetensors").exists()
+    return pages is not None and pages.path_of(name).exists()
 
 
 def bytes_outside_layers(model: PreTrainedModel) -> int:
@@ -260,25 +259,27 @@ class Pages:
         """What a part of a layer was put away as; of the checkpoint's own the empty text, of others their class."""
         return self._names.get(unit, "" if unit in self._sources else type(unit).__name__)
 
+    def path_of(self, name: str) -> Path:
+        """The file of what was put away under a name."""
+        return self.folder / f"{file_name(name)}.safetensors"
+
     def put_away(self, block: nn.Module, name: str | None) -> nn.Module:
         """See the function of this name."""
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in block.state_dict().items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name or f'block-{os.getpid()}-{next(self._numbers)}'}.safetensors"
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        save_file(_without_aliases(state), aside)
-        aside.replace(path)
+        path = self.path_of(name or f"block-{os.getpid()}-{next(self._numbers)}")
+        with replace_file(path) as aside:
+            save_file(_without_aliases(state), aside)
         device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
         found = _without_weights(block)
         self._register(found, path, device)
-        self._names[found] = path.stem
+        self._names[found] = name or path.stem
         if name is None:
             weakref.finalize(found, path.unlink, missing_ok=True)
         return found
 
     def taken_back(self, shaped: Callable[[], nn.Module], name: str) -> nn.Module | None:
         """See the function of this name."""
-        path = self.folder / f"{name}.safetensors"
+        path = self.path_of(name)
         if not path.exists():
             return None
         block = shaped()

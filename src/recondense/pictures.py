@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recondense.errors import UserError
-from recondense.plan import write_aside
+from recondense.files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,9 +34,10 @@ from recondense import (
 from recondense.config import Config, RecoveryConfig
 from recondense.errors import ConfigError
 from recondense.export import export, how_to_load, layer_shapes, layout
+from recondense.files import write_aside
 from recondense.hub import push_folder
 from recondense.measure import Measure
-from recondense.plan import History, Plan, write_aside
+from recondense.plan import History, Plan
 from recondense.plan_only import plan_only
 from recondense.progress import configure, progress
 from recondense.recovering import Fits

@@ -7,17 +7,16 @@ library alone, so that any tool can read a plan.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from recondense.errors import UserError
+from recondense.files import write_aside
 from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 
-__all__ = ["Condense", "Drop", "Factorize", "History", "Merge", "Operation", "Plan", "Prune", "Refit", "write_aside"]
+__all__ = ["Condense", "Drop", "Factorize", "History", "Merge", "Operation", "Plan", "Prune", "Refit"]
 
 SCHEMA = 1
 
@@ -149,22 +148,3 @@ def _from_json(entries: Sequence[Mapping[str, Any]]) -> tuple[Operation, ...]:
         except KeyError as missing:
             raise UserError(f"plan: a {kind} operation lacks {missing}") from None
     return tuple(operations)
-
-
-def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file under another name, then rename it: a kill leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -13,7 +13,8 @@ from transformers import PretrainedConfig
 
 from recondense import families, report, summary
 from recondense.config import Config
-from recondense.plan import Drop, Factorize, Plan, write_aside
+from recondense.files import write_aside
+from recondense.plan import Drop, Factorize, Plan
 from recondense.preflight import planned_config
 from recondense.published import CDMOE, PAPER_TITLES, Result
 from recondense.searching import refits

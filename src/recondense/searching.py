@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import families, paging, processes, surgery
-from recondense.cache import JsonFolder, fingerprint, waiting_lock
 from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
 from recondense.corpora import Corpora, load_corpora
 from recondense.data import CalibrationSet, Table, calibration_set, pack
 from recondense.errors import UserError
+from recondense.files import JsonFolder, fingerprint, waiting_lock
 from recondense.instructions import Record
 from recondense.packing import examples_of, windows_of
 from recondense.plan import Condense, Drop, Operation, Plan, Refit

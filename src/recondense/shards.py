@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recondense.plan import write_aside
+from recondense.files import write_aside
 
 INDEX = "model.safetensors.index.json"
 

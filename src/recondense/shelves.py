@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recondense.plan import write_aside
+from recondense.files import file_name, write_aside
 
 
 class Shelf(Protocol):
@@ -75,7 +75,7 @@ class Disk:
             return DiskShelf(tempfile.TemporaryFile(dir=self.folder), None, self.dtype, self.device)
         if name is None:
             return DiskShelf(tempfile.TemporaryFile(dir=self.folder), device=self.device)
-        return DiskShelf.at(self.folder / name, self.dtype, self.device)
+        return DiskShelf.at(self.folder / file_name(name), self.dtype, self.device)
 
 
 class DiskShelf:

@@ -11,7 +11,8 @@ from recondense.config import CalibrationConfig, Config, DataConfig, RecoveryCon
 from recondense.errors import ConfigError
 from recondense.reading import read_dataclass
 
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, and of those of metrics
+LONGEST_NAME = 64
+NAME = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")  # part of a folder's name, and of those of metrics
 DATA_SETTING = re.compile(r"(?<![\w./-])data\.(?=(train|validation|dataset|subset|splits|text_field|form)\b)")
 TAKEN = ("control", "pretrain", "recovery")  # names of the other fits of a run
 OF_ALL = ("stages", "control")  # settings of the recovery as a whole
@@ -60,8 +61,8 @@ def read_stages(config: Config, messages: list[str]) -> list[Stage]:
     for index, stage in enumerate(found):
         if not NAME.fullmatch(stage.name) or stage.name in TAKEN:
             messages.append(
-                f"{stage.where}.name={stage.name}: must be a word of letters, digits, - and _ that begins with a "
-                f"letter, and none of {', '.join(TAKEN)}."
+                f"{stage.where}.name={stage.name}: must be a word of at most {LONGEST_NAME} letters, digits, - and "
+                f"_ that begins with a letter, and none of {', '.join(TAKEN)}."
             )
         elif stage.name in [other.name for other in found[:index]]:
             messages.append(f"{stage.where}.name={stage.name}: another stage has that name; give each its own.")

@@ -9,7 +9,6 @@ Shapes: N windows, B windows of a batch, S tokens of a window, K kept prediction
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -24,9 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense import families, paging, passes
-from recondense.cache import fingerprint, waiting_lock
 from recondense.chunking import TopK, top_k
 from recondense.data import Table, num_rows
+from recondense.files import fingerprint, remove_partial, replace_file, waiting_lock
 from recondense.modes import evaluating
 from recondense.packing import model_inputs
 from recondense.progress import progress
@@ -79,12 +78,8 @@ class CachedTeacher:
 
     def write(self, index: int, kept: TopK) -> None:
         """One file, aside, then renamed."""
-        path = self.files[index]
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        save_file({name: column.contiguous() for name, column in kept._asdict().items()}, aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with replace_file(self.files[index]) as aside:
+            save_file({name: column.contiguous() for name, column in kept._asdict().items()}, aside)
 
 
 def key_of(weights: str, windows: Table, k: int, temperature: float, precision: str) -> str:
@@ -128,6 +123,7 @@ def keep_predictions(
         return found
     folder.mkdir(parents=True, exist_ok=True)
     with waiting_lock(folder / ".lock", "asks the same teacher"):
+        remove_partial(folder)
         total = sum(len(found.rows_of(index)) for index in found.missing)
         with progress("the teacher's predictions", total) as bar, original() as model, evaluating(model), autocast:
             together = FILES_PER_READING if paging.is_streamed(model) else 1

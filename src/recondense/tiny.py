@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
@@ -24,15 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from recondense import families
-from recondense.cache import fingerprint, waiting_lock
 from recondense.calibrate import Tape
 from recondense.config import ModelConfig, RecoveryConfig, TrainerConfig
 from recondense.corpora import Corpora, stdlib_corpora
 from recondense.data import RecoveryData, pack
 from recondense.evaluate import perplexity
+from recondense.files import fingerprint, replace_folder, waiting_lock, write_aside
 from recondense.fitting import fit
 from recondense.loading import device_of
-from recondense.plan import Plan, write_aside
+from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.recovery import RecoveryModule
 
@@ -100,12 +99,10 @@ def _train(
         "seconds": time.perf_counter() - started,
         "settings": settings,
     }
-    aside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    network.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    write_aside(aside / "training.json", json.dumps(report, indent=1) + "\n")
-    os.replace(aside, folder)
+    with replace_folder(folder) as aside:
+        network.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_aside(aside / "training.json", json.dumps(report, indent=1) + "\n")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from recondense.config import LoggerConfig, WandbConfig
-from recondense.plan import write_aside
+from recondense.files import write_aside
 
 log = logging.getLogger(__name__)
 

@@ -13,20 +13,9 @@ SOURCE = ROOT / "src" / "recondense"
 
 LEVELS = {
     0: (
-        *(
-            "__init__",
-            "errors",
-            "operations",
-            "plan",
-            "modules",
-            "low_rank",
-            "decomposition",
-            "losses",
-            "config",
-            "reading",
-        ),
-        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
-        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching"),
+        *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
+        *("checks", "progress", "files", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
+        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching", "errors"),
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),

@@ -187,7 +187,8 @@ def test_an_interrupted_save_is_made_again(trained: Path, tmp_path: Path, monkey
         with pytest.raises(OSError, match="no space left"):
             ensure(tmp_path)
     assert not (tmp_path / "models" / trained.name).exists()
-    (tmp_path / "models" / f"{trained.name}.partial" / "left.over").touch()
+    (tmp_path / "models" / f".{trained.name}.partial").mkdir()
+    (tmp_path / "models" / f".{trained.name}.partial" / "left.over").touch()
     rest = StopAt(None)
     assert content(ensure(tmp_path, [rest])) == content(trained)
     assert rest.started == []

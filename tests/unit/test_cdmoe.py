@@ -16,8 +16,8 @@ from tiny_models import FAMILIES, bits, qwen2_moe, recorded, same_bits, texts, u
 from transformers import PreTrainedModel
 
 from recondense import families
-from recondense.cache import JsonFolder
 from recondense.calibrate import Tape
+from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
 from recondense.plan import Condense
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from recondense import families, surgery
 from recondense.calibrate import Tape
+from recondense.files import JsonFolder
 from recondense.methods import ranks
 from recondense.methods.allocation import inverse_importance
 from recondense.methods.combined import Combined
@@ -342,3 +344,18 @@ def test_measured_importances_of_groups_are_refused_before_they_are_measured() -
     [problem] = Decompose(removed_expert_ratio=0.5).check(facts)
     assert "2 groups" in problem and "method.alpha=0" in problem
     assert Decompose(removed_expert_ratio=0.5, alpha=0).check(facts) == []
+
+
+def test_a_deep_model_searches_and_finds_what_it_has_searched(tmp_path: Path) -> None:
+    """94 layers, as Qwen3-235B-A22B has, of which two-digit numbers of experts go."""
+    model = qwen2_moe(num_hidden_layers=94, num_experts=14, hidden_size=16, moe_intermediate_size=4)
+    step = InterExpertPruning(prune_ratio=12 / 14, num_candidates=1, block_size=94)
+    tape = recorded(model, texts()[:1])
+    first, record = step.search(model, lambda: tape, JsonFolder(tmp_path), 1 << 30)
+    assert len(first) == 94 and {len(operation.retained) for operation in first} == {2}
+
+    def nothing() -> Tape:
+        raise AssertionError("calibrated again")
+
+    assert step.search(model, nothing, JsonFolder(tmp_path), 1 << 30)[0] == first
+    assert record["blocks"] == JsonFolder(tmp_path)["blocks-" + "-".join(["12"] * 94)]["blocks"]

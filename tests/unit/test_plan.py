@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from recondense import plan as plan_module
-from recondense.cache import JsonFolder, fingerprint
 from recondense.operations import OPERATIONS
-from recondense.plan import Condense, Drop, Factorize, History, Merge, Plan, Prune, Refit, write_aside
+from recondense.plan import Condense, Drop, Factorize, History, Merge, Plan, Prune, Refit
 
 PLAN = Plan(
     model="Qwen/Qwen1.5-MoE-A2.7B",
@@ -95,67 +92,6 @@ def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         Plan("m", (Condense(0, (1,), (float("nan"),)),)).save(path)
     assert Plan.load(path) == PLAN
-
-
-@pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_write_aside_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    old = tmp_path / "file"
-    write_aside(old, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(plan_module.os, where, fail)
-    for path in (old, tmp_path / "other"):
-        with pytest.raises(OSError, match="No space left"):
-            write_aside(path, "new")
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
-    assert old.read_text() == "old"
-
-
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, root: Path) -> None:
-    """SIGKILL between writing and renaming: nothing can be cleaned up, but the old file stands under its name."""
-    path = tmp_path / "file"
-    write_aside(path, "old")
-    code = (
-        f"import os, signal, sys; sys.path.insert(0, {str(root / 'src')!r}); "
-        "import recondense.plan as plan; "
-        "plan.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
-        f"plan.write_aside({str(path)!r}, 'new' * 100)"
-    )
-    assert subprocess.run([sys.executable, "-I", "-S", "-c", code]).returncode == -9
-    assert path.read_text() == "old"
-    assert all(each.name.startswith(".") for each in tmp_path.iterdir() if each != path)
-
-
-def test_write_aside_bytes_text_and_permissions(tmp_path: Path) -> None:
-    write_aside(tmp_path / "bytes", b"\x00\xff")
-    assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
-    write_aside(tmp_path / "text", "w̄ ä\n")
-    assert (tmp_path / "text").read_text(encoding="utf-8") == "w̄ ä\n"
-    (tmp_path / "plain").write_text("")
-    assert os.stat(tmp_path / "text").st_mode == os.stat(tmp_path / "plain").st_mode  # others may read a shared cache
-
-
-def test_json_folder_is_a_mapping(tmp_path: Path) -> None:
-    folder = JsonFolder(tmp_path / "cache")
-    assert len(folder) == 0 and "a" not in folder and folder.get("a") is None
-    folder["b"] = {"x": [1, None]}
-    folder["a"] = {}
-    (tmp_path / "cache" / ".a.json.partial").write_text("{")
-    assert dict(folder) == {"a": {}, "b": {"x": [1, None]}}
-    assert list(JsonFolder(tmp_path / "cache")) == ["a", "b"]
-    with pytest.raises(ValueError, match="JSON"):
-        folder["b"] = {"x": float("inf")}
-    assert folder["b"] == {"x": [1, None]}
-    del folder["a"]
-    with pytest.raises(KeyError):
-        del folder["a"]
-
-
-def test_fingerprint_depends_on_values_not_on_their_order() -> None:
-    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
-    assert len({fingerprint(*parts) for parts in ((1, 2), (2, 1), ([1, 2],), ("1", 2))}) == 4
 
 
 OF_EVERY_KIND = (

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
-from recondense.cache import JsonFolder
+from recondense.files import JsonFolder
 from recondense.measure import Measure
 from recondense.pictures import plan_picture, sweep_picture
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit

@@ -91,6 +91,7 @@ def test_data_with_a_source_stands_alone_and_without_changes_the_runs() -> None:
         ([{"name": "a", "steps": 1, "epochs": 2}], ["recovery.stages[0]: steps=1 and epochs=2 are both given"]),
         ([{"name": "a"}, {"name": "a"}], ["recovery.stages[1].name=a: another stage has that name"]),
         ([{"name": "a/b"}], ["recovery.stages[0].name=a/b: must be a word"]),
+        ([{"name": "a" * 65}], ["must be a word of at most 64 letters"]),
         ([{"name": "control"}], ["recovery.stages[0].name=control", "none of control, pretrain, recovery"]),
         ([{"name": "a", "data": "alpaca"}], ["recovery.stages[0].data=alpaca: expected a group", "{source: texts"]),
         ([{"name": "a", "data": {"dataset": "x/y"}}], ["recovery.stages[0].data.dataset=x/y", "give source too"]),

@@ -28,7 +28,7 @@ import hydra
 from omegaconf import OmegaConf
 from recondense import config as schema
 from recondense.command_line import JobFailed
-from recondense.plan import write_aside
+from recondense.files import write_aside
 
 @hydra.main(version_base="1.3", config_path=".", config_name="application")
 def job(settings):

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from recondense.cache import fingerprint
 from recondense.errors import UserError
 from recondense.families import Facts
+from recondense.files import fingerprint
 from recondense.methods.budget import Budget
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.climbing import Start

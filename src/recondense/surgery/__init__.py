@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import families, paging
-from recondense.cache import fingerprint
 from recondense.errors import UserError
+from recondense.files import fingerprint
 from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
 from recondense.surgery import condense, drop, factorize, least_squares, merge, prune
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense import families, paging
-from recondense.cache import fingerprint
 from recondense.errors import UserError
+from recondense.files import fingerprint
 from recondense.low_rank import LowRankExperts
 from recondense.modes import evaluating
 from recondense.modules import CondensedMoE, expert_inner
