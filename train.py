@@ -34,14 +34,14 @@ def job(settings: DictConfig) -> Any:
         config = from_dict(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True)))
         if beside_others(HydraConfig.get().launcher["_target_"]):  # the bars of several runs would fight for one line
             config = replace(config, trainer=replace(config.trainer, progress_bar=False))
-        command = again(__file__, HydraConfig.get().overrides.task, HydraConfig.get().job.config_name)
+        command = again(__file__, HydraConfig.get())
         return pipeline.run(config, build_steps(config.method), callbacks.of_run(config), command)
 
 
 def main() -> None:
     """Check the whole command, then run it."""
     with exit_codes(silent=not first_to_start()):
-        validate(CONFIGS, "train", sys.argv[1:])
+        validate(job, CONFIGS, "train", sys.argv[1:])
         job()
 
 

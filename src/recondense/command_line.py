@@ -12,16 +12,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from hydra import compose, initialize_config_dir
+import yaml
+from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -35,8 +35,9 @@ from recondense.config import Config, read
 from recondense.errors import ConfigError, UserError
 from recondense.preflight import preflight
 from recondense.reading import nearest, suggestion, wrong_types
+from recondense.search_path import initialize_hydra, same_configs
 
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for overrides
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)  # what Hydra raises for overrides
 NO_RUN = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
 
 
@@ -54,12 +55,13 @@ OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
+def validate(task: Callable[..., Any], folder: Path, name: str, arguments: Sequence[str]) -> None:
     """Check a command before anything runs, every run of a sweep included.
 
     Args:
-        folder: where the configs are.
-        name: the primary config.
+        task: the function that `hydra.main` decorates.
+        folder: where its configs are.
+        name: its primary config.
         arguments: the command line without the program.
 
     Raises:
@@ -70,9 +72,9 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
         return
     problems: list[str] = []
     folders: dict[Path, str] = {}
-    with initialize_config_dir(version_base="1.3", config_dir=str(folder.absolute())):
-        loader = GlobalHydra.instance().config_loader()
-        multirun, hydra = _hydra(args.config_name or name, args.overrides, args.multirun)
+    name = args.config_name or name
+    with initialize_hydra(task, folder, name, args) as loader:
+        multirun, hydra = _hydra(name, args.overrides, args.multirun)
         problems += sweeping.check(hydra, multirun)
         swept = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items() if multirun]
         intervals = multirun and sweeping.takes_intervals(hydra)
@@ -81,7 +83,7 @@ def validate(folder: Path, name: str, arguments: Sequence[str]) -> None:
         of_all = tuple(problems)
         for overrides in jobs:
             found: list[str] = []
-            values = _compose(args.config_name or name, overrides, loader, found)
+            values = _compose(name, overrides, loader, found)
             problems += found
             if values is None:
                 continue
@@ -191,6 +193,11 @@ def _compose(name: str, overrides: list[str], loader: ConfigLoader, problems: li
     try:
         config = compose(name, overrides)
     except COMPOSE_ERRORS:
+        try:
+            compose(name, [])
+        except COMPOSE_ERRORS as error:
+            problems.append(f"--config-name={name}: {_reason(error)}")
+            return None
         config = _compose_stepwise(name, overrides, loader, problems)
     try:
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -227,7 +234,13 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
             return f"{text}: there is no such {key}. {suggestion(word, options)}", near and f"{key}={near}"
     elif OmegaConf.select(config, key, default=None) is None:
         return f"{key}: there is no such setting. {_suggest_key(key, config, loader)}", None
-    return f"{text}: {str(error.__cause__ or error).splitlines()[0]}", None
+    return f"{text}: {_reason(error.__cause__ or error)}", None
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in a line; where a YAML is broken stands in the last of several."""
+    lines = str(error).splitlines()
+    return " ".join(" ".join(lines if isinstance(error, yaml.YAMLError) else lines[:1]).split())
 
 
 def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
@@ -267,20 +280,16 @@ def _groups(loader: ConfigLoader) -> list[str]:
     return [group for group in loader.list_groups("") if group != "hydra"]
 
 
-def again(script: str, task: Sequence[str], name: str | None) -> list[str]:
+def again(script: str, hydra: Any) -> list[str]:
     """The command of another process of the run that is going on here.
 
     Args:
         script: train.py; a launcher may have started something else.
-        task: the run's overrides; of one of a sweep its own.
-        name: of the primary config.
+        hydra: the run's `hydra` config; of one of a sweep its own.
     """
-    args, _ = get_args_parser().parse_known_args(sys.argv[1:])
-    where = [f"--config-dir={args.config_dir}"] if args.config_dir else []
-    search = [text for text in args.overrides if text.startswith("hydra.searchpath")]
     # An experiment may be a sweep by its own settings.
     alone = "hydra.mode=RUN", "hydra/sweeper=basic", "hydra/launcher=basic"
-    return [sys.executable, script, *where, f"--config-name={name}", *task, *search, *alone]
+    return [sys.executable, script, *same_configs(hydra), *hydra.overrides.task, *alone]
 
 
 class Reported(SystemExit):

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from integration.runs import ROOT
 from recondense.command_line import validate
 from recondense.errors import ConfigError
+from train import job
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -98,10 +99,10 @@ def test_train_command(words: list[str], stand_in: dict[str, str], tmp_path: Pat
     arguments.append(f"output_dir={tmp_path}/out")
     sweep = ["method=none,cdmoe", "method.memory_ratio=0.673", "seed=0"]  # ninety runs take Hydra a minute to compose
     arguments += sweep if "experiment=compare" in words else []
-    validate(ROOT / "conf", "train", arguments)
+    validate(job, ROOT / "conf", "train", arguments)
     if words == TRAINS[0]:  # that something is checked at all
         with pytest.raises(ConfigError, match="there is no such setting"):
-            validate(ROOT / "conf", "train", [*arguments, "method.of_another_name=1"])
+            validate(job, ROOT / "conf", "train", [*arguments, "method.of_another_name=1"])
 
 
 @pytest.mark.parametrize("words", BENCHMARKS, ids=" ".join)

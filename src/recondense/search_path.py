@@ -1,0 +1,102 @@
+"""Where Hydra finds the configs of a command: conf/, --config-path, --config-dir and hydra.searchpath.
+
+`hydra.main` decides that when it starts. Here a command is given the same folders before, to be checked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path, detect_calling_file_or_module_from_task_function
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from hydra.plugins.config_source import ConfigSource
+
+from recondense.errors import ConfigError
+
+SETTING = "hydra.searchpath"
+OPTIONS = {"main": "--config-path", "command-line": "--config-dir"}  # by Hydra's names of who gave a folder
+
+
+@contextmanager
+def initialize_hydra(task: Callable[..., Any], folder: Path, name: str, args: Namespace) -> Iterator[ConfigLoader]:
+    """Inside, `compose` and the loader that this gives see the configs that `hydra.main` would.
+
+    Args:
+        task: the function that hydra.main decorates; a relative --config-path begins beside its file.
+        folder: hydra.main's config_path.
+        name: of the primary config.
+        args: the command line, parsed by Hydra's own parser.
+
+    Raises:
+        ConfigError: folders that are not there.
+    """
+    version.setbase("1.3")
+    calling = detect_calling_file_or_module_from_task_function(inspect.unwrap(task))
+    main = str(folder.absolute()) if args.config_path is None else args.config_path
+    search_path = create_automatic_config_search_path(*calling, main)
+    if args.config_dir is not None:
+        _add(search_path, "command-line", f"file://{os.path.abspath(args.config_dir)}")
+    sources = _sources(search_path, name, [text for text in args.overrides if text.startswith(f"{SETTING}=")])
+    given = [source for source in sources if source.provider in OPTIONS or source.provider.startswith(SETTING)]
+    missing = [source for source in given if not source.available()]
+    if missing:
+        raise ConfigError(
+            f"{OPTIONS.get(source.provider, SETTING)}={source.path}: there is no such folder." for source in missing
+        )
+    for source in given:
+        if source.provider not in OPTIONS:
+            _add(search_path, source.provider, f"{source.scheme()}://{source.path}")
+    before = get_gh_backup()
+    Hydra.create_main_hydra2("train", search_path)
+    try:
+        yield GlobalHydra.instance().config_loader()
+    finally:
+        restore_gh_from_backup(before)
+
+
+def same_configs(hydra: Any) -> list[str]:
+    """The arguments by which another process composes from the primary config and the folders of this run.
+
+    Options come first: Hydra's parser wants the overrides in one piece.
+
+    Args:
+        hydra: the run's `hydra` config.
+    """
+    arguments = []
+    for source in hydra.runtime.config_sources:
+        if source.provider in OPTIONS:
+            path = source.path if source.schema == "file" else f"{source.schema}://{source.path}"
+            arguments.append(f"{OPTIONS[source.provider]}={path}")
+    arguments.append(f"--config-name={hydra.job.config_name}")
+    return [*arguments, *(text for text in hydra.overrides.hydra if text.startswith(f"{SETTING}="))]
+
+
+def _add(search_path: ConfigSearchPath, provider: str, path: str) -> None:
+    """The last of all but the schemas, which Hydra wants at the end."""
+    search_path.prepend(provider, path, SearchPathQuery(provider="schema"))
+
+
+def _sources(search_path: ConfigSearchPath, name: str, overrides: Sequence[str]) -> list[ConfigSource]:
+    """What Hydra reads configs from, with what hydra.searchpath adds, in the primary config or in an override."""
+    loader = ConfigLoaderImpl(search_path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a folder that is not there
+            return loader._parse_overrides_and_create_caching_repo(name, list(overrides))[1].get_sources()
+    except OverrideParseException:
+        return loader.get_sources()  # reported with all that is no override
+    except HydraException as error:
+        raise ConfigError([" ".join([*overrides, f"{error}"])]) from None

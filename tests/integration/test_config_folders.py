@@ -1,0 +1,145 @@
+"""Configs of one's own, in folders that Hydra is told of: checked like those of conf/, and found by every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forks import Forks
+
+from integration.runs import ROOT
+from recondense import pipeline
+from recondense.config import Config
+
+Command = Callable[..., tuple[int, str]]
+Seen = list[tuple[Config, list[str]]]
+
+MINE = "# @package _global_\ndefaults:\n  - override /recovery: none\nexperiment_name: mine\nseed: 7\n"
+PRIMARY = f"defaults:\n  - train\n  - _self_\nhydra:\n  searchpath:\n    - file://{ROOT}/conf\nmetric: loss\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Holds experiments, and a primary config that begins with the project's."""
+    folder = tmp_path / "my configs"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(MINE)
+    (folder / "experiment" / "yours.yaml").write_text(MINE.replace("mine", "yours").replace("7", "8"))
+    (folder / "own.yaml").write_text(PRIMARY)
+    return folder
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """The runs that a command makes: the config of each, and the command of its other processes."""
+    seen: Seen = []
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, callbacks, again: seen.append((config, again)) or 1.0)
+    return seen
+
+
+WAYS: dict[str, Callable[[Path], list[str]]] = {
+    "--config-dir": lambda folder: [f"--config-dir={folder}", "experiment=mine"],
+    "a relative --config-dir": lambda folder: ["-cd", folder.name, "experiment=mine"],
+    "hydra.searchpath": lambda folder: [f'hydra.searchpath=["file://{folder}"]', "experiment=mine"],
+    "--config-path and its hydra.searchpath": lambda folder: [
+        *(f"--config-path={folder}", "--config-name=own", "experiment=mine")
+    ],
+    "--config-name": lambda folder: [f"--config-dir={folder}", "--config-name=own", "experiment=mine"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_and_its_other_processes(
+    command: Command, seen: Seen, folder: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    words = WAYS[way](folder)
+    code, err = command(*words)
+    assert code == 0, err
+    [(config, again)] = seen
+    assert (config.experiment_name, config.seed, config.recovery.name) == ("mine", 7, "none")
+    assert again[1] == str(ROOT / "train.py")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["worker"])  # a launcher's, of which no process could tell the folder
+    code, err = command(*again[2:])
+    assert code == 0, err
+    assert seen[1] == (config, again)
+
+
+@pytest.mark.parametrize("way", ["a relative --config-dir", "hydra.searchpath"])
+def test_a_sweep(command: Command, seen: Seen, folder: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.chdir(folder.parent)
+    words = [word.replace("experiment=mine", "experiment=mine,yours") for word in WAYS[way](folder)]
+    code, err = command("-m", *words)
+    assert code == 0, err
+    assert [(config.experiment_name, config.seed) for config, _ in seen] == [("mine", 7), ("yours", 8)]
+    code, err = command(*seen[1][1][2:])
+    assert code == 0, err
+    assert seen[2] == seen[1], "processes of one run start no sweep"
+
+
+def test_the_primary_config_decides(command: Command, seen: Seen, folder: Path) -> None:
+    code, err = command(f"--config-path={folder}", "--config-name=own", "recovery=none")
+    assert code == 0, err
+    assert seen[0][0].metric == "loss"
+
+
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "an experiment that is misspelt": (
+        ["--config-dir={}", "experiment=mien"],
+        ["experiment=mien: there is no such experiment", "Did you mean mine?"],
+    ),
+    "one of the search path": (
+        ['hydra.searchpath=["file://{}"]', "experiment=mien"],
+        ["experiment=mien: there is no such experiment", "Did you mean mine?"],
+    ),
+    "one of a primary config's search path": (
+        ["--config-path={}", "--config-name=own", "recovery=nnoe"],
+        ["recovery=nnoe: there is no such recovery", "Did you mean none?"],
+    ),
+    "a setting within": (["--config-dir={}", "experiment=bad"], ["seed=x: expected a whole number"]),
+    "a setting beside it": (
+        ["--config-dir={}", "experiment=mine", "method.num_expert=2"],
+        ["method.num_expert: there is no such setting", "method.num_experts"],
+    ),
+    "one run of a sweep": (["-m", "--config-dir={}", "experiment=mine,bad"], ["seed=x: expected a whole number"]),
+    "no YAML": (["--config-dir={}", "experiment=torn"], ["experiment=torn: ", "torn.yaml"]),
+    "no such folder": (["--config-dir={}/nowhere"], ["--config-dir={}/nowhere: there is no such folder"]),
+    "no such primary folder": (["--config-path={}/nowhere"], ["--config-path={}/nowhere: there is no such folder"]),
+    "no such folder to search": (
+        ['hydra.searchpath=["{}/nowhere"]'],
+        ["hydra.searchpath={}/nowhere: there is no such folder"],
+    ),
+    "a search path that is no list": (["hydra.searchpath={}"], ["hydra.searchpath", "must be a list of strings"]),
+    "no such primary config": (["--config-name=trian"], ["--config-name=trian: Cannot find primary config 'trian'"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_wrong_is_refused(command: Command, seen: Seen, folder: Path, tmp_path: Path, kind: str) -> None:
+    folder = folder.rename(tmp_path / "configs")
+    (folder / "experiment" / "bad.yaml").write_text(MINE.replace("7", "x"))
+    (folder / "experiment" / "torn.yaml").write_text(MINE + "metric: [a\n")
+    words, parts = BAD[kind]
+    code, err = command(*(word.replace("{}", str(folder)) for word in words))
+    assert code == 2 and "Traceback" not in err, err
+    assert all(part.replace("{}", str(folder)) in err for part in parts), err
+    assert len(err.splitlines()) == 1 and not seen
+
+
+def test_a_relative_config_path_begins_beside_the_script(forks: Forks, tmp_path: Path) -> None:
+    done = forks.run(
+        ROOT / "train.py", "--config-path=conf", "experiment=plan_onyl", f"output_dir={tmp_path}", folder=tmp_path
+    )
+    assert done.returncode == 2 and "experiment=plan_onyl: there is no such experiment" in done.stderr, done.stderr
+    done = forks.run(ROOT / "train.py", "--config-path=../conf", f"output_dir={tmp_path}", folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"--config-path={ROOT.parent}/conf: there is no such folder" in done.stderr
+
+
+def test_other_processes_of_a_plain_command(command: Command, seen: Seen) -> None:
+    assert command("recovery=none", "seed=3")[0] == 0
+    again: list[Any] = seen[0][1]
+    assert again[2:5] == [f"--config-path={ROOT / 'conf'}", "--config-name=train", "recovery=none"]
