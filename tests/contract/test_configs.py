@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from recondense.config import Config, read
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/[!_]*.yaml") if path.parent.name != "hydra")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from recondense.recorded import recorded_values
 
 MODELS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-    for path in sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+    for path in sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("[!_]*.yaml"))
 }
 RANK_2048 = ("method.average_rank=2048",)
 Sizes = Callable[..., tuple[int, str, str, dict[str, Any]]]

@@ -15,7 +15,7 @@ from recondense.recorded import FOLDER, recorded_config, recorded_ids, recorded_
 
 MODELS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-    for path in sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
+    for path in sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("[!_]*.yaml"))
 }
 # Parameters: counted in the papers and of the hub's safetensors where exact, of the model cards where rounded.
 PUBLISHED: dict[str, tuple[float, float]] = {
