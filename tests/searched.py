@@ -28,7 +28,7 @@ from recondense.plan import Plan
 from recondense.shelves import Disk, Storage
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (CONF / "method").glob("[!_]*.yaml"))
 # A budget below "everything", as a user would write it.
 BUDGETS: dict[str, list[str]] = {
     "cdmoe": ["method.num_experts=2", "method.num_layers=1"],

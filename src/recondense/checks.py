@@ -9,6 +9,7 @@ from pathlib import Path
 
 from recondense.config import Config, DataConfig, RecoveryConfig, differences, parse_bytes
 from recondense.errors import UserError
+from recondense.method_steps import step_entries
 from recondense.stages import read_stages
 
 SMALLEST_SCRATCH = 16 * 2**20
@@ -121,10 +122,14 @@ def _model_folder(path: str, tokenizer: str | None, plan_only: bool) -> Iterator
 
 
 def _method(config: Config) -> Iterator[str]:
-    if not isinstance(config.method.get("steps"), list):
-        yield "method.steps: expected a list of steps, each with its _target_; see conf/method/cdmoe.yaml."
+    steps = config.method.get("steps")
+    if steps is None and "_target_" not in config.method:
+        yield "method: has neither _target_ nor steps; see conf/method/cdmoe.yaml."
         return
-    targets = [step.get("_target_") for step in config.method["steps"] if isinstance(step, Mapping)]
+    if not isinstance(steps, list | None):
+        yield f"method.steps={steps}: expected a list of steps; see conf/method/moei2.yaml."
+        return
+    targets = [step.get("_target_") if isinstance(step, Mapping) else step for step in step_entries(config.method)]
     if (refit := config.method.get("refit", False)) not in (False, True, "coefficients"):
         yield f"method.refit={refit}: must be false, true, or coefficients (of condensed layers)."
     elif refit == "coefficients" and not any(target in CONDENSING for target in targets):
@@ -138,7 +143,7 @@ def _data(config: Config) -> Iterator[str]:
     """Splits that the run needs and that have no file; `corpora.check_paths` looks into the files."""
     data = config.data
     needs = {}
-    if config.method.get("steps") and data.calibration.sources is None:
+    if step_entries(config.method) and data.calibration.sources is None:
         needs["calibration"] = "the method searches on it"
     if config.recovery.objective != "none" and not all(stage.own_texts for stage in read_stages(config, [])):
         needs["train"] = f"recovery={config.recovery.name} trains on it (or recovery=none)"
@@ -180,7 +185,7 @@ def _stages(config: Config) -> Iterator[str]:
             yield from _splits(stage.data, f"{stage.where}.data", {"train": f"stage {stage.name} trains on it"})
         if stage.recovery.objective == "none":
             yield f"{stage.where}.objective=none: a stage trains; leave it out instead."
-        if stage.recovery.trainable == "all" != recovery.trainable and config.method.get("steps"):
+        if stage.recovery.trainable == "all" != recovery.trainable and step_entries(config.method):
             yield f"{stage.where}.{TRAINS_ALL}"
 
 
@@ -300,7 +305,7 @@ def _evaluation(config: Config) -> Iterator[str]:
         yield f"evaluation.include_path={folder}: there is no such folder; it holds task YAMLs."
     elif folder is not None and not task_files(folder):
         yield f"evaluation.include_path={folder}: the folder has no task YAML (*.yaml). Give one that has."
-    if config.recovery.trainable == "all" and config.recovery.objective != "none" and config.method.get("steps"):
+    if config.recovery.trainable == "all" and config.recovery.objective != "none" and step_entries(config.method):
         yield f"recovery.{TRAINS_ALL}"
 
 

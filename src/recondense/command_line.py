@@ -33,8 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 from recondense import launching, sweeping
 from recondense.config import Config, read
 from recondense.errors import ConfigError, UserError
+from recondense.method_steps import step_arguments
 from recondense.preflight import preflight
-from recondense.reading import nearest, suggestion, wrong_types
+from recondense.reading import nearest, suggestion
 from recondense.search_path import initialize_hydra, same_configs
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)  # what Hydra raises for overrides
@@ -109,27 +110,22 @@ def check_run(config: Config, found: Sequence[str] = ()) -> list[str]:
 
 
 def build_steps(method: Mapping[str, Any]) -> list[Any]:
-    """The method's steps, made by their `_target_`.
+    """The method's steps, in order.
 
     Raises:
-        ConfigError: targets that do not exist, values of a wrong type, and values that a step refuses.
+        ConfigError: classes that do not exist, settings that no step has, values of a wrong type, and values that a
+            step refuses.
     """
-    steps, problems = [], []
-    for index, entry in enumerate(method.get("steps") or ()):
-        name = f"method.steps[{index}]"
-        if not isinstance(entry, Mapping) or "_target_" not in entry:
-            problems.append(f"{name}: has no _target_; see conf/method/cdmoe.yaml.")
-            continue
-        if wrong := wrong_types(entry, method, name):
-            problems += wrong
-            continue
+    steps, problems = [], list[str]()
+    for where, arguments in step_arguments(method, problems):
         try:
-            steps.append(instantiate(dict(entry), _convert_="all"))
+            steps.append(instantiate(arguments, _convert_="all"))
         except InstantiationException as error:
             if isinstance(error.__cause__, UserError):
                 problems += str(error.__cause__).splitlines()
             else:
-                problems.append(f"{name} ({entry['_target_']}): {' '.join(str(error.__cause__ or error).split())}")
+                text = " ".join(str(error.__cause__ or error).split())
+                problems.append(f"{where}={arguments['_target_']}: {text}")
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return steps

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from recondense.errors import ConfigError, UserError
+from recondense.method_steps import step_entries
 from recondense.reading import read_dataclass
 
 if typing.TYPE_CHECKING:
@@ -288,7 +289,7 @@ class Config:
             group = functools.reduce(operator.getitem, where.split("."), found)
             for name in [name for name, absent in settings.items() if group[name] == absent]:
                 del group[name]
-        if not self.method.get("steps"):  # a budget, or any other setting, means nothing to no step
+        if not step_entries(self.method):  # a budget, or any other setting, means nothing to no step
             found["method"] = {"name": self.method.get("name", "none"), "steps": []}
         return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import sys
 import types
 import typing
@@ -12,7 +11,6 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
-SETTINGS = {"search_kind": "search"}  # fields of steps that a method's YAML calls otherwise
 LISTS = (tuple, list, Sequence)  # origins of annotations
 
 
@@ -71,36 +69,6 @@ def read_fields(
             if len(messages) == before or is_dataclass(value):
                 found[name] = value
     return found
-
-
-def wrong_types(entry: Mapping[str, Any], method: Mapping[str, Any], name: str) -> list[str]:
-    """Values of a step that its fields cannot hold: instantiating would not notice.
-
-    Args:
-        method: its settings name the step's where they hold the same value.
-        name: of the step, for values that stand in the step alone.
-    """
-    module, _, leaf = str(entry["_target_"]).rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module), leaf, None)
-    except Exception:  # whatever a module raises, instantiating reports
-        return []
-    if not isinstance(target, type) or not is_dataclass(target):
-        return []
-
-    def name_of(field: str) -> str:
-        setting = SETTINGS.get(field, field)
-        same = setting in method and repr(method[setting]) == repr(entry[field])  # nan is not equal to itself
-        return f"method.{setting}" if same else f"{name}.{field}"
-
-    problems: list[str] = []
-    own = {key: value for key, value in entry.items() if not key.startswith("_")}
-    own = {key: value for key, value in own.items() if not (isinstance(value, Mapping) and "_target_" in value)}
-    try:
-        read_fields(target, own, name_of, problems)
-    except (NameError, TypeError, AttributeError):  # somebody's annotations that only a type checker can resolve
-        return []
-    return problems
 
 
 def _read_value(hint: Any, value: Any, path: str, messages: list[str], default: Any = None) -> Any:

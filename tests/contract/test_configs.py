@@ -13,7 +13,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from recondense.command_line import build_steps
 from recondense.config import Config, read
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.naee import NAEE
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/[!_]*.yaml") if path.parent.name != "hydra")
@@ -70,6 +73,19 @@ def test_the_tiny_model_brings_its_recovery_and_the_command_line_wins() -> None:
     assert (published["learning_rate"], published["batch_size"], published["schedule"]) == (1e-5, 8, "linear")
     assert composed()["recovery"]["learning_rate"] > published["learning_rate"]
     assert composed("recovery.learning_rate=0.5")["recovery"]["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["cdmoe", "moei2", "none", "reap"])
+def test_steps_of_the_command_line_take_the_place_of_a_methods_own(method: str) -> None:
+    """With the settings that they bring, and no others: reap has a budget, and it is not NAEE's."""
+    prune, condense = "recondense.methods.naee.NAEE,memory_ratio:0.7", "recondense.methods.cdmoe.CDMoE,num_layers:2"
+    values = composed(f"method={method}", f"method.steps=[{{_target_:{prune}}},{{_target_:{condense}}}]")
+    assert build_steps(values["method"]) == [NAEE(memory_ratio=0.7), CDMoE(num_layers=2)]
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("method/*.yaml")), ids=lambda path: path.stem)
+def test_a_setting_of_a_method_is_written_once(path: Path) -> None:
+    assert "${method." not in path.read_text(encoding="utf-8")
 
 
 def test_demo() -> None:

@@ -13,9 +13,21 @@ SOURCE = ROOT / "src" / "recondense"
 
 LEVELS = {
     0: (
-        *("__init__", "operations", "plan", "modules", "low_rank", "decomposition", "losses", "config", "reading"),
-        *("checks", "progress", "files", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
-        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching", "errors"),
+        *(
+            "__init__",
+            "errors",
+            "method_steps",
+            "operations",
+            "plan",
+            "modules",
+            "low_rank",
+            "decomposition",
+            "losses",
+            "config",
+            "reading",
+        ),
+        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
+        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching"),
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
@@ -31,7 +43,7 @@ LEVELS = {
         *("comparison", "comparison_picture"),
     ),
     4: ("pipeline", "plan_only", "preflight", "sweeping"),
-    5: ("command_line", "search_path"),
+    5: ("command_line",),
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 
@@ -130,7 +142,7 @@ def test_bundled_and_plain_modules_stand_alone(module: str) -> None:
 
 def test_hydra_stops_at_the_command_line() -> None:
     for module, paths in modules().items():
-        for path in paths if module not in ("command_line", "search_path") else ():
+        for path in paths if module != "command_line" else ():
             text = path.read_text(encoding="utf-8")
             assert "omegaconf" not in text and "import hydra" not in text and "from hydra" not in text, path
 

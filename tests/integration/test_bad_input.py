@@ -148,7 +148,16 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["method.prune_ratios[1]=half", FINITE],
     ),
     "half a round": (["method=cdmoe_moei2", "method.rounds=1.5"], ["method.rounds=1.5", WHOLE]),
-    "value of a step alone": (["method=naee", "method.steps.0.parents=x"], ["method.steps[0].parents=x", WHOLE]),
+    "value of a step alone": (
+        ["method=none", "method.steps=[{_target_:recondense.methods.cdmoe.CDMoE,num_experts:x}]"],
+        ["method.steps[0].num_experts=x", WHOLE],
+    ),
+    "setting that no step has": (
+        ["method=moei2", "+method.populatoin=9"],
+        ["method.populatoin", "no such setting", "Did you mean method.population?"],
+    ),
+    "steps that are no list": (["method.steps=3"], ["method.steps=3", "expected a list of steps"]),
+    "step that is no step": (["method.steps=[3]"], ["method.steps[0]=3", "a class's name", "_target_"]),
     "rank of adapters": (["recovery=lora", "recovery.lora.rank=0"], ["recovery.lora.rank=0", "at least 1"]),
     "scale of adapters": (["recovery=lora", "recovery.lora.alpha=0"], ["recovery.lora.alpha=0", "above 0"]),
     "dropout of one": (["recovery=lora", "recovery.lora.dropout=1"], ["recovery.lora.dropout=1.0", "[0, 1)"]),
@@ -193,8 +202,12 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     "more layers than there are": (["method.num_layers=9"], ["method.num_layers=9", "6 MoE layers"]),
     "unknown value of a step": (["method.shared_gate=men"], ["method.shared_gate=men", "mean or token"]),
     "step that is not there": (
-        ["method.steps.0._target_=recondense.methods.cdmoe.Absent"],
-        ["method.steps[0]", "recondense.methods.cdmoe.Absent"],
+        ["method._target_=recondense.methods.cdmoe.Absent"],
+        ["method._target_=recondense.methods.cdmoe.Absent: "],
+    ),
+    "one of several that is not there": (
+        ["method.steps=[recondense.methods.cdmoe.CDMoE,recondense.methods.cdmoe.Absent]"],
+        ["method.steps[1]=recondense.methods.cdmoe.Absent: "],
     ),
     "wrong built-in architecture": (
         ["model.pretrain.config.hidden_size=wide"],

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import yaml
@@ -25,12 +24,12 @@ from recondense.config import (
     parse_bytes,
     read,
 )
-from recondense.reading import nearest, suggestion, wrong_types
+from recondense.reading import nearest, suggestion
 
 STEP = {"name": "example", "steps": [{"_target_": "builtins.dict"}]}
 
 
-CONDENSING = {"name": "cdmoe", "steps": [{"_target_": "recondense.methods.cdmoe.CDMoE"}]}
+CONDENSING: dict[str, Any] = {"name": "cdmoe", "steps": ["recondense.methods.cdmoe.CDMoE"]}
 
 
 def lora(trainable: Any = "lora", name: str = "lora", **settings: Any) -> dict[str, Any]:
@@ -100,62 +99,6 @@ def test_numbers_are_finite(value: float) -> None:
     assert config.recovery.temperature == RecoveryConfig().temperature
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Every kind of annotation that a step may have."""
-
-    whole: int = 1
-    number: float | None = 0.5
-    several: Sequence[float] = (0.5,)
-    word: int | str | Sequence[int] = "all"
-    kind: Literal["one", "other"] = "one"
-    switch: bool = True
-    search_kind: str = "auto"
-    foreign: Path | None = None
-    nested: Any = None
-
-
-def step_problems(values: dict[str, Any], **method: Any) -> list[str]:
-    return wrong_types({"_target_": f"{__name__}.Step", "_convert_": "all", **values}, method, "method.steps[0]")
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"whole": 2, "number": 3, "several": [1, 0.5], "word": [1, 2], "kind": "other", "switch": False},
-        {"number": None, "several": [], "word": 3},
-        {"word": "any", "foreign": Path("x"), "nested": {"_target_": "builtins.dict"}},
-        {"foreign": {"_target_": "pathlib.Path"}},
-    ],
-)
-def test_a_step_that_is_right(values: dict[str, Any]) -> None:
-    assert step_problems(values) == []
-
-
-def test_all_wrong_types_of_a_step_are_reported() -> None:
-    values = {
-        "whole": True, "number": "abc", "several": 0.5, "word": 2.5, "kind": "othr", "switch": "maybe",
-        "search_kind": 3, "hole": 1,
-    }  # fmt: skip
-    method = {"whole": True, "number": 0.25, "search": 3, "several": 0.5}
-    assert step_problems(values, **method) == [
-        "method.steps[0].hole: there is no such setting. Did you mean method.steps[0].whole?",
-        "method.whole=true: expected a whole number.",
-        "method.steps[0].number=abc: expected a finite number.",
-        "method.several=0.5: expected a list (each a finite number). Write method.several=[0.5].",
-        "method.steps[0].word=2.5: expected a whole number, a text such as all or a list (each a whole number).",
-        "method.steps[0].kind=othr: there is no such choice. Did you mean other? Choices: one, other.",
-        "method.steps[0].switch=maybe: expected true or false.",
-        "method.search=3: expected a text.",
-    ]
-
-
-@pytest.mark.parametrize("target", ["builtins.dict", "nowhere.Step", "Step", "recondense.reading.Absent"])
-def test_targets_that_are_no_dataclasses_are_left_to_instantiating(target: str) -> None:
-    assert wrong_types({"_target_": target, "whole": "x"}, {}, "method.steps[0]") == []
-
-
 def test_a_wrong_value_leaves_its_default_and_its_neighbours() -> None:
     config, messages = read({"recovery": {"steps": "many", "batch_size": 3}})
     assert len(messages) == 1
@@ -178,7 +121,14 @@ def test_what_cannot_change_a_result_leaves_the_hash(change: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"method": STEP}, {"recovery": RecoveryConfig(steps=2)}, {"data": DataConfig(name="texts")}]
+    "change",
+    [
+        {"seed": 1},
+        {"method": STEP},
+        {"method": {"name": "none", "_target_": "builtins.dict"}},
+        {"recovery": RecoveryConfig(steps=2)},
+        {"data": DataConfig(name="texts")},
+    ],
 )
 def test_what_changes_a_result_changes_the_hash(change: dict[str, Any]) -> None:
     assert Config(**change).run_hash() != Config().run_hash()
@@ -257,7 +207,8 @@ def test_suggestions() -> None:
         ({"seed": -1}, "seed=-1: must be at least 0"),
         ({"model": ModelConfig()}, "model.path is null"),
         ({"model": ModelConfig(pretrain={}, device="gpu")}, "model.device=gpu: write auto, cpu, cuda or cuda:N"),
-        ({"method": {"name": "none"}}, "method.steps: expected a list"),
+        ({"method": {"name": "none"}}, "method: has neither _target_ nor steps"),
+        ({"method": {"name": "none", "steps": "abc"}}, "method.steps=abc: expected a list of steps"),
         ({"recovery": RecoveryConfig(steps=0)}, "recovery.steps=0: must be at least 1"),
         (
             {"recovery": RecoveryConfig(objective="finetune", learning_rate=0.0)},
@@ -275,6 +226,10 @@ def test_suggestions() -> None:
         ({"max_scratch_bytes": "-1"}, "max_scratch_bytes=-1: must be at least 16MiB"),
         ({"method": {**CONDENSING, "refit": "all"}}, "method.refit=all: must be false, true, or coefficients"),
         ({"method": {**STEP, "refit": "coefficients"}}, "method=example condenses no layer"),
+        (
+            {"method": {"name": "x", "_target_": "builtins.dict", "refit": "coefficients"}},
+            "method=x condenses no layer",
+        ),
         (lora(rank=0), "recovery.lora.rank=0: must be at least 1"),
         (lora(alpha=0), "recovery.lora.alpha=0: must be above 0"),
         (lora(dropout=1.0), "recovery.lora.dropout=1.0: must be in [0, 1)"),
@@ -295,6 +250,7 @@ def test_checks(values: dict[str, Any], message: str) -> None:
         lora(name="distill"),
         lora("experts", "finetune", rank=0, alpha=0, dropout=2.0),
         {"method": {**CONDENSING, "refit": "coefficients"}},
+        {"method": {"name": "cdmoe", "_target_": CONDENSING["steps"][0], "refit": "coefficients"}},
         {"method": {**STEP, "steps": [*STEP["steps"], *CONDENSING["steps"]], "refit": "coefficients"}},
         {"method": {**STEP, "refit": True}},
     ],

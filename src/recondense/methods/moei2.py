@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ class InterExpertPruning:
     iterations: int = 50
     parents: int = 20
     mutation: float = 0.5
-    search_kind: str = "auto"
+    search_kind: str = field(default="auto", metadata={"setting": "search"})
     num_candidates: int = 3
     block_size: int = 3
     seed: int = 0

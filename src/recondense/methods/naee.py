@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ class NAEE:
     iterations: int = 50
     parents: int = 20
     mutation: float = 0.5
-    search_kind: str = "auto"
+    search_kind: str = field(default="auto", metadata={"setting": "search"})
     seed: int = 0
 
     def __post_init__(self) -> None:

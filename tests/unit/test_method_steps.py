@@ -1,0 +1,131 @@
+"""Steps from a method's settings: which step takes what, and what is said of wrong values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from recondense.command_line import build_steps
+from recondense.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Every kind of annotation that a step may have."""
+
+    whole: int = 1
+    number: float | None = 0.5
+    several: Sequence[float] = (0.5,)
+    word: int | str | Sequence[int] = "all"
+    kind: Literal["one", "other"] = "one"
+    switch: bool = True
+    search_kind: str = dataclasses.field(default="auto", metadata={"setting": "search"})
+    foreign: Path | None = None
+    nested: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    whole: int = 1
+    rank: int = 8
+
+
+class Plain:
+    def __init__(self, whole: int, scale: float = 1.0) -> None:
+        self.whole, self.scale = whole, scale
+
+
+STEP, OTHER, PLAIN = (f"{__name__}.{kind.__name__}" for kind in (Step, Other, Plain))
+
+
+def problems(method: dict[str, Any]) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        build_steps({"name": "example", "refit": False, **method})
+    return caught.value.messages
+
+
+def test_one_step_has_the_settings_beside_its_target() -> None:
+    method = {"name": "example", "refit": True, "steps": None, "_target_": STEP, "whole": 2, "search": "exact"}
+    assert build_steps(method) == [Step(whole=2, search_kind="exact")]
+
+
+def test_several_steps_take_the_settings_that_they_have() -> None:
+    method = {"name": "example", "whole": 3, "rank": 4, "search": "exact", "steps": [STEP, OTHER]}
+    assert build_steps(method) == [Step(whole=3, search_kind="exact"), Other(3, 4)]
+
+
+def test_a_step_may_have_settings_of_its_own() -> None:
+    """Then it takes none of the method's, which may stay as they are."""
+    steps = [{"_target_": OTHER, "rank": 2}, {"_target_": STEP, "search_kind": "exact"}]
+    assert build_steps({"_target_": STEP, "whole": 3, "steps": steps}) == [Other(rank=2), Step(search_kind="exact")]
+    assert build_steps({"_target_": STEP, "whole": 3, "steps": [*steps, OTHER]})[2] == Other(whole=3)
+    assert build_steps({"_target_": STEP, "whole": 3, "steps": []}) == []
+
+
+def test_any_class_can_be_a_step() -> None:
+    [step] = build_steps({"_target_": PLAIN, "whole": 3})
+    assert (step.whole, step.scale) == (3, 1.0)
+    assert problems({"_target_": PLAIN})[0].startswith(f"method._target_={PLAIN}: ")
+
+
+@pytest.mark.parametrize("method", [{"_target_": OTHER}, {"steps": [OTHER, PLAIN]}])
+def test_a_setting_that_no_step_has_is_reported(method: dict[str, Any]) -> None:
+    [problem] = problems({**method, "whole": 3, "rnk": 3})
+    assert problem.startswith("method.rnk: there is no such setting. Did you mean method.rank? Choices: rank, ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"whole": 2, "number": 3, "several": [1, 0.5], "word": [1, 2], "kind": "other", "switch": False},
+        {"number": None, "several": [], "word": 3},
+        {"word": "any", "foreign": Path("x"), "nested": {"_target_": "builtins.dict"}},
+        {"foreign": {"_target_": "pathlib.Path"}},
+    ],
+)
+def test_a_step_that_is_right(values: dict[str, Any]) -> None:
+    assert len(build_steps({"_target_": STEP, **values})) == 1
+    assert len(build_steps({"steps": [{"_target_": STEP, "_convert_": "all", **values}]})) == 1
+
+
+WRONG = {
+    "whole": True, "number": "abc", "several": 0.5, "word": 2.5, "kind": "othr", "switch": "maybe", "hole": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "search"),
+    [
+        ({"_target_": STEP, **WRONG, "search": 3}, "method", "search"),
+        ({"steps": [STEP, OTHER], **WRONG, "search": 3}, "method", "search"),
+        ({"steps": [{"_target_": STEP, **WRONG, "search_kind": 3}]}, "method.steps[0]", "search_kind"),
+    ],
+)
+def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: str, search: str) -> None:
+    expected = (
+        f"{name}.hole: there is no such setting. Did you mean {name}.whole?",
+        f"{name}.whole=true: expected a whole number.",
+        f"{name}.number=abc: expected a finite number.",
+        f"{name}.several=0.5: expected a list (each a finite number). Write {name}.several=[0.5].",
+        f"{name}.word=2.5: expected a whole number, a text such as all or a list (each a whole number).",
+        f"{name}.kind=othr: there is no such choice. Did you mean other? Choices: one, other.",
+        f"{name}.switch=maybe: expected true or false.",
+        f"{name}.{search}=3: expected a text.",
+    )
+    assert problems(method) == expected
+
+
+@pytest.mark.parametrize("target", ["nowhere.Step", "Step", "recondense.reading.Absent"])
+def test_a_step_that_is_not_there_is_the_only_problem(target: str) -> None:
+    for method, where in (
+        ({"_target_": target}, "method._target_="),
+        ({"steps": [OTHER, target]}, "method.steps[1]="),
+        ({"steps": [{"_target_": target}]}, "method.steps[0]="),
+    ):
+        [problem] = problems({**method, "whole": 2, "hole": 3})
+        assert problem.startswith(f"{where}{target}: ")
