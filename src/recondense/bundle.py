@@ -6,7 +6,7 @@ With families.py this is the only place that knows Hugging Face attribute names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +22,24 @@ PREFIX = "recondense_"
 
 
 def compressed_classes(
-    config_class: type[PretrainedConfig], model_class: type[PreTrainedModel], base_class: type[PreTrainedModel]
+    config_class: type[PretrainedConfig],
+    model_class: type[PreTrainedModel],
+    base_class: type[PreTrainedModel],
+    router_entries: Sequence[str],
+    expert_entries: Sequence[str],
 ) -> tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
     """Config, causal LM and its base of a family, with layers as `config.compressed_layers` says.
 
     Args:
         config_class, model_class, base_class: the family's own; the base is what has no head.
+        router_entries, expert_entries: tensors of a router and of an experts module with an entry an expert.
 
     Returns:
         classes named CompressedConfig, CompressedForCausalLM and CompressedModel, whose checkpoints have the family's
         key names. vLLM puts a head of its own on the last.
     """
     name = PREFIX + config_class.model_type
+    entries = router_entries, expert_entries
     mapping = get_checkpoint_conversion_mapping(config_class.model_type) or []
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 
@@ -46,7 +52,7 @@ def compressed_classes(
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
             for layer, shape in config.compressed_layers.items():
-                reshape(self.model.layers, int(layer), config.hidden_size, **shape)
+                reshape(self.model.layers, int(layer), config.hidden_size, *entries, **shape)
             self.post_init()
 
         @classmethod
@@ -60,7 +66,7 @@ def compressed_classes(
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
             for layer, shape in config.compressed_layers.items():
-                reshape(self.layers, int(layer), config.hidden_size, **shape)
+                reshape(self.layers, int(layer), config.hidden_size, *entries, **shape)
             self.post_init()
 
         @classmethod
@@ -88,6 +94,8 @@ def reshape(
     layers: nn.ModuleList,
     index: int,
     hidden_size: int,
+    router_entries: Sequence[str],
+    expert_entries: Sequence[str],
     kind: str,
     num_experts: int = 0,
     router_rows: int = 0,
@@ -95,7 +103,11 @@ def reshape(
     merged: bool = False,
     **widths: Any,
 ) -> None:
-    """Give a decoder layer of the uncompressed model the shape that `export.layer_shapes` describes; no weights."""
+    """Give a decoder layer of the uncompressed model the shape that `export.layer_shapes` describes; no weights.
+
+    Args:
+        router_entries, expert_entries: as of `compressed_classes`.
+    """
     layer: Any = layers[index]
     if kind == "skipped":
         layers[index] = SkippedLayer()
@@ -111,11 +123,11 @@ def reshape(
         layer.mlp = CondensedMoE(hidden_size, glu=glu_of(experts), scaled=False, bias=bias, pair=pair, **widths)
         return
     if router_rows != before:
-        router = sliced(router, range(router_rows), before)
+        router = sliced(router, range(router_rows), before, router_entries)
     if ranks is not None:
         experts = _KeptExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), bias)
     elif num_experts != before:
-        experts = sliced(experts, range(num_experts), before)
+        experts = sliced(experts, range(num_experts), before, expert_entries)
     setattr(block, name, RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router)
     block.experts = experts
 

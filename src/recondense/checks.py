@@ -15,6 +15,11 @@ from recondense.stages import read_stages
 SMALLEST_SCRATCH = 16 * 2**20
 CONDENSING = ("recondense.methods.cdmoe.CDMoE", "recondense.methods.combined.Combined")  # what condenses layers
 TRAINS_ALL = "trainable=all: the original shares the backbone and would change with the student. Use trainable=experts."
+ADAPTER = "adapter_config.json"  # transformers puts the adapter that it describes into the model beside it
+HOLDS_ADAPTER = (
+    f"it holds a PEFT adapter ({ADAPTER}), which would be measured and not exported; merge it first, by "
+    "`merge_and_unload()` of the peft model, and save what that returns in a folder of its own"
+)
 NO_TOKENIZER = "; set model.tokenizer to a folder or hub id that has one"
 Row = tuple[str, float | None, float]  # name of a setting, value, least value
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -104,6 +109,9 @@ def _model_folder(path: str, tokenizer: str | None, plan_only: bool) -> Iterator
             yield f"model.path={path}: there is no such folder; give a folder with config.json, or a hub id."
         return
     names = {entry.name for entry in folder.iterdir()}
+    if ADAPTER in names:
+        yield f"model.path={path}: {HOLDS_ADAPTER}."
+        return
     if "config.json" not in names:
         yield f"model.path={path}: the folder has no config.json, so it holds no Hugging Face model."
         return

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from recondense import bundle, deepseek, families, low_rank, modules
+from recondense import bundle, deepseek, families, headers, low_rank, modules
 from recondense.config import ExportConfig, parse_bytes
 from recondense.errors import UserError
 from recondense.files import replace_folder, write_aside
@@ -79,6 +79,7 @@ def export(
 
     Raises:
         NotStock: `settings.format` is stock, and the family's own class cannot hold the model.
+        AssertionError: what was written is not the model that its config describes; nothing is left of it.
     """
     settings = settings or ExportConfig()
     shapes = layer_shapes(model, multiplied=settings.format == "dense")
@@ -90,6 +91,7 @@ def export(
     with replace_folder(folder) as aside:
         _write_weights(model, shapes, stock, aside, settings)
         _write_config(model, shapes, stock, aside)
+        _verify(aside)
         if model.can_generate():
             model.generation_config.save_pretrained(aside)
         if tokenizer is not None:
@@ -97,6 +99,15 @@ def export(
         (plan if said else replace(plan, history=history)).save(aside / "plan.json")
         write_aside(aside / "README.md", card + how_to_load(aside))
     return "bundled" if stock is None else "stock"
+
+
+def _verify(folder: Path) -> None:
+    """Hold the names and shapes that were written against those of the class that will load them."""
+    families.register_compressed(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    outline = families.empty_model(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+    difference = str(headers.compare(outline, headers.files_of(folder)))
+    if difference:
+        raise AssertionError(f"the export is not what {type(outline).__name__} loads: {difference}")
 
 
 def how_to_load(folder: Path) -> str:
@@ -316,7 +327,7 @@ def _write_weights(
 def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path) -> None:
     """config.json, and the modeling file where one is needed."""
     config_class, model_class = families.own_classes(model.config)
-    carried = families.family_of(model.config).carried
+    family = families.family_of(model.config)
     own = _own_config(model.config, config_class)
     for name, value in (stock.updates if stock is not None else {}).items():
         setattr(own, name, value)
@@ -325,9 +336,9 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
     own.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    counts = families.family_of(model.config).num_experts
-    config[counts] = getattr(own, counts)  # under its published name, where transformers writes another alone
-    if stock is not None and not carried:
+    # Under its published name, where transformers writes another alone.
+    config[family.num_experts] = getattr(own, family.num_experts)
+    if stock is not None and not family.carried:
         write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
     names = config_class.__name__, model_class.__name__, families.base_class_of(config_class).__name__
@@ -335,7 +346,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
         config["model_type"] = bundle.PREFIX + config["model_type"]
         config["architectures"] = ["CompressedForCausalLM"]
         config["compressed_layers"] = {str(layer): dict(shape) for layer, shape in shapes.items()}
-        write_aside(folder / f"{MODELING_FILE}.py", _bundled(*names, carried))
+        write_aside(folder / f"{MODELING_FILE}.py", _bundled(*names, family))
         names = "CompressedConfig", "CompressedForCausalLM", "CompressedModel"
     else:
         write_aside(folder / f"{MODELING_FILE}.py", _concatenated(deepseek) + "\n\nregister()\n")
@@ -347,13 +358,14 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
     write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _bundled(config_class: str, model_class: str, base_class: str, carried: bool) -> str:
+def _bundled(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
     """The modeling file of a compressed folder."""
-    source = _concatenated(modules, low_rank, *([deepseek] if carried else []), bundle)
+    source = _concatenated(modules, low_rank, *([deepseek] if family.carried else []), bundle)
     own = ", ".join((config_class, model_class, base_class))
-    imported = "register()" if carried else f"from transformers import {own}  # noqa: E402"
-    made = f"CompressedConfig, CompressedForCausalLM, CompressedModel = compressed_classes({own})"
-    return f"{source}\n\n{imported}\n\n{made}\n"
+    imported = "register()" if family.carried else f"from transformers import {own}  # noqa: E402"
+    entries = f"router_entries={family.router_entries!r}, expert_entries={family.expert_entries!r}"
+    classes = "CompressedConfig, CompressedForCausalLM, CompressedModel"
+    return f"{source}\n\n{imported}\n\n{classes} = compressed_classes({own}, {entries})\n"
 
 
 def _own_config(config: PretrainedConfig, config_class: type[PretrainedConfig]) -> PretrainedConfig:

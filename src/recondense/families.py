@@ -100,6 +100,7 @@ class SparseBlock:
     shared_expert: nn.Module | None
     shared_expert_gate: nn.Module | None
     routing: Routing
+    family: Family
 
     @property
     def weights(self) -> MoEWeights:
@@ -126,6 +127,10 @@ class SparseBlock:
     @property
     def num_experts(self) -> int:
         return int(self.experts.num_experts)  # type: ignore[arg-type]
+
+    def chosen_experts(self, index: Sequence[int]) -> nn.Module:
+        """The experts module with some experts only, in fresh tensors."""
+        return sliced(self.experts, index, self.num_experts, self.family.expert_entries)
 
     @property
     def pair(self) -> bool:
@@ -325,7 +330,7 @@ def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
                 f"layer {block.layer}: the router selects {routing.top_groups} of {routing.num_groups} groups first; "
                 f"pruning would leave groups of {sizes} experts, which must be equal and at least 2"
             )
-    return sliced(block.router, retained, num_experts)
+    return sliced(block.router, retained, num_experts, block.family.router_entries)
 
 
 def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
@@ -362,8 +367,17 @@ def parameter_counts(config: PretrainedConfig) -> Counts:
 
 
 def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that a config describes, without weights."""
+    """The model that a config describes, without weights.
+
+    Raises:
+        UserError: as `family_of`.
+    """
     family_of(config)
+    return empty_model(config, dtype)
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that a config describes, of a supported family or not, without weights."""
     register_compressed(config.model_type)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
@@ -391,9 +405,12 @@ def register_compressed(model_type: str) -> None:
     """Let transformers' Auto classes know what compressed folders of a family are loaded into, without remote code."""
     if not model_type.startswith(PREFIX):
         return
+    family = FAMILIES[family_name(model_type)]
     config_class = type(AutoConfig.for_model(family_name(model_type)))
     model_class, base = model_class_of(config_class), base_class_of(config_class)
-    compressed_config, compressed_model, compressed_base = compressed_classes(config_class, model_class, base)
+    compressed_config, compressed_model, compressed_base = compressed_classes(
+        config_class, model_class, base, family.router_entries, family.expert_entries
+    )
     AutoConfig.register(model_type, compressed_config, exist_ok=True)
     AutoModelForCausalLM.register(compressed_config, compressed_model, exist_ok=True)
     AutoModel.register(compressed_config, compressed_base, exist_ok=True)
@@ -448,6 +465,7 @@ def sparse_view(model: PreTrainedModel, layer: int, module: nn.Module) -> Sparse
         shared_expert=getattr(module, family.shared_expert or "", None),
         shared_expert_gate=getattr(module, family.shared_expert_gate or "", None),
         routing=family.routing(model.config),
+        family=family,
     )
 
 

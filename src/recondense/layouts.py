@@ -106,6 +106,7 @@ class Family:
         expert_width: what the config calls F.
         shared_width: rows of the shared experts together.
         shared_expert, shared_expert_gate: attributes of a sparse block.
+        router_entries, expert_entries: tensors of its router and of its experts module with an entry an expert.
         carried: its model is recondense's own, so that even stock exports carry a modeling file.
         masks_of_types: transformers 5.23 makes its attention masks without the positions, so that it does not keep
             packed examples apart; it takes one mask for each kind of layer instead.
@@ -119,6 +120,8 @@ class Family:
     shared_width: Callable[[PretrainedConfig], int] = lambda config: 0
     shared_expert: str | None = None
     shared_expert_gate: str | None = None
+    router_entries: tuple[str, ...] = ("weight",)
+    expert_entries: tuple[str, ...] = ("gate_up_proj", "down_proj")
     carried: bool = False
     masks_of_types: bool = False
     needs_sparse: bool = False
@@ -229,7 +232,14 @@ def _shared(config: PretrainedConfig) -> int:
     return config.moe_intermediate_size * (config.n_shared_experts or 0)
 
 
-_V3 = Family("n_routed_experts", PREFIXED, _deepseek_v3, shared_width=_shared, shared_expert="shared_experts")
+_V3 = Family(
+    "n_routed_experts",
+    PREFIXED,
+    _deepseek_v3,
+    shared_width=_shared,
+    shared_expert="shared_experts",
+    router_entries=("weight", "e_score_correction_bias"),
+)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(
@@ -250,7 +260,15 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": _V3,
     "mixtral": Family("num_local_experts", EVERY, _normalized, expert_width="intermediate_size"),
     "olmoe": Family("num_experts", EVERY, _plain, expert_width="intermediate_size"),
-    "gpt_oss": Family("num_local_experts", EVERY, _normalized, expert_width="intermediate_size", masks_of_types=True),
+    "gpt_oss": Family(
+        "num_local_experts",
+        EVERY,
+        _normalized,
+        expert_width="intermediate_size",
+        router_entries=("weight", "bias"),
+        expert_entries=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+        masks_of_types=True,
+    ),
     "glm4_moe": replace(_V3, needs_sparse=True),
     "ernie4_5_moe": Family(
         "moe_num_experts",
@@ -258,6 +276,7 @@ FAMILIES: dict[str, Family] = {
         _ernie,
         shared_width=lambda config: config.moe_intermediate_size * (config.moe_num_shared_experts or 0),
         shared_expert="shared_experts",
+        router_entries=("weight", "moe_statics.e_score_correction_bias"),
     ),
     # These need nothing that those above do not have.
     "dots1": _V3,

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recondense import families, paging, processes, quantized
+from recondense import families, headers, paging, processes, quantized
+from recondense.checks import ADAPTER, HOLDS_ADAPTER
 from recondense.config import ModelConfig
 from recondense.errors import UserError
+from recondense.hub import model_file
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
@@ -46,31 +48,20 @@ def load(
         pages: decoder layers are read when they are used, and this folder takes what surgery makes of them.
 
     Raises:
-        UserError: weights that are not there, or not safetensors.
+        UserError: weights that are not there, not those of the config, or not safetensors; an adapter beside them.
         UserError: a hub id that is in no cache while the hub cannot be reached.
     """
-    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    if model_file(path, ADAPTER, settings.revision) is not None:
+        raise UserError(f"model.path={path}: {HOLDS_ADAPTER}")
     try:
-        values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
-        families.register_compressed(values.get("model_type", ""))
-        dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        unread = nullcontext() if pages is None else _unread(pages, partial(quantized.reading, values))
-        with progress(f"loading {path}"), quantized.dequantising(values, dtype) as arguments, unread:
-            if pages is not None:
-                arguments["device_map"] = {"": device_of(settings)}
-            model = AutoModelForCausalLM.from_pretrained(
-                path,
-                attn_implementation=settings.attention,
-                use_safetensors=True,
-                **arguments,
-                **common,
+        with progress(f"loading {path}"):
+            model = _model(settings, path, pages)
+            tokenizer = AutoTokenizer.from_pretrained(
+                settings.tokenizer or path,
+                # That of the model says nothing of another repository.
+                revision=settings.revision if settings.tokenizer is None else None,
+                trust_remote_code=settings.trust_remote_code,
             )
-            if (method := quantized.method_of(values)) is not None:
-                quantized.settle(model, arguments["dtype"])
-                log.info("%s is stored in %s: dequantised to %s", path, method, arguments["dtype"])
-            if settings.tokenizer is not None:
-                common["revision"] = None  # that of the model says nothing of another repository
-            tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or path, **common)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(path).is_dir() or not isinstance(error, OSError):
             raise UserError(f"model.path={path}: {error}") from error
@@ -85,31 +76,68 @@ def load(
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     families.without_router_loss(model)
     if pages is None:
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps the method
+        model.to(device)
     for parameter in model.parameters():
         parameter.data = paging.aligned(parameter.data)
     return model.eval(), tokenizer
 
 
-@contextmanager
-def _unread(pages: Path, reading: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Inside, transformers loads what is outside the decoder layers; those get pages in place of weights."""
-    own = PreTrainedModel._load_pretrained_model
+def _model(settings: ModelConfig, path: str | Path, pages: Path | None) -> Any:
+    """The model as `load` gives it, not yet where it is to compute."""
+    values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
+    families.register_compressed(values.get("model_type", ""))
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with quantized.dequantising(values, dtype) as arguments, _checked(values, pages):
+        if pages is not None:
+            arguments["device_map"] = {"": device_of(settings)}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            attn_implementation=settings.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **arguments,
+        )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers has drawn them at random
+        raise UserError(headers.missing_weights(missing, info["unexpected_keys"]))
+    if (method := quantized.method_of(values)) is not None:
+        quantized.settle(model, arguments["dtype"])
+        log.info("%s is stored in %s: dequantised to %s", path, method, arguments["dtype"])
+    return model
 
-    def load_rest(model: Any, state_dict: Any, files: Any, load_config: Any, *_: Any, **__: Any) -> Any:
+
+@contextmanager
+def _checked(values: Mapping[str, Any], pages: Path | None) -> Iterator[None]:
+    """Inside, transformers refuses files that are not what the model needs, by their headers, before it reads a weight.
+
+    Args:
+        values: config.json of the model.
+        pages: transformers loads what is outside the decoder layers; those get pages in place of weights.
+    """
+    load_all = PreTrainedModel._load_pretrained_model
+    reading = partial(quantized.reading, values)
+
+    def load_rest(model: Any, files: Any, load_config: Any, pages: Path) -> Any:
         inside = families.layers_prefix()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.startswith(inside):
                 tensor._is_hf_initialized = True  # nothing to draw at random
-        info, index = paging.Pages(model, files, load_config, pages, reading).load_the_rest(model)
-        info.missing_keys = {name for name in info.missing_keys if not name.startswith(inside)}
-        return info, index
+        return paging.Pages(model, files, load_config, pages, reading).load_the_rest(model)
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load_rest)  # type: ignore[assignment,method-assign]
+    def load_checked(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if problem := headers.compare(model, files, quantized.method_of(values)).problem:
+            raise UserError(problem)
+        if pages is not None:
+            return load_rest(model, files, load_config, pages)
+        return load_all(model, state_dict, files, load_config, *args, **kwargs)
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load_checked)  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(own)  # type: ignore[method-assign]
+        PreTrainedModel._load_pretrained_model = staticmethod(load_all)  # type: ignore[method-assign]
 
 
 def device_of(settings: ModelConfig) -> torch.device:

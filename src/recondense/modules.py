@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -306,31 +306,31 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def sliced(module: nn.Module, index: Sequence[int], num_experts: int) -> nn.Module:
+def sliced(module: nn.Module, index: Sequence[int], num_experts: int, names: Sequence[str]) -> nn.Module:
     """A router or an experts module with some experts only, in fresh tensors.
 
     Args:
-        module: its parameters and buffers, and those of its children, with `num_experts` rows (or of one row, columns)
-            are cut to those of `index`.
+        module: its other tensors and children stay as they are, shared.
         index: n experts.
         num_experts: E, of the module.
+        names: its parameters and buffers, and those of its children, with an entry an expert, along the first
+            dimension of size E.
 
     Returns:
         a module of the same class; attributes that count the experts say n.
     """
     twin = shallow_copy(module)
-    for name, child in twin._modules.items():
-        if child is not None and any(True for _ in child.parameters()):
-            twin._modules[name] = sliced(child, index, num_experts)
-    for tensors in (twin._parameters, twin._buffers):
-        for name, tensor in tensors.items():
-            if tensor is None or num_experts not in tensor.shape:
-                continue
-            dim = 1 if tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] == num_experts else 0
-            if tensor.shape[dim] == num_experts:
-                cut: Tensor = tensor.detach().index_select(dim, torch.as_tensor(index, device=tensor.device))
-                parameter = isinstance(tensor, nn.Parameter)
-                tensors[name] = nn.Parameter(cut, requires_grad=tensor.requires_grad) if parameter else cut  # type: ignore[assignment]
+    for name in names:
+        *path, last = name.split(".")
+        holder = twin
+        for child in path:
+            holder._modules[child] = shallow_copy(holder.get_submodule(child))
+            holder = holder.get_submodule(child)
+        tensors: dict[str, Any] = holder._parameters if last in holder._parameters else holder._buffers  # type: ignore[assignment]
+        tensor: Tensor = tensors[last]
+        dim = list(tensor.shape).index(num_experts)
+        cut = tensor.detach().index_select(dim, torch.as_tensor(index, device=tensor.device))
+        tensors[last] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
     for name in EXPERT_COUNTS:
         if getattr(twin, name, None) == num_experts:
             setattr(twin, name, len(index))

@@ -17,27 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging as transformers_logging
 
 from recondense import families
-from recondense.errors import UserError
 from recondense.files import file_name, fingerprint, replace_file, write_aside
+from recondense.headers import Names, Stored, opened, tensors_of
 from recondense.modules import shallow_copy
 from recondense.shelves import Disk, Memory, Storage
 
@@ -183,9 +174,6 @@ class Pages:
         load_config: how transformers would read them: conversions, dtypes, quantisation.
         folder: for what is put away; made when something is.
         reading: a context in which transformers reads the weights as they are stored.
-
-    Raises:
-        UserError: weights that the checkpoint does not have.
     """
 
     def __init__(
@@ -200,8 +188,6 @@ class Pages:
         self.identity = ""
         self._numbers = count()
         self._shards = Shards(model, files, load_config, reading)
-        inside = families.layers_prefix()
-        self._shards.refuse_missing([name for name in model.state_dict() if name.startswith(inside)])
         self._sources: weakref.WeakKeyDictionary[nn.Module, Callable[[], State]] = weakref.WeakKeyDictionary()
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._loaded: dict[nn.Module, State] = {}  # units with their tensors of the meta device
@@ -220,7 +206,9 @@ class Pages:
 
     def load_the_rest(self, model: PreTrainedModel) -> tuple[Any, Any]:
         """Read what is outside the decoder layers; what transformers' loading returns."""
-        return self._shards.load(model, lambda name: not name.startswith(families.layers_prefix()))
+        info, index = self._shards.load(model, lambda name: not name.startswith(families.layers_prefix()))
+        info.missing_keys = {name for name in info.missing_keys if name not in self._shards}
+        return info, index
 
     @contextmanager
     def held(self, model: PreTrainedModel, layer: int) -> Iterator[None]:
@@ -291,18 +279,10 @@ class Pages:
 
     def _register(self, unit: nn.Module, path: Path, device: torch.device) -> None:
         def read() -> State:
-            with _opened(path) as file:
+            with opened(path) as file:
                 return {key: aligned(file.get_tensor(key).to(device)) for key in file.keys()}  # noqa: SIM118
 
         self._sources[unit] = read
-
-
-class Stored(NamedTuple):
-    """One tensor of a checkpoint, and the pattern of transformers' conversions that it matches."""
-
-    path: str
-    key: str
-    pattern: str | None
 
 
 class Shards:
@@ -325,38 +305,24 @@ class Shards:
         self._reading = reading
         # Reading assigns into a twin, so that what stands in the model does not matter.
         self._twin = copy.deepcopy(model)
-        self._keys: dict[str, list[Stored]] = {}  # by the name in the model
-        shapes = self._twin.state_dict()
-        mapping = load_config.weight_mapping or []
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._converters = {pattern: each for each in converters for pattern in each.source_patterns}
-        for path in files:
-            with _opened(path) as file:
-                for key in file.keys():  # noqa: SIM118
-                    name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
-                    self._keys.setdefault(name, []).append(Stored(path, key, pattern))
-        for keys in self._keys.values():
-            keys.sort(key=lambda each: dot_natural_key(each.key))
+        self._names = Names(self._twin, load_config.weight_mapping or [])
+        self._stored = self._names.by_name(list(tensors_of(files)))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has a weight of the model."""
+        return name in self._stored
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Some weights, one after the other, so that no more than one is held twice."""
         for name in names:
             yield name, self._read(name)
 
-    def refuse_missing(self, names: Sequence[str]) -> None:
-        """Raise for those of some weights that no file has."""
-        missing = [name for name in names if name not in self._keys]
-        if missing:
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise UserError(f"the checkpoint lacks {len(missing)} weights of decoder layers: {shown}")
-
     def load(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> tuple[Any, Any]:
         """Read into a model the weights whose names are wanted."""
-        keys = [key for name, keys in self._keys.items() if wanted(name) for key in keys]
+        tensors = [tensor for name, parts in self._stored.items() if wanted(name) for tensor in parts]
         with ExitStack() as stack:
-            opened = {path: stack.enter_context(_opened(path)) for path in {each.path for each in keys}}
-            slices = {each.key: opened[each.path].get_slice(each.key) for each in keys}
+            files = {path: stack.enter_context(opened(path)) for path in {each.path for each in tensors}}
+            slices = {each.key: files[each.path].get_slice(each.key) for each in tensors}
             stack.enter_context(_without_bars())
             stack.enter_context(self._reading())
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
@@ -365,8 +331,10 @@ class Shards:
         module_name, _, own = name.rpartition(".")
         module = self._twin.get_submodule(module_name)
         tensors: Any = module._parameters if own in module._parameters else module._buffers
-        if (parts := self._parts_of_fused(name)) is not None:
-            return self._fused(tensors[own], parts)
+        parts = self._names.parts_of_stack(self._stored[name])
+        # What is stored in few bits has to be made whole by transformers.
+        if parts is not None and self._load_config.hf_quantizer is None:
+            return self._fused(tensors[own], list(parts.values()))
         self.load(self._twin, lambda other: other == name)
         tensor: Tensor = tensors[own].detach()
         tensors[own] = nn.Parameter(tensor.to("meta"), False) if own in module._parameters else tensor.to("meta")
@@ -374,47 +342,21 @@ class Shards:
             tensor = tensor.to(self._dtype)  # as `quantized.settle` does
         return aligned(tensor)
 
-    def _parts_of_fused(self, name: str) -> list[list[Stored]] | None:
-        """The experts' own tensors of a weight that transformers stacks, side by side where there are several kinds.
-
-        None where it does anything else: what is stored in few bits has to be made whole by it.
-        """
-        keys = self._keys[name]
-        converter = self._converters.get(keys[0].pattern or "")
-        if converter is None or self._load_config.hf_quantizer is not None:
-            return None
-        steps = [type(step) for step in converter.operations]
-        dims = [getattr(step, "dim", None) for step in converter.operations]
-        if (steps, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
-            return None
-        return [[each for each in keys if each.pattern == pattern] for pattern in converter.source_patterns]
-
     def _fused(self, like: Tensor, parts: Sequence[Sequence[Stored]]) -> Tensor:
         """(E, rows of all parts, columns), each expert's tensor read into its place: nothing is held twice."""
         fused = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         with ExitStack() as stack:
-            opened = {path: stack.enter_context(_opened(path)) for path in {e.path for part in parts for e in part}}
+            files = {path: stack.enter_context(opened(path)) for path in {e.path for part in parts for e in part}}
             first = 0
             for part in parts:
                 rows = 0
                 for expert, each in enumerate(part):
-                    tensor = opened[each.path].get_tensor(each.key)
+                    tensor = files[each.path].get_tensor(each.key)
                     rows = len(tensor)
                     fused[expert, first : first + rows] = tensor
                 first += rows
         assert first == like.shape[1] and all(len(part) == len(like) for part in parts), (like.shape, parts)
         return fused
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, read without mapping it where safetensors can: maps count as resident memory."""
-    try:
-        file = safe_open(path, framework="pt", backend="pread")
-    except TypeError:
-        file = safe_open(path, framework="pt")
-    with file as opened:
-        yield opened
 
 
 @contextmanager

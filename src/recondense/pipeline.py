@@ -35,9 +35,9 @@ from recondense.config import Config, RecoveryConfig
 from recondense.errors import ConfigError
 from recondense.export import export, how_to_load, layer_shapes, layout
 from recondense.files import write_aside
-from recondense.hub import push_folder
+from recondense.hub import history_of, push_folder
 from recondense.measure import Measure
-from recondense.plan import History, Plan
+from recondense.plan import Plan
 from recondense.plan_only import plan_only
 from recondense.progress import configure, progress
 from recondense.recovering import Fits
@@ -229,7 +229,7 @@ class _Run:
         stages = stages_of(replace(config, recovery=recovery))
         if recovery != config.recovery:
             log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
-        history = History.of_folder(config.model.path)
+        history = history_of(config.model)
         module = RecoveryModule(
             model,
             stages[0].recovery,
@@ -281,7 +281,7 @@ class _Run:
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
                 card = summary.model_card(found)
-                whole = replace(plan, history=History.of_folder(config.model.path))
+                whole = replace(plan, history=history_of(config.model))
                 kind = export(model, measure.tokenizer, whole, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
             found["artifacts"] |= {"model": "model", "export_format": kind}

@@ -14,16 +14,15 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, Qwen2MoeConfig
 
-from recondense import families, launching, quantized
-from recondense.checks import check, check_folder, task_files
+from recondense import families, headers, launching, quantized
+from recondense.checks import ADAPTER, HOLDS_ADAPTER, check, check_folder, task_files
 from recondense.config import CalibrationConfig, Config, EvaluationConfig, ModelConfig, read
 from recondense.corpora import check_paths
 from recondense.errors import UserError
 from recondense.export import layer_shapes, layout
-from recondense.hub import reachable_or_offline
+from recondense.hub import history_of, model_file, reachable_or_offline
 from recondense.methods.budget import Budget
 from recondense.methods.dropping import Dropping
-from recondense.plan import History
 from recondense.recorded import recorded_config
 from recondense.sizes import OutliningStep, outlined
 from recondense.stages import read_stages, renamed
@@ -57,7 +56,10 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         return problems
     try:
         planned = planned_config(config.model, config.plan_only)
-        problems += [f"model.path={config.model.path}: {problem}" for problem in quantized.check(planned.to_dict())]
+        unreadable = quantized.check(planned.to_dict())
+        problems += [f"model.path={config.model.path}: {problem}" for problem in unreadable]
+        if not unreadable and not config.plan_only and config.model.path is not None:
+            problems += _weights("model.path", config.model.path, config.model, planned)
         problems += [*_attention(config, planned), *_rounding(config, planned)]
         problems += [] if config.plan_only else _teachers(config, planned)
         if not steps and config.recovery.objective == "none":  # what is only measured needs no MoE layer
@@ -71,10 +73,34 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
     return [*problems, *refused, *([] if refused else _stock(config, steps, planned))]
 
 
+def _weights(setting: str, path: str, model: ModelConfig, planned: PretrainedConfig) -> list[str]:
+    """What the files of a local folder lack, by their headers; those of hub ids are looked at when they are loaded.
+
+    Args:
+        setting: that names the folder.
+        planned: the folder's config.
+
+    Raises:
+        UserError: a config from which no model can be made.
+    """
+    if not Path(path).is_dir() or model.trust_remote_code:  # which class remote code has shows when it is loaded
+        return []
+    try:
+        outline = families.empty_model(planned)
+    except Exception as error:  # whatever a class says to values that it cannot take
+        raise UserError(f"{setting}={path}: no model can be made as config.json says: {error}.") from error
+    try:
+        files = headers.files_of(Path(path))
+        problem = headers.compare(outline, files, quantized.method_of(planned.to_dict())).problem if files else ""
+    except UserError as error:
+        problem = str(error)
+    return [f"{setting}={path}: {problem}."] if problem else []
+
+
 def _nothing_trains(config: Config, planned: PretrainedConfig) -> list[str]:
     """Experts that are to train, of a model that has none and of which recondense condensed no layer."""
     wanted = [stage.where for stage in read_stages(config, []) if stage.recovery.needs_experts]
-    changed = History.of_folder(config.model.path).changed(planned.num_hidden_layers)
+    changed = history_of(config.model).changed(planned.num_hidden_layers)
     if not wanted or families.trained_layers(families.on_meta(planned), changed):
         return []
     return [
@@ -85,13 +111,16 @@ def _nothing_trains(config: Config, planned: PretrainedConfig) -> list[str]:
 
 
 def _teachers(config: Config, planned: PretrainedConfig) -> list[str]:
-    """Local teachers without the student's vocabulary; those of hub ids are looked at when they are loaded."""
+    """Local teachers that cannot be loaded or lack the student's vocabulary; hub ids are looked at when loaded."""
     wanted = [stage.recovery for stage in read_stages(config, [])]
     paths = {each.teacher_path for each in wanted if (each.objective, each.teacher) == ("distill", "model")}
     own = config.model.tokenizer or config.model.path
     found = []
     for path in sorted(path for path in paths if path is not None and Path(path).is_dir()):
         try:
+            families.register_compressed(str(PretrainedConfig.get_config_dict(path)[0].get("model_type")))
+            teacher = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+            found += _weights("recovery.teacher_path", path, config.model, teacher)
             size = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
             if size != planned.vocab_size:
                 found.append(
@@ -217,6 +246,8 @@ def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
             families.register_compressed(str(values.get("model_type")))
             return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **where)
         except OSError as error:
+            if model_file(path, ADAPTER, model.revision) is not None:
+                raise UserError(f"{HOLDS_ADAPTER}.") from error
             why = (
                 "has no such model (or not for you)"
                 if online

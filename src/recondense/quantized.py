@@ -6,7 +6,7 @@ Needs transformers alone: it gives `from_pretrained` its arguments and puts the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,28 @@ def check(config: Mapping[str, Any]) -> list[str]:
         f"its weights are stored in {method}, which is not read (mxfp4 and fp8 with weight_block_size are); use the "
         "model in bf16, fp16 or fp32, or dequantise it first with the tool that made it."
     ]
+
+
+def weight_name(key: str, method: str | None) -> str:
+    """The name of the weight that a stored tensor is, as it is called where weights are stored plainly."""
+    return key.removesuffix("_blocks") if method == "mxfp4" else key
+
+
+def missing_scales(key: str, dtype: str, method: str | None, keys: Collection[str]) -> list[str]:
+    """The scales of a stored tensor, without which its numbers mean nothing, if the checkpoint lacks them.
+
+    Args:
+        dtype: as safetensors calls it.
+        method: as `method_of`.
+        keys: names of all tensors of the checkpoint.
+    """
+    names: list[str] = []
+    if method == "mxfp4" and key.endswith("_blocks"):
+        names = [f"{key.removesuffix('_blocks')}_scales"]
+    elif method == "fp8" and dtype in ("F8_E4M3", "F8_E5M2"):  # transformers would take them for the weights
+        stem = key.removesuffix("weight")
+        names = [f"{key}_scale_inv", f"{stem}scale", f"{stem}qscale_weight"]
+    return [] if any(name in keys for name in names) else names[:1]
 
 
 @contextmanager

@@ -121,8 +121,11 @@ class Fits:
             return "shared"
         path = str(recovery.teacher_path)
         settings = replace(self.config.model, path=path, revision=recovery.teacher_revision, tokenizer=None)
-        with processes.first_before_others():  # a hub id is downloaded once
-            model, tokenizer = loading.load(settings, path)
+        try:
+            with processes.first_before_others():  # a hub id is downloaded once
+                model, tokenizer = loading.load(settings, path)
+        except UserError as error:
+            raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
         assert module.tokenizer is not None
         same_vocabulary(tokenizer, module.tokenizer, path)
         return OtherTeacher(model, module.model, path)

@@ -15,8 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from recondense import families, papers
 from recondense.config import Config, ModelConfig, RecoveryConfig
+from recondense.hub import history_of
 from recondense.methods.budget import routed_parameters
-from recondense.plan import Condense, Drop, Factorize, History, Merge, Plan, Prune
+from recondense.plan import Condense, Drop, Factorize, Merge, Plan, Prune
 from recondense.profiling import count_parameters
 from recondense.published import PAPER_TASKS
 from recondense.quantized import Stored
@@ -190,7 +191,7 @@ def published(
     measured = [name for name in PAPER_TASKS if any(name in stage.get("task_mean", {}) for stage in stages.values())]
     if not measured:
         return {}
-    history = History.of_folder(config.model.path)
+    history = history_of(config.model)
     earlier = bool(history.operations)
     facts = families.original_facts(model)
     known = papers.recognise(

@@ -27,7 +27,7 @@ LEVELS = {
             "reading",
         ),
         *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
-        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching"),
+        *("instructions", "quantized", "headers", "processes", "chunking", "fused", "shelves", "launching"),
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),

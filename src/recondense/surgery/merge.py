@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from recondense import families
 from recondense.errors import UserError
 from recondense.families import SparseBlock
-from recondense.modules import MoEWeights, RemappedRouter, sliced
+from recondense.modules import MoEWeights, RemappedRouter
 from recondense.plan import Merge
 from recondense.surgery.alignment import aligned
 
@@ -34,7 +34,7 @@ def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
         for expert in group:
             table[expert] = position
     with torch.no_grad():
-        experts = sliced(block.experts, [group[0] for group in operation.groups], block.num_experts)
+        experts = block.chosen_experts([group[0] for group in operation.groups])
     device = block.weights.down_EDF.device
     router = RemappedRouter(block.router, torch.tensor(table, device=device))
     return families.with_parts(block.module, router=router, experts=experts)

@@ -7,7 +7,6 @@ from torch import nn
 
 from recondense import families
 from recondense.families import SparseBlock
-from recondense.modules import sliced
 from recondense.plan import Prune
 from recondense.surgery.checks import check_experts
 
@@ -21,6 +20,6 @@ def restructure(block: SparseBlock, operation: Prune) -> nn.Module:
     check_experts(block, operation.kind, operation.retained)
     assert block.weights is not None  # whole experts, or its error
     with torch.no_grad():
-        experts = sliced(block.experts, operation.retained, block.num_experts)
+        experts = block.chosen_experts(operation.retained)
         router = families.pruned_router(block, operation.retained)
     return families.with_parts(block.module, router=router, experts=experts)
