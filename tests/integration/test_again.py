@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
+from hub_cache import in_hub_cache
 from safetensors.torch import load_file
 from tiny_models import EVERY, logits
 
@@ -101,6 +103,26 @@ def test_what_was_condensed_trains_further(
     parts = [f"model.layers.{layer}.mlp.{part}.weight" for layer in condensed for part in PROJECTIONS]
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(parts)
     assert Plan.load(out / "second" / "model" / "plan.json").history.changed(3) == condensed
+
+
+def test_a_compressed_model_of_the_hub_has_its_history(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was condensed trains further, and the plan that is exported says all that was done."""
+    folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
+    first = ("method=cdmoe", "method.num_experts=2", "method.num_layers=1", "recovery=none")
+    code, err = command(*arguments(folder, texts, out, "first", *first, "callbacks.profile.enabled=false"))
+    assert code == 0, err
+    in_hub_cache(tmp_path / "hub", out / "first" / "model", "me/mine", "condensed")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    further = ("method=none", "recovery=finetune", "model.revision=condensed", "callbacks.profile.enabled=false")
+    code, err = command(*arguments(Path("me/mine"), texts, out, "second", *further))
+    assert code == 0, err
+    before, after = (load_file(out / run / "model" / "model.safetensors") for run in ("first", "second"))
+    [layer] = Plan.load(out / "first" / "plan.json").layers
+    parts = {f"model.layers.{layer}.mlp.{part}.weight" for part in PROJECTIONS}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == parts
+    assert Plan.load(out / "second" / "model" / "plan.json").history.changed(3) == (layer,)
 
 
 def test_layers_dropped_twice_are_two(command: Command, tmp_path: Path) -> None:

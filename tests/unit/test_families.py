@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, deepseek_v2, logits, qwen2_moe, unchanged, windows
+from tiny_models import EVERY, FAMILIES, deepseek_v2, logits, qwen2_moe, unchanged, windows
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from recondense import families, surgery
-from recondense.plan import Condense, Plan
+from recondense.plan import Condense, Plan, Prune
 from recondense.profiling import count_parameters, weights_bytes
 from recondense.summary import sizes
 
@@ -183,3 +183,37 @@ def test_swapped_comes_back_also_after_an_error(family: str) -> None:
         with pytest.raises(KeyError), families.swapped(model, {layer: Nothing()}):
             raise KeyError
         assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_the_table_names_every_tensor_with_an_entry_an_expert(family: str) -> None:
+    """Seven experts, a number that no other size is."""
+    model = EVERY[family](**{families.FAMILIES[family].num_experts: 7})
+    for block in families.sparse_blocks(model).values():
+        for module, names in (
+            (block.router, block.family.router_entries),
+            (block.experts, block.family.expert_entries),
+        ):
+            assert {name for name, tensor in module.state_dict().items() if 7 in tensor.shape} == set(names)
+
+
+def test_what_is_as_large_as_the_number_of_experts_by_chance_stays_whole() -> None:
+    """A router with a norm as wide as its experts are many; experts as wide as many."""
+
+    class Router(nn.Module):
+        def __init__(self, before: Any) -> None:
+            super().__init__()
+            self.weight, self.num_experts, self.top_k = before.weight, before.num_experts, before.top_k
+            self.norm, self.temperature = nn.LayerNorm(6), nn.Parameter(torch.ones(6))
+
+    model = qwen2_moe(moe_intermediate_size=6)
+    block = families.sparse_blocks(model)[1]
+    router: Any = Router(block.router)
+    families.set_block(model, 1, families.with_parts(block.module, router=router))
+    surgery.apply(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
+    pruned = families.sparse_blocks(model)[1]
+    found: Any = pruned.router
+    assert torch.equal(found.weight, router.weight[[0, 2, 5]]) and found.num_experts == 3
+    assert torch.equal(found.norm.weight, router.norm.weight) and torch.equal(found.temperature, router.temperature)
+    assert pruned.weights.gate_up_EHD.shape == (3, 12, 32) and pruned.weights.down_EDF.shape == (3, 32, 6)
+    assert router.weight.shape == (6, 32) and router.num_experts == 6

@@ -1,0 +1,21 @@
+"""A folder put where huggingface_hub would have downloaded it to."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+
+def in_hub_cache(cache: Path, folder: Path, repository: str, revision: str = "main") -> None:
+    """As if the folder had been uploaded to owner/name and downloaded again.
+
+    Args:
+        cache: huggingface_hub's `HF_HUB_CACHE`.
+        revision: a branch.
+    """
+    stored = cache / f"models--{repository.replace('/', '--')}"
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    shutil.copytree(folder, stored / "snapshots" / commit)
+    (stored / "refs").mkdir(exist_ok=True)
+    (stored / "refs" / revision).write_text(commit)
