@@ -56,7 +56,9 @@ class Corpora:
 def load_corpora(data: DataConfig, splits: Iterable[str] = SPLITS) -> Corpora:
     """Read the splits that are both asked for and configured.
 
-    The training documents leave out the calibration set's. `num_texts` counts the documents that are left.
+    The training documents leave out the calibration set's, wherever it comes from: a model is not to be trained on what
+    its search has seen. Validation documents that a calibration source holds too stay: validation texts are measured as
+    they were given, and training leaves them out as well. `num_texts` counts the documents that are left.
 
     Args:
         data: what to read.
@@ -87,6 +89,8 @@ def _load(data: DataConfig, wanted: set[str], apart: Sequence[str] = ()) -> Corp
     """Read splits of the data's own source; `apart`: documents that may not train."""
     if data.source == "stdlib":
         corpora = stdlib_corpora()
+        taken = set(apart)
+        corpora = replace(corpora, train=[text for text in corpora.train or [] if text not in taken])
         limits = {"train": data.train.num_texts, "validation": data.validation.num_texts, "calibration": None}
         return Corpora(**{split: getattr(corpora, split)[: limits[split]] for split in SPLITS if split in wanted})
     if data.source == "texts":

@@ -33,7 +33,7 @@ def hub_corpora(data: DataConfig, wanted: set[str], apart: Iterable[str] = ()) -
     `data.form` a `Record`.
 
     Args:
-        apart: documents that no split may have.
+        apart: documents that the training texts may not have.
 
     Raises:
         UserError: the dataset, subset, split or field does not exist, or too little is left for a split.
@@ -43,11 +43,13 @@ def hub_corpora(data: DataConfig, wanted: set[str], apart: Iterable[str] = ()) -
     counts |= {split: getattr(data, split).num_texts for split in ("validation", "train")}
     streams: dict[str, Iterator[str]] = {}
     found: dict[str, list[str]] = {}
-    taken = set(apart)
+    taken: set[str] = set()
     with reachable_or_offline():
         for split in _needed(data, wanted):
             name = getattr(data.splits, split)
             stream = streams.setdefault(name, _texts(_rows(data, split)))
+            if split == "train":
+                taken.update(apart)
             texts = islice((text for text in stream if text not in taken), counts[split])
             found[split] = list(track(texts, f"reading {data.dataset} ({split})", counts[split]))
             if split == "calibration":

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -345,6 +345,28 @@ def test_a_calibration_set_of_several_sources(tmp_path: Path, dataset: Path) -> 
         mixed_config(tmp_path, dataset), source="hub", dataset=str(dataset), splits=SplitNames(train="train")
     )
     assert load_corpora(replace(other, train=SplitConfig())).train == ["train 2", "train 3", "train 4", "train 5"]
+
+
+@pytest.mark.parametrize("source", ["texts", "hub", "stdlib"])
+def test_calibration_sources_are_kept_from_training_alone(
+    tmp_path: Path, dataset: Path, source: Literal["texts", "hub", "stdlib"]
+) -> None:
+    """Wherever the run's own texts come from; validation texts are those that were given."""
+    whole = DataConfig(
+        source=source, dataset=str(dataset), train=SplitConfig(), splits=SplitNames("train", "validation")
+    )
+    if source == "texts":
+        files = {split: str(dataset / f"{split}.jsonl") for split in ("train", "validation")}
+        whole = replace(whole, train=SplitConfig(files["train"]), validation=SplitConfig(files["validation"]))
+    before = load_corpora(whole)
+    assert before.train is not None and before.validation is not None
+    used = [before.train[1], before.validation[0]]
+    path = write_jsonl(tmp_path / "source.jsonl", used)
+    calibration = CalibrationConfig(num_samples=2, sources=(SourceConfig(path=str(path)),))
+    after = load_corpora(replace(whole, calibration=calibration))
+    assert after.calibration == used
+    assert after.train == [text for text in before.train if text not in used]
+    assert after.validation == before.validation
 
 
 def test_sources_that_cannot_be_had(tmp_path: Path, dataset: Path) -> None:
