@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from recondense.quantized import Stored
 from recondense.report import disk_line, format_bytes, format_number, plan_line, recovery_words
 
 SCHEMA = 1
+OF_GIT_HOOKS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE")
 PACKAGES = (
     "recondense",
     "torch",
@@ -297,14 +299,17 @@ def model_card(summary: Mapping[str, Any]) -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this code lies in."""
+    """The commit of the checkout that this code lies in; None where it is installed, even below some repository."""
+    package = Path(__file__).resolve().parent
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    # Hooks of git run with variables that name another repository than the folder's.
+    variables = {name: value for name, value in os.environ.items() if name not in OF_GIT_HOOKS}
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=10, env=variables)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    top, _, commit = done.stdout.strip().rpartition("\n")
+    return commit if done.returncode == 0 and Path(top, "src", "recondense").resolve() == package else None
 
 
 def _version(package: str) -> str | None:
