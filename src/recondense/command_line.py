@@ -36,6 +36,7 @@ from recondense.errors import ConfigError, UserError
 from recondense.method_steps import step_arguments
 from recondense.preflight import preflight
 from recondense.reading import nearest, suggestion
+from recondense.run_folder import overwritten_inputs
 from recondense.search_path import initialize_hydra, same_configs
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)  # what Hydra raises for overrides
@@ -72,7 +73,7 @@ def validate(task: Callable[..., Any], folder: Path, name: str, arguments: Seque
     if any(getattr(args, option) for option in NO_RUN):
         return
     problems: list[str] = []
-    folders: dict[Path, str] = {}
+    configs: list[Config] = []
     name = args.config_name or name
     with initialize_hydra(task, folder, name, args) as loader:
         multirun, hydra = _hydra(name, args.overrides, args.multirun)
@@ -91,12 +92,20 @@ def validate(task: Callable[..., Any], folder: Path, name: str, arguments: Seque
             config, wrong = read(values)
             problems += [*wrong, *check_run(config, [*of_all, *found, *wrong])]
             problems += sweeping.check_metric(hydra, config.metric) if multirun else []
-            if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
-                problems.append(
-                    f"run_dir={config.run_dir}: several runs of the sweep would share it. Set run_dir=null."
-                )
+            configs.append(config)
+    problems += _of_all_runs(configs)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
+
+
+def _of_all_runs(configs: Sequence[Config]) -> list[str]:
+    """What several runs of one command would do to each other."""
+    problems = overwritten_inputs(configs)
+    folders: dict[Path, str] = {}
+    for config in configs:
+        if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
+            problems.append(f"run_dir={config.run_dir}: several runs of the sweep would share it. Set run_dir=null.")
+    return problems
 
 
 def check_run(config: Config, found: Sequence[str] = ()) -> list[str]:

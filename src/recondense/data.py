@@ -82,6 +82,15 @@ class CalibrationSet:
             yield input_ids_BS, mask_BS
 
 
+def require_samples(texts: Sequence[str], num_samples: int) -> None:
+    """Raises a UserError where there are fewer calibration texts than `data.calibration.num_samples`."""
+    if len(texts) < num_samples:
+        raise UserError(
+            f"data.calibration.num_samples={num_samples}: there are {len(texts)} calibration texts; lower it or give "
+            "more texts."
+        )
+
+
 def calibration_set(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
 ) -> CalibrationSet:
@@ -90,11 +99,7 @@ def calibration_set(
     Raises:
         UserError: fewer texts than `num_samples`, or a text that gives no token besides special ones.
     """
-    if len(texts) < num_samples:
-        raise UserError(
-            f"data.calibration.num_samples={num_samples}: there are {len(texts)} calibration texts; lower it or give "
-            "more texts."
-        )
+    require_samples(texts, num_samples)
     encoded = tokenizer(
         list(texts[:num_samples]),
         truncation=True,

@@ -28,12 +28,14 @@ from recondense import families, headers, paging, processes, quantized
 from recondense.checks import ADAPTER, HOLDS_ADAPTER
 from recondense.config import ModelConfig
 from recondense.errors import UserError
+from recondense.files import fingerprint
 from recondense.hub import model_file
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
 
 HASH_BYTES = 1 << 26
+OF_THE_LAST_CALL = ("truncation", "padding")  # of a fast tokenizer
 NOT_COMPUTED = ("_name_or_path", "architectures", "transformers_version")  # of a config: what changes no result
 
 
@@ -166,6 +168,23 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         for name, line in sorted(found.items()):
             digest.update(f"{name} {line}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Sixteen hexadecimal digits of a hash of all that decides a tokenizer's ids and its chats."""
+    vocabulary: Any = sorted(tokenizer.get_vocab().items(), key=str)
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        vocabulary = {key: value for key, value in backend.items() if key not in OF_THE_LAST_CALL}
+    file = getattr(tokenizer, "vocab_file", None)
+    content = Path(file).read_bytes() if file and Path(file).is_file() else b""
+    return fingerprint(
+        vocabulary,
+        str(tokenizer.special_tokens_map),
+        str(tokenizer.chat_template),
+        tokenizer.model_max_length,
+        hashlib.sha256(content).hexdigest(),
+    )
 
 
 def _digests(module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
 from recondense.config import Config
-from recondense.errors import UserError
 from recondense.evaluate import HELDOUT_TASKS, folder_tasks, heldout_tasks, perplexity, run_tasks
 from recondense.files import JsonFolder, fingerprint
+from recondense.inputs import task_files_fingerprint
 from recondense.loading import weights_fingerprint
 from recondense.profiling import profile_variants, weights_bytes
 from recondense.progress import progress
@@ -36,6 +35,7 @@ class Measure:
 
     Args:
         texts: the validation text gives perplexity and the held-out tasks; without it both are left out.
+        inputs: fingerprints of what the run depends on, by name.
     """
 
     def __init__(
@@ -45,18 +45,16 @@ class Measure:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         texts: Texts,
+        inputs: Mapping[str, str],
     ) -> None:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
         self.texts = texts
+        self.inputs = inputs
         self.stages = JsonFolder(folder / "stages")
         self._of_all = processes.FirstProcess(self.stages)
         self._within = 0.0
-        self._original = ""  # fingerprint of the weights as they were loaded
-        data = texts.sha256()
-        if self._of_all.setdefault("data", data) != data:
-            raise UserError(f"run_dir={folder}: the texts changed since this run began; overwrite=true starts it anew")
         self.windows = self._windows()
         with processes.first_before_others():
             self.tasks, self.include_path = self._tasks()
@@ -66,8 +64,8 @@ class Measure:
 
     @property
     def weights(self) -> str:
-        """The fingerprint of the original's weights; empty before `original` was called."""
-        return self._original
+        """The fingerprint of the original's weights."""
+        return self.inputs["weights"]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -115,12 +113,10 @@ class Measure:
         """By layer: error of its output before and after the refit, relative to the original's; empty without one."""
         return self.stages.get("refit", {})
 
-    def original(self, weights: str) -> None:
+    def original(self) -> None:
         """Measure the model as it was loaded; equal models and texts are evaluated once for all runs."""
-        self._original = weights
-        if self.has("original"):
-            return
-        self._of_all["original"] = self._once([weights], "original", None, self.tasks)
+        if not self.has("original"):
+            self._of_all["original"] = self._once([self.weights], "original", None, self.tasks)
 
     def _once(
         self, computes: Sequence[str], name: str, reference: Reference | None, tasks: list[str]
@@ -134,16 +130,14 @@ class Measure:
         key = fingerprint(
             list(computes),
             tasks,
-            self.texts.corpora.sha256().get("validation"),
-            config.resolved()["evaluation"],
-            config.data.sequence_length,
-            str(config.model.tokenizer),
+            config.evaluation.batch_size,
+            [config.evaluation.limit, config.evaluation.num_fewshot, self.inputs["tokenizer"]] if tasks else [],
+            [task_files_fingerprint(folder) for folder in self.include_path] if tasks else [],
             str(self.model.device),
             config.model.attention,
             config.model.experts,
             [] if self.windows is None else self.windows.tolist(),  # the tokenizer's doing
-            [_digest(path) for folder in self.include_path for path in _deciding_files(folder)],
-            [version(name) for name in ("torch", "transformers", "lm-eval")],
+            [version(name) for name in ("torch", "transformers", "lm-eval", "datasets")],
         )
         known = processes.FirstProcess(JsonFolder(Path(config.cache_dir) / "evaluations"))
         if key not in known:
@@ -177,7 +171,7 @@ class Measure:
                 if buffer.device.type != "meta"  # a streamed layer's are among the weights
             }
             with self.timed("evaluate"):
-                computes = [self._original, weights_fingerprint(self.model), fingerprint(plan, buffers)]
+                computes = [self.weights, weights_fingerprint(self.model), fingerprint(plan, buffers)]
             found = self._once(computes, name, reference, wanted)
         else:
             with self.timed("evaluate"):
@@ -254,19 +248,7 @@ class Measure:
             return [task for task in tasks if task not in own], folders
         settings = evaluation.heldout
         sizes = {} if settings is None else vars(settings)
-        key = fingerprint(self.texts.corpora.sha256().get("validation"), sizes)
+        key = fingerprint(validation, sizes)
         folder = Path(self.config.cache_dir) / "tasks" / key
         heldout_tasks(folder, validation, **sizes)
         return tasks, [*folders, folder]
-
-
-def _deciding_files(folder: Path) -> list[Path]:
-    """Files of a task folder that can change a result: tasks, their functions and data, but not a cache of the data."""
-    kinds = (".yaml", ".py", ".json", ".jsonl", ".csv", ".txt", ".parquet")
-    cached = lambda path: "cache" in path.relative_to(folder).parts  # noqa: E731
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and not cached(path)]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,6 +27,7 @@ from recondense import (
     profiling,
     quantized,
     report,
+    run_folder,
     summary,
     tiny,
     tracking,
@@ -36,21 +37,21 @@ from recondense.errors import ConfigError
 from recondense.export import export, how_to_load, layer_shapes, layout
 from recondense.files import write_aside
 from recondense.hub import history_of, push_folder
+from recondense.inputs import inputs_of, keep_inputs
 from recondense.measure import Measure
 from recondense.plan import Plan
 from recondense.plan_only import plan_only
 from recondense.progress import configure, progress
 from recondense.recovering import Fits
 from recondense.recovery import RecoveryModule
-from recondense.searching import WORK, MethodStep, Texts, find_plan, recorder, scratch_bytes
+from recondense.run_folder import WORK
+from recondense.searching import MethodStep, Texts, find_plan, recorder, scratch_bytes
 from recondense.stages import stages_of
 from recondense.structures import picture_of
 
 log = logging.getLogger(__name__)
 
 SLACK = 300 * 2**20  # of memory: libraries that are loaded later, the allocator, a block of texts
-# What a run's folder holds; overwrite=true deletes these and nothing else.
-CONTENTS = ("config.yaml", "plan.json", "plan.png", "summary.json", "stages", "checkpoints", "logs", "model", WORK)
 
 
 class MakeCallbacks(Protocol):
@@ -90,20 +91,46 @@ def run(
     if config.plan_only:
         if processes.first_to_start():
             with _folder(config, folder):
+                run_folder.begin(config, folder)
                 plan_only(config, steps, folder)
         return None
     gpu = loading.device_of(config.model).type == "cuda"
     with launching.started(config.trainer, gpu, command), _folder(config, folder):
-        if not processes.broadcast((folder / "summary.json").exists()):
+        done = processes.broadcast((folder / "summary.json").exists() and not config.overwrite)
+        if not done:
             _Run(config, steps, callbacks, folder).finish()
-        elif processes.is_first():
-            print(f"all done: {folder} holds this run; overwrite=true starts it anew")
         if not processes.is_first():
             return None
         found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+        if done and _uploads(config, found):
+            print(f"done but for the upload: {folder} holds this run")
+        elif done:
+            print(f"all done: {folder} holds this run; overwrite=true starts it anew")
         report.print_report(found)
         print(f"\nresults: {folder}")
+        if _uploads(config, found):
+            _upload(config, folder, found)
         return summary.metric(found, config.metric)
+
+
+def _uploads(config: Config, found: Mapping[str, Any]) -> bool:
+    """Whether an upload of the exported folder is asked for and has not been made."""
+    repository, artifacts = config.export.push_to_hub, found["artifacts"]
+    return repository is not None and "model" in artifacts and artifacts.get("hub") != repository
+
+
+def _upload(config: Config, folder: Path, found: dict[str, Any]) -> None:
+    """Upload the exported folder and keep that in summary.json; after a failure the same command tries again."""
+    repository = str(config.export.push_to_hub)
+    with progress(f"pushing to {repository}"):
+        push_folder(folder / "model", repository, config.export.private)
+    found["artifacts"]["hub"] = repository
+    _write_summary(folder, found)
+
+
+def _write_summary(folder: Path, found: Mapping[str, Any]) -> None:
+    write_aside(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -123,7 +150,9 @@ def _folder(config: Config, folder: Path) -> Iterator[None]:
             [f"run folder {folder}: another process is working in it; wait for it or set run_dir"]
         ) from None
     try:
-        _start(config, folder)
+        run_folder.repair(folder)
+        if (folder / "config.yaml").exists() and not (config.plan_only or config.overwrite):  # which start anew
+            log.info("going on in %s", folder)
         processes.barrier()
         yield
     finally:
@@ -161,18 +190,6 @@ def _quiet(config: Config) -> None:
         torch.set_num_threads(config.trainer.num_threads)
 
 
-def _start(config: Config, folder: Path) -> None:
-    """A folder that says what it holds."""
-    if config.overwrite:
-        for path in map(folder.joinpath, CONTENTS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if (folder / "config.yaml").exists():
-        if not config.plan_only:  # which starts anew each time
-            log.info("going on in %s", folder)
-    else:
-        write_aside(folder / "config.yaml", config.to_yaml())
-
-
 class _Run:
     """The stages of one run. Each keeps its result in the folder and is skipped when that is there."""
 
@@ -185,32 +202,38 @@ class _Run:
         self.memory: dict[str, int] = {}  # what the peak of a streamed run is made of, and the peak once it was taken
 
     def finish(self) -> None:
-        """Run what is left, then write summary.json."""
+        """Run what is left, then write summary.json. Until all inputs have been read, the folder stays as it was."""
         config = self.config
+        with processes.first_before_others():
+            texts = Texts.read(config, bool(self.steps))
+        at_start = profiling.peak_resident_bytes()
+        model, tokenizer = load(config, self.callbacks)
+        inputs = inputs_of(config, model, tokenizer, texts, bool(self.steps))
+        if processes.is_first():
+            run_folder.begin(config, self.folder)
+        keep_inputs(self.folder, inputs)
         wandb = config.logger.wandb
         named = replace(wandb, name=wandb.name or f"{config.experiment_name}-{config.run_hash()}")
         if processes.is_first():
             self.loggers = tracking.make_loggers(replace(config.logger, wandb=named), self.folder, config.resolved())
         try:
-            found = self._stages()
+            measure = Measure(config, self.folder, model, tokenizer, texts, inputs)
+            found = self._stages(measure, at_start)
             if not processes.is_first():
                 return
             tracking.log_summary(self.loggers, found)
-            write_aside(self.folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-            shutil.rmtree(self.folder / WORK, ignore_errors=True)
-            if config.export.push_to_hub and "model" in found["artifacts"]:
-                with progress(f"pushing to {config.export.push_to_hub}"):
-                    push_folder(self.folder / "model", config.export.push_to_hub, config.export.private)
+            _write_summary(self.folder, found)
         finally:
             tracking.finish_loggers(self.loggers)
 
-    def _stages(self) -> dict[str, Any]:
+    def _stages(self, measure: Measure, at_start: int) -> dict[str, Any]:
+        """Measure, search, apply, recover and export; what summary.json says of it.
+
+        Args:
+            at_start: resident bytes at most before the model was loaded.
+        """
         config, folder = self.config, self.folder
-        at_start = profiling.peak_resident_bytes()
-        model, tokenizer = load(config, self.callbacks)
-        with processes.first_before_others():
-            texts = Texts.read(config, bool(self.steps))
-        measure = Measure(config, folder, model, tokenizer, texts)
+        model, tokenizer, texts = measure.model, measure.tokenizer, measure.texts
         if paging.is_streamed(model):
             self.memory = {
                 "before_bytes": at_start,
@@ -218,11 +241,10 @@ class _Run:
                 "layer_bytes": paging.page_bytes(model),
                 "scratch_bytes": scratch_bytes(config, families.device(model), model),
             }
-        weights = loading.weights_fingerprint(model)
-        measure.original(weights)
+        measure.original()
         sizes = {"original": summary.sizes(model)}
         with measure.timed("search"):
-            plan = find_plan(config, self.steps, model, tokenizer, texts, weights, folder, measure.timed)
+            plan = find_plan(config, self.steps, model, tokenizer, texts, measure.inputs, folder, measure.timed)
         if processes.is_first():
             self._show(plan, model)
         recovery = config.recovery if plan.operations else _without_teacher(config.recovery)

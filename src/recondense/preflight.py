@@ -24,6 +24,7 @@ from recondense.hub import history_of, model_file, reachable_or_offline
 from recondense.methods.budget import Budget
 from recondense.methods.dropping import Dropping
 from recondense.recorded import recorded_config
+from recondense.run_folder import overwritten_inputs
 from recondense.sizes import OutliningStep, outlined
 from recondense.stages import read_stages, renamed
 from recondense.teacher import same_vocabulary
@@ -47,6 +48,7 @@ def preflight(config: Config, steps: Sequence[Step], found: Sequence[str] = ()) 
         *check(config),
         *([] if config.plan_only else [*check_paths(config.data), *_stages(config)]),
         *check_folder(config, stored_config(config.run_folder())),
+        *overwritten_inputs([config]),
         *([] if config.plan_only else [*_machine(config.model), *_tasks(config.evaluation), *_push(config)]),
         *([] if config.plan_only else _processes(config)),
     ]

@@ -19,11 +19,13 @@ from recondense.config import Config, RecoveryConfig
 from recondense.data import RecoveryData, ShuffledWindows, num_rows
 from recondense.errors import UserError
 from recondense.fitting import FINAL, fit, precision_of
+from recondense.inputs import keep_inputs
 from recondense.measure import Measure
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.recovery import RecoveryModule
-from recondense.searching import WORK, Texts
+from recondense.run_folder import WORK
+from recondense.searching import Texts
 from recondense.stages import Stage
 from recondense.teacher import OtherTeacher, same_vocabulary
 from recondense.teacher_cache import CachedTeacher, keep_predictions, key_of
@@ -128,6 +130,7 @@ class Fits:
             raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
         assert module.tokenizer is not None
         same_vocabulary(tokenizer, module.tokenizer, path)
+        keep_inputs(self.folder, {f"weights of the teacher {path}": loading.weights_fingerprint(model)})
         return OtherTeacher(model, module.model, path)
 
     def control(self, module: RecoveryModule) -> None:

@@ -19,13 +19,14 @@ from recondense import families, paging, processes, surgery
 from recondense.calibrate import TEXTS_PER_BLOCK, Tape
 from recondense.config import Config
 from recondense.corpora import Corpora, load_corpora
-from recondense.data import CalibrationSet, Table, calibration_set, pack
+from recondense.data import CalibrationSet, Table, calibration_set, pack, require_samples
 from recondense.errors import UserError
 from recondense.files import JsonFolder, fingerprint, waiting_lock
 from recondense.instructions import Record
 from recondense.packing import examples_of, windows_of
 from recondense.plan import Condense, Drop, Operation, Plan, Refit
 from recondense.progress import progress
+from recondense.run_folder import WORK
 from recondense.shelves import Disk, Memory, Storage
 from recondense.stages import Stage, renamed, stages_of
 from recondense.templates import as_texts
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 
 Timed = Callable[[str], AbstractContextManager[None]]
-WORK = "work"  # folder of a run for what it keeps on disk while it works
 RIDGE = 1e-2  # of a refit, relative to the mean diagonal: a pull towards the weights as they are
 
 
@@ -72,7 +72,11 @@ class Texts:
 
     @classmethod
     def read(cls, config: Config, calibrates: bool) -> Texts:
-        """Read the splits that this run needs."""
+        """Read the splits that this run needs.
+
+        Raises:
+            UserError: texts that cannot be read, or too few of them.
+        """
         stages = stages_of(config) if config.recovery.objective != "none" else []
         shared = [stage for stage in stages if not stage.own_texts]
         validates = any(stage.recovery.validate_every for stage in shared)
@@ -80,7 +84,10 @@ class Texts:
         wanted += ["calibration"] if calibrates else []
         wanted += ["train"] if shared else []
         own = {stage.name: _corpora_of(stage) for stage in stages if stage.own_texts}
-        return cls(load_corpora(config.data, wanted), own)
+        corpora = load_corpora(config.data, wanted)
+        if calibrates:
+            require_samples(corpora.calibration or [], config.data.calibration.num_samples)
+        return cls(corpora, own)
 
     def sha256(self) -> dict[str, str]:
         """The hash of every split, those of stages as <stage>/<split>."""
@@ -187,7 +194,7 @@ def find_plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
-    weights: str,
+    inputs: Mapping[str, str],
     folder: Path,
     timed: Timed = lambda name: nullcontext(),
 ) -> Plan:
@@ -196,29 +203,20 @@ def find_plan(
     Each step sees the model as the previous ones left it; the model is left as it was.
 
     Args:
-        weights: the fingerprint of the model's weights.
+        inputs: fingerprints of the model's `weights` and of its `calibration` set.
         folder: of the run; plan.json is written there.
         timed: counts the time of a stage.
-
-    Raises:
-        UserError: the folder's plan was made from other weights or another calibration set.
     """
     path = folder / "plan.json"
     name = str(config.model.path or config.model.name)
     if not steps:
         return Plan(model=name)
-    found = {"weights": weights, "calibration": calibration(config, tokenizer, texts).fingerprint()}
+    found = {name: inputs[name] for name in ("weights", "calibration")}
     paging.identify(model, fingerprint(found))
     record_split = recorder(config, model, tokenizer, texts, folder, timed, split=True)
     record_whole = recorder(config, model, tokenizer, texts, folder, timed)
     plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
     if plan is not None:
-        changed = [what for what in found if plan.fingerprint.get(what) != found[what]]
-        if changed:
-            raise UserError(
-                f"run_dir={folder}: the {' and the '.join(changed)} changed since this run began; "
-                "overwrite=true starts it anew"
-            )
         log.info("plan: found in %s", path)
         return plan
     operations: list[Operation] = []

@@ -16,7 +16,6 @@ LEVELS = {
         *(
             "__init__",
             "errors",
-            "method_steps",
             "operations",
             "plan",
             "modules",
@@ -27,7 +26,8 @@ LEVELS = {
             "reading",
         ),
         *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
-        *("instructions", "quantized", "headers", "processes", "chunking", "fused", "shelves", "launching"),
+        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching"),
+        *("errors", "run_folder"),
     ),
     1: (
         *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
@@ -39,7 +39,7 @@ LEVELS = {
     ),
     3: (
         *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),
-        *("tiny", "sizes"),
+        *("tiny", "sizes", "inputs"),
         *("comparison", "comparison_picture"),
     ),
     4: ("pipeline", "plan_only", "preflight", "sweeping"),

@@ -21,7 +21,7 @@ from small import byte_tokenizer, small_model
 from torch import nn
 from transformers import Qwen2MoeForCausalLM
 
-from recondense import measure, tasks
+from recondense import inputs, tasks
 from recondense.corpora import stdlib_corpora
 from recondense.errors import UserError
 from recondense.evaluate import (
@@ -315,7 +315,7 @@ def test_what_decides_a_folders_results(tmp_path: Path) -> None:
     for name in ("a.yaml", "deep/b.jsonl", "utils.py", "cache/json/info.json", "notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = [str(path.relative_to(tmp_path)) for path in measure._deciding_files(tmp_path)]
+    found = [str(path.relative_to(tmp_path)) for path in inputs.deciding_files(tmp_path)]
     assert found == ["a.yaml", "deep/b.jsonl", "utils.py"]
 
 
