@@ -181,11 +181,13 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
         private: of one that is created.
 
     Raises:
-        UserError: the hub refuses, or cannot be reached; the folder stays where it is.
+        UserError: the folder is gone; the hub refuses, or cannot be reached; the folder stays where it is.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not folder.is_dir():
+        raise UserError(f"export.push_to_hub={repository}: {folder} is no longer there; overwrite=true makes it again.")
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
@@ -193,8 +195,8 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"export.push_to_hub={repository}: {reason}. The folder is whole in {folder}; push it with "
-            f"`hf upload {repository} {folder}`."
+            f"export.push_to_hub={repository}: {reason}. The folder is whole in {folder}: the same command uploads "
+            f"it, or `hf upload {repository} {folder}`."
         ) from error
 
 

@@ -227,3 +227,62 @@ def test_texts_are_read_before_the_model(
     with pytest.raises(UserError, match=r"data\."):
         pipeline.run(from_dict(values), [step()])
     assert not (tmp_path / "run" / "config.yaml").exists(), "a run that could not begin leaves nothing that binds it"
+
+
+# ----------------------------------------------------------------------------------------------------- the upload
+
+
+def test_the_same_command_tries_an_upload_again(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does nothing else; what has been uploaded is not uploaded again."""
+    uploads = []
+
+    class Api:
+        works = False
+
+        def create_repo(self, *_: Any, **__: Any) -> None:
+            if not self.works:
+                raise OSError("the connection broke")
+
+        def upload_folder(self, **_: Any) -> None:
+            uploads.append(1)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("recondense.preflight.get_token", lambda: "some token")
+    folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
+    settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
+    push = arguments(folder, texts, out, "run", *settings, "callbacks.profile.enabled=false")
+    code, err = command(*push)
+    assert code == 2 and "the connection broke" in err and "the same command uploads it" in err
+    before = files(out / "run")
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("nothing is done anew"))
+    code, err = command(*push)
+    assert code == 2 and "the connection broke" in err
+    assert files(out / "run") == before and uploads == []
+    Api.works = True
+    for _ in range(2):
+        code, err = command(*push)
+        assert code == 0, err
+    assert uploads == [1]
+    summary = json.loads((out / "run" / "summary.json").read_text())
+    assert summary["artifacts"].pop("hub") == "me/mine"
+    assert summary == json.loads(before["summary.json"])
+
+
+def test_an_upload_of_what_is_gone_is_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Api:
+        def create_repo(self, *_: Any, **__: Any) -> None:
+            raise OSError("no")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("recondense.preflight.get_token", lambda: "some token")
+    folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
+    settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
+    push = arguments(folder, texts, out, "run", *settings, "callbacks.profile.enabled=false")
+    assert command(*push)[0] == 2
+    shutil.rmtree(out / "run" / "model")
+    code, err = command(*push)
+    assert code == 2 and f"{out / 'run' / 'model'} is no longer there; overwrite=true makes it again" in err
