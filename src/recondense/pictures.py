@@ -1,9 +1,10 @@
-"""What a run found, as pictures (PNG): a plan, and a sweep. Colours are told apart without colour vision."""
+"""What a run found, as pictures: a plan, and a sweep. Colours are told apart without colour vision."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,20 @@ from recondense.files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 DPI = 150
+# The colour bar of 50 colours or more would be an image inside of an SVG.
+HEAT_COLOURS = 48
+# What matplotlib writes into an SVG and nobody sees: comments, line breaks and indents, names, rotations by nothing.
+SVG_NEEDLESS = {
+    r"<!--.*?-->": "",
+    r"\s*\n\s*(?=[^<\s])": " ",
+    r"\s*\n\s*": "\n",
+    r'<g id="[a-z_2]+_\d+">': "<g>",
+    r' transform="rotate\(-?0 [^"]*\)"': "",
+}
 # Okabe and Ito's colours for lines; marks differ in shape as well.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKS = ("o", "s", "^", "D", "v", "P")
@@ -56,9 +67,9 @@ def plan_picture(plan: Mapping[str, Any], path: Path) -> Path:
     figure = start_figure(sum(widths) + 1.2, sum(heights) + 1.9)
     grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=heights)
     axes = figure.add_subplot(grid[0, 0])
-    image = _draw_experts(axes, layers, num_experts, weights, operations, 30 * cell)
-    if image is not None:
-        bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, 0]), orientation="horizontal")
+    cells = _draw_experts(axes, layers, num_experts, weights, operations, 30 * cell)
+    if cells is not None:
+        bar = figure.colorbar(cells, cax=figure.add_subplot(grid[1, 0]), orientation="horizontal")
         bar.set_label("mean routing weight over all calibration tokens (colours by square root)", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     if curves:
@@ -133,9 +144,10 @@ def _draw_experts(
     weights: Mapping[int, Sequence[float]],
     operations: Mapping[int, Mapping[str, Any]],
     font_size: float,
-) -> AxesImage | None:
-    """The map of experts; returns the image when any routing weight is known, for a colour bar."""
+) -> ScalarMappable | None:
+    """The map of experts; returns its colours when any routing weight is known, for a colour bar."""
     import numpy as np
+    from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
     from matplotlib.patches import Rectangle
 
@@ -147,7 +159,10 @@ def _draw_experts(
     known = picture[np.isfinite(picture)]
     top = float(known.max()) if known.size and known.max() > 0 else 1.0
     # A few experts take most of the weight: on a linear scale all others would be one colour.
-    image = axes.imshow(picture, cmap="cividis", norm=PowerNorm(0.5, 0.0, top), aspect="auto", interpolation="nearest")
+    edges = np.arange(num_experts + 1) - 0.5, np.arange(len(layers) + 1) - 0.5
+    colours = colormaps["cividis"].resampled(HEAT_COLOURS)
+    cells = axes.pcolormesh(*edges, picture, cmap=colours, norm=PowerNorm(0.5, 0.0, top))
+    axes.set_ylim(len(layers) - 0.5, -0.5)
     for row, layer in enumerate(layers):
         for order, expert in enumerate(operations.get(layer, {}).get("experts", ()), start=1):
             value = picture[row, expert]
@@ -188,7 +203,7 @@ def _draw_experts(
                 fontsize=font_size,
                 bbox={"boxstyle": "circle,pad=0.2", "facecolor": "#F3C8A5", "edgecolor": "none"},
             )
-    return image if known.size else None
+    return cells if known.size else None
 
 
 def _draw_divergences(axes: Axes, layers: Sequence[int], curves: Mapping[int, Mapping[int, float]]) -> None:
@@ -283,8 +298,29 @@ def start_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, aside and then renamed."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI)
-    write_aside(Path(path), data.getvalue())
-    return Path(path)
+    """Write a figure aside, then rename it: as SVG if the file's name ends in .svg, else as PNG."""
+    path, data = Path(path), io.BytesIO()
+    if path.suffix == ".svg":
+        write_aside(path, _svg(figure))
+    else:
+        figure.savefig(data, format="png", dpi=DPI)
+        write_aside(path, data.getvalue())
+    return path
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as a small SVG: the same text whenever it is drawn, and a class in place of each repeated style."""
+    from matplotlib import rc_context
+
+    data = io.StringIO()
+    fonts = ["DejaVu Sans", "Verdana", "sans-serif"]  # alike in width
+    with rc_context({"svg.hashsalt": "recondense", "svg.fonttype": "none", "font.sans-serif": fonts}):
+        figure.savefig(data, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = data.getvalue()
+    for pattern, replacement in SVG_NEEDLESS.items():
+        text = re.sub(pattern, replacement, text)
+    text = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.4g}", text)
+    classes = {style: f"s{index}" for index, style in enumerate(dict.fromkeys(re.findall(r' style="([^"]*)"', text)))}
+    text = re.sub(r' style="([^"]*)"', lambda style: f' class="{classes[style[1]]}"', text)
+    rules = "".join(f"\n.{name} {{{style}}}" for style, name in classes.items())
+    return text.replace("</style>", f"{rules}\n</style>", 1)
