@@ -1,4 +1,4 @@
-"""README.md tells the truth: its commands are valid, its settings have these defaults, its files are there."""
+"""README and docs tell the truth: their commands are valid, their settings have these defaults, their files exist."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import re
 import shlex
 import shutil
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree
 
+import matplotlib
 import pytest
+import yaml
 from forks import Forks
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -21,9 +25,13 @@ from recondense.command_line import validate
 from recondense.errors import ConfigError
 from train import job
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON = ("python", "python3", ".venv/bin/python")
+OURS = "recondense"  # an installed package's name of train.py
 # Qwen1.5-MoE-A2.7B as far as checking goes: its layers and experts.
 QWEN = {
     "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
@@ -33,28 +41,34 @@ QWEN = {
 
 
 def commands() -> list[list[str]]:
-    """The words of every command that README shows, in blocks and in sentences."""
-    blocks = "\n".join(BLOCK.findall(README)).replace("\\\n", " ").splitlines()
-    sentences = re.findall(r"`([^`\n]+)`", BLOCK.sub("", README))
-    lines = [line.strip() for line in (*blocks, *sentences)]
-    found = []
-    for line in lines:
-        if re.match(r"(make|\S*python3?)\s", line) and (words := shlex.split(line, comments=True)) not in found:
-            found.append(words)
-    return found
+    """The words of every command that the pages show, in blocks and in sentences."""
+    shown: list[list[str]] = []
+    for page in PAGES.values():
+        blocks = "\n".join(BLOCK.findall(page)).replace("\\\n", " ").splitlines()
+        sentences = re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))
+        for line in (line.strip() for line in (*blocks, *sentences)):
+            if re.match(r"(make|\S*python3?|recondense(?= \S+=))\s", line):
+                words = shlex.split(line, comments=True)
+                shown += [words] if words not in shown else []
+    return shown
 
 
 MAKES = [words[1:] for words in commands() if words[0] == "make"]
 SCRIPTS = [list(words) for words in dict.fromkeys(tuple(words[1:]) for words in commands() if words[0] in PYTHON)]
 TRAINS = [words[1:] for words in SCRIPTS if words[0] == "train.py"]
+TRAINS += [words[1:] for words in commands() if words[0] == OURS and words[1:] not in TRAINS]
 BENCHMARKS = [words for words in SCRIPTS if words[0] != "train.py"]
 
 
 def test_commands_are_found() -> None:
     """Else the tests below would pass on nothing."""
-    assert len(MAKES) >= 2 and len(TRAINS) >= 3 and len(BENCHMARKS) >= 2
-    assert ["demo"] in MAKES and any("-m" in words for words in TRAINS)
-    assert {words[0] for words in commands()} <= {"make", *PYTHON}
+    assert len(MAKES) >= 5 and len(TRAINS) >= 25 and len(BENCHMARKS) >= 10
+    assert ["demo"] in MAKES and ["docs"] in MAKES and any("-m" in words for words in TRAINS)
+    assert {words[0] for words in commands()} == {"make", "python", OURS}
+
+
+def test_readme_is_short() -> None:
+    assert len(PAGES[Path("README.md")].splitlines()) <= 250
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
@@ -117,66 +131,100 @@ def test_benchmark(forks: Forks, words: list[str], tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the files
 
 
-def tree() -> dict[str, set[str]]:
-    """Paths that the section Files names, by the folder that they stand under; folders end with a slash."""
-    section = README.partition("\n## Files\n")[2].partition("\n## ")[0]
+def tree() -> set[str]:
+    """Paths that the tree of docs/design.md names; folders end with a slash."""
+    section = PAGES[Path("docs/design.md")].partition("\n## Files\n")[2].partition("\n## ")[0]
     [block] = BLOCK.findall(section)
-    found: dict[str, set[str]] = {"": set()}
-    parent = ""
+    paths: set[str] = set()
+    folders = [(-1, "")]  # that a line stands in, with their indents
     for line in block.splitlines():
         words = line.split()
-        leading = words[: next((index for index, word in enumerate(words) if not word.endswith((".py", "/"))), None)]
-        assert leading, f"README's tree has a line without a file: {line}"
-        if not line.startswith(" "):
-            parent = leading[0] if leading[0].endswith("/") else ""
-            found[""].update(leading)
-        else:
-            found.setdefault(parent, set()).update(leading)
-        folder = leading[0] if leading[0].endswith("/") else ""
-        within = folder if folder == parent else f"{parent}{folder}"
-        inside = re.findall(r"\b\w+\.py\b", line.partition(leading[-1])[2])
-        if inside:
-            found.setdefault(within, set()).update(inside)
-    return found
+        names = list(takewhile(lambda word: word.endswith((".py", "/")), words))
+        assert names, f"the tree has a line without a file: {line}"
+        indent = len(line) - len(line.lstrip())
+        while folders[-1][0] >= indent:
+            folders.pop()
+        parent = folders[-1][1]
+        paths.update(parent + name for name in names)
+        if names[0].endswith("/"):
+            folders.append((indent, parent + names[0]))
+        paths.update(folders[-1][1] + name for name in re.findall(r"\b\w+\.py\b", " ".join(words[len(names) :])))
+    return paths
 
 
 def test_files_that_the_tree_names_are_there() -> None:
-    missing = [
-        f"{folder}{name}" for folder, names in tree().items() for name in names if not (ROOT / folder / name).exists()
-    ]
-    assert sorted(set(missing) - {"outputs/"}) == [], "outputs/ alone is made by the first run"
+    missing = {path for path in tree() if not (ROOT / path).exists()}
+    assert missing - {"outputs/"} == set(), "outputs/ alone is made by the first run"
 
 
 def test_every_module_is_in_the_tree() -> None:
     source = ROOT / "src" / "recondense"
     modules = {path.relative_to(ROOT).as_posix() for path in source.rglob("*.py") if path.name != "__init__.py"}
     assert len(modules) > 30
-    named = {f"{folder}{name}" for folder, names in tree().items() for name in names}
-    assert sorted(modules - named) == []
+    assert sorted(modules - tree()) == []
 
 
 def test_every_top_folder_is_in_the_tree() -> None:
-    folders = {"conf/", "callbacks/", "tests/", "benchmarks/", "src/recondense/"}
-    assert folders <= tree()[""]
+    assert {"conf/", "callbacks/", "tests/", "benchmarks/", "docs/", "src/recondense/"} <= tree()
     kinds = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith("__")}
-    line = next(line for line in README.splitlines() if line.startswith("tests/ "))
+    line = next(line for line in PAGES[Path("docs/design.md")].splitlines() if line.startswith("tests/ "))
     assert sorted(kind for kind in kinds if kind not in line) == []
 
 
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link]
-    assert links and [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / page.parent / link).exists()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    settings = yaml.safe_load((ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages = {page for entry in settings["nav"] for value in entry.values() for page in _pages(value)}
+    assert pages == {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"} | {path.name for path in ROOT.glob("docs/*.md")}
+
+
+def _pages(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [page for entry in value for page in entry.values()]
+
+
+# ---------------------------------------------------------------------------------------------------- the pictures
+
+PICTURES = ROOT / "docs" / "pictures"
+
+
+def test_pictures_are_what_their_figures_give(forks: Forks, tmp_path: Path) -> None:
+    """The same text with the pinned matplotlib."""
+    pinned = re.search(r"^matplotlib==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    if matplotlib.__version__ != pinned[1]:
+        pytest.skip(f"matplotlib {matplotlib.__version__} is not the pinned {pinned[1]}")
+    done = forks.run(PICTURES / "draw.py", "--folder", str(tmp_path), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert drawn == sorted(path.name for path in PICTURES.glob("*.svg"))
+    assert [name for name in drawn if (tmp_path / name).read_text() != (PICTURES / name).read_text()] == []
+
+
+def test_pictures_are_small_and_shown() -> None:
+    pages = "".join(PAGES.values())
+    for path in PICTURES.glob("*.svg"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.encode()) < 60_000 and "<image" not in text and f"pictures/{path.name})" in pages
+        ElementTree.fromstring(text)
 
 
 # ---------------------------------------------------------------------------------------------------- the settings
 
 
-TABLES = {"\n## Settings that matter\n": ([], 15), "\n### Settings of `moei2`\n": (["method=moei2"], 5)}
+TABLES = {
+    "\n## Settings\n": ("docs/configuration.md", [], 15),
+    "\n### Settings of `moei2`\n": ("docs/methods.md", ["method=moei2"], 5),
+}
 
 
 def settings(title: str) -> list[tuple[str, str]]:
     """(setting, default) of every row of a table; a row may name several, the later ones by their last part."""
-    section = README.partition(title)[2].partition("\n## ")[0]
+    section = PAGES[Path(TABLES[title][0])].partition(title)[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     found: list[tuple[str, str]] = []
     for names, defaults, _ in rows:
@@ -192,7 +240,7 @@ def settings(title: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("title", TABLES, ids=lambda title: title.strip("# `\n"))
 def test_settings_have_these_defaults(title: str) -> None:
-    overrides, least = TABLES[title]
+    page, overrides, least = TABLES[title]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         values = cast(dict[str, Any], OmegaConf.to_container(compose("train", overrides), resolve=True))
     table = settings(title)
@@ -201,17 +249,17 @@ def test_settings_have_these_defaults(title: str) -> None:
     for name, default in table:
         value: Any = values
         for part in name.split("."):
-            assert part in value, f"README names {name}, which is no setting"
+            assert part in value, f"{page} names {name}, which is no setting"
             value = value[part]
         value = value["name"] if isinstance(value, dict) else value
         shown = str(value).lower() if isinstance(value, bool) else str(value)
         if default not in ("...", shown):
-            wrong.append(f"{name}: README says {default}, it is {value}")
+            wrong.append(f"{name}: {page} says {default}, it is {value}")
     assert wrong == []
 
 
 def test_choices_exist() -> None:
-    """What the table and the text write as group=choice."""
-    pairs = re.findall(r"`(model|data|method|recovery|evaluation|experiment)=(\w+)`", README)
+    """What the tables and the text write as group=choice."""
+    pairs = re.findall(r"`(model|data|method|recovery|evaluation|experiment)=(\w+)`", "".join(PAGES.values()))
     assert pairs
     assert [pair for pair in pairs if not (ROOT / "conf" / pair[0] / f"{pair[1]}.yaml").is_file()] == []
