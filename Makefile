@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= $(if $(findstring -n,$(PYTEST_ARGS)),1,2)
 
-.PHONY: help setup demo test test-all check format clean
+.PHONY: help setup demo test test-all check docs pictures format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +33,16 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(STAMP) check ## checks, then the tests: some minutes on two cores
+docs: $(STAMP) ## build the site into build/site; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f docs/site/mkdocs.yml
+
+pictures: $(STAMP) ## draw the pictures of README and docs
+	$(BIN)/python docs/pictures/draw.py
+
+test: $(STAMP) check docs ## checks, site and tests: some minutes on two cores
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
-test-all: $(STAMP) check ## every test, the slow ones included
+test-all: $(STAMP) check docs ## every test, the slow ones included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean: ## remove caches, not outputs

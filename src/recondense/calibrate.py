@@ -102,9 +102,9 @@ class Tape:
 
     Attributes:
         blocks: those of this process.
-        states: states[layer][block] (B, S, D) enters decoder layer `layer`; states[num_layers] leaves the last one,
+        states: `states[layer][block]` (B, S, D) enters decoder layer `layer`; `states[num_layers]` leaves the last one,
             before the final norm.
-        traces: traces[layer][block], what each sparse MoE layer saw; empty where that was more than TRACE_BYTES.
+        traces: `traces[layer][block]`, what each sparse MoE layer saw; empty where that was more than TRACE_BYTES.
         traced: whether all processes keep traces.
         layer_runs: decoder layers run on all blocks so far, a count of the work done.
     """

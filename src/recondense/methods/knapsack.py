@@ -14,9 +14,9 @@ CELLS = 20_000  # what must be saved is counted in so many units; each layer's s
 def least_damage(saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float]], need: int) -> list[int]:
     """The options that together save enough at the least sum of damages.
 
-    minimise Σ_i damage[i][o_i] subject to Σ_i saved[i][o_i] >= need, by dynamic programming over units of need / CELLS:
-    at the optimum no exchange of options lowers the damage per parameter saved. Rounding down never lets a choice save
-    less than `need`; it may miss one that saves less than a unit a layer above it.
+    minimise `Σ_i damage[i][o_i]` subject to `Σ_i saved[i][o_i] >= need`, by dynamic programming over units of need /
+    CELLS: at the optimum no exchange of options lowers the damage per parameter saved. Rounding down never lets a
+    choice save less than `need`; it may miss one that saves less than a unit a layer above it.
 
     Args:
         saved, damage: for each layer, of each of its options.
