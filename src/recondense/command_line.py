@@ -52,8 +52,7 @@ def command_hash() -> str:
 # Cached in the config, which jobs in processes of other commands (joblib's, submitit's) are handed.
 OmegaConf.register_new_resolver("command_hash", command_hash, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)
-# DeepSpeed is never used, but libraries import it and it warns that there is no GPU. Its import sets its logger's level
-# anew; a filter stays.
+# DeepSpeed warns where there is no GPU. Its import sets its logger's level anew; a filter stays.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
