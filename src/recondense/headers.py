@@ -67,7 +67,8 @@ class Comparison:
         if not self.misshapen:
             return ""
         name, stored, expected = self.misshapen[0]
-        others = f", and {len(self.misshapen) - 1} more weights differ" if len(self.misshapen) > 1 else ""
+        more = len(self.misshapen) - 1
+        others = f", and {_weights(more)} more {'differ' if more > 1 else 'differs'}" if more else ""
         return (
             f"{name} has the shape {stored} in the checkpoint and {expected} by its config{others}; use the "
             "config.json and the files of one and the same model"
@@ -96,9 +97,13 @@ def missing_weights(missing: Sequence[str], unexpected: Collection[str]) -> str:
         else:
             remedy = f"its names begin with {theirs!r} and not with {ours!r}: rename them"
     return (
-        f"the checkpoint lacks {len(missing)} weights of the model that its config describes ({_shown(missing)}); "
+        f"the checkpoint lacks {_weights(len(missing))} of the model that its config describes ({_shown(missing)}); "
         f"{remedy}"
     )
+
+
+def _weights(number: int) -> str:
+    return f"{number} weight{'s' * (number != 1)}"
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -221,7 +226,7 @@ class Names:
         dims = [getattr(step, "dim", None) for step in converter.operations]
         if (steps, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
             return None
-        return {pattern: [each for each in tensors if each.pattern == pattern] for pattern in converter.source_patterns}
+        return {pattern: [part for part in tensors if part.pattern == pattern] for pattern in converter.source_patterns}
 
 
 def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | None = None) -> Comparison:
@@ -248,13 +253,13 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
         parts = names.parts_of_stack(stored.get(name, []))
         if parts is not None:
             lacking += (absent := _absent_experts(parts, shape[0]))
-            found = None if absent or method or len(shape) != 3 else _stacked(parts, shape)
+            held = None if absent or method or len(shape) != 3 else _stacked(parts, shape)
         elif method or not stored.get(name) or stored[name][0].pattern is not None:
             continue
         else:
-            found = stored[name][-1].shape
-        if found is not None and found != shape:
-            misshapen.append((name, found, shape))
+            held = stored[name][-1].shape
+        if held is not None and held != shape:
+            misshapen.append((name, held, shape))
     unexpected = [name for name in stored if name not in state]
     keys = {tensor.key for tensor in tensors}
     lacking += [name for tensor in tensors for name in quantized.missing_scales(tensor.key, tensor.dtype, method, keys)]
@@ -271,7 +276,7 @@ def _untied(model: PreTrainedModel, missing: Sequence[str]) -> list[str]:
         groups.setdefault(source, {source}).add(target)
     tied = set[str]().union(*(group for group in groups.values() if not group <= set(missing)))
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    return [name for name in missing if name not in tied and not any(each.search(name) for each in optional)]
+    return [name for name in missing if name not in tied and not any(pattern.search(name) for pattern in optional)]
 
 
 def _absent_experts(parts: Mapping[str, Sequence[Stored]], num_experts: int) -> list[str]:

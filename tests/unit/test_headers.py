@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
+from hub_cache import in_hub_cache
 from packed import fp8_folder, mxfp4_folder
 from safetensors.torch import load_file, save_file
 from small import byte_tokenizer
@@ -26,7 +28,7 @@ from recondense.config import Config, ExportConfig, ModelConfig, RecoveryConfig
 from recondense.errors import UserError
 from recondense.export import export
 from recondense.plan import Condense, Factorize, Merge, Plan, Prune
-from recondense.preflight import preflight
+from recondense.preflight import planned_config, preflight
 
 State = dict[str, Tensor]
 ONE = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -82,14 +84,14 @@ def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
                 loading.load(ModelConfig(device="cpu"), folder, pages)
             said.append(str(raised.value))
         as_model = replace(Config(), model=ModelConfig(name="it", path=str(folder), device="cpu"))
-        said += [each.removesuffix(".") for each in preflight(as_model, []) if each.startswith("model.path")]
+        said += [text.removesuffix(".") for text in preflight(as_model, []) if text.startswith("model.path")]
         good = folder.parent / "good"
         if not good.exists():
             written(good)
         recovery = RecoveryConfig(objective="distill", teacher="model", teacher_path=str(folder))
         as_teacher = replace(Config(), model=ModelConfig(name="it", path=str(good)), recovery=recovery)
         setting = "recovery.teacher_path"
-        said += [each.removesuffix(".") for each in preflight(as_teacher, []) if each.startswith(setting)]
+        said += [text.removesuffix(".") for text in preflight(as_teacher, []) if text.startswith(setting)]
     assert len(said) == 4, said
     return {text.partition("=")[2].removeprefix(f"{folder}: ") for text in said}
 
@@ -128,7 +130,7 @@ def test_weights_in_few_bits_are_complete_with_their_scales(family: str, tmp_pat
     lacking = next(name for name in load_file(tmp_path / "packed" / "model.safetensors") if name.endswith(scales))
     edited(tmp_path / "packed", without(lacking))
     assert difference(tmp_path / "packed").missing == (lacking,)
-    with pytest.raises(UserError, match=f"lacks 1 weights .*{lacking}"):
+    with pytest.raises(UserError, match=f"lacks 1 weight .*{lacking}"):
         loading.load(ModelConfig(device="cpu", attention="eager"), tmp_path / "packed")
 
 
@@ -170,12 +172,12 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
         renamed("model.", "transformer."),
         r"lacks 50 weights .*; its names begin with 'transformer\.' and not with 'model\.'",
     ),
-    "the head": (without(SHORT), r"lacks 1 weights .*\(lm_head\.weight\); download"),
-    "the embedding": (without("embed_tokens.weight"), r"lacks 1 weights .*\(model\.embed_tokens\.weight\)"),
-    "the last norm": (without("model.norm.weight"), r"lacks 1 weights .*\(model\.norm\.weight\)"),
-    "a bias": (without("1.self_attn.q_proj.bias"), r"lacks 1 weights .*\(model\.layers\.1\.self_attn\.q_proj\.bias\)"),
-    "a router": (without("2.mlp.gate.weight"), r"lacks 1 weights .*\(model\.layers\.2\.mlp\.gate\.weight\)"),
-    "a projection of an expert": (without(ONE), rf"lacks 1 weights .*\({ONE}\)"),
+    "the head": (without(SHORT), r"lacks 1 weight .*\(lm_head\.weight\); download"),
+    "the embedding": (without("embed_tokens.weight"), r"lacks 1 weight .*\(model\.embed_tokens\.weight\)"),
+    "the last norm": (without("model.norm.weight"), r"lacks 1 weight .*\(model\.norm\.weight\)"),
+    "a bias": (without("1.self_attn.q_proj.bias"), r"lacks 1 weight .*\(model\.layers\.1\.self_attn\.q_proj\.bias\)"),
+    "a router": (without("2.mlp.gate.weight"), r"lacks 1 weight .*\(model\.layers\.2\.mlp\.gate\.weight\)"),
+    "a projection of an expert": (without(ONE), rf"lacks 1 weight .*\({ONE}\)"),
     "an expert": (
         without(*(f"1.mlp.experts.2.{name}_proj.weight" for name in ("gate", "up", "down"))),
         r"lacks 3 weights .*experts\.2\.gate_proj\.weight, .*experts\.2\.up_proj\.weight, ",
@@ -211,8 +213,11 @@ def test_an_incomplete_checkpoint_is_refused_before_a_weight_is_read(
     [
         ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, r"lacks \d+ weights .*\(model\.layers\.3\."),
         ({"num_experts": 8}, r"lacks 18 weights .*model\.layers\.0\.mlp\.experts\.6\.gate_proj\.weight"),
-        ({"num_experts": 5}, r"gate\.weight has the shape \(6, 32\).*\(5, 32\).*, and \d+ more weights differ"),
-        ({"vocab_size": 120}, r"embed_tokens\.weight has the shape \(97, 32\) in the checkpoint and \(120, 32\)"),
+        ({"num_experts": 5}, r"gate\.weight has the shape \(6, 32\).*\(5, 32\).*, and \d+ weights more differ"),
+        (
+            {"vocab_size": 120},
+            r"has the shape \(97, 32\) in the checkpoint and \(120, 32\) by its config, and 1 weight more differs",
+        ),
     ],
 )
 def test_a_config_of_another_model(
@@ -237,7 +242,7 @@ def test_a_teacher_of_another_family_is_looked_at_too(tmp_path: Path) -> None:
     assert preflight(run, []) == []
     edited(teacher, without("0.mlp.up_proj.weight"))
     [problem] = preflight(run, [])
-    assert problem.startswith(f"recovery.teacher_path={teacher}: the checkpoint lacks 1 weights")
+    assert problem.startswith(f"recovery.teacher_path={teacher}: the checkpoint lacks 1 weight")
 
 
 def test_what_shows_only_after_loading_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +296,21 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path: Path, monkeypatch: pyt
     assert "holds a PEFT adapter" in problem
 
 
+def test_models_of_the_hub_are_looked_at_when_they_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    in_hub_cache(tmp_path / "hub", edited(written(tmp_path / "model"), without(ONE)), "me/model")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    in_hub_cache(tmp_path / "hub", tmp_path / "adapter", "me/adapter")
+    for pages in (None, tmp_path / "pages"):
+        with pytest.raises(UserError, match=rf"^model\.path=me/model: the checkpoint lacks 1 weight .*{ONE}"):
+            loading.load(ModelConfig(device="cpu"), "me/model", pages)
+    with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
+        loading.load(ModelConfig(device="cpu"), "me/adapter")
+    with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
+        planned_config(ModelConfig(path="me/adapter"))
+
+
 # ---------------------------------------------------------------------------------------------- exports
 
 
@@ -324,7 +344,7 @@ def test_an_export_that_would_not_load_gets_no_name(
     pieces = export_module.pieces
 
     def changed(*given: Any) -> Iterator[State]:
-        return (dict(change(*each) for each in piece.items()) for piece in pieces(*given))
+        return (dict(change(*item) for item in piece.items()) for piece in pieces(*given))
 
     monkeypatch.setattr(export_module, "pieces", changed)
     with pytest.raises(AssertionError, match=f"the export is not what .* loads: .*{said}"):
