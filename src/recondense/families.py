@@ -248,6 +248,31 @@ def checkpointing(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]
     finally:
         if wanted:
             model.activation_checkpointing_disable()
+            model.disable_input_require_grads()  # transformers does so for peft's models alone
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+    """Inside, fused experts are computed one after another."""
+    before = model.get_experts_implementation()
+    if wanted:
+        model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        if wanted:
+            model.set_experts_implementation(before)
+
+
+def selects_experts(name: str) -> bool:
+    """Whether a parameter, by its name, corrects which experts are selected; it enters no output."""
+    return name.endswith("e_score_correction_bias")
+
+
+def is_norm_or_bias(module: nn.Module, name: str) -> bool:
+    """Whether a parameter, by its name in a module, is a norm's or is added to something, as correction biases are."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf.endswith("bias") or "norm" in type(module.get_submodule(parent)).__name__.lower()
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from recondense.config import TrainerConfig
 from recondense.data import RecoveryData
 from recondense.errors import UserError
 from recondense.files import remove_partial, replace_file
-from recondense.recovery import RecoveryModule, trained_state
+from recondense.recovery import RecoveryModule, random_states, set_random_states, trained_state
 
 FINAL = "final.ckpt"
+SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # variables that `seed_everything` sets
 
 log = logging.getLogger(__name__)
 
@@ -41,38 +44,37 @@ def fit(
     """Train, or go on from the newest checkpoint in a folder, or do nothing if the training is done.
 
     All processes come here together. An engine that shards leaves the module without weights in all but the first.
+    Besides weights everything is afterwards as it was, however the fit ends.
 
     Args:
-        module: what to train; left with the trained weights, in its model's dtype.
+        module: what to train; left with the trained weights, frozen and in evaluation mode.
         folder: of checkpoints. `final.ckpt` is there when the training is done.
 
     Returns:
         the final checkpoint.
+
+    Raises:
+        UserError: a checkpoint that is damaged or belongs to another plan, a precision that would round weights.
     """
-    L.seed_everything(seed, verbose=False)
-    module.prepare()
     final = folder / FINAL
-    dtype = module.model.dtype
-    precision = precision_of(trainer, dtype)
-    if processes.broadcast(final.exists()):
-        if processes.is_first():
-            log.info("%s: found trained in %s", module.stage, final)
-        if not trainer.deepspeed:
-            module.keep_trained_in_fp32(precision)  # the experts' implementation is the one after a training
-    else:
-        _refuse_rounding(trainer, precision, dtype)
-        if not trainer.deepspeed:  # which keeps copies in fp32 of its own
-            module.keep_trained_in_fp32(precision)
-        _train(module, data, folder, trainer, precision, callbacks, loggers)
-    processes.barrier()
-    if not sharding.is_hollow(module):
-        state = torch.load(final, map_location="cpu", weights_only=True)
-        module.check_plan(state["plan"])
-        unknown = module.load_state_dict(state["state_dict"], strict=False).unexpected_keys
-        assert not unknown, unknown
-    module.to_dtype(dtype)
-    module.eval()
-    module.model.requires_grad_(False)
+    with _process_put_back():
+        L.seed_everything(seed, verbose=False)
+        module.prepare()
+        try:
+            if processes.broadcast(final.exists()):
+                if processes.is_first():
+                    log.info("%s: found trained in %s", module.stage, final)
+            else:
+                _train(module, data, folder, trainer, callbacks, loggers)
+            processes.barrier()
+            if not sharding.is_hollow(module):
+                state = read_checkpoint(final)
+                module.check_checkpoint(state)
+                unknown = module.load_state_dict(state["state_dict"], strict=False).unexpected_keys
+                assert not unknown, unknown
+        finally:
+            module.rest()
+            data.trainer = None
     return final
 
 
@@ -92,7 +94,6 @@ def _train(
     data: RecoveryData,
     folder: Path,
     settings: TrainerConfig,
-    precision: str,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
 ) -> None:
@@ -100,13 +101,16 @@ def _train(
     device = module.computes_on
     if processes.is_first():
         remove_partial(folder)
+    precision = precision_of(settings, module.model.dtype)
+    _refuse_rounding(settings, precision, module.model.dtype)
     newest = processes.broadcast(newest_checkpoint(folder))
     if newest is not None and processes.is_first():
         log.info("%s: going on from %s", module.stage, newest)
-    trained = _trained(module, settings)
-    trained.train()
-    lightning = _trainer(trained, folder, settings, precision, device, callbacks, loggers)
-    try:
+    # DeepSpeed keeps copies in fp32 of its own.
+    with nullcontext() if settings.deepspeed else module.training_in(precision), _brought_back(module, device):
+        trained = _trained(module, settings)
+        trained.train()
+        lightning = _trainer(trained, folder, settings, precision, device, callbacks, loggers)
         with (
             _deterministic(settings.deterministic or device.type == "cpu"),
             families.checkpointing(trained.model, module.recovery.activation_checkpointing),
@@ -119,9 +123,16 @@ def _train(
         state = trained_state(trained)
         if processes.is_first():
             _save({"state_dict": state, "plan": module.plan.to_dict()}, folder / FINAL)
+
+
+@contextmanager
+def _brought_back(module: RecoveryModule, device: torch.device) -> Iterator[None]:
+    """After, a module is on a device again: Lightning leaves every module on the CPU."""
+    try:
+        yield
     finally:
         if not sharding.is_hollow(module):
-            module.to(device)  # Lightning leaves every module on the CPU
+            module.to(device)
 
 
 def _trained(module: RecoveryModule, settings: TrainerConfig) -> RecoveryModule:
@@ -173,11 +184,36 @@ class AsideCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         _save(checkpoint, Path(path))
 
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
 
 def _save(content: dict[str, Any], path: Path) -> None:
     """torch.save, complete or not at all."""
     with replace_file(path) as aside, aside.open("wb") as file:
         torch.save(content, file)  # given the path it would write the name into the file
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of ours holds, in the CPU's memory.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    damaged = UserError(
+        f"{path} is damaged: it is no whole checkpoint. Delete this file: the same command goes on from the checkpoint "
+        "before it, or trains anew"
+    )
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise damaged
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise damaged from error
+    return stored
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -244,12 +280,29 @@ def _trainer(
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Deterministic algorithms inside: on a CPU they cost nothing, and a killed run goes on bit for bit."""
     memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = memory.fill_uninitialized_memory
     if wanted:
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def _process_put_back() -> Iterator[None]:
+    """After, random states and Lightning's seeds are as before, and gradients are on or off as before."""
+    states, grad = random_states(), torch.is_grad_enabled()
+    seeds = {name: os.environ.get(name) for name in SEEDS}
+    try:
+        yield
+    finally:
+        set_random_states(states)
+        torch.set_grad_enabled(grad)
+        for name, value in seeds.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -161,8 +161,9 @@ class RecoveryModule(L.LightningModule):
             return
         self._freed = True
         if self.recovery.trainable == "lora":
-            layers = families.trained_layers(self.model, self._layers)
-            self.adapters = adapters.inject(self.model, layers, self.recovery.lora)
+            if self.adapters is None:
+                layers = families.trained_layers(self.model, self._layers)
+                self.adapters = adapters.inject(self.model, layers, self.recovery.lora)
             for parameter in self.adapters.parameters():
                 parameter.requires_grad_(True)
             if self.teacher is not None:
@@ -196,6 +197,7 @@ class RecoveryModule(L.LightningModule):
 
         self.adapters.merge(replaced)
         self.adapters = None
+        self._freed = True  # until `begin`, or others would be put in
         if self.teacher is not None:
             self.teacher.adapters = None
 
@@ -453,14 +455,16 @@ class RecoveryModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def check_plan(self, stored: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint that was made under another plan.
+    def check_checkpoint(self, stored: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that was made under another plan; one of this plan holds all that trains.
 
         Raises:
-            UserError: it was.
+            UserError: it was made under another.
         """
-        if self.plan is None or Plan.from_dict(stored).operations != self.plan.operations:
+        if self.plan is None or Plan.from_dict(stored["plan"]).operations != self.plan.operations:
             raise UserError("the checkpoint belongs to another plan; start anew in another folder or overwrite=true")
+        missing = {name for name, value in self.named_parameters() if value.requires_grad} - stored["state_dict"].keys()
+        assert not missing, f"not in the checkpoint: {sorted(missing)}"
 
     def configure_gradient_clipping(
         self,
@@ -482,40 +486,59 @@ class RecoveryModule(L.LightningModule):
             checkpoint["random_states_of_others"] = others
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_plan(checkpoint["plan"])
+        self.check_checkpoint(checkpoint)
         states = [checkpoint["random_states"], *checkpoint.get("random_states_of_others", ())]
         self._random_states = states[min(processes.rank(), len(states) - 1)]
 
-    def keep_trained_in_fp32(self, precision: str) -> None:
-        """Hold what trains in fp32 under mixed precision: AdamW's small steps would vanish in bf16."""
-        if not precision.endswith("mixed"):
-            return
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        blocks = families.sparse_blocks(self.model).values()
-        fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
-        if any(block.weights.down_EDF.dtype == torch.float32 for block in fused):
-            self.model.set_experts_implementation("eager")  # autocast does not cover transformers' grouped products
+    @contextmanager
+    def training_in(self, precision: str) -> Iterator[None]:
+        """Inside, what trains is in fp32 under mixed precision: AdamW's small steps would vanish in bf16."""
+        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
+        eager = False
+        if precision.endswith("mixed"):
+            self._convert(dict.fromkeys(dtypes, torch.float32))
+            blocks = families.sparse_blocks(self.model).values()
+            fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
+            # Autocast does not cover transformers' grouped products.
+            eager = any(block.weights.down_EDF.dtype == torch.float32 for block in fused)
+        try:
+            with families.eager_experts(self.model, eager):
+                yield
+        finally:
+            self._convert(dtypes)
 
-    def to_dtype(self, dtype: torch.dtype) -> None:
-        """Bring trained weights back to a dtype; the scales of condensed layers stay in fp32."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+    def _convert(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        """Bring weights of the model to a dtype each."""
+        for name, value in self.model.named_parameters():
+            if name in dtypes:
+                value.data = value.data.to(dtypes[name])
+
+    def rest(self) -> None:
+        """Leave training: frozen, in evaluation mode, without gradients and Trainer; `prepare` lets it train again."""
+        self.model.requires_grad_(False)
+        self.zero_grad()
+        self.eval()
+        self.trainer = None
+        self._freed = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecoveryModule:
-        """Move and convert as any module, but buffers keep their precision, as loading left it.
+        """Move and convert as any module, but what loading left in another precision than the model's keeps it.
 
-        bf16-true converts whole modules, and rounded rotary frequencies turn far positions by another angle.
+        bf16-true converts whole modules: rounded rotary frequencies turn far positions by another angle, and some
+        families' routers are in fp32.
         """
         before = [(each, dict(each._buffers)) for each in self.modules()]
+        usual = self.model.dtype
+        others = [(each, each.data) for each in self.parameters() if each.dtype != usual and not each.requires_grad]
         super()._apply(fn, recurse)
         for each, buffers in before:
             for name, own in buffers.items():
                 now = each._buffers.get(name)
                 if own is not None and now is not None and now.dtype != own.dtype:
                     each._buffers[name] = own.to(now.device)
+        for parameter, data in others:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         return self
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:

@@ -6,6 +6,7 @@ another number of processes, and loads no pickles.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ class Zero(OneForm, DeepSpeedStrategy):
     def __init__(self, *args: Any, leaves: Iterable[nn.Module] = (), **kwargs: Any) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Importing DeepSpeed sets a level, and so does Lightning.
+        kwargs.setdefault("logging_level", logging.getLogger("DeepSpeed").level or logging.WARNING)
         super().__init__(*args, **kwargs)
         self._leaves = list(leaves)
 

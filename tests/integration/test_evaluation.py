@@ -18,8 +18,11 @@ from integration.runs import NORMALISED, config, model_folder, one_command, pape
 from recondense import pipeline, published
 from recondense.config import EvaluationConfig, HeldoutConfig
 from recondense.heldout import HELDOUT_TASKS
+from recondense.measure import Measure
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.saliency import SaliencyPruning
 from recondense.published import CDMOE, DEEPSEEK, PAPER_TASKS, model_named
+from recondense.recovery import RecoveryModule
 
 Command = Callable[..., tuple[int, str]]
 LmEval = Callable[[Path, list[str], Path, Path], dict[str, dict[str, float]]]
@@ -197,3 +200,35 @@ def test_lm_evals_own_command_runs_a_bundled_export(base: Path, tmp_path: Path) 
     found = run(base, tmp_path / "bundled", "token")
     assert found["artifacts"]["export_format"] == "bundled"
     same_numbers(base, tmp_path / "bundled" / "run", found, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_stage_is_measured_with_the_same_experts(
+    base: Path, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a training in mixed precision, which computes fused experts another way."""
+    seen: dict[str, set[str]] = {}
+    trained: set[str] = set()
+    quality, profiles, step = Measure._quality, Measure._profiles, RecoveryModule.training_step
+
+    def watched_quality(self: Measure, name: str, *rest: Any) -> Any:
+        seen.setdefault(name, set()).add(self.model.config._experts_implementation)
+        return quality(self, name, *rest)
+
+    def watched_profiles(self: Measure, name: str, *rest: Any) -> Any:
+        seen.setdefault(name, set()).add(self.model.config._experts_implementation)
+        return profiles(self, name, *rest)
+
+    def watched_step(self: RecoveryModule, batch: Any, index: int) -> Any:
+        trained.add(self.model.config._experts_implementation)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Measure, "_quality", watched_quality)
+    monkeypatch.setattr(Measure, "_profiles", watched_profiles)
+    monkeypatch.setattr(RecoveryModule, "training_step", watched_step)
+    settings = config(base / "model", text_files(base / "texts"), tmp_path, steps=2, control=True)
+    settings = replace(settings, model=replace(settings.model, dtype=dtype))
+    with one_command():
+        pipeline.run(settings, [SaliencyPruning("frequency", "uniform", removed_expert_ratio=0.5)])
+    assert trained == {"eager" if dtype == "bfloat16" else "grouped_mm"}
+    assert seen == {name: {"grouped_mm"} for name in ("original", "compressed", "recovered", "control")}

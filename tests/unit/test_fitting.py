@@ -15,6 +15,7 @@ from tiny_models import EVERY, FAMILIES, bits, condense_plan, logits, qwen2_moe,
 from torch.overrides import TorchFunctionMode
 
 from recondense.config import RecoveryConfig, TrainerConfig
+from recondense.errors import UserError
 from recondense.fitting import FINAL, fit, newest_checkpoint, precision_of
 from recondense.plan import Condense, Factorize, Plan, Prune
 from recondense.recovery import RecoveryModule
@@ -149,6 +150,64 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
         fit(other, data(other), tmp_path, QUIET, seed=1)
 
 
+DAMAGES: dict[str, Any] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "another": lambda content: b"version https://git-lfs.github.com/spec/v1\n",
+    "changed at its end": lambda content: content.replace(b"PK\x01\x02", b"PK\x01\x03", 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [FINAL, "step=4.ckpt"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    """And the fit goes on once the file is deleted."""
+    module = module_of(steps=6)
+    fit(module, data(module), tmp_path, QUIET, seed=1)
+    expected = trained(module)
+    if name != FINAL:
+        (tmp_path / FINAL).unlink()
+        (tmp_path / "step=6.ckpt").rename(tmp_path / name)
+    path = tmp_path / name
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    again = module_of(steps=6)
+    with pytest.raises(UserError, match=rf"{name} is damaged.*Delete this file"):
+        fit(again, data(again), tmp_path, QUIET, seed=1)
+    path.unlink()
+    fit(again, data(again), tmp_path, QUIET, seed=1)
+    assert same_bits(trained(again), expected)
+
+
+def test_another_error_while_reading_a_checkpoint_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = module_of()
+    fit(module, data(module), tmp_path, QUIET, seed=1)
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] not enough memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        fit(module, data(module), tmp_path, QUIET, seed=1)
+
+
+@pytest.mark.parametrize("name", [FINAL, "step=2.ckpt"])
+def test_a_checkpoint_without_a_trained_weight_is_none(tmp_path: Path, name: str) -> None:
+    module = module_of(steps=4)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(module, data(module), tmp_path, QUIET, seed=1, callbacks=[StopAt(3)])
+    if name == FINAL:
+        fit(module, data(module), tmp_path, QUIET, seed=1)
+    stored = torch.load(tmp_path / name, weights_only=True)
+    dropped = sorted(stored["state_dict"])[1]
+    del stored["state_dict"][dropped]
+    torch.save(stored, tmp_path / name)
+    again = module_of(steps=4)
+    with pytest.raises(AssertionError, match=dropped):
+        fit(again, data(again), tmp_path, QUIET, seed=1)
+
+
 @pytest.mark.parametrize("precision", ["auto", "bf16-true", "32-true"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_precisions(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
@@ -262,7 +321,6 @@ def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
     plan = Plan("tiny", tuple(operations["prune" if kind == "lora" else kind]))
     module = RecoveryModule(model, recovery, plan=plan)
     module.prepare()
-    module.keep_trained_in_fp32("bf16-mixed")
     seen: list[torch.dtype] = []
 
     class Products(TorchFunctionMode):
@@ -272,7 +330,8 @@ def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
                 seen.append(found.dtype)
             return found
 
-    with torch.autocast("cpu", torch.bfloat16), Products():
+    with module.training_in("bf16-mixed"), torch.autocast("cpu", torch.bfloat16), Products():
         module.losses(windows(2, 8))["loss"]
+        assert model.config._experts_implementation == ("eager" if kind == "prune" else "grouped_mm")
     assert len(seen) > 20 and set(seen) == {torch.bfloat16}
-    assert model.config._experts_implementation == ("eager" if kind == "prune" else "grouped_mm")
+    assert model.config._experts_implementation == "grouped_mm"

@@ -1,0 +1,170 @@
+"""A fit leaves nothing changed behind it but weights, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from recoveries import data, recovery, trained
+from settings_around import differences, settings_around
+from tiny_models import EVERY, bits, condense_plan, same_bits, windows
+
+from callbacks.graceful_stop import GracefulStop
+from callbacks.profile import ProfileMemoryAndSpeed
+from callbacks.progress import TrainingProgress
+from recondense.config import TrainerConfig
+from recondense.fitting import fit
+from recondense.plan import Plan, Prune
+from recondense.recovery import RecoveryModule
+
+PRUNED = Plan("tiny", tuple(Prune(layer, (0, 1, 2, 4)) for layer in (1, 2)))
+# Lightning says so of every fit that goes on.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level("ERROR", logger="lightning.pytorch")
+    yield
+
+
+class StopAt(L.Callback):
+    """A training that fails before the given batch."""
+
+    def __init__(self, batch: int, error: type[BaseException] = RuntimeError) -> None:
+        self.batch, self.error = batch, error
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
+        if batch_index == self.batch:
+            raise self.error("stopped")
+
+
+class Terminate(L.Callback):
+    """A SIGTERM while it trains."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
+        if batch_index == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def module_of(
+    family: str = "qwen2_moe", dtype: torch.dtype = torch.float32, plan: Plan | None = None, **changes: Any
+) -> RecoveryModule:
+    """As a run hands it to its first fit: surgery is done, nothing trains yet."""
+    model = EVERY[family]()
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in kept):  # as loading leaves it
+            parameter.data = parameter.data.to(dtype)
+    module = RecoveryModule(model, recovery(**changes), plan=plan or condense_plan(model, [1, 2]))
+    module.prepare(refit=False)
+    module.eval()
+    return module
+
+
+def original_bits(module: RecoveryModule) -> dict[str, torch.Tensor]:
+    with module.original() as model:
+        return bits(model)
+
+
+ROUTERS: dict[str, Any] = {"family": "ernie4_5_moe", "dtype": torch.bfloat16}  # whose routers are in fp32
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hidden states, validated": {"hidden_share": 0.5, "validate_every": 2},
+    "activations again": {"activation_checkpointing": True},
+    "compiled": {"trainer": {"compile": True}},
+    "fused experts in bf16": {"dtype": torch.bfloat16, "plan": PRUNED},
+    "fused experts of fp32 in bf16": {"plan": PRUNED, "trainer": {"precision": "bf16-mixed"}},
+    "all in bf16": {"dtype": torch.bfloat16, "trainer": {"precision": "bf16-true"}},
+    "all in bf16 but routers": {**ROUTERS, "plan": PRUNED, "trainer": {"precision": "bf16-true"}},
+    "all weights": {**ROUTERS, "plan": Plan("tiny"), "trainable": "all", "objective": "finetune"},
+    "all weights, all in bf16": {
+        **ROUTERS, "plan": Plan("tiny"), "trainable": "all", "objective": "finetune",
+        "trainer": {"precision": "bf16-true"},
+    },
+    "deterministic": {"trainer": {"deterministic": True}},
+}  # fmt: skip
+
+
+FUSED, AGAIN, ALL = "fused experts in bf16", "activations again", "all weights"
+ENDS = [*((name, "done") for name in CASES), *((name, "fails") for name in (FUSED, AGAIN, ALL)), (FUSED, "interrupted")]
+
+
+@pytest.mark.filterwarnings("ignore")  # what a compiler says of its own code
+@pytest.mark.parametrize(("name", "ends"), ENDS)
+def test_settings_are_as_before(tmp_path: Path, name: str, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    case = dict(CASES[name])
+    trainer = TrainerConfig(progress_bar=False, **case.pop("trainer", {}))
+    module = module_of(**case)
+    windows_of = data(module, windows(3, 8, seed=5))
+    before, original = settings_around(module), original_bits(module)
+    if ends == "done":
+        fit(module, windows_of, tmp_path, trainer, seed=0)
+    else:
+        error = RuntimeError if ends == "fails" else KeyboardInterrupt
+        with pytest.raises((error, SystemExit)):
+            fit(module, windows_of, tmp_path, trainer, seed=0, callbacks=[StopAt(3, error)])
+    assert differences(before, settings_around(module)) == {}
+    assert windows_of.trainer is None
+    assert module.teacher is None or same_bits(original, original_bits(module))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_settings_are_as_before_with_the_callbacks_of_a_run(tmp_path: Path, stopped: bool) -> None:
+    """Signal handlers among them."""
+    module = module_of()
+    profile = ProfileMemoryAndSpeed(prompt_length=4, new_tokens=1, repetitions=1)
+    callbacks = [profile, TrainingProgress("recover"), *([Terminate()] if stopped else []), GracefulStop()]
+    before = settings_around(module)
+    with pytest.raises(SystemExit) if stopped else nullcontext():
+        fit(module, data(module), tmp_path, TrainerConfig(progress_bar=False), seed=0, callbacks=callbacks)
+    assert differences(before, settings_around(module)) == {}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_unusual_settings_are_as_before(tmp_path: Path, deterministic: bool) -> None:
+    """Of a notebook: gradients off, algorithms that only warn, a seed and random numbers of its own."""
+    module = module_of()
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv("PL_GLOBAL_SEED", "11")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.rand(3)
+        try:
+            before = settings_around(module)
+            settings = TrainerConfig(progress_bar=False, deterministic=deterministic)
+            fit(module, data(module), tmp_path, settings, seed=0)
+            assert differences(before, settings_around(module)) == {}
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_what_was_trained_already_is_read_without_a_trace(tmp_path: Path) -> None:
+    first, again = (module_of(dtype=torch.bfloat16, plan=PRUNED) for _ in range(2))
+    fit(first, data(first), tmp_path, TrainerConfig(progress_bar=False), seed=0)
+    before = settings_around(again)
+    fit(again, data(again), tmp_path, TrainerConfig(progress_bar=False), seed=0)
+    assert differences(before, settings_around(again)) == {}
+    assert same_bits(trained(first), trained(again))
+
+
+@pytest.mark.parametrize("trainable", ["experts", "lora"])
+def test_a_module_goes_on_after_a_failure(tmp_path: Path, trainable: str) -> None:
+    """The same object, as a notebook has it, from the checkpoint before."""
+    whole, cut = (module_of(steps=6, trainable=trainable) for _ in range(2))
+    settings = TrainerConfig(progress_bar=False)
+    fit(whole, data(whole), tmp_path / "whole", settings, seed=0)
+    for stop in (3, 5):
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(cut, data(cut), tmp_path / "cut", settings, seed=0, callbacks=[StopAt(stop)])
+    fit(cut, data(cut), tmp_path / "cut", settings, seed=0)
+    assert same_bits(trained(whole), trained(cut))
