@@ -429,10 +429,13 @@ class RecoveryModule(L.LightningModule):
             self.log(f"{self.stage}/validation_kl", sums[1] / max(1, len(counted)), **counts)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains, as an optimiser takes it: norms and biases are not decayed."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        decayed = [p for p in trained if strategies.num_dimensions(p) > 1]
-        others = [p for p in trained if strategies.num_dimensions(p) <= 1]
+        """What trains, as an optimiser takes it: norms and biases, whatever their shape, are not decayed."""
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                matrix = strategies.num_dimensions(parameter) > 1 and not families.is_norm_or_bias(self, name)
+                (decayed if matrix else others).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": self.recovery.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -553,13 +556,13 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
     Args:
         layers: "experts" trains shared and retained experts of these layers only, dense ones among them; of all MoE
             layers that are left if there are none, or if nothing is left of these (they were dropped).
-        trainable: "experts" or "all".
+        trainable: "experts" or "all"; a router's correction bias, which no gradient reaches, is in neither.
 
     Returns:
         name -> parameter. Routers, gates and the scales of condensed layers are never among the experts.
     """
     if trainable == "all":
-        return dict(model.named_parameters())
+        return {name: value for name, value in model.named_parameters() if not families.selects_experts(name)}
     return {
         f"{name}.{own}": parameter
         for name, module in families.trained_modules(model, families.trained_layers(model, layers)).items()

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from recoveries import QUIET, data, module_of, recovery
-from tiny_models import FAMILIES, condense_plan, logits, qwen2_moe, windows
+from tiny_models import EVERY, FAMILIES, condense_plan, logits, qwen2_moe, windows
 from transformers import PreTrainedModel
 
 from recondense import families
@@ -18,7 +18,7 @@ from recondense.config import LoraSettings
 from recondense.fitting import fit
 from recondense.losses import cross_entropy
 from recondense.modules import CondensedMoE
-from recondense.plan import Drop, Plan
+from recondense.plan import Drop, Factorize, Plan, Prune
 from recondense.profiling import resident_bytes
 from recondense.recovery import RecoveryModule, trainable_parameters
 from recondense.summary import control_settings
@@ -132,6 +132,70 @@ def test_without_layers_experts_of_all_moe_layers_train() -> None:
     assert {name.split(".")[2] for name in found} == {"0", "1", "2"}
     assert not any("gate.weight" in name for name in found)
     assert set(trainable_parameters(model, (), "all")) == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_gradient_reaches_all_that_trains(family: str) -> None:
+    """Processes would wait for others, and a checkpoint needs no more."""
+    model: Any = EVERY[family]()
+    settings = recovery(objective="finetune", trainable="all")
+    module = RecoveryModule(model, settings, plan=Plan("tiny"))
+    module.prepare()
+    module.losses(windows(4, 12))["loss"].backward()
+    without = {name for name, value in model.named_parameters() if value.grad is None}
+    assert without == {name for name, value in model.named_parameters() if not value.requires_grad}
+    assert all(name.endswith("e_score_correction_bias") for name in without)
+
+
+class ManyNorms(torch.nn.LayerNorm):
+    """One for each head, as some families have them."""
+
+
+DECAYED = {
+    "gpt_oss": {"gate_up_proj", "down_proj"},
+    "gpt_oss low-rank": {"gate_up_right", "gate_left", "up_left", "down_left", "down_right"},
+    "gpt_oss condensed": {"weight"},
+    "qwen2_moe": {"gate_up_proj", "down_proj", "weight"},
+}
+RANKS = {name: (8, 8, None, 8, 6, 8) for name in PROJECTIONS}
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_biases_and_norms_are_not_decayed_whatever_their_shape(name: str) -> None:
+    family, _, how = name.partition(" ")
+    model: Any = EVERY[family]()
+    if how == "condensed":
+        plan = condense_plan(model, [1, 2])
+    else:
+        operation = Factorize(1, RANKS) if how else Prune(1, (0, 1, 2, 4))
+        plan = Plan("tiny", (operation,))
+    module = RecoveryModule(model, recovery(weight_decay=0.1), plan=plan)
+    module.prepare()
+    decayed = names_of(module, 0.1)
+    assert {each.rpartition(".")[2] for each in decayed} == DECAYED[name]
+    others = names_of(module, 0.0)
+    assert all("bias" in each for each in others) and bool(others) == (family == "gpt_oss")
+    assert len(decayed) + len(others) == sum(value.requires_grad for value in module.parameters())
+
+
+def test_of_all_weights_matrices_are_decayed_alone() -> None:
+    model: Any = EVERY["gpt_oss"]()
+    model.model.layers[0].self_attn.q_norm = ManyNorms((2, 16))
+    module = RecoveryModule(model, recovery(objective="finetune", trainable="all"), plan=Plan("tiny"))
+    module.prepare()
+    others = names_of(module, 0.0)
+    kinds = {each.rpartition(".")[2] for each in others}
+    assert kinds == {"weight", "bias", "gate_up_proj_bias", "down_proj_bias", "sinks"}
+    assert all("norm" in each for each in others if each.endswith(".weight"))
+    assert any(each.endswith("q_norm.weight") for each in others)
+    assert not any("norm" in each or "bias" in each for each in names_of(module, 0.1))
+
+
+def names_of(module: RecoveryModule, weight_decay: float) -> list[str]:
+    """What is decayed so much."""
+    groups = [group for group in module.parameter_groups() if group["weight_decay"] == weight_decay]
+    inside = {id(parameter) for group in groups for parameter in group["params"]}
+    return [name for name, value in module.named_parameters() if id(value) in inside]
 
 
 def test_objective_none_trains_nothing() -> None:
