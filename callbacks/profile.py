@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
-from recondense.profiling import Profile, Variant, profile_variants, resident_bytes, weights_bytes
+from recondense.fused import MASKED
+from recondense.profiling import Clock, Profile, Variant, profile_variants, resident_bytes, weights_bytes
 
 
 class ProfileMemoryAndSpeed(L.Callback):
@@ -22,8 +23,9 @@ class ProfileMemoryAndSpeed(L.Callback):
     Logged: `profile/<variant>/weights_bytes`, `.../peak_memory_bytes`, `.../prefill_tokens_per_second`,
     `.../decode_tokens_per_second`. The variants are `compressed` (at the start) or `recovered` (at the end), and
     `original`, in alternation, when the module has a `teacher` with `active()`. While training, every N steps:
-    `profile/train_tokens_per_second`, `profile/train_peak_bytes` (on CUDA of tensors since the last time, elsewhere of
-    the whole process since its start), and once `profile/resident_bytes` (student and teacher, shared weights once).
+    `profile/train_tokens_per_second` (of all processes, without filler), `profile/train_peak_bytes` (on CUDA of tensors
+    since the last time, elsewhere of the whole process since its start), and once `profile/resident_bytes` (student and
+    teacher, shared weights once).
 
     Args:
         batch_size, prompt_length, new_tokens, repetitions: as for `profiling.profile_variants`.
@@ -54,9 +56,8 @@ class ProfileMemoryAndSpeed(L.Callback):
         self.at_end = at_end
         self.every_n_steps = every_n_steps
         self.profiles: dict[str, dict[str, Profile]] = {}  # "start" and "end" -> variant -> profile
-        self._tokens = 0
-        self._seconds = 0.0
-        self._batch_started = 0.0
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._clock: Clock | None = None  # has a mark before each batch and after it
         self._logged_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,26 +75,37 @@ class ProfileMemoryAndSpeed(L.Callback):
             self._profile(trainer, pl_module, "start", "compressed")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._logged_step = trainer.global_step
+        self._start_counting(trainer, pl_module)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_started = time.perf_counter()
+        if not self.every_n_steps:
+            return
+        if self._clock is None:
+            self._clock = Clock(pl_module.device)
+        else:
+            self._clock.mark()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._seconds += time.perf_counter() - self._batch_started
-        self._tokens += _num_tokens(batch)
-        step = trainer.global_step
-        if not self.every_n_steps or step < self._logged_step + self.every_n_steps:
+        if self._clock is None:
             return
-        rate = self._tokens / max(self._seconds, 1e-9)
+        self._clock.mark()
+        self._tokens += _num_tokens(batch)  # on the device: nothing waits for it here
+        if trainer.global_step < self._logged_step + self.every_n_steps:
+            return
+        tokens = int(trainer.strategy.reduce(self._tokens, reduce_op="sum"))
+        rate = tokens / sum(self._clock.seconds()[::2])
         _log(trainer, {"profile/train_tokens_per_second": rate, "profile/train_peak_bytes": _peak(pl_module.device)})
-        self._tokens, self._seconds, self._logged_step = 0, 0.0, step
+        self._start_counting(trainer, pl_module)
+
+    def _start_counting(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tokens = torch.zeros((), dtype=torch.int64, device=pl_module.device)
+        self._clock, self._logged_step = None, trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.at_end:
@@ -124,11 +136,17 @@ def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
         logger.log_metrics(metrics, step=trainer.global_step)
 
 
-def _num_tokens(batch: Any) -> int:
+def _num_tokens(batch: Any) -> Tensor | int:
+    """The tokens of a batch but fillers: those that its mask names, or up to the last target of each window."""
     if not isinstance(batch, dict) or "input_ids" not in batch:
         return 0
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+    if "attention_mask" in batch:
+        return cast(Tensor, batch["attention_mask"].sum())
+    if "labels" in batch:
+        labels_BS: Tensor = batch["labels"]
+        places_S = torch.arange(1, labels_BS.shape[-1] + 1, device=labels_BS.device)
+        return ((labels_BS != MASKED) * places_S).amax(-1).sum()
+    return int(batch["input_ids"].numel())
 
 
 def _peak(device: torch.device) -> int:

@@ -188,7 +188,7 @@ def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> in
 @torch.inference_mode()
 def _generate(model: nn.Module, ids_BT: Tensor, prompt_length: int) -> tuple[float, float]:
     """One prefill and decode; returns their seconds. The tokens are given, so every variant does the same work."""
-    clock = _Clock(ids_BT.device)
+    clock = Clock(ids_BT.device)
     output = model(input_ids=ids_BT[:, :prompt_length], use_cache=True, logits_to_keep=1)
     clock.mark()
     for position in range(prompt_length, ids_BT.shape[1]):
@@ -203,7 +203,7 @@ def _generate(model: nn.Module, ids_BT: Tensor, prompt_length: int) -> tuple[flo
     return prefill, decode
 
 
-class _Clock:
+class Clock:
     """Times between marks: events of the stream on CUDA, where the host runs ahead, and the host's clock elsewhere."""
 
     def __init__(self, device: torch.device) -> None:

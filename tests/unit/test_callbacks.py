@@ -204,6 +204,33 @@ class TestProfile:
         assert expected <= metrics["profile/resident_bytes"] <= expected + rotary
         assert metrics["profile/train_peak_bytes"] > 0
 
+    def test_tokens_are_counted_without_filler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In windows with labels up to the last target, under a mask what it names, else all; of all processes."""
+        ticks = iter(range(1000))
+        monkeypatch.setattr(profiling.time, "perf_counter", lambda: float(next(ticks)))
+        ids = torch.arange(16).view(2, 8)
+        labels = torch.full((2, 8), -100)
+        labels[0, 2], labels[0, 4], labels[1, 6] = 2, 4, 14
+        mask = (torch.arange(8) < torch.tensor([[3], [8]])).long()
+        for more, tokens in (({}, 16), ({"labels": labels}, 5 + 7), ({"labels": labels, "attention_mask": mask}, 11)):
+            callback = ProfileMemoryAndSpeed(at_start=False, at_end=False, every_n_steps=2)
+            module = Module()
+            monkeypatch.setattr(L.pytorch.strategies.SingleDeviceStrategy, "reduce", lambda self, own, **_: 3 * own)
+            recorder = Recorder()
+            trainer = L.Trainer(
+                accelerator="cpu", max_epochs=1, logger=recorder, default_root_dir=tmp_path, callbacks=[callback],
+                enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                accumulate_grad_batches=2, log_every_n_steps=1,
+            )  # fmt: skip
+            trainer.fit(module, DataLoader([{"input_ids": ids, **more}] * 8, batch_size=None))  # type: ignore[arg-type]
+            rates = [
+                metrics["profile/train_tokens_per_second"]
+                for _, metrics in recorder.metrics
+                if "profile/train_tokens_per_second" in metrics
+            ]
+            # Two steps of two batches, a second each by this clock; three processes.
+            assert rates == [3 * tokens] * 2
+
     def test_without_a_teacher_the_live_model_alone(self, tmp_path: Path) -> None:
         callback = ProfileMemoryAndSpeed(**self.SETTINGS, at_start=False, every_n_steps=0)
         _, recorder = fit(Module(), [callback], tmp_path)
