@@ -208,15 +208,25 @@ class ShuffledWindows:
     Sample i is window permutation_e[i mod N] of epoch e = i div N, where permutation_e is seeded by (seed, e); batches
     run across the ends of epochs. The state is the position: it moves on as batches are taken, and `in_flight` tells
     how many of those taken have not been trained on, so that a state saved in the middle of a step repeats that step.
+
+    Args:
+        accumulate: batches of an optimiser step.
     """
 
     def __init__(
-        self, table: Table, batch_size: int, num_batches: int, seed: int, in_flight: Callable[[], int]
+        self,
+        table: Table,
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+        in_flight: Callable[[], int],
+        accumulate: int = 1,
     ) -> None:
         self.table = table
         self.batch_size = batch_size
         self.num_batches = num_batches
         self.seed = seed
+        self.accumulate = accumulate
         self.position = 0
         self._in_flight = in_flight
         self._permutation: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
@@ -235,21 +245,34 @@ class ShuffledWindows:
     def batch(self, position: int) -> dict[str, Tensor]:
         """The batch at a position, counted from 0; of several processes each has its part of it.
 
-        Where labels make parts of different sizes, `weight` is the number of predicted tokens relative to their mean.
+        Where labels make the parts of an optimiser step different in size, `weight` says what this one weighs.
         """
-        first = position * self.batch_size
-        rows = [self._window_index(sample) for sample in range(first, first + self.batch_size)]
-        own = _own_rows(rows)
-        batch = {name: column[own] for name, column in self.table.items()}
-        if processes.world_size() > 1 and "labels" in self.table:
-            of_all = predicting(self.table["labels"][rows]).sum().clamp_min(1)
-            batch["weight"] = predicting(batch["labels"]).sum() * processes.world_size() / of_all
+        rows = _own_rows(self._rows(position, position + 1))
+        batch = {name: column[rows] for name, column in self.table.items()}
+        if "labels" in self.table and (processes.world_size() > 1 or self.accumulate > 1):
+            batch["weight"] = self._weight(position, rows)
         return batch
+
+    def _weight(self, position: int, rows: Sequence[int]) -> Tensor:
+        """The tokens that some rows of a batch predict, as `RecoveryModule.losses` takes them, (3,) int64."""
+        in_epoch = position % self.num_batches
+        first = position - in_epoch % self.accumulate
+        end = min(first + self.accumulate, position - in_epoch + self.num_batches)  # an epoch ends its last step
+        part, batch, step = (
+            predicting(self.table["labels"][some]).sum()
+            for some in (rows, self._rows(position, position + 1), self._rows(first, end))
+        )
+        batches = end - first
+        return torch.stack([part * processes.world_size() * batches, batch * batches, step.clamp_min(1)])
 
     def used(self) -> list[int]:
         """The windows that some batch holds, ascending."""
         samples = min(self.batch_size * self.num_batches, num_rows(self.table))  # an epoch holds each once
         return sorted(self._window_index(sample) for sample in range(samples))
+
+    def _rows(self, first: int, end: int) -> list[int]:
+        """The windows of the batches at some positions."""
+        return [self._window_index(sample) for sample in range(first * self.batch_size, end * self.batch_size)]
 
     def _window_index(self, sample: int) -> int:
         epoch, index = divmod(sample, num_rows(self.table))
@@ -298,7 +321,10 @@ class RecoveryData(LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> ShuffledWindows:
-        return ShuffledWindows(self.train_table, self.batch_size, self.num_batches, self.seed, self._in_flight)
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return ShuffledWindows(
+            self.train_table, self.batch_size, self.num_batches, self.seed, self._in_flight, accumulate
+        )
 
     def val_dataloader(self) -> Windows | list[Any]:
         return [] if self.validation is None else Windows(self.validation, self.batch_size)

@@ -109,6 +109,7 @@ class RecoveryModule(L.LightningModule):
         self._released = False
         self._refitted: dict[int, dict[str, float]] | None = None
         self._random_states: dict[str, Any] | None = None
+        self._sums: dict[str, Tensor] = {}  # losses of the batches of a step so far
         self.computes_on = computes_on or families.device(model)  # also while its weights lie elsewhere
         self.shard: Callable[[], None] | None = None  # spreads the weights over the processes, once
 
@@ -305,8 +306,10 @@ class RecoveryModule(L.LightningModule):
             labels: the ids where they are to be predicted, MASKED elsewhere; None: each token but the first is.
             position_ids: begin at 0 with each example of a window; None: a window is one text.
             window: numbers of the windows, by which a teacher on disk keeps its predictions.
-            weight: of several processes, what this one predicts relative to their mean: their mean is that over the
-                whole batch.
+            weight: predicted tokens (3,), where an optimiser step has several parts (batches, processes) of unequal
+                sizes: of this part × parts of the step, of this batch × batches of the step, of the step. The mean of
+                the parts' losses is then the mean over the tokens of the step. Whole numbers: training in bf16 would
+                round others.
         """
         recovery = self.recovery
         distill = recovery.objective == "distill"
@@ -326,11 +329,13 @@ class RecoveryModule(L.LightningModule):
         ):
             student = passes.run(self.model, own)
         losses = self._divided(counted.rows(student.logits), counted, taught)
+        part, of_batch = (1.0, 1.0) if weight is None else weight[:2].float() / weight[2].float()
         if weight is not None:
-            losses = {name: weight * value for name, value in losses.items()}
+            losses = {name: part * value for name, value in losses.items()}
         if recovery.hidden_share and distill:
             mask = None if labels is None else predicting(labels)
-            losses["hidden"] = feature_matching(mine, taught.states, mask, processes.mean)
+            # Relative to the teacher's states of this batch: those of a step's later ones are not known yet.
+            losses["hidden"] = of_batch * feature_matching(mine, taught.states, mask, processes.mean)
             losses["loss"] = losses["loss"] + recovery.hidden_share * losses["hidden"]
         if self._router_auxiliary_loss and not distill:
             top_k = families.facts(self.model.config).top_k
@@ -397,10 +402,16 @@ class RecoveryModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         losses = self.losses(**batch)
-        means = processes.mean({name: value.detach() for name, value in losses.items()})
+        self._log_step(processes.mean({name: value.detach() for name, value in losses.items()}), batch_index)
+        return losses["loss"]
+
+    def _log_step(self, losses: Mapping[str, Tensor], batch_index: int) -> None:
+        """Log the means over the batches of an optimiser step; in the middle of it over those so far."""
+        number = batch_index % self.trainer.accumulate_grad_batches
+        self._sums = {name: value + self._sums.get(name, 0) if number else value for name, value in losses.items()}
+        means = {name: value / (number + 1) for name, value in self._sums.items()}
         self.log_dict({f"{self.stage}/{name}": value for name, value in means.items() if name != "loss"})
         self.log(f"{self.stage}/loss", means["loss"], prog_bar=True)
-        return losses["loss"]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         ids, labels = batch["input_ids"], batch.get("labels")

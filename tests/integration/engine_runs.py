@@ -25,6 +25,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from recoveries import recovery
+from settings_around import differences, settings_around
 from small import byte_tokenizer
 from tiny_models import qwen2_moe, windows
 
@@ -86,8 +87,12 @@ class Watching(L.Callback):
             raise RuntimeError("killed")
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        for experts in (each for each in module.model.modules() if isinstance(each, LowRankExperts)):
-            experts.register_forward_pre_hook(self._count)
+        low_rank = [each for each in module.model.modules() if isinstance(each, LowRankExperts)]
+        self.hooks = [experts.register_forward_pre_hook(self._count) for experts in low_rank]
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def _count(self, experts: Any, arguments: Any) -> None:
         self.idle += int(experts.num_experts - len(arguments[1].unique()))
@@ -173,8 +178,13 @@ SHORT: dict[str, dict[str, Any]] = {
         "plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "steps": 2, "accumulate_grad_batches": 2, "gradient_clip": 1e9,
     },
     "clipped": {"plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "steps": 2, "gradient_clip": 1e-4},
+    "unequal": {
+        "plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "steps": 2, "accumulate_grad_batches": 3, "gradient_clip": 1e9,
+        "labels": True, "hidden_share": 0.25, "cross_entropy_share": 0.25,
+    },
 }  # fmt: skip
-MOMENTS = ("accumulated", "clipped")
+MOMENTS = ("accumulated", "clipped", "unequal")
+OF_AN_IMPORT = ("process silent", "process handlers of DeepSpeed", "process variable DS_ACCELERATOR")  # DeepSpeed's
 SHORT_ALONE = ("deepspeed_zero3_offload",)  # engines that are much like another
 
 
@@ -202,7 +212,15 @@ def short(name: str, strategy: str, folder: Path) -> list[float]:
     watching = Watching()
     batches = module.recovery.steps * module.recovery.accumulate_grad_batches
     settings = TrainerConfig(strategy=strategy, precision=precision, progress_bar=False)  # type: ignore[arg-type]
+    module.rest()
+    before = settings_around(module)
     fit(module, RecoveryData(table, None, 2, batches, seed=3), folder, settings, seed=1, callbacks=[watching])
+    changed = {
+        key: pair
+        for key, pair in differences(before, settings_around(module)).items()
+        if key not in OF_AN_IMPORT and "device(type='meta'" not in str(pair[1])  # the first process has the weights
+    }
+    assert not changed, changed
     assert watching.precisions | {each.dtype for each in module.buffers()} <= {torch.float32, torch.int64}
     return list(watching.losses.values())
 

@@ -1,0 +1,145 @@
+"""An optimiser step is one mean over its tokens, however many batches it has and whatever each of them predicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from recoveries import QUIET, recovery
+from tiny_models import condense_plan, qwen2_moe, windows
+from torch import Tensor
+
+from recondense.data import RecoveryData, ShuffledWindows
+from recondense.fitting import fit
+from recondense.losses import MASKED, predicting
+from recondense.recovery import RecoveryModule
+
+TARGETS = (1, 7, 7, 1, 3, 2, 7, 5)
+SHARES: dict[str, Any] = {"cross_entropy_share": 0.25, "temperature": 2.0}
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+def table(targets: tuple[int, ...] = TARGETS) -> dict[str, Tensor]:
+    """Windows of 8 tokens, the last ones of each to be predicted."""
+    ids = windows(len(targets), 8)
+    counted = torch.arange(8) >= 8 - torch.tensor(targets)[:, None]
+    return {"input_ids": ids, "labels": torch.where(counted, ids, MASKED)}
+
+
+class Watching(L.Callback):
+    """The gradients of the only step, and what is logged of it."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+        self.logged: dict[str, float] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.gradients = {name: value.grad.clone() for name, value in trained.items()}
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def module_of(**changes: Any) -> RecoveryModule:
+    model = qwen2_moe()
+    module = RecoveryModule(model, recovery(steps=1, **changes), plan=condense_plan(model, [1, 2]))
+    module.prepare()
+    return module
+
+
+def step(folder: Path, batch_size: int, accumulate: int, validate: int = 0, **changes: Any) -> Watching:
+    """One optimiser step on all eight windows."""
+    module = module_of(
+        batch_size=batch_size, accumulate_grad_batches=accumulate, validate_every=validate, **changes
+    )  # fmt: skip
+    data = RecoveryData(table(), table(TARGETS[::-1]) if validate else None, batch_size, accumulate, seed=3)
+    watching = Watching()
+    fit(module, data, folder / f"{batch_size}x{accumulate}", QUIET, seed=0, callbacks=[watching])
+    return watching
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and sum(float(value.abs().max()) for value in expected.values()) > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "finetune"},
+        {"objective": "finetune", "trainable": "lora"},
+        SHARES,
+        {**SHARES, "divergence": "reverse_kl"},
+    ],
+    ids=["finetune", "lora", "distill", "reverse"],
+)
+def test_small_batches_are_one_large_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = step(tmp_path, 8, 1, **changes)
+    for batch_size, accumulate in ((4, 2), (2, 4), (1, 8)):
+        parts = step(tmp_path, batch_size, accumulate, **changes)
+        same(parts.gradients, whole.gradients)
+        assert parts.logged == pytest.approx(whole.logged, rel=1e-5)
+
+
+def test_hidden_states_of_a_batch_weigh_by_its_tokens(tmp_path: Path) -> None:
+    """They are relative to the teacher's in the same batch; a batch counts by what it predicts."""
+    changes: dict[str, Any] = {**SHARES, "hidden_share": 0.25}
+    parts = step(tmp_path, 2, 4, **changes)
+    module = module_of(**changes)
+    module.train()
+    data = RecoveryData(table(), None, 2, 4, seed=3)
+    total = 0.0
+    for batch in data.train_dataloader():
+        losses = module.losses(**batch)
+        share = float(predicting(batch["labels"]).sum()) / sum(TARGETS)
+        (share * losses["loss"]).backward()
+        total += share * losses["hidden"].item()
+    same(
+        parts.gradients,
+        {name: value.grad for name, value in module.named_parameters() if value.grad is not None},
+    )
+    assert parts.logged["recovery/hidden"] == pytest.approx(total, rel=1e-5)
+
+
+def test_validation_is_one_mean_over_tokens(tmp_path: Path) -> None:
+    found = [step(tmp_path, batch_size, 8 // batch_size, validate=1) for batch_size in (1, 2, 8)]
+    for name in ("recovery/validation_loss", "recovery/validation_kl"):
+        assert [each.logged[name] for each in found] == pytest.approx([found[0].logged[name]] * 3, rel=1e-5)
+
+
+def loader(targets: tuple[int, ...], batch_size: int, num_batches: int, accumulate: int) -> ShuffledWindows:
+    return ShuffledWindows(table(targets), batch_size, num_batches, 3, lambda: 0, accumulate)
+
+
+@pytest.mark.parametrize(("num_batches", "steps"), [(6, [(0, 3), (3, 6)]), (5, [(0, 3), (3, 5)])])
+def test_the_batches_of_a_step_weigh_one_in_the_mean(num_batches: int, steps: list[tuple[int, int]]) -> None:
+    """Also where a step runs across the end of the windows, and where an epoch ends in the middle of one."""
+    batches = list(loader((1, 7, 7, 1, 3), 2, num_batches, 3))
+    for batch in batches:
+        part, whole, of_step = batch["weight"].tolist()
+        assert batch["weight"].dtype == torch.int64, "bf16 would round others"
+        assert part == whole and part > 0 < of_step
+    for first, end in steps:
+        counts = [int(predicting(batch["labels"]).sum()) for batch in batches[first:end]]
+        weights = [float(batch["weight"][0] / batch["weight"][2]) for batch in batches[first:end]]
+        assert weights == pytest.approx([count * (end - first) / sum(counts) for count in counts])
+
+
+def test_equal_batches_weigh_exactly_one() -> None:
+    for batch in loader((5,) * 7, 2, 6, 3):
+        assert len(set(batch["weight"].tolist())) == 1
+    assert all("weight" not in batch for batch in loader(TARGETS, 2, 6, 1))
+    plain = ShuffledWindows({"input_ids": windows(7, 8)}, 2, 6, 3, lambda: 0, 3)
+    assert all(set(batch) == {"input_ids"} for batch in plain)
+
+
+def test_a_batch_without_targets_counts_nothing() -> None:
+    weights = [batch["weight"].tolist() for batch in loader((0, 7), 1, 2, 2)]
+    assert sorted(part for part, *_ in weights) == [0, 14] and {of_step for *_, of_step in weights} == {7}
+    none = [batch["weight"].tolist() for batch in loader((0, 0), 1, 2, 2)]
+    assert none == [[0, 0, 1]] * 2
