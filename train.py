@@ -16,10 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from recondense.command_line import again, build_steps, exit_codes, validate
-from recondense.config import from_dict
+from recondense.config.schema import from_dict
 from recondense.processes import first_to_start
-from recondense.sweeping import beside_others
+from recondense.run.command_line import again, exit_codes, validate
+from recondense.run.steps import build_steps
+from recondense.run.sweeping import beside_others
 
 CONFIGS = Path(__file__).resolve().parent / "conf"
 
@@ -29,7 +30,7 @@ def job(settings: DictConfig) -> Any:
     """One run; what it returns is what a sweep compares."""
     with exit_codes(sweep=HydraConfig.get().mode is RunMode.MULTIRUN):
         import callbacks  # late: importing the stages takes seconds, refusing a command should not
-        from recondense import pipeline
+        from recondense.run import pipeline
 
         config = from_dict(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True)))
         if beside_others(HydraConfig.get().launcher["_target_"]):  # the bars of several runs would fight for one line

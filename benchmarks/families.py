@@ -27,10 +27,12 @@ from rich.table import Table  # noqa: E402
 from searched import METHODS, plan_of, steps_of  # noqa: E402
 from tiny_models import EVERY, logits, recorded, tiny, windows  # noqa: E402
 
-from recondense import families, surgery  # noqa: E402
-from recondense.config import ExportConfig  # noqa: E402
-from recondense.export import export, layer_shapes  # noqa: E402
+from recondense.config.schema import ExportConfig  # noqa: E402
+from recondense.export.export import export  # noqa: E402
+from recondense.export.layout import layer_shapes  # noqa: E402
+from recondense.models import families  # noqa: E402
 from recondense.plan import Plan  # noqa: E402
+from recondense.surgery import apply  # noqa: E402
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 8
@@ -183,7 +185,7 @@ def exported(family: str, method: str, folder: Path, formats: dict[str, Any]) ->
     """Folders of a compressed model in every format; what each must compute."""
     model = MODELS[family]()
     plan = plan_of(model, method, folder / "search" / method, *budget(method)) if method != "none" else Plan("tiny")
-    surgery.apply(model, plan, lambda: recorded(model))
+    apply.apply(model, plan, lambda: recorded(model))
     ids = windows(2, 12, seed=7)
     expected = logits(model, ids)
     assert bool(torch.isfinite(expected).all()), (family, method)

@@ -21,7 +21,7 @@ from rich.table import Table
 from subjects import timed
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from recondense.calibrate import Tape
+from recondense.calibration.tape import Tape
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.progress import track

@@ -20,10 +20,12 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from recondense import families, surgery
-from recondense.methods.factorize import Decompose
-from recondense.plan import Condense, Operation, Plan, Prune
-from recondense.profiling import Variant, profile_variants
+from recondense.evaluation.profiling import Variant, profile_variants
+from recondense.methods.decompose import Decompose
+from recondense.models import views
+from recondense.operations import Condense, Operation, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 MEBIBYTE = 2**20
 KINDS = ("prefill", "decode")
@@ -63,23 +65,23 @@ def original(args: argparse.Namespace) -> PreTrainedModel:
 
 def compressed(model: PreTrainedModel, operations: list[Operation]) -> dict[int, nn.Module]:
     """The blocks that a plan makes; the model is left as it was."""
-    originals = surgery.apply(model, Plan("random", tuple(operations)))
-    made = {layer: families.get_block(model, layer) for layer in originals}
+    originals = apply.apply(model, Plan("random", tuple(operations)))
+    made = {layer: views.get_block(model, layer) for layer in originals}
     for layer, block in originals.items():
-        families.set_block(model, layer, block)
+        views.set_block(model, layer, block)
     return made
 
 
 def variants(model: PreTrainedModel) -> dict[str, Variant]:
     """The original, and what is made of it."""
-    blocks = families.sparse_blocks(model)
+    blocks = views.sparse_blocks(model)
     upper = list(blocks)[len(blocks) // 2 :]
     condense: list[Operation] = [Condense(layer, (0, 1, 2, 3), (0.06,) * 4, 0.5) for layer in upper]
     prune: list[Operation] = [
         Prune.without(layer, block.num_experts, range(block.num_experts // 4)) for layer, block in blocks.items()
     ]
     pruned = compressed(model, prune)
-    with families.swapped(model, pruned):
+    with views.swapped(model, pruned):
         factorize = Decompose(alpha=0.0).outline(model)
     made = {
         "upper half condensed": compressed(model, condense),
@@ -88,7 +90,7 @@ def variants(model: PreTrainedModel) -> dict[str, Variant]:
     }
 
     def variant(own: dict[int, nn.Module]) -> Variant:
-        return lambda: families.swapped(model, own)
+        return lambda: views.swapped(model, own)
 
     return {"original": lambda: nullcontext(model), **{name: variant(own) for name, own in made.items()}}
 

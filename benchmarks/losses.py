@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recondense.chunking import CrossEntropy, Divergent, Head, Hidden, Term, chunked
+from recondense.models.decoder import Head
+from recondense.recovery.chunked_losses import CrossEntropy, Divergent, Hidden, Term, chunked
 
 KINDS = ("cross_entropy", "forward_kl", "reverse_kl", "js")
 MIB = 2**20

@@ -23,7 +23,7 @@ import torch
 from rich.table import Table
 
 from recondense import processes
-from recondense.calibrate import Tape
+from recondense.calibration.tape import Tape
 from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.moei2 import InterExpertPruning

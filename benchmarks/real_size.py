@@ -23,17 +23,19 @@ from rich.table import Table
 from subjects import timed
 from transformers import AutoTokenizer, PreTrainedModel
 
-from recondense import families, surgery
-from recondense.calibrate import TEXTS_PER_BLOCK, Tape
-from recondense.config import Config, parse_bytes
-from recondense.data import CalibrationSet, calibration_set
+from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
+from recondense.config.schema import Config, parse_bytes
+from recondense.data.calibration_set import CalibrationSet, calibration_set
+from recondense.data.text_files import read_texts
+from recondense.evaluation.profiling import Variant, peak_tensor_bytes, profile_variants
 from recondense.methods.cdmoe import CDMoE
-from recondense.methods.factorize import Decompose
+from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
-from recondense.plan import Condense, Plan
-from recondense.profiling import Variant, peak_tensor_bytes, profile_variants
-from recondense.searching import scratch_bytes
-from recondense.textfiles import read_texts
+from recondense.models import views
+from recondense.operations import Condense
+from recondense.plan import Plan
+from recondense.run.search import scratch_bytes
+from recondense.surgery import apply
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
 import brute_force as bf
@@ -142,10 +144,10 @@ def stages(
 
     def both() -> None:
         pruned = Plan("qwen", tuple(step(InterExpertPruning(prune_ratio=args.prune_ratio), "pruning")))
-        originals, seconds["pruning"] = timed(lambda: surgery.apply(model, pruned), model.device)
+        originals, seconds["pruning"] = timed(lambda: apply.apply(model, pruned), model.device)
         step(Decompose(average_rank=args.average_rank), "factorizing")
         for layer, block in originals.items():
-            families.set_block(model, layer, block)
+            views.set_block(model, layer, block)
 
     peak = peak_tensor_bytes(both, model.device)
     figures = {"seconds": seconds, "tape_bytes": tapes[0].nbytes, "peak_tensor_bytes": peak}
@@ -164,9 +166,9 @@ def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: in
 
 def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
     """Seconds of surgery; bytes and speeds before and after, in alternation. The model is left compressed."""
-    originals, seconds = timed(lambda: surgery.apply(model, plan), model.device)
+    originals, seconds = timed(lambda: apply.apply(model, plan), model.device)
     variants: dict[str, Variant] = {
-        "original": lambda: families.swapped(model, originals),
+        "original": lambda: views.swapped(model, originals),
         "compressed": lambda: nullcontext(model),
     }
     found = {}

@@ -26,12 +26,12 @@ from rich.table import Table
 from subjects import timed
 from transformers import PreTrainedModel
 
-from recondense.calibrate import Tape
-from recondense.config import Config, parse_bytes
+from recondense.calibration.tape import Tape
+from recondense.config.schema import Config, parse_bytes
+from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.methods.cdmoe import CDMoE
-from recondense.profiling import peak_tensor_bytes
 from recondense.progress import track
-from recondense.searching import scratch_bytes
+from recondense.run.search import scratch_bytes
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
 import brute_force as bf

@@ -2,11 +2,12 @@
 
     python benchmarks/search.py --method moei2 [--json FILE] [--iterations 50]
 
-Both sides run the same seeded search and differ in how an individual's error is computed: by recondense.methods.replay,
-preparation included, or by transformers' own block with the router's rows of dropped experts removed. Once without
-remembering sets that were scored before, once with. Errors are compared to six significant digits on both sides, so
-that rounding does not order sets that are equally good. The block's experts run in whichever of transformers'
-implementations is faster here. Memory is the most bytes of tensors alive at once beside the model and its tape.
+Both sides run the same seeded search and differ in how an individual's error is computed: by
+recondense.methods.search.leave_out, preparation included, or by transformers' own block with the router's rows of
+dropped experts removed. Once without remembering sets that were scored before, once with. Errors are compared to six
+significant digits on both sides, so that rounding does not order sets that are equally good. The block's experts run
+in whichever of transformers' implementations is faster here. Memory is the most bytes of tensors alive at once beside
+the model and its tape.
 
 The block runs 5,000 times without memory and half as often with it: half an hour on one free core. With fewer
 iterations preparation weighs more, and recondense gains less. Other work on the machine makes all of it slower,
@@ -30,14 +31,14 @@ from subjects import timed
 from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from recondense import families
-from recondense.calibrate import Tape
-from recondense.config import Config, parse_bytes
-from recondense.methods.genetic import Genetic, best_sets
-from recondense.methods.replay import Replay
-from recondense.profiling import peak_tensor_bytes
+from recondense.calibration.tape import Tape
+from recondense.config.schema import Config, parse_bytes
+from recondense.evaluation.profiling import peak_tensor_bytes
+from recondense.methods.search.genetic import Genetic, best_sets
+from recondense.methods.search.leave_out import Replay
+from recondense.models import views
 from recondense.progress import progress
-from recondense.searching import scratch_bytes
+from recondense.run.search import scratch_bytes
 
 Errors = Callable[[Tensor], Tensor]
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # of experts; batched_mm gathers weights for every token
@@ -84,7 +85,7 @@ def one_layer(args: argparse.Namespace) -> tuple[Any, Tape]:
 
 def by_running_the_block(model: Any, tape: Tape) -> Errors:
     """Errors of sets, each by a forward of transformers' MoE block without its experts."""
-    block = families.sparse_blocks(model)[0]
+    block = views.sparse_blocks(model)[0]
     inputs = torch.cat([trace.x_TD for trace in tape.trace(model, 0)])[None]
     whole = torch.cat([trace.output_TD for trace in tape.trace(model, 0)])[None]
 
@@ -92,7 +93,7 @@ def by_running_the_block(model: Any, tape: Tape) -> Errors:
     def errors(dropped_PE: Tensor) -> Tensor:
         found = []
         for dropped_E in dropped_PE:
-            pruned = families.masked_block(block, (~dropped_E).nonzero().flatten().tolist())
+            pruned = views.masked_block(block, (~dropped_E).nonzero().flatten().tolist())
             found.append((pruned(inputs) - whole).double().norm())
         return torch.stack(found)
 
@@ -154,7 +155,7 @@ def measure(model: Any, tape: Tape, args: argparse.Namespace, memoise: bool) -> 
     """Both searches: seconds, survivors, peak memory. Ours runs before and after the block's."""
     settings = Genetic(args.population, args.iterations, search="genetic", memoise=memoise)
     settings = replace(settings, parents=max(2, min(settings.parents, args.population // 2)))
-    block = families.sparse_blocks(model)[0]
+    block = views.sparse_blocks(model)[0]
     scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
     running = by_running_the_block(model, tape)
 

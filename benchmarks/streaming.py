@@ -27,11 +27,12 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from recondense import families, tiny
-from recondense.config import parse_bytes
-from recondense.corpora import stdlib_corpora
+from recondense.config.schema import parse_bytes
+from recondense.data.stdlib import stdlib_corpora
+from recondense.export.shard_writer import ShardWriter
+from recondense.models import decoder
 from recondense.progress import track
-from recondense.shards import ShardWriter
+from recondense.run import tiny
 
 GIGABYTE = 10**9
 QUICK = {
@@ -96,9 +97,9 @@ def write_model(args: argparse.Namespace) -> None:
 def pieces(model: Qwen2MoeForCausalLM) -> Iterator[dict[str, Tensor]]:
     """Random weights of each decoder layer, then of the rest; norms are 1."""
     generator = torch.Generator().manual_seed(0)
-    layers = families.decoder_layers(model)
+    layers = decoder.decoder_layers(model)
     names = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    prefixes = [families.layer_prefix(layer) for layer in range(len(layers))]
+    prefixes = [decoder.layer_prefix(layer) for layer in range(len(layers))]
     for own in [*prefixes, ""]:
         wanted = [name for name in names if name.startswith(own or tuple(prefixes)) == bool(own)]
         yield {

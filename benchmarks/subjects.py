@@ -19,10 +19,11 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from recondense import command_line, loading, tiny
-from recondense.config import Config, ModelConfig, from_dict
-from recondense.corpora import stdlib_corpora
-from recondense.data import CalibrationSet, calibration_set
+from recondense.config.schema import Config, ModelConfig, from_dict
+from recondense.data.calibration_set import CalibrationSet, calibration_set
+from recondense.data.stdlib import stdlib_corpora
+from recondense.models import loading
+from recondense.run import command_line, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 UPCYCLING_NOISE = 0.5  # standard deviations of the weights that are copied

@@ -47,20 +47,26 @@ import transformers
 from rich.table import Table
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from recondense import families, surgery
-from recondense.config import RecoveryConfig, TrainerConfig
-from recondense.corpora import stdlib_corpora
-from recondense.data import RecoveryData, ShuffledWindows, pack
-from recondense.fitting import fit
-from recondense.losses import MASKED, forward_kl
-from recondense.modes import evaluating
-from recondense.plan import Condense, Plan
-from recondense.profiling import peak_tensor_bytes, resident_bytes, weights_bytes
+from recondense.config.schema import RecoveryConfig, TrainerConfig
+from recondense.data.labels import MASKED
+from recondense.data.loader import RecoveryData, ShuffledWindows
+from recondense.data.stdlib import stdlib_corpora
+from recondense.data.windows import pack
+from recondense.evaluation.profiling import peak_tensor_bytes
+from recondense.models import views
+from recondense.models.hooks import evaluating
+from recondense.models.parameters import resident_bytes, weights_bytes
+from recondense.operations import Condense
+from recondense.plan import Plan
 from recondense.progress import configure
-from recondense.recovery import RecoveryModule, trainable_parameters
-from recondense.teacher import OtherTeacher
-from recondense.teacher_cache import keep_predictions
-from recondense.tiny import train_tokenizer
+from recondense.recovery.fit import fit
+from recondense.recovery.losses import forward_kl
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.teacher_cache import keep_predictions
+from recondense.recovery.teachers import OtherTeacher
+from recondense.recovery.trainable import trainable_parameters
+from recondense.run.tiny import train_tokenizer
+from recondense.surgery import apply
 
 OURS = ("finetune", "shared", "cached", "model")
 SETTINGS = ("checkpointed", "compiled", "bf16_mixed", "unfused")  # of the distillation with a shared teacher
@@ -294,7 +300,7 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
 def trainer(packed: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:
     """transformers' Trainer on the condensed model, of which nothing else is in memory."""
     model = model_of(args)
-    surgery.apply(model, plan_of(args))
+    apply.apply(model, plan_of(args))
     freeze_but_experts(model, args)
 
     class Counting(transformers.Trainer):
@@ -337,11 +343,11 @@ def freeze_but_experts(model: PreTrainedModel, args: argparse.Namespace) -> list
 def plain(shared: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:
     """Distillation with full logits in a plain loop; the teacher is a model of its own, or the student's backbone."""
     student = model_of(args)
-    originals = surgery.apply(student, plan_of(args))
+    originals = apply.apply(student, plan_of(args))
     trained = freeze_but_experts(student, args)
     teacher = student if shared else model_of(args).requires_grad_(False)
     if shared:
-        active: Callable[[], Any] = partial(families.swapped, student, originals)
+        active: Callable[[], Any] = partial(views.swapped, student, originals)
     else:
         originals, active = {}, nullcontext
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

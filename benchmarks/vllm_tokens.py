@@ -41,9 +41,11 @@ from small import byte_tokenizer
 from tiny_models import EVERY
 from vllm_rules import PUBLISHED, RULES
 
-from recondense import families, surgery
-from recondense.export import export
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+from recondense.export.export import export
+from recondense.models import families
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 LENGTHS = (5, 9, 14)  # of the prompts
 NEW_TOKENS = 16
@@ -149,7 +151,7 @@ def exported(family: str, variant: str, root: Path) -> tuple[Path, str]:
     """A folder, and whether it is stock or bundled."""
     model, operations = tiny(family), variants(family)[variant]
     plan = Plan("tiny", operations)
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     folder = root / f"{family}-{variant.replace(' ', '_').replace(',', '')}"
     return folder, export(model, byte_tokenizer(), plan, folder, "")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 
-from recondense.config import Config
+from recondense.config.schema import Config
 
 
 def of_run(config: Config) -> Callable[..., list[L.Callback]]:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from recondense import processes
 from recondense.errors import UserError
-from recondense.modes import evaluating
+from recondense.models.hooks import evaluating
 
 Results = dict[str, dict[str, float]]
 
@@ -83,10 +83,11 @@ class LmEval(L.Callback):
         step = trainer.global_step
         if not self.tasks or step in self._results:
             return
-        from recondense import sharding, strategies  # with the model families, which take seconds to import
+        from recondense.recovery.engines import trainer as trainer_module
+        from recondense.recovery.engines import twin
 
-        if strategies.needs_all(trainer.strategy):
-            with sharding.gathered(pl_module):
+        if trainer_module.needs_all(trainer.strategy):
+            with twin.gathered(pl_module):
                 results = self._run(trainer, pl_module)
         else:
             results = processes.by_first(lambda: self._run(trainer, pl_module))
@@ -98,10 +99,10 @@ class LmEval(L.Callback):
             logger.log_metrics(metrics, step=step)
 
     def _run(self, trainer: L.Trainer, module: Any) -> Results:
-        from recondense import evaluate  # lm-eval takes seconds to import
+        from recondense.evaluation import lm_eval
 
         with isolate_rng(), evaluating(module), trainer.precision_plugin.forward_context():
-            return evaluate.run_tasks(module.model, module.tokenizer, list(self.tasks), **self._settings)
+            return lm_eval.run_tasks(module.model, module.tokenizer, list(self.tasks), **self._settings)
 
 
 def _kept_results(pl_module: L.LightningModule) -> dict[int, Results]:

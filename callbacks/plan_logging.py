@@ -9,8 +9,9 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from recondense import families, tracking
-from recondense.structures import picture_of
+from recondense.models import families
+from recondense.report import tracking
+from recondense.report.structure_picture import picture_of
 
 log = logging.getLogger(__name__)
 

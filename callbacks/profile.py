@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from recondense.fused import MASKED
-from recondense.profiling import Clock, Profile, Variant, profile_variants, resident_bytes, weights_bytes
+from recondense.data.labels import MASKED
+from recondense.evaluation.profiling import Clock, Profile, Variant, profile_variants
+from recondense.models.parameters import resident_bytes, weights_bytes
 
 
 class ProfileMemoryAndSpeed(L.Callback):

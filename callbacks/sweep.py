@@ -18,14 +18,13 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from recondense import config as schema
-from recondense import tracking
-from recondense.command_line import JobFailed, refuse
-from recondense.comparison import by_seed, comparison_cells, comparison_markdown, comparison_table
-from recondense.comparison_picture import comparison_picture
+from recondense.config import schema
 from recondense.files import write_aside
-from recondense.pictures import sweep_picture
-from recondense.report import print_tables, sweep_row, sweep_table
+from recondense.report import tracking
+from recondense.report.comparison import by_seed, comparison_cells, comparison_markdown, comparison_table
+from recondense.report.sweep_picture import comparison_picture, sweep_picture
+from recondense.report.tables import print_tables, sweep_row, sweep_table
+from recondense.run.command_line import JobFailed, refuse
 
 log = logging.getLogger(__name__)
 

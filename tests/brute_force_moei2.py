@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recondense import families
+from recondense.models import decoder, views
 
 
 def without_experts(block: nn.Module, dropped: Collection[int]) -> nn.Module:
@@ -37,7 +37,7 @@ def without_experts(block: nn.Module, dropped: Collection[int]) -> nn.Module:
 @torch.no_grad()
 def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float:
     """Frobenius norm of what the MoE layer's output changes by over all real tokens, in fp64."""
-    block = families.get_block(model, layer)
+    block = views.get_block(model, layer)
     other = without_experts(block, dropped)
     total = 0.0
     for trace in tape.trace(model, layer):
@@ -49,8 +49,8 @@ def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float
 @contextmanager
 def pruned(model: Any, dropped: Mapping[int, Collection[int]]) -> Iterator[None]:
     """The model without some experts, by layer."""
-    blocks = {layer: without_experts(families.get_block(model, layer), sets) for layer, sets in dropped.items() if sets}
-    with families.swapped(model, blocks):
+    blocks = {layer: without_experts(views.get_block(model, layer), sets) for layer, sets in dropped.items() if sets}
+    with views.swapped(model, blocks):
         yield
 
 
@@ -78,8 +78,8 @@ def best_of_block(
     def leaving(ids: Tensor) -> Tensor:
         """The hidden state leaving the last of the layers, before any final norm."""
         seen: list[Tensor] = []
-        handle = families.decoder_layers(model)[layers[-1]].register_forward_hook(lambda *args: seen.append(args[2]))
-        families.decoder(model)(input_ids=ids[None], use_cache=False)
+        handle = decoder.decoder_layers(model)[layers[-1]].register_forward_hook(lambda *args: seen.append(args[2]))
+        decoder.decoder(model)(input_ids=ids[None], use_cache=False)
         handle.remove()
         return seen[0][0].double()
 

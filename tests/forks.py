@@ -59,7 +59,6 @@ def serve() -> None:
 
     import callbacks  # noqa: F401
     import train  # noqa: F401
-    from recondense import pipeline  # noqa: F401
 
     read_configs_once()
     steps_of("cdmoe")  # reads what all commands read

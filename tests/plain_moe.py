@@ -14,7 +14,7 @@ import torch
 from tiny_models import EVERY, tiny
 from torch import Tensor, nn
 
-from recondense.families import Routing
+from recondense.models.families import Routing
 
 # What each family's router does in tests/tiny_models.py, as the papers and transformers' routers say.
 V3 = Routing(2, normalize=True, scale=1.5, score="sigmoid", least_sum=1e-20)

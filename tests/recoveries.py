@@ -7,9 +7,9 @@ from typing import Any
 from tiny_models import FAMILIES, condense_plan, windows
 from torch import Tensor
 
-from recondense.config import RecoveryConfig, TrainerConfig
-from recondense.data import RecoveryData
-from recondense.recovery import RecoveryModule
+from recondense.config.schema import RecoveryConfig, TrainerConfig
+from recondense.data.loader import RecoveryData
+from recondense.recovery.module import RecoveryModule
 
 QUIET = TrainerConfig(progress_bar=False)
 

@@ -19,13 +19,16 @@ from omegaconf import OmegaConf
 from read_once import read_configs_once
 from tiny_models import FAMILIES, recorded
 
-from recondense import calibrate, families, processes, surgery
-from recondense.calibrate import TRACE_BYTES
-from recondense.command_line import build_steps
-from recondense.config import read
+from recondense import processes
+from recondense.calibration import tape as tape_module
+from recondense.calibration.tape import TRACE_BYTES
+from recondense.config.schema import read
 from recondense.files import JsonFolder
+from recondense.models import families, views
+from recondense.models.tensor_store import Disk, Storage
 from recondense.plan import Plan
-from recondense.shelves import Disk, Storage
+from recondense.run.steps import build_steps
+from recondense.surgery import apply
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("[!_]*.yaml"))
@@ -84,9 +87,9 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Sto
         operations += chosen
         records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:
-            originals = {**surgery.apply(model, Plan("tiny", tuple(chosen)), taped), **originals}
+            originals = {**apply.apply(model, Plan("tiny", tuple(chosen)), taped), **originals}
     for layer, block in originals.items():
-        families.set_block(model, layer, block)
+        views.set_block(model, layer, block)
     return Plan("tiny", tuple(operations), search={"steps": records})
 
 
@@ -97,7 +100,7 @@ def main() -> None:
     for method, tape in [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES)]:
         name = f"{method}-{tape}" if tape else method
         model = next(iter(FAMILIES.values()))()
-        calibrate.TRACE_BYTES = 0 if tape == "without-traces" else TRACE_BYTES
+        tape_module.TRACE_BYTES = 0 if tape == "without-traces" else TRACE_BYTES
         storage = Disk(folder / "tapes", keeps=False) if tape == "on-disk" else None
         plan = plan_of(model, method, folder / str(rank) / name, *BUDGETS[method], storage=storage)
         if rank == 0:

@@ -13,7 +13,8 @@ import torch
 import torch.utils.deterministic
 from torch import nn
 
-from recondense.recovery import RecoveryModule, random_states
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.random_states import random_states
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 

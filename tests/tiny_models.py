@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from recondense.calibrate import Tape
-from recondense.data import CalibrationSet
-from recondense.plan import Condense, Plan
-from recondense.shelves import Storage
+from recondense.calibration.tape import Tape
+from recondense.data.calibration_set import CalibrationSet
+from recondense.models.tensor_store import Storage
+from recondense.operations import Condense
+from recondense.plan import Plan
 
 VOCAB = 97
 LENGTHS = (5, 17, 9, 20, 12)

@@ -14,9 +14,7 @@ from typing import Any, cast
 
 from recondense.errors import UserError
 from recondense.files import write_aside
-from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Operation, Prune, Refit
-
-__all__ = ["Condense", "Drop", "Factorize", "History", "Merge", "Operation", "Plan", "Prune", "Refit"]
+from recondense.operations import OPERATIONS, Operation
 
 SCHEMA = 1
 

@@ -13,10 +13,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from recondense.command_line import build_steps
-from recondense.config import Config, read
+from recondense.config.schema import Config, read
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.naee import NAEE
+from recondense.run.steps import build_steps
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/[!_]*.yaml") if path.parent.name != "hydra")

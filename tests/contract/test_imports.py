@@ -1,4 +1,4 @@
-"""Imports go downwards only, and every module has its level."""
+"""Imports go downwards only: a folder may import what stands above it in one table, and there are no cycles."""
 
 from __future__ import annotations
 
@@ -11,64 +11,39 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "recondense"
 
-LEVELS = {
-    0: (
-        *(
-            "__init__",
-            "errors",
-            "operations",
-            "plan",
-            "modules",
-            "low_rank",
-            "decomposition",
-            "losses",
-            "config",
-            "reading",
-        ),
-        *("checks", "progress", "cache", "modes", "deepseek", "bundle", "layouts", "published", "papers", "stages"),
-        *("instructions", "quantized", "processes", "chunking", "fused", "shelves", "launching"),
-        *("errors", "run_folder"),
-    ),
-    1: (
-        *("families", "textfiles", "hub", "mixing", "corpora", "data", "templates", "packing", "heldout", "tasks"),
-        *("loading", "adapters", "recorded", "passes", "paging", "strategies"),
-    ),
-    2: (
-        *("calibrate", "methods", "surgery", "teacher", "teacher_cache", "evaluate", "profiling", "report", "pictures"),
-        *("tracking", "engines", "sharding"),
-    ),
-    3: (
-        *("recovery", "fitting", "recovering", "export", "shards", "searching", "measure", "summary", "structures"),
-        *("tiny", "sizes", "inputs"),
-        *("comparison", "comparison_picture"),
-    ),
-    4: ("pipeline", "plan_only", "preflight", "sweeping"),
-    5: ("command_line",),
-}
-LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
+# A row may import itself and every row above it. Modules of one row do not import each other in a circle.
+ROWS = (
+    "errors operations files plan",
+    "progress processes offline",
+    "config",
+    "models",
+    "data",
+    "calibration",
+    "methods",
+    "surgery",
+    "recovery",
+    "evaluation",
+    "export",
+    "report",
+    "run",
+)
+ROW_OF = {name: index for index, row in enumerate(ROWS) for name in row.split()}
 
 
-def modules() -> dict[str, list[Path]]:
-    """Files of each module; a package such as methods/ is one module."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        found.setdefault(path.relative_to(SOURCE).with_suffix("").parts[0], []).append(path)
-    return found
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name below recondense; a package by the name of its folder."""
+    paths = {path.relative_to(SOURCE).with_suffix("").parts: path for path in sorted(SOURCE.rglob("*.py"))}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in paths.items()}
 
 
-def imported(path: Path, *, types: bool = True) -> dict[str, int]:
-    """Modules of this repository that a file imports anywhere, also inside functions, with the line.
+MODULES = modules()
 
-    Args:
-        types: whether imports under `if TYPE_CHECKING` count.
-    """
-    found: dict[str, int] = {}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    unseen = set() if types else {inner for node in ast.walk(tree) if _for_types(node) for inner in ast.walk(node)}
-    for node in ast.walk(tree):
+
+def imported(path: Path) -> dict[str, int]:
+    """The modules of this repository that a file imports, also inside functions, each with its line."""
+    lines: dict[str, int] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
-        if node in unseen:
-            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -76,60 +51,107 @@ def imported(path: Path, *, types: bool = True) -> dict[str, int]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             package, _, rest = name.partition(".")
-            first = rest.partition(".")[0]
+            if package in ("callbacks", "train"):
+                lines.setdefault(package, node.lineno)
             if package == "recondense":
-                # `from recondense import __version__` imports the package itself
-                found.setdefault(first if first in modules() else "__init__", node.lineno)
-            elif package in ("callbacks", "train"):
-                found.setdefault(package, node.lineno)
-    return found
+                while rest and rest not in MODULES:  # a name within a module
+                    rest = rest.rpartition(".")[0]
+                lines.setdefault(rest, node.lineno)
+    return lines
 
 
-def _for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def test_every_folder_has_a_row() -> None:
+    assert {name.partition(".")[0] for name in MODULES} - {""} == set(ROW_OF)
+    assert len(ROWS) <= 17
 
 
-def test_every_module_has_a_level() -> None:
-    assert set(modules()) == set(LEVEL_OF), "the table above names each module of src/recondense, and no other"
-
-
-@pytest.mark.parametrize("module", sorted(modules()))
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
 def test_imports_go_downwards(module: str) -> None:
-    level = LEVEL_OF[module]
-    for path in modules()[module]:
-        for other, line in imported(path).items():
-            where = f"{path.relative_to(ROOT)}:{line}: level {level} imports {other}"
-            assert other not in ("callbacks", "train"), f"{where}, which stands above all of recondense"
-            assert LEVEL_OF[other] <= level, f"{where} of level {LEVEL_OF[other]}"
+    folder = module.partition(".")[0]
+    for other, line in imported(MODULES[module]).items():
+        where = f"{MODULES[module].relative_to(ROOT)}:{line}: {folder} imports {other or 'the public API'}"
+        assert other not in ("callbacks", "train", ""), f"{where}, which stands below all of recondense"
+        assert ROW_OF[other.partition(".")[0]] <= ROW_OF[folder], f"{where}, which stands below {folder}"
 
 
-@pytest.mark.parametrize("module", LEVELS[2])
-def test_modules_of_level_2_do_not_import_each_other(module: str) -> None:
-    """What they are handed they may name in annotations."""
-    for path in modules()[module]:
-        for other, line in imported(path, types=False).items():
-            assert other == module or LEVEL_OF[other] < 2, f"{path.relative_to(ROOT)}:{line}: imports {other}"
+def test_there_are_no_cycles() -> None:
+    arrows = {name: [other for other in imported(path) if other in MODULES and other] for name, path in MODULES.items()}
+    finished: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a cycle: {' -> '.join([*way[way.index(name) :], name])}"
+        if name not in finished:
+            for other in arrows[name]:
+                visit(other, (*way, name))
+            finished.add(name)
+
+    for name in arrows:
+        visit(name, ())
+
+
+def test_no_import_hides_behind_type_checking() -> None:
+    """An import of ours for annotations is a dependency like any other."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                hidden = [ast.unparse(inner) for inner in node.body if "recondense" in ast.unparse(inner)]
+                assert not hidden or not name, f"{path.relative_to(ROOT)}:{node.lineno}: {hidden}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_every_name_has_one_address(module: str) -> None:
+    """A module lists no names of other modules: they are imported from where they are defined."""
+    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
+        assert "__all__" not in ast.unparse(node).partition("=")[0], f"{module}:{node.lineno} re-exports names"
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if name])
+def test_names_are_imported_from_where_they_are_defined(module: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("recondense"):
+            continue
+        source = (node.module or "").partition(".")[2]
+        for alias in node.names:
+            if f"{source}.{alias.name}".removeprefix(".") in MODULES:
+                continue
+            assert alias.name in _defined(source), f"{module}:{node.lineno}: {alias.name} is not defined in {source}"
+
+
+def _defined(module: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    return names
 
 
 def test_the_walk_sees_imports(tmp_path: Path) -> None:
     file = tmp_path / "example.py"
     file.write_text(
-        "import recondense.plan\ndef f():\n    from recondense import pipeline\n    from callbacks.sweep import X\n"
+        "import recondense.plan\ndef f():\n    from recondense.run import pipeline\n    from callbacks.sweep import X\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from recondense.models.views import SparseBlock\n"
     )
-    assert imported(file) == {"plan": 1, "pipeline": 3, "callbacks": 4}
-    file.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from recondense.calibrate import Tape\n")
-    assert imported(file) == {"calibrate": 3} and imported(file, types=False) == {}
+    assert imported(file) == {"plan": 1, "run.pipeline": 3, "callbacks": 4, "models.views": 7}
 
 
-@pytest.mark.parametrize("module", ["modules", "low_rank", "deepseek", "bundle", "operations", "plan", "published"])
-def test_bundled_and_plain_modules_stand_alone(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("models.blocks", {"torch"}),
+        ("models.low_rank", {"torch"}),
+        ("models.deepseek", {"torch", "transformers"}),
+        ("models.compressed", {"torch", "transformers", "recondense"}),
+        ("operations", {"recondense"}),
+        ("plan", {"recondense"}),
+        ("errors", set()),
+        ("report.published", set()),
+    ],
+)
+def test_bundled_and_plain_modules_stand_alone(module: str, allowed: set[str]) -> None:
     """What is copied into exports needs torch alone, or transformers too; plans are readable without any library."""
-    allowed: set[str] = {
-        "modules": {"torch"}, "low_rank": {"torch"}, "deepseek": {"torch", "transformers"},
-        "bundle": {"torch", "transformers", "recondense"}, "plan": {"recondense"},
-        "operations": {"recondense"},
-    }.get(module, set())  # fmt: skip
-    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -137,15 +159,11 @@ def test_bundled_and_plain_modules_stand_alone(module: str) -> None:
             names = [node.module or ""]
         for name in names:
             package = name.partition(".")[0]
-            assert package in allowed or _is_stdlib(package), f"{module}.py:{node.lineno} imports {package}"
+            known = package in allowed or package in sys.stdlib_module_names
+            assert known, f"{module}:{node.lineno} imports {package}"
 
 
-def test_hydra_stops_at_the_command_line() -> None:
-    for module, paths in modules().items():
-        for path in paths if module != "command_line" else ():
-            text = path.read_text(encoding="utf-8")
-            assert "omegaconf" not in text and "import hydra" not in text and "from hydra" not in text, path
-
-
-def _is_stdlib(package: str) -> bool:
-    return package in sys.stdlib_module_names
+@pytest.mark.parametrize("module", [name for name in MODULES if name.partition(".")[0] != "run"])
+def test_hydra_stops_at_the_command_line(module: str) -> None:
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert "omegaconf" not in text and "import hydra" not in text and "from hydra" not in text

@@ -16,14 +16,17 @@ from searched import BUDGETS, METHODS, TAPES, WITH_OTHER_TAPES, plan_of, steps_o
 from tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
 from transformers import AutoModelForCausalLM
 
-from recondense import families, surgery
-from recondense.config import RecoveryConfig
-from recondense.export import condensed_layers, export
-from recondense.plan import Factorize, Plan
-from recondense.profiling import weights_bytes
-from recondense.recovery import RecoveryModule, trainable_parameters
-from recondense.sizes import compare
-from recondense.summary import sizes
+from recondense.config.schema import RecoveryConfig
+from recondense.export.export import export
+from recondense.export.layout import condensed_layers
+from recondense.models import classes, decoder, families, parameters, views
+from recondense.models.parameters import sizes, weights_bytes
+from recondense.operations import Factorize
+from recondense.plan import Plan
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.trainable import trainable_parameters
+from recondense.run.sizes import compare
+from recondense.surgery import apply
 
 FIRST = next(iter(FAMILIES))
 IDS = windows(3, 11)
@@ -85,17 +88,17 @@ def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budge
     facts = families.facts(model.config)
     before = sizes(model)
     plan = plan_of(model, method, tmp_path, *overrides)
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     wanted = settings.get("num_layers", 0)
     layers = facts.moe_layers if wanted == "all" else wanted if isinstance(wanted, list) else None
     assert plan.layers == tuple(layers) if layers is not None else len(plan.layers) == wanted
     num_experts = settings.get("num_experts", facts.num_experts)
     assert all(len(cast(Any, operation).experts) == num_experts for operation in plan.operations)
-    expert = families.parameter_counts(model.config).expert
+    expert = parameters.parameter_counts(model.config).expert
     joined = facts.hidden_size * (num_experts - 1) if family == "gpt_oss" else 0  # biases of down_proj become one
     lost = len(plan.layers) * ((facts.num_experts - num_experts) * expert + joined)
     assert before["routed_experts"] - sizes(model)["routed_experts"] == lost
-    assert set(condensed_layers(model)) | set(families.sparse_blocks(model)) == set(facts.moe_layers)
+    assert set(condensed_layers(model)) | set(views.sparse_blocks(model)) == set(facts.moe_layers)
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
@@ -103,11 +106,11 @@ def test_the_outline_has_the_sizes_that_the_search_reaches(method: str, family: 
     """From shapes alone: no weights, no calibration set. Layer by layer, unless the step says what is left open."""
     steps, _ = steps_of(method, *BUDGETS[method])
     model = EVERY[family]()
-    meta = families.on_meta(model.config, torch.float32)
-    surgery.restructure(model, plan_of(model, method, tmp_path, *BUDGETS[method]))
+    meta = classes.on_meta(model.config, torch.float32)
+    apply.restructure(model, plan_of(model, method, tmp_path, *BUDGETS[method]))
     found = compare(meta, steps)
     reached, layers = sizes(model), [size.bytes_after for size in found.layers.values()]
-    left = [weights_bytes(each) - scale_bytes(each) for each in families.decoder_layers(model)]
+    left = [weights_bytes(each) - scale_bytes(each) for each in decoder.decoder_layers(model)]
     if not any(step.left_open for step in steps):
         assert sorted(layers) == sorted(left)
     # Ranks that are rounded elsewhere, and another mix of options, reach the budget less exactly.
@@ -142,11 +145,11 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
 ) -> None:
     model = EVERY[family]()
     before = sizes(model)
-    counts = families.parameter_counts(model.config)
+    counts = parameters.parameter_counts(model.config)
     expert, row = counts.expert, counts.router_row
     layer = max(
-        sum(parameter.numel() for parameter in families.decoder_layers(model)[layer].parameters())
-        for layer in families.sparse_blocks(model)
+        sum(parameter.numel() for parameter in decoder.decoder_layers(model)[layer].parameters())
+        for layer in views.sparse_blocks(model)
     )
     quick = [each for each in BUDGETS[method] if "ratio=" not in each and "num_layers" not in each]
     other = {"memory_ratio": "removed_expert_ratio", "removed_expert_ratio": "memory_ratio"}[budget]
@@ -156,7 +159,7 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
             plan_of(model, method, tmp_path, *overrides)
         return
     plan = plan_of(model, method, tmp_path, *overrides)
-    surgery.apply(model, plan, lambda: recorded(model))
+    apply.apply(model, plan, lambda: recorded(model))
     after = sizes(model)
     if budget == "memory_ratio":
         limit, reached = int(ratio * before["total"]), after["total"]
@@ -239,7 +242,7 @@ def test_logits_are_finite_and_change_only_if_something_did(method: str, family:
     model = EVERY[family]()
     before = logits(model, IDS)
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
-    surgery.apply(model, plan, lambda: recorded(model))
+    apply.apply(model, plan, lambda: recorded(model))
     after = logits(model, IDS)
     assert bool(after.isfinite().all())
     assert torch.equal(after, before) == (not plan.operations)
@@ -250,16 +253,16 @@ def test_export_then_load_gives_equal_logits(method: str, family: str, tmp_path:
     """Here with the live classes; tests/unit/test_export.py loads where recondense does not exist."""
     model = EVERY[family]()
     plan = plan_of(model, method, tmp_path / "cache", *BUDGETS[method])
-    surgery.apply(model, plan, lambda: recorded(model))
+    apply.apply(model, plan, lambda: recorded(model))
     kind = export(model, None, plan, tmp_path / "out", "")
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
     said = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
     assert said == (family if kind == "stock" else f"recondense_{family}")
-    families.register_compressed(said)
+    classes.register_compressed(said)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     if kind == "bundled":  # the shapes that the plan alone makes
         shaped = EVERY[family](seed=5)
-        surgery.restructure(shaped, plan)
+        apply.restructure(shaped, plan)
         for block in condensed_layers(shaped).values():
             block.fold()
         sizes_of = [{name: value.shape for name, value in each.state_dict().items()} for each in (again, shaped)]
@@ -308,8 +311,8 @@ def test_full_rank_equals_the_original(family: str, whitening: bool) -> None:
     model = EVERY[family]()
     before = logits(model, IDS)
     full = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
-    operations = tuple(Factorize(layer, full, whitening) for layer in families.sparse_blocks(model))
-    surgery.apply(model, Plan("tiny", operations), lambda: recorded(model))
+    operations = tuple(Factorize(layer, full, whitening) for layer in views.sparse_blocks(model))
+    apply.apply(model, Plan("tiny", operations), lambda: recorded(model))
     assert not torch.equal(logits(model, IDS), before)  # it did go through the factors
     torch.testing.assert_close(logits(model, IDS), before, rtol=1e-3, atol=1e-3)
 
@@ -330,10 +333,10 @@ def test_all_experts_of_a_layer_that_weighs_them_alike_are_the_layer(method: str
     top_k = {"num_experts_per_tok": 6}
     model = EVERY[family](**top_k)
     with torch.no_grad():
-        for block in families.sparse_blocks(model).values():
+        for block in views.sparse_blocks(model).values():
             block.router.weight.zero_()  # type: ignore[operator]
     before = logits(model, IDS)
     overrides = ["method.num_experts=6", "method.shared_gate=token"]
     plan = plan_of(model, method, tmp_path, *overrides)
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     torch.testing.assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-4)

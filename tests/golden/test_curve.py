@@ -17,12 +17,12 @@ import pytest
 import torch
 from tiny_models import VOCAB, qwen2_moe, recorded
 
-from recondense.config import RecoveryConfig, TrainerConfig
-from recondense.data import RecoveryData
-from recondense.fitting import fit
+from recondense.config.schema import RecoveryConfig, TrainerConfig
+from recondense.data.loader import RecoveryData
 from recondense.methods.cdmoe import CDMoE
 from recondense.plan import Plan
-from recondense.recovery import RecoveryModule
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
 
 TOLERANCE = 1e-4  # relative
 LAYERS = [2, 1, 0]

@@ -10,18 +10,20 @@ import pytest
 import torch
 from tiny_models import FAMILIES, condense_plan, logits, recorded, unchanged, windows
 
-from recondense import families, loading, surgery
-from recondense.config import ModelConfig, RecoveryConfig, TrainerConfig
-from recondense.data import RecoveryData
-from recondense.export import export
-from recondense.fitting import fit
-from recondense.low_rank import LowRankExperts
+from recondense.config.schema import ModelConfig, RecoveryConfig, TrainerConfig
+from recondense.data.loader import RecoveryData
+from recondense.export.export import export
 from recondense.methods.cdmoe import CDMoE
-from recondense.methods.factorize import Decompose
+from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
-from recondense.modules import GLU
-from recondense.plan import Plan, Refit
-from recondense.recovery import RecoveryModule
+from recondense.models import families, loading, views
+from recondense.models.blocks import GLU
+from recondense.models.low_rank import LowRankExperts
+from recondense.operations import Refit
+from recondense.plan import Plan
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
+from recondense.surgery import apply
 
 pytestmark = pytest.mark.gpu
 QUIET = TrainerConfig(progress_bar=False)
@@ -118,13 +120,13 @@ def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]
 
     step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
     pruned, record = step.search(model, tape, {}, 1 << 30)
-    originals = surgery.apply(model, Plan("tiny", tuple(pruned)))
+    originals = apply.apply(model, Plan("tiny", tuple(pruned)))
     ranks, _ = Decompose(average_rank=4, whitening=True).search(model, tape, {}, 1 << 30)
     for layer, block in originals.items():
-        families.set_block(model, layer, block)
+        views.set_block(model, layer, block)
     plan = Plan("tiny", (*pruned, *ranks, *(Refit(each.layer, "down_proj", 1e-2) for each in ranks)))
-    originals = surgery.apply(model, plan, tape)
-    return plan, record["expert_importance"], surgery.refit(model, plan, originals, tape)
+    originals = apply.apply(model, plan, tape)
+    return plan, record["expert_importance"], apply.refit(model, plan, originals, tape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,8 +20,9 @@ from typing import Any
 
 from integration.engine_runs import SECONDS, environment, on_processes
 from integration.runs import config, step, text_files
-from recondense import pipeline, recovering
-from recondense.recovery import RecoveryModule
+from recondense.recovery import fit as fit_module
+from recondense.recovery.module import RecoveryModule
+from recondense.run import pipeline
 
 
 def run(strategy: Any, folder: Path, model: Path, **recovery: Any) -> dict[str, str]:
@@ -30,17 +31,17 @@ def run(strategy: Any, folder: Path, model: Path, **recovery: Any) -> dict[str, 
     trainer = replace(made.trainer, strategy=strategy, devices="auto", progress_bar=False)
     name = f"{strategy}-control" if recovery.get("control") else strategy
     found: dict[str, str] = {}
-    fit = recovering.fit
+    fit = fit_module.fit
 
     def watched(module: RecoveryModule, *rest: Any) -> Path:
         found[module.stage] = module.computes_on.type
         return fit(module, *rest)
 
-    recovering.fit = watched
+    fit_module.fit = watched
     try:
         pipeline.run(replace(made, trainer=trainer, run_dir=str(folder / name)), [step()])
     finally:
-        recovering.fit = fit
+        fit_module.fit = fit
     return found
 
 

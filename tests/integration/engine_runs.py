@@ -30,14 +30,16 @@ from small import byte_tokenizer
 from tiny_models import qwen2_moe, windows
 
 from callbacks.lm_eval import LmEval
-from recondense import processes, sharding, strategies
-from recondense.config import TrainerConfig
-from recondense.data import RecoveryData
-from recondense.fitting import fit
-from recondense.losses import MASKED
-from recondense.low_rank import LowRankExperts
-from recondense.plan import Condense, Factorize, Plan, Prune
-from recondense.recovery import RecoveryModule
+from recondense import processes
+from recondense.config.schema import TrainerConfig
+from recondense.data.labels import MASKED
+from recondense.data.loader import RecoveryData
+from recondense.models.low_rank import LowRankExperts
+from recondense.operations import Condense, Factorize, Prune
+from recondense.plan import Plan
+from recondense.recovery.engines import deepspeed, full_tensors, twin
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
 
 STEPS, KILLED_AT, SAVED = 10, 6, 4
 TASKS = ("piqa",)
@@ -104,7 +106,7 @@ class Watching(L.Callback):
         self.precisions |= {each.dtype for each in module.buffers()}
         self.losses[trainer.global_step] = float(trainer.callback_metrics["recovery/loss"])
         (optimizer,) = trainer.optimizers
-        inner = optimizer.optimizer if isinstance(trainer.strategy, strategies.Zero) else optimizer
+        inner = optimizer.optimizer if isinstance(trainer.strategy, deepspeed.Zero) else optimizer
         parts = [getattr(value, "_local_tensor", value) for own in inner.state.values() for value in own.values()]
         self.state_elements = sum(part.numel() for part in parts if part.ndim)
 
@@ -132,7 +134,7 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
     """Train with an engine, killed once; what this process saw."""
     _, before = train(engine, folder, KILLED_AT, tasks, where)
     module, after = train(engine, folder, tasks=tasks, where=where)
-    hollow = sharding.is_hollow(module)
+    hollow = twin.is_hollow(module)
     if not hollow:
         torch.save(module.model.state_dict(), folder / f"weights-{processes.rank()}.pt")
     return {
@@ -191,7 +193,9 @@ SHORT_ALONE = ("deepspeed_zero3_offload",)  # engines that are much like another
 def moments(folder: Path) -> dict[str, list[float]]:
     """Norms of AdamW's moments of each parameter, after the second step."""
     (state,) = torch.load(folder / "step=2.ckpt", weights_only=True)["optimizer_states"]
-    return {name: [float(own[name].norm()) for _, own in sorted(state["state"].items())] for name in strategies.MOMENTS}
+    return {
+        name: [float(own[name].norm()) for _, own in sorted(state["state"].items())] for name in full_tensors.MOMENTS
+    }
 
 
 def short(name: str, strategy: str, folder: Path) -> list[float]:

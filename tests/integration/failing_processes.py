@@ -9,10 +9,11 @@ import sys
 import time
 
 from integration.engine_runs import environment, on_processes
-from recondense import launching, processes
-from recondense.command_line import exit_codes
-from recondense.config import TrainerConfig
+from recondense import processes
+from recondense.config.schema import TrainerConfig
 from recondense.errors import ConfigError
+from recondense.run import launching
+from recondense.run.command_line import exit_codes
 
 
 def run(rank: int, port: int) -> None:

@@ -17,11 +17,12 @@ from log_handlers import loggers_put_back
 from small import byte_tokenizer
 from tiny_models import qwen2_moe
 
-from recondense import pipeline, progress
-from recondense.config import Config, from_dict
+from recondense import progress
+from recondense.config.schema import Config, from_dict
 from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
-from recondense.published import CDMOE, PAPER_TASKS
+from recondense.report.published import CDMOE, PAPER_TASKS
+from recondense.run import pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMALISED = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa")  # those for which lm-eval has acc_norm
@@ -195,7 +196,7 @@ def kill_at(phase: str) -> None:
 
         JsonFolder.__setitem__ = counted  # type: ignore[method-assign,assignment]
     elif phase == "recovery":
-        from recondense.recovery import RecoveryModule
+        from recondense.recovery.module import RecoveryModule
 
         train = RecoveryModule.training_step
 
@@ -206,9 +207,9 @@ def kill_at(phase: str) -> None:
 
         RecoveryModule.training_step = training_step  # type: ignore[method-assign,assignment]
     elif phase == "export":
-        from recondense import files
+        from recondense import files as files_module
 
-        files._put_in_place = lambda *_: die()
+        files_module._put_in_place = lambda *_: die()
     else:
         assert phase == "never"
 

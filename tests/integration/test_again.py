@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from tiny_models import EVERY, logits
 
 from integration.runs import arguments, model_folder, one_command, text_files
-from recondense import families, hub, loading
-from recondense.config import ModelConfig
+from recondense.config.schema import ModelConfig
 from recondense.errors import UserError
+from recondense.export import push
+from recondense.models import families, loading, views
 from recondense.operations import PROJECTIONS
 from recondense.plan import Plan
-from recondense.summary import operation_counts
+from recondense.report.summary import operation_counts
 
 Command = Callable[..., tuple[int, str]]
 
@@ -62,7 +63,7 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
     assert sorted("ranks" if "ranks" in shape else shape["kind"] for shape in kinds.values())[0] == "condensed"
     assert any("ranks" in shape for shape in kinds.values())
     model, _ = loading.load(ModelConfig(attention="eager"), out / "third" / "model")
-    assert families.facts(model.config).factorized == tuple(families.sparse_blocks(model))
+    assert families.facts(model.config).factorized == tuple(views.sparse_blocks(model))
     ids = torch.arange(1, 41).reshape(2, 20)
     assert torch.isfinite(logits(model, ids)).all()
 
@@ -160,7 +161,7 @@ def test_a_folder_goes_to_the_hub_on_request(command: Command, tmp_path: Path, m
             called.append((repo_id, {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("recondense.preflight.get_token", lambda: "some token")
+    monkeypatch.setattr("recondense.run.preflight.get_token", lambda: "some token")
     folder, texts = model_folder(tmp_path / "model"), text_files(tmp_path / "texts")
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     code, err = command(*arguments(folder, texts, tmp_path / "out", "run", *settings))
@@ -178,7 +179,7 @@ def test_what_the_hub_refuses_is_said_with_the_remedy(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     with pytest.raises(UserError, match=r"export.push_to_hub=me/mine: 403 Forbidden: not for you\. .*hf upload"):
-        hub.push_folder(tmp_path, "me/mine", private=True)
+        push.push_folder(tmp_path, "me/mine", private=True)
 
 
 def _config(folder: Path) -> dict[str, Any]:

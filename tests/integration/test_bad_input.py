@@ -479,7 +479,7 @@ def test_an_unusable_path_is_the_only_problem(command: Command, argument: str, p
 
 
 def test_folder_of_another_run(command: Command, tmp_path: Path) -> None:
-    from recondense.config import Config
+    from recondense.config.schema import Config
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(Config(seed=5).to_yaml())
@@ -549,7 +549,7 @@ def test_errors_of_a_run(
     command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int | None, part: str
 ) -> None:
     """What is raised on purpose is a message; any other ValueError is a defect and keeps its traceback."""
-    from recondense import pipeline
+    from recondense.run import pipeline
 
     monkeypatch.setattr(pipeline, "run", _raising(error))
     found, err = command("recovery=none")
@@ -562,7 +562,7 @@ def test_errors_of_a_run(
 @pytest.mark.parametrize("expression", ["max([])", "int('x')", "[].index(1)", "list(zip([1], [], strict=True))"])
 def test_a_defect_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyPatch, expression: str) -> None:
     """The last frame of a ValueError that a builtin raises is ours: it must not pass for a message to users."""
-    from recondense import pipeline
+    from recondense.run import pipeline
 
     code = compile(expression, pipeline.__file__, "eval")
     monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: eval(code))
@@ -573,8 +573,8 @@ def test_a_defect_keeps_its_traceback(command: Command, monkeypatch: pytest.Monk
 
 
 def test_user_errors_are_messages(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recondense import pipeline
-    from recondense.config import parse_bytes
+    from recondense.config.schema import parse_bytes
+    from recondense.run import pipeline
 
     monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: parse_bytes("lots"))
     code, err = command("recovery=none")
@@ -636,7 +636,7 @@ def test_sigterm_outside_a_fit(root: Path, tmp_path: Path, small: list[str]) -> 
 
 def test_a_right_command_runs(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And leaves no folder of Hydra's own."""
-    from recondense import pipeline
+    from recondense.run import pipeline
 
     seen = []
     monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append((config, steps)) or 1.0)
@@ -650,7 +650,7 @@ def test_a_right_command_runs(command: Command, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_sweep_runs_every_job(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One folder a sweep, named by its command; the jobs get no folders of Hydra's."""
-    from recondense import pipeline
+    from recondense.run import pipeline
 
     seen = []
     monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)

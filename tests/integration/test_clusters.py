@@ -19,9 +19,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from integration.runs import ROOT, arguments, model_folder, text_files
-from recondense import pipeline, summary, sweeping
-from recondense.checks import check
-from recondense.config import Config, read
+from recondense.config.checks import check
+from recondense.config.schema import Config, read
+from recondense.report import summary
+from recondense.run import pipeline, sweeping
 
 for package in sweeping.PLUGINS:
     pytest.importorskip(f"hydra_plugins.{package}")

@@ -10,8 +10,8 @@ import pytest
 from forks import Forks
 
 from integration.runs import ROOT
-from recondense import pipeline
-from recondense.config import Config
+from recondense.config.schema import Config
+from recondense.run import pipeline
 
 Command = Callable[..., tuple[int, str]]
 Seen = list[tuple[Config, list[str]]]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from integration import engine_pipelines, engine_runs
 from integration.runs import arguments, model_folder, one_command, paper_tasks, text_files
-from recondense.recovery import RecoveryModule
+from recondense.recovery.module import RecoveryModule
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
 ALL = (*ENGINES, *engine_runs.SHORT_ALONE)
@@ -236,14 +236,14 @@ def test_a_control_computes_where_the_recovery_did(measured: Path) -> None:
 
 def test_a_twin_is_no_second_copy() -> None:
     """ZeRO-2's twin lies on the module's memory, an empty one on none; both compute with parameters of their own."""
-    from recondense import sharding
+    from recondense.recovery.engines import twin as twin_module
 
     module = engine_runs.module_of()
-    twin: RecoveryModule = sharding.twin_of(module, module.in_common(), empty=False)
+    twin: RecoveryModule = twin_module.twin_of(module, module.in_common(), empty=False)
     own, theirs = dict(module.named_parameters()), dict(twin.named_parameters())
     assert own.keys() == theirs.keys() and twin.tokenizer is module.tokenizer
     for name, value in own.items():
         assert theirs[name] is not value and theirs[name].data_ptr() == value.data_ptr()
         assert theirs[name].requires_grad == value.requires_grad
-    empty: RecoveryModule = sharding.twin_of(module, module.in_common(), empty=True)
+    empty: RecoveryModule = twin_module.twin_of(module, module.in_common(), empty=True)
     assert all(value.is_meta for value in empty.parameters()) and not any(b.is_meta for b in empty.buffers())

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 
 from integration.runs import NORMALISED, config, model_folder, one_command, paper_tasks, text_files
-from recondense import pipeline, published
-from recondense.config import EvaluationConfig, HeldoutConfig
-from recondense.heldout import HELDOUT_TASKS
-from recondense.measure import Measure
+from recondense.config.schema import EvaluationConfig, HeldoutConfig
+from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.saliency import SaliencyPruning
-from recondense.published import CDMOE, DEEPSEEK, PAPER_TASKS, model_named
-from recondense.recovery import RecoveryModule
+from recondense.recovery.module import RecoveryModule
+from recondense.report import published
+from recondense.report.published import CDMOE, DEEPSEEK, PAPER_TASKS, model_named
+from recondense.run import pipeline
+from recondense.run.measure import Measure
 
 Command = Callable[..., tuple[int, str]]
 LmEval = Callable[[Path, list[str], Path, Path], dict[str, dict[str, float]]]
@@ -122,7 +123,7 @@ def test_published_rows_of_a_known_model(
         num_experts=values["num_experts"],
     )
     monkeypatch.setattr(published, "MODELS", (small,))
-    monkeypatch.setattr("recondense.papers.MODELS", (small,))
+    monkeypatch.setattr("recondense.report.beside_published.MODELS", (small,))
     found = run(base, tmp_path, "mean")["published"]
     assert found["model"] == DEEPSEEK
     assert [row["mean"] for row in found["rows"]] == [61.6, 59.2], (

@@ -22,8 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from integration.runs import ROOT, arguments, model_folder, one_command, text_files
-from recondense import families, surgery
-from recondense.plan import Factorize, Plan, Refit
+from recondense.models import families
+from recondense.operations import Factorize, Refit
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 Command = Callable[..., tuple[int, str]]
 Case = tuple[str, str]  # family, method
@@ -143,7 +145,7 @@ def student(folder: Path, original: Path) -> tuple[Tensor, Tensor]:
     """
     model = AutoModelForCausalLM.from_pretrained(original).eval()
     operations = Plan.load(folder / "plan.json").operations if (folder / "plan.json").exists() else ()
-    surgery.apply(
+    apply.apply(
         model,
         Plan("", tuple(replace(each, whitening=False) if isinstance(each, Factorize) else each for each in operations)),
     )

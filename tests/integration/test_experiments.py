@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration.runs import one_command
-from recondense import corpora, pipeline, tiny
-from recondense.comparison import by_seed
-from recondense.config import Config, from_dict
-from recondense.method_steps import step_entries
+from recondense.config.schema import Config, from_dict
+from recondense.config.steps import step_entries
+from recondense.data import corpus, stdlib
+from recondense.report.comparison import by_seed
+from recondense.run import pipeline, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = ("compare", "pareto")
@@ -42,8 +43,8 @@ SMOKE = (
 @pytest.fixture(autouse=True)
 def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a process that runs one command never puts back; and a short text in place of the whole library's."""
-    few = corpora.Corpora(*(documents()[start::3] for start in range(3)))
-    monkeypatch.setattr(corpora, "stdlib_corpora", lambda: few)
+    few = corpus.Corpora(*(documents()[start::3] for start in range(3)))
+    monkeypatch.setattr(stdlib, "stdlib_corpora", lambda: few)
     monkeypatch.setattr(tiny, "stdlib_corpora", lambda: few)
     with one_command():
         yield

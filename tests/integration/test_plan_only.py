@@ -13,9 +13,10 @@ import yaml
 from tiny_models import qwen2_moe
 
 from integration.runs import one_command
-from recondense import families, hub, loading
-from recondense.preflight import planned_config
-from recondense.recorded import recorded_values
+from recondense import offline
+from recondense.models import families, loading
+from recondense.models.published_configs import recorded_values
+from recondense.run.preflight import planned_config
 
 MODELS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
@@ -45,7 +46,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         pytest.fail("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(hub, "reachable_or_offline", refused)
+    monkeypatch.setattr(offline, "reachable_or_offline", refused)
     monkeypatch.setattr(loading, "load", refused)
 
     def run(*arguments: str) -> tuple[int, str, str, dict[str, Any]]:
@@ -85,7 +86,7 @@ def test_every_model(name: str, sizes: Sizes, tmp_path: Path) -> None:
 
 
 def _planned(name: str) -> Any:
-    from recondense.config import from_dict
+    from recondense.config.schema import from_dict
 
     return planned_config(from_dict({"model": MODELS[name]}).model, plan_only=True)
 

@@ -12,9 +12,9 @@ from packed import fp8_folder
 from tiny_models import qwen2_moe
 
 from integration.runs import config, text_files
-from recondense import pipeline
-from recondense.config import RecoveryConfig
+from recondense.config.schema import RecoveryConfig
 from recondense.methods.cdmoe import CDMoE
+from recondense.run import pipeline
 
 
 def test_a_run_counts_bytes_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

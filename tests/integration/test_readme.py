@@ -21,8 +21,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from integration.runs import ROOT
-from recondense.command_line import validate
 from recondense.errors import ConfigError
+from recondense.run.command_line import validate
 from train import job
 
 PAGES = {

@@ -16,13 +16,14 @@ from omegaconf import OmegaConf
 from tiny_models import EVERY
 
 from integration.runs import model_folder, one_command, paper_sets, paper_tasks
-from recondense import loading, preflight
-from recondense.command_line import check_run
-from recondense.config import Config, ModelConfig, from_dict
+from recondense.config.schema import Config, ModelConfig, from_dict
+from recondense.config.stages import stages_of
+from recondense.models import loading
+from recondense.models.published_configs import recorded_config, recorded_values
 from recondense.plan import Plan
-from recondense.published import PAPER_TASKS
-from recondense.recorded import recorded_config, recorded_values
-from recondense.stages import stages_of
+from recondense.report.published import PAPER_TASKS
+from recondense.run import preflight
+from recondense.run.command_line import check_run
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "conf" / "experiment" / "paper"

@@ -14,8 +14,9 @@ from forks import Forks
 from transformers import AutoModelForCausalLM
 
 from integration.runs import ROOT, config, model_folder, step, text_files
-from recondense import pipeline, surgery
 from recondense.plan import Plan
+from recondense.run import pipeline
+from recondense.surgery import apply
 
 LOAD = """
 import sys
@@ -83,7 +84,7 @@ def test_export_is_the_student_and_loads_without_recondense(
     student = AutoModelForCausalLM.from_pretrained(base / "model").eval()
     originally = student(ids).logits
     num_parameters = student.num_parameters()
-    surgery.apply(student, Plan.load(folder / "plan.json"))
+    apply.apply(student, Plan.load(folder / "plan.json"))
     condensed = student(ids).logits
     state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
     assert state and all(name.startswith("model.") for name in state)

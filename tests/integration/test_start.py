@@ -14,11 +14,12 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from integration.runs import arguments, config, model_folder, paper_tasks, step, text_files
-from recondense import loading, pipeline, tiny
-from recondense.config import Config, from_dict
+from recondense.config.schema import Config, from_dict
 from recondense.errors import UserError
+from recondense.models import loading
 from recondense.plan import Plan
-from recondense.recovery import RecoveryModule
+from recondense.recovery.module import RecoveryModule
+from recondense.run import pipeline, tiny
 
 Command = Callable[..., tuple[int, str]]
 
@@ -249,7 +250,7 @@ def test_the_same_command_tries_an_upload_again(
             uploads.append(1)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("recondense.preflight.get_token", lambda: "some token")
+    monkeypatch.setattr("recondense.run.preflight.get_token", lambda: "some token")
     folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     push = arguments(folder, texts, out, "run", *settings, "callbacks.profile.enabled=false")
@@ -278,7 +279,7 @@ def test_an_upload_of_what_is_gone_is_refused(
             raise OSError("no")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("recondense.preflight.get_token", lambda: "some token")
+    monkeypatch.setattr("recondense.run.preflight.get_token", lambda: "some token")
     folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     push = arguments(folder, texts, out, "run", *settings, "callbacks.profile.enabled=false")

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from integration.runs import config, model_folder, one_command, step, text_files
-from recondense import paging, pipeline, profiling
+from recondense.evaluation import profiling
+from recondense.models import streaming as streaming_module
+from recondense.run import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +76,13 @@ def test_peak_memory_is_taken_before_a_recovery_brings_the_model_in(
 
     def peak() -> int:
         if pages:
-            states.append(paging.is_streamed(pages[0]))
+            states.append(streaming_module.is_streamed(pages[0]))
         return 12345 if pages else 1234
 
     monkeypatch.setattr(pipeline, "load", load)
     monkeypatch.setattr(profiling, "peak_resident_bytes", peak)
     _, summary = run(base, recovery["objective"], True, **recovery)
-    assert states == [True] and not paging.is_streamed(pages[0])
+    assert states == [True] and not streaming_module.is_streamed(pages[0])
     assert summary["memory"]["peak_resident_bytes"] == 12345 and summary["memory"]["before_bytes"] == 1234
     assert "recovered" in summary["stages"]
     assert capsys.readouterr().err.count("peak memory 12") == 1

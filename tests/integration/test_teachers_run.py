@@ -14,8 +14,8 @@ from small import byte_tokenizer
 from tiny_models import qwen2_moe
 
 from integration.runs import config, model_folder, one_command, step, text_files
-from recondense import pipeline
-from recondense.preflight import preflight
+from recondense.run import pipeline
+from recondense.run.preflight import preflight
 
 
 @pytest.fixture(scope="module")

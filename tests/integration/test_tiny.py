@@ -21,9 +21,11 @@ from tiny_models import qwen2_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recondense import tiny
-from recondense.config import ModelConfig, TrainerConfig
-from recondense.corpora import Corpora, stdlib_corpora
+from recondense import files
+from recondense.config.schema import ModelConfig, TrainerConfig
+from recondense.data.corpus import Corpora
+from recondense.data.stdlib import stdlib_corpora
+from recondense.run import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPORA = Corpora(*(documents()[start::3] for start in range(3)))
@@ -253,7 +255,7 @@ def test_expert_loads_are_what_the_routers_select() -> None:
 def test_the_embedded_model_has_learned(tmp_path: Path) -> None:
     """The one in outputs/cache, if these settings and this library's text made it; else it is trained in full."""
     model = ModelConfig(name="tiny_moe", dtype="float32", pretrain=published())
-    key = tiny.fingerprint(tiny.VERSION, published(), stdlib_corpora().sha256(), "cpu")
+    key = files.fingerprint(tiny.VERSION, published(), stdlib_corpora().sha256(), "cpu")
     folder = ROOT / "outputs" / "cache" / "models" / f"tiny_moe-{key}"
     if not folder.exists():
         folder = tiny.ensure(model, tmp_path, QUIET)

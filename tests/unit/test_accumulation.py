@@ -12,10 +12,10 @@ from recoveries import QUIET, recovery
 from tiny_models import condense_plan, qwen2_moe, windows
 from torch import Tensor
 
-from recondense.data import RecoveryData, ShuffledWindows
-from recondense.fitting import fit
-from recondense.losses import MASKED, predicting
-from recondense.recovery import RecoveryModule
+from recondense.data.labels import MASKED, predicting
+from recondense.data.loader import RecoveryData, ShuffledWindows
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
 
 TARGETS = (1, 7, 7, 1, 3, 2, 7, 5)
 SHARES: dict[str, Any] = {"cross_entropy_share": 0.25, "temperature": 2.0}

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from recondense.methods.allocation import inverse_importance, uniform
+from recondense.methods.search.allocation import inverse_importance, uniform
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -11,13 +11,15 @@ from brute_force_moei2 import change
 from tiny_models import FAMILIES, logits, qwen2_moe, recorded, texts, tiny, unchanged, windows
 from torch import nn
 
-from recondense import families, surgery
 from recondense.methods.dropping import Dropping
 from recondense.methods.merging import Merging
 from recondense.methods.naee import NAEE
 from recondense.methods.saliency import SALIENCIES, SaliencyPruning
-from recondense.plan import Merge, Plan
-from recondense.surgery.alignment import aligned
+from recondense.models import decoder, families, views
+from recondense.operations import Merge
+from recondense.plan import Plan
+from recondense.surgery import apply
+from recondense.surgery.merge import aligned
 
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -29,7 +31,7 @@ def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
 @torch.no_grad()
 def token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
     """Saliencies by running every text alone and every expert on every token that selects it."""
-    block: Any = families.get_block(model, layer)
+    block: Any = views.get_block(model, layer)
     counts, weights, norms = ([0.0] * 6 for _ in range(3))
     seen: list[torch.Tensor] = []
     handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -51,7 +53,7 @@ def token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saliencies(family: str) -> None:
     model = FAMILIES[family]()
-    layers = list(families.sparse_blocks(model))
+    layers = list(views.sparse_blocks(model))
     expected = {layer: token_by_token(model, layer) for layer in layers}
     for saliency in set(SALIENCIES) - {"random"}:
         operations, record = search(SaliencyPruning(saliency, removed_expert_ratio=0.5), model)
@@ -90,15 +92,15 @@ def test_naee_is_the_enumeration_of_transformers_blocks(family: str) -> None:
 @torch.no_grad()
 def test_cosines(family: str) -> None:
     model = FAMILIES[family]()
-    layers = list(families.sparse_blocks(model))
+    layers = list(views.sparse_blocks(model))
     before: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     handles = []
     for layer in layers:  # what enters the norm before the block is the residual stream there
-        norm: Any = families.decoder_layers(model)[layer].post_attention_layernorm
+        norm: Any = decoder.decoder_layers(model)[layer].post_attention_layernorm
         handles.append(norm.register_forward_pre_hook(lambda m, args, layer=layer: before[layer].append(args[0][0])))
-    hidden: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(len(families.decoder_layers(model)))}
+    hidden: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(len(decoder.decoder_layers(model)))}
     for layer in hidden:
-        decoder_layer = families.decoder_layers(model)[layer]
+        decoder_layer = decoder.decoder_layers(model)[layer]
         handles.append(decoder_layer.register_forward_hook(lambda m, a, out, layer=layer: hidden[layer].append(out[0])))
     for text in texts():
         model(input_ids=torch.tensor([text]))
@@ -124,14 +126,14 @@ def test_cosines(family: str) -> None:
 def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
     """An expert and its copy with permuted rows: found by their outputs, put together by the alignment."""
     model = qwen2_moe()
-    block: Any = families.get_block(model, 1)
+    block: Any = views.get_block(model, 1)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         gate, up = block.experts.gate_up_proj[4].chunk(2)
         block.experts.gate_up_proj[1] = torch.cat((gate[order], up[order]))
         block.experts.down_proj[1] = block.experts.down_proj[4][:, order]
         block.gate.weight[1] = 1.01 * block.gate.weight[4]
-    weights = families.sparse_blocks(model)[1].weights
+    weights = views.sparse_blocks(model)[1].weights
     mine, theirs = weights.projections(4), aligned(weights.projections(4), weights.projections(1))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     for grouping in ("router_logits", "expert_outputs"):
@@ -141,15 +143,15 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
     weights = ((1.0,), (0.3, 0.7), (1.0,), (1.0,), (1.0,))
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
     expected = block(x)
-    surgery.apply(model, Plan("tiny", (Merge(1, groups, weights, align=True),)))
-    torch.testing.assert_close(families.get_block(model, 1)(x), expected, rtol=1e-4, atol=1e-4)
+    apply.apply(model, Plan("tiny", (Merge(1, groups, weights, align=True),)))
+    torch.testing.assert_close(views.get_block(model, 1)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_equal_experts_are_merged_into_as_many_groups_as_asked() -> None:
     """Upcycled experts: all distances are the same, and a cut by height would leave one group."""
     model = qwen2_moe()
-    for block in families.sparse_blocks(model).values():
+    for block in views.sparse_blocks(model).values():
         for weight in (block.weights.gate_up_EHD, block.weights.down_EDF):
             weight.copy_(weight[:1].expand_as(weight))
     operations, _ = search(Merging("expert_outputs", removed_expert_ratio=0.5), model)
@@ -164,7 +166,7 @@ def test_groups_by_hand(family: str) -> None:
     tape = recorded(model)
     operations, record = search(Merging("expert_outputs", removed_expert_ratio=0.5), model)
     for operation in operations:
-        block = families.sparse_blocks(model)[operation.layer]
+        block = views.sparse_blocks(model)[operation.layer]
         x = torch.cat([trace.x_TD for trace in tape.trace(model, operation.layer)])
         means = []
         for expert in range(6):
@@ -186,7 +188,7 @@ def test_groups_by_hand(family: str) -> None:
         for group, shares in zip(operation.groups, operation.weights, strict=True):
             total = sum(counts[expert] for expert in group)
             assert shares == pytest.approx([counts[e] / total if total else 1 / len(group) for e in group])
-    layers = list(families.sparse_blocks(model))
+    layers = list(views.sparse_blocks(model))
     operations, record = search(Merging("router_logits", removed_expert_ratio=0.5), model)
     kept = {op.layer: len(op.groups) for op in operations}
     assert sum(kept.get(layer, 6) for layer in layers) == 3 * len(layers)
@@ -222,7 +224,7 @@ def test_every_group_loses_as_many_its_least_salient(saliency: str, allocation: 
         assert len(groups[0]) == len(groups[1]) in ((1,) if allocation == "uniform" else (1, 2))
         for group, own in enumerate(groups):
             assert own == sorted(sorted(range(4 * group, 4 * group + 4), key=lambda e: scores[layer][e])[: len(own)])
-    surgery.apply(model, Plan("tiny", tuple(operations)))
+    apply.apply(model, Plan("tiny", tuple(operations)))
     assert torch.isfinite(logits(model, windows(2, 9))).all()
     [problem] = SaliencyPruning(saliency, removed_expert_ratio=0.6).check(families.facts(model.config))
     assert "selects 2 out of 1 of 2 groups: at most 0.5 can go" in problem

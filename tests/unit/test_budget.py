@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from tiny_models import FAMILIES, condense_plan, qwen2_moe, recorded, unchanged
 
-from recondense import families, surgery
-from recondense.methods.budget import Budget, routed_parameters, total_parameters
 from recondense.methods.cdmoe import CDMoE
-from recondense.plan import Plan, Prune
+from recondense.methods.search.budget import Budget
+from recondense.models import parameters, views
+from recondense.models.parameters import routed_parameters, total_parameters
+from recondense.operations import Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 EXPERT = 3 * 32 * 16  # gate, up and down of one expert of the tiny models
 ROW = 32
@@ -25,21 +28,21 @@ def size(model: Any) -> int:
 def drop(model: Any, total: int) -> None:
     """Drop `total` experts of a model of whole layers of six, at most four from each, the first ones first."""
     plan = []
-    for layer in families.sparse_blocks(model):
+    for layer in views.sparse_blocks(model):
         number = min(4, total)
         total -= number
         plan += [Prune(layer, tuple(range(number, 6)))] if number else []
     assert total == 0
-    surgery.apply(model, Plan("tiny", tuple(plan)))
+    apply.apply(model, Plan("tiny", tuple(plan)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_the_model(family: str) -> None:
     model = FAMILIES[family]()
-    layers = len(families.sparse_blocks(model))
-    assert total_parameters(model) == size(model) == families.parameter_counts(model.config).total
+    layers = len(views.sparse_blocks(model))
+    assert total_parameters(model) == size(model) == parameters.parameter_counts(model.config).total
     assert routed_parameters(model) == layers * 6 * EXPERT
-    surgery.apply(model, condense_plan(model, [1]))  # two of its routed experts stay
+    apply.apply(model, condense_plan(model, [1]))  # two of its routed experts stay
     assert routed_parameters(model) == (layers - 1) * 6 * EXPERT + 2 * EXPERT
 
 
@@ -65,7 +68,7 @@ def test_memory_ratio_drops_the_fewest_experts_that_keep_it(family: str, ratio: 
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 0.34, 0.5])
 def test_removed_expert_ratio_counts_routed_experts_alone(family: str, ratio: float) -> None:
     model, budget = FAMILIES[family](), Budget(removed_expert_ratio=ratio)
-    experts = 6 * len(families.sparse_blocks(model))
+    experts = 6 * len(views.sparse_blocks(model))
     assert budget.experts_to_drop(model) == round(ratio * experts)
     assert budget.expert_parameters_to_remove(model) == round(ratio * experts * EXPERT)
     drop(model, 1)
@@ -99,7 +102,7 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
     reached = []
     for plan in (operations, operations[:-1]):
         other = FAMILIES[family]()
-        surgery.apply(other, Plan("tiny", tuple(plan)))
+        apply.apply(other, Plan("tiny", tuple(plan)))
         kept = size(other) / original  # the scale, a buffer that export folds, does not count
         reached.append(kept <= ratio if name == "memory_ratio" else 1 - routed_parameters(other) / experts >= ratio)
     assert reached == [True, False]

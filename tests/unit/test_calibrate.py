@@ -12,9 +12,11 @@ from tiny_models import FAMILIES, VOCAB, blocks, deepseek_v2, qwen2_moe, recorde
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recondense import calibrate, families, processes
-from recondense.calibrate import Tape
-from recondense.shelves import Disk
+from recondense import processes
+from recondense.calibration import tape as tape_module
+from recondense.calibration.tape import Tape
+from recondense.models import decoder, views
+from recondense.models.tensor_store import Disk
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -33,7 +35,7 @@ def test_states_are_transformers_hidden_states(family: str) -> None:
                 tape.real_tokens(index, output.hidden_states[layer]),
                 **CLOSE,
             )
-        normed = families.final_norm(model)(tape.states[3][index])  # transformers hands out the last one normed
+        normed = decoder.final_norm(model)(tape.states[3][index])  # transformers hands out the last one normed
         torch.testing.assert_close(
             tape.real_tokens(index, normed), tape.real_tokens(index, output.hidden_states[-1]), **CLOSE
         )
@@ -94,7 +96,7 @@ def test_padding_never_counts(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_equals_hooks_on_the_whole_model(family: str, layer: int) -> None:
     model, ids = FAMILIES[family](), texts()
-    block: Any = families.get_block(model, layer)
+    block: Any = views.get_block(model, layer)
     seen: dict[str, Any] = {}
     handles = [
         block.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output)),
@@ -147,7 +149,7 @@ def test_nan_names_the_layer(spoil: Any, where: str) -> None:
         spoil(model)
     with unchanged(nn.Module()), pytest.raises(ValueError, match=where):
         recorded(model, [[1, 2, 3, 4]])
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in families.decoder_layers(model))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder.decoder_layers(model))
 
 
 def by_hand(values: list[list[float]]) -> float:
@@ -173,11 +175,11 @@ def test_traces_kept_while_taping_are_those_of_a_rerun(family: str, monkeypatch:
     size = sum(trace.nbytes for traces in recorded(model).traces.values() for trace in traces)
     tapes = []
     for room in (0, size - 1, size):
-        monkeypatch.setattr(calibrate, "TRACE_BYTES", room)
+        monkeypatch.setattr(tape_module, "TRACE_BYTES", room)
         tapes.append(recorded(model))
     rerun, kept = tapes[1:]
     assert [tape.traced for tape in tapes] == [False, False, True] and not tapes[0].traces
-    assert kept.traces.keys() == families.sparse_blocks(model).keys() and not rerun.traces
+    assert kept.traces.keys() == views.sparse_blocks(model).keys() and not rerun.traces
     for layer in kept.traces:
         for mine, theirs in zip(kept.trace(model, layer), rerun.trace(model, layer), strict=True):
             assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in vars(mine))

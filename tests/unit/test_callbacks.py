@@ -22,8 +22,10 @@ from callbacks.lm_eval import LmEval
 from callbacks.plan_logging import PlanLogging
 from callbacks.profile import ProfileMemoryAndSpeed
 from callbacks.progress import TrainingProgress
-from recondense import evaluate, families, profiling
-from recondense.plan import Condense, Plan
+from recondense.evaluation import lm_eval, profiling
+from recondense.models import parameters, views
+from recondense.operations import Condense
+from recondense.plan import Plan
 
 
 class Recorder(Logger):
@@ -111,7 +113,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         found.append({"tokenizer": tokenizer, "tasks": tasks, **settings})
         return {task: {"acc": float(len(found)), "acc_stderr": 0.5} for task in tasks}
 
-    monkeypatch.setattr(evaluate, "run_tasks", run_tasks)
+    monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
     return found
 
 
@@ -145,7 +147,7 @@ class TestLmEval:
             seen.append(torch.is_autocast_enabled("cpu"))
             return {}
 
-        monkeypatch.setattr(evaluate, "run_tasks", run_tasks)
+        monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
         fit(Module(), [LmEval(["a"])], tmp_path, precision="bf16-mixed")
         assert seen == [True]
 
@@ -174,7 +176,7 @@ class Teacher(nn.Module):
         self._model = (model,)
 
     def active(self) -> AbstractContextManager[Any]:
-        return families.swapped(self._model[0], {0: self.block})
+        return views.swapped(self._model[0], {0: self.block})
 
 
 class TestProfile:
@@ -183,9 +185,9 @@ class TestProfile:
     def test_profiles_against_the_teacher(self, tmp_path: Path) -> None:
         module = Module()
         original = Module().model.model.layers[0].mlp.requires_grad_(False)
-        block_bytes = profiling.weights_bytes(original)
+        block_bytes = parameters.weights_bytes(original)
         small = nn.Linear(16, 16, bias=False)
-        families.set_block(module.model, 0, small)
+        views.set_block(module.model, 0, small)
         module.teacher = Teacher(module.model, original)
         callback = ProfileMemoryAndSpeed(**self.SETTINGS, every_n_steps=2)
         _, recorder = fit(module, [callback], tmp_path)
@@ -193,7 +195,7 @@ class TestProfile:
             found = callback.profiles[moment]
             assert list(found) == ["original", name]
             assert found["original"].weights_bytes - found[name].weights_bytes == block_bytes - 16 * 16 * 4
-        assert families.get_block(module.model, 0) is small
+        assert views.get_block(module.model, 0) is small
         assert recorder.steps("profile/compressed/decode_tokens_per_second") == [0]
         assert recorder.steps("profile/recovered/peak_memory_bytes") == [6]
         assert recorder.steps("profile/train_tokens_per_second") == [2, 4, 6]

@@ -15,11 +15,11 @@ from agreement import compare
 from tiny_models import FAMILIES, bits, qwen2_moe, recorded, same_bits, texts, unchanged
 from transformers import PreTrainedModel
 
-from recondense import families
-from recondense.calibrate import Tape
+from recondense.calibration.tape import Tape
 from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
-from recondense.plan import Condense
+from recondense.models import families, views
+from recondense.operations import Condense
 
 HUGE = 1 << 40
 CASES = [("qwen2_moe", "mean"), ("qwen2_moe", "token"), ("deepseek_v2", "mean")]
@@ -96,7 +96,7 @@ def test_close_to_the_original_scores_keep_their_digits(family: str) -> None:
     """Experts that hardly say anything: JS near 1e-12, where the definition in fp64 still holds, in fp32 nothing."""
     model, ids = FAMILIES[family](), texts()
     with torch.no_grad():
-        for block in families.sparse_blocks(model).values():
+        for block in views.sparse_blocks(model).values():
             block.weights.down_EDF.mul_(1e-3)
     step = CDMoE(num_experts=2, num_layers="all", shared_gate="token")
     _, record = search(step, model, tape=lambda: recorded(model, ids))
@@ -114,7 +114,7 @@ def test_scores_far_below_the_first_keep_their_digits() -> None:
     """A router that weighs all experts alike: with the last one the condensed layer is the original."""
     model, ids = qwen2_moe(num_experts_per_tok=6, num_hidden_layers=1), texts()
     with torch.no_grad():
-        block = families.sparse_blocks(model)[0]
+        block = views.sparse_blocks(model)[0]
         block.router.weight.zero_()  # type: ignore[operator]
         block.weights.down_EDF.mul_(torch.logspace(-3, 0, 6)[:, None, None])
     _, record = search(CDMoE(num_experts=6, shared_gate="token"), model, tape=lambda: recorded(model, ids))
@@ -283,7 +283,7 @@ def test_the_first_of_equals_is_taken() -> None:
     """Three experts with the same weights, and a router whose weights are equal in every bit on any machine."""
     model = qwen2_moe(num_experts_per_tok=6, num_hidden_layers=1)
     with torch.no_grad():
-        block = families.sparse_blocks(model)[0]
+        block = views.sparse_blocks(model)[0]
         block.router.weight.zero_()  # type: ignore[operator]
         for weight in (block.weights.gate_up_EHD, block.weights.down_EDF):
             weight[5] = weight[1]  # type: ignore[index,operator]

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recondense import fused
-from recondense.chunking import CrossEntropy, Divergence, Divergent, Head, Hidden, Term, TopK, chunked, top_k
-from recondense.losses import MASKED, next_labels
-from recondense.profiling import peak_tensor_bytes
+from recondense.data.labels import MASKED, next_labels
+from recondense.evaluation.profiling import peak_tensor_bytes
+from recondense.models.decoder import Head
+from recondense.recovery import chunked_losses
+from recondense.recovery.chunked_losses import CrossEntropy, Divergence, Divergent, Hidden, Term, TopK, chunked, top_k
 
 T, V, D = 37, 101, 16
 KINDS: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "js")
@@ -228,13 +229,15 @@ def test_ligers_kernel_is_used_where_it_is_installed_and_can_be(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=None))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.fused_linear_cross_entropy", module)
-    monkeypatch.setattr(fused, "_liger", fused._liger.__wrapped__)
+    monkeypatch.setattr(chunked_losses, "_liger", chunked_losses._liger.__wrapped__)
     case = Case()
     head, other = case.heads()
     entropy, divergence = CrossEntropy(case.labels), Divergent("forward_kl", Hidden(case.theirs, other))
     plain, sums = chunked([(0.5, entropy)], case.hidden, head)
-    assert fused._liger() is module and not fused.usable(case.hidden) and not calls  # tensors on a CPU
-    monkeypatch.setattr(fused, "usable", lambda hidden: True)
+    assert (
+        chunked_losses._liger() is module and not chunked_losses.usable(case.hidden) and not calls
+    )  # tensors on a CPU
+    monkeypatch.setattr(chunked_losses, "usable", lambda hidden: True)
     found, own = chunked([(0.5, entropy)], case.hidden, head)
     assert calls == [{"ignore_index": MASKED, "reduction": "sum"}]
     torch.testing.assert_close(found, plain)
@@ -251,7 +254,7 @@ def test_without_liger_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None
         raise ImportError(name)
 
     monkeypatch.setattr("importlib.import_module", missing)
-    find: Callable[[], Any] = fused._liger.__wrapped__
+    find: Callable[[], Any] = chunked_losses._liger.__wrapped__
     assert find() is None
 
 

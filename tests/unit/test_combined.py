@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny_models import qwen2_moe, recorded, unchanged
 
-from recondense import families, surgery
-from recondense.methods.climbing import Start
 from recondense.methods.combined import Combined
-from recondense.methods.damage import Damage
-from recondense.plan import Condense, Factorize, Plan, Prune
-from recondense.summary import sizes
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.rerun import Start
+from recondense.models import families, views
+from recondense.models.parameters import sizes
+from recondense.operations import Condense, Factorize, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 SETTINGS: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (0.5,), "population": 20}
 SETTINGS |= {"parents": 5, "iterations": 4}
@@ -48,7 +50,7 @@ def test_the_first_round_is_the_enumerated_best() -> None:
     names = [record["options"][layer][place][0].partition(",")[0] for layer, place in zip(layers, best, strict=True)]
     assert [found["choice"][layer].partition(",")[0] for layer in layers] == names  # ranks may be raised afterwards
     assert found["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
-    surgery.apply(model, Plan("tiny", tuple(operations)))
+    apply.apply(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
 
 
@@ -60,7 +62,7 @@ def test_what_cannot_be_saved_is_said_before_anything_is_measured(monkeypatch: p
     monkeypatch.undo()
     model, best = qwen2_moe(), float(str(error.value).rpartition("=")[2])
     operations, _ = search(model, memory_ratio=best)
-    surgery.apply(model, Plan("tiny", tuple(operations)))
+    apply.apply(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["total"] <= best * sizes(qwen2_moe())["total"]
 
 
@@ -70,8 +72,8 @@ def test_the_damage_is_that_of_surgery() -> None:
     operations, record = search(model, memory_ratio=0.8)
     tape = recorded(expected)
     measure = Damage(expected, tape)
-    surgery.apply(model, Plan("tiny", tuple(operations)))
-    blocks = {layer: families.get_block(model, layer) for layer in {each.layer for each in operations}}
+    apply.apply(model, Plan("tiny", tuple(operations)))
+    blocks = {layer: views.get_block(model, layer) for layer in {each.layer for each in operations}}
     best = min(record["rounds"], key=lambda each: each["damage"])
     assert measure.choose(blocks) == pytest.approx(best["damage"], rel=1e-4)
     assert {type(each) for each in operations} <= {Condense, Prune, Factorize}
@@ -132,7 +134,7 @@ def test_a_killed_search_goes_on_at_the_layer_of_its_round(monkeypatch: pytest.M
 def test_a_layer_that_cannot_be_condensed_keeps_its_other_options() -> None:
     """Its router selects the same two experts for every token, and three are to stay."""
     model = qwen2_moe()
-    router = families.sparse_blocks(model)[1].router
+    router = views.sparse_blocks(model)[1].router
     with torch.no_grad():
         router.weight.zero_()  # type: ignore[operator]
     operations, record = search(model, memory_ratio=0.8, num_experts=(3,))
@@ -150,7 +152,7 @@ def test_one_budget_decides() -> None:
     model = qwen2_moe()
     before = sizes(model)["routed_experts"]
     operations, _ = search(model, memory_ratio=0.99, removed_expert_ratio=0.4)
-    surgery.apply(model, Plan("tiny", tuple(operations)))
+    apply.apply(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["routed_experts"] <= 0.6 * before
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from recondense.checks import check, check_folder
-from recondense.config import (
+from recondense.config.checks import check
+from recondense.config.reader import nearest, suggestion
+from recondense.config.schema import (
     Config,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     LoraSettings,
@@ -24,7 +24,8 @@ from recondense.config import (
     parse_bytes,
     read,
 )
-from recondense.reading import nearest, suggestion
+from recondense.errors import ConfigError
+from recondense.run.preflight import check_folder
 
 STEP = {"name": "example", "steps": [{"_target_": "builtins.dict"}]}
 

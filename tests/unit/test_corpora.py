@@ -11,13 +11,16 @@ from typing import Any, Literal
 
 import pytest
 
-from recondense import corpora, hub
-from recondense.config import CalibrationConfig, DataConfig, SourceConfig, SplitConfig, SplitNames
-from recondense.corpora import SPLITS, Corpora, check_paths, load_corpora, stdlib_corpora
+from recondense import offline
+from recondense.config.schema import CalibrationConfig, DataConfig, SourceConfig, SplitConfig, SplitNames
+from recondense.data import corpora, hub, stdlib
+from recondense.data.corpora import check_paths, load_corpora
+from recondense.data.corpus import SPLITS, Corpora
+from recondense.data.mixture import interleaved, shares
+from recondense.data.records import Record, read_record
+from recondense.data.stdlib import stdlib_corpora
+from recondense.data.text_files import read_texts
 from recondense.errors import UserError
-from recondense.instructions import Record, read_record
-from recondense.mixing import interleaved, shares
-from recondense.textfiles import read_texts
 
 
 def texts_config(**paths: Path | str) -> DataConfig:
@@ -39,13 +42,13 @@ def test_stdlib_is_split_by_module_and_the_same_twice() -> None:
     assert first.sha256() == second.sha256() and set(first.sha256()) == set(SPLITS)
     assert first.train and first.validation and first.calibration
     assert len(first.calibration) >= 100
-    modules = dict(corpora._modules(Path(os.__file__).parent))
-    found = [corpora._split_of(name) for name in modules]
+    modules = dict(stdlib._modules(Path(os.__file__).parent))
+    found = [stdlib._split_of(name) for name in modules]
     assert 0.8 < found.count("train") / len(found) < 0.97
     assert min(found.count("validation"), found.count("calibration")) > 0.02 * len(found)
     # A module is whole in its split, and in no other one.
-    assert sorted(first.train) == sorted(text for name, text in modules.items() if corpora._split_of(name) == "train")
-    calibration = [text for name, text in modules.items() if corpora._split_of(name) == "calibration"]
+    assert sorted(first.train) == sorted(text for name, text in modules.items() if stdlib._split_of(name) == "train")
+    calibration = [text for name, text in modules.items() if stdlib._split_of(name) == "calibration"]
     assert all(any(piece in text for text in calibration) for piece in first.calibration[:20])
 
 
@@ -62,7 +65,7 @@ def test_stdlib_leaves_out_tests_tables_and_packages(tmp_path: Path, monkeypatch
         (tmp_path / name).write_text("x = 1\n")
     (tmp_path / "latin.py").write_bytes(b"\xe4 = 1\n")
     (tmp_path / "json" / "empty.py").write_text("\n")
-    assert list(corpora._modules(tmp_path)) == [("os", "x = 1\n")]
+    assert list(stdlib._modules(tmp_path)) == [("os", "x = 1\n")]
     monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ValueError, match=r"too few Python sources \(train 1, validation 0.*data=texts"):
         stdlib_corpora()
@@ -71,16 +74,16 @@ def test_stdlib_leaves_out_tests_tables_and_packages(tmp_path: Path, monkeypatch
 def test_the_split_of_a_module_never_changes() -> None:
     names = ("tempfile", "hashlib", "argparse", "tarfile", "email.policy")
     expected = ["validation", "calibration", "train", "validation", "calibration"]
-    assert [corpora._split_of(name) for name in names] == expected
+    assert [stdlib._split_of(name) for name in names] == expected
 
 
 def test_calibration_pieces_are_disjoint_and_taken_in_turns() -> None:
     text = "".join(f"line {number:04d} of a long module\n" for number in range(300))
-    pieces = corpora._pieces(text)
+    pieces = stdlib._pieces(text)
     assert len(pieces) > 2 and text.startswith("".join(pieces))
-    assert all(corpora.CHUNK_CHARACTERS <= len(piece) < corpora.CHUNK_CHARACTERS + 100 for piece in pieces)
-    assert corpora._pieces("short\n") == ["short\n"]
-    assert corpora._take_turns([["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]) == ["a1", "b1", "c1", "a2", "c2", "a3"]
+    assert all(stdlib.CHUNK_CHARACTERS <= len(piece) < stdlib.CHUNK_CHARACTERS + 100 for piece in pieces)
+    assert stdlib._pieces("short\n") == ["short\n"]
+    assert stdlib._take_turns([["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]) == ["a1", "b1", "c1", "a2", "c2", "a3"]
 
 
 def test_only_the_splits_that_are_asked_for() -> None:
@@ -250,11 +253,11 @@ def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch:
     monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    hub.hub_reachable.cache_clear()
+    offline.hub_reachable.cache_clear()
     started = time.monotonic()
     with pytest.raises(UserError, match=r"^data\.dataset=owner/set: the hub cannot be reached") as caught:
         load_corpora(hub_config("owner/set"))
-    hub.hub_reachable.cache_clear()
+    offline.hub_reachable.cache_clear()
     assert "\n" not in str(caught.value) and time.monotonic() - started < 5
     assert datasets.config.HF_HUB_OFFLINE is False and huggingface_hub.constants.HF_HUB_OFFLINE is False
 

@@ -9,10 +9,10 @@ import torch
 from tiny_models import FAMILIES, recorded, unchanged
 from torch import nn
 
-from recondense import families
-from recondense.methods.climbing import Start
-from recondense.methods.damage import Damage
-from recondense.modules import Zeros
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.rerun import Start
+from recondense.models import decoder, views
+from recondense.models.blocks import Zeros
 
 
 def only(damage: Damage, layer: int, block: nn.Module | None) -> float:
@@ -23,13 +23,13 @@ def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
     """JS between softmaxes of the final hidden states in fp64, mean over each text, then over texts."""
 
     def final(ids: torch.Tensor) -> torch.Tensor:
-        return families.decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0].double()
+        return decoder.decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0].double()
 
     means = []
     for block in tape.blocks:
         for ids, mask in zip(block.input_ids_BS, block.mask_BS, strict=True):
             p = torch.softmax(final(ids[mask]), dim=-1)
-            with families.swapped(model, blocks):
+            with views.swapped(model, blocks):
                 q = torch.softmax(final(ids[mask]), dim=-1)
             m = (p + q) / 2
             js = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
@@ -42,7 +42,7 @@ def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
 def test_damage_is_the_divergence_of_the_whole_model(family: str) -> None:
     model = FAMILIES[family]()
     tape = recorded(model)
-    pruned = {layer: families.masked_block(block, (0, 2, 5)) for layer, block in families.sparse_blocks(model).items()}
+    pruned = {layer: views.masked_block(block, (0, 2, 5)) for layer, block in views.sparse_blocks(model).items()}
     with unchanged(model):
         damage = Damage(model, tape)
         assert only(damage, 1, None) == pytest.approx(0.0, abs=1e-9)

@@ -12,7 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from small import byte_tokenizer
 from torch import Tensor, nn
 
-from recondense.data import RecoveryData, Windows, calibration_set, pack
+from recondense.data.calibration_set import calibration_set
+from recondense.data.loader import RecoveryData, Windows
+from recondense.data.windows import pack
 
 # ------------------------------------------------------------------------------------------------ calibration set
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from recondense import deepseek, low_rank, modules
+from recondense.models import blocks, deepseek, low_rank
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -255,7 +255,7 @@ print(json.dumps(found))
 
 
 def test_works_behind_other_sources_in_one_file(tmp_path: Path) -> None:
-    first, second, third = (Path(str(each.__file__)).read_text() for each in (modules, low_rank, deepseek))
+    first, second, third = (Path(str(each.__file__)).read_text() for each in (blocks, low_rank, deepseek))
     code = {"AutoConfig": "modeling_exported.ExportedConfig"}
     code["AutoModelForCausalLM"] = "modeling_exported.ExportedForCausalLM"
     config = {**SMALL, "model_type": "exported_deepseek", "auto_map": code}

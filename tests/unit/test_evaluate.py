@@ -21,19 +21,13 @@ from small import byte_tokenizer, small_model
 from torch import nn
 from transformers import Qwen2MoeForCausalLM
 
-from recondense import inputs, tasks
-from recondense.corpora import stdlib_corpora
+from recondense.data.stdlib import stdlib_corpora
 from recondense.errors import UserError
-from recondense.evaluate import (
-    HELDOUT_TASKS,
-    check_tasks,
-    folder_tasks,
-    heldout_tasks,
-    kl_divergence,
-    perplexity,
-    run_tasks,
-)
-from recondense.heldout import CONTEXT_LINES, NEXT_LINE, PERPLEXITY
+from recondense.evaluation import lm_eval
+from recondense.evaluation.heldout_tasks import CONTEXT_LINES, HELDOUT_TASKS, NEXT_LINE, PERPLEXITY, heldout_tasks
+from recondense.evaluation.lm_eval import check_tasks, folder_tasks, run_tasks
+from recondense.evaluation.perplexity import kl_divergence, perplexity
+from recondense.run import inputs
 
 WINDOWS = torch.randint(1, 257, (5, 16), generator=torch.Generator().manual_seed(0))
 
@@ -57,7 +51,7 @@ def test_perplexity_is_the_mean_over_predicted_tokens(model: Qwen2MoeForCausalLM
 
 def test_perplexity_does_not_depend_on_the_chunks(model: Qwen2MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perplexity(model, WINDOWS, 4)
-    monkeypatch.setattr("recondense.evaluate.CHUNK_ELEMENTS", 3 * 257)
+    monkeypatch.setattr("recondense.evaluation.perplexity.CHUNK_ELEMENTS", 3 * 257)
     assert perplexity(model, WINDOWS, 4)["loss"] == pytest.approx(whole["loss"], rel=1e-7)  # products of other sizes
 
 
@@ -281,7 +275,7 @@ def test_unknown_tasks_are_named_with_the_nearest_ones(monkeypatch: pytest.Monke
     class Index:
         all_tasks = ("arc_challenge", "arc_easy", "piqa")
 
-    monkeypatch.setattr(tasks, "_all_tasks", lambda folders: Index())
+    monkeypatch.setattr(lm_eval, "_all_tasks", lambda folders: Index())
     assert check_tasks(["piqa", *HELDOUT_TASKS]) == []
     problems = check_tasks(["arc_chalenge", "piqa", "zzzz", "heldout_next_lines"])
     assert len(problems) == 3
@@ -294,7 +288,7 @@ def test_unknown_tasks_are_named_with_the_nearest_ones(monkeypatch: pytest.Monke
 
 def test_tasks_of_a_folder(own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are known without lm-eval's own list, which takes ten seconds to read."""
-    monkeypatch.setattr(tasks, "_all_tasks", lambda folders: pytest.fail("lm-eval's list was read"))
+    monkeypatch.setattr(lm_eval, "_all_tasks", lambda folders: pytest.fail("lm-eval's list was read"))
     for name, content in {
         "one": {"task": "one", "tag": "numbers", "dataset_path": "json"},
         "remote": {"task": "remote", "dataset_path": "somebody/questions"},
@@ -306,9 +300,9 @@ def test_tasks_of_a_folder(own_tasks: Path, tmp_path: Path, monkeypatch: pytest.
     assert folder_tasks(tmp_path) == ["linked", "one", "remote"]
     assert folder_tasks([tmp_path, own_tasks]) == sorted(["linked", "one", "remote", *HELDOUT_TASKS])
     assert check_tasks(None, tmp_path) == check_tasks(["one", "both", "numbers"], tmp_path) == []
-    manager = tasks._manager(["one", "remote", "linked"], tmp_path)
-    assert tasks._on_disk(manager, ["one"])
-    assert not tasks._on_disk(manager, ["one", "remote"]) and not tasks._on_disk(manager, ["linked"])
+    manager = lm_eval._manager(["one", "remote", "linked"], tmp_path)
+    assert lm_eval._on_disk(manager, ["one"])
+    assert not lm_eval._on_disk(manager, ["one", "remote"]) and not lm_eval._on_disk(manager, ["linked"])
 
 
 def test_what_decides_a_folders_results(tmp_path: Path) -> None:
@@ -328,4 +322,4 @@ def test_names_and_numbers_of_results() -> None:
         "n,none": math.nan,
         "flag,none": True,
     }
-    assert tasks._numbers(metrics) == {"acc": 0.5, "exact_strict": 1.0}
+    assert lm_eval._numbers(metrics) == {"acc": 0.5, "exact_strict": 1.0}

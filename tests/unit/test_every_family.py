@@ -28,8 +28,10 @@ from plain_moe import (
 from tiny_models import EVERY, logits, windows
 from torch import Tensor
 
-from recondense import families, surgery
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+from recondense.models import families, parameters, views
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 IDS = windows(2, 11)
 FULL: Ranks = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
@@ -42,10 +44,10 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 @pytest.mark.parametrize("family", EVERY)
 def test_facts_and_counts(family: str) -> None:
     model = EVERY[family]()
-    facts, counts = families.facts(model.config), families.parameter_counts(model.config)
+    facts, counts = families.facts(model.config), parameters.parameter_counts(model.config)
     sparse = [layer for layer in range(3) if hasattr(block_of(model, layer), "experts")]
     blocks = [block_of(model, layer) for layer in sparse]
-    assert facts.moe_layers == tuple(sparse) == tuple(families.sparse_blocks(model)) and len(sparse) >= 2
+    assert facts.moe_layers == tuple(sparse) == tuple(views.sparse_blocks(model)) and len(sparse) >= 2
     assert (facts.num_experts, facts.top_k, facts.hidden_size, facts.num_groups) == (6, 2, 32, 1)
     for block in blocks:
         state = block.state_dict()
@@ -60,14 +62,14 @@ def test_facts_and_counts(family: str) -> None:
     assert counts.total == sum(value.numel() for value in own.values())
     assert (counts.routed_experts, counts.expert) == (routed, routed / 6 / len(sparse))
     assert counts.router_row == router / 6 / len(sparse)
-    assert families.routed_parameters(model) == routed
-    assert all(block.expert_size == counts.expert for block in families.sparse_blocks(model).values())
+    assert parameters.routed_parameters(model) == routed
+    assert all(block.expert_size == counts.expert for block in views.sparse_blocks(model).values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_router_is_what_routing_says(name: str) -> None:
     model, routing = variant(name)
-    for layer, view in families.sparse_blocks(model).items():
+    for layer, view in views.sparse_blocks(model).items():
         plain, x_TD = PlainMoE(block_of(model, layer), routing), tokens(2.0)
         assert view.routing == routing
         assert view.correction_E is None or torch.equal(view.correction_E.double(), plain.correction_E)
@@ -82,7 +84,7 @@ def test_the_router_is_what_routing_says(name: str) -> None:
 
 def test_large_biases_do_decide_the_selection() -> None:
     for family in ("deepseek_v3", "ernie4_5_moe"):
-        view = families.sparse_blocks(corrected(family))[2]
+        view = views.sparse_blocks(corrected(family))[2]
         with torch.no_grad():
             logits_TE, _, index_TK = view.router(tokens())
         assert not torch.equal(index_TK.sort().values, logits_TE.topk(2).indices.sort().values)
@@ -93,7 +95,7 @@ def test_large_biases_do_decide_the_selection() -> None:
 def test_a_block_is_a_loop_over_tokens_and_experts(name: str, experts: str) -> None:
     model, routing = variant(name)
     model.set_experts_implementation(experts)
-    for layer in families.sparse_blocks(model):
+    for layer in views.sparse_blocks(model):
         plain, x_TD = PlainMoE(block_of(model, layer), routing), tokens(3.0)
         torch.testing.assert_close(run(block_of(model, layer), x_TD).double(), plain(x_TD.double()), **CLOSE)
     model.set_experts_implementation("grouped_mm")
@@ -131,13 +133,13 @@ CHANGES: dict[str, tuple[Callable[[int], Operation], Expected]] = {
 def check(make: Callable[..., Any], routing: families.Routing, do: Callable[[int], Operation], what: Expected) -> None:
     """Every sparse layer changed: each block for itself, then the whole model's logits."""
     student, other = make(), make()
-    layers = list(families.sparse_blocks(student))
+    layers = list(views.sparse_blocks(student))
     for layer in layers:
         plain = PlainMoE(block_of(other, layer), routing)
         pair = isinstance(block_of(other, layer)(torch.zeros(1, 1, 32)), tuple)
         other.model.layers[layer].mlp = Standing(partial(what, plain), pair)
     before = logits(student, IDS)
-    surgery.apply(student, Plan("tiny", tuple(do(layer) for layer in layers)))
+    apply.apply(student, Plan("tiny", tuple(do(layer) for layer in layers)))
     for layer in layers:
         x_TD = tokens(2.0)
         expected = block_of(other, layer).function(x_TD.double())
@@ -189,9 +191,9 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
     expected, x_TD = run(block_of(model, 1), tokens()), tokens()
     groups, shares = ((0, 1, 4), (2,), (3,), (5,)), ((0.5, 0.2, 0.3), (1.0,), (1.0,), (1.0,))
     plain = copy.deepcopy(model)
-    surgery.apply(model, Plan("tiny", (Merge(1, groups, shares, align=True),)))
+    apply.apply(model, Plan("tiny", (Merge(1, groups, shares, align=True),)))
     torch.testing.assert_close(run(block_of(model, 1), x_TD), expected, **CLOSE)
-    surgery.apply(plain, Plan("tiny", (Merge(1, groups, shares),)))
+    apply.apply(plain, Plan("tiny", (Merge(1, groups, shares),)))
     assert (run(block_of(plain, 1), x_TD) - expected).abs().max() > 0.1
 
 
@@ -199,7 +201,7 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
 def test_a_dropped_decoder_layer(family: str) -> None:
     """As if it, and what the config says of it, had never been there."""
     model, other = EVERY[family](), EVERY[family]()
-    surgery.apply(model, Plan("tiny", (Drop(1, "block"),)))
+    apply.apply(model, Plan("tiny", (Drop(1, "block"),)))
     del other.model.layers[1]
     other.config.num_hidden_layers = 2
     for name in ("layer_types", "mlp_layer_types"):

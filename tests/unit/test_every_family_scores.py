@@ -27,11 +27,13 @@ from plain_moe import (
 from tiny_models import EVERY, recorded, texts
 from torch import Tensor
 
-from recondense import families, low_rank, surgery
-from recondense.low_rank import LowRankExperts
 from recondense.methods.cdmoe import CDMoE
-from recondense.methods.replay import Replay
-from recondense.plan import Condense, Factorize, Merge, Operation, Plan, Prune, Refit
+from recondense.methods.search.leave_out import Replay
+from recondense.models import compressed, low_rank, views
+from recondense.models.low_rank import LowRankExperts
+from recondense.operations import Condense, Factorize, Merge, Operation, Prune, Refit
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 # ---------------------------------------------------------------------------------------------- low-rank experts
@@ -64,13 +66,13 @@ def test_every_way_of_computing_low_rank_experts(name: str, family: str, monkeyp
     model = EVERY[family]()
     whole = copy.deepcopy(block_of(model, 1))
     whole.load_state_dict(PlainMoE(whole, ROUTING[family]).truncated(ranks).state)
-    surgery.apply(model, Plan("tiny", (Factorize(1, ranks),)))
+    apply.apply(model, Plan("tiny", (Factorize(1, ranks),)))
     block = block_of(model, 1)
     found = []
     for each in (block, whole):
         each.experts.requires_grad_(True)
         x_TD = tokens(2.0, number).requires_grad_(True)
-        output = families.output_of(each(x_TD[None]))[0]
+        output = views.output_of(each(x_TD[None]))[0]
         (output * torch.linspace(-1, 1, 32)).sum().backward()
         found.append((output.detach(), x_TD.grad))
     assert taken == ({way} if way else set())
@@ -94,7 +96,7 @@ def _same_bias_gradients(mine: LowRankExperts, theirs: Any) -> None:
 
 def listened(model: Any, layer: int, ids: list[list[int]], block: Any) -> Any:
     """The residual stream after a layer with another block in it, text by text."""
-    with families.swapped(model, {layer: block}):
+    with views.swapped(model, {layer: block}):
         return bf.states_after(model, [layer], ids, lm_head=False)[layer]
 
 
@@ -116,7 +118,7 @@ def test_the_search_of_cdmoe_by_plain_torch(family: str) -> None:
         def condensed(x_TD: Tensor, experts: list[int], plain: Any = plain, means: Any = means) -> Tensor:
             return plain.shared(x_TD) + sum(means[expert] * plain.expert(expert, x_TD) for expert in experts)
 
-        original, pair = listened(model, layer, ids, own), families.gives_pair(own)
+        original, pair = listened(model, layer, ids, own), compressed.gives_pair(own)
         assert len(found["candidates"]) == 2
         for position, candidates in enumerate(found["candidates"]):
             for expert, score in candidates:
@@ -152,9 +154,9 @@ def test_a_refit_brings_hidden_states_nearer(name: str, family: str) -> None:
     """By as much as it says."""
     model, (operation, refit) = EVERY[family](), REFITS[name]
     original = leaving(model, 1)
-    originals = surgery.apply(model, Plan("tiny", (operation,)))
+    originals = apply.apply(model, Plan("tiny", (operation,)))
     before = (leaving(model, 1) - original).norm()
-    report = surgery.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
+    report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
     after = (leaving(model, 1) - original).norm()
     assert after < 0.999 * before
     assert report["error_after"] / report["error_before"] == pytest.approx(float(after / before), rel=1e-3)
@@ -165,8 +167,8 @@ def test_a_refit_brings_hidden_states_nearer(name: str, family: str) -> None:
 def test_replay_is_the_masked_block(name: str) -> None:
     """For sets of every size; also against plain torch."""
     model, routing = variant(name)
-    layer = list(families.sparse_blocks(model))[-1]
-    view, tape = families.sparse_blocks(model)[layer], recorded(model)
+    layer = list(views.sparse_blocks(model))[-1]
+    view, tape = views.sparse_blocks(model)[layer], recorded(model)
     if routing.num_groups > 1:
         with pytest.raises(ValueError, match="groups of experts"):
             Replay(model, tape, view, 4, 1 << 30)
@@ -177,7 +179,7 @@ def test_replay_is_the_masked_block(name: str) -> None:
     plain, x_TD = PlainMoE(view.module, routing), torch.cat([trace.x_TD for trace in tape.trace(model, layer)])
     whole = plain(x_TD.double())
     for each, error in zip(sets, Replay(model, tape, view, 4, 1 << 30).errors(dropped_PE).tolist(), strict=True):
-        masked = families.masked_block(view, [expert for expert in range(6) if expert not in each])
+        masked = views.masked_block(view, [expert for expert in range(6) if expert not in each])
         change = (run(masked, x_TD) - run(view.module, x_TD)).double().norm()
         assert error == pytest.approx(float(change), rel=1e-3, abs=1e-4), each
         assert error == pytest.approx(float((plain(x_TD.double(), each) - whole).norm()), rel=1e-3, abs=1e-4), each

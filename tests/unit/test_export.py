@@ -20,13 +20,17 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from recondense import export as export_module
-from recondense import files, loading, surgery
-from recondense.config import ExportConfig, ModelConfig
+from recondense import files
+from recondense.config.schema import ExportConfig, ModelConfig
 from recondense.errors import UserError
-from recondense.export import export
-from recondense.plan import Condense, Drop, Factorize, History, Merge, Operation, Plan, Prune
-from recondense.profiling import count_parameters
+from recondense.export import export as export_module
+from recondense.export import layout, shard_writer
+from recondense.export.export import export
+from recondense.models import loading
+from recondense.models.parameters import count_parameters
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import History, Plan
+from recondense.surgery import apply
 
 IDS = windows(3, 11)
 NEW_TOKENS = 6
@@ -177,7 +181,7 @@ def student(variant: Variant) -> tuple[Any, Plan]:
     plan = condense_plan(model, variant.layers, variant.experts, variant.shared_gate)
     if variant.operations:
         plan = Plan("tiny", variant.operations)
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     return model.eval(), plan
 
 
@@ -279,7 +283,7 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
         assert config["model_type"] == model.config.model_type and "auto_map" not in config
         if variant.layers and "mlp_only_layers" in config:
             assert set(variant.layers) <= set(config["mlp_only_layers"])
-            condensed = export_module.condensed_layers(model)
+            condensed = layout.condensed_layers(model)
             (width,) = {block.down_proj.in_features for block in condensed.values()}
             assert config["intermediate_size"] == width
         elif variant.layers:
@@ -293,7 +297,7 @@ def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
     model, plan = student(VARIANTS["qwen, bf16"])
     export(model, None, plan, tmp_path / "out", "")
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    block = export_module.condensed_layers(model)[1]
+    block = layout.condensed_layers(model)[1]
     assert block.scale is not None
     expected = (block.down_proj.weight.double() * block.scale.double()).bfloat16()
     assert torch.equal(stored["model.layers.1.mlp.down_proj.weight"], expected)
@@ -304,7 +308,7 @@ def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None
     """Only lists of one entry a layer lose those of layers that are gone: two end tokens are not two layers."""
     model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
     plan = Plan("tiny", (Drop(1, "block"),))
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     assert export(model, None, plan, tmp_path / "out", "") == "stock"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == [5, 6]
@@ -334,7 +338,7 @@ def test_an_interrupted_export_leaves_nothing_half_written(
     def broken() -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             if where == "shards":
-                patch.setattr(export_module.ShardWriter, "finish", interrupted)
+                patch.setattr(shard_writer.ShardWriter, "finish", interrupted)
             elif where == "write_aside":
                 patch.setattr(export_module, "write_aside", interrupted)
             elif where == "plan":
@@ -461,10 +465,10 @@ def test_weights_fingerprint_sees_what_is_no_parameter() -> None:
         found.add(loading.weights_fingerprint(model))
     for groups in (PAIRS, (((0, 3), (4,), (5, 2, 1)), PAIRS[1])):
         model = qwen2_moe()
-        surgery.apply(model, Plan("tiny", (Merge(1, *groups),)))
+        apply.apply(model, Plan("tiny", (Merge(1, *groups),)))
         table = model.model.layers[1].mlp.gate.table.clone()
         model = qwen2_moe()
-        surgery.apply(model, Plan("tiny", (Merge(1, *PAIRS),)))
+        apply.apply(model, Plan("tiny", (Merge(1, *PAIRS),)))
         model.model.layers[1].mlp.gate.table.copy_(table)
         found.add(loading.weights_fingerprint(model))
     assert len(found) == 4

@@ -18,10 +18,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from recondense import families, surgery
-from recondense.plan import Condense, Plan, Prune
-from recondense.profiling import count_parameters, weights_bytes
-from recondense.summary import sizes
+from recondense.models import decoder, families, views
+from recondense.models.parameters import count_parameters, sizes, weights_bytes
+from recondense.operations import Condense, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 # METHODS.md, section 1.
 QWEN = Qwen2MoeConfig(
@@ -49,7 +50,7 @@ def test_published_sizes(name: str) -> None:
     facts, model = families.facts(config), on_meta(config)
     assert len(facts.moe_layers) * facts.num_experts * 3 * facts.hidden_size * facts.expert_width == routed
     assert sizes(model) == {"total": total, "routed_experts": routed}
-    assert tuple(families.sparse_blocks(model)) == facts.moe_layers
+    assert tuple(views.sparse_blocks(model)) == facts.moe_layers
 
 
 def test_published_facts() -> None:
@@ -66,7 +67,7 @@ def test_memory_ratio_of_nine_condensed_layers(num_experts: int, memory_ratio: f
     before = weights_bytes(model)
     kept = tuple(range(0, 2 * num_experts, 2))
     operations = [Condense(layer, kept, (0.1,) * num_experts, shared_gate=0.5) for layer in range(0, 18, 2)]
-    surgery.restructure(model, Plan("qwen", tuple(operations)))
+    apply.restructure(model, Plan("qwen", tuple(operations)))
     expert = 3 * 2048 * 1408
     lost = 9 * ((60 - num_experts) * expert + 60 * 2048 + 2048)
     assert count_parameters(model) == 14_315_784_192 - lost
@@ -90,11 +91,11 @@ VARIANTS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_facts_are_what_the_modules_are(variant: str) -> None:
     model = VARIANTS[variant]()
-    facts, blocks = families.facts(model.config), families.sparse_blocks(model)
-    assert facts.num_layers == len(families.decoder_layers(model))
+    facts, blocks = families.facts(model.config), views.sparse_blocks(model)
+    assert facts.num_layers == len(decoder.decoder_layers(model))
     assert tuple(blocks) == facts.moe_layers
     for layer, block in blocks.items():
-        assert block.layer == layer and block.module is families.get_block(model, layer)
+        assert block.layer == layer and block.module is views.get_block(model, layer)
         weights = block.weights
         shape = (facts.num_experts, facts.hidden_size, facts.expert_width)
         assert block.num_experts == facts.num_experts
@@ -117,9 +118,9 @@ def test_names_of_blocks_and_experts(family: str) -> None:
     model = FAMILIES[family]()
     layer = families.facts(model.config).moe_layers[-1]
     names = dict(model.named_modules())
-    assert names[families.block_name(layer)] is families.get_block(model, layer)
-    found = families.expert_modules(model, layer)
-    assert all(names[f"{families.block_name(layer)}.{name}"] is module for name, module in found.items())
+    assert names[views.block_name(layer)] is views.get_block(model, layer)
+    found = views.expert_modules(model, layer)
+    assert all(names[f"{views.block_name(layer)}.{name}"] is module for name, module in found.items())
     numbers = sum(count_parameters(module) for module in found.values())
     facts = families.facts(model.config)
     assert numbers == 3 * facts.hidden_size * (facts.num_experts * facts.expert_width + facts.shared_width)
@@ -177,10 +178,10 @@ def test_swapped_comes_back_also_after_an_error(family: str) -> None:
 
     before = logits(model, ids)
     with unchanged(model):
-        with families.swapped(model, {layer: Nothing()}) as same:
+        with views.swapped(model, {layer: Nothing()}) as same:
             assert same is model
             assert not torch.equal(logits(model, ids), before)
-        with pytest.raises(KeyError), families.swapped(model, {layer: Nothing()}):
+        with pytest.raises(KeyError), views.swapped(model, {layer: Nothing()}):
             raise KeyError
         assert torch.equal(logits(model, ids), before)
 
@@ -189,7 +190,7 @@ def test_swapped_comes_back_also_after_an_error(family: str) -> None:
 def test_the_table_names_every_tensor_with_an_entry_an_expert(family: str) -> None:
     """Seven experts, a number that no other size is."""
     model = EVERY[family](**{families.FAMILIES[family].num_experts: 7})
-    for block in families.sparse_blocks(model).values():
+    for block in views.sparse_blocks(model).values():
         for module, names in (
             (block.router, block.family.router_entries),
             (block.experts, block.family.expert_entries),
@@ -207,11 +208,11 @@ def test_what_is_as_large_as_the_number_of_experts_by_chance_stays_whole() -> No
             self.norm, self.temperature = nn.LayerNorm(6), nn.Parameter(torch.ones(6))
 
     model = qwen2_moe(moe_intermediate_size=6)
-    block = families.sparse_blocks(model)[1]
+    block = views.sparse_blocks(model)[1]
     router: Any = Router(block.router)
-    families.set_block(model, 1, families.with_parts(block.module, router=router))
-    surgery.apply(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
-    pruned = families.sparse_blocks(model)[1]
+    views.set_block(model, 1, views.with_parts(block.module, router=router))
+    apply.apply(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
+    pruned = views.sparse_blocks(model)[1]
     found: Any = pruned.router
     assert torch.equal(found.weight, router.weight[[0, 2, 5]]) and found.num_experts == 3
     assert torch.equal(found.norm.weight, router.norm.weight) and torch.equal(found.temperature, router.temperature)

@@ -25,7 +25,7 @@ from recondense.files import (
     replace_folder,
     write_aside,
 )
-from recondense.shelves import Disk
+from recondense.models.tensor_store import Disk
 
 PLAIN = ("a", "experts-003", "blocks-8-8-8", "0123456789abcdef", "a_b", "states-000-0-of-1", "n" * 120)
 # Long ones that are equal for long, and others that differ in what a file system does not tell apart or refuses.

@@ -20,10 +20,11 @@ from tiny_models import EVERY, bits, condense_plan, same_bits, windows
 from callbacks.graceful_stop import GracefulStop
 from callbacks.profile import ProfileMemoryAndSpeed
 from callbacks.progress import TrainingProgress
-from recondense.config import TrainerConfig
-from recondense.fitting import fit
-from recondense.plan import Plan, Prune
-from recondense.recovery import RecoveryModule
+from recondense.config.schema import TrainerConfig
+from recondense.operations import Prune
+from recondense.plan import Plan
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
 
 PRUNED = Plan("tiny", tuple(Prune(layer, (0, 1, 2, 4)) for layer in (1, 2)))
 # Lightning says so of every fit that goes on.

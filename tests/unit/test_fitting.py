@@ -14,11 +14,12 @@ from recoveries import QUIET, data, module_of, recovery, trained
 from tiny_models import EVERY, FAMILIES, bits, condense_plan, logits, qwen2_moe, same_bits, windows
 from torch.overrides import TorchFunctionMode
 
-from recondense.config import RecoveryConfig, TrainerConfig
+from recondense.config.schema import RecoveryConfig, TrainerConfig
 from recondense.errors import UserError
-from recondense.fitting import FINAL, fit, newest_checkpoint, precision_of
-from recondense.plan import Condense, Factorize, Plan, Prune
-from recondense.recovery import RecoveryModule
+from recondense.operations import Condense, Factorize, Prune
+from recondense.plan import Plan
+from recondense.recovery.fit import FINAL, fit, newest_checkpoint, precision_of
+from recondense.recovery.module import RecoveryModule
 
 # Lightning says so of every fit that goes on.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

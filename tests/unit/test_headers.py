@@ -22,13 +22,15 @@ from tiny_models import EVERY, tiny
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from recondense import export as export_module
-from recondense import families, headers, loading, quantized, surgery
-from recondense.config import Config, ExportConfig, ModelConfig, RecoveryConfig
+from recondense.config.schema import Config, ExportConfig, ModelConfig, RecoveryConfig
 from recondense.errors import UserError
-from recondense.export import export
-from recondense.plan import Condense, Factorize, Merge, Plan, Prune
-from recondense.preflight import planned_config, preflight
+from recondense.export import export as export_module
+from recondense.export.export import export
+from recondense.models import classes, headers, loading, quantized
+from recondense.operations import Condense, Factorize, Merge, Prune
+from recondense.plan import Plan
+from recondense.run.preflight import planned_config, preflight
+from recondense.surgery import apply
 
 State = dict[str, Tensor]
 ONE = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -64,8 +66,8 @@ def renamed(old: str, new: str) -> Callable[[State], State]:
 def difference(folder: Path) -> headers.Comparison:
     """Of a folder from the model that its config describes."""
     values = json.loads((folder / "config.json").read_text())
-    families.register_compressed(values["model_type"])
-    outline = families.empty_model(AutoConfig.from_pretrained(folder))
+    classes.register_compressed(values["model_type"])
+    outline = classes.empty_model(AutoConfig.from_pretrained(folder))
     return headers.compare(outline, headers.files_of(folder), quantized.method_of(values))
 
 
@@ -113,7 +115,7 @@ def test_a_complete_checkpoint_differs_in_nothing(family: str, tmp_path: Path) -
     merged = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
     operations = Condense(2, (3, 0), (0.4, 0.2), None), Prune(3, (0, 2, 3, 5)), Merge(4, *merged), Factorize(5, ranks)
     plan = Plan("tiny", operations)
-    surgery.apply(deep, plan)
+    apply.apply(deep, plan)
     export(deep, None, plan, tmp_path / "bundled", "", ExportConfig(format="bundled"))
     assert difference(tmp_path / "bundled") == headers.Comparison()
 
@@ -338,7 +340,7 @@ def test_an_export_that_would_not_load_gets_no_name(
     plan = Plan("tiny", (Prune(0, (0, 2, 3, 5)),) if form == "bundled" else ())
     if form == "dense":
         plan = Plan("tiny", (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 6)),))
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     export(model, None, plan, tmp_path / "out", "before", ExportConfig(format=form))
     before = (tmp_path / "out" / "README.md").read_text()
     pieces = export_module.pieces

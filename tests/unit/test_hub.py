@@ -8,9 +8,10 @@ import huggingface_hub.constants
 import pytest
 from hub_cache import in_hub_cache
 
-from recondense.config import ModelConfig
-from recondense.hub import history_of, model_file
-from recondense.plan import Condense, History, Plan, Prune
+from recondense.config.schema import ModelConfig
+from recondense.models.model_files import history_of, model_file
+from recondense.operations import Condense, Prune
+from recondense.plan import History, Plan
 
 FIRST, SECOND = Condense(1, (3, 0), (0.4, 0.2), None), Prune(0, (0, 1))
 

@@ -10,10 +10,10 @@ import pytest
 from small import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from recondense.instructions import Record, form_of, read_record
-from recondense.packing import examples_of
-from recondense.templates import Refused, as_texts, marked
-from recondense.textfiles import read_texts
+from recondense.data.examples import examples_of
+from recondense.data.prompts import Refused, as_texts, marked
+from recondense.data.records import Record, form_of, read_record
+from recondense.data.text_files import read_texts
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from recondense.methods.knapsack import least_damage
+from recondense.methods.search.knapsack import least_damage
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,11 +10,11 @@ import torch
 from brute_force_moei2 import best_of_block, pruned
 from tiny_models import blocks, deepseek_v2, qwen2_moe, texts, unchanged
 
-from recondense import families
-from recondense.calibrate import Tape
-from recondense.methods import kt_field
-from recondense.methods.kt_field import reception_field
+from recondense.calibration.tape import Tape
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.search import kt_field
+from recondense.methods.search.kt_field import reception_field
+from recondense.models import decoder, streaming, views
 
 SETS = [(0, 1), (2, 4), (3, 5)]
 
@@ -39,7 +39,7 @@ def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs:
     tape = Tape.record(model, blocks(texts()))
     before = tape.layer_runs
     with unchanged(model):
-        found = reception_field(model, tape, dict.fromkeys(families.sparse_blocks(model), SETS), 3)
+        found = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
     assert [field.layers for field in found] == list(groups)
     assert [field.combinations for field in found] == [3 ** len(group) for group in groups]
     assert tape.layer_runs - before == pytest.approx(runs)
@@ -48,7 +48,7 @@ def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs:
 def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense layers within a block, too; of a model larger than memory another layer takes the place of the last."""
     used: list[int] = []
-    resident = kt_field.resident
+    resident = streaming.resident
 
     def spied(model: Any, layer: int) -> Any:
         if used[-1:] != [layer]:
@@ -59,7 +59,7 @@ def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch
     model = qwen2_moe(num_hidden_layers=6, mlp_only_layers=[1, 2, 4])
     tape = Tape.record(model, blocks(texts()))
     before = tape.layer_runs
-    [found] = reception_field(model, tape, dict.fromkeys(families.sparse_blocks(model), SETS), 3)
+    [found] = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
     assert found.layers == (0, 3, 5) and used == [0, 1, 2, 3, 4, 5]
     assert tape.layer_runs - before == pytest.approx(3 * 3 + 2 * 9 + 27)
 
@@ -70,7 +70,7 @@ def test_a_dense_layer_between_blocks_sees_the_pruned_states() -> None:
         model = qwen2_moe(seed, num_hidden_layers=5, mlp_only_layers=[2])
         ids = [torch.tensor(text) for text in texts(seed)]
         tape = Tape.record(model, blocks(texts(seed)))
-        candidates = dict.fromkeys(families.sparse_blocks(model), SETS)
+        candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
         first, second = reception_field(model, tape, candidates, 2)
         chosen = {layer: SETS[place] for layer, place in zip(first.layers, first.choice, strict=True)}
         assert second.choice == best_of_block(model, ids, candidates, second.layers, chosen)
@@ -85,9 +85,9 @@ def test_a_dense_layer_between_blocks_sees_the_pruned_states() -> None:
 def leaving_last_layer(model: Any, ids: Sequence[torch.Tensor]) -> torch.Tensor:
     """Hidden states of all tokens, before the final norm, in fp64."""
     seen: list[torch.Tensor] = []
-    handle = families.decoder_layers(model)[-1].register_forward_hook(lambda *args: seen.append(args[2][0].double()))
+    handle = decoder.decoder_layers(model)[-1].register_forward_hook(lambda *args: seen.append(args[2][0].double()))
     for text in ids:
-        families.decoder(model)(input_ids=text[None], use_cache=False)
+        decoder.decoder(model)(input_ids=text[None], use_cache=False)
     handle.remove()
     return torch.cat(seen)
 
@@ -95,7 +95,7 @@ def leaving_last_layer(model: Any, ids: Sequence[torch.Tensor]) -> torch.Tensor:
 def test_blocks_that_are_known_are_gone_through_and_not_tried_again() -> None:
     model = qwen2_moe(num_hidden_layers=5, mlp_only_layers=[2])
     tape = Tape.record(model, blocks(texts()))
-    candidates = dict.fromkeys(families.sparse_blocks(model), SETS)
+    candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
     counts: list[int] = []
     whole = reception_field(model, tape, candidates, 2, decided=lambda so_far: counts.append(len(so_far)))
     assert counts == [1, 2]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from recondense import launching, processes
-from recondense.config import Config, RecoveryConfig, TrainerConfig
-from recondense.preflight import preflight
+from recondense import processes
+from recondense.config.schema import Config, RecoveryConfig, TrainerConfig
+from recondense.run import launching
+from recondense.run.preflight import preflight
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_plain_data_waits_as_long_as_the_run_says(monkeypatch: pytest.MonkeyPatc
     ],
 )  # fmt: skip
 def test_refused_before_weights_load(trainer: dict[str, Any], recovery: dict[str, Any], message: str) -> None:
-    from recondense.config import ModelConfig
+    from recondense.config.schema import ModelConfig
 
     model = ModelConfig(dtype="float32", device="cpu", pretrain={"vocab_size": 97, "config": {}})
     settings = RecoveryConfig(objective="finetune", **recovery)

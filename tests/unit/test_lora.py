@@ -11,11 +11,12 @@ import torch
 from tiny_models import EVERY, bits, logits, recorded, same_bits, windows
 from torch.nn.utils import parametrize
 
-from recondense.adapters import LoraUpdate
-from recondense.config import LoraSettings, RecoveryConfig
-from recondense.export import export
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
-from recondense.recovery import RecoveryModule, trained_state
+from recondense.config.schema import LoraSettings, RecoveryConfig
+from recondense.export.export import export
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import Plan
+from recondense.recovery.lora import LoraUpdate
+from recondense.recovery.module import RecoveryModule, trained_state
 
 IDS = windows(3, 11)
 FAMILIES = {name: EVERY[name] for name in ("qwen2_moe", "deepseek_v2", "gpt_oss")}

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from recondense import families
-from recondense import low_rank as module_of_low_rank
-from recondense.decomposition import factors
-from recondense.low_rank import LowRankExperts, _Bucket, _groupable
-from recondense.methods import ranks as ranks_of
-from recondense.modules import GLU
+from recondense.methods.search import ranks as ranks_of
+from recondense.models import low_rank as module_of_low_rank
+from recondense.models import views
+from recondense.models.blocks import GLU
+from recondense.models.factors import factors
+from recondense.models.low_rank import LowRankExperts, _Bucket, _groupable
 from recondense.surgery.factorize import second_moments
 
 D, F, E = 24, 16, 6
@@ -275,7 +275,7 @@ def test_compiled(ranks: Any, size: str) -> None:
 @torch.no_grad()
 def test_second_moments_are_those_of_the_routed_tokens(family: str) -> None:
     model = FAMILIES[family]()
-    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
     moments = second_moments(block, tape.trace(model, 2))
     for expert in range(6):
         inputs, inner = torch.zeros(32, 32), torch.zeros(16, 16)

@@ -10,12 +10,12 @@ import pytest
 from small import byte_tokenizer, small_model
 from tokenizers import AddedToken
 
-from recondense import measure
-from recondense.config import from_dict
-from recondense.corpora import Corpora
-from recondense.loading import tokenizer_fingerprint
-from recondense.measure import Measure
-from recondense.searching import Texts
+from recondense.config.schema import from_dict
+from recondense.data.corpus import Corpora
+from recondense.data.texts import Texts
+from recondense.models.loading import tokenizer_fingerprint
+from recondense.run import measure
+from recondense.run.measure import Measure
 
 INPUTS = {"weights": "w", "tokenizer": "t"}
 

@@ -13,8 +13,8 @@ from tiny_models import FAMILIES, deepseek_v2, qwen2_moe
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from recondense import families, modules
-from recondense.modules import CondensedMoE, expert_outputs
+from recondense.models import blocks, views
+from recondense.models.blocks import CondensedMoE, expert_outputs
 
 EXPERTS: tuple[list[int], ...] = ([], [3], [5, 0, 2])
 COEFFICIENTS = [0.37, 0.11, 0.74]
@@ -39,7 +39,7 @@ def expected(block: Any, x: Tensor, experts: list[int], gate: float | None) -> T
 
 
 def condensed(model: Any, layer: int, experts: list[int], gate: float | None) -> CondensedMoE:
-    weights = families.sparse_blocks(model)[layer].weights
+    weights = views.sparse_blocks(model)[layer].weights
     shaped = CondensedMoE.shaped_for(weights, len(experts), token_gate=gate is None)
     return shaped.fill(weights, experts, COEFFICIENTS[: len(experts)], gate)
 
@@ -52,7 +52,7 @@ CASES = [("qwen2_moe", 0.4), ("qwen2_moe", None), ("deepseek_v2", None)]
 @pytest.mark.parametrize(("family", "gate"), CASES)
 def test_computes_the_weighted_sum(family: str, gate: float | None, experts: list[int]) -> None:
     model = FAMILIES[family]()
-    block, x = families.get_block(model, 2), tokens()
+    block, x = views.get_block(model, 2), tokens()
     layer = condensed(model, 2, experts, gate)
     want = expected(block, x, experts, gate)
     torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
@@ -104,7 +104,7 @@ def test_what_trains_and_what_does_not(gate: float | None) -> None:
 def test_the_scale_stands_outside_the_weights() -> None:
     """The weights are the experts' own: AdamW's steps are as large as they would be in the original."""
     model = qwen2_moe()
-    block = families.sparse_blocks(model)[2].weights
+    block = views.sparse_blocks(model)[2].weights
     layer = condensed(model, 2, [3, 1], 0.4)
     assert block.shared is not None and layer.scale is not None
     assert torch.equal(layer.down_proj.weight[:, :24], block.shared[2])
@@ -142,7 +142,7 @@ def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
     real = condensed(FAMILIES[family](), 2, [3, 1], gate)
     with torch.device("meta"):
         model = FAMILIES[family]()
-    meta = CondensedMoE.shaped_for(families.sparse_blocks(model)[2].weights, 2, token_gate=gate is None)
+    meta = CondensedMoE.shaped_for(views.sparse_blocks(model)[2].weights, 2, token_gate=gate is None)
     assert all(value.is_meta for value in meta.state_dict().values())
     assert {name: (value.shape, value.dtype) for name, value in meta.state_dict().items()} == {
         name: (value.shape, value.dtype) for name, value in real.state_dict().items()
@@ -154,9 +154,9 @@ def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
 def test_expert_outputs(family: str) -> None:
     """As transformers' module gives them; an expert's bits do not depend on which others are asked for."""
     model = FAMILIES[family]()
-    block: Any = families.get_block(model, 2)
+    block: Any = views.get_block(model, 2)
     x_TD = tokens().flatten(0, 1)
-    weights = families.sparse_blocks(model)[2].weights
+    weights = views.sparse_blocks(model)[2].weights
     found = expert_outputs(x_TD, weights, [4, 0, 5])
     for position, expert in enumerate([4, 0, 5]):
         want = block.experts(x_TD, torch.full((len(x_TD), 1), expert), torch.ones(len(x_TD), 1))
@@ -168,7 +168,7 @@ def test_expert_outputs(family: str) -> None:
 
 def test_imports_torch_and_the_standard_library_alone() -> None:
     """The file is bundled into exports."""
-    tree = ast.parse(Path(modules.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(blocks.__file__).read_text(encoding="utf-8"))
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {name.partition(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
@@ -176,7 +176,7 @@ def test_imports_torch_and_the_standard_library_alone() -> None:
 
 def test_no_shared_experts() -> None:
     """A family without them: the retained experts alone."""
-    weights = families.sparse_blocks(deepseek_v2())[2].weights._replace(shared=None)
+    weights = views.sparse_blocks(deepseek_v2())[2].weights._replace(shared=None)
     layer = CondensedMoE.shaped_for(weights, 2, token_gate=False).fill(weights, [1, 5], [0.5, 0.25], None)
     x_TD = tokens().flatten(0, 1)
     with torch.no_grad():

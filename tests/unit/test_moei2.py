@@ -14,22 +14,24 @@ from brute_force_moei2 import best_of_block, change, loss_without
 from tiny_models import FAMILIES, blocks, condense_plan, deepseek_v2, qwen2_moe, recorded, texts, unchanged
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
-from recondense import families, surgery
-from recondense.calibrate import Tape
+from recondense.calibration.tape import Tape
 from recondense.files import JsonFolder
-from recondense.methods import ranks
-from recondense.methods.allocation import inverse_importance
 from recondense.methods.combined import Combined
-from recondense.methods.factorize import Decompose
-from recondense.methods.genetic import Genetic, best_sets
-from recondense.methods.importance import expert_importance
-from recondense.methods.kt_field import reception_field
+from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.naee import NAEE
-from recondense.methods.replay import Replay
 from recondense.methods.saliency import SaliencyPruning
-from recondense.plan import Factorize, Merge, Plan, Prune
-from recondense.summary import sizes
+from recondense.methods.search import ranks
+from recondense.methods.search.allocation import inverse_importance
+from recondense.methods.search.genetic import Genetic, best_sets
+from recondense.methods.search.importance import expert_importance
+from recondense.methods.search.kt_field import reception_field
+from recondense.methods.search.leave_out import Replay
+from recondense.models import decoder, families, parameters, views
+from recondense.models.parameters import sizes
+from recondense.operations import Factorize, Merge, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -43,7 +45,7 @@ def dropped(sets: list[tuple[int, ...]], num_experts: int) -> torch.Tensor:
 @torch.no_grad()
 def test_every_set_scores_as_transformers_block_without_it(name: str) -> None:
     model = MODELS[name]()
-    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
     sets = [each for number in range(5) for each in itertools.combinations(range(6), number)]
     with unchanged(model):
         replay = Replay(model, tape, block, 4, 1 << 30)
@@ -63,7 +65,7 @@ def test_every_set_scores_as_transformers_block_without_it(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_importance_is_leave_one_out(name: str) -> None:
     model = MODELS[name]()
-    tape, block = recorded(model), families.sparse_blocks(model)[1]
+    tape, block = recorded(model), views.sparse_blocks(model)[1]
     with unchanged(model):
         raw = expert_importance(model, tape, block, "layer_output", False, 1 << 30)
         relative = expert_importance(model, tape, block, "layer_output", True, 1 << 30)
@@ -79,7 +81,7 @@ def test_importance_is_leave_one_out(name: str) -> None:
 def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
     """C(12, 4) = 495 sets, of which the search scores fewer than half."""
     model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
-    replay = Replay(model, recorded(model), families.sparse_blocks(model)[1], 4, 1 << 30)
+    replay = Replay(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
     best = best_sets(replay.errors, 12, 4, Genetic(search="exact"), 0, num_best=3)
     sets = list(itertools.combinations(range(12), 4))
     errors = replay.errors(dropped(sets, 12)).tolist()
@@ -102,7 +104,7 @@ def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
 
 def test_the_same_seed_gives_the_same_sets_with_and_without_memory() -> None:
     model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
-    replay = Replay(model, recorded(model), families.sparse_blocks(model)[1], 4, 1 << 30)
+    replay = Replay(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
     runs = [
         best_sets(replay.errors, 12, 4, Genetic(10, 5, 4, search="genetic", memoise=memoise), 3, 5)
         for memoise in (True, True, False)
@@ -125,7 +127,7 @@ def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_si
     model = make()
     ids = texts()
     tape = Tape.record(model, blocks(ids))
-    layers = list(families.sparse_blocks(model))
+    layers = list(views.sparse_blocks(model))
     candidates = {layer: [(0, 1), (2, 4), (3, 5)] if layer % 2 else [(1,), (0, 5)] for layer in layers}
     before: dict[int, tuple[int, ...]] = {}
     runs = tape.layer_runs
@@ -142,7 +144,7 @@ def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_si
         assert field.combinations == product and field.error > 0
         before |= {layer: candidates[layer][place] for layer, place in zip(field.layers, field.choice, strict=True)}
     assert [layer for field in found for layer in field.layers] == layers
-    if len(layers) == len(families.decoder_layers(model)):  # prefixes are shared; between blocks, the chosen way once
+    if len(layers) == len(decoder.decoder_layers(model)):  # prefixes are shared; between blocks, the chosen way once
         assert tape.layer_runs - runs == pytest.approx(expected_runs + len(layers) - len(found[-1].layers))
 
 
@@ -177,7 +179,7 @@ def test_deepseek_v2_lite_on_the_meta_device() -> None:
         first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
         v_head_dim=128, routed_scaling_factor=1.0, topk_method="greedy", n_group=1, topk_group=1,
     )  # fmt: skip
-    counts = families.parameter_counts(config)
+    counts = parameters.parameter_counts(config)
     assert (counts.total, counts.routed_experts) == (15_706_484_224, 14_394_851_328)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -187,7 +189,7 @@ def test_deepseek_v2_lite_on_the_meta_device() -> None:
     shape = {layer: tuple(ranks.allocate([1.0] * (64 - number), 512, 2048, 1408)) for layer, number in numbers.items()}
     factorize = [Factorize(layer, dict.fromkeys(NAMES, own)) for layer, own in shape.items()]
     before = sizes(model)["routed_experts"]
-    surgery.restructure(model, Plan("v2-lite", (*prune, *factorize)))
+    apply.restructure(model, Plan("v2-lite", (*prune, *factorize)))
     assert before == counts.routed_experts
     assert 1 - sizes(model)["routed_experts"] / before == pytest.approx(0.5398, abs=1e-4)
 
@@ -202,15 +204,15 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
         operations, record = step.search(model, lambda: recorded(model), cache, 1 << 30)
         again, reread = step.search(model, lambda: pytest.fail("taped again"), cache, 1 << 30)
     assert operations == again and reread["reused"]
-    layers = len(families.sparse_blocks(model))
+    layers = len(views.sparse_blocks(model))
     total = round(0.34 * 6 * layers)
     assert sum(6 - len(each.retained) for each in operations) == total == sum(record["dropped"].values())
     important = record["layer_importance"]
     assert record["dropped"][min(important, key=important.get)] >= record["dropped"][max(important, key=important.get)]
     before = sizes(model)
-    surgery.apply(model, Plan("tiny", tuple(operations)))
+    apply.apply(model, Plan("tiny", tuple(operations)))
     factors, achieved = Decompose(memory_ratio=0.7).search(model, lambda: recorded(model), {}, 1 << 30)
-    surgery.apply(model, Plan("tiny", tuple(factors)))
+    apply.apply(model, Plan("tiny", tuple(factors)))
     assert 0 <= int(0.7 * before["total"]) - sizes(model)["total"] < 3 * (32 + 16)
     kept = sizes(model)["routed_experts"] / before["routed_experts"]
     assert achieved["kept_of_routed_experts"] == pytest.approx(kept)
@@ -224,7 +226,7 @@ def test_an_exact_search_that_would_not_end_is_refused() -> None:
 def test_lm_loss_importance_is_what_is_lost() -> None:
     """Relative to the whole model's loss, or as it is: then all are nearly equal."""
     model = qwen2_moe()
-    tape, block = recorded(model), families.sparse_blocks(model)[1]
+    tape, block = recorded(model), views.sparse_blocks(model)[1]
     raw, lost = (expert_importance(model, tape, block, "lm_loss", normalize, 1 << 30) for normalize in (False, True))
     whole = loss_without(model, [torch.tensor(text) for text in texts()], {})
     assert lost == pytest.approx([max(0.0, value - whole) for value in raw], abs=1e-3)
@@ -237,7 +239,7 @@ def test_importance_where_no_expert_is_to_spare(kind: str) -> None:
     """As many experts as a token selects: without one, the others share its weight among them, or nobody takes it."""
     for normalized in (False, True):
         model = qwen2_moe(num_experts=2, norm_topk_prob=normalized)
-        tape, block = recorded(model), families.sparse_blocks(model)[1]
+        tape, block = recorded(model), views.sparse_blocks(model)[1]
         found = expert_importance(model, tape, block, kind, False, 1 << 30)
         for expert in range(2):
             total = 0.0
@@ -258,16 +260,16 @@ def test_layers_that_cannot_be_searched() -> None:
     model = qwen2_moe()
     step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
     merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
-    originals = surgery.apply(model, Plan("tiny", (merged,)))
+    originals = apply.apply(model, Plan("tiny", (merged,)))
     with pytest.raises(ValueError, match="layer 1: its experts were merged"):
         step.search(model, lambda: recorded(model), {}, 1 << 30)
     for layer, block in originals.items():
-        families.set_block(model, layer, block)
-    surgery.apply(model, condense_plan(model, [0, 1, 2]))
+        views.set_block(model, layer, block)
+    apply.apply(model, condense_plan(model, [0, 1, 2]))
     for each in (step, SaliencyPruning("reap", removed_expert_ratio=0.3), NAEE(removed_expert_ratio=0.3), Decompose()):
         assert each.search(model, lambda: recorded(model), {}, 1 << 30)[0] == []
     model = qwen2_moe()
-    torch.nn.init.zeros_(families.sparse_blocks(model)[1].weights.down_EDF)
+    torch.nn.init.zeros_(views.sparse_blocks(model)[1].weights.down_EDF)
     torch.nn.init.zeros_(model.model.layers[1].mlp.shared_expert.down_proj.weight)
     operations, record = step.search(model, lambda: recorded(model), {}, 1 << 30)
     assert record["expert_importance"]["1"] == [0.0] * 6 and operations
@@ -298,7 +300,7 @@ def test_experts_that_stay_dense_never_cost_more_than_there_is(seed: int, alpha:
 def test_a_router_that_selects_one() -> None:
     """top_k = 1: a layer that keeps one expert has no importances to compare."""
     model = qwen2_moe(num_experts=1, num_experts_per_tok=1)
-    block = families.sparse_blocks(model)[1]
+    block = views.sparse_blocks(model)[1]
     for kind in ("layer_output", "lm_loss"):
         assert expert_importance(model, recorded(model), block, kind, True, 1 << 30) == [1.0]
 

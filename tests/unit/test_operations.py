@@ -10,9 +10,11 @@ import torch
 from brute_force_moei2 import without_experts
 from tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
 
-from recondense import families, surgery
-from recondense.modules import SkippedLayer, Zeros
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+from recondense.models import decoder, families, parameters, views
+from recondense.models.blocks import SkippedLayer, Zeros
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 IDS = windows(3, 11)
 RANKS = {"gate_proj": (3, 5, None, 2), "up_proj": (3, 5, None, 2), "down_proj": (3, 5, None, 2)}
@@ -30,35 +32,35 @@ def hidden(model: Any) -> torch.Tensor:
 @torch.no_grad()
 def test_pruned_is_the_block_without_those_experts(make: Any, retained: tuple[int, ...]) -> None:
     model = make()
-    block = families.get_block(model, 2)
+    block = views.get_block(model, 2)
     expected = without_experts(block, [expert for expert in range(6) if expert not in retained])(hidden(model))
-    tried = families.masked_block(families.sparse_blocks(model)[2], retained)(hidden(model))
+    tried = views.masked_block(views.sparse_blocks(model)[2], retained)(hidden(model))
     torch.testing.assert_close(tried, expected, rtol=1e-5, atol=1e-5)
-    surgery.apply(model, Plan("tiny", (Prune(2, retained),)))
-    pruned = families.get_block(model, 2)
+    apply.apply(model, Plan("tiny", (Prune(2, retained),)))
+    pruned = views.get_block(model, 2)
     torch.testing.assert_close(pruned(hidden(model)), expected, rtol=1e-5, atol=1e-5)
-    assert families.sparse_blocks(model)[2].weights.down_EDF.shape[0] == len(retained)
+    assert views.sparse_blocks(model)[2].weights.down_EDF.shape[0] == len(retained)
     assert not torch.equal(expected, block(hidden(model)))
 
 
 @torch.no_grad()
 def test_groups_stay_equal() -> None:
     model = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy")
-    block = families.get_block(model, 2)
-    view = families.sparse_blocks(model)[2]
+    block = views.get_block(model, 2)
+    view = views.sparse_blocks(model)[2]
     assert view.routing.num_groups == 2 and families.facts(model.config).num_groups == 2
     # transformers gives groups a score of 0 where it masks, so the reference is its router of four experts.
     small = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy", n_routed_experts=4)
-    reference: Any = families.get_block(small, 2)
+    reference: Any = views.get_block(small, 2)
     retained = [0, 2, 4, 5]
     own: Any = block
     reference.gate.weight.copy_(own.gate.weight[retained])
     _, weights, index = reference.gate(hidden(model))
-    _, ours, table = families.pruned_router(view, retained)(hidden(model))
+    _, ours, table = views.pruned_router(view, retained)(hidden(model))
     assert torch.equal(ours, weights) and torch.equal(table, index)
     for wrong in ([0, 1, 2, 3], [0, 3]):
         with pytest.raises(ValueError, match="equal and at least 2"):
-            families.pruned_router(view, wrong)
+            views.pruned_router(view, wrong)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,19 +68,19 @@ def test_groups_stay_equal() -> None:
 def test_merged_is_every_expert_replaced_by_its_groups_mean(family: str) -> None:
     model = FAMILIES[family]()
     groups, weights = ((3, 0), (1,), (5, 2, 4)), ((0.75, 0.25), (1.0,), (0.5, 0.5, 0.0))
-    reference: Any = copy.deepcopy(families.get_block(model, 1))
+    reference: Any = copy.deepcopy(views.get_block(model, 1))
     for name in ("gate_up_proj", "down_proj"):
-        own = getattr(families.get_block(model, 1).experts, name)
+        own = getattr(views.get_block(model, 1).experts, name)
         for group, shares in zip(groups, weights, strict=True):
             mean = sum(share * own[expert] for expert, share in zip(group, shares, strict=True))
             for expert in group:
                 getattr(reference.experts, name)[expert] = mean
-    surgery.apply(model, Plan("tiny", (Merge(1, groups, weights),)))
-    merged: Any = families.get_block(model, 1)
+    apply.apply(model, Plan("tiny", (Merge(1, groups, weights),)))
+    merged: Any = views.get_block(model, 1)
     torch.testing.assert_close(merged(hidden(model)), reference(hidden(model)), rtol=1e-5, atol=1e-5)
     assert merged.experts.down_proj.shape[0] == 3
     with pytest.raises(ValueError, match="merged"):
-        surgery.apply(model, Plan("tiny", (Prune(1, (0, 1)),)))
+        apply.apply(model, Plan("tiny", (Prune(1, (0, 1)),)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,15 +88,15 @@ def test_merged_is_every_expert_replaced_by_its_groups_mean(family: str) -> None
 @torch.no_grad()
 def test_dropped_adds_nothing(family: str, part: Any) -> None:
     model, reference = FAMILIES[family](), FAMILIES[family]()
-    layer: Any = families.decoder_layers(reference)[1]
+    layer: Any = decoder.decoder_layers(reference)[1]
     for name, parameter in layer.named_parameters():
         if (name.endswith("o_proj.weight") and part == "block") or "down_proj" in name:
             parameter.zero_()
-    originals = surgery.apply(model, Plan("tiny", (Drop(1, part),)))
-    assert isinstance(families.get_block(model, 1), Zeros if part == "moe" else SkippedLayer)
+    originals = apply.apply(model, Plan("tiny", (Drop(1, part),)))
+    assert isinstance(views.get_block(model, 1), Zeros if part == "moe" else SkippedLayer)
     torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
     before = logits(FAMILIES[family](), IDS)
-    with families.swapped(model, originals):
+    with views.swapped(model, originals):
         assert torch.equal(logits(model, IDS), before)
     torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
 
@@ -104,20 +106,20 @@ def test_the_first_layer_of_an_attention_type_stays() -> None:
     """Its cache sizes the masks of that type: padded prompts would be read wrongly without it."""
     model = qwen2_moe(num_hidden_layers=4, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     types = model.config.layer_types
-    assert families.cache_layers(model.config) == {0, 1} == {types.index(each) for each in set(types)}
+    assert decoder.cache_layers(model.config) == {0, 1} == {types.index(each) for each in set(types)}
     with pytest.raises(ValueError, match="layer 1: the key-value cache"):
-        surgery.apply(model, Plan("tiny", (Drop(1, "block"),)))
+        apply.apply(model, Plan("tiny", (Drop(1, "block"),)))
 
 
 @torch.no_grad()
 def test_generation_without_a_layer_uses_the_cache_rightly() -> None:
     model = qwen2_moe()
-    surgery.apply(model, Plan("tiny", (Drop(1, "block"),)))
+    apply.apply(model, Plan("tiny", (Drop(1, "block"),)))
     with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
     without = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(with_cache, without)
     with pytest.raises(ValueError, match="cache counts tokens"):
-        surgery.apply(model, Plan("tiny", (Drop(0, "block"),)))
+        apply.apply(model, Plan("tiny", (Drop(0, "block"),)))
 
 
 PLANS: dict[str, tuple[Operation, ...]] = {
@@ -139,22 +141,22 @@ def test_shapes_first_then_weights_is_the_same_as_both_at_once(family: str, name
     plan = Plan("tiny", PLANS[name])
     model = FAMILIES[family]()
     before, untouched = bits(model), logits(model, IDS)
-    originals = surgery.apply(model, plan, lambda: recorded(model))
+    originals = apply.apply(model, plan, lambda: recorded(model))
     applied = logits(model, IDS)
-    with families.swapped(model, originals):
+    with views.swapped(model, originals):
         assert torch.equal(logits(model, IDS), untouched)
 
     shaped = FAMILIES[family]()
-    taken = surgery.restructure(shaped, plan)
-    surgery.fill(shaped, plan, taken, lambda: recorded(shaped))
+    taken = apply.restructure(shaped, plan)
+    apply.fill(shaped, plan, taken, lambda: recorded(shaped))
     assert torch.equal(logits(shaped, IDS), applied)
     for layer, block in taken.items():
-        families.set_block(shaped, layer, block)
+        views.set_block(shaped, layer, block)
     assert same_bits(bits(shaped), before)
 
     with torch.device("meta"):
         empty: Any = type(shaped)(shaped.config)
-    surgery.restructure(empty, plan)
+    apply.restructure(empty, plan)
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
@@ -163,20 +165,20 @@ def test_what_went_wrong_half_way_leaves_the_model_as_it_was() -> None:
     before = bits(model)
     for wrong in (Prune(1, (0,)), Prune(1, (0, 1, 9)), Factorize(1, RANKS)):
         with pytest.raises(ValueError, match="layer 1"):
-            surgery.apply(model, Plan("tiny", (Drop(2, "block"), Drop(0, "moe"), wrong)))
+            apply.apply(model, Plan("tiny", (Drop(2, "block"), Drop(0, "moe"), wrong)))
         assert same_bits(bits(model), before) and not any(
             isinstance(module, Zeros | SkippedLayer) for module in model.modules()
         )
     with pytest.raises(ValueError, match="needs the calibration set"):
-        surgery.apply(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
+        apply.apply(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
 
 
 def test_counts_of_the_original_model_from_its_config() -> None:
     for make in FAMILIES.values():
         model = make()
-        counts = families.parameter_counts(model.config)
+        counts = parameters.parameter_counts(model.config)
         assert counts.total == sum(parameter.numel() for parameter in model.parameters())
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         routed = sum(p.numel() for block in blocks.values() for p in block.experts.parameters())
         assert counts.routed_experts == routed
         assert counts.expert == routed // (6 * len(blocks)) and counts.router_row == 32

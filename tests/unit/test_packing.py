@@ -17,13 +17,16 @@ from tiny_models import EVERY, FAMILIES, VOCAB, condense_plan, qwen2_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from recondense import families, surgery
-from recondense.export import export
-from recondense.instructions import Record, read_record
-from recondense.losses import MASKED, cross_entropy, feature_matching, forward_kl, predicting
-from recondense.packing import Example, examples_of, leading_tokens, model_inputs, windows_of
-from recondense.packing import _by_pieces as by_pieces
-from recondense.templates import marked
+from recondense.data.examples import Example, examples_of, leading_tokens, windows_of
+from recondense.data.examples import _by_pieces as by_pieces
+from recondense.data.labels import MASKED, predicting
+from recondense.data.prompts import marked
+from recondense.data.records import Record, read_record
+from recondense.export.export import export
+from recondense.models import classes
+from recondense.models.forward import model_inputs
+from recondense.recovery.losses import cross_entropy, feature_matching, forward_kl
+from recondense.surgery import apply
 
 LENGTHS = (5, 17, 9, 20, 12, 1, 3)
 
@@ -119,9 +122,9 @@ def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
     model: Any = EVERY["gpt_oss"]()
     model.set_attn_implementation("eager")
     plan = condense_plan(model, [1])
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     export(model, None, plan, tmp_path / "out", "")
-    families.register_compressed("recondense_gpt_oss")
+    classes.register_compressed("recondense_gpt_oss")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     windows = windows_of(examples(), 24, filler=3)
     given = [model_inputs(each, windows["input_ids"], windows["position_ids"]) for each in (model, loaded)]

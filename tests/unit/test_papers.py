@@ -7,10 +7,30 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from recondense.papers import Setting, beside, is_same, notes, recognise, rows_beside, setting_of, tables, task_means
-from recondense.published import CDMOE, DEEPSEEK, MIXTRAL, MOEI2, PAPER_TASKS, QWEN, RESULTS, V2_LITE, model_named
-from recondense.report import print_report
-from recondense.tracking import flatten_summary
+from recondense.report.beside_published import (
+    Setting,
+    beside,
+    is_same,
+    notes,
+    recognise,
+    rows_beside,
+    setting_of,
+    tables,
+    task_means,
+)
+from recondense.report.published import (
+    CDMOE,
+    DEEPSEEK,
+    MIXTRAL,
+    MOEI2,
+    PAPER_TASKS,
+    QWEN,
+    RESULTS,
+    V2_LITE,
+    model_named,
+)
+from recondense.report.tables import print_report
+from recondense.report.tracking import flatten_summary
 
 
 def results(paper: str, value: float = 0.5) -> dict[str, dict[str, float]]:

@@ -13,12 +13,15 @@ from recoveries import module_of, recovery
 from tiny_models import EVERY, FAMILIES, condense_plan, qwen2_moe, unchanged, windows
 from torch import Tensor, nn
 
-from recondense import families, passes
-from recondense.config import LoraSettings
-from recondense.losses import MASKED, cross_entropy, forward_kl
-from recondense.modes import evaluating
-from recondense.plan import Drop, Factorize, Plan
-from recondense.recovery import RecoveryModule
+from recondense.config.schema import LoraSettings
+from recondense.data.labels import MASKED
+from recondense.models import decoder, views
+from recondense.models.hooks import evaluating
+from recondense.operations import Drop, Factorize
+from recondense.plan import Plan
+from recondense.recovery import shared_passes
+from recondense.recovery.losses import cross_entropy, forward_kl
+from recondense.recovery.module import RecoveryModule
 
 
 def gradients(module: RecoveryModule) -> dict[str, Tensor]:
@@ -31,7 +34,7 @@ def gradients(module: RecoveryModule) -> dict[str, Tensor]:
 @contextmanager
 def runs_of(model: Any) -> Iterator[list[int]]:
     """How often each decoder layer runs inside."""
-    counts = [0] * len(families.decoder_layers(model))
+    counts = [0] * len(decoder.decoder_layers(model))
 
     def hook(number: int) -> Any:
         def count(*_: Any) -> None:
@@ -39,7 +42,7 @@ def runs_of(model: Any) -> Iterator[list[int]]:
 
         return count
 
-    layers = enumerate(families.decoder_layers(model))
+    layers = enumerate(decoder.decoder_layers(model))
     handles = [layer.register_forward_pre_hook(hook(number)) for number, layer in layers]
     yield counts
     for handle in handles:
@@ -48,7 +51,7 @@ def runs_of(model: Any) -> Iterator[list[int]]:
 
 def in_two_whole_passes(module: RecoveryModule, monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> dict[str, Tensor]:
     with monkeypatch.context() as patched:
-        patched.setattr("recondense.passes.first_own_layer", lambda model, changed: 0)
+        patched.setattr("recondense.recovery.shared_passes.first_own_layer", lambda model, changed: 0)
         return module.losses(ids)
 
 
@@ -76,7 +79,7 @@ def test_what_is_shared_is_computed_once_and_nothing_else_changes(family: str, m
         shared["loss"].backward()  # type: ignore[no-untyped-call]
         ours = gradients(module)
         with monkeypatch.context() as patched:
-            patched.setattr("recondense.passes.first_own_layer", lambda model, changed: 0)
+            patched.setattr("recondense.recovery.shared_passes.first_own_layer", lambda model, changed: 0)
             with runs_of(model) as runs:
                 whole = module.losses(**each)
         assert runs == [2, 2, 2]
@@ -105,7 +108,7 @@ def test_where_the_student_begins(name: str, monkeypatch: pytest.MonkeyPatch) ->
     module = RecoveryModule(qwen2_moe(), recovery(**settings), plan=plan)
     module.prepare()
     assert module.teacher is not None
-    assert passes.first_own_layer(module.model, module.teacher.changed()) == layer
+    assert shared_passes.first_own_layer(module.model, module.teacher.changed()) == layer
     ids = windows(2, 8)
     assert torch.equal(module.losses(ids)["loss"], in_two_whole_passes(module, monkeypatch, ids)["loss"])
 
@@ -129,8 +132,8 @@ def test_after_adapters_were_merged_their_layers_are_the_students_own(monkeypatc
 @pytest.mark.parametrize(("family", "noise"), [("qwen2_moe", "attention_dropout"), ("mixtral", "router_jitter_noise")])
 def test_what_is_random_in_training_is_not_shared(family: str, noise: str) -> None:
     model = EVERY[family](**{noise: 0.1})
-    assert families.random_in_training(model.config) and not families.random_in_training(EVERY[family]().config)
-    assert passes.first_own_layer(model.requires_grad_(False), {2}) == 0
+    assert decoder.random_in_training(model.config) and not decoder.random_in_training(EVERY[family]().config)
+    assert shared_passes.first_own_layer(model.requires_grad_(False), {2}) == 0
 
 
 def test_the_losses_are_those_of_plain_logits() -> None:
@@ -168,11 +171,11 @@ def test_backward_stops_at_the_lowest_layer_that_trains(objective: str) -> None:
 
     def note(number: int) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            graphs[number] = families.output_of(output).requires_grad
+            graphs[number] = views.output_of(output).requires_grad
 
         return hook
 
-    layers = enumerate(families.decoder_layers(module.model))
+    layers = enumerate(decoder.decoder_layers(module.model))
     handles = [layer.register_forward_hook(note(number)) for number, layer in layers]
     module.losses(windows(2, 8))["loss"].backward()  # type: ignore[no-untyped-call]
     for handle in handles:
@@ -212,14 +215,14 @@ def test_activation_checkpointing_changes_no_bit(name: str) -> None:
     """Adapters on factors are computed once a pass; in backward they are computed again with the layer."""
     module, ids = module_and_windows(name)
     plain, expected = loss_and_gradients(module, ids)
-    with families.checkpointing(module.model):
+    with decoder.checkpointing(module.model):
         with runs_of(module.model), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             again = module.losses(ids)["loss"]
         again.backward()  # type: ignore[no-untyped-call]
     assert torch.equal(plain, again)
     found = gradients(module)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in families.decoder_layers(module.model))
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.decoder_layers(module.model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -242,7 +245,7 @@ def test_activation_checkpointing_holds_less(family: str) -> None:
         return sum(size for where, size in sizes.items() if where not in weights)
 
     plain = saved()
-    with families.checkpointing(module.model):
+    with decoder.checkpointing(module.model):
         assert saved() < plain / 2
 
 
@@ -256,23 +259,23 @@ def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pyt
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     counters = torch._dynamo.utils.counters
     counters.clear()
-    with families.compiling(module.model):
+    with decoder.compiling(module.model):
         again, found = loss_and_gradients(module, ids)
     assert counters["frames"]["ok"] > 0 and not counters["unimplemented"]
     torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
-    assert not any(layer._compiled_call_impl for layer in families.decoder_layers(module.model))
+    assert not any(layer._compiled_call_impl for layer in decoder.decoder_layers(module.model))
     torch.compiler.reset()
 
 
 def test_headless_and_back() -> None:
     model, ids = qwen2_moe(), windows(2, 8)
     with unchanged(model), torch.no_grad(), evaluating(model):
-        with families.headless(model):
+        with decoder.headless(model):
             hidden = model(input_ids=ids).logits
-        with families.gathered(model) as head:
+        with decoder.gathered(model) as head:
             assert torch.equal(head.logits(hidden), model(input_ids=ids).logits)
-        with pytest.raises(KeyError), families.headless(model):
+        with pytest.raises(KeyError), decoder.headless(model):
             raise KeyError

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from recondense.operations import OPERATIONS
-from recondense.plan import Condense, Drop, Factorize, History, Merge, Plan, Prune, Refit
+from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Prune, Refit
+from recondense.plan import History, Plan
 
 PLAN = Plan(
     model="Qwen/Qwen1.5-MoE-A2.7B",

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from recondense import profiling
-from recondense.profiling import count_parameters, peak_tensor_bytes, profile_variants, resident_bytes, weights_bytes
+from recondense.evaluation import profiling
+from recondense.evaluation.profiling import peak_tensor_bytes, profile_variants
+from recondense.models.parameters import count_parameters, resident_bytes, weights_bytes
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recondense.published import (
+from recondense.report.published import (
     CDMOE,
     DEEPSEEK,
     MIXTRAL,

@@ -25,9 +25,9 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from recondense import families, loading, paging, quantized
-from recondense.config import ModelConfig
-from recondense.export import export
+from recondense.config.schema import ModelConfig
+from recondense.export.export import export
+from recondense.models import decoder, loading, quantized, streaming
 from recondense.plan import Plan
 
 SIZES: dict[str, Any] = {
@@ -78,9 +78,9 @@ def test_layers_that_are_read_one_at_a_time_are_made_whole_as_ever(tmp_path: Pat
     folder_of(tmp_path / "model", make())
     settings = ModelConfig(attention="eager", device="cpu")
     whole, model = (loading.load(settings, tmp_path / "model", pages)[0] for pages in (None, tmp_path / "pages"))
-    for layer, expected in enumerate(families.decoder_layers(whole)):
-        with paging.resident(model, layer):
-            found = families.decoder_layers(model)[layer].state_dict()
+    for layer, expected in enumerate(decoder.decoder_layers(whole)):
+        with streaming.resident(model, layer):
+            found = decoder.decoder_layers(model)[layer].state_dict()
             assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
     assert loading.weights_fingerprint(model) == loading.weights_fingerprint(whole)
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from recondense import families
-from recondense.recorded import FOLDER, recorded_config, recorded_ids, recorded_values
+from recondense.models import families
+from recondense.models.published_configs import FOLDER, recorded_config, recorded_ids, recorded_values
 
 MODELS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]

@@ -13,15 +13,17 @@ from recoveries import QUIET, data, module_of, recovery
 from tiny_models import EVERY, FAMILIES, condense_plan, logits, qwen2_moe, windows
 from transformers import PreTrainedModel
 
-from recondense import families
-from recondense.config import LoraSettings
-from recondense.fitting import fit
-from recondense.losses import cross_entropy
-from recondense.modules import CondensedMoE
-from recondense.plan import Drop, Factorize, Plan, Prune
-from recondense.profiling import resident_bytes
-from recondense.recovery import RecoveryModule, trainable_parameters
-from recondense.summary import control_settings
+from recondense.config.schema import LoraSettings
+from recondense.config.stages import control_settings
+from recondense.models import views
+from recondense.models.blocks import CondensedMoE
+from recondense.models.parameters import resident_bytes
+from recondense.operations import Drop, Factorize, Prune
+from recondense.plan import Plan
+from recondense.recovery.fit import fit
+from recondense.recovery.losses import cross_entropy
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.trainable import trainable_parameters
 
 # Lightning says so of every fit that goes on.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -45,7 +47,7 @@ def test_setup_applies_once_however_often_it_is_called() -> None:
         if stage == "fit" and module.teacher is not None:
             blocks, teacher = list(model.modules()), module.teacher
     assert list(model.modules()) == blocks and module.teacher is teacher
-    assert sorted(families.sparse_blocks(model)) == [0]
+    assert sorted(views.sparse_blocks(model)) == [0]
 
 
 def test_searches_when_it_is_handed_no_plan() -> None:
@@ -53,7 +55,7 @@ def test_searches_when_it_is_handed_no_plan() -> None:
     asked = []
 
     def search(given: PreTrainedModel) -> Plan:
-        asked.append(sorted(families.sparse_blocks(given)))
+        asked.append(sorted(views.sparse_blocks(given)))
         return condense_plan(given, [1])
 
     module = RecoveryModule(model, recovery(), search=search)
@@ -61,7 +63,7 @@ def test_searches_when_it_is_handed_no_plan() -> None:
     module.setup("fit")
     module.setup("fit")
     assert asked == [[0, 1, 2]] and module.plan == condense_plan(qwen2_moe(), [1])
-    assert isinstance(families.get_block(model, 1), CondensedMoE)
+    assert isinstance(views.get_block(model, 1), CondensedMoE)
     with pytest.raises(ValueError, match="needs a plan"):
         RecoveryModule(model, recovery())
 
@@ -76,7 +78,7 @@ def test_works_in_anyones_trainer(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=data(module, windows(3, 8, seed=5)))
     found = trainer.validate(module, datamodule=data(module, windows(3, 8, seed=5)), verbose=False)
     assert found[0]["recovery/validation_loss"] > 0 and found[0]["recovery/validation_kl"] > 0
-    assert sorted(families.sparse_blocks(model)) == [0]
+    assert sorted(views.sparse_blocks(model)) == [0]
 
 
 # ------------------------------------------------------------------------------------------------ what trains
@@ -221,9 +223,9 @@ def test_nothing_that_student_and_teacher_share_exists_twice(family: str) -> Non
     assert teacher is not None
     alone, kept = storages(student), storages(teacher.blocks)
     assert not alone.keys() & kept.keys()
-    blocks = sum(tensor.nbytes for layer in (1, 2) for tensor in families.get_block(before, layer).parameters())
+    blocks = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(before, layer).parameters())
     assert sum(kept.values()) == blocks  # the original blocks of condensed layers, nothing else
-    own = sum(tensor.nbytes for layer in (1, 2) for tensor in families.get_block(student, layer).state_dict().values())
+    own = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(student, layer).state_dict().values())
     assert resident_bytes(student, teacher) == sum({**alone, **kept}.values()) == whole + own
     with module.original():
         outside = {name: value for name, value in student.state_dict().items() if ".mlp." not in name}

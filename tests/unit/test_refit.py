@@ -11,11 +11,12 @@ from tiny_models import FAMILIES, bits, logits, qwen2_moe, recorded, same_bits, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from recondense import families, surgery
-from recondense.methods.damage import Damage
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
-from recondense.surgery import least_squares
-from recondense.surgery.least_squares import _inputs_and_targets, units_of
+from recondense.methods.search.damage import Damage
+from recondense.models import views
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.plan import Plan
+from recondense.surgery import apply, refit
+from recondense.surgery.refit import _inputs_and_targets, units_of
 
 IDS = windows(3, 11)
 FOUR = (0, 2, 3, 5)
@@ -31,11 +32,11 @@ CHANGES: dict[str, tuple[Operation, ...]] = {
 
 def changed(family: str, operations: tuple[Operation, ...]) -> tuple[Any, dict[int, Any]]:
     model = FAMILIES[family]()
-    return model, surgery.apply(model, Plan("tiny", operations))
+    return model, apply.apply(model, Plan("tiny", operations))
 
 
 def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, Any]:
-    return surgery.refit(model, Plan("tiny", refits), originals, lambda: recorded(model))
+    return apply.refit(model, Plan("tiny", refits), originals, lambda: recorded(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,10 +45,10 @@ def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, 
 def test_is_the_ridge_solution(name: str, family: str) -> None:
     """Stacked features and targets, the ridge as further rows, and LAPACK's least squares."""
     model, originals = changed(family, CHANGES[name])
-    with families.swapped(model, originals):
+    with views.swapped(model, originals):
         tape = recorded(model)
     inputs, targets = _inputs_and_targets(model, tape, 1, tape.states[1])
-    block: Any = families.get_block(model, 1)
+    block: Any = views.get_block(model, 1)
     units = units_of(model, 1)
     before = [unit.weight_Dn.clone() for unit in units]
     columns: list[Tensor] = []
@@ -82,7 +83,7 @@ def test_one_part_after_another_comes_near_to_all_together(
     name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = run(*changed("qwen2_moe", CHANGES[name]), Refit(1, "down_proj", 1e-3))[1]
-    monkeypatch.setattr(least_squares, "most_columns", lambda original: most)
+    monkeypatch.setattr(refit, "most_columns", lambda original: most)
     apart = run(*changed("qwen2_moe", CHANGES[name]), Refit(1, "down_proj", 1e-3))[1]
     assert apart["error_after"] != together["error_after"]
     assert apart["error_before"] == pytest.approx(together["error_before"])
@@ -93,7 +94,7 @@ def test_one_part_after_another_comes_near_to_all_together(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_coefficients_alone(family: str) -> None:
     model, originals = changed(family, (Condense(1, (3, 0), (0.4, 0.2), 0.5 if family == "qwen2_moe" else None),))
-    block: Any = families.get_block(model, 1)
+    block: Any = views.get_block(model, 1)
     before = bits(block)
     report = run(model, originals, Refit(1, "coefficients", 1e-6))[1]
     assert report["error_after"] < report["error_before"]
@@ -101,7 +102,7 @@ def test_coefficients_alone(family: str) -> None:
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"scale"}
     assert len(set(block.scale.tolist())) == 3  # the shared part and two experts
     best = report["error_after"]
-    with families.swapped(model, originals):
+    with views.swapped(model, originals):
         tape = recorded(model)
     inputs, targets = _inputs_and_targets(model, tape, 1, tape.states[1])
     shared = block.shared_width
@@ -118,13 +119,13 @@ def test_coefficients_alone(family: str) -> None:
 def test_several_layers_bring_the_model_nearer_to_the_original(family: str) -> None:
     model = FAMILIES[family]()
     tape = recorded(model)
-    layers = list(families.sparse_blocks(model))
+    layers = list(views.sparse_blocks(model))
     before = logits(model, IDS)
-    originals = surgery.apply(model, Plan("tiny", tuple(Prune(layer, FOUR) for layer in layers)))
-    pruned = {layer: families.get_block(model, layer) for layer in layers}
+    originals = apply.apply(model, Plan("tiny", tuple(Prune(layer, FOUR) for layer in layers)))
+    pruned = {layer: views.get_block(model, layer) for layer in layers}
 
     def damage() -> float:
-        with families.swapped(model, originals):
+        with views.swapped(model, originals):
             measure = Damage(model, tape)
         return measure.choose(pruned)
 
@@ -134,7 +135,7 @@ def test_several_layers_bring_the_model_nearer_to_the_original(family: str) -> N
     report = run(model, originals, *(Refit(layer, "down_proj", 1e-2) for layer in layers))
     assert list(report) == layers and damage() < 0.8 * worse
     assert all(same_bits(bits(block), teacher[layer]) for layer, block in originals.items())
-    with families.swapped(model, originals):
+    with views.swapped(model, originals):
         assert torch.equal(logits(model, IDS), before)
     run(again, originals, *(Refit(layer, "down_proj", 1e-2) for layer in layers))
     assert torch.equal(logits(again, IDS), logits(model, IDS))
@@ -151,10 +152,10 @@ def test_nothing_to_gain_leaves_the_function_alone() -> None:
 
 def test_half_precision_and_refusals() -> None:
     model = qwen2_moe().bfloat16()
-    originals = surgery.apply(model, Plan("tiny", (Prune(1, FOUR),)))
+    originals = apply.apply(model, Plan("tiny", (Prune(1, FOUR),)))
     report = run(model, originals, Refit(1, "down_proj", 1e-2))[1]
     assert report["error_after"] < report["error_before"]
-    assert families.sparse_blocks(model)[1].weights.down_EDF.dtype == torch.bfloat16
+    assert views.sparse_blocks(model)[1].weights.down_EDF.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="condensed layer, which it is not"):
         run(model, originals, Refit(1, "coefficients", 1e-2))
     model, originals = changed("qwen2_moe", (Drop(1, "moe"),))
@@ -168,5 +169,5 @@ def test_what_is_solved_together_depends_on_shapes_alone() -> None:
                             shared_expert_intermediate_size=5632)  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    assert 11_264 < least_squares.most_columns(families.get_block(model, 0)) < 16_384
-    assert least_squares.most_columns(families.get_block(qwen2_moe(), 0)) == 1024
+    assert 11_264 < refit.most_columns(views.get_block(model, 0)) < 16_384
+    assert refit.most_columns(views.get_block(qwen2_moe(), 0)) == 1024

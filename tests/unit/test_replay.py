@@ -10,10 +10,10 @@ import torch
 from brute_force_moei2 import change, loss_without
 from tiny_models import FAMILIES, qwen2_moe, recorded, texts
 
-from recondense import families
-from recondense.methods.genetic import Genetic, best_sets
-from recondense.methods.importance import expert_importance
-from recondense.methods.replay import Replay
+from recondense.methods.search.genetic import Genetic, best_sets
+from recondense.methods.search.importance import expert_importance
+from recondense.methods.search.leave_out import Replay
+from recondense.models import views
 
 MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
 SETS = [each for number in range(1, 5) for each in itertools.combinations(range(6), number)]
@@ -26,7 +26,7 @@ DROPPED = torch.tensor([[expert in each for expert in range(6)] for each in SETS
 def test_logits_far_apart(name: str, scale: float) -> None:
     """With the first experts gone, what is left lies beyond what fp32 exponentials relative to the first can hold."""
     model = MODELS[name]()
-    block: Any = families.sparse_blocks(model)[2]
+    block: Any = views.sparse_blocks(model)[2]
     block.router.weight.mul_(scale)
     tape = recorded(model)
     logits_TE = torch.cat([block.router(trace.x_TD)[0] for trace in tape.trace(model, 2)]).float()
@@ -40,7 +40,7 @@ def test_logits_far_apart(name: str, scale: float) -> None:
 @torch.no_grad()
 def test_errors_depend_neither_on_memory_nor_on_company(scale: float) -> None:
     model: Any = qwen2_moe()
-    block: Any = families.sparse_blocks(model)[1]
+    block: Any = views.sparse_blocks(model)[1]
     block.router.weight.mul_(scale)
     tape = recorded(model)
     expected = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED)
@@ -55,7 +55,7 @@ def test_errors_depend_neither_on_memory_nor_on_company(scale: float) -> None:
 def test_an_overflow_is_an_error_that_names_the_layer() -> None:
     """Even of an expert that no token selects until others are gone: the calibration run would not see it."""
     model: Any = qwen2_moe()
-    block: Any = families.sparse_blocks(model)[2]
+    block: Any = views.sparse_blocks(model)[2]
     tape = recorded(model)
     block.experts.down_proj[5] = torch.inf
     with pytest.raises(ValueError, match="layer 2"):
@@ -66,7 +66,7 @@ def test_an_overflow_is_an_error_that_names_the_layer() -> None:
 def test_half_precision_follows_the_block_as_far_as_it_can_be_told() -> None:
     """The block rounds weights and sums to bfloat16; the scores do not."""
     model: Any = qwen2_moe().to(torch.bfloat16)
-    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
     errors = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
     far = [(each, error) for each, error in zip(SETS, errors, strict=True) if len(each) == 4]
     for each, error in far:
@@ -78,7 +78,7 @@ def test_half_precision_follows_the_block_as_far_as_it_can_be_told() -> None:
 def test_the_search_survives_the_same_with_errors_by_the_block(name: str, memoise: bool) -> None:
     """Every generation, and what is left at the end: replay stands in for a run of the block for each individual."""
     model = MODELS[name]()
-    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
     replay = Replay(model, tape, block, 3, 1 << 30)
 
     def by_the_block(dropped_PE: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_the_search_survives_the_same_with_errors_by_the_block(name: str, memois
 
 def test_refusals() -> None:
     model = qwen2_moe()
-    tape, block = recorded(model), families.sparse_blocks(model)[0]
+    tape, block = recorded(model), views.sparse_blocks(model)[0]
     with pytest.raises(ValueError, match="layer 0: dropping 5 of 6"):
         Replay(model, tape, block, 5, 1 << 30)
 
@@ -110,7 +110,7 @@ def test_refusals() -> None:
 def test_lm_loss_in_little_memory() -> None:
     """Logits of a few tokens at a time: the same loss."""
     model = qwen2_moe()
-    tape, block = recorded(model), families.sparse_blocks(model)[2]
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
     little = expert_importance(model, tape, block, "lm_loss", False, 1 << 12)
     ids = [torch.tensor(text) for text in texts()]
     assert little == pytest.approx([loss_without(model, ids, {2: [expert]}) for expert in range(6)], rel=1e-5)

@@ -12,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from recondense.files import JsonFolder
-from recondense.measure import Measure
-from recondense.pictures import plan_picture, sweep_picture
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune, Refit
-from recondense.report import (
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.plan import Plan
+from recondense.report.model_card import model_card
+from recondense.report.plan_picture import plan_picture
+from recondense.report.structure_picture import KINDS, _layer, picture_of
+from recondense.report.summary import operation_counts
+from recondense.report.sweep_picture import sweep_picture
+from recondense.report.tables import (
     format_bytes,
     format_number,
     plan_line,
@@ -28,9 +32,8 @@ from recondense.report import (
     sweep_table,
     task_table,
 )
-from recondense.structures import KINDS, _layer, picture_of
-from recondense.summary import model_card, operation_counts
-from recondense.tracking import flatten_summary
+from recondense.report.tracking import flatten_summary
+from recondense.run.measure import Measure
 
 
 def profile(scale: float) -> dict[str, float]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from recondense import run_folder
-from recondense.config import Config, from_dict
-from recondense.run_folder import CONTENTS, begin, overwritten_inputs, repair
+from recondense import files
+from recondense.config.schema import Config, from_dict
+from recondense.run import run_folder
+from recondense.run.run_folder import CONTENTS, begin, overwritten_inputs, repair
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_a_kill_leaves_all_of_the_old_run_or_none(
     repaired = repair
     with monkeypatch.context() as patched:
         patched.setattr(run_folder.os, "rename", dying(os.rename))
-        patched.setattr(run_folder, "write_aside", dying(run_folder.write_aside))
+        patched.setattr(run_folder, "write_aside", dying(files.write_aside))
         patched.setattr(run_folder.shutil, "rmtree", dying(run_folder.shutil.rmtree))
         if killed:
             patched.setattr(run_folder, "repair", lambda folder: None)

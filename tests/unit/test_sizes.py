@@ -11,26 +11,27 @@ from tiny_models import deepseek_v2, qwen2_moe
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from recondense import families
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.decompose import Decompose
 from recondense.methods.dropping import Dropping
-from recondense.methods.factorize import Decompose
 from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
-from recondense.plan_only import layer_table, ranges, weights_dtype
-from recondense.profiling import weights_bytes
-from recondense.recorded import recorded_values
-from recondense.sizes import compare, outlined, quantization, stored_bytes
+from recondense.models import classes, views
+from recondense.models.parameters import weights_bytes
+from recondense.models.published_configs import recorded_values
+from recondense.models.quantized import quantization, stored_bytes
+from recondense.run.plan_only import layer_table, ranges, weights_dtype
+from recondense.run.sizes import compare, outlined
 
 
 def meta(make: Any = qwen2_moe, **changes: Any) -> Any:
-    return families.on_meta(make(**changes).config, torch.float32)
+    return classes.on_meta(make(**changes).config, torch.float32)
 
 
 def published(hub_id: str) -> tuple[Any, dict[str, Any]]:
     values = recorded_values(hub_id)
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    return families.on_meta(config, torch.bfloat16), quantization(config)
+    return classes.on_meta(config, torch.bfloat16), quantization(config)
 
 
 def test_bytes_of_an_mxfp4_checkpoint_are_those_of_its_files() -> None:
@@ -137,6 +138,6 @@ def test_type_of_the_weights() -> None:
 
 def test_deeper_budgets_than_experts_are_refused() -> None:
     model = meta()
-    assert families.sparse_blocks(model)
+    assert views.sparse_blocks(model)
     with pytest.raises(ValueError, match="asks for"):
         compare(model, [CDMoE(num_experts=2, memory_ratio=0.01)])

@@ -11,14 +11,14 @@ import torch
 from recoveries import QUIET, data, recovery, trained
 from tiny_models import bits, condense_plan, logits, qwen2_moe, same_bits, windows
 
-from recondense.checks import check
-from recondense.config import Config, RecoveryConfig, from_dict
+from recondense.config.checks import check
+from recondense.config.schema import Config, RecoveryConfig, from_dict
+from recondense.config.stages import stages_of
+from recondense.data.texts import Texts
 from recondense.errors import ConfigError
-from recondense.fitting import fit
-from recondense.recovering import with_steps
-from recondense.recovery import RecoveryModule
-from recondense.searching import Texts
-from recondense.stages import stages_of
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
+from recondense.run.recover import with_steps
 
 
 def config(*stages: dict[str, Any], **more: Any) -> Config:

@@ -19,19 +19,20 @@ from small import byte_tokenizer
 from tiny_models import EVERY, blocks, qwen2_moe, recorded, texts, windows
 from torch import nn
 
-from recondense import families, loading, paging, surgery
-from recondense.calibrate import Tape
-from recondense.checks import check
-from recondense.config import ExportConfig, ModelConfig, from_dict
-from recondense.evaluate import perplexity
-from recondense.export import export
-from recondense.methods.importance import expert_importance
-from recondense.plan import Condense, Factorize, Plan, Prune, Refit
-from recondense.profiling import peak_tensor_bytes
-from recondense.recovery import RecoveryModule
-from recondense.shelves import Disk
-from recondense.surgery import least_squares
-from recondense.teacher_cache import keep_predictions
+from recondense.calibration.tape import Tape
+from recondense.config.checks import check
+from recondense.config.schema import ExportConfig, ModelConfig, from_dict
+from recondense.evaluation.perplexity import perplexity
+from recondense.evaluation.profiling import peak_tensor_bytes
+from recondense.export.export import export
+from recondense.methods.search.importance import expert_importance
+from recondense.models import decoder, loading, streaming, views
+from recondense.models.tensor_store import Disk
+from recondense.operations import Condense, Factorize, Prune, Refit
+from recondense.plan import Plan
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.teacher_cache import keep_predictions
+from recondense.surgery import apply, refit
 
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
 
@@ -61,7 +62,7 @@ def whole(folder: Path) -> Any:
 def streamed(folder: Path, tmp_path: Path) -> Iterator[Any]:
     """Never two layers of it are in memory, and none once another is used."""
     model = opened(folder, tmp_path / "pages")
-    held = paging.Pages.held
+    held = streaming.Pages.held
     most = 0
 
     def spied(self: Any, owner: Any, layer: int) -> Any:
@@ -69,14 +70,14 @@ def streamed(folder: Path, tmp_path: Path) -> Iterator[Any]:
         most = max(most, len(layers_in_memory(owner)))
         return held(self, owner, layer)
 
-    paging.Pages.held = spied  # type: ignore[assignment,method-assign]
+    streaming.Pages.held = spied  # type: ignore[assignment,method-assign]
     yield model
-    paging.Pages.held = held  # type: ignore[method-assign]
+    streaming.Pages.held = held  # type: ignore[method-assign]
     assert most <= 1
 
 
 def layers_in_memory(model: Any) -> list[int]:
-    layers = enumerate(families.decoder_layers(model))
+    layers = enumerate(decoder.decoder_layers(model))
     return [layer for layer, module in layers if any(each.device.type != "meta" for each in module.parameters())]
 
 
@@ -99,10 +100,10 @@ def test_a_layer_has_its_weights_while_it_is_used(family: str, tmp_path: Path) -
     assert layers_in_memory(model) == []
     outside = {name: value for name, value in whole.state_dict().items() if not name.startswith("model.layers.")}
     assert same(outside, {name: model.state_dict()[name] for name in outside})
-    for layer, expected in enumerate(families.decoder_layers(whole)):
-        with paging.resident(model, layer):
+    for layer, expected in enumerate(decoder.decoder_layers(whole)):
+        with streaming.resident(model, layer):
             assert layers_in_memory(model) == [layer]
-            found = families.decoder_layers(model)[layer].state_dict()
+            found = decoder.decoder_layers(model)[layer].state_dict()
             assert same(found, expected.state_dict())
             assert [each.dtype for each in found.values()] == [each.dtype for each in expected.state_dict().values()]
     assert loading.weights_fingerprint(model) == loading.weights_fingerprint(whole)
@@ -116,7 +117,7 @@ def test_every_method_decides_and_makes_the_same(method: str, whole: Any, stream
     for name, model in (("whole", whole), ("streamed", streamed)):
         storage = Disk(tmp_path / name, keeps=False) if name == "streamed" else None
         plan = plan_of(model, method, tmp_path / f"{name}-cache", *BUDGETS[method], storage=storage)
-        surgery.apply(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
+        apply.apply(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
         export(model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB"))
         found.append((plan.to_json(), tensors(tmp_path / f"{name}-out")))
         assert name == "whole" or not plan.operations or len(layers_in_memory(model)) <= 1
@@ -126,7 +127,7 @@ def test_every_method_decides_and_makes_the_same(method: str, whole: Any, stream
 def test_importance_by_the_loss(whole: Any, streamed: Any, tmp_path: Path) -> None:
     values = []
     for model, storage in ((whole, None), (streamed, Disk(tmp_path / "tape"))):
-        block = families.sparse_blocks(model)[1]
+        block = views.sparse_blocks(model)[1]
         values.append(expert_importance(model, recorded(model, storage=storage), block, "lm_loss", True, 1 << 30))
     assert values[0] == values[1] and max(values[0]) > 0
 
@@ -141,8 +142,8 @@ def compressed(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Mod
         ),
     )  # fmt: skip
     record = lambda: recorded(model, storage=storage)  # noqa: E731
-    originals = surgery.apply(model, plan, record)
-    surgery.refit(model, plan, originals, record)
+    originals = apply.apply(model, plan, record)
+    apply.refit(model, plan, originals, record)
     return plan, originals, record
 
 
@@ -151,7 +152,7 @@ def test_evaluation_of_both_sides(whole: Any, streamed: Any, tmp_path: Path) -> 
     ids, found = windows(5, 12), []
     for model, storage in ((whole, None), (streamed, Disk(tmp_path / "scratch", keeps=False))):
         _, originals, _ = compressed(model, storage)
-        found.append(perplexity(model, ids, 2, lambda m=model, o=originals: families.swapped(m, o)))
+        found.append(perplexity(model, ids, 2, lambda m=model, o=originals: views.swapped(m, o)))
     assert found[0] == found[1] and found[0]["kl_to_original"] > 0
 
 
@@ -160,7 +161,7 @@ def test_a_teacher_that_is_streamed_keeps_the_same_predictions(whole: Any, strea
     kept = []
     for index, model in enumerate((whole, streamed)):
         teacher = keep_predictions(
-            lambda m=model: families.swapped(m, {}),
+            lambda m=model: views.swapped(m, {}),
             ids,
             tmp_path / str(index),
             5,
@@ -193,16 +194,16 @@ def test_what_was_killed_goes_on_at_its_layer(folder: Path, tmp_path: Path) -> N
     assert tape.layer_runs == 1  # of three
     assert all(map(torch.equal, all_states(tape), all_states(recorded(again))))
     plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
-    surgery.apply(first, Plan("tiny", plan.operations[:1]))
+    apply.apply(first, Plan("tiny", plan.operations[:1]))
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
-    surgery.apply(again, plan)
+    apply.apply(again, plan)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
     assert len(made) == 1 and len(after) == 2 and made.items() <= after.items()
     expected = opened(folder, None)
-    surgery.apply(expected, plan)
-    for layer, module in enumerate(families.decoder_layers(expected)):
-        with paging.resident(again, layer):
-            assert same(families.decoder_layers(again)[layer].state_dict(), module.state_dict())
+    apply.apply(expected, plan)
+    for layer, module in enumerate(decoder.decoder_layers(expected)):
+        with streaming.resident(again, layer):
+            assert same(decoder.decoder_layers(again)[layer].state_dict(), module.state_dict())
 
 
 def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
@@ -216,15 +217,15 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
             *(Refit(layer, "down_proj", 1e-2) for layer in range(3)),
         ),
     )
-    monkeypatch.setattr(least_squares, "LEAST_COLUMNS", 1)  # so that the original's shapes cut these layers in parts
+    monkeypatch.setattr(refit, "LEAST_COLUMNS", 1)  # so that the original's shapes cut these layers in parts
     expected = opened(folder, None)
-    block = families.get_block(expected, 0)
-    assert least_squares.most_columns(block) < sum(u.weight_Dn.shape[1] for u in least_squares.units_of(expected, 0))
+    block = views.get_block(expected, 0)
+    assert refit.most_columns(block) < sum(u.weight_Dn.shape[1] for u in refit.units_of(expected, 0))
     record = lambda: recorded(expected)  # noqa: E731
-    surgery.refit(expected, plan, surgery.apply(expected, plan, record), record)
+    apply.refit(expected, plan, apply.apply(expected, plan, record), record)
     solved: list[int] = []
-    solve = least_squares._refit_layer
-    put_away, left = paging.Pages.put_away, [2]
+    solve = refit._refit_layer
+    put_away, left = streaming.Pages.put_away, [2]
 
     def counted(model: Any, tape: Any, operation: Refit, *args: Any) -> Any:
         solved.append(operation.layer)
@@ -236,35 +237,35 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return put_away(self, block, name)
 
-    monkeypatch.setattr(least_squares, "_refit_layer", counted)
+    monkeypatch.setattr(refit, "_refit_layer", counted)
     for more in (2, 3, None):  # two layers, then one and two refits, then the rest
         model = opened(folder, tmp_path / "pages")
         left[0] = 100 if more is None else more
-        monkeypatch.setattr(paging.Pages, "put_away", killed)
+        monkeypatch.setattr(streaming.Pages, "put_away", killed)
         again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
         with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
-            surgery.refit(model, plan, surgery.apply(model, plan, again), again)
+            apply.refit(model, plan, apply.apply(model, plan, again), again)
     assert solved == [0, 1, 2, 2]  # the third time the kill came before the last was on the disk
-    for layer, module in enumerate(families.decoder_layers(expected)):
-        with paging.resident(model, layer):
-            assert same(families.decoder_layers(model)[layer].state_dict(), module.state_dict())
+    for layer, module in enumerate(decoder.decoder_layers(expected)):
+        with streaming.resident(model, layer):
+            assert same(decoder.decoder_layers(model)[layer].state_dict(), module.state_dict())
 
 
 def test_what_is_put_away_goes_with_the_block_and_is_known_by_what_decided_it(folder: Path, tmp_path: Path) -> None:
     model = opened(folder, tmp_path / "pages")
     condense = Condense(0, (1, 4), (0.3, 0.4), 0.5)
     for key in ("one", "other"):
-        paging.identify(model, key)
-        originals = surgery.apply(model, Plan("tiny", (condense,)))
-        with paging.resident(model, 0):
+        streaming.identify(model, key)
+        originals = apply.apply(model, Plan("tiny", (condense,)))
+        with streaming.resident(model, 0):
             pass
-        families.set_block(model, 0, originals[0])
+        views.set_block(model, 0, originals[0])
     assert len(list((tmp_path / "pages").iterdir())) == 2  # other weights, or texts: another file
-    with paging.resident(model, 1):
-        block = paging.put_away(model, families.get_block(model, 1))
-    with families.swapped(model, {1: block}), paging.resident(model, 1):
+    with streaming.resident(model, 1):
+        block = streaming.put_away(model, views.get_block(model, 1))
+    with views.swapped(model, {1: block}), streaming.resident(model, 1):
         pass
-    with paging.resident(model, 2):
+    with streaming.resident(model, 2):
         assert len(list((tmp_path / "pages").iterdir())) == 3
     del block
     gc.collect()
@@ -285,7 +286,7 @@ def test_export_holds_few_copies_of_a_layer(tmp_path: Path) -> None:
     """At one time the layer, what is taken apart of one weight of it, and less than half of it for a shard."""
     model = qwen2_moe(hidden_size=256, moe_intermediate_size=128, num_experts=16)
     folder = written(model, tmp_path / "model")
-    page = paging.page_bytes(model)
+    page = streaming.page_bytes(model)
     del model
     streamed = opened(folder, tmp_path / "pages")
     peak = peak_tensor_bytes(lambda: export(streamed, None, Plan("tiny"), tmp_path / "out", ""), "cpu")
@@ -297,9 +298,9 @@ def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
     """It trains like any other; the scales of condensed layers are still apart."""
     model, expected = opened(folder, tmp_path / "pages"), opened(folder, None)
     for each in (model, expected):
-        surgery.apply(each, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
-    paging.bring_in(model)
-    assert not paging.is_streamed(model) and same(model.state_dict(), expected.state_dict())
+        apply.apply(each, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
+    streaming.bring_in(model)
+    assert not streaming.is_streamed(model) and same(model.state_dict(), expected.state_dict())
     ids = windows(2, 9)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
@@ -310,11 +311,11 @@ def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path:
     for pages in (None, tmp_path / "pages"):
         plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
         module = RecoveryModule(opened(folder, pages), recovery(objective="finetune"), plan=plan)
-        with paging.resident(module.model, 1):  # whatever is in memory while all is frozen
+        with streaming.resident(module.model, 1):  # whatever is in memory while all is frozen
             module.prepare(refit=False)
         if pages is not None:
             module.release_original()
-            paging.bring_in(module.model)
+            streaming.bring_in(module.model)
         module.prepare()
         module.losses(windows(2, 9))["loss"].backward()
         found.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recondense import summary
+from recondense.report import summary
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from callbacks.sweep import SweepComparison, comparison_rows, log_sweep, swept_settings, write_comparison
-from recondense import tracking
-from recondense.comparison import by_seed, caption, comparison_markdown, comparison_table
-from recondense.comparison_picture import comparison_picture
+from recondense.report import tracking
+from recondense.report.comparison import by_seed, caption, comparison_markdown, comparison_table
+from recondense.report.sweep_picture import comparison_picture
 
 APPLICATION = """
 import json

@@ -16,15 +16,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from recondense import families
-from recondense.chunking import TopK
-from recondense.data import RecoveryData, ShuffledWindows, table_of
-from recondense.fitting import fit
-from recondense.losses import MASKED
-from recondense.profiling import resident_bytes
-from recondense.recovery import RecoveryModule
-from recondense.teacher import OtherTeacher, same_vocabulary
-from recondense.teacher_cache import CachedTeacher, keep_predictions, key_of
+from recondense.data.labels import MASKED
+from recondense.data.loader import RecoveryData, ShuffledWindows, table_of
+from recondense.models import views
+from recondense.models.parameters import resident_bytes
+from recondense.recovery.chunked_losses import TopK
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.teacher_cache import CachedTeacher, keep_predictions, key_of
+from recondense.recovery.teachers import OtherTeacher, same_vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 K = 8
@@ -253,4 +253,4 @@ def test_the_original_is_never_asked_after_it_was_freed() -> None:
     module.release_original()
     module.finish()
     assert module.adapters is None and not any("lora" in name for name, _ in model.named_parameters())
-    assert not isinstance(families.get_block(model, 1), type(families.get_block(qwen2_moe(), 1)))
+    assert not isinstance(views.get_block(model, 1), type(views.get_block(qwen2_moe(), 1)))

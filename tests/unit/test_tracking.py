@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from recondense import tracking
-from recondense.config import LoggerConfig, WandbConfig
-from recondense.tracking import AppendingCSVLogger, QuietWandbLogger, flatten_summary, make_loggers, wandb_mode
+from recondense.config.schema import LoggerConfig, WandbConfig
+from recondense.report import tracking
+from recondense.report.tracking import AppendingCSVLogger, QuietWandbLogger, flatten_summary, make_loggers, wandb_mode
 
 SUMMARY = {
     "model": "tiny",

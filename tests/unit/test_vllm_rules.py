@@ -14,15 +14,18 @@ from tiny_models import EVERY, condense_plan
 from torch import nn
 from vllm_rules import PUBLISHED, RULES, backend_problems, problems
 
-from recondense import bundle, families, surgery
-from recondense.config import ExportConfig
-from recondense.export import export
-from recondense.plan import Condense, Drop, Factorize, Merge, Operation, Plan, Prune
+from recondense.config.schema import ExportConfig
+from recondense.export.export import export
+from recondense.models import classes, families, views
+from recondense.models import compressed as compressed_module
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
 
 
 def exported(folder: Path, model: Any, *operations: Operation) -> str:
     plan = Plan("tiny", operations)
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     return export(model, None, plan, folder, "")
 
 
@@ -60,7 +63,7 @@ def test_vllm_wants_an_moe_layer_of_some_families(tmp_path: Path) -> None:
     """Who asks for stock gets it, and transformers loads it."""
     model = EVERY["qwen3_moe"]()
     plan = condense_plan(model, families.facts(model.config).moe_layers)
-    surgery.apply(model, plan)
+    apply.apply(model, plan)
     assert export(model, None, plan, tmp_path / "out", "", ExportConfig(format="stock")) == "stock"
     assert "needs an MoE layer" in problems(tmp_path / "out")
 
@@ -152,10 +155,10 @@ BUNDLED: dict[str, tuple[Operation, ...]] = {
 def base_of(folder: Path) -> nn.Module:
     """The class that the folder's modeling file makes, without running that file."""
     config = json.loads((folder / "config.json").read_text())
-    families.register_compressed(config["model_type"])
-    compressed = families.AutoConfig.for_model(config.pop("model_type"), **config)
+    classes.register_compressed(config["model_type"])
+    compressed = views.AutoConfig.for_model(config.pop("model_type"), **config)
     with torch.device("meta"):
-        model: nn.Module = families.AutoModel.from_config(compressed)
+        model: nn.Module = views.AutoModel.from_config(compressed)
     return model
 
 
@@ -180,7 +183,7 @@ def test_what_the_transformers_backend_cannot_do_is_found_out(tmp_path: Path, mo
     exported(folder, EVERY["qwen2_moe"](), Drop(1, "block"), Prune(0, FOUR))
     assert backend_problems(folder, base_of(folder)) == ["layer 1 has no attention, so no key-value cache"]
     exported(folder, EVERY["qwen2_moe"](), *BUNDLED["low rank"])
-    monkeypatch.delattr(bundle._KeptExperts, "parameters")
+    monkeypatch.delattr(compressed_module._KeptExperts, "parameters")
     assert backend_problems(folder, base_of(folder)) == ["layers.1.mlp.experts would be replaced by 6 whole experts"]
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]["AutoModel"]

@@ -14,17 +14,19 @@ from brute_force_moei2 import best_of_block, loss_without
 from tiny_models import FAMILIES, bits, qwen2_moe, recorded, same_bits, texts
 from torch import Tensor
 
-from recondense import families, surgery
-from recondense.methods import factorize, moei2
-from recondense.methods.allocation import inverse_importance
+from recondense.methods import decompose, moei2
 from recondense.methods.combined import Combined
-from recondense.methods.damage import Damage
-from recondense.methods.factorize import Decompose
-from recondense.methods.genetic import Genetic, _children, best_sets
+from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
-from recondense.plan import Condense, Factorize, Operation, Plan, Prune, Refit
-from recondense.summary import sizes
-from recondense.surgery import least_squares
+from recondense.methods.search.allocation import inverse_importance
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.genetic import Genetic, _children, best_sets
+from recondense.models import families, views
+from recondense.models.parameters import sizes
+from recondense.operations import Condense, Factorize, Operation, Prune, Refit
+from recondense.plan import Plan
+from recondense.surgery import apply
+from recondense.surgery import refit as refit_module
 
 FOUR = (0, 2, 3, 5)
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -42,7 +44,7 @@ def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
 def numbers_dropped(model: Any, operations: list[Prune]) -> dict[int, int]:
     """How many experts the operations take from each sparse layer."""
     retained = {operation.layer: len(operation.retained) for operation in operations}
-    blocks = families.sparse_blocks(model)
+    blocks = views.sparse_blocks(model)
     return {layer: block.num_experts - retained.get(layer, block.num_experts) for layer, block in blocks.items()}
 
 
@@ -65,7 +67,7 @@ def test_moei2_drops_fewer_experts_of_layers_that_matter_more() -> None:
     model = qwen2_moe()
     scales = {0: 1.0, 1: 2.0, 2: 0.5}
     for layer, scale in scales.items():
-        families.sparse_blocks(model)[layer].weights.down_EDF.data *= scale
+        views.sparse_blocks(model)[layer].weights.down_EDF.data *= scale
     operations, record = search(InterExpertPruning(prune_ratio=0.34, normalize=False, num_candidates=1), model)
     importance = {int(layer): value for layer, value in record["layer_importance"].items()}
     order = sorted(importance, key=importance.__getitem__)
@@ -106,7 +108,7 @@ def test_moei2_takes_the_importance_that_was_asked_for() -> None:
 def test_ranks_follow_importances(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
     """R_j = I_j^α / Σ I^α · R_a · M': roots 1, 2 and 1.5 of 9 give 4, 8 and 6 of 6 · 6. A rank keeps 144 of 1536."""
     by_layer = {0: [1.0, 4.0, 2.25] * 2, 1: [4.0, 4.0, 1.0, 1.0, 2.25, 2.25], 2: [7.0] * 6}
-    monkeypatch.setattr(factorize, "expert_importances", lambda *_: (by_layer, 0))
+    monkeypatch.setattr(decompose, "expert_importances", lambda *_: (by_layer, 0))
     operations, _ = search(Decompose(alpha=0.5, **how), qwen2_moe())
     expected = {0: (4, 8, 6, 4, 8, 6), 1: (8, 8, 4, 4, 6, 6), 2: (6,) * 6}
     assert {each.layer: dict(each.ranks) for each in operations} == {
@@ -122,8 +124,8 @@ def test_whitened_factors_lose_less_on_the_calibration_tokens(family: str) -> No
         model = FAMILIES[family]()
         tape = recorded(model)
         plan = Plan("tiny", (Factorize(1, dict.fromkeys(NAMES, (6,) * 6), whitening),))
-        surgery.apply(model, plan, partial(recorded, model))
-        block: Any = families.get_block(model, 1)
+        apply.apply(model, plan, partial(recorded, model))
+        block: Any = views.get_block(model, 1)
         outputs = [(block(trace.x_TD[None])[0], trace.output_TD) for trace in tape.trace(model, 1)]
         errors[whitening] = sum(float((found - own).double().square().sum()) for found, own in outputs) ** 0.5
     assert 0 < errors[True] < 0.8 * errors[False]
@@ -166,9 +168,9 @@ def test_combined_keeps_its_best_round() -> None:
     best = min(range(3), key=damages.__getitem__)
     assert damages[0] > damages[best] < damages[-1]
     assert record["chosen"] == record["rounds"][best]["choice"] != record["rounds"][-1]["choice"]
-    originals = surgery.apply(model, Plan("tiny", tuple(operations)))
-    compressed = {layer: families.get_block(model, layer) for layer in originals}
-    with families.swapped(model, originals):
+    originals = apply.apply(model, Plan("tiny", tuple(operations)))
+    compressed = {layer: views.get_block(model, layer) for layer in originals}
+    with views.swapped(model, originals):
         measured = Damage(model, tape).choose(compressed)
     assert measured == pytest.approx(damages[best], rel=1e-4)
 
@@ -179,16 +181,16 @@ def test_combined_gives_what_is_left_to_ranks() -> None:
     settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "memory_ratio": 0.85, "rounds": 1}
     operations, _ = search(Combined(**settings), model)
     budget = math.floor(0.85 * sizes(model)["total"])
-    surgery.apply(model, Plan("tiny", tuple(operations)))
+    apply.apply(model, Plan("tiny", tuple(operations)))
     factorized = sum(isinstance(operation, Factorize) for operation in operations)
     assert factorized and 0 <= budget - sizes(model)["total"] < factorized * RANK_STEP
 
 
 def refitted(model: Any, operation: Operation, refit: Refit) -> tuple[Any, dict[str, float]]:
     """Layer 1 changed and refitted: its weights before the refit, and what the refit reports."""
-    originals = surgery.apply(model, Plan("tiny", (operation,)))
-    before = bits(families.get_block(model, 1))
-    report = surgery.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))
+    originals = apply.apply(model, Plan("tiny", (operation,)))
+    before = bits(views.get_block(model, 1))
+    report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))
     return before, report[1]
 
 
@@ -211,20 +213,20 @@ def test_a_refit_that_makes_a_layer_worse_is_taken_back(
             weight *= 10
         worse.append(not same_bits(bits(block), before))
 
-    monkeypatch.setattr(least_squares, solver, ten_times)
+    monkeypatch.setattr(refit_module, solver, ten_times)
     model = qwen2_moe()
     before, report = refitted(model, operation, Refit(1, what, 1e-3))
     assert worse == [True]
-    assert same_bits(bits(families.get_block(model, 1)), before)
+    assert same_bits(bits(views.get_block(model, 1)), before)
     assert report["error_after"] == report["error_before"] > 0
 
 
 def test_parts_that_are_solved_apart_are_solved_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one expert at a time, several sweeps get nearer to the target than one."""
     refit = Refit(1, "down_proj", 1e-3)
-    monkeypatch.setattr(least_squares, "most_columns", lambda original: 17)
+    monkeypatch.setattr(refit_module, "most_columns", lambda original: 17)
     _, several = refitted(qwen2_moe(), Prune(1, FOUR), refit)
-    monkeypatch.setattr(least_squares, "SWEEPS", 1)
+    monkeypatch.setattr(refit_module, "SWEEPS", 1)
     _, once = refitted(qwen2_moe(), Prune(1, FOUR), refit)
     assert several["error_before"] == once["error_before"]
     assert several["error_after"] < 0.75 * once["error_after"] < once["error_before"]

@@ -11,27 +11,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.families import Facts, SparseBlock
-from recondense.methods.budget import Budget, total_parameters
-from recondense.methods.climbing import Start
-from recondense.methods.damage import Damage
-from recondense.methods.layerwise import Cache, layerwise
-from recondense.methods.scoring import LayerScorer
-from recondense.modules import CondensedMoE
-from recondense.paging import put_away, resident
-from recondense.plan import Condense
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.cdmoe_scoring import LayerScorer
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.rerun import Start
+from recondense.models import views
+from recondense.models.blocks import CondensedMoE
+from recondense.models.families import Facts
+from recondense.models.parameters import total_parameters
+from recondense.models.streaming import put_away, resident
+from recondense.models.views import SparseBlock
+from recondense.operations import Condense
 from recondense.progress import Stage, progress
-
-if TYPE_CHECKING:
-    from recondense.calibrate import Tape
 
 
 class TooFewSelected(UserError):
@@ -132,7 +132,7 @@ class CDMoE:
 
     def outline(self, model: PreTrainedModel) -> list[Condense]:
         """Operations of the sizes that the search reaches, from shapes alone; which layers and experts is made up."""
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         wanted = self._wanted(model)
         if isinstance(wanted, int | str):
             wanted = [*blocks][: wanted if isinstance(wanted, int) else len(blocks)]
@@ -164,7 +164,7 @@ class CDMoE:
         started = time.perf_counter()
         search = Search(self, model, tape, cache, max_scratch_bytes)
         wanted = self._wanted(model)
-        layers = list(families.sparse_blocks(model)) if isinstance(wanted, int | str) else [*wanted]
+        layers = list(views.sparse_blocks(model)) if isinstance(wanted, int | str) else [*wanted]
         search.experts(layers)
         operations = {layer: search.operation(layer) for layer in layers}
         record: dict[str, Any] = {"expert_search": {str(layer): search.orders[layer] for layer in layers}}
@@ -188,10 +188,10 @@ class CDMoE:
 
     def _layers_for(self, model: PreTrainedModel) -> int:
         """The fewest layers whose condensing keeps the budget; all MoE layers of a model are alike."""
-        block = next(iter(families.sparse_blocks(model).values()))
+        block = next(iter(views.sparse_blocks(model).values()))
         need = self.budget.expert_parameters_to_remove(model)
         saved = condensing_saves(block, self, routed=self.budget.removed_expert_ratio is not None)
-        most = len(families.sparse_blocks(model))
+        most = len(views.sparse_blocks(model))
         if need > most * saved:
             raise UserError(
                 f"method: the budget asks for {need:,} parameters less, but condensing all {most} MoE layers to "
@@ -237,7 +237,7 @@ class Search:
         self.tape = tape
         self.cache = cache
         self.max_scratch_bytes = max_scratch_bytes
-        self.blocks = families.sparse_blocks(model)
+        self.blocks = views.sparse_blocks(model)
         self.orders: dict[int, dict[str, Any]] = {}  # by layer, as far as `experts` was asked for
         self.counts = {"expert orders": [0, 0], "layers of the layer order": [0, 0]}  # out of the cache, and searched
 

@@ -12,30 +12,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.families import Facts
 from recondense.files import fingerprint
-from recondense.methods.budget import Budget
 from recondense.methods.cdmoe import CDMoE
-from recondense.methods.climbing import Start
-from recondense.methods.damage import Damage
-from recondense.methods.genetic import Genetic
-from recondense.methods.knapsack import least_damage
-from recondense.methods.layerwise import Cache
 from recondense.methods.options import MadeUp, Option, Options, OptionSettings, Searched
-from recondense.methods.ranks import break_even, multiple_problems
-from recondense.paging import put_away, resident
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.genetic import Genetic
+from recondense.methods.search.knapsack import least_damage
+from recondense.methods.search.layerwise import Cache
+from recondense.methods.search.ranks import break_even, multiple_problems
+from recondense.methods.search.rerun import Start
+from recondense.models.families import Facts
+from recondense.models.streaming import put_away, resident
+from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.progress import progress
-
-if TYPE_CHECKING:
-    from recondense.calibrate import Tape
-    from recondense.plan import Operation
 
 
 @dataclass(frozen=True)

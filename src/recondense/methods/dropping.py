@@ -8,21 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.families import Facts
-from recondense.methods.budget import Budget, total_parameters
-from recondense.methods.layerwise import Cache, layerwise
-from recondense.plan import Drop
-
-if TYPE_CHECKING:
-    from recondense.calibrate import Tape
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.models import decoder, views
+from recondense.models.families import Facts
+from recondense.models.parameters import total_parameters
+from recondense.operations import Drop
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ class Dropping:
         Raises:
             UserError: not even dropping all of them keeps the budget.
         """
-        never = families.cache_layers(model.config) if self.part == "block" else set()
-        layers = [layer for layer in families.sparse_blocks(model) if layer not in never]
+        never = decoder.cache_layers(model.config) if self.part == "block" else set()
+        layers = [layer for layer in views.sparse_blocks(model) if layer not in never]
         most = sum(self._size(model, layer) for layer in layers)
         if self.budget.expert_parameters_to_remove(model) > most:
             raise UserError(
@@ -147,9 +146,9 @@ class Dropping:
     def _size(self, model: PreTrainedModel, layer: int) -> int:
         """What the budget counts of what goes with a layer."""
         if self.budget.removed_expert_ratio is not None:
-            return total_parameters(families.sparse_blocks(model)[layer].experts)
+            return total_parameters(views.sparse_blocks(model)[layer].experts)
         whole = self.part == "block"
-        return total_parameters(families.decoder_layers(model)[layer] if whole else families.get_block(model, layer))
+        return total_parameters(decoder.decoder_layers(model)[layer] if whole else views.get_block(model, layer))
 
 
 def _cosine(one_TD: Tensor, other_TD: Tensor) -> Tensor:

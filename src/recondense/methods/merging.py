@@ -8,25 +8,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense.calibration.tape import Tape
+from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
-from recondense.families import Facts, SparseBlock
-from recondense.methods.allocation import uniform
-from recondense.methods.budget import Budget
-from recondense.methods.layerwise import Cache, layerwise
-from recondense.methods.scoring import routing_totals
-from recondense.modules import expert_outputs
-from recondense.plan import Merge
-
-if TYPE_CHECKING:
-    from recondense.calibrate import LayerTrace, Tape
+from recondense.methods.search.allocation import uniform
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.routing import routing_totals
+from recondense.models import views
+from recondense.models.blocks import expert_outputs
+from recondense.models.families import Facts
+from recondense.models.views import SparseBlock
+from recondense.operations import Merge
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Merging:
 
         Which experts join is made up.
         """
-        experts = {layer: block.num_experts for layer, block in families.sparse_blocks(model).items()}
+        experts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
         even = _even(experts, self.budget.experts_to_drop(model, router_rows=False))
         operations = []
         for layer, count in experts.items():
@@ -107,7 +107,7 @@ class Merging:
             UserError: more experts are to go than can.
         """
         started = time.perf_counter()
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         names = {layer: f"features-{layer:03d}" for layer in blocks}
 
         def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:

@@ -9,25 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.families import Facts
-from recondense.methods.allocation import inverse_importance
-from recondense.methods.budget import Budget
-from recondense.methods.genetic import Genetic, best_sets, layer_seed
-from recondense.methods.importance import KINDS, expert_importances
-from recondense.methods.kt_field import Block, reception_field
-from recondense.methods.layerwise import Cache, layerwise
-from recondense.methods.replay import Replay
-from recondense.plan import Prune
+from recondense.methods.search.allocation import inverse_importance
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.genetic import Genetic, best_sets, layer_seed
+from recondense.methods.search.importance import KINDS, expert_importances
+from recondense.methods.search.kt_field import Block, reception_field
+from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.leave_out import Replay
+from recondense.models import views
+from recondense.models.families import Facts
+from recondense.operations import Prune
 from recondense.progress import Stage, progress
-
-if TYPE_CHECKING:
-    from recondense.calibrate import Tape
 
 MOST_COMBINATIONS = 10_000  # of a block's candidates, each a run of decoder layers
 
@@ -126,7 +124,7 @@ class InterExpertPruning:
 
         Which experts go is made up.
         """
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         numbers = self.numbers(model, dict.fromkeys(blocks, 1.0))
         chosen = {layer: range(number) for layer, number in numbers.items() if number}
         return [Prune.without(layer, blocks[layer].num_experts, dropped) for layer, dropped in chosen.items()]
@@ -137,7 +135,7 @@ class InterExpertPruning:
         Args:
             importance: of each sparse layer.
         """
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         if not blocks:
             return {}
         experts = {layer: block.num_experts for layer, block in blocks.items()}
@@ -183,7 +181,7 @@ class _Search:
         self.tape = tape
         self.cache = cache
         self.max_scratch_bytes = max_scratch_bytes
-        self.blocks = families.sparse_blocks(model)
+        self.blocks = views.sparse_blocks(model)
         self.reused = 0
 
     def run(self) -> tuple[list[Prune], dict[str, Any]]:

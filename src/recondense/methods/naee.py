@@ -5,24 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.families import Facts
-from recondense.methods.allocation import uniform
-from recondense.methods.budget import Budget
-from recondense.methods.genetic import Genetic, best_sets, layer_seed
-from recondense.methods.layerwise import Cache, layerwise
 from recondense.methods.moei2 import refuse_groups
-from recondense.methods.replay import Replay
 from recondense.methods.saliency import too_much
-from recondense.plan import Prune
-
-if TYPE_CHECKING:
-    from recondense.calibrate import Tape
+from recondense.methods.search.allocation import uniform
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.genetic import Genetic, best_sets, layer_seed
+from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.leave_out import Replay
+from recondense.models import views
+from recondense.models.families import Facts
+from recondense.operations import Prune
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,13 @@ class NAEE:
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         """Operations of the sizes that the search reaches, from shapes alone; which experts go is made up."""
-        experts = {layer: block.num_experts for layer, block in families.sparse_blocks(model).items()}
+        experts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
         numbers = self._numbers(model, experts)
         return [Prune.without(layer, experts[layer], range(number)) for layer, number in numbers.items() if number]
 
     def _numbers(self, model: PreTrainedModel, experts: Mapping[int, int]) -> dict[int, int]:
         """How many experts each layer loses."""
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         floor = next(iter(blocks.values())).routing.top_k if blocks else 0
         return uniform(self.budget.experts_to_drop(model), experts, floor)
 
@@ -108,7 +106,7 @@ class NAEE:
             UserError: more experts are to go than can.
         """
         started = time.perf_counter()
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         experts = {layer: block.num_experts for layer, block in blocks.items()}

@@ -5,27 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recondense import families
-from recondense.decomposition import Factors, factors
-from recondense.families import SparseBlock
-from recondense.low_rank import LowRankExperts
-from recondense.methods import ranks
+from recondense.calibration.tape import Tape
 from recondense.methods.cdmoe import CDMoE, TooFewSelected, condensed, condensing_saves
 from recondense.methods.cdmoe import Search as CondenseSearch
-from recondense.methods.genetic import Genetic, best_sets, layer_seed
-from recondense.methods.importance import expert_importances
-from recondense.methods.layerwise import Cache, layerwise
-from recondense.methods.replay import Replay
-from recondense.plan import Condense, Factorize, Operation, Prune
-
-if TYPE_CHECKING:
-    from recondense.calibrate import Tape
+from recondense.methods.search import ranks
+from recondense.methods.search.genetic import Genetic, best_sets, layer_seed
+from recondense.methods.search.importance import expert_importances
+from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.leave_out import Replay
+from recondense.models import views as views_module
+from recondense.models.factors import Factors, factors
+from recondense.models.low_rank import LowRankExperts
+from recondense.models.views import SparseBlock
+from recondense.operations import Condense, Factorize, Operation, Prune
 
 Numbers = Mapping[int, Sequence[int]]  # by layer
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -165,7 +163,7 @@ class Options:
     def __init__(self, settings: OptionSettings, model: PreTrainedModel, choices: Choices) -> None:
         self.settings = settings
         self.choices = choices
-        self.blocks = families.sparse_blocks(model)
+        self.blocks = views_module.sparse_blocks(model)
         self.importance: dict[int, list[float]] = {}
         self.of: dict[int, list[Option]] = {}
         self.left_out: dict[int, list[str]] = {}  # why a layer lacks an option
@@ -186,11 +184,11 @@ class Options:
                 return condensed(view, operation)
             if isinstance(operation, Prune):
                 retained = operation.retained
-                made = families.masked_block(view, retained)
+                made = views_module.masked_block(view, retained)
             if isinstance(operation, Factorize):
-                return families.with_parts(
+                return views_module.with_parts(
                     view.module,
-                    router=families.pruned_router(view, retained),
+                    router=views_module.pruned_router(view, retained),
                     experts=self._low_rank(view, retained, operation),
                 )
         return made

@@ -9,25 +9,25 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recondense import families
+from recondense.calibration.tape import Tape
+from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
-from recondense.families import Facts, SparseBlock
-from recondense.methods.allocation import uniform
-from recondense.methods.budget import Budget
-from recondense.methods.genetic import layer_seed
-from recondense.methods.layerwise import Cache, layerwise
-from recondense.methods.scoring import routing_totals
-from recondense.modules import expert_outputs
-from recondense.plan import Prune
-
-if TYPE_CHECKING:
-    from recondense.calibrate import LayerTrace, Tape
+from recondense.methods.search.allocation import uniform
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.genetic import layer_seed
+from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.routing import routing_totals
+from recondense.models import views
+from recondense.models.blocks import expert_outputs
+from recondense.models.families import Facts
+from recondense.models.views import SparseBlock
+from recondense.operations import Prune
 
 SALIENCIES = {
     "random": "drawn from the seed",
@@ -92,7 +92,7 @@ class SaliencyPruning:
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         """Operations of the sizes that the search reaches, from shapes alone: the first experts of every layer go."""
-        counts = {layer: block.num_experts for layer, block in families.sparse_blocks(model).items()}
+        counts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
         return self._prunes(model, {layer: [0.0] * count for layer, count in counts.items()}, everywhere=True)
 
     def search(
@@ -107,7 +107,7 @@ class SaliencyPruning:
             UserError: more experts are to go than can.
         """
         started = time.perf_counter()
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         if self.saliency == "random":
@@ -134,7 +134,7 @@ class SaliencyPruning:
         Args:
             everywhere: the same number of every layer.
         """
-        blocks = families.sparse_blocks(model)
+        blocks = views.sparse_blocks(model)
         if not blocks:
             return []
         routing = next(iter(blocks.values())).routing

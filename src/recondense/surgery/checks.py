@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recondense.errors import UserError
-from recondense.families import SparseBlock
+from recondense.models.views import SparseBlock
 
 
 def check_experts(block: SparseBlock, kind: str, experts: Sequence[int]) -> None:

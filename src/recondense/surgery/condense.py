@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from recondense.families import SparseBlock
-from recondense.modules import CondensedMoE
-from recondense.plan import Condense
+from recondense.models.blocks import CondensedMoE
+from recondense.models.views import SparseBlock
+from recondense.operations import Condense
 from recondense.surgery.checks import check_experts
 
 

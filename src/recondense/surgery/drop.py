@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from recondense import families
 from recondense.errors import UserError
-from recondense.modules import SkippedLayer, Zeros
-from recondense.plan import Drop
+from recondense.models import compressed, decoder, views
+from recondense.models.blocks import SkippedLayer, Zeros
+from recondense.operations import Drop
 
 
 def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
@@ -18,8 +18,8 @@ def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
         UserError: a whole layer that must stay, see `families.cache_layers`.
     """
     if operation.part == "moe":
-        return Zeros(pair=families.gives_pair(families.get_block(model, operation.layer)))
-    if operation.layer in families.cache_layers(model.config):
+        return Zeros(pair=compressed.gives_pair(views.get_block(model, operation.layer)))
+    if operation.layer in decoder.cache_layers(model.config):
         raise UserError(
             f"plan: drop layer {operation.layer}: the key-value cache counts tokens by this decoder layer, so it "
             "cannot be removed whole; part=moe can"

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recondense.decomposition import factors
+from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
-from recondense.families import SparseBlock
-from recondense.low_rank import LowRankExperts
-from recondense.modules import expert_inner
-from recondense.plan import Factorize
-
-if TYPE_CHECKING:
-    from recondense.calibrate import LayerTrace
+from recondense.models.blocks import expert_inner
+from recondense.models.factors import factors
+from recondense.models.low_rank import LowRankExperts
+from recondense.models.views import SparseBlock
+from recondense.operations import Factorize
 
 Moments = Callable[[int], tuple[Tensor, Tensor]]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from recondense import families
 from recondense.errors import UserError
-from recondense.families import SparseBlock
-from recondense.modules import MoEWeights, RemappedRouter
-from recondense.plan import Merge
-from recondense.surgery.alignment import aligned
+from recondense.models import views
+from recondense.models.blocks import MoEWeights, RemappedRouter
+from recondense.models.views import SparseBlock
+from recondense.operations import Merge
 
 
 def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
@@ -37,7 +39,7 @@ def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
         experts = block.chosen_experts([group[0] for group in operation.groups])
     device = block.weights.down_EDF.device
     router = RemappedRouter(block.router, torch.tensor(table, device=device))
-    return families.with_parts(block.module, router=router, experts=experts)
+    return views.with_parts(block.module, router=router, experts=experts)
 
 
 @torch.no_grad()
@@ -61,3 +63,29 @@ def _expert(weights: MoEWeights, expert: int) -> dict[str, Tensor]:
     """Weights and biases of an expert by name; views."""
     biases = {f"{name}_bias": bias[expert] for name, bias in weights.biases().items()}
     return {**weights.projections(expert), **biases}
+
+
+ROWS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1, "gate_proj_bias": 0, "up_proj_bias": 0}  # where neurons lie
+
+
+def aligned(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other expert with its F rows permuted so that they are most like the reference's.
+
+    The permutation maximises the sum of inner products of gate rows, up rows and down columns (weight matching).
+
+    Args:
+        reference, other: gate_proj (F, D), up_proj (F, D), down_proj (D, F) of an expert, and its biases if it has any.
+
+    Returns:
+        the other's weights, permuted; the same function.
+
+    Reference: MC-SMoE, arXiv 2310.01334, section 3.1; Git Re-Basin, arXiv 2209.04836, section 3.2.
+    """
+    width = other["down_proj"].shape[1]
+    gain_FF = torch.zeros(width, width, dtype=torch.float64)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        mine, theirs = (each[name].movedim(ROWS[name], 0).double() for each in (reference, other))
+        gain_FF += (mine @ theirs.T).cpu()
+    _, order = linear_sum_assignment(gain_FF.numpy(), maximize=True)
+    index = torch.as_tensor(order, device=other["down_proj"].device)
+    return {name: each.index_select(ROWS[name], index) if name in ROWS else each for name, each in other.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recondense import families
-from recondense.families import SparseBlock
-from recondense.plan import Prune
+from recondense.models import views
+from recondense.models.views import SparseBlock
+from recondense.operations import Prune
 from recondense.surgery.checks import check_experts
 
 
@@ -21,5 +21,5 @@ def restructure(block: SparseBlock, operation: Prune) -> nn.Module:
     assert block.weights is not None  # whole experts, or its error
     with torch.no_grad():
         experts = block.chosen_experts(operation.retained)
-        router = families.pruned_router(block, operation.retained)
-    return families.with_parts(block.module, router=router, experts=experts)
+        router = views.pruned_router(block, operation.retained)
+    return views.with_parts(block.module, router=router, experts=experts)

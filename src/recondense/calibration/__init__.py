@@ -1,0 +1,1 @@
+"""Calibrate: hidden states of a model on the calibration set."""

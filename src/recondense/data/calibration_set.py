@@ -1,0 +1,83 @@
+"""The calibration set: token ids of texts, cut and padded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recondense.data.loader import require_samples
+from recondense.errors import UserError
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token ids of the calibration texts: cut, not packed, in order."""
+
+    ids: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+    def fingerprint(self) -> str:
+        """sha256 of the ids."""
+        sha256 = hashlib.sha256()
+        for ids in self.ids:
+            sha256.update(len(ids).to_bytes(8, "big") + np.asarray(ids, dtype="<i8").tobytes())
+        return sha256.hexdigest()
+
+    def blocks(self, texts_per_block: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fixed blocks of texts, in order.
+
+        Args:
+            texts_per_block: how many texts a block has; the last block may have fewer.
+
+        Yields:
+            input_ids_BS (int64, padded on the right with 0) and mask_BS (bool, True where a token is).
+        """
+        for start in range(0, len(self.ids), texts_per_block):
+            block = self.ids[start : start + texts_per_block]
+            length = max(map(len, block))
+            input_ids_BS = torch.zeros(len(block), length, dtype=torch.long)
+            mask_BS = torch.zeros(len(block), length, dtype=torch.bool)
+            for row, ids in enumerate(block):
+                input_ids_BS[row, : len(ids)] = torch.tensor(ids)
+                mask_BS[row, : len(ids)] = True
+            yield input_ids_BS, mask_BS
+
+
+def calibration_set(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
+) -> CalibrationSet:
+    """Tokenise the first `num_samples` texts, each cut at `max_length` tokens, with the tokenizer's special tokens.
+
+    Raises:
+        UserError: fewer texts than `num_samples`, or a text that gives no token besides special ones.
+    """
+    require_samples(texts, num_samples)
+    encoded = tokenizer(
+        list(texts[:num_samples]),
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_special_tokens_mask=True,
+    )
+    masks = encoded["special_tokens_mask"]
+    empty = [index for index, mask in enumerate(masks) if all(mask)]
+    if empty:
+        shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        raise UserError(
+            f"calibration set: {len(empty)} of {num_samples} texts are shorter than one token (index from 0: {shown}); "
+            "remove them."
+        )
+    return CalibrationSet([list(ids) for ids in encoded["input_ids"]])

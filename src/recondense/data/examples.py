@@ -1,0 +1,194 @@
+"""Supervised examples as token ids with labels, several in a window, none of which attends to another.
+
+Legend: N windows, B windows of a batch, S tokens, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recondense.data.labels import MASKED
+from recondense.data.prompts import Marked, Refused, marked
+from recondense.data.records import Record
+from recondense.errors import UserError
+from recondense.progress import track
+
+log = logging.getLogger(__name__)
+TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
+MANY = 20_000  # records whose templates and tokens take long enough for a progress bar
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and which of them are to be predicted; the first never is."""
+
+    ids: list[int]
+    targets: list[bool]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What became of some records.
+
+    Args:
+        left_out: how many gave no example, for their answer lies beyond the window or their chat was refused.
+        cut: how many lost an end.
+    """
+
+    kept: list[Example]
+    left_out: int
+    cut: int
+
+
+def examples_of(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "records"
+) -> Examples:
+    """Tokenise records, each cut at `length` tokens.
+
+    Raises:
+        UserError: no record has an answer within `length` tokens; a chat template that does not tell answers apart.
+    """
+    lead = leading_tokens(tokenizer)
+    kept, left_out, cut, why = [], 0, 0, ""
+    for found in _marked(records, tokenizer, name):
+        for ids, targets, complete in found:
+            if isinstance(complete, str):
+                left_out, why = left_out + 1, why or complete
+                continue
+            before = [] if complete else lead
+            ids, targets = [*before, *ids], [*([False] * len(before)), *targets]
+            long = len(ids) > length
+            example = Example(ids[:length], [False, *targets[1:length]])
+            if not any(example.targets):
+                left_out += 1
+                continue
+            cut += long
+            kept.append(example)
+    if left_out:
+        reason = f"the chat template refuses a chat ({why}), or " if why else ""
+        log.info("%s: %d of %d left out: %sthe answer lies beyond the window", name, left_out, len(records), reason)
+    if not kept:
+        raise UserError(
+            f"{name}: none of {len(records)} has an answer within data.sequence_length={length} tokens"
+            f"{f' that the chat template takes ({why})' if why else ''}; raise it or give other records."
+        )
+    return Examples(kept, left_out, cut)
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: none, or the one that begins it."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+
+
+Tokenized = tuple[
+    list[int], list[bool], bool | str
+]  # ids, targets, whether special tokens are there (or why nothing is)
+
+
+def _marked(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Tokenized]]:
+    starts: Any = range(0, len(records), TEXTS_PER_CALL)
+    if len(records) > MANY:
+        starts = track(starts, f"tokenising {name}")
+    for start in starts:
+        texts: list[Marked] = []
+        refused: list[Tokenized] = []
+        for record in records[start : start + TEXTS_PER_CALL]:
+            try:
+                texts.append(marked(record, tokenizer))
+            except Refused as error:
+                refused.append(([], [], str(error)))
+        found = _by_offsets(texts, tokenizer) if tokenizer.is_fast else _by_pieces(texts, tokenizer)
+        yield [*found, *refused]
+
+
+def _by_offsets(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
+    """Tokens of whole texts; a token is a target if it begins within an answer, but for spaces before it."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False,
+        return_attention_mask=False,
+    )  # fmt: skip
+    found: list[Tokenized] = []
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        targets = [_within(text.text, start, end, text.answers) for start, end in offsets]
+        found.append((list(ids), targets, text.complete))
+    return found
+
+
+def _within(text: str, start: int, end: int, answers: Sequence[tuple[int, int]]) -> bool:
+    """Many tokenizers put a space and the word after it in one token, which is then the word's."""
+    while start < end - 1 and text[start] == " ":
+        start += 1
+    return any(first <= start < last for first, last in answers)
+
+
+def _by_pieces(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
+    """For tokenizers that do not tell where a token stands: prompts and answers each on their own."""
+    found: list[Tokenized] = []
+    for text in texts:
+        ids: list[int] = []
+        targets: list[bool] = []
+        edges = [0, *(edge for answer in text.answers for edge in answer), len(text.text)]
+        for index, (start, end) in enumerate(pairwise(edges)):
+            piece = tokenizer(text.text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+            ids += piece
+            targets += [index % 2 == 1] * len(piece)
+        found.append((ids, targets, text.complete))
+    return found
+
+
+def windows_of(examples: Sequence[Example], length: int, filler: int, together: bool = True) -> dict[str, Tensor]:
+    """Examples in windows, the rest of each filled up; no example is split.
+
+    Args:
+        filler: the id that fills up; it follows all examples, so that none attends to it.
+        together: several examples in a window where they fit (best fit, longest first); else one a window, in order.
+
+    Returns:
+        input_ids and labels, (N, length) int64; labels are ids or MASKED. Where examples share a window also
+        position_ids, which begin at 0 with each example: transformers' masks keep apart what does.
+    """
+    groups = _best_fit(examples, length) if together else [[example] for example in examples]
+    input_ids_NS = torch.full((len(groups), length), filler, dtype=torch.long)
+    labels_NS = torch.full((len(groups), length), MASKED, dtype=torch.long)
+    positions_NS = torch.zeros(len(groups), length, dtype=torch.long)
+    for row, group in enumerate(groups):
+        start = 0
+        for example in group:
+            end = start + len(example.ids)
+            ids = torch.tensor(example.ids)
+            input_ids_NS[row, start:end] = ids
+            labels_NS[row, start:end] = ids.where(torch.tensor(example.targets), MASKED)
+            # The last example's run on into the filler, which would be one more block of the mask otherwise.
+            positions_NS[row, start:] = torch.arange(length - start)
+            start = end
+    windows = {"input_ids": input_ids_NS, "labels": labels_NS}
+    return {**windows, "position_ids": positions_NS} if together else windows
+
+
+def _best_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Each example, longest first, into the window in which it leaves the least room."""
+    groups: list[list[Example]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that are free, window), ascending
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        size = len(example.ids)
+        at = bisect_left(rooms, (size, -1))
+        room, row = rooms.pop(at) if at < len(rooms) else (length, len(groups))
+        if row == len(groups):
+            groups.append([])
+        groups[row].append(example)
+        if room > size:
+            insort(rooms, (room - size, row))
+    return groups

@@ -1,0 +1,55 @@
+"""Texts packed into windows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recondense.errors import UserError
+from recondense.progress import track
+
+TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
+SLOW_CHARACTERS = 20_000_000  # packing more than this takes long enough for a progress bar
+
+
+def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "text") -> Tensor:
+    """Join documents with the end-of-text token and cut them into windows; the tail is dropped.
+
+    Args:
+        texts: documents.
+        tokenizer: without its special tokens, except for one eos token after every document (none if it has none).
+        length: tokens of a window.
+        name: what the texts are, for the message.
+
+    Returns:
+        windows of ids, (N, length), int64.
+
+    Raises:
+        UserError: all documents together are shorter than one window.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts: list[np.ndarray[Any, np.dtype[np.int64]]] = [np.empty(0, dtype=np.int64)]
+    starts: Any = range(0, len(texts), TEXTS_PER_CALL)
+    if sum(map(len, texts)) > SLOW_CHARACTERS:
+        starts = track(starts, f"tokenising {name}")
+    for start in starts:
+        encoded = tokenizer(
+            list(texts[start : start + TEXTS_PER_CALL]),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # a document longer than the model's context is no problem here
+        )
+        parts += [np.asarray([*ids, *end], dtype=np.int64) for ids in encoded["input_ids"]]
+    ids = np.concatenate(parts)
+    count = len(ids) // length
+    if count == 0:
+        raise UserError(
+            f"{name}: {len(texts)} texts give {len(ids)} tokens, fewer than one window of "
+            f"data.sequence_length={length}; give more text or lower data.sequence_length."
+        )
+    return torch.from_numpy(ids[: count * length].reshape(count, length))

@@ -1,0 +1,1 @@
+"""Evaluate: perplexity, lm-eval tasks, memory and speed."""

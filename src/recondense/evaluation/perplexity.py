@@ -1,0 +1,158 @@
+"""How good a model is: perplexity and divergence from the original on packed windows, and lm-eval tasks.
+
+Shapes: B windows of a batch, S tokens of a window, T predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense.errors import UserError
+from recondense.models import decoder, forward, streaming
+from recondense.models.decoder import Head
+from recondense.models.hooks import evaluating
+from recondense.models.tensor_store import Shelf
+from recondense.progress import Stage, progress
+from recondense.recovery.chunked_losses import chunks
+
+CHUNK_ELEMENTS = 2**22  # logits that exist at a time: 16 MiB in fp32
+FAR = 60.0  # a logit further from the original's, in nats, is too far for exp in fp32
+
+
+def perplexity(
+    model: PreTrainedModel,
+    windows_MS: Tensor,
+    batch_size: int,
+    reference: Callable[[], AbstractContextManager[Any]] | None = None,
+    description: str | None = None,
+) -> dict[str, float]:
+    """Mean loss over the predicted tokens of all windows, and how far the model is from the original.
+
+    loss = −mean_t log q_t(target),  kl_to_original = mean_t Σ_v p_t(v) (log p_t(v) − log q_t(v)),
+    with q the model's and p the original's next-token distribution. Both are summed in fp64 over tokens.
+
+    Args:
+        model: runs where its weights are, in the precision that the caller's autocast sets; its mode is restored.
+        windows_MS: ids; each window predicts its tokens but the first.
+        batch_size: windows of a forward pass.
+        reference: gives a context inside which `model` is the original, or which yields that; both have the same head.
+        description: shown as progress; None shows none.
+
+    Returns:
+        loss (nats), perplexity, and with `reference` kl_to_original (nats).
+
+    Raises:
+        UserError: no window, or windows of one token.
+        UserError: the loss is not finite.
+    """
+    if windows_MS.ndim != 2 or windows_MS.shape[0] == 0 or windows_MS.shape[1] < 2:
+        raise UserError(
+            f"perplexity: windows have shape {tuple(windows_MS.shape)}; at least one window of two tokens is needed."
+        )
+    device = decoder.device(model)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    batches = [batch_BS.to(device) for batch_BS in windows_MS.split(batch_size)]
+    with evaluating(model), torch.no_grad(), _stage(description, len(windows_MS)) as stage:
+        for ids_BS, (hidden_BSD, original_BSD) in zip(batches, _pairs(model, batches, reference), strict=True):
+            with decoder.gathered(model) as head:
+                sums += _sums(hidden_BSD, original_BSD, ids_BS, head)
+            if stage is not None:
+                stage.advance(len(ids_BS))
+    count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
+    loss, divergence = (sums / count).tolist()
+    if not math.isfinite(loss):
+        raise UserError(f"perplexity: the mean loss over {count} tokens is {loss}; the model's logits are not finite.")
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return found if reference is None else {**found, "kl_to_original": divergence}
+
+
+def _pairs(
+    model: PreTrainedModel, batches: Sequence[Tensor], reference: Callable[[], AbstractContextManager[Any]] | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Hidden states of which the head makes logits (B, S, D), the model's and the original's, of each batch.
+
+    One that is larger than memory goes through all batches first.
+    """
+    mine = _streamed(model, batches)
+    theirs = None
+    if reference is not None:
+        with reference() as other:
+            theirs = _streamed(other or model, batches)
+    for index, ids_BS in enumerate(batches):
+        own_BSD = _hidden(model, ids_BS) if mine is None else mine[index]
+        if reference is None:
+            yield own_BSD, None
+        elif theirs is not None:
+            yield own_BSD, theirs[index]
+        else:
+            with reference() as other:
+                original_BSD = _hidden(other or model, ids_BS)
+            yield own_BSD, original_BSD
+
+
+def _streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> Shelf | None:
+    if not streaming.is_streamed(model):
+        return None
+    with progress("layer by layer", len(decoder.decoder_layers(model))) as bar:
+        return forward.layer_by_layer(model, [{"input_ids": ids_BS} for ids_BS in batches], bar.advance)
+
+
+def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+    hidden_BSD: Tensor = forward.run(model, {"input_ids": ids_BS, "use_cache": False}).logits
+    return hidden_BSD
+
+
+def _sums(hidden_BSD: Tensor, original_BSD: Tensor | None, ids_BS: Tensor, head: Head) -> Tensor:
+    """Summed loss and divergence of a batch, (2,); the logits of a few tokens at a time."""
+    sums = torch.zeros(2, dtype=torch.float64, device=ids_BS.device)
+    hidden_TD, labels_T = hidden_BSD[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten()
+    original_TD = None if original_BSD is None else original_BSD[:, :-1].flatten(0, 1)
+    for part in chunks(len(hidden_TD), max(1, CHUNK_ELEMENTS // len(head.weight_VD))):
+        logits_CV = head.logits(hidden_TD[part]).float()
+        sums[0] += F.cross_entropy(logits_CV, labels_T[part], reduction="none").double().sum()
+        if original_TD is not None:
+            original_CV = head.logits(original_TD[part]).float()
+            sums[1] += kl_divergence(original_CV, logits_CV).double().sum()
+    return sums
+
+
+def kl_divergence(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
+    """KL(softmax(original) ‖ softmax(logits)) without cancellation, and never negative.
+
+    KL = ln E_p[exp e] = ln(1 + E_p[exp(e) − 1 − e]),  e = d − E_p[d],  d = logits − original,  p = softmax(original)
+
+    Every term of the mean is at least 0, so fp32 keeps its digits however close the two are. Rows in which some e is
+    too large for exp are done by the definition, in fp64.
+
+    Args:
+        original_TV, logits_TV: logits, fp32.
+
+    Returns:
+        (T,) in nats.
+    """
+    p_TV = original_TV.softmax(-1)
+    e_TV = logits_TV - original_TV
+    e_TV -= (p_TV * e_TV).sum(-1, keepdim=True)
+    far_T = ~(e_TV.amax(-1) < FAR)
+    kl_T = (e_TV.expm1() - e_TV).mul_(p_TV).sum(-1).log1p_()
+    if far_T.any():
+        log_p, log_q = original_TV[far_T].double().log_softmax(-1), logits_TV[far_T].double().log_softmax(-1)
+        kl_T[far_T] = (log_p.exp() * (log_p - log_q)).sum(-1).to(kl_T.dtype)
+    return kl_T
+
+
+@contextmanager
+def _stage(description: str | None, total: int) -> Iterator[Stage | None]:
+    if description is None:
+        yield None
+    else:
+        with progress(description, total) as stage:
+            yield stage

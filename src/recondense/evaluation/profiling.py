@@ -1,0 +1,226 @@
+"""Parameters, bytes, prefill and decode speed of one model in several variants, measured side by side.
+
+Shapes: B batch, P prompt tokens, N new tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recondense.errors import UserError
+from recondense.models.hooks import evaluating
+from recondense.models.parameters import weights_bytes
+
+Variant = Callable[[], AbstractContextManager[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one variant of a model costs.
+
+    `peak_memory_bytes` is the variant's weights plus the most tensor memory that was allocated at one time during one
+    prefill and decode, counted from their start: key-value cache, activations and logits. It leaves out what does not
+    belong to the variant (the other variant's weights, optimiser states) and what is not a tensor (libraries, Python).
+    """
+
+    weights_bytes: int
+    peak_memory_bytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+    def to_dict(self) -> dict[str, int | float]:
+        """The four numbers, as `summary.json` keeps them."""
+        return asdict(self)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held at one time, in bytes; what it maps of files counts.
+
+    Where the kernel does not say, what the process that started it held counts too.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(encoding="ascii"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def profile_variants(
+    variants: Mapping[str, Variant],
+    *,
+    batch_size: int,
+    prompt_length: int,
+    new_tokens: int,
+    repetitions: int,
+    vocab_size: int,
+    device: torch.device | str,
+    seed: int,
+) -> dict[str, Profile]:
+    """Measure variants of a model in alternation, so that a slow minute of the machine meets all of them alike.
+
+    Every repetition runs each variant once, in the given order and in the reverse order by turns; a speed is the median
+    over repetitions. Before that, each variant runs once to warm up and once with its memory followed. One run is a
+    forward of the prompt (logits of the last position only) and `new_tokens` single-token forwards with the cache.
+
+    Args:
+        variants: name -> function that returns a context which yields the model in that variant. Both may be the same
+            module with other blocks inside the context, so weights are counted inside it.
+        batch_size: B, sequences at a time.
+        prompt_length: P, tokens a sequence in the prefill.
+        new_tokens: N, tokens a sequence in the decode.
+        repetitions: timed runs of each variant.
+        vocab_size: token ids are drawn uniformly below it; all variants see the same ids.
+        device: where the model is.
+        seed: of the token ids. The global random state is not touched.
+
+    Returns:
+        Name -> Profile, in the order of `variants`; bytes, and tokens per second over the whole batch.
+    """
+    _check(batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens, repetitions=repetitions)
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(vocab_size, (batch_size, prompt_length + new_tokens), generator=generator).to(device)
+    weights: dict[str, int] = {}
+    working: dict[str, int] = {}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for name, variant in variants.items():
+        with variant() as model, evaluating(model):
+            weights[name] = weights_bytes(model)
+            _generate(model, ids_BT, prompt_length)
+            working[name] = peak_tensor_bytes(partial(_generate, model, ids_BT, prompt_length), device)
+    for repetition in range(repetitions):
+        names = list(variants)[:: 1 if repetition % 2 == 0 else -1]
+        for name in names:
+            with variants[name]() as model, evaluating(model):
+                seconds[name].append(_generate(model, ids_BT, prompt_length))
+    return {
+        name: Profile(
+            weights_bytes=weights[name],
+            peak_memory_bytes=weights[name] + working[name],
+            prefill_tokens_per_second=batch_size * prompt_length / statistics.median(p for p, _ in seconds[name]),
+            decode_tokens_per_second=batch_size * new_tokens / statistics.median(d for _, d in seconds[name]),
+        )
+        for name in variants
+    }
+
+
+def _check(**counts: int) -> None:
+    wrong = [f"{name} is {value}" for name, value in counts.items() if value < 1]
+    if wrong:
+        raise UserError(f"profile: {', '.join(wrong)}; each must be at least 1")
+
+
+def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> int:
+    """The most bytes of tensors allocated at one time while `work` runs, above what was allocated at its start.
+
+    On CUDA the allocator keeps that figure. A CPU's does not, so the profiler reports every allocation and release, and
+    their running sum is followed. Releases of older tensors lower the sum; the result is never below zero.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - start)
+    profiler = torch.autograd.profiler.profile(profile_memory=True)
+    with _native_stderr_silenced():
+        profiler.__enter__()  # type: ignore[no-untyped-call]
+    try:
+        work()
+    finally:
+        with _native_stderr_silenced():
+            profiler.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    results = profiler.kineto_results
+    assert results is not None
+    changes = [
+        (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
+        for event in results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    # A stable sort: of two changes at the same nanosecond, the order in which they were reported stands.
+    changes.sort(key=lambda change: change[0])
+    peak = current = 0
+    for _, size in changes:
+        current += size
+        peak = max(peak, current)
+    return peak
+
+
+@torch.inference_mode()
+def _generate(model: nn.Module, ids_BT: Tensor, prompt_length: int) -> tuple[float, float]:
+    """One prefill and decode; returns their seconds. The tokens are given, so every variant does the same work."""
+    clock = Clock(ids_BT.device)
+    output = model(input_ids=ids_BT[:, :prompt_length], use_cache=True, logits_to_keep=1)
+    clock.mark()
+    for position in range(prompt_length, ids_BT.shape[1]):
+        output = model(
+            input_ids=ids_BT[:, position : position + 1],
+            past_key_values=output.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    clock.mark()
+    prefill, decode = clock.seconds()
+    return prefill, decode
+
+
+class Clock:
+    """Times between marks: events of the stream on CUDA, where the host runs ahead, and the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.mark()
+
+    def mark(self) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return [start.elapsed_time(end) / 1000 for start, end in pairs]
+        return [max(end - start, 1e-9) for start, end in pairs]
+
+
+@contextmanager
+def _native_stderr_silenced() -> Iterator[None]:
+    """The profiler's library writes a line to file descriptor 2 at start and stop, which no setting turns off."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed by whoever started the process: then there is nothing to keep clean
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

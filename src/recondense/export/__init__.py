@@ -1,0 +1,1 @@
+"""Export: a Hugging Face folder."""

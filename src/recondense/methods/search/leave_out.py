@@ -1,0 +1,204 @@
+"""One sparse layer's calibration tokens, ready to say what dropping any set of experts would change.
+
+With a set S dropped, its logits are −∞ before the softmax (its scores before the selection, where a sigmoid gives
+them), so the layer changes by Σ_e (w_e(S) − w_e)·E_e(x): the shared experts cancel. With d the difference of the
+weights and G_t the Gram matrix of the token's expert outputs, the squared change is Σ_t dᵀ G_t d. Of a token only its
+first M = K + (most experts dropped) experts in the order of selection can ever be selected, so G_t is M × M, is
+computed once, and no expert output is kept. Where a softmax's scores are corrected for the selection, its order depends
+on S, and M = E.
+
+Legend: P sets (a population), T tokens, E routed experts, K top-k, M experts that a token can come to select, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense.calibration.tape import Tape
+from recondense.errors import UserError
+from recondense.models.blocks import RemappedRouter, expert_outputs
+from recondense.models.views import SparseBlock
+
+TEMPORARIES = 6  # tensors of (tokens, M, P) that scoring a chunk holds at once
+# Of each temporary, so that sums do not depend on how much memory is free. On a CPU larger ones leave its cache.
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+GRAM_TOKENS = {"cpu": 256, "cuda": 4096}  # tokens whose expert outputs are held together
+STEEP = 60.0  # nats between a token's logits beyond which exponentials relative to the largest leave fp32
+
+
+class Replay:
+    """Scores sets of dropped experts of one layer, a whole population at once.
+
+    Args:
+        model: as the tape saw it; left bit-identical.
+        tape: its hidden states.
+        block: the layer; its router must not select among groups.
+        max_dropped: the most experts that a set will have.
+        least_retained: how many experts a set must leave; None: top_k, as any router needs. With fewer a token selects
+            all that are left.
+        max_scratch_bytes: bound on temporaries. The Gram matrices (4·T·M² bytes) are kept if they fit half of it, and
+            computed again for each population otherwise; the other half is for scoring, or for the outputs of
+            GRAM_TOKENS tokens, of fewer where they do not fit.
+
+    Equal logits, or sigmoids that round alike, are taken in torch.topk's order over M, where the router takes them in
+    its order over K.
+
+    Raises:
+        UserError: fewer experts would stay than must; grouped routing; merged experts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tape: Tape,
+        block: SparseBlock,
+        max_dropped: int,
+        max_scratch_bytes: int,
+        least_retained: int | None = None,
+    ) -> None:
+        routing = block.routing
+        if block.num_experts - max_dropped < (routing.top_k if least_retained is None else least_retained):
+            raise UserError(
+                f"layer {block.layer}: dropping {max_dropped} of {block.num_experts} experts leaves fewer than the "
+                f"{routing.top_k} that each token selects"
+            )
+        if routing.num_groups > 1:
+            raise UserError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
+        if isinstance(block.router, RemappedRouter):
+            raise UserError(
+                f"layer {block.layer}: its experts were merged, so that dropping one alone has no meaning; prune "
+                "before merging, or set importance: uniform"
+            )
+        self.block = block
+        self.max_dropped = max_dropped
+        self.max_scratch_bytes = max_scratch_bytes
+        self._correction_E = block.correction_E
+        self._one_order = self._correction_E is None or routing.score == "sigmoid"
+        most = routing.top_k + max_dropped if self._one_order else block.num_experts
+        self.num_candidates = min(block.num_experts, most)
+        traces = tape.trace(model, block.layer)
+        self._x = tape.storage.shelf()
+        self.num_tokens = 0
+        for trace in traces:
+            self._x.append(trace.x_TD)
+            self.num_tokens += len(trace.x_TD)
+        self.output_norm = float(sum(trace.output_TD.double().square().sum() for trace in traces)) ** 0.5
+        self._logits = tape.storage.shelf()
+        self._steep: list[bool] = []
+        self._index = tape.storage.shelf()
+        for x_TD in self._x:
+            logits_TE = block.router(x_TD)[0].detach().float()
+            self._logits.append(logits_TE)
+            self._steep.append(bool((logits_TE.amax(dim=1) - logits_TE.amin(dim=1)).max() > STEEP))
+            self._index.append(self._candidates(logits_TE))
+        keeps = self.num_tokens * self.num_candidates**2 * 4 <= max_scratch_bytes // 2
+        self._grams = [self._gram(index) for index in range(len(self._x))] if keeps else None
+
+    @torch.no_grad()
+    def errors(self, dropped_PE: Tensor) -> Tensor:
+        """‖F(X) − F^{−S}(X)‖_F of the MoE layer over all calibration tokens, for each set S.
+
+        Args:
+            dropped_PE: bool, one row a set of at most `max_dropped` experts.
+
+        Returns:
+            (P,) in fp64; the same for a set whatever the others and the scratch size, but for rounding (1e-6 relative).
+
+        Raises:
+            UserError: an expert's outputs overflow.
+        """
+        assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
+        retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
+        total_P = torch.zeros(len(dropped_PE), dtype=torch.float64, device=retained_EP.device)
+        elements = min(self.max_scratch_bytes // 2 // (4 * TEMPORARIES), CHUNK_ELEMENTS[retained_EP.device.type])
+        for index in range(len(self._x)):
+            width = self.block.num_experts if self._steep[index] else self.num_candidates
+            rows = max(1, elements // (width * len(dropped_PE)))
+            gram_TMM = self._grams[index] if self._grams is not None else self._gram(index)
+            for first in range(0, len(gram_TMM), rows):
+                part = slice(first, first + rows)
+                change_TMP = self._change(index, part, retained_EP)
+                squares_TP = (torch.bmm(gram_TMM[part], change_TMP) * change_TMP).sum(dim=1)
+                total_P += squares_TP.double().sum(dim=0)
+        if not bool(torch.isfinite(total_P).all()):
+            raise UserError(
+                f"layer {self.block.layer}: outputs of some experts on the calibration tokens are NaN or infinite; "
+                "check the weights of that layer, or use model.dtype=float32 if the model overflows in half precision"
+            )
+        return total_P.clamp_min(0).sqrt().cpu()
+
+    def _change(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
+        """Routing weights with a set dropped less those of the whole layer: (T, M, P), M candidates of each token."""
+        everything_E1 = torch.ones_like(retained_EP[:, :1])
+        return self._weights(index, part, retained_EP) - self._weights(index, part, everything_E1)
+
+    def _candidates(self, logits_TE: Tensor) -> Tensor:
+        """The experts that a token can come to select, first those that it selects first: (T, M)."""
+        if not self._one_order:
+            return torch.arange(logits_TE.shape[1], device=logits_TE.device).expand_as(logits_TE)
+        if self._correction_E is not None:
+            logits_TE = torch.sigmoid(logits_TE) + self._correction_E
+        return logits_TE.topk(self.num_candidates, dim=1).indices
+
+    def _weights(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
+        """Scores over the retained experts, the top_k of them, then the family's normalisation and scale."""
+        routing = self.block.routing
+        index_TM, logits_TE = self._index[index][part], self._logits[index][part]
+        keep_TMP = retained_EP[index_TM]
+        if routing.score == "sigmoid":
+            scores_TMP = torch.sigmoid(logits_TE).gather(1, index_TM).unsqueeze(-1)
+        elif self._steep[index]:  # relative to the largest that is retained, which differs from set to set
+            scores_TEP = logits_TE.unsqueeze(-1).masked_fill(~retained_EP, -torch.inf).softmax(dim=1)
+            scores_TMP = scores_TEP.gather(1, index_TM.unsqueeze(-1).expand_as(keep_TMP))
+        else:
+            exp_TE = torch.exp(logits_TE - logits_TE.amax(dim=1, keepdim=True))
+            scores_TMP = exp_TE.gather(1, index_TM).unsqueeze(-1)
+            if not routing.normalize or not self._one_order:
+                scores_TMP = scores_TMP / (exp_TE @ retained_EP.float()).unsqueeze(1)
+        if self._one_order:
+            selected_TMP = keep_TMP & (keep_TMP.cumsum(dim=1, dtype=torch.int16) <= routing.top_k)
+        else:
+            selected_TMP = self._selected(scores_TMP, keep_TMP, index_TM)
+        weights_TMP = selected_TMP * scores_TMP
+        if routing.normalize:
+            total_T1P = weights_TMP.sum(dim=1, keepdim=True)
+            sigmoid = routing.score == "sigmoid"
+            weights_TMP /= total_T1P + routing.least_sum if sigmoid else total_T1P.clamp_min(routing.least_sum)
+        return weights_TMP.mul_(routing.scale)
+
+    def _selected(self, scores_TMP: Tensor, keep_TMP: Tensor, index_TM: Tensor) -> Tensor:
+        """The top_k of corrected scores, for each set anew."""
+        assert self._correction_E is not None
+        choice_TMP = (scores_TMP + self._correction_E[index_TM].unsqueeze(-1)).masked_fill(~keep_TMP, -torch.inf)
+        best_TKP = choice_TMP.topk(min(self.block.routing.top_k, choice_TMP.shape[1]), dim=1).indices
+        return torch.zeros_like(keep_TMP).scatter_(1, best_TKP, True) & keep_TMP
+
+    @torch.no_grad()
+    def _gram(self, index: int) -> Tensor:
+        """Products of the outputs of each token's candidates, (T, M, M) in fp32."""
+        x_TD, index_TM = self._x[index], self._index[index]
+        fitting = self.max_scratch_bytes // 2 // (4 * self.num_candidates * x_TD.shape[1])
+        rows = max(1, min(GRAM_TOKENS[x_TD.device.type], fitting))
+        parts = [self._gram_of(x_TD[part], index_TM[part]) for part in _parts(len(x_TD), rows)]
+        return torch.cat(parts)
+
+    def _gram_of(self, x_TD: Tensor, index_TM: Tensor) -> Tensor:
+        """The tokens of each expert together: one wait for the device, however many experts there are."""
+        order = index_TM.flatten().argsort(stable=True)
+        counts = torch.bincount(index_TM.flatten(), minlength=self.block.num_experts).tolist()
+        outputs_SD = x_TD.new_empty(index_TM.numel(), x_TD.shape[1], dtype=torch.float32)
+        for expert, rows in enumerate(order.split(counts)):
+            if len(rows):
+                x_tD = x_TD[rows // index_TM.shape[1]]
+                outputs_SD[rows] = expert_outputs(x_tD, self.block.weights, [expert])[0].float()
+        outputs_TMD = outputs_SD.unflatten(0, index_TM.shape)
+        return torch.bmm(outputs_TMD, outputs_TMD.transpose(1, 2))
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, count, size))

@@ -1,0 +1,31 @@
+"""Totals of a router's decisions on the calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recondense.calibration.tape import Tape
+from recondense.calibration.trace import LayerTrace
+
+
+def routing_totals(tape: Tape, traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
+    """How often each expert was selected, and the sum of its routing weights then, over all texts.
+
+    Args:
+        traces: of this process's texts, as `tape` gives them.
+
+    Returns:
+        (E,) int64 and fp64, on the CPU.
+    """
+    counts, sums = [], []
+    for trace in traces:
+        index_TK = trace.top_k_index_TK
+        # An expert stands at most once in a token's top-k: a dense (T, E) holds all weights, and its sum has one order.
+        weights_TE = trace.top_k_weights_TK.new_zeros(index_TK.shape[0], num_experts, dtype=torch.float64)
+        weights_TE.scatter_(1, index_TK, trace.top_k_weights_TK.double())
+        sums.append(weights_TE.sum(dim=0))
+        counts.append(torch.zeros_like(weights_TE, dtype=torch.int64).scatter_(1, index_TK, 1).sum(dim=0))
+    return tape.total(counts), tape.total(sums)

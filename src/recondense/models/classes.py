@@ -1,0 +1,76 @@
+"""Model classes: a model without weights, the classes of a family and of what was compressed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import cast
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from recondense.models.compressed import PREFIX, compressed_classes
+from recondense.models.families import FAMILIES, family_name, family_of
+
+
+def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that a config describes, without weights.
+
+    Raises:
+        UserError: as `family_of`.
+    """
+    family_of(config)
+    return empty_model(config, dtype)
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that a config describes, of a supported family or not, without weights."""
+    register_compressed(config.model_type)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
+    return model
+
+
+@cache
+def register_compressed(model_type: str) -> None:
+    """Let transformers' Auto classes know what compressed folders of a family are loaded into, without remote code."""
+    if not model_type.startswith(PREFIX):
+        return
+    family = FAMILIES[family_name(model_type)]
+    config_class = type(AutoConfig.for_model(family_name(model_type)))
+    model_class, base = model_class_of(config_class), base_class_of(config_class)
+    compressed_config, compressed_model, compressed_base = compressed_classes(
+        config_class, model_class, base, family.router_entries, family.expert_entries
+    )
+    AutoConfig.register(model_type, compressed_config, exist_ok=True)
+    AutoModelForCausalLM.register(compressed_config, compressed_model, exist_ok=True)
+    AutoModel.register(compressed_config, compressed_base, exist_ok=True)
+
+
+def model_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """The causal LM of a config class."""
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
+
+
+def base_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """The model without a head of a config class."""
+    return cast(type[PreTrainedModel], MODEL_MAPPING[config_class])
+
+
+def has_attention(config: PretrainedConfig, name: str) -> bool:
+    """Whether a config's model has an attention implementation."""
+    needed = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(name)
+    return needed is None or bool(getattr(own_classes(config)[1], needed))
+
+
+def own_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Config class and causal LM of the family's own, whatever was compressed before."""
+    config_class = type(AutoConfig.for_model(family_name(config.model_type)))
+    return config_class, model_class_of(config_class)

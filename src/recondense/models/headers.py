@@ -1,0 +1,309 @@
+"""What the safetensors files of a model hold, by their headers: whether that is the model, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from recondense.errors import UserError
+from recondense.models import quantized
+
+GIT_LFS = b"version https://git-lfs"  # how a file begins that Git did not fetch
+Shape = tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """One tensor of a checkpoint.
+
+    Args:
+        dtype: as safetensors calls it.
+        pattern: that of transformers' conversions which its name matches, if any.
+    """
+
+    path: str
+    key: str
+    shape: Shape
+    dtype: str
+    pattern: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the files of a checkpoint differ from the model that its config describes.
+
+    Args:
+        missing: weights that no file has, tied ones apart.
+        unexpected: names in the files that the model does not have, as they would be in the model.
+        misshapen: name, shape in the files and shape in the model.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshapen: tuple[tuple[str, Shape, Shape], ...] = ()
+
+    @property
+    def problem(self) -> str:
+        """Why the model cannot be loaded, one sentence; empty if it can. What is unexpected alone does no harm."""
+        if self.missing:
+            return missing_weights(self.missing, self.unexpected)
+        if not self.misshapen:
+            return ""
+        name, stored, expected = self.misshapen[0]
+        more = len(self.misshapen) - 1
+        others = f", and {_weights(more)} more {'differ' if more > 1 else 'differs'}" if more else ""
+        return (
+            f"{name} has the shape {stored} in the checkpoint and {expected} by its config{others}; use the "
+            "config.json and the files of one and the same model"
+        )
+
+    def __str__(self) -> str:
+        """All that differs, for whoever wrote the files."""
+        misshapen = [f"{name} is {stored}, not {expected}" for name, stored, expected in self.misshapen]
+        parts = {"missing": self.missing, "unexpected": self.unexpected, "other shapes": misshapen}
+        return "; ".join(f"{len(names)} {what}: {_shown(names)}" for what, names in parts.items() if names)
+
+
+def missing_weights(missing: Sequence[str], unexpected: Collection[str]) -> str:
+    """One sentence: how many weights a checkpoint lacks, three of them, and what is wrong with its names if that is it.
+
+    Args:
+        missing, unexpected: names in the model, and in the files.
+    """
+    remedy = "download or convert it again, or set config.json right; without them the model would be partly random"
+    if (prefixes := _prefixes(missing, unexpected)) is not None:
+        theirs, ours = prefixes
+        if not ours:
+            remedy = f"its names begin with {theirs!r}, which is too much: rename them without it"
+        elif not theirs:
+            remedy = f"its names lack the prefix {ours!r}: rename them with it"
+        else:
+            remedy = f"its names begin with {theirs!r} and not with {ours!r}: rename them"
+    return (
+        f"the checkpoint lacks {_weights(len(missing))} of the model that its config describes ({_shown(missing)}); "
+        f"{remedy}"
+    )
+
+
+def _weights(number: int) -> str:
+    return f"{number} weight{'s' * (number != 1)}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _prefixes(missing: Sequence[str], unexpected: Collection[str]) -> tuple[str, str] | None:
+    """What unexpected names have in place of the beginning of missing ones; None if they are not most of them."""
+    by_end: dict[str, str] = {}  # of a missing name, the beginning before each of its ends
+    for name in missing:
+        parts = name.split(".")
+        by_end |= {".".join(parts[first:]): ".".join(parts[:first]) for first in range(max(1, len(parts) - 1))}
+    counts: Counter[tuple[str, str]] = Counter()
+    for name in unexpected:
+        parts = name.split(".")
+        for first in range(max(1, len(parts) - 1)):
+            if (end := ".".join(parts[first:])) in by_end:
+                counts[".".join(parts[:first]), by_end[end]] += 1
+                break
+    (theirs, ours), count = counts.most_common(1)[0] if counts else (("", ""), 0)
+    if 2 * count < len(missing) or not (theirs or ours) or re.search(r"\d", theirs + ours):  # of another layer
+        return None
+    return theirs and f"{theirs}.", ours and f"{ours}."
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a local folder; none if it has no weights.
+
+    Raises:
+        UserError: an index that names files which are not there, or that is none.
+    """
+    if (folder / quantized.SINGLE).is_file():
+        return [folder / quantized.SINGLE]
+    index = folder / quantized.INDEX
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index.name} is no index of safetensors files; download or copy it again") from error
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise UserError(
+            f"{index.name} names {len(absent)} files that are not there ({_shown(absent)}); download or copy them"
+        )
+    return [folder / name for name in names]
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, read without mapping it where safetensors can: maps count as resident memory."""
+    try:
+        file = safe_open(path, framework="pt", backend="pread")
+    except TypeError:
+        file = safe_open(path, framework="pt")
+    with file as content:
+        yield content
+
+
+def tensors_of(files: Sequence[str | Path]) -> Iterator[Stored]:
+    """All tensors of some files, without patterns; their headers alone are read.
+
+    Raises:
+        UserError: a file that is cut short, or no safetensors.
+    """
+    for path in files:
+        try:
+            with opened(path) as file:
+                for key in file.keys():  # noqa: SIM118
+                    part = file.get_slice(key)
+                    yield Stored(str(path), key, tuple(part.get_shape()), str(part.get_dtype()), None)
+        except SafetensorError as error:
+            name = Path(path).name
+            with Path(path).open("rb") as raw:
+                if raw.read(len(GIT_LFS)) == GIT_LFS:
+                    raise UserError(f"{name} is a Git LFS pointer and no weights; run `git lfs pull`") from error
+            raise UserError(f"{name} cannot be read ({error}); download or copy it again") from error
+
+
+class Names:
+    """Which weight of a model each tensor of a checkpoint is a part of, by transformers' conversions.
+
+    Args:
+        mapping: the conversions.
+    """
+
+    def __init__(self, model: PreTrainedModel, mapping: Sequence[Any]) -> None:
+        self._state = dict.fromkeys(model.state_dict(), True)
+        self._prefix = model.base_model_prefix
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+
+    def by_name(self, tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
+        """Tensors by the weights that they make up, each list in the order in which they are put together."""
+        made: dict[str, list[Stored]] = {}
+        latest = {tensor.key: tensor for tensor in tensors}
+        for key in sorted(latest, key=dot_natural_key):
+            name, pattern = self._name(key, self._renamings, self._converters)
+            if name not in self._state and key in self._state:
+                name, pattern = self._name(key, [], [])
+            made.setdefault(name, []).append(latest[key]._replace(pattern=pattern))
+            first, *others = self._by_pattern[pattern].target_patterns if pattern else [""]
+            for other in others:  # what one tensor is taken apart into
+                made.setdefault(name.replace(first, other), [])
+        return made
+
+    def _name(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        return rename_source_key(key, renamings, converters, self._prefix, self._state)
+
+    def parts_of_stack(self, tensors: Sequence[Stored]) -> dict[str, list[Stored]] | None:
+        """The experts' own tensors of a weight that transformers stacks, by pattern: side by side if there are several.
+
+        None where it does anything else.
+        """
+        converter = self._by_pattern.get(tensors[0].pattern or "") if tensors else None
+        if converter is None:
+            return None
+        steps = [type(step) for step in converter.operations]
+        dims = [getattr(step, "dim", None) for step in converter.operations]
+        if (steps, dims) not in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1])):
+            return None
+        return {pattern: [part for part in tensors if part.pattern == pattern] for pattern in converter.source_patterns}
+
+
+def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | None = None) -> Comparison:
+    """What the files of a checkpoint lack of a model, have beside it, and have in other shapes.
+
+    Args:
+        model: without weights or with any.
+        method: how the files' weights are stored, as `quantized.method_of`; shapes are compared of plain ones only.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    tensors = list(tensors_of(files))
+    names = Names(model, get_model_conversion_mapping(model))
+    whole = [tensor._replace(key=quantized.weight_name(tensor.key, method)) for tensor in tensors]
+    stored = names.by_name(whole)
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = set(_untied(model, [name for name in state if name not in stored]))
+    lacking: list[str] = []
+    misshapen: list[tuple[str, Shape, Shape]] = []
+    for name, shape in state.items():
+        if name in missing:
+            lacking.append(name)
+        parts = names.parts_of_stack(stored.get(name, []))
+        if parts is not None:
+            lacking += (absent := _absent_experts(parts, shape[0]))
+            held = None if absent or method or len(shape) != 3 else _stacked(parts, shape)
+        elif method or not stored.get(name) or stored[name][0].pattern is not None:
+            continue
+        else:
+            held = stored[name][-1].shape
+        if held is not None and held != shape:
+            misshapen.append((name, held, shape))
+    unexpected = [name for name in stored if name not in state]
+    keys = {tensor.key for tensor in tensors}
+    lacking += [name for tensor in tensors for name in quantized.missing_scales(tensor.key, tensor.dtype, method, keys)]
+    return Comparison(tuple(lacking), tuple(unexpected), tuple(misshapen))
+
+
+def _untied(model: PreTrainedModel, missing: Sequence[str]) -> list[str]:
+    """Those of the missing weights that are needed: not tied to one that is there, nor of a kind that may be absent."""
+    groups: dict[Any, set[str]] = {}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        groups.setdefault(id(tensor), set()).add(name)
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    tied = set[str]().union(*(group for group in groups.values() if not group <= set(missing)))
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return [name for name in missing if name not in tied and not any(pattern.search(name) for pattern in optional)]
+
+
+def _absent_experts(parts: Mapping[str, Sequence[Stored]], num_experts: int) -> list[str]:
+    """Tensors of single experts that lack in a stack of them, as they would be called in the files."""
+    absent = []
+    for pattern, tensors in parts.items():
+        numbers = {_number(tensor.key)[1] for tensor in tensors}
+        sibling = next(tensor.key for part in parts.values() for tensor in part)
+        before, _, after = _number(tensors[0].key if tensors else sibling)
+        end = after if tensors else pattern.partition("*")[2]
+        absent += [f"{before}{number}{end}" for number in range(num_experts) if number not in numbers]
+    return absent
+
+
+def _number(key: str) -> tuple[str, int, str]:
+    """An expert's number in a name, and what stands before and after it."""
+    *_, last = re.finditer(r"(?<=\.)\d+(?=\.)", key)
+    return key[: last.start()], int(last.group()), key[last.end() :]
+
+
+def _stacked(parts: Mapping[str, Sequence[Stored]], expected: Shape) -> Shape:
+    """The shape of a stack of experts of which none is missing; one that is not as expected where they do not fit."""
+    kinds = [{tensor.shape for tensor in tensors} for tensors in parts.values()]
+    rows, columns = expected[1] // len(kinds), expected[2]
+    odd = [shape for shapes in kinds if len(shapes) > 1 for shape in sorted(shapes) if shape != (rows, columns)]
+    shapes = odd[:1] or [next(iter(shapes)) for shapes in kinds]
+    most = max(len(tensors) for tensors in parts.values())
+    if odd or any(len(shape) != 2 for shape in shapes) or len({shape[1:] for shape in shapes}) > 1:
+        return (most, *shapes[0])
+    return (most, sum(shape[0] for shape in shapes), shapes[0][1])

@@ -1,0 +1,1 @@
+"""Recover: train what was compressed."""

@@ -1,0 +1,119 @@
+"""Which engine trains a module on several processes, and what Lightning's Trainer is told of it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from recondense import processes
+from recondense.config.schema import TrainerConfig
+from recondense.recovery.engines.deepspeed import Zero
+from recondense.recovery.engines.fsdp2 import Sharded
+
+
+class Running(ClusterEnvironment):
+    """The processes that run already: Lightning starts none."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return os.environ["MASTER_ADDR"]
+
+    @property
+    def main_port(self) -> int:
+        return int(os.environ["MASTER_PORT"])
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return processes.world_size()
+
+    def set_world_size(self, size: int) -> None:
+        """It is what it is."""
+
+    def global_rank(self) -> int:
+        return processes.rank()
+
+    def set_global_rank(self, rank: int) -> None:
+        """It is what it is."""
+
+    def local_rank(self) -> int:
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    def node_rank(self) -> int:
+        return processes.rank() // processes.on_this_node()
+
+
+def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Iterable[nn.Module]) -> dict[str, Any]:
+    """What Lightning's Trainer is told of processes and engine; without a process group as ever one device.
+
+    Args:
+        device: where this process computes.
+        leaves: blocks in which the data decide what runs.
+    """
+    gpu = device.type == "cuda"
+    if not processes.grouped():
+        return {"accelerator": "gpu" if gpu else "cpu", "devices": [device.index or 0] if gpu else 1}
+    here = processes.on_this_node()
+    return {
+        "accelerator": "gpu" if gpu else "cpu",
+        # one process on a card of its own choice, else the card of each process's number
+        "devices": [device.index or 0] if gpu and processes.world_size() == 1 else here,
+        "num_nodes": processes.world_size() // here,
+        "strategy": _strategy(settings, gpu, leaves),
+    }
+
+
+def _strategy(settings: TrainerConfig, gpu: bool, leaves: Iterable[nn.Module]) -> Strategy:
+    timeout = timedelta(hours=settings.timeout_hours)
+    if settings.strategy == "fsdp2":
+        return Sharded(data_parallel_size=processes.world_size(), tensor_parallel_size=1, timeout=timeout)
+    if settings.deepspeed:
+        return Zero(config=zero_config(settings.strategy, gpu), timeout=timeout, leaves=leaves)
+    # Buffers are equal and stay so; unused experts give zeros (see low_rank.py), so no parameter lacks a gradient.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DDPStrategy(timeout=timeout, **{buffers: False})  # type: ignore[arg-type]
+
+
+def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's settings. Its optimiser is the module's, torch's AdamW, also where the states lie in CPU memory."""
+    zero: dict[str, Any] = {
+        "stage": 2 if strategy == "deepspeed_zero2" else 3,
+        "contiguous_gradients": True,
+        "overlap_comm": gpu,
+    }
+    if strategy == "deepspeed_zero3_offload":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": gpu}
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # which would be compiled
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,  # of its reports alone
+        "steps_per_print": 10**9,
+    }
+
+
+def needs_all(strategy: Strategy) -> bool:
+    """Whether a forward pass of what a strategy trains needs all processes."""
+    return isinstance(strategy, Sharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
+
+
+def has_leaves(strategy: Strategy) -> bool:
+    """Whether a strategy gathers some modules as a whole: ZeRO-3's leaves."""
+    return isinstance(strategy, Zero) and strategy.zero_stage_3

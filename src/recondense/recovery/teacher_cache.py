@@ -1,0 +1,175 @@
+"""A teacher's predictions on disk: the likeliest tokens of every position of the training windows, made once.
+
+A folder holds safetensors files of a fixed number of windows each, written aside and renamed; a run that was killed
+goes on at the first that is missing. They are memory-mapped: training reads the rows of a batch's windows.
+
+Shapes: N windows, B windows of a batch, S tokens of a window, K kept predictions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense.data.loader import Table, num_rows
+from recondense.files import fingerprint, remove_partial, replace_file, waiting_lock
+from recondense.models import decoder, forward, streaming
+from recondense.models.forward import model_inputs
+from recondense.models.hooks import evaluating
+from recondense.progress import progress
+from recondense.recovery.chunked_losses import TopK, top_k
+
+WINDOWS_PER_FILE = 64
+FILES_PER_READING = 64  # of a teacher larger than memory, whose weights are read once for so many
+SMALL_VOCABULARY = 2**16  # ids below it are kept in two bytes
+
+
+class CachedTeacher:
+    """Predictions that were kept of N windows.
+
+    Args:
+        folder: of the files.
+        num_windows: N.
+        windows_per_file: of every file but the last.
+    """
+
+    def __init__(self, folder: Path, num_windows: int, windows_per_file: int = WINDOWS_PER_FILE) -> None:
+        self.folder = folder
+        self.num_windows = num_windows
+        self.windows_per_file = windows_per_file
+        self._opened = cache(lambda path: safe_open(path, framework="pt"))
+
+    @property
+    def files(self) -> list[Path]:
+        """All that there should be."""
+        count = -(-self.num_windows // self.windows_per_file)
+        return [self.folder / f"{index:05d}-of-{count:05d}.safetensors" for index in range(count)]
+
+    @property
+    def missing(self) -> list[int]:
+        """Indices of the files that are not there."""
+        return [index for index, path in enumerate(self.files) if not path.exists()]
+
+    def rows_of(self, index: int) -> range:
+        """The windows of a file."""
+        return range(index * self.windows_per_file, min((index + 1) * self.windows_per_file, self.num_windows))
+
+    def read(self, windows: Sequence[int]) -> TopK:
+        """What was kept of some windows: ids and logits (B, S, K), the rest (B, S)."""
+        found: list[list[Tensor]] = []
+        files = self.files
+        for window in windows:
+            index, row = divmod(window, self.windows_per_file)
+            file: Any = self._opened(files[index])
+            found.append([file.get_slice(name)[row] for name in TopK._fields])
+        ids, logits, rest = (torch.stack(column) for column in zip(*found, strict=True))
+        return TopK(ids.to(torch.int64), logits, rest)
+
+    def write(self, index: int, kept: TopK) -> None:
+        """One file, aside, then renamed."""
+        with replace_file(self.files[index]) as aside:
+            save_file({name: column.contiguous() for name, column in kept._asdict().items()}, aside)
+
+
+def key_of(weights: str, windows: Table, k: int, temperature: float, precision: str) -> str:
+    """The name of a folder of predictions: a fingerprint of all that decides them.
+
+    Args:
+        weights: the fingerprint of the teacher's weights.
+        temperature: the logsumexp of what is not kept is taken at it.
+        precision: in which the teacher computes.
+    """
+    digest = hashlib.sha256()
+    for name in ("input_ids", "position_ids"):
+        if name in windows:
+            values = windows[name]
+            digest.update(f"{name} {tuple(values.shape)}".encode() + np.asarray(values, dtype="<i8").tobytes())
+    return fingerprint(weights, digest.hexdigest(), k, temperature, precision, WINDOWS_PER_FILE)
+
+
+def keep_predictions(
+    original: Callable[[], AbstractContextManager[PreTrainedModel]],
+    windows: Table,
+    folder: Path,
+    k: int,
+    temperature: float,
+    batch_size: int,
+    autocast: AbstractContextManager[Any],
+    windows_per_file: int = WINDOWS_PER_FILE,
+) -> CachedTeacher:
+    """Run the teacher over the windows of which no predictions are kept yet.
+
+    Args:
+        original: a context in which the model is the teacher.
+        windows: N of them.
+        folder: where files are, or will be.
+        k: K, at most V - 1.
+        batch_size: windows of a pass.
+        autocast: the precision of its passes.
+    """
+    found = CachedTeacher(folder, num_rows(windows), windows_per_file)
+    if not found.missing:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(folder / ".lock", "asks the same teacher"):
+        remove_partial(folder)
+        total = sum(len(found.rows_of(index)) for index in found.missing)
+        with progress("the teacher's predictions", total) as bar, original() as model, evaluating(model), autocast:
+            together = FILES_PER_READING if streaming.is_streamed(model) else 1
+            missing = found.missing
+            for first in range(0, len(missing), together):
+                indices = missing[first : first + together]
+                batches = {index: _batches(windows, found.rows_of(index), batch_size) for index in indices}
+                states = _states(model, [batch for each in batches.values() for batch in each])
+                for index, own in batches.items():
+                    kept = []
+                    for batch in own:
+                        kept.append(_predictions(model, next(states), k, temperature))
+                        bar.advance(num_rows(batch))
+                    found.write(index, TopK(*(torch.cat(column) for column in zip(*kept, strict=True))))
+    return found
+
+
+def _batches(windows: Table, rows: range, batch_size: int) -> list[Table]:
+    return [
+        {name: column[start : min(start + batch_size, rows.stop)] for name, column in windows.items()}
+        for start in range(rows.start, rows.stop, batch_size)
+    ]
+
+
+@torch.no_grad()
+def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor]:
+    """Hidden states of which the head makes logits (B, S, D), of each batch."""
+
+    def inputs(batch: Table) -> dict[str, Any]:
+        moved = {name: batch[name].to(decoder.device(model)) for name in ("input_ids", "position_ids") if name in batch}
+        return {**model_inputs(model, moved["input_ids"], moved.get("position_ids")), "use_cache": False}
+
+    if streaming.is_streamed(model):
+        yield from forward.layer_by_layer(model, [inputs(batch) for batch in batches])
+        return
+    for batch in batches:
+        hidden_BSD: Tensor = forward.run(model, inputs(batch)).logits
+        yield hidden_BSD.view(*batch["input_ids"].shape, -1)
+
+
+@torch.no_grad()
+def _predictions(model: PreTrainedModel, hidden_BSD: Tensor, k: int, temperature: float) -> TopK:
+    """Of one batch, on the CPU; logits in the type in which the head gives them, so that none is rounded."""
+    with decoder.gathered(model) as head:
+        vocabulary = len(head.weight_VD)
+        kept = top_k(hidden_BSD.flatten(0, 1), head, min(k, vocabulary - 1), temperature)
+    size = hidden_BSD.shape[:2]
+    ids = kept.ids_TK.to(torch.uint16 if vocabulary <= SMALL_VOCABULARY else torch.int32)
+    return TopK(ids.view(*size, -1).cpu(), kept.logits_TK.view(*size, -1).cpu(), kept.rest_T.view(size).cpu())

@@ -1,0 +1,1 @@
+"""What a run keeps, prints, draws and logs."""

@@ -1,0 +1,280 @@
+"""Runs that differ by their seed alone, as one line: mean and standard deviation, as a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from recondense.report.tables import format_bytes, format_number
+
+BUDGET = "method.memory_ratio"
+CONTROL = "none"  # the method without steps: what a recovery makes of it is the original trained further
+# Key of a row, title (broken at the line's end in a terminal), form.
+COLUMNS: dict[str, tuple[str, Any]] = {
+    "weights_bytes": ("weights", format_bytes),
+    "memory_ratio": ("memory\nratio", "{:.3f}".format),
+    "routed_expert_ratio": ("expert\nratio", "{:.3f}".format),
+    "compressed_perplexity": ("ppl\nbefore", format_number),
+    "refitted_perplexity": ("ppl\nrefit", format_number),
+    "recovered_perplexity": ("ppl\nafter", format_number),
+    "refit_gap_closed": ("refit\ncloses", "{:.0%}".format),
+    "gap_closed": ("all\ncloses", "{:.0%}".format),
+}
+SECONDS: dict[str, tuple[str, Any]] = {
+    "search_seconds": ("search\n(s)", "{:.0f}".format),
+    "refit_seconds": ("refit\n(s)", "{:.0f}".format),
+    "recover_seconds": ("recover\n(s)", "{:.0f}".format),
+}
+IN_WORDS = "weights_bytes"  # not in the tables: the memory ratio says it
+FOLLOWS = ("refit_gap_closed", "gap_closed")
+# Word of a column, title of a panel.
+STAGES = {
+    "compressed": ("before", "compressed"),
+    "refitted": ("refit", "refitted, not trained"),
+    "recovered": ("after", "recovered"),
+}
+
+
+def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for all runs that differ by `seed` alone.
+
+    Jobs that are one and the same run (a budget means nothing to method=none) count once, with the settings they share.
+
+    Args:
+        rows: as for `report.sweep_table`.
+
+    Returns:
+        entries with `settings` (without the seed), `method`, `jobs`, `count` of those that ended, `status` (of the
+        first that failed, or "done"), and for each figure (mean, sample standard deviation; None for a single run).
+        The seconds of a search are the largest, without deviation.
+        Largest budget first, then by perplexity, those without any last.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
+    for row in _distinct(rows):
+        key = tuple((name, value) for name, value in row["settings"].items() if name != "seed")
+        groups.setdefault(key, []).append(row)
+    found = []
+    for key, members in groups.items():
+        entry: dict[str, Any] = {
+            "settings": dict(key),
+            "method": str(next((row["method"] for row in members if "method" in row), dict(key).get("method", ""))),
+            "jobs": len(members),
+            "count": sum(row["status"] == "done" for row in members),
+            "status": next((row["status"] for row in members if row["status"] != "done"), "done"),
+        }
+        for name in [*columns(rows), *dict.fromkeys(key for row in rows for key in row if key.startswith("original_"))]:
+            values = [float(row[name]) for row in members if name in row]
+            if values and name == "search_seconds":
+                entry[name] = max(values), None  # the others found its plan in the cache
+            elif values:
+                entry[name] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+        found.append(entry)
+    return sorted(found, key=_order)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Title and form of the figures that some row or entry has: `COLUMNS`, tasks, `SECONDS`."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {name: column for name, column in COLUMNS.items() if name in names}
+    for task in _tasks(names):
+        error = _sampling_error(rows, task)
+        for stage in (stage for stage in STAGES if f"{stage}_{task}" in names):
+            title = f"{_words(task)} {STAGES[stage][0]}".replace(" ", "\n")
+            found[f"{stage}_{task}"] = (title, (f"{{:.{3 if error < 0.01 else 2}f}}").format)
+    return found | {name: column for name, column in SECONDS.items() if name in names}
+
+
+def _tasks(names: Iterable[str]) -> list[str]:
+    """The tasks that some stage has a score of."""
+    parts = [name.partition("_") for name in names if name not in COLUMNS]
+    return list(dict.fromkeys(task for stage, _, task in parts if stage in STAGES))
+
+
+def _words(task: str) -> str:
+    return task.removeprefix("heldout_").replace("_", " ")
+
+
+def _sampling_error(rows: Sequence[Mapping[str, Any]], task: str) -> float:
+    """Standard error of the original's score: how far it depends on which questions were asked; 0 where unknown."""
+    values = [row[f"original_{task}_error"] for row in rows if f"original_{task}_error" in row]
+    return max((value[0] if isinstance(value, tuple) else float(value) for value in values), default=0.0)
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Each run once; of the settings those in which its jobs agree."""
+    found: dict[Any, Mapping[str, Any]] = {}
+    for number, row in enumerate(rows):
+        key = row["run_folder"] if row["status"] == "done" and "run_folder" in row else number
+        if key in found:
+            shared = found[key]["settings"].items() & row["settings"].items()
+            settings = {name: value for name, value in row["settings"].items() if (name, value) in shared}
+            row = {**found[key], "settings": settings}
+        found[key] = row
+    return list(found.values())
+
+
+def _order(entry: Mapping[str, Any]) -> tuple[float, float]:
+    try:
+        budget = float(entry["settings"][BUDGET])
+    except (KeyError, ValueError):
+        budget = entry.get("memory_ratio", (1.0, None))[0]
+    return -budget, last_perplexity(entry)
+
+
+def last_perplexity(entry: Mapping[str, Any]) -> float:
+    for stage in ("recovered", "refitted", "compressed"):
+        if f"{stage}_perplexity" in entry:
+            return float(entry[f"{stage}_perplexity"][0])
+    return float("inf")
+
+
+def comparison_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """The entries of `by_seed` for a terminal, a section a budget: the mean, below it the standard deviation."""
+    without = _left_out(entries)
+    header, body = comparison_cells(entries, without=without)
+    table = Table(
+        title="comparison: mean ± standard deviation over seeds",
+        title_justify="left",
+        title_style="bold",
+        caption="\n".join(caption(entries, without=without)),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # so that a dozen columns fit 120 characters
+        pad_edge=False,
+        show_edge=False,
+    )
+    for index, title in enumerate(header):
+        table.add_column(title, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
+    budgets = [entry["settings"].get(BUDGET) for entry in entries]
+    for line, budget, following in zip(body, budgets, [*budgets[1:], None], strict=True):
+        cells = (cell.replace(" ± ", "\n[dim]±", 1) + "[/dim]" if " ± " in cell else cell for cell in line)
+        table.add_row(*cells, end_section=budget != following)
+    return table
+
+
+def comparison_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The same as a Markdown table, narrower, with its caption as a list."""
+    without = [*_left_out(entries), "refit_seconds"]
+    header, body = comparison_cells(entries, without=without)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [[cell.replace("\n", " ").replace("|", "\\|") for cell in line] for line in [header, rule, *body]]
+    table = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([*table, "", *(f"- {line}" for line in caption(entries, without=without))]) + "\n"
+
+
+def caption(entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()) -> list[str]:
+    """What the figures of a comparison mean, and what failed: lines.
+
+    Args:
+        without: the figures that the table leaves out.
+    """
+    shown = set(columns(entries)) - set(without)
+    count = entries[0]["count"] if "n" in without else "n"
+    runs = "One run each." if count == 1 else f"{count} runs each; without ±, all gave the same to the digits shown."
+    lines = [
+        runs,
+        "The seed changes the order of the training text and what a method draws at random. Model, calibration texts "
+        "and validation windows are fixed: before and refit of a method without randomness have no spread by "
+        "construction.",
+        *_original_words(entries),
+        *filter(None, (_task_words(entries, task) for task in _tasks(shown))),
+    ]
+    trained = any("recovered_perplexity" in entry for entry in entries)
+    words = []
+    if trained:
+        refitted = any("refitted_perplexity" in entry for entry in entries)
+        words += [f"Before and after recovery{', which starts from the refitted model' if refitted else ''}."]
+    if trained and any(entry["method"] == CONTROL for entry in entries):
+        words += [f"{CONTROL}: the original trained further for the same steps, on the next token."]
+    if shown & set(FOLLOWS):
+        words += ["Closes: share of the loss that compression added."]
+    lines += [" ".join(words)] if words else []
+    if any(BUDGET in entry["settings"] for entry in entries) and "memory_ratio" in shown:
+        lines += ["Methods that remove or condense whole layers land at or below the budget: see the memory ratio."]
+    if "search_seconds" in shown:
+        lines += [
+            "Seconds are without evaluation of the stages. Search (calibrate, search, apply): the longest of the "
+            "seeds; others may find it in the cache. What serves all budgets (expert searches, importances, damages) "
+            "is not counted again."
+        ]
+    return lines + [f"{_name(entry)}: {entry['status']}" for entry in entries if entry["status"] != "done"]
+
+
+def _original_words(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The original's figures, as far as all entries have them in common."""
+    perplexity, size = (common_level(entries, f"original_{what}") for what in ("perplexity", "weights_bytes"))
+    words = [] if perplexity is None else [f"perplexity {format_number(perplexity)}"]
+    for task in _tasks(columns(entries)):
+        score, error = common_level(entries, f"original_{task}"), _sampling_error(entries, task)
+        if score is not None:
+            words += [f"{_words(task)} {score:.3f}" + (f" (standard error {error:.3f})" if error else "")]
+    words += [] if size is None else [f"weights {format_bytes(size)}"]
+    return [f"Original: {', '.join(words)}."] if words else []
+
+
+def _task_words(entries: Sequence[Mapping[str, Any]], task: str) -> str:
+    """How far the scores of a task can be told apart; nothing where its standard error is unknown."""
+    error = _sampling_error(entries, task)
+    spreads = [
+        entry[f"{stage}_{task}"][1] or 0.0 for entry in entries for stage in STAGES if f"{stage}_{task}" in entry
+    ]
+    if not error or not spreads:
+        return ""
+    larger = f", larger than the spread over seeds (at most {max(spreads):.3f})" if error > max(spreads) else ""
+    return (
+        f"{_words(task).capitalize()}: the draw of the questions is worth about {error:.2f} (standard error){larger}. "
+        f"Scores closer than {2 * 2**0.5 * error:.2f} (two standard errors of a difference of independent samples) "
+        "cannot be told apart."
+    )
+
+
+def comparison_cells(
+    entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table, as texts; `without` some figures ("n": the number of runs)."""
+    shown = {name: column for name, column in columns(entries).items() if name not in without}
+    header = ["run", *([] if "n" in without else ["n"]), *(title for title, _ in shown.values())]
+    body = []
+    for entry in entries:
+        count = f"{entry['count']}/{entry['jobs']}" if entry["status"] != "done" else str(entry["count"])
+        figures = [_mean(entry.get(key), form) for key, (_, form) in shown.items()]
+        body.append([_name(entry), *([] if "n" in without else [count]), *figures])
+    return header, body
+
+
+def _left_out(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What makes a table wide and says little: "n" where all entries have as many runs, tasks between two others."""
+    counts = ["n"] if len({(entry["count"], entry["status"]) for entry in entries}) == 1 else []
+    trained = any("recovered_perplexity" in entry for entry in entries)
+    tasks = [name for name in columns(entries) if name.startswith("refitted_") and name not in COLUMNS]
+    return [IN_WORDS, *counts, *(tasks if trained else [])]
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return ", ".join(value for value in entry["settings"].values() if value)
+
+
+def _mean(value: tuple[float, float | None] | None, form: Any) -> str:
+    """The mean, and the deviation with as many decimals."""
+    if value is None:
+        return "-"
+    mean, deviation = value
+    shown = str(form(mean))
+    if not deviation:
+        return shown
+    number = shown.rstrip("%").replace(",", "")
+    if not number.replace(".", "").replace("-", "").isdigit():  # with a unit of its own
+        return f"{shown} ± {form(deviation)}"
+    unit = "%" if shown.endswith("%") else ""
+    spread = f"{deviation * (100 if unit else 1):.{len(number.partition('.')[2])}f}"
+    return f"{shown} ± {spread}{unit}" if float(spread) else shown
+
+
+def common_level(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The figure that all entries have in common; None where they differ or lack it."""
+    found = {round(entry[key][0], 9) for entry in entries if key in entry}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,350 @@
+"""What a run found, as tables for a terminal. The pictures are in pictures.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from recondense.report import beside_published
+
+STAGES = ("original", "compressed", "refitted", "recovered", "control")
+MAX_TASK_COLUMNS = 3  # more tasks than that get a table of their own
+# The figure of a task that is shown, in the order of preference.
+MAIN_METRICS = (
+    "acc_mutual_info", "acc_norm", "acc", "exact_match", "mc2", "bleu", "f1", "byte_perplexity", "word_perplexity"
+)  # fmt: skip
+
+
+def print_report(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print everything that `summary.json` has to say: stages, tasks (apart when there are many), ratios."""
+    console = console or _console()
+    table = stage_table(summary)
+    tasks = _main_metrics(summary)
+    wanted = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    crowded = bool(tasks) and (len(tasks) > MAX_TASK_COLUMNS or wanted > console.width)
+    tables = [stage_table(summary, with_tasks=False), task_table(summary)] if crowded else [table]
+    print_tables([*tables, *published_tables(summary), ratios_table(summary)], console)
+    for line in beside_published.notes(summary):
+        console.print(f"\n{line}", soft_wrap=True, highlight=False)
+    if summary.get("operations"):
+        console.print(f"\nplan: {plan_line(summary['operations'])}", soft_wrap=True, highlight=False)
+    if summary.get("refit"):
+        console.print(f"refit: {refit_line(summary['refit'])}", soft_wrap=True, highlight=False)
+    if summary.get("bytes_on_disk"):
+        console.print(f"memory: {disk_line(summary)}", soft_wrap=True, highlight=False)
+
+
+def disk_line(summary: Mapping[str, Any]) -> str:
+    """What the memory ratio of a run counts whose original is stored in fewer bits than it computes in."""
+    sizes = {name: format_bytes(size) for name, size in summary["bytes_on_disk"].items()}
+    return (
+        f"counted in bytes on disk: {sizes['compressed']} of {sizes['original']}, for the original is stored in "
+        f"{summary['quantization']} and was dequantised on loading; weights and peak memory are those of the "
+        "dequantised model"
+    )
+
+
+def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
+    """What a refit brought, in one line.
+
+    Args:
+        errors: by layer, `error_before` and `error_after`.
+    """
+    sides = []
+    for key in ("error_before", "error_after"):
+        own = [error[key] for error in errors.values()]
+        spread = f" ({min(own):.3f} to {max(own):.3f})" if len(own) > 1 else ""
+        sides.append(f"{sum(own) / len(own):.3f}{spread}")
+    layers = "1 layer" if len(errors) == 1 else f"mean and range of {len(errors)} layers"
+    return f"error of a layer's output, relative to the original's: {' -> '.join(sides)}, {layers}"
+
+
+def recovery_words(summary: Mapping[str, Any]) -> str:
+    """The recovery, and its objective where the name does not say it: method=none has no teacher to distil from."""
+    name, objective = summary.get("recovery", "?"), summary.get("objective")
+    return str(name) if objective in (None, name) else f"{name} (objective: {objective})"
+
+
+def title_of(summary: Mapping[str, Any]) -> str:
+    """What a run was: the model, and what was done to it."""
+    method, recovery = summary.get("method", "?"), recovery_words(summary)
+    done = "as it is" if (method, recovery) == ("none", "none") else f"{method} + {recovery}"
+    return f"{summary.get('model', 'model')}: {done}"
+
+
+def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
+    """A plan in one line.
+
+    Args:
+        operations: `summary.operation_counts`.
+    """
+    words = {
+        "prune": "{layers} pruned ({retained} of {of} experts stay)",
+        "condense": "{layers} condensed ({retained} of {of} experts stay, always active)",
+        "merge": "{layers} merged ({of} experts into {groups})",
+        "factorize": "{layers} factorized",
+        "drop_moe": "{layers} without their feed-forward block",
+        "drop_block": "{layers} removed whole",
+        "refit": "{layers} refitted",
+    }
+    found = []
+    for name, counts in operations.items():
+        layers = f"{counts['layers']} layer{'s' if counts['layers'] > 1 else ''}"
+        text = words[name].format(**{**counts, "layers": layers})
+        if "mean" in counts:
+            text += f" (ranks {counts['lowest']}-{counts['highest']}, mean {counts['mean']:.1f})"
+        found.append(text)
+    return ", ".join(found) or "nothing changed"
+
+
+def print_tables(tables: Iterable[Table], console: Console | None = None) -> None:
+    """Print tables to stdout, each after an empty line."""
+    console = console or _console()
+    for table in tables:
+        console.print()
+        console.print(table)
+
+
+def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table:
+    """Rows: original, compressed, refitted, recovered and the control; columns: quality, then cost.
+
+    Below a figure stands its ratio to the original model's. Columns that no stage has are left out.
+    """
+    stages = _present_stages(summary)
+    original = stages.get("original", {})
+    tasks = _main_metrics(summary)
+    columns: list[tuple[str, tuple[str, ...], Any]] = [
+        ("perplexity", ("perplexity",), format_number),
+        ("KL to\norig.", ("kl_to_original",), format_number),
+    ]
+    if with_tasks:
+        columns += [
+            (f"{task.replace('_', chr(10), 1)}\n{metric}", ("tasks", task, metric), format_number)
+            for task, metric in tasks
+        ]
+    columns += [
+        ("weights", ("profile", "weights_bytes"), format_bytes),
+        ("peak\nmemory", ("profile", "peak_memory_bytes"), format_bytes),
+        ("prefill\ntok/s", ("profile", "prefill_tokens_per_second"), format_number),
+        ("decode\ntok/s", ("profile", "decode_tokens_per_second"), format_number),
+    ]
+    columns = [column for column in columns if any(_find(stage, column[1]) is not None for stage in stages.values())]
+    table = plain_table(title_of(summary))
+    table.add_column("stage", style="bold", no_wrap=True)
+    for title, _, _ in columns:
+        table.add_column(title, justify="right", overflow="fold")
+    for name, stage in stages.items():
+        # Memory and speed are compared with the original as it was measured in alternation with this stage.
+        beside = {**original, "profile": stage.get("original_profile") or original.get("profile")}
+        base = original if name == "original" else beside
+        cells = [_cell(_find(stage, path), _find(base, path), form, path) for _, path, form in columns]
+        table.add_row(name, *("-" if name != "original" and not cell else cell for cell in cells))
+    return table
+
+
+def task_table(summary: Mapping[str, Any]) -> Table:
+    """Rows: tasks by their main metric; columns: stages, each with its standard error where known."""
+    stages = _present_stages(summary)
+    table = plain_table("tasks")
+    table.add_column("task", style="bold", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for name in stages:
+        table.add_column(name, justify="right")
+    for task, metric in _main_metrics(summary):
+        cells = []
+        for stage in stages.values():
+            value, error = _find(stage, ("tasks", task, metric)), _find(stage, ("tasks", task, f"{metric}_stderr"))
+            spread = f" ±{format_number(error)}" if value is not None and error is not None else ""
+            cells.append("-" if value is None else format_number(value) + spread)
+        table.add_row(task, metric, *cells)
+    return table
+
+
+def published_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """For each paper whose tasks were run: the mean of each stage, then the published rows."""
+    found = []
+    for title, headings, rows in beside_published.tables(summary):
+        table = plain_table(title)
+        for index, heading in enumerate(headings):
+            left = index == 0 or heading == "source"
+            table.add_column(heading, justify="left" if left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        found.append(table)
+    return found
+
+
+def ratios_table(summary: Mapping[str, Any]) -> Table:
+    """The ratios of a run, each with the way in which it counts, then parameters and seconds."""
+    meanings = {
+        "memory": f"bytes {'on disk' if summary.get('bytes_on_disk') else 'of weights'}, compressed / original",
+        "routed_expert_parameters": "retained / original",
+        "prefill_speedup": "prefill, compressed / original",
+        "decode_speedup": "decode, compressed / original",
+        "refit_gap_closed": "share of the lost loss that the refit brought back, before any training",
+        "gap_closed": "share of the lost loss brought back in all",
+    }
+    table = plain_table("ratios, sizes, times")
+    table.add_column("figure", style="bold")
+    table.add_column("value", justify="right")
+    table.add_column("meaning", style="dim")
+    for name, value in summary.get("ratios", {}).items():
+        shown = f"{value:.2f}x" if name.endswith("speedup") else f"{value:.4f}"
+        table.add_row(name, shown, meanings.get(name, ""))
+    for name, values in summary.get("parameters", {}).items():
+        if "compressed" in values and "original" in values:
+            table.add_row(f"{name} parameters", f"{values['compressed']:,}", f"of {values['original']:,}")
+        elif "original" in values:
+            table.add_row(f"{name} parameters", f"{values['original']:,}", "")
+    for name, value in summary.get("seconds", {}).items():
+        if value < 0.05:
+            continue
+        table.add_row(f"seconds: {name}", f"{value:.1f}", "")
+    return table
+
+
+def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of a comparison of runs; what a run has not measured is absent."""
+    final = "recovered" if "recovered" in summary.get("stages", {}) else "compressed"
+    measured = "compressed" in summary.get("parameters", {}).get("total", {})
+    paths = {
+        "method": ("method",),
+        "recovery": ("recovery",),
+        "original_perplexity": ("stages", "original", "perplexity"),
+        "compressed_perplexity": ("stages", "compressed", "perplexity"),
+        "refitted_perplexity": ("stages", "refitted", "perplexity"),
+        "recovered_perplexity": ("stages", "recovered", "perplexity"),
+        "original_weights_bytes": ("stages", "original", "profile", "weights_bytes"),
+        "weights_bytes": ("stages", final, "profile", "weights_bytes"),
+        "total_parameters": ("parameters", "total", "compressed" if measured else "original"),
+        "memory_ratio": ("ratios", "memory"),
+        "routed_expert_ratio": ("ratios", "routed_expert_parameters"),
+        "refit_gap_closed": ("ratios", "refit_gap_closed"),
+        "gap_closed": ("ratios", "gap_closed"),
+    }
+    row = {name: _find(summary, path) for name, path in paths.items()}
+    if row["weights_bytes"] is None:
+        row["weights_bytes"] = _find(summary, ("stages", "compressed", "profile", "weights_bytes"))
+    if row["memory_ratio"] is None and row["original_weights_bytes"] and row["weights_bytes"]:
+        row["memory_ratio"] = (
+            row["weights_bytes"] / row["original_weights_bytes"]
+        )  # the control has no compressed stage
+    for task, metric in _main_metrics(summary):
+        for stage in ("original", "compressed", "refitted", "recovered"):
+            row[f"{stage}_{task}"] = _find(summary, ("stages", stage, "tasks", task, metric))
+        row[f"original_{task}_error"] = _find(summary, ("stages", "original", "tasks", task, f"{metric}_stderr"))
+    row |= _seconds(summary)
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Of the whole run, and of its parts without evaluation: the search, and what the run did of refit and recovery."""
+    seconds, stages = summary.get("seconds", {}), summary.get("stages", {})
+    if not seconds:
+        return {}
+    parts: dict[str, tuple[str, ...]] = {"search_seconds": ("calibrate", "search", "apply")}
+    for part, stage in (("refit", "refitted"), ("recover", "recovered")):
+        if stage in stages:
+            parts[f"{part}_seconds"] = (part,)
+    found = {name: sum(seconds.get(part, 0.0) for part in own) for name, own in parts.items()}
+    return {"seconds": sum(seconds.values()), **found}
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows: the runs of a sweep with the settings in which they differ; columns that no run has are left out.
+
+    Args:
+        rows: `sweep_row` of each run, with `settings` (mapping) and `status` ("done", or what happened instead).
+    """
+    columns: dict[str, tuple[str, Any]] = {
+        "compressed_perplexity": ("perplexity\ncompr.", format_number),
+        "refitted_perplexity": ("perplexity\nrefit", format_number),
+        "recovered_perplexity": ("perplexity\nrecov.", format_number),
+        "weights_bytes": ("weights", format_bytes),
+        "memory_ratio": ("memory\nratio", "{:.4f}".format),
+        "routed_expert_ratio": ("expert\nratio", "{:.4f}".format),
+        "seconds": ("seconds", "{:.1f}".format),
+    }
+    columns = {name: column for name, column in columns.items() if any(name in row for row in rows)}
+    settings = list(dict.fromkeys(key for row in rows for key in row.get("settings", {})))
+    table = plain_table("comparison")
+    for key in settings:
+        table.add_column(key.replace(".", "\n.", 1), style="bold", overflow="fold")
+    for title, _ in columns.values():
+        table.add_column(title, justify="right", overflow="fold")
+    failed = any(row.get("status", "done") != "done" for row in rows)
+    if failed:
+        table.add_column("status")
+    for row in rows:
+        cells = [str(row.get("settings", {}).get(key, "")) for key in settings]
+        cells += [form(row[name]) if name in row else "-" for name, (_, form) in columns.items()]
+        table.add_row(*cells, *([str(row.get("status", "done"))] if failed else []))
+    return table
+
+
+def format_bytes(size: float) -> str:
+    """1234567 -> "1.23 MB" (decimal units, three digits)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:#.3g} {unit}".replace(". ", " ")
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def format_number(value: float) -> str:
+    """About four digits, thousands separated, no exponent unless the number is tiny."""
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.1e}"
+    digits = 4 if abs(value) < 1 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    return f"{value:,.{digits}f}"
+
+
+def _console() -> Console:
+    # A file or a pipe has no width of its own: there the tables are as wide as they need to be.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _cell(value: Any, original: Any, form: Any, path: tuple[str, ...]) -> str:
+    if value is None:
+        return ""
+    # No ratio for what has no original to be compared with: the original itself, or a divergence from it.
+    if not original or value is original or path[-1] == "kl_to_original":
+        return str(form(value))
+    return f"{form(value)}\n[dim]{value / original:.2f}x[/dim]"
+
+
+def _main_metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(task, metric) for every task of any stage."""
+    found: dict[str, str] = {}
+    for stage in _present_stages(summary).values():
+        for task, metrics in stage.get("tasks", {}).items():
+            names = [name for name in metrics if not name.endswith("_stderr")]
+            best = next((name for name in MAIN_METRICS if name in names), names[0] if names else None)
+            if best is not None:
+                found.setdefault(task, best)
+    return list(found.items())
+
+
+def _present_stages(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    stages = summary.get("stages", {})
+    return {name: stages[name] for name in STAGES if name in stages}
+
+
+def _find(values: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        if not isinstance(values, Mapping) or key not in values:
+            return None
+        values = values[key]
+    return values
+
+
+def plain_table(title: str) -> Table:
+    """An empty table in the style of all of them."""
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )

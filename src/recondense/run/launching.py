@@ -1,0 +1,327 @@
+"""The processes of a run: those of torchrun or SLURM, or such as this one starts itself; they end together.
+
+Each process finds in its environment what torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR
+and MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from recondense import processes
+from recondense.config.schema import TrainerConfig
+from recondense.errors import UserError
+
+POLL = 0.3  # seconds between looks at the others
+GRACE = 5.0  # seconds in which a process may come to an error of its own after another's
+FAILED = "failed"  # in the store: "rank:exit code" of the first to fail
+NOTICED = "noticed"  # in the store: how many of the others know
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes a run has.
+
+    Args:
+        on_node: of each machine.
+        nodes: machines.
+        found: they run already.
+    """
+
+    on_node: int
+    nodes: int
+    found: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.on_node * self.nodes
+
+
+class Peer(SystemExit):
+    """The end of a process because of what happened in another, which has said so."""
+
+
+def found_environment() -> ClusterEnvironment | None:
+    """What started this process together with others, if anything has."""
+    if TorchElasticEnvironment.detect() or "LOCAL_WORLD_SIZE" in os.environ:  # the second: by this module
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:  # srun, not a batch script by itself
+        return SLURMEnvironment()
+    return None
+
+
+def layout(settings: TrainerConfig, gpu: bool) -> Layout:
+    """The processes that the settings mean here.
+
+    Args:
+        gpu: whether each computes on a card of its own.
+
+    Raises:
+        UserError: others than those that were started.
+    """
+    cluster = found_environment()
+    if cluster is None:
+        if settings.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
+            raise UserError(
+                f"trainer.num_nodes={settings.num_nodes}: nothing says where the other machines are; start with "
+                "torchrun or srun on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
+            )
+        own = (torch.cuda.device_count() if gpu else 1) if settings.devices == "auto" else int(settings.devices)
+        return Layout(max(own, 1), settings.num_nodes)
+    size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if isinstance(cluster, SLURMEnvironment) else cluster.world_size()
+    own = size // settings.num_nodes if settings.devices == "auto" else int(settings.devices)
+    if own * settings.num_nodes != size:
+        raise UserError(
+            f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
+            "started; use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
+        )
+    return Layout(own, settings.num_nodes, found=True)
+
+
+@contextmanager
+def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = None) -> Iterator[None]:
+    """Inside, all processes of the run go through the same; one that fails ends the others.
+
+    A run of one process has no process group, unless its engine needs one.
+
+    Args:
+        gpu: whether each computes on a card of its own.
+        command: starts a further process; None: what started this one.
+
+    Raises:
+        UserError: as `layout`.
+        Peer: another process failed.
+    """
+    planned = layout(settings, gpu)
+    if planned.world_size == 1 and settings.strategy in ("auto", "ddp"):
+        yield
+        return
+    before = dict(os.environ)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        os.environ.update(_environment(planned))
+        if not planned.found:
+            children = _start(planned, command or [sys.executable, *sys.argv])
+        with _group(settings, gpu, children):
+            yield
+        for child in children:
+            child.wait(timeout=60)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _environment(planned: Layout) -> dict[str, str]:
+    """The variables of this process; a first one's where it starts the others."""
+    cluster = found_environment() or LightningEnvironment()
+    node = cluster.node_rank()
+    rank = cluster.global_rank() if planned.found else node * planned.on_node
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(cluster.local_rank() if planned.found else 0),
+        "WORLD_SIZE": str(planned.world_size),
+        "LOCAL_WORLD_SIZE": str(planned.on_node),
+        "NODE_RANK": str(node),
+        "MASTER_ADDR": cluster.main_address,
+        "MASTER_PORT": str(cluster.main_port),
+    }
+
+
+def _start(planned: Layout, command: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+    first = int(os.environ["RANK"])
+    return [
+        subprocess.Popen(list(command), env={**os.environ, "RANK": str(first + number), "LOCAL_RANK": str(number)})
+        for number in range(1, planned.on_node)
+    ]
+
+
+@contextmanager
+def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ and settings.num_threads is None:
+        torch.set_num_threads(max(1, threads // here))
+    if gpu:
+        torch.cuda.set_device(local)
+    timeout = timedelta(hours=settings.timeout_hours)  # the first evaluates alone while the others wait
+    with _meeting(children):
+        processes.begin("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout)
+    watch = _Watch.beginning(children)
+    try:
+        yield
+        processes.barrier()
+    except BaseException as error:
+        if not watch.tell(_exit_code(error)):
+            raise Peer(watch.code) from None
+        raise
+    finally:
+        watch.stop()
+        processes.end()
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _meeting(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Ends this process when one that it started ends before all have met: it would wait for it, for hours."""
+    met = threading.Event()
+
+    def follow() -> None:
+        while not met.wait(POLL):
+            code = next((child.returncode for child in children if child.poll() is not None), None)
+            if code is not None and not met.is_set():
+                log.error("a process of this run ended with exit code %d before it had begun", code)
+                for child in children:
+                    child.kill()
+                logging.shutdown()
+                os._exit(code if code > 0 else 1)
+
+    threading.Thread(target=follow, daemon=True, name="recondense-meeting").start()
+    try:
+        yield
+    finally:
+        met.set()
+
+
+def _exit_code(error: BaseException) -> int:
+    """About that of a process which the error ends."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, UserError | OSError) else 1
+
+
+@dataclass
+class _Watch:
+    """A thread that ends this process when another has failed: it may wait for that one in a collective, for hours.
+
+    Args:
+        store: shared by all processes, over a connection of the thread's own.
+        children: processes that this one started.
+    """
+
+    store: dist.Store
+    children: Sequence[subprocess.Popen[bytes]]
+    code: int = 1
+    _over: threading.Event = field(default_factory=threading.Event)
+    _lock: Any = field(default_factory=threading.Lock)
+
+    @classmethod
+    def beginning(cls, children: Sequence[subprocess.Popen[bytes]]) -> _Watch:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+            timeout=timedelta(seconds=60),
+        )  # fmt: skip
+        found = cls(dist.PrefixStore(f"recondense/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), children)
+        threading.Thread(target=found._follow, daemon=True, name="recondense-peers").start()
+        return found
+
+    def tell(self, code: int) -> bool:
+        """Let the others end with this exit code; whether this process is the first to fail, and should say why."""
+        self._over.set()
+        mine = f"{processes.rank()}:{code}"
+        try:
+            with self._lock:
+                found = self.store.compare_set(FAILED, "", mine).decode()
+                self.code = int(found.partition(":")[2])
+                if found != mine:
+                    self.store.add(NOTICED, 1)
+                elif processes.rank() == 0:  # whose end ends the store
+                    self._until(lambda: self.store.add(NOTICED, 0) >= dist.get_world_size() - 1)
+        except RuntimeError:  # the first process is gone, and with it the store
+            return False
+        return found == mine
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def _follow(self) -> None:
+        while not self._over.wait(POLL):
+            code = self._failed()
+            if code is None:
+                continue
+            if not self._over.wait(GRACE):
+                for child in self.children:
+                    child.kill()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def _failed(self) -> int | None:
+        """The exit code of another process that has failed."""
+        try:
+            with self._lock:
+                if not self._over.is_set() and self.store.check([FAILED]):
+                    self.store.add(NOTICED, 1)
+                    return int(self.store.get(FAILED).decode().partition(":")[2])
+        except RuntimeError:
+            return 1
+        dead = [code for code in (child.poll() for child in self.children) if code]
+        return dead[0] if dead and dead[0] > 0 else (1 if dead else None)
+
+    def _until(self, met: Callable[[], bool]) -> None:
+        end = time.monotonic() + 2 * GRACE
+        while not met() and time.monotonic() < end:
+            time.sleep(POLL)
+
+
+def problems(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str, int]) -> list[str]:
+    """What is wrong with the processes of a run, as sentences.
+
+    Args:
+        batch_sizes: windows of a step, by the name of the setting.
+    """
+    devices = settings.devices
+    if (devices != "auto" and (isinstance(devices, str) or devices < 1)) or settings.num_nodes < 1:
+        return [
+            f"trainer.devices={devices}, trainer.num_nodes={settings.num_nodes}: write how many processes each "
+            "machine has (auto: one for each card, or what torchrun or srun has started), and how many machines."
+        ]
+    try:
+        planned = layout(settings, gpu)
+    except UserError as error:
+        return [str(error)]
+    found = [
+        f"{name}={size}: each of {planned.world_size} processes takes an equal part of a batch. Use a multiple of "
+        f"{planned.world_size}, or another trainer.devices."
+        for name, size in batch_sizes.items()
+        if size % planned.world_size
+    ]
+    if gpu and not planned.found and planned.on_node > torch.cuda.device_count():
+        found.append(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return found
+
+
+def of_a_sweep() -> list[str]:
+    """What speaks against several runs of this command."""
+    cluster = found_environment()
+    if cluster is None or cluster.world_size() == 1:
+        return []
+    return [
+        f"-m: {cluster.world_size()} processes were started for a sweep, whose runs follow one another and start their "
+        "own. Start it by itself: python train.py -m trainer=ddp trainer.devices=N."
+    ]

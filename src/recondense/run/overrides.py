@@ -1,0 +1,111 @@
+"""Explains overrides that Hydra cannot place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import yaml
+from hydra import compose
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recondense.config.reader import nearest, suggestion
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)  # what Hydra raises for overrides
+
+
+def compose_run(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> dict[str, Any] | None:
+    """The composed values of one run; overrides that cannot be placed become problems and are left out."""
+    try:
+        config = compose(name, overrides)
+    except COMPOSE_ERRORS:
+        try:
+            compose(name, [])
+        except COMPOSE_ERRORS as error:
+            problems.append(f"--config-name={name}: {_reason(error)}")
+            return None
+        config = _compose_stepwise(name, overrides, loader, problems)
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        problems.append(f"the config cannot be resolved: {str(error).splitlines()[0]}")
+        return None
+
+
+def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> DictConfig:
+    config, kept = compose(name, []), list[str]()
+    groups = set(groups_of(loader))
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].lstrip("+~") not in groups):
+        try:
+            config = compose(name, [*kept, text])
+            kept.append(text)
+        except COMPOSE_ERRORS as error:
+            message, instead = _explain(text, config, loader, error)
+            problems.append(message)
+            if instead is not None:
+                kept.append(instead)
+                config = compose(name, kept)
+    return config
+
+
+def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Exception) -> tuple[str, str | None]:
+    """Why an override cannot be placed, and the one that was probably meant."""
+    override = OverridesParser.create().parse_override(text)
+    key = override.key_or_group
+    if key in (*groups_of(loader), *(f"hydra/{group}" for group in loader.list_groups("hydra"))):
+        options = _choices(key, loader)
+        word = text.partition("=")[2]
+        if word not in options:
+            near = nearest(word, options)
+            return f"{text}: there is no such {key}. {suggestion(word, options)}", near and f"{key}={near}"
+    elif OmegaConf.select(config, key, default=None) is None:
+        return f"{key}: there is no such setting. {_suggest_key(key, config, loader)}", None
+    return f"{text}: {_reason(error.__cause__ or error)}", None
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in a line; where a YAML is broken stands in the last of several."""
+    lines = str(error).splitlines()
+    return " ".join(" ".join(lines if isinstance(error, yaml.YAMLError) else lines[:1]).split())
+
+
+def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
+    """Where a setting of that name stands, or which ones stand beside it."""
+    parent, _, leaf = key.rpartition(".")
+    names = list(_names(config))
+    elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"Did you mean {' or '.join(elsewhere[:3])}?"
+    beside = OmegaConf.select(config, parent) if parent else config
+    if isinstance(beside, DictConfig):
+        choices = {str(name) for name in beside} | (set() if parent else set(groups_of(loader)))
+        return suggestion(leaf, choices, prefix=parent and f"{parent}.")
+    near = nearest(key, [*names, *groups_of(loader)])
+    return f"Did you mean {near}?" if near else f"Groups: {', '.join(groups_of(loader))}."
+
+
+def _names(config: DictConfig, path: str = "") -> Iterator[str]:
+    """Dotted names of all settings."""
+    for key in map(str, config):
+        node = None if OmegaConf.is_interpolation(config, key) or OmegaConf.is_missing(config, key) else config[key]
+        if isinstance(node, DictConfig):
+            yield from _names(node, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def _choices(group: str, loader: ConfigLoader) -> list[str]:
+    """A group's files and those of the folders in it, as folder/name; one that starts with _ is a part of others."""
+    names = [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
+    return names + [
+        f"{folder}/{name}" for folder in loader.list_groups(group) for name in _choices(f"{group}/{folder}", loader)
+    ]
+
+
+def groups_of(loader: ConfigLoader) -> list[str]:
+    return [group for group in loader.list_groups("") if group != "hydra"]

@@ -1,0 +1,369 @@
+"""The stages of a run in order: load, evaluate, search, apply, recover, measure, export. Reuses what is on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from recondense import processes
+from recondense.calibration.record import recorder
+from recondense.config.schema import WORK, Config, RecoveryConfig
+from recondense.config.stages import stages_of
+from recondense.data.texts import Texts
+from recondense.errors import ConfigError
+from recondense.evaluation import profiling
+from recondense.export.export import export, how_to_load
+from recondense.export.layout import layer_shapes, layout
+from recondense.export.push import push_folder
+from recondense.files import write_aside
+from recondense.models import decoder, families, loading, parameters, quantized, streaming
+from recondense.models.model_files import history_of
+from recondense.plan import Plan
+from recondense.progress import configure, progress
+from recondense.recovery.module import RecoveryModule
+from recondense.report import model_card, summary, tables, tracking
+from recondense.report.structure_picture import picture_of
+from recondense.run import launching, run_folder, tiny
+from recondense.run.inputs import inputs_of, keep_inputs
+from recondense.run.measure import Measure
+from recondense.run.plan_only import plan_only
+from recondense.run.recover import Fits
+from recondense.run.search import MethodStep, find_plan, scratch_bytes
+
+log = logging.getLogger(__name__)
+
+SLACK = 300 * 2**20  # of memory: libraries that are loaded later, the allocator, a block of texts
+
+
+class MakeCallbacks(Protocol):
+    """Gives the Lightning callbacks of a fit, by its stage (pretrain, recovery or a stage's own name, control or
+    control/<stage>), tasks and folders of task files."""
+
+    def __call__(self, stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]: ...
+
+
+def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]:
+    return ()
+
+
+def run(
+    config: Config,
+    steps: Sequence[MethodStep],
+    callbacks: MakeCallbacks = no_callbacks,
+    command: Sequence[str] | None = None,
+) -> Any:
+    """One run, or what is left of it; the same config finds its folder again.
+
+    Of several processes the first writes, prints and evaluates.
+
+    Args:
+        steps: the method's steps, in order.
+        callbacks: makes those of each Lightning Trainer.
+        command: starts a further process of this run; None: what started this one.
+
+    Returns:
+        the metric that a sweep compares, None if this run does not measure it; a tuple for several.
+
+    Raises:
+        ConfigError: another process works in the folder.
+        UserError, OSError: what the user can mend; the message says how.
+    """
+    folder = config.run_folder()
+    if config.plan_only:
+        if processes.first_to_start():
+            with _folder(config, folder):
+                run_folder.begin(config, folder)
+                plan_only(config, steps, folder)
+        return None
+    gpu = loading.device_of(config.model).type == "cuda"
+    with launching.started(config.trainer, gpu, command), _folder(config, folder):
+        done = processes.broadcast((folder / "summary.json").exists() and not config.overwrite)
+        if not done:
+            _Run(config, steps, callbacks, folder).finish()
+        if not processes.is_first():
+            return None
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+        if done and _uploads(config, found):
+            print(f"done but for the upload: {folder} holds this run")
+        elif done:
+            print(f"all done: {folder} holds this run; overwrite=true starts it anew")
+        tables.print_report(found)
+        print(f"\nresults: {folder}")
+        if _uploads(config, found):
+            _upload(config, folder, found)
+        return summary.metric(found, config.metric)
+
+
+def _uploads(config: Config, found: Mapping[str, Any]) -> bool:
+    """Whether an upload of the exported folder is asked for and has not been made."""
+    repository, artifacts = config.export.push_to_hub, found["artifacts"]
+    return repository is not None and "model" in artifacts and artifacts.get("hub") != repository
+
+
+def _upload(config: Config, folder: Path, found: dict[str, Any]) -> None:
+    """Upload the exported folder and keep that in summary.json; after a failure the same command tries again."""
+    repository = str(config.export.push_to_hub)
+    with progress(f"pushing to {repository}"):
+        push_folder(folder / "model", repository, config.export.private)
+    found["artifacts"]["hub"] = repository
+    _write_summary(folder, found)
+
+
+def _write_summary(folder: Path, found: Mapping[str, Any]) -> None:
+    write_aside(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _folder(config: Config, folder: Path) -> Iterator[None]:
+    """Inside, the folder is this run's: no other process works in it but those of the run."""
+    _quiet(config)
+    if not processes.is_first():
+        processes.barrier()
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            [f"run folder {folder}: another process is working in it; wait for it or set run_dir"]
+        ) from None
+    try:
+        run_folder.repair(folder)
+        if (folder / "config.yaml").exists() and not (config.plan_only or config.overwrite):  # which start anew
+            log.info("going on in %s", folder)
+        processes.barrier()
+        yield
+    finally:
+        lock.release()
+
+
+def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
+    """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
+    settings = config.model
+    path = settings.path or processes.by_first(
+        lambda: tiny.ensure(settings, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))
+    )
+    pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None
+    with processes.first_before_others() if settings.path else nullcontext():  # a hub id is downloaded once
+        return loading.load(settings, path, pages)
+
+
+def _quiet(config: Config) -> None:
+    """Settings of the process: what it shows, and its threads."""
+    configure(None if config.trainer.progress_bar and processes.is_first() else False)
+    for logger in map(logging.getLogger, ("recondense", "callbacks")):
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
+            logger.setLevel(logging.INFO)
+            logger.propagate = False  # Hydra's root handler would say everything twice
+        if not processes.is_first():
+            logger.setLevel(logging.ERROR)
+    for noisy in ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "transformers.tokenization_utils_base"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # "loading", "exporting": the stages have bars of their own
+    # Lightning still asks torch in an old way; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # resuming is
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning")
+    if config.trainer.num_threads:
+        torch.set_num_threads(config.trainer.num_threads)
+
+
+class _Run:
+    """The stages of one run. Each keeps its result in the folder and is skipped when that is there."""
+
+    def __init__(self, config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks, folder: Path) -> None:
+        self.config = config
+        self.steps = steps
+        self.callbacks = callbacks
+        self.folder = folder
+        self.loggers: list[Logger] = []
+        self.memory: dict[str, int] = {}  # what the peak of a streamed run is made of, and the peak once it was taken
+
+    def finish(self) -> None:
+        """Run what is left, then write summary.json. Until all inputs have been read, the folder stays as it was."""
+        config = self.config
+        with processes.first_before_others():
+            texts = Texts.read(config, bool(self.steps))
+        at_start = profiling.peak_resident_bytes()
+        model, tokenizer = load(config, self.callbacks)
+        inputs = inputs_of(config, model, tokenizer, texts, bool(self.steps))
+        if processes.is_first():
+            run_folder.begin(config, self.folder)
+        keep_inputs(self.folder, inputs)
+        wandb = config.logger.wandb
+        named = replace(wandb, name=wandb.name or f"{config.experiment_name}-{config.run_hash()}")
+        if processes.is_first():
+            self.loggers = tracking.make_loggers(replace(config.logger, wandb=named), self.folder, config.resolved())
+        try:
+            measure = Measure(config, self.folder, model, tokenizer, texts, inputs)
+            found = self._stages(measure, at_start)
+            if not processes.is_first():
+                return
+            tracking.log_summary(self.loggers, found)
+            _write_summary(self.folder, found)
+        finally:
+            tracking.finish_loggers(self.loggers)
+
+    def _stages(self, measure: Measure, at_start: int) -> dict[str, Any]:
+        """Measure, search, apply, recover and export; what summary.json says of it.
+
+        Args:
+            at_start: resident bytes at most before the model was loaded.
+        """
+        config, folder = self.config, self.folder
+        model, tokenizer, texts = measure.model, measure.tokenizer, measure.texts
+        if streaming.is_streamed(model):
+            self.memory = {
+                "before_bytes": at_start,
+                "outside_layers_bytes": streaming.bytes_outside_layers(model),
+                "layer_bytes": streaming.page_bytes(model),
+                "scratch_bytes": scratch_bytes(config, decoder.device(model), model),
+            }
+        measure.original()
+        sizes = {"original": parameters.sizes(model)}
+        with measure.timed("search"):
+            plan = find_plan(config, self.steps, model, tokenizer, texts, measure.inputs, folder, measure.timed)
+        if processes.is_first():
+            self._show(plan, model)
+        recovery = config.recovery if plan.operations else _without_teacher(config.recovery)
+        stages = stages_of(replace(config, recovery=recovery))
+        if recovery != config.recovery:
+            log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
+        history = history_of(config.model)
+        module = RecoveryModule(
+            model,
+            stages[0].recovery,
+            plan=plan,
+            trained_layers=None if plan.operations else history.changed(len(decoder.decoder_layers(model))),
+            tokenizer=tokenizer,
+            record=recorder(config, model, tokenizer, texts, folder, measure.timed),
+            later=[stage.recovery for stage in stages[1:]],
+        )
+        with measure.timed("apply"):
+            module.prepare(refit=False)
+        if config.export.format == "stock" and config.export.enabled is not False:
+            layout(model, layer_shapes(model), config.export)  # or its error, before anything is trained
+        sizes["compressed"] = parameters.sizes(model)
+        if plan.operations:
+            measure.stage("compressed", module)
+        else:
+            measure.unchanged(module)
+        if any(operation.kind == "refit" for operation in plan.operations):
+            with measure.timed("refit"):
+                measure.keep_refit(module.refit())
+            measure.stage("refitted", module)
+        if config.recovery.objective != "none":
+            fits = Fits(config, stages, folder, texts, measure, self.callbacks, self.loggers, self._take_peak)
+            self._recover(module, fits)
+            measure.stage("recovered", module, self._original_again if config.model.streaming else None)
+            if config.recovery.control and plan.operations:
+                fits.control(module)
+        done = (
+            fits.done if config.recovery.objective != "none" and (config.recovery.stages or fits.texts.counts) else None
+        )
+        return processes.by_first(lambda: self._collect(measure, plan, recovery.objective, sizes, done))
+
+    def _collect(
+        self, measure: Measure, plan: Plan, objective: str, sizes: dict[str, Any], done: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        """What summary.json says, and the export."""
+        config, folder, model = self.config, self.folder, measure.model
+        found = summary.collect(
+            *(config, objective, plan, sizes, model, measure.stages, measure.refit, measure.seconds),
+            measure.texts.sha256(),
+        )
+        if done is not None:
+            found["recovery_stages"] = done
+        stored = quantized.stored(config.model.path, config.model.revision) if config.model.path else None
+        if stored and plan.operations:
+            found = summary.with_bytes_on_disk(found, stored, parameters.weights_bytes(model))
+        changed = bool(plan.operations) or config.recovery.objective != "none"
+        if config.export.enabled is True or (config.export.enabled == "auto" and changed):
+            with measure.timed("export"), progress("exporting"):
+                card = model_card.model_card(found)
+                whole = replace(plan, history=history_of(config.model))
+                kind = export(model, measure.tokenizer, whole, folder / "model", card, config.export)
+            log.info("exported: %s (%s)", folder / "model", kind)
+            found["artifacts"] |= {"model": "model", "export_format": kind}
+            if stored and plan.operations:
+                found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)
+                write_aside(
+                    folder / "model" / "README.md", model_card.model_card(found) + how_to_load(folder / "model")
+                )
+            tracking.log_export(self.loggers, folder / "model")
+        if streaming.is_streamed(model):  # no recovery has brought it in
+            self._take_peak()
+        if self.memory:
+            found["memory"] = self.memory
+        found["seconds"] = measure.seconds
+        return found
+
+    def _take_peak(self) -> None:
+        """What a model larger than memory took of it, printed, and a warning where that is more than it should be."""
+        before = self.memory
+        self.memory = found = {"peak_resident_bytes": profiling.peak_resident_bytes(), **before}
+        bound = before["before_bytes"] + before["outside_layers_bytes"] + 2 * before["layer_bytes"]
+        bound += before["scratch_bytes"] + SLACK
+        shown = {name: tables.format_bytes(size) for name, size in found.items()}
+        log.info(
+            "peak memory %s: %s before the model, %s outside its layers, two layers of %s, scratch %s, and tokens",
+            *(shown[f"{name}_bytes"] for name in ("peak_resident", "before", "outside_layers", "layer", "scratch")),
+        )
+        if found["peak_resident_bytes"] > bound:
+            log.warning("peak memory is above the bound of %s; please report this", tables.format_bytes(bound))
+
+    @contextmanager
+    def _original_again(self) -> Iterator[Any]:
+        """The original from its checkpoint, after the compressed model has taken its place."""
+        yield load(self.config, self.callbacks)[0]
+
+    def _show(self, plan: Plan, model: Any) -> None:
+        if not plan.operations:
+            return
+        facts = families.facts(model.config)
+        picture = picture_of(plan.to_dict(), facts.num_experts, facts.moe_layers, self.folder / "plan.png")
+        tracking.log_plan(self.loggers, plan.to_dict(), picture)
+
+    def _recover(self, module: RecoveryModule, fits: Fits) -> None:
+        if module.teacher is not None and processes.is_first():
+            together = parameters.resident_bytes(module.model, module.teacher)
+            alone = parameters.resident_bytes(module.model)
+            with module.original():
+                apart = alone + parameters.resident_bytes(module.model)
+            log.info(
+                "student and teacher on one backbone: %s resident (the student alone %s; two whole models %s)",
+                *(tables.format_bytes(size) for size in (together, alone, apart)),
+            )
+        fits.recover(module)
+
+
+def _without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
+    """The same recovery of a model that is its own original: next-token training in place of distillation.
+
+    What learns from another model goes on doing so.
+    """
+
+    def objective(own: Mapping[str, Any]) -> Any:
+        wanted, teacher = own.get("objective", recovery.objective), own.get("teacher", recovery.teacher)
+        return "finetune" if wanted == "distill" and teacher != "model" else wanted
+
+    stages = recovery.stages
+    if stages is not None:
+        stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
+    return replace(recovery, objective=objective({}), stages=stages)

@@ -1,0 +1,230 @@
+"""`plan_only=true`: what a run would make of a model's sizes, printed and kept as summary.json, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PretrainedConfig, PreTrainedModel
+
+from recondense.config.schema import Config
+from recondense.files import write_aside
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.decompose import Decompose
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.models import classes, families
+from recondense.models.quantized import quantization, stored_bytes
+from recondense.operations import Drop, Factorize
+from recondense.plan import Plan
+from recondense.report import summary, tables
+from recondense.report.published import AVERAGE_RANKS, CDMOE, MOEI2, PAPER_TITLES, Result, find, published_model
+from recondense.report.tables import plan_line, print_tables
+from recondense.run.preflight import planned_config
+from recondense.run.search import refits
+from recondense.run.sizes import LayerSize, OutliningStep, Sizes, compare
+
+
+def beside_published(model: PreTrainedModel, steps: Sequence[OutliningStep]) -> list[tuple[Result, Sizes]]:
+    """The settings that a method's paper publishes of this very model, each with its sizes; empty if there are none.
+
+    Args:
+        model: on the meta device, as it is published.
+        steps: of the command; the first says whose paper it is.
+    """
+    facts = families.facts(model.config)
+    known = published_model(facts.model_type, facts.hidden_size, facts.num_layers, facts.num_experts)
+    if known is None or not steps:
+        return []
+    found: dict[tuple[Any, ...], tuple[Result, list[OutliningStep]]] = {}  # some rows stand in two tables
+    if isinstance(steps[0], CDMoE):
+        for row in find(known.name, paper=CDMOE, method="cdmoe", fine_tuned=False):
+            if row.num_layers is not None and row.num_experts is not None and row.memory_ratio is not None:
+                step = CDMoE(num_experts=row.num_experts, num_layers=row.num_layers)
+                found.setdefault((-row.num_experts, row.num_layers), (row, [step]))
+    elif isinstance(steps[0], InterExpertPruning):
+        for row in find(known.name, paper=MOEI2, method="moei2"):
+            assert row.pruned_ratio is not None and row.removed_expert_ratio is not None
+            both: list[OutliningStep] = [InterExpertPruning(prune_ratio=row.pruned_ratio)]
+            if row.removed_expert_ratio > row.pruned_ratio:
+                both.append(Decompose(average_rank=AVERAGE_RANKS[known.name]))
+            found[(row.removed_expert_ratio,)] = row, both
+    return [(row, compare(model, own)) for _, (row, own) in sorted(found.items())]
+
+
+GIB = 2**30
+
+
+def plan_only(config: Config, steps: Sequence[OutliningStep], folder: Path) -> None:
+    """Print the sizes of a run and write summary.json: no stages, for nothing was measured.
+
+    Raises:
+        UserError: a budget that the method cannot keep; a quantisation whose bytes are not known.
+    """
+    planned = planned_config(config.model, plan_only=True)
+    dtype = weights_dtype(planned, config.model.dtype)
+    quantized = quantization(planned) if config.model.dtype == "auto" else {}
+    model = classes.on_meta(planned, dtype)
+    sizes = compare(model, steps, stored_bytes(model, quantized))
+    found = _summary(config, model, sizes)
+    tables = [size_table(found, bool(quantized), dtype), layer_table(sizes)]
+    rows = beside_published(model, steps)
+    print_tables([*tables, *([published_table(rows)] if rows else [])])
+    print(f"\nplan: {plan_line(found['operations'])}")
+    for note in _notes(steps, sizes, quantized, dtype, planned):
+        print(note)
+    write_aside(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(f"\nsizes: {folder / 'summary.json'}")
+
+
+def weights_dtype(planned: PretrainedConfig, wanted: str) -> torch.dtype:
+    """The type of a model's weights: as asked for, else as its config says, else float32."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    return planned.dtype if isinstance(planned.dtype, torch.dtype) else torch.float32
+
+
+def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
+    """As of a run, without what is measured; `plan_only` tells the two apart."""
+    operations = (*sizes.operations, *refits(sizes.operations, config.method.get("refit", False)))
+    sides = {"original": sizes.before, "compressed": sizes.after}
+    counted = {
+        name: {"total": size.total, "routed_experts": size.routed_experts, "active_per_token": size.active}
+        for name, size in sides.items()
+    }
+    found = summary.header(config, config.recovery.objective, Plan("", operations), counted, model, {})
+    return {
+        **found,
+        "plan_only": True,
+        "weights_bytes": {name: size.weights_bytes for name, size in sides.items()},
+        "stages": {},
+        "ratios": {
+            "memory": sizes.after.weights_bytes / sizes.before.weights_bytes,
+            **summary.ratios({}, counted),
+        },
+        "seconds": {},
+        "artifacts": {},
+    }
+
+
+def _notes(
+    steps: Sequence[OutliningStep],
+    sizes: Sizes,
+    quantized: dict[str, Any],
+    dtype: torch.dtype,
+    planned: PretrainedConfig,
+) -> list[str]:
+    """What the figures do not say of themselves."""
+    found = []
+    chosen = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
+    given = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
+    some = bool(chosen) and not {operation.layer for operation in chosen} >= set(families.facts(planned).moe_layers)
+    picked = any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in chosen)
+    words = ["layers"] * (some and not given) + ["experts"] * picked
+    if words:
+        found.append(f"which {' and '.join(words)}: decided by calibration; the first ones stand in for them here")
+    found += [f"decided by calibration too: {step.left_open}" for step in steps if step.left_open]
+    if quantized:
+        name = str(dtype).removeprefix("torch.")
+        found.append(
+            f"the checkpoint is stored in {quantized['quant_method']} and dequantised on loading: the sizes before are "
+            f"bytes on disk, those after are {name}; model.dtype={name} counts both in it, where the ratio is "
+            f"{sizes.after.total / sizes.before.total:.4f}"
+        )
+    elif not isinstance(planned.dtype, torch.dtype) and dtype == torch.float32:
+        found.append("the config names no type of weights; float32 is counted")
+    return found
+
+
+def size_table(found: dict[str, Any], quantized: bool, dtype: torch.dtype) -> Table:
+    """Rows: parameters and bytes; columns: before, after, ratio."""
+    table = tables.plain_table(f"{found['model']}: {found['method']}, from shapes alone")
+    for name in ("", "before", "after", "ratio"):
+        table.add_column(name, justify="right" if name else "left", style=None if name else "bold")
+    names = {
+        "total": "parameters",
+        "routed_experts": "of routed experts",
+        "active_per_token": "active for a token",
+    }
+    for key, name in names.items():
+        before, after = (found["parameters"][key][side] for side in ("original", "compressed"))
+        table.add_row(name, f"{before:,}", f"{after:,}", _ratio(after, before))
+    before, after = found["weights_bytes"]["original"], found["weights_bytes"]["compressed"]
+    name = "memory (weights)" if not quantized else "bytes as stored"
+    table.add_row(name, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
+    if quantized:  # what is dequantised takes more bytes without any change
+        size = dtype.itemsize
+        before, after = (found["parameters"]["total"][side] * size for side in ("original", "compressed"))
+        words = f"memory, both {str(dtype).removeprefix('torch.')}"
+        table.add_row(words, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
+    return table
+
+
+def layer_table(sizes: Sizes) -> Table:
+    """One row for layers of the same outcome: experts, ranks and bytes of one of them."""
+    table = tables.plain_table("decoder layers")
+    table.add_column("layers", style="bold", overflow="fold")
+    table.add_column("outcome")
+    for name in ("experts", "ranks", "bytes of one", "ratio"):
+        table.add_column(name, justify="right")
+    groups: dict[LayerSize, list[int]] = {}
+    for layer, size in sizes.layers.items():
+        groups.setdefault(size, []).append(layer)
+    for size, layers in groups.items():
+        table.add_row(
+            f"{ranges(layers)} ({len(layers)})",
+            size.outcome or ("as it is" if size.experts_before is not None else "dense, as it is"),
+            _experts(size),
+            "" if size.ranks is None else "-".join(map(str, sorted({*size.ranks}))),
+            f"{tables.format_bytes(size.bytes_before)} -> {tables.format_bytes(size.bytes_after)}",
+            _ratio(size.bytes_after, size.bytes_before),
+        )
+    return table
+
+
+def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
+    """What the paper publishes of this model beside what its settings come to here."""
+    condensing = rows[0][0].paper == CDMOE
+    what = "memory, compressed / original" if condensing else "routed experts' parameters that go"
+    table = tables.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {what}")
+    table.add_column("setting", style="bold")
+    gibibytes = () if condensing else ("GiB here", "GB published")
+    for name in ("from shapes", "published", *gibibytes, "mean score"):
+        table.add_column(name, justify="right")
+    for row, sizes in rows:
+        if condensing:
+            ratio = sizes.after.weights_bytes / sizes.before.weights_bytes
+            cells = [f"{ratio:.4f}", f"{row.memory_ratio:.3f}"]
+        else:
+            cut = 1 - sizes.after.routed_experts / sizes.before.routed_experts
+            memory = "" if row.memory_gb is None else f"{row.memory_gb:.2f}"
+            cells = [f"{cut:.2%}", f"{row.removed_expert_ratio:.2%}", f"{sizes.after.weights_bytes / GIB:.2f}", memory]
+        table.add_row(row.setting, *cells, f"{row.mean}")
+    return table
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Ascending indices in words: 0, 3-9."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][-1] + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)
+
+
+def _experts(size: LayerSize) -> str:
+    if size.experts_before is None:
+        return ""
+    if not size.outcome:
+        return f"{size.experts_before}"
+    active = " always active" if size.always_active and size.experts_after else ""
+    return f"{size.experts_before} -> {size.experts_after}{active}"
+
+
+def _ratio(after: float, before: float) -> str:
+    return f"{after / before:.4f}" if before else ""

@@ -1,0 +1,179 @@
+"""What a method makes of a model's sizes, from shapes alone: on the meta device, without weights and without texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from recondense.models import decoder, families, views
+from recondense.models.blocks import CondensedMoE, SkippedLayer, Zeros
+from recondense.models.parameters import routed_parameters, total_parameters, weights_bytes
+from recondense.models.quantized import BytesOf
+from recondense.operations import Drop, Factorize, Operation
+from recondense.plan import Plan
+from recondense.surgery import apply
+
+WORDS = {"condense": "condensed", "prune": "pruned", "factorize": "factorized", "merge": "merged"}
+
+
+class OutliningStep(Protocol):
+    """A step of a method, as far as sizes go."""
+
+    @property
+    def left_open(self) -> str: ...
+
+    def outline(self, model: PreTrainedModel) -> Sequence[Operation]: ...
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model takes.
+
+    Args:
+        total: parameters, tied ones once.
+        routed_experts: those of routed experts; in condensed layers, of the retained ones.
+        active: parameters that a token meets: all but the routed experts that its router leaves out (of experts of
+            different ranks, their mean; of merged experts at most so many, for two choices may be one group).
+        weights_bytes: of parameters and persistent buffers, as they are stored.
+    """
+
+    total: int
+    routed_experts: int
+    active: int
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """What becomes of one decoder layer.
+
+    Args:
+        outcome: in words; empty where nothing is done.
+        experts_before, experts_after: routed experts; None in a layer without a router from the start.
+        always_active: the experts that stay are active for every token.
+        ranks: lowest and highest of its factors, None without any.
+        bytes_before, bytes_after: of the whole decoder layer, as stored.
+    """
+
+    outcome: str
+    experts_before: int | None
+    experts_after: int | None
+    always_active: bool
+    ranks: tuple[int, int] | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Before and after.
+
+    Args:
+        operations: of the right shapes; their choices are made up.
+        layers: by decoder-layer index.
+    """
+
+    before: Size
+    after: Size
+    operations: tuple[Operation, ...]
+    layers: Mapping[int, LayerSize]
+
+
+def compare(model: PreTrainedModel, steps: Sequence[OutliningStep], bytes_of: BytesOf = weights_bytes) -> Sizes:
+    """A model's sizes before and after a method; the model is left as it was.
+
+    Args:
+        model: on the meta device.
+        steps: the method's, in order; each sees the shapes that the one before left.
+        bytes_of: of the original's parts; what is changed is stored in the model's own type.
+
+    Raises:
+        UserError: a budget that the method cannot keep.
+    """
+    before, own = _size(model, bytes_of), _layers(model, bytes_of)
+    with outlined(model, steps) as operations:
+        after, left = _size(model, weights_bytes), _layers(model, weights_bytes)
+        layers = {
+            layer: LayerSize(
+                *(_outcome(layer, operations), own[layer][0], left[layer][0] if own[layer][0] is not None else None),
+                always_active=isinstance(views.get_block(model, layer), CondensedMoE),
+                ranks=_ranks(layer, operations),
+                bytes_before=own[layer][1],
+                bytes_after=left[layer][1],
+            )
+            for layer in own
+        }
+    return Sizes(before, after, tuple(operations), layers)
+
+
+@contextmanager
+def outlined(model: PreTrainedModel, steps: Sequence[OutliningStep]) -> Iterator[list[Operation]]:
+    """Inside, the model has the shapes that a method leaves, as an export has them; after, its own again."""
+    operations: list[Operation] = []
+    originals: dict[int, nn.Module] = {}
+    try:
+        for step in steps:
+            chosen = step.outline(model)
+            originals = {**apply.restructure(model, Plan("", tuple(chosen))), **originals}
+            operations += chosen
+        for layer in originals:
+            block = views.get_block(model, layer)
+            if isinstance(block, CondensedMoE):
+                block.fold()
+        yield operations
+    finally:
+        for layer, block in originals.items():
+            views.set_block(model, layer, block)
+
+
+def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
+    total = total_parameters(model)
+    idle = 0.0
+    for block in views.sparse_blocks(model).values():
+        unused = max(0, block.num_experts - block.routing.top_k) / block.num_experts
+        idle += unused * total_parameters(block.experts)
+    return Size(total, routed_parameters(model), total - round(idle), bytes_of(model))
+
+
+def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | None, int]]:
+    """Routed experts (None: no router and none kept) and bytes of every decoder layer."""
+    found: dict[int, tuple[int | None, int]] = {}
+    sparse = views.sparse_blocks(model)
+    width = families.facts(model.config).expert_width
+    for layer, module in enumerate(decoder.decoder_layers(model)):
+        block = views.get_block(model, layer)
+        experts: int | None = None
+        if layer in sparse:
+            experts = sparse[layer].num_experts
+        elif isinstance(block, CondensedMoE):
+            experts = block.routed_width // width
+        elif isinstance(block, SkippedLayer | Zeros):
+            experts = 0
+        found[layer] = experts, bytes_of(module)
+    return found
+
+
+def _outcome(layer: int, operations: Sequence[Operation]) -> str:
+    words = []
+    for operation in operations:
+        if operation.layer == layer:
+            whole = isinstance(operation, Drop) and operation.part == "block"
+            words.append(WORDS.get(operation.kind) or ("removed whole" if whole else "without its MoE block"))
+    return ", ".join(words)
+
+
+def _ranks(layer: int, operations: Sequence[Operation]) -> tuple[int, int] | None:
+    ranks = [
+        rank
+        for operation in operations
+        if isinstance(operation, Factorize) and operation.layer == layer
+        for each in operation.ranks.values()
+        for rank in each
+        if rank is not None
+    ]
+    return (min(ranks), max(ranks)) if ranks else None

@@ -1,0 +1,169 @@
+"""The embedded default: a small Qwen2-MoE with its own tokenizer, trained on first use on the standard library's text.
+
+It is made by the same Lightning code that recovers models, kept below the cache by a fingerprint of all that decides
+it, and made new when any of that changes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from recondense.calibration.tape import Tape
+from recondense.config.schema import ModelConfig, RecoveryConfig, TrainerConfig
+from recondense.data.corpus import Corpora
+from recondense.data.loader import RecoveryData
+from recondense.data.stdlib import stdlib_corpora
+from recondense.data.windows import pack
+from recondense.evaluation.perplexity import perplexity
+from recondense.files import fingerprint, replace_folder, waiting_lock, write_aside
+from recondense.models import views
+from recondense.models.loading import device_of
+from recondense.plan import Plan
+from recondense.progress import progress
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
+
+VERSION = 1  # raise when a change here makes another model of the same settings
+END_OF_TEXT = "<|endoftext|>"
+EVALUATION_BATCH = 16
+
+
+def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: Sequence[Callback] = ()) -> Path:
+    """The folder of the trained model; trains it if it is not there.
+
+    Args:
+        model: its `pretrain` holds the architecture and the training.
+        cache: what it is kept below.
+
+    Returns:
+        a Hugging Face folder, with training.json beside the weights.
+    """
+    settings = dict(model.pretrain or {})
+    corpora = stdlib_corpora()
+    # the run's own settings make no other model
+    trainer = replace(trainer, precision="32-true", deterministic=True, strategy="auto")
+    decides = VERSION, settings, corpora.sha256(), device_of(model).type
+    folder = cache / "models" / f"tiny_moe-{fingerprint(*decides)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(Path(f"{folder}.lock"), "trains the embedded model"):
+        if not folder.exists():
+            _train(model, settings, corpora, folder, trainer, callbacks)
+        shutil.rmtree(folder.with_name(f"{folder.name}.training"), ignore_errors=True)
+    return folder
+
+
+def _train(
+    model: ModelConfig,
+    settings: dict[str, Any],
+    corpora: Corpora,
+    folder: Path,
+    trainer: TrainerConfig,
+    callbacks: Sequence[Callback],
+) -> None:
+    started = time.perf_counter()
+    assert corpora.train is not None and corpora.validation is not None
+    tokenizer = train_tokenizer(corpora.train, settings["vocab_size"], settings["config"]["max_position_embeddings"])
+    train_NS = pack(corpora.train, tokenizer, settings["sequence_length"], "the training text")
+    validation_MS = pack(corpora.validation, tokenizer, settings["sequence_length"], "the validation text")
+    torch.manual_seed(settings["seed"])
+    config = Qwen2MoeConfig(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **settings["config"]
+    )
+    network = Qwen2MoeForCausalLM(config)
+    network.to(device_of(model))  # type: ignore[arg-type]  # transformers wraps the method
+    network.set_experts_implementation("grouped_mm")
+    work = folder.with_name(f"{folder.name}.training")
+    module = RecoveryModule(
+        network,
+        _recovery(settings),
+        plan=Plan(model="tiny_moe"),
+        stage="pretrain",
+        router_auxiliary_loss=settings["router_auxiliary_loss"],
+    )
+    data = RecoveryData(train_NS, None, settings["batch_size"], settings["steps"], settings["seed"])
+    print("training the embedded model on the standard library's text (once; kept in the cache)", flush=True)
+    fit(module, data, work, trainer, settings["seed"], callbacks)
+    report = _report(network, train_NS, validation_MS) | {
+        "seconds": time.perf_counter() - started,
+        "settings": settings,
+    }
+    with replace_folder(folder) as aside:
+        network.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_aside(aside / "training.json", json.dumps(report, indent=1) + "\n")
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with one special token, the end of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with progress("training the tokenizer"):
+        tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=max_length
+    )
+
+
+def _recovery(settings: dict[str, Any]) -> RecoveryConfig:
+    return RecoveryConfig(
+        name="pretrain",
+        objective="finetune",
+        trainable="all",
+        steps=settings["steps"],
+        batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        weight_decay=settings["weight_decay"],
+        betas=(0.9, settings["beta2"]),
+        warmup_steps=settings["warmup_steps"],
+        schedule="cosine",
+        checkpoint_every=200,
+    )
+
+
+def unigram_perplexity(train_NS: Tensor, validation_MS: Tensor, vocab_size: int) -> float:
+    """Perplexity of token frequencies (add-one smoothing) on the predicted tokens of the validation windows."""
+    counts_V = torch.bincount(train_NS.flatten(), minlength=vocab_size).double() + 1
+    log_p_V = (counts_V / counts_V.sum()).log()
+    return math.exp(-float(log_p_V[validation_MS[:, 1:]].mean()))
+
+
+def expert_loads(model: PreTrainedModel, windows_NS: Tensor) -> dict[int, list[float]]:
+    """The share of tokens that select each routed expert, by layer; a dead expert has 0."""
+    tape = Tape.record(model, [(windows_NS, torch.ones_like(windows_NS))])
+    loads = {}
+    for layer, block in views.sparse_blocks(model).items():
+        counts = Counter(int(i) for trace in tape.trace(model, layer) for i in trace.top_k_index_TK.flatten().tolist())
+        loads[layer] = [counts[expert] / tape.num_tokens for expert in range(block.num_experts)]
+    return loads
+
+
+def _report(network: PreTrainedModel, train_NS: Tensor, validation_MS: Tensor) -> dict[str, Any]:
+    found = perplexity(network, validation_MS, EVALUATION_BATCH, description="evaluating the embedded model")
+    loads = expert_loads(network, validation_MS[:64])
+    return {
+        **found,
+        "unigram_perplexity": unigram_perplexity(train_NS, validation_MS, network.config.vocab_size),
+        "least_expert_load": min(min(load) for load in loads.values()),
+        "expert_loads": {str(layer): load for layer, load in loads.items()},
+    }

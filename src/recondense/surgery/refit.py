@@ -1,0 +1,326 @@
+"""Refit: solve the output weights of changed layers by ridge least squares on the calibration set, without a gradient.
+
+Layer after layer, on the compressed model's own states: the target is the original's hidden state leaving the decoder
+layer less the compressed model's residual before its block, so that a layer also makes up for what those below it lost.
+
+A block's output is linear in its down projections: y = Σ_u H_u W_uᵀ + rest, with one unit u an expert (H_u its inner
+activations times the routing weights) or one for a condensed layer. Normal equations are accumulated over text blocks.
+
+Legend: T tokens, t those of a unit, D hidden size, F expert width, n inputs of a unit, U units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recondense.calibration.tape import Tape
+from recondense.errors import UserError
+from recondense.files import fingerprint
+from recondense.models import streaming, views
+from recondense.models.blocks import CondensedMoE, expert_inner
+from recondense.models.hooks import evaluating
+from recondense.models.low_rank import LowRankExperts
+from recondense.models.streaming import put_away, resident
+from recondense.models.tensor_store import Shelf
+from recondense.operations import Refit
+
+SWEEPS = 3  # over the units of a layer, where they are too many to be solved together
+NORMAL_BYTES = 20  # of an entry of the normal matrix: in fp64, its factors, and one block of texts' share in fp32
+LEAST_COLUMNS = 1024  # that are solved together, however small the layer
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One linear piece of a block.
+
+    Args:
+        weight_Dn: its weights, changed in place.
+        features: x_TD to (rows of the tokens it serves, H (t, n) in fp32).
+    """
+
+    weight_Dn: Tensor
+    features: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def refit_layers(
+    model: PreTrainedModel,
+    operations: Sequence[Refit],
+    originals: Mapping[int, nn.Module],
+    record: Callable[[], Tape],
+) -> dict[int, dict[str, float]]:
+    """Refit layers in place, lowest first.
+
+    The units of a layer are solved together where their normal matrix and its factors are no larger than twice the
+    original layer's weights in fp32, and one after another otherwise, in parts that are not, several times over: it
+    depends on shapes alone, so that the answer does not depend on the memory there is.
+
+    Args:
+        operations: which layers, and what of them.
+        originals: the uncompressed blocks that surgery took out.
+        record: tapes the model as it is when called.
+
+    Returns:
+        by layer: ‖target − output‖_F / ‖target‖_F before and after. Weights that would not lower it are not changed.
+
+    Raises:
+        UserError: coefficients of a layer that is not condensed; a layer that has no block any more.
+    """
+    with views.swapped(model, originals):
+        tape = record()
+    wanted = {operation.layer: operation for operation in operations}
+    first = min([*wanted, *originals])
+    states = tape.states[first]
+    report: dict[int, dict[str, float]] = {}
+    with evaluating(model):
+        for layer in range(first, tape.num_layers):
+            if layer in wanted:
+                most = most_columns(originals.get(layer) or views.get_block(model, layer))
+                report[layer] = _refitted(model, tape, wanted[layer], states, most)
+            entering, states = states, tape.storage.shelf()
+            with resident(model, layer):
+                for index, state in enumerate(entering):
+                    states.append(tape.run_layer(model, layer, index, state))
+    return report
+
+
+def most_columns(original: nn.Module) -> int:
+    """How many inputs of a block's units are solved for at once."""
+    layer_bytes = 2 * 4 * sum(parameter.numel() for parameter in original.parameters())
+    return max(LEAST_COLUMNS, math.isqrt(layer_bytes // NORMAL_BYTES))
+
+
+def _refitted(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, most: int) -> dict[str, float]:
+    """Refit a layer; of a model larger than memory what was refitted is put away, and not solved twice."""
+    layer = operation.layer
+    name = f"refit-{layer:03d}-{fingerprint(streaming.standing(model), asdict(operation))}"
+    known = streaming.remembered(model, name)
+    block = streaming.taken_back(model, lambda: views.get_block(model, layer), name) if known else None
+    if block is None:
+        with resident(model, layer):
+            known = _refit_layer(model, tape, operation, states, most)
+            block = put_away(model, views.get_block(model, layer), name)
+        streaming.remember(model, name, known)
+    views.set_block(model, layer, block)
+    return known
+
+
+def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, most: int) -> dict[str, float]:
+    layer = operation.layer
+    inputs, targets = _inputs_and_targets(model, tape, layer, states)
+    block = views.get_block(model, layer)
+    norm = sum(float(target_TD.double().square().sum()) for target_TD in targets) ** 0.5
+
+    def error() -> float:
+        squares = [
+            (target_TD - views.output_of(block(x_TD[None]))[0].float()).double().square().sum()
+            for x_TD, target_TD in zip(inputs, targets, strict=True)
+        ]
+        return float(sum(squares)) ** 0.5 / max(norm, 1e-300)
+
+    before = error()
+    if operation.what == "coefficients":
+        if not isinstance(block, CondensedMoE):
+            raise UserError(f"plan: refit layer {layer}: coefficients are those of a condensed layer, which it is not")
+        assert block.scale is not None
+        changed = [block.scale]
+        kept = [block.scale.clone()]
+        _solve_coefficients(block, inputs, targets, operation.ridge)
+    else:
+        units = units_of(model, layer)
+        changed = [unit.weight_Dn for unit in units]
+        kept = [weight.clone() for weight in changed]
+        _solve(block, units, inputs, targets, tape.storage.shelf(), operation.ridge, most)
+    after = error()
+    if not after < before:
+        for weight, old in zip(changed, kept, strict=True):
+            weight.copy_(old)
+        after = before
+    return {"error_before": before, "error_after": after}
+
+
+def units_of(model: PreTrainedModel, layer: int) -> list[Unit]:
+    """The linear pieces of a layer's block that a refit may change.
+
+    Raises:
+        UserError: nothing of the layer is left.
+    """
+    block = views.get_block(model, layer)
+    if isinstance(block, CondensedMoE):
+        return [_condensed_unit(block)]
+    if not views.is_sparse(block):
+        raise UserError(f"plan: refit layer {layer}: the plan removed its block")
+    view = views.sparse_view(model, layer, block)
+    return [_expert_unit(view, expert) for expert in range(view.num_experts)]
+
+
+def _condensed_unit(block: CondensedMoE) -> Unit:
+    def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        with _before(block.down_proj, seen):
+            block(x_TD)
+        return torch.arange(len(x_TD), device=x_TD.device), seen[0].float()
+
+    return Unit(block.down_proj.weight, features)
+
+
+def _expert_unit(view: views.SparseBlock, expert: int) -> Unit:
+    experts = view.experts
+    if isinstance(experts, LowRankExperts):
+        low, position = experts.place_of(expert)
+        weight, right = low.down_left[position], None if low.down_right is None else low.down_right[position]
+    else:
+        weight, right = view.weights.down_EDF[expert], None
+
+    def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        _, weights_TK, index_TK = view.router(x_TD)
+        chosen_TK = index_TK == expert
+        rows = chosen_TK.any(dim=1).nonzero().flatten()
+        weight_t1 = (weights_TK * chosen_TK).sum(dim=1)[rows, None].float()
+        inner_tF = _inner(view, expert, x_TD[rows])
+        return rows, weight_t1 * (inner_tF if right is None else inner_tF @ right.T).float()
+
+    return Unit(weight, features)
+
+
+def _inner(view: views.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
+    """What enters the down projection of one expert."""
+    experts = view.experts
+    if not isinstance(experts, LowRankExperts):
+        return expert_inner(x_tD, view.weights, expert)
+    bucket, position = experts.place_of(expert)
+    return bucket.inner(x_tD, position, experts.glu)
+
+
+def _solve(
+    block: nn.Module,
+    units: Sequence[Unit],
+    inputs: Shelf,
+    targets: Shelf,
+    residuals: Shelf,
+    ridge: float,
+    most: int,
+) -> None:
+    """Add to the weights what ridge least squares finds in the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖².
+
+    Args:
+        residuals: an empty shelf for them.
+        most: columns that are solved together.
+    """
+    for x_TD, target_TD in zip(inputs, targets, strict=True):
+        residuals.append(target_TD - views.output_of(block(x_TD[None]))[0].float())
+    if sum(unit.weight_Dn.shape[1] for unit in units) <= most:
+        _solve_together(units, inputs, residuals, ridge)
+        return
+    parts = [part for unit in units for part in _cut(unit, most)]
+    for _ in range(SWEEPS):
+        for part in parts:
+            _solve_together([part], inputs, residuals, ridge)
+
+
+def _cut(unit: Unit, most: int) -> list[Unit]:
+    """A unit as several of at most so many columns each; they share the tokens."""
+
+    def one(columns: slice) -> Unit:
+        def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+            rows, h_tn = unit.features(x_TD)
+            return rows, h_tn[:, columns]
+
+        return Unit(unit.weight_Dn[:, columns], features)
+
+    width = unit.weight_Dn.shape[1]
+    return [one(slice(first, first + most)) for first in range(0, width, most)] if width > most else [unit]
+
+
+def _solve_together(units: Sequence[Unit], inputs: Shelf, residuals: Shelf, ridge: float) -> None:
+    """One ridge problem for some units at once; residuals are brought up to date."""
+    widths = [unit.weight_Dn.shape[1] for unit in units]
+    weight_Dn = units[0].weight_Dn
+    gram = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=weight_Dn.device)
+    right = torch.zeros(sum(widths), weight_Dn.shape[0], dtype=torch.float64, device=weight_Dn.device)
+    for x_TD, residual_TD in zip(inputs, residuals, strict=True):
+        h_Tn = _stacked(units, widths, x_TD)
+        gram += h_Tn.T @ h_Tn  # added in fp64
+        right += h_Tn.T @ residual_TD
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
+    delta_nD = torch.linalg.solve(gram, right).float()
+    for unit, own_nD in zip(units, delta_nD.split(widths), strict=True):
+        old_Dn = unit.weight_Dn.clone()
+        unit.weight_Dn.add_(own_nD.T.to(old_Dn.dtype))
+        own_nD.copy_((unit.weight_Dn.float() - old_Dn.float()).T)  # what the weights' dtype made of it
+    for index, x_TD in enumerate(inputs):
+        residuals[index] = residuals[index] - _stacked(units, widths, x_TD) @ delta_nD
+
+
+def _stacked(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) -> Tensor:
+    """The features of some units side by side, zero for the tokens that a unit does not serve: (T, Σn) in fp32."""
+    h_Tn = x_TD.new_zeros(len(x_TD), sum(widths), dtype=torch.float32)
+    for unit, part in zip(units, h_Tn.split(list(widths), dim=1), strict=True):
+        rows, own = unit.features(x_TD)
+        part[rows] = own
+    return h_Tn
+
+
+def _solve_coefficients(block: CondensedMoE, inputs: Shelf, targets: Shelf, ridge: float) -> None:
+    """Scale the shared part and each retained expert by one number: the least squares over so few of them."""
+    assert block.scale is not None
+    # Rows that have one scale now belong to one part; a part's new scale is its old one times what is solved for.
+    bounds = [0, *((block.scale[1:] != block.scale[:-1]).nonzero().flatten() + 1).tolist(), len(block.scale)]
+    if block.shared_width and block.shared_width not in bounds:
+        bounds = sorted({*bounds, block.shared_width})
+    parts = [slice(start, end) for start, end in pairwise(bounds) if end > start]
+    unit = _condensed_unit(block)
+    gram = torch.zeros(len(parts), len(parts), dtype=torch.float64)
+    right = torch.zeros(len(parts), dtype=torch.float64)
+    for x_TD, target_TD in zip(inputs, targets, strict=True):
+        _, inner_TW = unit.features(x_TD)
+        outputs = [inner_TW[:, part] @ block.down_proj.weight[:, part].float().T for part in parts]
+        stacked = torch.stack([output.flatten() for output in outputs])
+        bias = block.down_proj.bias
+        residual = (target_TD - sum(outputs) - (0 if bias is None else bias.float())).flatten()
+        gram += (stacked @ stacked.T).double().cpu()
+        right += (stacked @ residual).double().cpu()
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
+    for part, change in zip(parts, torch.linalg.solve(gram, right).tolist(), strict=True):
+        block.scale[part] *= 1 + change
+
+
+def _inputs_and_targets(model: PreTrainedModel, tape: Tape, layer: int, states: Shelf) -> tuple[Shelf, Shelf]:
+    """What the layer's block gets from the compressed model, and what it should add to the residual: (T, D) each."""
+    block = views.get_block(model, layer)
+    inputs, targets = tape.storage.shelf(), tape.storage.shelf()
+    for index, state in enumerate(states):
+        seen: list[Tensor] = []
+        given: list[Tensor] = []
+        with _before(block, seen), _after(block, given):
+            leaving_BSD = tape.run_layer(model, layer, index, state)
+        inputs.append(tape.real_tokens(index, seen[0]))
+        residual_TD = tape.real_tokens(index, leaving_BSD).float() - tape.real_tokens(index, given[0]).float()
+        targets.append(tape.real_tokens(index, tape.states[layer + 1][index]).float() - residual_TD)
+    return inputs, targets
+
+
+@contextmanager
+def _before(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _after(module: nn.Module, given: list[Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda _, args, output: given.append(views.output_of(output)))
+    try:
+        yield
+    finally:
+        handle.remove()
