@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from searched import METHODS, plan_of, steps_of  # noqa: E402
-from tiny_models import EVERY, logits, recorded, tiny, windows  # noqa: E402
+from support.searched import METHODS, plan_of, steps_of  # noqa: E402
+from support.tiny_models import EVERY, logits, recorded, tiny, windows  # noqa: E402
 
 from recondense.config.schema import ExportConfig  # noqa: E402
 from recondense.export.export import export  # noqa: E402

@@ -35,7 +35,7 @@ from recondense.run.search import scratch_bytes
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
 import brute_force as bf
-from agreement import TOLERANCE, Agreement, compare
+from support.agreement import TOLERANCE, Agreement, compare
 
 HEADS = {"with_head": True, "without_head": False}
 MEBIBYTE = 2**20

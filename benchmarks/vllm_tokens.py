@@ -37,9 +37,9 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from small import byte_tokenizer
-from tiny_models import EVERY
-from vllm_rules import PUBLISHED, RULES
+from support.small import byte_tokenizer
+from support.tiny_models import EVERY
+from support.vllm_rules import PUBLISHED, RULES
 
 from recondense.export.export import export
 from recondense.models import families

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forks import Forks
-from log_handlers import loggers_put_back
-from read_once import leave_imports_to_the_end, read_configs_once
+from support.forks import Forks
+from support.log_handlers import loggers_put_back
+from support.read_once import leave_imports_to_the_end, read_configs_once
 
 # Before any library reads them.
 os.environ.update(

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from searched import BUDGETS, METHODS, TAPES, WITH_OTHER_TAPES, plan_of, steps_of
-from tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
+from support.searched import BUDGETS, METHODS, TAPES, WITH_OTHER_TAPES, plan_of, steps_of
+from support.tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
 from transformers import AutoModelForCausalLM
 
 from recondense.config.schema import RecoveryConfig
@@ -187,8 +187,9 @@ def decided_together(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Pa
     folder = tmp_path_factory.mktemp("together")
 
     def start(rank: int) -> subprocess.Popen[str]:
-        env = os.environ | {"PYTHONHASHSEED": str(rank), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(root / "tests" / "searched.py"), str(folder), str(rank)]
+        paths = os.pathsep.join([str(root), str(root / "tests")])
+        env = os.environ | {"PYTHONHASHSEED": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        command = [sys.executable, "-m", "support.searched", str(folder), str(rank)]
         return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
     for process in [start(0), start(1)]:

@@ -15,7 +15,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, qwen2_moe, recorded
+from support.tiny_models import VOCAB, qwen2_moe, recorded
 
 from recondense.config.schema import RecoveryConfig, TrainerConfig
 from recondense.data.loader import RecoveryData

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, condense_plan, logits, recorded, unchanged, windows
+from support.tiny_models import FAMILIES, condense_plan, logits, recorded, unchanged, windows
 
 from recondense.config.schema import ModelConfig, RecoveryConfig, TrainerConfig
 from recondense.data.loader import RecoveryData

@@ -10,11 +10,11 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from hub_cache import in_hub_cache
 from safetensors.torch import load_file
-from tiny_models import EVERY, logits
+from support.hub_cache import in_hub_cache
+from support.runs import arguments, model_folder, one_command, text_files
+from support.tiny_models import EVERY, logits
 
-from integration.runs import arguments, model_folder, one_command, text_files
 from recondense.config.schema import ModelConfig
 from recondense.errors import UserError
 from recondense.export import push

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import Forks
+from support.forks import Forks
+from support.runs import model_folder, text_files
 
-from integration.runs import model_folder, text_files
 from recondense.errors import UserError
 
 Command = Callable[..., tuple[int, str]]

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import Forks
-
-from integration.runs import ROOT
+from support.forks import Forks
+from support.runs import ROOT
 
 GENETIC = ["--experts", "8", "--top-k", "2", "--hidden-size", "32", "--width", "16", "--texts", "1", "--dropped", "3"]
 RUNS = {

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import read_once
 import yaml
-from forks import Forks
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from support import read_once
+from support.forks import Forks
+from support.runs import ROOT, arguments, model_folder, text_files
 
-from integration.runs import ROOT, arguments, model_folder, text_files
 from recondense.config.checks import check
 from recondense.config.schema import Config, read
 from recondense.report import summary

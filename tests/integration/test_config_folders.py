@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import Forks
+from support.forks import Forks
+from support.runs import ROOT
 
-from integration.runs import ROOT
 from recondense.config.schema import Config
 from recondense.run import pipeline
 

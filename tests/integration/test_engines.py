@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Forks
 from safetensors.torch import load_file
+from support import engine_pipelines, engine_runs
+from support.forks import Forks
+from support.runs import arguments, model_folder, one_command, paper_tasks, text_files
 from torch import Tensor
 
-from integration import engine_pipelines, engine_runs
-from integration.runs import arguments, model_folder, one_command, paper_tasks, text_files
 from recondense.recovery.module import RecoveryModule
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
 ALL = (*ENGINES, *engine_runs.SHORT_ALONE)
 SPREAD = ("fsdp2", "deepspeed_zero2")  # of whole runs
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 # Lightning says so of every fit that goes on.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),

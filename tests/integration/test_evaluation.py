@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import NORMALISED, config, model_folder, one_command, paper_tasks, text_files
 
-from integration.runs import NORMALISED, config, model_folder, one_command, paper_tasks, text_files
 from recondense.config.schema import EvaluationConfig, HeldoutConfig
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.methods.cdmoe import CDMoE

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Forks
-from searched import BUDGETS, METHODS
-from tiny_models import FAMILIES
+from support.forks import Forks
+from support.runs import ROOT, arguments, model_folder, one_command, text_files
+from support.searched import BUDGETS, METHODS
+from support.tiny_models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from integration.runs import ROOT, arguments, model_folder, one_command, text_files
 from recondense.models import families
 from recondense.operations import Factorize, Refit
 from recondense.plan import Plan

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from corpus import documents
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from support.corpus import documents
+from support.runs import one_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from integration.runs import one_command
 from recondense.config.schema import Config, from_dict
 from recondense.config.steps import step_entries
 from recondense.data import corpus, stdlib

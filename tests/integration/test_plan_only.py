@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_models import qwen2_moe
+from support.runs import one_command
+from support.tiny_models import qwen2_moe
 
-from integration.runs import one_command
 from recondense import offline
 from recondense.models import families, loading
 from recondense.models.published_configs import recorded_values

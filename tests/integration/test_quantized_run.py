@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import fp8_folder
-from tiny_models import qwen2_moe
+from support.packed import fp8_folder
+from support.runs import config, text_files
+from support.tiny_models import qwen2_moe
 
-from integration.runs import config, text_files
 from recondense.config.schema import RecoveryConfig
 from recondense.methods.cdmoe import CDMoE
 from recondense.run import pipeline

@@ -16,11 +16,11 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 import yaml
-from forks import Forks
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from support.forks import Forks
+from support.runs import ROOT
 
-from integration.runs import ROOT
 from recondense.errors import ConfigError
 from recondense.run.command_line import validate
 from train import job

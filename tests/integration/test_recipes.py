@@ -13,9 +13,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tiny_models import EVERY
+from support.runs import model_folder, one_command, paper_sets, paper_tasks
+from support.tiny_models import EVERY
 
-from integration.runs import model_folder, one_command, paper_sets, paper_tasks
 from recondense.config.schema import Config, ModelConfig, from_dict
 from recondense.config.stages import stages_of
 from recondense.models import loading

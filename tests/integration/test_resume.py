@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Forks
-
-from integration.runs import model_folder
+from support.forks import Forks
+from support.runs import model_folder
 
 RUNS = Path(__file__).with_name("runs.py")
 Start = Callable[..., subprocess.CompletedProcess[str]]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Forks
+from support.forks import Forks
+from support.runs import ROOT, config, model_folder, step, text_files
 from transformers import AutoModelForCausalLM
 
-from integration.runs import ROOT, config, model_folder, step, text_files
 from recondense.plan import Plan
 from recondense.run import pipeline
 from recondense.surgery import apply

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from integration.runs import arguments, model_folder, one_command, record_file, text_files
+from support.runs import arguments, model_folder, one_command, record_file, text_files
 
 Command = Callable[..., tuple[int, str]]
 # Lightning says so of every fit into a folder in which something is.

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import byte_tokenizer
+from support.runs import arguments, config, model_folder, paper_tasks, step, text_files
+from support.small import byte_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
-from integration.runs import arguments, config, model_folder, paper_tasks, step, text_files
 from recondense.config.schema import Config, from_dict
 from recondense.errors import UserError
 from recondense.models import loading

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.runs import config, model_folder, one_command, step, text_files
 
-from integration.runs import config, model_folder, one_command, step, text_files
 from recondense.evaluation import profiling
 from recondense.models import streaming as streaming_module
 from recondense.run import pipeline

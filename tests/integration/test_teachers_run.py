@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from small import byte_tokenizer
-from tiny_models import qwen2_moe
+from support.runs import config, model_folder, one_command, step, text_files
+from support.small import byte_tokenizer
+from support.tiny_models import qwen2_moe
 
-from integration.runs import config, model_folder, one_command, step, text_files
 from recondense.run import pipeline
 from recondense.run.preflight import preflight
 

@@ -14,10 +14,10 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from corpus import documents
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
-from tiny_models import qwen2_moe
+from support.corpus import documents
+from support.tiny_models import qwen2_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from recoveries import QUIET, recovery
-from tiny_models import condense_plan, qwen2_moe, windows
+from support.recoveries import QUIET, recovery
+from support.tiny_models import condense_plan, qwen2_moe, windows
 from torch import Tensor
 
 from recondense.data.labels import MASKED, predicting

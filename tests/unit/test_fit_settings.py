@@ -13,9 +13,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from recoveries import data, recovery, trained
 from settings_around import differences, settings_around
-from tiny_models import EVERY, bits, condense_plan, same_bits, windows
+from support.recoveries import data, recovery, trained
+from support.tiny_models import EVERY, bits, condense_plan, same_bits, windows
 
 from callbacks.graceful_stop import GracefulStop
 from callbacks.profile import ProfileMemoryAndSpeed

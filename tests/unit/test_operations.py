@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from brute_force_moei2 import without_experts
-from tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
+from support.brute_force_moei2 import without_experts
+from support.tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
 
 from recondense.models import decoder, families, parameters, views
 from recondense.models.blocks import SkippedLayer, Zeros

@@ -1,0 +1,71 @@
+"""Whole runs by engines on two processes; run as a script by a process that has imported all.
+
+    engine_pipelines.py FOLDER MODEL ENGINE...
+
+Each run, from predictions on disk, is FOLDER/<engine>. One of FSDP2 with a control follows, of which each process
+writes where its fits compute to FOLDER/devices-<rank>.json.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from recondense.recovery import fit as fit_module
+from recondense.recovery.module import RecoveryModule
+from recondense.run import pipeline
+from support.engine_runs import SECONDS, environment, on_processes
+from support.runs import config, step, text_files
+
+
+def run(strategy: Any, folder: Path, model: Path, **recovery: Any) -> dict[str, str]:
+    """One run; the devices of its fits, by their stages."""
+    made = config(model, text_files(folder / "texts"), folder, **{"steps": 3, "teacher_top_k": 16, **recovery})
+    trainer = replace(made.trainer, strategy=strategy, devices="auto", progress_bar=False)
+    name = f"{strategy}-control" if recovery.get("control") else strategy
+    found: dict[str, str] = {}
+    fit = fit_module.fit
+
+    def watched(module: RecoveryModule, *rest: Any) -> Path:
+        found[module.stage] = module.computes_on.type
+        return fit(module, *rest)
+
+    fit_module.fit = watched
+    try:
+        pipeline.run(replace(made, trainer=trainer, run_dir=str(folder / name)), [step()])
+    finally:
+        fit_module.fit = fit
+    return found
+
+
+def process(rank: int, port: int, name: str, folder: Path, model: Path) -> None:
+    """One of the two."""
+    os.environ.update(environment(rank, port))
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    if name != "control":
+        run(name, folder, model, teacher="cached", validate_every=3)
+        return
+    found = run("fsdp2", folder, model, control=True)
+    (folder / f"devices-{rank}.json").write_text(json.dumps(found))
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for noisy in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    folder, model, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    for name in (*names, "control"):
+        code = on_processes(lambda rank, port, name=name: process(rank, port, name, folder, model))  # type: ignore[misc]
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

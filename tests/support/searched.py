@@ -1,0 +1,114 @@
+"""Plans as a command would search them, for every method of conf/method; also as a script, one process of two.
+
+python searched.py FOLDER RANK     the first process writes FOLDER/<method>.json, those of other tapes beside them
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from recondense import processes
+from recondense.calibration import tape as tape_module
+from recondense.calibration.tape import TRACE_BYTES
+from recondense.config.schema import read
+from recondense.files import JsonFolder
+from recondense.models import families, views
+from recondense.models.tensor_store import Disk, Storage
+from recondense.plan import Plan
+from recondense.run.steps import build_steps
+from recondense.surgery import apply
+from support.read_once import read_configs_once
+from support.tiny_models import FAMILIES, recorded
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("[!_]*.yaml"))
+# A budget below "everything", as a user would write it.
+BUDGETS: dict[str, list[str]] = {
+    "cdmoe": ["method.num_experts=2", "method.num_layers=1"],
+    "cdmoe_s": ["method.num_layers=[2]"],
+    "none": [],
+    **{
+        name: ["method.removed_expert_ratio=0.4"]
+        for name in (
+            *("random", "frequency", "routing_weight", "reap", "naee", "expert_drop", "mc_smoe", "hc_smoe"),
+            "layer_drop",
+        )
+    },
+    "block_drop": ["method.memory_ratio=0.8"],
+    "svd_llm": ["method.memory_ratio=0.8"],
+    "cdmoe_moei2": [
+        *("method.memory_ratio=0.85", "method.num_experts=[2]", "method.prune_ratios=[0.34]"),
+        *("method.kept_ratios=[0.5]", "method.population=20", "method.parents=5"),
+    ],
+    "moei2": ["method.prune_ratio=0.34", "method.memory_ratio=0.7", "method.population=10", "method.parents=4"],
+}
+
+TAPES = ("on-disk", "without-traces")  # other than in memory with what all sparse layers saw
+WITH_OTHER_TAPES = ("cdmoe", "moei2")
+
+
+def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
+    """The steps that a command would run, and the method's settings."""
+    settings = copy.deepcopy(_settings(method, *overrides))
+    return build_steps(settings), settings
+
+
+@functools.cache
+def _settings(method: str, *overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        values = OmegaConf.to_container(compose("train", [f"method={method}", *overrides]), resolve=True)
+    config, problems = read(cast(dict[str, Any], values))
+    assert problems == []
+    return dict(config.method)
+
+
+def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Storage | None = None) -> Plan:
+    """Searched step by step, each step on the model that the previous one left; the model is left as it was."""
+    taped = partial(recorded, model, storage=storage)
+    steps, _ = steps_of(method, *overrides)
+    facts = families.facts(model.config)
+    assert [problem for step in steps for problem in step.check(facts)] == []
+    operations: list[Any] = []
+    records: list[dict[str, Any]] = []
+    originals: dict[int, Any] = {}
+    for index, step in enumerate(steps):
+        cache = processes.FirstProcess(JsonFolder(folder / str(index)))
+        chosen, record = step.search(model, partial(taped, split=True), cache, 1 << 30)
+        operations += chosen
+        records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
+        if step is not steps[-1]:
+            originals = {**apply.apply(model, Plan("tiny", tuple(chosen)), taped), **originals}
+    for layer, block in originals.items():
+        views.set_block(model, layer, block)
+    return Plan("tiny", tuple(operations), search={"steps": records})
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    read_configs_once()
+    torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+    for method, tape in [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES)]:
+        name = f"{method}-{tape}" if tape else method
+        model = next(iter(FAMILIES.values()))()
+        tape_module.TRACE_BYTES = 0 if tape == "without-traces" else TRACE_BYTES
+        storage = Disk(folder / "tapes", keeps=False) if tape == "on-disk" else None
+        plan = plan_of(model, method, folder / str(rank) / name, *BUDGETS[method], storage=storage)
+        if rank == 0:
+            plan.save(folder / f"{name}.json")
+        else:
+            assert not (folder / str(rank)).exists(), "only the first process writes"
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

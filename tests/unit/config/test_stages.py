@@ -1,0 +1,200 @@
+"""The stages of a recovery: what each inherits, what is refused, and how one follows another on the same model."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.recoveries import QUIET, data, recovery, trained
+from support.tiny_models import bits, condense_plan, logits, qwen2_moe, same_bits, windows
+
+from recondense.config.checks import check
+from recondense.config.schema import Config, RecoveryConfig, from_dict
+from recondense.config.stages import stages_of
+from recondense.data.texts import Texts
+from recondense.errors import ConfigError
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
+from recondense.run.recover import with_steps
+
+
+def config(*stages: dict[str, Any], **more: Any) -> Config:
+    values: dict[str, Any] = {
+        "recovery": {"name": "mine", "objective": "distill", "steps": 40, "learning_rate": 1e-3, "lora": {"rank": 4}},
+        "data": {
+            "name": "texts", "source": "texts", "sequence_length": 64, "text_field": "body",
+            "train": {"path": "train.txt"}, "calibration": {"path": "calibration.txt", "num_samples": 7},
+        },
+    }  # fmt: skip
+    values["recovery"] |= {"stages": list(stages) if stages else None, **more}
+    return from_dict(values)
+
+
+def problems(*stages: Any, **more: Any) -> list[str]:
+    return [text for text in check(config(*stages, **more)) if "stages" in text]
+
+
+def test_without_stages_the_recovery_is_the_only_one() -> None:
+    plain = config()
+    [only] = stages_of(plain)
+    assert (only.recovery, only.data, only.own_texts) == (plain.recovery, plain.data, False)
+    assert (only.name, only.folder) == ("recovery", "checkpoints")
+
+
+def test_a_stage_inherits_what_it_does_not_say() -> None:
+    first, second = stages_of(
+        config(
+            {"name": "lm", "objective": "finetune", "steps": 3, "sequence_length": 32},
+            {"name": "sft", "epochs": 2, "lora": {"alpha": 99}, "betas": [0.8, 0.9]},
+            control=True,
+        )
+    )
+    assert (first.folder, second.folder) == ("checkpoints/0-lm", "checkpoints/1-sft")
+    assert (first.recovery.objective, first.recovery.steps, first.recovery.epochs) == ("finetune", 3, None)
+    assert (second.recovery.objective, second.recovery.steps, second.recovery.epochs) == ("distill", 40, 2.0)
+    assert first.recovery.learning_rate == second.recovery.learning_rate == 1e-3
+    assert (second.recovery.lora.rank, second.recovery.lora.alpha, second.recovery.betas) == (4, 99, (0.8, 0.9))
+    assert (first.data.sequence_length, second.data.sequence_length) == (32, 64)
+    assert first.recovery.control and second.recovery.control
+    assert not first.own_texts and first.data.train == second.data.train
+
+
+def test_steps_of_a_stage_win_over_epochs_of_the_recovery() -> None:
+    first, second = stages_of(config({"name": "a", "steps": 5}, {"name": "b"}, epochs=3))
+    assert (first.recovery.steps, first.recovery.epochs, second.recovery.epochs) == (5, None, 3.0)
+
+
+def test_data_with_a_source_stands_alone_and_without_changes_the_runs() -> None:
+    alone, changed = stages_of(
+        config(
+            {"name": "alone", "data": {"source": "texts", "form": "chat", "train": {"path": "~/mine.jsonl"}}},
+            {"name": "changed", "data": {"train": {"num_texts": 9}, "packing": False}},
+        )
+    )
+    assert alone.own_texts and changed.own_texts
+    assert alone.data.train.path == str(Path("~/mine.jsonl").expanduser()) and alone.data.calibration.path is None
+    assert (alone.data.sequence_length, alone.data.text_field, alone.data.form) == (64, "text", "chat")
+    assert (changed.data.train.path, changed.data.train.num_texts) == ("train.txt", 9)
+    assert changed.data.calibration.num_samples == 7, "training leaves out the run's calibration set"
+    assert (changed.data.text_field, changed.data.packing) == ("body", False)
+
+
+@pytest.mark.parametrize(
+    ("stages", "parts"),
+    [
+        ([{"name": "a", "step": 3}], ["recovery.stages[0].step: there is no such setting", "recovery.stages[0].steps"]),
+        ([{"name": "a", "steps": "x"}], ["recovery.stages[0].steps=x: expected a whole number"]),
+        ([{"name": "a", "control": True}], ["recovery.stages[0].control: is a setting of the whole recovery"]),
+        ([{"name": "a", "steps": 1, "epochs": 2}], ["recovery.stages[0]: steps=1 and epochs=2 are both given"]),
+        ([{"name": "a"}, {"name": "a"}], ["recovery.stages[1].name=a: another stage has that name"]),
+        ([{"name": "a/b"}], ["recovery.stages[0].name=a/b: must be a word"]),
+        ([{"name": "a" * 65}], ["must be a word of at most 64 letters"]),
+        ([{"name": "control"}], ["recovery.stages[0].name=control", "none of control, pretrain, recovery"]),
+        ([{"name": "a", "data": "alpaca"}], ["recovery.stages[0].data=alpaca: expected a group", "{source: texts"]),
+        ([{"name": "a", "data": {"dataset": "x/y"}}], ["recovery.stages[0].data.dataset=x/y", "give source too"]),
+        ([{"name": "a", "data": {"calibration": {}}}], ["recovery.stages[0].data.calibration: a stage trains"]),
+        ([{"name": "a", "data": {"sauce": 1}}], ["recovery.stages[0].data.sauce", "recovery.stages[0].data.source?"]),
+        ([{"name": "a", "data": {"source": "texts"}}], ["recovery.stages[0].data.train.path is missing"]),
+        ([{"name": "a", "data": {"source": "hub", "dataset": "x/y"}}], ["stages[0].data.splits.train is null"]),
+        ([{"name": "a", "data": {"source": "stdlib", "form": "auto"}}], ["recovery.stages[0].data.form=auto"]),
+        ([{"name": "a", "learning_rate": 0}], ["recovery.stages[0].learning_rate=0.0: must be above 0"]),
+        ([{"name": "a", "epochs": 0}], ["recovery.stages[0].epochs=0.0: must be above 0"]),
+        ([{"name": "a", "batch_size": 0}], ["recovery.stages[0].batch_size=0: must be at least 1"]),
+        ([{"name": "a", "sequence_length": 1}], ["recovery.stages[0].data.sequence_length=1: must be at least 2"]),
+        ([{"name": "a", "steps": 5, "warmup_steps": 5}], ["recovery.stages[0].warmup_steps=5: must be below"]),
+        ([{"name": "a", "objective": "none"}], ["recovery.stages[0].objective=none: a stage trains"]),
+    ],
+)  # fmt: skip
+def test_stages_that_are_refused(stages: list[Any], parts: list[str]) -> None:
+    found = problems(*stages)
+    assert len(found) == 1, found
+    for part in parts:
+        assert part in found[0]
+
+
+def test_what_is_wrong_with_the_recovery_is_said_once() -> None:
+    assert problems({"name": "a"}, {"name": "b"}, temperature=0.0, batch_size=0) == []
+    empty = from_dict({"recovery": {"objective": "finetune", "stages": []}})
+    assert any("recovery.stages is an empty list" in text for text in check(empty))
+    assert any("recovery.objective=none" in text for text in problems({"name": "a"}, objective="none"))
+    with pytest.raises(ConfigError, match="there is no such setting"):
+        stages_of(config({"name": "a", "x": 1}))
+
+
+def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
+    """And leave alone a path that looks like one."""
+    path = tmp_path / "data.train.jsonl"
+    own = {"source": "texts", "train": {"path": str(path)}}
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        Texts.read(config({"name": "a", "data": own}), calibrates=False)
+    assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: cannot be read")
+
+
+def test_epochs_are_steps() -> None:
+    settings = recovery(batch_size=4, accumulate_grad_batches=2, steps=99, warmup_steps=0)
+    assert with_steps(settings, 100) == settings
+    counts = [
+        with_steps(recovery(batch_size=4, accumulate_grad_batches=2, epochs=epochs), 100).steps
+        for epochs in (1, 2, 0.5)
+    ]
+    assert counts == [13, 25, 7]
+    assert with_steps(recovery(epochs=0.001, warmup_steps=0), 10).steps == 1
+    with pytest.raises(ValueError, match=r"here.warmup_steps=3: here.epochs=1 of 5 windows are 3 steps"):
+        with_steps(recovery(epochs=1, warmup_steps=3), 5, "here")
+
+
+# ----------------------------------------------------------------------------------------------- one after another
+
+STAGES = [
+    recovery(),
+    recovery(trainable="lora", objective="finetune", learning_rate=3e-2),
+    recovery(objective="finetune"),
+]
+
+
+def staged(stages: list[RecoveryConfig], folder: Path) -> RecoveryModule:
+    model = qwen2_moe()
+    module = RecoveryModule(model, stages[0], plan=condense_plan(model, [1, 2]), later=stages[1:])
+    for index, settings in enumerate(stages):
+        module.begin(settings, f"stage{index}")
+        fit(module, data(module), folder / str(index), QUIET, seed=index)
+        module.finish()
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_stages_go_on_from_each_other(tmp_path: Path) -> None:
+    """Every stage changes the model that the one before left; the original stays what it was; all is found again."""
+    ids = windows(2, 8)
+    original = logits(qwen2_moe(), ids)
+    after = [trained(staged(STAGES[: count + 1], tmp_path / str(count))) for count in range(3)]
+    assert not any(same_bits(one, other) for one, other in pairwise(after))
+    module = staged(STAGES, tmp_path / "2")
+    assert same_bits(trained(module), after[2])
+    assert module.adapters is None and not any("lora" in name for name in bits(module))
+    with module.original():
+        assert torch.equal(logits(module.model, ids), original)
+
+
+def test_an_expert_stage_after_adapters_leaves_the_original_alone(tmp_path: Path) -> None:
+    """The experts train last, though the first stage needs no copies of them."""
+    model = qwen2_moe()
+    ids = windows(2, 8)
+    original = logits(model, ids)
+    stages = [recovery(trainable="lora", objective="finetune"), recovery(objective="finetune", learning_rate=0.1)]
+    module = staged(stages, tmp_path)
+    with module.original():
+        assert torch.equal(logits(module.model, ids), original)
+    assert not torch.equal(logits(module.model, ids), original)
+
+
+def test_the_settings_of_a_stage_are_its_own(tmp_path: Path) -> None:
+    """Random states of a checkpoint after which nothing was left to do reach no other stage."""
+    module = staged(STAGES[:1], tmp_path)
+    module._random_states = {"torch": torch.get_rng_state()}
+    module.task_results = {1: {}}
+    module.begin(STAGES[2], "next")
+    assert (module.stage, module.recovery, module._random_states, module.task_results) == ("next", STAGES[2], None, {})

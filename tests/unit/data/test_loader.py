@@ -1,0 +1,237 @@
+"""Token ids: the calibration set, packing, and an order of training that survives an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from support.small import byte_tokenizer
+from torch import Tensor, nn
+
+from recondense.data.calibration_set import calibration_set
+from recondense.data.loader import RecoveryData, Windows
+from recondense.data.windows import pack
+
+# ------------------------------------------------------------------------------------------------ calibration set
+
+
+def test_calibration_texts_are_cut_and_kept_apart() -> None:
+    calibration = calibration_set(["abcdef", "gh", "ignored"], byte_tokenizer(), num_samples=2, max_length=4)
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(ids) for ids in calibration.ids] == ["abcd", "gh"]
+    assert (len(calibration), calibration.num_tokens) == (2, 6)
+    [(input_ids_BS, mask_BS)] = calibration.blocks(8)
+    assert mask_BS.tolist() == [[True] * 4, [True, True, False, False]]
+    assert input_ids_BS.tolist() == [calibration.ids[0], [*calibration.ids[1], 0, 0]]
+
+
+def test_blocks_cover_all_texts_in_order() -> None:
+    calibration = calibration_set(["a", "bbb", "cc", "dddd", "e"], byte_tokenizer(), num_samples=5, max_length=9)
+    blocks = list(calibration.blocks(2))
+    assert [tuple(mask.shape) for _, mask in blocks] == [(2, 3), (2, 4), (1, 1)]
+    rows = [ids[mask].tolist() for block in blocks for ids, mask in zip(*block, strict=True)]
+    assert rows == calibration.ids
+
+
+def test_the_fingerprint_sees_ids_and_ends() -> None:
+    def fingerprint(*texts: str) -> str:
+        return calibration_set(texts, byte_tokenizer(), len(texts), 8).fingerprint()
+
+    assert fingerprint("ab", "c") == fingerprint("ab", "c")
+    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint("c", "ab")}) == 4
+
+
+def test_too_few_or_empty_calibration_texts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_samples=3: there are 2 calibration texts; lower it"):
+        calibration_set(["a", "b"], byte_tokenizer(), 3, 8)
+    with pytest.raises(ValueError, match=r"2 of 4 texts are shorter than one token \(index from 0: 1, 3\)"):
+        calibration_set(["a", "", "b", ""], byte_tokenizer(), 4, 8)
+
+
+def test_a_special_token_is_no_text() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert calibration_set(["ab"], tokenizer, 1, 8).ids[0][0] == 0
+    with pytest.raises(ValueError, match="shorter than one token"):
+        calibration_set([""], tokenizer, 1, 8)
+
+
+# -------------------------------------------------------------------------------------------------------- packing
+
+
+def test_packing_joins_documents_with_eos_and_drops_the_tail() -> None:
+    tokenizer = byte_tokenizer()
+    windows = pack(["abc", "", "defgh"], tokenizer, 4)
+    assert windows.dtype == torch.long and windows.shape == (2, 4)
+    assert tokenizer.decode(windows.flatten()) == "abc<|endoftext|><|endoftext|>def"
+    assert pack([str(number) * 50 for number in range(200)], tokenizer, 51).shape[0] >= 200
+
+
+def test_text_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the validation text: 2 texts give 5 tokens, fewer than one window of .*=8"):
+        pack(["ab", "c"], byte_tokenizer(), 8, "the validation text")
+
+
+def test_packing_without_an_eos_token() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    assert tokenizer.decode(pack(["ab", "cd"], tokenizer, 2).flatten()) == "abcd"
+
+
+# ------------------------------------------------------------------------------------------------- recovery's data
+
+
+def order(num_windows: int = 10, batch_size: int = 3, num_batches: int = 8, seed: int = 0) -> list[list[int]]:
+    windows = torch.arange(num_windows)[:, None]
+    loader = RecoveryData(windows, None, batch_size, num_batches, seed).train_dataloader()
+    return [batch["input_ids"].flatten().tolist() for batch in loader]
+
+
+def test_epochs_follow_each_other_without_a_seam() -> None:
+    batches = order()
+    assert [len(batch) for batch in batches] == [3] * 8
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)) and flat[:10] != flat[10:20]
+    assert order() == batches and order(seed=1) != batches
+
+
+def test_fewer_windows_than_a_batch() -> None:
+    assert [sorted(batch) for batch in order(num_windows=2, batch_size=4, num_batches=2)] == [[0, 0, 1, 1]] * 2
+
+
+def test_a_position_is_enough_to_go_on() -> None:
+    data = RecoveryData(torch.arange(10)[:, None], None, 3, 8, 0)
+    first, second = data.train_dataloader(), data.train_dataloader()
+    batches = iter(first)
+    for _ in range(5):
+        next(batches)
+    assert first.state_dict() == {"position": 5}
+    second.load_state_dict(first.state_dict())
+    assert len(second) == 8
+    assert [b["input_ids"].tolist() for b in second] == [b["input_ids"].tolist() for b in batches]
+
+
+def test_validation_windows_come_in_order_and_all() -> None:
+    windows = Windows(torch.arange(10).view(5, 2), 2)
+    assert len(windows) == 3
+    assert torch.cat([batch["input_ids"] for batch in windows]).flatten().tolist() == list(range(10))
+
+
+def test_no_training_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="no training window"):
+        RecoveryData(torch.empty(0, 4, dtype=torch.long), None, 1, 1, 0)
+
+
+class Recorder(lightning.LightningModule):
+    """Notes the batches that it sees; its weight depends on all of them and on their order."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.interrupt_at = interrupt_at
+        self.seen: list[list[int]] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        if batch_index == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.seen.append(batch["input_ids"][:, 0].tolist())
+        return (self.weight - batch["input_ids"].float().mean()) ** 2
+
+    def validation_step(self, batch: dict[str, Tensor]) -> None:
+        self.validated += batch["input_ids"][:, 0].tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+
+class Save(Callback):
+    """Saves when a step is done, or when one is interrupted."""
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        self.path = path
+        self.step = step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+    def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def fit(
+    folder: Path,
+    module: Recorder,
+    *,
+    save: Save | None = None,
+    max_steps: int | None = None,
+    resume: Path | None = None,
+    accumulate: int = 1,
+    validate: bool = False,
+) -> lightning.Trainer:
+    windows = torch.arange(7)[:, None].expand(7, 4).contiguous()
+    validation = windows[:3] if validate else None
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps or 12 // accumulate,
+        default_root_dir=folder,
+        accumulate_grad_batches=accumulate,
+        callbacks=[] if save is None else [save],
+        enable_checkpointing=False,
+        val_check_interval=4 if validate else None,
+        limit_val_batches=None if validate else 0,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    trainer.fit(module, datamodule=RecoveryData(windows, validation, 2, 12, seed=3), ckpt_path=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_a_run_that_stopped_goes_on_with_the_next_batch(tmp_path: Path, steps: int, accumulate: int) -> None:
+    whole, before, after = Recorder(), Recorder(), Recorder()
+    fit(tmp_path, whole, accumulate=accumulate)
+    checkpoint = tmp_path / "stopped.ckpt"
+    fit(tmp_path, before, max_steps=steps, accumulate=accumulate).save_checkpoint(checkpoint)
+    fit(tmp_path, after, resume=checkpoint, accumulate=accumulate)
+    assert len(whole.seen) == 12 and len(before.seen) == steps * accumulate
+    assert before.seen + after.seen == whole.seen
+    assert torch.equal(after.weight, whole.weight)
+
+
+def test_a_run_killed_between_checkpoints_repeats_from_the_last_one(tmp_path: Path) -> None:
+    whole, after = Recorder(), Recorder()
+    fit(tmp_path, whole, validate=True)
+    checkpoint = tmp_path / "step.ckpt"
+    fit(tmp_path, Recorder(), save=Save(checkpoint, step=5), max_steps=7, validate=True)
+    fit(tmp_path, after, resume=checkpoint, validate=True)
+    assert after.seen == whole.seen[5:] and torch.equal(after.weight, whole.weight)
+    assert whole.validated == [0, 1, 2] * 3 and after.validated == [0, 1, 2] * 2
+
+
+def test_a_step_that_was_interrupted_is_repeated(tmp_path: Path) -> None:
+    whole, before, after = Recorder(), Recorder(interrupt_at=5), Recorder()
+    fit(tmp_path, whole)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, before, save=Save(tmp_path / "interrupted.ckpt"))
+    fit(tmp_path, after, resume=tmp_path / "interrupted.ckpt")
+    assert before.seen + after.seen == whole.seen
+    assert torch.equal(after.weight, whole.weight)
+
+
+def test_the_state_is_plain_numbers(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "stopped.ckpt"
+    fit(tmp_path, Recorder(), max_steps=4).save_checkpoint(checkpoint)
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"position": 4}]

@@ -1,0 +1,474 @@
+"""A folder out: what it computes where recondense does not exist, and what an interruption leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import VOCAB, bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, tiny, windows
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from recondense import files
+from recondense.config.schema import ExportConfig, ModelConfig
+from recondense.errors import UserError
+from recondense.export import export as export_module
+from recondense.export import layout, shard_writer
+from recondense.export.export import export
+from recondense.models import loading
+from recondense.models.parameters import count_parameters
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import History, Plan
+from recondense.surgery import apply
+
+IDS = windows(3, 11)
+NEW_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Variant:
+    kind: str
+    model: Callable[[], Any]
+    layers: tuple[int, ...]
+    experts: tuple[int, ...] = (1, 4)
+    shared_gate: float | None = 0.4
+    how: ExportConfig = ExportConfig()  # noqa: RUF009
+    operations: tuple[Operation, ...] = ()  # in place of condensing
+    added: int = 0  # parameters: zeros, or what multiplying out adds
+
+
+LOST = 3 * sum(32 * 16 - rank * (32 + 16) for rank in (3, 5, 2))  # by RANKS, of one layer
+RANKS = {name: (3, 5, None, 2) for name in ("gate_proj", "up_proj", "down_proj")}
+PAIRS = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
+FOUR, THREE = (0, 2, 3, 5), (1, 2, 4)
+
+
+ROOMY = ExportConfig(max_padding=0.5)
+
+
+def other(kind: str, model: Callable[[], Any], *operations: Operation, **more: Any) -> Variant:
+    return Variant(kind, model, (), operations=operations, **more)
+
+
+VARIANTS = {
+    "qwen": Variant("stock", qwen2_moe, (2, 0, 1)),
+    "qwen, sparse layers left": Variant("stock", qwen2_moe, (2, 0)),
+    "qwen, in shards": Variant("stock", qwen2_moe, (2,), how=ExportConfig(max_shard_size="30KB")),
+    "qwen, shared expert alone": Variant("stock", qwen2_moe, (0, 1), experts=()),
+    "qwen, dense layers of the same width": Variant(
+        "stock", lambda: qwen2_moe(mlp_only_layers=[0], intermediate_size=24 + 2 * 16), (1,)
+    ),
+    "qwen, dense layers of another width": Variant("stock", lambda: qwen2_moe(mlp_only_layers=[0]), (1,), added=96 * 8),
+    "qwen, zeros would cost too much": Variant(
+        "bundled", lambda: qwen2_moe(mlp_only_layers=[0]), (1,), how=ExportConfig(max_padding=0.01)
+    ),
+    "qwen, of several widths": other(
+        "stock",
+        qwen2_moe,
+        Condense(0, (3, 0), (0.4, 0.2), 0.5),
+        Condense(1, (3,), (0.4,), 0.5),
+        how=ROOMY,
+        added=96 * 16,
+    ),
+    "qwen, block gone, stock": other(
+        "stock", qwen2_moe, Drop(0, "moe"), Condense(1, (3,), (0.4,), 0.5), how=ROOMY, added=96 * 40
+    ),
+    "qwen, factorized, dense": other(
+        "bundled", qwen2_moe, Prune(1, FOUR), Factorize(1, RANKS), how=ExportConfig(format="dense"), added=LOST
+    ),
+    "qwen, factorized alike, dense": other(
+        "stock",
+        qwen2_moe,
+        *(operation for layer in range(3) for operation in (Prune(layer, FOUR), Factorize(layer, RANKS))),
+        how=ExportConfig(format="dense"),
+        added=3 * LOST,
+    ),
+    "qwen, bundled though stock could": Variant("bundled", qwen2_moe, (2, 0), how=ExportConfig(format="bundled")),
+    "deepseek, condensed behind the dense ones": Variant("stock", deepseek_v2, (1,), how=ROOMY, added=96 * 16),
+    "qwen, token gate": Variant("bundled", qwen2_moe, (1, 2), shared_gate=None),
+    "qwen, bf16": Variant("stock", lambda: qwen2_moe().bfloat16(), (1, 2)),
+    "qwen, token gate, bf16": Variant("bundled", lambda: qwen2_moe().bfloat16(), (1, 2), shared_gate=None),
+    "deepseek": Variant("bundled", deepseek_v2, (1, 2), how=ExportConfig(max_padding=0.0)),
+    "deepseek, sparse layers left": Variant("bundled", deepseek_v2, (2,), experts=(0, 5, 3)),
+    "nothing condensed": Variant("stock", deepseek_v2, ()),
+    "qwen, pruned alike": other("stock", qwen2_moe, *(Prune(layer, FOUR) for layer in range(3))),
+    "qwen, pruned alike, normalized": other(
+        "stock", lambda: qwen2_moe(norm_topk_prob=True), *(Prune(layer, FOUR) for layer in range(3))
+    ),
+    "deepseek, pruned alike": other("stock", deepseek_v2, *(Prune(layer, THREE) for layer in (1, 2))),
+    "qwen, pruned and condensed": other(
+        "stock", qwen2_moe, Prune(0, FOUR), Prune(2, FOUR), Condense(1, (3, 0), (0.4, 0.2), 0.5)
+    ),
+    "qwen, pruned unlike": other("bundled", qwen2_moe, Prune(0, FOUR), Prune(2, THREE)),
+    "deepseek, pruned unlike": other("bundled", deepseek_v2, Prune(1, FOUR)),
+    "qwen, factorized": other("bundled", qwen2_moe, Prune(1, FOUR), Factorize(1, RANKS)),
+    "deepseek, factorized, bf16": other(
+        "bundled", lambda: deepseek_v2().bfloat16(), Prune(1, FOUR), Factorize(1, RANKS), Prune(2, THREE)
+    ),
+    "qwen, merged": other("bundled", qwen2_moe, Merge(1, *PAIRS)),
+    "deepseek, merged": other("bundled", deepseek_v2, Merge(2, *PAIRS)),
+    "qwen, layer gone": other("stock", qwen2_moe, Drop(1, "block")),
+    "qwen, layer gone, others pruned": other("stock", qwen2_moe, Drop(1, "block"), Prune(0, FOUR), Prune(2, FOUR)),
+    "qwen, layer gone before a dense one": other(
+        "stock", lambda: qwen2_moe(mlp_only_layers=[2], num_hidden_layers=4), Drop(1, "block")
+    ),
+    "deepseek, layer gone": other("stock", deepseek_v2, Drop(1, "block")),
+    "qwen, block gone": other("bundled", qwen2_moe, Drop(0, "moe"), how=ExportConfig(max_padding=0.0)),
+    "qwen, a bit of everything": other(
+        "bundled",
+        lambda: qwen2_moe(num_hidden_layers=6),
+        Drop(0, "moe"),
+        Drop(1, "block"),
+        Prune(2, FOUR),
+        Factorize(2, RANKS),
+        Merge(3, *PAIRS),
+        Condense(4, (3, 0), (0.4, 0.2), None),
+        Prune(5, THREE),
+    ),
+}
+
+# Runs where recondense cannot be imported: what each folder computes, or why it does not load.
+ELSEWHERE = """
+import json, sys
+sys.modules["recondense"] = None
+from pathlib import Path
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.set_num_threads(1)
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    bundled = (folder / "modeling_recondense.py").exists()
+    result = {"bundled": bundled}
+    if bundled:
+        for name, load in (("refused", AutoModelForCausalLM), ("config refused", AutoConfig)):
+            try:
+                load.from_pretrained(folder, trust_remote_code=False)
+            except Exception as error:
+                result[name] = f"{type(error).__name__}: {error}"
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, **({"trust_remote_code": True} if bundled else {})
+    )
+    model.eval()
+    result["loading"] = {name: sorted(map(str, value)) for name, value in info.items() if value}
+    result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    result["dtype"] = str(model.dtype)
+    ids = torch.load(sys.argv[2], weights_only=True)
+    with torch.no_grad():
+        result["logits"] = model(input_ids=ids).logits.float().tolist()
+        result["generated"] = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+            use_cache=True,
+        ).tolist()
+    found[folder.name] = result
+assert sys.modules["recondense"] is None
+Path(sys.argv[3]).write_text(json.dumps(found))
+""".replace("NEW", str(NEW_TOKENS))
+
+
+def student(variant: Variant) -> tuple[Any, Plan]:
+    model = variant.model()
+    plan = condense_plan(model, variant.layers, variant.experts, variant.shared_gate)
+    if variant.operations:
+        plan = Plan("tiny", variant.operations)
+    apply.apply(model, plan)
+    return model.eval(), plan
+
+
+def settings(model: Any) -> dict[str, Any]:
+    """The config, without what transformers itself notes in it when it saves."""
+    return {name: value for name, value in model.config.to_dict().items() if name not in ("architectures", "dtype")}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every variant, exported; the live model must not change by it."""
+    root = tmp_path_factory.mktemp("exports") / "all"
+    for name, variant in VARIANTS.items():
+        model, plan = student(variant)
+        before, config, blocks = bits(model), settings(model), list(model.modules())
+        kind = export(model, None, plan, root / name, f"# {name}\n", variant.how)
+        assert kind == variant.kind, name
+        assert same_bits(before, bits(model)) and settings(model) == config and list(model.modules()) == blocks
+    return root
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process without recondense finds in the folders."""
+    work = tmp_path_factory.mktemp("elsewhere")
+    torch.save(IDS, work / "ids.pt")
+    environment = {**os.environ, "HF_HOME": str(work / "hf"), "HF_MODULES_CACHE": str(work / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(folders), str(work / "ids.pt"), str(work / "found.json")],
+        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=work,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((work / "found.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_computes_the_same_elsewhere(name: str, elsewhere: dict[str, Any]) -> None:
+    variant, found = VARIANTS[name], elsewhere[name]
+    model, _ = student(variant)
+    expected = logits(model, IDS).float()
+    got = torch.tensor(found["logits"])
+    if "bf16" in name:  # folding rounds once more
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    else:
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert found["loading"] == {}  # no missing, unexpected or mismatched keys
+    assert found["dtype"] == str(model.dtype)
+    assert found["parameters"] == count_parameters(model) + variant.added
+    assert found["parameters"] < count_parameters(variant.model()) or not variant.layers
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "bf16" not in name])
+def test_generates_the_same_with_a_key_value_cache(name: str, elsewhere: dict[str, Any]) -> None:
+    model, _ = student(VARIANTS[name])
+    ids = IDS
+    for _ in range(NEW_TOKENS):  # without a cache, one whole forward a token
+        ids = torch.cat([ids, logits(model, ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert elsewhere[name]["generated"] == ids.tolist()
+    with torch.no_grad():
+        live = model.generate(
+            IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+    assert elsewhere[name]["generated"] == live.tolist()
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.kind == "bundled"])
+def test_a_bundled_folder_does_not_load_by_mistake(name: str, elsewhere: dict[str, Any], folders: Path) -> None:
+    """Without trust_remote_code: an error, not the stock class with weights made up."""
+    for what in ("refused", "config refused"):
+        assert "trust_remote_code" in elsewhere[name][what]
+    source = (folders / name / "modeling_recondense.py").read_text()
+    assert "import recondense" not in source and "from recondense" not in source
+    config = json.loads((folders / name / "config.json").read_text())
+    assert config["model_type"].startswith("recondense_") and config["architectures"] == ["CompressedForCausalLM"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_folder_holds(name: str, folders: Path) -> None:
+    variant, folder = VARIANTS[name], folders / name
+    model, plan = student(variant)
+    written = Plan.load(folder / "plan.json")
+    assert replace(written, history=History()) == plan
+    dropped = [each.layer for each in plan.operations if isinstance(each, Drop) and each.part == "block"]
+    moved = [layer for layer in range(model.config.num_hidden_layers) if layer not in dropped]
+    if variant.kind == "stock" and moved != list(range(len(moved))):
+        assert written.history == History(plan.operations, tuple(moved))
+    else:
+        assert written.history == History()
+    card = (folder / "README.md").read_text()
+    assert card.startswith(f"# {name}\n\n## Load it\n")
+    assert ("trust_remote_code=True" in card) == (folder / "modeling_recondense.py").exists()
+    assert (folder / "generation_config.json").exists() and list(folder.glob("*.safetensors"))
+    assert len(list(folder.glob("*.safetensors"))) > 1 or variant.how.max_shard_size == "5GB"
+    assert not list(folder.glob("*.bin")) and not list(folder.glob(".*"))
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 1.2 * model.get_memory_footprint() + 4e4
+    if variant.kind == "stock":
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == model.config.model_type and "auto_map" not in config
+        if variant.layers and "mlp_only_layers" in config:
+            assert set(variant.layers) <= set(config["mlp_only_layers"])
+            condensed = layout.condensed_layers(model)
+            (width,) = {block.down_proj.in_features for block in condensed.values()}
+            assert config["intermediate_size"] == width
+        elif variant.layers:
+            assert config["first_k_dense_replace"] == 2 and config["intermediate_size"] == 32 + 2 * 16
+
+
+def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
+    """A stock folder has no place for scales: the product is what counts, in fp32 before it is rounded."""
+    from safetensors.torch import load_file
+
+    model, plan = student(VARIANTS["qwen, bf16"])
+    export(model, None, plan, tmp_path / "out", "")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    block = layout.condensed_layers(model)[1]
+    assert block.scale is not None
+    expected = (block.down_proj.weight.double() * block.scale.double()).bfloat16()
+    assert torch.equal(stored["model.layers.1.mlp.down_proj.weight"], expected)
+    assert not any("scale" in name for name in stored)
+
+
+def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None:
+    """Only lists of one entry a layer lose those of layers that are gone: two end tokens are not two layers."""
+    model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
+    plan = Plan("tiny", (Drop(1, "block"),))
+    apply.apply(model, plan)
+    assert export(model, None, plan, tmp_path / "out", "") == "stock"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] == [5, 6]
+    assert config["num_hidden_layers"] == 1 and config["layer_types"] == ["full_attention"]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [5, 6]
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("variant", ["qwen", "deepseek"])
+@pytest.mark.parametrize("where", ["shards", "write_aside", "plan", "os.replace"])
+def test_an_interrupted_export_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, where: str
+) -> None:
+    """No folder under the final name; where one was, it is still whole. Nothing else is left behind."""
+    model, plan = student(VARIANTS[variant])
+    folder = tmp_path / "model"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def broken() -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if where == "shards":
+                patch.setattr(shard_writer.ShardWriter, "finish", interrupted)
+            elif where == "write_aside":
+                patch.setattr(export_module, "write_aside", interrupted)
+            elif where == "plan":
+                patch.setattr(Plan, "save", interrupted)
+            else:
+                patch.setattr(files.os, "replace", interrupted)
+            export(model, None, plan, folder, "card")
+
+    broken()
+    assert not folder.exists()
+    export(model, None, plan, folder, "card")
+    before = contents(folder)
+    broken()
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    export(model, None, plan, folder, "another card")
+    assert contents(folder) == {**before, "README.md": before["README.md"].replace(b"card", b"another card", 1)}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the old folder is being removed: under the final name stands a whole export, or nothing."""
+    model, plan = student(VARIANTS["qwen"])
+    folder = tmp_path / "model"
+    export(model, None, plan, folder, "old")
+    old = contents(folder)
+    new = {**old, "README.md": old["README.md"].replace(b"old", b"new", 1)}
+    remove = shutil.rmtree
+
+    def killed(path: Any, *args: Any, **kwargs: Any) -> None:
+        path = Path(path)
+        if path.exists() and "config.json" in {each.name for each in path.iterdir()}:
+            (path / "config.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", killed)
+        with suppress(KeyboardInterrupt):
+            export(model, None, plan, folder, "new")
+    assert not folder.exists() or contents(folder) in (old, new)
+    export(model, None, plan, folder, "new")
+    assert contents(folder) == new
+
+
+def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
+    """Also one of another kind: nothing of the old one is left."""
+    for name in ("qwen, token gate", "qwen"):
+        model, plan = student(VARIANTS[name])
+        export(model, None, plan, tmp_path / "model", name)
+    assert not (tmp_path / "model" / "modeling_recondense.py").exists()
+    assert Plan.load(tmp_path / "model" / "plan.json") == plan
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{index}": index for index in range(VOCAB)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0")
+
+
+def test_load_gives_back_what_was_exported(tmp_path: Path) -> None:
+    model, plan = student(VARIANTS["qwen, sparse layers left"])
+    model.config.output_router_logits = True
+    export(model, tokenizer(), plan, tmp_path / "out", "")
+    again, words = loading.load(ModelConfig(device="cpu", dtype="float32"), tmp_path / "out")
+    assert words("w5")["input_ids"] == [5]
+    assert not again.training and again.config.output_router_logits is False
+    assert again.config._experts_implementation == "grouped_mm"
+    found: Tensor = logits(again, IDS)
+    torch.testing.assert_close(found, logits(model, IDS), rtol=0, atol=1e-4)
+    half, _ = loading.load(ModelConfig(device="cpu", dtype="bfloat16", experts="eager"), tmp_path / "out")
+    assert half.dtype == torch.bfloat16 and half.config._experts_implementation == "eager"
+
+
+def test_load_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        loading.load(ModelConfig(device="cpu"), "nobody/no-such-model")
+    qwen2_moe().save_pretrained(tmp_path / "out")
+    tokenizer().save_pretrained(tmp_path / "out")
+    loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "out" / "pytorch_model.bin")  # pickles are never loaded
+    with pytest.raises(ValueError, match=r"model.path=.*safetensors"):
+        loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+
+
+def test_load_refuses_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    """transformers would make up one that knows no word."""
+    qwen2_moe().save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"model.path=.*tokenizer"):
+        loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+
+
+def test_load_refuses_a_cut_file_in_words(tmp_path: Path) -> None:
+    """A download or copy that stopped half-way."""
+    qwen2_moe().save_pretrained(tmp_path / "out")
+    tokenizer().save_pretrained(tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"model\.path="):
+        loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+
+
+def test_weights_fingerprint() -> None:
+    """Equal for equal weights, another for one bit, one name, one type."""
+    model = qwen2_moe()
+    found = loading.weights_fingerprint(model)
+    assert found == loading.weights_fingerprint(qwen2_moe()) and len(found) == 16
+    others = {loading.weights_fingerprint(qwen2_moe(seed=1)), loading.weights_fingerprint(qwen2_moe().bfloat16())}
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.experts.down_proj
+        weight[5, 31, 15] = torch.nextafter(weight[5, 31, 15], torch.tensor(9.0))
+    others.add(loading.weights_fingerprint(model))
+    assert len(others | {found}) == 4
+
+
+def test_weights_fingerprint_sees_what_is_no_parameter() -> None:
+    """A router's correction bias, and the table of merged experts."""
+    found = set()
+    for change in (0.0, 0.5):
+        model = tiny("deepseek_v3")
+        model.model.layers[1].mlp.gate.e_score_correction_bias += change
+        found.add(loading.weights_fingerprint(model))
+    for groups in (PAIRS, (((0, 3), (4,), (5, 2, 1)), PAIRS[1])):
+        model = qwen2_moe()
+        apply.apply(model, Plan("tiny", (Merge(1, *groups),)))
+        table = model.model.layers[1].mlp.gate.table.clone()
+        model = qwen2_moe()
+        apply.apply(model, Plan("tiny", (Merge(1, *PAIRS),)))
+        model.model.layers[1].mlp.gate.table.copy_(table)
+        found.add(loading.weights_fingerprint(model))
+    assert len(found) == 4

@@ -1,0 +1,141 @@
+"""Budgets against the sizes of the models that surgery leaves; CD-MoE's fewest layers for one."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+from support.tiny_models import FAMILIES, condense_plan, qwen2_moe, recorded, unchanged
+
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.search.budget import Budget
+from recondense.models import parameters, views
+from recondense.models.parameters import routed_parameters, total_parameters
+from recondense.operations import Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
+
+EXPERT = 3 * 32 * 16  # gate, up and down of one expert of the tiny models
+ROW = 32
+
+
+def size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def drop(model: Any, total: int) -> None:
+    """Drop `total` experts of a model of whole layers of six, at most four from each, the first ones first."""
+    plan = []
+    for layer in views.sparse_blocks(model):
+        number = min(4, total)
+        total -= number
+        plan += [Prune(layer, tuple(range(number, 6)))] if number else []
+    assert total == 0
+    apply.apply(model, Plan("tiny", tuple(plan)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_those_of_the_model(family: str) -> None:
+    model = FAMILIES[family]()
+    layers = len(views.sparse_blocks(model))
+    assert total_parameters(model) == size(model) == parameters.parameter_counts(model.config).total
+    assert routed_parameters(model) == layers * 6 * EXPERT
+    apply.apply(model, condense_plan(model, [1]))  # two of its routed experts stay
+    assert routed_parameters(model) == (layers - 1) * 6 * EXPERT + 2 * EXPERT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [0.95, 0.9, 0.85, 0.8])
+def test_memory_ratio_drops_the_fewest_experts_that_keep_it(family: str, ratio: float) -> None:
+    budget, original = Budget(memory_ratio=ratio), size(FAMILIES[family]())
+    total = budget.experts_to_drop(FAMILIES[family]())
+    sizes = []
+    for number in (total, total - 1):
+        model = FAMILIES[family]()
+        drop(model, number)
+        sizes.append(size(model))
+        assert budget.experts_to_drop(model) == total - number  # of a model that has lost some already
+    assert sizes[0] <= ratio * original < sizes[1]
+    assert sizes[1] - sizes[0] == EXPERT + ROW
+    # Merged experts leave their router's rows: as many or more have to go.
+    least = -(-(original - math.floor(ratio * original)) // EXPERT)
+    assert budget.experts_to_drop(FAMILIES[family](), router_rows=False) == least >= total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [0.05, 0.25, 0.34, 0.5])
+def test_removed_expert_ratio_counts_routed_experts_alone(family: str, ratio: float) -> None:
+    model, budget = FAMILIES[family](), Budget(removed_expert_ratio=ratio)
+    experts = 6 * len(views.sparse_blocks(model))
+    assert budget.experts_to_drop(model) == round(ratio * experts)
+    assert budget.expert_parameters_to_remove(model) == round(ratio * experts * EXPERT)
+    drop(model, 1)
+    assert budget.experts_to_drop(model) == max(0, round(ratio * experts) - 1)
+    assert budget.expert_parameters_to_remove(model) == max(0, round(ratio * experts * EXPERT) - EXPERT)
+
+
+def test_problems() -> None:
+    assert "both null" in Budget().problems()[0] and Budget().problems(required=False) == []
+    for value in (0, 1, -0.5, 1.5, True, "half"):
+        assert "between 0 and 1" in Budget(memory_ratio=value).problems()[0]  # type: ignore[arg-type]
+    both = Budget(removed_expert_ratio=0.5, memory_ratio=0.7)
+    assert both.settings() == {"removed_expert_ratio": None, "memory_ratio": 0.7} and both.problems() == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "setting",
+    # 0.76585 is kept by two layers of qwen2_moe only as the gates of the shared experts go too.
+    [("memory_ratio", 0.95), ("memory_ratio", 0.8), ("memory_ratio", 0.76585), ("removed_expert_ratio", 0.4)],
+)
+def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, float]) -> None:
+    name, ratio = setting
+    model, cache = FAMILIES[family](), {}  # type: ignore[var-annotated]
+    original, experts = size(model), routed_parameters(model)
+    with unchanged(model):
+        operations, record = CDMoE(num_experts=2, **{name: ratio}).search(
+            model, lambda: recorded(model), cache, 1 << 30
+        )
+    assert record[name] == ratio
+    reached = []
+    for plan in (operations, operations[:-1]):
+        other = FAMILIES[family]()
+        apply.apply(other, Plan("tiny", tuple(plan)))
+        kept = size(other) / original  # the scale, a buffer that export folds, does not count
+        reached.append(kept <= ratio if name == "memory_ratio" else 1 - routed_parameters(other) / experts >= ratio)
+    assert reached == [True, False]
+    # The same cache serves the number of layers that the budget came to, and is what that number alone gives.
+    alone, again = CDMoE(num_experts=2, num_layers=len(operations)).search(
+        model, lambda: pytest.fail("taped again"), cache, 1 << 30
+    )
+    assert alone == operations and again["reused"]
+
+
+@pytest.mark.parametrize("name", ["memory_ratio", "removed_expert_ratio"])
+@pytest.mark.parametrize("num_experts", [2, 5])
+def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
+    """What the message names can be kept, and nothing 0.0002 stricter."""
+    model = qwen2_moe()
+    strict = 0.05 if name == "memory_ratio" else 0.95
+
+    def search(ratio: float) -> Any:
+        step = CDMoE(num_experts=num_experts, **{name: ratio})
+        return step.search(model, lambda: recorded(model), cache, 1 << 30)
+
+    cache: dict[str, Any] = {}
+    with pytest.raises(ValueError, match=f"{name}=.* at best") as error:
+        search(strict)
+    found = re.search(rf"{name}=([\d.]+) at best", str(error.value))
+    assert found is not None
+    best = float(found[1])
+    assert len(search(best)[0]) == 3
+    with pytest.raises(ValueError, match="at best"):
+        search(best - 2e-4 if name == "memory_ratio" else best + 2e-4)
+
+
+def test_cdmoe_that_keeps_every_expert_saves_none() -> None:
+    model = qwen2_moe()
+    with pytest.raises(ValueError, match="saves 0: removed_expert_ratio=0 at best"):
+        CDMoE(num_experts=6, removed_expert_ratio=0.2).search(model, lambda: recorded(model), {}, 1 << 30)

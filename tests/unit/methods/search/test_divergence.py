@@ -1,0 +1,210 @@
+"""Losses against definitions in many digits, other libraries, and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon  # type: ignore[import-untyped]
+from support.tiny_models import VOCAB, qwen2_moe, windows
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from recondense.methods.search.divergence import jensen_shannon
+from recondense.recovery.losses import cross_entropy, feature_matching, forward_kl
+
+SCALES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0)
+
+
+def js_in_many_digits(reference_TD: Tensor, difference_TD: Tensor) -> list[mpmath.mpf]:
+    """The definition of METHODS.md word by word, in 120 digits: ½[KL(p‖m) + KL(q‖m)] with 1e-10 added everywhere."""
+    with mpmath.workdps(120):
+        found = []
+        for logits, moved in zip(reference_TD.double().tolist(), difference_TD.double().tolist(), strict=True):
+            p = _softmax([mpmath.mpf(x) for x in logits])
+            q = _softmax([mpmath.mpf(x) + mpmath.mpf(d) for x, d in zip(logits, moved, strict=True)])
+            m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+            found.append((_kl(p, m) + _kl(q, m)) / 2)
+        return found
+
+
+def _softmax(logits: list[mpmath.mpf]) -> list[mpmath.mpf]:
+    exponentials = [mpmath.exp(x - max(logits)) for x in logits]
+    total = mpmath.fsum(exponentials)
+    return [x / total for x in exponentials]
+
+
+def _kl(p: list[mpmath.mpf], q: list[mpmath.mpf]) -> mpmath.mpf:
+    small = mpmath.mpf("1e-10")
+    return mpmath.fsum((a + small) * mpmath.log((a + small) / (b + small)) for a, b in zip(p, q, strict=True))
+
+
+def states(outlier: float, num: int = 8, width: int = 32) -> Tensor:
+    torch.manual_seed(1)
+    reference_TD = torch.randn(num, width)
+    if outlier:
+        reference_TD[:, 5] = outlier
+    return reference_TD
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("outlier", [0.0, 30.0, 300.0])
+def test_jensen_shannon_keeps_its_digits(outlier: float, scale: float) -> None:
+    """However close the two are, and beside an outlier dimension; 1e-38 is where fp32 ends."""
+    reference_TD = states(outlier)
+    difference_TD = torch.randn(reference_TD.shape) * scale
+    expected = js_in_many_digits(reference_TD, difference_TD)
+    found = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
+    assert found.dtype == torch.float32
+    for mine, true in zip(found.tolist(), expected, strict=True):
+        assert abs(mine - true) <= 1e-4 * true + 1e-38, (mine, float(true))
+
+
+def test_jensen_shannon_of_one_far_and_unlikely_dimension() -> None:
+    """A dimension of no weight moves far, the rest hardly: the definition in fp64 would leave only its rounding."""
+    reference_TD = states(0.0)
+    reference_TD[:, 3] = -40.0
+    difference_TD = torch.randn(reference_TD.shape) * 1e-6
+    difference_TD[:, 3] = 12.0
+    expected = js_in_many_digits(reference_TD, difference_TD)
+    assert float(expected[0]) < 1e-12
+    found = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
+    for mine, true in zip(found.tolist(), expected, strict=True):
+        assert abs(mine - true) <= 1e-4 * true, (mine, float(true))
+
+
+def test_jensen_shannon_is_zero_without_a_difference_and_ln2_at_most() -> None:
+    reference_TD = states(0.0)
+    assert jensen_shannon(reference_TD, torch.zeros(1, *reference_TD.shape)).eq(0).all()
+    apart = jensen_shannon(torch.tensor([[200.0, 0.0]]), torch.tensor([[[-400.0, 0.0]]]))
+    assert apart.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_jensen_shannon_is_scipys(scale: float) -> None:
+    reference_TD = states(0.0)
+    difference_CTD = torch.randn(3, *reference_TD.shape) * scale
+    p = reference_TD.double().softmax(-1).expand_as(difference_CTD).numpy()
+    q = (reference_TD + difference_CTD).double().softmax(-1).numpy()
+    np.testing.assert_allclose(
+        jensen_shannon(reference_TD, difference_CTD), jensenshannon(p, q, axis=-1) ** 2, rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
+def test_a_shift_of_all_dimensions_changes_nothing(scale: float) -> None:
+    reference_TD = states(30.0)
+    difference_TD = (torch.randn(reference_TD.shape) * scale * 1024).round() / 1024  # so that adding 64 is exact
+    plain = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0))
+    for shift in (64.0, -16.0):
+        assert torch.equal(plain, jensen_shannon(reference_TD, (difference_TD + shift).unsqueeze(0)))
+    moved = jensen_shannon((reference_TD * 1024).round() / 1024 + 8, difference_TD.clone().unsqueeze(0))
+    still = jensen_shannon((reference_TD * 1024).round() / 1024, difference_TD.clone().unsqueeze(0))
+    torch.testing.assert_close(moved, still, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("step", [2.0**-12, 2.0**-6, 0.5])
+def test_jensen_shannon_is_symmetric(step: float) -> None:
+    """JS(p, q) = JS(q, p), from numbers whose sum is exact; and a tiny change costs as much either way."""
+    reference_TD = (states(0.0) * 256).round() / 256
+    difference_TD = torch.randint(-3, 4, reference_TD.shape) * step
+    there = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0))
+    back = jensen_shannon(reference_TD + difference_TD, -difference_TD.unsqueeze(0))
+    torch.testing.assert_close(there, back, rtol=1e-5, atol=0)
+    away = jensen_shannon(reference_TD, -difference_TD.unsqueeze(0))
+    torch.testing.assert_close(there, away, rtol=2 * step, atol=0)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("width", [32, 257, 2048])
+def test_chunks_give_the_same_bits(width: int, apart: bool) -> None:
+    """Candidates and tokens may be cut as the memory allows: a score must not depend on it."""
+    torch.manual_seed(0)
+    reference_TD, difference_CTD = torch.randn(21, width), torch.randn(24, 21, width) * 0.1
+    difference_CTD[3, 4] *= 200  # one that is far away
+    whole = jensen_shannon(reference_TD, difference_CTD.clone(), apart)
+    for group in (1, 2, 7):
+        parts = [jensen_shannon(reference_TD, part.clone(), apart) for part in difference_CTD.split(group)]
+        differs = (torch.cat(parts) - whole).abs().max().item()
+        assert torch.equal(torch.cat(parts), whole), f"groups of {group} candidates differ by {differs:.2g}"
+    for rows in (1, 4):
+        cut = [slice(row, row + rows) for row in range(0, 21, rows)]
+        parts = [jensen_shannon(reference_TD[own], difference_CTD[:, own].clone(), apart) for own in cut]
+        differs = (torch.cat(parts, dim=1) - whole).abs().max().item()
+        assert torch.equal(torch.cat(parts, dim=1), whole), f"{rows} tokens at a time differ by {differs:.2g}"
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 3.0, 10.0, 30.0])
+@pytest.mark.parametrize("outlier", [0.0, 3.0])
+def test_the_shorter_computation_where_distributions_lie_apart(outlier: float, scale: float) -> None:
+    reference_TD = states(outlier)
+    difference_TD = torch.randn(reference_TD.shape) * scale
+    expected = [float(true) for true in js_in_many_digits(reference_TD, difference_TD)]
+    found = jensen_shannon(reference_TD, difference_TD.unsqueeze(0), apart=True)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fall", [60.0, 150.0, 400.0])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_largest_dimension_may_fall_below_all_others(apart: bool, fall: float) -> None:
+    """A massive activation of the original that a candidate lacks, and one that it has elsewhere."""
+    reference_TD = states(0.0)
+    reference_TD[:, 3] += fall
+    difference_TD = torch.randn(reference_TD.shape)
+    difference_TD[::2, 3] -= 1.5 * fall
+    difference_TD[::4, 7] += 2 * fall
+    expected = [float(true) for true in js_in_many_digits(reference_TD, difference_TD)]
+    found = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0), apart=apart)[0]
+    np.testing.assert_allclose(found[::2], expected[::2], rtol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_forward_kl_is_torchs(temperature: float) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, VOCAB) * 3, torch.randn(2, 5, VOCAB) * 3
+    expected = kl_divergence(Categorical(logits=teacher / temperature), Categorical(logits=student / temperature))
+    found = forward_kl(student, teacher, temperature)
+    torch.testing.assert_close(found, expected.mean() * temperature**2, rtol=1e-5, atol=0)
+    assert forward_kl(teacher, teacher, temperature).item() == 0
+
+
+def test_forward_kl_gradient_is_the_difference_of_the_distributions() -> None:
+    """d/ds τ²·KL = τ·(softmax(s/τ) − softmax(t/τ)), over the number of positions."""
+    torch.manual_seed(0)
+    student = torch.randn(2, 3, VOCAB, requires_grad=True)
+    teacher = torch.randn(2, 3, VOCAB)
+    forward_kl(student, teacher, 2.0).backward()  # type: ignore[no-untyped-call]
+    expected = 2.0 * ((student / 2).softmax(-1) - (teacher / 2).softmax(-1)) / 6
+    torch.testing.assert_close(student.grad, expected.detach(), rtol=1e-4, atol=1e-7)
+
+
+def test_losses_are_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 4, VOCAB).bfloat16(), torch.randn(1, 4, VOCAB).bfloat16()
+    ids = windows(1, 4)
+    assert forward_kl(student, teacher).dtype == cross_entropy(student, ids).dtype == torch.float32
+    torch.testing.assert_close(forward_kl(student, teacher), forward_kl(student.float(), teacher.float()))
+    torch.testing.assert_close(cross_entropy(student, ids), cross_entropy(student.float(), ids))
+
+
+def test_cross_entropy_is_transformers_own() -> None:
+    model, ids = qwen2_moe(), windows(3, 11)
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(cross_entropy(output.logits, ids), output.loss, rtol=1e-6, atol=0)
+
+
+def test_feature_matching_closed_form() -> None:
+    """A student that is (1 + a)·teacher is a² off, whatever the layer's size; layers weigh the same."""
+    torch.manual_seed(0)
+    teacher = [torch.randn(2, 3, 8), 100 * torch.randn(2, 3, 8)]
+    student = [1.5 * teacher[0], 0.9 * teacher[1]]
+    assert feature_matching(student, teacher).item() == pytest.approx((0.25 + 0.01) / 2, rel=1e-5)
+    assert feature_matching(teacher, teacher).item() == 0
+    assert math.isfinite(feature_matching([torch.ones(1, 1, 2)], [torch.zeros(1, 1, 2)]).item())
+    with pytest.raises(ValueError, match="shorter"):
+        feature_matching(student, teacher[:1])

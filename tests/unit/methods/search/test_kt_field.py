@@ -1,0 +1,133 @@
+"""How the KT-reception field works: how many decoder layers it runs, and what it leaves to blocks after the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from support.brute_force_moei2 import best_of_block, pruned
+from support.tiny_models import blocks, deepseek_v2, qwen2_moe, texts, unchanged
+
+from recondense.calibration.tape import Tape
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.search import kt_field
+from recondense.methods.search.kt_field import reception_field
+from recondense.models import decoder, streaming, views
+
+SETS = [(0, 1), (2, 4), (3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("make", "groups", "runs"),
+    [
+        # K + K² + K³ for a block of three layers.
+        (lambda: qwen2_moe(num_hidden_layers=3), [(0, 1, 2)], 39),
+        # The last block is shorter. Before it, the way chosen so far once more.
+        (lambda: qwen2_moe(num_hidden_layers=4), [(0, 1, 2), (3,)], 39 + 3 + 3),
+        # Layer 0 is dense and below: never run. Then MoE layers 1, 2 and 3.
+        (lambda: deepseek_v2(num_hidden_layers=4), [(1, 2, 3)], 39),
+        # Layer 1 is dense, within a block: it runs with each of layer 0's candidates.
+        (lambda: qwen2_moe(num_hidden_layers=4, mlp_only_layers=[1]), [(0, 2, 3)], 2 * 3 + 9 + 27),
+        # Layers 3 and 5 are dense: 3 is run once, between the blocks, and 5 is above all.
+        (lambda: qwen2_moe(num_hidden_layers=6, mlp_only_layers=[3, 5]), [(0, 1, 2), (4,)], 39 + 3 + 1 + 3),
+    ],
+)
+def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs: int) -> None:
+    model = make()
+    tape = Tape.record(model, blocks(texts()))
+    before = tape.layer_runs
+    with unchanged(model):
+        found = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
+    assert [field.layers for field in found] == list(groups)
+    assert [field.combinations for field in found] == [3 ** len(group) for group in groups]
+    assert tape.layer_runs - before == pytest.approx(runs)
+
+
+def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense layers within a block, too; of a model larger than memory another layer takes the place of the last."""
+    used: list[int] = []
+    resident = streaming.resident
+
+    def spied(model: Any, layer: int) -> Any:
+        if used[-1:] != [layer]:
+            used.append(layer)
+        return resident(model, layer)
+
+    monkeypatch.setattr(kt_field, "resident", spied)
+    model = qwen2_moe(num_hidden_layers=6, mlp_only_layers=[1, 2, 4])
+    tape = Tape.record(model, blocks(texts()))
+    before = tape.layer_runs
+    [found] = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
+    assert found.layers == (0, 3, 5) and used == [0, 1, 2, 3, 4, 5]
+    assert tape.layer_runs - before == pytest.approx(3 * 3 + 2 * 9 + 27)
+
+
+def test_a_dense_layer_between_blocks_sees_the_pruned_states() -> None:
+    """The second block's choice is the enumeration's, the first block pruned; its error is the whole model's."""
+    for seed in range(4):
+        model = qwen2_moe(seed, num_hidden_layers=5, mlp_only_layers=[2])
+        ids = [torch.tensor(text) for text in texts(seed)]
+        tape = Tape.record(model, blocks(texts(seed)))
+        candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
+        first, second = reception_field(model, tape, candidates, 2)
+        chosen = {layer: SETS[place] for layer, place in zip(first.layers, first.choice, strict=True)}
+        assert second.choice == best_of_block(model, ids, candidates, second.layers, chosen)
+        chosen |= {layer: SETS[place] for layer, place in zip(second.layers, second.choice, strict=True)}
+        own = leaving_last_layer(model, ids)
+        with pruned(model, chosen):
+            other = leaving_last_layer(model, ids)
+        assert second.error == pytest.approx(float((other - own).norm() / own.norm()), rel=1e-4)
+
+
+@torch.no_grad()
+def leaving_last_layer(model: Any, ids: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Hidden states of all tokens, before the final norm, in fp64."""
+    seen: list[torch.Tensor] = []
+    handle = decoder.decoder_layers(model)[-1].register_forward_hook(lambda *args: seen.append(args[2][0].double()))
+    for text in ids:
+        decoder.decoder(model)(input_ids=text[None], use_cache=False)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_blocks_that_are_known_are_gone_through_and_not_tried_again() -> None:
+    model = qwen2_moe(num_hidden_layers=5, mlp_only_layers=[2])
+    tape = Tape.record(model, blocks(texts()))
+    candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
+    counts: list[int] = []
+    whole = reception_field(model, tape, candidates, 2, decided=lambda so_far: counts.append(len(so_far)))
+    assert counts == [1, 2]
+    before = tape.layer_runs
+    assert reception_field(model, tape, candidates, 2, whole[:1]) == whole
+    assert tape.layer_runs - before == pytest.approx(2 + 1 + 3 + 9)  # the chosen way, the dense layer, K + K²
+
+
+class Killed(Exception):
+    """Ends a search where it stands."""
+
+
+class Dying(dict[str, dict[str, Any]]):
+    """A cache that ends the search once it holds one block of the field."""
+
+    def __setitem__(self, key: str, value: dict[str, Any]) -> None:
+        super().__setitem__(key, value)
+        if key.startswith("blocks-") and len(value["blocks"]) == 1:
+            raise Killed
+
+
+def test_a_killed_search_goes_on_at_the_block_where_it_was() -> None:
+    model = qwen2_moe(num_hidden_layers=5)
+    tape = Tape.record(model, blocks(texts()))
+    step = InterExpertPruning(prune_ratio=0.25, block_size=2, population=10, iterations=2, parents=4)
+    cache = Dying()
+    with pytest.raises(Killed):
+        step.search(model, lambda: tape, cache, 1 << 28)
+    before = tape.layer_runs
+    resumed = step.search(model, lambda: tape, dict(cache), 1 << 28)
+    spent = tape.layer_runs - before
+    before = tape.layer_runs
+    undisturbed = step.search(model, lambda: tape, {}, 1 << 28)
+    assert resumed[0] == undisturbed[0] and resumed[1]["blocks"] == undisturbed[1]["blocks"]
+    assert spent < tape.layer_runs - before

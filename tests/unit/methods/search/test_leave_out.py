@@ -1,0 +1,117 @@
+"""Where scoring sets of dropped experts is delicate: steep routers, little memory, overflow, half precision."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from support.brute_force_moei2 import change, loss_without
+from support.tiny_models import FAMILIES, qwen2_moe, recorded, texts
+
+from recondense.methods.search.genetic import Genetic, best_sets
+from recondense.methods.search.importance import expert_importance
+from recondense.methods.search.leave_out import Replay
+from recondense.models import views
+
+MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
+SETS = [each for number in range(1, 5) for each in itertools.combinations(range(6), number)]
+DROPPED = torch.tensor([[expert in each for expert in range(6)] for each in SETS])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scale", [10, 30, 100])
+@torch.no_grad()
+def test_logits_far_apart(name: str, scale: float) -> None:
+    """With the first experts gone, what is left lies beyond what fp32 exponentials relative to the first can hold."""
+    model = MODELS[name]()
+    block: Any = views.sparse_blocks(model)[2]
+    block.router.weight.mul_(scale)
+    tape = recorded(model)
+    logits_TE = torch.cat([block.router(trace.x_TD)[0] for trace in tape.trace(model, 2)]).float()
+    assert scale == 10 or (logits_TE.amax(1) - logits_TE.amin(1)).max() > 110
+    errors = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
+    for each, error in zip(SETS, errors, strict=True):
+        assert error == pytest.approx(change(model, tape, 2, each), rel=1e-3, abs=1e-4), each
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+@torch.no_grad()
+def test_errors_depend_neither_on_memory_nor_on_company(scale: float) -> None:
+    model: Any = qwen2_moe()
+    block: Any = views.sparse_blocks(model)[1]
+    block.router.weight.mul_(scale)
+    tape = recorded(model)
+    expected = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED)
+    for scratch in (1, 1 << 12, 1 << 16, 1 << 20):
+        assert torch.allclose(Replay(model, tape, block, 4, scratch).errors(DROPPED), expected, rtol=1e-6, atol=0)
+    replay = Replay(model, tape, block, 4, 1 << 30)
+    alone = torch.cat([replay.errors(row) for row in DROPPED.split(1)])
+    assert torch.allclose(alone, expected, rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_an_overflow_is_an_error_that_names_the_layer() -> None:
+    """Even of an expert that no token selects until others are gone: the calibration run would not see it."""
+    model: Any = qwen2_moe()
+    block: Any = views.sparse_blocks(model)[2]
+    tape = recorded(model)
+    block.experts.down_proj[5] = torch.inf
+    with pytest.raises(ValueError, match="layer 2"):
+        Replay(model, tape, block, 4, 1 << 30).errors(DROPPED)
+
+
+@torch.no_grad()
+def test_half_precision_follows_the_block_as_far_as_it_can_be_told() -> None:
+    """The block rounds weights and sums to bfloat16; the scores do not."""
+    model: Any = qwen2_moe().to(torch.bfloat16)
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    errors = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
+    far = [(each, error) for each, error in zip(SETS, errors, strict=True) if len(each) == 4]
+    for each, error in far:
+        assert error == pytest.approx(change(model, tape, 2, each), rel=0.05), each
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("memoise", [False, True])
+def test_the_search_survives_the_same_with_errors_by_the_block(name: str, memoise: bool) -> None:
+    """Every generation, and what is left at the end: replay stands in for a run of the block for each individual."""
+    model = MODELS[name]()
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    replay = Replay(model, tape, block, 3, 1 << 30)
+
+    def by_the_block(dropped_PE: torch.Tensor) -> torch.Tensor:
+        sets = [row.nonzero().flatten().tolist() for row in dropped_PE]
+        return torch.tensor([change(model, tape, 2, each) for each in sets], dtype=torch.float64)
+
+    runs = []
+    for errors in (replay.errors, by_the_block):
+        seen: list[list[list[bool]]] = []
+
+        def noted(dropped_PE: torch.Tensor, errors: Any = errors, seen: Any = seen) -> torch.Tensor:
+            seen.append(dropped_PE.tolist())
+            return errors(dropped_PE)
+
+        settings = Genetic(population=6, iterations=3, parents=3, search="genetic", memoise=memoise)
+        runs.append((best_sets(noted, 6, 3, settings, seed=1, num_best=3), seen))
+    (mine, mine_seen), (theirs, their_seen) = runs
+    assert mine_seen == their_seen and [each for each, _ in mine] == [each for each, _ in theirs]
+    assert [error for _, error in mine] == pytest.approx([error for _, error in theirs], rel=1e-4)
+
+
+def test_refusals() -> None:
+    model = qwen2_moe()
+    tape, block = recorded(model), views.sparse_blocks(model)[0]
+    with pytest.raises(ValueError, match="layer 0: dropping 5 of 6"):
+        Replay(model, tape, block, 5, 1 << 30)
+
+
+def test_lm_loss_in_little_memory() -> None:
+    """Logits of a few tokens at a time: the same loss."""
+    model = qwen2_moe()
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    little = expert_importance(model, tape, block, "lm_loss", False, 1 << 12)
+    ids = [torch.tensor(text) for text in texts()]
+    assert little == pytest.approx([loss_without(model, ids, {2: [expert]}) for expert in range(6)], rel=1e-5)
+    assert little == pytest.approx(expert_importance(model, tape, block, "lm_loss", False, 1 << 30), rel=1e-6)

@@ -1,0 +1,165 @@
+"""Both papers in one run: what is measured, what is chosen, and what is not measured twice."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import qwen2_moe, recorded, unchanged
+
+from recondense.methods.combined import Combined
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.rerun import Start
+from recondense.models import families, views
+from recondense.models.parameters import sizes
+from recondense.operations import Condense, Factorize, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
+
+SETTINGS: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (0.5,), "population": 20}
+SETTINGS |= {"parents": 5, "iterations": 4}
+
+
+def search(model: Any, cache: dict[str, Any] | None = None, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
+    step = Combined(**{**SETTINGS, **changes})
+    assert step.check(families.facts(model.config)) == []
+    return step.search(model, lambda: recorded(model), {} if cache is None else cache, 1 << 30)
+
+
+def test_the_first_round_is_the_enumerated_best() -> None:
+    """Of all combinations of options that save enough, the least sum of the damages of single layers."""
+    model = qwen2_moe()
+    with unchanged(model):
+        operations, record = search(model, memory_ratio=0.75, rounds=1)
+    [found] = record["rounds"]
+    need = sizes(model)["total"] - int(0.75 * sizes(model)["total"])
+    layers = list(record["options"])
+    kinds = [range(len(record["options"][layer])) for layer in layers]
+    allowed = [
+        chosen
+        for chosen in itertools.product(*kinds)
+        if sum(record["options"][layer][place][1] for layer, place in zip(layers, chosen, strict=True)) >= need
+    ]
+
+    def damage(chosen: tuple[int, ...]) -> float:
+        return sum(found["damages"][layer][place] for layer, place in zip(layers, chosen, strict=True))
+
+    best = min(allowed, key=damage)
+    names = [record["options"][layer][place][0].partition(",")[0] for layer, place in zip(layers, best, strict=True)]
+    assert [found["choice"][layer].partition(",")[0] for layer in layers] == names  # ranks may be raised afterwards
+    assert found["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
+    apply.apply(model, Plan("tiny", tuple(operations)))
+    assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
+
+
+def test_what_cannot_be_saved_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the size that can be had; it can."""
+    monkeypatch.setattr(Damage, "of", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"strongest options of all layers give memory_ratio=0\.") as error:
+        search(qwen2_moe(), memory_ratio=0.05)
+    monkeypatch.undo()
+    model, best = qwen2_moe(), float(str(error.value).rpartition("=")[2])
+    operations, _ = search(model, memory_ratio=best)
+    apply.apply(model, Plan("tiny", tuple(operations)))
+    assert sizes(model)["total"] <= best * sizes(qwen2_moe())["total"]
+
+
+def test_the_damage_is_that_of_surgery() -> None:
+    """What a choice was measured to do is what the plan's operations do."""
+    model, expected = qwen2_moe(), qwen2_moe()
+    operations, record = search(model, memory_ratio=0.8)
+    tape = recorded(expected)
+    measure = Damage(expected, tape)
+    apply.apply(model, Plan("tiny", tuple(operations)))
+    blocks = {layer: views.get_block(model, layer) for layer in {each.layer for each in operations}}
+    best = min(record["rounds"], key=lambda each: each["damage"])
+    assert measure.choose(blocks) == pytest.approx(best["damage"], rel=1e-4)
+    assert {type(each) for each in operations} <= {Condense, Prune, Factorize}
+
+
+def test_another_budget_measures_no_layer_alone_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    of = Damage.of
+
+    def counted(self: Damage, starts: list[Start]) -> list[float]:
+        measured.extend(start.layer for start in starts)
+        return of(self, starts)
+
+    monkeypatch.setattr(Damage, "of", counted)
+    model, cache = qwen2_moe(), {}
+    _, one = search(model, cache, memory_ratio=0.8, rounds=1)
+    assert len(measured) == sum(len(each) for each in one["options"].values())
+    measured.clear()
+    _, other = search(model, cache, memory_ratio=0.7, rounds=1)
+    assert not measured and other["rounds"][0]["damages"] == one["rounds"][0]["damages"]
+    _, both = search(model, cache, memory_ratio=0.7, rounds=2)  # the second round depends on the choice
+    assert len(measured) == sum(len(each) for each in one["options"].values())
+    assert both["rounds"][0]["damages"] == one["rounds"][0]["damages"] != both["rounds"][1]["damages"]
+
+
+class Killed(Exception):
+    """Ends a search where it stands."""
+
+
+def test_a_killed_search_goes_on_at_the_layer_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds after the first are kept by the choice that they are measured around."""
+    measured: list[int] = []
+    of, left = Damage.of, [5]
+
+    def killed(self: Damage, starts: list[Start]) -> list[float]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        measured.append(starts[0].layer)
+        return of(self, starts)
+
+    monkeypatch.setattr(Damage, "of", killed)
+    model, cache = qwen2_moe(), {}
+    with pytest.raises(Killed):
+        search(model, cache, memory_ratio=0.7, rounds=3)
+    left[0] = 100
+    resumed = search(model, cache, memory_ratio=0.7, rounds=3)
+    assert measured[:6] == [0, 1, 2, 0, 1, 2], "the first round and two layers of the second were kept"
+    choices = [each["choice"] for each in resumed[1]["rounds"]]
+    assert len(measured) == (6 if choices[0] == choices[1] else 9)
+    undisturbed = search(model, {}, memory_ratio=0.7, rounds=3)
+    assert resumed[0] == undisturbed[0]
+    for records in (resumed[1], undisturbed[1]):
+        records.pop("seconds")
+    assert resumed[1] == undisturbed[1]
+
+
+def test_a_layer_that_cannot_be_condensed_keeps_its_other_options() -> None:
+    """Its router selects the same two experts for every token, and three are to stay."""
+    model = qwen2_moe()
+    router = views.sparse_blocks(model)[1].router
+    with torch.no_grad():
+        router.weight.zero_()  # type: ignore[operator]
+    operations, record = search(model, memory_ratio=0.8, num_experts=(3,))
+    assert (
+        list(record["left_out"]) == ["1"] and "2 of 6 routed experts were ever selected" in record["left_out"]["1"][0]
+    )
+    assert not any(name.startswith("condensed") for name, *_ in record["options"]["1"])
+    assert any(name.startswith("condensed") for name, *_ in record["options"]["0"]) and operations
+
+
+def test_one_budget_decides() -> None:
+    assert Combined(memory_ratio=0.7, removed_expert_ratio=0.5).budget.settings() == {
+        "removed_expert_ratio": 0.5, "memory_ratio": None
+    }  # fmt: skip
+    model = qwen2_moe()
+    before = sizes(model)["routed_experts"]
+    operations, _ = search(model, memory_ratio=0.99, removed_expert_ratio=0.4)
+    apply.apply(model, Plan("tiny", tuple(operations)))
+    assert sizes(model)["routed_experts"] <= 0.6 * before
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="parents") as error:
+        Combined(
+            memory_ratio=0.7, population=0, iterations=0, alpha=-1, shared_gate="foo", expert_search="foo", rounds=0,
+            num_experts=(), prune_ratios=(), kept_ratios=(),
+        )  # fmt: skip
+    assert len(str(error.value).splitlines()) == 8

@@ -1,0 +1,363 @@
+"""The parts of MoE-I² against brute force on transformers' own blocks, and the whole of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.brute_force_moei2 import best_of_block, change, loss_without
+from support.tiny_models import FAMILIES, blocks, condense_plan, deepseek_v2, qwen2_moe, recorded, texts, unchanged
+from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+from recondense.calibration.tape import Tape
+from recondense.files import JsonFolder
+from recondense.methods.combined import Combined
+from recondense.methods.decompose import Decompose
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.naee import NAEE
+from recondense.methods.saliency import SaliencyPruning
+from recondense.methods.search import ranks
+from recondense.methods.search.allocation import inverse_importance
+from recondense.methods.search.genetic import Genetic, best_sets
+from recondense.methods.search.importance import expert_importance
+from recondense.methods.search.kt_field import reception_field
+from recondense.methods.search.leave_out import Replay
+from recondense.models import decoder, families, parameters, views
+from recondense.models.parameters import sizes
+from recondense.operations import Factorize, Merge, Prune
+from recondense.plan import Plan
+from recondense.surgery import apply
+
+MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def dropped(sets: list[tuple[int, ...]], num_experts: int) -> torch.Tensor:
+    return torch.tensor([[expert in each for expert in range(num_experts)] for each in sets])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_set_scores_as_transformers_block_without_it(name: str) -> None:
+    model = MODELS[name]()
+    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    sets = [each for number in range(5) for each in itertools.combinations(range(6), number)]
+    with unchanged(model):
+        replay = Replay(model, tape, block, 4, 1 << 30)
+        found = replay.errors(dropped(sets, 6)).tolist()
+        little = Replay(model, tape, block, 4, 1 << 10)
+        assert little._grams is None and replay._grams is not None
+        assert little.errors(dropped(sets, 6)).tolist() == pytest.approx(found, rel=1e-5, abs=1e-4)
+    assert found[0] < 1e-6 * max(found)
+    for each, error in zip(sets, found, strict=True):
+        assert error == pytest.approx(change(model, tape, 2, each), rel=1e-3, abs=1e-4), each
+    # An error does not depend on how many experts other sets may drop.
+    assert Replay(model, tape, block, 1, 1 << 30).errors(dropped(sets[:7], 6)).tolist() == pytest.approx(
+        found[:7], rel=1e-5, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_importance_is_leave_one_out(name: str) -> None:
+    model = MODELS[name]()
+    tape, block = recorded(model), views.sparse_blocks(model)[1]
+    with unchanged(model):
+        raw = expert_importance(model, tape, block, "layer_output", False, 1 << 30)
+        relative = expert_importance(model, tape, block, "layer_output", True, 1 << 30)
+        losses = expert_importance(model, tape, block, "lm_loss", False, 1 << 30)
+    assert raw == pytest.approx([change(model, tape, 1, [expert]) for expert in range(6)], rel=1e-3)
+    norm = float(torch.cat([trace.output_TD for trace in tape.trace(model, 1)]).double().norm())
+    assert relative == pytest.approx([value / norm for value in raw], rel=1e-6)
+    ids = [torch.tensor(text) for text in texts()]
+    assert losses == pytest.approx([loss_without(model, ids, {1: [expert]}) for expert in range(6)], rel=1e-4)
+    assert len(set(losses)) == 6
+
+
+def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
+    """C(12, 4) = 495 sets, of which the search scores fewer than half."""
+    model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
+    replay = Replay(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
+    best = best_sets(replay.errors, 12, 4, Genetic(search="exact"), 0, num_best=3)
+    sets = list(itertools.combinations(range(12), 4))
+    errors = replay.errors(dropped(sets, 12)).tolist()
+    assert best[0][0] == sets[min(range(495), key=errors.__getitem__)]
+    assert [error for _, error in best] == pytest.approx(sorted(errors)[:3], rel=1e-5)
+    settings = Genetic(population=32, iterations=12, parents=8, search="genetic")
+    looked: list[int] = []
+
+    def counted(dropped_PE: torch.Tensor) -> torch.Tensor:
+        looked.append(len(dropped_PE))
+        return replay.errors(dropped_PE)
+
+    found = []
+    for seed in range(10):
+        looked.clear()
+        found.append(best_sets(counted, 12, 4, settings, seed))
+        assert sum(looked) < 247
+    assert sum(each == best[:1] for each in found) >= 9
+
+
+def test_the_same_seed_gives_the_same_sets_with_and_without_memory() -> None:
+    model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
+    replay = Replay(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
+    runs = [
+        best_sets(replay.errors, 12, 4, Genetic(10, 5, 4, search="genetic", memoise=memoise), 3, 5)
+        for memoise in (True, True, False)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert len({each for each, _ in runs[0]}) == 5
+    assert best_sets(replay.errors, 12, 0, Genetic(), 0) == [((), 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("make", "block_size"),
+    [
+        (qwen2_moe, 2),
+        (qwen2_moe, 3),
+        (deepseek_v2, 3),
+        (lambda: qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), 2),
+    ],
+)
+def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_size: int) -> None:
+    model = make()
+    ids = texts()
+    tape = Tape.record(model, blocks(ids))
+    layers = list(views.sparse_blocks(model))
+    candidates = {layer: [(0, 1), (2, 4), (3, 5)] if layer % 2 else [(1,), (0, 5)] for layer in layers}
+    before: dict[int, tuple[int, ...]] = {}
+    runs = tape.layer_runs
+    with unchanged(model):
+        found = reception_field(model, tape, candidates, block_size)
+    expected_runs = 0
+    for field in found:
+        expected = best_of_block(model, [torch.tensor(text) for text in ids], candidates, field.layers, before)
+        assert field.choice == expected
+        product = 1
+        for layer in field.layers:
+            product *= len(candidates[layer])
+            expected_runs += product
+        assert field.combinations == product and field.error > 0
+        before |= {layer: candidates[layer][place] for layer, place in zip(field.layers, field.choice, strict=True)}
+    assert [layer for field in found for layer in field.layers] == layers
+    if len(layers) == len(decoder.decoder_layers(model)):  # prefixes are shared; between blocks, the chosen way once
+        assert tape.layer_runs - runs == pytest.approx(expected_runs + len(layers) - len(found[-1].layers))
+
+
+# 25% pruned at average rank R_a leaves 0.75 · R_a · (D + F) / (D · F).
+@pytest.mark.parametrize(
+    ("layers", "experts", "top_k", "hidden", "width", "rank", "cut"),
+    [(26, 64, 6, 2048, 1408, 512, 0.5398), (32, 8, 2, 4096, 14336, 2048, 0.5179)],
+)
+def test_published_cuts_from_the_shapes_alone(
+    layers: int, experts: int, top_k: int, hidden: int, width: int, rank: int, cut: float
+) -> None:
+    """DeepSeek-V2-Lite and Mixtral (arXiv 2411.01016), importances equal; then 300-fold apart."""
+    total = round(0.25 * layers * experts)
+    dense = 3 * hidden * width
+    for spread in (1.0, 300.0):
+        importance = {layer: spread ** (layer / (layers - 1)) for layer in range(layers)}
+        numbers = inverse_importance(total, importance, dict.fromkeys(importance, experts), top_k)
+        assert sum(numbers.values()) == total
+        kept = 0
+        for layer, number in numbers.items():
+            own = [importance[layer] * spread ** (j / experts) for j in range(experts - number)]
+            multiple = ranks.multiple_of("auto", hidden, width, rank)
+            kept += ranks.parameters(ranks.allocate(own, rank, hidden, width, multiple=multiple), hidden, width)
+        assert 1 - kept / (layers * experts * dense) == pytest.approx(cut, abs=1e-4)
+
+
+def test_deepseek_v2_lite_on_the_meta_device() -> None:
+    """The same through plan and surgery, with the config of the published model."""
+    config = DeepseekV2Config(
+        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+        num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6,
+        first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, routed_scaling_factor=1.0, topk_method="greedy", n_group=1, topk_group=1,
+    )  # fmt: skip
+    counts = parameters.parameter_counts(config)
+    assert (counts.total, counts.routed_experts) == (15_706_484_224, 14_394_851_328)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layers = families.facts(config).moe_layers
+    numbers = inverse_importance(416, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 64), 6)
+    prune = [Prune(layer, tuple(range(64 - number))) for layer, number in numbers.items()]
+    shape = {layer: tuple(ranks.allocate([1.0] * (64 - number), 512, 2048, 1408)) for layer, number in numbers.items()}
+    factorize = [Factorize(layer, dict.fromkeys(NAMES, own)) for layer, own in shape.items()]
+    before = sizes(model)["routed_experts"]
+    apply.restructure(model, Plan("v2-lite", (*prune, *factorize)))
+    assert before == counts.routed_experts
+    assert 1 - sizes(model)["routed_experts"] / before == pytest.approx(0.5398, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_stages_meet_their_budgets(family: str) -> None:
+    model = FAMILIES[family]()
+    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
+    assert step.check(families.facts(model.config)) == []
+    cache: dict[str, Any] = {}
+    with unchanged(model):
+        operations, record = step.search(model, lambda: recorded(model), cache, 1 << 30)
+        again, reread = step.search(model, lambda: pytest.fail("taped again"), cache, 1 << 30)
+    assert operations == again and reread["reused"]
+    layers = len(views.sparse_blocks(model))
+    total = round(0.34 * 6 * layers)
+    assert sum(6 - len(each.retained) for each in operations) == total == sum(record["dropped"].values())
+    important = record["layer_importance"]
+    assert record["dropped"][min(important, key=important.get)] >= record["dropped"][max(important, key=important.get)]
+    before = sizes(model)
+    apply.apply(model, Plan("tiny", tuple(operations)))
+    factors, achieved = Decompose(memory_ratio=0.7).search(model, lambda: recorded(model), {}, 1 << 30)
+    apply.apply(model, Plan("tiny", tuple(factors)))
+    assert 0 <= int(0.7 * before["total"]) - sizes(model)["total"] < 3 * (32 + 16)
+    kept = sizes(model)["routed_experts"] / before["routed_experts"]
+    assert achieved["kept_of_routed_experts"] == pytest.approx(kept)
+
+
+def test_an_exact_search_that_would_not_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"5\.32e\+13 sets of 15 of 60 experts"):
+        best_sets(lambda dropped_PE: dropped_PE.sum(dim=1), 60, 15, Genetic(search="exact"), 0)
+
+
+def test_lm_loss_importance_is_what_is_lost() -> None:
+    """Relative to the whole model's loss, or as it is: then all are nearly equal."""
+    model = qwen2_moe()
+    tape, block = recorded(model), views.sparse_blocks(model)[1]
+    raw, lost = (expert_importance(model, tape, block, "lm_loss", normalize, 1 << 30) for normalize in (False, True))
+    whole = loss_without(model, [torch.tensor(text) for text in texts()], {})
+    assert lost == pytest.approx([max(0.0, value - whole) for value in raw], abs=1e-3)
+    assert max(raw) / min(raw) < 1.1 < 2 < max(lost) / max(min(lost), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["layer_output", "lm_loss"])
+@torch.no_grad()
+def test_importance_where_no_expert_is_to_spare(kind: str) -> None:
+    """As many experts as a token selects: without one, the others share its weight among them, or nobody takes it."""
+    for normalized in (False, True):
+        model = qwen2_moe(num_experts=2, norm_topk_prob=normalized)
+        tape, block = recorded(model), views.sparse_blocks(model)[1]
+        found = expert_importance(model, tape, block, kind, False, 1 << 30)
+        for expert in range(2):
+            total = 0.0
+            for trace in tape.trace(model, 1):
+                logits_TE = block.router(trace.x_TD)[0].clone()
+                logits_TE[:, expert] = -torch.inf
+                weight_T = logits_TE.softmax(dim=1)[:, 1 - expert]  # 1: the only one that is left
+                other = block.weights
+                gate, up = (trace.x_TD @ other.gate_up_EHD[1 - expert].T).chunk(2, dim=1)
+                left_TD = weight_T[:, None] * ((torch.nn.functional.silu(gate) * up) @ other.down_EDF[1 - expert].T)
+                whole_TD = block.experts(trace.x_TD, trace.top_k_index_TK, trace.top_k_weights_TK)
+                total += float((whole_TD - left_TD).double().square().sum())
+            assert found[expert] == pytest.approx(total**0.5, rel=1e-3)
+
+
+def test_layers_that_cannot_be_searched() -> None:
+    """All condensed: nothing to prune. Merged: no expert can be dropped alone. All zero: no division by the norm."""
+    model = qwen2_moe()
+    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
+    merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
+    originals = apply.apply(model, Plan("tiny", (merged,)))
+    with pytest.raises(ValueError, match="layer 1: its experts were merged"):
+        step.search(model, lambda: recorded(model), {}, 1 << 30)
+    for layer, block in originals.items():
+        views.set_block(model, layer, block)
+    apply.apply(model, condense_plan(model, [0, 1, 2]))
+    for each in (step, SaliencyPruning("reap", removed_expert_ratio=0.3), NAEE(removed_expert_ratio=0.3), Decompose()):
+        assert each.search(model, lambda: recorded(model), {}, 1 << 30)[0] == []
+    model = qwen2_moe()
+    torch.nn.init.zeros_(views.sparse_blocks(model)[1].weights.down_EDF)
+    torch.nn.init.zeros_(model.model.layers[1].mlp.shared_expert.down_proj.weight)
+    operations, record = step.search(model, lambda: recorded(model), {}, 1 << 30)
+    assert record["expert_importance"]["1"] == [0.0] * 6 and operations
+
+
+@pytest.mark.parametrize(("average", "multiple"), [(16, "auto"), (100, "auto"), (512, "auto"), (16, 1)])
+def test_the_multiple_suits_the_average_rank(average: int, multiple: Any) -> None:
+    """Small averages get small steps: nothing overshoots what was asked for."""
+    own = ranks.multiple_of(multiple, 2048, 1408, average)
+    found = ranks.allocate([1.0, 2.0, 3.0, 4.0], average, 2048, 1408, multiple=own)
+    assert sum(rank or 0 for rank in found) <= 4 * average < sum(rank or 0 for rank in found) + own
+    assert own <= max(1, average / 16)
+
+
+@pytest.mark.parametrize("alpha", [0.15, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_experts_that_stay_dense_never_cost_more_than_there_is(seed: int, alpha: float) -> None:
+    """Importances of 0 among large ones: the rest cannot give what dense experts take."""
+    draw = random.Random(seed)
+    importance = [draw.choice((0.0, draw.random())) for _ in range(12)]
+    for average in (300, 512, 700):
+        multiple = ranks.multiple_of("auto", 2048, 1408, average)
+        found = ranks.allocate(importance, average, 2048, 1408, alpha, multiple)
+        left = 12 * average * 3 * (2048 + 1408) - ranks.parameters(found, 2048, 1408)
+        assert 0 <= left < multiple * 3 * (2048 + 1408)
+
+
+def test_a_router_that_selects_one() -> None:
+    """top_k = 1: a layer that keeps one expert has no importances to compare."""
+    model = qwen2_moe(num_experts=1, num_experts_per_tok=1)
+    block = views.sparse_blocks(model)[1]
+    for kind in ("layer_output", "lm_loss"):
+        assert expert_importance(model, recorded(model), block, kind, True, 1 << 30) == [1.0]
+
+
+def test_refusals() -> None:
+    facts = families.facts(qwen2_moe().config)
+    assert "at most 0.6667" in InterExpertPruning(prune_ratio=0.8).check(facts)[0]
+    grouped = families.facts(deepseek_v2(n_group=2, topk_method="group_limited_greedy").config)
+    assert "groups" in InterExpertPruning().check(grouped)[0]
+    facts = families.facts(qwen2_moe(hidden_size=64, moe_intermediate_size=64).config)
+    assert not Decompose(average_rank=31).check(facts)
+    assert "below 32" in Decompose(average_rank=32).check(facts)[0]
+    assert "auto (19)" in Decompose(rank_multiple=24).check(facts)[0]
+    assert "at most 8" in Combined(memory_ratio=0.5, rank_multiple=16).check(facts)[0]
+    assert "rank_multiple=8" in Decompose(average_rank=4, rank_multiple=8).check(facts)[0]
+    assert "rank_multiple=64" in Decompose(memory_ratio=0.5, rank_multiple=64).check(facts)[0]
+    with pytest.raises(ValueError, match="both null"):
+        Decompose(average_rank=None, required=True)
+    assert "combinations" in InterExpertPruning(num_candidates=200, block_size=6).check(facts)[0]
+    assert "not one of 18" in InterExpertPruning(prune_ratio=0.01).check(facts)[0]
+    with pytest.raises(ValueError, match="both given"):
+        InterExpertPruning(memory_ratio=0.5, removed_expert_ratio=0.5)
+    with pytest.raises(ValueError, match=r"below method\.population=20"):
+        InterExpertPruning(population=20, parents=20)
+    with pytest.raises(ValueError, match="parents") as error:
+        InterExpertPruning(prune_ratio=1.5, parents=200, importance="size", search_kind="all", block_size=0)
+    assert len(str(error.value).splitlines()) == 5
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Decompose(memory_ratio=1.5)
+
+
+def test_an_exact_search_that_would_not_end_is_refused_before_it_starts() -> None:
+    facts = dataclasses.replace(families.facts(qwen2_moe().config), num_experts=60, top_k=4)
+    step = InterExpertPruning(search_kind="exact")
+    [problem] = step.check(facts)
+    assert "5.32e+13 sets of 15 of 60" in problem  # 60! / (15! 45!)
+    assert step.check(dataclasses.replace(facts, num_experts=16)) == []
+    assert any("sets of 30 of 60" in each for each in NAEE(removed_expert_ratio=0.5, search_kind="exact").check(facts))
+
+
+def test_measured_importances_of_groups_are_refused_before_they_are_measured() -> None:
+    facts = families.facts(deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").config)
+    [problem] = Decompose(removed_expert_ratio=0.5).check(facts)
+    assert "2 groups" in problem and "method.alpha=0" in problem
+    assert Decompose(removed_expert_ratio=0.5, alpha=0).check(facts) == []
+
+
+def test_a_deep_model_searches_and_finds_what_it_has_searched(tmp_path: Path) -> None:
+    """94 layers, as Qwen3-235B-A22B has, of which two-digit numbers of experts go."""
+    model = qwen2_moe(num_hidden_layers=94, num_experts=14, hidden_size=16, moe_intermediate_size=4)
+    step = InterExpertPruning(prune_ratio=12 / 14, num_candidates=1, block_size=94)
+    tape = recorded(model, texts()[:1])
+    first, record = step.search(model, lambda: tape, JsonFolder(tmp_path), 1 << 30)
+    assert len(first) == 94 and {len(operation.retained) for operation in first} == {2}
+
+    def nothing() -> Tape:
+        raise AssertionError("calibrated again")
+
+    assert step.search(model, nothing, JsonFolder(tmp_path), 1 << 30)[0] == first
+    assert record["blocks"] == JsonFolder(tmp_path)["blocks-" + "-".join(["12"] * 94)]["blocks"]

@@ -1,0 +1,237 @@
+"""Folders in: both layouts of the same weights, and compressed folders that are compressed and trained further."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.plain_moe import FOUR, PAIRS, RANKS, Ranks
+from support.small import byte_tokenizer
+from support.tiny_models import EVERY, bits, logits, recorded, same_bits, tiny, windows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
+from recondense.export.export import export
+from recondense.export.layout import condensed_layers
+from recondense.models import decoder, families, loading, parameters, views
+from recondense.models.parameters import count_parameters
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.plan import Plan
+from recondense.recovery import trainable
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.trainable import trainable_parameters
+from recondense.surgery import apply
+
+IDS = windows(3, 11)
+BUNDLED = ExportConfig(format="bundled")
+FURTHER = ("qwen2_moe", "gpt_oss", "deepseek", "mixtral", "ernie4_5_moe")
+
+
+def loaded(folder: Path, family: str, **settings: Any) -> Any:
+    """As a run does, without remote code; gpt_oss has no attention but eager."""
+    attention: Any = "eager" if family == "gpt_oss" else "sdpa"
+    model, _ = loading.load(ModelConfig(attention=attention, device="cpu", **settings), folder)
+    return model
+
+
+def written(model: Any, plan: Plan, folder: Path, how: ExportConfig = BUNDLED) -> str:
+    return export(model, byte_tokenizer(), plan, folder, "", how)
+
+
+# ---------------------------------------------------------------------------------------------- layouts
+
+# What a routed expert's gate is called on the hub; the other families have `mlp.experts.0.gate_proj.weight`.
+ON_THE_HUB = {"mixtral": "block_sparse_moe.experts.0.w1.weight", "gpt_oss": "mlp.experts.gate_up_proj"}
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_both_layouts_of_the_same_weights_give_the_same_model(family: str, tmp_path: Path) -> None:
+    model = EVERY[family]()
+    for name in ("hub", "fused"):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    state = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    save_file(state, tmp_path / "fused" / "model.safetensors", metadata={"format": "pt"})
+    separate = load_file(tmp_path / "hub" / "model.safetensors")
+    layer = families.facts(model.config).moe_layers[0]
+    assert f"model.layers.{layer}.{ON_THE_HUB.get(family, 'mlp.experts.0.gate_proj.weight')}" in separate
+    assert (separate.keys() == state.keys()) == (family == "gpt_oss")
+    found = [loaded(tmp_path / name, family) for name in ("hub", "fused")]
+    assert same_bits(bits(found[0]), bits(found[1])) and same_bits(bits(found[0]), bits(model))
+    for each in found:
+        torch.testing.assert_close(logits(each, IDS), logits(model, IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_stock_export_is_an_input(family: str, tmp_path: Path) -> None:
+    """Pruned alike, it is the family's own class with fewer experts; and it can be pruned again."""
+    model = EVERY[family]()
+    plan = Plan("tiny", tuple(Prune(layer, FOUR) for layer in views.sparse_blocks(model)))
+    apply.apply(model, plan)
+    assert written(model, plan, tmp_path / "out", ExportConfig()) == "stock"
+    again = loaded(tmp_path / "out", family)
+    assert type(again) is type(EVERY[family]()) and count_parameters(again) == count_parameters(model)
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
+    assert families.facts(again.config).num_experts == 4
+    further = Plan("tiny", tuple(Prune(layer, (0, 1, 3)) for layer in views.sparse_blocks(again)))
+    apply.apply(model, further)
+    apply.apply(again, further)
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_low_rank_experts_multiplied_out_are_the_familys_own(family: str, tmp_path: Path) -> None:
+    model = EVERY[family]()
+    plan = Plan("tiny", tuple(Factorize(layer, RANKS) for layer in views.sparse_blocks(model)))
+    apply.apply(model, plan)
+    assert written(model, plan, tmp_path / "out", ExportConfig(format="dense")) == "stock"
+    again = loaded(tmp_path / "out", family)
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+    assert count_parameters(again) == count_parameters(EVERY[family]())
+
+
+# ---------------------------------------------------------------------------------------------- compressed folders
+
+TO_FOUR: Ranks = {name: (4, 4, 3, 5, 7, 8) for name in RANKS}
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -> None:
+    """Every operation somewhere, in a deeper model: every shape that a layer of a family can take."""
+    extra: dict[str, Any] = {"num_hidden_layers": 7}
+    if family == "gpt_oss":
+        extra["layer_types"] = ["full_attention", "full_attention", "sliding_attention"] + ["full_attention"] * 4
+    model = tiny(family, **extra)
+    operations: tuple[Operation, ...] = (
+        *(Prune(1, FOUR), Factorize(1, {name: (3, None, 4, 5) for name in RANKS}), Merge(2, *PAIRS)),
+        *(Condense(3, (3, 0), (0.4, 0.2), None), Drop(4, "moe"), Drop(5, "block"), Factorize(6, RANKS)),
+    )
+    plan = Plan("tiny", operations)
+    apply.apply(model, plan)
+    assert written(model, plan, tmp_path / "out") == "bundled"
+    again = loaded(tmp_path / "out", family)
+    assert type(again).__name__ == "CompressedForCausalLM" and count_parameters(again) == count_parameters(model)
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
+    facts = families.facts(again.config)
+    assert set(facts.moe_layers) - {0} == {1, 2, 6} and facts.factorized == (1, 6)
+    assert tuple(views.sparse_blocks(again)) == facts.moe_layers
+    assert facts.num_experts == 3 and families.family_of(again.config) is families.family_of(model.config)
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_a_compressed_folder_is_compressed_again(family: str, tmp_path: Path) -> None:
+    """Condensed, written, read, factorized, written, read."""
+    model = EVERY[family]()
+    first = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
+    apply.apply(model, first)
+    assert written(model, first, tmp_path / "first") == "bundled"
+    again = loaded(tmp_path / "first", family)
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
+    left = tuple(views.sparse_blocks(model))
+    facts = families.facts(again.config)
+    assert facts.moe_layers == left == tuple(views.sparse_blocks(again)) and 1 not in left
+    assert (facts.num_experts, facts.factorized) == (6, ())
+    with pytest.raises(ValueError, match="condense layer 1, but the sparse MoE layers are"):
+        apply.apply(again, first)
+
+    second = Plan("tiny", tuple(Factorize(layer, TO_FOUR, whitening=True) for layer in left))
+    for each in (model, again):
+        apply.apply(each, second, lambda each=each: recorded(each))  # type: ignore[misc]
+    torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+    assert written(again, second, tmp_path / "second", ExportConfig()) == "bundled"
+    last = loaded(tmp_path / "second", family)
+    torch.testing.assert_close(logits(last, IDS), logits(again, IDS), rtol=0, atol=1e-5)
+    facts = families.facts(last.config)
+    assert facts.moe_layers == left == facts.factorized
+    assert parameters.parameter_counts(last.config).total == count_parameters(again)
+    assert parameters.parameter_counts(last.config).routed_experts == parameters.routed_parameters(again)
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_a_compressed_folder_is_recovered_further(family: str, tmp_path: Path) -> None:
+    """method=none, recovery=finetune: experts of condensed layers train with those of sparse ones."""
+    model = EVERY[family]()
+    plan = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
+    apply.apply(model, plan)
+    written(model, plan, tmp_path / "first")
+    again = loaded(tmp_path / "first", family)
+    layers = sorted({1, *views.sparse_blocks(again)})
+    assert trainable.trained_layers(again, ()) == layers
+    recovery = RecoveryConfig(name="finetune", objective="finetune", learning_rate=1e-3, steps=3)
+    module = RecoveryModule(again, recovery, plan=Plan("tiny"))
+    module.prepare()
+    before, named = bits(again), trainable_parameters(again, (), "experts")
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert {f"model.layers.1.mlp.{part}.weight" for part in parts} <= set(named)
+    optimizer, losses = module.configure_optimizers()["optimizer"], []
+    for _ in range(3):
+        loss = module.losses(IDS)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[2] < losses[0]
+    changed = {name for name, value in again.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == set(named)
+    written(again.eval(), Plan("tiny"), tmp_path / "second")
+    last = loaded(tmp_path / "second", family)
+    torch.testing.assert_close(logits(last, IDS), logits(again, IDS), rtol=0, atol=1e-5)
+    assert set(condensed_layers(last)) == {1}
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+class Living(TorchDispatchMode):
+    """The most bytes of tensors at a time that operations inside made; storages of the given model do not count."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.owned = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+        self.made: list[weakref.ref[Tensor]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for each in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(each, Tensor):
+                self.made.append(weakref.ref(each))
+        living = [tensor for each in self.made if (tensor := each()) is not None]
+        self.made = [weakref.ref(tensor) for tensor in living]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in living}
+        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self.owned))
+        return found
+
+
+EXPORTS: dict[str, tuple[str, tuple[Operation, ...], ExportConfig]] = {
+    "as it is": ("qwen2_moe", (), ExportConfig()),
+    "gpt_oss": ("gpt_oss", (), ExportConfig()),
+    "condensed": ("qwen2_moe", tuple(Condense(layer, (3, 0), (0.4, 0.2), 0.5) for layer in range(8)), ExportConfig()),
+    "multiplied out": (
+        "qwen2_moe", tuple(Factorize(layer, dict.fromkeys(RANKS, (4,) * 6)) for layer in range(8)),
+        ExportConfig(format="dense"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_holds_a_shard_and_a_layer(name: str, tmp_path: Path) -> None:
+    family, operations, how = EXPORTS[name]
+    model = tiny(family, num_hidden_layers=8, vocab_size=16, **({"layer_types": None} if family == "gpt_oss" else {}))
+    apply.apply(model, Plan("tiny", operations))
+    layer = max(sum(value.nbytes for value in each.state_dict().values()) for each in decoder.decoder_layers(model))
+    if how.format == "dense":
+        layer += 6 * 3 * 32 * 16 * 4
+    shard = 30_000
+    gc.collect()
+    with Living(model) as living:
+        export(model, None, Plan("tiny"), tmp_path / "out", "", ExportConfig(format=how.format, max_shard_size=shard))
+    files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(files) > 4 and max(files) < shard + 10_000
+    assert living.peak <= shard + layer < sum(files) / 2

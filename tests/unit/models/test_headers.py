@@ -1,0 +1,381 @@
+"""Checkpoints that are not the model that their config describes: told by headers, where a model comes in or out."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.hub_cache import in_hub_cache
+from support.packed import fp8_folder, mxfp4_folder
+from support.small import byte_tokenizer
+from support.tiny_models import EVERY, tiny
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from recondense.config.schema import Config, ExportConfig, ModelConfig, RecoveryConfig
+from recondense.errors import UserError
+from recondense.export import export as export_module
+from recondense.export.export import export
+from recondense.models import classes, headers, loading, quantized
+from recondense.operations import Condense, Factorize, Merge, Prune
+from recondense.plan import Plan
+from recondense.run.preflight import planned_config, preflight
+from recondense.surgery import apply
+
+State = dict[str, Tensor]
+ONE = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def written(folder: Path, model: Any | None = None, **settings: Any) -> Path:
+    (EVERY["qwen2_moe"]() if model is None else model).save_pretrained(folder, **settings)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def edited(folder: Path, change: Callable[[State], State]) -> Path:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def set_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def without(*ends: str) -> Callable[[State], State]:
+    return lambda state: {name: value for name, value in state.items() if not name.endswith(ends)}
+
+
+def renamed(old: str, new: str) -> Callable[[State], State]:
+    return lambda state: {
+        new + name.removeprefix(old) if name.startswith(old) else name: value for name, value in state.items()
+    }
+
+
+def difference(folder: Path) -> headers.Comparison:
+    """Of a folder from the model that its config describes."""
+    values = json.loads((folder / "config.json").read_text())
+    classes.register_compressed(values["model_type"])
+    outline = classes.empty_model(AutoConfig.from_pretrained(folder))
+    return headers.compare(outline, headers.files_of(folder), quantized.method_of(values))
+
+
+def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What all that a model comes in by says of a folder, without the name of the setting; no weight may be read."""
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", read)
+        patch.setattr("recondense.paging.convert_and_load_state_dict_in_model", read)
+        for pages in (None, folder.parent / "pages"):
+            with pytest.raises(UserError) as raised:
+                loading.load(ModelConfig(device="cpu"), folder, pages)
+            said.append(str(raised.value))
+        as_model = replace(Config(), model=ModelConfig(name="it", path=str(folder), device="cpu"))
+        said += [text.removesuffix(".") for text in preflight(as_model, []) if text.startswith("model.path")]
+        good = folder.parent / "good"
+        if not good.exists():
+            written(good)
+        recovery = RecoveryConfig(objective="distill", teacher="model", teacher_path=str(folder))
+        as_teacher = replace(Config(), model=ModelConfig(name="it", path=str(good)), recovery=recovery)
+        setting = "recovery.teacher_path"
+        said += [text.removesuffix(".") for text in preflight(as_teacher, []) if text.startswith(setting)]
+    assert len(said) == 4, said
+    return {text.partition("=")[2].removeprefix(f"{folder}: ") for text in said}
+
+
+# ---------------------------------------------------------------------------------------------- complete ones
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_complete_checkpoint_differs_in_nothing(family: str, tmp_path: Path) -> None:
+    """As it is on the hub, in one file or many; with fused experts; condensed, pruned, merged and factorized."""
+    model = EVERY[family]()
+    assert difference(written(tmp_path / "hub", model)) == headers.Comparison()
+    assert difference(written(tmp_path / "shards", model, max_shard_size="30KB")) == headers.Comparison()
+    fused = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    assert difference(edited(tmp_path / "hub", lambda _: fused)) == headers.Comparison()
+    extra: Any = {"layer_types": ["full_attention"] * 6} if family == "gpt_oss" else {}
+    deep = tiny(family, num_hidden_layers=6, **extra)
+    ranks = {name: (3, None, 4, 5, 6, 2) for name in ("gate_proj", "up_proj", "down_proj")}
+    merged = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
+    operations = Condense(2, (3, 0), (0.4, 0.2), None), Prune(3, (0, 2, 3, 5)), Merge(4, *merged), Factorize(5, ranks)
+    plan = Plan("tiny", operations)
+    apply.apply(deep, plan)
+    export(deep, None, plan, tmp_path / "bundled", "", ExportConfig(format="bundled"))
+    assert difference(tmp_path / "bundled") == headers.Comparison()
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_weights_in_few_bits_are_complete_with_their_scales(family: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4}
+    model = tiny(
+        family, **sizes, intermediate_size=64, **({"moe_intermediate_size": 64} if family != "gpt_oss" else {})
+    )
+    pack, scales = (mxfp4_folder, "_scales") if family == "gpt_oss" else (fp8_folder, "_scale_inv")
+    pack(tmp_path / "packed", model)
+    assert not difference(tmp_path / "packed").problem
+    lacking = next(name for name in load_file(tmp_path / "packed" / "model.safetensors") if name.endswith(scales))
+    edited(tmp_path / "packed", without(lacking))
+    assert difference(tmp_path / "packed").missing == (lacking,)
+    with pytest.raises(UserError, match=f"lacks 1 weight .*{lacking}"):
+        loading.load(ModelConfig(device="cpu", attention="eager"), tmp_path / "packed")
+
+
+@pytest.mark.parametrize("tied", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_one_of_two_tied_weights_is_enough(tied: str, streamed: bool, tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", tiny("qwen2_moe", tie_word_embeddings=True))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    both: State = {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": embedding}
+    edited(folder, lambda state: {**state, **both})
+    edited(folder, without(tied))
+    model, _ = loading.load(ModelConfig(device="cpu"), folder, tmp_path / "pages" if streamed else None)
+    assert torch.equal(model.lm_head.weight, embedding) and torch.equal(model.model.embed_tokens.weight, embedding)
+    edited(folder, without("lm_head.weight", "embed_tokens.weight"))
+    assert set(difference(folder).missing) == set(both)
+
+
+def test_what_the_model_has_no_place_for_does_no_harm(tmp_path: Path) -> None:
+    """Layers for multi-token prediction; buffers of old checkpoints."""
+    folder = written(tmp_path / "model", EVERY["deepseek_v3"]())
+    more = {
+        "model.layers.3.mlp.experts.0.up_proj.weight": torch.zeros(16, 32),
+        "model.rotary_emb.inv_freq": torch.ones(4),
+    }
+    edited(folder, lambda state: {**state, **more})
+    assert not difference(folder).problem
+    loading.load(ModelConfig(device="cpu"), folder)
+
+
+# ---------------------------------------------------------------------------------------------- incomplete ones
+
+SHORT = "lm_head.weight"
+BAD: dict[str, tuple[Callable[[State], State], str]] = {
+    "a prefix too much": (
+        renamed("", "module."),
+        r"lacks 51 weights .*\(model\.embed_tokens\.weight, .*, \.\.\.\); its names begin with 'module\.', which",
+    ),
+    "another prefix": (
+        renamed("model.", "transformer."),
+        r"lacks 50 weights .*; its names begin with 'transformer\.' and not with 'model\.'",
+    ),
+    "the head": (without(SHORT), r"lacks 1 weight .*\(lm_head\.weight\); download"),
+    "the embedding": (without("embed_tokens.weight"), r"lacks 1 weight .*\(model\.embed_tokens\.weight\)"),
+    "the last norm": (without("model.norm.weight"), r"lacks 1 weight .*\(model\.norm\.weight\)"),
+    "a bias": (without("1.self_attn.q_proj.bias"), r"lacks 1 weight .*\(model\.layers\.1\.self_attn\.q_proj\.bias\)"),
+    "a router": (without("2.mlp.gate.weight"), r"lacks 1 weight .*\(model\.layers\.2\.mlp\.gate\.weight\)"),
+    "a projection of an expert": (without(ONE), rf"lacks 1 weight .*\({ONE}\)"),
+    "an expert": (
+        without(*(f"1.mlp.experts.2.{name}_proj.weight" for name in ("gate", "up", "down"))),
+        r"lacks 3 weights .*experts\.2\.gate_proj\.weight, .*experts\.2\.up_proj\.weight, ",
+    ),
+    "a projection of all experts": (
+        without("up_proj.weight"),
+        r"lacks 21 weights .*layers\.0\.mlp\.experts\.0\.up_proj\.weight, ",
+    ),
+    "rows of the head": (
+        lambda state: {**state, SHORT: state[SHORT][:90].contiguous()},
+        r"lm_head\.weight has the shape \(90, 32\) in the checkpoint and \(97, 32\) by its config;",
+    ),
+    "columns of an expert": (
+        lambda state: {**state, ONE: state[ONE][:, :20].contiguous()},
+        r"experts\.gate_up_proj has the shape \(6, 16, 20\) in the checkpoint and \(6, 32, 32\) by its config",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_incomplete_checkpoint_is_refused_before_a_weight_is_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, pattern = BAD[kind]
+    said = refusals(edited(written(tmp_path / "model"), change), monkeypatch)
+    assert len(said) == 1
+    [text] = said
+    assert re.search(pattern, text), text
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, r"lacks \d+ weights .*\(model\.layers\.3\."),
+        ({"num_experts": 8}, r"lacks 18 weights .*model\.layers\.0\.mlp\.experts\.6\.gate_proj\.weight"),
+        ({"num_experts": 5}, r"gate\.weight has the shape \(6, 32\).*\(5, 32\).*, and \d+ weights more differ"),
+        (
+            {"vocab_size": 120},
+            r"has the shape \(97, 32\) in the checkpoint and \(120, 32\) by its config, and 1 weight more differs",
+        ),
+    ],
+)
+def test_a_config_of_another_model(
+    values: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "model")
+    set_config(folder, **values)
+    with pytest.raises(UserError, match=rf"^model\.path={folder}: .*{said}"):
+        loading.load(ModelConfig(device="cpu"), folder)
+    problems = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    assert len(problems) == 1
+
+
+def test_a_teacher_of_another_family_is_looked_at_too(tmp_path: Path) -> None:
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    teacher = written(tmp_path / "teacher", Qwen2ForCausalLM(config))
+    recovery = RecoveryConfig(objective="distill", teacher="model", teacher_path=str(teacher))
+    run = replace(Config(), model=ModelConfig(name="it", path=str(written(tmp_path / "model"))), recovery=recovery)
+    assert preflight(run, []) == []
+    edited(teacher, without("0.mlp.up_proj.weight"))
+    [problem] = preflight(run, [])
+    assert problem.startswith(f"recovery.teacher_path={teacher}: the checkpoint lacks 1 weight")
+
+
+def test_what_shows_only_after_loading_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own word is the last one."""
+    monkeypatch.setattr(headers, "compare", lambda *_: headers.Comparison())
+    folder = edited(written(tmp_path / "model"), without("lm_head.weight", "1.self_attn.q_proj.bias"))
+    for pages in (None, tmp_path / "pages"):
+        with pytest.raises(
+            UserError, match=r"lacks 2 weights .*\(lm_head\.weight, model\.layers\.1\.self_attn\.q_proj"
+        ):
+            loading.load(ModelConfig(device="cpu"), folder, pages)
+
+
+def test_files_that_are_no_weights(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", max_shard_size="30KB")
+    first, second, *_ = headers.files_of(folder)
+    kept = first.read_bytes()
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer and no weights; run"),
+        (kept[: len(kept) // 2], r"cannot be read \(.*\); download or copy it again"),
+        (b"", "cannot be read"),
+    ):
+        first.write_bytes(content)
+        [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+        assert problem.startswith(f"model.path={folder}: {first.name} ")
+        with pytest.raises(UserError, match=said):
+            loading.load(ModelConfig(device="cpu"), folder)
+    first.write_bytes(kept)
+    second.unlink()
+    [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    assert f"index.json names 1 files that are not there ({second.name})" in problem
+
+
+def test_a_config_of_which_no_model_can_be_made(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model")
+    set_config(folder, pad_token_id=97)
+    [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    assert problem.startswith(f"model.path={folder}: no model can be made as config.json says: ")
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def test_an_adapter_beside_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path / "model")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    [said] = refusals(folder, monkeypatch)
+    assert "holds a PEFT adapter (adapter_config.json)" in said and "`merge_and_unload()`" in said
+    (folder / "config.json").unlink()  # an adapter alone
+    [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    assert "holds a PEFT adapter" in problem
+
+
+def test_models_of_the_hub_are_looked_at_when_they_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    in_hub_cache(tmp_path / "hub", edited(written(tmp_path / "model"), without(ONE)), "me/model")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    in_hub_cache(tmp_path / "hub", tmp_path / "adapter", "me/adapter")
+    for pages in (None, tmp_path / "pages"):
+        with pytest.raises(UserError, match=rf"^model\.path=me/model: the checkpoint lacks 1 weight .*{ONE}"):
+            loading.load(ModelConfig(device="cpu"), "me/model", pages)
+    with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
+        loading.load(ModelConfig(device="cpu"), "me/adapter")
+    with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
+        planned_config(ModelConfig(path="me/adapter"))
+
+
+# ---------------------------------------------------------------------------------------------- exports
+
+
+Change = Callable[[str, Tensor], tuple[str, Tensor]]
+WRONG: dict[str, tuple[Change, str]] = {
+    "names": (lambda name, value: (name.replace("q_proj", "q_proj.base_layer"), value), r"missing.*unexpected.*base_"),
+    "shapes": (
+        lambda name, value: (name, value[:, :16].clone() if "o_proj" in name else value),
+        "3 other shapes: .*",
+    ),
+    "one": (
+        lambda name, value: (name.replace("lm_head", "head"), value),
+        "1 missing: lm_head.weight; 1 unexp",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["stock", "bundled", "dense"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_export_that_would_not_load_gets_no_name(
+    form: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, said = WRONG[kind]
+    model = EVERY["qwen2_moe"]()
+    plan = Plan("tiny", (Prune(0, (0, 2, 3, 5)),) if form == "bundled" else ())
+    if form == "dense":
+        plan = Plan("tiny", (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 6)),))
+    apply.apply(model, plan)
+    export(model, None, plan, tmp_path / "out", "before", ExportConfig(format=form))
+    before = (tmp_path / "out" / "README.md").read_text()
+    pieces = export_module.pieces
+
+    def changed(*given: Any) -> Iterator[State]:
+        return (dict(change(*item) for item in piece.items()) for piece in pieces(*given))
+
+    monkeypatch.setattr(export_module, "pieces", changed)
+    with pytest.raises(AssertionError, match=f"the export is not what .* loads: .*{said}"):
+        export(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
+    assert (tmp_path / "out" / "README.md").read_text() == before
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(AssertionError):
+        export(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "unexpected", "expected"),
+    [
+        (("model.a.weight", "model.b.weight"), ("a.weight", "b.weight"), ("", "model.")),
+        (("a.weight",), ("x.y.a.weight",), ("x.y.", "")),
+        (("a.weight", "b.weight", "c.weight"), ("x.a.weight",), None),  # too few of them
+        (("layers.3.a.weight",), ("layers.4.a.weight", "mtp.layers.0.a.weight"), None),  # other layers
+        (("a.weight",), (), None),
+    ],
+)
+def test_prefixes(missing: tuple[str, ...], unexpected: tuple[str, ...], expected: tuple[str, str] | None) -> None:
+    assert headers._prefixes(missing, unexpected) == expected
+
+
+def test_what_loading_puts_itself_in_front_of_is_put_back(tmp_path: Path) -> None:
+    """It is a private function of transformers, in which the files are known and no weight is read yet."""
+    before = PreTrainedModel._load_pretrained_model
+    parameters = list(inspect.signature(before).parameters)
+    assert parameters[:4] == ["model", "state_dict", "checkpoint_files", "load_config"]
+    loading.load(ModelConfig(device="cpu"), written(tmp_path / "model"))
+    assert PreTrainedModel._load_pretrained_model is before

@@ -1,0 +1,346 @@
+"""A model that is read layer by layer gives what the same model whole in memory gives, to the bit."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.recoveries import recovery
+from support.searched import BUDGETS, METHODS, plan_of
+from support.small import byte_tokenizer
+from support.tiny_models import EVERY, blocks, qwen2_moe, recorded, texts, windows
+from torch import nn
+
+from recondense.calibration.tape import Tape
+from recondense.config.checks import check
+from recondense.config.schema import ExportConfig, ModelConfig, from_dict
+from recondense.evaluation.perplexity import perplexity
+from recondense.evaluation.profiling import peak_tensor_bytes
+from recondense.export.export import export
+from recondense.methods.search.importance import expert_importance
+from recondense.models import decoder, loading, streaming, views
+from recondense.models.tensor_store import Disk
+from recondense.operations import Condense, Factorize, Prune, Refit
+from recondense.plan import Plan
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.teacher_cache import keep_predictions
+from recondense.surgery import apply, refit
+
+RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
+
+
+def written(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder, max_shard_size="40KB")  # several shards: a layer's weights lie in two of them
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path, pages: Path | None, family: str = "qwen2_moe") -> Any:
+    attention: Any = "eager" if family == "gpt_oss" else "sdpa"
+    return loading.load(ModelConfig(attention=attention, device="cpu"), folder, pages)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(qwen2_moe(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def whole(folder: Path) -> Any:
+    return opened(folder, None)
+
+
+@pytest.fixture
+def streamed(folder: Path, tmp_path: Path) -> Iterator[Any]:
+    """Never two layers of it are in memory, and none once another is used."""
+    model = opened(folder, tmp_path / "pages")
+    held = streaming.Pages.held
+    most = 0
+
+    def spied(self: Any, owner: Any, layer: int) -> Any:
+        nonlocal most
+        most = max(most, len(layers_in_memory(owner)))
+        return held(self, owner, layer)
+
+    streaming.Pages.held = spied  # type: ignore[assignment,method-assign]
+    yield model
+    streaming.Pages.held = held  # type: ignore[method-assign]
+    assert most <= 1
+
+
+def layers_in_memory(model: Any) -> list[int]:
+    layers = enumerate(decoder.decoder_layers(model))
+    return [layer for layer, module in layers if any(each.device.type != "meta" for each in module.parameters())]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def all_states(tape: Tape) -> list[torch.Tensor]:
+    return [state for layer in tape.states for state in layer]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_layer_has_its_weights_while_it_is_used(family: str, tmp_path: Path) -> None:
+    folder = written(EVERY[family](), tmp_path / "model")
+    whole, model = opened(folder, None, family), opened(folder, tmp_path / "pages", family)
+    assert layers_in_memory(model) == []
+    outside = {name: value for name, value in whole.state_dict().items() if not name.startswith("model.layers.")}
+    assert same(outside, {name: model.state_dict()[name] for name in outside})
+    for layer, expected in enumerate(decoder.decoder_layers(whole)):
+        with streaming.resident(model, layer):
+            assert layers_in_memory(model) == [layer]
+            found = decoder.decoder_layers(model)[layer].state_dict()
+            assert same(found, expected.state_dict())
+            assert [each.dtype for each in found.values()] == [each.dtype for each in expected.state_dict().values()]
+    assert loading.weights_fingerprint(model) == loading.weights_fingerprint(whole)
+    tapes = [recorded(each) for each in (whole, model)]
+    assert all(map(torch.equal, *map(all_states, tapes)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_decides_and_makes_the_same(method: str, whole: Any, streamed: Any, tmp_path: Path) -> None:
+    found = []
+    for name, model in (("whole", whole), ("streamed", streamed)):
+        storage = Disk(tmp_path / name, keeps=False) if name == "streamed" else None
+        plan = plan_of(model, method, tmp_path / f"{name}-cache", *BUDGETS[method], storage=storage)
+        apply.apply(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
+        export(model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB"))
+        found.append((plan.to_json(), tensors(tmp_path / f"{name}-out")))
+        assert name == "whole" or not plan.operations or len(layers_in_memory(model)) <= 1
+    assert found[0][0] == found[1][0] and same(found[0][1], found[1][1])
+
+
+def test_importance_by_the_loss(whole: Any, streamed: Any, tmp_path: Path) -> None:
+    values = []
+    for model, storage in ((whole, None), (streamed, Disk(tmp_path / "tape"))):
+        block = views.sparse_blocks(model)[1]
+        values.append(expert_importance(model, recorded(model, storage=storage), block, "lm_loss", True, 1 << 30))
+    assert values[0] == values[1] and max(values[0]) > 0
+
+
+def compressed(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Module], Any]:
+    """Something of everything, refitted."""
+    plan = Plan(
+        "tiny",
+        (
+            Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3)), Factorize(2, RANKS, whitening=True),
+            Refit(0, "coefficients", 1e-2), Refit(1, "down_proj", 1e-2), Refit(2, "down_proj", 1e-2),
+        ),
+    )  # fmt: skip
+    record = lambda: recorded(model, storage=storage)  # noqa: E731
+    originals = apply.apply(model, plan, record)
+    apply.refit(model, plan, originals, record)
+    return plan, originals, record
+
+
+def test_evaluation_of_both_sides(whole: Any, streamed: Any, tmp_path: Path) -> None:
+    """Perplexity and divergence from the original, after whitening and refits."""
+    ids, found = windows(5, 12), []
+    for model, storage in ((whole, None), (streamed, Disk(tmp_path / "scratch", keeps=False))):
+        _, originals, _ = compressed(model, storage)
+        found.append(perplexity(model, ids, 2, lambda m=model, o=originals: views.swapped(m, o)))
+    assert found[0] == found[1] and found[0]["kl_to_original"] > 0
+
+
+def test_a_teacher_that_is_streamed_keeps_the_same_predictions(whole: Any, streamed: Any, tmp_path: Path) -> None:
+    ids = {"input_ids": windows(70, 6)}  # two files
+    kept = []
+    for index, model in enumerate((whole, streamed)):
+        teacher = keep_predictions(
+            lambda m=model: views.swapped(m, {}),
+            ids,
+            tmp_path / str(index),
+            5,
+            1.0,
+            4,
+            torch.autocast("cpu", enabled=False),
+        )
+        kept.append(teacher.read(range(70)))
+    assert all(map(torch.equal, *kept))
+
+
+def test_what_was_killed_goes_on_at_its_layer(folder: Path, tmp_path: Path) -> None:
+    """States and blocks that lie on the disk are not computed again."""
+    ids = blocks(texts())
+
+    class Killed(Exception):
+        pass
+
+    def at_second() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+
+    calls: list[int] = []
+    first = opened(folder, tmp_path / "pages")
+    with pytest.raises(Killed):
+        Tape.record(first, ids, at_second, Disk(tmp_path / "tape"))
+    again = opened(folder, tmp_path / "pages")
+    tape = Tape.record(again, ids, storage=Disk(tmp_path / "tape"))
+    assert tape.layer_runs == 1  # of three
+    assert all(map(torch.equal, all_states(tape), all_states(recorded(again))))
+    plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
+    apply.apply(first, Plan("tiny", plan.operations[:1]))
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
+    apply.apply(again, plan)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
+    assert len(made) == 1 and len(after) == 2 and made.items() <= after.items()
+    expected = opened(folder, None)
+    apply.apply(expected, plan)
+    for layer, module in enumerate(decoder.decoder_layers(expected)):
+        with streaming.resident(again, layer):
+            assert same(decoder.decoder_layers(again)[layer].state_dict(), module.state_dict())
+
+
+def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments are of the model before any layer was factorized; layers that were refitted are not solved again."""
+    plan = Plan(
+        "tiny",
+        (
+            *(Factorize(layer, RANKS, whitening=True) for layer in range(3)),
+            *(Refit(layer, "down_proj", 1e-2) for layer in range(3)),
+        ),
+    )
+    monkeypatch.setattr(refit, "LEAST_COLUMNS", 1)  # so that the original's shapes cut these layers in parts
+    expected = opened(folder, None)
+    block = views.get_block(expected, 0)
+    assert refit.most_columns(block) < sum(u.weight_Dn.shape[1] for u in refit.units_of(expected, 0))
+    record = lambda: recorded(expected)  # noqa: E731
+    apply.refit(expected, plan, apply.apply(expected, plan, record), record)
+    solved: list[int] = []
+    solve = refit._refit_layer
+    put_away, left = streaming.Pages.put_away, [2]
+
+    def counted(model: Any, tape: Any, operation: Refit, *args: Any) -> Any:
+        solved.append(operation.layer)
+        return solve(model, tape, operation, *args)
+
+    def killed(self: Any, block: nn.Module, name: str | None) -> nn.Module:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return put_away(self, block, name)
+
+    monkeypatch.setattr(refit, "_refit_layer", counted)
+    for more in (2, 3, None):  # two layers, then one and two refits, then the rest
+        model = opened(folder, tmp_path / "pages")
+        left[0] = 100 if more is None else more
+        monkeypatch.setattr(streaming.Pages, "put_away", killed)
+        again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
+        with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
+            apply.refit(model, plan, apply.apply(model, plan, again), again)
+    assert solved == [0, 1, 2, 2]  # the third time the kill came before the last was on the disk
+    for layer, module in enumerate(decoder.decoder_layers(expected)):
+        with streaming.resident(model, layer):
+            assert same(decoder.decoder_layers(model)[layer].state_dict(), module.state_dict())
+
+
+def test_what_is_put_away_goes_with_the_block_and_is_known_by_what_decided_it(folder: Path, tmp_path: Path) -> None:
+    model = opened(folder, tmp_path / "pages")
+    condense = Condense(0, (1, 4), (0.3, 0.4), 0.5)
+    for key in ("one", "other"):
+        streaming.identify(model, key)
+        originals = apply.apply(model, Plan("tiny", (condense,)))
+        with streaming.resident(model, 0):
+            pass
+        views.set_block(model, 0, originals[0])
+    assert len(list((tmp_path / "pages").iterdir())) == 2  # other weights, or texts: another file
+    with streaming.resident(model, 1):
+        block = streaming.put_away(model, views.get_block(model, 1))
+    with views.swapped(model, {1: block}), streaming.resident(model, 1):
+        pass
+    with streaming.resident(model, 2):
+        assert len(list((tmp_path / "pages").iterdir())) == 3
+    del block
+    gc.collect()
+    assert len(list((tmp_path / "pages").iterdir())) == 2
+
+
+def test_a_checkpoint_without_a_layers_weight_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    files = (tmp_path / "model").glob("*.safetensors")
+    lacking = next(path for path in files if any("model.layers.1.mlp" in name for name in load_file(path)))
+    held = {name: value for name, value in load_file(lacking).items() if "model.layers.1.mlp" not in name}
+    save_file(held, lacking, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.path=.*: the checkpoint lacks \d+ weights .*\(model\.layers\.1\.mlp"):
+        opened(tmp_path / "model", tmp_path / "pages")
+
+
+def test_export_holds_few_copies_of_a_layer(tmp_path: Path) -> None:
+    """At one time the layer, what is taken apart of one weight of it, and less than half of it for a shard."""
+    model = qwen2_moe(hidden_size=256, moe_intermediate_size=128, num_experts=16)
+    folder = written(model, tmp_path / "model")
+    page = streaming.page_bytes(model)
+    del model
+    streamed = opened(folder, tmp_path / "pages")
+    peak = peak_tensor_bytes(lambda: export(streamed, None, Plan("tiny"), tmp_path / "out", ""), "cpu")
+    assert page < peak < 2.5 * page
+    assert same(tensors(tmp_path / "out"), tensors(folder))
+
+
+def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
+    """It trains like any other; the scales of condensed layers are still apart."""
+    model, expected = opened(folder, tmp_path / "pages"), opened(folder, None)
+    for each in (model, expected):
+        apply.apply(each, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
+    streaming.bring_in(model)
+    assert not streaming.is_streamed(model) and same(model.state_dict(), expected.state_dict())
+    ids = windows(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for pages in (None, tmp_path / "pages"):
+        plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
+        module = RecoveryModule(opened(folder, pages), recovery(objective="finetune"), plan=plan)
+        with streaming.resident(module.model, 1):  # whatever is in memory while all is frozen
+            module.prepare(refit=False)
+        if pages is not None:
+            module.release_original()
+            streaming.bring_in(module.model)
+        module.prepare()
+        module.losses(windows(2, 9))["loss"].backward()
+        found.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})
+    whole, streamed = found
+    assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
+
+
+def test_bf16_on_disk_is_the_rounded_state(folder: Path, tmp_path: Path) -> None:
+    model = opened(folder, None)
+    exact, rounded = recorded(model), recorded(model, storage=Disk(tmp_path, torch.bfloat16))
+    assert rounded.nbytes * 2 == exact.nbytes
+    for index in range(len(exact.blocks)):
+        assert torch.equal(rounded.states[0][index], exact.states[0][index].bfloat16().float())
+        assert rounded.states[3][index].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"recovery": {"objective": "distill"}}, "recovery.teacher=shared: with model.streaming=true the original is"),
+        ({"recovery": {"objective": "finetune", "control": True}}, "recovery.control=true: trains the original"),
+    ],
+)
+def test_what_streaming_cannot_do_is_refused(values: dict[str, Any], said: str) -> None:
+    config = from_dict({"model": {"streaming": True, "pretrain": {}}, **values})
+    assert [problem for problem in check(config) if said in problem]
+    whole = from_dict({"model": {"pretrain": {}}, **values})
+    assert not [problem for problem in check(whole) if said in problem]

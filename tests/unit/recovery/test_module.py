@@ -1,0 +1,350 @@
+"""Recovery: setup once, what trains and what does not, the teacher on a shared backbone, and the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from support.recoveries import QUIET, data, module_of, recovery
+from support.tiny_models import EVERY, FAMILIES, condense_plan, logits, qwen2_moe, windows
+from transformers import PreTrainedModel
+
+from recondense.config.schema import LoraSettings
+from recondense.config.stages import control_settings
+from recondense.models import views
+from recondense.models.blocks import CondensedMoE
+from recondense.models.parameters import resident_bytes
+from recondense.operations import Drop, Factorize, Prune
+from recondense.plan import Plan
+from recondense.recovery.fit import fit
+from recondense.recovery.losses import cross_entropy
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.trainable import trainable_parameters
+
+# Lightning says so of every fit that goes on.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level("ERROR", logger="lightning.pytorch")
+    yield
+
+
+# ------------------------------------------------------------------------------------------------ setup
+
+
+def test_setup_applies_once_however_often_it_is_called() -> None:
+    model = qwen2_moe()
+    module = RecoveryModule(model, recovery(), plan=condense_plan(model, [1, 2]))
+    for stage in ("fit", "validate", "fit", "test"):
+        module.setup(stage)
+        if stage == "fit" and module.teacher is not None:
+            blocks, teacher = list(model.modules()), module.teacher
+    assert list(model.modules()) == blocks and module.teacher is teacher
+    assert sorted(views.sparse_blocks(model)) == [0]
+
+
+def test_searches_when_it_is_handed_no_plan() -> None:
+    model = qwen2_moe()
+    asked = []
+
+    def search(given: PreTrainedModel) -> Plan:
+        asked.append(sorted(views.sparse_blocks(given)))
+        return condense_plan(given, [1])
+
+    module = RecoveryModule(model, recovery(), search=search)
+    assert module.plan is None
+    module.setup("fit")
+    module.setup("fit")
+    assert asked == [[0, 1, 2]] and module.plan == condense_plan(qwen2_moe(), [1])
+    assert isinstance(views.get_block(model, 1), CondensedMoE)
+    with pytest.raises(ValueError, match="needs a plan"):
+        RecoveryModule(model, recovery())
+
+
+def test_works_in_anyones_trainer(tmp_path: Path) -> None:
+    model = qwen2_moe()
+    module = RecoveryModule(model, recovery(), search=lambda given: condense_plan(given, [1, 2]))
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data(module, windows(3, 8, seed=5)))
+    found = trainer.validate(module, datamodule=data(module, windows(3, 8, seed=5)), verbose=False)
+    assert found[0]["recovery/validation_loss"] > 0 and found[0]["recovery/validation_kl"] > 0
+    assert sorted(views.sparse_blocks(model)) == [0]
+
+
+# ------------------------------------------------------------------------------------------------ what trains
+
+SHARED = {"qwen2_moe": "shared_expert", "deepseek_v2": "shared_experts"}
+
+
+@pytest.mark.parametrize("objective", ["distill", "finetune"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_experts_of_condensed_layers_train(family: str, objective: str) -> None:
+    module = module_of(family, objective=objective)
+    expected = {
+        f"model.layers.{layer}.mlp.{name}.weight" for layer in (1, 2) for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert {name for name, value in module.model.named_parameters() if value.requires_grad} == expected
+    module.losses(windows(2, 8))["loss"].backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == (name.removeprefix("model.") in expected), name
+        assert parameter.grad is None or float(parameter.grad.abs().max()) > 0
+    (group,) = module.configure_optimizers()["optimizer"].param_groups
+    assert len(group["params"]) == len(expected)
+
+
+def test_the_token_gate_does_not_train() -> None:
+    model = qwen2_moe()
+    module = RecoveryModule(model, recovery(), plan=condense_plan(model, [2], shared_gate=None))
+    module.prepare()
+    names = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert "model.layers.2.mlp.shared_expert_gate.weight" in dict(model.named_parameters())
+    assert names == {f"model.layers.2.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_control_trains_the_experts_of_the_same_layers(family: str) -> None:
+    """method=none: the original's routed and shared experts, in the layers that the plan names."""
+    model = FAMILIES[family]()
+    settings = control_settings(recovery(control=True))
+    assert (settings.objective, settings.trainable, settings.control) == ("finetune", "experts", False)
+    control = RecoveryModule(model, settings, plan=Plan("tiny"), stage="control", trained_layers=(2,))
+    control.prepare()
+    assert control.teacher is None
+    prefix = "model.layers.2.mlp"
+    expected = {f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"}
+    expected |= {f"{prefix}.{SHARED[family]}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == expected
+    control.losses(windows(2, 8))["loss"].backward()
+    assert {name for name, value in model.named_parameters() if value.grad is not None} == expected
+
+
+def test_without_layers_experts_of_all_moe_layers_train() -> None:
+    model = qwen2_moe()
+    found = trainable_parameters(model, (), "experts")
+    assert {name.split(".")[2] for name in found} == {"0", "1", "2"}
+    assert not any("gate.weight" in name for name in found)
+    assert set(trainable_parameters(model, (), "all")) == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_gradient_reaches_all_that_trains(family: str) -> None:
+    """Processes would wait for others, and a checkpoint needs no more."""
+    model: Any = EVERY[family]()
+    settings = recovery(objective="finetune", trainable="all")
+    module = RecoveryModule(model, settings, plan=Plan("tiny"))
+    module.prepare()
+    module.losses(windows(4, 12))["loss"].backward()
+    without = {name for name, value in model.named_parameters() if value.grad is None}
+    assert without == {name for name, value in model.named_parameters() if not value.requires_grad}
+    assert all(name.endswith("e_score_correction_bias") for name in without)
+
+
+class ManyNorms(torch.nn.LayerNorm):
+    """One for each head, as some families have them."""
+
+
+DECAYED = {
+    "gpt_oss": {"gate_up_proj", "down_proj"},
+    "gpt_oss low-rank": {"gate_up_right", "gate_left", "up_left", "down_left", "down_right"},
+    "gpt_oss condensed": {"weight"},
+    "qwen2_moe": {"gate_up_proj", "down_proj", "weight"},
+}
+RANKS = {name: (8, 8, None, 8, 6, 8) for name in PROJECTIONS}
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_biases_and_norms_are_not_decayed_whatever_their_shape(name: str) -> None:
+    family, _, how = name.partition(" ")
+    model: Any = EVERY[family]()
+    if how == "condensed":
+        plan = condense_plan(model, [1, 2])
+    else:
+        operation = Factorize(1, RANKS) if how else Prune(1, (0, 1, 2, 4))
+        plan = Plan("tiny", (operation,))
+    module = RecoveryModule(model, recovery(weight_decay=0.1), plan=plan)
+    module.prepare()
+    decayed = names_of(module, 0.1)
+    assert {each.rpartition(".")[2] for each in decayed} == DECAYED[name]
+    others = names_of(module, 0.0)
+    assert all("bias" in each for each in others) and bool(others) == (family == "gpt_oss")
+    assert len(decayed) + len(others) == sum(value.requires_grad for value in module.parameters())
+
+
+def test_of_all_weights_matrices_are_decayed_alone() -> None:
+    model: Any = EVERY["gpt_oss"]()
+    model.model.layers[0].self_attn.q_norm = ManyNorms((2, 16))
+    module = RecoveryModule(model, recovery(objective="finetune", trainable="all"), plan=Plan("tiny"))
+    module.prepare()
+    others = names_of(module, 0.0)
+    kinds = {each.rpartition(".")[2] for each in others}
+    assert kinds == {"weight", "bias", "gate_up_proj_bias", "down_proj_bias", "sinks"}
+    assert all("norm" in each for each in others if each.endswith(".weight"))
+    assert any(each.endswith("q_norm.weight") for each in others)
+    assert not any("norm" in each or "bias" in each for each in names_of(module, 0.1))
+
+
+def names_of(module: RecoveryModule, weight_decay: float) -> list[str]:
+    """What is decayed so much."""
+    groups = [group for group in module.parameter_groups() if group["weight_decay"] == weight_decay]
+    inside = {id(parameter) for group in groups for parameter in group["params"]}
+    return [name for name, value in module.named_parameters() if id(value) in inside]
+
+
+def test_objective_none_trains_nothing() -> None:
+    module = module_of(objective="none")
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ teacher
+
+
+def storages(*modules: torch.nn.Module) -> dict[int, int]:
+    """Address -> bytes of every storage."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_that_student_and_teacher_share_exists_twice(family: str) -> None:
+    before = FAMILIES[family]()
+    names, whole = set(before.state_dict()), resident_bytes(before)
+    module = module_of(family)
+    student, teacher = module.model, module.teacher
+    assert teacher is not None
+    alone, kept = storages(student), storages(teacher.blocks)
+    assert not alone.keys() & kept.keys()
+    blocks = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(before, layer).parameters())
+    assert sum(kept.values()) == blocks  # the original blocks of condensed layers, nothing else
+    own = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(student, layer).state_dict().values())
+    assert resident_bytes(student, teacher) == sum({**alone, **kept}.values()) == whole + own
+    with module.original():
+        outside = {name: value for name, value in student.state_dict().items() if ".mlp." not in name}
+        assert set(student.state_dict()) == names
+        assert {value.untyped_storage().data_ptr() for value in outside.values()} <= alone.keys()
+    registered = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    assert len(registered) == len(set(registered)) == len(list(module.parameters()))
+    assert len(storages(module)) == len({**alone, **kept})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_is_the_original_bit_for_bit(family: str, tmp_path: Path) -> None:
+    """Before training, and after it."""
+    original, ids = FAMILIES[family](), windows(3, 11)
+    expected = logits(original, ids)
+    module = module_of(family)
+    for _ in range(2):
+        with module.original() as model:
+            assert torch.equal(logits(model, ids), expected)
+        assert not torch.equal(logits(module.model, ids), expected)
+        fit(module, data(module), tmp_path, QUIET, seed=0)
+
+
+def test_the_teacher_comes_back_after_an_error() -> None:
+    module = module_of()
+    blocks = list(module.model.modules())
+    with pytest.raises(KeyError), module.original():
+        raise KeyError
+    assert list(module.model.modules()) == blocks
+
+
+@pytest.mark.parametrize("objective", ["distill", "finetune"])
+def test_training_all_weights_leaves_the_original_as_it_was(tmp_path: Path, objective: str) -> None:
+    """A shared backbone that trains would carry the original with it: it must be refused, or kept aside."""
+    expected = logits(qwen2_moe(), windows(3, 11))
+    try:
+        module = module_of(trainable="all", objective=objective)
+    except ValueError as refused:
+        assert "trainable" in str(refused)
+        return
+    fit(module, data(module), tmp_path, QUIET, seed=0)
+    with module.original() as model:
+        torch.testing.assert_close(logits(model, windows(3, 11)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distilling_from_oneself_costs_nothing(temperature: float) -> None:
+    """A student whose condensed layers are put back to the originals."""
+    module = module_of(temperature=temperature, hidden_share=0.5)
+    with module.original():
+        losses = module.losses(windows(2, 8))
+    assert losses["kl"].item() == losses["hidden"].item() == losses["loss"].item() == 0.0
+
+
+@pytest.mark.parametrize("dropped", [(1,), (2,), (1, 2)])
+def test_hidden_states_are_compared_at_the_same_layers_where_some_were_removed(dropped: tuple[int, ...]) -> None:
+    """A removed layer passes on what it is given; the teacher's own states are transformers'."""
+    model = FAMILIES["qwen2_moe"]()
+    plan = Plan("qwen2_moe", tuple(Drop(layer, "block") for layer in dropped))
+    module = RecoveryModule(model, recovery(hidden_share=0.5), plan=plan)
+    module.prepare()
+    ids = windows(2, 8)
+    with torch.no_grad():
+        losses = module.losses(ids)
+        theirs = qwen2_moe()(input_ids=ids, output_hidden_states=True).hidden_states
+        original = qwen2_moe()
+        x, mine = original.model.embed_tokens(ids), []
+        positions = torch.arange(8)[None]
+        rotary = original.model.rotary_emb(x, positions)
+        mask = torch.full((8, 8), -torch.inf).triu(1)[None, None]
+        for layer, block in enumerate(original.model.layers):
+            if layer not in dropped:
+                x = block(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+            mine.append(x)
+        mine[-1] = original.model.norm(mine[-1])
+        each = [(mine[i] - theirs[i + 1]).square().mean() / theirs[i + 1].square().mean() for i in dropped]
+    torch.testing.assert_close(losses["hidden"], torch.stack(each).mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trainable": "lora", "lora": LoraSettings(target="experts")}])
+def test_a_recovery_without_anything_to_train_is_refused(changes: dict[str, Any]) -> None:
+    model = FAMILIES["qwen2_moe"]()
+    plan = Plan("qwen2_moe", tuple(Drop(layer, "moe") for layer in range(3)))
+    with pytest.raises(ValueError, match="no experts are left to train"):
+        RecoveryModule(model, recovery(**changes), plan=plan).prepare()
+    RecoveryModule(FAMILIES["qwen2_moe"](), recovery(objective="none"), plan=plan).prepare()
+
+
+def test_losses_by_hand() -> None:
+    module = module_of(temperature=2.0, cross_entropy_share=0.25, hidden_share=0.125)
+    ids = windows(2, 8)
+    with torch.no_grad():
+        losses = module.losses(ids)
+        student = module.model(input_ids=ids, output_hidden_states=True)
+        teacher = qwen2_moe()(input_ids=ids, output_hidden_states=True)
+        p, q = (torch.distributions.Categorical(logits=output.logits / 2.0) for output in (teacher, student))
+        kl = 4 * torch.distributions.kl_divergence(p, q).mean()
+        hidden = torch.stack(
+            [
+                (student.hidden_states[i] - teacher.hidden_states[i]).square().mean()
+                / teacher.hidden_states[i].square().mean()
+                for i in (2, 3)
+            ]
+        ).mean()
+    torch.testing.assert_close(losses["kl"], kl, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["hidden"], hidden, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["cross_entropy"], cross_entropy(student.logits, ids), rtol=1e-6, atol=0)
+    whole = 0.625 * kl + 0.25 * losses["cross_entropy"] + 0.125 * hidden
+    torch.testing.assert_close(losses["loss"], whole, rtol=1e-5, atol=0)
+    assert set(module_of().losses(ids)) == {"kl", "loss"}
+    assert set(module_of(objective="finetune").losses(ids)) == {"cross_entropy", "loss"}
+
+
+def test_the_routers_auxiliary_loss_is_off() -> None:
+    """Also where the config asks for it: it would reach the experts."""
+    model = qwen2_moe(output_router_logits=True)
+    module = RecoveryModule(model, recovery(objective="finetune"), plan=condense_plan(model, [2]))
+    module.prepare()
+    ids = windows(2, 8)
+    losses = module.losses(ids)
+    assert torch.equal(losses["loss"], losses["cross_entropy"])
+    torch.testing.assert_close(losses["loss"], cross_entropy(logits(model, ids), ids))

@@ -1,0 +1,281 @@
+"""A step's passes: what student and teacher compute once, where backward stops, and layers that are computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.recoveries import module_of, recovery
+from support.tiny_models import EVERY, FAMILIES, condense_plan, qwen2_moe, unchanged, windows
+from torch import Tensor, nn
+
+from recondense.config.schema import LoraSettings
+from recondense.data.labels import MASKED
+from recondense.models import decoder, views
+from recondense.models.hooks import evaluating
+from recondense.operations import Drop, Factorize
+from recondense.plan import Plan
+from recondense.recovery import shared_passes
+from recondense.recovery.losses import cross_entropy, forward_kl
+from recondense.recovery.module import RecoveryModule
+
+
+def gradients(module: RecoveryModule) -> dict[str, Tensor]:
+    found = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+    for parameter in module.parameters():
+        parameter.grad = None
+    return found
+
+
+@contextmanager
+def runs_of(model: Any) -> Iterator[list[int]]:
+    """How often each decoder layer runs inside."""
+    counts = [0] * len(decoder.decoder_layers(model))
+
+    def hook(number: int) -> Any:
+        def count(*_: Any) -> None:
+            counts[number] += 1
+
+        return count
+
+    layers = enumerate(decoder.decoder_layers(model))
+    handles = [layer.register_forward_pre_hook(hook(number)) for number, layer in layers]
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+def in_two_whole_passes(module: RecoveryModule, monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> dict[str, Tensor]:
+    with monkeypatch.context() as patched:
+        patched.setattr("recondense.recovery.shared_passes.first_own_layer", lambda model, changed: 0)
+        return module.losses(ids)
+
+
+OWN_WAYS = ("qwen2_moe", "deepseek_v2", "gpt_oss", "ernie4_5_moe")  # of masks, routing, positions or tied heads
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in OWN_WAYS else pytest.mark.slow) for name in EVERY]
+)
+def test_what_is_shared_is_computed_once_and_nothing_else_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients bit for bit those of two whole passes, also over packed examples."""
+    model = EVERY[family]()
+    module = RecoveryModule(model, recovery(hidden_share=0.25), plan=condense_plan(model, [2]))
+    module.prepare()
+    module.train()
+    ids = windows(2, 8)
+    inputs: list[dict[str, Tensor]] = [{"input_ids": ids}]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
+    inputs.append({"input_ids": ids, "position_ids": positions, "labels": ids.clone()})
+    inputs[1]["labels"][:, [0, 1, 3]] = MASKED
+    for each in inputs:
+        with unchanged(model), runs_of(model) as runs:
+            shared = module.losses(**each)
+        assert runs == [1, 1, 2]
+        shared["loss"].backward()  # type: ignore[no-untyped-call]
+        ours = gradients(module)
+        with monkeypatch.context() as patched:
+            patched.setattr("recondense.recovery.shared_passes.first_own_layer", lambda model, changed: 0)
+            with runs_of(model) as runs:
+                whole = module.losses(**each)
+        assert runs == [2, 2, 2]
+        whole["loss"].backward()  # type: ignore[no-untyped-call]
+        theirs = gradients(module)
+        assert all(torch.equal(shared[name], whole[name]) for name in whole) and shared.keys() == whole.keys()
+        assert ours and all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+
+
+PLANS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "whole layers are gone": (
+        Plan("tiny", (Drop(1, "block"), *condense_plan(qwen2_moe(), [2]).operations)), {}, 1
+    ),
+    "a layer is gone, all others train": (Plan("tiny", (Drop(1, "block"),)), {}, 0),
+    "adapters of experts": (
+        condense_plan(qwen2_moe(), [1, 2]), {"trainable": "lora", "lora": LoraSettings(target="experts")}, 1
+    ),
+    "adapters of attention": (condense_plan(qwen2_moe(), [2]), {"trainable": "lora"}, 0),
+    "the first layer changed": (condense_plan(qwen2_moe(), [0]), {}, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_where_the_student_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, settings, layer = PLANS[name]
+    module = RecoveryModule(qwen2_moe(), recovery(**settings), plan=plan)
+    module.prepare()
+    assert module.teacher is not None
+    assert shared_passes.first_own_layer(module.model, module.teacher.changed()) == layer
+    ids = windows(2, 8)
+    assert torch.equal(module.losses(ids)["loss"], in_two_whole_passes(module, monkeypatch, ids)["loss"])
+
+
+def test_after_adapters_were_merged_their_layers_are_the_students_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = RecoveryModule(
+        qwen2_moe(), recovery(trainable="lora"), plan=condense_plan(qwen2_moe(), [2]), later=[recovery()]
+    )
+    module.prepare()
+    assert module.adapters is not None and module.teacher is not None
+    for layer in module.adapters.linears.values():
+        nn.init.normal_(layer.lora_B["default"].weight)  # type: ignore[arg-type]
+    module.finish()
+    module.begin(recovery(), "two")
+    module.prepare()
+    assert module.teacher.changed() == {0, 1, 2}
+    ids = windows(2, 8)
+    assert torch.equal(module.losses(ids)["loss"], in_two_whole_passes(module, monkeypatch, ids)["loss"])
+
+
+@pytest.mark.parametrize(("family", "noise"), [("qwen2_moe", "attention_dropout"), ("mixtral", "router_jitter_noise")])
+def test_what_is_random_in_training_is_not_shared(family: str, noise: str) -> None:
+    model = EVERY[family](**{noise: 0.1})
+    assert decoder.random_in_training(model.config) and not decoder.random_in_training(EVERY[family]().config)
+    assert shared_passes.first_own_layer(model.requires_grad_(False), {2}) == 0
+
+
+def test_the_losses_are_those_of_plain_logits() -> None:
+    """Of two models that were never one."""
+    module = module_of(temperature=1.5, cross_entropy_share=0.25, layers=(2,))
+    student, teacher, ids = module.model, qwen2_moe(), windows(2, 8)
+    found = module.losses(ids)
+    plain = student(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        theirs = teacher(input_ids=ids, use_cache=False).logits
+    expected = 0.75 * forward_kl(plain, theirs, 1.5) + 0.25 * cross_entropy(plain, ids)
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-6, atol=0)
+    found["loss"].backward()  # type: ignore[no-untyped-call]
+    ours = gradients(module)
+    expected.backward()
+    for name, gradient in gradients(module).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
+def test_other_divergences_have_their_own_names(divergence: Any) -> None:
+    module = module_of(divergence=divergence)
+    losses = module.losses(windows(2, 8))
+    assert set(losses) == {divergence, "loss"} and losses["loss"].item() > 0
+    with module.original():
+        assert module.losses(windows(2, 8))["loss"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["finetune", "distill"])
+def test_backward_stops_at_the_lowest_layer_that_trains(objective: str) -> None:
+    """No activation below it is part of the graph, no frozen parameter gets a gradient."""
+    module = module_of(objective=objective, layers=(1, 2))
+    module.train()
+    graphs: dict[int, bool] = {}
+
+    def note(number: int) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            graphs[number] = views.output_of(output).requires_grad
+
+        return hook
+
+    layers = enumerate(decoder.decoder_layers(module.model))
+    handles = [layer.register_forward_hook(note(number)) for number, layer in layers]
+    module.losses(windows(2, 8))["loss"].backward()  # type: ignore[no-untyped-call]
+    for handle in handles:
+        handle.remove()
+    assert graphs == {0: False, 1: True, 2: True}
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    assert gradients(module).keys() == trained and all(".layers.0." not in name for name in trained)
+
+
+FACTORS = Plan("tiny", (Factorize(1, {name: (4,) * 6 for name in ("gate_proj", "up_proj", "down_proj")}),))
+AGAIN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "distill": (condense_plan(qwen2_moe(), [1, 2]), {"hidden_share": 0.25}),
+    "finetune": (condense_plan(qwen2_moe(), [1, 2]), {"objective": "finetune"}),
+    "lora": (FACTORS, {"trainable": "lora"}),
+}
+
+
+def module_and_windows(name: str) -> tuple[RecoveryModule, Tensor]:
+    from support.tiny_models import recorded
+
+    plan, settings = AGAIN[name]
+    model = qwen2_moe()
+    module = RecoveryModule(model, recovery(**settings), plan=plan, record=lambda: recorded(model))
+    module.prepare()
+    module.train()
+    return module, windows(2, 8)
+
+
+def loss_and_gradients(module: RecoveryModule, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = module.losses(ids)["loss"]
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss, gradients(module)
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_activation_checkpointing_changes_no_bit(name: str) -> None:
+    """Adapters on factors are computed once a pass; in backward they are computed again with the layer."""
+    module, ids = module_and_windows(name)
+    plain, expected = loss_and_gradients(module, ids)
+    with decoder.checkpointing(module.model):
+        with runs_of(module.model), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            again = module.losses(ids)["loss"]
+        again.backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(plain, again)
+    found = gradients(module)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.decoder_layers(module.model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_holds_less(family: str) -> None:
+    module = module_of(family, objective="finetune", layers=(0, 1, 2) if family == "qwen2_moe" else (1, 2))
+    module.train()
+    ids = windows(4, 16)
+
+    def saved() -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {value.untyped_storage().data_ptr() for value in module.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = module.losses(ids)["loss"]
+        del loss
+        return sum(size for where, size in sizes.items() if where not in weights)
+
+    plain = saved()
+    with decoder.checkpointing(module.model):
+        assert saved() < plain / 2
+
+
+@pytest.mark.filterwarnings("ignore")  # what a compiler says of its own code
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", AGAIN)
+def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's layers, the teacher's, with gradients and without; inductor compiles C++ first."""
+    module, ids = module_and_windows(name)
+    plain, expected = loss_and_gradients(module, ids)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with decoder.compiling(module.model):
+        again, found = loss_and_gradients(module, ids)
+    assert counters["frames"]["ok"] > 0 and not counters["unimplemented"]
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+    assert not any(layer._compiled_call_impl for layer in decoder.decoder_layers(module.model))
+    torch.compiler.reset()
+
+
+def test_headless_and_back() -> None:
+    model, ids = qwen2_moe(), windows(2, 8)
+    with unchanged(model), torch.no_grad(), evaluating(model):
+        with decoder.headless(model):
+            hidden = model(input_ids=ids).logits
+        with decoder.gathered(model) as head:
+            assert torch.equal(head.logits(hidden), model(input_ids=ids).logits)
+        with pytest.raises(KeyError), decoder.headless(model):
+            raise KeyError

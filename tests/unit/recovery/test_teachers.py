@@ -1,0 +1,256 @@
+"""Three teachers: the original on the student's backbone, its predictions on disk, and another model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.recoveries import QUIET, data, module_of, recovery
+from support.small import byte_tokenizer
+from support.tiny_models import VOCAB, condense_plan, qwen2_moe, windows
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from recondense.data.labels import MASKED
+from recondense.data.loader import RecoveryData, ShuffledWindows, table_of
+from recondense.models import views
+from recondense.models.parameters import resident_bytes
+from recondense.recovery.chunked_losses import TopK
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
+from recondense.recovery.teacher_cache import CachedTeacher, keep_predictions, key_of
+from recondense.recovery.teachers import OtherTeacher, same_vocabulary
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+K = 8
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level("ERROR", logger="lightning.pytorch")
+    yield
+
+
+def kept_of(module: RecoveryModule, table: Any, folder: Path, k: int = K, temperature: float = 1.0) -> CachedTeacher:
+    return keep_predictions(module.original, table_of(table), folder, k, temperature, 3, nullcontext(), 4)
+
+
+def rows(kept: TopK) -> TopK:
+    return TopK(*(column.flatten(0, 1) for column in kept))
+
+
+# ------------------------------------------------------------------------------------------------ the same loss
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_three_teachers_say_the_same(tmp_path: Path, temperature: float) -> None:
+    """Another model that equals the original bit for bit; what is kept of it lacks exactly r·KL(rest ‖ rest)."""
+    ids = windows(7, 8)
+    module = module_of(temperature=temperature, layers=(1, 2))
+    shared = module.losses(ids)["loss"]
+    kept = kept_of(module, ids, tmp_path, temperature=temperature)
+    module.source = OtherTeacher(qwen2_moe(), module.model, "the same")
+    assert torch.equal(module.losses(ids)["loss"], shared)
+    module.source = kept
+    module.release_original()
+    cached = module.losses(ids, window=torch.arange(7))["loss"].double()
+    with torch.no_grad():
+        logits = [each(input_ids=ids).logits.flatten(0, 1).double() for each in (qwen2_moe(), module.model)]
+        rests = [(each / temperature).scatter(-1, logits[0].topk(K).indices, -torch.inf) for each in logits]
+        r_T = (rests[0].logsumexp(-1) - (logits[0] / temperature).logsumexp(-1)).exp()
+        p, q = (each.log_softmax(-1) for each in rests)
+        missing = temperature**2 * (r_T * torch.where(p.isinf(), 0, p.exp() * (p - q)).sum(-1)).mean()
+    assert missing > 1e-3 and float(cached.detach()) > 1e-3
+    torch.testing.assert_close(cached.detach(), shared.detach().double() - missing, rtol=1e-4, atol=1e-5)
+
+
+def test_whatever_is_not_predicted_is_left_out_of_what_was_kept(tmp_path: Path) -> None:
+    """Labels and positions of packed examples: as the teacher on the backbone says, up to the rest."""
+    ids = windows(5, 8)
+    labels = ids.clone()
+    labels[:, [0, 1, 2, 4]] = MASKED
+    table = {"input_ids": ids, "labels": labels, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 5)}
+    module = module_of(cross_entropy_share=0.5)
+    kept = kept_of(module, table, tmp_path, k=VOCAB)  # all but one, which is then the rest
+    some = [3, 0]
+    batch = {name: column[some] for name, column in table.items()}
+    expected = module.losses(**batch)
+    module.source = kept
+    found = module.losses(**batch, window=torch.tensor(some))
+    torch.testing.assert_close(found["kl"], expected["kl"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- on disk
+
+
+def test_what_is_kept_is_the_originals_bit_for_bit(tmp_path: Path) -> None:
+    ids = windows(7, 8)
+    module = module_of()
+    kept = kept_of(module, ids, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "00000-of-00002.safetensors",
+        "00001-of-00002.safetensors",
+    ]
+    found = kept.read([6, 2, 2])
+    with torch.no_grad():
+        logits = qwen2_moe()(input_ids=ids).logits[[6, 2, 2]]
+    values, indices = logits.topk(K)
+    assert torch.equal(found.ids_TK, indices)
+    torch.testing.assert_close(found.logits_TK, values, rtol=1e-6, atol=1e-6)  # the head, on a chunk of other tokens
+    whole = torch.cat([found.logits_TK, found.rest_T.unsqueeze(-1)], -1).logsumexp(-1)
+    torch.testing.assert_close(whole, logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    stored = kept._opened(kept.files[0]).get_tensor("ids_TK")
+    assert stored.dtype == torch.uint16  # a small vocabulary
+
+
+def test_logits_in_bf16_are_kept_as_they_are(tmp_path: Path) -> None:
+    model = qwen2_moe().bfloat16()
+    kept = keep_predictions(
+        lambda: nullcontext(model), {"input_ids": windows(2, 8)}, tmp_path, 4, 1.0, 2, nullcontext()
+    )
+    found = kept.read([1])
+    assert found.logits_TK.dtype == torch.bfloat16 and found.rest_T.dtype == torch.float32
+
+
+def test_a_teacher_that_was_interrupted_is_asked_the_rest_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, ids = module_of(), windows(11, 8)
+    whole = kept_of(module, ids, tmp_path / "whole").read(range(11))
+    write = CachedTeacher.write
+
+    def killed(self: CachedTeacher, index: int, kept: TopK) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        write(self, index, kept)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CachedTeacher, "write", killed)
+        kept_of(module, ids, tmp_path / "cut")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 1
+    seen: list[Tensor] = []
+    hook = module.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    found = kept_of(module, ids, tmp_path / "cut")
+    assert torch.equal(torch.cat(seen), ids[4:])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.read(range(11)), whole, strict=True))
+    kept_of(module, ids, tmp_path / "cut")
+    assert len(torch.cat(seen)) == 7 and not list(tmp_path.rglob("*.partial"))
+    hook.remove()
+
+
+def test_another_folder_for_whatever_decides_predictions() -> None:
+    table = {"input_ids": windows(3, 8), "labels": windows(3, 8)}
+    keys = {
+        key_of("w", table, 8, 1.0, "32-true"), key_of("x", table, 8, 1.0, "32-true"),
+        key_of("w", table, 9, 1.0, "32-true"), key_of("w", table, 8, 2.0, "32-true"),
+        key_of("w", table, 8, 1.0, "bf16-mixed"), key_of("w", {"input_ids": windows(3, 8, seed=1)}, 8, 1.0, "32-true"),
+        key_of("w", {**table, "position_ids": torch.zeros(3, 8)}, 8, 1.0, "32-true"),
+    }  # fmt: skip
+    assert len(keys) == 7
+    assert key_of("w", {"input_ids": windows(3, 8)}, 8, 1.0, "32-true") in keys  # labels decide nothing
+
+
+def test_which_windows_are_trained_on() -> None:
+    table = {"input_ids": windows(10, 8)}
+    for batches, number in ((2, 6), (3, 9), (4, 10), (9, 10)):
+        loader = ShuffledWindows(table, 3, batches, 5, lambda: 0)
+        batches_ = torch.cat([loader.batch(position)["input_ids"] for position in range(batches)])
+        used = loader.used()
+        assert len(used) == number
+        assert {tuple(row) for row in table["input_ids"][used].tolist()} == {tuple(row) for row in batches_.tolist()}
+
+
+def test_a_fit_without_a_teacher_in_memory(tmp_path: Path) -> None:
+    """It learns, resumes exactly, and holds the student alone; checkpoints hold what trains."""
+    finals = []
+    for name, stops in (("whole", False), ("cut", True)):
+        module = module_of(steps=4)
+        with_original = resident_bytes(module)
+        assert module.teacher is not None
+        dropped = resident_bytes(module.teacher.blocks)
+        kept = kept_of(module, windows(7, 8), tmp_path / "kept")
+        module.source = kept
+        module.release_original()
+        assert resident_bytes(module) == with_original - dropped and module.teacher is None
+        with pytest.raises(AssertionError, match="freed"):
+            module.original()
+        table = {"input_ids": windows(7, 8), "window": torch.arange(7)}
+        loader = RecoveryData(table, windows(2, 8, seed=5), 2, 4, seed=3)
+        if stops:
+            step = module.training_step
+
+            def interrupted(batch: Any, index: int, step: Any = step, module: RecoveryModule = module) -> Tensor:
+                if module.trainer.global_step == 3:
+                    raise RuntimeError("stopped")
+                return step(batch, index)  # type: ignore[no-any-return]
+
+            module.training_step = interrupted  # type: ignore[method-assign]
+            with pytest.raises(RuntimeError, match="stopped"):
+                fit(module, loader, tmp_path / name, QUIET, seed=0)
+            module = module_of(steps=4)
+            module.source = kept
+            module.release_original()
+        final = torch.load(fit(module, loader, tmp_path / name, QUIET, seed=0), weights_only=True)["state_dict"]
+        assert set(final) == {
+            f"model.model.layers.{layer}.mlp.{part}.weight"
+            for layer in (1, 2)
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        finals.append(final)
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    start = module_of().state_dict()
+    assert not any(torch.equal(final, start[name]) for name, final in finals[0].items())
+
+
+# ------------------------------------------------------------------------------------------------ another model
+
+
+def test_another_model_teaches_and_stays_as_it_is(tmp_path: Path) -> None:
+    module = module_of(steps=3)
+    teacher = qwen2_moe(seed=5)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    module.source = OtherTeacher(teacher, module.model, "another")
+    ids = windows(2, 8)
+    losses = module.losses(ids)
+    with torch.no_grad():
+        p, q = (each(input_ids=ids).logits.log_softmax(-1) for each in (teacher, module.model))
+    torch.testing.assert_close(losses["kl"], (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-5, atol=0)
+    with module.original():  # a student that is the original does not say what another says
+        assert module.losses(ids)["kl"] > 0.01
+    assert not any(value is parameter for value in module.parameters() for parameter in teacher.parameters())
+    final = fit(module, data(module, windows(2, 8)), tmp_path, QUIET, seed=0)
+    assert all(".mlp." in name for name in torch.load(final, weights_only=True)["state_dict"])
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(value.grad is None for value in teacher.parameters())
+
+
+def test_a_teacher_with_another_vocabulary_is_refused() -> None:
+    own = byte_tokenizer()
+    same_vocabulary(byte_tokenizer(), own, "./teacher")
+    grown = byte_tokenizer()
+    grown.add_tokens(["<|extra|>"])
+    with pytest.raises(ValueError, match=r"teacher_path=./teacher.*1 tokens.*<\|extra\|>.*None here.*teacher=shared"):
+        same_vocabulary(grown, own, "./teacher")
+    words = Tokenizer(models.BPE(own.get_vocab(), []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(ValueError, match="it encodes 'Hello world' otherwise"):
+        same_vocabulary(PreTrainedTokenizerFast(tokenizer_object=words), own, "./teacher")
+    with pytest.raises(ValueError, match="gives 101 logits and the student's 97"):
+        OtherTeacher(qwen2_moe(vocab_size=101), qwen2_moe(), "./teacher")
+
+
+def test_the_original_is_never_asked_after_it_was_freed() -> None:
+    """Adapters are merged without it."""
+    model = qwen2_moe()
+    module = RecoveryModule(model, recovery(trainable="lora"), plan=condense_plan(model, [1]))
+    module.prepare()
+    module.release_original()
+    module.finish()
+    assert module.adapters is None and not any("lora" in name for name, _ in model.named_parameters())
+    assert not isinstance(views.get_block(model, 1), type(views.get_block(qwen2_moe(), 1)))

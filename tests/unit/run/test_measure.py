@@ -1,0 +1,88 @@
+"""The key of an evaluation: what can change its result, and nothing else; and a tokenizer's fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.small import byte_tokenizer, small_model
+from tokenizers import AddedToken
+
+from recondense.config.schema import from_dict
+from recondense.data.corpus import Corpora
+from recondense.data.texts import Texts
+from recondense.models.loading import tokenizer_fingerprint
+from recondense.run import measure
+from recondense.run.measure import Measure
+
+INPUTS = {"weights": "w", "tokenizer": "t"}
+
+
+@pytest.fixture
+def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`key(**evaluation)`: the name of the cache's entry for the original."""
+    monkeypatch.setattr(Measure, "_quality", lambda *_: {})
+    model, tokenizer = small_model(), byte_tokenizer()
+
+    def name(
+        text: str = "some words " * 20, inputs: Mapping[str, str] = INPUTS, length: int = 16, **evaluation: Any
+    ) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        evaluation = {"name": "perplexity", "tasks": [], **evaluation}
+        settings = {"cache_dir": str(folder), "data": {"sequence_length": length}, "evaluation": evaluation}
+        texts = Texts(Corpora(validation=[text] if text else None))
+        Measure(from_dict(settings), folder / "run", model, tokenizer, texts, inputs).original()
+        [path] = (folder / "evaluations").glob("*.json")
+        return path.stem
+
+    return name
+
+
+def test_what_changes_no_result_has_no_part_in_the_key(key: Any) -> None:
+    first = key()
+    for same in ({"name": "tasks"}, {"every_n_steps": 5}, {"at_end": False}, {"limit": 3}, {"num_fewshot": 2}):
+        assert key(**same) == first, same
+    assert key(perplexity_windows=1000) == first, "there are fewer"
+    assert key(inputs={**INPUTS, "tokenizer": "u"}) == first, "the windows are the same"
+    tasks = {"tasks": ["some_task"], "limit": 3}
+    assert key(**tasks, every_n_steps=5, at_end=False, name="x") == key(**tasks)
+
+
+def test_what_may_change_a_result_is_in_the_key(key: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: dict[str, Any] = {"tasks": ["some_task"]}
+    keys = [
+        *(key(), key(text="other words " * 20), key(length=17), key(perplexity_windows=1), key(batch_size=3)),
+        *(key(inputs={**INPUTS, "weights": "v"}), key(text=""), key(**tasks), key(**tasks, text="")),
+        *(key(**tasks, limit=3), key(**tasks, num_fewshot=2), key(tasks=["other_task"])),
+        key(**tasks, inputs={**INPUTS, "tokenizer": "u"}),
+    ]
+    for package in ("torch", "transformers", "lm-eval", "datasets"):
+        with monkeypatch.context() as patched:
+            patched.setattr(measure, "version", lambda name, package=package: "0" if name == package else "1")
+            keys.append(key(**tasks))
+    assert len(set(keys)) == len(keys)
+
+
+def test_task_files_are_in_the_key(key: Any, tmp_path: Path) -> None:
+    """What they say, not where they lie."""
+    keys = []
+    for number, content in enumerate(("a: 1", "a: 1", "a: 2")):
+        folder = tmp_path / f"tasks-{number}"
+        folder.mkdir()
+        (folder / "task.yaml").write_text(content)
+        keys.append(key(tasks=["some_task"], include_path=str(folder)))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_tokenizers_fingerprint() -> None:
+    first = tokenizer_fingerprint(byte_tokenizer())
+    used = byte_tokenizer()
+    used(["some text"], truncation=True, max_length=3)
+    assert tokenizer_fingerprint(used) == first, "what it was used for changes nothing"
+    longer, chat, pad = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
+    longer.add_tokens([AddedToken("more")])
+    chat.chat_template = "{{ messages }}"
+    pad.pad_token = pad.eos_token
+    assert len({first, *map(tokenizer_fingerprint, (longer, chat, pad))}) == 4

@@ -1,0 +1,143 @@
+"""Sizes from shapes alone, against files' bytes, closed forms and models that were really made."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import deepseek_v2, qwen2_moe
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.decompose import Decompose
+from recondense.methods.dropping import Dropping
+from recondense.methods.merging import Merging
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.models import classes, views
+from recondense.models.parameters import weights_bytes
+from recondense.models.published_configs import recorded_values
+from recondense.models.quantized import quantization, stored_bytes
+from recondense.run.plan_only import layer_table, ranges, weights_dtype
+from recondense.run.sizes import compare, outlined
+
+
+def meta(make: Any = qwen2_moe, **changes: Any) -> Any:
+    return classes.on_meta(make(**changes).config, torch.float32)
+
+
+def published(hub_id: str) -> tuple[Any, dict[str, Any]]:
+    values = recorded_values(hub_id)
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    return classes.on_meta(config, torch.bfloat16), quantization(config)
+
+
+def test_bytes_of_an_mxfp4_checkpoint_are_those_of_its_files() -> None:
+    """`metadata.total_size` of gpt-oss-20b's model.safetensors.index.json."""
+    model, quantized = published("openai/gpt-oss-20b")
+    assert stored_bytes(model, quantized)(model) == 13_761_264_768
+    assert stored_bytes(model, {})(model) == 2 * 20_914_757_184
+
+
+def test_bytes_of_an_fp8_checkpoint() -> None:
+    """By hand: one byte a number and 4 a block of 128 x 128, rounded up; embedding, head, norms and routers in bf16."""
+    model, quantized = published("deepseek-ai/DeepSeek-V3-Base")
+    attention = [(1536, 7168), (128 * 192, 1536), (576, 7168), (128 * 256, 512), (7168, 128 * 128)]
+    dense, expert = [[(width, 7168), (width, 7168), (7168, width)] for width in (18432, 2048)]
+    matrices = attention * 61 + dense * 3 + expert * 257 * 58
+    wanted = sum(rows * columns + 4 * -(-rows // 128) * -(-columns // 128) for rows, columns in matrices)
+    norms = 61 * (2 * 7168 + 1536 + 512) + 7168
+    wanted += 2 * (2 * 129280 * 7168 + norms + 58 * 256 * 7168)
+    correction = 4 * 58 * 256  # of the routers, in fp32
+    assert wanted <= stored_bytes(model, quantized)(model) <= wanted + correction
+
+
+def test_another_quantization_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"quantised by awq.*fp8 and mxfp4.*model\.dtype=bfloat16"):
+        stored_bytes(meta(), {"quant_method": "awq"})
+
+
+def test_one_scale_a_matrix_without_a_block_size() -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.LayerNorm(4))
+    model.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    bytes_of = stored_bytes(model, {"quant_method": "fp8"})  # type: ignore[arg-type]
+    assert bytes_of(model) == 24 + 4 + 2 * 4 * 4
+
+
+def test_active_parameters_are_those_that_a_token_meets() -> None:
+    model = meta()
+    size = compare(model, []).before
+    expert = 3 * 32 * 16
+    assert size.total - size.active == 3 * (6 - 2) * expert
+    found = compare(model, [InterExpertPruning(prune_ratio=0.5), Decompose(average_rank=4)])
+    factors = 3 * 4 * (32 + 16)
+    assert found.after.total - found.after.active == 3 * (3 - 2) * factors
+    condensed = compare(model, [CDMoE(num_experts=2)]).after
+    assert condensed.active == condensed.total
+
+
+def test_published_active_parameters() -> None:
+    """What the models are called after, or their cards say: 2.7 of 14.3 billion, 2.4 of 15.7 without the embedding."""
+    for hub_id, active in (("Qwen/Qwen1.5-MoE-A2.7B", 2.7), ("deepseek-ai/DeepSeek-V2-Lite", 2.7)):
+        model, _ = published(hub_id)
+        assert compare(model, []).before.active / 1e9 == pytest.approx(active, abs=0.05)
+
+
+@pytest.mark.parametrize("make", [qwen2_moe, deepseek_v2])
+def test_the_model_is_left_as_it_was(make: Any) -> None:
+    model = meta(make)
+    modules, bytes_before = list(model.modules()), weights_bytes(model)
+    with outlined(model, [CDMoE(num_experts=1, num_layers=1), Decompose(average_rank=3)]) as operations:
+        assert {each.kind for each in operations} == {"condense", "factorize"}
+        assert weights_bytes(model) < bytes_before
+    assert list(model.modules()) == modules
+    with (
+        pytest.raises(ValueError, match="asks for more"),
+        outlined(model, [CDMoE(num_experts=1, num_layers=1), Dropping("moe", removed_expert_ratio=0.999)]),
+    ):
+        pass
+    assert list(model.modules()) == modules
+
+
+def test_layers_say_what_becomes_of_them() -> None:
+    model = meta(deepseek_v2)
+    layers = compare(model, [CDMoE(num_experts=1, num_layers=[2]), Decompose(average_rank=3)]).layers
+    assert [layers[layer].outcome for layer in range(3)] == ["", "factorized", "condensed"]
+    assert [(layers[layer].experts_before, layers[layer].experts_after) for layer in range(3)] == [
+        (None, None), (6, 6), (6, 1),
+    ]  # fmt: skip
+    assert layers[1].ranks == (3, 3) and layers[2].always_active
+    for part, words in (("moe", "without its MoE block"), ("block", "removed whole")):
+        found = compare(model, [Dropping(part, removed_expert_ratio=0.5)]).layers[1]  # type: ignore[arg-type]
+        assert (found.outcome, found.experts_after) == (words, 0)
+    assert found.bytes_after == 0
+    merged = compare(model, [Merging("expert_outputs", removed_expert_ratio=0.5)]).layers[1]
+    assert (merged.outcome, merged.experts_after) == ("merged", 3)
+
+
+def test_equal_layers_are_one_row() -> None:
+    table = layer_table(compare(meta(), [CDMoE(num_experts=2, num_layers=2)]))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[:4] for row in rows] == [
+        ("0-1 (2)", "condensed", "6 -> 2 always active", ""), ("2 (1)", "as it is", "6", ""),
+    ]  # fmt: skip
+
+
+def test_ranges() -> None:
+    assert ranges([0, 2, 3, 4, 7]) == "0, 2-4, 7"
+
+
+def test_type_of_the_weights() -> None:
+    named: Any = SimpleNamespace(dtype=torch.bfloat16)
+    assert weights_dtype(named, "auto") == torch.bfloat16
+    assert weights_dtype(named, "float16") == torch.float16
+    assert weights_dtype(SimpleNamespace(dtype=None), "auto") == torch.float32  # type: ignore[arg-type]
+
+
+def test_deeper_budgets_than_experts_are_refused() -> None:
+    model = meta()
+    assert views.sparse_blocks(model)
+    with pytest.raises(ValueError, match="asks for"):
+        compare(model, [CDMoE(num_experts=2, memory_ratio=0.01)])
