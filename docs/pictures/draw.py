@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from recondense.comparison_picture import comparison_picture
-from recondense.pictures import plan_picture
+from recondense.report.plan_picture import plan_picture
+from recondense.report.sweep_picture import comparison_picture
 
 HERE = Path(__file__).resolve().parent
 
