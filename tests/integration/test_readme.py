@@ -19,9 +19,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from support.forks import Forks
+from support.hollow import hollow_weights
 from support.runs import ROOT
+from transformers import AutoConfig
 
 from recondense.errors import ConfigError
+from recondense.models.classes import on_meta
 from recondense.run.command_line import validate
 from train import job
 
@@ -87,8 +90,8 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(QWEN))
-    for name in ("model.safetensors", "tokenizer.json"):
-        (model / name).touch()
+    (model / "tokenizer.json").touch()
+    hollow_weights(model / "model.safetensors", on_meta(AutoConfig.for_model(**QWEN)))
     texts = [f"text number {index}" for index in range(100)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "texts.txt").write_text("\n\n".join(texts) + "\n")
