@@ -18,9 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recondense.recovery import fit as fit_module
 from recondense.recovery.module import RecoveryModule
-from recondense.run import pipeline
+from recondense.run import pipeline, recover
 from support.engine_runs import SECONDS, environment, on_processes
 from support.runs import config, step, text_files
 
@@ -31,17 +30,17 @@ def run(strategy: Any, folder: Path, model: Path, **recovery: Any) -> dict[str, 
     trainer = replace(made.trainer, strategy=strategy, devices="auto", progress_bar=False)
     name = f"{strategy}-control" if recovery.get("control") else strategy
     found: dict[str, str] = {}
-    fit = fit_module.fit
+    fit = recover.fit
 
     def watched(module: RecoveryModule, *rest: Any) -> Path:
         found[module.stage] = module.computes_on.type
         return fit(module, *rest)
 
-    fit_module.fit = watched
+    recover.fit = watched
     try:
         pipeline.run(replace(made, trainer=trainer, run_dir=str(folder / name)), [step()])
     finally:
-        fit_module.fit = fit
+        recover.fit = fit
     return found
 
 
