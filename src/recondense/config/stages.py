@@ -125,6 +125,22 @@ def _data(config: Config, values: Any, name: str, where: str, messages: list[str
     return replace(expand_homes(data), calibration=calibration)
 
 
+def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
+    """The same recovery of a model that is its own original: next-token training in place of distillation.
+
+    What learns from another model goes on doing so.
+    """
+
+    def objective(own: Mapping[str, Any]) -> Any:
+        wanted, teacher = own.get("objective", recovery.objective), own.get("teacher", recovery.teacher)
+        return "finetune" if wanted == "distill" and teacher != "model" else wanted
+
+    stages = recovery.stages
+    if stages is not None:
+        stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
+    return replace(recovery, objective=objective({}), stages=stages)
+
+
 def renamed(message: str, where: str) -> str:
     """A message about the settings of some data, as one about those that `where` has."""
     return DATA_SETTING.sub(f"{where}.", message)

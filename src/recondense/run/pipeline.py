@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import Logger
 
 from recondense import processes
 from recondense.calibration.record import recorder
-from recondense.config.schema import WORK, Config, RecoveryConfig
-from recondense.config.stages import stages_of
+from recondense.config.schema import WORK, Config
+from recondense.config.stages import stages_of, without_teacher
 from recondense.data.texts import Texts
 from recondense.errors import ConfigError
 from recondense.evaluation import profiling
@@ -95,36 +95,30 @@ def run(
             _Run(config, steps, callbacks, folder).finish()
         if not processes.is_first():
             return None
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        result = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         shutil.rmtree(folder / WORK, ignore_errors=True)
-        if done and _uploads(config, found):
-            print(f"done but for the upload: {folder} holds this run")
-        elif done:
-            print(f"all done: {folder} holds this run; overwrite=true starts it anew")
-        tables.print_report(found)
+        missing = _missing_upload(config, result)
+        if done:
+            state = "done but for the upload" if missing else "all done"
+            print(f"{state}: {folder} holds this run; overwrite=true starts it anew")
+        tables.print_report(result)
         print(f"\nresults: {folder}")
-        if _uploads(config, found):
-            _upload(config, folder, found)
-        return summary.metric(found, config.metric)
+        if missing:
+            with progress(f"pushing to {missing}"):
+                push_folder(folder / "model", missing, config.export.private)
+            result["artifacts"]["hub"] = missing
+            _write_summary(folder, result)
+        return summary.metric(result, config.metric)
 
 
-def _uploads(config: Config, found: Mapping[str, Any]) -> bool:
-    """Whether an upload of the exported folder is asked for and has not been made."""
-    repository, artifacts = config.export.push_to_hub, found["artifacts"]
-    return repository is not None and "model" in artifacts and artifacts.get("hub") != repository
+def _missing_upload(config: Config, result: Mapping[str, Any]) -> str | None:
+    """The repository that is to have the exported folder and has not; after a failure the same command tries again."""
+    repository, artifacts = config.export.push_to_hub, result["artifacts"]
+    return repository if "model" in artifacts and artifacts.get("hub") != repository else None
 
 
-def _upload(config: Config, folder: Path, found: dict[str, Any]) -> None:
-    """Upload the exported folder and keep that in summary.json; after a failure the same command tries again."""
-    repository = str(config.export.push_to_hub)
-    with progress(f"pushing to {repository}"):
-        push_folder(folder / "model", repository, config.export.private)
-    found["artifacts"]["hub"] = repository
-    _write_summary(folder, found)
-
-
-def _write_summary(folder: Path, found: Mapping[str, Any]) -> None:
-    write_aside(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+def _write_summary(folder: Path, result: Mapping[str, Any]) -> None:
+    write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -241,7 +235,7 @@ class _Run:
             plan = find_plan(config, self.steps, model, tokenizer, texts, measure.inputs, folder, measure.timed)
         if processes.is_first():
             self._show(plan, model)
-        recovery = config.recovery if plan.operations else _without_teacher(config.recovery)
+        recovery = config.recovery if plan.operations else without_teacher(config.recovery)
         stages = stages_of(replace(config, recovery=recovery))
         if recovery != config.recovery:
             log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
@@ -351,19 +345,3 @@ class _Run:
                 *(tables.format_bytes(size) for size in (together, alone, apart)),
             )
         fits.recover(module)
-
-
-def _without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
-    """The same recovery of a model that is its own original: next-token training in place of distillation.
-
-    What learns from another model goes on doing so.
-    """
-
-    def objective(own: Mapping[str, Any]) -> Any:
-        wanted, teacher = own.get("objective", recovery.objective), own.get("teacher", recovery.teacher)
-        return "finetune" if wanted == "distill" and teacher != "model" else wanted
-
-    stages = recovery.stages
-    if stages is not None:
-        stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
-    return replace(recovery, objective=objective({}), stages=stages)

@@ -41,11 +41,11 @@ def overwritten_inputs(configs: Sequence[Config]) -> list[str]:
         return []
     problems = []
     for name, path in dict.fromkeys(setting for config in configs for setting in input_paths(config)):
-        found = next((deleted[place] for place in _identities(path) if place in deleted), None)
+        lost = next((deleted[place] for place in _identities(path) if place in deleted), None)
         target = _identity(Path(os.path.realpath(os.path.expanduser(path))))
-        if found is not None:
+        if lost is not None:
             problems.append(
-                f"{name}={path}: the run reads it, and overwrite=true would delete {found}. Choose another run_dir."
+                f"{name}={path}: the run reads it, and overwrite=true would delete {lost}. Choose another run_dir."
             )
         elif target in around and os.path.isdir(os.path.expanduser(path)):
             problems.append(
@@ -113,10 +113,10 @@ def _way(path: str) -> Iterator[Path]:
 def _identity(path: Path) -> tuple[int, int] | None:
     """Device and number of a file, folder or link; the same whatever it is called."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def begin(config: Config, folder: Path) -> None:
