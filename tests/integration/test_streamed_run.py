@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.runs import config, model_folder, one_command, step, text_files
 
 from recondense.evaluation import profiling
-from recondense.models import streaming as streaming_module
+from recondense.models.layer_store import layer_store
 from recondense.run import pipeline
 
 
@@ -76,13 +76,13 @@ def test_peak_memory_is_taken_before_a_recovery_brings_the_model_in(
 
     def peak() -> int:
         if pages:
-            states.append(streaming_module.is_streamed(pages[0]))
+            states.append(layer_store(pages[0]).streamed)
         return 12345 if pages else 1234
 
     monkeypatch.setattr(pipeline, "load", load)
     monkeypatch.setattr(profiling, "peak_resident_bytes", peak)
     _, summary = run(base, recovery["objective"], True, **recovery)
-    assert states == [True] and not streaming_module.is_streamed(pages[0])
+    assert states == [True] and not layer_store(pages[0]).streamed
     assert summary["memory"]["peak_resident_bytes"] == 12345 and summary["memory"]["before_bytes"] == 1234
     assert "recovered" in summary["stages"]
     assert capsys.readouterr().err.count("peak memory 12") == 1

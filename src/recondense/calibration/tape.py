@@ -1,15 +1,13 @@
-"""The Tape: hidden states entering each decoder layer for the calibration set.
+"""The Tape: the hidden states entering each decoder layer for the calibration set.
 
-Anything above a layer can be rerun from it without anything below. Texts go through in blocks of a fixed number, so
-that results do not depend on how much memory there is, nor on how many processes share the blocks.
+Anything above a layer can be rerun from it without the layers below.
 
-Legend: B texts of a block, S their padded length, T real tokens of a block (padding left out), D hidden size, K top-k.
+Legend: B texts of a batch, S their padded length, T real tokens of a batch (padding left out), D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice, zip_longest
 from typing import Any
 
 import torch
@@ -17,49 +15,44 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense import processes
-from recondense.calibration.trace import LayerTrace, TextBlock, Traces, tracing
+from recondense.calibration.text_batches import TextBatch, TextBatches
+from recondense.calibration.trace import LayerTrace, Traces, tracing
 from recondense.errors import UserError
-from recondense.models import decoder, views
+from recondense.models import decoder, forward, views
 from recondense.models.hooks import evaluating
-from recondense.models.streaming import resident
+from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import DiskShelf, Memory, Shelf, Storage, nbytes
 
 TEXTS_PER_BLOCK = 8
-TOTAL_BYTES = 1 << 25  # of what processes send each other at a time to add it up
-TRACE_BYTES = 1 << 30  # traces of all layers up to this are kept while taping; above it a layer is rerun when asked for
-SHAPES = 8  # of blocks of texts, whose masks and positions are kept
+TRACE_BYTES = 1 << 30  # traces of all layers up to this are kept while taping; otherwise a layer is rerun for its trace
 
 
 class Tape:
-    """Hidden states of a model on the calibration set.
+    """The hidden states of a model on the calibration set.
 
     Args:
-        everything: all blocks of texts.
-        storage: where the hidden states lie.
-        num_layers: decoder layers.
-        split: whether the processes share the blocks, one after another in turn.
+        model: the model that is taped.
+        texts: the calibration set.
+        storage: where the hidden states go.
 
     Attributes:
-        blocks: those of this process.
-        states: `states[layer][block]` (B, S, D) enters decoder layer `layer`; `states[num_layers]` leaves the last one,
-            before the final norm.
-        traces: `traces[layer][block]`, what each sparse MoE layer saw; empty where that was more than TRACE_BYTES.
+        states: `states[layer][batch]` (B, S, D) enters decoder layer `layer`, for the batches of this process;
+            `states[num_layers]` leaves the last one, before the final norm.
+        traces: `traces[layer][batch]`, the input and output of each sparse MoE layer; empty if that is more than
+            TRACE_BYTES.
         traced: whether all processes keep traces.
-        layer_runs: decoder layers run on all blocks so far, a count of the work done.
+        layer_runs: how many decoder layers have run on all batches so far; a measure of work.
     """
 
-    def __init__(self, everything: Sequence[TextBlock], storage: Storage, num_layers: int, split: bool = False) -> None:
-        self.everything = list(everything)
+    def __init__(self, model: PreTrainedModel, texts: TextBatches, storage: Storage) -> None:
+        self.model = model
+        self.texts = texts
         self.storage = storage
-        self.split = split and processes.world_size() > 1
-        self.blocks = list(processes.share(self.everything)) if self.split else self.everything
-        self.states: list[Shelf] = [[] for _ in range(num_layers + 1)]
+        self.states: list[Shelf] = [[] for _ in range(len(decoder.decoder_layers(model)) + 1)]
         self.traces: dict[int, list[LayerTrace]] = {}
         self.traced = False
         self.layer_runs = 0.0
-        self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-        self._shapes: list[tuple[int, ...]] = []  # of the states of all blocks
-        self._dtype = torch.float32
+        self._arguments = forward.LayerArguments(model)
 
     @property
     def num_layers(self) -> int:
@@ -67,12 +60,12 @@ class Tape:
 
     @property
     def num_tokens(self) -> int:
-        """Of all processes."""
-        return sum(int(block.mask_BS.sum()) for block in self.everything)
+        """Real tokens of all texts."""
+        return self.texts.num_tokens
 
     @property
     def nbytes(self) -> int:
-        """Of the hidden states of this process."""
+        """Bytes of the hidden states of this process."""
         return sum(map(nbytes, self.states))
 
     @classmethod
@@ -80,196 +73,139 @@ class Tape:
     def record(
         cls,
         model: PreTrainedModel,
-        blocks: Iterable[tuple[Tensor, Tensor]],
+        batches: Iterable[tuple[Tensor, Tensor]],
         advance: Callable[[], None] = lambda: None,
         storage: Storage | None = None,
         split: bool = False,
     ) -> Tape:
-        """Run the texts through the model once, layer after layer, and keep the states entering each.
+        """Run the texts through the model once, layer after layer, and keep the states entering each layer.
 
         Args:
             model: a causal LM; left bit-identical.
-            blocks: (input_ids (B, S), mask (B, S)), padded on the right, texts in order.
+            batches: (input_ids (B, S), mask (B, S)) of each batch, padded on the right, texts in order.
             advance: called after each decoder layer.
-            storage: where the states go; what a folder has already is not computed again. None: in memory.
-            split: every process takes its share of the blocks; all must call this.
+            storage: where the states go; states that it has from an earlier run are not computed again. None: memory.
+            split: every process takes its share of the batches; all must call this.
 
         Raises:
             UserError: a hidden state that is not finite; the message names the layer.
         """
         device = decoder.device(model)
-        texts = [TextBlock(ids_BS.to(device), mask_BS.to(device).bool()) for ids_BS, mask_BS in blocks]
-        tape = cls(texts, storage or Memory(), len(decoder.decoder_layers(model)), split)
-        tape._shapes = [(*text.input_ids_BS.shape, model.config.hidden_size) for text in texts]
-        tape._dtype = model.dtype
+        texts = (TextBatch(ids_BS.to(device), mask_BS.to(device).bool()) for ids_BS, mask_BS in batches)
+        tape = cls(model, TextBatches(texts, split), storage or Memory())
         sparse = views.sparse_blocks(model)
         room = TRACE_BYTES if isinstance(tape.storage, Memory) else -1
         with evaluating(model):
-            tape._keep(0, (tape._enter(model, block) for block in tape.blocks))
+            tape._keep(0, (tape._arguments.enter(_inputs(batch)) for batch in tape.texts.local))
             for layer in range(tape.num_layers):
-                traced = [layer] if room >= 0 and layer in sparse else []
-                with tracing(model, traced) as seen:
-                    tape._keep(layer + 1, tape._leaving(model, layer, seen))
+                with tracing(model, [layer] if room >= 0 and layer in sparse else []) as calls:
+                    tape._keep(layer + 1, tape._leaving(layer, calls))
                 room -= sum(trace.nbytes for trace in tape.traces.get(layer, ()))
                 if room < 0:
                     tape.traces.clear()
                 advance()
-        tape.traced = all(processes.gather(room >= 0)) if tape.split else room >= 0
+        tape.traced = all(tape.texts.gather(room >= 0))
         return tape
 
     def _keep(self, layer: int, states: Iterator[Tensor]) -> None:
-        """The states entering a layer, each checked; those that lie finished in the storage are taken from there.
+        """Keep the states entering a layer, and check each; states that the storage has already are not computed.
 
-        Of a split tape only where those of all processes do: all go the same way. One without blocks has finished, too.
+        If processes share the texts, all compute theirs unless all have them. A process without batches has them.
         """
-        shared = f"{processes.rank()}-of-{processes.world_size() if self.split else 1}"
-        shelf = self.storage.shelf(f"states-{layer:03d}-{shared}")
+        share = f"{processes.rank()}-of-{processes.world_size() if self.texts.split else 1}"
+        shelf = self.storage.shelf(f"states-{layer:03d}-{share}")
         self.states[layer] = shelf
-        kept = shelf if isinstance(shelf, DiskShelf) and shelf.named else None
-        if kept is not None:
-            finished = kept.finished
-            if all(processes.gather(finished) if self.split else [finished]):
-                assert len(kept) == len(self.blocks)
+        on_disk = shelf if isinstance(shelf, DiskShelf) and shelf.named else None
+        if on_disk is not None:
+            finished = on_disk.finished
+            if all(self.texts.gather(finished)):
+                assert len(on_disk) == len(self.texts.local)
                 return
             if finished:
-                kept.start_anew()
+                on_disk.start_anew()
         finite = True
-        for block, state_BSD in zip(self.blocks, states, strict=True):
-            finite = finite and bool(torch.isfinite(state_BSD[block.mask_BS]).all())
+        for batch, state_BSD in zip(self.texts.local, states, strict=True):
+            finite = finite and bool(torch.isfinite(state_BSD[batch.mask_BS]).all())
             shelf.append(state_BSD)
-        if not all(processes.gather(finite) if self.split else [finite]):
+        if not all(self.texts.gather(finite)):
             where = "the embedding" if layer == 0 else f"decoder layer {layer - 1}"
             raise UserError(
                 f"calibration: a hidden state leaving {where} is NaN or infinite; check the weights of that layer, "
                 "or use model.dtype=float32 if the model overflows in half precision"
             )
-        if kept is not None:
-            kept.finish()
+        if on_disk is not None:
+            on_disk.finish()
 
-    def _leaving(self, model: PreTrainedModel, layer: int, seen: dict[int, dict[str, Any]]) -> Iterator[Tensor]:
-        for index, block in enumerate(self.blocks):
-            yield self.run_layer(model, layer, index, self.states[layer][index])
-            for traced, found in seen.items():
-                self.traces.setdefault(traced, []).append(LayerTrace.of(found, block))
+    def _leaving(self, layer: int, calls: dict[int, dict[str, Any]]) -> Iterator[Tensor]:
+        """The states leaving a layer, batch by batch; keeps a trace if the layer's calls are recorded."""
+        for index, batch in enumerate(self.texts.local):
+            yield self.run_layer(self.model, layer, index, self.states[layer][index])
+            if layer in calls:
+                self.traces.setdefault(layer, []).append(LayerTrace.from_call(calls[layer], batch))
 
-    def _enter(self, model: PreTrainedModel, block: TextBlock) -> Tensor:
-        """What enters the first decoder layer; what the layers are called with besides is kept by the block's shape."""
-        taken, entered = decoder.arguments_of_layers(model, {"input_ids": block.input_ids_BS})
-        shape = tuple(block.input_ids_BS.shape)
-        if shape not in self._arguments and len(self._arguments) >= SHAPES:
-            del self._arguments[next(iter(self._arguments))]
-        self._arguments[shape] = taken
-        return entered
+    def run_layer(self, model: PreTrainedModel, layer: int, batch: int, hidden_BSD: Tensor) -> Tensor:
+        """One decoder layer on the hidden states of one local batch; (B, S, D) to (B, S, D)."""
+        self.layer_runs += 1 / len(self.texts.local)
+        arguments = self._arguments.get(layer, _inputs(self.texts.local[batch]))
+        return forward.run_layer(model, layer, hidden_BSD, arguments)
 
-    def arguments(self, model: PreTrainedModel, layer: int, block: TextBlock) -> dict[str, Any]:
-        """What a decoder layer is called with besides hidden states: blocks of one shape have the same."""
-        shape = tuple(block.input_ids_BS.shape)
-        if shape not in self._arguments:
-            self._enter(model, block)
-        return self._arguments[shape][layer]
-
-    def run_layer(self, model: PreTrainedModel, layer: int, block: int, hidden_BSD: Tensor) -> Tensor:
-        """One decoder layer on the hidden states of one block; (B, S, D) to (B, S, D)."""
-        self.layer_runs += 1 / len(self.blocks)
-        arguments = self.arguments(model, layer, self.blocks[block])
-        with resident(model, layer):
-            output = decoder.decoder_layers(model)[layer](hidden_BSD, **arguments)
-        return output[0] if isinstance(output, tuple) else output
-
-    def real_tokens(self, block: int, hidden_BSD: Tensor) -> Tensor:
-        """The rows of real tokens, (T, D), in text order."""
-        return hidden_BSD[self.blocks[block].mask_BS]
+    def real_tokens(self, batch: int, hidden_BSD: Tensor) -> Tensor:
+        """The rows of a local batch's real tokens, (T, D), in text order."""
+        return hidden_BSD[self.texts.local[batch].mask_BS]
 
     @torch.no_grad()
     def trace(self, model: PreTrainedModel, layer: int) -> Sequence[LayerTrace]:
-        """What one sparse MoE layer saw, block by block: kept, or from a rerun of the layer on its taped input."""
+        """The input and output of a sparse MoE layer, batch by batch: kept, or from a rerun of the layer."""
         if layer in self.traces:
             return self.traces[layer]
-        found = Traces(self.storage)
-        with evaluating(model), resident(model, layer), tracing(model, [layer]) as seen:
-            for index, block in enumerate(self.blocks):
+        traces = Traces(self.storage)
+        with evaluating(model), layer_store(model).resident(layer), tracing(model, [layer]) as calls:
+            for index, batch in enumerate(self.texts.local):
                 self.run_layer(model, layer, index, self.states[layer][index])
-                found.append(LayerTrace.of(seen[layer], block))
-        return found
+                traces.append(LayerTrace.from_call(calls[layer], batch))
+        return traces
 
     def excerpt(self, layers: Sequence[int]) -> Tape | None:
-        """The states around one layer on all texts, and what it saw, for this process; the tape itself if it has all.
+        """A tape of one layer on all texts for each of the first processes; the tape itself if it has all texts.
 
         Args:
             layers: one for each of the first processes, in the order of ranks; all must call this with the same.
 
         Returns:
-            a tape that knows the states entering and leaving this process's layer; None where there is none for it.
+            a tape with the states entering and leaving this process's layer, and its traces; None for the other
+            processes.
         """
-        if not self.split:
+        if not self.texts.split:
             return self
-        found = None
+        shapes = [(*batch.input_ids_BS.shape, self.model.config.hidden_size) for batch in self.texts.all]
+        excerpt = None
+        if processes.rank() < len(layers):
+            excerpt = Tape(self.model, TextBatches(self.texts.all), self.storage)
         for owner, layer in enumerate(layers):
-            for each in (layer, layer + 1):
-                sent = processes.collect(self.states[each], self._shapes, self._dtype, owner)
-                if processes.rank() == owner:
-                    found = found or Tape(self.everything, self.storage, self.num_layers)
-                    found.states[each] = self.storage.shelf()
-                    for state_BSD in sent:
-                        found.states[each].append(state_BSD.to(self.everything[0].input_ids_BS.device))
+            is_owner = excerpt is not None and processes.rank() == owner
+            for state in (layer, layer + 1):
+                received = processes.collect(self.states[state], shapes, self.model.dtype, owner)
+                if excerpt is not None and is_owner:
+                    excerpt.states[state] = self.storage.shelf()
+                    for state_BSD in received:
+                        excerpt.states[state].append(state_BSD.to(self.texts.device))
                 else:
-                    assert not list(sent)
+                    assert not list(received)
             if self.traced:
                 traces = self._traces_on(owner, layer)
-                if found is not None and processes.rank() == owner:
-                    found.traces[layer] = traces
-        return found
+                if excerpt is not None and is_owner:
+                    excerpt.traces[layer] = traces
+        return excerpt
 
     def _traces_on(self, owner: int, layer: int) -> list[LayerTrace]:
-        """The traces of a layer, of all blocks in their order, on one process; nothing on the others."""
-        own = [{name: value.cpu() for name, value in vars(trace).items()} for trace in self.traces.get(layer, [])]
-        shares = processes.gather_on(owner, own)
-        device = self.everything[0].input_ids_BS.device
+        """The traces of a layer on all batches in text order, on one process; empty on the others."""
+        local = [{name: value.cpu() for name, value in vars(trace).items()} for trace in self.traces.get(layer, [])]
+        shares = processes.gather_on(owner, local)
         return [
-            LayerTrace(**{name: value.to(device) for name, value in each.items()})
-            for each in (self._interleaved(shares) if shares else ())
+            LayerTrace(**{name: value.to(self.texts.device) for name, value in trace.items()})
+            for trace in (self.texts.interleave(shares) if shares else ())
         ]
 
-    def in_order(self, own: Sequence[Any]) -> list[Any]:
-        """What every block of texts gave, in their order, from what this process's own gave; plain data or tensors."""
-        if not self.split:
-            return list(own)
-        return self._interleaved(
-            processes.gather([value.cpu() if isinstance(value, Tensor) else value for value in own])
-        )
 
-    def _interleaved(self, shares: Sequence[Sequence[Any]]) -> list[Any]:
-        """From each process's blocks to all in their order."""
-        return [shares[index % len(shares)][index // len(shares)] for index in range(len(self.everything))]
-
-    def total(self, own: Iterable[Tensor]) -> Tensor:
-        """Sum over all blocks of texts in their order, from what this process's own give; on the CPU."""
-        values = (value.cpu() for value in own)
-        first = next(values, None)
-        size = 0 if first is None else first.nbytes
-        at_once = max(1, TOTAL_BYTES // max(1, *(processes.gather(size) if self.split else [size])))
-        rest = chain([] if first is None else [first], values)
-        total: Tensor | None = None
-        for _ in range(0, len(self.everything), at_once * (processes.world_size() if self.split else 1)):
-            mine = list(islice(rest, at_once))
-            for each in zip_longest(*(processes.gather(mine) if self.split else [mine])):
-                for value in each:
-                    if value is not None:
-                        total = value if total is None else total + value
-        assert total is not None
-        return total
-
-    def mean_over_texts(self, values_CT: Iterable[Tensor]) -> Tensor:
-        """Mean over the tokens of each text, then over texts in their order: each text weighs the same.
-
-        Args:
-            values_CT: one tensor a block, (candidates, real tokens).
-
-        Returns:
-            (candidates,) in fp64.
-        """
-        per_text = [
-            torch.segment_reduce(values.double().T.contiguous(), "mean", lengths=block.lengths_B, axis=0)
-            for values, block in zip(values_CT, self.blocks, strict=True)
-        ]
-        return torch.cat(self.in_order(per_text)).mean(dim=0)
+def _inputs(batch: TextBatch) -> dict[str, Tensor]:
+    return {"input_ids": batch.input_ids_BS}

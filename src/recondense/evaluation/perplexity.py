@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense.errors import UserError
-from recondense.models import decoder, forward, streaming
+from recondense.models import decoder, forward
 from recondense.models.decoder import Head
 from recondense.models.hooks import evaluating
+from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Shelf
 from recondense.progress import Stage, progress
 from recondense.recovery.chunked_losses import chunks
@@ -99,7 +100,7 @@ def _pairs(
 
 
 def _streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> Shelf | None:
-    if not streaming.is_streamed(model):
+    if not layer_store(model).streamed:
         return None
     with progress("layer by layer", len(decoder.decoder_layers(model))) as bar:
         return forward.layer_by_layer(model, [{"input_ids": ids_BS} for ids_BS in batches], bar.advance)

@@ -25,8 +25,9 @@ from recondense.export.shard_writer import ShardWriter
 from recondense.files import replace_folder, write_aside
 from recondense.models import blocks, classes, compressed, decoder, deepseek, families, headers, low_rank, views
 from recondense.models.blocks import CondensedMoE, Zeros
+from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
-from recondense.models.streaming import is_streamed, page_bytes, resident
+from recondense.models.parameters import largest_layer_bytes
 from recondense.plan import History, Plan
 
 MODELING_FILE = "modeling_recondense"
@@ -111,7 +112,7 @@ def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Itera
     for layer, module in enumerate(decoder.decoder_layers(model)):
         if layer in gone:
             continue
-        with resident(model, layer):
+        with layer_store(model).resident(layer):
             state = module.state_dict(prefix=decoder.layer_prefix(layer))
             state = _finished(model, layer, state, shapes)
             if stock is not None and stock.width is not None:
@@ -170,7 +171,7 @@ def _write_weights(
     model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path, settings: ExportConfig
 ) -> None:
     most = parse_bytes(settings.max_shard_size)
-    writer = ShardWriter(folder, min(most, page_bytes(model) // 2) if is_streamed(model) else most)
+    writer = ShardWriter(folder, min(most, largest_layer_bytes(model) // 2) if layer_store(model).streamed else most)
     with torch.no_grad():
         for piece in pieces(model, shapes, stock):
             writer.add(piece)

@@ -13,6 +13,7 @@ from recondense.errors import UserError
 from recondense.models import decoder, families, views
 from recondense.models.blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.parameters import total_parameters
 
 NARROWEST = 16  # of dense layers of zeros alone: kernels want rows of some bytes
 Shapes = Mapping[int, Mapping[str, Any]]
@@ -88,7 +89,7 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
     if width is None:
         return Stock(updates, max(own.values(), default=None))
     padding = sum(width - each for each in [*own.values(), *widths.values()]) * 3 * model.config.hidden_size
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = total_parameters(model)
     if padding > max_padding * total:
         raise NotStock(
             f"its dense layers are {min([*own.values(), *widths.values()])} to {width} wide and a config of {name} "

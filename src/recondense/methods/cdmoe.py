@@ -27,8 +27,8 @@ from recondense.methods.search.rerun import Start
 from recondense.models import views
 from recondense.models.blocks import CondensedMoE
 from recondense.models.families import Facts
+from recondense.models.layer_store import layer_store
 from recondense.models.parameters import total_parameters
-from recondense.models.streaming import put_away, resident
 from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 from recondense.progress import Stage, progress
@@ -339,8 +339,9 @@ class Search:
         return {name: value[:count] if isinstance(value, list) else value for name, value in entry.items()}
 
     def _condensed(self, operation: Condense) -> nn.Module:
-        with resident(self.model, operation.layer):
-            return put_away(self.model, condensed(self.blocks[operation.layer], operation))
+        store = layer_store(self.model)
+        with store.resident(operation.layer):
+            return store.offload(condensed(self.blocks[operation.layer], operation))
 
 
 def _is_int(value: object) -> bool:

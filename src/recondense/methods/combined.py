@@ -30,7 +30,7 @@ from recondense.methods.search.layerwise import Cache
 from recondense.methods.search.ranks import break_even, multiple_problems
 from recondense.methods.search.rerun import Start
 from recondense.models.families import Facts
-from recondense.models.streaming import put_away, resident
+from recondense.models.layer_store import layer_store
 from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.progress import progress
@@ -266,11 +266,11 @@ def _measure(damage: Damage, options: Options, title: str, cache: Cache, around:
 def _blocks(model: PreTrainedModel, options: Options, choice: dict[int, Option]) -> dict[int, nn.Module]:
     blocks = {}
     for layer, option in choice.items():
-        with resident(model, layer):
+        with layer_store(model).resident(layer):
             block = options.block(layer, option)
             options.forget()
             if block is not None:
-                blocks[layer] = put_away(model, block)
+                blocks[layer] = layer_store(model).offload(block)
     return blocks
 
 

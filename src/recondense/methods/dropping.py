@@ -141,7 +141,7 @@ class Dropping:
             else:
                 before_TD = tape.real_tokens(index, tape.states[layer][index]).float()
             totals.append(_cosine(before_TD, after_TD).double().sum())
-        return float(tape.total(totals)) / tape.num_tokens
+        return float(tape.texts.total(totals)) / tape.num_tokens
 
     def _size(self, model: PreTrainedModel, layer: int) -> int:
         """What the budget counts of what goes with a layer."""

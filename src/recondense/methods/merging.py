@@ -134,7 +134,7 @@ class Merging:
         """What experts are compared by, one row each: similarity of router logits, or mean outputs (E, D)."""
         counts_E, _ = routing_totals(tape, traces, block.num_experts)
         if self.grouping == "router_logits":
-            gram_EE = tape.total(_gram(block.router(trace.x_TD)[0].double()) for trace in traces)
+            gram_EE = tape.texts.total(_gram(block.router(trace.x_TD)[0].double()) for trace in traces)
             norms_E = gram_EE.diagonal().sqrt().clamp_min(1e-150)
             features = gram_EE / (norms_E[:, None] * norms_E)
         else:
@@ -143,7 +143,7 @@ class Merging:
                 torch.stack([expert_outputs(trace.x_TD, block.weights, [e])[0].double().sum(dim=0) for e in experts])
                 for trace in traces
             )
-            features = tape.total(sums) / tape.num_tokens
+            features = tape.texts.total(sums) / tape.num_tokens
         return {"counts": counts_E.double().tolist(), "features": features.tolist()}
 
     def _numbers(self, counts: dict[int, list[float]], gone: int) -> dict[int, int]:

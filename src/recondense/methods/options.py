@@ -19,6 +19,7 @@ from recondense.methods.search.genetic import Genetic, best_sets, layer_seed
 from recondense.methods.search.importance import expert_importances
 from recondense.methods.search.layerwise import Cache, layerwise
 from recondense.methods.search.leave_out import Replay
+from recondense.models import parameters
 from recondense.models import views as views_module
 from recondense.models.factors import Factors, factors
 from recondense.models.low_rank import LowRankExperts
@@ -280,8 +281,8 @@ class Options:
     def _saving(self, layer: int, name: str, operations: tuple[Operation, ...], factors_save: int) -> Option:
         view = self.blocks[layer]
         gone = sum(view.num_experts - len(each.retained) for each in operations if isinstance(each, Prune))
-        routed = gone * view.expert_size + factors_save
-        return Option(name, operations, routed + gone * view.router_row, routed)
+        routed = gone * parameters.expert_size(view) + factors_save
+        return Option(name, operations, routed + gone * parameters.router_row_size(view), routed)
 
     def _own_importance(self, layer: int, option: Option) -> list[float]:
         """Of the experts that an option retains."""

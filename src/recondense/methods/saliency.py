@@ -154,7 +154,7 @@ class SaliencyPruning:
         counts_E, weights_E = routing_totals(tape, traces, block.num_experts)
         if self.saliency in ("frequency", "routing_weight"):
             return [float(value) for value in (counts_E if self.saliency == "frequency" else weights_E)]
-        norms_E = tape.total(_weighted_norms(block, trace) for trace in traces)
+        norms_E = tape.texts.total(_weighted_norms(block, trace) for trace in traces)
         return (norms_E / counts_E.clamp_min(1) if self.saliency == "reap" else norms_E).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Model classes: a model without weights, the classes of a family and of what was compressed."""
+"""Model classes: models without weights, the classes of a family and of its compressed models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from recondense.models import deepseek
 from recondense.models.compressed import PREFIX, compressed_classes
 from recondense.models.families import FAMILIES, family_name, family_of
 
@@ -31,7 +32,7 @@ def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTr
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that a config describes, of a supported family or not, without weights."""
+    """The model that a config describes, of any family, without weights."""
     register_compressed(config.model_type)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
@@ -40,7 +41,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
 
 @cache
 def register_compressed(model_type: str) -> None:
-    """Let transformers' Auto classes know what compressed folders of a family are loaded into, without remote code."""
+    """Tell transformers' Auto classes a model type that is recondense's own: `deepseek`, or a compressed family.
+
+    Any other model type is left as it is. Folders of these types then load without remote code.
+    """
+    if model_type.removeprefix(PREFIX) == deepseek.DeepseekConfig.model_type:
+        deepseek.register()
     if not model_type.startswith(PREFIX):
         return
     family = FAMILIES[family_name(model_type)]
@@ -55,22 +61,23 @@ def register_compressed(model_type: str) -> None:
 
 
 def model_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    """The causal LM of a config class."""
+    """The class of the causal LM for a config class."""
     return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
 
 
 def base_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    """The model without a head of a config class."""
+    """The class of the model without a head for a config class."""
     return cast(type[PreTrainedModel], MODEL_MAPPING[config_class])
 
 
 def has_attention(config: PretrainedConfig, name: str) -> bool:
-    """Whether a config's model has an attention implementation."""
-    needed = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(name)
-    return needed is None or bool(getattr(own_classes(config)[1], needed))
+    """Whether the model of a config supports an attention implementation."""
+    flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(name)
+    return flag is None or bool(getattr(own_classes(config)[1], flag))
 
 
 def own_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """Config class and causal LM of the family's own, whatever was compressed before."""
+    """The family's own config class and causal LM, also for the config of a compressed model."""
+    register_compressed(config.model_type)
     config_class = type(AutoConfig.for_model(family_name(config.model_type)))
     return config_class, model_class_of(config_class)

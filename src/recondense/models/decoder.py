@@ -1,4 +1,4 @@
-"""The decoder of a causal LM: its layers, norm and head, and what each layer is called with.
+"""The decoder of a causal LM: its layers, norm and head, and the arguments of each layer.
 
 Legend: B batch, S sequence, D hidden size.
 """
@@ -20,9 +20,9 @@ from recondense.models.families import family_of
 
 
 def cache_layers(config: PretrainedConfig) -> set[int]:
-    """Decoder layers whose cache says how long all of one attention type are: the first, and the first of each type."""
+    """Decoder layers whose cache gives the length for all layers of their attention type: the first of each type."""
     types = getattr(config, "layer_types", None) or ["full_attention"]
-    return {0, *(types.index(each) for each in set(types))}
+    return {0, *(types.index(kind) for kind in set(types))}
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -39,12 +39,12 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def device(model: PreTrainedModel) -> torch.device:
-    """Where the model computes: where its embedding lies."""
+    """The device that the model computes on: that of its embedding."""
     return model.get_input_embeddings().weight.device  # type: ignore[return-value,union-attr]
 
 
-class _Taken(nn.Module):
-    """Stands in for a decoder layer, and keeps what it is called with."""
+class _Recorder(nn.Module):
+    """Takes the place of a decoder layer, and keeps its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,29 +58,29 @@ class _Taken(nn.Module):
 
 
 def arguments_of_layers(model: PreTrainedModel, arguments: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Tensor]:
-    """What the decoder calls each of its layers with besides hidden states, and what enters the first (B, S, D).
+    """The arguments of each decoder layer besides hidden states, and the states entering the first, (B, S, D).
 
-    No layer runs. With ids alone the former is the same for all of one shape.
+    No layer runs. If the model gets token ids alone, the layers' arguments depend on the shape of the ids only.
 
     Args:
         arguments: of the model.
     """
     layers = decoder_layers(model)
-    taken = [_Taken() for _ in layers]
-    decoder(model).layers = nn.ModuleList(taken)
+    recorders = [_Recorder() for _ in layers]
+    decoder(model).layers = nn.ModuleList(recorders)
     try:
         decoder(model)(**{**arguments, "use_cache": False})
     finally:
         decoder(model).layers = layers
-    assert taken[0].hidden_states is not None
-    return [each.arguments for each in taken], taken[0].hidden_states
+    assert recorders[0].hidden_states is not None
+    return [recorder.arguments for recorder in recorders], recorders[0].hidden_states
 
 
 @contextmanager
 def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Inside, the model's logits are its hidden states after the final norm.
+    """Inside, the model returns the hidden states after the final norm in place of logits.
 
-    It is still called as a whole: engines that shard it hang their hooks on it.
+    Callers still call the whole model: engines that shard it have their hooks on it.
     """
     head = model.lm_head
     model.lm_head = nn.Identity()
@@ -92,40 +92,40 @@ def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def gathered(model: PreTrainedModel) -> Iterator[Head]:
-    """The weights of the LM head, for use inside.
+    """The unsharded weights of the LM head, for use inside.
 
-    Where an engine spreads them: under FSDP2 they lie in the root unit, which is gathered for the whole of a step;
-    ZeRO-3 gathers a weight when a module's attribute is read, and lets go of it with the root.
+    FSDP2 has them in the root unit, which is gathered for a whole step. ZeRO-3 gathers a weight when a module's
+    attribute is read, and releases it with the root.
     """
     head: Any = model.lm_head
     yield Head(head.weight, head.bias)
 
 
 @contextmanager
-def checkpointing(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
-    """Inside, decoder layers in training keep what enters them alone, and backward computes the rest again."""
-    if wanted:
+def checkpointing(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
+    """Inside, decoder layers in training keep their inputs only, and backward computes the rest again."""
+    if enabled:
         model.activation_checkpointing_enable()
     try:
         yield
     finally:
-        if wanted:
+        if enabled:
             model.activation_checkpointing_disable()
             model.disable_input_require_grads()  # transformers does so for peft's models alone
 
 
 @contextmanager
-def compiling(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
-    """Inside, decoder layers are compiled, each for every block that stands in it."""
-    if not wanted:
+def compiling(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
+    """Inside, decoder layers are compiled, each for every block that it holds."""
+    if not enabled:
         yield
         return
     layers = [layer for layer in decoder_layers(model) if not isinstance(layer, SkippedLayer)]
     for layer in layers:
         layer.compile()
     try:
-        # All layers are one piece of code to the compiler: with the teacher's blocks, the student's, and gradients or
-        # none it needs more versions than it would keep.
+        # The compiler sees one piece of code in all layers. It needs a version for the teacher's blocks and for the
+        # student's, with gradients and without: more than it keeps by default.
         with torch._dynamo.config.patch(recompile_limit=8 + 8 * len(layers)):
             yield
     finally:
@@ -134,20 +134,23 @@ def compiling(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
 
 
 def random_in_training(config: PretrainedConfig) -> bool:
-    """Whether a model computes otherwise in training than in evaluation: dropout, or noise on its routers."""
+    """Whether a model computes at random in training: dropout, or noise on its routers."""
     values = config.to_dict()
     return any(bool(values[name]) for name in values if "dropout" in name or "jitter" in name)
 
 
 def masks_of_types(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor) -> dict[str, Any] | None:
-    """Attention masks by kind of layer that keep packed examples apart, where the family needs them ready made."""
+    """Attention masks that keep packed examples apart, by attention type; None if transformers makes them itself."""
     if not family_of(model.config).masks_of_types:
         return None
     shape = torch.empty(*input_ids_BS.shape, 0, dtype=model.dtype, device=input_ids_BS.device)
     settings: dict[str, Any] = {
-        "config": model.config, "inputs_embeds": shape, "attention_mask": None, "past_key_values": None,
+        "config": model.config,
+        "inputs_embeds": shape,
+        "attention_mask": None,
+        "past_key_values": None,
         "position_ids": position_ids_BS,
-    }  # fmt: skip
+    }
     return {
         "full_attention": create_causal_mask(**settings),
         "sliding_attention": create_sliding_window_causal_mask(**settings),
@@ -155,7 +158,7 @@ def masks_of_types(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS
 
 
 def attention_linears(model: PreTrainedModel) -> list[str]:
-    """Names of the Linear layers of every decoder layer's attention."""
+    """The names of all Linear layers of the attention."""
     return [
         f"model.layers.{index}.self_attn.{name}"
         for index, layer in enumerate(decoder_layers(model))
@@ -166,7 +169,7 @@ def attention_linears(model: PreTrainedModel) -> list[str]:
 
 
 def layers_prefix() -> str:
-    """What the state-dict names of all decoder layers begin with."""
+    """The state-dict prefix of all decoder layers, with the last dot."""
     return "model.layers."
 
 

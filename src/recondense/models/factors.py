@@ -1,4 +1,4 @@
-"""A weight as a product of two factors: the best of its rank, for the weight itself or for the activations it meets.
+"""Low-rank factors of a weight: the best of each rank, for the weight itself or for its outputs on activations.
 
 Legend: O output features, I input features, R rank, n = min(O, I).
 """
@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RIDGE = 1e-4  # on a singular second moment, relative to its mean diagonal
+RIDGE = 1e-4  # added to a singular second moment, relative to its mean diagonal
+SINGULAR = 1e-9  # least pivot of a regular second moment, relative to its mean diagonal
 
 
 class Factors(NamedTuple):
-    """W ≈ left_OR · right_RI for every R up to n: the first R columns and rows are the best factors of rank R.
+    """W ≈ left_OR · right_RI: the first R columns and rows are the best factors of rank R, for every R up to n.
 
     Args:
         left_On: columns u_i √σ_i.
@@ -27,15 +28,15 @@ class Factors(NamedTuple):
 
 @torch.no_grad()
 def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = RIDGE) -> Factors:
-    """Factors of every rank at once, least in ‖W − W'‖_F, or with a second moment in ‖(W − W')X‖_F.
+    """Factors of every rank at once that minimize ‖W − W'‖_F, or ‖(W − W')X‖_F with a second moment.
 
     W' = U_R U_Rᵀ W, with U the eigenvectors of W M Wᵀ, largest first, M = XXᵀ (M = 1 is the plain SVD). For M = SSᵀ
     this is the truncated SVD of WS times S⁻¹. Both factors of a rank-one term get the same norm.
 
     Args:
-        weight_OI: in any dtype; the work is in fp64.
-        moment_II: Σ x xᵀ over the inputs that the weight meets; None for the plain SVD.
-        ridge: where the moment is singular (fewer inputs than features), it gets this share of its mean diagonal.
+        weight_OI: in any dtype; computed in fp64.
+        moment_II: Σ x xᵀ over the weight's inputs; None for the plain SVD.
+        ridge: added to a singular moment (of fewer inputs than features), relative to its mean diagonal.
 
     Returns:
         factors in fp32, n = min(O, I).
@@ -47,35 +48,35 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
     size = min(num_outputs, num_inputs)
     if moment_II is None and num_outputs > num_inputs:
         _, vectors_II = torch.linalg.eigh(weight.T @ weight)
-        right = vectors_II.flip(1)[:, :size].T
-        left = weight @ right.T
-        norms = left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-        return Factors((left / norms.sqrt()).float(), (right * norms.sqrt()[:, None]).float())
+        right_nI = vectors_II.flip(1)[:, :size].T
+        left_On = weight @ right_nI.T
+        norms = left_On.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        return Factors((left_On / norms.sqrt()).float(), (right_nI * norms.sqrt()[:, None]).float())
     if moment_II is not None and num_outputs > num_inputs:
         # The same with the smaller eigenproblem: M = LLᵀ, V of (WL)ᵀ(WL), W' = W L V Vᵀ L⁻¹.
         lower_II = torch.linalg.cholesky(regular(moment_II, ridge))
         product = weight @ lower_II
         _, vectors_II = torch.linalg.eigh(product.T @ product)
-        own = vectors_II.flip(1)
-        left = product @ own
-        right = torch.linalg.solve_triangular(lower_II.T, own, upper=True).T
-        balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-        return Factors((left * balance).float(), (right / balance[:, None]).float())
+        basis_II = vectors_II.flip(1)
+        left_On = product @ basis_II
+        right_nI = torch.linalg.solve_triangular(lower_II.T, basis_II, upper=True).T
+        balance = (right_nI.norm(dim=1) / left_On.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        return Factors((left_On * balance).float(), (right_nI / balance[:, None]).float())
     gram_OO = weight @ weight.T if moment_II is None else weight @ regular(moment_II, ridge) @ weight.T
     _, vectors_OO = torch.linalg.eigh(gram_OO)
-    left = vectors_OO.flip(1)[:, :size]
-    right = left.T @ weight
-    norms = right.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-    return Factors((left * norms.sqrt()).float(), (right / norms.sqrt()[:, None]).float())
+    left_On = vectors_OO.flip(1)[:, :size]
+    right_nI = left_On.T @ weight
+    norms = right_nI.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    return Factors((left_On * norms.sqrt()).float(), (right_nI / norms.sqrt()[:, None]).float())
 
 
 def regular(moment_II: Tensor, ridge: float) -> Tensor:
-    """A second moment in fp64, with a ridge if it is singular; the identity if it saw nothing."""
+    """A second moment in fp64, with a ridge if it is singular; the identity if it is zero."""
     moment = moment_II.double()
     mean = moment.diagonal().mean()
     identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
     if not bool(mean > 0):
         return identity
     lower, failed = torch.linalg.cholesky_ex(moment / mean)
-    singular = bool(failed) or bool(lower.diagonal().min() ** 2 < 1e-9)
+    singular = bool(failed) or bool(lower.diagonal().min() ** 2 < SINGULAR)
     return moment + ridge * mean * identity if singular else moment

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recondense.models import decoder, streaming
+from recondense.models import decoder
+from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Shelf
+
+SHAPES = 8  # of batches whose masks and positions are kept
 
 
 def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None) -> dict[str, Any]:
-    """What the model is called with, so that examples of one window are kept apart.
+    """The arguments of the model with which the examples packed in one window do not attend to each other.
 
-    Flash attention finds examples in a single row only: there the rows of a batch become one, for every row's positions
-    begin at 0. Other kinds find them in every row. Models that do not look for them get their masks ready made.
+    Flash attention tells examples apart in a single row only, so the rows of a batch become one: the positions of every
+    row begin at 0. Other implementations do it in every row. Models that do not do it get their masks ready made.
     """
     if position_ids_BS is None:
         return {"input_ids": input_ids_BS}
@@ -36,11 +39,55 @@ def run(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments)
 
 
+class LayerArguments:
+    """The arguments of decoder layers besides hidden states, kept by the shape of a batch: masks, positions, rotary.
+
+    Batches of one shape have the same ones if they are token ids alone; those of other batches are made on every call.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+
+    def enter(self, batch: Mapping[str, Any]) -> Tensor:
+        """The hidden states entering the first decoder layer, (B, S, D).
+
+        Args:
+            batch: arguments of the model.
+        """
+        return self._make(batch)[1]
+
+    def get(self, layer: int, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of one decoder layer for a batch."""
+        arguments = self._by_shape.get(tuple(batch["input_ids"].shape)) if _has_ids_alone(batch) else None
+        return (self._make(batch)[0] if arguments is None else arguments)[layer]
+
+    def _make(self, batch: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Tensor]:
+        arguments, entering_BSD = decoder.arguments_of_layers(self._model, batch)
+        if _has_ids_alone(batch):
+            shape = tuple(batch["input_ids"].shape)
+            if shape not in self._by_shape and len(self._by_shape) >= SHAPES:
+                del self._by_shape[next(iter(self._by_shape))]
+            self._by_shape[shape] = arguments
+        return arguments, entering_BSD
+
+
+def _has_ids_alone(batch: Mapping[str, Any]) -> bool:
+    return batch.keys() <= {"input_ids", "use_cache"}
+
+
+def run_layer(model: PreTrainedModel, layer: int, hidden_BSD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """One decoder layer, its weights in memory; (B, S, D) to (B, S, D)."""
+    with layer_store(model).resident(layer):
+        output = decoder.decoder_layers(model)[layer](hidden_BSD, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
 @torch.no_grad()
 def layer_by_layer(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], advance: Callable[[], None] = lambda: None
 ) -> Shelf:
-    """What `run` gives for some batches, each decoder layer's weights needed once; for models larger than memory.
+    """The hidden states that `run` gives for some batches; each decoder layer's weights are read once.
 
     Args:
         batches: arguments of the model, input_ids among them.
@@ -49,16 +96,14 @@ def layer_by_layer(
     Returns:
         hidden states after the final norm (B, S, D), one a batch.
     """
-    storage = streaming.storage(model)
+    storage, arguments = layer_store(model).tensor_storage(), LayerArguments(model)
     states = storage.shelf()
     for batch in batches:
-        states.append(decoder.arguments_of_layers(model, batch)[1])
-    for layer, module in enumerate(decoder.decoder_layers(model)):
+        states.append(arguments.enter(batch))
+    for layer in range(len(decoder.decoder_layers(model))):
         entering, states = states, storage.shelf()
-        with streaming.resident(model, layer):
-            for batch, hidden_BSD in zip(batches, entering, strict=True):
-                output = module(hidden_BSD, **decoder.arguments_of_layers(model, batch)[0][layer])
-                states.append(output[0] if isinstance(output, tuple) else output)
+        for batch, hidden_BSD in zip(batches, entering, strict=True):
+            states.append(run_layer(model, layer, hidden_BSD, arguments.get(layer, batch)))
         advance()
     final = storage.shelf()
     for hidden_BSD in states:

@@ -1,4 +1,4 @@
-"""What the safetensors files of a model hold, by their headers: whether that is the model, before a weight is read."""
+"""Reads the headers of safetensors files: whether they hold the model of a config, before a weight is read."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ GIT_LFS = b"version https://git-lfs"  # how a file begins that Git did not fetch
 Shape = tuple[int, ...]
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor of a checkpoint.
 
     Args:
-        dtype: as safetensors calls it.
-        pattern: that of transformers' conversions which its name matches, if any.
+        dtype: the name that safetensors has for it.
+        pattern: the pattern of transformers' conversions that matches its name; None if no pattern does.
     """
 
     path: str
@@ -50,8 +50,8 @@ class Comparison:
     """How the files of a checkpoint differ from the model that its config describes.
 
     Args:
-        missing: weights that no file has, tied ones apart.
-        unexpected: names in the files that the model does not have, as they would be in the model.
+        missing: weights that no file has; tied weights need to be stored once only.
+        unexpected: names that the files have and the model does not, converted to the model's naming.
         misshapen: name, shape in the files and shape in the model.
     """
 
@@ -61,7 +61,7 @@ class Comparison:
 
     @property
     def problem(self) -> str:
-        """Why the model cannot be loaded, one sentence; empty if it can. What is unexpected alone does no harm."""
+        """Why the model cannot be loaded, one sentence; empty if it can. Unexpected tensors alone do no harm."""
         if self.missing:
             return missing_weights(self.missing, self.unexpected)
         if not self.misshapen:
@@ -75,17 +75,20 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        """All that differs, for whoever wrote the files."""
+        """All differences, for the author of the files."""
         misshapen = [f"{name} is {stored}, not {expected}" for name, stored, expected in self.misshapen]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "other shapes": misshapen}
         return "; ".join(f"{len(names)} {what}: {_shown(names)}" for what, names in parts.items() if names)
 
 
 def missing_weights(missing: Sequence[str], unexpected: Collection[str]) -> str:
-    """One sentence: how many weights a checkpoint lacks, three of them, and what is wrong with its names if that is it.
+    """One sentence: how many weights a checkpoint lacks, three of their names, and the remedy.
+
+    If the names of the files differ by a prefix, the remedy says so.
 
     Args:
-        missing, unexpected: names in the model, and in the files.
+        missing: names that the model has and the files have not.
+        unexpected: names that the files have and the model has not.
     """
     remedy = "download or convert it again, or set config.json right; without them the model would be partly random"
     if (prefixes := _prefixes(missing, unexpected)) is not None:
@@ -111,8 +114,8 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _prefixes(missing: Sequence[str], unexpected: Collection[str]) -> tuple[str, str] | None:
-    """What unexpected names have in place of the beginning of missing ones; None if they are not most of them."""
-    by_end: dict[str, str] = {}  # of a missing name, the beginning before each of its ends
+    """The prefix of unexpected names and that of missing ones, if they differ in it alone; None if most do not."""
+    by_end: dict[str, str] = {}  # from each end of a missing name to what precedes it
     for name in missing:
         parts = name.split(".")
         by_end |= {".".join(parts[first:]): ".".join(parts[:first]) for first in range(max(1, len(parts) - 1))}
@@ -124,16 +127,16 @@ def _prefixes(missing: Sequence[str], unexpected: Collection[str]) -> tuple[str,
                 counts[".".join(parts[:first]), by_end[end]] += 1
                 break
     (theirs, ours), count = counts.most_common(1)[0] if counts else (("", ""), 0)
-    if 2 * count < len(missing) or not (theirs or ours) or re.search(r"\d", theirs + ours):  # of another layer
+    if 2 * count < len(missing) or not (theirs or ours) or re.search(r"\d", theirs + ours):  # another layer's
         return None
     return theirs and f"{theirs}.", ours and f"{ours}."
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a local folder; none if it has no weights.
+    """The safetensors files that transformers reads from a local folder; empty if it has no weights.
 
     Raises:
-        UserError: an index that names files which are not there, or that is none.
+        UserError: the index is damaged, or names files that are missing.
     """
     if (folder / quantized.SINGLE).is_file():
         return [folder / quantized.SINGLE]
@@ -153,8 +156,8 @@ def files_of(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, read without mapping it where safetensors can: maps count as resident memory."""
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """Opens a safetensors file, without mapping it if safetensors can: maps count as resident memory."""
     try:
         file = safe_open(path, framework="pt", backend="pread")
     except TypeError:
@@ -163,18 +166,18 @@ def opened(path: str | Path) -> Iterator[Any]:
         yield content
 
 
-def tensors_of(files: Sequence[str | Path]) -> Iterator[Stored]:
-    """All tensors of some files, without patterns; their headers alone are read.
+def tensors_of(files: Sequence[str | Path]) -> Iterator[StoredTensor]:
+    """All tensors of some files, without patterns; reads the headers only.
 
     Raises:
-        UserError: a file that is cut short, or no safetensors.
+        UserError: a file is cut short, or is not a safetensors file.
     """
     for path in files:
         try:
-            with opened(path) as file:
+            with open_safetensors(path) as file:
                 for key in file.keys():  # noqa: SIM118
                     part = file.get_slice(key)
-                    yield Stored(str(path), key, tuple(part.get_shape()), str(part.get_dtype()), None)
+                    yield StoredTensor(str(path), key, tuple(part.get_shape()), str(part.get_dtype()), None)
         except SafetensorError as error:
             name = Path(path).name
             with Path(path).open("rb") as raw:
@@ -184,9 +187,10 @@ def tensors_of(files: Sequence[str | Path]) -> Iterator[Stored]:
 
 
 class Names:
-    """Which weight of a model each tensor of a checkpoint is a part of, by transformers' conversions.
+    """Maps the tensors of a checkpoint to the weights of a model, by transformers' conversions.
 
     Args:
+        model: with or without weights.
         mapping: the conversions.
     """
 
@@ -197,9 +201,9 @@ class Names:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
 
-    def by_name(self, tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
-        """Tensors by the weights that they make up, each list in the order in which they are put together."""
-        made: dict[str, list[Stored]] = {}
+    def by_name(self, tensors: Sequence[StoredTensor]) -> dict[str, list[StoredTensor]]:
+        """The tensors that make up each weight, in the order in which they are put together."""
+        made: dict[str, list[StoredTensor]] = {}
         latest = {tensor.key: tensor for tensor in tensors}
         for key in sorted(latest, key=dot_natural_key):
             name, pattern = self._name(key, self._renamings, self._converters)
@@ -207,17 +211,17 @@ class Names:
                 name, pattern = self._name(key, [], [])
             made.setdefault(name, []).append(latest[key]._replace(pattern=pattern))
             first, *others = self._by_pattern[pattern].target_patterns if pattern else [""]
-            for other in others:  # what one tensor is taken apart into
+            for other in others:  # one tensor may be split into several weights
                 made.setdefault(name.replace(first, other), [])
         return made
 
     def _name(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         return rename_source_key(key, renamings, converters, self._prefix, self._state)
 
-    def parts_of_stack(self, tensors: Sequence[Stored]) -> dict[str, list[Stored]] | None:
-        """The experts' own tensors of a weight that transformers stacks, by pattern: side by side if there are several.
+    def parts_of_stack(self, tensors: Sequence[StoredTensor]) -> dict[str, list[StoredTensor]] | None:
+        """The tensors of single experts that transformers stacks into one weight, by pattern; None if it does not.
 
-        None where it does anything else.
+        Several patterns, as gate and up, lie side by side in the stack.
         """
         converter = self._by_pattern.get(tensors[0].pattern or "") if tensors else None
         if converter is None:
@@ -230,14 +234,14 @@ class Names:
 
 
 def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | None = None) -> Comparison:
-    """What the files of a checkpoint lack of a model, have beside it, and have in other shapes.
+    """Compare the files of a checkpoint with a model: missing, unexpected and misshapen weights.
 
     Args:
-        model: without weights or with any.
-        method: how the files' weights are stored, as `quantized.method_of`; shapes are compared of plain ones only.
+        model: with or without weights.
+        method: the files' quantization, as `quantized.method_of` gives it. Shapes of quantized files are not compared.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file cannot be read.
     """
     tensors = list(tensors_of(files))
     names = Names(model, get_model_conversion_mapping(model))
@@ -267,7 +271,7 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
 
 
 def _untied(model: PreTrainedModel, missing: Sequence[str]) -> list[str]:
-    """Those of the missing weights that are needed: not tied to one that is there, nor of a kind that may be absent."""
+    """The missing weights that the model needs: not tied to a stored one, and not of a kind that it does without."""
     groups: dict[Any, set[str]] = {}
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
@@ -279,8 +283,8 @@ def _untied(model: PreTrainedModel, missing: Sequence[str]) -> list[str]:
     return [name for name in missing if name not in tied and not any(pattern.search(name) for pattern in optional)]
 
 
-def _absent_experts(parts: Mapping[str, Sequence[Stored]], num_experts: int) -> list[str]:
-    """Tensors of single experts that lack in a stack of them, as they would be called in the files."""
+def _absent_experts(parts: Mapping[str, Sequence[StoredTensor]], num_experts: int) -> list[str]:
+    """The names in the files of the experts that a stack lacks."""
     absent = []
     for pattern, tensors in parts.items():
         numbers = {_number(tensor.key)[1] for tensor in tensors}
@@ -292,13 +296,13 @@ def _absent_experts(parts: Mapping[str, Sequence[Stored]], num_experts: int) -> 
 
 
 def _number(key: str) -> tuple[str, int, str]:
-    """An expert's number in a name, and what stands before and after it."""
+    """What precedes an expert's number in a name, the number, and what follows it."""
     *_, last = re.finditer(r"(?<=\.)\d+(?=\.)", key)
     return key[: last.start()], int(last.group()), key[last.end() :]
 
 
-def _stacked(parts: Mapping[str, Sequence[Stored]], expected: Shape) -> Shape:
-    """The shape of a stack of experts of which none is missing; one that is not as expected where they do not fit."""
+def _stacked(parts: Mapping[str, Sequence[StoredTensor]], expected: Shape) -> Shape:
+    """The shape of a complete stack of experts; if they do not fit together, one that differs from the expected."""
     kinds = [{tensor.shape for tensor in tensors} for tensors in parts.values()]
     rows, columns = expected[1] // len(kinds), expected[2]
     odd = [shape for shapes in kinds if len(shapes) > 1 for shape in sorted(shapes) if shape != (rows, columns)]

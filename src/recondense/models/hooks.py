@@ -1,4 +1,4 @@
-"""Modes of a model and hooks on it, put back after use."""
+"""Hooks on a model and its evaluation mode, for the time of a context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after, every submodule has its own mode again (they may differ)."""
+    """Inside, the model is in evaluation mode; after, every submodule is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -23,13 +23,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs of modules in the forward that runs inside, in their order."""
-    found: dict[int, Tensor] = {}
+    """The outputs of some modules in the forward pass inside, in the order of the modules."""
+    by_number: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
 
     def keep(number: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[number] = output[0] if isinstance(output, tuple) else output
+            by_number[number] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -39,19 +39,19 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    outputs += [found[number] for number in range(len(modules))]
+    outputs += [by_number[number] for number in range(len(modules))]
 
 
 @contextmanager
 def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The hidden states that enter a module in the forward that runs inside."""
-    found: list[Tensor] = []
+    """The hidden states entering a module in the forward pass inside."""
+    inputs: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+        inputs.append(args[0] if args else kwargs["hidden_states"])
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        yield found
+        yield inputs
     finally:
         handle.remove()

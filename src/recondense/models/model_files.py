@@ -1,4 +1,4 @@
-"""Files of a model folder, local or on the hub: which one, and what was done to the model before."""
+"""Files of a model folder, local or on the hub; its history of earlier compressions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from recondense.plan import History
 
 
 def model_file(path: str | Path, name: str, revision: str | None = None) -> Path | None:
-    """A file of a model: in its folder, or of a hub id from the hub or its cache; None if it has none.
+    """The path of a model's file, downloaded if the model is a hub id; None if the model has no such file.
 
-    Nothing is asked of a hub that is out of reach.
+    If the hub cannot be reached, only the cache is searched.
     """
     if Path(path).is_dir():
         file = Path(path) / name
@@ -25,12 +25,12 @@ def model_file(path: str | Path, name: str, revision: str | None = None) -> Path
     with reachable_or_offline() as online:
         try:
             cached = cached_file(str(path), name, revision=revision, local_files_only=not online, **quiet)
-        except OSError:  # no such repository or revision: whoever loads it says so
+        except OSError:  # no such repository or revision: loading it raises the error
             return None
     return None if cached is None else Path(cached)
 
 
 def history_of(model: ModelConfig) -> History:
-    """What was done to the model that a run starts from; nothing of one that has no plan, or was trained here."""
+    """The compressions that made the model a run starts from; empty without a plan.json beside it."""
     plan = None if model.path is None else model_file(model.path, "plan.json", model.revision)
     return History.of_folder(None if plan is None else plan.parent)

@@ -1,7 +1,4 @@
-"""Published weights that are stored in fewer bits (gpt-oss: MXFP4, DeepSeek-V3: FP8): read as whole numbers again.
-
-Needs transformers alone: it gives `from_pretrained` its arguments and puts the loaded model in order.
-"""
+"""Published weights that are quantized (gpt-oss: MXFP4, DeepSeek-V3: FP8): dequantizes them, and counts their bytes."""
 
 from __future__ import annotations
 
@@ -29,11 +26,11 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class Stored:
-    """How the weights of a model that is no plain one lie on disk.
+    """The quantized weights of a model on disk.
 
     Args:
         method: "mxfp4" or "fp8".
-        num_bytes: of its safetensors files.
+        num_bytes: size of its safetensors files.
     """
 
     method: str
@@ -41,13 +38,13 @@ class Stored:
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """How a config.json says that the weights are stored: "mxfp4", "fp8" or what else; None if plainly."""
+    """The quantization method that a config.json names, "mxfp4", "fp8" or another; None if it names none."""
     stored = config.get("quantization_config")
     return str(stored.get("quant_method") or "a format without a name") if stored else None
 
 
 def check(config: Mapping[str, Any]) -> list[str]:
-    """Why the weights of a config.json cannot be read; empty if they can."""
+    """Why the quantized weights of a config.json cannot be read; empty if they can."""
     method = method_of(config)
     if method in (None, "mxfp4"):
         return []
@@ -62,22 +59,23 @@ def check(config: Mapping[str, Any]) -> list[str]:
 
 
 def weight_name(key: str, method: str | None) -> str:
-    """The name of the weight that a stored tensor is, as it is called where weights are stored plainly."""
+    """The name that a stored tensor has in checkpoints that are not quantized."""
     return key.removesuffix("_blocks") if method == "mxfp4" else key
 
 
 def missing_scales(key: str, dtype: str, method: str | None, keys: Collection[str]) -> list[str]:
-    """The scales of a stored tensor, without which its numbers mean nothing, if the checkpoint lacks them.
+    """The name of a quantized tensor's scales if the checkpoint lacks them; empty otherwise.
 
     Args:
-        dtype: as safetensors calls it.
-        method: as `method_of`.
+        key: the tensor's name.
+        dtype: the name that safetensors has for its dtype.
+        method: as `method_of` gives it.
         keys: names of all tensors of the checkpoint.
     """
     names: list[str] = []
     if method == "mxfp4" and key.endswith("_blocks"):
         names = [f"{key.removesuffix('_blocks')}_scales"]
-    elif method == "fp8" and dtype in ("F8_E4M3", "F8_E5M2"):  # transformers would take them for the weights
+    elif method == "fp8" and dtype in ("F8_E4M3", "F8_E5M2"):  # transformers would take the numbers for the weights
         stem = key.removesuffix("weight")
         names = [f"{key}_scale_inv", f"{stem}scale", f"{stem}qscale_weight"]
     return [] if any(name in keys for name in names) else names[:1]
@@ -85,57 +83,58 @@ def missing_scales(key: str, dtype: str, method: str | None, keys: Collection[st
 
 @contextmanager
 def dequantising(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterator[dict[str, Any]]:
-    """Arguments with which `from_pretrained` reads the weights of a config as whole numbers, within the context.
+    """Arguments with which `from_pretrained` dequantizes the weights of a config inside the context.
 
     Args:
         config: config.json of a model.
-        dtype: what the weights are loaded in; "auto" is the config's own, and bf16 where that has fewer bits.
+        dtype: the dtype to load in; "auto" is that of the config, or bf16 if that has fewer bits.
 
     Yields:
-        `dtype`, and `quantization_config` unless the weights are stored plainly.
+        `dtype`, and `quantization_config` if the weights are quantized.
 
     Raises:
-        UserError: what `check` has against it.
+        UserError: the problem that `check` gives.
     """
-    if refused := check(config):
-        raise UserError(refused[0])
+    if problems := check(config):
+        raise UserError(problems[0])
     method = method_of(config)
     if method is None:
         yield {"dtype": dtype}
         return
     if isinstance(dtype, str):
-        said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-        dtype = {"float32": torch.float32, "float16": torch.float16}.get(said, torch.bfloat16)
+        name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+        dtype = {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     if method == "mxfp4":
         yield {"dtype": dtype, "quantization_config": Mxfp4Config(dequantize=True)}
         return
-    how = FineGrainedFP8Config(**{**config["quantization_config"], "dequantize": True})
+    fp8 = FineGrainedFP8Config(**{**config["quantization_config"], "dequantize": True})
     with reading(config):
-        yield {"dtype": dtype, "quantization_config": how}
+        yield {"dtype": dtype, "quantization_config": fp8}
 
 
 @contextmanager
 def reading(config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers makes the weights of a config whole as they are stored."""
+    """Inside, transformers dequantizes FP8 weights by the block size that the config gives."""
     if method_of(config) != "fp8":
         yield
         return
-    own = Fp8Dequantize._dequantize_one
-    Fp8Dequantize._dequantize_one = _by_blocks_of_the_config(own)  # type: ignore[method-assign]
+    original = Fp8Dequantize._dequantize_one
+    Fp8Dequantize._dequantize_one = _dequantize_by_blocks(original)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Fp8Dequantize._dequantize_one = own  # type: ignore[method-assign]
+        Fp8Dequantize._dequantize_one = original  # type: ignore[method-assign]
 
 
 @torch.no_grad()
 def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a dequantised model one like any other: in one dtype, and saved as it is.
+    """Make a dequantized model an ordinary one: in one dtype, and saved without quantization.
 
-    transformers leaves what was never quantised in the file's dtype, and would write fewer bits again.
+    transformers leaves what was never quantized in the file's dtype, and would quantize the model again when it is
+    saved.
 
     Args:
-        dtype: as it was asked for; fp32 tensors that transformers keeps stay fp32.
+        dtype: the dtype that was asked for; tensors that transformers keeps in fp32 stay so.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float32):
@@ -146,11 +145,11 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.__dict__["_weight_conversions"] = get_model_conversion_mapping(model)
 
 
-def _by_blocks_of_the_config(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """transformers' way from FP8 to whole numbers, with blocks of the size that the config says.
+def _dequantize_by_blocks(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """transformers' dequantization of FP8, with blocks of the size that the config gives.
 
-    transformers 5.17 to 5.23 divide a weight evenly by its number of scales: wrong, or refused, where the last block is
-    cut short (576 rows in blocks of 128: kv_a_proj_with_mqa of DeepSeek-V3).
+    transformers 5.17 to 5.23 divide a weight evenly by its number of scales. That is wrong, or an error, if the last
+    block is smaller (576 rows in blocks of 128: kv_a_proj_with_mqa of DeepSeek-V3).
     """
 
     def dequantize(
@@ -161,19 +160,19 @@ def _by_blocks_of_the_config(own: Callable[..., Tensor]) -> Callable[..., Tensor
         high, wide = op.hf_quantizer.quantization_config.weight_block_size
         fp8 = quantized.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
         if not fp8 or scales.dtype == torch.uint8 or scales.shape[-2:] != (-(-rows // high), -(-columns // wide)):
-            return own(op, quantized, scales, output_dtype=output_dtype)  # not what the config says of the others
-        spread = scales.float().repeat_interleave(high, dim=-2).narrow(-2, 0, rows)
-        spread = spread.repeat_interleave(wide, dim=-1).narrow(-1, 0, columns)
-        return (quantized.float() * spread).to(output_dtype or torch.bfloat16)
+            return original(op, quantized, scales, output_dtype=output_dtype)  # not in the blocks of the config
+        expanded = scales.float().repeat_interleave(high, dim=-2).narrow(-2, 0, rows)
+        expanded = expanded.repeat_interleave(wide, dim=-1).narrow(-1, 0, columns)
+        return (quantized.float() * expanded).to(output_dtype or torch.bfloat16)
 
     return dequantize
 
 
 def stored(path: str | Path, revision: str | None = None) -> Stored | None:
-    """How the weights of a model lie on disk; None if they are stored plainly, or their files cannot be found.
+    """The quantized weights of a model on disk; None if they are not quantized, or their files cannot be found.
 
     Args:
-        path: a folder, or a hub id that has been loaded: its files in the cache count.
+        path: a folder, or a hub id whose files are in the cache.
     """
     config = _file(path, "config.json", revision)
     method = None if config is None else method_of(json.loads(config.read_text(encoding="utf-8")))
@@ -185,7 +184,7 @@ def bytes_on_disk(path: str | Path, revision: str | None = None) -> int | None:
     """Bytes of the safetensors files that hold a model's weights.
 
     Args:
-        path: a folder, or a hub id that has been loaded: its files in the cache count.
+        path: a folder, or a hub id whose files are in the cache.
 
     Returns:
         None if they cannot be found.
@@ -195,12 +194,12 @@ def bytes_on_disk(path: str | Path, revision: str | None = None) -> int | None:
     if index is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     files = [_file(path, name, revision) for name in names]
-    found = [file.stat().st_size for file in files if file is not None]
-    return sum(found) if len(found) == len(names) else None
+    sizes = [file.stat().st_size for file in files if file is not None]
+    return sum(sizes) if len(sizes) == len(names) else None
 
 
 def _file(path: str | Path, name: str, revision: str | None) -> Path | None:
-    """A file of a model's, in its folder or in the hub's cache."""
+    """A file of a model, in its folder or in the hub's cache."""
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
@@ -213,19 +212,19 @@ MXFP4_BITS = 4 + 8 / 32  # an exponent for every 32 numbers
 
 
 def quantization(config: PretrainedConfig) -> dict[str, Any]:
-    """How a checkpoint's weights are quantised; empty if they are not."""
-    found = getattr(config, "quantization_config", None) or {}
-    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+    """The quantization settings of a config; empty if it has none."""
+    settings = getattr(config, "quantization_config", None) or {}
+    return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
 
 
 def stored_bytes(model: PreTrainedModel, quantized: Mapping[str, Any]) -> BytesOf:
-    """How many bytes a part of a model takes in its checkpoint, as files have them.
+    """A function that counts the bytes that a part of a model takes in its checkpoint.
 
-    FP8 is one byte a number of every Linear layer but the head and of the experts, and a 4-byte scale a block; MXFP4
-    is 4 bits a number of the experts' weights and a byte for every 32. All else is stored in its own type.
+    FP8 stores one byte a weight and 4 bytes a block, in the experts and in all Linear layers but the head. MXFP4
+    stores 4 bits a weight and a byte for every 32, in the experts. All else is stored in its own dtype.
 
     Raises:
-        UserError: another quantisation.
+        UserError: another quantization method.
     """
     if not quantized:
         return weights_bytes
@@ -236,23 +235,23 @@ def stored_bytes(model: PreTrainedModel, quantized: Mapping[str, Any]) -> BytesO
             "model.dtype=bfloat16 counts it dequantised"
         )
     head = model.get_output_embeddings()
-    linear = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear) and each is not head}
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
 
-    def of(part: nn.Module) -> int:
+    def count(part: nn.Module) -> int:
         size = weights_bytes(part)
         for parameter in part.parameters():
-            stacked = parameter.ndim == 3  # the experts'
+            stacked = parameter.ndim == 3  # of all experts
             if method == "mxfp4" and stacked:
                 size += round(parameter.numel() * MXFP4_BITS / 8) - parameter.nbytes
             elif method == "fp8" and (stacked or id(parameter) in linear):
                 size += _fp8_bytes(parameter, quantized.get("weight_block_size")) - parameter.nbytes
         return size
 
-    return of
+    return count
 
 
-def _fp8_bytes(weight: torch.Tensor, block: Sequence[int] | None) -> int:
-    """Without a block size, one scale a matrix."""
+def _fp8_bytes(weight: torch.Tensor, block_size: Sequence[int] | None) -> int:
+    """Bytes of a weight and its scales; without a block size there is one scale a matrix."""
     *stack, rows, columns = weight.shape
-    high, wide = block or (rows, columns)
+    high, wide = block_size or (rows, columns)
     return weight.numel() + 4 * math.prod(stack) * -(-rows // high) * -(-columns // wide)

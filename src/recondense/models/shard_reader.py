@@ -14,25 +14,28 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging as transformers_logging
 
 from recondense.models.blocks import shallow_copy
-from recondense.models.headers import Names, Stored, opened, tensors_of
+from recondense.models.headers import Names, StoredTensor, open_safetensors, tensors_of
 
 State = dict[str, Tensor]
 ALIGNMENT = 64  # bytes, of what torch allocates
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor where a CPU's products do not depend on it: those of MKL differ in the last bit with the alignment.
+def align(tensor: Tensor) -> Tensor:
+    """The tensor at an address on which a CPU's products do not depend; a copy if it was not there.
 
-    Tensors that safetensors reads lie wherever the file has them.
+    Products of MKL differ in the last bit with the alignment, and safetensors reads tensors at any address.
     """
     return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
 
 
-class Shards:
-    """A checkpoint's weights under their names in the model.
+class ShardReader:
+    """Reads the weights of a checkpoint by their names in the model.
 
     Args:
         model: without any weights yet.
+        files: the safetensors files of the checkpoint.
+        load_config: how transformers would read them: conversions, dtypes, quantization.
+        reading: a context in which transformers reads the weights as they are stored.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Shards:
         self._dtype = model.dtype
         self._load_config = load_config
         self._reading = reading
-        # Reading assigns into a twin, so that what stands in the model does not matter.
+        # transformers reads into a copy, so that it does not matter which blocks are in the model.
         self._twin = copy.deepcopy(model)
         self._names = Names(self._twin, load_config.weight_mapping or [])
         self._stored = self._names.by_name(list(tensors_of(files)))
@@ -56,55 +59,55 @@ class Shards:
         return name in self._stored
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Some weights, one after the other, so that no more than one is held twice."""
+        """Some weights, one after the other, so that at most one is held twice."""
         for name in names:
             yield name, self._read(name)
 
-    def load(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> tuple[Any, Any]:
-        """Read into a model the weights whose names are wanted."""
-        tensors = [tensor for name, parts in self._stored.items() if wanted(name) for tensor in parts]
+    def load(self, model: PreTrainedModel, selected: Callable[[str], bool]) -> tuple[Any, Any]:
+        """Read the weights with selected names into a model; returns what transformers' own loading returns."""
+        tensors = [tensor for name, parts in self._stored.items() if selected(name) for tensor in parts]
         with ExitStack() as stack:
-            files = {path: stack.enter_context(opened(path)) for path in {each.path for each in tensors}}
-            slices = {each.key: files[each.path].get_slice(each.key) for each in tensors}
-            stack.enter_context(_without_bars())
+            files = {path: stack.enter_context(open_safetensors(path)) for path in {tensor.path for tensor in tensors}}
+            slices = {tensor.key: files[tensor.path].get_slice(tensor.key) for tensor in tensors}
+            stack.enter_context(_no_progress_bars())
             stack.enter_context(self._reading())
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
 
     def _read(self, name: str) -> Tensor:
-        module_name, _, own = name.rpartition(".")
-        module = self._twin.get_submodule(module_name)
-        tensors: Any = module._parameters if own in module._parameters else module._buffers
+        tensors, leaf = _holder(self._twin, name)
         parts = self._names.parts_of_stack(self._stored[name])
-        # What is stored in few bits has to be made whole by transformers.
+        # Only transformers can dequantize what is stored in few bits.
         if parts is not None and self._load_config.hf_quantizer is None:
-            return self._fused(tensors[own], list(parts.values()))
+            return self._read_stack(tensors[leaf], list(parts.values()))
         self.load(self._twin, lambda other: other == name)
-        tensor: Tensor = tensors[own].detach()
-        tensors[own] = nn.Parameter(tensor.to("meta"), False) if own in module._parameters else tensor.to("meta")
+        is_parameter = isinstance(tensors[leaf], nn.Parameter)
+        tensor: Tensor = tensors[leaf].detach()
+        tensors[leaf] = nn.Parameter(tensor.to("meta"), False) if is_parameter else tensor.to("meta")
         if tensor.is_floating_point() and tensor.dtype not in (self._dtype, torch.float32):
             tensor = tensor.to(self._dtype)  # as `quantized.settle` does
-        return aligned(tensor)
+        return align(tensor)
 
-    def _fused(self, like: Tensor, parts: Sequence[Sequence[Stored]]) -> Tensor:
-        """(E, rows of all parts, columns), each expert's tensor read into its place: nothing is held twice."""
-        fused = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+    def _read_stack(self, like: Tensor, parts: Sequence[Sequence[StoredTensor]]) -> Tensor:
+        """A stack of experts (E, rows of all parts, columns), each tensor read into its place: none is held twice."""
+        stack_ERC = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         with ExitStack() as stack:
-            files = {path: stack.enter_context(opened(path)) for path in {e.path for part in parts for e in part}}
+            paths = {tensor.path for part in parts for tensor in part}
+            files = {path: stack.enter_context(open_safetensors(path)) for path in paths}
             first = 0
             for part in parts:
                 rows = 0
-                for expert, each in enumerate(part):
-                    tensor = files[each.path].get_tensor(each.key)
+                for expert, stored in enumerate(part):
+                    tensor = files[stored.path].get_tensor(stored.key)
                     rows = len(tensor)
-                    fused[expert, first : first + rows] = tensor
+                    stack_ERC[expert, first : first + rows] = tensor
                 first += rows
         assert first == like.shape[1] and all(len(part) == len(like) for part in parts), (like.shape, parts)
-        return fused
+        return stack_ERC
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers shows a bar for every call, which here is one weight."""
+def _no_progress_bars() -> Iterator[None]:
+    """Hides transformers' progress bars; it shows one a call, which here is one weight."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -114,24 +117,29 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def exchanged(unit: nn.Module, state: Mapping[str, Tensor]) -> State:
-    """Put tensors in place of a unit's own, by their names; those that were there."""
+def swap_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """Put tensors into a module by their names, and return those that were there."""
     before: State = {}
     for name, tensor in state.items():
-        module_name, _, own = name.rpartition(".")
-        module = unit.get_submodule(module_name)
-        tensors: Any = module._parameters if own in module._parameters else module._buffers
-        before[name] = tensors[own]
-        parameter = own in module._parameters and not isinstance(tensor, nn.Parameter)
-        tensors[own] = nn.Parameter(tensor, False) if parameter else tensor
+        tensors, leaf = _holder(module, name)
+        before[name] = tensors[leaf]
+        to_parameter = isinstance(before[name], nn.Parameter) and not isinstance(tensor, nn.Parameter)
+        tensors[leaf] = nn.Parameter(tensor, False) if to_parameter else tensor
     return before
 
 
-def without_weights(block: nn.Module) -> nn.Module:
+def _holder(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The dictionary in which the submodules of a module keep the tensor of this name, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(path)
+    return (parent._parameters if leaf in parent._parameters else parent._buffers), leaf
+
+
+def empty_twin(block: nn.Module) -> nn.Module:
     """A block of the same structure whose parameters and persistent buffers are on the meta device."""
     twin = shallow_copy(block)
     for name, child in block._modules.items():
-        twin._modules[name] = None if child is None else without_weights(child)
+        twin._modules[name] = None if child is None else empty_twin(child)
     for name, parameter in block._parameters.items():
         twin._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().to("meta"), False)
     for name, buffer in block._buffers.items():
@@ -140,13 +148,13 @@ def without_weights(block: nn.Module) -> nn.Module:
     return twin
 
 
-def without_aliases(state: State) -> State:
-    """Tensors that share no storage, as safetensors wants them."""
+def unalias(state: State) -> State:
+    """Copy tensors that share a storage, or are part of one: safetensors writes neither."""
     seen: set[int] = set()
-    found: State = {}
+    copies: State = {}
     for name, tensor in state.items():
         pointer = tensor.untyped_storage().data_ptr()
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes and pointer not in seen
-        found[name] = tensor if alone else tensor.clone()
+        copies[name] = tensor if alone else tensor.clone()
         seen.add(pointer)
-    return found
+    return copies

@@ -1,4 +1,4 @@
-"""Rows of tensors, written once and read many times: in memory, or in files that are mapped while they are read."""
+"""Lists of tensors, written once and read many times: in memory, or in files on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recondense.files import file_name, write_aside
 
 
 class Shelf(Protocol):
-    """What a list of tensors and a `DiskShelf` have in common."""
+    """A list of tensors: Python's own, or a `DiskShelf`."""
 
     def append(self, tensor: Tensor, /) -> None: ...
 
@@ -33,28 +33,28 @@ class Shelf(Protocol):
 
 
 class Storage(Protocol):
-    """Where the tensors of a tape lie."""
+    """Where tensors are kept: makes lists for them."""
 
     def shelf(self, name: str | None = None) -> Shelf:
-        """An empty one, or the finished one of this name."""
+        """An empty list, or the finished one of this name."""
         ...
 
 
 class Memory:
-    """Tensors stay as they are."""
+    """Keeps tensors in memory, as they are."""
 
     def shelf(self, name: str | None = None) -> Shelf:
         return []
 
 
 class Disk:
-    """Tensors lie in a folder.
+    """Keeps tensors in files of a folder.
 
     Args:
         folder: made if it does not exist.
-        dtype: floating-point tensors of named shelves are kept in it; None: in their own.
+        dtype: named lists keep floating-point tensors in it; None: in their own.
         device: where tensors go when they are read.
-        keeps: named shelves stay, and are found again.
+        keeps: files of named lists stay, for later runs.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class Disk:
 
 
 class DiskShelf:
-    """Tensors one behind another in a file. Reading maps the file, copies one tensor and lets go of the map.
+    """Tensors one after another in a file. Reading maps the file, copies one tensor and unmaps the file.
 
     Args:
-        file: open for reading and writing; a temporary one is gone with the shelf.
-        path: of a file that is to stay; `finish` names it.
-        dtype: floating-point tensors are kept in it; they are read in the dtype that they had.
+        file: open for reading and writing; a temporary one is deleted with the list.
+        path: the name of a file that stays; None for a temporary one.
+        dtype: floating-point tensors are kept in it, and read in the dtype that they had.
         device: where tensors go when they are read.
     """
 
@@ -104,26 +104,26 @@ class DiskShelf:
 
     @classmethod
     def at(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskShelf:
-        """The finished shelf at a path, or an empty one that will be."""
+        """The finished list at a path, or an empty one that gets this path."""
         index = path.with_suffix(".json")
         if not index.exists():
             return cls(path.with_suffix(".bin").open("w+b"), path, dtype, device)
-        found = cls(path.with_suffix(".bin").open("rb"), path, dtype, device)
-        found._entries = json.loads(index.read_text(encoding="utf-8"))
-        return found
+        finished = cls(path.with_suffix(".bin").open("rb"), path, dtype, device)
+        finished._entries = json.loads(index.read_text(encoding="utf-8"))
+        return finished
 
     @property
     def named(self) -> bool:
-        """Whether its file is to stay."""
+        """Whether its file stays."""
         return self._path is not None
 
     @property
     def finished(self) -> bool:
-        """Whether the disk says that nothing will be added."""
+        """Whether its file is complete."""
         return self._path is not None and self._path.with_suffix(".json").exists()
 
     def start_anew(self) -> None:
-        """Empty a finished one, to fill it again."""
+        """Empty a finished list, to fill it again."""
         assert self._path is not None
         self._path.with_suffix(".json").unlink()
         self._file = self._path.with_suffix(".bin").open("w+b")
@@ -131,7 +131,7 @@ class DiskShelf:
         self._entries = []
 
     def finish(self) -> None:
-        """Say on the disk that nothing will be added."""
+        """Mark the file as complete."""
         assert self._path is not None
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -162,8 +162,8 @@ class DiskShelf:
         if size:
             mapped = np.memmap(self._file, dtype=np.uint8, mode="r", offset=entry["offset"], shape=(size,))
             flat = torch.from_numpy(np.array(mapped))
-        found = flat.view(getattr(torch, entry["kept"])).view(entry["shape"])
-        return found.to(self._device, getattr(torch, entry["dtype"]))
+        tensor = flat.view(getattr(torch, entry["kept"])).view(entry["shape"])
+        return tensor.to(self._device, getattr(torch, entry["dtype"]))
 
     def __setitem__(self, index: int, tensor: Tensor, /) -> None:
         entry = self._entries[index]
@@ -180,9 +180,9 @@ class DiskShelf:
         return math.prod(entry["shape"]) * getattr(torch, entry["kept"]).itemsize
 
 
-def nbytes(shelf: Shelf) -> int:
-    """Of all tensors of a shelf."""
-    return shelf.nbytes if isinstance(shelf, DiskShelf) else sum(tensor.nbytes for tensor in shelf)
+def nbytes(tensors: Shelf) -> int:
+    """Bytes of all tensors of a list."""
+    return tensors.nbytes if isinstance(tensors, DiskShelf) else sum(tensor.nbytes for tensor in tensors)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""Views of MoE blocks: routers and experts of every family under the same names.
+"""Views of MoE blocks: the routers and experts of every family under the same names.
 
 Legend: E routed experts, D hidden size, F expert width.
 """
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense.errors import UserError
-from recondense.models import deepseek
 from recondense.models.blocks import CondensedMoE, MoEWeights, RemappedRouter, SkippedLayer, Zeros, shallow_copy, sliced
 from recondense.models.compressed import gives_pair, glu_of, has_bias, router_name
 from recondense.models.decoder import decoder_layers
@@ -23,12 +22,10 @@ from recondense.models.families import Family, Routing, family_of
 from recondense.models.low_rank import LowRankExperts
 from recondense.operations import PROJECTIONS
 
-deepseek.register()
-
 
 @dataclass(frozen=True)
 class SparseBlock:
-    """A view of one sparse MoE layer: the module's own tensors, never copies."""
+    """A view of one sparse MoE block; it holds the block's own modules and tensors, never copies."""
 
     layer: int
     module: nn.Module
@@ -41,18 +38,20 @@ class SparseBlock:
 
     @property
     def weights(self) -> MoEWeights:
-        """The layer's own tensors; gate_up (E, 2F, D), down (E, D, F).
+        """The weights of experts and shared experts; gate_up (E, 2F, D), down (E, D, F).
 
         Raises:
             UserError: the experts are factorized.
         """
         if not hasattr(self.experts, "gate_up_proj"):
-            raise UserError(f"layer {self.layer}: its experts are factorized; this needs whole ones, so do it before")
+            raise UserError(
+                f"layer {self.layer}: its experts are factorized; do this before factorizing"
+            )
         shared, experts = self.shared_expert, cast(Any, self.experts)
-        turned, bias = getattr(experts, "is_transposed", False), has_bias(experts)
+        transposed, bias = getattr(experts, "is_transposed", False), has_bias(experts)
         return MoEWeights(
-            gate_up_EHD=experts.gate_up_proj.transpose(1, 2) if turned else experts.gate_up_proj,
-            down_EDF=experts.down_proj.transpose(1, 2) if turned else experts.down_proj,
+            gate_up_EHD=experts.gate_up_proj.transpose(1, 2) if transposed else experts.gate_up_proj,
+            down_EDF=experts.down_proj.transpose(1, 2) if transposed else experts.down_proj,
             glu=glu_of(experts),
             interleaved=not getattr(experts, "is_concatenated", True),
             gate_up_bias_EH=experts.gate_up_proj_bias if bias else None,
@@ -71,64 +70,58 @@ class SparseBlock:
 
     @property
     def pair(self) -> bool:
-        """Whether the block hands out its router's scores beside its output."""
+        """Whether the block returns its router's scores besides its output."""
         return gives_pair(self.module)
 
     @property
-    def expert_size(self) -> int:
-        """Parameters of one routed expert, the mean of them where ranks differ."""
-        return sum(parameter.numel() for parameter in self.experts.parameters()) // self.num_experts
-
-    @property
-    def router_row(self) -> int:
-        """Parameters of one expert's row in the router."""
-        return sum(parameter.numel() for parameter in self.router.parameters()) // self.num_experts
-
-    @property
     def correction_E(self) -> Tensor | None:
-        """What is added to the experts' scores while the top_k are selected, and to no weight; None without it."""
-        found: Any = getattr(self.router, "e_score_correction_bias", None)
-        if found is None and hasattr(self.router, "moe_statics"):
-            found = cast(Any, self.router.moe_statics).e_score_correction_bias
-        return None if found is None else found.detach().flatten()
+        """The correction bias (E,): added to the scores that select the top_k, not to the weights; None without one."""
+        bias: Any = getattr(self.router, "e_score_correction_bias", None)
+        if bias is None and hasattr(self.router, "moe_statics"):
+            bias = cast(Any, self.router.moe_statics).e_score_correction_bias
+        return None if bias is None else bias.detach().flatten()
 
 
 @contextmanager
-def eager_experts(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+def eager_experts(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
     """Inside, fused experts are computed one after another."""
     before = model.get_experts_implementation()
-    if wanted:
+    if enabled:
         model.set_experts_implementation("eager")
     try:
         yield
     finally:
-        if wanted:
+        if enabled:
             model.set_experts_implementation(before)
 
 
 def selects_experts(name: str) -> bool:
-    """Whether a parameter, by its name, corrects which experts are selected; it enters no output."""
+    """Whether a parameter of this name is a correction bias: it selects experts, and enters no output."""
     return name.endswith("e_score_correction_bias")
 
 
 def is_norm_or_bias(module: nn.Module, name: str) -> bool:
-    """Whether a parameter, by its name in a module, is a norm's or is added to something, as correction biases are."""
+    """Whether a parameter of this name in a module is a norm's weight or a bias; correction biases are biases."""
     parent, _, leaf = name.rpartition(".")
     return leaf.endswith("bias") or "norm" in type(module.get_submodule(parent)).__name__.lower()
 
 
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:
-    """What surgery changes of a decoder layer: its feed-forward block, or `SkippedLayer` where all of it is removed."""
+    """The block that surgery changes in a decoder layer: its MoE block or MLP; `SkippedLayer` for a removed layer."""
     decoder_layer = decoder_layers(model)[layer]
     return decoder_layer if isinstance(decoder_layer, SkippedLayer) else decoder_layer.mlp  # type: ignore[return-value]
 
 
 def set_block(model: PreTrainedModel, layer: int, block: nn.Module) -> None:
-    """Put a feed-forward block in its place, or a whole decoder layer, or `SkippedLayer` in place of that."""
-    if isinstance(block, SkippedLayer) or hasattr(block, "self_attn"):
+    """Put a block into a decoder layer; a decoder layer, or `SkippedLayer`, in place of the layer itself."""
+    if _is_decoder_layer(block):
         decoder_layers(model)[layer] = block
     else:
         decoder_layers(model)[layer].mlp = block
+
+
+def _is_decoder_layer(block: nn.Module) -> bool:
+    return isinstance(block, SkippedLayer) or hasattr(block, "self_attn")
 
 
 def is_sparse(block: nn.Module) -> bool:
@@ -136,12 +129,12 @@ def is_sparse(block: nn.Module) -> bool:
 
 
 def output_of(returned: Any) -> Tensor:
-    """What a block adds to the residual stream; some families' blocks return their router's scores beside it."""
+    """The hidden states that a block returned, without the router's scores that some families return besides."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 
 def with_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Module | None = None) -> nn.Module:
-    """A sparse block with another router or other experts; everything else is shared with the given one."""
+    """A sparse block with another router or other experts; it shares everything else with the given one."""
     twin = shallow_copy(block)
     if router is not None:
         setattr(twin, router_name(twin), router)
@@ -151,10 +144,10 @@ def with_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Mo
 
 
 def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
-    """The router with the rows of some experts only.
+    """The router with the rows of the retained experts only.
 
     Raises:
-        UserError: fewer experts than top_k, merged experts, or groups of unequal size or of fewer than two.
+        UserError: fewer experts than top_k; merged experts; groups of unequal size, or of fewer than two experts.
     """
     routing, num_experts = block.routing, block.num_experts
     if isinstance(block.router, RemappedRouter):
@@ -176,7 +169,7 @@ def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
 
 
 def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
-    """The block as pruning would leave it, without a copy of any expert: for trying it out.
+    """A block that computes what the pruned block would, and shares the experts: for trials.
 
     Raises:
         UserError: as `pruned_router`.
@@ -186,23 +179,23 @@ def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
 
 
 def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
-    """Routed and shared experts of a sparse layer, by their names within its block; no router, no gate."""
+    """Routed and shared experts of a sparse layer, by their names within its block; empty for other layers."""
     if not is_sparse(get_block(model, layer)):
         return {}
     block = sparse_view(model, layer, get_block(model, layer))
-    found = {"experts": block.experts}
+    modules = {"experts": block.experts}
     if block.shared_expert is not None:
-        found[str(family_of(model.config).shared_expert)] = block.shared_expert
-    return found
+        modules[str(block.family.shared_expert)] = block.shared_expert
+    return modules
 
 
 def block_name(layer: int) -> str:
-    """The state-dict prefix of a decoder layer's feed-forward block, without the last dot."""
+    """The state-dict name of a decoder layer's MoE block or MLP."""
     return f"model.layers.{layer}.mlp"
 
 
 def sparse_view(model: PreTrainedModel, layer: int, module: nn.Module) -> SparseBlock:
-    """The view of a sparse block, in the model or taken out of it."""
+    """The view of a sparse block that is in this layer of the model, or was."""
     family = family_of(model.config)
     return SparseBlock(
         layer=layer,
@@ -224,39 +217,36 @@ def sparse_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
 
 @contextmanager
 def swapped(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator[PreTrainedModel]:
-    """Inside, these blocks (or whole decoder layers) stand in the model; after, its own again. No weight is copied."""
-    own = {layer: _standing_in(model, layer, block) for layer, block in blocks.items()}
+    """Inside, the model has these blocks or decoder layers in place of its own; no weight is copied."""
+    before = {
+        layer: decoder_layers(model)[layer] if _is_decoder_layer(block) else get_block(model, layer)
+        for layer, block in blocks.items()
+    }
     for layer, block in blocks.items():
         set_block(model, layer, block)
     try:
         yield model
     finally:
-        for layer, block in own.items():
+        for layer, block in before.items():
             set_block(model, layer, block)
 
 
-def _standing_in(model: PreTrainedModel, layer: int, block: nn.Module) -> nn.Module:
-    """What `set_block` with this block would displace: a whole decoder layer for a whole one."""
-    whole = isinstance(block, SkippedLayer) or hasattr(block, "self_attn")
-    return decoder_layers(model)[layer] if whole else get_block(model, layer)
-
-
 def is_dense(block: nn.Module) -> bool:
-    """Whether this is a dense layer's block, of a family's own class."""
-    own = isinstance(block, (CondensedMoE, Zeros)) or is_sparse(block)
-    return not own and all(hasattr(block, name) for name in PROJECTIONS)
+    """Whether this is the MLP of one of the family's own dense layers."""
+    ours = isinstance(block, (CondensedMoE, Zeros))
+    return not ours and not is_sparse(block) and all(hasattr(block, name) for name in PROJECTIONS)
 
 
 def multiplied_out(experts: LowRankExperts, *, turned: bool) -> dict[str, Tensor]:
-    """Low-rank experts as a family's fused ones, by parameter name, in the factors' dtype; one expert at a time.
+    """The parameters of a family's fused experts from those of low-rank ones, by name, in the factors' dtype.
 
     Args:
-        turned: as gpt_oss has them: transposed, gate and up interleaved.
+        turned: gpt_oss's orientation: transposed, gate and up interleaved.
     """
     number, width, hidden_size = experts.num_experts, experts.intermediate_dim, experts.hidden_dim
     like = next(experts.parameters())
     both, down = like.new_empty(number, 2 * width, hidden_size), like.new_empty(number, hidden_size, width)
-    added = {
+    biases = {
         "gate_up_proj_bias": like.new_empty(number, 2 * width),
         "down_proj_bias": like.new_empty(number, hidden_size),
     }
@@ -268,8 +258,8 @@ def multiplied_out(experts: LowRankExperts, *, turned: bool) -> dict[str, Tensor
         down[expert] = bucket.projection(position, "down_proj").to(like.dtype)
         if experts.bias:
             gate_bias, up_bias, down_bias = (bias[position] for bias in bucket.biases() or ())
-            added["gate_up_proj_bias"][expert, gate_rows] = gate_bias
-            added["gate_up_proj_bias"][expert, up_rows] = up_bias
-            added["down_proj_bias"][expert] = down_bias
+            biases["gate_up_proj_bias"][expert, gate_rows] = gate_bias
+            biases["gate_up_proj_bias"][expert, up_rows] = up_bias
+            biases["down_proj_bias"][expert] = down_bias
     fused = {"gate_up_proj": both.mT, "down_proj": down.mT} if turned else {"gate_up_proj": both, "down_proj": down}
-    return {**fused, **(added if experts.bias else {})}
+    return {**fused, **(biases if experts.bias else {})}

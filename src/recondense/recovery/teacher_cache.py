@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 
 from recondense.data.loader import Table, num_rows
 from recondense.files import fingerprint, remove_partial, replace_file, waiting_lock
-from recondense.models import decoder, forward, streaming
+from recondense.models import decoder, forward
 from recondense.models.forward import model_inputs
 from recondense.models.hooks import evaluating
+from recondense.models.layer_store import layer_store
 from recondense.progress import progress
 from recondense.recovery.chunked_losses import TopK, top_k
 
@@ -126,7 +127,7 @@ def keep_predictions(
         remove_partial(folder)
         total = sum(len(found.rows_of(index)) for index in found.missing)
         with progress("the teacher's predictions", total) as bar, original() as model, evaluating(model), autocast:
-            together = FILES_PER_READING if streaming.is_streamed(model) else 1
+            together = FILES_PER_READING if layer_store(model).streamed else 1
             missing = found.missing
             for first in range(0, len(missing), together):
                 indices = missing[first : first + together]
@@ -156,7 +157,7 @@ def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor
         moved = {name: batch[name].to(decoder.device(model)) for name in ("input_ids", "position_ids") if name in batch}
         return {**model_inputs(model, moved["input_ids"], moved.get("position_ids")), "use_cache": False}
 
-    if streaming.is_streamed(model):
+    if layer_store(model).streamed:
         yield from forward.layer_by_layer(model, [inputs(batch) for batch in batches])
         return
     for batch in batches:

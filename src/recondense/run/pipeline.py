@@ -29,7 +29,8 @@ from recondense.export.export import export, how_to_load
 from recondense.export.layout import layer_shapes, layout
 from recondense.export.push import push_folder
 from recondense.files import write_aside
-from recondense.models import decoder, families, loading, parameters, quantized, streaming
+from recondense.models import decoder, families, loading, parameters, quantized
+from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
 from recondense.plan import Plan
 from recondense.progress import configure, progress
@@ -222,11 +223,11 @@ class _Run:
         """
         config, folder = self.config, self.folder
         model, tokenizer, texts = measure.model, measure.tokenizer, measure.texts
-        if streaming.is_streamed(model):
+        if layer_store(model).streamed:
             self.memory = {
                 "before_bytes": at_start,
-                "outside_layers_bytes": streaming.bytes_outside_layers(model),
-                "layer_bytes": streaming.page_bytes(model),
+                "outside_layers_bytes": parameters.bytes_outside_layers(model),
+                "layer_bytes": parameters.largest_layer_bytes(model),
                 "scratch_bytes": scratch_bytes(config, decoder.device(model), model),
             }
         measure.original()
@@ -301,7 +302,7 @@ class _Run:
                     folder / "model" / "README.md", model_card.model_card(found) + how_to_load(folder / "model")
                 )
             tracking.log_export(self.loggers, folder / "model")
-        if streaming.is_streamed(model):  # no recovery has brought it in
+        if layer_store(model).streamed:  # no recovery has brought it in
             self._take_peak()
         if self.memory:
             found["memory"] = self.memory

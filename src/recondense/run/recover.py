@@ -21,7 +21,8 @@ from recondense.config.stages import Stage
 from recondense.data.loader import RecoveryData, ShuffledWindows, num_rows
 from recondense.data.texts import Texts
 from recondense.errors import UserError
-from recondense.models import loading, streaming
+from recondense.models import loading
+from recondense.models.layer_store import layer_store
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.recovery.fit import FINAL, fit, precision_of
@@ -62,11 +63,11 @@ class Fits:
         """Train every stage, or what is left of them; adapters are merged at the end of theirs."""
         self.done = []
         sources = self._on_disk(module)
-        if streaming.is_streamed(module.model):
+        if layer_store(module.model).streamed:
             self.streamed()
             module.release_original()
             with progress("the compressed model, whole"):
-                streaming.bring_in(module.model)
+                layer_store(module.model).load_all()
         with self._without_original(module):
             for stage in self.stages:
                 self._stage(stage, module, sources.get(stage.name))

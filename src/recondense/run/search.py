@@ -20,7 +20,9 @@ from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
 from recondense.config.schema import Config
 from recondense.data.texts import Texts
 from recondense.files import JsonFolder, fingerprint, waiting_lock
-from recondense.models import decoder, families, streaming, views
+from recondense.models import decoder, families, views
+from recondense.models.layer_store import layer_store
+from recondense.models.parameters import largest_layer_bytes
 from recondense.operations import Condense, Drop, Operation, Refit
 from recondense.plan import Plan
 from recondense.surgery import apply
@@ -70,7 +72,7 @@ def find_plan(
     if not steps:
         return Plan(model=name)
     found = {name: inputs[name] for name in ("weights", "calibration")}
-    streaming.identify(model, fingerprint(found))
+    layer_store(model).context = fingerprint(found)
     record_split = recorder(config, model, tokenizer, texts, folder, timed, split=True)
     record_whole = recorder(config, model, tokenizer, texts, folder, timed)
     plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
@@ -150,8 +152,8 @@ def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel |
     wanted = config.scratch_bytes()
     if wanted is not None:
         return wanted
-    if model is not None and streaming.is_streamed(model):
-        return max(streaming.page_bytes(model), 1 << 26)
+    if model is not None and layer_store(model).streamed:
+        return max(largest_layer_bytes(model), 1 << 26)
     on_cpu = psutil.virtual_memory().available // processes.world_size()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
     return processes.broadcast(max(free // 4, 1 << 26))

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.files import fingerprint
-from recondense.models import blocks, decoder, streaming, views
+from recondense.models import blocks, decoder, views
+from recondense.models.layer_store import layer_store
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.surgery import condense, drop, factorize, merge, prune
@@ -68,9 +69,9 @@ def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> d
             operations = list(group)
             if whitened and record is None:
                 raise UserError("plan: factorize with whitening needs the calibration set; none was given")
-            names = _names(model, operations, streaming.standing(model) if whitened else "")
+            names = _names(model, operations, layer_store(model).fingerprint() if whitened else "")
             tape = None
-            if whitened and record is not None and not all(streaming.is_put_away(model, name) for name in names):
+            if whitened and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
                 tape = record()  # of the model before any of the group
             for operation, name in zip(operations, names, strict=True):
                 _exchange(model, operation.layer, _made(model, operation, tape, name), originals)
@@ -128,24 +129,26 @@ def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
 
 
 def _made(model: PreTrainedModel, operation: Operation, tape: Tape | None, name: str) -> nn.Module:
-    """The block that an operation makes; of a model larger than memory it is put away, and not made twice."""
+    """The block that an operation makes; of a model larger than memory it is offloaded, and not made twice."""
     if isinstance(operation, Drop):
         return _shaped(model, operation)
-    found = streaming.taken_back(model, lambda: _shaped(model, operation), name)
+    store = layer_store(model)
+    found = store.load_back(name, lambda: _shaped(model, operation))
     if found is not None:
         return found
-    with streaming.resident(model, operation.layer):
-        return streaming.put_away(model, _filled(model, operation, tape), name)
+    with store.resident(operation.layer):
+        return store.offload(_filled(model, operation, tape), name)
 
 
 def _names(model: PreTrainedModel, operations: Sequence[Operation], context: str) -> list[str]:
-    """What blocks are put away as: by what stood in the layer, what is done to it, and what else decides that."""
-    if not streaming.is_streamed(model):
+    """The keys of offloaded blocks: by what stood in the layer, what is done to it, and what else decides that."""
+    store = layer_store(model)
+    if not store.streamed:
         return [""] * len(operations)
-    standing: dict[int, Any] = {each.layer: streaming.name_standing(model, each.layer) for each in operations}
+    standing: dict[int, Any] = {each.layer: store.layer_keys(each.layer) for each in operations}
     names = []
     for each in operations:
-        said = streaming.identity(model), context, standing[each.layer], Plan("", (each,)).to_dict()["operations"]
+        said = store.context, context, standing[each.layer], Plan("", (each,)).to_dict()["operations"]
         names.append(f"layer-{each.layer:03d}-{fingerprint(*said)}")
         standing[each.layer] = names[-1]
     return names

@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.files import fingerprint
-from recondense.models import streaming, views
+from recondense.models import views
 from recondense.models.blocks import CondensedMoE, expert_inner
 from recondense.models.hooks import evaluating
+from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
-from recondense.models.streaming import put_away, resident
+from recondense.models.parameters import total_parameters
 from recondense.models.tensor_store import Shelf
 from recondense.operations import Refit
 
@@ -86,7 +87,7 @@ def refit_layers(
                 most = most_columns(originals.get(layer) or views.get_block(model, layer))
                 report[layer] = _refitted(model, tape, wanted[layer], states, most)
             entering, states = states, tape.storage.shelf()
-            with resident(model, layer):
+            with layer_store(model).resident(layer):
                 for index, state in enumerate(entering):
                     states.append(tape.run_layer(model, layer, index, state))
     return report
@@ -94,21 +95,20 @@ def refit_layers(
 
 def most_columns(original: nn.Module) -> int:
     """How many inputs of a block's units are solved for at once."""
-    layer_bytes = 2 * 4 * sum(parameter.numel() for parameter in original.parameters())
+    layer_bytes = 2 * 4 * total_parameters(original)
     return max(LEAST_COLUMNS, math.isqrt(layer_bytes // NORMAL_BYTES))
 
 
 def _refitted(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, most: int) -> dict[str, float]:
-    """Refit a layer; of a model larger than memory what was refitted is put away, and not solved twice."""
-    layer = operation.layer
-    name = f"refit-{layer:03d}-{fingerprint(streaming.standing(model), asdict(operation))}"
-    known = streaming.remembered(model, name)
-    block = streaming.taken_back(model, lambda: views.get_block(model, layer), name) if known else None
+    """Refit a layer; of a model larger than memory the refitted block is offloaded, and not solved twice."""
+    layer, store = operation.layer, layer_store(model)
+    name = f"refit-{layer:03d}-{fingerprint(store.fingerprint(), asdict(operation))}"
+    known = store.notes(name)
+    block = store.load_back(name, lambda: views.get_block(model, layer)) if known else None
     if block is None:
-        with resident(model, layer):
+        with store.resident(layer):
             known = _refit_layer(model, tape, operation, states, most)
-            block = put_away(model, views.get_block(model, layer), name)
-        streaming.remember(model, name, known)
+            block = store.offload(views.get_block(model, layer), name, known)
     views.set_block(model, layer, block)
     return known
 

@@ -25,10 +25,10 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 def test_states_are_transformers_hidden_states(family: str) -> None:
     model, ids = FAMILIES[family](), texts()
     tape = recorded(model, ids)
-    assert tape.num_layers == 3 and tape.num_tokens == sum(map(len, ids)) and len(tape.blocks) == 3
-    for index, block in enumerate(tape.blocks):
+    assert tape.num_layers == 3 and tape.num_tokens == sum(map(len, ids)) and len(tape.texts.local) == 3
+    for index, batch in enumerate(tape.texts.local):
         with torch.no_grad():
-            output = model(input_ids=block.input_ids_BS, attention_mask=block.mask_BS, output_hidden_states=True)
+            output = model(input_ids=batch.input_ids_BS, attention_mask=batch.mask_BS, output_hidden_states=True)
         for layer in range(3):
             torch.testing.assert_close(
                 tape.real_tokens(index, tape.states[layer][index]),
@@ -48,11 +48,11 @@ def test_a_layer_rerun_from_its_taped_input_gives_the_next_state(family: str) ->
     assert tape.layer_runs == 3
     with torch.no_grad():
         for layer in range(3):
-            for index in range(len(tape.blocks)):
+            for index in range(len(tape.texts.local)):
                 again = tape.run_layer(model, layer, index, tape.states[layer][index])
                 assert torch.equal(again, tape.states[layer + 1][index])
     assert tape.layer_runs == pytest.approx(6)
-    assert tape.nbytes == 4 * 4 * 32 * sum(block.mask_BS.numel() for block in tape.blocks)
+    assert tape.nbytes == 4 * 4 * 32 * sum(batch.mask_BS.numel() for batch in tape.texts.local)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +81,7 @@ def test_padding_never_counts(family: str) -> None:
     traces = [list(tape.trace(model, 2)) for tape in tapes]
     assert sum(len(trace.x_TD) for trace in traces[0]) == sum(map(len, ids))
     for tape, trace in zip(tapes[1:], traces[1:], strict=True):
-        for index in range(len(tape.blocks)):
+        for index in range(len(tape.texts.local)):
             for layer in range(4):
                 torch.testing.assert_close(
                     tape.real_tokens(index, tape.states[layer][index]),
@@ -163,7 +163,7 @@ def test_mean_over_texts() -> None:
     per_text = [[1.0, 3.0], [10.0, 20.0, 30.0, 0.0], [5.0]]
     first = torch.tensor([[*per_text[0], *per_text[1]], [1.0] * 6])
     second = torch.tensor([per_text[2], [4.0]])
-    found = tape.mean_over_texts([first, second])
+    found = tape.texts.mean_over_texts([first, second])
     assert found.dtype == torch.float64
     assert found.tolist() == [by_hand(per_text), 2.0]
 
@@ -239,9 +239,9 @@ def test_a_split_tape_that_was_killed_between_two_processes_goes_on(
         tapes = together.record(models, tmp_path)
         for rank, tape in enumerate(tapes):
             assert isinstance(tape, Tape), tape
-            assert tape.layer_runs == pytest.approx((again if gone else 3) if tape.blocks else 0)
+            assert tape.layer_runs == pytest.approx((again if gone else 3) if tape.texts.local else 0)
             for layer, states in enumerate(tape.states):
                 assert all(map(torch.equal, states, list(whole.states[layer])[rank::number]))
-                assert len(states) == len(tape.blocks)
+                assert len(states) == len(tape.texts.local)
     tapes = together.record(models, tmp_path)
     assert [tape.layer_runs for tape in tapes] == [0] * number, "all was there"

@@ -27,7 +27,7 @@ from recondense.export import export as export_module
 from recondense.export import layout, shard_writer
 from recondense.export.export import export
 from recondense.models import loading
-from recondense.models.parameters import count_parameters
+from recondense.models.parameters import total_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import History, Plan
 from recondense.surgery import apply
@@ -230,8 +230,8 @@ def test_computes_the_same_elsewhere(name: str, elsewhere: dict[str, Any]) -> No
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     assert found["loading"] == {}  # no missing, unexpected or mismatched keys
     assert found["dtype"] == str(model.dtype)
-    assert found["parameters"] == count_parameters(model) + variant.added
-    assert found["parameters"] < count_parameters(variant.model()) or not variant.layers
+    assert found["parameters"] == total_parameters(model) + variant.added
+    assert found["parameters"] < total_parameters(variant.model()) or not variant.layers
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "bf16" not in name])

@@ -20,7 +20,7 @@ from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
 from recondense.export.export import export
 from recondense.export.layout import condensed_layers
 from recondense.models import decoder, families, loading, parameters, views
-from recondense.models.parameters import count_parameters
+from recondense.models.parameters import total_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.recovery import trainable
@@ -76,7 +76,7 @@ def test_a_stock_export_is_an_input(family: str, tmp_path: Path) -> None:
     apply.apply(model, plan)
     assert written(model, plan, tmp_path / "out", ExportConfig()) == "stock"
     again = loaded(tmp_path / "out", family)
-    assert type(again) is type(EVERY[family]()) and count_parameters(again) == count_parameters(model)
+    assert type(again) is type(EVERY[family]()) and total_parameters(again) == total_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     assert families.facts(again.config).num_experts == 4
     further = Plan("tiny", tuple(Prune(layer, (0, 1, 3)) for layer in views.sparse_blocks(again)))
@@ -93,7 +93,7 @@ def test_low_rank_experts_multiplied_out_are_the_familys_own(family: str, tmp_pa
     assert written(model, plan, tmp_path / "out", ExportConfig(format="dense")) == "stock"
     again = loaded(tmp_path / "out", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
-    assert count_parameters(again) == count_parameters(EVERY[family]())
+    assert total_parameters(again) == total_parameters(EVERY[family]())
 
 
 # ---------------------------------------------------------------------------------------------- compressed folders
@@ -116,7 +116,7 @@ def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -
     apply.apply(model, plan)
     assert written(model, plan, tmp_path / "out") == "bundled"
     again = loaded(tmp_path / "out", family)
-    assert type(again).__name__ == "CompressedForCausalLM" and count_parameters(again) == count_parameters(model)
+    assert type(again).__name__ == "CompressedForCausalLM" and total_parameters(again) == total_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     facts = families.facts(again.config)
     assert set(facts.moe_layers) - {0} == {1, 2, 6} and facts.factorized == (1, 6)
@@ -149,7 +149,7 @@ def test_a_compressed_folder_is_compressed_again(family: str, tmp_path: Path) ->
     torch.testing.assert_close(logits(last, IDS), logits(again, IDS), rtol=0, atol=1e-5)
     facts = families.facts(last.config)
     assert facts.moe_layers == left == facts.factorized
-    assert parameters.parameter_counts(last.config).total == count_parameters(again)
+    assert parameters.parameter_counts(last.config).total == total_parameters(again)
     assert parameters.parameter_counts(last.config).routed_experts == parameters.routed_parameters(again)
 
 

@@ -27,7 +27,8 @@ from transformers import (
 
 from recondense.config.schema import ModelConfig
 from recondense.export.export import export
-from recondense.models import decoder, loading, quantized, streaming
+from recondense.models import decoder, loading, quantized
+from recondense.models.layer_store import layer_store
 from recondense.plan import Plan
 
 SIZES: dict[str, Any] = {
@@ -79,7 +80,7 @@ def test_layers_that_are_read_one_at_a_time_are_made_whole_as_ever(tmp_path: Pat
     settings = ModelConfig(attention="eager", device="cpu")
     whole, model = (loading.load(settings, tmp_path / "model", pages)[0] for pages in (None, tmp_path / "pages"))
     for layer, expected in enumerate(decoder.decoder_layers(whole)):
-        with streaming.resident(model, layer):
+        with layer_store(model).resident(layer):
             found = decoder.decoder_layers(model)[layer].state_dict()
             assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
     assert loading.weights_fingerprint(model) == loading.weights_fingerprint(whole)

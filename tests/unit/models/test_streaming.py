@@ -26,7 +26,10 @@ from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.export.export import export
 from recondense.methods.search.importance import expert_importance
-from recondense.models import decoder, loading, streaming, views
+from recondense.models import decoder, loading, views
+from recondense.models.layer_store import layer_store
+from recondense.models.parameters import largest_layer_bytes
+from recondense.models.streaming import Streamed
 from recondense.models.tensor_store import Disk
 from recondense.operations import Condense, Factorize, Prune, Refit
 from recondense.plan import Plan
@@ -62,17 +65,17 @@ def whole(folder: Path) -> Any:
 def streamed(folder: Path, tmp_path: Path) -> Iterator[Any]:
     """Never two layers of it are in memory, and none once another is used."""
     model = opened(folder, tmp_path / "pages")
-    held = streaming.Pages.held
+    resident = Streamed.resident
     most = 0
 
-    def spied(self: Any, owner: Any, layer: int) -> Any:
+    def spied(self: Any, layer: int) -> Any:
         nonlocal most
-        most = max(most, len(layers_in_memory(owner)))
-        return held(self, owner, layer)
+        most = max(most, len(layers_in_memory(model)))
+        return resident(self, layer)
 
-    streaming.Pages.held = spied  # type: ignore[assignment,method-assign]
+    Streamed.resident = spied  # type: ignore[assignment,method-assign]
     yield model
-    streaming.Pages.held = held  # type: ignore[method-assign]
+    Streamed.resident = resident  # type: ignore[method-assign]
     assert most <= 1
 
 
@@ -101,7 +104,7 @@ def test_a_layer_has_its_weights_while_it_is_used(family: str, tmp_path: Path) -
     outside = {name: value for name, value in whole.state_dict().items() if not name.startswith("model.layers.")}
     assert same(outside, {name: model.state_dict()[name] for name in outside})
     for layer, expected in enumerate(decoder.decoder_layers(whole)):
-        with streaming.resident(model, layer):
+        with layer_store(model).resident(layer):
             assert layers_in_memory(model) == [layer]
             found = decoder.decoder_layers(model)[layer].state_dict()
             assert same(found, expected.state_dict())
@@ -202,7 +205,7 @@ def test_what_was_killed_goes_on_at_its_layer(folder: Path, tmp_path: Path) -> N
     expected = opened(folder, None)
     apply.apply(expected, plan)
     for layer, module in enumerate(decoder.decoder_layers(expected)):
-        with streaming.resident(again, layer):
+        with layer_store(again).resident(layer):
             assert same(decoder.decoder_layers(again)[layer].state_dict(), module.state_dict())
 
 
@@ -225,47 +228,47 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
     apply.refit(expected, plan, apply.apply(expected, plan, record), record)
     solved: list[int] = []
     solve = refit._refit_layer
-    put_away, left = streaming.Pages.put_away, [2]
+    offload, writes = Streamed.offload, [2]
 
     def counted(model: Any, tape: Any, operation: Refit, *args: Any) -> Any:
         solved.append(operation.layer)
         return solve(model, tape, operation, *args)
 
-    def killed(self: Any, block: nn.Module, name: str | None) -> nn.Module:
-        left[0] -= 1
-        if left[0] < 0:
+    def killed(self: Any, block: nn.Module, *args: Any) -> nn.Module:
+        writes[0] -= 1
+        if writes[0] < 0:
             raise KeyboardInterrupt
-        return put_away(self, block, name)
+        return offload(self, block, *args)
 
     monkeypatch.setattr(refit, "_refit_layer", counted)
     for more in (2, 3, None):  # two layers, then one and two refits, then the rest
         model = opened(folder, tmp_path / "pages")
-        left[0] = 100 if more is None else more
-        monkeypatch.setattr(streaming.Pages, "put_away", killed)
+        writes[0] = 100 if more is None else more
+        monkeypatch.setattr(Streamed, "offload", killed)
         again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
         with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
             apply.refit(model, plan, apply.apply(model, plan, again), again)
     assert solved == [0, 1, 2, 2]  # the third time the kill came before the last was on the disk
     for layer, module in enumerate(decoder.decoder_layers(expected)):
-        with streaming.resident(model, layer):
+        with layer_store(model).resident(layer):
             assert same(decoder.decoder_layers(model)[layer].state_dict(), module.state_dict())
 
 
-def test_what_is_put_away_goes_with_the_block_and_is_known_by_what_decided_it(folder: Path, tmp_path: Path) -> None:
+def test_offloaded_blocks_are_deleted_with_their_file_and_known_by_their_context(folder: Path, tmp_path: Path) -> None:
     model = opened(folder, tmp_path / "pages")
     condense = Condense(0, (1, 4), (0.3, 0.4), 0.5)
     for key in ("one", "other"):
-        streaming.identify(model, key)
+        layer_store(model).context = key
         originals = apply.apply(model, Plan("tiny", (condense,)))
-        with streaming.resident(model, 0):
+        with layer_store(model).resident(0):
             pass
         views.set_block(model, 0, originals[0])
     assert len(list((tmp_path / "pages").iterdir())) == 2  # other weights, or texts: another file
-    with streaming.resident(model, 1):
-        block = streaming.put_away(model, views.get_block(model, 1))
-    with views.swapped(model, {1: block}), streaming.resident(model, 1):
+    with layer_store(model).resident(1):
+        block = layer_store(model).offload(views.get_block(model, 1))
+    with views.swapped(model, {1: block}), layer_store(model).resident(1):
         pass
-    with streaming.resident(model, 2):
+    with layer_store(model).resident(2):
         assert len(list((tmp_path / "pages").iterdir())) == 3
     del block
     gc.collect()
@@ -286,7 +289,7 @@ def test_export_holds_few_copies_of_a_layer(tmp_path: Path) -> None:
     """At one time the layer, what is taken apart of one weight of it, and less than half of it for a shard."""
     model = qwen2_moe(hidden_size=256, moe_intermediate_size=128, num_experts=16)
     folder = written(model, tmp_path / "model")
-    page = streaming.page_bytes(model)
+    page = largest_layer_bytes(model)
     del model
     streamed = opened(folder, tmp_path / "pages")
     peak = peak_tensor_bytes(lambda: export(streamed, None, Plan("tiny"), tmp_path / "out", ""), "cpu")
@@ -299,8 +302,9 @@ def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
     model, expected = opened(folder, tmp_path / "pages"), opened(folder, None)
     for each in (model, expected):
         apply.apply(each, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
-    streaming.bring_in(model)
-    assert not streaming.is_streamed(model) and same(model.state_dict(), expected.state_dict())
+    assert layer_store(model).streamed
+    layer_store(model).load_all()
+    assert not layer_store(model).streamed and same(model.state_dict(), expected.state_dict())
     ids = windows(2, 9)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
@@ -311,11 +315,11 @@ def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path:
     for pages in (None, tmp_path / "pages"):
         plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
         module = RecoveryModule(opened(folder, pages), recovery(objective="finetune"), plan=plan)
-        with streaming.resident(module.model, 1):  # whatever is in memory while all is frozen
+        with layer_store(module.model).resident(1):  # whatever is in memory while all is frozen
             module.prepare(refit=False)
         if pages is not None:
             module.release_original()
-            streaming.bring_in(module.model)
+            layer_store(module.model).load_all()
         module.prepare()
         module.losses(windows(2, 9))["loss"].backward()
         found.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})
@@ -327,7 +331,7 @@ def test_bf16_on_disk_is_the_rounded_state(folder: Path, tmp_path: Path) -> None
     model = opened(folder, None)
     exact, rounded = recorded(model), recorded(model, storage=Disk(tmp_path, torch.bfloat16))
     assert rounded.nbytes * 2 == exact.nbytes
-    for index in range(len(exact.blocks)):
+    for index in range(len(exact.texts.local)):
         assert torch.equal(rounded.states[0][index], exact.states[0][index].bfloat16().float())
         assert rounded.states[3][index].dtype == torch.float32
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from recondense.models import decoder, families, views
-from recondense.models.parameters import count_parameters, sizes, weights_bytes
+from recondense.models.parameters import sizes, total_parameters, weights_bytes
 from recondense.operations import Condense, Prune
 from recondense.plan import Plan
 from recondense.surgery import apply
@@ -70,7 +70,7 @@ def test_memory_ratio_of_nine_condensed_layers(num_experts: int, memory_ratio: f
     apply.restructure(model, Plan("qwen", tuple(operations)))
     expert = 3 * 2048 * 1408
     lost = 9 * ((60 - num_experts) * expert + 60 * 2048 + 2048)
-    assert count_parameters(model) == 14_315_784_192 - lost
+    assert total_parameters(model) == 14_315_784_192 - lost
     assert sizes(model)["routed_experts"] == 12_457_082_880 - 9 * (60 - num_experts) * expert
     scales = 9 * 4 * (5632 + num_experts * 1408)  # kept in fp32 while training
     assert weights_bytes(model) == before - 2 * lost + scales
@@ -121,7 +121,7 @@ def test_names_of_blocks_and_experts(family: str) -> None:
     assert names[views.block_name(layer)] is views.get_block(model, layer)
     found = views.expert_modules(model, layer)
     assert all(names[f"{views.block_name(layer)}.{name}"] is module for name, module in found.items())
-    numbers = sum(count_parameters(module) for module in found.values())
+    numbers = sum(total_parameters(module) for module in found.values())
     facts = families.facts(model.config)
     assert numbers == 3 * facts.hidden_size * (facts.num_experts * facts.expert_width + facts.shared_width)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.tiny_models import deepseek_v2, qwen2_moe
 from torch import nn
-from transformers import CONFIG_MAPPING
 
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
@@ -18,7 +17,7 @@ from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.models import classes, views
 from recondense.models.parameters import weights_bytes
-from recondense.models.published_configs import recorded_values
+from recondense.models.published_configs import recorded_config
 from recondense.models.quantized import quantization, stored_bytes
 from recondense.run.plan_only import layer_table, ranges, weights_dtype
 from recondense.run.sizes import compare, outlined
@@ -29,8 +28,7 @@ def meta(make: Any = qwen2_moe, **changes: Any) -> Any:
 
 
 def published(hub_id: str) -> tuple[Any, dict[str, Any]]:
-    values = recorded_values(hub_id)
-    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    config = recorded_config(hub_id)
     return classes.on_meta(config, torch.bfloat16), quantization(config)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recondense.models import families, views
 from recondense.models.blocks import CondensedMoE
-from recondense.models.parameters import count_parameters
+from recondense.models.parameters import total_parameters
 from recondense.operations import Condense
 from recondense.plan import Plan
 from recondense.surgery import apply
@@ -87,10 +87,10 @@ def test_restructure_on_the_meta_device_gives_the_same_shapes(family: str) -> No
 
 def test_dropped_experts_are_gone() -> None:
     model = qwen2_moe()
-    before = count_parameters(model)
+    before = total_parameters(model)
     taken = apply.apply(model, condense_plan(model, [0, 1, 2], (2,)))
     lost = 3 * (5 * 3 * 32 * 16 + 6 * 32 + 32)  # five experts, the router, the shared gate
-    assert count_parameters(model) == before - lost
+    assert total_parameters(model) == before - lost
     assert not any("gate.weight" in name or ".experts." in name for name in model.state_dict())
     kept = {parameter.data_ptr() for parameter in model.parameters()}
     assert not kept & {parameter.data_ptr() for block in taken.values() for parameter in block.parameters()}

@@ -89,7 +89,7 @@ class LayerScorer:
 
     def score(self, candidates: Sequence[int | None]) -> Tensor:
         """JS when one more expert is retained, for each candidate; None is the layer as it is. (C,) in fp64."""
-        return self.tape.mean_over_texts(self._score_block(index, candidates) for index in range(len(self.x)))
+        return self.tape.texts.mean_over_texts(self._score_block(index, candidates) for index in range(len(self.x)))
 
     def _score_block(self, index: int, candidates: Sequence[int | None]) -> Tensor:
         """JS (C, T) of one block of texts."""

@@ -51,7 +51,7 @@ class Damage:
         for index, hidden_BSD in enumerate(final):
             reference = self._reference(index)
             js.append(js_from_difference(reference, (self._normed(index, hidden_BSD) - reference.logits_TD)[None]))
-        return float(self.tape.mean_over_texts(js)[0])
+        return float(self.tape.texts.mean_over_texts(js)[0])
 
     def _reference(self, index: int) -> Reference:
         """The original's side; on the disk nothing is held that can be computed again."""

@@ -122,12 +122,12 @@ def _losses(
 
 def _loss_of(model: PreTrainedModel, tape: Tape, final: Shelf, max_scratch_bytes: int) -> float:
     """From the states leaving the last layer; summed over blocks of texts in their order."""
-    parts = tape.in_order([
+    parts = tape.texts.in_order([
         (
             _next_token_loss(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS, max_scratch_bytes),
             int(texts.mask_BS[:, 1:].sum()),
         )
-        for texts, hidden_BSD in zip(tape.blocks, final, strict=True)
+        for texts, hidden_BSD in zip(tape.texts.local, final, strict=True)
     ])  # fmt: skip
     return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
 

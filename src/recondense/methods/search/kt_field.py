@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.models import views
 from recondense.models.hooks import evaluating
-from recondense.models.streaming import resident
+from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Shelf
 
 Set = tuple[int, ...]
@@ -126,7 +126,7 @@ def _squares(tape: Tape, states: Shelf, others: Shelf | None) -> float:
         if others is not None:
             wanted_TD = wanted_TD - tape.real_tokens(index, others[index]).double()
         sums.append(float(wanted_TD.square().sum()))
-    return sum(tape.in_order(sums))
+    return sum(tape.texts.in_order(sums))
 
 
 def _run(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, end: int, dropped: Set) -> Shelf:
@@ -139,7 +139,7 @@ def _run(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, end: int
 
 def _through(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, dropped: Set | None) -> Shelf:
     found = tape.storage.shelf()
-    with resident(model, layer):
+    with layer_store(model).resident(layer):
         blocks = {}
         if dropped:
             block = views.sparse_blocks(model)[layer]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from recondense import processes
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.models.streaming import resident
+from recondense.models.layer_store import layer_store
 from recondense.progress import Stage, progress
 
 Record = dict[str, Any]
@@ -51,7 +51,7 @@ def layerwise(
         enough: whether a record that the cache has answers all that is asked.
         failed: takes the message of a UserError of `work`, by layer; None: it is raised.
         by_text: `work` gets the states on this process's texts, and puts together what all processes found, with
-            `Tape.total` or `Tape.in_order`; none has to be sent the states of others.
+            `tape.texts.total` or `tape.texts.in_order`; none has to be sent the states of others.
 
     Returns:
         the records that were found, by layer, and how many of them came out of the cache.
@@ -62,7 +62,7 @@ def layerwise(
     with progress(description, len(names)) as bar:
         bar.advance(reused)
         # Where every process has all texts, each of them searches all layers.
-        together = processes.world_size() if wanted and tape().split and not by_text else 1
+        together = processes.world_size() if wanted and tape().texts.split and not by_text else 1
         for first in range(0, len(wanted), together):
             layers = wanted[first : first + together]
             for layer, (record, error) in zip(
@@ -89,13 +89,13 @@ def _each(
     by_text: bool,
 ) -> list[tuple[Record | None, UserError | None]]:
     """What the processes find for some layers, one each; all of them get all of it."""
-    apart = tape.split and not by_text
+    apart = tape.texts.split and not by_text
     own = tape.excerpt(layers) if apart else tape
     found: tuple[Record | None, UserError | None] = None, None
     if own is not None:
         layer = layers[processes.rank()] if apart else layers[0]
         try:
-            with resident(model, layer):
+            with layer_store(model).resident(layer):
                 found = work(own, layer, known[layer], bar), None
         except UserError as error:
             found = None, error

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.models import views
 from recondense.models.hooks import evaluating
-from recondense.models.streaming import resident
+from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Shelf
 
 
@@ -70,7 +70,7 @@ class Climb:
                     live[number] = self._through(layer, stands, live[number])
                 for number, start in enumerate(starts):
                     if start.layer == layer:
-                        with resident(self.model, layer):
+                        with layer_store(self.model).resident(layer):
                             live[number] = self._through(layer, start.block(), self.states[layer])
                 if layer >= self._valid:
                     self.states[layer + 1] = self._through(layer, stands, self.states[layer])

@@ -28,4 +28,4 @@ def routing_totals(tape: Tape, traces: Sequence[LayerTrace], num_experts: int) -
         weights_TE.scatter_(1, index_TK, trace.top_k_weights_TK.double())
         sums.append(weights_TE.sum(dim=0))
         counts.append(torch.zeros_like(weights_TE, dtype=torch.int64).scatter_(1, index_TK, 1).sum(dim=0))
-    return tape.total(counts), tape.total(sums)
+    return tape.texts.total(counts), tape.texts.total(sums)

@@ -1,7 +1,7 @@
-"""The configurations of published checkpoints, kept as data, so that their shapes are known without the hub.
+"""The configurations of published checkpoints, kept as data: their shapes are known without the hub.
 
-Each `<owner>/<name>.json` has the values of the config.json that lies at that hub id, but for what says
-nothing of the model (auto_map, versions), and the type of its unquantised weights where it does not name one.
+Each `<owner>/<name>.json` has the values of config.json at that hub id, without auto_map and versions. The dtype of
+unquantized weights is added if it is missing there.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any, cast
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from recondense.errors import UserError
-from recondense.models import families
+from recondense.models import classes, families
 
 FOLDER = Path(__file__).parent
 
 
 def recorded_ids() -> tuple[str, ...]:
-    """Hub ids of the checkpoints whose configuration is here."""
+    """The hub ids of the checkpoints whose configuration is here."""
     return tuple(path.relative_to(FOLDER).as_posix().removesuffix(".json") for path in sorted(FOLDER.glob("*/*.json")))
 
 
 def recorded_values(hub_id: str) -> dict[str, Any]:
-    """What a published config.json says.
+    """The values of a published config.json.
 
     Raises:
-        UserError: it is not here.
+        UserError: there is none of this id here.
     """
     if hub_id not in recorded_ids():
         raise UserError(
@@ -41,9 +41,10 @@ def recorded_config(hub_id: str) -> PretrainedConfig:
     """The config of a published checkpoint.
 
     Raises:
-        UserError: it is not here, or its family is not supported.
+        UserError: there is none of this id here, or its family is not supported.
     """
     values = recorded_values(hub_id)
     model_type = values["model_type"]
     families.family_name(model_type)
+    classes.register_compressed(model_type)
     return CONFIG_MAPPING[model_type].from_dict(values)

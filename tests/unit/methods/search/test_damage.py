@@ -26,7 +26,7 @@ def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
         return decoder.decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0].double()
 
     means = []
-    for block in tape.blocks:
+    for block in tape.texts.local:
         for ids, mask in zip(block.input_ids_BS, block.mask_BS, strict=True):
             p = torch.softmax(final(ids[mask]), dim=-1)
             with views.swapped(model, blocks):

@@ -12,9 +12,9 @@ from support.tiny_models import blocks, deepseek_v2, qwen2_moe, texts, unchanged
 
 from recondense.calibration.tape import Tape
 from recondense.methods.moei2 import InterExpertPruning
-from recondense.methods.search import kt_field
 from recondense.methods.search.kt_field import reception_field
-from recondense.models import decoder, streaming, views
+from recondense.models import decoder, views
+from recondense.models.layer_store import InMemory
 
 SETS = [(0, 1), (2, 4), (3, 5)]
 
@@ -48,16 +48,16 @@ def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs:
 def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense layers within a block, too; of a model larger than memory another layer takes the place of the last."""
     used: list[int] = []
-    resident = streaming.resident
+    resident = InMemory.resident
 
-    def spied(model: Any, layer: int) -> Any:
+    def spied(self: Any, layer: int) -> Any:
         if used[-1:] != [layer]:
             used.append(layer)
-        return resident(model, layer)
+        return resident(self, layer)
 
-    monkeypatch.setattr(kt_field, "resident", spied)
     model = qwen2_moe(num_hidden_layers=6, mlp_only_layers=[1, 2, 4])
     tape = Tape.record(model, blocks(texts()))
+    monkeypatch.setattr(InMemory, "resident", spied)
     before = tape.layer_runs
     [found] = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
     assert found.layers == (0, 3, 5) and used == [0, 1, 2, 3, 4, 5]

@@ -1,0 +1,42 @@
+"""Forward passes layer by layer are those of the whole model, and share what batches of one shape share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import EVERY, windows
+
+from recondense.models import decoder, forward
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_arguments_of_layers_are_made_once_a_shape(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = EVERY[family]()
+    batches = [{"input_ids": windows(rows, length)} for rows, length in ((2, 7), (1, 9), (2, 7))]
+    made: list[int] = []
+    arguments_of_layers = decoder.arguments_of_layers
+
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return arguments_of_layers(*args)
+
+    monkeypatch.setattr(decoder, "arguments_of_layers", counted)
+    states = forward.layer_by_layer(model, batches)
+    assert len(made) == len(batches)  # each is embedded; no layer asks again
+    for batch, hidden_BSD in zip(batches, states, strict=True):
+        with torch.no_grad():
+            assert torch.equal(hidden_BSD, forward.run(model, batch).logits)
+
+
+def test_batches_of_packed_examples_share_no_positions() -> None:
+    model = EVERY["qwen2_moe"]()
+    ids = windows(1, 8)
+    batches = [
+        {"input_ids": ids, "position_ids": torch.tensor([positions])}
+        for positions in ([0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5])
+    ]
+    for batch, hidden_BSD in zip(batches, forward.layer_by_layer(model, batches), strict=True):
+        with torch.no_grad():
+            assert torch.equal(hidden_BSD, forward.run(model, batch).logits)
