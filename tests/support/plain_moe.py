@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recondense.models.families import Routing
+from recondense.models.routing import Routing
 from support.tiny_models import EVERY, tiny
 
 # What each family's router does in tests/tiny_models.py, as the papers and transformers' routers say.

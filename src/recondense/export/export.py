@@ -23,7 +23,18 @@ from recondense.config.schema import ExportConfig, parse_bytes
 from recondense.export.layout import Shapes, Stock, layer_shapes, layout, rows_gone
 from recondense.export.shard_writer import ShardWriter
 from recondense.files import replace_folder, write_aside
-from recondense.models import blocks, classes, compressed, decoder, deepseek, families, headers, low_rank, views
+from recondense.models import (
+    blocks,
+    classes,
+    compressed,
+    decoder,
+    deepseek,
+    expert_products,
+    families,
+    headers,
+    low_rank,
+    views,
+)
 from recondense.models.blocks import CondensedMoE, Zeros
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
@@ -215,7 +226,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
 
 def _bundled(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
     """The modeling file of a compressed folder."""
-    source = _concatenated(blocks, low_rank, *([deepseek] if family.carried else []), compressed)
+    source = _concatenated(blocks, expert_products, low_rank, *([deepseek] if family.carried else []), compressed)
     own = ", ".join((config_class, model_class, base_class))
     imported = "register()" if family.carried else f"from transformers import {own}  # noqa: E402"
     entries = f"router_entries={family.router_entries!r}, expert_entries={family.expert_entries!r}"

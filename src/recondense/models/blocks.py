@@ -1,4 +1,4 @@
-"""What a compressed model is made of. Imports torch alone: this file is bundled into exports.
+"""The blocks of compressed models. Imports torch alone: this file is bundled into exports.
 
 Legend: B batch, S sequence, T tokens, D hidden size, F expert width, W width of a condensed layer, E routed experts of
 the original layer, n retained ones, K top-k.
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class GLU:
-    """act(gate) ⊙ up: what an expert makes of its gate and up projections."""
+    """act(gate) ⊙ up, the gated activation of most families."""
 
     act_fn: Callable[[Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class GLU:
 
 @dataclass(frozen=True)
 class ClampedGLU:
-    """(clamp(up) + 1) ⊙ g·σ(αg), g = min(gate, limit): gpt-oss's, arXiv 2508.10925."""
+    """(clamp(up) + 1) ⊙ g·σ(αg), g = min(gate, limit); that of gpt-oss, arXiv 2508.10925."""
 
     alpha: float
     limit: float
@@ -42,14 +42,15 @@ Glu = Callable[[Tensor, Tensor], Tensor]
 
 
 class MoEWeights(NamedTuple):
-    """The weights of a sparse MoE layer, in one orientation whatever the family's; views, never copies.
+    """The weights of a sparse MoE block, in the same orientation for every family; views, never copies.
 
     Args:
         gate_up_EHD: fused gate and up weights of the routed experts, (E, 2F, D); see `halves`.
         down_EDF: their down weights, (E, D, F).
-        glu: what joins gate and up.
+        glu: the gated activation.
         interleaved: rows of gate and up alternate; otherwise the first F rows are gate_proj.
-        gate_up_bias_EH, down_bias_ED: (E, 2F) and (E, D), or None.
+        gate_up_bias_EH: (E, 2F), or None.
+        down_bias_ED: (E, D), or None.
         shared: gate_proj (Ws, D), up_proj (Ws, D), down_proj (D, Ws) of the shared experts, or None.
         shared_gate: (1, D), the weight of the shared experts' gate, or None.
     """
@@ -64,7 +65,7 @@ class MoEWeights(NamedTuple):
     shared_gate: Tensor | None = None
 
     def halves(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """The gate and the up part of what has 2F entries along a dimension; views."""
+        """Split a tensor with 2F entries along a dimension in its gate and its up part; views."""
         if self.interleaved:
             gate, up = both.unflatten(dim, (-1, 2)).unbind(dim + 1 if dim >= 0 else dim)
         else:
@@ -77,7 +78,7 @@ class MoEWeights(NamedTuple):
         return {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": self.down_EDF[expert]}
 
     def biases(self) -> dict[str, Tensor]:
-        """Those of the three projections, (E, F), (E, F) and (E, D); empty where the family has none."""
+        """The biases of gate_proj (E, F), up_proj (E, F) and down_proj (E, D); empty if the family has none."""
         if self.gate_up_bias_EH is None or self.down_bias_ED is None:
             return {}
         gate_EF, up_EF = self.halves(self.gate_up_bias_EH, 1)
@@ -89,8 +90,8 @@ class CondensedMoE(nn.Module):
 
     y = W_down [ scale ⊙ glu(W_gate x, W_up x) ],  scale = shared gate on the shared rows, w̄_i on expert i's rows
 
-    The scale stands outside the weights while training: folded into W_down, AdamW's steps would be 1/w̄ times larger.
-    Of experts with biases, W_down's is Σ w̄_i·b_i.
+    The scale stays outside the weights while training: if it were folded into W_down, AdamW's steps would be 1/w̄ times
+    larger. If the experts have biases, the bias of W_down is Σ w̄_i·b_i.
 
     Args:
         hidden_size: D.
@@ -100,7 +101,7 @@ class CondensedMoE(nn.Module):
         token_gate: keep the shared experts' gate per token, sigmoid(W_g x), in place of a constant.
         scaled: hold the scale buffer; False once it has been folded into W_down.
         bias: the three projections have biases.
-        pair: give (y, None), as the blocks of families do that hand out their router's scores.
+        pair: return (y, None), for families whose blocks return their router's scores too.
 
     Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.
     """
@@ -134,7 +135,7 @@ class CondensedMoE(nn.Module):
         return self.down_proj.in_features - self.shared_width
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CondensedMoE:
-        """Move and convert as any module, but the scale keeps fp32: Lightning's bf16-true converts whole modules."""
+        """Move and convert, but keep the scale in fp32: Lightning's bf16-true converts all of a module."""
         scale = self.scale
         super()._apply(fn, recurse)
         if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
@@ -147,7 +148,7 @@ class CondensedMoE(nn.Module):
         if self.shared_expert_gate is not None:
             parts.append(torch.sigmoid(self.shared_expert_gate(hidden_states)))
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-            # Made again in backward: of all that is W wide, only both projections and what they give are held.
+            # Computed again in backward: of the tensors of width W, only the two projections' outputs are kept.
             inner = checkpoint(self._inner, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
             inner = self._inner(*parts)
@@ -155,7 +156,7 @@ class CondensedMoE(nn.Module):
         return (output, None) if self.pair else output
 
     def _inner(self, gate: Tensor, up: Tensor, token_gate: Tensor | None = None) -> Tensor:
-        """What enters the down projection, (…, W)."""
+        """The input of the down projection, (…, W)."""
         inner = self.glu(gate, up)
         if self.scale is not None:
             inner = (inner * self.scale).to(inner.dtype)  # the scale keeps fp32: rounding it would be a bias
@@ -166,7 +167,7 @@ class CondensedMoE(nn.Module):
 
     @classmethod
     def shaped_for(cls, weights: MoEWeights, num_experts: int, token_gate: bool, pair: bool = False) -> CondensedMoE:
-        """An unfilled layer of the right shape, on the device and in the dtype of the weights (meta works too)."""
+        """An unfilled block of the right shape, on the device and in the dtype of the weights (also meta)."""
         _, hidden_size, expert_width = weights.down_EDF.shape
         with torch.device(weights.down_EDF.device):
             layer = cls(
@@ -187,7 +188,8 @@ class CondensedMoE(nn.Module):
         """Copy in the shared experts' rows, then those of the retained experts in order, and set the scales.
 
         Args:
-            experts, coefficients: the retained experts, and what replaces their routing weights.
+            experts: the retained experts.
+            coefficients: replace their routing weights, in the order of experts.
             shared_gate: the constant on the shared rows; None for 1.
 
         Returns:
@@ -201,12 +203,12 @@ class CondensedMoE(nn.Module):
         self.up_proj.weight.copy_(torch.cat(ups, dim=0))
         self.down_proj.weight.copy_(torch.cat(downs, dim=1))
         for name, bias in weights.biases().items():
-            own = bias[list(experts)].float()
+            retained = bias[list(experts)].float()
             if name == "down_proj":
-                share_n1 = torch.tensor(list(coefficients), dtype=torch.float32, device=own.device)[:, None]
-                self.down_proj.bias.copy_((own * share_n1).sum(dim=0))
+                share_n1 = torch.tensor(list(coefficients), dtype=torch.float32, device=retained.device)[:, None]
+                self.down_proj.bias.copy_((retained * share_n1).sum(dim=0))
             else:
-                getattr(self, name).bias.copy_(own.flatten())
+                getattr(self, name).bias.copy_(retained.flatten())
         if self.shared_expert_gate is not None:
             assert weights.shared_gate is not None
             self.shared_expert_gate.weight.copy_(weights.shared_gate)
@@ -218,7 +220,7 @@ class CondensedMoE(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Multiply the scale into down_proj, in fp32, and drop it: the layer's function stays the same."""
+        """Multiply the scale into down_proj, in fp32, and drop it; the function stays the same."""
         if self.scale is not None:
             weight = self.down_proj.weight
             weight.copy_((weight.float() * self.scale.float()).to(weight.dtype))
@@ -228,7 +230,7 @@ class CondensedMoE(nn.Module):
 def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) -> Tensor:
     """Outputs of some routed experts for all tokens, unweighted.
 
-    One product of a fixed shape an expert, so that an expert's output has the same bits whichever others are asked for.
+    Each expert is a product of the same shape, so its output has the same bits whatever other experts are computed.
 
     Args:
         x_TD: tokens.
@@ -246,18 +248,18 @@ def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) ->
 
 
 def expert_inner(x_TD: Tensor, weights: MoEWeights, expert: int) -> Tensor:
-    """What enters an expert's down projection, glu(gate x, up x): (T, F)."""
+    """The input of an expert's down projection, glu(gate x, up x): (T, F)."""
     bias_H = None if weights.gate_up_bias_EH is None else weights.gate_up_bias_EH[expert]
     both_TH = nn.functional.linear(x_TD, weights.gate_up_EHD[expert], bias_H)
     return weights.glu(*weights.halves(both_TH, -1))
 
 
 class RemappedRouter(nn.Module):
-    """A router whose choices are looked up in a table: experts that were merged, or others that are left out.
+    """A router whose rows share experts, or have some of the experts only: merged experts, and trials of pruning.
 
     Args:
         router: returns (logits, top_k_weights, top_k_index).
-        table: (number of the router's rows,), the expert that stands for each row.
+        table: the expert of each of the router's rows.
     """
 
     table: Tensor
@@ -268,13 +270,13 @@ class RemappedRouter(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the router, with top_k_index (T, K) through the table."""
+        """The router's output, with experts from the table in top_k_index (T, K)."""
         logits, top_k_weights, top_k_index = self.router(hidden_states)
         return logits, top_k_weights, self.table[top_k_index]
 
 
 class Zeros(nn.Module):
-    """What stands in for a removed feed-forward block: adds nothing to the residual stream.
+    """Replaces a removed MoE block or MLP; adds nothing to the residual stream.
 
     Args:
         pair: as of `CondensedMoE`.
@@ -290,14 +292,14 @@ class Zeros(nn.Module):
 
 
 class SkippedLayer(nn.Module):
-    """What stands in for a removed decoder layer: the residual stream passes by, and nothing is cached."""
+    """Replaces a removed decoder layer; returns the residual stream as it is, and caches nothing."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module of its own that shares every parameter, buffer and child with the given one; it has no hooks."""
+    """A new module that shares every parameter, buffer and child with the given one; without its hooks."""
     twin = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[name] = dict(module.__dict__[name])
@@ -307,17 +309,17 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def sliced(module: nn.Module, index: Sequence[int], num_experts: int, names: Sequence[str]) -> nn.Module:
-    """A router or an experts module with some experts only, in fresh tensors.
+    """A router or an experts module with some of the experts, in new tensors.
 
     Args:
-        module: its other tensors and children stay as they are, shared.
-        index: n experts.
+        module: shares its other tensors and children with the result.
+        index: the n experts to retain.
         num_experts: E, of the module.
-        names: its parameters and buffers, and those of its children, with an entry an expert, along the first
-            dimension of size E.
+        names: parameters and buffers of the module, and of its children, with an entry for each expert. The entries
+            are along the first dimension of size E.
 
     Returns:
-        a module of the same class; attributes that count the experts say n.
+        a module of the same class; its attributes that count experts are n.
     """
     twin = shallow_copy(module)
     for name in names:

@@ -1,7 +1,6 @@
-"""A family's own class in which some layers have other shapes: what a compressed folder is loaded into.
+"""The classes that compressed folders are loaded into: a family's own class with other shapes in some layers.
 
-With families.py this is the only place that knows Hugging Face attribute names. Imports torch and transformers beside
-`modules` and `low_rank`: together with those it is the modeling file that exports carry.
+Imports torch and transformers, `blocks` and `low_rank`: together with those it is the modeling file of exports.
 """
 
 from __future__ import annotations
@@ -28,61 +27,55 @@ def compressed_classes(
     router_entries: Sequence[str],
     expert_entries: Sequence[str],
 ) -> tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
-    """Config, causal LM and its base of a family, with layers as `config.compressed_layers` says.
+    """Config, causal LM and its base of a family, with layers as `config.compressed_layers` describes them.
 
     Args:
-        config_class, model_class, base_class: the family's own; the base is what has no head.
-        router_entries, expert_entries: tensors of a router and of an experts module with an entry an expert.
+        config_class, model_class, base_class: the family's own; the base has no head.
+        router_entries, expert_entries: tensors of a router and of an experts module with an entry for each expert.
 
     Returns:
         classes named CompressedConfig, CompressedForCausalLM and CompressedModel, whose checkpoints have the family's
-        key names. vLLM puts a head of its own on the last.
+        key names. vLLM adds a head of its own to the last.
     """
     name = PREFIX + config_class.model_type
-    entries = router_entries, expert_entries
     mapping = get_checkpoint_conversion_mapping(config_class.model_type) or []
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    # transformers looks for its decorator in the source of the class, and the experts are not in this source.
+    can_set_experts = classmethod(lambda cls: bool(model_class._can_set_experts_implementation()))
 
     class CompressedConfig(config_class):  # type: ignore[valid-type,misc]
         model_type = name
 
     class CompressedForCausalLM(model_class):  # type: ignore[valid-type,misc]
         config_class = CompressedConfig
+        _can_set_experts_implementation = can_set_experts
 
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
             for layer, shape in config.compressed_layers.items():
-                reshape(self.model.layers, int(layer), config.hidden_size, *entries, **shape)
+                reshape(self.model.layers, int(layer), config.hidden_size, router_entries, expert_entries, **shape)
             self.post_init()
-
-        @classmethod
-        def _can_set_experts_implementation(cls) -> bool:
-            # transformers looks for its decorator in the source of the class, which here is not where the experts are.
-            return bool(model_class._can_set_experts_implementation())
 
     class CompressedModel(base_class):  # type: ignore[valid-type,misc]
         config_class = CompressedConfig
+        _can_set_experts_implementation = can_set_experts
 
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
             for layer, shape in config.compressed_layers.items():
-                reshape(self.layers, int(layer), config.hidden_size, *entries, **shape)
+                reshape(self.layers, int(layer), config.hidden_size, router_entries, expert_entries, **shape)
             self.post_init()
 
-        @classmethod
-        def _can_set_experts_implementation(cls) -> bool:
-            return bool(model_class._can_set_experts_implementation())
-
-    for each in (CompressedConfig, CompressedForCausalLM, CompressedModel):
-        each.__qualname__ = each.__name__
+    for compressed in (CompressedConfig, CompressedForCausalLM, CompressedModel):
+        compressed.__qualname__ = compressed.__name__
     return CompressedConfig, CompressedForCausalLM, CompressedModel
 
 
 class _KeptExperts(LowRankExperts):
-    """Low-rank experts that vLLM leaves in their place.
+    """Low-rank experts that vLLM does not replace.
 
-    It takes every child named `experts` whose parameters are all 3-D for whole experts, puts its own there, and loads
-    none of the factors, without an error (0.32, transformers/moe.py). An empty vector among them says otherwise.
+    vLLM 0.32 (transformers/moe.py) replaces every child named `experts` whose parameters are all 3-D by its own
+    experts, and then loads none of the factors, without an error. An empty vector among the parameters prevents that.
     """
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -103,7 +96,7 @@ def reshape(
     merged: bool = False,
     **widths: Any,
 ) -> None:
-    """Give a decoder layer of the uncompressed model the shape that `export.layer_shapes` describes; no weights.
+    """Give a decoder layer of the uncompressed model the shape that `export.layer_shapes` describes, without weights.
 
     Args:
         router_entries, expert_entries: as of `compressed_classes`.
@@ -133,12 +126,12 @@ def reshape(
 
 
 def router_name(block: nn.Module) -> str:
-    """What a sparse block calls its router."""
+    """The attribute of a sparse block that is its router."""
     return "gate" if hasattr(block, "gate") else "router"
 
 
 def gives_pair(block: nn.Module) -> bool:
-    """Whether a block hands out its router's scores beside its output: gpt_oss."""
+    """Whether a block returns its router's scores besides its output, as that of gpt_oss does."""
     return hasattr(block, "router") or bool(getattr(block, "pair", False))
 
 
@@ -153,5 +146,5 @@ def has_bias(experts: nn.Module) -> bool:
 
 
 def expert_width(experts: Any) -> int:
-    """F of fused experts, (E, D, F), or (E, F, D) where they are stored transposed."""
+    """F of fused experts; down_proj is (E, D, F), or (E, F, D) if it is stored transposed."""
     return int(experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2])

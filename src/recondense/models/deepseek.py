@@ -1,9 +1,9 @@
-"""DeepSeekMoE-16B, model_type `deepseek`, which transformers 5 lacks: config and model, made of transformers' blocks.
+"""DeepSeekMoE-16B, model_type `deepseek`, which transformers 5 lacks: config and model, built of transformers' parts.
 
-Llama's attention, norms and rotary embedding; Qwen2-MoE's fused experts and router; DeepSeek-V2's forward passes. The
-load-balancing loss of the published training code is left out, as transformers leaves it out of DeepSeek-V2 and V3.
+It has Llama's attention, norms and rotary embedding, Qwen2-MoE's fused experts and router, and DeepSeek-V2's forward
+passes. It lacks the load-balancing loss of the published training code, as DeepSeek-V2 and V3 do in transformers.
 
-Imports torch and transformers alone: this file is bundled into exports, behind others that postpone annotations.
+Imports torch and transformers alone: this file is bundled into exports, after others that postpone annotations.
 
 Legend: B batch, S sequence, T = B·S tokens, D hidden size, F expert width, E routed experts, K top-k.
 
@@ -40,7 +40,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 
 class DeepseekConfig(LlamaConfig):
-    """The config; what is not given is as in deepseek-moe-16b-base.
+    """The config; defaults are those of deepseek-moe-16b-base.
 
     Args:
         intermediate_size: width of the dense layers.
@@ -48,13 +48,13 @@ class DeepseekConfig(LlamaConfig):
         n_routed_experts: E; None for a model without sparse layers.
         n_shared_experts: the shared experts are one MLP of this many times F rows; None or 0 for none.
         first_k_dense_replace: layers below this one are dense.
-        moe_layer_freq: of the others, those whose index it divides are sparse.
+        moe_layer_freq: the other layers are sparse if it divides their index, and dense otherwise.
         norm_topk_prob: divide the selected experts' weights by their sum.
         scoring_func: softmax.
-        aux_loss_alpha, seq_aux: of the published training code, kept for it; nothing here reads them.
+        aux_loss_alpha, seq_aux: settings of the published training code; not used here.
 
     Raises:
-        ValueError: another scoring function, or a hidden size that the attention heads do not divide.
+        ValueError: another scoring function, or a hidden size that is no multiple of the number of attention heads.
     """
 
     model_type = "deepseek"
@@ -91,7 +91,7 @@ class DeepseekConfig(LlamaConfig):
                 f"scoring_func={self.scoring_func!r}: model_type deepseek routes by softmax alone; set it to 'softmax' "
                 "if the model was trained so, else model_type to that of its architecture (sigmoid: deepseek_v3)"
             )
-        # The published code is for transformers 4, and not in the folders that are written from here.
+        # The published code is for transformers 4, and exports do not carry it.
         code = str((kwargs.get("auto_map") or {}).get("AutoConfig"))  # with "owner/name--" before it if from the hub
         if code.rpartition("--")[2].startswith("configuration_deepseek."):
             del kwargs["auto_map"]
@@ -100,7 +100,7 @@ class DeepseekConfig(LlamaConfig):
 
 
 class DeepseekTopkRouter(Qwen2MoeTopKRouter):
-    """p = softmax(W x) over all E; the K largest, divided by their sum if told so and if there are several.
+    """p = softmax(W x) over all E; the K largest, divided by their sum if `norm_topk_prob` and K > 1.
 
     Maps x (B, S, D) or (T, D) to logits (T, E), top_k_weights (T, K), top_k_index (T, K). The softmax is fp32.
     """
@@ -128,10 +128,10 @@ class DeepseekMoE(nn.Module):
 
 
 class DeepseekDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer, its MLP sparse where the config says so."""
+    """Llama's layer; its MLP is a `DeepseekMoE` in sparse layers."""
 
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
-        nn.Module.__init__(self)  # Llama's would make a dense MLP first, to be thrown away
+        nn.Module.__init__(self)  # Llama's own would make a dense MLP first
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config, layer_idx)
         sparse = (
@@ -145,7 +145,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
 
 
 class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
-    """What transformers may do with the model; weights are initialised as Qwen2-MoE's, whose modules these are."""
+    """What transformers supports for the model; weights are initialized as those of Qwen2-MoE."""
 
     config_class = DeepseekConfig
     _no_split_modules = ["DeepseekDecoderLayer"]
@@ -157,7 +157,7 @@ class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for its decorator in the source of the class; here Qwen2MoeExperts has it
+        return True  # transformers looks for its decorator in the source of the class; Qwen2MoeExperts has it
 
 
 class DeepseekModel(DeepseekPreTrainedModel):
@@ -196,9 +196,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make `deepseek` known to the Auto classes and to the conversion of per-expert weights; again does nothing.
+    """Register `deepseek` with the Auto classes and with the conversion of per-expert weights, once.
 
-    Whoever has taken the name before, keeps it: transformers itself, should it get the model, or a loaded export.
+    A class that has the name already keeps it: that of a loaded export, or transformers' own, should it get the model.
     """
     name = DeepseekConfig.model_type
     if get_checkpoint_conversion_mapping(name) is None:

@@ -18,8 +18,9 @@ from recondense.errors import UserError
 from recondense.models.blocks import CondensedMoE, MoEWeights, RemappedRouter, SkippedLayer, Zeros, shallow_copy, sliced
 from recondense.models.compressed import gives_pair, glu_of, has_bias, router_name
 from recondense.models.decoder import decoder_layers
-from recondense.models.families import Family, Routing, family_of
+from recondense.models.families import Family, family_of
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.routing import Routing
 from recondense.operations import PROJECTIONS
 
 
@@ -44,9 +45,7 @@ class SparseBlock:
             UserError: the experts are factorized.
         """
         if not hasattr(self.experts, "gate_up_proj"):
-            raise UserError(
-                f"layer {self.layer}: its experts are factorized; do this before factorizing"
-            )
+            raise UserError(f"layer {self.layer}: its experts are factorized; do this before factorizing")
         shared, experts = self.shared_expert, cast(Any, self.experts)
         transposed, bias = getattr(experts, "is_transposed", False), has_bias(experts)
         return MoEWeights(

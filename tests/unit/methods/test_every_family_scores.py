@@ -46,8 +46,8 @@ WAYS: dict[str, tuple[Ranks, int, str]] = {
     "several buckets, one token": (dict.fromkeys(NAMES, (4, 4, 3, 5, 5, 7)), 1, "_row_by_row"),
     "one bucket": (ALIKE, 23, "_padded"),
     "odd ranks, one bucket": (dict.fromkeys(NAMES, (3,) * 6), 23, "_padded"),
-    "two buckets of three": (dict.fromkeys(NAMES, (4, 8, 4, 8, 4, 8)), 23, "_grouped_linear"),
-    "down whole": ({**ALIKE, "down_proj": (None,) * 6}, 23, "_grouped_linear"),
+    "two buckets of three": (dict.fromkeys(NAMES, (4, 8, 4, 8, 4, 8)), 23, "grouped_linear"),
+    "down whole": ({**ALIKE, "down_proj": (None,) * 6}, 23, "grouped_linear"),
     "odd ranks, two buckets of three": (dict.fromkeys(NAMES, (3, 5, 3, 5, 3, 5)), 23, ""),
     "gate whole, odd ranks": ({"gate_proj": (None,) * 6, "up_proj": (3,) * 6, "down_proj": (5,) * 6}, 23, ""),
     "one expert a bucket": (dict.fromkeys(NAMES, (1, 2, 3, 4, 5, 6)), 23, ""),
@@ -60,7 +60,7 @@ def test_every_way_of_computing_low_rank_experts(name: str, family: str, monkeyp
     """Outputs and gradients are those of transformers' own experts with the products as weights."""
     ranks, number, way = WAYS[name]
     taken: set[str] = set()
-    for owner, each in ((LowRankExperts, "_row_by_row"), (low_rank._Bucket, "_padded"), (low_rank, "_grouped_linear")):
+    for owner, each in ((LowRankExperts, "_row_by_row"), (low_rank._Bucket, "_padded"), (low_rank, "grouped_linear")):
         own = getattr(owner, each)
         monkeypatch.setattr(owner, each, lambda *a, own=own, each=each, **k: (taken.add(each), own(*a, **k))[1])
     model = EVERY[family]()

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from recondense.models import blocks, deepseek, low_rank
+from recondense.export.export import _concatenated
+from recondense.models import blocks, deepseek, expert_products, low_rank
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -255,13 +256,12 @@ print(json.dumps(found))
 
 
 def test_works_behind_other_sources_in_one_file(tmp_path: Path) -> None:
-    first, second, third = (Path(str(each.__file__)).read_text() for each in (blocks, low_rank, deepseek))
+    source = _concatenated(blocks, expert_products, low_rank, deepseek)
     code = {"AutoConfig": "modeling_exported.ExportedConfig"}
     code["AutoModelForCausalLM"] = "modeling_exported.ExportedForCausalLM"
     config = {**SMALL, "model_type": "exported_deepseek", "auto_map": code}
     folder = written(tmp_path / "folder", config, published_weights(config))
-    future = "from __future__ import annotations\n"
-    (folder / "modeling_exported.py").write_text(first + second.replace(future, "", 1) + third + TAIL)
+    (folder / "modeling_exported.py").write_text(source + TAIL)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, json.dumps(IDS.tolist())],

@@ -29,6 +29,7 @@ from support.tiny_models import EVERY, logits, windows
 from torch import Tensor
 
 from recondense.models import families, parameters, views
+from recondense.models.routing import Routing
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import apply
@@ -130,7 +131,7 @@ CHANGES: dict[str, tuple[Callable[[int], Operation], Expected]] = {
 
 
 @torch.no_grad()
-def check(make: Callable[..., Any], routing: families.Routing, do: Callable[[int], Operation], what: Expected) -> None:
+def check(make: Callable[..., Any], routing: Routing, do: Callable[[int], Operation], what: Expected) -> None:
     """Every sparse layer changed: each block for itself, then the whole model's logits."""
     student, other = make(), make()
     layers = list(views.sparse_blocks(student))

@@ -34,7 +34,7 @@ def test_batches_of_packed_examples_share_no_positions() -> None:
     model = EVERY["qwen2_moe"]()
     ids = windows(1, 8)
     batches = [
-        {"input_ids": ids, "position_ids": torch.tensor([positions])}
+        {"input_ids": ids, "position_ids": torch.tensor([positions]), "use_cache": False}
         for positions in ([0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5])
     ]
     for batch, hidden_BSD in zip(batches, forward.layer_by_layer(model, batches), strict=True):

@@ -17,8 +17,9 @@ from recondense.methods.search import ranks as ranks_of
 from recondense.models import low_rank as module_of_low_rank
 from recondense.models import views
 from recondense.models.blocks import GLU
+from recondense.models.expert_products import is_groupable
 from recondense.models.factors import factors
-from recondense.models.low_rank import LowRankExperts, _Bucket, _groupable
+from recondense.models.low_rank import LowRankExperts, _Bucket
 from recondense.surgery.factorize import second_moments
 
 D, F, E = 24, 16, 6
@@ -156,7 +157,7 @@ def test_which_experts_are_grouped(ranks: Any) -> None:
     grouped = []
     for bucket in low.buckets:
         weights = [p for p in bucket.parameters()]
-        grouped.append(bucket.num_experts > 1 and _groupable(torch.zeros(3, D), weights))
+        grouped.append(bucket.num_experts > 1 and is_groupable(torch.zeros(3, D), weights))
     assert any(grouped) == (ranks is not MIXED)
 
 
