@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from recondense import processes
 from recondense.calibration.text_batches import TextBatch, TextBatches
-from recondense.calibration.trace import LayerTrace, Traces, tracing
+from recondense.calibration.trace import LayerTrace, Traces, record_calls
 from recondense.errors import UserError
 from recondense.models import decoder, forward, views
 from recondense.models.hooks import evaluating
@@ -98,7 +98,7 @@ class Tape:
         with evaluating(model):
             tape._keep(0, (tape._arguments.enter(_inputs(batch)) for batch in tape.texts.local))
             for layer in range(tape.num_layers):
-                with tracing(model, [layer] if room >= 0 and layer in sparse else []) as calls:
+                with record_calls(model, [layer] if room >= 0 and layer in sparse else []) as calls:
                     tape._keep(layer + 1, tape._leaving(layer, calls))
                 room -= sum(trace.nbytes for trace in tape.traces.get(layer, ()))
                 if room < 0:
@@ -159,7 +159,7 @@ class Tape:
         if layer in self.traces:
             return self.traces[layer]
         traces = Traces(self.storage)
-        with evaluating(model), layer_store(model).resident(layer), tracing(model, [layer]) as calls:
+        with evaluating(model), layer_store(model).resident(layer), record_calls(model, [layer]) as calls:
             for index, batch in enumerate(self.texts.local):
                 self.run_layer(model, layer, index, self.states[layer][index])
                 traces.append(LayerTrace.from_call(calls[layer], batch))

@@ -36,7 +36,7 @@ class LayerTrace:
 
     @classmethod
     def from_call(cls, call: Mapping[str, Any], batch: TextBatch) -> LayerTrace:
-        """From a call that `tracing` recorded, on padded texts.
+        """From a call that `record_calls` recorded, on padded texts.
 
         Args:
             call: `x` and `output` (B, S, D) of the block, and what its `router` returned.
@@ -73,7 +73,7 @@ class Traces(Sequence[LayerTrace]):
 
 
 @contextmanager
-def tracing(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, dict[str, Any]]]:
+def record_calls(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, dict[str, Any]]]:
     """Inside, each forward pass keeps the last call of these layers' blocks and routers, by layer."""
     calls: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
     handles = []

@@ -154,7 +154,7 @@ def _finished(model: PreTrainedModel, layer: int, state: dict[str, Tensor], shap
         experts = views.sparse_view(model, layer, block).experts
         if isinstance(experts, LowRankExperts) and not shapes.get(layer, {}).get("ranks"):
             state = {key: each for key, each in state.items() if not key.startswith(f"{name}.experts.")}
-            whole = views.multiplied_out(experts, turned=compressed.gives_pair(block))
+            whole = views.multiplied_out(experts, transposed=compressed.gives_pair(block))
             state |= {f"{name}.experts.{key}": each for key, each in whole.items()}
     return state
 

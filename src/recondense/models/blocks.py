@@ -308,7 +308,7 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def sliced(module: nn.Module, index: Sequence[int], num_experts: int, names: Sequence[str]) -> nn.Module:
+def select_experts(module: nn.Module, index: Sequence[int], num_experts: int, names: Sequence[str]) -> nn.Module:
     """A router or an experts module with some of the experts, in new tensors.
 
     Args:

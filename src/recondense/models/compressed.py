@@ -13,7 +13,16 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from recondense.models.blocks import GLU, ClampedGLU, CondensedMoE, Glu, RemappedRouter, SkippedLayer, Zeros, sliced
+from recondense.models.blocks import (
+    GLU,
+    ClampedGLU,
+    CondensedMoE,
+    Glu,
+    RemappedRouter,
+    SkippedLayer,
+    Zeros,
+    select_experts,
+)
 from recondense.models.low_rank import LowRankExperts
 
 # A model_type of its own: a stock one would load the stock class with missing weights.
@@ -116,11 +125,11 @@ def reshape(
         layer.mlp = CondensedMoE(hidden_size, glu=glu_of(experts), scaled=False, bias=bias, pair=pair, **widths)
         return
     if router_rows != before:
-        router = sliced(router, range(router_rows), before, router_entries)
+        router = select_experts(router, range(router_rows), before, router_entries)
     if ranks is not None:
         experts = _KeptExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), bias)
     elif num_experts != before:
-        experts = sliced(experts, range(num_experts), before, expert_entries)
+        experts = select_experts(experts, range(num_experts), before, expert_entries)
     setattr(block, name, RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router)
     block.experts = experts
 

@@ -54,7 +54,7 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
         return Factors((left_On / norms.sqrt()).float(), (right_nI * norms.sqrt()[:, None]).float())
     if moment_II is not None and num_outputs > num_inputs:
         # The same with the smaller eigenproblem: M = LLᵀ, V of (WL)ᵀ(WL), W' = W L V Vᵀ L⁻¹.
-        lower_II = torch.linalg.cholesky(regular(moment_II, ridge))
+        lower_II = torch.linalg.cholesky(regularize(moment_II, ridge))
         product = weight @ lower_II
         _, vectors_II = torch.linalg.eigh(product.T @ product)
         basis_II = vectors_II.flip(1)
@@ -62,7 +62,7 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
         right_nI = torch.linalg.solve_triangular(lower_II.T, basis_II, upper=True).T
         balance = (right_nI.norm(dim=1) / left_On.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return Factors((left_On * balance).float(), (right_nI / balance[:, None]).float())
-    gram_OO = weight @ weight.T if moment_II is None else weight @ regular(moment_II, ridge) @ weight.T
+    gram_OO = weight @ weight.T if moment_II is None else weight @ regularize(moment_II, ridge) @ weight.T
     _, vectors_OO = torch.linalg.eigh(gram_OO)
     left_On = vectors_OO.flip(1)[:, :size]
     right_nI = left_On.T @ weight
@@ -70,7 +70,7 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
     return Factors((left_On * norms.sqrt()).float(), (right_nI / norms.sqrt()[:, None]).float())
 
 
-def regular(moment_II: Tensor, ridge: float) -> Tensor:
+def regularize(moment_II: Tensor, ridge: float) -> Tensor:
     """A second moment in fp64, with a ridge if it is singular; the identity if it is zero."""
     moment = moment_II.double()
     mean = moment.diagonal().mean()

@@ -75,7 +75,7 @@ class Family:
         router_entries: tensors of the router with an entry for each expert.
         expert_entries: tensors of the experts module with an entry for each expert.
         carried: the model class is recondense's own, so that even stock exports carry a modeling file.
-        masks_of_types: transformers 5.23 makes the attention masks without the positions, so packed examples would
+        needs_packed_masks: transformers 5.23 makes the attention masks without the positions, so packed examples would
             attend to each other; the model takes one mask for each attention type instead.
         needs_sparse: the class of vLLM 0.32 loads no model without MoE layers; that of transformers does.
     """
@@ -90,7 +90,7 @@ class Family:
     router_entries: tuple[str, ...] = ("weight",)
     expert_entries: tuple[str, ...] = ("gate_up_proj", "down_proj")
     carried: bool = False
-    masks_of_types: bool = False
+    needs_packed_masks: bool = False
     needs_sparse: bool = False
 
 
@@ -133,7 +133,7 @@ FAMILIES: dict[str, Family] = {
         expert_width="intermediate_size",
         router_entries=("weight", "bias"),
         expert_entries=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
-        masks_of_types=True,
+        needs_packed_masks=True,
     ),
     "glm4_moe": replace(_V3, needs_sparse=True),
     "ernie4_5_moe": Family(

@@ -27,7 +27,7 @@ def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: 
     if "flash" in str(model.config._attn_implementation):
         return {"input_ids": input_ids_BS.reshape(1, -1), "position_ids": position_ids_BS.reshape(1, -1)}
     inputs: dict[str, Any] = {"input_ids": input_ids_BS, "position_ids": position_ids_BS}
-    masks = decoder.masks_of_types(model, input_ids_BS, position_ids_BS)
+    masks = decoder.packed_attention_masks(model, input_ids_BS, position_ids_BS)
     if masks is not None:
         inputs["attention_mask"] = masks
     return inputs
@@ -59,12 +59,12 @@ class LayerArguments:
 
     def get(self, layer: int, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of one decoder layer for a batch."""
-        arguments = self._by_shape.get(tuple(batch["input_ids"].shape)) if _has_ids_alone(batch) else None
+        arguments = self._by_shape.get(tuple(batch["input_ids"].shape)) if _has_only_ids(batch) else None
         return (self._make(batch)[0] if arguments is None else arguments)[layer]
 
     def _make(self, batch: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Tensor]:
         arguments, entering_BSD = decoder.arguments_of_layers(self._model, batch)
-        if _has_ids_alone(batch):
+        if _has_only_ids(batch):
             shape = tuple(batch["input_ids"].shape)
             if shape not in self._by_shape and len(self._by_shape) >= SHAPES:
                 del self._by_shape[next(iter(self._by_shape))]
@@ -72,7 +72,7 @@ class LayerArguments:
         return arguments, entering_BSD
 
 
-def _has_ids_alone(batch: Mapping[str, Any]) -> bool:
+def _has_only_ids(batch: Mapping[str, Any]) -> bool:
     return batch.keys() <= {"input_ids", "use_cache"}
 
 

@@ -166,7 +166,7 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
         yield content
 
 
-def tensors_of(files: Sequence[str | Path]) -> Iterator[StoredTensor]:
+def read_headers(files: Sequence[str | Path]) -> Iterator[StoredTensor]:
     """All tensors of some files, without patterns; reads the headers only.
 
     Raises:
@@ -201,7 +201,7 @@ class Names:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
 
-    def by_name(self, tensors: Sequence[StoredTensor]) -> dict[str, list[StoredTensor]]:
+    def group_by_weight(self, tensors: Sequence[StoredTensor]) -> dict[str, list[StoredTensor]]:
         """The tensors that make up each weight, in the order in which they are put together."""
         made: dict[str, list[StoredTensor]] = {}
         latest = {tensor.key: tensor for tensor in tensors}
@@ -243,10 +243,10 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
     Raises:
         UserError: a file cannot be read.
     """
-    tensors = list(tensors_of(files))
+    tensors = list(read_headers(files))
     names = Names(model, get_model_conversion_mapping(model))
     whole = [tensor._replace(key=quantized.weight_name(tensor.key, method)) for tensor in tensors]
-    stored = names.by_name(whole)
+    stored = names.group_by_weight(whole)
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = set(_untied(model, [name for name in state if name not in stored]))
     lacking: list[str] = []

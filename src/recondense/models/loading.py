@@ -93,7 +93,7 @@ def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | 
     values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
     classes.register_compressed(values.get("model_type", ""))
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    with quantized.dequantising(values, dtype) as arguments, _checked_loading(values, offload_folder):
+    with quantized.loading_arguments(values, dtype) as arguments, _checked_loading(values, offload_folder):
         if offload_folder is not None:
             arguments["device_map"] = {"": device_of(settings)}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -109,7 +109,7 @@ def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | 
     if missing := sorted(info["missing_keys"]):  # transformers initialized them at random
         raise UserError(headers.missing_weights(missing, info["unexpected_keys"]))
     if (method := quantized.method_of(values)) is not None:
-        quantized.settle(model, arguments["dtype"])
+        quantized.finish_dequantization(model, arguments["dtype"])
         log.info("%s is stored in %s: dequantised to %s", path, method, arguments["dtype"])
     return model
 
@@ -123,7 +123,7 @@ def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None) -> 
         offload_folder: as of `load`. For a streamed model transformers loads only what is outside the decoder layers.
     """
     load_all = PreTrainedModel._load_pretrained_model
-    reading = partial(quantized.reading, values)
+    reading = partial(quantized.fp8_by_blocks, values)
 
     def load_streamed(model: Any, files: Any, load_config: Any, folder: Path) -> Any:
         inside = decoder.layers_prefix()

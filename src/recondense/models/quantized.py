@@ -82,7 +82,7 @@ def missing_scales(key: str, dtype: str, method: str | None, keys: Collection[st
 
 
 @contextmanager
-def dequantising(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterator[dict[str, Any]]:
+def loading_arguments(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterator[dict[str, Any]]:
     """Arguments with which `from_pretrained` dequantizes the weights of a config inside the context.
 
     Args:
@@ -108,12 +108,12 @@ def dequantising(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterato
         yield {"dtype": dtype, "quantization_config": Mxfp4Config(dequantize=True)}
         return
     fp8 = FineGrainedFP8Config(**{**config["quantization_config"], "dequantize": True})
-    with reading(config):
+    with fp8_by_blocks(config):
         yield {"dtype": dtype, "quantization_config": fp8}
 
 
 @contextmanager
-def reading(config: Mapping[str, Any]) -> Iterator[None]:
+def fp8_by_blocks(config: Mapping[str, Any]) -> Iterator[None]:
     """Inside, transformers dequantizes FP8 weights by the block size that the config gives."""
     if method_of(config) != "fp8":
         yield
@@ -127,7 +127,7 @@ def reading(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def finish_dequantization(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make a dequantized model an ordinary one: in one dtype, and saved without quantization.
 
     transformers leaves what was never quantized in the file's dtype, and would quantize the model again when it is

@@ -14,7 +14,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging as transformers_logging
 
 from recondense.models.blocks import shallow_copy
-from recondense.models.headers import Names, StoredTensor, open_safetensors, tensors_of
+from recondense.models.headers import Names, StoredTensor, open_safetensors, read_headers
 
 State = dict[str, Tensor]
 ALIGNMENT = 64  # bytes, of what torch allocates
@@ -52,7 +52,7 @@ class ShardReader:
         # transformers reads into a copy, so that it does not matter which blocks are in the model.
         self._twin = copy.deepcopy(model)
         self._names = Names(self._twin, load_config.weight_mapping or [])
-        self._stored = self._names.by_name(list(tensors_of(files)))
+        self._stored = self._names.group_by_weight(list(read_headers(files)))
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a weight of the model."""
@@ -84,7 +84,7 @@ class ShardReader:
         tensor: Tensor = tensors[leaf].detach()
         tensors[leaf] = nn.Parameter(tensor.to("meta"), False) if is_parameter else tensor.to("meta")
         if tensor.is_floating_point() and tensor.dtype not in (self._dtype, torch.float32):
-            tensor = tensor.to(self._dtype)  # as `quantized.settle` does
+            tensor = tensor.to(self._dtype)  # as `quantized.finish_dequantization` does
         return align(tensor)
 
     def _read_stack(self, like: Tensor, parts: Sequence[Sequence[StoredTensor]]) -> Tensor:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense.errors import UserError
-from recondense.models.blocks import CondensedMoE, MoEWeights, RemappedRouter, SkippedLayer, Zeros, shallow_copy, sliced
+from recondense.models.blocks import (
+    CondensedMoE,
+    MoEWeights,
+    RemappedRouter,
+    SkippedLayer,
+    Zeros,
+    select_experts,
+    shallow_copy,
+)
 from recondense.models.compressed import gives_pair, glu_of, has_bias, router_name
 from recondense.models.decoder import decoder_layers
 from recondense.models.families import Family, family_of
@@ -65,7 +73,7 @@ class SparseBlock:
 
     def chosen_experts(self, index: Sequence[int]) -> nn.Module:
         """The experts module with some experts only, in fresh tensors."""
-        return sliced(self.experts, index, self.num_experts, self.family.expert_entries)
+        return select_experts(self.experts, index, self.num_experts, self.family.expert_entries)
 
     @property
     def pair(self) -> bool:
@@ -164,7 +172,7 @@ def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
                 f"layer {block.layer}: the router selects {routing.top_groups} of {routing.num_groups} groups first; "
                 f"pruning would leave groups of {sizes} experts, which must be equal and at least 2"
             )
-    return sliced(block.router, retained, num_experts, block.family.router_entries)
+    return select_experts(block.router, retained, num_experts, block.family.router_entries)
 
 
 def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
@@ -236,11 +244,11 @@ def is_dense(block: nn.Module) -> bool:
     return not ours and not is_sparse(block) and all(hasattr(block, name) for name in PROJECTIONS)
 
 
-def multiplied_out(experts: LowRankExperts, *, turned: bool) -> dict[str, Tensor]:
+def multiplied_out(experts: LowRankExperts, *, transposed: bool) -> dict[str, Tensor]:
     """The parameters of a family's fused experts from those of low-rank ones, by name, in the factors' dtype.
 
     Args:
-        turned: gpt_oss's orientation: transposed, gate and up interleaved.
+        transposed: gpt_oss's orientation: transposed, gate and up interleaved.
     """
     number, width, hidden_size = experts.num_experts, experts.intermediate_dim, experts.hidden_dim
     like = next(experts.parameters())
@@ -249,7 +257,7 @@ def multiplied_out(experts: LowRankExperts, *, turned: bool) -> dict[str, Tensor
         "gate_up_proj_bias": like.new_empty(number, 2 * width),
         "down_proj_bias": like.new_empty(number, hidden_size),
     }
-    gate_rows, up_rows = (slice(0, None, 2), slice(1, None, 2)) if turned else (slice(width), slice(width, None))
+    gate_rows, up_rows = (slice(0, None, 2), slice(1, None, 2)) if transposed else (slice(width), slice(width, None))
     for expert in range(number):
         bucket, position = experts.place_of(expert)
         both[expert, gate_rows] = bucket.projection(position, "gate_proj").to(like.dtype)
@@ -260,5 +268,5 @@ def multiplied_out(experts: LowRankExperts, *, turned: bool) -> dict[str, Tensor
             biases["gate_up_proj_bias"][expert, gate_rows] = gate_bias
             biases["gate_up_proj_bias"][expert, up_rows] = up_bias
             biases["down_proj_bias"][expert] = down_bias
-    fused = {"gate_up_proj": both.mT, "down_proj": down.mT} if turned else {"gate_up_proj": both, "down_proj": down}
+    fused = {"gate_up_proj": both.mT, "down_proj": down.mT} if transposed else {"gate_up_proj": both, "down_proj": down}
     return {**fused, **(biases if experts.bias else {})}

@@ -80,7 +80,7 @@ def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     said = []
     with monkeypatch.context() as patch:
         patch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", read)
-        patch.setattr("recondense.paging.convert_and_load_state_dict_in_model", read)
+        patch.setattr("recondense.models.shard_reader.convert_and_load_state_dict_in_model", read)
         for pages in (None, folder.parent / "pages"):
             with pytest.raises(UserError) as raised:
                 loading.load(ModelConfig(device="cpu"), folder, pages)

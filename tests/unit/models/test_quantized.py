@@ -95,9 +95,9 @@ def test_the_loaded_weights_are_what_the_files_mean(tmp_path: Path, name: str, d
     meant = folder_of(tmp_path, make())
     config = json.loads((tmp_path / "config.json").read_text())
     assert quantized.method_of(config) == method and quantized.check(config) == []
-    with quantized.dequantising(config, dtype) as arguments:
+    with quantized.loading_arguments(config, dtype) as arguments:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True, **arguments)
-    quantized.settle(model, dtype)
+    quantized.finish_dequantization(model, dtype)
     assert {each.dtype for each in model.parameters()} == {dtype}
     assert quantized.method_of(model.config.to_dict()) is None
     again = saved(model, tmp_path / "again")
