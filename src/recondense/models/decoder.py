@@ -139,9 +139,7 @@ def random_in_training(config: PretrainedConfig) -> bool:
     return any(bool(values[name]) for name in values if "dropout" in name or "jitter" in name)
 
 
-def packed_attention_masks(
-    model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor
-) -> dict[str, Any] | None:
+def packed_masks(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor) -> dict[str, Any] | None:
     """Attention masks that keep packed examples apart, by attention type; None if transformers makes them itself."""
     if not family_of(model.config).needs_packed_masks:
         return None

@@ -27,7 +27,7 @@ def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: 
     if "flash" in str(model.config._attn_implementation):
         return {"input_ids": input_ids_BS.reshape(1, -1), "position_ids": position_ids_BS.reshape(1, -1)}
     inputs: dict[str, Any] = {"input_ids": input_ids_BS, "position_ids": position_ids_BS}
-    masks = decoder.packed_attention_masks(model, input_ids_BS, position_ids_BS)
+    masks = decoder.packed_masks(model, input_ids_BS, position_ids_BS)
     if masks is not None:
         inputs["attention_mask"] = masks
     return inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -40,6 +41,13 @@ LOADED = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 def registered() -> None:
     for _ in range(2):
         deepseek.register()
+
+
+def test_an_import_registers_nothing() -> None:
+    """No module of models/ calls a function where it is imported: classes are registered where models are made."""
+    for path in sorted(Path(str(deepseek.__file__)).parent.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)), f"{path}:{node.lineno}"
 
 
 def loaded(folder: Path, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
 from collections.abc import Iterator
@@ -308,6 +309,12 @@ def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
     ids = windows(2, 9)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_a_streamed_model_is_not_copied(streamed: Any) -> None:
+    """Its copy would have no weights, and a store that reads for the original."""
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(streamed)
 
 
 def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path: Path) -> None:
