@@ -40,7 +40,7 @@ pictures: $(STAMP) ## draw the pictures of README and docs
 	$(BIN)/python docs/pictures/draw.py
 
 test: $(STAMP) check docs ## checks, site and tests: some minutes on two cores
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --durations=30 -m "not slow"
 
 test-all: $(STAMP) check docs ## every test, the slow ones included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
