@@ -1,6 +1,6 @@
-"""The one way to write a file: under another name, then renamed; and the names, locks and folders that runs share.
+"""Files that are written under another name and then renamed; file names, locks and folders that runs share.
 
-A kill leaves the old file or the new one, never half of one. The standard library is enough to import this module.
+A kill leaves the old file or the new one, never half of one. Importing this module needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_name(key: str) -> str:
-    """A name without suffix that every file system takes, another one for every key.
+    """A name without suffix that every file system takes; different keys have different names.
 
-    A short key of lower-case letters, digits, - and _ is its own name. Of any other the name shows the beginning, and
+    A short key of lower-case letters, digits, - and _ is its own name. Any other key's name begins like the key and
     ends in a fingerprint.
     """
     if PLAIN_KEY.fullmatch(key):
@@ -44,19 +44,22 @@ def file_name(key: str) -> str:
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a whole file, as `replace_file` does; text as UTF-8."""
+    """Write all of a file at once with `replace_file`; text as UTF-8."""
     with replace_file(path) as aside:
         aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Write a file under the name that this gives; at the end it is synced and takes the place of the file at `path`.
+    """Replace a file: the caller writes another file, which is synced at the end and takes the place of `path`.
 
     An error leaves the old file as it was, and nothing beside it. Several processes may write the same path.
 
     Args:
-        path: its folder is made if it does not exist.
+        path: the file; its folder is made if it does not exist.
+
+    Yields:
+        the path to write.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     mode = _create(aside)
     try:
         yield aside
-        _settle(aside, mode)
+        _sync(aside, mode)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -73,9 +76,12 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Fill the folder that this gives; at the end its files are synced and it takes the place of the one at `folder`.
+    """Replace a folder: the caller fills another one, which is synced at the end and takes the place of `folder`.
 
     An error leaves the old folder as it was, and nothing beside it. No other process may write the same folder.
+
+    Yields:
+        the folder to fill.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}{PARTIAL}")
@@ -88,22 +94,22 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         probe.unlink()
         for path in aside.rglob("*"):
             if path.is_file():
-                _settle(path, mode)
-        _put_in_place(aside, folder)
+                _sync(path, mode)
+        _exchange(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder that no other process writes now."""
+    """Remove the half-written files of killed processes from a folder that no other process writes now."""
     for path in Path(folder).glob(f".*{PARTIAL}"):
         if path.is_file():
             path.unlink(missing_ok=True)
 
 
-def _put_in_place(aside: Path, folder: Path) -> None:
-    """Exchange two folders, and remove the old one: a folder that is not empty cannot be renamed over."""
+def _exchange(aside: Path, folder: Path) -> None:
+    """Rename `aside` to `folder` and remove the old one, which a rename cannot replace unless it is empty."""
     before = folder.with_name(f".{folder.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
@@ -118,7 +124,7 @@ def _put_in_place(aside: Path, folder: Path) -> None:
 
 
 def _create(path: Path) -> int:
-    """Make an empty file, and return its mode: what the process's umask leaves, which is never set to read it."""
+    """Make an empty file and return its mode, which shows the umask: reading that would set it for all threads."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return os.fstat(descriptor).st_mode & 0o777
@@ -126,8 +132,8 @@ def _create(path: Path) -> int:
         os.close(descriptor)
 
 
-def _settle(path: Path, mode: int) -> None:
-    """Wait until a file is on the disk, and give it its mode: safetensors lets nobody but the owner read."""
+def _sync(path: Path, mode: int) -> None:
+    """Wait until a file is on the disk, and set its mode: safetensors makes files that only their owner may read."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if os.fstat(file.fileno()).st_mode & 0o777 != mode:
@@ -136,7 +142,11 @@ def _settle(path: Path, mode: int) -> None:
 
 @contextmanager
 def waiting_lock(path: Path, doing: str) -> Iterator[None]:
-    """Hold a lock file; say so when another process has it."""
+    """Hold a lock file; wait while another process holds it, and log that.
+
+    Args:
+        doing: what the other process does, for the log: a verb and its object.
+    """
     from filelock import FileLock, Timeout  # here: a plan is read and written without any library
 
     lock = FileLock(path)
@@ -154,7 +164,7 @@ def waiting_lock(path: Path, doing: str) -> Iterator[None]:
 class JsonFolder(MutableMapping[str, dict[str, Any]]):
     """A folder as a mapping from keys to JSON objects; concurrent runs share it safely.
 
-    A file is named by `file_name`; where that is not the key itself, the file holds {"key": ..., "value": ...}.
+    A file is named by `file_name`. If that is not the key itself, the file holds {"key": ..., "value": ...}.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""Whether the Hugging Face hub can be reached; while it cannot, libraries are told to use their caches."""
+"""Whether the Hugging Face hub can be reached, and a context in which the libraries use their caches if not."""
 
 from __future__ import annotations
 
 import socket
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,15 @@ PROBE_SECONDS = 4.0
 
 @contextmanager
 def reachable_or_offline(*, offline: bool | None = None) -> Iterator[bool]:
-    """Look nothing up on the hub while it is out of reach: caches answer at once; a look-up would retry for 20 s.
+    """Inside, the Hugging Face libraries look nothing up on the hub if it is out of reach, but use their caches.
+
+    A look-up of an unreachable hub retries for 20 s; a cache answers at once. The libraries read the environment
+    variable HF_HUB_OFFLINE only when they are imported, into `huggingface_hub.constants.HF_HUB_OFFLINE` (which
+    transformers asks too) and `datasets.config.HF_HUB_OFFLINE`. This sets both, for the whole process, and restores
+    them at the end. A user's HF_HUB_OFFLINE=1 stays in force.
 
     Args:
-        offline: True: look nothing up, whether the hub is reachable or not. None: find out.
+        offline: True looks nothing up even if the hub is reachable; None finds out whether it is.
 
     Yields:
         whether the hub may be asked.
@@ -26,21 +32,24 @@ def reachable_or_offline(*, offline: bool | None = None) -> Iterator[bool]:
     import datasets.config
     import huggingface_hub.constants
 
-    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    silent = any(before) or (not hub_reachable(huggingface_hub.constants.ENDPOINT) if offline is None else offline)
+    libraries: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [library.HF_HUB_OFFLINE for library in libraries]
+    if any(before):
+        offline = True
+    elif offline is None:
+        offline = not hub_reachable(huggingface_hub.constants.ENDPOINT)
     try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = silent
-        yield not silent
+        for library in libraries:
+            library.HF_HUB_OFFLINE = offline
+        yield not offline
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+        for library, value in zip(libraries, before, strict=True):
+            library.HF_HUB_OFFLINE = value
 
 
 @cache
 def hub_reachable(endpoint: str) -> bool:
-    """Whether the hub's host takes a connection within some seconds; a proxy is believed without asking."""
+    """Whether the hub's host accepts a connection within PROBE_SECONDS; behind a proxy the answer is yes, unasked."""
     url = urllib.parse.urlsplit(endpoint)
     proxies = urllib.request.getproxies()
     if proxies.get(url.scheme) or proxies.get("all"):

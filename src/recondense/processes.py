@@ -1,6 +1,7 @@
-"""The processes of one run: which this is, and what they tell each other. A single one needs no process group.
+"""The processes of one run: which one this is, and what they tell each other. A single one needs no process group.
 
-All of them go the same way through the program and meet at each call here, in the same order.
+All processes go the same way through the program and meet at each call here, in the same order. What the first one does
+without the others goes through `by_first`, which forbids such calls inside.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from enum import Enum
 from functools import cache
 from typing import Any, TypeVar
 
@@ -20,48 +22,58 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 
-_alone = False  # while the first works without the others
+class _Mode(Enum):
+    """How this process stands to the others now."""
+
+    TOGETHER = "every process comes to the same calls"
+    FIRST = "the first works and the others wait for its result, so that no call may need them"
+    ALONE = "the first works as a run of one process does"
+
+
+# torch.distributed's group belongs to the process, and so does how the process stands to it.
+_mode = _Mode.TOGETHER
 _timeout: timedelta | None = None  # of this run's groups; None: torch's own
 
 
 def grouped() -> bool:
-    """Whether there is a process group, be it of one process."""
-    return dist.is_available() and dist.is_initialized() and not _alone
+    """Whether there is a process group, even if it has one process."""
+    assert _mode is not _Mode.FIRST, "`by_first` lies around this: the other processes wait, and cannot take part"
+    return dist.is_available() and dist.is_initialized() and _mode is not _Mode.ALONE
 
 
 def world_size() -> int:
-    """How many there are."""
+    """The number of processes."""
     return dist.get_world_size() if grouped() else 1
 
 
 def rank() -> int:
-    """Which this one is, from 0."""
-    return dist.get_rank() if world_size() > 1 else 0
+    """The number of this process, from 0. `by_first` allows this question."""
+    return 0 if _mode is not _Mode.TOGETHER or world_size() == 1 else dist.get_rank()
 
 
 def is_first() -> bool:
-    """Whether this one writes the run's files and prints."""
+    """Whether this process writes the run's files and prints. `by_first` allows this question."""
     return rank() == 0
 
 
 def on_this_node() -> int:
-    """How many there are on this machine; as many on each of the others."""
+    """The number of processes on this machine, which is the same on every machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
 def share(items: Sequence[Value]) -> Sequence[Value]:
-    """Every world_size-th of some items, this process's."""
+    """Take this process's share of some items: every world_size-th, from the rank on."""
     return items[rank() :: world_size()]
 
 
 def barrier() -> None:
-    """Wait until all have come here."""
+    """Wait until all processes have come here."""
     if world_size() > 1:
         gather(None)
 
 
 def broadcast(value: Value | None) -> Value:
-    """What the first process has; the others' own is ignored."""
+    """Give all processes the first one's value; the others' values are ignored."""
     if world_size() == 1:
         return value  # type: ignore[return-value]
     box = [value]
@@ -70,44 +82,71 @@ def broadcast(value: Value | None) -> Value:
 
 
 def gather(value: Value) -> list[Value]:
-    """What each process has, in the order of ranks, for all of them; plain data or CPU tensors."""
+    """Give all processes the values of all, in the order of ranks; plain data or CPU tensors."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value, group=_group())
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_group())
+    return values
 
 
 def gather_on(to: int, value: Value) -> list[Value]:
-    """What each process has, in the order of ranks, on one of them; empty on the others. Plain data or tensors."""
-    found: list[Any] | None = [None] * world_size() if rank() == to else None
-    dist.gather_object(value, found, dst=to, group=_group())
-    return found or []
+    """Give one process the values of all, in the order of ranks; plain data or tensors.
+
+    Returns:
+        the values on process `to`, an empty list on the others.
+    """
+    values: list[Any] | None = [None] * world_size() if rank() == to else None
+    dist.gather_object(value, values, dst=to, group=_group())
+    return values or []
 
 
 def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The means over all processes of scalars."""
+    """The means of scalars over all processes, by name."""
     if world_size() == 1:
         return values
-    both = torch.stack([value.float() for value in values.values()])
-    dist.all_reduce(both)
-    return dict(zip(values, both / world_size(), strict=True))
+    stacked = torch.stack([value.float() for value in values.values()])
+    dist.all_reduce(stacked)
+    return dict(zip(values, stacked / world_size(), strict=True))
 
 
 def by_first(make: Callable[[], Value]) -> Value:
-    """What the first process makes, for all. Inside it is alone, and may call what all call together; others wait."""
-    if world_size() == 1:
-        return make()
+    """Run a function on the first process, and give its result to all. The others wait.
+
+    Args:
+        make: may ask for `rank` and `is_first`. It may not ask for the number of processes or call what they call
+            together: that is an AssertionError, also in a run of one process. Work that does so, such as a training,
+            goes into `work_alone`.
+    """
+    together = grouped() and dist.get_world_size() > 1
     made = None
     if is_first():
-        with _working_alone():
+        with _in_mode(_Mode.FIRST):
             made = make()
-    return broadcast(made)
+    return broadcast(made) if together else made  # type: ignore[return-value]
+
+
+@contextmanager
+def work_alone() -> Iterator[None]:
+    """Inside, this process is a run of one: what all processes call together needs no other. Only within `by_first`."""
+    assert _mode is not _Mode.TOGETHER or world_size() == 1, "the other processes do not wait: use `by_first`"
+    with _in_mode(_Mode.ALONE):
+        yield
+
+
+@contextmanager
+def _in_mode(mode: _Mode) -> Iterator[None]:
+    global _mode
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
 
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """What the first does inside it has done when the others begin: they find its downloads."""
+    """The first process goes through this before the others begin, so that they use what it has downloaded."""
     if not is_first():
         barrier()
     yield
@@ -115,21 +154,12 @@ def first_before_others() -> Iterator[None]:
         barrier()
 
 
-@contextmanager
-def _working_alone() -> Iterator[None]:
-    global _alone
-    _alone = True
-    try:
-        yield
-    finally:
-        _alone = False
-
-
 def begin(backend: str, timeout: timedelta) -> None:
-    """Meet the others, by the environment that torchrun sets.
+    """Join the process group that the environment describes, with torchrun's variables.
 
     Args:
-        timeout: how long one waits for another in whatever they do together.
+        backend: torch.distributed's name of it.
+        timeout: how long a process waits for another in each call.
     """
     global _timeout
     dist.init_process_group(backend, timeout=timeout)
@@ -143,38 +173,42 @@ def end() -> None:
     _group.cache_clear()
     deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
     if deepspeed is not None:
-        deepspeed.cdb = None  # it would go on with the group that ended
+        deepspeed.cdb = None  # it would use the group that ended
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def first_to_start() -> bool:
-    """Whether this is the first process, by what its launcher has set; there may be no group yet."""
+    """Whether this is the first process, by the launcher's variables; there may be no group yet."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 class FirstProcess(MutableMapping[str, dict[str, Any]]):
-    """A mapping that the first process keeps: all see what it holds, and only it writes."""
+    """A mapping that the first process keeps: all processes read it together, and only the first one writes.
 
-    def __init__(self, own: MutableMapping[str, dict[str, Any]]) -> None:
-        self._own = own
+    Args:
+        kept: the mapping, which counts on the first process alone.
+    """
+
+    def __init__(self, kept: MutableMapping[str, dict[str, Any]]) -> None:
+        self._kept = kept
 
     def __getitem__(self, key: str) -> dict[str, Any]:
-        found: dict[str, Any] | None = broadcast(self._own.get(key) if is_first() else None)
-        if found is None:
+        value: dict[str, Any] | None = broadcast(self._kept.get(key) if is_first() else None)
+        if value is None:
             raise KeyError(key)
-        return found
+        return value
 
     def __setitem__(self, key: str, value: dict[str, Any]) -> None:
         if is_first():
-            self._own[key] = value
+            self._kept[key] = value
 
     def __delitem__(self, key: str) -> None:
         if is_first():
-            del self._own[key]
+            del self._kept[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(broadcast(list(self._own) if is_first() else None))
+        return iter(broadcast(list(self._kept) if is_first() else None))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -182,34 +216,36 @@ class FirstProcess(MutableMapping[str, dict[str, Any]]):
 
 @cache
 def _group() -> dist.ProcessGroup | None:
-    """Plain data goes over gloo whatever the tensors go over."""
+    """The group for plain data, which goes over gloo whatever the tensors go over; None: the default group."""
     if dist.get_backend() == "gloo":
         return None
     # A new group does not take the timeout of the first.
     return dist.new_group(backend="gloo", timeout=_timeout)  # type: ignore[return-value]
 
 
-def collect(own: Iterable[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype, to: int) -> Iterator[Tensor]:
-    """Tensors of all processes, on one of them: item i lies with process i mod world_size, as `share` gives it.
+def collect(
+    tensors: Iterable[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype, to: int
+) -> Iterator[Tensor]:
+    """Send the tensors of all processes to one of them. Item i lies on process i mod world_size, as `share` gives it.
 
     Args:
-        own: of this process, in order.
+        tensors: this process's items, in order.
         shapes: of all items.
-        dtype: of all of them.
-        to: who gets them; elsewhere nothing comes out, but all must go through it to the end.
+        dtype: of all items.
+        to: the process that receives them. The others receive nothing, but must go through the iterator to its end.
     """
-    tensors = iter(own)
+    mine = iter(tensors)
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     for index, shape in enumerate(shapes):
         source = index % world_size()
-        mine = next(tensors) if source == rank() else None
+        tensor = next(mine) if source == rank() else None
         if rank() == to == source:
-            assert mine is not None
-            yield mine
+            assert tensor is not None
+            yield tensor
         elif rank() == to:
             received = torch.empty(*shape, dtype=dtype, device=device)
             dist.recv(received.view(torch.uint8), source)
             yield received
-        elif mine is not None:
-            assert list(mine.shape) == list(shape) and mine.dtype == dtype
-            dist.send(mine.to(device).contiguous().view(torch.uint8), to)
+        elif tensor is not None:
+            assert list(tensor.shape) == list(shape) and tensor.dtype == dtype
+            dist.send(tensor.to(device).contiguous().view(torch.uint8), to)

@@ -1,4 +1,4 @@
-"""Progress of long stages: one bar a stage on a terminal, one line a stage elsewhere."""
+"""Progress of long work: a bar on a terminal, elsewhere a line in the log at the start and one at the end."""
 
 from __future__ import annotations
 
@@ -25,24 +25,37 @@ Item = TypeVar("Item")
 
 log = logging.getLogger("recondense.progress")
 
-_setting: bool | None = None  # None = bars when stderr is a terminal
-_shared: Progress | None = None  # the display that is live now; nested stages add a row to it
+
+class _Screen:
+    """Where bars are shown. A process has one, because a terminal takes one live display at a time."""
+
+    def __init__(self) -> None:
+        self.allowed = True  # False shows no bars
+        self.live: Progress | None = None  # the display that is shown now; a bar within another adds a row to it
+
+
+_screen = _Screen()
 
 
 def configure(enabled: bool | None) -> None:
-    """Turn bars on (still only on a terminal), off, or back to automatic."""
-    global _setting
-    _setting = enabled
+    """Turn the bars of this process off with False, and on again with True or None (still only on a terminal)."""
+    _screen.allowed = enabled is not False
 
 
 def bars_enabled() -> bool:
-    """Whether a stage that starts now shows a bar: a terminal, not turned off, and the first of several processes."""
+    """Whether a bar that starts now is shown: on a terminal, not turned off, and by the first of several processes."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) or 0)
-    return _setting is not False and rank == 0 and sys.stderr.isatty()
+    return _screen.allowed and rank == 0 and sys.stderr.isatty()
 
 
 class Stage:
-    """One stage that is running. `advance` moves it on, `note` shows a few words beside it."""
+    """One progress bar. `advance` moves it on, `note` shows a few words beside it.
+
+    Args:
+        description: what is being done.
+        total: number of units; None if it is not known.
+        display: where the bar is shown; None shows none.
+    """
 
     def __init__(self, description: str, total: float | None, display: Progress | None) -> None:
         self.description = description
@@ -55,7 +68,7 @@ class Stage:
 
     @property
     def shown(self) -> bool:
-        """Whether there is a bar. Without one, a caller may write lines of its own to the log."""
+        """Whether the bar is shown. If not, a caller may log lines in its place."""
         return self._display is not None
 
     def advance(self, amount: float = 1) -> None:
@@ -63,7 +76,7 @@ class Stage:
         self.update(self.completed + amount)
 
     def update(self, completed: float) -> None:
-        """Set how many units are done."""
+        """Set the number of units that are done."""
         self.completed = completed
         if self._display is not None and self._task is not None:
             self._display.update(self._task, completed=completed)
@@ -73,7 +86,8 @@ class Stage:
         if self._display is not None and self._task is not None:
             self._display.update(self._task, note=text)
 
-    def _close(self, *, remove: bool) -> None:
+    def close(self, *, remove: bool) -> None:
+        """Stop the bar; `remove` takes its row away."""
         if self._display is None or self._task is None:
             return
         if remove:
@@ -84,46 +98,54 @@ class Stage:
 
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Stage]:
-    """Show that a stage runs, and how far it is.
+    """Show what is being done inside, and how far it is.
 
-    On a terminal this is a bar on stderr, below the bar of the stage that contains it. Elsewhere two lines are logged,
-    at the start and at the end with the time it took.
+    On a terminal this is a bar on stderr, below the bar that contains it. Elsewhere two lines are logged: at the start,
+    and at the end with the seconds it took.
 
     Args:
         description: what is being done, a few words.
-        total: how many units there are; None when that is not known.
+        total: number of units; None if it is not known.
+
+    Yields:
+        the bar.
     """
-    global _shared
     started = time.perf_counter()
     if not bars_enabled():
         log.info("%s: started%s", description, "" if total is None else f" ({total:g})")
         yield Stage(description, total, None)
         log.info("%s: done in %.1f s", description, time.perf_counter() - started)
         return
-    if _shared is not None:
-        stage = Stage(description, total, _shared)
+    with _shown() as (display, outermost):
+        bar = Stage(description, total, display)
         try:
-            yield stage
+            yield bar
         finally:
-            stage._close(remove=True)  # a stage within another leaves no row behind: there may be hundreds
+            bar.close(remove=not outermost)  # a bar within another leaves no row behind: there may be hundreds
+
+
+@contextmanager
+def _shown() -> Iterator[tuple[Progress, bool]]:
+    """The live display, and whether it starts here."""
+    if _screen.live is not None:
+        yield _screen.live, False
         return
-    with _display() as _shared:
-        stage = Stage(description, total, _shared)
+    with _display() as display:
+        _screen.live = display
         try:
-            yield stage
+            yield display, True
         finally:
-            stage._close(remove=False)
-            _shared = None
+            _screen.live = None
 
 
 def track(iterable: Iterable[Item], description: str, total: float | None = None) -> Iterator[Item]:
-    """Go through `iterable` and show the progress of doing so; `total` is its length unless given."""
+    """Go through `iterable` behind a progress bar; `total` is its length unless given."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    with progress(description, total) as stage:
+    with progress(description, total) as bar:
         for item in iterable:
             yield item
-            stage.advance()
+            bar.advance()
 
 
 def _display() -> Progress:

@@ -51,12 +51,12 @@ def test_bars_on_a_terminal_also_within_each_other(
         assert outer.shown
         for _ in range(2):
             for _ in track([1, 2], "inner stage"):
-                assert module._shared is not None
-                module._shared.refresh()
+                assert module._screen.live is not None
+                module._screen.live.refresh()
             outer.advance()
         outer.note("loss 4.5")
-        assert [task.description for task in module._shared.tasks] == ["outer stage"]  # type: ignore[union-attr]
-    assert module._shared is None
+        assert [task.description for task in module._screen.live.tasks] == ["outer stage"]  # type: ignore[union-attr]
+    assert module._screen.live is None
     shown = screen.getvalue()
     assert all(text in shown for text in ("outer stage", "inner stage", "2/2", "loss 4.5"))
     assert messages(caplog) == []
@@ -66,11 +66,11 @@ def test_the_display_ends_with_its_stage_whatever_happens(monkeypatch: pytest.Mo
     terminal(monkeypatch)
     with pytest.raises(RuntimeError), progress("outer"), progress("inner"):
         raise RuntimeError
-    assert module._shared is None
+    assert module._screen.live is None
     iterator = track([1, 2, 3], "left early")
     next(iterator)
     iterator.close()  # type: ignore[attr-defined]
-    assert module._shared is None
+    assert module._screen.live is None
 
 
 def test_bars_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

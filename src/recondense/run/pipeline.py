@@ -151,12 +151,15 @@ def _folder(config: Config, folder: Path) -> Iterator[None]:
 def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
     """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
     settings = config.model
-    path = settings.path or processes.by_first(
-        lambda: tiny.ensure(settings, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))
-    )
+    path = settings.path or processes.by_first(lambda: _embedded(config, callbacks))
     pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None
     with processes.first_before_others() if settings.path else nullcontext():  # a hub id is downloaded once
         return loading.load(settings, path, pages)
+
+
+def _embedded(config: Config, callbacks: MakeCallbacks) -> Path:
+    with processes.work_alone():  # its training must not depend on the number of processes
+        return tiny.ensure(config.model, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))
 
 
 def _quiet(config: Config) -> None:
@@ -326,7 +329,9 @@ class _Run:
     @contextmanager
     def _original_again(self) -> Iterator[Any]:
         """The original from its checkpoint, after the compressed model has taken its place."""
-        yield load(self.config, self.callbacks)[0]
+        with processes.work_alone():  # the first process alone evaluates
+            original, _ = load(self.config, self.callbacks)
+        yield original
 
     def _show(self, plan: Plan, model: Any) -> None:
         if not plan.operations:

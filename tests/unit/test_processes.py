@@ -1,0 +1,58 @@
+"""What the first process does without the others may not need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.forks import Forks
+
+from recondense import processes
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        processes.world_size,
+        processes.grouped,
+        processes.on_this_node,
+        processes.barrier,
+        lambda: processes.share([1, 2]),
+        lambda: processes.broadcast(1),
+        lambda: processes.gather(1),
+        lambda: processes.mean({"loss": torch.ones(())}),
+        lambda: processes.by_first(lambda: 1),
+        lambda: processes.FirstProcess({})["key"],
+    ],
+)
+def test_what_needs_the_others_is_refused_inside_by_first(call: Callable[[], Any]) -> None:
+    """Also in a run of one process, so that every run tells."""
+    with pytest.raises(AssertionError, match="by_first"):
+        processes.by_first(call)
+    assert processes.world_size() == 1  # and afterwards it may be asked again
+
+
+def test_the_first_may_ask_who_it_is_and_work_alone() -> None:
+    assert processes.by_first(lambda: (processes.rank(), processes.is_first())) == (0, True)
+
+    def train() -> list[int]:
+        with processes.work_alone():
+            return processes.gather(processes.world_size())
+
+    assert processes.by_first(train) == [1]
+
+
+def test_two_processes(forks: Forks, tmp_path: Path) -> None:
+    ended = forks.run(SUPPORT / "first_works.py", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_nobody_works_alone_while_others_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    with pytest.raises(AssertionError, match="do not wait"), processes.work_alone():
+        pass
