@@ -13,7 +13,6 @@ from recondense.errors import ConfigError
 
 LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")  # part of a folder's name, and of those of metrics
-DATA_SETTING = re.compile(r"(?<![\w./-])data\.(?=(train|validation|dataset|subset|splits|text_field|form)\b)")
 TAKEN = ("control", "pretrain", "recovery")  # names of the other fits of a run
 OF_ALL = ("stages", "control")  # settings of the recovery as a whole
 
@@ -139,11 +138,6 @@ def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
     if stages is not None:
         stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
     return replace(recovery, objective=objective({}), stages=stages)
-
-
-def renamed(message: str, where: str) -> str:
-    """A message about the settings of some data, as one about those that `where` has."""
-    return DATA_SETTING.sub(f"{where}.", message)
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

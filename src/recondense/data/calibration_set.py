@@ -1,4 +1,7 @@
-"""The calibration set: token ids of texts, cut and padded."""
+"""The calibration set: token ids of texts, cut at one length.
+
+Legend: B texts of a batch, S tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recondense.data.loader import require_samples
 from recondense.errors import UserError
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids of the calibration texts: cut, not packed, in order."""
+    """Token ids of the calibration texts, in order; cut, not packed."""
 
     ids: list[list[int]]
 
@@ -35,33 +37,46 @@ class CalibrationSet:
             sha256.update(len(ids).to_bytes(8, "big") + np.asarray(ids, dtype="<i8").tobytes())
         return sha256.hexdigest()
 
-    def blocks(self, texts_per_block: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Fixed blocks of texts, in order.
+    def blocks(self, texts_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fixed batches of texts, in order.
 
         Args:
-            texts_per_block: how many texts a block has; the last block may have fewer.
+            texts_per_batch: B; the last batch may have fewer texts.
 
         Yields:
-            input_ids_BS (int64, padded on the right with 0) and mask_BS (bool, True where a token is).
+            input_ids_BS (int64, padded on the right with 0) and mask_BS (bool, True for a token).
         """
-        for start in range(0, len(self.ids), texts_per_block):
-            block = self.ids[start : start + texts_per_block]
-            length = max(map(len, block))
-            input_ids_BS = torch.zeros(len(block), length, dtype=torch.long)
-            mask_BS = torch.zeros(len(block), length, dtype=torch.bool)
-            for row, ids in enumerate(block):
+        for start in range(0, len(self.ids), texts_per_batch):
+            batch = self.ids[start : start + texts_per_batch]
+            length = max(map(len, batch))
+            input_ids_BS = torch.zeros(len(batch), length, dtype=torch.long)
+            mask_BS = torch.zeros(len(batch), length, dtype=torch.bool)
+            for row, ids in enumerate(batch):
                 input_ids_BS[row, : len(ids)] = torch.tensor(ids)
                 mask_BS[row, : len(ids)] = True
             yield input_ids_BS, mask_BS
 
 
+def require_samples(texts: Sequence[str], num_samples: int) -> None:
+    """Check that there are enough calibration texts.
+
+    Raises:
+        UserError: there are fewer than `num_samples`.
+    """
+    if len(texts) < num_samples:
+        raise UserError(
+            f"data.calibration.num_samples={num_samples}: there are {len(texts)} calibration texts; lower it or give "
+            "more texts."
+        )
+
+
 def calibration_set(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
 ) -> CalibrationSet:
-    """Tokenise the first `num_samples` texts, each cut at `max_length` tokens, with the tokenizer's special tokens.
+    """Tokenise the first `num_samples` texts with the tokenizer's special tokens, each cut at `max_length` tokens.
 
     Raises:
-        UserError: fewer texts than `num_samples`, or a text that gives no token besides special ones.
+        UserError: fewer texts than `num_samples`, or a text with no token but special ones.
     """
     require_samples(texts, num_samples)
     encoded = tokenizer(

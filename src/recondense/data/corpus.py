@@ -11,7 +11,7 @@ SPLITS = ("train", "validation", "calibration")
 
 @dataclass(frozen=True)
 class Corpora:
-    """Documents of each split, texts or `Record`s; None where a split is not configured or was not asked for."""
+    """Documents of each split, texts or `Record`s; None for a split that is not configured or was not asked for."""
 
     train: list[str] | None = None
     validation: list[str] | None = None

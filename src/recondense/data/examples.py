@@ -1,4 +1,4 @@
-"""Supervised examples as token ids with labels, several in a window, none of which attends to another.
+"""Supervised examples as token ids with labels. Several share a window, and none attends to another.
 
 Legend: N windows, B windows of a batch, S tokens, V vocabulary, D hidden size.
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recondense.data.labels import MASKED
-from recondense.data.prompts import Marked, Refused, marked
+from recondense.data.prompts import MarkedText, RefusedChat, mark_answers
 from recondense.data.records import Record
 from recondense.errors import UserError
 from recondense.progress import track
 
 log = logging.getLogger(__name__)
 TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
-MANY = 20_000  # records whose templates and tokens take long enough for a progress bar
+MANY = 20_000  # more records than this take long enough for a progress bar
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and which of them are to be predicted; the first never is."""
+    """Token ids, and for each whether it is to be predicted; the first never is."""
 
     ids: list[int]
     targets: list[bool]
@@ -37,11 +37,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What became of some records.
+    """The examples of some records.
 
     Args:
-        left_out: how many gave no example, for their answer lies beyond the window or their chat was refused.
-        cut: how many lost an end.
+        left_out: number of records without an example: their answer lies beyond the window, or their chat was refused.
+        cut: number of records that lost their end.
     """
 
     kept: list[Example]
@@ -49,18 +49,21 @@ class Examples:
     cut: int
 
 
-def examples_of(
+def make_examples(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "records"
 ) -> Examples:
     """Tokenise records, each cut at `length` tokens.
+
+    Args:
+        name: what the records are, for messages.
 
     Raises:
         UserError: no record has an answer within `length` tokens; a chat template that does not tell answers apart.
     """
     lead = leading_tokens(tokenizer)
     kept, left_out, cut, why = [], 0, 0, ""
-    for found in _marked(records, tokenizer, name):
-        for ids, targets, complete in found:
+    for tokenized in _tokenize(records, tokenizer, name):
+        for ids, targets, complete in tokenized:
             if isinstance(complete, str):
                 left_out, why = left_out + 1, why or complete
                 continue
@@ -91,52 +94,53 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
 
 
-Tokenized = tuple[
-    list[int], list[bool], bool | str
-]  # ids, targets, whether special tokens are there (or why nothing is)
+# Ids, targets, and whether special tokens are among them; in place of that, why the chat was refused.
+Tokenized = tuple[list[int], list[bool], bool | str]
 
 
-def _marked(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Tokenized]]:
+def _tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Tokenized]]:
     starts: Any = range(0, len(records), TEXTS_PER_CALL)
     if len(records) > MANY:
         starts = track(starts, f"tokenising {name}")
     for start in starts:
-        texts: list[Marked] = []
+        texts: list[MarkedText] = []
         refused: list[Tokenized] = []
         for record in records[start : start + TEXTS_PER_CALL]:
             try:
-                texts.append(marked(record, tokenizer))
-            except Refused as error:
+                texts.append(mark_answers(record, tokenizer))
+            except RefusedChat as error:
                 refused.append(([], [], str(error)))
-        found = _by_offsets(texts, tokenizer) if tokenizer.is_fast else _by_pieces(texts, tokenizer)
-        yield [*found, *refused]
+        yield [*(_by_offsets if tokenizer.is_fast else _by_pieces)(texts, tokenizer), *refused]
 
 
-def _by_offsets(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
-    """Tokens of whole texts; a token is a target if it begins within an answer, but for spaces before it."""
+def _by_offsets(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
+    """Tokenise whole texts; a token is a target if it begins within an answer, leading spaces aside."""
     if not texts:
         return []
     encoded = tokenizer(
-        [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False,
+        [text.text for text in texts],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
         return_attention_mask=False,
-    )  # fmt: skip
-    found: list[Tokenized] = []
+    )
+    tokenized: list[Tokenized] = []
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        targets = [_within(text.text, start, end, text.answers) for start, end in offsets]
-        found.append((list(ids), targets, text.complete))
-    return found
+        targets = [_is_target(text.text, start, end, text.answers) for start, end in offsets]
+        tokenized.append((list(ids), targets, text.complete))
+    return tokenized
 
 
-def _within(text: str, start: int, end: int, answers: Sequence[tuple[int, int]]) -> bool:
-    """Many tokenizers put a space and the word after it in one token, which is then the word's."""
+def _is_target(text: str, start: int, end: int, answers: Sequence[tuple[int, int]]) -> bool:
+    # Many tokenizers put a space and the word after it into one token, which then counts as the word's.
     while start < end - 1 and text[start] == " ":
         start += 1
     return any(first <= start < last for first, last in answers)
 
 
-def _by_pieces(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
-    """For tokenizers that do not tell where a token stands: prompts and answers each on their own."""
-    found: list[Tokenized] = []
+def _by_pieces(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
+    """Tokenise prompts and answers one by one, for tokenizers that do not tell the place of a token."""
+    tokenized: list[Tokenized] = []
     for text in texts:
         ids: list[int] = []
         targets: list[bool] = []
@@ -145,20 +149,21 @@ def _by_pieces(texts: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> l
             piece = tokenizer(text.text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
             ids += piece
             targets += [index % 2 == 1] * len(piece)
-        found.append((ids, targets, text.complete))
-    return found
+        tokenized.append((ids, targets, text.complete))
+    return tokenized
 
 
-def windows_of(examples: Sequence[Example], length: int, filler: int, together: bool = True) -> dict[str, Tensor]:
-    """Examples in windows, the rest of each filled up; no example is split.
+def make_windows(examples: Sequence[Example], length: int, filler: int, together: bool = True) -> dict[str, Tensor]:
+    """Put examples into windows and fill the windows up; no example is split.
 
     Args:
-        filler: the id that fills up; it follows all examples, so that none attends to it.
-        together: several examples in a window where they fit (best fit, longest first); else one a window, in order.
+        length: tokens of a window.
+        filler: the id that fills a window up. It follows all examples, so that none attends to it.
+        together: put several examples into a window if they fit (best fit, longest first); else one a window, in order.
 
     Returns:
-        input_ids and labels, (N, length) int64; labels are ids or MASKED. Where examples share a window also
-        position_ids, which begin at 0 with each example: transformers' masks keep apart what does.
+        input_ids and labels, (N, length) int64; labels are ids or MASKED. With `together` also position_ids, which
+        begin at 0 with each example: transformers' masks separate such sequences.
     """
     groups = _best_fit(examples, length) if together else [[example] for example in examples]
     input_ids_NS = torch.full((len(groups), length), filler, dtype=torch.long)
@@ -171,7 +176,7 @@ def windows_of(examples: Sequence[Example], length: int, filler: int, together: 
             ids = torch.tensor(example.ids)
             input_ids_NS[row, start:end] = ids
             labels_NS[row, start:end] = ids.where(torch.tensor(example.targets), MASKED)
-            # The last example's run on into the filler, which would be one more block of the mask otherwise.
+            # The last example's positions run on into the filler, which would count as one more sequence otherwise.
             positions_NS[row, start:] = torch.arange(length - start)
             start = end
     windows = {"input_ids": input_ids_NS, "labels": labels_NS}
@@ -179,7 +184,7 @@ def windows_of(examples: Sequence[Example], length: int, filler: int, together: 
 
 
 def _best_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Each example, longest first, into the window in which it leaves the least room."""
+    """Groups of examples for one window each: longest first, an example goes where it leaves the least room."""
     groups: list[list[Example]] = []
     rooms: list[tuple[int, int]] = []  # (tokens that are free, window), ascending
     for example in sorted(examples, key=lambda example: -len(example.ids)):

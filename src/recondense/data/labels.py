@@ -1,4 +1,4 @@
-"""Which tokens are to be predicted.
+"""Labels: the tokens that are to be predicted.
 
 Legend: B batch, S sequence.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+MASKED = -100  # the label of a token that is not to be predicted
+
 
 def predicting(labels_BS: Tensor) -> Tensor:
-    """The positions (B, S), bool, whose next token is to be predicted: those before a label that is not MASKED."""
+    """The positions that predict: True if the label after a position is not MASKED, (B, S) bool."""
     return F.pad(labels_BS[:, 1:] != MASKED, (0, 1))
 
 
 def next_labels(labels_BS: Tensor) -> Tensor:
-    """What each position is to predict, (B, S): the label after it, MASKED for the last."""
+    """The label that each position predicts, the one after it, (B, S); MASKED for the last position."""
     return F.pad(labels_BS[:, 1:], (0, 1), value=MASKED)
-
-
-MASKED = -100  # the label of a token that is not to be predicted

@@ -1,4 +1,4 @@
-"""Windows in the order in which training sees them."""
+"""Batches of windows, in the order in which training and validation see them."""
 
 from __future__ import annotations
 
@@ -14,33 +14,25 @@ from recondense import processes
 from recondense.data.labels import predicting
 from recondense.errors import UserError
 
-
-def require_samples(texts: Sequence[str], num_samples: int) -> None:
-    """Raises a UserError where there are fewer calibration texts than `data.calibration.num_samples`."""
-    if len(texts) < num_samples:
-        raise UserError(
-            f"data.calibration.num_samples={num_samples}: there are {len(texts)} calibration texts; lower it or give "
-            "more texts."
-        )
-
-
-Table = Mapping[str, Tensor]  # of equally many rows: input_ids (N, S), and what else a model or a loss needs of each
+# Columns with a row a window: input_ids (N, S), and what else the model or a loss needs.
+Table = Mapping[str, Tensor]
 
 
 def table_of(windows: Tensor | Table) -> Table:
-    """Windows of ids alone (N, S), or with labels and positions."""
+    """Windows as a table; ids alone (N, S) become its only column."""
     return {"input_ids": windows} if isinstance(windows, Tensor) else windows
 
 
 def num_rows(table: Table) -> int:
+    """The number of windows, N."""
     return len(table["input_ids"])
 
 
 class Windows:
-    """Windows in batches, in their order; the last batch may be smaller.
+    """Batches of windows, in order; the last batch may be smaller.
 
-    Of several processes each has its part of every batch. One that has none of the last is given a window with the mark
-    `idle`, so that all do the same.
+    Each of several processes takes its part of every batch. A process without a part of the last one gets a window with
+    the mark `idle`, so that all processes do the same.
     """
 
     def __init__(self, windows: Tensor | Table, batch_size: int) -> None:
@@ -52,25 +44,25 @@ class Windows:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, num_rows(self.table), self.batch_size):
-            rows = _own_rows(range(start, min(start + self.batch_size, num_rows(self.table))))
+            rows = _rows_of_this_process(range(start, min(start + self.batch_size, num_rows(self.table))))
             batch = {name: column[rows or [0]] for name, column in self.table.items()}
             yield batch if rows else {**batch, "idle": torch.ones(())}
 
 
-def _own_rows(rows: Sequence[int]) -> list[int]:
-    """This process's part of a batch."""
+def _rows_of_this_process(rows: Sequence[int]) -> list[int]:
     size = -(-len(rows) // processes.world_size())
     return list(rows[processes.rank() * size : (processes.rank() + 1) * size])
 
 
 class ShuffledWindows:
-    """`num_batches` batches in a shuffled order that is a function of (seed, position) alone.
+    """`num_batches` batches in a shuffled order that depends on (seed, position) alone.
 
-    Sample i is window permutation_e[i mod N] of epoch e = i div N, where permutation_e is seeded by (seed, e); batches
-    run across the ends of epochs. The state is the position: it moves on as batches are taken, and `in_flight` tells
-    how many of those taken have not been trained on, so that a state saved in the middle of a step repeats that step.
+    Sample i is window permutation_e[i mod N] of epoch e = i div N; permutation_e is seeded by (seed, e). A batch may
+    cross the end of an epoch. The state is the position, which moves on as batches are taken.
 
     Args:
+        in_flight: the number of batches that were taken and not yet trained on. A state that is saved in the middle of
+            a step leaves them out, so that they are repeated.
         accumulate: batches of an optimiser step.
     """
 
@@ -93,7 +85,7 @@ class ShuffledWindows:
         self._permutation: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
 
     def __len__(self) -> int:
-        # The whole count also after a resume: Lightning adds the batches that were done to those it fetches.
+        # All batches, also after a resume: Lightning adds the batches that were done to those that it fetches.
         return self.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -104,18 +96,18 @@ class ShuffledWindows:
             yield batch
 
     def batch(self, position: int) -> dict[str, Tensor]:
-        """The batch at a position, counted from 0; of several processes each has its part of it.
+        """The batch at a position, counted from 0; each of several processes takes its part of it.
 
-        Where labels make the parts of an optimiser step different in size, `weight` says what this one weighs.
+        Labels make the parts of an optimiser step different in size; `weight` is then the weight of this part.
         """
-        rows = _own_rows(self._rows(position, position + 1))
+        rows = _rows_of_this_process(self._rows(position, position + 1))
         batch = {name: column[rows] for name, column in self.table.items()}
         if "labels" in self.table and (processes.world_size() > 1 or self.accumulate > 1):
             batch["weight"] = self._weight(position, rows)
         return batch
 
     def _weight(self, position: int, rows: Sequence[int]) -> Tensor:
-        """The tokens that some rows of a batch predict, as `RecoveryModule.losses` takes them, (3,) int64."""
+        """The numbers of predicted tokens that weigh a part, as `RecoveryModule.losses` takes them, (3,) int64."""
         in_epoch = position % self.num_batches
         first = position - in_epoch % self.accumulate
         end = min(first + self.accumulate, position - in_epoch + self.num_batches)  # an epoch ends its last step
@@ -127,12 +119,12 @@ class ShuffledWindows:
         return torch.stack([part * processes.world_size() * batches, batch * batches, step.clamp_min(1)])
 
     def used(self) -> list[int]:
-        """The windows that some batch holds, ascending."""
+        """The indices of the windows that are in some batch, ascending."""
         samples = min(self.batch_size * self.num_batches, num_rows(self.table))  # an epoch holds each once
         return sorted(self._window_index(sample) for sample in range(samples))
 
     def _rows(self, first: int, end: int) -> list[int]:
-        """The windows of the batches at some positions."""
+        """The indices of the windows of the batches from position `first` to before `end`."""
         return [self._window_index(sample) for sample in range(first * self.batch_size, end * self.batch_size)]
 
     def _window_index(self, sample: int) -> int:
@@ -149,13 +141,13 @@ class ShuffledWindows:
 
 
 class RecoveryData(LightningDataModule):
-    """Training windows in a shuffled order that resumes exactly, and validation windows in theirs.
+    """Training windows in a shuffled order that resumes exactly, and validation windows in order.
 
-    Lightning keeps the loader's position in its checkpoints and hands it back before the first batch.
+    Lightning keeps the loader's position in its checkpoints and restores it before the first batch.
 
     Args:
-        train: training windows: ids (N, S), or a table with their labels and positions.
-        validation: validation windows; None: no validation (give the Trainer limit_val_batches=0).
+        train: training windows: ids (N, S), or a table with labels and positions.
+        validation: validation windows; None for no validation (give the Trainer limit_val_batches=0).
         batch_size: windows of a batch.
         num_batches: batches of one fit (optimiser steps × accumulated batches); windows repeat as often as needed.
         seed: of the order.
@@ -191,7 +183,7 @@ class RecoveryData(LightningDataModule):
         return [] if self.validation is None else Windows(self.validation, self.batch_size)
 
     def _in_flight(self) -> int:
-        """How many batches the trainer has taken but not worked off (1 in the middle of a step, else 0)."""
+        """The number of batches that the trainer has taken and not trained on: 1 in the middle of a step, else 0."""
         if self.trainer is None:
             return 0
         current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current

@@ -1,26 +1,20 @@
-"""A calibration set that is mixed from several sources, each with its weight."""
+"""A calibration set that is mixed from several sources, each with a weight."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from recondense.config.schema import DataConfig, SourceConfig, SplitConfig, SplitNames
-from recondense.data.corpus import Corpora
-from recondense.data.text_files import read_texts
+from recondense.config.schema import DataConfig, SourceConfig
+from recondense.data.hub import HubSplit, read_split
+from recondense.data.text_files import TextFile
 from recondense.errors import UserError
 
-SETTING = re.compile(r"(?<![\w./-])data\.(train\.path|splits\.train|splits|dataset|subset|text_field|form)\b")
+SETTING = "data.calibration.sources"  # what the config calls the sources; only the run itself has a calibration set
 
 
-def mixed(data: DataConfig, load: Callable[[DataConfig, list[str]], Corpora]) -> list[str]:
-    """`data.calibration.num_samples` documents of all sources: the first ones of each, spread evenly over the whole.
-
-    Args:
-        load: reads the training split of a data config.
+def mix_sources(data: DataConfig) -> list[str]:
+    """The first documents of each source, `data.calibration.num_samples` in all, interleaved evenly.
 
     Raises:
         UserError: a source that cannot be read, or has too few documents.
@@ -28,16 +22,18 @@ def mixed(data: DataConfig, load: Callable[[DataConfig, list[str]], Corpora]) ->
     sources = data.calibration.sources
     assert sources is not None
     counts = shares(data.calibration.num_samples, [source.weight for source in sources])
-    texts = [
-        _read(source, count, index, load) for index, (source, count) in enumerate(zip(sources, counts, strict=True))
-    ]
-    return interleaved(texts)
+    return interleave(
+        [
+            _read(source, count, f"{SETTING}[{index}]") if count else []
+            for index, (source, count) in enumerate(zip(sources, counts, strict=True))
+        ]
+    )
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to weights that add up to `total`: what is left over goes to the largest remainders.
+    """Whole numbers in proportion to weights that add up to `total`: the largest remainders are rounded up.
 
-    Equal remainders: to the first.
+    Of equal remainders the first is rounded up first.
     """
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
@@ -47,43 +43,42 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def interleaved(groups: Sequence[Sequence[Any]]) -> list[Any]:
-    """All entries, each group's in their order and spread evenly: the j-th of n stands at the share (j + ½)/n."""
+def interleave(groups: Sequence[Sequence[Any]]) -> list[Any]:
+    """All entries, each group's in order and evenly apart: the j-th of n stands at the share (j + ½)/n."""
     places = [((j + 0.5) / len(group), index, j) for index, group in enumerate(groups) for j in range(len(group))]
     return [groups[index][j] for _, index, j in sorted(places)]
 
 
-def _read(source: SourceConfig, count: int, index: int, load: Callable[[DataConfig, list[str]], Corpora]) -> list[str]:
-    where = f"data.calibration.sources[{index}]"
-    if not count:
-        return []
-    data = DataConfig(
-        source="hub" if source.path is None else "texts",
-        dataset=source.dataset,
-        subset=source.subset,
-        splits=SplitNames(train=source.split),
-        streaming=source.streaming,
-        train=SplitConfig(source.path, count),
-        text_field=source.text_field,
-        form=source.form,
+def _read(source: SourceConfig, count: int, name: str) -> list[str]:
+    """The first `count` documents of a source; `name` is what the config calls it."""
+    if source.path is not None:
+        texts = [text for _, text in _file_of(source, name).read(count)]
+    else:
+        split = HubSplit(
+            dataset=source.dataset,
+            subset=source.subset,
+            split=source.split,
+            streaming=source.streaming,
+            text_field=source.text_field,
+            form=source.form,
+            where=name,
+            setting=f"{name}.split",
+        )
+        texts = read_split(split, count)
+    if len(texts) < count:
+        raise UserError(f"{name}{_too_few(len(texts), count)}")
+    return texts
+
+
+def _file_of(source: SourceConfig, name: str) -> TextFile:
+    return TextFile(str(source.path), source.text_field, source.form, where=name, setting=f"{name}.path")
+
+
+def _too_few(number: int, count: int) -> str:
+    return (
+        f" has {number} texts, but {count} are its share; lower its weight or data.calibration.num_samples, or give "
+        "more texts."
     )
-    try:
-        found = load(data, ["train"]).train or []
-    except UserError as error:
-        raise UserError(_renamed(str(error), where)) from error
-    if len(found) < count:
-        raise UserError(f"{where} has {len(found)} texts, but {count} are its share; {_remedy()}")
-    return found
-
-
-def _remedy() -> str:
-    return "lower its weight or data.calibration.num_samples, or give more texts."
-
-
-def _renamed(message: str, where: str) -> str:
-    """A message about a data config's settings, as one about those of a source."""
-    own = {"train.path": "path", "splits.train": "split", "splits": "split"}
-    return SETTING.sub(lambda found: f"{where}.{own.get(found[1], found[1])}", message)
 
 
 def check_sources(data: DataConfig) -> Iterator[str]:
@@ -91,38 +86,26 @@ def check_sources(data: DataConfig) -> Iterator[str]:
     sources, num_samples = data.calibration.sources, data.calibration.num_samples
     if sources is None:
         return
-    name = "data.calibration.sources"
     if not sources:
-        yield f"{name} is an empty list: name at least one source, or set it to null."
+        yield f"{SETTING} is an empty list: name at least one source, or set it to null."
         return
     if data.calibration.path is not None:
-        yield f"data.calibration.path={data.calibration.path}: {name} is given too; set one of them to null."
+        yield f"data.calibration.path={data.calibration.path}: {SETTING} is given too; set one of them to null."
     wrong = [index for index, source in enumerate(sources) if not source.weight > 0]
     for index in wrong:
-        yield f"{name}[{index}].weight={sources[index].weight}: must be above 0; leave the source out instead."
+        yield f"{SETTING}[{index}].weight={sources[index].weight}: must be above 0; leave the source out instead."
     counts = [1] * len(sources) if wrong else shares(num_samples, [source.weight for source in sources])
     for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
         if not count:
             yield (
-                f"{name}[{index}].weight={source.weight}: none of data.calibration.num_samples={num_samples} texts "
+                f"{SETTING}[{index}].weight={source.weight}: none of data.calibration.num_samples={num_samples} texts "
                 "would come from it; raise either."
             )
         elif (source.path is None) == (source.dataset is None):
-            yield f"{name}[{index}]: give either path (a local file) or dataset (a name of the hub)."
+            yield f"{SETTING}[{index}]: give either path (a local file) or dataset (a name of the hub)."
         elif source.path is not None:
-            yield from _check_file(source, count, f"{name}[{index}]")
-
-
-def _check_file(source: SourceConfig, count: int, where: str) -> Iterator[str]:
-    path = Path(str(source.path))
-    if not path.is_file():
-        yield f"{where}.path={path}: {'is a folder; a file is needed' if path.is_dir() else 'there is no such file'}."
-        return
-    try:
-        texts = (text for _, text in read_texts(path, source.text_field, source.form) if text)
-        found = len(list(islice(texts, count)))
-    except UserError as error:
-        yield _renamed(f"{where}.path={path}: {error}", where)
-        return
-    if found < count:
-        yield f"{where}.path={path}: has {found} texts, but {count} are its share; {_remedy()}"
+            file = _file_of(source, f"{SETTING}[{index}]")
+            texts, problems = file.check(count)
+            yield from problems
+            if texts and len(texts) < count:
+                yield f"{file}:{_too_few(len(texts), count)}"

@@ -1,4 +1,4 @@
-"""From records to text with the answers marked: a tokenizer's chat template, or Alpaca's prompts."""
+"""Records as text with their answers marked: by a tokenizer's chat template, or in Alpaca's prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from recondense.data.records import Record
 from recondense.errors import UserError
 
-# github.com/tatsu-lab/stanford_alpaca, and the text field of its data set on the hub: an answer begins a line.
+# As in github.com/tatsu-lab/stanford_alpaca and in the text field of its data set on the hub: an answer begins a line.
 TASK = "Below is an instruction that describes a task"
 COMPLETES = "Write a response that appropriately completes the request."
 PROMPT = f"{TASK}. {COMPLETES}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
@@ -24,17 +24,17 @@ PROMPT_WITH_INPUT = (
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # how a chat template itself marks what assistants say
 
 
-class Refused(UserError):
+class RefusedChat(UserError):
     """A chat that the tokenizer's template does not take, such as one that an assistant opens."""
 
 
 @dataclass(frozen=True)
-class Marked:
-    """A text, and where its answers are.
+class MarkedText:
+    """A text and the places of its answers.
 
     Args:
-        answers: ranges of characters, ascending; the end of each turn is part of it.
-        complete: the text has its special tokens (a chat template's), so that none are to be put before it.
+        answers: ranges of characters, ascending; the end of a turn is part of its answer.
+        complete: whether a chat template has written the special tokens, so that none are to be added before the text.
     """
 
     text: str
@@ -42,76 +42,81 @@ class Marked:
     complete: bool = False
 
 
-def as_texts(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Documents as plain text: records in the words in which a model would be trained on them."""
-    return [marked(document, tokenizer).text if isinstance(document, Record) else document for document in documents]
+def render_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Documents as plain text; a record becomes the text that a model would be trained on."""
+    return [
+        mark_answers(document, tokenizer).text if isinstance(document, Record) else document for document in documents
+    ]
 
 
-def marked(record: Record, tokenizer: PreTrainedTokenizerBase) -> Marked:
-    """A record as text, each answer with the token that ends it.
+def mark_answers(record: Record, tokenizer: PreTrainedTokenizerBase) -> MarkedText:
+    """Render a record as text, each answer with the token that ends it.
 
     Raises:
-        Refused: the tokenizer's chat template refuses the chat.
-        UserError: the chat template gives no way to tell what the assistant says.
+        RefusedChat: the tokenizer's chat template refuses the chat.
+        UserError: the chat template does not tell answers apart.
     """
     values = record.values
     if "messages" not in values:
         template = PROMPT_WITH_INPUT if values["input"] else PROMPT
-        return _joined([(template.format_map(values), values["output"])], tokenizer)
+        return _join_turns([(template.format_map(values), values["output"])], tokenizer)
     if tokenizer.chat_template is None:
-        return _joined(_as_instructions(values["messages"]), tokenizer)
-    return _by_template(values["messages"], tokenizer)
+        return _join_turns(_chat_to_turns(values["messages"]), tokenizer)
+    return _render_chat(values["messages"], tokenizer)
 
 
-def _joined(turns: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Marked:
-    """Prompts and answers in turns, each answer with the end-of-text token (none if the tokenizer has none)."""
+def _join_turns(turns: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> MarkedText:
+    """Join prompts and answers, each answer with the end-of-text token (none if the tokenizer has none)."""
     text, answers = "", []
     for prompt, answer in turns:
         start = len(text) + len(prompt)
         text += prompt + answer + (tokenizer.eos_token or "")
         answers.append((start, len(text)))
-    return Marked(text, tuple(answers))
+    return MarkedText(text, tuple(answers))
 
 
-def _as_instructions(messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """A chat in Alpaca's words: a system message takes the place of the first sentences, a turn is an instruction."""
+def _chat_to_turns(messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+    """Prompts and answers of a chat, in Alpaca's words.
+
+    A system message takes the place of the first sentences; what a user says is an instruction.
+    """
     turns: list[tuple[str, str]] = []
     prompt = "" if messages[0]["role"] == "system" else f"{TASK}. {COMPLETES}\n\n"
     for message in messages:
-        role, said = message["role"], message["content"]
+        role, content = message["role"], message["content"]
         if role == "assistant":
-            turns.append((f"{prompt}### Response:\n", said))
+            turns.append((f"{prompt}### Response:\n", content))
             prompt = "\n\n"
         else:
             head = {"system": "", "tool": "### Input:\n"}.get(role, "### Instruction:\n")
-            prompt += f"{head}{said}\n\n"
+            prompt += f"{head}{content}\n\n"
     return turns
 
 
-def _by_template(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Marked:
+def _render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> MarkedText:
     try:
         if GENERATION.search(str(tokenizer.chat_template)):
-            text, answers = _generated(messages, tokenizer)
+            text, answers = _generation_blocks(messages, tokenizer)
         else:
             text = _render(messages, tokenizer)
-            answers = _by_prefixes(messages, text, tokenizer)
+            answers = _answers_by_prefixes(messages, text, tokenizer)
     except TemplateError as error:
-        raise Refused(str(error)) from None
+        raise RefusedChat(str(error)) from None
     end = tokenizer.eos_token or ""
     if end not in text[answers[-1][0] :]:
         text += end
         answers[-1] = (answers[-1][0], len(text))
-    return Marked(text, tuple(answers), complete=True)
+    return MarkedText(text, tuple(answers), complete=True)
 
 
 def _render(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
 
 
-def _generated(
+def _generation_blocks(
     messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[tuple[int, int]]]:
-    """What a template with generation blocks renders, and their ranges."""
+    """Render a chat with a template that has generation blocks; the text, and the blocks' ranges of characters."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
@@ -127,13 +132,13 @@ def _generated(
     return text, ranges
 
 
-def _by_prefixes(
+def _answers_by_prefixes(
     messages: Sequence[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """An assistant's turn is what rendering it adds to the chat before it, with the prompt to answer.
+    """Ranges of the answers: an answer is what it adds to the rendered chat before it with the prompt to answer.
 
     Raises:
-        UserError: the template writes earlier turns in another way once there are later ones.
+        UserError: the template renders earlier turns in another way once there are later ones.
     """
     answers = []
     for index, message in enumerate(messages):
@@ -142,11 +147,11 @@ def _by_prefixes(
         before = messages[:index]
         prompts = [_render(before, tokenizer, prompt) for prompt in (True, False)] if before else [""]
         start = next((len(prompt) for prompt in prompts if text.startswith(prompt)), None)
-        whole = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer)
-        if start is None or not text.startswith(whole):
+        until = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer)
+        if start is None or not text.startswith(until):
             raise UserError(
                 "the tokenizer's chat template rewrites earlier turns of a chat, so that what the assistant says "
                 "cannot be told apart; give the tokenizer a template with {% generation %} blocks"
             )
-        answers.append((start, len(whole)))
+        answers.append((start, len(until)))
     return answers

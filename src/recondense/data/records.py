@@ -1,7 +1,7 @@
 """Records of supervised fine-tuning: the forms in which they are published, brought to two of them.
 
-Whatever its form, a record becomes an instruction with its answer (Alpaca's three fields) or a chat (`messages`), kept
-as JSON: a document among a corpus's documents. This file needs no torch, so that files are checked before it is there.
+A record becomes an instruction with its answer (Alpaca's three fields) or a chat (`messages`), and is kept as JSON: a
+document among a corpus's documents. This module needs no torch, so that files are checked before that is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from recondense.errors import UserError
 
 FORMS = ("alpaca", "chat", "commonsense")
-# Who speaks, in ShareGPT's words and in those of chat templates.
+# Names of speakers in ShareGPT and in chat templates, and their roles here.
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
@@ -30,38 +30,39 @@ class Record(str):
     @property
     def values(self) -> dict[str, Any]:
         """{"instruction", "input", "output"}, or {"messages": [{"role", "content"}, ...]}."""
-        found: dict[str, Any] = json.loads(self)
-        return found
+        values: dict[str, Any] = json.loads(self)
+        return values
 
 
 def read_record(values: Any, form: str) -> Record:
-    """A published record.
+    """Bring a published record to one of the two forms that are kept.
 
     Args:
         values: the record's fields.
-        form: one of FORMS, or auto: what the fields tell.
+        form: one of FORMS, or auto: the form that its fields tell.
 
     Raises:
-        UserError: it is not of that form, or has no answer; a clause that its place in a file stands before.
+        UserError: it is not of that form, or has no answer. The message is a clause; the caller puts the record's place
+            in its file before it.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"is a {type(values).__name__}, not an object with fields")
-    values = _unwrapped(values)
-    form = form_of(values) if form == "auto" else form
+    values = _unwrap(values)
+    form = detect_form(values) if form == "auto" else form
     try:
-        found = {"alpaca": _alpaca, "chat": _chat, "commonsense": _commonsense}[form](values)
+        record = {"alpaca": _alpaca, "chat": _chat, "commonsense": _commonsense}[form](values)
     except KeyError as error:
         raise UserError(f"is no {form} record: it has no {error.args[0]!r} ({_fields(values)})") from None
-    return Record(json.dumps(found, ensure_ascii=False))
+    return Record(json.dumps(record, ensure_ascii=False))
 
 
-def form_of(values: Mapping[str, Any]) -> str:
+def detect_form(values: Mapping[str, Any]) -> str:
     """The form of a record, from its fields.
 
     Raises:
-        UserError: none is known that has such fields.
+        UserError: no known form has such fields.
     """
-    values = _unwrapped(values)
+    values = _unwrap(values)
     if "messages" in values or "conversations" in values:
         return "chat"
     if {"instruction", "output"} <= values.keys():
@@ -71,8 +72,8 @@ def form_of(values: Mapping[str, Any]) -> str:
     raise UserError(f"has no known form ({_fields(values)}); the forms are {', '.join(FORMS)}")
 
 
-def _unwrapped(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a record that lies in the only field of another, as in cais/mmlu's auxiliary_train."""
+def _unwrap(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a record; it may lie in the only field of another one, as in cais/mmlu's auxiliary_train."""
     inner = next(iter(values.values())) if len(values) == 1 else None
     return inner if isinstance(inner, Mapping) else values
 
@@ -89,7 +90,7 @@ def _text(values: Mapping[str, Any], name: str) -> str:
 
 
 def _texts(values: Any, what: str) -> list[str]:
-    """Options, some of which may be numbers."""
+    """Options as texts; some may be numbers."""
     listed = isinstance(values, Sequence) and not isinstance(values, str)
     if not listed or not all(isinstance(value, str | int | float) for value in values):
         raise UserError(f"its {what} are no list of texts")
@@ -139,8 +140,8 @@ def _turn(turn: Any) -> dict[str, str]:
 
 # --------------------------------------------------------------------------------------- commonsense questions
 #
-# The instructions are word for word those of commonsense_170k (LLM-Adapters, arXiv 2304.01933), its quirks included: a
-# question of ARC as the hub has it gives the same record as that set's.
+# The instructions are commonsense_170k's word for word (LLM-Adapters, arXiv 2304.01933), with their quirks: a question
+# of ARC from the hub gives the same record as in that set.
 
 CHOOSE = "Please choose the correct answer to the question: {}"
 
@@ -167,7 +168,7 @@ def _listed(head: str, word: str, options: Sequence[str], chosen: int, between: 
 
 
 def _number(values: Mapping[str, Any], name: str) -> int:
-    """A label that counts, as a number or as digits; published test sets have none, -1 or an empty text."""
+    """A label as an int, from a number or digits; -1 for any other text: published test sets have no labels."""
     try:
         return int(values[name])
     except (TypeError, ValueError):
@@ -209,7 +210,7 @@ def _boolq(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _multiple_choice(values: Mapping[str, Any]) -> dict[str, Any]:
-    """ARC, OpenBookQA, CommonsenseQA, MMLU, and what looks like them."""
+    """ARC, OpenBookQA, CommonsenseQA, MMLU, and sets with such fields."""
     question: Any = values["question_stem" if "question_stem" in values else "question"]
     options: Any = values.get("choices", values.get("options"))
     if isinstance(question, Mapping):  # as AI2 publishes ARC itself
@@ -218,8 +219,8 @@ def _multiple_choice(values: Mapping[str, Any]) -> dict[str, Any]:
     labels, texts = _options(options)
     answer = values["answerKey"] if "answerKey" in values else values["answer"]
     if isinstance(answer, str):
-        found = [names.index(answer) for names in (labels, texts) if answer in names]
-        chosen = found[0] if found else _number({"answer": answer}, "answer")
+        matches = [names.index(answer) for names in (labels, texts) if answer in names]
+        chosen = matches[0] if matches else _number({"answer": answer}, "answer")
     else:
         chosen = _number({"answer": answer}, "answer")
     return _listed(CHOOSE.format(question), "answer", texts, chosen)
@@ -242,7 +243,7 @@ def _question(values: Mapping[str, Any]) -> dict[str, Any]:
     return _prompted(_text(values, "question"), _text(values, "answer"))
 
 
-# Fields that tell a data set, the narrower before the wider.
+# The fields that tell a data set; more fields come before fewer.
 QUESTIONS = (
     (frozenset({"goal", "sol1", "sol2", "label"}), _piqa),
     (frozenset({"ctx", "endings", "label"}), _hellaswag),

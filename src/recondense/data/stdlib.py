@@ -31,11 +31,11 @@ CHUNK_CHARACTERS = 2000
 
 
 def stdlib_corpora() -> Corpora:
-    """The running interpreter's standard library: a document is a module, split by a hash of its dotted name.
+    """The running interpreter's standard library: a document is a module; a hash of its dotted name gives its split.
 
-    About 90% of the modules train, 5% validate, 5% calibrate, on every machine the same ones. Calibration modules are
-    cut into pieces of some 2,000 characters, taken in turns (every module's first piece, then every module's second
-    piece, ...), because there are fewer of them than a calibration set needs.
+    About 90% of the modules train, 5% validate, 5% calibrate, the same ones on every machine. There are fewer
+    calibration modules than a calibration set needs, so they are cut into pieces of some 2,000 characters, taken in
+    turns: every module's first piece, then every module's second piece, and so on.
 
     Raises:
         UserError: the interpreter's library has no readable sources.
@@ -71,18 +71,18 @@ def _modules(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _is_configuration(name: str) -> bool:
-    """Whether a file or folder tells how this interpreter was built; it differs between machines."""
+    """Whether a file or folder describes this build of the interpreter, and so differs between machines."""
     return name.startswith(("_sysconfigdata", "config-"))
 
 
 def _split_of(name: str) -> str:
-    """The split of a module: a pure function of its dotted name."""
+    """The split of a module, by its dotted name alone."""
     bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20
     return {0: "validation", 1: "calibration"}.get(bucket, "train")
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut a text at line ends into pieces of CHUNK_CHARACTERS or more; a shorter rest is left out unless it is all."""
+    """Cut a text at line ends into pieces of at least CHUNK_CHARACTERS; a shorter rest is dropped unless it is all."""
     pieces, lines, size = [], [], 0
     for line in text.splitlines(keepends=True):
         lines.append(line)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recondense.data.records import form_of, read_record
+from recondense.data.records import detect_form, read_record
 from recondense.errors import UserError
 
 ENCODING = "utf-8-sig"  # UTF-8, with the mark at its head that some programs write
@@ -17,26 +19,75 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 ARTICLE = re.compile(r"^ ?= [^=]+ = ?$")
 
 
-def read_texts(path: Path, text_field: str = "text", form: str | None = None) -> Iterator[tuple[int, str]]:
+@dataclass(frozen=True)
+class TextFile:
+    """A local file of documents, and what the config calls it. As a text: its setting, for messages.
+
+    Args:
+        path: may begin with ~.
+        text_field, form: as for `read_texts`.
+        where: the group of settings that text_field and form belong to, for messages.
+        setting: the setting that names the file, for messages.
+    """
+
+    path: str
+    text_field: str
+    form: str | None
+    where: str
+    setting: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.path}"
+
+    def read(self, limit: int | None = None, *, keep_empty: bool = False) -> list[tuple[int, str]]:
+        """The first documents, each with the number of its first line; empty ones are skipped unless kept.
+
+        Raises:
+            UserError: the file is not there, cannot be read, or has no document.
+        """
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise UserError(f"{self}: {'is a folder; a file is needed' if path.is_dir() else 'there is no such file'}.")
+        try:
+            texts = read_texts(path, self.text_field, self.form, self.where)
+            documents = list(islice((text for text in texts if text[1] or keep_empty), limit))
+        except UserError as error:
+            raise UserError(f"{self}: {error}") from None
+        if not documents:
+            raise UserError(f"{self}: the file has no text; give one with at least one document.")
+        return documents
+
+    def check(self, limit: int | None = None, *, keep_empty: bool = False) -> tuple[list[tuple[int, str]], list[str]]:
+        """As `read`, with the error as a list of one problem."""
+        try:
+            return self.read(limit, keep_empty=keep_empty), []
+        except UserError as error:
+            return [], [str(error)]
+
+
+def read_texts(
+    path: Path, text_field: str = "text", form: str | None = None, where: str = "data"
+) -> Iterator[tuple[int, str]]:
     """Documents of a local file, with the line at which each starts (from 1).
 
     JSON lines (.jsonl, .ndjson, .json): one object a line, its `text_field` is a document; blank lines are skipped.
-    Anything else is plain text: a document is an article when the file is in WikiText's form (it starts with a line
-    " = Title = "), otherwise a block between blank lines.
+    Any other file is plain text. In WikiText's form (the first line is " = Title = ") a document is an article;
+    otherwise it is a paragraph, the lines between two blank ones.
 
     Args:
-        form: of the file's records (see instructions.py), one a line or all in one JSON list, in place of texts: each
-            is a `Record`, and its number counts records where they are in a list. auto: what the first one is.
+        form: of the file's records (see records.py), one a line or all in one JSON list. Each document is a `Record`
+            then, and its number counts records if they are in a list. auto: the form of the first record.
+        where: the group of settings that text_field and form belong to, for messages.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or a line has no such field or is no such record; the line is
-            named, not the file.
+        UserError: the file cannot be read, is not UTF-8, or a line has no such field or is no such record. The message
+            names the line, not the file.
     """
     try:
         if form is not None:
-            yield from _records(path, form)
+            yield from _records(path, form, where)
         elif path.suffix.lower() in JSON_LINES:
-            yield from _json_lines(path, text_field)
+            yield from _json_lines(path, text_field, where)
         else:
             yield from _plain(path)
     except OSError as error:
@@ -45,22 +96,22 @@ def read_texts(path: Path, text_field: str = "text", form: str | None = None) ->
         raise UserError(f"is not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8.") from None
 
 
-def documents(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Join lines to documents, each with the number of its first line: WikiText's articles, or blank-line blocks."""
-    block: list[str] = []
+def split_documents(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Join lines to documents, each with the number of its first line: WikiText's articles, or else paragraphs."""
+    document: list[str] = []
     start, articles = 1, None
     for number, line in enumerate(lines, start=1):
         if articles is None and line.strip():
             articles = is_article(line)
         ends = is_article(line) if articles else not line.strip()
-        if ends and block:
-            yield start, _join(block)
-            block = []
-        if block or line.strip():
-            start = start if block else number
-            block.append(line)
-    if block:
-        yield start, _join(block)
+        if ends and document:
+            yield start, _join(document)
+            document = []
+        if document or line.strip():
+            start = start if document else number
+            document.append(line)
+    if document:
+        yield start, _join(document)
 
 
 def is_article(line: str) -> bool:
@@ -74,48 +125,48 @@ def _join(lines: list[str]) -> str:
 
 def _plain(path: Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding=ENCODING) as file:
-        yield from documents(file)
+        yield from split_documents(file)
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _json_lines(path: Path, text_field: str, where: str) -> Iterator[tuple[int, str]]:
     for number, record in _objects(path):
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            found = f"its keys: {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise UserError(f"line {number} has no text under {text_field!r} ({found}); set data.text_field.")
+            content = f"its keys: {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise UserError(f"line {number} has no text under {text_field!r} ({content}); set {where}.text_field.")
         yield number, text
 
 
 def _objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """What each line of a file holds, with its number."""
+    """The JSON value of each line, with the line's number."""
     with path.open(encoding=ENCODING) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                found = json.loads(line)
+                value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"line {number} is not JSON ({error.msg}); write one object a line.") from None
-            yield number, found
+            yield number, value
 
 
-def _records(path: Path, form: str) -> Iterator[tuple[int, str]]:
+def _records(path: Path, form: str, where: str) -> Iterator[tuple[int, str]]:
     with path.open(encoding=ENCODING) as file:
         listed = file.read(4096).lstrip().startswith("[")
     rows = enumerate(_list(path), start=1) if listed else _objects(path)
     for number, values in rows:
         try:
             if form == "auto" and isinstance(values, dict):
-                form = form_of(values)
+                form = detect_form(values)
             yield number, read_record(values, form)
         except UserError as error:
             what = "record" if listed else "line"
-            raise UserError(f"{what} {number} {error}; mend it, or set data.form to what the file holds.") from None
+            raise UserError(f"{what} {number} {error}; mend it, or set {where}.form to what the file holds.") from None
 
 
 def _list(path: Path) -> list[Any]:
     try:
-        found: list[Any] = json.loads(path.read_text(encoding=ENCODING))
+        records: list[Any] = json.loads(path.read_text(encoding=ENCODING))
     except json.JSONDecodeError as error:
         raise UserError(f"is not JSON (line {error.lineno}: {error.msg}); write a list or one object a line.") from None
-    return found
+    return records

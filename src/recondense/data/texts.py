@@ -8,35 +8,39 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recondense.config.schema import Config
-from recondense.config.stages import Stage, renamed, stages_of
+from recondense.config.stages import Stage, stages_of
+from recondense.data.calibration_set import require_samples
 from recondense.data.corpora import load_corpora
 from recondense.data.corpus import Corpora
-from recondense.data.examples import examples_of, windows_of
-from recondense.data.loader import Table, require_samples
-from recondense.data.prompts import as_texts
+from recondense.data.examples import make_examples, make_windows
+from recondense.data.loader import Table
+from recondense.data.prompts import render_documents
 from recondense.data.records import Record
 from recondense.data.windows import pack
-from recondense.errors import UserError
 
 
 @dataclass
 class Texts:
-    """The corpora of a run, and their token windows, each made once.
+    """The corpora of a run, and their token windows, which are made on first use and kept.
 
     Args:
-        own: corpora of the stages that train on others than the run's, by the stage's name.
-        counts: what was cut and left out of supervised examples, by stage and split.
+        corpora: the run's documents.
+        stage_corpora: documents of recovery stages that do not train on the run's, by the stage's name.
+        counts: how many supervised examples were kept, left out and cut, by stage and split; `training` fills it.
     """
 
     corpora: Corpora
-    own: dict[str, Corpora] = field(default_factory=dict)
+    stage_corpora: dict[str, Corpora] = field(default_factory=dict)
     counts: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
     _windows: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
     _training: dict[tuple[str, str], Table | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: Config, calibrates: bool) -> Texts:
-        """Read the splits that this run needs.
+        """Read the splits that this run needs. Nothing is tokenised, so that this can be done before weights load.
+
+        Args:
+            calibrates: whether the run needs its calibration set.
 
         Raises:
             UserError: texts that cannot be read, or too few of them.
@@ -44,62 +48,83 @@ class Texts:
         stages = stages_of(config) if config.recovery.objective != "none" else []
         shared = [stage for stage in stages if not stage.own_texts]
         validates = any(stage.recovery.validate_every for stage in shared)
-        wanted = ["validation"] if config.evaluation.name != "none" or validates else []
-        wanted += ["calibration"] if calibrates else []
-        wanted += ["train"] if shared else []
-        own = {stage.name: _corpora_of(stage) for stage in stages if stage.own_texts}
-        corpora = load_corpora(config.data, wanted)
+        splits = ["validation"] if config.evaluation.name != "none" or validates else []
+        splits += ["calibration"] if calibrates else []
+        splits += ["train"] if shared else []
+        stage_corpora = {stage.name: _read_stage(stage) for stage in stages if stage.own_texts}
+        corpora = load_corpora(config.data, splits)
         if calibrates:
             require_samples(corpora.calibration or [], config.data.calibration.num_samples)
-        return cls(corpora, own)
+        return cls(corpora, stage_corpora)
 
     def sha256(self) -> dict[str, str]:
-        """The hash of every split, those of stages as <stage>/<split>."""
-        own = {f"{name}/{split}": sha for name, corpora in self.own.items() for split, sha in corpora.sha256().items()}
-        return {**self.corpora.sha256(), **own}
+        """The hash of every split; a recovery stage's splits are named <stage>/<split>."""
+        hashes = self.corpora.sha256()
+        for name, corpora in self.stage_corpora.items():
+            hashes |= {f"{name}/{split}": sha for split, sha in corpora.sha256().items()}
+        return hashes
 
     def documents(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
         """The run's documents of a split as plain texts; None if it has none."""
-        found = getattr(self.corpora, split)
-        return None if found is None else as_texts(found, tokenizer)
+        texts = getattr(self.corpora, split)
+        return None if texts is None else render_documents(texts, tokenizer)
 
     def windows(self, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor | None:
-        """Packed windows (N, length) of a split; None if the run has no such text."""
+        """Packed windows of one of the run's splits.
+
+        Args:
+            length: tokens of a window.
+
+        Returns:
+            ids (N, length), int64; None if the run has no such text.
+        """
         if (split, length) not in self._windows:
             texts = self.documents(split, tokenizer)
-            found = None if texts is None else pack(texts, tokenizer, length, f"the {split} text")
-            self._windows[split, length] = found
+            windows = None if texts is None else pack(texts, tokenizer, length, f"the {split} text")
+            self._windows[split, length] = windows
         return self._windows[split, length]
 
     def training(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Table | None:
-        """Windows of a stage's split: of records with the labels of their answers, of texts as they are packed."""
+        """Windows of a recovery stage: records with the labels of their answers, or packed texts.
+
+        Returns:
+            a table of windows; None if the stage has no such text.
+        """
         assert tokenizer is not None
         if (stage.name, split) not in self._training:
-            self._training[stage.name, split] = self._windows_of(stage, split, tokenizer)
+            self._training[stage.name, split] = self._make_windows(stage, split, tokenizer)
         return self._training[stage.name, split]
 
-    def _windows_of(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase) -> Table | None:
-        found = getattr(self.own.get(stage.name, self.corpora), split)
-        length, name = stage.data.sequence_length, f"the {split} text"
-        records = [document for document in found or () if isinstance(document, Record)]
-        if found is None or not records:
-            if not stage.own_texts:
-                windows = self.windows(split, tokenizer, length)
-            else:
-                windows = None if found is None else pack(found, tokenizer, length, f"{name} of stage {stage.name}")
-            return None if windows is None else {"input_ids": windows}
-        examples = examples_of(records, tokenizer, length, f"{stage.where}, the {split} records")
+    def _make_windows(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase) -> Table | None:
+        documents = getattr(self.stage_corpora.get(stage.name, self.corpora), split)
+        if documents is None:
+            return None
+        length = stage.data.sequence_length
+        records = [document for document in documents if isinstance(document, Record)]
+        if records:
+            return self._make_examples(stage, split, records, tokenizer)
+        if stage.own_texts:
+            windows = pack(documents, tokenizer, length, f"the {split} text of stage {stage.name}")
+            return {"input_ids": windows}
+        windows = self.windows(split, tokenizer, length)
+        assert windows is not None
+        return {"input_ids": windows}
+
+    def _make_examples(
+        self, stage: Stage, split: str, records: list[Record], tokenizer: PreTrainedTokenizerBase
+    ) -> Table:
+        length = stage.data.sequence_length
+        examples = make_examples(records, tokenizer, length, f"{stage.where}, the {split} records")
         self.counts[stage.name, split] = {
-            "examples": len(examples.kept), "left_out": examples.left_out, "cut": examples.cut
-        }  # fmt: skip
+            "examples": len(examples.kept),
+            "left_out": examples.left_out,
+            "cut": examples.cut,
+        }
         filler = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-        return windows_of(examples.kept, length, filler, stage.data.packing)
+        return make_windows(examples.kept, length, filler, stage.data.packing)
 
 
-def _corpora_of(stage: Stage) -> Corpora:
-    """The texts that a stage has of its own."""
-    wanted = ["train", "validation"] if stage.recovery.validate_every else ["train"]
-    try:
-        return load_corpora(stage.data, wanted)
-    except UserError as error:
-        raise UserError(renamed(str(error), f"{stage.where}.data")) from error
+def _read_stage(stage: Stage) -> Corpora:
+    """The documents of a recovery stage that does not train on the run's."""
+    splits = ["train", "validation"] if stage.recovery.validate_every else ["train"]
+    return load_corpora(stage.data, splits, where=f"{stage.where}.data")

@@ -1,4 +1,7 @@
-"""Texts packed into windows of token ids."""
+"""Texts packed into windows of token ids.
+
+Legend: N windows, S tokens of a window.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, 
     Args:
         texts: documents.
         tokenizer: without its special tokens, except for one eos token after every document (none if it has none).
-        length: tokens of a window.
-        name: what the texts are, for the message.
+        length: S, tokens of a window.
+        name: what the texts are, for messages.
 
     Returns:
-        windows of ids, (N, length), int64.
+        ids (N, S), int64.
 
     Raises:
         UserError: all documents together are shorter than one window.
@@ -42,7 +45,7 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, 
             list(texts[start : start + TEXTS_PER_CALL]),
             add_special_tokens=False,
             return_attention_mask=False,
-            verbose=False,  # a document longer than the model's context is no problem here
+            verbose=False,  # no warning of a document that is longer than the model's context
         )
         parts += [np.asarray([*ids, *end], dtype=np.int64) for ids in encoded["input_ids"]]
     ids = np.concatenate(parts)

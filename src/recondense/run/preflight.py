@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, Qwen2MoeCo
 
 from recondense.config.checks import ADAPTER, HOLDS_ADAPTER, check, task_files
 from recondense.config.schema import CalibrationConfig, Config, EvaluationConfig, ModelConfig, differences, read
-from recondense.config.stages import read_stages, renamed
+from recondense.config.stages import read_stages
 from recondense.data.corpora import check_paths
 from recondense.errors import UserError
 from recondense.export.layout import layer_shapes, layout
@@ -215,7 +215,7 @@ def _stages(config: Config) -> list[str]:
     for stage in read_stages(config, []) if config.recovery.objective != "none" else ():
         if stage.own_texts:
             data = replace(stage.data, calibration=CalibrationConfig())
-            found += [renamed(text, f"{stage.where}.data") for text in check_paths(data)]
+            found += check_paths(data, f"{stage.where}.data")
     return found
 
 

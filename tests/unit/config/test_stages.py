@@ -128,7 +128,7 @@ def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
     """And leave alone a path that looks like one."""
     path = tmp_path / "data.train.jsonl"
     own = {"source": "texts", "train": {"path": str(path)}}
-    with pytest.raises(ValueError, match="cannot be read") as caught:
+    with pytest.raises(ValueError, match="there is no such file") as caught:
         Texts.read(config({"name": "a", "data": own}), calibrates=False)
     assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: cannot be read")
 

@@ -13,10 +13,10 @@ import pytest
 
 from recondense import offline
 from recondense.config.schema import CalibrationConfig, DataConfig, SourceConfig, SplitConfig, SplitNames
-from recondense.data import corpora, hub, stdlib
+from recondense.data import stdlib
 from recondense.data.corpora import check_paths, load_corpora
 from recondense.data.corpus import SPLITS, Corpora
-from recondense.data.mixture import interleaved, shares
+from recondense.data.mixture import interleave, shares
 from recondense.data.records import Record, read_record
 from recondense.data.stdlib import stdlib_corpora
 from recondense.data.text_files import read_texts
@@ -66,7 +66,7 @@ def test_stdlib_leaves_out_tests_tables_and_packages(tmp_path: Path, monkeypatch
     (tmp_path / "latin.py").write_bytes(b"\xe4 = 1\n")
     (tmp_path / "json" / "empty.py").write_text("\n")
     assert list(stdlib._modules(tmp_path)) == [("os", "x = 1\n")]
-    monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ValueError, match=r"too few Python sources \(train 1, validation 0.*data=texts"):
         stdlib_corpora()
 
@@ -132,7 +132,7 @@ def test_problems_of_files_are_all_reported(tmp_path: Path) -> None:
     assert problems == [
         f"data.train.path={folder}: is a folder; a file is needed.",
         f"data.validation.path={missing}: there is no such file.",
-        f"data.calibration.path={empty}: the file is empty; it must hold texts.",
+        f"data.calibration.path={empty}: the file has no text; give one with at least one document.",
     ]
     assert check_paths(DataConfig()) == []
 
@@ -164,7 +164,7 @@ def test_calibration_files_that_are_too_short(tmp_path: Path) -> None:
     assert "line 1 is an empty text, shorter than one token" in problems[1]
     with pytest.raises(ValueError, match="the file has no text"):
         load_corpora(texts_config(validation=path))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="there is no such file"):
         load_corpora(texts_config(validation=tmp_path / "missing.jsonl"))
 
 
@@ -249,8 +249,8 @@ def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch:
     import datasets
     import huggingface_hub.constants
 
-    monkeypatch.setattr(hub.socket, "create_connection", refuse)
-    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(offline.socket, "create_connection", refuse)
+    monkeypatch.setattr(offline.urllib.request, "getproxies", dict)
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     offline.hub_reachable.cache_clear()
@@ -260,6 +260,31 @@ def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch:
     offline.hub_reachable.cache_clear()
     assert "\n" not in str(caught.value) and time.monotonic() - started < 5
     assert datasets.config.HF_HUB_OFFLINE is False and huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_messages_name_the_settings_by_what_the_config_calls_them(dataset: Path, tmp_path: Path) -> None:
+    """Those of a recovery stage, or of a calibration source; a path is shown as it is, whatever its name."""
+    path = tmp_path / "of data.form and data.text_field.jsonl"
+    write_jsonl(path, ["a"], field="body")
+    where = "recovery.stages[1].data"
+    expected = f"{where}.train.path={path}: line 1 has no text under 'text' (its keys: body); set {where}.text_field."
+    config = texts_config(train=path)
+    assert check_paths(config, where) == [expected]
+    with pytest.raises(UserError) as caught:
+        load_corpora(config, ["train"], where)
+    assert str(caught.value) == expected
+    with pytest.raises(
+        UserError, match=r"^recovery.stages\[1\].data.dataset=.*and recovery.stages\[1\].data.splits.train"
+    ):
+        load_corpora(replace(hub_config(dataset), splits=SplitNames(train="tran")), ["train"], where)
+    assert check_paths(replace(hub_config(dataset), dataset=None), where)[0].startswith(f"{where}.dataset is null")
+    source = CalibrationConfig(num_samples=1, sources=(SourceConfig(path=str(path)),))
+    name = "data.calibration.sources[0]"
+    expected = f"{name}.path={path}: line 1 has no text under 'text' (its keys: body); set {name}.text_field."
+    assert check_paths(DataConfig(calibration=source)) == [expected]
+    with pytest.raises(UserError) as caught:
+        load_corpora(DataConfig(calibration=source), ["calibration"])
+    assert str(caught.value) == expected
 
 
 # ------------------------------------------------------------------------------------------------------- records
@@ -318,8 +343,8 @@ def test_shares_add_up_and_are_in_proportion() -> None:
 
 
 def test_sources_are_spread_evenly() -> None:
-    assert interleaved(["abcd", "xy"]) == ["a", "x", "b", "c", "y", "d"]
-    assert interleaved(["ab", "", "xy"]) == ["a", "x", "b", "y"]
+    assert interleave(["abcd", "xy"]) == ["a", "x", "b", "c", "y", "d"]
+    assert interleave(["ab", "", "xy"]) == ["a", "x", "b", "y"]
 
 
 def mixed_config(tmp_path: Path, dataset: Path, num_samples: int = 6, **more: Any) -> DataConfig:

@@ -17,10 +17,10 @@ from support.tiny_models import EVERY, FAMILIES, VOCAB, condense_plan, qwen2_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from recondense.data.examples import Example, examples_of, leading_tokens, windows_of
+from recondense.data.examples import Example, leading_tokens, make_examples, make_windows
 from recondense.data.examples import _by_pieces as by_pieces
 from recondense.data.labels import MASKED, predicting
-from recondense.data.prompts import marked
+from recondense.data.prompts import mark_answers
 from recondense.data.records import Record, read_record
 from recondense.export.export import export
 from recondense.models import classes
@@ -59,7 +59,7 @@ def spans(windows: dict[str, Tensor]) -> list[tuple[int, int, int]]:
 
 def test_every_example_is_whole_in_one_window() -> None:
     given = examples()
-    windows = windows_of(given, 24, filler=7)
+    windows = make_windows(given, 24, filler=7)
     assert windows["input_ids"].shape == (3, 24)  # 67 tokens: the fewest windows that hold them
     found = []
     for row, start, end in spans(windows):
@@ -72,13 +72,13 @@ def test_every_example_is_whole_in_one_window() -> None:
         ]
         assert ids[size:] == [7] * (end - start - size) and labels[size:] == [MASKED] * (end - start - size)
     assert len(found) == len(given)
-    again = windows_of(given, 24, filler=7)
+    again = make_windows(given, 24, filler=7)
     assert all(torch.equal(windows[name], again[name]) for name in windows)
 
 
 def test_one_example_a_window() -> None:
     given = examples()
-    windows = windows_of(given, 24, filler=7, together=False)
+    windows = make_windows(given, 24, filler=7, together=False)
     assert set(windows) == {"input_ids", "labels"}  # the filler stands last, so nothing needs a mask
     assert [row[: len(each.ids)] for row, each in zip(windows["input_ids"].tolist(), given, strict=True)] == [
         each.ids for each in given
@@ -97,7 +97,7 @@ def test_logits_are_those_of_each_example_alone(family: str, attention: str) -> 
         pytest.skip("transformers has none for it")
     model.set_attn_implementation(attention)
     given = examples()
-    windows = windows_of(given, 24, filler=3)
+    windows = make_windows(given, 24, filler=3)
     assert len(windows["input_ids"]) > 1
     with torch.no_grad():
         packed = model(**model_inputs(model, windows["input_ids"], windows["position_ids"]), use_cache=False).logits
@@ -126,7 +126,7 @@ def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
     export(model, None, plan, tmp_path / "out", "")
     classes.register_compressed("recondense_gpt_oss")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
-    windows = windows_of(examples(), 24, filler=3)
+    windows = make_windows(examples(), 24, filler=3)
     given = [model_inputs(each, windows["input_ids"], windows["position_ids"]) for each in (model, loaded)]
     assert set(given[1]) == {"input_ids", "position_ids", "attention_mask"}
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
 def test_rows_in_one_give_the_same(family: str) -> None:
     """How flash attention gets its batches: one row, with positions that begin anew."""
     model: Any = FAMILIES[family]()
-    windows = windows_of(examples(), 24, filler=3)
+    windows = make_windows(examples(), 24, filler=3)
     ids, positions = windows["input_ids"], windows["position_ids"]
     with torch.no_grad():
         rows = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -163,7 +163,7 @@ def test_the_loss_is_the_mean_over_targets_of_each_example_alone(family: str, ob
     module = module_of(family, objective=objective, **shares)
     module.eval()
     given = examples()
-    windows = windows_of(given, 24, filler=3)
+    windows = make_windows(given, 24, filler=3)
     sums = {"cross_entropy": 0.0, "kl": 0.0}
     count = 0
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_masks_select_positions() -> None:
 
 def test_the_answer_and_its_end_are_predicted() -> None:
     tokenizer = byte_tokenizer()
-    found = examples_of([alpaca("Add 1 and 2.", "It is 3.")], tokenizer, 500)
+    found = make_examples([alpaca("Add 1 and 2.", "It is 3.")], tokenizer, 500)
     [each] = found.kept
     assert (found.left_out, found.cut) == (0, 0)
     predicted = [token for token, target in zip(each.ids, each.targets, strict=True) if target]
@@ -223,15 +223,15 @@ def test_the_answer_and_its_end_are_predicted() -> None:
 
 def test_long_examples_are_cut_and_those_without_an_answer_left_out(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = byte_tokenizer()
-    size = len(marked(alpaca("Go.", ""), tokenizer).text.removesuffix(tokenizer.eos_token or ""))
+    size = len(mark_answers(alpaca("Go.", ""), tokenizer).text.removesuffix(tokenizer.eos_token or ""))
     records = [alpaca("Go.", "one"), alpaca("Go.", "a long answer"), alpaca("Go. " * 20, "no")]
     with caplog.at_level(logging.INFO, logger="recondense"):
-        found = examples_of(records, tokenizer, size + 4, "the records")
+        found = make_examples(records, tokenizer, size + 4, "the records")
     assert [sum(each.targets) for each in found.kept] == [4, 4]
     assert (found.left_out, found.cut) == (1, 1)
     assert "the records: 1 of 3 left out" in caplog.text
     with pytest.raises(ValueError, match=r"none of 3 has an answer within data.sequence_length=20"):
-        examples_of(records, tokenizer, 20)
+        make_examples(records, tokenizer, 20)
 
 
 def test_special_tokens_before_a_text_are_kept() -> None:
@@ -245,7 +245,7 @@ def test_special_tokens_before_a_text_are_kept() -> None:
         single="<s> $A <|endoftext|>", special_tokens=[("<s>", bos), ("<|endoftext|>", 0)]
     )
     assert leading_tokens(tokenizer) == [bos]
-    [each] = examples_of([alpaca("Go.", "ok")], tokenizer, 500).kept
+    [each] = make_examples([alpaca("Go.", "ok")], tokenizer, 500).kept
     assert each.ids[0] == bos and each.ids.count(bos) == 1 and not each.targets[0]
     assert each.ids.count(0) == 1 and each.ids[-1] == 0
 
@@ -253,8 +253,8 @@ def test_special_tokens_before_a_text_are_kept() -> None:
 def test_answers_are_found_without_offsets_too() -> None:
     tokenizer = byte_tokenizer()
     records = [alpaca("Go.", "yes", "here"), alpaca("Stop.", "no")]
-    expected = [(each.ids, each.targets) for each in examples_of(records, tokenizer, 500).kept]
-    found = by_pieces([marked(record, tokenizer) for record in records], tokenizer)
+    expected = [(each.ids, each.targets) for each in make_examples(records, tokenizer, 500).kept]
+    found = by_pieces([mark_answers(record, tokenizer) for record in records], tokenizer)
     assert [(ids, targets) for ids, targets, _ in found] == expected
 
 
@@ -266,7 +266,7 @@ def test_a_token_that_begins_in_the_prompt_is_no_target() -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\nyes", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    [each] = examples_of([alpaca("Go.", "yes")], fast, 50).kept
+    [each] = make_examples([alpaca("Go.", "yes")], fast, 50).kept
     assert each.ids[-2:] == [2, 0] and each.targets[-2:] == [False, True]
 
 

@@ -10,9 +10,9 @@ import pytest
 from support.small import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from recondense.data.examples import examples_of
-from recondense.data.prompts import Refused, as_texts, marked
-from recondense.data.records import Record, form_of, read_record
+from recondense.data.examples import make_examples
+from recondense.data.prompts import RefusedChat, mark_answers, render_documents
+from recondense.data.records import Record, detect_form, read_record
 from recondense.data.text_files import read_texts
 
 CHATML = (
@@ -52,7 +52,7 @@ def chatting(template: str, **tokens: str) -> PreTrainedTokenizerFast:
 
 
 def answers(record: Record, tokenizer: Any) -> list[str]:
-    found = marked(record, tokenizer)
+    found = mark_answers(record, tokenizer)
     return [found.text[start:end] for start, end in found.answers]
 
 
@@ -157,7 +157,7 @@ QUESTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_questions_become_instructions(kind: str) -> None:
     values, instruction, output = QUESTIONS[kind]
-    assert form_of(values) == "commonsense"
+    assert detect_form(values) == "commonsense"
     assert read_record(values, "auto").values == {"instruction": instruction, "input": "", "output": output}
     assert read_record({"train": values}, "auto") == read_record(values, "commonsense")
 
@@ -217,31 +217,31 @@ def test_other_records_are_refused(values: Any, form: str, message: str) -> None
 def test_alpacas_words() -> None:
     tokenizer = byte_tokenizer()
     record = read_record({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca")
-    assert marked(record, tokenizer).text == (
+    assert mark_answers(record, tokenizer).text == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
         "### Response:\n3<|endoftext|>"
     )
     assert answers(record, tokenizer) == ["3<|endoftext|>"]
     braces = read_record({"instruction": "Fill {in} {0}.", "output": "{x}"}, "alpaca")
-    assert marked(braces, tokenizer).text == (
+    assert mark_answers(braces, tokenizer).text == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nFill {in} {0}.\n\n### Response:\n{x}<|endoftext|>"
     )
-    assert as_texts(["plain", record], tokenizer) == ["plain", marked(record, tokenizer).text]
+    assert render_documents(["plain", record], tokenizer) == ["plain", mark_answers(record, tokenizer).text]
 
 
 def test_a_chat_without_a_template_is_instructions() -> None:
     tokenizer = byte_tokenizer()
     record = read_record({"messages": [{"role": "system", "content": "Be kind."}, *CHAT]}, "chat")
-    found = marked(record, tokenizer)
+    found = mark_answers(record, tokenizer)
     assert found.text == (
         "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello.<|endoftext|>\n\n### Instruction:\nBye\n\n"
         "### Response:\nSee you.<|endoftext|>"
     )
     assert answers(record, tokenizer) == ["Hello.<|endoftext|>", "See you.<|endoftext|>"]
-    alone = marked(read_record({"messages": CHAT[:2]}, "chat"), tokenizer)
-    assert alone.text == marked(read_record({"instruction": "Hi", "output": "Hello."}, "alpaca"), tokenizer).text
+    alone = mark_answers(read_record({"messages": CHAT[:2]}, "chat"), tokenizer)
+    assert alone.text == mark_answers(read_record({"instruction": "Hi", "output": "Hello."}, "alpaca"), tokenizer).text
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,9 @@ def test_a_chat_in_the_template_of_its_tokenizer(template: str, expected: list[s
     record = read_record({"messages": CHAT}, "chat")
     assert answers(record, tokenizer) == expected
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    text = marked(record, tokenizer).text
+    text = mark_answers(record, tokenizer).text
     assert text.removesuffix("<|endoftext|>") == whole.removesuffix("<|endoftext|>")
-    [example] = examples_of([record], tokenizer, 500).kept
+    [example] = make_examples([record], tokenizer, 500).kept
     predicted = [token for token, target in zip(example.ids, example.targets, strict=True) if target]
     assert predicted == tokenizer("".join(expected), add_special_tokens=False)["input_ids"]
     assert example.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -275,19 +275,19 @@ def test_an_end_of_turn_that_is_the_end_of_text_is_enough() -> None:
 def test_chats_that_the_template_refuses_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = chatting(STRICT, bos_token="<s>")
     opened = read_record({"messages": CHAT[1:]}, "chat")
-    with pytest.raises(Refused, match="turns must alternate"):
-        marked(opened, tokenizer)
+    with pytest.raises(RefusedChat, match="turns must alternate"):
+        mark_answers(opened, tokenizer)
     with caplog.at_level("INFO", logger="recondense"):
-        found = examples_of([opened, read_record({"messages": CHAT}, "chat")], tokenizer, 500)
+        found = make_examples([opened, read_record({"messages": CHAT}, "chat")], tokenizer, 500)
     assert (len(found.kept), found.left_out) == (1, 1)
     assert "turns must alternate" in caplog.text
     with pytest.raises(ValueError, match="turns must alternate"):
-        examples_of([opened], tokenizer, 500)
+        make_examples([opened], tokenizer, 500)
 
 
 def test_a_template_that_forgets_turns_is_refused() -> None:
     with pytest.raises(ValueError, match="rewrites earlier turns of a chat"):
-        marked(read_record({"messages": CHAT}, "chat"), chatting(FORGETFUL))
+        mark_answers(read_record({"messages": CHAT}, "chat"), chatting(FORGETFUL))
 
 
 # ----------------------------------------------------------------------------------------------------------- files
