@@ -1,4 +1,4 @@
-"""lm-eval's tasks on the live model: quietly, without a look-up that nobody needs, and leaving the model as it was."""
+"""Runs lm-eval's tasks on the live model: quietly, without needless look-ups, and without changing the model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import difflib
 import functools
 import logging
 import math
-import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
+from recondense.evaluation.lm_eval_internals import check_yaml, requests_shown, task_settings, tasks_of_tag
 from recondense.models.hooks import evaluating
 from recondense.offline import reachable_or_offline
-from recondense.progress import Stage, progress
+from recondense.progress import progress
 
 IncludePath = str | Path | Sequence[str | Path] | None
 FILE_FORMATS = ("json", "csv", "text", "parquet", "arrow", "xml")  # what `datasets` reads from files
@@ -41,17 +40,18 @@ def run_tasks(
     include_path: IncludePath = None,
     description: str = "lm-eval",
 ) -> dict[str, dict[str, float]]:
-    """Run lm-eval tasks on the live model, which stays as it is: weights, mode, tokenizer and random states.
+    """Run lm-eval tasks on the live model. Weights, mode, tokenizer and random states stay as they are.
 
     Args:
         tasks: names of tasks, groups or tags, lm-eval's or those in `include_path`.
         limit: examples of each task; a number below 1 is a fraction.
-        num_fewshot: examples in the prompt; tasks that fix them at 0 keep 0; None leaves every task its own number.
+        num_fewshot: examples in the prompt, but for tasks that fix them at 0; None leaves every task its number.
+        batch_size: sequences of a forward pass.
         include_path: folders with further task files.
         description: shown as progress.
 
     Returns:
-        for each task (a tag: each of its tasks; a group: its mean) the metrics and standard errors that are numbers.
+        the metrics and standard errors that are numbers, by task: a tag gives each of its tasks, a group its mean.
 
     Raises:
         UserError: an unknown task, with the nearest names.
@@ -61,11 +61,8 @@ def run_tasks(
     if problems:
         raise UserError("\n".join(problems))
     manager = _manager(tasks, include_path)
-    with ExitStack() as stack:
-        stack.enter_context(_own_random_states())
-        stack.enter_context(reachable_or_offline(offline=True if _on_disk(manager, tasks) else None))
-        stack.enter_context(_quiet(description))
-        stack.enter_context(evaluating(model))
+    offline = True if _on_disk(manager, tasks) else None
+    with _seeded(), reachable_or_offline(offline=offline), _quiet(description), evaluating(model):
         from lm_eval.evaluator import evaluate
 
         loaded = _load(manager, tasks)
@@ -79,15 +76,16 @@ def run_tasks(
             log_samples=False,
         )
     assert results is not None, "lm-eval has results on the first process alone"
-    found = {**results["results"], **results.get("groups", {})}
-    return {name: _numbers(found[name]) for name in _reported(manager, tasks) if name in found}
+    metrics = {**results["results"], **results.get("groups", {})}
+    return {name: _numbers(metrics[name]) for name in _reported(manager, tasks) if name in metrics}
 
 
 def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -> list[str]:
-    """Problems of task names, as sentences; reading lm-eval's list takes seconds, tasks of one's own do not need it.
+    """Problems of task names, as sentences. Reading lm-eval's index takes seconds, so it is read only if needed.
 
     Args:
-        tasks: None: all that `include_path` defines.
+        tasks: names of tasks; None for all that `include_path` defines.
+        include_path: folders with further task files.
     """
     problems = _check_folders(include_path)
     if tasks is None:
@@ -111,20 +109,16 @@ def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -
 
 
 def folder_tasks(include_path: IncludePath) -> list[str]:
-    """The tasks that the YAML files of folders define, by name; groups and tags, which are made of tasks, are not."""
+    """The names of the tasks that the YAML files of folders define, without groups and tags."""
     return list(_local_tasks(include_path).all_subtasks)
 
 
 def _check_folders(include_path: IncludePath) -> list[str]:
-    """Files that are no YAML: lm-eval's index leaves them out without a word."""
-    if not _folders(include_path):
-        return []  # before an import that takes seconds
-    from lm_eval.tasks._yaml_loader import load_yaml
-
+    """Problems of task files that are no YAML; lm-eval's index leaves them out without a word."""
     problems = []
     for path in (path for folder in _folders(include_path) for path in sorted(Path(folder).rglob("*.yaml"))):
         try:
-            load_yaml(path, resolve_func=False)
+            check_yaml(path)
         except Exception as error:  # whatever a parser, or a file that it includes, raises
             problems.append(f"evaluation.include_path: {path} cannot be read: {' '.join(str(error).split())}")
     return problems
@@ -137,23 +131,23 @@ def _folders(include_path: IncludePath) -> tuple[str, ...]:
 
 
 def _manager(tasks: Sequence[str], include_path: IncludePath) -> Any:
-    """An index that has the tasks: of their folders alone, where all are defined there."""
+    """An index that has the tasks: that of the folders alone if they define all of them, which is read sooner."""
     local = _local_tasks(include_path)
-    # A group of somebody's may be made of lm-eval's tasks.
+    # A group in these folders may be made of lm-eval's tasks.
     return local if set(tasks) <= set(local.all_subtasks) else _all_tasks(_folders(include_path))
 
 
 def _on_disk(manager: Any, tasks: Sequence[str]) -> bool:
-    """Whether tasks read files of this machine: then nothing is looked up, which would wait for its time-out."""
+    """Whether all tasks read files of this machine, so that there is nothing to look up on the hub."""
     for task in tasks:
-        settings = manager.task_index[task].cfg or {}
+        settings = task_settings(manager, task)
         if settings.get("dataset_path") not in FILE_FORMATS or "://" in str(settings.get("dataset_kwargs")):
             return False
     return True
 
 
 def _local_tasks(include_path: IncludePath) -> Any:
-    """An index of the tasks in some folders alone."""
+    """An index of the tasks in some folders, without lm-eval's."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(_folders(include_path)), include_defaults=False)
@@ -161,12 +155,12 @@ def _local_tasks(include_path: IncludePath) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _all_tasks(folders: tuple[str, ...]) -> Any:
-    """An index that has lm-eval's own 14,000 tasks too: ten seconds to read, so only when needed, and once."""
+    """An index with lm-eval's 14,000 tasks too. It takes ten seconds to read, so that is done if needed, and once."""
     from lm_eval.tasks import TaskManager
 
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # a task of one's own may have the name of one of lm-eval's: that is what it is for
+    logger.setLevel(logging.ERROR)  # no warning of a task in the folders that replaces one of lm-eval's
     try:
         return TaskManager(include_path=list(folders))
     finally:
@@ -174,7 +168,11 @@ def _all_tasks(folders: tuple[str, ...]) -> Any:
 
 
 def _load(manager: Any, tasks: Sequence[str]) -> Any:
-    """Tasks with their data."""
+    """Load tasks with their data.
+
+    Raises:
+        UserError: the data is not cached and the hub cannot be reached.
+    """
     try:
         return manager.load(list(dict.fromkeys(tasks)))
     except (OSError, ValueError) as error:
@@ -188,12 +186,12 @@ def _load(manager: Any, tasks: Sequence[str]) -> Any:
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
-    own = task.get_config("num_fewshot")
-    if num_fewshot is not None and own != 0:
+    fixed = task.get_config("num_fewshot")
+    if num_fewshot is not None and fixed != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
-    elif own is None:
+    elif fixed is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=1234)  # lm-eval's own default, so that its published numbers can be compared
+    task.set_fewshot_seed(seed=1234)  # lm-eval's default, so that figures can be compared with published ones
 
 
 def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
@@ -212,30 +210,25 @@ def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batc
 
 def _reported(manager: Any, tasks: Sequence[str]) -> list[str]:
     """The names to report: a tag stands for its tasks."""
-    index = manager.task_index
     names: list[str] = []
     for task in tasks:
-        tagged = index[task].kind.name == "TAG"
-        names += sorted(index[task].tags) if tagged else [task]
+        names += tasks_of_tag(manager, task) or [task]
     return list(dict.fromkeys(names))
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """lm-eval's metrics under short names: "acc,none" is acc, and another filter's is acc_<filter>."""
-    found = {}
+    """lm-eval's metrics under short names: "acc,none" is acc, and that of another filter is acc_<filter>."""
+    numbers = {}
     for key, value in metrics.items():
         name, _, filter_name = key.partition(",")
         if filter_name and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            found[name if filter_name == "none" else f"{name}_{filter_name}"] = float(value)
-    return found
-
-
-# --------------------------------------------------------------------------------------------------------- silence
+            numbers[name if filter_name == "none" else f"{name}_{filter_name}"] = float(value)
+    return numbers
 
 
 @contextmanager
-def _own_random_states() -> Iterator[None]:
-    """Seeds of lm-eval's choice inside; the generators are restored, so that evaluating does not change a training."""
+def _seeded() -> Iterator[None]:
+    """Inside, lm-eval's seeds; the generators are restored, so that an evaluation does not change a training."""
     from lightning.pytorch.utilities.seed import isolate_rng  # late: seconds, which refusing a command should not take
 
     with isolate_rng(include_cuda=torch.cuda.is_available()):
@@ -247,11 +240,8 @@ def _own_random_states() -> Iterator[None]:
 
 @contextmanager
 def _quiet(description: str) -> Iterator[None]:
-    """Neither bars nor logs of the libraries below an error; requests to the model show as progress of ours."""
+    """Inside, the libraries show no bars and log errors alone; our bar counts requests to the model."""
     import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
 
     with ExitStack() as stack:
         for name in ("lm_eval", "datasets", "transformers"):
@@ -261,30 +251,5 @@ def _quiet(description: str) -> Iterator[None]:
         if not datasets.are_progress_bars_disabled():
             stack.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
-        requests = _Requests(stack.enter_context(progress(description)))
-        for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface):
-            stack.enter_context(patch.object(module, "tqdm", requests))
-        # Standard errors by bootstrap would otherwise fork a process per core, beside torch's threads.
-        stack.enter_context(patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
+        stack.enter_context(requests_shown(stack.enter_context(progress(description))))
         yield
-
-
-class _Requests:
-    """Stands where lm-eval expects tqdm: counts requests to the model; loops over other things show nothing."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.total = 0
-
-    def __call__(self, iterable: Iterable[Any] | None = None, *, total: int | None = None, **_: Any) -> Any:
-        if iterable is not None:
-            return iterable
-        self.total += total or 0
-        return self
-
-    def update(self, count: int = 1) -> None:
-        self.stage.advance(count)
-        self.stage.note(f"of {self.total} requests")
-
-    def close(self) -> None:
-        pass

@@ -130,7 +130,7 @@ def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
     own = {"source": "texts", "train": {"path": str(path)}}
     with pytest.raises(ValueError, match="there is no such file") as caught:
         Texts.read(config({"name": "a", "data": own}), calibrates=False)
-    assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: cannot be read")
+    assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: there is no such file")
 
 
 def test_epochs_are_steps() -> None:

@@ -1,0 +1,98 @@
+"""What recondense uses of lm-eval beyond its documented functions, in one place. Read in lm-eval 0.4.13.
+
+- `lm_eval.tasks._yaml_loader.load_yaml`: reads a task file as the index does.
+- entries of `TaskManager.task_index`: `kind.name` ("TASK", "GROUP", "TAG"), `tags` and `cfg` of a task.
+- `tqdm` in the three modules that show a bar; lm-eval's `disable_tqdm` does not reach two of the loops.
+- the environment variable DISABLE_MULTIPROC, which keeps bootstrapped standard errors in this process.
+
+`tests/unit/evaluation/test_lm_eval_internals.py` says which of them has moved when lm-eval changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from recondense.progress import Stage
+
+MODULES_WITH_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
+NO_PROCESSES = "DISABLE_MULTIPROC"
+
+
+def check_yaml(path: Path) -> None:
+    """Read a task file as lm-eval's index does, which leaves out a file that fails; here the error is raised."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    load_yaml(path, resolve_func=False)
+
+
+def task_settings(manager: Any, task: str) -> dict[str, Any]:
+    """The settings that a task's file has; empty for a task without a file."""
+    return manager.task_index[task].cfg or {}
+
+
+def tasks_of_tag(manager: Any, name: str) -> list[str] | None:
+    """The tasks of a tag, sorted; None if the name is not that of a tag."""
+    entry = manager.task_index[name]
+    return sorted(entry.tags) if entry.kind.name == "TAG" else None
+
+
+@contextmanager
+def requests_shown(bar: Stage) -> Iterator[None]:
+    """Inside, lm-eval's bars give way to ours, which counts requests to the model, and it starts no processes."""
+    requests = _Requests(bar)
+    with ExitStack() as stack:
+        for name in MODULES_WITH_BARS:
+            stack.enter_context(_attribute(importlib.import_module(name), "tqdm", requests))
+        stack.enter_context(_variable(NO_PROCESSES, "1"))  # a process per core would stand beside torch's threads
+        yield
+
+
+class _Requests:
+    """Takes the place of tqdm in lm-eval: counts requests to the model; loops over other things show nothing."""
+
+    def __init__(self, bar: Stage) -> None:
+        self.bar = bar
+        self.total = 0
+
+    def __call__(self, iterable: Iterable[Any] | None = None, *, total: int | None = None, **_: Any) -> Any:
+        if iterable is not None:
+            return iterable
+        self.total += total or 0
+        return self
+
+    def update(self, count: int = 1) -> None:
+        self.bar.advance(count)
+        self.bar.note(f"of {self.total} requests")
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute that is there, and restore it."""
+    before = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, before)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable, and restore it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
