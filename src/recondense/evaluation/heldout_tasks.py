@@ -23,14 +23,19 @@ HELDOUT_TASKS = (PERPLEXITY, NEXT_LINE)
 
 MAX_CHARACTERS = 3000  # of a perplexity document
 CONTEXT_LINES = 8  # that a question shows
-WRAP = 100  # characters; a longer line (prose) is broken between words
+WRAP = 100  # characters; longer lines (prose) are broken between words
 SHORTEST = 12  # characters of a line worth guessing
 WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A line that a question can ask for or offer: where it is, and what it says without its indentation."""
+    """A line that a question can ask for or offer.
+
+    Args:
+        document, index: its place.
+        text: without indentation.
+    """
 
     document: int
     index: int
@@ -48,17 +53,17 @@ def heldout_tasks(
 ) -> list[str]:
     """Write the two tasks as lm-eval YAML files with their data beside them; equal arguments write equal bytes.
 
-    heldout_perplexity: log-likelihood of `num_texts` documents, each cut at 3,000 characters, per byte (not per word:
-    in source text a word is whatever stands between blanks).
-    heldout_next_line: the 8 lines before, and `num_choices` lines of which one is the line that follows; the others
-    come from other documents. Only lines that say something (12 characters, two words) and that occur once in all
-    documents are asked for or offered. acc_mutual_info tells most: it ranks by ln P(line | lines before) - ln P(line),
-    so that short and common lines have no advantage (a weak model's acc and acc_norm are near chance).
+    heldout_perplexity: log-likelihood of `num_texts` documents, each cut at 3,000 characters. It is per byte, because
+    a word of source text is anything between blanks.
+    heldout_next_line: shows 8 lines, and `num_choices` lines of which one follows them; the others come from other
+    documents. Lines qualify if they have 12 characters and two words, and occur once in all documents. The metric that
+    tells most is acc_mutual_info. It ranks by ln P(line | lines before) - ln P(line), so that short and common lines
+    have no advantage (a weak model's acc and acc_norm are near chance).
 
     Args:
         folder: where to write; pass it to `run_tasks` as `include_path`.
         texts: held-out documents, at least two.
-        num_questions: at most so many; fewer when the texts have fewer lines.
+        num_questions: at most; there are fewer if the texts have fewer lines.
         seed: of the selection.
 
     Returns:
@@ -110,33 +115,31 @@ def _questions(
 
 
 def _candidates(documents: Sequence[Sequence[str]]) -> list[_Line]:
-    """Lines that say something and occur once, in order."""
-    found = [
+    """The lines that qualify, in order: of some length, and different from all others."""
+    lines_of_length = [
         _Line(number, index, line.strip())
         for number, lines in enumerate(documents)
         for index, line in enumerate(lines)
         if len(line.strip()) >= SHORTEST and len(set(WORD.findall(line))) >= 2
     ]
-    counts = Counter(line.text for line in found)
-    return [line for line in found if counts[line.text] == 1]
+    counts = Counter(line.text for line in lines_of_length)
+    return [line for line in lines_of_length if counts[line.text] == 1]
 
 
 def _draw_others(line: _Line, candidates: Sequence[_Line], count: int, rng: random.Random) -> list[_Line] | None:
-    """`count` different lines of other documents; None when so many are not found in a bounded number of draws."""
-    found: set[_Line] = set()
-    drawn: list[_Line] = []
+    """`count` different lines of other documents; None if a bounded number of draws does not give as many."""
+    drawn: dict[_Line, None] = {}  # in the order of the draws
     for _ in range(100 * count):
         other = candidates[rng.randrange(len(candidates))]
-        if other.document != line.document and other not in found:
-            found.add(other)
-            drawn.append(other)
+        if other.document != line.document:
+            drawn[other] = None
         if len(drawn) == count:
-            return drawn
+            return list(drawn)
     return None
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text, without blank ones; long lines are wrapped."""
+    """The lines of a text without blank ones; long lines are wrapped."""
     lines: list[str] = []
     for line in text.expandtabs().splitlines():
         line = line.rstrip()
@@ -148,7 +151,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    """The beginning of a text, up to a line's end if there is one."""
+    """The beginning of a text, up to the end of a line if there is one."""
     if len(text) <= MAX_CHARACTERS:
         return text
     end = text.rfind("\n", 1, MAX_CHARACTERS)
@@ -184,7 +187,7 @@ def _write(folder: Path, task: str, records: Iterable[dict[str, Any]], settings:
     config = {
         "task": task,
         "dataset_path": "json",
-        # A cache of our own: the user's one is neither needed nor filled.
+        # The user's cache is neither needed nor filled.
         "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder.absolute() / "cache")},
         "test_split": "test",
         "num_fewshot": 0,
@@ -195,6 +198,6 @@ def _write(folder: Path, task: str, records: Iterable[dict[str, Any]], settings:
 
 
 def _write_changed(path: Path, text: str) -> None:
-    """Leave an equal file alone: the cache of `datasets` goes by the time of the last change."""
+    """Write a file unless it has that text already: the cache of `datasets` goes by the time of the last change."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_aside(path, text)

@@ -1,6 +1,6 @@
-"""How good a model is: perplexity and divergence from the original on packed windows, and lm-eval tasks.
+"""Perplexity of a model on packed windows, and its divergence from the original.
 
-Shapes: B windows of a batch, S tokens of a window, T predicted tokens, V vocabulary.
+Shapes: M windows, B windows of a batch, S tokens of a window, T predicted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from recondense.models.tensor_store import Shelf
 from recondense.progress import Stage, progress
 from recondense.recovery.chunked_losses import chunks
 
-CHUNK_ELEMENTS = 2**22  # logits that exist at a time: 16 MiB in fp32
-FAR = 60.0  # a logit further from the original's, in nats, is too far for exp in fp32
+CHUNK_ELEMENTS = 2**22  # logits that are computed at a time: 16 MiB in fp32
+FAR = 60.0  # nats; a logit that differs by more is too large for exp in fp32
 
 
 def perplexity(
@@ -35,20 +35,20 @@ def perplexity(
     reference: Callable[[], AbstractContextManager[Any]] | None = None,
     description: str | None = None,
 ) -> dict[str, float]:
-    """Mean loss over the predicted tokens of all windows, and how far the model is from the original.
+    """The mean loss over the predicted tokens of all windows, and the divergence from the original.
 
     loss = −mean_t log q_t(target),  kl_to_original = mean_t Σ_v p_t(v) (log p_t(v) − log q_t(v)),
     with q the model's and p the original's next-token distribution. Both are summed in fp64 over tokens.
 
     Args:
-        model: runs where its weights are, in the precision that the caller's autocast sets; its mode is restored.
-        windows_MS: ids; each window predicts its tokens but the first.
-        batch_size: windows of a forward pass.
-        reference: gives a context inside which `model` is the original, or which yields that; both have the same head.
+        model: runs on its device, in the precision that the caller's autocast sets; its mode is restored.
+        windows_MS: ids; every token of a window but the first is predicted.
+        batch_size: B, windows of a forward pass.
+        reference: makes a context that yields the original, or inside which `model` is it. Both have the same head.
         description: shown as progress; None shows none.
 
     Returns:
-        loss (nats), perplexity, and with `reference` kl_to_original (nats).
+        loss (nats), perplexity, and kl_to_original (nats) if `reference` is given.
 
     Raises:
         UserError: no window, or windows of one token.
@@ -61,45 +61,46 @@ def perplexity(
     device = decoder.device(model)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     batches = [batch_BS.to(device) for batch_BS in windows_MS.split(batch_size)]
-    with evaluating(model), torch.no_grad(), _stage(description, len(windows_MS)) as stage:
+    with evaluating(model), torch.no_grad(), _bar(description, len(windows_MS)) as bar:
         for ids_BS, (hidden_BSD, original_BSD) in zip(batches, _pairs(model, batches, reference), strict=True):
             with decoder.gathered(model) as head:
                 sums += _sums(hidden_BSD, original_BSD, ids_BS, head)
-            if stage is not None:
-                stage.advance(len(ids_BS))
+            if bar is not None:
+                bar.advance(len(ids_BS))
     count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
     loss, divergence = (sums / count).tolist()
     if not math.isfinite(loss):
         raise UserError(f"perplexity: the mean loss over {count} tokens is {loss}; the model's logits are not finite.")
-    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    return found if reference is None else {**found, "kl_to_original": divergence}
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return figures if reference is None else {**figures, "kl_to_original": divergence}
 
 
 def _pairs(
     model: PreTrainedModel, batches: Sequence[Tensor], reference: Callable[[], AbstractContextManager[Any]] | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Hidden states of which the head makes logits (B, S, D), the model's and the original's, of each batch.
+    """The states before the head, (B, S, D), of the model and of the original, for each batch.
 
-    One that is larger than memory goes through all batches first.
+    A model that is larger than memory computes all batches first, layer by layer.
     """
-    mine = _streamed(model, batches)
-    theirs = None
+    states = _run_streamed(model, batches)
+    original_states = None
     if reference is not None:
-        with reference() as other:
-            theirs = _streamed(other or model, batches)
+        with reference() as original:
+            original_states = _run_streamed(original or model, batches)
     for index, ids_BS in enumerate(batches):
-        own_BSD = _hidden(model, ids_BS) if mine is None else mine[index]
+        hidden_BSD = _hidden(model, ids_BS) if states is None else states[index]
         if reference is None:
-            yield own_BSD, None
-        elif theirs is not None:
-            yield own_BSD, theirs[index]
+            yield hidden_BSD, None
+        elif original_states is not None:
+            yield hidden_BSD, original_states[index]
         else:
-            with reference() as other:
-                original_BSD = _hidden(other or model, ids_BS)
-            yield own_BSD, original_BSD
+            with reference() as original:
+                original_BSD = _hidden(original or model, ids_BS)
+            yield hidden_BSD, original_BSD
 
 
-def _streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> Shelf | None:
+def _run_streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> Shelf | None:
+    """The states before the head of all batches, layer by layer; None for a model that is in memory."""
     if not layer_store(model).streamed:
         return None
     with progress("layer by layer", len(decoder.decoder_layers(model))) as bar:
@@ -112,7 +113,7 @@ def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
 
 
 def _sums(hidden_BSD: Tensor, original_BSD: Tensor | None, ids_BS: Tensor, head: Head) -> Tensor:
-    """Summed loss and divergence of a batch, (2,); the logits of a few tokens at a time."""
+    """The summed loss and divergence of a batch, (2,) fp64, from the logits of a few tokens at a time."""
     sums = torch.zeros(2, dtype=torch.float64, device=ids_BS.device)
     hidden_TD, labels_T = hidden_BSD[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten()
     original_TD = None if original_BSD is None else original_BSD[:, :-1].flatten(0, 1)
@@ -130,14 +131,14 @@ def kl_divergence(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
 
     KL = ln E_p[exp e] = ln(1 + E_p[exp(e) − 1 − e]),  e = d − E_p[d],  d = logits − original,  p = softmax(original)
 
-    Every term of the mean is at least 0, so fp32 keeps its digits however close the two are. Rows in which some e is
-    too large for exp are done by the definition, in fp64.
+    Every term of the mean is at least 0, so fp32 keeps its digits even if the two are close. Rows in which some e is
+    too large for exp follow the definition, in fp64.
 
     Args:
         original_TV, logits_TV: logits, fp32.
 
     Returns:
-        (T,) in nats.
+        the divergence of each token, (T,), in nats.
     """
     p_TV = original_TV.softmax(-1)
     e_TV = logits_TV - original_TV
@@ -151,9 +152,9 @@ def kl_divergence(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
 
 
 @contextmanager
-def _stage(description: str | None, total: int) -> Iterator[Stage | None]:
+def _bar(description: str | None, total: int) -> Iterator[Stage | None]:
     if description is None:
         yield None
     else:
-        with progress(description, total) as stage:
-            yield stage
+        with progress(description, total) as bar:
+            yield bar

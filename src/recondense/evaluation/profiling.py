@@ -30,11 +30,11 @@ Variant = Callable[[], AbstractContextManager[nn.Module]]
 
 @dataclass(frozen=True)
 class Profile:
-    """What one variant of a model costs.
+    """Memory and speed of one variant of a model.
 
-    `peak_memory_bytes` is the variant's weights plus the most tensor memory that was allocated at one time during one
-    prefill and decode, counted from their start: key-value cache, activations and logits. It leaves out what does not
-    belong to the variant (the other variant's weights, optimiser states) and what is not a tensor (libraries, Python).
+    `peak_memory_bytes` is the variant's weights plus the peak of tensor memory during one prefill and decode, counted
+    from their start: key-value cache, activations and logits. It leaves out tensors that do not belong to the variant
+    (the other variant's weights, optimiser states) and memory that is not a tensor's (libraries, Python).
     """
 
     weights_bytes: int
@@ -48,15 +48,15 @@ class Profile:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held at one time, in bytes; what it maps of files counts.
+    """The peak of this process's resident memory in bytes, mapped files included.
 
-    Where the kernel does not say, what the process that started it held counts too.
+    If the kernel does not tell it apart, the memory of the process that started this one counts too.
     """
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(encoding="ascii"), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+        peak = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(encoding="ascii"), re.MULTILINE)
+        if peak:
+            return int(peak[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
@@ -72,52 +72,60 @@ def profile_variants(
     device: torch.device | str,
     seed: int,
 ) -> dict[str, Profile]:
-    """Measure variants of a model in alternation, so that a slow minute of the machine meets all of them alike.
+    """Measure variants of a model in alternation, so that a slow minute of the machine slows all of them alike.
 
-    Every repetition runs each variant once, in the given order and in the reverse order by turns; a speed is the median
-    over repetitions. Before that, each variant runs once to warm up and once with its memory followed. One run is a
-    forward of the prompt (logits of the last position only) and `new_tokens` single-token forwards with the cache.
+    Each variant runs once to warm up and once with its memory followed. Then every repetition runs each variant once,
+    in the given order and in the reverse order by turns; a speed is the median over repetitions. One run is a forward
+    pass of the prompt (logits of the last position alone) and `new_tokens` forward passes of one token with the cache.
 
     Args:
-        variants: name -> function that returns a context which yields the model in that variant. Both may be the same
+        variants: name -> function that makes a context, which yields the model in that variant. The variants may be one
             module with other blocks inside the context, so weights are counted inside it.
         batch_size: B, sequences at a time.
-        prompt_length: P, tokens a sequence in the prefill.
-        new_tokens: N, tokens a sequence in the decode.
+        prompt_length: P, tokens of a sequence in the prefill.
+        new_tokens: N, tokens of a sequence in the decode.
         repetitions: timed runs of each variant.
         vocab_size: token ids are drawn uniformly below it; all variants see the same ids.
         device: where the model is.
-        seed: of the token ids. The global random state is not touched.
+        seed: of the token ids. The global random state does not change.
 
     Returns:
-        Name -> Profile, in the order of `variants`; bytes, and tokens per second over the whole batch.
+        name -> Profile, in the order of `variants`; bytes, and tokens per second over the whole batch.
     """
     _check(batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens, repetitions=repetitions)
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(vocab_size, (batch_size, prompt_length + new_tokens), generator=generator).to(device)
-    weights: dict[str, int] = {}
-    working: dict[str, int] = {}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for name, variant in variants.items():
-        with variant() as model, evaluating(model):
-            weights[name] = weights_bytes(model)
-            _generate(model, ids_BT, prompt_length)
-            working[name] = peak_tensor_bytes(partial(_generate, model, ids_BT, prompt_length), device)
-    for repetition in range(repetitions):
-        names = list(variants)[:: 1 if repetition % 2 == 0 else -1]
-        for name in names:
-            with variants[name]() as model, evaluating(model):
-                seconds[name].append(_generate(model, ids_BT, prompt_length))
+    memory = {name: _memory(variant, ids_BT, prompt_length) for name, variant in variants.items()}
+    seconds = _seconds(variants, ids_BT, prompt_length, repetitions)
     return {
         name: Profile(
-            weights_bytes=weights[name],
-            peak_memory_bytes=weights[name] + working[name],
+            weights_bytes=weights,
+            peak_memory_bytes=weights + working,
             prefill_tokens_per_second=batch_size * prompt_length / statistics.median(p for p, _ in seconds[name]),
             decode_tokens_per_second=batch_size * new_tokens / statistics.median(d for _, d in seconds[name]),
         )
-        for name in variants
+        for name, (weights, working) in memory.items()
     }
+
+
+def _memory(variant: Variant, ids_BT: Tensor, prompt_length: int) -> tuple[int, int]:
+    """Bytes of a variant's weights, and the peak of its other tensors; it has run once before."""
+    with variant() as model, evaluating(model):
+        _generate(model, ids_BT, prompt_length)
+        return weights_bytes(model), peak_tensor_bytes(partial(_generate, model, ids_BT, prompt_length), ids_BT.device)
+
+
+def _seconds(
+    variants: Mapping[str, Variant], ids_BT: Tensor, prompt_length: int, repetitions: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of the prefill and of the decode, by variant, for each repetition."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for repetition in range(repetitions):
+        for name in list(variants)[:: 1 if repetition % 2 == 0 else -1]:
+            with variants[name]() as model, evaluating(model):
+                seconds[name].append(_generate(model, ids_BT, prompt_length))
+    return seconds
 
 
 def _check(**counts: int) -> None:
@@ -127,9 +135,9 @@ def _check(**counts: int) -> None:
 
 
 def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> int:
-    """The most bytes of tensors allocated at one time while `work` runs, above what was allocated at its start.
+    """The peak of tensor memory in bytes while `work` runs, above the memory that was allocated at its start.
 
-    On CUDA the allocator keeps that figure. A CPU's does not, so the profiler reports every allocation and release, and
+    CUDA's allocator keeps that figure. A CPU's does not, so the profiler reports every allocation and release, and
     their running sum is followed. Releases of older tensors lower the sum; the result is never below zero.
     """
     device = torch.device(device)
@@ -155,7 +163,7 @@ def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> in
         for event in results.events()
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
-    # A stable sort: of two changes at the same nanosecond, the order in which they were reported stands.
+    # The sort is stable: changes at the same nanosecond stay in the order in which they were reported.
     changes.sort(key=lambda change: change[0])
     peak = current = 0
     for _, size in changes:
@@ -166,7 +174,7 @@ def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> in
 
 @torch.inference_mode()
 def _generate(model: nn.Module, ids_BT: Tensor, prompt_length: int) -> tuple[float, float]:
-    """One prefill and decode; returns their seconds. The tokens are given, so every variant does the same work."""
+    """Run one prefill and decode, and return their seconds. All variants see the same tokens, and do the same work."""
     clock = Clock(ids_BT.device)
     output = model(input_ids=ids_BT[:, :prompt_length], use_cache=True, logits_to_keep=1)
     clock.mark()
@@ -183,7 +191,7 @@ def _generate(model: nn.Module, ids_BT: Tensor, prompt_length: int) -> tuple[flo
 
 
 class Clock:
-    """Times between marks: events of the stream on CUDA, where the host runs ahead, and the host's clock elsewhere."""
+    """Times between marks: by events of the stream on CUDA, where the host runs ahead, else by the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -193,6 +201,7 @@ class Clock:
         self.mark()
 
     def mark(self) -> None:
+        """Mark this moment."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -201,6 +210,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
+        """The seconds between every two marks that follow each other."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -210,10 +220,10 @@ class Clock:
 
 @contextmanager
 def _native_stderr_silenced() -> Iterator[None]:
-    """The profiler's library writes a line to file descriptor 2 at start and stop, which no setting turns off."""
+    """Inside, file descriptor 2 is silent: the profiler's library writes a line there, which no setting turns off."""
     try:
         saved = os.dup(2)
-    except OSError:  # closed by whoever started the process: then there is nothing to keep clean
+    except OSError:  # the process was started without it
         yield
         return
     sink = os.open(os.devnull, os.O_WRONLY)
