@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers import AutoConfig
 
-from recondense.models import families, views
+from recondense.models import families
 
 Config = Mapping[str, Any]
 Keys = dict[str, tuple[int, ...]]
@@ -266,7 +267,7 @@ def problems(folder: Path) -> list[str]:
 
 def settings(folder: Path) -> dict[str, Any]:
     """The config as vLLM sees it: an object of transformers' class, which knows some attributes by a second name."""
-    config = views.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return {**config.to_dict(), **{name: getattr(config, own) for name, own in config.attribute_map.items()}}
 
 

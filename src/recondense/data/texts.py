@@ -104,8 +104,7 @@ class Texts:
         if records:
             return self._make_examples(stage, split, records, tokenizer)
         if stage.own_texts:
-            windows = pack(documents, tokenizer, length, f"the {split} text of stage {stage.name}")
-            return {"input_ids": windows}
+            return {"input_ids": pack(documents, tokenizer, length, f"the {split} text of stage {stage.name}")}
         windows = self.windows(split, tokenizer, length)
         assert windows is not None
         return {"input_ids": windows}

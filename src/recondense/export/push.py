@@ -1,4 +1,4 @@
-"""Uploads an exported folder to the hub."""
+"""Uploads an exported folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from recondense.errors import UserError
 
 
 def push_folder(folder: Path, repository: str, private: bool) -> None:
-    """Upload a folder to the hub; a repository that is not there is created.
+    """Upload a folder to the hub.
 
     Args:
-        repository: owner/name.
-        private: of one that is created.
+        repository: owner/name; created if it does not exist.
+        private: whether a repository that is created is private.
 
     Raises:
-        UserError: the folder is gone; the hub refuses, or cannot be reached; the folder stays where it is.
+        UserError: the folder does not exist, the hub refuses, or the hub cannot be reached. The folder stays.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -29,6 +29,6 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"export.push_to_hub={repository}: {reason}. The folder is whole in {folder}: the same command uploads "
+            f"export.push_to_hub={repository}: {reason}. The export is in {folder}: the same command uploads "
             f"it, or `hf upload {repository} {folder}`."
         ) from error

@@ -1,4 +1,4 @@
-"""Weights out: safetensors shards of a bounded size, written piece by piece, so that no second model is in memory."""
+"""Writes weights as safetensors shards of a bounded size, piece by piece, so that memory holds no second model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ INDEX = "model.safetensors.index.json"
 
 
 class ShardWriter:
-    """Collects tensors until a shard is full, and writes it; one shard is held at a time.
+    """Collects tensors until a shard is full, and writes it; memory holds one shard at a time.
 
     Args:
-        folder: where the files go; one file is `model.safetensors`, several are numbered and have an index.
-        max_shard_size: bytes of a shard; a tensor that is larger has one for itself.
+        folder: where the files go. A single file is `model.safetensors`; several are numbered and have an index.
+        max_shard_size: bytes of a shard; a larger tensor gets a shard of its own.
     """
 
     def __init__(self, folder: Path, max_shard_size: int) -> None:
@@ -33,19 +33,19 @@ class ShardWriter:
         self._parameters = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write these, now or with a later shard."""
+        """Add tensors by their names on disk; they are written when the shard is full."""
         for name, tensor in tensors.items():
             if self._held and self._held_bytes + tensor.nbytes > self.max_shard_size:
                 self._flush()
-            # A copy where it is a part of a larger tensor: what is held would keep all of that.
-            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-            self._held[name] = tensor.detach().contiguous() if whole else tensor.detach().clone()
+            # A part of a larger tensor is copied: holding it would keep all of the larger one in memory.
+            is_part = tensor.untyped_storage().nbytes() != tensor.nbytes
+            self._held[name] = tensor.detach().clone() if is_part else tensor.detach().contiguous()
             self._held_bytes += tensor.nbytes
             self._bytes += tensor.nbytes
             self._parameters += tensor.numel()
 
     def finish(self) -> None:
-        """Write what is held, give the files their names, and write the index."""
+        """Write the last shard, give the files their names, and write the index."""
         self._flush()
         count = len(self._names)
         if count == 1:

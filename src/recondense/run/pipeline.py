@@ -25,7 +25,7 @@ from recondense.config.stages import stages_of, without_teacher
 from recondense.data.texts import Texts
 from recondense.errors import ConfigError
 from recondense.evaluation import profiling
-from recondense.export.export import export, how_to_load
+from recondense.export.export import export
 from recondense.export.layout import layer_shapes, layout
 from recondense.export.push import push_folder
 from recondense.files import write_aside
@@ -294,16 +294,17 @@ class _Run:
         changed = bool(plan.operations) or config.recovery.objective != "none"
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             with measure.timed("export"), progress("exporting"):
-                card = model_card.model_card(found)
+
+                def card(exported: Path) -> str:
+                    if stored and plan.operations:
+                        size = quantized.bytes_on_disk(exported) or 0
+                        found.update(summary.with_bytes_on_disk(found, stored, size))
+                    return model_card.model_card(found)
+
                 whole = replace(plan, history=history_of(config.model))
                 kind = export(model, measure.tokenizer, whole, folder / "model", card, config.export)
             log.info("exported: %s (%s)", folder / "model", kind)
             found["artifacts"] |= {"model": "model", "export_format": kind}
-            if stored and plan.operations:
-                found = summary.with_bytes_on_disk(found, stored, quantized.bytes_on_disk(folder / "model") or 0)
-                write_aside(
-                    folder / "model" / "README.md", model_card.model_card(found) + how_to_load(folder / "model")
-                )
             tracking.log_export(self.loggers, folder / "model")
         if layer_store(model).streamed:  # no recovery has brought it in
             self._take_peak()

@@ -316,6 +316,22 @@ def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [5, 6]
 
 
+def test_the_readme_may_tell_what_was_written(tmp_path: Path) -> None:
+    """It is made once, from the folder as it is exported, and the code that loads the folder follows."""
+    model, plan = student(VARIANTS["qwen"])
+    sizes = []
+
+    def card(folder: Path) -> str:
+        assert not (folder / "README.md").exists()
+        sizes.append(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        return f"# {sizes[-1]} bytes\n"
+
+    export(model, None, plan, tmp_path / "out", card)
+    assert sizes == [(tmp_path / "out" / "model.safetensors").stat().st_size]
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert readme.startswith(f"# {sizes[0]} bytes\n\n## Load it\n") and "trust_remote_code" not in readme
+
+
 # ------------------------------------------------------------------------------------------------ interruptions
 
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import EVERY, condense_plan
 from support.vllm_rules import PUBLISHED, RULES, backend_problems, problems
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from recondense.config.schema import ExportConfig
 from recondense.export.export import export
-from recondense.models import classes, families, views
+from recondense.models import classes, families
 from recondense.models import compressed as compressed_module
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
@@ -156,9 +157,9 @@ def base_of(folder: Path) -> nn.Module:
     """The class that the folder's modeling file makes, without running that file."""
     config = json.loads((folder / "config.json").read_text())
     classes.register_compressed(config["model_type"])
-    compressed = views.AutoConfig.for_model(config.pop("model_type"), **config)
+    compressed = AutoConfig.for_model(config.pop("model_type"), **config)
     with torch.device("meta"):
-        model: nn.Module = views.AutoModel.from_config(compressed)
+        model: nn.Module = AutoModel.from_config(compressed)
     return model
 
 
