@@ -38,7 +38,7 @@ from recondense.run.search import scratch_bytes
 from recondense.surgery import apply
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
-import brute_force as bf
+from support import brute_force as bf
 
 GIBIBYTE = 2**30
 # 9 layers with E(4+4): from shapes (METHODS.md section 2.8), and the authors' measurements.

@@ -3,9 +3,10 @@
     python benchmarks/search.py --method moei2      MoE-I²'s genetic search: see search_moei2.py
     python benchmarks/search.py [--json FILE] [--model FOLDER] [--texts 20] [--tokens 96] [--experts 4]
 
-The authors' procedure (tests/brute_force.py) runs the whole model for every candidate. Both sides see the same texts in
-the same batches of 8, in one process, with the same threads. The second half repeats it with more experts: the trained
-model upcycled, every expert and router row copied several times and perturbed so that the copies share the tokens.
+The authors' procedure (tests/support/brute_force.py) runs the whole model for every candidate. Both sides see the same
+texts in the same batches of 8, in one process, with the same threads. The second half repeats it with more experts: the
+trained model upcycled, every expert and router row copied several times and perturbed so that the copies share the
+tokens.
 Memory is the most bytes of tensors alive at once beside the model, by torch's profiler, in runs that are not timed.
 """
 
@@ -34,7 +35,7 @@ from recondense.progress import track
 from recondense.run.search import scratch_bytes
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
-import brute_force as bf
+from support import brute_force as bf
 from support.agreement import TOLERANCE, Agreement, compare
 
 HEADS = {"with_head": True, "without_head": False}

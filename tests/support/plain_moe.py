@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recondense.models.routing import Routing
 from support.tiny_models import EVERY, tiny
 
-# What each family's router does in tests/tiny_models.py, as the papers and transformers' routers say.
+# What each family's router does in tests/support/tiny_models.py, as the papers and transformers' routers say.
 V3 = Routing(2, normalize=True, scale=1.5, score="sigmoid", least_sum=1e-20)
 ROUTING = {
     "qwen2_moe": Routing(2, normalize=False),

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import brute_force as bf
 import pytest
 import torch
+from support import brute_force as bf
 from support.agreement import compare
 from support.tiny_models import FAMILIES, bits, qwen2_moe, recorded, same_bits, texts, unchanged
 from transformers import PreTrainedModel

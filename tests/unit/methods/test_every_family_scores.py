@@ -6,9 +6,9 @@ import copy
 from functools import partial
 from typing import Any
 
-import brute_force as bf
 import pytest
 import torch
+from support import brute_force as bf
 from support.plain_moe import (
     FOUR,
     PAIRS,

@@ -13,8 +13,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from settings_around import differences, settings_around
 from support.recoveries import data, recovery, trained
+from support.settings_around import differences, settings_around
 from support.tiny_models import EVERY, bits, condense_plan, same_bits, windows
 
 from callbacks.graceful_stop import GracefulStop

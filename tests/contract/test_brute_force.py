@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import brute_force as bf
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon  # type: ignore[import-untyped]
+from support import brute_force as bf
 from support.agreement import Agreement, compare
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM

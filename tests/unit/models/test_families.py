@@ -1,4 +1,4 @@
-"""Every family's blocks, and what each operation makes of them, held against plain torch (tests/plain_moe.py)."""
+"""Every family's blocks, and what each operation makes of them, against plain torch (tests/support/plain_moe.py)."""
 
 from __future__ import annotations
 
