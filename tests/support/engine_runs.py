@@ -24,7 +24,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from settings_around import differences, settings_around
 
 from callbacks.lm_eval import LmEval
 from recondense import processes
@@ -38,6 +37,7 @@ from recondense.recovery.engines import deepspeed, full_tensors, twin
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from support.recoveries import recovery
+from support.settings_around import differences, settings_around
 from support.small import byte_tokenizer
 from support.tiny_models import qwen2_moe, windows
 
