@@ -45,6 +45,7 @@ PARAMETERS = {
     "DeepSpeedStrategy._init_config_if_needed": "self",
     "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state": "self",
     "load_yaml": "path resolve_func",
+    "TaskManager.task_index": "self",
 }
 
 

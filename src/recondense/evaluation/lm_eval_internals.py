@@ -1,12 +1,4 @@
-"""What recondense uses of lm-eval beyond its documented functions, in one place. Read in lm-eval 0.4.13.
-
-- `lm_eval.tasks._yaml_loader.load_yaml`: reads a task file as the index does.
-- entries of `TaskManager.task_index`: `kind.name` ("TASK", "GROUP", "TAG"), `tags` and `cfg` of a task.
-- `tqdm` in the three modules that show a bar; lm-eval's `disable_tqdm` does not reach two of the loops.
-- the environment variable DISABLE_MULTIPROC, which keeps bootstrapped standard errors in this process.
-
-`tests/unit/evaluation/test_lm_eval_internals.py` says which of them has moved when lm-eval changes.
-"""
+"""Uses of lm-eval beyond its documented functions, in one place; docs/private_apis.md lists the names."""
 
 from __future__ import annotations
 
