@@ -129,7 +129,7 @@ def variants(family: str) -> dict[str, tuple[Operation, ...]]:
     if family == "qwen2_moe":
         found["condensed"] = (Condense(1, (1, 4), (0.3, 0.4), 0.4),)
         found["condensed, gate per token"] = (Condense(1, (1, 4), (0.3, 0.4), None),)
-        found["layer dropped, pruned unlike"] = (Drop(1, "block"), Prune(0, (0, 2, 3, 5)))
+        found["layer dropped, pruned unlike"] = (Drop(1, "layer"), Prune(0, (0, 2, 3, 5)))
     return found
 
 

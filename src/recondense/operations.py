@@ -1,6 +1,6 @@
-"""The operations that a Plan is made of: plain data, one frozen dataclass a kind, checked when made.
+"""The operations of a Plan: plain data, one frozen dataclass a kind, checked when made.
 
-Expert indices of an operation count in the layer as the operations before it left it. Standard library alone.
+Expert indices refer to the layer as the operations before this one leave it. The file needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from recondense.errors import UserError
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of an expert; the one place where they are listed
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class Condense:
         layer: decoder-layer index.
         experts: indices of the retained routed experts, in the order of their selection; may be empty.
         coefficients: the constant that replaces each retained expert's routing weight.
-        shared_gate: the constant that replaces the shared experts' gate; None keeps what the model has (its gate per
-            token, or none).
+        shared_gate: the constant that replaces the shared experts' gate. None keeps the gate, if the model has one.
     """
 
     kind: ClassVar[str] = "condense"
@@ -55,11 +54,11 @@ class Condense:
 
 @dataclass(frozen=True)
 class Prune:
-    """Remove routed experts and their router rows; the others stay as they are.
+    """Remove routed experts and their rows in the router.
 
     Args:
         layer: decoder-layer index.
-        retained: indices of the experts that stay, ascending.
+        retained: indices of the retained experts, ascending.
     """
 
     kind: ClassVar[str] = "prune"
@@ -74,7 +73,7 @@ class Prune:
 
     @classmethod
     def without(cls, layer: int, num_experts: int, dropped: Collection[int]) -> Prune:
-        """Of a layer of so many experts, all but some."""
+        """Prune a layer of `num_experts` experts by the dropped ones."""
         return cls(layer, tuple(expert for expert in range(num_experts) if expert not in dropped))
 
     @classmethod
@@ -88,8 +87,8 @@ class Factorize:
 
     Args:
         layer: decoder-layer index.
-        ranks: for gate_proj, up_proj and down_proj one rank an expert; None keeps that projection dense.
-        whitening: factors of least error on the calibration activations (arXiv 2403.07378) in place of the plain SVD.
+        ranks: by projection, one rank an expert. None keeps the projection of that expert dense.
+        whitening: minimise the error on the calibration activations (arXiv 2403.07378). False is the plain SVD.
     """
 
     kind: ClassVar[str] = "factorize"
@@ -102,11 +101,11 @@ class Factorize:
         lengths = {name: len(self.ranks.get(name, ())) for name in PROJECTIONS}
         if set(self.ranks) != set(PROJECTIONS) or len(set(lengths.values())) != 1:
             raise UserError(
-                f"factorize, layer {self.layer}: ranks {lengths} must be of {', '.join(PROJECTIONS)}, alike"
+                f"factorize, layer {self.layer}: ranks {lengths} must be given for {', '.join(PROJECTIONS)}, equally many"
             )
-        low = [rank for ranks in self.ranks.values() for rank in ranks if rank is not None and rank < 1]
-        if low:
-            raise UserError(f"factorize, layer {self.layer}: ranks {low} must be at least 1 (null: dense)")
+        too_low = [rank for ranks in self.ranks.values() for rank in ranks if rank is not None and rank < 1]
+        if too_low:
+            raise UserError(f"factorize, layer {self.layer}: ranks {too_low} must be at least 1 (null: dense)")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Factorize:
@@ -119,13 +118,13 @@ class Factorize:
 
 @dataclass(frozen=True)
 class Merge:
-    """Replace groups of routed experts by their weighted means; the router keeps its rows, each names its group.
+    """Replace groups of routed experts by their weighted means. The router keeps its rows: a row selects a group.
 
     Args:
         layer: decoder-layer index.
-        groups: a partition of the layer's experts; the first of a group is the one that others are aligned to.
-        weights: of each expert in its group; they sum to 1 within a group.
-        align: permute the rows of the others to match the first's before the mean is taken.
+        groups: a partition of the layer's experts. The first expert of a group is its reference for `align`.
+        weights: the weight of each expert in its group; they sum to 1 within a group.
+        align: permute the neurons of the other experts to match those of the reference before taking the mean.
     """
 
     kind: ClassVar[str] = "merge"
@@ -138,9 +137,9 @@ class Merge:
         _check_layer(self.kind, self.layer)
         experts = sorted(expert for group in self.groups for expert in group)
         if not experts or experts != list(range(len(experts))) or not all(self.groups):
-            raise UserError(f"merge, layer {self.layer}: groups must part the experts 0 to E-1; they name {experts}")
+            raise UserError(f"merge, layer {self.layer}: groups must partition the experts 0 to E-1; they name {experts}")
         if [len(group) for group in self.groups] != [len(weights) for weights in self.weights]:
-            raise UserError(f"merge, layer {self.layer}: weights must stand beside the experts of every group")
+            raise UserError(f"merge, layer {self.layer}: every group needs one weight for each of its experts")
         sums = [sum(weights) for weights in self.weights]
         if any(abs(total - 1) > 1e-6 for total in sums):
             raise UserError(f"merge, layer {self.layer}: the weights of a group must sum to 1; they sum to {sums}")
@@ -157,35 +156,36 @@ class Merge:
 
 @dataclass(frozen=True)
 class Drop:
-    """Remove a part of a decoder layer; the residual stream passes by.
+    """Remove the MoE block of a decoder layer, or the whole layer. The residual stream passes unchanged.
 
     Args:
         layer: decoder-layer index.
-        part: "moe", the feed-forward block, or "block", the whole decoder layer with its attention.
+        part: "moe", the MoE block, or "layer", the whole decoder layer with its attention.
     """
 
     kind: ClassVar[str] = "drop"
     layer: int
-    part: Literal["moe", "block"]
+    part: Literal["moe", "layer"]
 
     def __post_init__(self) -> None:
         _check_layer(self.kind, self.layer)
-        if self.part not in ("moe", "block"):
-            raise UserError(f"drop, layer {self.layer}: part {self.part!r} must be moe or block")
+        if self.part not in ("moe", "layer"):
+            raise UserError(f"drop, layer {self.layer}: part {self.part!r} must be moe or layer")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Drop:
-        return cls(layer=int(data["layer"]), part=cast(Any, data["part"]))
+        part = "layer" if data["part"] == "block" else data["part"]  # "block": the word of earlier plans
+        return cls(layer=int(data["layer"]), part=cast(Any, part))
 
 
 @dataclass(frozen=True)
 class Refit:
-    """Solve weights of a changed layer by ridge least squares on the calibration set, after all structure is made.
+    """Solve weights of a changed layer by ridge least squares on the calibration set, after all other operations.
 
     Args:
         layer: decoder-layer index.
         what: "down_proj", or "coefficients" of a condensed layer.
-        ridge: pull towards the present weights, relative to the mean diagonal of the normal matrix.
+        ridge: strength of the pull towards the present weights, relative to the mean diagonal of the normal matrix.
     """
 
     kind: ClassVar[str] = "refit"
@@ -206,7 +206,9 @@ class Refit:
 
 
 Operation = Condense | Prune | Factorize | Merge | Drop | Refit
-OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Condense, Prune, Factorize, Merge, Drop, Refit)}
+OPERATIONS: dict[str, type[Operation]] = {
+    operation.kind: operation for operation in (Condense, Prune, Factorize, Merge, Drop, Refit)
+}
 
 
 def _check_layer(kind: str, layer: int) -> None:

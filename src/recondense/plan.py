@@ -1,7 +1,7 @@
-"""What was decided, as plain data: a Plan is a list of operations on layers, without tensors.
+"""A Plan: the operations that a method decided on, as plain data without tensors.
 
-A Plan fixes choices and shapes; computed weights live in checkpoints and exports. The file needs the standard
-library alone, so that any tool can read a plan.
+A Plan fixes choices and shapes. Computed weights are in checkpoints and exports. The file needs the standard library
+alone, so that any tool can read a plan.
 """
 
 from __future__ import annotations
@@ -21,56 +21,60 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class History:
-    """What was done to a model in all, one run after the other.
+    """All operations on a model, over several runs.
 
     Args:
-        operations: in order; layers are numbered as in the model that nobody had compressed.
-        layers: that number for each decoder layer that there is now; empty: as they are counted now.
+        operations: in order. Layers have the numbers of the uncompressed model.
+        layers: the number in the uncompressed model of each present decoder layer. Empty: the numbers are the same.
     """
 
     operations: tuple[Operation, ...] = ()
     layers: tuple[int, ...] = ()
 
     def then(self, operations: Sequence[Operation], kept: Sequence[int]) -> History:
-        """After one run more.
+        """The history after one more run.
 
         Args:
-            operations: of that run; layers are numbered as it found them.
-            kept: the decoder layers that it found and that the written model has.
+            operations: those of the run. Layers have the numbers of the model that the run started from.
+            kept: the decoder layers of that model that the exported model has.
         """
-        numbered = [replace(operation, layer=self._number(operation.layer)) for operation in operations]
-        layers = tuple(map(self._number, kept))
+        numbered = [replace(operation, layer=self._original_number(operation.layer)) for operation in operations]
+        layers = tuple(map(self._original_number, kept))
         return History((*self.operations, *numbered), () if layers == tuple(range(len(layers))) else layers)
 
     def changed(self, num_layers: int) -> tuple[int, ...]:
-        """Those of the decoder layers that there are now, as they are counted now, which some operation changed."""
+        """The layers of the present model that some operation changed, by their present numbers.
+
+        Args:
+            num_layers: the number of decoder layers of the present model.
+        """
         numbers = {operation.layer for operation in self.operations}
-        return tuple(layer for layer in range(num_layers) if self._number(layer) in numbers)
+        return tuple(layer for layer in range(num_layers) if self._original_number(layer) in numbers)
 
     @classmethod
     def of_folder(cls, path: str | Path | None) -> History:
-        """What the plan in a model's folder says; nothing of a folder that has none."""
+        """Read the history from plan.json in a model's folder; an empty one if there is no plan of ours."""
         try:
             plan = Plan.load(Path(path, "plan.json")) if path else Plan("")
             return plan.history if plan.history.operations else cls(plan.operations)
-        except (OSError, ValueError, AttributeError, TypeError):  # somebody else's file of that name
+        except (OSError, ValueError, AttributeError, TypeError):  # another tool's file of that name
             return cls()
 
-    def _number(self, layer: int) -> int:
+    def _original_number(self, layer: int) -> int:
         return self.layers[layer] if self.layers else layer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The concatenated decisions of a method's steps.
+    """The operations of all steps of a method.
 
     Args:
-        model: what the plan was made for (hub id, folder or name).
-        fingerprint: hashes of what decided it: weights, calibration, method.
+        model: the model that the plan was made for (hub id, folder or name).
         operations: in the order in which they were chosen.
-        search: what decided it (orders, scores); JSON values only.
-        history: what was done to the model before; in an exported folder this plan's operations included, or nothing
-            where they alone say it.
+        fingerprint: hashes of the weights, the calibration set and the method.
+        search: the scores and orders behind the operations; JSON values only.
+        history: the operations of earlier runs on the model. In an exported folder it includes this plan's, or is empty
+            if there were no others.
     """
 
     model: str
@@ -81,7 +85,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Decoder layers that some operation changes, ascending."""
+        """The decoder layers that some operation changes, ascending."""
         return tuple(sorted({operation.layer for operation in self.operations}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,11 +95,8 @@ class Plan:
             "fingerprint": dict(self.fingerprint),
             "operations": _to_json(self.operations),
             "search": dict(self.search),
-            **({"history": self._history()} if self.history != History() else {}),
+            **({} if self.history == History() else {"history": _history_to_json(self.history)}),
         }
-
-    def _history(self) -> dict[str, Any]:
-        return {"operations": _to_json(self.history.operations), "layers": list(self.history.layers)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
@@ -105,7 +106,7 @@ class Plan:
         """Rebuild a plan from parsed JSON.
 
         Raises:
-            UserError: another schema version, an unknown kind of operation, or a missing key.
+            UserError: the schema version or the kind of an operation is unknown, or a key is missing.
         """
         if data.get("schema") != SCHEMA:
             raise UserError(f"plan: schema {data.get('schema')!r} is not {SCHEMA}, the version that this code reads")
@@ -131,8 +132,12 @@ class Plan:
 
 
 def _to_json(operations: Sequence[Operation]) -> list[dict[str, Any]]:
-    found = [{"kind": operation.kind, **asdict(operation)} for operation in operations]
-    return cast(list[dict[str, Any]], json.loads(json.dumps(found)))
+    entries = [{"kind": operation.kind, **asdict(operation)} for operation in operations]
+    return cast(list[dict[str, Any]], json.loads(json.dumps(entries)))  # lists for tuples, as a file gives them back
+
+
+def _history_to_json(history: History) -> dict[str, Any]:
+    return {"operations": _to_json(history.operations), "layers": list(history.layers)}
 
 
 def _from_json(entries: Sequence[Mapping[str, Any]]) -> tuple[Operation, ...]:

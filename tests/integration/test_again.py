@@ -136,7 +136,7 @@ def test_layers_dropped_twice_are_two(command: Command, tmp_path: Path) -> None:
         folder = out / run / "model"
     history = Plan.load(folder / "plan.json").history
     assert len({operation.layer for operation in history.operations}) == 3 - _config(folder)["num_hidden_layers"] == 2
-    assert operation_counts(Plan("", history.operations), 6) == {"drop_block": {"layers": 2}}
+    assert operation_counts(Plan("", history.operations), 6) == {"drop_layer": {"layers": 2}}
     [left] = {0, 1, 2} - {operation.layer for operation in history.operations}
     assert history.layers == ((left,) if left else ())
 

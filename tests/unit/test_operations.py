@@ -84,13 +84,13 @@ def test_merged_is_every_expert_replaced_by_its_groups_mean(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("part", ["moe", "block"])
+@pytest.mark.parametrize("part", ["moe", "layer"])
 @torch.no_grad()
 def test_dropped_adds_nothing(family: str, part: Any) -> None:
     model, reference = FAMILIES[family](), FAMILIES[family]()
     layer: Any = decoder.decoder_layers(reference)[1]
     for name, parameter in layer.named_parameters():
-        if (name.endswith("o_proj.weight") and part == "block") or "down_proj" in name:
+        if (name.endswith("o_proj.weight") and part == "layer") or "down_proj" in name:
             parameter.zero_()
     originals = apply.apply(model, Plan("tiny", (Drop(1, part),)))
     assert isinstance(views.get_block(model, 1), Zeros if part == "moe" else SkippedLayer)
@@ -108,30 +108,30 @@ def test_the_first_layer_of_an_attention_type_stays() -> None:
     types = model.config.layer_types
     assert decoder.cache_layers(model.config) == {0, 1} == {types.index(each) for each in set(types)}
     with pytest.raises(ValueError, match="layer 1: the key-value cache"):
-        apply.apply(model, Plan("tiny", (Drop(1, "block"),)))
+        apply.apply(model, Plan("tiny", (Drop(1, "layer"),)))
 
 
 @torch.no_grad()
 def test_generation_without_a_layer_uses_the_cache_rightly() -> None:
     model = qwen2_moe()
-    apply.apply(model, Plan("tiny", (Drop(1, "block"),)))
+    apply.apply(model, Plan("tiny", (Drop(1, "layer"),)))
     with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
     without = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(with_cache, without)
     with pytest.raises(ValueError, match="cache counts tokens"):
-        apply.apply(model, Plan("tiny", (Drop(0, "block"),)))
+        apply.apply(model, Plan("tiny", (Drop(0, "layer"),)))
 
 
 PLANS: dict[str, tuple[Operation, ...]] = {
     "condense": (Condense(1, (3, 0), (0.4, 0.2), 0.5),),
     "prune": (Prune(1, (0, 2, 5)),),
     "merge": (Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),),
-    "drop": (Drop(1, "moe"), Drop(2, "block")),
+    "drop": (Drop(1, "moe"), Drop(2, "layer")),
     "prune, factorize": (Prune(1, (0, 2, 3, 5)), Factorize(1, RANKS)),
     "prune, factorize with whitening": (Prune(1, (0, 2, 3, 5)), Prune(2, (1, 2)), Factorize(1, RANKS, whitening=True)),
     "prune twice": (Prune(1, (0, 2, 3, 5)), Prune(1, (0, 3))),
     "prune, condense": (Prune(1, (0, 2, 3, 5)), Condense(1, (2,), (0.4,), 0.5)),
-    "prune, drop": (Prune(1, (0, 2, 3, 5)), Drop(1, "block")),
+    "prune, drop": (Prune(1, (0, 2, 3, 5)), Drop(1, "layer")),
 }
 
 
@@ -165,7 +165,7 @@ def test_what_went_wrong_half_way_leaves_the_model_as_it_was() -> None:
     before = bits(model)
     for wrong in (Prune(1, (0,)), Prune(1, (0, 1, 9)), Factorize(1, RANKS)):
         with pytest.raises(ValueError, match="layer 1"):
-            apply.apply(model, Plan("tiny", (Drop(2, "block"), Drop(0, "moe"), wrong)))
+            apply.apply(model, Plan("tiny", (Drop(2, "layer"), Drop(0, "moe"), wrong)))
         assert same_bits(bits(model), before) and not any(
             isinstance(module, Zeros | SkippedLayer) for module in model.modules()
         )

@@ -100,7 +100,7 @@ OF_EVERY_KIND = (
     Factorize(1, {"gate_proj": (3, None), "up_proj": (3, None), "down_proj": (2, None)}, whitening=True),
     Merge(2, ((1, 0), (2,)), ((0.25, 0.75), (1.0,)), align=True),
     Drop(3, "moe"),
-    Drop(4, "block"),
+    Drop(4, "layer"),
     Refit(0, "coefficients", 0.01),
 )
 
@@ -112,6 +112,13 @@ def test_every_kind_survives_json() -> None:
     assert plan.layers == (0, 1, 2, 3, 4)
 
 
+def test_an_earlier_word_for_a_decoder_layer_is_read() -> None:
+    data = Plan("m", (Drop(4, "layer"),)).to_dict()
+    assert data["operations"] == [{"kind": "drop", "layer": 4, "part": "layer"}]
+    earlier = {**data, "operations": [{"kind": "drop", "layer": 4, "part": "block"}]}
+    assert Plan.from_dict(earlier) == Plan.from_dict(data)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -119,12 +126,12 @@ def test_every_kind_survives_json() -> None:
         (lambda: Prune(1, (3, 0)), "ascending"),
         (lambda: Prune(-1, (0,)), "negative"),
         (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,)}), "down_proj"),
-        (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,), "down_proj": (1, 2)}), "alike"),
+        (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,), "down_proj": (1, 2)}), "equally many"),
         (lambda: Factorize(1, {"gate_proj": (0,), "up_proj": (1,), "down_proj": (1,)}), "at least 1"),
-        (lambda: Merge(1, ((0,), (2,)), ((1.0,), (1.0,))), "part the experts"),
-        (lambda: Merge(1, ((0, 1),), ((1.0,),)), "beside"),
+        (lambda: Merge(1, ((0,), (2,)), ((1.0,), (1.0,))), "partition the experts"),
+        (lambda: Merge(1, ((0, 1),), ((1.0,),)), "one weight for each"),
         (lambda: Merge(1, ((0, 1),), ((0.5, 0.6),)), "sum to 1"),
-        (lambda: Drop(1, "attention"), "moe or block"),  # type: ignore[arg-type]
+        (lambda: Drop(1, "attention"), "moe or layer"),  # type: ignore[arg-type]
         (lambda: Refit(1, "router", 0.1), "down_proj"),  # type: ignore[arg-type]
         (lambda: Refit(1, "down_proj", 0.0), "above 0"),
     ],
@@ -145,7 +152,7 @@ def test_a_history_counts_layers_as_they_were_at_first(tmp_path: Path, seed: int
     for _ in range(4):
         dropped = draw.sample(range(len(there)), draw.choice((0, 1)))
         pruned = [layer for layer in range(len(there)) if layer not in dropped and draw.random() < 0.4]
-        operations = [*(Drop(layer, "block") for layer in dropped), *(Prune(layer, (0, 1)) for layer in pruned)]
+        operations = [*(Drop(layer, "layer") for layer in dropped), *(Prune(layer, (0, 1)) for layer in pruned)]
         kept = [layer for layer in range(len(there)) if layer not in dropped]
         done += [(operation.kind, there[operation.layer]) for operation in operations]
         there = [there[layer] for layer in kept]

@@ -23,7 +23,7 @@ from recondense.report.published import (
     published_model,
 )
 
-KINDS = {"drop_moe": "layer_drop", "drop_block": "block_drop", "merge": "msmoe"}  # operations, and the papers' words
+KINDS = {"drop_moe": "layer_drop", "drop_layer": "block_drop", "merge": "msmoe"}  # operations, and the papers' words
 # The ratio of a paper's rows, and its heading: of the whole model's bytes, or of the routed experts' parameters.
 RATIOS = {CDMOE: ("memory_ratio", "memory\nratio"), MOEI2: ("removed_expert_ratio", "experts'\ncut")}
 SAME_CUT = 0.005  # of the routed experts' parameters

@@ -140,7 +140,7 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
         num_experts: routed experts in a layer of the uncompressed model.
 
     Returns:
-        by kind (`drop_moe` and `drop_block` apart): layers; retained, of; groups, of; lowest, highest and mean rank.
+        by kind (`drop_moe` and `drop_layer` apart): layers; retained, of; groups, of; lowest, highest and mean rank.
     """
     found: dict[str, dict[str, float]] = {}
     layers: dict[str, set[int]] = {}

@@ -89,7 +89,7 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
         "merge": "{layers} merged ({of} experts into {groups})",
         "factorize": "{layers} factorized",
         "drop_moe": "{layers} without their feed-forward block",
-        "drop_block": "{layers} removed whole",
+        "drop_layer": "{layers} removed whole",
         "refit": "{layers} refitted",
     }
     found = []

@@ -162,7 +162,7 @@ def _outcome(layer: int, operations: Sequence[Operation]) -> str:
     words = []
     for operation in operations:
         if operation.layer == layer:
-            whole = isinstance(operation, Drop) and operation.part == "block"
+            whole = isinstance(operation, Drop) and operation.part == "layer"
             words.append(WORDS.get(operation.kind) or ("removed whole" if whole else "without its MoE block"))
     return ", ".join(words)
 

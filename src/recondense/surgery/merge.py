@@ -12,7 +12,7 @@ from recondense.errors import UserError
 from recondense.models import views
 from recondense.models.blocks import MoEWeights, RemappedRouter
 from recondense.models.views import SparseBlock
-from recondense.operations import Merge
+from recondense.operations import PROJECTIONS, Merge
 
 
 def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
@@ -83,7 +83,7 @@ def aligned(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dic
     """
     width = other["down_proj"].shape[1]
     gain_FF = torch.zeros(width, width, dtype=torch.float64)
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in PROJECTIONS:
         mine, theirs = (each[name].movedim(ROWS[name], 0).double() for each in (reference, other))
         gain_FF += (mine @ theirs.T).cpu()
     _, order = linear_sum_assignment(gain_FF.numpy(), maximize=True)

@@ -118,18 +118,18 @@ VARIANTS = {
     ),
     "qwen, merged": other("bundled", qwen2_moe, Merge(1, *PAIRS)),
     "deepseek, merged": other("bundled", deepseek_v2, Merge(2, *PAIRS)),
-    "qwen, layer gone": other("stock", qwen2_moe, Drop(1, "block")),
-    "qwen, layer gone, others pruned": other("stock", qwen2_moe, Drop(1, "block"), Prune(0, FOUR), Prune(2, FOUR)),
+    "qwen, layer gone": other("stock", qwen2_moe, Drop(1, "layer")),
+    "qwen, layer gone, others pruned": other("stock", qwen2_moe, Drop(1, "layer"), Prune(0, FOUR), Prune(2, FOUR)),
     "qwen, layer gone before a dense one": other(
-        "stock", lambda: qwen2_moe(mlp_only_layers=[2], num_hidden_layers=4), Drop(1, "block")
+        "stock", lambda: qwen2_moe(mlp_only_layers=[2], num_hidden_layers=4), Drop(1, "layer")
     ),
-    "deepseek, layer gone": other("stock", deepseek_v2, Drop(1, "block")),
+    "deepseek, layer gone": other("stock", deepseek_v2, Drop(1, "layer")),
     "qwen, block gone": other("bundled", qwen2_moe, Drop(0, "moe"), how=ExportConfig(max_padding=0.0)),
     "qwen, a bit of everything": other(
         "bundled",
         lambda: qwen2_moe(num_hidden_layers=6),
         Drop(0, "moe"),
-        Drop(1, "block"),
+        Drop(1, "layer"),
         Prune(2, FOUR),
         Factorize(2, RANKS),
         Merge(3, *PAIRS),
@@ -265,7 +265,7 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
     model, plan = student(variant)
     written = Plan.load(folder / "plan.json")
     assert replace(written, history=History()) == plan
-    dropped = [each.layer for each in plan.operations if isinstance(each, Drop) and each.part == "block"]
+    dropped = [each.layer for each in plan.operations if isinstance(each, Drop) and each.part == "layer"]
     moved = [layer for layer in range(model.config.num_hidden_layers) if layer not in dropped]
     if variant.kind == "stock" and moved != list(range(len(moved))):
         assert written.history == History(plan.operations, tuple(moved))
@@ -307,7 +307,7 @@ def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
 def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None:
     """Only lists of one entry a layer lose those of layers that are gone: two end tokens are not two layers."""
     model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
-    plan = Plan("tiny", (Drop(1, "block"),))
+    plan = Plan("tiny", (Drop(1, "layer"),))
     apply.apply(model, plan)
     assert export(model, None, plan, tmp_path / "out", "") == "stock"
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -49,7 +49,7 @@ def test_stock_exports_meet_the_rules_of_vllm(tmp_path: Path, family: str) -> No
         "pruned": pruned(EVERY[family]()),
         "first condensed": condense_plan(EVERY[family](), layers[:1]).operations,
         "condensed": condense_plan(EVERY[family](), layers).operations,
-        "last dropped": (Drop(layers[-1], "block"),),
+        "last dropped": (Drop(layers[-1], "layer"),),
     }
     kinds = {
         name: exported(tmp_path / name, EVERY[family](**PUBLISHED.get(family, {})), *operations)
@@ -181,7 +181,7 @@ def test_bundled_exports_meet_the_rules_of_the_transformers_backend(tmp_path: Pa
 def test_what_the_transformers_backend_cannot_do_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that is gone but counted, low-rank experts as they are in the live model, no base model."""
     folder = tmp_path / "out"
-    exported(folder, EVERY["qwen2_moe"](), Drop(1, "block"), Prune(0, FOUR))
+    exported(folder, EVERY["qwen2_moe"](), Drop(1, "layer"), Prune(0, FOUR))
     assert backend_problems(folder, base_of(folder)) == ["layer 1 has no attention, so no key-value cache"]
     exported(folder, EVERY["qwen2_moe"](), *BUNDLED["low rank"])
     monkeypatch.delattr(compressed_module._KeptExperts, "parameters")

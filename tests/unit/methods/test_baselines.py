@@ -115,11 +115,11 @@ def test_cosines(family: str) -> None:
     assert record["similarity"] == pytest.approx(expected, abs=1e-4)
     assert dropped[0].layer == int(max(expected, key=lambda layer: expected[layer]))
     assert len(dropped) == -(-len(layers) // 2)
-    _, record = search(Dropping("block", removed_expert_ratio=0.4), model)
+    _, record = search(Dropping("layer", removed_expert_ratio=0.4), model)
     blocks = {str(layer): cosine(hidden[layer - 1], hidden[layer]) for layer in layers if layer}
     assert record["similarity"] == pytest.approx(blocks, abs=1e-4)
     with pytest.raises(ValueError, match=r"dropping layers can save; all .* that can go give memory_ratio="):
-        Dropping("block", memory_ratio=0.01).search(model, lambda: recorded(model), {}, 1 << 30)
+        Dropping("layer", memory_ratio=0.01).search(model, lambda: recorded(model), {}, 1 << 30)
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
 def test_a_dropped_decoder_layer(family: str) -> None:
     """As if it, and what the config says of it, had never been there."""
     model, other = EVERY[family](), EVERY[family]()
-    apply.apply(model, Plan("tiny", (Drop(1, "block"),)))
+    apply.apply(model, Plan("tiny", (Drop(1, "layer"),)))
     del other.model.layers[1]
     other.config.num_hidden_layers = 2
     for name in ("layer_types", "mlp_layer_types"):

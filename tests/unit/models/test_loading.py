@@ -110,7 +110,7 @@ def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -
     model = tiny(family, **extra)
     operations: tuple[Operation, ...] = (
         *(Prune(1, FOUR), Factorize(1, {name: (3, None, 4, 5) for name in RANKS}), Merge(2, *PAIRS)),
-        *(Condense(3, (3, 0), (0.4, 0.2), None), Drop(4, "moe"), Drop(5, "block"), Factorize(6, RANKS)),
+        *(Condense(3, (3, 0), (0.4, 0.2), None), Drop(4, "moe"), Drop(5, "layer"), Factorize(6, RANKS)),
     )
     plan = Plan("tiny", operations)
     apply.apply(model, plan)

@@ -29,7 +29,7 @@ PLANS: dict[str, tuple[Operation, ...]] = {
     "factorize": (Prune(1, FOUR), Factorize(1, RANKS)),
     "merge": (Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),),
     "drop moe": (Drop(1, "moe"),),
-    "drop block": (Drop(1, "block"),),
+    "drop layer": (Drop(1, "layer"),),
 }
 
 

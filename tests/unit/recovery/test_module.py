@@ -277,7 +277,7 @@ def test_distilling_from_oneself_costs_nothing(temperature: float) -> None:
 def test_hidden_states_are_compared_at_the_same_layers_where_some_were_removed(dropped: tuple[int, ...]) -> None:
     """A removed layer passes on what it is given; the teacher's own states are transformers'."""
     model = FAMILIES["qwen2_moe"]()
-    plan = Plan("qwen2_moe", tuple(Drop(layer, "block") for layer in dropped))
+    plan = Plan("qwen2_moe", tuple(Drop(layer, "layer") for layer in dropped))
     module = RecoveryModule(model, recovery(hidden_share=0.5), plan=plan)
     module.prepare()
     ids = windows(2, 8)

@@ -91,9 +91,9 @@ def test_what_is_shared_is_computed_once_and_nothing_else_changes(family: str, m
 
 PLANS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "whole layers are gone": (
-        Plan("tiny", (Drop(1, "block"), *condense_plan(qwen2_moe(), [2]).operations)), {}, 1
+        Plan("tiny", (Drop(1, "layer"), *condense_plan(qwen2_moe(), [2]).operations)), {}, 1
     ),
-    "a layer is gone, all others train": (Plan("tiny", (Drop(1, "block"),)), {}, 0),
+    "a layer is gone, all others train": (Plan("tiny", (Drop(1, "layer"),)), {}, 0),
     "adapters of experts": (
         condense_plan(qwen2_moe(), [1, 2]), {"trainable": "lora", "lora": LoraSettings(target="experts")}, 1
     ),

@@ -75,7 +75,7 @@ def test_without_one_of_its_tasks_a_paper_has_no_mean(task: str) -> None:
         ({"factorize": {"layers": 26}}, Setting(None)),
         ({"condense": {"layers": 2, "retained": 4, "of": 9}, "prune": {"layers": 3}}, Setting(None)),
         ({"drop_moe": {"layers": 8}}, Setting("layer_drop", 8)),
-        ({"drop_block": {"layers": 8}}, Setting("block_drop", 8)),
+        ({"drop_layer": {"layers": 8}}, Setting("block_drop", 8)),
         ({"merge": {"layers": 9, "groups": 90, "of": 576}, "refit": {"layers": 9}}, Setting("msmoe", 9)),
     ],
 )

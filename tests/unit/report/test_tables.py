@@ -305,7 +305,7 @@ MIXED: tuple[Operation, ...] = (
     Prune(2, (0, 2, 4)),
     Condense(2, (2, 0), (0.1, 0.2)),
     Drop(3, "moe"),
-    Drop(4, "block"),
+    Drop(4, "layer"),
     Refit(0, "down_proj", 0.01),
 )
 
@@ -317,7 +317,7 @@ def test_operations_are_counted_where_they_stand() -> None:
     assert found["condense"] == {"layers": 1, "retained": 2, "of": 3}
     assert found["merge"] == {"layers": 1, "groups": 3, "of": 6}
     assert found["factorize"] == {"layers": 2, "lowest": 5, "highest": 20, "mean": pytest.approx(49 / 5)}
-    assert found["drop_moe"] == found["drop_block"] == found["refit"] == {"layers": 1}
+    assert found["drop_moe"] == found["drop_layer"] == found["refit"] == {"layers": 1}
     assert operation_counts(Plan("tiny"), 6) == {}
     json.dumps(found)
 

@@ -107,7 +107,7 @@ def test_layers_say_what_becomes_of_them() -> None:
         (None, None), (6, 6), (6, 1),
     ]  # fmt: skip
     assert layers[1].ranks == (3, 3) and layers[2].always_active
-    for part, words in (("moe", "without its MoE block"), ("block", "removed whole")):
+    for part, words in (("moe", "without its MoE block"), ("layer", "removed whole")):
         found = compare(model, [Dropping(part, removed_expert_ratio=0.5)]).layers[1]  # type: ignore[arg-type]
         assert (found.outcome, found.experts_after) == (words, 0)
     assert found.bytes_after == 0
