@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from recondense.calibration.tape import Tape
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.search.genetic import Genetic
+from recondense.methods.step import SearchContext
 from recondense.progress import track
 
 BASE = {"tokens": 1024, "layers": 6, "experts": 32, "chosen": 4}
@@ -67,19 +69,19 @@ def subject(sizes: dict[str, int], args: argparse.Namespace) -> tuple[PreTrained
 
 def cdmoe(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> None:
     """Which experts each layer keeps."""
-    CDMoE(sizes["chosen"], "all").search(model, lambda: tape, {}, SCRATCH)
+    CDMoE(sizes["chosen"], "all").search(SearchContext(model, lambda: tape, {}, SCRATCH))
 
 
 def cdmoe_layers(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> float:
     """Which two layers are condensed: seconds of this part of the search."""
-    _, record = CDMoE(sizes["chosen"], 2).search(model, lambda: tape, {}, SCRATCH)
+    _, record = CDMoE(sizes["chosen"], 2).search(SearchContext(model, lambda: tape, {}, SCRATCH))
     return float(record["seconds"]["layer_search"])
 
 
 def moei2(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> None:
     """Importances, a genetic search of twenty sets in ten generations, reception fields."""
-    step = InterExpertPruning(population=20, iterations=10, parents=5, search_kind="genetic")
-    step.search(model, lambda: tape, {}, SCRATCH)
+    step = InterExpertPruning(genetic=Genetic(population=20, iterations=10, parents=5, search="genetic"))
+    step.search(SearchContext(model, lambda: tape, {}, SCRATCH))
 
 
 Search = Callable[[PreTrainedModel, Tape, dict[str, int]], float | None]

@@ -28,14 +28,17 @@ from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.saliency import SaliencyPruning
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.genetic import Genetic
+from recondense.methods.step import SearchContext
 from recondense.plan import Plan
 
 AT_MOST = 0.65  # of one process's seconds
 ONE_PASS = 4  # times as many texts for what goes through them once
 STEPS: dict[str, Any] = {
     "cdmoe": lambda: CDMoE(4, 3),
-    "moei2": lambda: InterExpertPruning(population=40, iterations=20, parents=10, search_kind="genetic"),
-    "reap": lambda: SaliencyPruning("reap", removed_expert_ratio=0.25),
+    "moei2": lambda: InterExpertPruning(genetic=Genetic(population=40, iterations=20, parents=10, search="genetic")),
+    "reap": lambda: SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.25)),
 }
 SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 8, "num_experts": 16, "moe_intermediate_size": 128}
 SIZES |= {"shared_expert_intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -73,7 +76,7 @@ def search(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     tape = Tape.record(model, blocks, split=True)
     cache = processes.FirstProcess(JsonFolder(folder / "cache"))
-    operations, record = STEPS[method]().search(model, lambda: tape, cache, 1 << 28)
+    operations, record = STEPS[method]().search(SearchContext(model, lambda: tape, cache, 1 << 28))
     seconds = time.perf_counter() - started
     if processes.is_first():
         decided = {name: value for name, value in record.items() if name not in ("seconds", "reused")}

@@ -31,6 +31,7 @@ from recondense.evaluation.profiling import Variant, peak_tensor_bytes, profile_
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.step import SearchContext
 from recondense.models import views
 from recondense.operations import Condense
 from recondense.plan import Plan
@@ -107,7 +108,7 @@ def search(
         return Tape.record(model, CalibrationSet(calibration.ids[:num_texts]).blocks(TEXTS_PER_BLOCK))
 
     def once(tape: Tape) -> tuple[list[Condense], dict[str, Any]]:
-        return step.search(model, lambda: tape, {}, scratch)
+        return step.search(SearchContext(model, lambda: tape, {}, scratch))
 
     once(tape(TEXTS_PER_BLOCK))  # warms up
     for _ in range(args.repeats):
@@ -137,7 +138,7 @@ def stages(
         blocks = calibration.blocks(TEXTS_PER_BLOCK)
         tape, seconds[f"taping before {before}"] = timed(lambda: Tape.record(model, blocks), model.device)
         tapes[:] = [tape]
-        (found, record), _ = timed(lambda: method.search(model, lambda: tape, {}, scratch), model.device)
+        (found, record), _ = timed(lambda: method.search(SearchContext(model, lambda: tape, {}, scratch)), model.device)
         seconds.update({STAGES.get(name, name): value for name, value in record["seconds"].items()})
         operations.extend(found)
         return found

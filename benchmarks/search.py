@@ -31,6 +31,7 @@ from recondense.calibration.tape import Tape
 from recondense.config.schema import Config, parse_bytes
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.step import SearchContext
 from recondense.progress import track
 from recondense.run.search import scratch_bytes
 
@@ -86,7 +87,7 @@ class Sides:
         """Our search's record: the expert search of all layers, then the layer search if `num_layers` is a number."""
         taped = self.tape() if tape is None else tape
         step = CDMoE(self.args.experts, num_layers, self.args.shared_gate)
-        _, record = step.search(self.model, lambda: taped, {} if cache is None else cache, self.scratch)
+        _, record = step.search(SearchContext(self.model, lambda: taped, {} if cache is None else cache, self.scratch))
         return record
 
     def authors(self, lm_head: bool, layers: list[int], num_experts: int) -> tuple[dict[int, bf.Order], Any]:

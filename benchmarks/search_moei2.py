@@ -35,7 +35,7 @@ from recondense.calibration.tape import Tape
 from recondense.config.schema import Config, parse_bytes
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.methods.search.genetic import Genetic, best_sets
-from recondense.methods.search.leave_out import Replay
+from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.models import views
 from recondense.progress import progress
 from recondense.run.search import scratch_bytes
@@ -160,7 +160,7 @@ def measure(model: Any, tape: Tape, args: argparse.Namespace, memoise: bool) -> 
     running = by_running_the_block(model, tape)
 
     def prepare() -> Errors:
-        return Replay(model, tape, block, args.dropped, scratch).errors
+        return LeaveOutScorer.prepare(model, tape, block, args.dropped, scratch).errors
 
     words = f"{'with' if memoise else 'without'} memory"
     own = [run(prepare, settings, args, f"recondense, {words}") for _ in range(2)]

@@ -101,7 +101,7 @@ class Factorize:
         lengths = {name: len(self.ranks.get(name, ())) for name in PROJECTIONS}
         if set(self.ranks) != set(PROJECTIONS) or len(set(lengths.values())) != 1:
             raise UserError(
-                f"factorize, layer {self.layer}: ranks {lengths} must be given for {', '.join(PROJECTIONS)}, equally many"
+                f"factorize, layer {self.layer}: ranks {lengths} must be {', '.join(PROJECTIONS)}, equally many"
             )
         too_low = [rank for ranks in self.ranks.values() for rank in ranks if rank is not None and rank < 1]
         if too_low:
@@ -137,7 +137,9 @@ class Merge:
         _check_layer(self.kind, self.layer)
         experts = sorted(expert for group in self.groups for expert in group)
         if not experts or experts != list(range(len(experts))) or not all(self.groups):
-            raise UserError(f"merge, layer {self.layer}: groups must partition the experts 0 to E-1; they name {experts}")
+            raise UserError(
+                f"merge, layer {self.layer}: groups must partition the experts 0 to E-1; they name {experts}"
+            )
         if [len(group) for group in self.groups] != [len(weights) for weights in self.weights]:
             raise UserError(f"merge, layer {self.layer}: every group needs one weight for each of its experts")
         sums = [sum(weights) for weights in self.weights]

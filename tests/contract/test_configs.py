@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from recondense.config.schema import Config, read
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.naee import NAEE
+from recondense.methods.search.budget import Budget
 from recondense.run.steps import build_steps
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -80,7 +81,7 @@ def test_steps_of_the_command_line_take_the_place_of_a_methods_own(method: str) 
     """With the settings that they bring, and no others: reap has a budget, and it is not NAEE's."""
     prune, condense = "recondense.methods.naee.NAEE,memory_ratio:0.7", "recondense.methods.cdmoe.CDMoE,num_layers:2"
     values = composed(f"method={method}", f"method.steps=[{{_target_:{prune}}},{{_target_:{condense}}}]")
-    assert build_steps(values["method"]) == [NAEE(memory_ratio=0.7), CDMoE(num_layers=2)]
+    assert build_steps(values["method"]) == [NAEE(budget=Budget(memory_ratio=0.7)), CDMoE(num_layers=2)]
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("method/*.yaml")), ids=lambda path: path.stem)

@@ -20,6 +20,7 @@ from support.tiny_models import VOCAB, qwen2_moe, recorded
 from recondense.config.schema import RecoveryConfig, TrainerConfig
 from recondense.data.loader import RecoveryData
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.step import SearchContext
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
@@ -62,7 +63,7 @@ class Losses(L.Callback):
 def test_search_and_loss_curve(tmp_path: Path) -> None:
     student = model()
     step = CDMoE(num_experts=2, num_layers=3)
-    operations, record = step.search(student, lambda: recorded(student, ids(6, 14)), {}, 1 << 30)
+    operations, record = step.search(SearchContext(student, lambda: recorded(student, ids(6, 14)), {}, 1 << 30))
     assert [operation.layer for operation in operations] == LAYERS
     assert [list(operation.experts) for operation in operations] == EXPERTS
     assert record["layer_search"]["js"] == pytest.approx(LAYER_JS, rel=TOLERANCE)

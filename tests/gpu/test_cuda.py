@@ -16,6 +16,8 @@ from recondense.export.export import export
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.search.genetic import Genetic
+from recondense.methods.step import SearchContext
 from recondense.models import families, loading, views
 from recondense.models.blocks import GLU
 from recondense.models.low_rank import LowRankExperts
@@ -30,7 +32,7 @@ QUIET = TrainerConfig(progress_bar=False)
 
 
 def search(model: Any, step: CDMoE, scratch: int = 1 << 30) -> tuple[list[Any], dict[str, Any]]:
-    return step.search(model, lambda: recorded(model), {}, scratch)
+    return step.search(SearchContext(model, lambda: recorded(model), {}, scratch))
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +120,10 @@ def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]
     def tape() -> Any:
         return recorded(model)
 
-    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
-    pruned, record = step.search(model, tape, {}, 1 << 30)
+    step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
+    pruned, record = step.search(SearchContext(model, tape, {}, 1 << 30))
     originals = apply.apply(model, Plan("tiny", tuple(pruned)))
-    ranks, _ = Decompose(average_rank=4, whitening=True).search(model, tape, {}, 1 << 30)
+    ranks, _ = Decompose(average_rank=4, whitening=True).search(SearchContext(model, tape, {}, 1 << 30))
     for layer, block in originals.items():
         views.set_block(model, layer, block)
     plan = Plan("tiny", (*pruned, *ranks, *(Refit(each.layer, "down_proj", 1e-2) for each in ranks)))

@@ -19,6 +19,7 @@ from recondense.config.schema import EvaluationConfig, HeldoutConfig
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.saliency import SaliencyPruning
+from recondense.methods.search.budget import Budget
 from recondense.recovery.module import RecoveryModule
 from recondense.report import published
 from recondense.report.published import CDMOE, DEEPSEEK, PAPER_TASKS, model_named
@@ -230,6 +231,6 @@ def test_every_stage_is_measured_with_the_same_experts(
     settings = config(base / "model", text_files(base / "texts"), tmp_path, steps=2, control=True)
     settings = replace(settings, model=replace(settings.model, dtype=dtype))
     with one_command():
-        pipeline.run(settings, [SaliencyPruning("frequency", "uniform", removed_expert_ratio=0.5)])
+        pipeline.run(settings, [SaliencyPruning("frequency", "uniform", budget=Budget(removed_expert_ratio=0.5))])
     assert trained == {"eager" if dtype == "bfloat16" else "grouped_mm"}
     assert seen == {name: {"grouped_mm"} for name in ("original", "compressed", "recovered", "control")}

@@ -22,6 +22,7 @@ from recondense.calibration import tape as tape_module
 from recondense.calibration.tape import TRACE_BYTES
 from recondense.config.schema import read
 from recondense.files import JsonFolder
+from recondense.methods.step import SearchContext
 from recondense.models import families, views
 from recondense.models.tensor_store import Disk, Storage
 from recondense.plan import Plan
@@ -83,7 +84,7 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Sto
     originals: dict[int, Any] = {}
     for index, step in enumerate(steps):
         cache = processes.FirstProcess(JsonFolder(folder / str(index)))
-        chosen, record = step.search(model, partial(taped, split=True), cache, 1 << 30)
+        chosen, record = step.search(SearchContext(model, partial(taped, split=True), cache, 1 << 30))
         operations += chosen
         records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:

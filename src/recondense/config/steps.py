@@ -22,48 +22,49 @@ def step_entries(method: Mapping[str, Any]) -> list[Any]:
 
 
 def step_arguments(method: Mapping[str, Any], problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """What the method's steps are made from, each with the name of its place in the config.
+    """The arguments that the method's steps are made from, each with the name of its place in the config.
 
     The name of a class takes those of the method's settings that the class has. A mapping with `_target_` has settings
-    of its own.
+    of its own. If the default of a step's field is a dataclass, its settings stand beside the step's.
 
     Args:
-        method: what stands in conf/method/*.yaml, resolved.
-        problems: what is wrong goes here, and the step is left out.
+        method: the settings of conf/method/*.yaml, resolved.
+        problems: takes the problems of the steps; a step with problems is left out.
     """
     entries = step_entries(method)
     settings = {name: value for name, value in method.items() if name not in OF_THE_METHOD}
-    problems += _unknown_settings(settings, entries)
+    if all(isinstance(entry, str) and _class(entry) for entry in entries):
+        problems += _unknown_settings("method", settings, entries)
     steps = []
     for index, entry in enumerate(entries):
         where = "method._target_" if method.get("steps") is None else f"method.steps[{index}]"
         if isinstance(entry, str):
-            taken = {argument: name for argument, name in _settings_of(entry).items() if name in settings}
-            arguments = {"_target_": entry, **{argument: settings[name] for argument, name in taken.items()}}
-            names = {argument: f"method.{name}" for argument, name in taken.items()}
+            target, prefix = entry, "method"
+            values = {name: settings[name] for name in _settings_of(entry) if name in settings}
+            unknown = []
         elif isinstance(entry, Mapping) and isinstance(entry.get("_target_"), str):
-            arguments, names = dict(entry), {argument: f"{where}.{argument}" for argument in entry}
+            target, prefix = entry["_target_"], where
+            values = {name: value for name, value in entry.items() if name != "_target_"}
+            unknown = _unknown_settings(where, values, [target] if is_dataclass(_class(target)) else [])
         else:
             problems.append(
                 f"{where}={entry}: expected a class's name, or settings with a _target_; see conf/method/moei2.yaml."
             )
             continue
-        if wrong := _wrong_types(arguments, names):
+        if wrong := [*unknown, *_wrong_types(target, values, prefix)]:
             problems += wrong
         else:
-            steps.append((where, arguments))
+            steps.append((where, {"_target_": target, **_grouped(target, values)}))
     return steps
 
 
-def _unknown_settings(settings: Mapping[str, Any], entries: Sequence[Any]) -> list[str]:
-    """Settings that no step has, where all steps take theirs from the method."""
-    if not entries or not all(isinstance(entry, str) and _class(entry) for entry in entries):
-        return []
-    known = {name for entry in entries for name in _settings_of(entry).values()}
+def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
+    """The problems of settings that no step has."""
+    known = {name for target in targets for name in _settings_of(target)}
     return [
-        f"method.{name}: there is no such setting. {suggestion(name, known, prefix='method.')}"
+        f"{prefix}.{name}: there is no such setting. {suggestion(name, known, prefix=f'{prefix}.')}"
         for name in settings
-        if name not in known
+        if targets and not name.startswith("_") and name not in known
     ]
 
 
@@ -76,30 +77,64 @@ def _class(path: str) -> Any:
         return None
 
 
-def _settings_of(path: str) -> dict[str, str]:
-    """The arguments of a step's class, each with the name of its setting."""
+def _settings_of(path: str) -> list[str]:
+    """The names of the settings of a step's class."""
     target = _class(path)
-    settings = {field.name: field.metadata.get("setting") for field in fields(target)} if is_dataclass(target) else {}
     try:
-        return {name: settings.get(name) or name for name in inspect.signature(target).parameters}
+        arguments = inspect.signature(target).parameters
     except (TypeError, ValueError):  # no class, or one of C that does not say
+        return []
+    parts = _parts(target)
+    names = [name for name in arguments if name not in parts]
+    return [*names, *(name for part in parts.values() for name in _names(part))]
+
+
+def _parts(target: Any) -> dict[str, Any]:
+    """The fields of a step whose settings stand beside its own, with their defaults."""
+    if not is_dataclass(target):
         return {}
+    defaults = {field.name: field.default for field in fields(target)}
+    return {name: value for name, value in defaults.items() if is_dataclass(value) and not isinstance(value, type)}
 
 
-def _wrong_types(arguments: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """Values that the fields of a step cannot hold: instantiating would not notice.
+def _names(part: Any) -> list[str]:
+    return [field.name for field in fields(part) if field.metadata.get("setting", True)]
+
+
+def _grouped(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a step as arguments of its class: those of a part are made into that part."""
+    grouped = dict(values)
+    for name, default in _parts(_class(path)).items():
+        given = {setting: grouped.pop(setting) for setting in _names(default) if setting in grouped}
+        if given:
+            kind = type(default)
+            rest = {field.name: getattr(default, field.name) for field in fields(default)}
+            grouped[name] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **rest, **given}
+    return grouped
+
+
+def _wrong_types(path: str, values: Mapping[str, Any], prefix: str) -> list[str]:
+    """The problems of values that the fields of a step cannot hold: instantiating would not notice.
 
     Args:
-        names: what the config calls the arguments, for the messages.
+        prefix: stands before the names of the settings in messages.
     """
-    target = _class(arguments["_target_"])
+    target = _class(path)
     if not isinstance(target, type) or not is_dataclass(target):
         return []
-    values = {key: value for key, value in arguments.items() if not key.startswith("_")}
-    values = {key: value for key, value in values.items() if not (isinstance(value, Mapping) and "_target_" in value)}
+    parts = _parts(target)
+    kinds = [(target, [field.name for field in fields(target) if field.name not in parts])]
+    kinds += [(type(part), _names(part)) for part in parts.values()]
     problems: list[str] = []
     try:
-        read_fields(target, values, names.__getitem__, problems)
+        for kind, names in kinds:
+            plain = {name: values[name] for name in names if name in values and not _is_instance(values[name])}
+            read_fields(kind, plain, f"{prefix}.{{}}".format, problems)
     except (NameError, TypeError, AttributeError):  # somebody's annotations that only a type checker can resolve
         return []
     return problems
+
+
+def _is_instance(value: Any) -> bool:
+    """True for a mapping that is instantiated, which only its class can check."""
+    return isinstance(value, Mapping) and "_target_" in value

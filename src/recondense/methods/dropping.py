@@ -1,4 +1,4 @@
-"""Layer drop and block drop: remove what changes the residual stream least (arXiv 2406.02500, section 3).
+"""Layer drop and block drop: remove the parts that change the residual stream least (arXiv 2406.02500, section 3).
 
 Legend: T tokens, D hidden size.
 """
@@ -6,18 +6,19 @@ Legend: T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.methods.search.budget import Budget
-from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.budget import BASE_BUDGET, Budget
+from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
+from recondense.methods.step import Record, SearchContext
 from recondense.models import decoder, views
 from recondense.models.families import Facts
 from recondense.models.parameters import total_parameters
@@ -26,77 +27,63 @@ from recondense.operations import Drop
 
 @dataclass(frozen=True)
 class Dropping:
-    """Drop the MoE blocks ("moe": layer drop) or whole decoder layers ("block": block drop) of highest similarity.
+    """Drop the MoE blocks (layer drop) or the decoder layers (block drop) that change the residual stream least.
 
-    Similarity is the mean cosine, over calibration tokens, between the residual stream before and after the part. One
-    pass decides, as in the paper; the fewest that keep the budget go.
+    The similarity of a part is the mean cosine between the residual stream before and after it, over calibration
+    tokens. One pass decides, as in the paper. The most similar parts go, the fewest that keep the budget.
 
     Args:
-        part: "moe" or "block". Whole layers are those with a sparse MoE block, and never the first of an attention
-            type: a cache counts the tokens by it.
-        removed_expert_ratio, memory_ratio: the budget.
+        part: "moe" drops MoE blocks, "layer" drops decoder layers that have one. The first layer of an attention type
+            stays: a cache counts the tokens by it.
+        budget: the parameters to remove.
 
     Raises:
-        UserError: a setting outside its range.
+        UserError: a setting is outside its range.
 
     Reference: Demystifying the Compression of Mixture-of-Experts Through a Unified Framework, arXiv 2406.02500, 3.2.
     """
 
-    part: Literal["moe", "block"]
-    removed_expert_ratio: float | None = None
-    memory_ratio: float | None = None
+    condenses: ClassVar[bool] = False
+    removes_layers: ClassVar[bool] = True
+    needs_whole_experts: ClassVar[bool] = False
+    left_open: ClassVar[str] = ""
+
+    part: Literal["moe", "layer"]
+    budget: Budget = BASE_BUDGET
 
     def __post_init__(self) -> None:
         problems = self.budget.problems()
-        if self.part not in ("moe", "block"):
-            problems.append(f"method.part={self.part} must be moe or block")
+        if self.part not in ("moe", "layer"):
+            problems.append(f"method.part={self.part} must be moe or layer")
         if problems:
             raise UserError("\n".join(problems))
 
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.removed_expert_ratio, self.memory_ratio)
-
     def check(self, facts: Facts) -> list[str]:
-        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
-        if self.part == "block" and facts.moe_layers == (0,):
+        if self.part == "layer" and facts.moe_layers == (0,):
             return ["method=block_drop: the only MoE layer is the first decoder layer, which cannot go; use layer_drop"]
         return []
 
-    def key(self) -> dict[str, Any]:
-        """What a cached search depends on besides weights and calibration; the budget is not part of it."""
+    def key(self) -> Record:
         return {"method": "dropping", "version": 1, "part": self.part}
 
-    @property
-    def left_open(self) -> str:
-        """What of the sizes the calibration set decides, in words; empty if nothing."""
-        return ""
-
     def outline(self, model: PreTrainedModel) -> list[Drop]:
-        """Operations of the sizes that the search reaches, from shapes alone; which layers they change is made up."""
         return self._drops(model, dict.fromkeys(self._layers(model), 0.0))
 
-    def search(
-        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
-    ) -> tuple[list[Drop], dict[str, Any]]:
-        """Decide which layers lose the part; the model is left bit-identical.
-
-        Returns:
-            operations, the most similar first, and all similarities.
+    def search(self, context: SearchContext) -> tuple[list[Drop], Record]:
+        """Decide which layers lose the part; see `Step.search`.
 
         Raises:
             UserError: not even dropping all of them keeps the budget.
         """
         started = time.perf_counter()
-        layers = self._layers(model)
-        names = {layer: f"similarity-{layer:03d}" for layer in layers}
+        names = {layer: f"similarity-{layer:03d}" for layer in self._layers(context.model)}
 
-        def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
-            return {"cosine": self._similarity(model, tape, layer)}
+        def work(task: LayerTask) -> Record:
+            return {"cosine": self._similarity(context.model, task.tape, task.layer)}
 
-        found, _ = layerwise(model, tape, cache, names, work, "cosine similarity", by_text=True)
-        similarity = {layer: float(record["cosine"]) for layer, record in found.items()}
-        return self._drops(model, similarity), {
+        records = LayerwiseSearch(context).per_text(names, work, "cosine similarity")
+        similarity = {layer: float(record["cosine"]) for layer, record in records.items()}
+        return self._drops(context.model, similarity), {
             **self.key(),
             **self.budget.settings(),
             "similarity": {str(layer): value for layer, value in similarity.items()},
@@ -104,35 +91,36 @@ class Dropping:
         }
 
     def _layers(self, model: PreTrainedModel) -> list[int]:
-        """Those that can lose the part.
+        """The layers that can lose the part.
 
         Raises:
             UserError: not even dropping all of them keeps the budget.
         """
-        never = decoder.cache_layers(model.config) if self.part == "block" else set()
-        layers = [layer for layer in views.sparse_blocks(model) if layer not in never]
+        kept = decoder.cache_layers(model.config) if self.part == "layer" else set()
+        layers = [layer for layer in views.sparse_blocks(model) if layer not in kept]
         most = sum(self._size(model, layer) for layer in layers)
         if self.budget.expert_parameters_to_remove(model) > most:
             raise UserError(
                 f"method: the budget asks for more than dropping layers can save; all {len(layers)} that can go give "
-                f"{self.budget.at_best(model, most)}"
+                f"{self.budget.strictest_ratio(model, most)}"
             )
         return layers
 
     def _drops(self, model: PreTrainedModel, similarity: Mapping[int, float]) -> list[Drop]:
-        """The fewest that keep the budget, the most similar first."""
+        """Drop the fewest layers that keep the budget, the most similar first."""
         operations: list[Drop] = []
-        left = self.budget.expert_parameters_to_remove(model)
+        need = self.budget.expert_parameters_to_remove(model)
         for layer in sorted(similarity, key=lambda layer: (-similarity[layer], layer)):
-            if left <= 0:
+            if need <= 0:
                 break
             operations.append(Drop(layer, self.part))
-            left -= self._size(model, layer)
-        assert left <= 0
+            need -= self._size(model, layer)
+        assert need <= 0
         return operations
 
     @torch.no_grad()
     def _similarity(self, model: PreTrainedModel, tape: Tape, layer: int) -> float:
+        """The mean cosine between the residual stream before and after the part."""
         totals = []
         for index, trace in enumerate(tape.trace(model, layer)):
             after_TD = tape.real_tokens(index, tape.states[layer + 1][index]).float()
@@ -140,16 +128,13 @@ class Dropping:
                 before_TD = after_TD - trace.output_TD.float()
             else:
                 before_TD = tape.real_tokens(index, tape.states[layer][index]).float()
-            totals.append(_cosine(before_TD, after_TD).double().sum())
+            totals.append(cosine_similarity(before_TD, after_TD, dim=1).double().sum())
         return float(tape.texts.total(totals)) / tape.num_tokens
 
     def _size(self, model: PreTrainedModel, layer: int) -> int:
-        """What the budget counts of what goes with a layer."""
+        """The parameters that go with the part of a layer, as the budget counts them."""
         if self.budget.removed_expert_ratio is not None:
             return total_parameters(views.sparse_blocks(model)[layer].experts)
-        whole = self.part == "block"
-        return total_parameters(decoder.decoder_layers(model)[layer] if whole else views.get_block(model, layer))
-
-
-def _cosine(one_TD: Tensor, other_TD: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(one_TD, other_TD, dim=1)
+        if self.part == "layer":
+            return total_parameters(decoder.decoder_layers(model)[layer])
+        return total_parameters(views.get_block(model, layer))

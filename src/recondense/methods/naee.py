@@ -1,23 +1,23 @@
-"""NAEE: of every layer, the experts whose loss changes the layer's output least, all sets tried (arXiv 2402.14800)."""
+"""NAEE: in every layer drop the set of experts that changes the layer's output least (arXiv 2402.14800)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.methods.moei2 import refuse_groups
-from recondense.methods.saliency import too_much
-from recondense.methods.search.allocation import uniform
-from recondense.methods.search.budget import Budget
-from recondense.methods.search.genetic import Genetic, best_sets, layer_seed
-from recondense.methods.search.layerwise import Cache, layerwise
-from recondense.methods.search.leave_out import Replay
+from recondense.methods.saliency import refuse_too_much
+from recondense.methods.search.allocation import drop_uniformly
+from recondense.methods.search.budget import BASE_BUDGET, Budget
+from recondense.methods.search.expert_sets import search_expert_sets
+from recondense.methods.search.genetic import GENETIC, Genetic
+from recondense.methods.search.layerwise import LayerwiseSearch
+from recondense.methods.step import Record, SearchContext
 from recondense.models import views
 from recondense.models.families import Facts
 from recondense.operations import Prune
@@ -27,27 +27,26 @@ from recondense.operations import Prune
 class NAEE:
     """Prune the same number of experts in every layer, by the least Frobenius distance of the layer's output.
 
-    The paper tries all sets, which Mixtral's eight experts allow. For more, the same loss is minimised by the genetic
-    search of MoE-I²; `exact` insists on all sets.
+    The paper tries all sets, which is possible for Mixtral's eight experts. For more, the genetic search of MoE-I²
+    minimises the same error. `search: exact` insists on all sets.
 
     Args:
-        removed_expert_ratio, memory_ratio: the budget.
-        population, iterations, parents, mutation, search_kind: see `Genetic`.
-        seed: of the genetic search.
+        budget: the parameters to remove.
+        genetic, seed: of the search.
 
     Raises:
-        UserError: a setting outside its range.
+        UserError: a setting is outside its range.
 
     Reference: Not All Experts are Equal, arXiv 2402.14800, section 3.1.
     """
 
-    removed_expert_ratio: float | None = None
-    memory_ratio: float | None = None
-    population: int = 100
-    iterations: int = 50
-    parents: int = 20
-    mutation: float = 0.5
-    search_kind: str = field(default="auto", metadata={"setting": "search"})
+    condenses: ClassVar[bool] = False
+    removes_layers: ClassVar[bool] = False
+    needs_whole_experts: ClassVar[bool] = True
+    left_open: ClassVar[str] = ""
+
+    budget: Budget = BASE_BUDGET
+    genetic: Genetic = GENETIC
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,80 +54,47 @@ class NAEE:
         if problems:
             raise UserError("\n".join(problems))
 
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.removed_expert_ratio, self.memory_ratio)
-
-    @property
-    def genetic(self) -> Genetic:
-        return Genetic(self.population, self.iterations, self.parents, self.mutation, self.search_kind)
-
     def check(self, facts: Facts) -> list[str]:
-        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
         num_dropped = round((self.budget.removed_expert_ratio or 0.0) * facts.num_experts)
         return [
             *refuse_groups(facts),
-            *too_much(self.budget.removed_expert_ratio, facts),
-            *self.genetic.endless(facts.num_experts, num_dropped),
+            *refuse_too_much(self.budget, facts),
+            *self.genetic.refuse_too_many(facts.num_experts, num_dropped),
         ]
 
-    def key(self) -> dict[str, Any]:
-        """What a cached search depends on besides weights and calibration; the budget is not part of it."""
-        names = ("population", "iterations", "parents", "mutation", "search_kind", "seed")
-        return {"method": "naee", "version": 1, **{name: getattr(self, name) for name in names}}
-
-    @property
-    def left_open(self) -> str:
-        """What of the sizes the calibration set decides, in words; empty if nothing."""
-        return ""
+    def key(self) -> Record:
+        return {"method": "naee", "version": 1, **self.genetic.key(), "seed": self.seed}
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
-        """Operations of the sizes that the search reaches, from shapes alone; which experts go is made up."""
         experts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
         numbers = self._numbers(model, experts)
         return [Prune.without(layer, experts[layer], range(number)) for layer, number in numbers.items() if number]
 
     def _numbers(self, model: PreTrainedModel, experts: Mapping[int, int]) -> dict[int, int]:
-        """How many experts each layer loses."""
+        """The number of experts that each layer loses."""
         blocks = views.sparse_blocks(model)
         floor = next(iter(blocks.values())).routing.top_k if blocks else 0
-        return uniform(self.budget.experts_to_drop(model), experts, floor)
+        return drop_uniformly(self.budget.experts_to_drop(model), experts, floor)
 
-    def search(
-        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
-    ) -> tuple[list[Prune], dict[str, Any]]:
-        """Decide which experts go; the model is left bit-identical.
-
-        Returns:
-            operations in layer order, and each layer's error.
+    def search(self, context: SearchContext) -> tuple[list[Prune], Record]:
+        """Decide which experts go; see `Step.search`.
 
         Raises:
             UserError: more experts are to go than can.
         """
         started = time.perf_counter()
-        blocks = views.sparse_blocks(model)
+        blocks = views.sparse_blocks(context.model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         experts = {layer: block.num_experts for layer, block in blocks.items()}
-        numbers = self._numbers(model, experts)
-        names = {layer: f"set-{layer:03d}-{number:03d}" for layer, number in numbers.items() if number}
-
-        def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
-            replay = Replay(model, tape, blocks[layer], numbers[layer], max_scratch_bytes)
-            seed = layer_seed(self.seed, layer)
-            best = best_sets(replay.errors, experts[layer], numbers[layer], self.genetic, seed)[0]
-            return {"dropped": list(best[0]), "error": best[1] / max(replay.output_norm, 1e-300)}
-
-        records, _ = layerwise(model, tape, cache, names, work, "expert sets")
-        found: dict[int, tuple[tuple[int, ...], float]] = {
-            layer: (tuple(record["dropped"]), float(record["error"]))
-            for layer in numbers
-            for record in [records.get(layer, {"dropped": [], "error": 0.0})]
-        }
-        operations = [Prune.without(layer, experts[layer], dropped) for layer, (dropped, _) in found.items() if dropped]
+        numbers = self._numbers(context.model, experts)
+        search = LayerwiseSearch(context)
+        sets = search_expert_sets(search, blocks, numbers, self.genetic, self.seed, "expert sets", relative=True)
+        best = {layer: candidates[0] for layer, candidates in sets.items()}
+        operations = [Prune.without(layer, experts[layer], dropped) for layer, (dropped, _) in best.items() if dropped]
         return operations, {
             **self.key(),
             **self.budget.settings(),
-            "errors": {str(layer): error for layer, (_, error) in found.items()},
+            "errors": {str(layer): error for layer, (_, error) in best.items()},
             "seconds": {"sets": time.perf_counter() - started},
         }

@@ -1,15 +1,15 @@
-"""Prune the routed experts of least saliency, each scored on its own: the baselines of a search.
+"""Prune the routed experts of least saliency. Each expert is scored on its own.
 
-Legend: T tokens, E routed experts, K top-k, D hidden size.
+Legend: T tokens, t tokens that select one expert, E routed experts, K top-k, D hidden size.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
-from recondense.methods.search.allocation import uniform
-from recondense.methods.search.budget import Budget
+from recondense.methods.search.allocation import drop_uniformly
+from recondense.methods.search.budget import BASE_BUDGET, Budget
 from recondense.methods.search.genetic import layer_seed
-from recondense.methods.search.layerwise import Cache, layerwise
+from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.routing import routing_totals
+from recondense.methods.step import Record, SearchContext
 from recondense.models import views
 from recondense.models.blocks import expert_outputs
 from recondense.models.families import Facts
@@ -30,8 +31,8 @@ from recondense.models.views import SparseBlock
 from recondense.operations import Prune
 
 SALIENCIES = {
-    "random": "drawn from the seed",
-    "frequency": "how many calibration tokens select the expert",
+    "random": "a random number",
+    "frequency": "the number of calibration tokens that select the expert",
     "routing_weight": "the sum of its routing weights",
     "reap": "the mean of routing weight x norm of the expert's output, over the tokens that select it",
     "expert_drop": "the sum of routing weight x norm of the expert's output",
@@ -43,24 +44,27 @@ class SaliencyPruning:
     """Drop the experts of least saliency.
 
     Args:
-        saliency: one of `SALIENCIES`. "frequency" and "routing_weight" are the usual baselines (arXiv 2402.14800,
-            section 4; arXiv 2412.00069, ablations); "reap" divides by the tokens that select an expert, so that rare
+        saliency: one of `SALIENCIES`. "frequency" and "routing_weight" are common baselines (arXiv 2402.14800, section
+            4; arXiv 2412.00069, ablations). "reap" divides by the number of tokens that select an expert, so that rare
             but strong experts stay; "expert_drop" does not.
-        allocation: "uniform": every layer loses as many; "global": the least salient of all layers, none below top_k.
-            Of a router that selects groups first, every group loses as many: its least salient.
-        removed_expert_ratio, memory_ratio: the budget.
+        allocation: "uniform" drops the same number in every layer. "global" drops the least salient experts of all
+            layers, but leaves top_k in each. If the router selects groups first, every group loses the same number.
+        budget: the parameters to remove.
         seed: of "random".
 
     Raises:
-        UserError: a setting outside its range.
+        UserError: a setting is outside its range.
 
     Reference: REAP, arXiv 2510.13999, section 4; expert drop, arXiv 2406.02500, section 3.
     """
 
+    condenses: ClassVar[bool] = False
+    removes_layers: ClassVar[bool] = False
+    needs_whole_experts: ClassVar[bool] = True
+
     saliency: str
     allocation: str = "uniform"
-    removed_expert_ratio: float | None = None
-    memory_ratio: float | None = None
+    budget: Budget = BASE_BUDGET
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,54 +76,42 @@ class SaliencyPruning:
         if problems:
             raise UserError("\n".join(problems))
 
-    @property
-    def budget(self) -> Budget:
-        return Budget(self.removed_expert_ratio, self.memory_ratio)
-
     def check(self, facts: Facts) -> list[str]:
-        """What is wrong with these settings on a model of these facts; one sentence each, empty if nothing."""
-        return too_much(self.budget.removed_expert_ratio, facts)
+        return refuse_too_much(self.budget, facts)
 
-    def key(self) -> dict[str, Any]:
-        """What a cached search depends on besides weights and calibration."""
+    def key(self) -> Record:
         seed = {"seed": self.seed} if self.saliency == "random" else {}
         return {"method": "saliency", "version": 1, "saliency": self.saliency, **seed}
 
     @property
     def left_open(self) -> str:
-        """What of the sizes the calibration set decides, in words; empty if nothing."""
         return "how many experts each layer loses; not their total" if self.allocation == "global" else ""
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
-        """Operations of the sizes that the search reaches, from shapes alone: the first experts of every layer go."""
         counts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
         return self._prunes(model, {layer: [0.0] * count for layer, count in counts.items()}, everywhere=True)
 
-    def search(
-        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Cache, max_scratch_bytes: int
-    ) -> tuple[list[Prune], dict[str, Any]]:
-        """Decide which experts go; the model is left bit-identical.
-
-        Returns:
-            operations in layer order, and every expert's saliency.
+    def search(self, context: SearchContext) -> tuple[list[Prune], Record]:
+        """Decide which experts go; see `Step.search`.
 
         Raises:
             UserError: more experts are to go than can.
         """
         started = time.perf_counter()
+        model = context.model
         blocks = views.sparse_blocks(model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         if self.saliency == "random":
-            scores = {layer: self._drawn(block) for layer, block in blocks.items()}
+            scores = {layer: self._draw(block) for layer, block in blocks.items()}
         else:
+
+            def work(task: LayerTask) -> Record:
+                return {"saliency": self._score(model, task.tape, blocks[task.layer])}
+
             names = {layer: f"saliency-{layer:03d}" for layer in blocks}
-
-            def work(tape: Tape, layer: int, *_: Any) -> dict[str, Any]:
-                return {"saliency": self._scores(model, tape, blocks[layer])}
-
-            found, _ = layerwise(model, tape, cache, names, work, f"saliency: {self.saliency}", by_text=True)
-            scores = {layer: list(record["saliency"]) for layer, record in found.items()}
+            records = LayerwiseSearch(context).per_text(names, work, f"saliency: {self.saliency}")
+            scores = {layer: list(record["saliency"]) for layer, record in records.items()}
         return self._prunes(model, scores, everywhere=self.allocation == "uniform"), {
             **self.key(),
             **self.budget.settings(),
@@ -129,27 +121,31 @@ class SaliencyPruning:
         }
 
     def _prunes(self, model: PreTrainedModel, scores: Mapping[int, list[float]], everywhere: bool) -> list[Prune]:
-        """The budget's number of experts, by their scores.
+        """Drop as many experts as the budget asks for, by their scores.
 
         Args:
-            everywhere: the same number of every layer.
+            scores: of each expert, by layer.
+            everywhere: drop the same number in every layer.
         """
         blocks = views.sparse_blocks(model)
         if not blocks:
             return []
         routing = next(iter(blocks.values())).routing
         rows = {layer: _rows(values, routing.num_groups) for layer, values in scores.items()}
-        sums = {layer: [sum(scores[layer][expert] for expert in row) for row in own] for layer, own in rows.items()}
+        sums = {
+            layer: [sum(scores[layer][expert] for expert in row) for row in layer_rows]
+            for layer, layer_rows in rows.items()
+        }
         number = -(-self.budget.experts_to_drop(model) // routing.num_groups)
-        gone = _least(sums, number, routing.least_experts // routing.num_groups, everywhere)
-        dropped = {layer: {expert for row in gone[layer] for expert in rows[layer][row]} for layer in rows}
+        dropped_rows = _least(sums, number, routing.least_experts // routing.num_groups, everywhere)
+        dropped = {layer: {expert for row in dropped_rows[layer] for expert in rows[layer][row]} for layer in rows}
         return [Prune.without(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]]
 
-    def _drawn(self, block: SparseBlock) -> list[float]:
+    def _draw(self, block: SparseBlock) -> list[float]:
         draw = random.Random(layer_seed(self.seed, block.layer))
         return [draw.random() for _ in range(block.num_experts)]
 
-    def _scores(self, model: PreTrainedModel, tape: Tape, block: SparseBlock) -> list[float]:
+    def _score(self, model: PreTrainedModel, tape: Tape, block: SparseBlock) -> list[float]:
         traces = tape.trace(model, block.layer)
         counts_E, weights_E = routing_totals(tape, traces, block.num_experts)
         if self.saliency in ("frequency", "routing_weight"):
@@ -158,23 +154,21 @@ class SaliencyPruning:
         return (norms_E / counts_E.clamp_min(1) if self.saliency == "reap" else norms_E).tolist()
 
 
-def too_much(removed_expert_ratio: float | None, facts: Facts) -> list[str]:
-    """A budget that would leave fewer experts than a token selects."""
+def refuse_too_much(budget: Budget, facts: Facts) -> list[str]:
+    """The problem of a budget that leaves fewer experts than a token selects, as a sentence; empty if there is none."""
+    ratio = budget.removed_expert_ratio
     most = 1 - facts.least_experts / facts.num_experts
-    if removed_expert_ratio is None or removed_expert_ratio <= most + 1e-9:
+    if ratio is None or ratio <= most + 1e-9:
         return []
+    groups = "" if facts.num_groups == 1 else f" out of {facts.top_groups} of {facts.num_groups} groups"
     return [
-        f"method.removed_expert_ratio={removed_expert_ratio}: {facts.num_experts} experts a layer, of which each token "
-        f"selects {facts.top_k}{_of_groups(facts)}: at most {most:.4g} can go"
+        f"method.removed_expert_ratio={ratio}: {facts.num_experts} experts a layer, of which each token "
+        f"selects {facts.top_k}{groups}: at most {most:.4g} can go"
     ]
 
 
-def _of_groups(facts: Facts) -> str:
-    return "" if facts.num_groups == 1 else f" out of {facts.top_groups} of {facts.num_groups} groups"
-
-
 def _rows(values: list[float], num_groups: int) -> list[list[int]]:
-    """Experts that go together, least salient first: one of each group, so that groups stay equal."""
+    """Experts to drop together, one of each group so that groups stay equal; the least salient row first."""
     size = len(values) // num_groups
     groups = [sorted(range(first, first + size), key=lambda e: (values[e], e)) for first in range(0, len(values), size)]
     return [list(row) for row in zip(*groups, strict=True)]
@@ -182,7 +176,7 @@ def _rows(values: list[float], num_groups: int) -> list[list[int]]:
 
 @torch.no_grad()
 def _weighted_norms(block: SparseBlock, trace: LayerTrace) -> Tensor:
-    """Σ weight·‖E(x)‖₂ over the tokens of a block of texts that select each expert; (E,) in fp64."""
+    """Compute Σ weight·‖E(x)‖₂ over the tokens of a text batch that select each expert; (E,) in fp64."""
     norms = []
     for expert in range(block.num_experts):
         chosen_TK = trace.top_k_index_TK == expert
@@ -194,15 +188,19 @@ def _weighted_norms(block: SparseBlock, trace: LayerTrace) -> Tensor:
 
 
 def _least(scores: Mapping[int, list[float]], number: int, floor: int, everywhere: bool) -> dict[int, set[int]]:
-    """The experts of least saliency, lowest index first among equals."""
-    room = uniform(number, {layer: len(values) for layer, values in scores.items()}, floor)  # or its error
+    """Choose the experts of least saliency, the lowest index first among equals.
+
+    Raises:
+        UserError: the layers cannot lose so many.
+    """
+    room = drop_uniformly(number, {layer: len(values) for layer, values in scores.items()}, floor)
     if not everywhere:
         room = {layer: len(values) - floor for layer, values in scores.items()}
     order = sorted((value, layer, expert) for layer, values in scores.items() for expert, value in enumerate(values))
     dropped: dict[int, set[int]] = {layer: set() for layer in scores}
-    left = number
+    remaining = number
     for _, layer, expert in order:
-        if left and len(dropped[layer]) < room[layer]:
+        if remaining and len(dropped[layer]) < room[layer]:
             dropped[layer].add(expert)
-            left -= 1
+            remaining -= 1
     return dropped

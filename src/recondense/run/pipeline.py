@@ -29,6 +29,7 @@ from recondense.export.export import export
 from recondense.export.layout import layer_shapes, layout
 from recondense.export.push import push_folder
 from recondense.files import write_aside
+from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
@@ -42,7 +43,7 @@ from recondense.run.inputs import inputs_of, keep_inputs
 from recondense.run.measure import Measure
 from recondense.run.plan_only import plan_only
 from recondense.run.recover import Fits
-from recondense.run.search import MethodStep, find_plan, scratch_bytes
+from recondense.run.search import find_plan, scratch_bytes
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path])
 
 def run(
     config: Config,
-    steps: Sequence[MethodStep],
+    steps: Sequence[Step],
     callbacks: MakeCallbacks = no_callbacks,
     command: Sequence[str] | None = None,
 ) -> Any:
@@ -185,7 +186,7 @@ def _quiet(config: Config) -> None:
 class _Run:
     """The stages of one run. Each keeps its result in the folder and is skipped when that is there."""
 
-    def __init__(self, config: Config, steps: Sequence[MethodStep], callbacks: MakeCallbacks, folder: Path) -> None:
+    def __init__(self, config: Config, steps: Sequence[Step], callbacks: MakeCallbacks, folder: Path) -> None:
         self.config = config
         self.steps = steps
         self.callbacks = callbacks

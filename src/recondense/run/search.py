@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -20,7 +20,8 @@ from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
 from recondense.config.schema import Config
 from recondense.data.texts import Texts
 from recondense.files import JsonFolder, fingerprint, waiting_lock
-from recondense.models import decoder, families, views
+from recondense.methods.step import SearchContext, Step
+from recondense.models import decoder, views
 from recondense.models.layer_store import layer_store
 from recondense.models.parameters import largest_layer_bytes
 from recondense.operations import Condense, Drop, Operation, Refit
@@ -31,26 +32,9 @@ log = logging.getLogger(__name__)
 RIDGE = 1e-2  # of a refit, relative to the mean diagonal: a pull towards the weights as they are
 
 
-class MethodStep(Protocol):
-    """What the pipeline asks of a step of a method."""
-
-    def check(self, facts: families.Facts) -> list[str]: ...
-
-    def key(self) -> dict[str, Any]: ...
-
-    @property
-    def left_open(self) -> str: ...
-
-    def outline(self, model: PreTrainedModel) -> Sequence[Operation]: ...
-
-    def search(
-        self, model: PreTrainedModel, tape: Callable[[], Tape], cache: Any, max_scratch_bytes: int
-    ) -> tuple[list[Operation], dict[str, Any]]: ...
-
-
 def find_plan(
     config: Config,
-    steps: Sequence[MethodStep],
+    steps: Sequence[Step],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
@@ -119,12 +103,12 @@ def refits(operations: Sequence[Operation], wanted: bool | str) -> list[Refit]:
 
 def search_step(
     config: Config,
-    step: MethodStep,
+    step: Step,
     model: PreTrainedModel,
     record: Callable[[], Tape],
     found: Mapping[str, str],
     before: Sequence[Operation],
-) -> tuple[list[Operation], dict[str, Any]]:
+) -> tuple[Sequence[Operation], dict[str, Any]]:
     """Search one step with the cached orders that weights, calibration and the step's settings name."""
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
     key = fingerprint(dict(found), TEXTS_PER_BLOCK, step.key(), earlier, *rounded(config, model))
@@ -135,7 +119,7 @@ def search_step(
     alone = waiting_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
     with alone:
         scratch = scratch_bytes(config, decoder.device(model), model)
-        chosen, found_by = step.search(model, tape, processes.FirstProcess(JsonFolder(folder)), scratch)
+        chosen, found_by = step.search(SearchContext(model, tape, processes.FirstProcess(JsonFolder(folder)), scratch))
     # Not part of the plan, which is the same whatever the cache had, and however long it took.
     if reused := found_by.pop("reused", ""):
         log.info("search: reused %s from %s", reused, folder)

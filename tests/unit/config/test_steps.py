@@ -14,6 +14,18 @@ from recondense.run.steps import build_steps
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """Settings that several steps have."""
+
+    search: str = "auto"
+    depth: int = 1
+    internal: int = dataclasses.field(default=0, metadata={"setting": False})
+
+
+PART = Part(internal=7)
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """Every kind of annotation that a step may have."""
 
@@ -23,7 +35,7 @@ class Step:
     word: int | str | Sequence[int] = "all"
     kind: Literal["one", "other"] = "one"
     switch: bool = True
-    search_kind: str = dataclasses.field(default="auto", metadata={"setting": "search"})
+    part: Part = PART
     foreign: Path | None = None
     nested: Any = None
 
@@ -50,18 +62,21 @@ def problems(method: dict[str, Any]) -> tuple[str, ...]:
 
 def test_one_step_has_the_settings_beside_its_target() -> None:
     method = {"name": "example", "refit": True, "steps": None, "_target_": STEP, "whole": 2, "search": "exact"}
-    assert build_steps(method) == [Step(whole=2, search_kind="exact")]
+    assert build_steps(method) == [Step(whole=2, part=Part("exact", internal=7))]
 
 
 def test_several_steps_take_the_settings_that_they_have() -> None:
     method = {"name": "example", "whole": 3, "rank": 4, "search": "exact", "steps": [STEP, OTHER]}
-    assert build_steps(method) == [Step(whole=3, search_kind="exact"), Other(3, 4)]
+    assert build_steps(method) == [Step(whole=3, part=Part("exact", internal=7)), Other(3, 4)]
 
 
 def test_a_step_may_have_settings_of_its_own() -> None:
     """Then it takes none of the method's, which may stay as they are."""
-    steps = [{"_target_": OTHER, "rank": 2}, {"_target_": STEP, "search_kind": "exact"}]
-    assert build_steps({"_target_": STEP, "whole": 3, "steps": steps}) == [Other(rank=2), Step(search_kind="exact")]
+    steps = [{"_target_": OTHER, "rank": 2}, {"_target_": STEP, "search": "exact"}]
+    assert build_steps({"_target_": STEP, "whole": 3, "steps": steps}) == [
+        Other(rank=2),
+        Step(part=Part("exact", internal=7)),
+    ]
     assert build_steps({"_target_": STEP, "whole": 3, "steps": [*steps, OTHER]})[2] == Other(whole=3)
     assert build_steps({"_target_": STEP, "whole": 3, "steps": []}) == []
 
@@ -70,6 +85,16 @@ def test_any_class_can_be_a_step() -> None:
     [step] = build_steps({"_target_": PLAIN, "whole": 3})
     assert (step.whole, step.scale) == (3, 1.0)
     assert problems({"_target_": PLAIN})[0].startswith(f"method._target_={PLAIN}: ")
+
+
+def test_settings_of_a_part_stand_beside_those_of_the_step() -> None:
+    """What is not given comes from the step's default of the part, not from the part's own."""
+    [step] = build_steps({"_target_": STEP, "depth": 3})
+    assert step == Step(part=Part("auto", 3, 7))
+    for name in ("part", "internal"):
+        assert problems({"_target_": STEP, name: 1})[0].startswith(f"method.{name}: there is no such setting.")
+        [problem] = problems({"steps": [{"_target_": STEP, name: 1}]})
+        assert problem.startswith(f"method.steps[0].{name}: there is no such setting.")
 
 
 @pytest.mark.parametrize("method", [{"_target_": OTHER}, {"steps": [OTHER, PLAIN]}])
@@ -99,14 +124,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("method", "name", "search"),
+    ("method", "name"),
     [
-        ({"_target_": STEP, **WRONG, "search": 3}, "method", "search"),
-        ({"steps": [STEP, OTHER], **WRONG, "search": 3}, "method", "search"),
-        ({"steps": [{"_target_": STEP, **WRONG, "search_kind": 3}]}, "method.steps[0]", "search_kind"),
+        ({"_target_": STEP, **WRONG, "search": 3}, "method"),
+        ({"steps": [STEP, OTHER], **WRONG, "search": 3}, "method"),
+        ({"steps": [{"_target_": STEP, **WRONG, "search": 3}]}, "method.steps[0]"),
     ],
 )
-def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: str, search: str) -> None:
+def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: str) -> None:
     expected = (
         f"{name}.hole: there is no such setting. Did you mean {name}.whole?",
         f"{name}.whole=true: expected a whole number.",
@@ -115,7 +140,7 @@ def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: st
         f"{name}.word=2.5: expected a whole number, a text such as all or a list (each a whole number).",
         f"{name}.kind=othr: there is no such choice. Did you mean other? Choices: one, other.",
         f"{name}.switch=maybe: expected true or false.",
-        f"{name}.{search}=3: expected a text.",
+        f"{name}.search=3: expected a text.",
     )
     assert problems(method) == expected
 

@@ -15,6 +15,8 @@ from recondense.methods.dropping import Dropping
 from recondense.methods.merging import Merging
 from recondense.methods.naee import NAEE
 from recondense.methods.saliency import SALIENCIES, SaliencyPruning
+from recondense.methods.search.budget import Budget
+from recondense.methods.step import SearchContext
 from recondense.models import decoder, families, views
 from recondense.operations import Merge
 from recondense.plan import Plan
@@ -24,7 +26,9 @@ from recondense.surgery.merge import aligned
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     with unchanged(model):
-        found: tuple[list[Any], dict[str, Any]] = step.search(model, lambda: recorded(model), {}, 1 << 30)
+        found: tuple[list[Any], dict[str, Any]] = step.search(
+            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
+        )
     return found
 
 
@@ -56,7 +60,7 @@ def test_saliencies(family: str) -> None:
     layers = list(views.sparse_blocks(model))
     expected = {layer: token_by_token(model, layer) for layer in layers}
     for saliency in set(SALIENCIES) - {"random"}:
-        operations, record = search(SaliencyPruning(saliency, removed_expert_ratio=0.5), model)
+        operations, record = search(SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.5)), model)
         for layer, operation in zip(layers, operations, strict=True):
             values = expected[layer][saliency]
             assert record["saliencies"][str(layer)] == pytest.approx(values, rel=1e-4), saliency
@@ -66,21 +70,24 @@ def test_saliencies(family: str) -> None:
 
 def test_global_allocation_and_seeds() -> None:
     model = qwen2_moe()
-    operations, record = search(SaliencyPruning("reap", "global", 0.5), model)
+    operations, record = search(SaliencyPruning("reap", "global", Budget(0.5)), model)
     pairs = [(v, int(layer), e) for layer, values in record["saliencies"].items() for e, v in enumerate(values)]
     dropped = {(op.layer, e) for op in operations for e in range(6) if e not in op.retained}
     assert len(dropped) == 9 and all(len(op.retained) >= 2 for op in operations)
     free = {layer for layer in range(3) if sum(each[0] == layer for each in dropped) < 4}
     highest = max(value for value, layer, expert in pairs if (layer, expert) in dropped)
     assert all(value >= highest for value, layer, e in pairs if layer in free and (layer, e) not in dropped)
-    plans = [search(SaliencyPruning("random", removed_expert_ratio=0.5, seed=seed), model)[0] for seed in (0, 0, 1)]
+    plans = [
+        search(SaliencyPruning("random", seed=seed, budget=Budget(removed_expert_ratio=0.5)), model)[0]
+        for seed in (0, 0, 1)
+    ]
     assert plans[0] == plans[1] != plans[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_naee_is_the_enumeration_of_transformers_blocks(family: str) -> None:
     model = FAMILIES[family]()
-    operations, _ = search(NAEE(removed_expert_ratio=0.5), model)
+    operations, _ = search(NAEE(budget=Budget(removed_expert_ratio=0.5)), model)
     tape = recorded(model)
     for operation in operations:
         sets = list(itertools.combinations(range(6), 3))
@@ -110,16 +117,18 @@ def test_cosines(family: str) -> None:
     def cosine(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
         return float(nn.functional.cosine_similarity(torch.cat(one), torch.cat(other), dim=1).mean())
 
-    dropped, record = search(Dropping("moe", removed_expert_ratio=0.5), model)
+    dropped, record = search(Dropping("moe", budget=Budget(removed_expert_ratio=0.5)), model)
     expected = {str(layer): cosine(before[layer], hidden[layer]) for layer in layers}
     assert record["similarity"] == pytest.approx(expected, abs=1e-4)
     assert dropped[0].layer == int(max(expected, key=lambda layer: expected[layer]))
     assert len(dropped) == -(-len(layers) // 2)
-    _, record = search(Dropping("layer", removed_expert_ratio=0.4), model)
+    _, record = search(Dropping("layer", budget=Budget(removed_expert_ratio=0.4)), model)
     blocks = {str(layer): cosine(hidden[layer - 1], hidden[layer]) for layer in layers if layer}
     assert record["similarity"] == pytest.approx(blocks, abs=1e-4)
     with pytest.raises(ValueError, match=r"dropping layers can save; all .* that can go give memory_ratio="):
-        Dropping("layer", memory_ratio=0.01).search(model, lambda: recorded(model), {}, 1 << 30)
+        Dropping("layer", budget=Budget(memory_ratio=0.01)).search(
+            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
+        )
 
 
 @torch.no_grad()
@@ -137,7 +146,7 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
     mine, theirs = weights.projections(4), aligned(weights.projections(4), weights.projections(1))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     for grouping in ("router_logits", "expert_outputs"):
-        operations, _ = search(Merging(grouping, removed_expert_ratio=1 / 6), model)
+        operations, _ = search(Merging(grouping, budget=Budget(removed_expert_ratio=1 / 6)), model)
         assert any({1, 4} <= set(group) for each in operations if each.layer == 1 for group in each.groups), grouping
     groups = ((0,), (4, 1), (2,), (3,), (5,))
     weights = ((1.0,), (0.3, 0.7), (1.0,), (1.0,), (1.0,))
@@ -154,7 +163,7 @@ def test_equal_experts_are_merged_into_as_many_groups_as_asked() -> None:
     for block in views.sparse_blocks(model).values():
         for weight in (block.weights.gate_up_EHD, block.weights.down_EDF):
             weight.copy_(weight[:1].expand_as(weight))
-    operations, _ = search(Merging("expert_outputs", removed_expert_ratio=0.5), model)
+    operations, _ = search(Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5)), model)
     assert [len(each.groups) for each in operations] == [3, 3, 3]
 
 
@@ -164,7 +173,7 @@ def test_groups_by_hand(family: str) -> None:
     """Average linkage written out; dominant experts are the most frequent of all layers, one a layer at least."""
     model = FAMILIES[family]()
     tape = recorded(model)
-    operations, record = search(Merging("expert_outputs", removed_expert_ratio=0.5), model)
+    operations, record = search(Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5)), model)
     for operation in operations:
         block = views.sparse_blocks(model)[operation.layer]
         x = torch.cat([trace.x_TD for trace in tape.trace(model, operation.layer)])
@@ -189,7 +198,7 @@ def test_groups_by_hand(family: str) -> None:
             total = sum(counts[expert] for expert in group)
             assert shares == pytest.approx([counts[e] / total if total else 1 / len(group) for e in group])
     layers = list(views.sparse_blocks(model))
-    operations, record = search(Merging("router_logits", removed_expert_ratio=0.5), model)
+    operations, record = search(Merging("router_logits", budget=Budget(removed_expert_ratio=0.5)), model)
     kept = {op.layer: len(op.groups) for op in operations}
     assert sum(kept.get(layer, 6) for layer in layers) == 3 * len(layers)
     for op in operations:
@@ -200,9 +209,9 @@ def test_groups_by_hand(family: str) -> None:
 
 def test_refusals() -> None:
     facts = families.facts(qwen2_moe().config)
-    assert "at most 0.6667" in SaliencyPruning("reap", removed_expert_ratio=0.8).check(facts)[0]
-    assert "at most 0.6667" in NAEE(removed_expert_ratio=0.8).check(facts)[0]
-    assert "at most 0.8333" in Merging("router_logits", removed_expert_ratio=0.9).check(facts)[0]
+    assert "at most 0.6667" in SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.8)).check(facts)[0]
+    assert "at most 0.6667" in NAEE(budget=Budget(removed_expert_ratio=0.8)).check(facts)[0]
+    assert "at most 0.8333" in Merging("router_logits", budget=Budget(removed_expert_ratio=0.9)).check(facts)[0]
     for make in (lambda: SaliencyPruning("size", "odd"), lambda: Merging("size"), lambda: Dropping("head")):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="both null"):
             make()
@@ -213,7 +222,9 @@ def test_refusals() -> None:
 def test_every_group_loses_as_many_its_least_salient(saliency: str, allocation: str) -> None:
     """A router that selects groups first needs them equal; a token selects two experts out of one group of four."""
     model = tiny("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1)
-    step = SaliencyPruning(saliency, allocation, removed_expert_ratio=0.2)  # of 16: three, so two in each group
+    step = SaliencyPruning(
+        saliency, allocation, budget=Budget(removed_expert_ratio=0.2)
+    )  # of 16: three, so two in each group
     assert step.check(families.facts(model.config)) == []
     operations, record = search(step, model)
     scores = {int(layer): values for layer, values in record["saliencies"].items()}
@@ -226,5 +237,5 @@ def test_every_group_loses_as_many_its_least_salient(saliency: str, allocation: 
             assert own == sorted(sorted(range(4 * group, 4 * group + 4), key=lambda e: scores[layer][e])[: len(own)])
     apply.apply(model, Plan("tiny", tuple(operations)))
     assert torch.isfinite(logits(model, windows(2, 9))).all()
-    [problem] = SaliencyPruning(saliency, removed_expert_ratio=0.6).check(families.facts(model.config))
+    [problem] = SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.6)).check(families.facts(model.config))
     assert "selects 2 out of 1 of 2 groups: at most 0.5 can go" in problem

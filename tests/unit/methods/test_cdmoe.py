@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.step import SearchContext
 from recondense.models import families, views
 from recondense.operations import Condense
 
@@ -30,7 +31,7 @@ def search(
     step: CDMoE, model: PreTrainedModel, cache: Any = None, scratch: int = HUGE, tape: Callable[[], Tape] | None = None
 ) -> tuple[list[Condense], dict[str, Any]]:
     recording = tape or (lambda: recorded(model))
-    return step.search(model, recording, {} if cache is None else cache, scratch)
+    return step.search(SearchContext(model, recording, {} if cache is None else cache, scratch))
 
 
 def must_not_be_called() -> Tape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,22 +11,27 @@ import torch
 from support.tiny_models import qwen2_moe, recorded, unchanged
 
 from recondense.methods.combined import Combined
+from recondense.methods.search.budget import Budget
 from recondense.methods.search.damage import Damage
-from recondense.methods.search.rerun import Start
+from recondense.methods.search.genetic import Genetic
+from recondense.methods.search.rerun import Change
+from recondense.methods.step import SearchContext
 from recondense.models import families, views
 from recondense.models.parameters import sizes
 from recondense.operations import Condense, Factorize, Prune
 from recondense.plan import Plan
 from recondense.surgery import apply
 
-SETTINGS: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (0.5,), "population": 20}
-SETTINGS |= {"parents": 5, "iterations": 4}
+SETTINGS: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (0.5,)}
+SETTINGS |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
 
 
-def search(model: Any, cache: dict[str, Any] | None = None, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
-    step = Combined(**{**SETTINGS, **changes})
+def search(
+    model: Any, cache: dict[str, Any] | None = None, memory_ratio: float = 0.7, **changes: Any
+) -> tuple[list[Any], dict[str, Any]]:
+    step = Combined(budget=Budget(memory_ratio=memory_ratio), **{**SETTINGS, **changes})
     assert step.check(families.facts(model.config)) == []
-    return step.search(model, lambda: recorded(model), {} if cache is None else cache, 1 << 30)
+    return step.search(SearchContext(model, lambda: recorded(model), {} if cache is None else cache, 1 << 30))
 
 
 def test_the_first_round_is_the_enumerated_best() -> None:
@@ -56,7 +62,7 @@ def test_the_first_round_is_the_enumerated_best() -> None:
 
 def test_what_cannot_be_saved_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the size that can be had; it can."""
-    monkeypatch.setattr(Damage, "of", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(Damage, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"strongest options of all layers give memory_ratio=0\.") as error:
         search(qwen2_moe(), memory_ratio=0.05)
     monkeypatch.undo()
@@ -75,19 +81,19 @@ def test_the_damage_is_that_of_surgery() -> None:
     apply.apply(model, Plan("tiny", tuple(operations)))
     blocks = {layer: views.get_block(model, layer) for layer in {each.layer for each in operations}}
     best = min(record["rounds"], key=lambda each: each["damage"])
-    assert measure.choose(blocks) == pytest.approx(best["damage"], rel=1e-4)
+    assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
     assert {type(each) for each in operations} <= {Condense, Prune, Factorize}
 
 
 def test_another_budget_measures_no_layer_alone_again(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    of = Damage.of
+    measure = Damage.measure
 
-    def counted(self: Damage, starts: list[Start]) -> list[float]:
-        measured.extend(start.layer for start in starts)
-        return of(self, starts)
+    def counted(self: Damage, changes: list[Change]) -> list[float]:
+        measured.extend(start.layer for start in changes)
+        return measure(self, changes)
 
-    monkeypatch.setattr(Damage, "of", counted)
+    monkeypatch.setattr(Damage, "measure", counted)
     model, cache = qwen2_moe(), {}
     _, one = search(model, cache, memory_ratio=0.8, rounds=1)
     assert len(measured) == sum(len(each) for each in one["options"].values())
@@ -106,20 +112,20 @@ class Killed(Exception):
 def test_a_killed_search_goes_on_at_the_layer_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds after the first are kept by the choice that they are measured around."""
     measured: list[int] = []
-    of, left = Damage.of, [5]
+    measure, remaining = Damage.measure, [5]
 
-    def killed(self: Damage, starts: list[Start]) -> list[float]:
-        left[0] -= 1
-        if left[0] < 0:
+    def killed(self: Damage, changes: list[Change]) -> list[float]:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise Killed
-        measured.append(starts[0].layer)
-        return of(self, starts)
+        measured.append(changes[0].layer)
+        return measure(self, changes)
 
-    monkeypatch.setattr(Damage, "of", killed)
+    monkeypatch.setattr(Damage, "measure", killed)
     model, cache = qwen2_moe(), {}
     with pytest.raises(Killed):
         search(model, cache, memory_ratio=0.7, rounds=3)
-    left[0] = 100
+    remaining[0] = 100
     resumed = search(model, cache, memory_ratio=0.7, rounds=3)
     assert measured[:6] == [0, 1, 2, 0, 1, 2], "the first round and two layers of the second were kept"
     choices = [each["choice"] for each in resumed[1]["rounds"]]
@@ -146,12 +152,16 @@ def test_a_layer_that_cannot_be_condensed_keeps_its_other_options() -> None:
 
 
 def test_one_budget_decides() -> None:
-    assert Combined(memory_ratio=0.7, removed_expert_ratio=0.5).budget.settings() == {
-        "removed_expert_ratio": 0.5, "memory_ratio": None
-    }  # fmt: skip
+    """The memory ratio has a default in the YAML, and yields."""
+    both = {"memory_ratio": 0.99, "removed_expert_ratio": 0.4}
+    budget = replace(Combined.budget, **both)  # type: ignore[arg-type]
+    assert budget.settings() == {"removed_expert_ratio": 0.4, "memory_ratio": None}
+    with pytest.raises(ValueError, match="both given"):
+        Combined(budget=Budget(**both))  # type: ignore[arg-type]
     model = qwen2_moe()
     before = sizes(model)["routed_experts"]
-    operations, _ = search(model, memory_ratio=0.99, removed_expert_ratio=0.4)
+    step = Combined(**{**SETTINGS, "budget": budget})
+    operations, _ = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     apply.apply(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["routed_experts"] <= 0.6 * before
 
@@ -159,7 +169,14 @@ def test_one_budget_decides() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="parents") as error:
         Combined(
-            memory_ratio=0.7, population=0, iterations=0, alpha=-1, shared_gate="foo", expert_search="foo", rounds=0,
-            num_experts=(), prune_ratios=(), kept_ratios=(),
-        )  # fmt: skip
+            budget=Budget(memory_ratio=0.7),
+            num_experts=(),
+            prune_ratios=(),
+            kept_ratios=(),
+            rounds=0,
+            alpha=-1,
+            shared_gate="foo",
+            expert_search="foo",
+            genetic=Genetic(population=0, iterations=0),
+        )
     assert len(str(error.value).splitlines()) == 8

@@ -28,7 +28,8 @@ from support.tiny_models import EVERY, recorded, texts
 from torch import Tensor
 
 from recondense.methods.cdmoe import CDMoE
-from recondense.methods.search.leave_out import Replay
+from recondense.methods.search.leave_out import LeaveOutScorer
+from recondense.methods.step import SearchContext
 from recondense.models import compressed, low_rank, views
 from recondense.models.low_rank import LowRankExperts
 from recondense.operations import Condense, Factorize, Merge, Operation, Prune, Refit
@@ -106,7 +107,7 @@ def test_the_search_of_cdmoe_by_plain_torch(family: str) -> None:
     """Coefficients from the routing of every token, and every candidate's score with the whole model run."""
     model, ids = EVERY[family](), texts()
     tape, step = recorded(model, ids), CDMoE(num_experts=2, num_layers="all", shared_gate="token")
-    _, record = step.search(model, lambda: tape, {}, 1 << 30)
+    _, record = step.search(SearchContext(model, lambda: tape, {}, 1 << 30))
     for layer in (1, 2):
         own, found = block_of(model, layer), record["expert_search"][str(layer)]
         plain = PlainMoE(own, ROUTING[family])
@@ -171,14 +172,16 @@ def test_replay_is_the_masked_block(name: str) -> None:
     view, tape = views.sparse_blocks(model)[layer], recorded(model)
     if routing.num_groups > 1:
         with pytest.raises(ValueError, match="groups of experts"):
-            Replay(model, tape, view, 4, 1 << 30)
+            LeaveOutScorer.prepare(model, tape, view, 4, 1 << 30)
         return
     generator = torch.Generator().manual_seed(5)
     sets = [torch.randperm(6, generator=generator)[:number].tolist() for number in (1, 1, 2, 2, 3, 3, 4, 4)]
     dropped_PE = torch.tensor([[expert in each for expert in range(6)] for each in sets])
     plain, x_TD = PlainMoE(view.module, routing), torch.cat([trace.x_TD for trace in tape.trace(model, layer)])
     whole = plain(x_TD.double())
-    for each, error in zip(sets, Replay(model, tape, view, 4, 1 << 30).errors(dropped_PE).tolist(), strict=True):
+    for each, error in zip(
+        sets, LeaveOutScorer.prepare(model, tape, view, 4, 1 << 30).errors(dropped_PE).tolist(), strict=True
+    ):
         masked = views.masked_block(view, [expert for expert in range(6) if expert not in each])
         change = (run(masked, x_TD) - run(view.module, x_TD)).double().norm()
         assert error == pytest.approx(float(change), rel=1e-3, abs=1e-4), each

@@ -22,11 +22,13 @@ from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.naee import NAEE
 from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search import ranks
-from recondense.methods.search.allocation import inverse_importance
+from recondense.methods.search.allocation import drop_by_importance
+from recondense.methods.search.budget import Budget
 from recondense.methods.search.genetic import Genetic, best_sets
 from recondense.methods.search.importance import expert_importance
 from recondense.methods.search.kt_field import reception_field
-from recondense.methods.search.leave_out import Replay
+from recondense.methods.search.leave_out import LeaveOutScorer
+from recondense.methods.step import SearchContext
 from recondense.models import decoder, families, parameters, views
 from recondense.models.parameters import sizes
 from recondense.operations import Factorize, Merge, Prune
@@ -48,18 +50,18 @@ def test_every_set_scores_as_transformers_block_without_it(name: str) -> None:
     tape, block = recorded(model), views.sparse_blocks(model)[2]
     sets = [each for number in range(5) for each in itertools.combinations(range(6), number)]
     with unchanged(model):
-        replay = Replay(model, tape, block, 4, 1 << 30)
+        replay = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30)
         found = replay.errors(dropped(sets, 6)).tolist()
-        little = Replay(model, tape, block, 4, 1 << 10)
+        little = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 10)
         assert little._grams is None and replay._grams is not None
         assert little.errors(dropped(sets, 6)).tolist() == pytest.approx(found, rel=1e-5, abs=1e-4)
     assert found[0] < 1e-6 * max(found)
     for each, error in zip(sets, found, strict=True):
         assert error == pytest.approx(change(model, tape, 2, each), rel=1e-3, abs=1e-4), each
     # An error does not depend on how many experts other sets may drop.
-    assert Replay(model, tape, block, 1, 1 << 30).errors(dropped(sets[:7], 6)).tolist() == pytest.approx(
-        found[:7], rel=1e-5, abs=1e-4
-    )
+    assert LeaveOutScorer.prepare(model, tape, block, 1, 1 << 30).errors(
+        dropped(sets[:7], 6)
+    ).tolist() == pytest.approx(found[:7], rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,7 +83,7 @@ def test_importance_is_leave_one_out(name: str) -> None:
 def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
     """C(12, 4) = 495 sets, of which the search scores fewer than half."""
     model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
-    replay = Replay(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
+    replay = LeaveOutScorer.prepare(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
     best = best_sets(replay.errors, 12, 4, Genetic(search="exact"), 0, num_best=3)
     sets = list(itertools.combinations(range(12), 4))
     errors = replay.errors(dropped(sets, 12)).tolist()
@@ -104,7 +106,7 @@ def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
 
 def test_the_same_seed_gives_the_same_sets_with_and_without_memory() -> None:
     model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
-    replay = Replay(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
+    replay = LeaveOutScorer.prepare(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
     runs = [
         best_sets(replay.errors, 12, 4, Genetic(10, 5, 4, search="genetic", memoise=memoise), 3, 5)
         for memoise in (True, True, False)
@@ -161,7 +163,7 @@ def test_published_cuts_from_the_shapes_alone(
     dense = 3 * hidden * width
     for spread in (1.0, 300.0):
         importance = {layer: spread ** (layer / (layers - 1)) for layer in range(layers)}
-        numbers = inverse_importance(total, importance, dict.fromkeys(importance, experts), top_k)
+        numbers = drop_by_importance(total, importance, dict.fromkeys(importance, experts), top_k)
         assert sum(numbers.values()) == total
         kept = 0
         for layer, number in numbers.items():
@@ -184,7 +186,7 @@ def test_deepseek_v2_lite_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     layers = families.facts(config).moe_layers
-    numbers = inverse_importance(416, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 64), 6)
+    numbers = drop_by_importance(416, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 64), 6)
     prune = [Prune(layer, tuple(range(64 - number))) for layer, number in numbers.items()]
     shape = {layer: tuple(ranks.allocate([1.0] * (64 - number), 512, 2048, 1408)) for layer, number in numbers.items()}
     factorize = [Factorize(layer, dict.fromkeys(NAMES, own)) for layer, own in shape.items()]
@@ -197,12 +199,12 @@ def test_deepseek_v2_lite_on_the_meta_device() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_stages_meet_their_budgets(family: str) -> None:
     model = FAMILIES[family]()
-    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
+    step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     assert step.check(families.facts(model.config)) == []
     cache: dict[str, Any] = {}
     with unchanged(model):
-        operations, record = step.search(model, lambda: recorded(model), cache, 1 << 30)
-        again, reread = step.search(model, lambda: pytest.fail("taped again"), cache, 1 << 30)
+        operations, record = step.search(SearchContext(model, lambda: recorded(model), cache, 1 << 30))
+        again, reread = step.search(SearchContext(model, lambda: pytest.fail("taped again"), cache, 1 << 30))
     assert operations == again and reread["reused"]
     layers = len(views.sparse_blocks(model))
     total = round(0.34 * 6 * layers)
@@ -211,7 +213,9 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
     assert record["dropped"][min(important, key=important.get)] >= record["dropped"][max(important, key=important.get)]
     before = sizes(model)
     apply.apply(model, Plan("tiny", tuple(operations)))
-    factors, achieved = Decompose(memory_ratio=0.7).search(model, lambda: recorded(model), {}, 1 << 30)
+    factors, achieved = Decompose(budget=Budget(memory_ratio=0.7)).search(
+        SearchContext(model, lambda: recorded(model), {}, 1 << 30)
+    )
     apply.apply(model, Plan("tiny", tuple(factors)))
     assert 0 <= int(0.7 * before["total"]) - sizes(model)["total"] < 3 * (32 + 16)
     kept = sizes(model)["routed_experts"] / before["routed_experts"]
@@ -258,20 +262,25 @@ def test_importance_where_no_expert_is_to_spare(kind: str) -> None:
 def test_layers_that_cannot_be_searched() -> None:
     """All condensed: nothing to prune. Merged: no expert can be dropped alone. All zero: no division by the norm."""
     model = qwen2_moe()
-    step = InterExpertPruning(prune_ratio=0.34, population=10, iterations=4, parents=4)
+    step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
     originals = apply.apply(model, Plan("tiny", (merged,)))
     with pytest.raises(ValueError, match="layer 1: its experts were merged"):
-        step.search(model, lambda: recorded(model), {}, 1 << 30)
+        step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     for layer, block in originals.items():
         views.set_block(model, layer, block)
     apply.apply(model, condense_plan(model, [0, 1, 2]))
-    for each in (step, SaliencyPruning("reap", removed_expert_ratio=0.3), NAEE(removed_expert_ratio=0.3), Decompose()):
-        assert each.search(model, lambda: recorded(model), {}, 1 << 30)[0] == []
+    for each in (
+        step,
+        SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.3)),
+        NAEE(budget=Budget(removed_expert_ratio=0.3)),
+        Decompose(),
+    ):
+        assert each.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))[0] == []
     model = qwen2_moe()
     torch.nn.init.zeros_(views.sparse_blocks(model)[1].weights.down_EDF)
     torch.nn.init.zeros_(model.model.layers[1].mlp.shared_expert.down_proj.weight)
-    operations, record = step.search(model, lambda: recorded(model), {}, 1 << 30)
+    operations, record = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     assert record["expert_importance"]["1"] == [0.0] * 6 and operations
 
 
@@ -314,38 +323,41 @@ def test_refusals() -> None:
     assert not Decompose(average_rank=31).check(facts)
     assert "below 32" in Decompose(average_rank=32).check(facts)[0]
     assert "auto (19)" in Decompose(rank_multiple=24).check(facts)[0]
-    assert "at most 8" in Combined(memory_ratio=0.5, rank_multiple=16).check(facts)[0]
+    assert "at most 8" in Combined(rank_multiple=16, budget=Budget(memory_ratio=0.5)).check(facts)[0]
     assert "rank_multiple=8" in Decompose(average_rank=4, rank_multiple=8).check(facts)[0]
-    assert "rank_multiple=64" in Decompose(memory_ratio=0.5, rank_multiple=64).check(facts)[0]
+    assert "rank_multiple=64" in Decompose(rank_multiple=64, budget=Budget(memory_ratio=0.5)).check(facts)[0]
     with pytest.raises(ValueError, match="both null"):
         Decompose(average_rank=None, required=True)
     assert "combinations" in InterExpertPruning(num_candidates=200, block_size=6).check(facts)[0]
     assert "not one of 18" in InterExpertPruning(prune_ratio=0.01).check(facts)[0]
     with pytest.raises(ValueError, match="both given"):
-        InterExpertPruning(memory_ratio=0.5, removed_expert_ratio=0.5)
+        InterExpertPruning(budget=Budget(memory_ratio=0.5, removed_expert_ratio=0.5))
     with pytest.raises(ValueError, match=r"below method\.population=20"):
-        InterExpertPruning(population=20, parents=20)
+        InterExpertPruning(genetic=Genetic(population=20, parents=20))
     with pytest.raises(ValueError, match="parents") as error:
-        InterExpertPruning(prune_ratio=1.5, parents=200, importance="size", search_kind="all", block_size=0)
+        InterExpertPruning(prune_ratio=1.5, importance="size", block_size=0, genetic=Genetic(parents=200, search="all"))
     assert len(str(error.value).splitlines()) == 5
     with pytest.raises(ValueError, match="between 0 and 1"):
-        Decompose(memory_ratio=1.5)
+        Decompose(budget=Budget(memory_ratio=1.5))
 
 
 def test_an_exact_search_that_would_not_end_is_refused_before_it_starts() -> None:
     facts = dataclasses.replace(families.facts(qwen2_moe().config), num_experts=60, top_k=4)
-    step = InterExpertPruning(search_kind="exact")
+    step = InterExpertPruning(genetic=Genetic(search="exact"))
     [problem] = step.check(facts)
     assert "5.32e+13 sets of 15 of 60" in problem  # 60! / (15! 45!)
     assert step.check(dataclasses.replace(facts, num_experts=16)) == []
-    assert any("sets of 30 of 60" in each for each in NAEE(removed_expert_ratio=0.5, search_kind="exact").check(facts))
+    assert any(
+        "sets of 30 of 60" in each
+        for each in NAEE(budget=Budget(removed_expert_ratio=0.5), genetic=Genetic(search="exact")).check(facts)
+    )
 
 
 def test_measured_importances_of_groups_are_refused_before_they_are_measured() -> None:
     facts = families.facts(deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").config)
-    [problem] = Decompose(removed_expert_ratio=0.5).check(facts)
+    [problem] = Decompose(budget=Budget(removed_expert_ratio=0.5)).check(facts)
     assert "2 groups" in problem and "method.alpha=0" in problem
-    assert Decompose(removed_expert_ratio=0.5, alpha=0).check(facts) == []
+    assert Decompose(alpha=0, budget=Budget(removed_expert_ratio=0.5)).check(facts) == []
 
 
 def test_a_deep_model_searches_and_finds_what_it_has_searched(tmp_path: Path) -> None:
@@ -353,11 +365,11 @@ def test_a_deep_model_searches_and_finds_what_it_has_searched(tmp_path: Path) ->
     model = qwen2_moe(num_hidden_layers=94, num_experts=14, hidden_size=16, moe_intermediate_size=4)
     step = InterExpertPruning(prune_ratio=12 / 14, num_candidates=1, block_size=94)
     tape = recorded(model, texts()[:1])
-    first, record = step.search(model, lambda: tape, JsonFolder(tmp_path), 1 << 30)
+    first, record = step.search(SearchContext(model, lambda: tape, JsonFolder(tmp_path), 1 << 30))
     assert len(first) == 94 and {len(operation.retained) for operation in first} == {2}
 
     def nothing() -> Tape:
         raise AssertionError("calibrated again")
 
-    assert step.search(model, nothing, JsonFolder(tmp_path), 1 << 30)[0] == first
+    assert step.search(SearchContext(model, nothing, JsonFolder(tmp_path), 1 << 30))[0] == first
     assert record["blocks"] == JsonFolder(tmp_path)["blocks-" + "-".join(["12"] * 94)]["blocks"]

@@ -18,9 +18,11 @@ from recondense.methods import decompose, moei2
 from recondense.methods.combined import Combined
 from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
-from recondense.methods.search.allocation import inverse_importance
+from recondense.methods.search.allocation import drop_by_importance
+from recondense.methods.search.budget import Budget
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import Genetic, _children, best_sets
+from recondense.methods.step import SearchContext
 from recondense.models import families, views
 from recondense.models.parameters import sizes
 from recondense.operations import Condense, Factorize, Operation, Prune, Refit
@@ -31,13 +33,13 @@ from recondense.surgery import refit as refit_module
 FOUR = (0, 2, 3, 5)
 NAMES = ("gate_proj", "up_proj", "down_proj")
 RANK_STEP = 3 * (32 + 16)  # parameters of one rank more of one expert of the small models
-COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (), "population": 20}
-COMBINED |= {"parents": 5, "iterations": 4}
+COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": ()}
+COMBINED |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
 
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     assert step.check(families.facts(model.config)) == []
-    found: tuple[list[Any], dict[str, Any]] = step.search(model, lambda: recorded(model), {}, 1 << 30)
+    found: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     return found
 
 
@@ -79,7 +81,7 @@ def test_moei2_drops_fewer_experts_of_layers_that_matter_more() -> None:
 def test_moei2_allocates_by_inverse_importance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importances 2, 1 and 4: shares of 12 by 1/I are 3.43, 6.86 and 1.71."""
     by_layer = {0: 2.0, 1: 1.0, 2: 4.0}
-    found = {layer: [value / 12] * 12 for layer, value in by_layer.items()}, 0
+    found = {layer: [value / 12] * 12 for layer, value in by_layer.items()}
     monkeypatch.setattr(moei2, "expert_importances", lambda *_: found)
     model = qwen2_moe(num_experts=12)
     operations, _ = search(InterExpertPruning(prune_ratio=12 / 36, num_candidates=1), model)
@@ -98,17 +100,19 @@ def test_moei2_takes_the_importance_that_was_asked_for() -> None:
     }
     for layer, values in lost.items():
         assert record["expert_importance"][str(layer)] == pytest.approx(values, abs=1e-4)
-    expected = inverse_importance(4, {layer: sum(values) for layer, values in lost.items()}, {0: 6, 1: 6}, 2)
+    expected = drop_by_importance(4, {layer: sum(values) for layer, values in lost.items()}, {0: 6, 1: 6}, 2)
     assert numbers_dropped(model, operations) == expected == {0: 1, 1: 3}
     by_output, _ = search(InterExpertPruning(prune_ratio=0.34, num_candidates=1), model)
     assert numbers_dropped(model, by_output) == {0: 2, 1: 2}
 
 
-@pytest.mark.parametrize("how", [{"average_rank": 6}, {"ratio": 0.5625}, {"removed_expert_ratio": 0.4375}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"average_rank": 6}, {"ratio": 0.5625}, {"budget": Budget(removed_expert_ratio=0.4375)}], ids=str
+)
 def test_ranks_follow_importances(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
     """R_j = I_j^α / Σ I^α · R_a · M': roots 1, 2 and 1.5 of 9 give 4, 8 and 6 of 6 · 6. A rank keeps 144 of 1536."""
     by_layer = {0: [1.0, 4.0, 2.25] * 2, 1: [4.0, 4.0, 1.0, 1.0, 2.25, 2.25], 2: [7.0] * 6}
-    monkeypatch.setattr(decompose, "expert_importances", lambda *_: (by_layer, 0))
+    monkeypatch.setattr(decompose, "expert_importances", lambda *_: by_layer)
     operations, _ = search(Decompose(alpha=0.5, **how), qwen2_moe())
     expected = {0: (4, 8, 6, 4, 8, 6), 1: (8, 8, 4, 4, 6, 6), 2: (6,) * 6}
     assert {each.layer: dict(each.ranks) for each in operations} == {
@@ -163,7 +167,7 @@ def test_combined_keeps_its_best_round() -> None:
     """The choice around which the last round measures is better than what that round chooses."""
     model = qwen2_moe(2)
     tape = recorded(model)
-    operations, record = search(Combined(**COMBINED, memory_ratio=0.8, rounds=3), model)
+    operations, record = search(Combined(**COMBINED, rounds=3, budget=Budget(memory_ratio=0.8)), model)
     damages = [each["damage"] for each in record["rounds"]]
     best = min(range(3), key=damages.__getitem__)
     assert damages[0] > damages[best] < damages[-1]
@@ -171,14 +175,14 @@ def test_combined_keeps_its_best_round() -> None:
     originals = apply.apply(model, Plan("tiny", tuple(operations)))
     compressed = {layer: views.get_block(model, layer) for layer in originals}
     with views.swapped(model, originals):
-        measured = Damage(model, tape).choose(compressed)
+        measured = Damage(model, tape).replace(compressed)
     assert measured == pytest.approx(damages[best], rel=1e-4)
 
 
 def test_combined_gives_what_is_left_to_ranks() -> None:
     """Less is left of the budget than one rank of one expert in each factorized layer."""
     model = qwen2_moe()
-    settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "memory_ratio": 0.85, "rounds": 1}
+    settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "budget": Budget(memory_ratio=0.85), "rounds": 1}
     operations, _ = search(Combined(**settings), model)
     budget = math.floor(0.85 * sizes(model)["total"])
     apply.apply(model, Plan("tiny", tuple(operations)))

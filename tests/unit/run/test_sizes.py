@@ -15,6 +15,7 @@ from recondense.methods.decompose import Decompose
 from recondense.methods.dropping import Dropping
 from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.search.budget import Budget
 from recondense.models import classes, views
 from recondense.models.parameters import weights_bytes
 from recondense.models.published_configs import recorded_config
@@ -93,7 +94,9 @@ def test_the_model_is_left_as_it_was(make: Any) -> None:
     assert list(model.modules()) == modules
     with (
         pytest.raises(ValueError, match="asks for more"),
-        outlined(model, [CDMoE(num_experts=1, num_layers=1), Dropping("moe", removed_expert_ratio=0.999)]),
+        outlined(
+            model, [CDMoE(num_experts=1, num_layers=1), Dropping("moe", budget=Budget(removed_expert_ratio=0.999))]
+        ),
     ):
         pass
     assert list(model.modules()) == modules
@@ -108,10 +111,10 @@ def test_layers_say_what_becomes_of_them() -> None:
     ]  # fmt: skip
     assert layers[1].ranks == (3, 3) and layers[2].always_active
     for part, words in (("moe", "without its MoE block"), ("layer", "removed whole")):
-        found = compare(model, [Dropping(part, removed_expert_ratio=0.5)]).layers[1]  # type: ignore[arg-type]
+        found = compare(model, [Dropping(part, budget=Budget(removed_expert_ratio=0.5))]).layers[1]  # type: ignore[arg-type]
         assert (found.outcome, found.experts_after) == (words, 0)
     assert found.bytes_after == 0
-    merged = compare(model, [Merging("expert_outputs", removed_expert_ratio=0.5)]).layers[1]
+    merged = compare(model, [Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5))]).layers[1]
     assert (merged.outcome, merged.experts_after) == ("merged", 3)
 
 
@@ -138,4 +141,4 @@ def test_deeper_budgets_than_experts_are_refused() -> None:
     model = meta()
     assert views.sparse_blocks(model)
     with pytest.raises(ValueError, match="asks for"):
-        compare(model, [CDMoE(num_experts=2, memory_ratio=0.01)])
+        compare(model, [CDMoE(num_experts=2, budget=Budget(memory_ratio=0.01))])

@@ -127,7 +127,7 @@ def test_several_layers_bring_the_model_nearer_to_the_original(family: str) -> N
     def damage() -> float:
         with views.swapped(model, originals):
             measure = Damage(model, tape)
-        return measure.choose(pruned)
+        return measure.replace(pruned)
 
     worse = damage()
     teacher = {layer: bits(block) for layer, block in originals.items()}

@@ -1,1 +1,1 @@
-"""What several searches use."""
+"""Searches and scores that several methods share."""

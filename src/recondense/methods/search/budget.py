@@ -1,9 +1,10 @@
-"""Budgets that every method takes: how many parameters, or whole experts, have to go."""
+"""The budget of a method: how many parameters, or whole experts, it has to remove."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -13,72 +14,82 @@ from recondense.models.parameters import routed_parameters, total_parameters
 
 @dataclass(frozen=True)
 class Budget:
-    """What may stay of a model, against its uncompressed self.
+    """How much of a model has to go, compared with the uncompressed model. At most one of the two ratios counts.
 
-    Counted in parameters, which are bytes where all weights have one type. The scale of a condensed layer is folded at
-    export and does not count.
+    The unit is a parameter, which is the same as bytes if all weights have one type. The scale of a condensed layer is
+    folded at export and does not count.
 
     Args:
-        removed_expert_ratio: fraction of the routed experts' parameters that goes.
-        memory_ratio: parameters of the compressed whole model / of the original, an upper bound; where it is given,
-            removed_expert_ratio (which has a default in most YAMLs) does not count.
+        removed_expert_ratio: fraction of the routed experts' parameters to remove.
+        memory_ratio: parameters of the whole compressed model / of the original, an upper bound.
+        yields: the ratio that has a default in the method's YAML. It does not count if the other one is given. None:
+            giving both is a problem.
     """
 
     removed_expert_ratio: float | None = None
     memory_ratio: float | None = None
+    yields: Literal["removed_expert_ratio", "memory_ratio"] | None = field(
+        default=None, compare=False, metadata={"setting": False}
+    )
 
     def __post_init__(self) -> None:
-        if self.memory_ratio is not None:
-            object.__setattr__(self, "removed_expert_ratio", None)
+        if self.yields is not None and self.removed_expert_ratio is not None and self.memory_ratio is not None:
+            object.__setattr__(self, self.yields, None)
 
     @property
-    def given(self) -> bool:
+    def is_given(self) -> bool:
         return self.removed_expert_ratio is not None or self.memory_ratio is not None
 
     def problems(self, *, required: bool = True) -> list[str]:
-        """What is wrong with the two, as sentences.
+        """List the problems of the two ratios, as sentences.
 
         Args:
             required: one of them must be given.
         """
-        if required and not self.given:
+        if required and not self.is_given:
             return ["method.removed_expert_ratio and method.memory_ratio are both null: set one of them"]
-        return [
+        problems = [
             f"method.{name}={value} must lie between 0 and 1"
-            for name in ("removed_expert_ratio", "memory_ratio")
-            if (value := getattr(self, name)) is not None
+            for name, value in self.settings().items()
+            if value is not None
             and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1)
         ]
+        if self.removed_expert_ratio is not None and self.memory_ratio is not None:
+            problems.append("method.removed_expert_ratio and method.memory_ratio are both given: set one to null")
+        return problems
 
     def settings(self) -> dict[str, float | None]:
-        """For records: what was asked for."""
+        """The two ratios by name."""
         return {"removed_expert_ratio": self.removed_expert_ratio, "memory_ratio": self.memory_ratio}
 
     def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True) -> int:
-        """Whole experts that still have to go of the model as it is now.
+        """The number of whole experts that still have to go from the model.
 
-        removed_expert_ratio r drops round(r·L·E) experts of L layers; memory_ratio the fewest that keep it.
+        removed_expert_ratio r drops round(r·L·E) experts of L layers. memory_ratio drops the fewest that keep it.
 
         Args:
-            router_rows: an expert's row in the router goes with it; not so when experts are merged.
+            router_rows: an expert takes its row in the router along. Merged experts do not.
         """
         counts = parameters.parameter_counts(model.config)
         expert = counts.expert
         if self.removed_expert_ratio is not None:
-            wanted = round(self.removed_expert_ratio * counts.routed_experts / expert)
-            gone = (counts.routed_experts - routed_parameters(model)) // expert
-            return max(0, wanted - gone)
+            target = round(self.removed_expert_ratio * counts.routed_experts / expert)
+            removed = (counts.routed_experts - routed_parameters(model)) // expert
+            return max(0, target - removed)
         size = expert + (counts.router_row if router_rows else 0)
         return max(0, math.ceil(self.expert_parameters_to_remove(model) / size))
 
     def experts_at_most(self, model: PreTrainedModel) -> int:
-        """Whole experts that may still go before more is gone than was asked for."""
+        """The number of whole experts that may go from the model without removing more than the budget asks for."""
         counts = parameters.parameter_counts(model.config)
         size = counts.expert + (counts.router_row if self.memory_ratio is not None else 0)
         return self.expert_parameters_to_remove(model) // size
 
     def expert_parameters_to_remove(self, model: PreTrainedModel) -> int:
-        """Parameters that still have to go: of the routed experts for removed_expert_ratio, of any for memory_ratio."""
+        """The number of parameters that still have to go from the model.
+
+        removed_expert_ratio counts those of routed experts, memory_ratio counts all.
+        """
         counts = parameters.parameter_counts(model.config)
         if self.removed_expert_ratio is not None:
             target = counts.routed_experts - round(self.removed_expert_ratio * counts.routed_experts)
@@ -86,15 +97,19 @@ class Budget:
         assert self.memory_ratio is not None
         return max(0, total_parameters(model) - math.floor(self.memory_ratio * counts.total))
 
-    def at_best(self, model: PreTrainedModel, removable: int) -> str:
-        """The strictest budget of this kind that a model can keep, in words, rounded to the side that it can.
+    def strictest_ratio(self, model: PreTrainedModel, removable: int) -> str:
+        """The strictest ratio that a model can keep, as `name=value`, rounded so that it can.
 
         Args:
-            removable: parameters that can still go of the model as it is now, counted as this budget counts.
+            removable: the parameters that can still go from the model, counted as in `expert_parameters_to_remove`.
         """
         counts = parameters.parameter_counts(model.config)
         if self.removed_expert_ratio is not None:
-            gone = counts.routed_experts - routed_parameters(model) + removable
-            return f"removed_expert_ratio={math.floor(1e4 * gone / counts.routed_experts) / 1e4:g}"
-        left = total_parameters(model) - removable
-        return f"memory_ratio={math.ceil(1e4 * left / counts.total) / 1e4:g}"
+            removed = counts.routed_experts - routed_parameters(model) + removable
+            return f"removed_expert_ratio={math.floor(1e4 * removed / counts.routed_experts) / 1e4:g}"
+        remaining = total_parameters(model) - removable
+        return f"memory_ratio={math.ceil(1e4 * remaining / counts.total) / 1e4:g}"
+
+
+NO_BUDGET = Budget()
+BASE_BUDGET = Budget(yields="removed_expert_ratio")  # conf/method/_base.yaml has a default for it

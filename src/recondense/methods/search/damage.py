@@ -1,4 +1,7 @@
-"""What changing layers does to a model: the divergence of its final hidden state from the original's on the Tape."""
+"""The damage of changed layers: the divergence of the model's final hidden state from the original's on a Tape.
+
+Legend: B texts of a batch, S their padded length, T real tokens of a batch, D hidden size.
+"""
 
 from __future__ import annotations
 
@@ -10,43 +13,45 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.methods.search.divergence import Reference, js_from_difference
-from recondense.methods.search.rerun import Climb, Start
+from recondense.methods.search.rerun import Change, Rerun
 from recondense.models import decoder
 from recondense.models.tensor_store import Shelf
 
 
 class Damage:
-    """Jensen-Shannon divergence after the final norm, as CD-MoE's layer search measures it, for any changed blocks.
+    """Jensen-Shannon divergence after the final norm, for any changed blocks.
 
     Args:
-        model: as the tape saw it; blocks are swapped in while measuring and out again.
+        model: as it was taped. Blocks are swapped in while measuring and out again.
         tape: its hidden states.
+
+    Reference: the layer search of CD-MoE, arXiv 2412.00069, section 3.3.
     """
 
     def __init__(self, model: PreTrainedModel, tape: Tape) -> None:
         self.model = model
         self.tape = tape
-        self._climb = Climb(model, tape)
+        self._rerun = Rerun(model, tape)
         self._references: dict[int, Reference] = {}
 
-    def stand(self, blocks: Mapping[int, nn.Module]) -> None:
-        """Let these blocks stand in the model from now on, beside those that do already."""
-        self._climb.stand(blocks)
+    def put(self, blocks: Mapping[int, nn.Module]) -> None:
+        """Put blocks into the model, by layer, for all later measurements. Other layers keep theirs."""
+        self._rerun.put(blocks)
 
-    def choose(self, blocks: Mapping[int, nn.Module]) -> float:
-        """Let these blocks alone stand in the model from now on; the damage that they do together."""
-        self._climb.clear()
-        self._climb.stand(blocks)
-        self._climb.final([])
-        return self.score(self._climb.states[-1])
+    def replace(self, blocks: Mapping[int, nn.Module]) -> float:
+        """Put these blocks into the original model for all later measurements; return their damage together."""
+        self._rerun.reset()
+        self._rerun.put(blocks)
+        self._rerun.final_states([])
+        return self.score(self._rerun.states[-1])
 
-    def of(self, starts: Sequence[Start]) -> list[float]:
-        """The damage with each change, in place of what stands in its layer."""
-        return [self.score(final) for final in self._climb.final(starts)]
+    def measure(self, changes: Sequence[Change]) -> list[float]:
+        """The damage under each change, with the present blocks in all other layers."""
+        return [self.score(final) for final in self._rerun.final_states(changes)]
 
     @torch.no_grad()
     def score(self, final: Shelf) -> float:
-        """The divergence of states leaving the last layer, one a block of texts."""
+        """The divergence of the states (B, S, D) that leave the last layer, one for each text batch."""
         js = []
         for index, hidden_BSD in enumerate(final):
             reference = self._reference(index)
@@ -54,13 +59,13 @@ class Damage:
         return float(self.tape.texts.mean_over_texts(js)[0])
 
     def _reference(self, index: int) -> Reference:
-        """The original's side; on the disk nothing is held that can be computed again."""
+        """The original's side for one text batch; not kept if the tape is on disk, where it can be computed again."""
         if index in self._references:
             return self._references[index]
-        found = Reference.of(self._normed(index, self.tape.states[-1][index]))
+        reference = Reference.prepare(self._normed(index, self.tape.states[-1][index]))
         if isinstance(self.tape.states[-1], list):
-            self._references[index] = found
-        return found
+            self._references[index] = reference
+        return reference
 
     def _normed(self, index: int, hidden_BSD: Tensor) -> Tensor:
         """The real tokens after the final norm, (T, D) in fp32."""

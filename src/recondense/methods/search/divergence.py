@@ -1,4 +1,7 @@
-"""Jensen-Shannon divergence between near-equal distributions, without cancellation."""
+"""Jensen-Shannon divergence between near-equal distributions, without cancellation.
+
+Legend: C candidates, T tokens, D hidden size, R rows of (C, T).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-10  # what CD-MoE's code adds to both arguments of each KL
-# Both keep arithmetic out of the denormal range, where a CPU is ten times slower. Neither can be seen in a result:
-LOWEST = -70.0  # logits less their row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
-NOTHING = 1e-15  # |q'/p' - 1| that counts as 0: the divergence has its square
+# Both keep arithmetic out of the denormal range, where a CPU is ten times slower. Neither changes a result:
+LOWEST = -70.0  # the least logit minus its row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
+NOTHING = 1e-15  # a smaller |q'/p' - 1| counts as 0: the divergence has its square
 DIRECT_ABOVE = 8.0  # a row in which some logit moves further is scored in fp64
 
 
@@ -26,9 +29,9 @@ def jensen_shannon(reference_TD: Tensor, difference_CTD: Tensor, apart: bool = F
 
     Args:
         reference_TD: hidden states of the original model, taken as logits over the hidden dimension.
-        difference_CTD: candidate minus original, better known directly than by subtraction. Overwritten.
-        apart: a shorter computation for distributions known to lie apart (JS above some 1e-4 on the whole): the
-            relative error of a row grows as they approach, 1e-5 at differences of 0.01.
+        difference_CTD: candidate minus original, best computed directly and not by subtraction. Overwritten.
+        apart: use a shorter computation, for distributions that lie apart (a mean JS above about 1e-4). The relative
+            error of a row grows as they approach: 1e-5 at differences of 0.01.
 
     Returns:
         (C, T) in nats.
@@ -36,7 +39,7 @@ def jensen_shannon(reference_TD: Tensor, difference_CTD: Tensor, apart: bool = F
     Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.2.
     """
     reference_TD = reference_TD.float()
-    return js_from_difference(Reference.of(reference_TD), difference_CTD, apart)
+    return js_from_difference(Reference.prepare(reference_TD), difference_CTD, apart)
 
 
 class Reference(NamedTuple):
@@ -44,10 +47,11 @@ class Reference(NamedTuple):
 
     Args:
         logits_TD: hidden states, fp32.
-        shifted_TD: less each row's largest.
+        shifted_TD: the logits minus the largest of their row.
         p_TD: their softmax.
-        weight_TD: p' = p + 1e-10, and its inverse.
-        largest_T1: index of each row's largest.
+        weight_TD: p' = p + 1e-10.
+        inverse_TD: 1 / p'.
+        largest_T1: the index of each row's largest logit.
     """
 
     logits_TD: Tensor
@@ -58,7 +62,8 @@ class Reference(NamedTuple):
     largest_T1: Tensor
 
     @classmethod
-    def of(cls, logits_TD: Tensor) -> Reference:
+    def prepare(cls, logits_TD: Tensor) -> Reference:
+        """Compute the parts from the logits (T, D)."""
         highest_T1, largest_T1 = logits_TD.max(dim=-1, keepdim=True)
         shifted_TD = logits_TD - highest_T1
         p_TD = torch.softmax(shifted_TD.clamp(min=LOWEST), dim=-1)
@@ -67,7 +72,7 @@ class Reference(NamedTuple):
 
 
 def js_from_difference(reference: Reference, difference_CTD: Tensor, apart: bool = False) -> Tensor:
-    """`jensen_shannon` for a caller that keeps the reference's side."""
+    """Compute `jensen_shannon` from a prepared reference."""
     return _js_apart(reference, difference_CTD.float()) if apart else _js_close(reference, difference_CTD.float())
 
 
@@ -90,7 +95,7 @@ def _js_close(reference: Reference, d_CTD: Tensor) -> Tensor:
 
 
 def _from_ratio(ratio: Tensor, weight_TD: Tensor) -> Tensor:
-    """¼ Σ p' (2 + r) g(r/(2 + r)) with r = q'/p' - 1; overwrites r."""
+    """Compute ¼ Σ p' (2 + r) g(r/(2 + r)) with r = q'/p' - 1; overwrites r."""
     total = ratio + 2  # (p' + q')/p'
     terms = ratio.log1p()
     delta = ratio.div_(total)
@@ -99,7 +104,7 @@ def _from_ratio(ratio: Tensor, weight_TD: Tensor) -> Tensor:
 
 
 def _js_apart(reference: Reference, d_CTD: Tensor) -> Tensor:
-    """½ Σ p' [u ln u - (1 + u) ln((1 + u)/2)] with u = q'/p': the same sum with fewer operations."""
+    """Compute ½ Σ p' [u ln u - (1 + u) ln((1 + u)/2)] with u = q'/p': the same sum with fewer operations."""
     logits_CTD = d_CTD.add_(reference.shifted_TD)
     logits_CTD = logits_CTD.sub_(logits_CTD.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)  # the largest may be another
     u_CTD = torch.softmax(logits_CTD, dim=-1).add_(EPSILON).mul_(reference.inverse_TD)
@@ -109,7 +114,7 @@ def _js_apart(reference: Reference, d_CTD: Tensor) -> Tensor:
 
 
 def _js_direct(logits_RD: Tensor, difference_RD: Tensor) -> Tensor:
-    """The same in fp64 from both softmaxes, for rows R in which e^d may overflow."""
+    """Compute the same sum in fp64 from both softmaxes, for rows in which e^d may overflow."""
     logits_RD = logits_RD.double()
     p_RD = torch.softmax(logits_RD, dim=-1)
     q_RD = torch.softmax(logits_RD + difference_RD.double(), dim=-1)

@@ -1,4 +1,7 @@
-"""Which experts of a layer to drop: a seeded genetic search over sets of one size, or all where they are few."""
+"""Which experts of a layer to drop: a seeded genetic search over sets of one size, or all sets if they are few.
+
+Legend: P sets, E routed experts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +18,10 @@ from torch import Tensor
 from recondense.errors import UserError
 
 Errors = Callable[[Tensor], Tensor]
-Set = tuple[int, ...]
-DIGITS = 6  # errors are compared to so many significant digits: the last ones differ between ways to compute them
-CHUNK = 1024  # sets scored at once when all are
-MOST_SETS = 10**7  # that an exact search tries: about an hour
+ExpertSet = tuple[int, ...]
+DIGITS = 6  # significant digits of errors that count: the last ones differ between ways to compute them
+CHUNK = 1024  # sets that an exact search scores at once
+MOST_SETS = 10**7  # the most sets that an exact search tries: about an hour
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,12 @@ class Genetic:
     """Settings of the search.
 
     Args:
-        population: sets in a generation.
-        iterations: generations.
-        parents: the best sets, which go on to the next generation and have children.
-        mutation: how likely a child exchanges one of its experts for one outside.
-        search: "genetic", "exact" (all sets), or "auto": all of them where they are at most `enumerate_below`.
-        enumerate_below: so many sets take as long as the default population and iterations.
+        population: number of sets in a generation.
+        iterations: number of generations.
+        parents: number of the best sets that stay in the next generation and have children.
+        mutation: probability that a child exchanges one of its experts for another.
+        search: "genetic", "exact" (all sets), or "auto": exact if there are at most `enumerate_below` sets.
+        enumerate_below: this many sets take as long as the default population and iterations.
         memoise: score no set twice.
     """
 
@@ -39,29 +43,34 @@ class Genetic:
     parents: int = 20
     mutation: float = 0.5
     search: str = "auto"
-    enumerate_below: int = 5_000
-    memoise: bool = True
+    enumerate_below: int = field(default=5_000, metadata={"setting": False})
+    memoise: bool = field(default=True, metadata={"setting": False})
 
     def problems(self) -> list[str]:
-        """What is wrong, as sentences."""
-        found = [
+        """List the problems of these settings, as sentences."""
+        problems = [
             f"method.{name}={getattr(self, name)} must be at least {least}"
             for name, least in (("population", 2), ("iterations", 1), ("parents", 2))
             if getattr(self, name) < least
         ]
         if self.parents >= self.population:
-            found.append(
+            problems.append(
                 f"method.parents={self.parents} must be below method.population={self.population}: the rest of a "
                 "generation are their children"
             )
         if not 0 <= self.mutation <= 1:
-            found.append(f"method.mutation={self.mutation} must lie between 0 and 1")
+            problems.append(f"method.mutation={self.mutation} must lie between 0 and 1")
         if self.search not in ("auto", "genetic", "exact"):
-            found.append(f"method.search={self.search} must be auto, genetic or exact")
-        return found
+            problems.append(f"method.search={self.search} must be auto, genetic or exact")
+        return problems
 
-    def endless(self, num_experts: int, num_dropped: int) -> list[str]:
-        """Why an exact search of a layer would not end, as a sentence; empty if it would."""
+    def key(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        names = ("population", "iterations", "parents", "mutation")
+        return {**{name: getattr(self, name) for name in names}, "search_kind": self.search}
+
+    def refuse_too_many(self, num_experts: int, num_dropped: int) -> list[str]:
+        """The problem of an exact search over more than MOST_SETS sets, as a sentence; empty if there is none."""
         number = math.comb(num_experts, num_dropped)
         if self.search != "exact" or number <= MOST_SETS:
             return []
@@ -71,8 +80,11 @@ class Genetic:
         ]
 
 
+GENETIC = Genetic()
+
+
 def layer_seed(seed: int, layer: int) -> int:
-    """One for each layer, so that what is found for a layer does not depend on the others."""
+    """The seed of one layer. Its result does not depend on the search of other layers."""
     return seed * 1_000_003 + layer
 
 
@@ -84,56 +96,72 @@ def best_sets(
     seed: int,
     num_best: int = 1,
     advance: Callable[[int, float], None] = lambda generation, best: None,
-) -> list[tuple[Set, float]]:
-    """The best sets of experts to drop.
+) -> list[tuple[ExpertSet, float]]:
+    """Find the best sets of experts to drop.
 
-    A child is drawn from the union of two parents, then one of its experts may be exchanged for any other (MoE-I²,
-    arXiv 2411.01016, section 3.1).
+    A child is drawn from the union of two parents. Then one of its experts may be exchanged for any other.
 
     Args:
-        errors: gives the error of each row of a bool tensor (P, E) of dropped experts.
-        num_experts, num_dropped: E, and the size of a set.
+        errors: returns the error of each row of a bool tensor (P, E) of dropped experts.
+        num_experts: E.
+        num_dropped: size of a set.
+        settings: of the search.
         seed: the same seed gives the same sets.
-        num_best: how many to return; fewer if there are no more.
+        num_best: the number of sets to return, if there are so many.
         advance: called after each generation with its number and the least error so far.
 
     Returns:
         (set, error) with ascending sets, best first; the lexicographically first among equals.
 
     Raises:
-        UserError: all sets are to be tried, and there are too many.
+        UserError: an exact search has more than MOST_SETS sets.
+
+    Reference: MoE-I², arXiv 2411.01016, section 3.1.
     """
     if num_dropped == 0:
         return [((), 0.0)]
-    if problems := settings.endless(num_experts, num_dropped):
+    if problems := settings.refuse_too_many(num_experts, num_dropped):
         raise UserError(problems[0])
     number = math.comb(num_experts, num_dropped)
     if settings.search == "exact" or (settings.search == "auto" and number <= settings.enumerate_below):
         return _enumerate(errors, num_experts, num_dropped, num_best, advance)
-    draw = random.Random(seed)
-    size = min(settings.population, number)
+    return _evolve(errors, num_experts, num_dropped, settings, random.Random(seed), advance)[:num_best]
+
+
+def _evolve(
+    errors: Errors,
+    num_experts: int,
+    num_dropped: int,
+    settings: Genetic,
+    draw: random.Random,
+    advance: Callable[[int, float], None],
+) -> list[tuple[ExpertSet, float]]:
+    """All sets that the genetic search scored, best first."""
+    size = min(settings.population, math.comb(num_experts, num_dropped))
     population = _first_population(size, num_experts, num_dropped, draw)
-    known: dict[Set, float] = {}
+    known: dict[ExpertSet, float] = {}
     for generation in range(settings.iterations):
-        fresh = [each for each in population if each not in known] if settings.memoise else population
-        known.update(_scored(errors, fresh, num_experts))
-        population.sort(key=lambda each: (known[each], each))
+        fresh = [dropped for dropped in population if dropped not in known] if settings.memoise else population
+        known.update(_score(errors, fresh, num_experts))
+        population.sort(key=lambda dropped: (known[dropped], dropped))
         advance(generation, known[population[0]])
         if generation + 1 < settings.iterations:
             parents = population[: settings.parents]
             population = parents + _children(parents, size - len(parents), num_experts, settings.mutation, draw)
-    return sorted(known.items(), key=lambda item: (item[1], item[0]))[:num_best]
+    return sorted(known.items(), key=lambda item: (item[1], item[0]))
 
 
-def _first_population(size: int, num_experts: int, num_dropped: int, draw: random.Random) -> list[Set]:
-    """Distinct sets, all equally likely."""
-    population: dict[Set, None] = {}
+def _first_population(size: int, num_experts: int, num_dropped: int, draw: random.Random) -> list[ExpertSet]:
+    """Draw distinct sets, all equally likely."""
+    population: dict[ExpertSet, None] = {}
     while len(population) < size:
         population[tuple(sorted(draw.sample(range(num_experts), num_dropped)))] = None
     return list(population)
 
 
-def _children(parents: Sequence[Set], number: int, num_experts: int, mutation: float, draw: random.Random) -> list[Set]:
+def _children(
+    parents: Sequence[ExpertSet], number: int, num_experts: int, mutation: float, draw: random.Random
+) -> list[ExpertSet]:
     children = []
     for _ in range(number):
         one, other = draw.sample(parents, 2)
@@ -148,19 +176,19 @@ def _children(parents: Sequence[Set], number: int, num_experts: int, mutation: f
 
 def _enumerate(
     errors: Errors, num_experts: int, num_dropped: int, num_best: int, advance: Callable[[int, float], None]
-) -> list[tuple[Set, float]]:
-    best: list[tuple[Set, float]] = []
+) -> list[tuple[ExpertSet, float]]:
+    best: list[tuple[ExpertSet, float]] = []
     sets = itertools.combinations(range(num_experts), num_dropped)
     for generation in itertools.count():
         chunk = list(itertools.islice(sets, CHUNK))
         if not chunk:
             return best
-        best = sorted([*best, *_scored(errors, chunk, num_experts)], key=lambda item: (item[1], item[0]))[:num_best]
+        best = sorted([*best, *_score(errors, chunk, num_experts)], key=lambda item: (item[1], item[0]))[:num_best]
         advance(generation, best[0][1])
     raise AssertionError
 
 
-def _scored(errors: Errors, sets: Sequence[Set], num_experts: int) -> Iterable[tuple[Set, float]]:
+def _score(errors: Errors, sets: Sequence[ExpertSet], num_experts: int) -> Iterable[tuple[ExpertSet, float]]:
     if not sets:
         return []
     dropped_PE = torch.zeros(len(sets), num_experts, dtype=torch.bool)

@@ -1,78 +1,101 @@
 """How much each routed expert matters: the calibration loss with only that expert removed (MoE-I², section 3.1).
 
-Legend: B texts of a block, S their padded length, T real tokens, D hidden size, E routed experts.
+Legend: B texts of a batch, S their padded length, T real tokens, D hidden size, E routed experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
-from recondense.methods.search.layerwise import Cache, lacking, layerwise
-from recondense.methods.search.leave_out import Replay
-from recondense.methods.search.rerun import Climb, Start
+from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
+from recondense.methods.search.leave_out import LeaveOutScorer
+from recondense.methods.search.rerun import Change, Rerun
+from recondense.methods.step import Record
 from recondense.models import decoder, views
 from recondense.models.tensor_store import Shelf
 from recondense.models.views import SparseBlock
 from recondense.progress import progress
 
 KINDS = ("layer_output", "lm_loss")
-LOGIT_BYTES = 12  # of one logit: as the head gives it, in fp32, and its logarithmic softmax
+LOGIT_BYTES = 12  # one logit: as the head returns it, in fp32, and its logarithmic softmax
 
 
 def expert_importances(
-    model: PreTrainedModel,
-    tape: Callable[[], Tape],
-    cache: Cache,
+    search: LayerwiseSearch,
     blocks: Mapping[int, SparseBlock],
     kind: str,
     normalize: bool,
-    max_scratch_bytes: int,
-    description: str,
-) -> tuple[dict[int, list[float]], int]:
-    """`expert_importance` of some layers, as far as the cache lacks it; and how many came out of the cache."""
+    title: str,
+) -> dict[int, list[float]]:
+    """Compute `expert_importance` of some layers, or read it from the cache.
+
+    Args:
+        search: has the model, its tape and the cache.
+        blocks: the layers.
+        kind, normalize: as in `expert_importance`.
+        title: shown with the progress.
+
+    Returns:
+        E values a layer.
+    """
+    model, scratch = search.context.model, search.context.max_scratch_bytes
     names = {layer: f"importance-{layer:03d}" for layer in blocks}
-    wanted = lacking(cache, names)
-    by_loss = [layer for layer in wanted if _by_loss(kind, blocks[layer])]
-    reused = len(names) - len(wanted)
-    if by_loss:
-        with progress(f"{description}: the loss without each", len(by_loss)) as bar:
-            for layer in by_loss:  # on the way to the top, all processes go through each layer with their own texts
-                values = _losses(model, tape(), blocks[layer], normalize, max_scratch_bytes)
-                cache[names[layer]] = {"importance": values}
-                bar.advance()
+    by_loss = {layer: name for layer, name in names.items() if _uses_loss(kind, blocks[layer])}
+    records = _search_losses(search, by_loss, blocks, normalize, title) if by_loss else {}
 
-    def work(own: Tape, layer: int, *_: Any) -> dict[str, Any]:
-        return {"importance": _changes(model, own, blocks[layer], normalize, max_scratch_bytes)}
+    def work(task: LayerTask) -> Record:
+        return {"importance": _output_changes(model, task.tape, blocks[task.layer], normalize, scratch)}
 
-    found, _ = layerwise(model, tape, cache, names, work, description)
-    return {layer: list(record["importance"]) for layer, record in found.items()}, reused
+    by_output = {layer: name for layer, name in names.items() if layer not in by_loss}
+    if by_output:
+        records |= search.per_layer(by_output, work, title)
+    return {layer: list(records[layer]["importance"]) for layer in blocks}
+
+
+def _search_losses(
+    search: LayerwiseSearch, names: Mapping[int, str], blocks: Mapping[int, SparseBlock], normalize: bool, title: str
+) -> dict[int, Record]:
+    """Records of lm_loss. All processes run each layer's experts up to the top together, on their own texts."""
+    context = search.context
+    records: dict[int, Record] = {}
+    with progress(f"{title}: the loss without each expert", len(names)) as bar:
+        for layer, name in names.items():
+            cached = context.cache.get(name)
+            if cached is None:
+                values = _losses(context.model, context.tape(), blocks[layer], normalize, context.max_scratch_bytes)
+                context.cache[name] = cached = {"importance": values}
+            else:
+                search.reused += 1
+            records[layer] = cached
+            bar.advance()
+    return records
 
 
 def expert_importance(
     model: PreTrainedModel, tape: Tape, block: SparseBlock, kind: str, normalize: bool, max_scratch_bytes: int
 ) -> list[float]:
-    """I_j of each expert of one layer: the loss on the calibration set when only expert j is missing.
+    """Compute I_j of each expert of one layer: the loss on the calibration set if only expert j is missing.
 
-    Its logit is −∞ before the softmax. Which loss the paper means is open; both are its readings. Where only top_k
-    experts are left, nothing is selected in its stead.
+    The logit of expert j is −∞ before the softmax. If the layer has only top_k experts, nothing is selected instead.
+    The paper leaves open which loss it means; both kinds are readings of it.
 
     Args:
-        model: as the tape saw it; left bit-identical.
+        model: as it was taped; left bit-identical.
         tape: its hidden states.
         block: the layer.
-        kind: "layer_output": ‖F(X) − F^{−j}(X)‖_F of the MoE layer. "lm_loss": the model's next-token loss, mean over
-            all predicted tokens; only this layer and those above run again. A layer with only top_k experts, whose
-            router cannot do without one, is measured by its output all the same.
-        normalize: of a layer_output, divide it by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms. Of
-            an lm_loss, take the loss of the whole model off, not below 0: else all importances are nearly equal. Where
-            no expert is missed the layer's importance is then 0.
+        kind: "layer_output": ‖F(X) − F^{−j}(X)‖_F of the MoE layer. "lm_loss": the model's next-token loss, the mean
+            over all predicted tokens; only this layer and those above run again. A layer with only top_k experts is
+            measured by its output in either case, because its router cannot do without one.
+        normalize: divide a layer_output by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms. Subtract
+            the model's own loss from an lm_loss, not below 0: otherwise all importances are nearly equal. If no expert
+            is missed, the importance of the layer is then 0.
         max_scratch_bytes: bound on temporaries of scoring, logits included.
 
     Returns:
@@ -80,66 +103,68 @@ def expert_importance(
 
     Reference: arXiv 2411.01016, section 3.1.
     """
-    of = _losses if _by_loss(kind, block) else _changes
-    return of(model, tape, block, normalize, max_scratch_bytes)
+    compute = _losses if _uses_loss(kind, block) else _output_changes
+    return compute(model, tape, block, normalize, max_scratch_bytes)
 
 
-def _by_loss(kind: str, block: SparseBlock) -> bool:
+def _uses_loss(kind: str, block: SparseBlock) -> bool:
     return kind == "lm_loss" and block.num_experts > block.routing.top_k
 
 
 @torch.no_grad()
-def _changes(
+def _output_changes(
     model: PreTrainedModel, tape: Tape, block: SparseBlock, normalize: bool, max_scratch_bytes: int
 ) -> list[float]:
-    """What each expert alone changes of the layer's output."""
+    """The change of the layer's output without each expert."""
     if block.num_experts == 1:
         return [1.0]
-    replay = Replay(model, tape, block, 1, max_scratch_bytes, least_retained=1)
-    errors: list[float] = replay.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
-    return [error / max(replay.output_norm, 1e-300) for error in errors] if normalize else errors
+    scorer = LeaveOutScorer.prepare(model, tape, block, 1, max_scratch_bytes, least_retained=1)
+    errors: list[float] = scorer.errors(torch.eye(block.num_experts, dtype=torch.bool)).tolist()
+    return [error / max(scorer.output_norm, 1e-300) for error in errors] if normalize else errors
 
 
 @torch.no_grad()
 def _losses(
     model: PreTrainedModel, tape: Tape, block: SparseBlock, normalize: bool, max_scratch_bytes: int
 ) -> list[float]:
-    """Mean next-token loss in nats without each expert; as many at a time as the tape has layers."""
+    """The mean next-token loss in nats without each expert; as many experts at a time as the tape has layers."""
     everything = range(block.num_experts)
 
     def without(expert: int) -> nn.Module:
         return views.masked_block(views.sparse_blocks(model)[block.layer], [e for e in everything if e != expert])
 
-    starts = [Start(block.layer), *(Start(block.layer, partial(without, expert)) for expert in everything)]
-    climb = Climb(model, tape)
+    changes = [Change(block.layer), *(Change(block.layer, partial(without, expert)) for expert in everything)]
+    rerun = Rerun(model, tape)
     losses: list[float] = []
-    for first in range(0, len(starts), tape.num_layers):
-        for final in climb.final(starts[first : first + tape.num_layers]):
-            losses.append(_loss_of(model, tape, final, max_scratch_bytes))
-    least, *others = losses
-    return [max(0.0, loss - least) if normalize else loss for loss in others]
+    for first in range(0, len(changes), tape.num_layers):
+        for final in rerun.final_states(changes[first : first + tape.num_layers]):
+            losses.append(_mean_loss(model, tape, final, max_scratch_bytes))
+    original, *others = losses
+    return [max(0.0, loss - original) if normalize else loss for loss in others]
 
 
-def _loss_of(model: PreTrainedModel, tape: Tape, final: Shelf, max_scratch_bytes: int) -> float:
-    """From the states leaving the last layer; summed over blocks of texts in their order."""
-    parts = tape.texts.in_order([
-        (
-            _next_token_loss(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS, max_scratch_bytes),
-            int(texts.mask_BS[:, 1:].sum()),
-        )
-        for texts, hidden_BSD in zip(tape.texts.local, final, strict=True)
-    ])  # fmt: skip
+def _mean_loss(model: PreTrainedModel, tape: Tape, final: Shelf, max_scratch_bytes: int) -> float:
+    """From the states leaving the last layer; summed over text batches in their order."""
+    parts = tape.texts.in_order(
+        [
+            (
+                _next_token_loss(model, hidden_BSD, texts.input_ids_BS, texts.mask_BS, max_scratch_bytes),
+                int(texts.mask_BS[:, 1:].sum()),
+            )
+            for texts, hidden_BSD in zip(tape.texts.local, final, strict=True)
+        ]
+    )
     return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
 
 
 def _next_token_loss(
     model: PreTrainedModel, hidden_BSD: Tensor, input_ids_BS: Tensor, mask_BS: Tensor, max_scratch_bytes: int
 ) -> float:
-    """Sum of the losses of the real tokens but each text's first, logits of a few tokens at a time."""
+    """The sum of the losses of all real tokens but each text's first; logits of a few tokens at a time."""
     head = cast(nn.Linear, model.get_output_embeddings())
-    wanted_BS = mask_BS[:, 1:]
-    normed_TD = decoder.final_norm(model)(hidden_BSD)[:, :-1][wanted_BS]
+    predicted_BS = mask_BS[:, 1:]
+    normed_TD = decoder.final_norm(model)(hidden_BSD)[:, :-1][predicted_BS]
     rows = max(1, max_scratch_bytes // (LOGIT_BYTES * head.weight.shape[0]))
-    parts = zip(normed_TD.split(rows), input_ids_BS[:, 1:][wanted_BS].split(rows), strict=True)
+    parts = zip(normed_TD.split(rows), input_ids_BS[:, 1:][predicted_BS].split(rows), strict=True)
     losses = (nn.functional.cross_entropy(head(x_TD).float(), ids_T, reduction="none") for x_TD, ids_T in parts)
-    return sum(float(each_T.double().sum()) for each_T in losses)
+    return sum(float(loss_T.double().sum()) for loss_T in losses)

@@ -1,4 +1,4 @@
-"""One option a layer, least damage for what must be saved: the multiple-choice knapsack."""
+"""The multiple-choice knapsack: one option a layer, with the least damage for the parameters that must be saved."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ import numpy as np
 
 from recondense.errors import UserError
 
-CELLS = 20_000  # what must be saved is counted in so many units; each layer's saving is rounded down to a whole one
+CELLS = 20_000  # units that the need is divided into; the saving of each layer is rounded down to whole units
 
 
 def least_damage(saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float]], need: int) -> list[int]:
-    """The options that together save enough at the least sum of damages.
+    """Choose the options that together save enough at the least sum of damages.
 
-    minimise `Σ_i damage[i][o_i]` subject to `Σ_i saved[i][o_i] >= need`, by dynamic programming over units of need /
-    CELLS: at the optimum no exchange of options lowers the damage per parameter saved. Rounding down never lets a
-    choice save less than `need`; it may miss one that saves less than a unit a layer above it.
+    minimise `Σ_i damage[i][o_i]` subject to `Σ_i saved[i][o_i] >= need`
+
+    Dynamic programming over units of need / CELLS. Savings are rounded down, so a choice never saves less than `need`.
+    A choice that saves less than one unit a layer above `need` may be missed.
 
     Args:
-        saved, damage: for each layer, of each of its options.
-        need: parameters.
+        saved: parameters that each option of each layer saves.
+        damage: the damage of each option of each layer.
+        need: parameters to save.
 
     Returns:
-        the index of each layer's option; ties go to the earlier option.
+        the index of each layer's option. The earlier option wins a tie.
 
     Raises:
-        UserError: the most that can be saved is less than `need`.
+        UserError: the strongest options save less than `need`.
     """
-    most = sum(max(each) for each in saved)
+    most = sum(map(max, saved))
     if most < need:
         raise UserError(f"{need:,} parameters are to be saved, but these options save at most {most:,}")
     if need <= 0:
-        return [min(range(len(each)), key=lambda option: (each[option], option)) for each in damage]
+        return [min(range(len(damages)), key=lambda option: (damages[option], option)) for damages in damage]
     unit = max(1, need // CELLS)
     target = -(-need // unit)
-    # least[u]: the least damage of the layers so far that save at least u units
+    # least[u]: the least damage with which the layers so far save at least u units
     least = np.full(target + 1, np.inf)
     least[0] = 0.0
     choices = []
@@ -49,10 +51,10 @@ def least_damage(saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float
         least = best
         choices.append(choice)
     if not np.isfinite(least[target]):  # within the rounding of the most that can be saved
-        return [max(range(len(each)), key=lambda option: (each[option], -option)) for each in saved]
-    found, left = [], target
+        return [max(range(len(savings)), key=lambda option: (savings[option], -option)) for savings in saved]
+    options, remaining = [], target
     for savings, choice in zip(reversed(saved), reversed(choices), strict=True):
-        option = int(choice[left])
-        found.append(option)
-        left = max(0, left - min(savings[option] // unit, target))
-    return found[::-1]
+        option = int(choice[remaining])
+        options.append(option)
+        remaining = max(0, remaining - min(savings[option] // unit, target))
+    return options[::-1]

@@ -1,8 +1,11 @@
 """The block-wise KT-reception field: which candidate of each layer goes best with those of its neighbours.
 
-T consecutive MoE layers are a block, with any dense layers between them. Every combination of their K candidates runs
-through whole decoder layers (attention, norms and residual included), on the states that the layers pruned so far
-leave; the one nearest to the original's hidden state at the block's end is kept, and the next block goes on from it.
+T consecutive MoE layers, with any dense layers between them, are a group (the paper's block). All combinations of their
+K candidates run through whole decoder layers (attention, norms and residual included), on the states under the layers
+pruned so far. The combination that comes nearest to the original's hidden state at the end of the group is kept, and
+the next group starts from there.
+
+Legend: B texts of a batch, S their padded length, T real tokens of a batch, D hidden size.
 
 Reference: MoE-I², arXiv 2411.01016, section 3.1.
 """
@@ -16,21 +19,20 @@ import torch
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
+from recondense.methods.search.genetic import ExpertSet
 from recondense.models import views
 from recondense.models.hooks import evaluating
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Shelf
 
-Set = tuple[int, ...]
-
 
 @dataclass(frozen=True)
-class Block:
-    """What was decided for one block.
+class Group:
+    """The decision for one group of layers.
 
     Args:
         layers: its MoE layers.
-        choice: for each the index of its candidate.
+        choice: the index of each layer's candidate.
         error: ‖pruned − original‖_F of the hidden state leaving the last layer, over the original's norm.
         combinations: how many were tried.
     """
@@ -45,100 +47,104 @@ class Block:
 def reception_field(
     model: PreTrainedModel,
     tape: Tape,
-    candidates: Mapping[int, Sequence[Set]],
-    block_size: int,
-    known: Sequence[Block] = (),
-    decided: Callable[[list[Block]], None] = lambda blocks: None,
-) -> list[Block]:
-    """Choose one candidate a layer, block after block.
+    candidates: Mapping[int, Sequence[ExpertSet]],
+    group_size: int,
+    known: Sequence[Group] = (),
+    on_decision: Callable[[list[Group]], None] = lambda groups: None,
+) -> list[Group]:
+    """Choose one candidate a layer, group after group.
 
-    Combinations share prefixes: K + K² + … + K^T runs of a MoE layer for a block, not T·K^T. Dense layers between MoE
+    Combinations share prefixes: a group takes K + K² + … + K^T runs of a MoE layer, not T·K^T. Dense layers between MoE
     layers run with the MoE layer before them.
 
     Args:
-        model: as the tape saw it; left bit-identical.
+        model: as it was taped; left bit-identical.
         tape: its hidden states.
-        candidates: for each MoE layer, ascending, the sets of experts to drop; an empty set leaves the layer alone.
-        block_size: T.
-        known: the first blocks, decided in an earlier run: their states are made again, nothing is tried.
-        decided: called after each block with all so far.
+        candidates: the sets of experts to drop, by MoE layer. An empty set leaves the layer as it is.
+        group_size: T.
+        known: the first groups, decided in an earlier run. Their states are computed again, nothing is tried.
+        on_decision: called after each group with all groups so far.
 
     Returns:
-        the blocks, in order. The first combination wins a tie.
+        the groups in order. The first combination wins a tie.
     """
     layers = sorted(candidates)
     states = tape.states[layers[0]] if layers else tape.storage.shelf()
-    found = list(known)
+    groups = list(known)
     with evaluating(model):
-        for number, first in enumerate(range(0, len(layers), block_size)):
-            own = tuple(layers[first : first + block_size])
-            stretches = [*zip(own, [*own[1:], own[-1] + 1], strict=True)]
-            if number == len(found):
+        for number, first in enumerate(range(0, len(layers), group_size)):
+            members = tuple(layers[first : first + group_size])
+            stretches = [*zip(members, [*members[1:], members[-1] + 1], strict=True)]
+            if number == len(groups):
                 errors, norm = _errors(model, tape, candidates, stretches, states)
                 best = min(errors, key=lambda choice: (errors[choice], choice))
-                found.append(Block(own, best, (errors[best] / max(norm, 1e-300)) ** 0.5, len(errors)))
-                decided(found)
-            if first + block_size < len(layers):
-                for (layer, end), place in zip(stretches, found[number].choice, strict=True):
-                    states = _run(model, tape, states, layer, end, candidates[layer][place])
-                for layer in range(own[-1] + 1, layers[first + block_size]):  # dense layers before the next block
-                    states = _through(model, tape, states, layer, None)
-    return found
+                groups.append(Group(members, best, (errors[best] / max(norm, 1e-300)) ** 0.5, len(errors)))
+                on_decision(groups)
+            if first + group_size < len(layers):
+                for (layer, end), place in zip(stretches, groups[number].choice, strict=True):
+                    states = _run_stretch(model, tape, states, layer, end, candidates[layer][place])
+                for layer in range(members[-1] + 1, layers[first + group_size]):  # dense layers before the next group
+                    states = _run_layer(model, tape, states, layer)
+    return groups
 
 
 def _errors(
     model: PreTrainedModel,
     tape: Tape,
-    candidates: Mapping[int, Sequence[Set]],
+    candidates: Mapping[int, Sequence[ExpertSet]],
     stretches: Sequence[tuple[int, int]],
     states: Shelf,
 ) -> tuple[dict[tuple[int, ...], float], float]:
-    """Squared errors of every combination, and the squared norm of what they are compared with.
+    """The squared error of every combination of a group, and the squared norm of the original's states.
 
-    All combinations go through a layer before the next one is needed: one reading of its weights, and K^(T-1) states
-    of one layer are held.
+    All combinations go through a layer before the next one is needed: its weights are read once, and K^(T-1) states of
+    one layer are held.
+
+    Args:
+        stretches: for each MoE layer of the group, its index and that of the next MoE layer.
     """
     live: dict[tuple[int, ...], Shelf] = {(): states}
     for layer, end in stretches[:-1]:
         live = {
-            (*chosen, place): _through(model, tape, before, layer, dropped)
+            (*chosen, place): _run_layer(model, tape, before, layer, dropped)
             for chosen, before in live.items()
             for place, dropped in enumerate(candidates[layer])
         }
         for dense in range(layer + 1, end):
             for chosen in live:  # one after the other in place: no second copy of all of them
-                live[chosen] = _through(model, tape, live[chosen], dense, None)
+                live[chosen] = _run_layer(model, tape, live[chosen], dense)
     layer, end = stretches[-1]
-    assert end == layer + 1  # nothing behind the last MoE layer of a block
+    assert end == layer + 1  # nothing follows the last MoE layer of a group
     errors: dict[tuple[int, ...], float] = {}
     for chosen, before in live.items():
         for place, dropped in enumerate(candidates[layer]):
-            after = _through(model, tape, before, layer, dropped)
-            errors[*chosen, place] = _squares(tape, after, tape.states[end])
-    return errors, _squares(tape, tape.states[end], None)
+            after = _run_layer(model, tape, before, layer, dropped)
+            errors[*chosen, place] = _squared_norm(tape, after, tape.states[end])
+    return errors, _squared_norm(tape, tape.states[end])
 
 
-def _squares(tape: Tape, states: Shelf, others: Shelf | None) -> float:
-    """‖states − others‖² over the real tokens, summed over blocks of texts in their order."""
+def _squared_norm(tape: Tape, states: Shelf, others: Shelf | None = None) -> float:
+    """‖states − others‖² over the real tokens, summed over text batches in their order."""
     sums = []
     for index, hidden_BSD in enumerate(states):
-        wanted_TD = tape.real_tokens(index, hidden_BSD).double()
+        difference_TD = tape.real_tokens(index, hidden_BSD).double()
         if others is not None:
-            wanted_TD = wanted_TD - tape.real_tokens(index, others[index]).double()
-        sums.append(float(wanted_TD.square().sum()))
+            difference_TD = difference_TD - tape.real_tokens(index, others[index]).double()
+        sums.append(float(difference_TD.square().sum()))
     return sum(tape.texts.in_order(sums))
 
 
-def _run(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, end: int, dropped: Set) -> Shelf:
+def _run_stretch(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, end: int, dropped: ExpertSet) -> Shelf:
     """All texts from the input of a MoE layer, with some experts dropped, to the input of layer `end`."""
-    states = _through(model, tape, states, layer, dropped)
-    for each in range(layer + 1, end):
-        states = _through(model, tape, states, each, None)
+    states = _run_layer(model, tape, states, layer, dropped)
+    for dense in range(layer + 1, end):
+        states = _run_layer(model, tape, states, dense)
     return states
 
 
-def _through(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, dropped: Set | None) -> Shelf:
-    found = tape.storage.shelf()
+def _run_layer(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, dropped: ExpertSet = ()) -> Shelf:
+    """All texts through one decoder layer, without the dropped experts."""
+    outputs = tape.storage.shelf()
     with layer_store(model).resident(layer):
         blocks = {}
         if dropped:
@@ -146,5 +152,5 @@ def _through(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, drop
             blocks = {layer: views.masked_block(block, [e for e in range(block.num_experts) if e not in dropped])}
         with views.swapped(model, blocks):
             for index, hidden_BSD in enumerate(states):
-                found.append(tape.run_layer(model, layer, index, hidden_BSD))
-    return found
+                outputs.append(tape.run_layer(model, layer, index, hidden_BSD))
+    return outputs

@@ -1,102 +1,137 @@
-"""Searches that treat each layer on its own: what the cache lacks is searched, by all processes.
-
-Each of them takes a layer, or, where a layer's record is made of sums over texts, its own texts of every layer.
-"""
+"""Searches that treat each layer on its own: layers in the cache are read, all processes search the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedModel
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from recondense import processes
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
+from recondense.methods.step import Record, SearchContext
 from recondense.models.layer_store import layer_store
 from recondense.progress import Stage, progress
 
-Record = dict[str, Any]
-Cache = MutableMapping[str, Record]
 
-
-def lacking(
-    cache: Cache, names: Mapping[int, str], enough: Callable[[Record], bool] = lambda record: True
-) -> list[int]:
-    """The layers whose records the cache does not have, or not all that is asked of them."""
-    known = {layer: cache.get(name) for layer, name in names.items()}
-    return [layer for layer, record in known.items() if record is None or not enough(record)]
-
-
-def layerwise(
-    model: PreTrainedModel,
-    tape: Callable[[], Tape],
-    cache: Cache,
-    names: Mapping[int, str],
-    work: Callable[[Tape, int, Record | None, Stage], Record],
-    description: str,
-    enough: Callable[[Record], bool] = lambda record: True,
-    failed: dict[int, str] | None = None,
-    by_text: bool = False,
-) -> tuple[dict[int, Record], int]:
-    """One record a layer.
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer to search; its weights are in memory.
 
     Args:
-        tape: gives the states on the calibration set; called only if something is searched.
-        cache: records found so far; written after every layer.
-        names: for each layer, what the cache calls its record.
-        work: searches a layer, whose weights are in memory: gets the states around it on all texts, the layer, what
-            the cache has of it, and the progress to note something on.
-        description: shown as progress.
-        enough: whether a record that the cache has answers all that is asked.
-        failed: takes the message of a UserError of `work`, by layer; None: it is raised.
-        by_text: `work` gets the states on this process's texts, and puts together what all processes found, with
-            `tape.texts.total` or `tape.texts.in_order`; none has to be sent the states of others.
-
-    Returns:
-        the records that were found, by layer, and how many of them came out of the cache.
+        layer: decoder-layer index.
+        tape: the states around the layer, of all texts or of this process's texts.
+        cached: the layer's record in the cache, if it is not complete.
+        bar: takes notes on the progress within the layer.
     """
-    wanted = lacking(cache, names, enough)
-    known = {layer: cache.get(name) for layer, name in names.items()}
-    reused = len(names) - len(wanted)
-    with progress(description, len(names)) as bar:
-        bar.advance(reused)
-        # Where every process has all texts, each of them searches all layers.
-        together = processes.world_size() if wanted and tape().texts.split and not by_text else 1
-        for first in range(0, len(wanted), together):
-            layers = wanted[first : first + together]
-            for layer, (record, error) in zip(
-                layers, _each(model, tape(), layers, known, work, bar, by_text), strict=True
-            ):
-                if error is not None and failed is None:
-                    raise error
-                if error is not None and failed is not None:
-                    failed[layer] = str(error)
-                known[layer] = record
-                if record is not None:
-                    cache[names[layer]] = record
+
+    layer: int
+    tape: Tape
+    cached: Record | None
+    bar: Stage
+
+
+Work = Callable[[LayerTask], Record]
+
+
+class LayerwiseSearch:
+    """Makes one record a layer, and keeps each in the cache.
+
+    Args:
+        context: the model, its tape and the cache.
+
+    Attributes:
+        reused: the number of records that came out of the cache so far.
+    """
+
+    def __init__(self, context: SearchContext) -> None:
+        self.context = context
+        self.reused = 0
+
+    def per_layer(
+        self,
+        names: Mapping[int, str],
+        work: Work,
+        title: str,
+        complete: Callable[[Record], bool] = lambda record: True,
+    ) -> dict[int, Record]:
+        """Search each layer in one process, on all texts. Every process searches another layer.
+
+        Args:
+            names: the name of each layer's record in the cache.
+            work: searches one layer; `LayerTask.tape` has the states of all texts around this layer alone.
+            title: shown with the progress.
+            complete: tells whether a cached record has all that is asked for.
+
+        Returns:
+            the records by layer.
+        """
+        records, missing = self._read(names, complete)
+        with self._progress(title, names, missing) as bar:
+            tape = self.context.tape() if missing else None
+            # If every process has all texts, each of them searches all layers.
+            together = processes.world_size() if tape is not None and tape.texts.split else 1
+            for first in range(0, len(missing), together):
+                assert tape is not None
+                layers = missing[first : first + together]
+                tasks = [(layer, records.get(layer)) for layer in layers]
+                for layer, (record, error) in zip(layers, self._share(tape, tasks, work, bar), strict=True):
+                    if error is not None:
+                        raise error
+                    assert record is not None
+                    records[layer] = self.context.cache[names[layer]] = record
+                    bar.advance()
+        return {layer: records[layer] for layer in names}
+
+    def per_text(self, names: Mapping[int, str], work: Work, title: str) -> dict[int, Record]:
+        """Search every layer in all processes, each on its own texts. For records that are sums over texts.
+
+        Args:
+            names: the name of each layer's record in the cache.
+            work: searches one layer; `LayerTask.tape` has this process's texts. `tape.texts.total` and
+                `tape.texts.in_order` put together what all processes computed.
+            title: shown with the progress.
+
+        Returns:
+            the records by layer.
+        """
+        records, missing = self._read(names)
+        with self._progress(title, names, missing) as bar:
+            tape = self.context.tape() if missing else None
+            for layer in missing:
+                assert tape is not None
+                with layer_store(self.context.model).resident(layer):
+                    records[layer] = work(LayerTask(layer, tape, None, bar))
+                self.context.cache[names[layer]] = records[layer]
                 bar.advance()
-    return {layer: record for layer, record in known.items() if record is not None}, reused
+        return {layer: records[layer] for layer in names}
 
+    def _read(
+        self, names: Mapping[int, str], complete: Callable[[Record], bool] = lambda record: True
+    ) -> tuple[dict[int, Record], list[int]]:
+        """The cached records, and the layers whose records are missing or not complete."""
+        cached = {layer: self.context.cache.get(name) for layer, name in names.items()}
+        missing = [layer for layer, record in cached.items() if record is None or not complete(record)]
+        self.reused += len(names) - len(missing)
+        return {layer: record for layer, record in cached.items() if record is not None}, missing
 
-def _each(
-    model: PreTrainedModel,
-    tape: Tape,
-    layers: Sequence[int],
-    known: dict[int, Record | None],
-    work: Callable[[Tape, int, Record | None, Stage], Record],
-    bar: Stage,
-    by_text: bool,
-) -> list[tuple[Record | None, UserError | None]]:
-    """What the processes find for some layers, one each; all of them get all of it."""
-    apart = tape.texts.split and not by_text
-    own = tape.excerpt(layers) if apart else tape
-    found: tuple[Record | None, UserError | None] = None, None
-    if own is not None:
-        layer = layers[processes.rank()] if apart else layers[0]
-        try:
-            with layer_store(model).resident(layer):
-                found = work(own, layer, known[layer], bar), None
-        except UserError as error:
-            found = None, error
-    return processes.gather(found)[: len(layers)] if apart else [found]
+    @contextmanager
+    def _progress(self, title: str, names: Mapping[int, str], missing: Sequence[int]) -> Iterator[Stage]:
+        with progress(title, len(names)) as bar:
+            bar.advance(len(names) - len(missing))
+            yield bar
+
+    def _share(
+        self, tape: Tape, tasks: Sequence[tuple[int, Record | None]], work: Work, bar: Stage
+    ) -> list[tuple[Record | None, UserError | None]]:
+        """Search one layer a process; all processes get all records and errors."""
+        excerpt = tape.excerpt([layer for layer, _ in tasks]) if tape.texts.split else tape
+        outcome: tuple[Record | None, UserError | None] = None, None
+        if excerpt is not None:
+            layer, cached = tasks[processes.rank()] if tape.texts.split else tasks[0]
+            try:
+                with layer_store(self.context.model).resident(layer):
+                    outcome = work(LayerTask(layer, excerpt, cached, bar)), None
+            except UserError as error:  # raised by all processes together
+                outcome = None, error
+        return processes.gather(outcome)[: len(tasks)] if tape.texts.split else [outcome]

@@ -1,19 +1,16 @@
-"""One sparse layer's calibration tokens, ready to say what dropping any set of experts would change.
+"""How much a sparse layer's output changes on the calibration tokens without any set of its experts.
 
-With a set S dropped, its logits are −∞ before the softmax (its scores before the selection, where a sigmoid gives
-them), so the layer changes by Σ_e (w_e(S) − w_e)·E_e(x): the shared experts cancel. With d the difference of the
-weights and G_t the Gram matrix of the token's expert outputs, the squared change is Σ_t dᵀ G_t d. Of a token only its
-first M = K + (most experts dropped) experts in the order of selection can ever be selected, so G_t is M × M, is
-computed once, and no expert output is kept. Where a softmax's scores are corrected for the selection, its order depends
-on S, and M = E.
+With a set S dropped, its logits are −∞ before the softmax (for a sigmoid router its scores before the selection). The
+layer's output changes by Σ_e (w_e(S) − w_e)·E_e(x): the shared experts cancel. With d the difference of the weights and
+G_t the Gram matrix of the token's expert outputs, the squared change is Σ_t dᵀ G_t d. A token can only select its first
+M = K + (most experts dropped) experts in the order of selection. So G_t is M × M, is computed once, and no expert
+output is kept. If a softmax router corrects its scores for the selection, the order depends on S, and M = E.
 
-Legend: P sets (a population), T tokens, E routed experts, K top-k, M experts that a token can come to select, D hidden
-size.
+Legend: P sets (a population), T tokens, t tokens of one expert, S = T·M rows, E routed experts, K top-k, M experts that
+a token can come to select, D hidden size.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,95 +19,105 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.models.blocks import RemappedRouter, expert_outputs
+from recondense.models.tensor_store import Storage
 from recondense.models.views import SparseBlock
 
-TEMPORARIES = 6  # tensors of (tokens, M, P) that scoring a chunk holds at once
-# Of each temporary, so that sums do not depend on how much memory is free. On a CPU larger ones leave its cache.
+TEMPORARIES = 6  # tensors (T, M, P) that scoring a chunk holds at once
+# The largest temporary: sums must not depend on how much memory is free. On a CPU a larger one leaves its cache.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 GRAM_TOKENS = {"cpu": 256, "cuda": 4096}  # tokens whose expert outputs are held together
-STEEP = 60.0  # nats between a token's logits beyond which exponentials relative to the largest leave fp32
+STEEP = 60.0  # nats between a token's logits: above it exponentials relative to the largest leave fp32's range
 
 
-class Replay:
-    """Scores sets of dropped experts of one layer, a whole population at once.
+class LeaveOutScorer:
+    """Scores sets of dropped experts of one layer, a whole population at once. Made by `prepare`.
 
-    Args:
-        model: as the tape saw it; left bit-identical.
-        tape: its hidden states.
-        block: the layer; its router must not select among groups.
-        max_dropped: the most experts that a set will have.
-        least_retained: how many experts a set must leave; None: top_k, as any router needs. With fewer a token selects
-            all that are left.
+    If logits are equal, or sigmoids round to the same score, this takes the order of torch.topk over M, and the router
+    that over K.
+
+    Attributes:
+        block: the layer.
+        max_dropped: the most experts of a set.
         max_scratch_bytes: bound on temporaries. The Gram matrices (4·T·M² bytes) are kept if they fit half of it, and
-            computed again for each population otherwise; the other half is for scoring, or for the outputs of
-            GRAM_TOKENS tokens, of fewer where they do not fit.
-
-    Equal logits, or sigmoids that round alike, are taken in torch.topk's order over M, where the router takes them in
-    its order over K.
-
-    Raises:
-        UserError: fewer experts would stay than must; grouped routing; merged experts.
+            computed again for each population otherwise. The other half is for scoring, or for the outputs of
+            GRAM_TOKENS tokens, of fewer if they do not fit.
+        num_candidates: M.
+        num_tokens: T of all texts.
+        output_norm: ‖F(X)‖_F of the MoE layer's output.
     """
 
-    def __init__(
-        self,
+    def __init__(self, block: SparseBlock, max_dropped: int, max_scratch_bytes: int, storage: Storage) -> None:
+        self.block = block
+        self.max_dropped = max_dropped
+        self.max_scratch_bytes = max_scratch_bytes
+        self._correction_E = block.correction_E
+        self._one_order = self._correction_E is None or block.routing.score == "sigmoid"
+        most = block.routing.top_k + max_dropped if self._one_order else block.num_experts
+        self.num_candidates = min(block.num_experts, most)
+        self.num_tokens = 0
+        self.output_norm = 0.0
+        # One entry a text batch:
+        self._x = storage.shelf()
+        self._logits = storage.shelf()
+        self._index = storage.shelf()
+        self._steep: list[bool] = []
+        self._grams: list[Tensor] | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(
+        cls,
         model: PreTrainedModel,
         tape: Tape,
         block: SparseBlock,
         max_dropped: int,
         max_scratch_bytes: int,
         least_retained: int | None = None,
-    ) -> None:
-        routing = block.routing
-        if block.num_experts - max_dropped < (routing.top_k if least_retained is None else least_retained):
-            raise UserError(
-                f"layer {block.layer}: dropping {max_dropped} of {block.num_experts} experts leaves fewer than the "
-                f"{routing.top_k} that each token selects"
-            )
-        if routing.num_groups > 1:
-            raise UserError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
-        if isinstance(block.router, RemappedRouter):
-            raise UserError(
-                f"layer {block.layer}: its experts were merged, so that dropping one alone has no meaning; prune "
-                "before merging, or set importance: uniform"
-            )
-        self.block = block
-        self.max_dropped = max_dropped
-        self.max_scratch_bytes = max_scratch_bytes
-        self._correction_E = block.correction_E
-        self._one_order = self._correction_E is None or routing.score == "sigmoid"
-        most = routing.top_k + max_dropped if self._one_order else block.num_experts
-        self.num_candidates = min(block.num_experts, most)
+    ) -> LeaveOutScorer:
+        """Route the calibration tokens and compute the Gram matrices.
+
+        Args:
+            model: as it was taped; left bit-identical.
+            tape: its hidden states.
+            block: the layer. Its router must not select among groups.
+            max_dropped: the most experts of a set.
+            max_scratch_bytes: see `max_scratch_bytes` above.
+            least_retained: the fewest experts that a set leaves; None: top_k, as any router needs. With fewer than
+                top_k a token selects all that remain.
+
+        Raises:
+            UserError: too few experts would remain, the router selects among groups, or experts are merged.
+        """
+        _check_block(block, max_dropped, block.routing.top_k if least_retained is None else least_retained)
+        scorer = cls(block, max_dropped, max_scratch_bytes, tape.storage)
         traces = tape.trace(model, block.layer)
-        self._x = tape.storage.shelf()
-        self.num_tokens = 0
         for trace in traces:
-            self._x.append(trace.x_TD)
-            self.num_tokens += len(trace.x_TD)
-        self.output_norm = float(sum(trace.output_TD.double().square().sum() for trace in traces)) ** 0.5
-        self._logits = tape.storage.shelf()
-        self._steep: list[bool] = []
-        self._index = tape.storage.shelf()
-        for x_TD in self._x:
-            logits_TE = block.router(x_TD)[0].detach().float()
-            self._logits.append(logits_TE)
-            self._steep.append(bool((logits_TE.amax(dim=1) - logits_TE.amin(dim=1)).max() > STEEP))
-            self._index.append(self._candidates(logits_TE))
-        keeps = self.num_tokens * self.num_candidates**2 * 4 <= max_scratch_bytes // 2
-        self._grams = [self._gram(index) for index in range(len(self._x))] if keeps else None
+            scorer._route(trace.x_TD)
+        scorer.output_norm = float(sum(trace.output_TD.double().square().sum() for trace in traces)) ** 0.5
+        if scorer.num_tokens * scorer.num_candidates**2 * 4 <= max_scratch_bytes // 2:
+            scorer._grams = [scorer._gram(index) for index in range(len(scorer._x))]
+        return scorer
+
+    def _route(self, x_TD: Tensor) -> None:
+        logits_TE = self.block.router(x_TD)[0].detach().float()
+        self._x.append(x_TD)
+        self._logits.append(logits_TE)
+        self._index.append(self._candidates(logits_TE))
+        self._steep.append(bool((logits_TE.amax(dim=1) - logits_TE.amin(dim=1)).max() > STEEP))
+        self.num_tokens += len(x_TD)
 
     @torch.no_grad()
     def errors(self, dropped_PE: Tensor) -> Tensor:
-        """‖F(X) − F^{−S}(X)‖_F of the MoE layer over all calibration tokens, for each set S.
+        """Compute ‖F(X) − F^{−S}(X)‖_F of the MoE layer over all calibration tokens, for each set S.
 
         Args:
             dropped_PE: bool, one row a set of at most `max_dropped` experts.
 
         Returns:
-            (P,) in fp64; the same for a set whatever the others and the scratch size, but for rounding (1e-6 relative).
+            (P,) in fp64. The other sets and the scratch size change a value by rounding only (1e-6 relative).
 
         Raises:
-            UserError: an expert's outputs overflow.
+            UserError: an expert's output overflows.
         """
         assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
         retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
@@ -133,12 +140,12 @@ class Replay:
         return total_P.clamp_min(0).sqrt().cpu()
 
     def _change(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
-        """Routing weights with a set dropped less those of the whole layer: (T, M, P), M candidates of each token."""
+        """The change of the routing weights of each token's candidates without each set, (T, M, P)."""
         everything_E1 = torch.ones_like(retained_EP[:, :1])
         return self._weights(index, part, retained_EP) - self._weights(index, part, everything_E1)
 
     def _candidates(self, logits_TE: Tensor) -> Tensor:
-        """The experts that a token can come to select, first those that it selects first: (T, M)."""
+        """The experts that a token can come to select, in the order of selection, (T, M)."""
         if not self._one_order:
             return torch.arange(logits_TE.shape[1], device=logits_TE.device).expand_as(logits_TE)
         if self._correction_E is not None:
@@ -146,13 +153,16 @@ class Replay:
         return logits_TE.topk(self.num_candidates, dim=1).indices
 
     def _weights(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
-        """Scores over the retained experts, the top_k of them, then the family's normalisation and scale."""
+        """The routing weights of each token's candidates with each set retained, (T, M, P).
+
+        Scores over the retained experts, the top_k of them, then the family's normalisation and scale.
+        """
         routing = self.block.routing
         index_TM, logits_TE = self._index[index][part], self._logits[index][part]
         keep_TMP = retained_EP[index_TM]
         if routing.score == "sigmoid":
             scores_TMP = torch.sigmoid(logits_TE).gather(1, index_TM).unsqueeze(-1)
-        elif self._steep[index]:  # relative to the largest that is retained, which differs from set to set
+        elif self._steep[index]:  # relative to the largest retained logit, which differs from set to set
             scores_TEP = logits_TE.unsqueeze(-1).masked_fill(~retained_EP, -torch.inf).softmax(dim=1)
             scores_TMP = scores_TEP.gather(1, index_TM.unsqueeze(-1).expand_as(keep_TMP))
         else:
@@ -172,7 +182,7 @@ class Replay:
         return weights_TMP.mul_(routing.scale)
 
     def _selected(self, scores_TMP: Tensor, keep_TMP: Tensor, index_TM: Tensor) -> Tensor:
-        """The top_k of corrected scores, for each set anew."""
+        """Whether a candidate is among the top_k of corrected scores, (T, M, P); computed anew for each set."""
         assert self._correction_E is not None
         choice_TMP = (scores_TMP + self._correction_E[index_TM].unsqueeze(-1)).masked_fill(~keep_TMP, -torch.inf)
         best_TKP = choice_TMP.topk(min(self.block.routing.top_k, choice_TMP.shape[1]), dim=1).indices
@@ -180,15 +190,15 @@ class Replay:
 
     @torch.no_grad()
     def _gram(self, index: int) -> Tensor:
-        """Products of the outputs of each token's candidates, (T, M, M) in fp32."""
+        """The Gram matrices of the outputs of each token's candidates, (T, M, M) in fp32."""
         x_TD, index_TM = self._x[index], self._index[index]
         fitting = self.max_scratch_bytes // 2 // (4 * self.num_candidates * x_TD.shape[1])
         rows = max(1, min(GRAM_TOKENS[x_TD.device.type], fitting))
-        parts = [self._gram_of(x_TD[part], index_TM[part]) for part in _parts(len(x_TD), rows)]
-        return torch.cat(parts)
+        parts = [slice(first, first + rows) for first in range(0, len(x_TD), rows)]
+        return torch.cat([self._gram_of(x_TD[part], index_TM[part]) for part in parts])
 
     def _gram_of(self, x_TD: Tensor, index_TM: Tensor) -> Tensor:
-        """The tokens of each expert together: one wait for the device, however many experts there are."""
+        """As `_gram`, for a few tokens. Tokens are grouped by expert: one wait for the device for all experts."""
         order = index_TM.flatten().argsort(stable=True)
         counts = torch.bincount(index_TM.flatten(), minlength=self.block.num_experts).tolist()
         outputs_SD = x_TD.new_empty(index_TM.numel(), x_TD.shape[1], dtype=torch.float32)
@@ -200,5 +210,17 @@ class Replay:
         return torch.bmm(outputs_TMD, outputs_TMD.transpose(1, 2))
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
-    return (slice(first, first + size) for first in range(0, count, size))
+def _check_block(block: SparseBlock, max_dropped: int, least_retained: int) -> None:
+    routing = block.routing
+    if block.num_experts - max_dropped < least_retained:
+        raise UserError(
+            f"layer {block.layer}: dropping {max_dropped} of {block.num_experts} experts leaves fewer than the "
+            f"{routing.top_k} that each token selects"
+        )
+    if routing.num_groups > 1:
+        raise UserError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
+    if isinstance(block.router, RemappedRouter):
+        raise UserError(
+            f"layer {block.layer}: its experts were merged, so that dropping one alone has no meaning; prune "
+            "before merging, or set importance: uniform"
+        )

@@ -1,4 +1,4 @@
-"""Ranks of factorized experts: MoE-I²'s formula, its cap, and what a parameter budget makes of it.
+"""Ranks of factorized experts: the formula of MoE-I², its cap, and ranks for a parameter budget.
 
 Legend: D hidden size, F expert width, M' retained experts of a layer, R_a average rank.
 """
@@ -6,35 +6,35 @@ Legend: D hidden size, F expert width, M' retained experts of a layer, R_a avera
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from recondense.errors import UserError
 
 AUTO_KEPT = 0.614  # what R_a = 512 keeps of a 2048 x 1408 expert (METHODS: 512·3456 / 2,883,584)
 EPSILON = 1e-9
 
-Ranks = list[int | None]
+Ranks = list[int | None]  # one an expert; None: dense
 
 
 def break_even(hidden_size: int, expert_width: int) -> float:
-    """The rank at which two factors have as many parameters as the weight, D·F / (D + F)."""
+    """The rank at which the two factors have as many parameters as the weight, D·F / (D + F)."""
     return hidden_size * expert_width / (hidden_size + expert_width)
 
 
 def automatic(hidden_size: int, expert_width: int) -> int:
-    """The average rank that keeps 0.614 of an expert, the paper's share."""
+    """The average rank that keeps 0.614 of an expert's parameters, the paper's share."""
     return max(1, int(AUTO_KEPT * break_even(hidden_size, expert_width)))
 
 
 def multiple_of(setting: int | str, hidden_size: int, expert_width: int, average_rank: float) -> int:
-    """What `rank_multiple` means; "auto" is the largest power of two within a 16th of the average rank (32 for 512).
+    """Resolve `rank_multiple`. "auto" is the largest power of two within a 16th of the average rank (32 for 512).
 
-    A layer then has a handful of different ranks. Experts of one rank are computed by one grouped product, and their
-    rows lie at the multiples of 16 bytes that such a product asks for. Above a 24th of the break-even rank nothing more
-    is gained.
+    A layer then has a handful of different ranks. Experts of one rank are computed by one grouped product, which needs
+    rows at multiples of 16 bytes. Above a 24th of the break-even rank a larger multiple gains nothing.
 
     Args:
-        average_rank: R_a, or the rank that a budget leaves to every expert.
+        setting: a multiple, or "auto".
+        average_rank: R_a, or the average rank that a budget allows.
     """
     if setting != "auto":
         return int(setting)
@@ -43,7 +43,7 @@ def multiple_of(setting: int | str, hidden_size: int, expert_width: int, average
 
 
 def multiple_problems(setting: int | str) -> list[str]:
-    """What is wrong with `rank_multiple`, as sentences."""
+    """List the problems of `rank_multiple`, as sentences."""
     if setting == "auto" or (isinstance(setting, int) and not isinstance(setting, bool) and setting >= 1):
         return []
     return [f"method.rank_multiple={setting} must be a whole number of at least 1, or auto"]
@@ -58,67 +58,80 @@ def allocate(
     multiple: int = 1,
     epsilon: float = EPSILON,
 ) -> Ranks:
-    """One rank a retained expert of a layer, the same for its three projections; None stays dense.
+    """Give every retained expert of a layer a rank, the same for its three projections; None stays dense.
 
     R_j = floor( (I_j + ε)^α / Σ_j (I_j + ε)^α · R_a · M' )
 
-    What rounding down leaves of R_a·M' goes to the largest fractions, so that the layer's total is met. A rank at or
-    above the break-even saves nothing: that expert stays dense, and what it does not use of the layer's
+    The remainder of R_a·M' after rounding down goes to the largest fractions, so that the layer's total is met. A rank
+    at or above the break-even saves nothing: that expert stays dense, and the rest of its share of the layer's
     R_a·M'·(D + F) parameters goes to the others by the same formula, then step by step. No rank is below one multiple;
-    what that costs the largest ranks pay.
+    the largest ranks pay for that.
 
     Args:
         importance: I_j of the layer's retained experts, >= 0.
         average_rank: R_a, >= 1; need not be whole.
+        hidden_size: D.
+        expert_width: F.
+        alpha: α; 0 gives all experts the same rank.
         multiple: ranks are rounded to multiples of this.
+        epsilon: ε.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.2.
     """
     exact = _exact(importance, average_rank, hidden_size, expert_width, alpha, epsilon)
     steps = [None if rank is None else max(1, math.floor(rank / multiple + 1e-9)) for rank in exact]
-    found: Ranks = [None if step is None else step * multiple for step in steps]
+    ranks: Ranks = [None if step is None else step * multiple for step in steps]
     shape, unit = (hidden_size, expert_width), 3 * (hidden_size + expert_width)
-    budget = math.floor(average_rank * len(found) * unit + 1e-6)
-    while parameters(found, *shape) > budget:
-        largest = max(range(len(found)), key=lambda j: (found[j] or 0, -j))
-        dense = [j for j, rank in enumerate(found) if rank is None]
-        if (found[largest] or 0) > multiple:
-            found[largest] = (found[largest] or 0) - multiple
-        elif dense:  # the others have nothing left to give: the least important of these becomes low-rank
-            least = min(dense, key=lambda j: (importance[j], -j))
-            found[least] = max(multiple, (math.ceil(break_even(*shape)) - 1) // multiple * multiple)
-        else:
-            break
-    own = enumerate(zip(found, exact, strict=True))
-    fractions = [(0.0 if e is None else r - e, 0, j) for j, (r, e) in own if r is not None]
-    return _filled_up({0: found}, fractions, budget - parameters(found, *shape), shape, multiple)[0]
+    budget = math.floor(average_rank * len(ranks) * unit + 1e-6)
+    while parameters(ranks, *shape) > budget and _lower(ranks, importance, shape, multiple):
+        pass
+    pairs = enumerate(zip(ranks, exact, strict=True))
+    fractions = [(0.0 if e is None else r - e, 0, j) for j, (r, e) in pairs if r is not None]
+    return _fill_up({0: ranks}, fractions, budget - parameters(ranks, *shape), shape, multiple)[0]
+
+
+def _lower(ranks: Ranks, importance: Sequence[float], shape: tuple[int, int], multiple: int) -> bool:
+    """Lower the largest rank by one multiple, in place; False if no rank can be lowered.
+
+    If all ranks are at one multiple, the least important dense expert becomes low-rank.
+    """
+    largest = max(range(len(ranks)), key=lambda j: (ranks[j] or 0, -j))
+    dense = [j for j, rank in enumerate(ranks) if rank is None]
+    if (ranks[largest] or 0) > multiple:
+        ranks[largest] = (ranks[largest] or 0) - multiple
+    elif dense:
+        least = min(dense, key=lambda j: (importance[j], -j))
+        ranks[least] = max(multiple, (math.ceil(break_even(*shape)) - 1) // multiple * multiple)
+    else:
+        return False
+    return True
 
 
 def _exact(
     importance: Sequence[float], average_rank: float, hidden_size: int, expert_width: int, alpha: float, epsilon: float
 ) -> list[float | None]:
-    """The formula before rounding."""
+    """The formula before rounding; None at or above the break-even."""
     cap = break_even(hidden_size, expert_width)
     shares = [(value + epsilon) ** alpha for value in importance]
     budget = average_rank * len(shares)  # in ranks; a dense expert takes `cap` of them
     low = set(range(len(shares)))
-    found: list[float | None] = [None] * len(shares)
+    exact: list[float | None] = [None] * len(shares)
     while low:
         total = sum(shares[j] for j in low)
-        left = budget - cap * (len(shares) - len(low))
+        remaining = budget - cap * (len(shares) - len(low))
         for j in low:
-            found[j] = shares[j] / total * left
-        over = {j for j in low if shares[j] / total * left >= cap}
-        if not over:
+            exact[j] = shares[j] / total * remaining
+        dense = {j for j in low if shares[j] / total * remaining >= cap}
+        if not dense:
             break
-        for j in over:
-            found[j] = None
-        low -= over
-    return found
+        for j in dense:
+            exact[j] = None
+        low -= dense
+    return exact
 
 
 def parameters(ranks: Sequence[int | None], hidden_size: int, expert_width: int) -> int:
-    """Of all three projections of a layer's experts."""
+    """The parameters of all three projections of experts of these ranks."""
     dense, rank_unit = 3 * hidden_size * expert_width, 3 * (hidden_size + expert_width)
     return sum(dense if rank is None else rank * rank_unit for rank in ranks)
 
@@ -132,63 +145,78 @@ def within(
     multiple: int = 1,
     epsilon: float = EPSILON,
 ) -> tuple[float, dict[int, Ranks]]:
-    """The largest average rank, the same for all layers, whose experts keep a budget; then single steps fill it up.
+    """Find the largest average rank, the same for all layers, that keeps a budget. Single steps then fill it up.
 
     Args:
-        importance: of the retained experts, layer by layer.
-        budget: parameters that all of them may have together.
-        multiple: ranks are multiples of this.
+        importance: that of the retained experts, by layer.
+        budget: parameters that all experts may have together.
+        hidden_size, expert_width, alpha, multiple, epsilon: as in `allocate`.
 
     Returns:
-        the average rank, and ranks by layer; less than one step (`multiple`) of one expert is left of the budget, if
-        some expert is not dense.
+        the average rank, and the ranks by layer. The rest of the budget is less than one step (`multiple`) of one
+        expert, unless all experts are dense.
 
     Raises:
-        UserError: not even the least rank everywhere keeps the budget.
+        UserError: the least rank everywhere exceeds the budget.
     """
     shape = hidden_size, expert_width
 
-    def at(average_rank: float) -> dict[int, Ranks]:
+    def allocate_all(average_rank: float) -> dict[int, Ranks]:
         return {
             layer: allocate(values, average_rank, *shape, alpha, multiple, epsilon)
             for layer, values in importance.items()
         }
 
-    def size(ranks: Mapping[int, Ranks]) -> int:
-        return sum(parameters(each, *shape) for each in ranks.values())
-
-    low, high = 0.0, break_even(*shape)
-    if (least := size(at(low))) > budget:
-        raise UserError(f"the experts may keep {budget:,} parameters, but rank {multiple} everywhere has {least:,}")
-    if size(at(high)) <= budget:
-        return high, at(high)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
-    found = at(low)
+    average = _largest_average(allocate_all, budget, shape, multiple)
+    ranks = allocate_all(average)
+    if average == break_even(*shape):
+        return average, ranks
     fractions = [
         (rank - exact, layer, position)
         for layer, values in importance.items()
         for position, (rank, exact) in enumerate(
-            zip(found[layer], _exact(values, low, *shape, alpha, epsilon), strict=True)
+            zip(ranks[layer], _exact(values, average, *shape, alpha, epsilon), strict=True)
         )
         if rank is not None and exact is not None
     ]
-    return low, _filled_up(found, fractions, budget - size(found), shape, multiple)
+    return average, _fill_up(ranks, fractions, budget - _size(ranks, shape), shape, multiple)
 
 
-def _filled_up(
+def _size(ranks: Mapping[int, Ranks], shape: tuple[int, int]) -> int:
+    return sum(parameters(layer_ranks, *shape) for layer_ranks in ranks.values())
+
+
+def _largest_average(
+    allocate_all: Callable[[float], Mapping[int, Ranks]], budget: int, shape: tuple[int, int], multiple: int
+) -> float:
+    """The largest average rank, up to the break-even, whose ranks keep a budget; by bisection.
+
+    Raises:
+        UserError: the least rank everywhere exceeds the budget.
+    """
+    low, high = 0.0, break_even(*shape)
+    if (least := _size(allocate_all(low), shape)) > budget:
+        raise UserError(f"the experts may keep {budget:,} parameters, but rank {multiple} everywhere has {least:,}")
+    if _size(allocate_all(high), shape) <= budget:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _size(allocate_all(middle), shape) <= budget else (low, middle)
+    return low
+
+
+def _fill_up(
     ranks: dict[int, Ranks],
     fractions: Sequence[tuple[float, int, int]],
-    left: int,
+    spare: int,
     shape: tuple[int, int],
     multiple: int,
 ) -> dict[int, Ranks]:
-    """Ranks raised by a step, the largest fractions first, as long as the budget lasts; the last step makes one dense.
+    """Raise ranks by single steps, the largest fractions first, until `spare` is used. The last step makes one dense.
 
     Args:
-        fractions: (rank less exact rank, layer, position) of those that may rise.
-        left: parameters.
+        fractions: (rank - exact rank, layer, position) of the ranks that may rise.
+        spare: parameters.
     """
     unit, cap = 3 * sum(shape), break_even(*shape)
     order, raised = sorted(fractions), True
@@ -200,8 +228,8 @@ def _filled_up(
                 continue
             dense = rank + multiple >= cap
             cost = 3 * shape[0] * shape[1] - rank * unit if dense else multiple * unit
-            if cost <= left:
+            if cost <= spare:
                 ranks[layer][position] = None if dense else rank + multiple
-                left -= cost
+                spare -= cost
                 raised = True
     return ranks

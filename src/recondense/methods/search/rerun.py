@@ -1,4 +1,7 @@
-"""Runs from a changed layer to the top of the model, of many changes at a time, on the states of a Tape."""
+"""Reruns from a changed layer to the top of the model, of many changes at a time, on the states of a Tape.
+
+Legend: B texts of a batch, S their padded length, D hidden size.
+"""
 
 from __future__ import annotations
 
@@ -17,70 +20,70 @@ from recondense.models.tensor_store import Shelf
 
 
 @dataclass(frozen=True)
-class Start:
-    """A change of one layer that is to be tried.
+class Change:
+    """A block to try in one layer.
 
     Args:
         layer: decoder-layer index.
-        block: makes what stands in its place, when the layer has its weights; None: the layer as it is.
+        block: makes the block; called when the layer has its weights. None: the original block.
     """
 
     layer: int
     block: Callable[[], nn.Module | None] = lambda: None
 
 
-class Climb:
-    """The model with some blocks in place of its own, and the states that enter its layers then.
+class Rerun:
+    """A model with other blocks in some layers, and the states that enter its layers then.
 
-    Nothing below a changed layer runs again. All that is tried goes through a layer before the next one is needed, so
-    that each layer's weights are read once, whatever is tried. Beside the tape it holds the states under the blocks
-    that stand, and one layer's states for each change that is tried.
+    Nothing below a changed layer runs again. All changes go through a layer before the next layer is needed, so that
+    each layer's weights are read once for all changes. In memory beside the tape: the states under the present blocks,
+    and one layer's states for each change.
 
     Args:
-        model: as the tape saw it; blocks are swapped in while running and out again.
+        model: as it was taped. Blocks are swapped in while it runs and out again.
         tape: its hidden states.
     """
 
     def __init__(self, model: PreTrainedModel, tape: Tape) -> None:
         self.model = model
         self.tape = tape
-        self.standing: dict[int, nn.Module] = {}
+        self.blocks: dict[int, nn.Module] = {}
         self.states: list[Shelf] = list(tape.states)
-        self._valid = tape.num_layers  # up to this layer the states are those under the blocks that stand
+        self._valid = tape.num_layers  # the states up to this layer are those under the present blocks
 
-    def stand(self, blocks: Mapping[int, nn.Module]) -> None:
-        """Let these blocks stand from now on, beside those that do already."""
-        self.standing |= blocks
+    def put(self, blocks: Mapping[int, nn.Module]) -> None:
+        """Put blocks into the model, by layer. Other layers keep theirs."""
+        self.blocks |= blocks
         self._valid = min([self._valid, *blocks])
 
-    def clear(self) -> None:
-        """Let the original stand again."""
-        self.standing = {}
+    def reset(self) -> None:
+        """Put all original blocks back."""
+        self.blocks = {}
         self.states, self._valid = list(self.tape.states), self.tape.num_layers
 
     @torch.no_grad()
-    def final(self, starts: Sequence[Start]) -> list[Shelf]:
-        """The states leaving the last layer with each change, in place of what stands in its layer."""
+    def final_states(self, changes: Sequence[Change]) -> list[Shelf]:
+        """Compute the states (B, S, D) that leave the last layer under each change, one shelf of batches a change."""
         live: dict[int, Shelf] = {}
-        lowest = min([self._valid, *(start.layer for start in starts)])
+        lowest = min([self._valid, *(change.layer for change in changes)])
         with evaluating(self.model):
             for layer in range(lowest, self.tape.num_layers):
-                stands = self.standing.get(layer)
+                block = self.blocks.get(layer)
                 for number in live:
-                    live[number] = self._through(layer, stands, live[number])
-                for number, start in enumerate(starts):
-                    if start.layer == layer:
+                    live[number] = self._run_layer(layer, block, live[number])
+                for number, change in enumerate(changes):
+                    if change.layer == layer:
                         with layer_store(self.model).resident(layer):
-                            live[number] = self._through(layer, start.block(), self.states[layer])
+                            live[number] = self._run_layer(layer, change.block(), self.states[layer])
                 if layer >= self._valid:
-                    self.states[layer + 1] = self._through(layer, stands, self.states[layer])
+                    self.states[layer + 1] = self._run_layer(layer, block, self.states[layer])
         self._valid = self.tape.num_layers
-        return [live[number] for number in range(len(starts))]
+        return [live[number] for number in range(len(changes))]
 
-    def _through(self, layer: int, block: nn.Module | None, states: Shelf) -> Shelf:
-        """All blocks of texts through one layer, with another block in it."""
-        found = self.tape.storage.shelf()
+    def _run_layer(self, layer: int, block: nn.Module | None, states: Shelf) -> Shelf:
+        """All texts through one layer with a block in it; None: the original one."""
+        outputs = self.tape.storage.shelf()
         with views.swapped(self.model, {} if block is None else {layer: block}), evaluating(self.model):
             for index, hidden_BSD in enumerate(states):
-                found.append(self.tape.run_layer(self.model, layer, index, hidden_BSD))
-        return found
+                outputs.append(self.tape.run_layer(self.model, layer, index, hidden_BSD))
+        return outputs

@@ -1,4 +1,7 @@
-"""Totals of a router's decisions on the calibration set."""
+"""Totals of a router's decisions on the calibration set.
+
+Legend: T tokens, E routed experts, K top-k.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,15 @@ from recondense.calibration.trace import LayerTrace
 
 
 def routing_totals(tape: Tape, traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
-    """How often each expert was selected, and the sum of its routing weights then, over all texts.
+    """Count how often each expert is selected and sum its routing weights, over all texts.
 
     Args:
-        traces: of this process's texts, as `tape` gives them.
+        tape: adds up over the processes.
+        traces: those of this process's texts.
+        num_experts: E.
 
     Returns:
-        (E,) int64 and fp64, on the CPU.
+        counts (E,) in int64 and sums of weights (E,) in fp64, on the CPU.
     """
     counts, sums = [], []
     for trace in traces:

@@ -10,7 +10,11 @@ import pytest
 from support.tiny_models import FAMILIES, condense_plan, qwen2_moe, recorded, unchanged
 
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.decompose import Decompose
+from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.naee import NAEE
 from recondense.methods.search.budget import Budget
+from recondense.methods.step import SearchContext
 from recondense.models import parameters, views
 from recondense.models.parameters import routed_parameters, total_parameters
 from recondense.operations import Prune
@@ -80,8 +84,19 @@ def test_problems() -> None:
     assert "both null" in Budget().problems()[0] and Budget().problems(required=False) == []
     for value in (0, 1, -0.5, 1.5, True, "half"):
         assert "between 0 and 1" in Budget(memory_ratio=value).problems()[0]  # type: ignore[arg-type]
-    both = Budget(removed_expert_ratio=0.5, memory_ratio=0.7)
-    assert both.settings() == {"removed_expert_ratio": None, "memory_ratio": 0.7} and both.problems() == []
+
+
+def test_two_ratios() -> None:
+    """A default yields to the other ratio; otherwise giving both is a problem, in the same words everywhere."""
+    both = {"removed_expert_ratio": 0.5, "memory_ratio": 0.7}
+    assert Budget(**both, yields="removed_expert_ratio") == Budget(None, 0.7, "removed_expert_ratio")
+    assert Budget(**both, yields="memory_ratio").settings() == {**both, "memory_ratio": None}
+    assert Budget(0.5, yields="removed_expert_ratio").settings() == {**both, "memory_ratio": None}
+    problems = Budget(**both).problems()
+    assert problems == ["method.removed_expert_ratio and method.memory_ratio are both given: set one to null"]
+    for step in (CDMoE, InterExpertPruning, NAEE, Decompose):
+        with pytest.raises(ValueError, match=f"^{problems[0]}$"):
+            step(budget=Budget(**both))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,8 +110,8 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
     model, cache = FAMILIES[family](), {}  # type: ignore[var-annotated]
     original, experts = size(model), routed_parameters(model)
     with unchanged(model):
-        operations, record = CDMoE(num_experts=2, **{name: ratio}).search(
-            model, lambda: recorded(model), cache, 1 << 30
+        operations, record = CDMoE(num_experts=2, budget=Budget(**{name: ratio})).search(
+            SearchContext(model, lambda: recorded(model), cache, 1 << 30)
         )
     assert record[name] == ratio
     reached = []
@@ -108,7 +123,7 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
     assert reached == [True, False]
     # The same cache serves the number of layers that the budget came to, and is what that number alone gives.
     alone, again = CDMoE(num_experts=2, num_layers=len(operations)).search(
-        model, lambda: pytest.fail("taped again"), cache, 1 << 30
+        SearchContext(model, lambda: pytest.fail("taped again"), cache, 1 << 30)
     )
     assert alone == operations and again["reused"]
 
@@ -121,8 +136,8 @@ def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
     strict = 0.05 if name == "memory_ratio" else 0.95
 
     def search(ratio: float) -> Any:
-        step = CDMoE(num_experts=num_experts, **{name: ratio})
-        return step.search(model, lambda: recorded(model), cache, 1 << 30)
+        step = CDMoE(num_experts=num_experts, budget=Budget(**{name: ratio}))
+        return step.search(SearchContext(model, lambda: recorded(model), cache, 1 << 30))
 
     cache: dict[str, Any] = {}
     with pytest.raises(ValueError, match=f"{name}=.* at best") as error:
@@ -138,4 +153,6 @@ def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
 def test_cdmoe_that_keeps_every_expert_saves_none() -> None:
     model = qwen2_moe()
     with pytest.raises(ValueError, match="saves 0: removed_expert_ratio=0 at best"):
-        CDMoE(num_experts=6, removed_expert_ratio=0.2).search(model, lambda: recorded(model), {}, 1 << 30)
+        CDMoE(num_experts=6, budget=Budget(removed_expert_ratio=0.2)).search(
+            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
+        )

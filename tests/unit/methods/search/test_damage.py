@@ -10,13 +10,13 @@ from support.tiny_models import FAMILIES, recorded, unchanged
 from torch import nn
 
 from recondense.methods.search.damage import Damage
-from recondense.methods.search.rerun import Start
+from recondense.methods.search.rerun import Change
 from recondense.models import decoder, views
 from recondense.models.blocks import Zeros
 
 
 def only(damage: Damage, layer: int, block: nn.Module | None) -> float:
-    return damage.of([Start(layer, lambda: block)])[0]
+    return damage.measure([Change(layer, lambda: block)])[0]
 
 
 def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
@@ -48,11 +48,11 @@ def test_damage_is_the_divergence_of_the_whole_model(family: str) -> None:
         assert only(damage, 1, None) == pytest.approx(0.0, abs=1e-9)
         assert only(damage, 1, pruned[1]) == pytest.approx(whole_model(model, tape, {1: pruned[1]}), rel=1e-3)
         assert only(damage, 2, Zeros()) == pytest.approx(whole_model(model, tape, {2: Zeros()}), rel=1e-3)
-        together = damage.choose(pruned)
+        together = damage.replace(pruned)
         assert together == pytest.approx(whole_model(model, tape, pruned), rel=1e-3)
         assert only(damage, 1, pruned[1]) == pytest.approx(together, rel=1e-6)
         mixed = {**pruned, 1: Zeros()}
         assert only(damage, 1, Zeros()) == pytest.approx(whole_model(model, tape, mixed), rel=1e-3)
         without = {layer: block for layer, block in pruned.items() if layer != 1}
         assert only(damage, 1, None) == pytest.approx(whole_model(model, tape, without), rel=1e-3)
-        assert damage.choose({}) == pytest.approx(0.0, abs=1e-9)
+        assert damage.replace({}) == pytest.approx(0.0, abs=1e-9)

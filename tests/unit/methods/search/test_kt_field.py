@@ -12,7 +12,9 @@ from support.tiny_models import blocks, deepseek_v2, qwen2_moe, texts, unchanged
 
 from recondense.calibration.tape import Tape
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.search.genetic import Genetic
 from recondense.methods.search.kt_field import reception_field
+from recondense.methods.step import SearchContext
 from recondense.models import decoder, views
 from recondense.models.layer_store import InMemory
 
@@ -97,7 +99,7 @@ def test_blocks_that_are_known_are_gone_through_and_not_tried_again() -> None:
     tape = Tape.record(model, blocks(texts()))
     candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
     counts: list[int] = []
-    whole = reception_field(model, tape, candidates, 2, decided=lambda so_far: counts.append(len(so_far)))
+    whole = reception_field(model, tape, candidates, 2, on_decision=lambda so_far: counts.append(len(so_far)))
     assert counts == [1, 2]
     before = tape.layer_runs
     assert reception_field(model, tape, candidates, 2, whole[:1]) == whole
@@ -120,14 +122,14 @@ class Dying(dict[str, dict[str, Any]]):
 def test_a_killed_search_goes_on_at_the_block_where_it_was() -> None:
     model = qwen2_moe(num_hidden_layers=5)
     tape = Tape.record(model, blocks(texts()))
-    step = InterExpertPruning(prune_ratio=0.25, block_size=2, population=10, iterations=2, parents=4)
+    step = InterExpertPruning(prune_ratio=0.25, block_size=2, genetic=Genetic(population=10, iterations=2, parents=4))
     cache = Dying()
     with pytest.raises(Killed):
-        step.search(model, lambda: tape, cache, 1 << 28)
+        step.search(SearchContext(model, lambda: tape, cache, 1 << 28))
     before = tape.layer_runs
-    resumed = step.search(model, lambda: tape, dict(cache), 1 << 28)
+    resumed = step.search(SearchContext(model, lambda: tape, dict(cache), 1 << 28))
     spent = tape.layer_runs - before
     before = tape.layer_runs
-    undisturbed = step.search(model, lambda: tape, {}, 1 << 28)
+    undisturbed = step.search(SearchContext(model, lambda: tape, {}, 1 << 28))
     assert resumed[0] == undisturbed[0] and resumed[1]["blocks"] == undisturbed[1]["blocks"]
     assert spent < tape.layer_runs - before

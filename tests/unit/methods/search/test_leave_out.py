@@ -12,7 +12,7 @@ from support.tiny_models import FAMILIES, qwen2_moe, recorded, texts
 
 from recondense.methods.search.genetic import Genetic, best_sets
 from recondense.methods.search.importance import expert_importance
-from recondense.methods.search.leave_out import Replay
+from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.models import views
 
 MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
@@ -31,7 +31,7 @@ def test_logits_far_apart(name: str, scale: float) -> None:
     tape = recorded(model)
     logits_TE = torch.cat([block.router(trace.x_TD)[0] for trace in tape.trace(model, 2)]).float()
     assert scale == 10 or (logits_TE.amax(1) - logits_TE.amin(1)).max() > 110
-    errors = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
+    errors = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
     for each, error in zip(SETS, errors, strict=True):
         assert error == pytest.approx(change(model, tape, 2, each), rel=1e-3, abs=1e-4), each
 
@@ -43,10 +43,12 @@ def test_errors_depend_neither_on_memory_nor_on_company(scale: float) -> None:
     block: Any = views.sparse_blocks(model)[1]
     block.router.weight.mul_(scale)
     tape = recorded(model)
-    expected = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED)
+    expected = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30).errors(DROPPED)
     for scratch in (1, 1 << 12, 1 << 16, 1 << 20):
-        assert torch.allclose(Replay(model, tape, block, 4, scratch).errors(DROPPED), expected, rtol=1e-6, atol=0)
-    replay = Replay(model, tape, block, 4, 1 << 30)
+        assert torch.allclose(
+            LeaveOutScorer.prepare(model, tape, block, 4, scratch).errors(DROPPED), expected, rtol=1e-6, atol=0
+        )
+    replay = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30)
     alone = torch.cat([replay.errors(row) for row in DROPPED.split(1)])
     assert torch.allclose(alone, expected, rtol=1e-6, atol=0)
 
@@ -59,7 +61,7 @@ def test_an_overflow_is_an_error_that_names_the_layer() -> None:
     tape = recorded(model)
     block.experts.down_proj[5] = torch.inf
     with pytest.raises(ValueError, match="layer 2"):
-        Replay(model, tape, block, 4, 1 << 30).errors(DROPPED)
+        LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30).errors(DROPPED)
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def test_half_precision_follows_the_block_as_far_as_it_can_be_told() -> None:
     """The block rounds weights and sums to bfloat16; the scores do not."""
     model: Any = qwen2_moe().to(torch.bfloat16)
     tape, block = recorded(model), views.sparse_blocks(model)[2]
-    errors = Replay(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
+    errors = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
     far = [(each, error) for each, error in zip(SETS, errors, strict=True) if len(each) == 4]
     for each, error in far:
         assert error == pytest.approx(change(model, tape, 2, each), rel=0.05), each
@@ -79,7 +81,7 @@ def test_the_search_survives_the_same_with_errors_by_the_block(name: str, memois
     """Every generation, and what is left at the end: replay stands in for a run of the block for each individual."""
     model = MODELS[name]()
     tape, block = recorded(model), views.sparse_blocks(model)[2]
-    replay = Replay(model, tape, block, 3, 1 << 30)
+    replay = LeaveOutScorer.prepare(model, tape, block, 3, 1 << 30)
 
     def by_the_block(dropped_PE: torch.Tensor) -> torch.Tensor:
         sets = [row.nonzero().flatten().tolist() for row in dropped_PE]
@@ -104,7 +106,7 @@ def test_refusals() -> None:
     model = qwen2_moe()
     tape, block = recorded(model), views.sparse_blocks(model)[0]
     with pytest.raises(ValueError, match="layer 0: dropping 5 of 6"):
-        Replay(model, tape, block, 5, 1 << 30)
+        LeaveOutScorer.prepare(model, tape, block, 5, 1 << 30)
 
 
 def test_lm_loss_in_little_memory() -> None:

@@ -1,0 +1,187 @@
+"""CD-MoE's greedy searches: the order of the experts of each layer, and the order of the layers (arXiv 2412.00069).
+
+The expert search treats each MoE layer on its own. A layer's output before the final norm is linear in its experts'
+outputs, so one pass over the calibration set gives every candidate's difference from the original. The layer search
+reruns only the layers above a candidate. A prefix of an order is the result for a smaller number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from recondense.errors import UserError
+from recondense.methods.search.cdmoe_scoring import LayerScorer
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
+from recondense.methods.search.rerun import Change
+from recondense.methods.step import Record, SearchContext
+from recondense.models import views
+from recondense.models.blocks import CondensedMoE
+from recondense.models.layer_store import layer_store
+from recondense.models.views import SparseBlock
+from recondense.operations import Condense
+from recondense.progress import progress
+
+BY_EXPERT = ("order", "js", "candidates")  # entries of a layer's record that grow by one value an expert
+
+
+def condensed_block(block: SparseBlock, operation: Condense) -> CondensedMoE:
+    """Make the condensed block of an operation, beside the original."""
+    weights = block.weights
+    token_gate = operation.shared_gate is None
+    condensed = CondensedMoE.shaped_for(weights, len(operation.experts), token_gate, pair=block.pair)
+    return condensed.fill(weights, operation.experts, operation.coefficients, operation.shared_gate)
+
+
+class CondenseSearch:
+    """Searches experts and layers to condense.
+
+    Args:
+        context: the model, its tape and the cache.
+        num_experts, shared_gate, expert_search: as in `CDMoE`.
+
+    Attributes:
+        records: by layer, the order of the experts as far as `num_experts`, with scores and routing statistics.
+    """
+
+    def __init__(self, context: SearchContext, num_experts: int, shared_gate: str, expert_search: str) -> None:
+        self.context = context
+        self.num_experts = num_experts
+        self.mean_gate = shared_gate == "mean"
+        self.expert_search = expert_search
+        self.blocks = views.sparse_blocks(context.model)
+        self.records: dict[int, Record] = {}
+        self._counts: dict[str, tuple[int, int]] = {}  # what: out of the cache, in all
+
+    def describe_reuse(self) -> str:
+        """Say how much came out of the cache, in words; empty if nothing did."""
+        return " and ".join(f"{cached} of {total} {name}" for name, (cached, total) in self._counts.items() if cached)
+
+    def search_experts(self, layers: Sequence[int], allow_too_few: bool = False) -> None:
+        """Search the order of each layer's experts, or read it from the cache, into `records`.
+
+        Args:
+            layers: decoder-layer indices.
+            allow_too_few: leave a layer without an order if too few of its experts were ever selected; see `problem`.
+
+        Raises:
+            UserError: too few experts of a layer were ever selected on the calibration set.
+        """
+
+        def complete(record: Record) -> bool:
+            return len(record["order"]) >= self.num_experts or (allow_too_few and bool(self._too_few(record)))
+
+        search = LayerwiseSearch(self.context)
+        work = partial(self._search_layer, allow_too_few=allow_too_few)
+        names = {layer: f"experts-{layer:03d}" for layer in layers}
+        records = search.per_layer(names, work, "expert search", complete)
+        self._counts["expert orders"] = search.reused, len(layers)
+        for layer, record in records.items():
+            self.records[layer] = {
+                name: value[: self.num_experts] if name in BY_EXPERT else value for name, value in record.items()
+            }
+
+    def problem(self, layer: int) -> str:
+        """Why there is no operation for a layer that was searched; empty if there is one."""
+        problem = self._too_few(self.records[layer])
+        return f"layer {layer}: {problem}" if problem else ""
+
+    def operation(self, layer: int) -> Condense:
+        """The operation that condenses a layer that was searched."""
+        record = self.records[layer]
+        gate = record["shared_gate_mean"] if self.mean_gate else None
+        coefficients = tuple(record["coefficients"][expert] for expert in record["order"])
+        return Condense(layer=layer, experts=tuple(record["order"]), coefficients=coefficients, shared_gate=gate)
+
+    @torch.no_grad()
+    def search_layers(self, operations: dict[int, Condense], count: int) -> Record:
+        """Search the first `count` layers of the greedy order, or read them from the cache.
+
+        Args:
+            operations: the operation of each layer to choose from.
+        """
+        name = f"layers-{self.num_experts:03d}"  # an order for each number of experts
+        record = self.context.cache.get(name) or {"order": [], "js": [], "candidates": [], "layer_runs": 0}
+        cached = min(count, len(record["order"]))
+        self._counts["layers of the layer order"] = cached, count
+        if cached < count:
+            self._extend_layer_order(record, name, operations, count)
+        return {name: value[:count] if isinstance(value, list) else value for name, value in record.items()}
+
+    def _too_few(self, record: Record) -> str:
+        coefficients = record["coefficients"]
+        available = sum(value is not None for value in coefficients)
+        if available >= self.num_experts:
+            return ""
+        return (
+            f"{available} of {len(coefficients)} routed experts were ever selected on the calibration set, but "
+            f"method.num_experts={self.num_experts}; use more or longer calibration texts "
+            "(data.calibration.num_samples, data.calibration.max_length) or retain fewer experts"
+        )
+
+    @torch.no_grad()
+    def _search_layer(self, task: LayerTask, allow_too_few: bool) -> Record:
+        scratch = self.context.max_scratch_bytes
+        scorer = LayerScorer.prepare(self.context.model, task.tape, self.blocks[task.layer], self.mean_gate, scratch)
+        record = task.cached or {
+            "order": [],
+            "js": [],
+            "candidates": [],
+            "js_shared_only": scorer.js_shared_only,
+            **scorer.statistics(),
+        }
+        if problem := self._too_few(record):
+            if allow_too_few:
+                return record
+            raise UserError(f"layer {task.layer}: {problem}")
+        coefficients = scorer.coefficients
+        for expert in record["order"]:
+            scorer.add(expert)
+        while len(record["order"]) < self.num_experts:
+            candidates = [
+                expert
+                for expert, coefficient in enumerate(coefficients)
+                if coefficient is not None and expert not in record["order"]
+            ]
+            if self.expert_search == "routing_weight":
+                candidates = [max(candidates, key=lambda expert: (coefficients[expert], -expert))]
+            scores = scorer.score(candidates).tolist()
+            best = min(range(len(candidates)), key=lambda i: scores[i])  # min keeps the first: the lowest index
+            scorer.add(candidates[best])
+            _append(record, candidates, scores, best)
+        return record
+
+    def _extend_layer_order(self, record: Record, name: str, operations: dict[int, Condense], count: int) -> None:
+        """Add layers to the order until it has `count`; the cache gets it after every layer."""
+        tape = self.context.tape()
+        blocks = {layer: self._condense(operation) for layer, operation in operations.items()}
+        damage = Damage(self.context.model, tape)
+        damage.put({layer: blocks[layer] for layer in record["order"]})
+        runs = record["layer_runs"] - round(tape.layer_runs)
+        with progress("layer search", count) as bar:
+            bar.advance(len(record["order"]))
+            while len(record["order"]) < count:
+                layers = [layer for layer in blocks if layer not in record["order"]]
+                scores = damage.measure([Change(layer, partial(blocks.get, layer)) for layer in layers])
+                best = min(range(len(layers)), key=lambda i: scores[i])  # the lowest layer wins a tie
+                damage.put({layers[best]: blocks[layers[best]]})
+                _append(record, layers, scores, best)
+                record["layer_runs"] = runs + round(tape.layer_runs)
+                self.context.cache[name] = record
+                bar.advance()
+
+    def _condense(self, operation: Condense) -> nn.Module:
+        model = self.context.model
+        with layer_store(model).resident(operation.layer):
+            return layer_store(model).offload(condensed_block(self.blocks[operation.layer], operation))
+
+
+def _append(record: Record, candidates: Sequence[int], scores: Sequence[float], best: int) -> None:
+    """Add the best candidate to the order, with the scores of all."""
+    record["order"].append(candidates[best])
+    record["js"].append(scores[best])
+    record["candidates"].append([list(pair) for pair in zip(candidates, scores, strict=True)])

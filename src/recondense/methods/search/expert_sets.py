@@ -1,0 +1,60 @@
+"""The sets of experts to drop that change a layer's output least, for each layer on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from recondense.methods.search.genetic import ExpertSet, Genetic, best_sets, layer_seed
+from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
+from recondense.methods.search.leave_out import LeaveOutScorer
+from recondense.methods.step import Record
+from recondense.models.views import SparseBlock
+
+
+def search_expert_sets(
+    search: LayerwiseSearch,
+    blocks: Mapping[int, SparseBlock],
+    numbers: Mapping[int, int],
+    genetic: Genetic,
+    seed: int,
+    title: str,
+    num_best: int = 1,
+    relative: bool = False,
+) -> dict[int, list[tuple[ExpertSet, float]]]:
+    """Find the best sets of experts to drop in each layer, or read them from the cache.
+
+    Args:
+        search: has the model, its tape and the cache.
+        blocks: the layers.
+        numbers: how many experts each layer loses. A layer that loses none needs no search.
+        genetic: settings of the search.
+        seed: of all layers; see `layer_seed`.
+        title: shown with the progress.
+        num_best: the number of sets to return for each layer.
+        relative: divide errors by ‖F(X)‖_F of the layer.
+
+    Returns:
+        (set, error ‖F(X) − F^{−S}(X)‖_F of the MoE layer), best first, by layer.
+    """
+
+    def work(task: LayerTask) -> Record:
+        block, number = blocks[task.layer], numbers[task.layer]
+
+        def show(generation: int, best: float) -> None:
+            task.bar.note(f"layer {task.layer}, generation {generation}, best error {best:.4g}")
+
+        context = search.context
+        scorer = LeaveOutScorer.prepare(context.model, task.tape, block, number, context.max_scratch_bytes)
+        layers_seed = layer_seed(seed, task.layer)
+        sets = best_sets(scorer.errors, block.num_experts, number, genetic, layers_seed, num_best, show)
+        unit = max(scorer.output_norm, 1e-300) if relative else 1.0
+        return {"sets": [[list(dropped), error / unit] for dropped, error in sets]}
+
+    names = {layer: f"candidates-{layer:03d}-{number:03d}" for layer, number in numbers.items() if number}
+    search.reused += len(numbers) - len(names)
+    records = search.per_layer(names, work, title)
+    nothing: Record = {"sets": [[[], 0.0]]}
+    return {
+        layer: [(tuple(dropped), float(error)) for dropped, error in records.get(layer, nothing)["sets"]]
+        for layer in numbers
+    }

@@ -1,0 +1,69 @@
+"""The block that a layer has under an option, to try it before anything is decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from recondense.methods.search import ranks
+from recondense.methods.search.condense_search import condensed_block
+from recondense.models import views
+from recondense.models.factors import Factors, factors
+from recondense.models.low_rank import LowRankExperts
+from recondense.models.views import SparseBlock
+from recondense.operations import Condense, Factorize, Operation, Prune
+
+
+class OptionBlocks:
+    """Makes blocks of one layer after another. Factors are kept until `release`, for options of the same layer."""
+
+    def __init__(self) -> None:
+        self._factors: dict[tuple[int, int, str], Factors] = {}
+
+    def make(self, block: SparseBlock, operations: Sequence[Operation]) -> nn.Module | None:
+        """Make the block after some operations. Unchanged experts are not copied. None: the original block."""
+        retained = tuple(range(block.num_experts))
+        module: nn.Module | None = None
+        for operation in operations:
+            if isinstance(operation, Condense):
+                return condensed_block(block, operation)
+            if isinstance(operation, Prune):
+                retained = operation.retained
+                module = views.masked_block(block, retained)
+            if isinstance(operation, Factorize):
+                return views.with_parts(
+                    block.module,
+                    router=views.pruned_router(block, retained),
+                    experts=self._factorize(block, retained, operation),
+                )
+        return module
+
+    def release(self) -> None:
+        """Free the factors of the layer that was tried."""
+        self._factors.clear()
+
+    def _factorize(self, block: SparseBlock, retained: tuple[int, ...], operation: Factorize) -> LowRankExperts:
+        weights = block.weights
+        _, hidden_size, expert_width = weights.down_EDF.shape
+        with torch.device(weights.down_EDF.device):
+            low_rank = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.glu, bool(weights.biases()))
+        biases = {name: bias[list(retained)] for name, bias in weights.biases().items()}
+        return low_rank.to(weights.down_EDF.dtype).fill(
+            lambda place: weights.projections(retained[place]), partial(self._factors_of, block, retained), biases
+        )
+
+    def _factors_of(
+        self, block: SparseBlock, retained: tuple[int, ...], place: int, name: str
+    ) -> tuple[Tensor, Tensor]:
+        key = block.layer, retained[place], name
+        if key not in self._factors:
+            weights = block.weights
+            _, hidden_size, expert_width = weights.down_EDF.shape
+            most = math.ceil(ranks.break_even(hidden_size, expert_width))  # no expert's rank is above it
+            output_factor, input_factor = factors(weights.projections(retained[place])[name])
+            self._factors[key] = Factors(output_factor[:, :most].clone(), input_factor[:most].clone())
+        return self._factors[key]

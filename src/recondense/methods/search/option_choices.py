@@ -1,0 +1,102 @@
+"""The experts behind the options of `search.options`: searched, or made up if only sizes are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.search.condense_search import CondenseSearch
+from recondense.methods.search.expert_sets import search_expert_sets
+from recondense.methods.search.genetic import Genetic
+from recondense.methods.search.importance import expert_importances
+from recondense.methods.search.layerwise import LayerwiseSearch
+from recondense.methods.step import SearchContext
+from recondense.models.views import SparseBlock
+from recondense.operations import Condense
+
+Blocks = Mapping[int, SparseBlock]
+Numbers = Mapping[int, Sequence[int]]  # how many experts the options of each layer drop
+
+
+class Choices(Protocol):
+    """Which experts the options of a layer condense to or drop."""
+
+    def prepare(self, blocks: Blocks, condensing: Sequence[CDMoE], numbers: Numbers) -> None:
+        """Search everything that the other methods will be asked for."""
+
+    def importance(self, block: SparseBlock) -> list[float]:
+        """The importance of each expert."""
+
+    def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense | None:
+        """The operation that condenses the layer; None if there is none, see `problem`."""
+
+    def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
+        """Why the layer cannot be condensed; empty if it can."""
+
+    def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
+        """The experts to drop if the layer loses `number` experts."""
+
+
+class MadeUpChoices:
+    """Choices for sizes alone: all experts are equally important, and the first ones are retained or dropped."""
+
+    def prepare(self, blocks: Blocks, condensing: Sequence[CDMoE], numbers: Numbers) -> None:
+        pass
+
+    def importance(self, block: SparseBlock) -> list[float]:
+        return [1.0] * block.num_experts
+
+    def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense:
+        return condensing.outline_layer(block)
+
+    def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
+        return ""
+
+    def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
+        return range(number)
+
+
+class SearchedChoices:
+    """Choices by the searches of CD-MoE and MoE-I².
+
+    Args:
+        context: the model, its tape and the cache.
+        genetic, seed: of the search for the experts to drop.
+        normalize: of the importance, see `expert_importance`.
+    """
+
+    def __init__(self, context: SearchContext, genetic: Genetic, seed: int, normalize: bool) -> None:
+        self.context = context
+        self.genetic = genetic
+        self.seed = seed
+        self.normalize = normalize
+        self._importance: dict[int, list[float]] = {}
+        self._condensing: dict[int, CondenseSearch] = {}  # by the number of retained experts
+        self._dropped: dict[tuple[int, int], Sequence[int]] = {}  # by layer and number
+
+    def prepare(self, blocks: Blocks, condensing: Sequence[CDMoE], numbers: Numbers) -> None:
+        search = LayerwiseSearch(self.context)
+        self._importance = expert_importances(search, blocks, "layer_output", self.normalize, "expert importance")
+        for step in condensing:
+            experts = CondenseSearch(self.context, step.num_experts, step.shared_gate, step.expert_search)
+            experts.search_experts(list(blocks), allow_too_few=True)
+            self._condensing[step.num_experts] = experts
+        for number in sorted({number for layer_numbers in numbers.values() for number in layer_numbers}):
+            layers = {layer: number for layer, layer_numbers in numbers.items() if number in layer_numbers}
+            title = f"sets of {number} experts"
+            sets = search_expert_sets(search, blocks, layers, self.genetic, self.seed, title)
+            self._dropped |= {(layer, number): best[0] for layer, (best, *_) in sets.items()}
+
+    def importance(self, block: SparseBlock) -> list[float]:
+        return self._importance[block.layer]
+
+    def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense | None:
+        search = self._condensing[condensing.num_experts]
+        return None if search.problem(block.layer) else search.operation(block.layer)
+
+    def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
+        return self._condensing[condensing.num_experts].problem(block.layer)
+
+    def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
+        return self._dropped[block.layer, number]

@@ -1,0 +1,189 @@
+"""What may be done to each MoE layer: condensing, pruning, factorizing and both, each at a few strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.search import ranks
+from recondense.methods.search.option_choices import Choices
+from recondense.models import parameters, views
+from recondense.models.views import SparseBlock
+from recondense.operations import PROJECTIONS, Factorize, Operation, Prune
+
+
+@dataclass(frozen=True)
+class OptionSettings:
+    """Which options a layer has; the fields are those of `Combined`."""
+
+    num_experts: Sequence[int]
+    prune_ratios: Sequence[float]
+    kept_ratios: Sequence[float]
+    alpha: float
+    rank_multiple: int | str
+    shared_gate: str
+    expert_search: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that may be done to one layer.
+
+    Args:
+        name: in words.
+        operations: none leaves the layer alone.
+        saved: parameters that it saves, of the whole model.
+        saved_routed: parameters that it saves, of the routed experts.
+    """
+
+    name: str
+    operations: tuple[Operation, ...] = ()
+    saved: int = 0
+    saved_routed: int = 0
+
+    @property
+    def factorize(self) -> Factorize | None:
+        """The last operation, if it factorizes."""
+        last = self.operations[-1] if self.operations else None
+        return last if isinstance(last, Factorize) else None
+
+
+class Options:
+    """Every option of every MoE layer. Made by `build`.
+
+    Attributes:
+        blocks: the layers.
+        importance: of each expert, by layer.
+        by_layer: the options of each layer; the first leaves it as it is.
+        problems: why a layer lacks an option, by layer.
+    """
+
+    def __init__(self, settings: OptionSettings, blocks: Mapping[int, SparseBlock]) -> None:
+        self.settings = settings
+        self.blocks = blocks
+        self.importance: dict[int, list[float]] = {}
+        self.by_layer: dict[int, list[Option]] = {}
+        self.problems: dict[int, list[str]] = {}
+
+    @classmethod
+    def build(cls, settings: OptionSettings, model: PreTrainedModel, choices: Choices) -> Options:
+        """Collect the options of all layers.
+
+        Args:
+            settings: which options there are.
+            model: left bit-identical.
+            choices: which experts they retain or drop.
+        """
+        options = cls(settings, views.sparse_blocks(model))
+        condensing = [
+            CDMoE(count, "all", settings.shared_gate, settings.expert_search) for count in settings.num_experts
+        ]
+        numbers = {layer: [number for number in options._numbers(layer) if number] for layer in options.blocks}
+        choices.prepare(options.blocks, condensing, numbers)
+        for layer, block in options.blocks.items():
+            options.importance[layer] = choices.importance(block)
+            options.by_layer[layer] = [
+                Option("as it is"),
+                *(option for step in condensing for option in options._condense(block, step, choices)),
+                *options._prune_and_factorize(layer, choices),
+            ]
+        return options
+
+    def widen(self, choice: dict[int, Option], spare: int) -> dict[int, Option]:
+        """Use the rest of a budget for higher ranks, spread as evenly as steps of ranks allow.
+
+        Args:
+            choice: one option a layer.
+            spare: parameters.
+        """
+        factorized = {layer: option.factorize for layer, option in choice.items() if option.factorize is not None}
+        if not factorized or spare <= 0:
+            return choice
+        sizes = {
+            layer: ranks.parameters(operation.ranks[PROJECTIONS[0]], *self._shape)
+            for layer, operation in factorized.items()
+        }
+        widened = dict(choice)
+        total = sum(sizes.values())
+        for layer in factorized:
+            earlier = choice[layer].operations[:-1]
+            importance = self._retained_importance(layer, earlier)
+            budget = sizes[layer] + int(spare * sizes[layer] / total)
+            average = budget / ranks.parameters([1] * len(importance), *self._shape)
+            multiple = ranks.multiple_of(self.settings.rank_multiple, *self._shape, average)
+            _, allocated = ranks.within({layer: importance}, budget, *self._shape, self.settings.alpha, multiple)
+            widened[layer] = self._factorize(layer, earlier, allocated[layer])
+        return widened
+
+    def records(self) -> dict[str, Any]:
+        """Every option with its savings, for the plan."""
+        options = {
+            str(layer): [[option.name, option.saved, option.saved_routed] for option in layer_options]
+            for layer, layer_options in self.by_layer.items()
+        }
+        problems = {str(layer): problems for layer, problems in self.problems.items()}
+        return {"options": options, **({"left_out": problems} if problems else {})}
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Hidden size and width of a routed expert."""
+        _, hidden_size, expert_width = next(iter(self.blocks.values())).weights.down_EDF.shape
+        return hidden_size, expert_width
+
+    def _numbers(self, layer: int) -> list[int]:
+        """How many experts the options of a layer drop."""
+        block = self.blocks[layer]
+        most = block.num_experts - block.routing.top_k
+        return [min(round(ratio * block.num_experts), most) for ratio in (0.0, *self.settings.prune_ratios)]
+
+    def _condense(self, block: SparseBlock, step: CDMoE, choices: Choices) -> list[Option]:
+        operation = choices.condense(block, step)
+        if operation is None:
+            self.problems.setdefault(block.layer, []).append(choices.problem(block, step))
+            return []
+        saved, routed = (step.saved_parameters(block, routed=routed) for routed in (False, True))
+        return [Option(f"condensed to {step.num_experts}", (operation,), saved, routed)]
+
+    def _prune_and_factorize(self, layer: int, choices: Choices) -> list[Option]:
+        block, settings = self.blocks[layer], self.settings
+        options = []
+        for number in self._numbers(layer):
+            dropped = choices.dropped(block, number) if number else ()
+            prune = (Prune.without(layer, block.num_experts, dropped),) if number else ()
+            if prune:
+                options.append(self._option(layer, f"pruned by {number}", prune, 0))
+            importance = self._retained_importance(layer, prune)
+            for ratio in settings.kept_ratios:
+                average = max(1.0, ratio * ranks.break_even(*self._shape))
+                multiple = ranks.multiple_of(settings.rank_multiple, *self._shape, average)
+                allocated = ranks.allocate(importance, average, *self._shape, settings.alpha, multiple)
+                options.append(self._factorize(layer, prune, allocated))
+        return list({option.name: option for option in options}.values())
+
+    def _factorize(self, layer: int, earlier: tuple[Operation, ...], allocated: ranks.Ranks) -> Option:
+        """The option to factorize a layer after its earlier operations."""
+        low = [rank for rank in allocated if rank is not None]
+        saved = ranks.parameters([None] * len(allocated), *self._shape) - ranks.parameters(allocated, *self._shape)
+        name = f"{len(allocated)} experts, mean rank {sum(low) / max(1, len(low)):.4g}"
+        operation = Factorize(layer, dict.fromkeys(PROJECTIONS, tuple(allocated)))
+        return self._option(layer, name, (*earlier, operation), saved)
+
+    def _option(self, layer: int, name: str, operations: tuple[Operation, ...], saved_by_factors: int) -> Option:
+        block = self.blocks[layer]
+        dropped = sum(
+            block.num_experts - len(operation.retained) for operation in operations if isinstance(operation, Prune)
+        )
+        routed = dropped * parameters.expert_size(block) + saved_by_factors
+        return Option(name, operations, routed + dropped * parameters.router_row_size(block), routed)
+
+    def _retained_importance(self, layer: int, operations: Sequence[Operation]) -> list[float]:
+        """The importance of the experts that remain after some operations."""
+        values = self.importance[layer]
+        for operation in operations:
+            if isinstance(operation, Prune):
+                return [values[expert] for expert in operation.retained]
+        return values
