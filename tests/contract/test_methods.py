@@ -51,11 +51,6 @@ CONDENSING = ("cdmoe", "cdmoe_s", "none")
 FACTORIZING = ("moei2", "svd_llm")
 
 
-def test_every_method_has_a_budget_here() -> None:
-    """Who adds a method says what a small budget of it is."""
-    assert set(BUDGETS) == set(METHODS)
-
-
 @pytest.mark.parametrize("family", UNSHARED)
 def test_without_shared_experts_nothing_is_left_by_cdmoe_s(family: str) -> None:
     """Said from the config, before weights are loaded."""
@@ -126,13 +121,20 @@ def scale_bytes(layer: torch.nn.Module) -> int:
     return sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.endswith("scale"))
 
 
-# The least that a method can remove at a time.
-UNITS = {
-    **dict.fromkeys(("random", "frequency", "routing_weight", "reap", "naee", "expert_drop"), "expert with router row"),
-    **dict.fromkeys(("mc_smoe", "hc_smoe"), "expert"),
-    **dict.fromkeys(("svd_llm", "moei2"), "rank"),
-    **dict.fromkeys(("cdmoe", "cdmoe_s", "layer_drop", "block_drop", "cdmoe_moei2"), "layer"),
-}
+def least_removal(steps: list[Any], plan: Plan, model: Any) -> int:
+    """The fewest parameters that a method can remove at a time.
+
+    Args:
+        model: uncompressed.
+    """
+    kinds = {operation.kind for operation in plan.operations}
+    counts = parameters.parameter_counts(model.config)
+    if any(step.condenses or step.removes_layers for step in steps):
+        layers = decoder.decoder_layers(model)
+        return max(parameters.total_parameters(layers[layer]) for layer in views.sparse_blocks(model))
+    if "factorize" in kinds:
+        return 3 * (32 + 16)  # one rank of one expert
+    return counts.expert + (counts.router_row if "merge" not in kinds else 0)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +147,7 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
 ) -> None:
     model = EVERY[family]()
     before = sizes(model)
-    counts = parameters.parameter_counts(model.config)
-    expert, row = counts.expert, counts.router_row
-    layer = max(
-        sum(parameter.numel() for parameter in decoder.decoder_layers(model)[layer].parameters())
-        for layer in views.sparse_blocks(model)
-    )
+    expert = parameters.parameter_counts(model.config).expert
     quick = [each for each in BUDGETS[method] if "ratio=" not in each and "num_layers" not in each]
     other = {"memory_ratio": "removed_expert_ratio", "removed_expert_ratio": "memory_ratio"}[budget]
     overrides = [*quick, f"method.{budget}={ratio}", f"method.{other}=null"]
@@ -159,6 +156,7 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
             plan_of(model, method, tmp_path, *overrides)
         return
     plan = plan_of(model, method, tmp_path, *overrides)
+    unit = least_removal(steps_of(method, *overrides)[0], plan, model)
     apply.apply(model, plan, lambda: recorded(model))
     after = sizes(model)
     if budget == "memory_ratio":
@@ -166,11 +164,10 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
     else:
         # Whole experts: as many as round to the ratio.
         limit = before["routed_experts"] - round(ratio * before["routed_experts"])
-        if "expert" in UNITS[method]:
+        if {operation.kind for operation in plan.operations} <= {"prune", "merge"}:
             limit = before["routed_experts"] - round(ratio * before["routed_experts"] / expert) * expert
         reached = after["routed_experts"]
-    units = {"expert with router row": expert + row, "expert": expert, "rank": 3 * (32 + 16), "layer": layer}
-    assert reached <= limit < reached + units[UNITS[method]]
+    assert reached <= limit < reached + unit
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)

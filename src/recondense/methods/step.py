@@ -16,7 +16,7 @@ from recondense.methods.search.budget import Budget
 from recondense.models.families import Facts
 from recondense.operations import Operation
 
-Record = dict[str, Any]  # JSON values
+Record = dict[str, Any]  # JSON values: keys are texts, and tuples are lists
 Cache = MutableMapping[str, Record]
 
 

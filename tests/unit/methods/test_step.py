@@ -1,0 +1,67 @@
+"""The protocol of steps, and the example of a method in CONTRIBUTING."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.searched import METHODS, steps_of
+from support.tiny_models import qwen2_moe, recorded
+
+from recondense.methods.combined import Combined
+from recondense.methods.dropping import Dropping
+from recondense.methods.search.budget import Budget
+from recondense.methods.step import SearchContext, Step
+from recondense.models import families, views
+from recondense.run.sizes import compare
+from recondense.run.steps import build_steps
+
+MEMBERS = sorted(name for name in vars(Step) if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_has_what_is_asked_of_it(method: str) -> None:
+    for step in steps_of(method)[0]:
+        assert [name for name in MEMBERS if not hasattr(step, name)] == []
+
+
+def test_steps_say_what_they_do_to_a_model() -> None:
+    """So that nobody else asks for their class."""
+    properties = ("condenses", "removes_layers", "needs_whole_experts")
+    values = {
+        type(step).__name__: tuple(getattr(type(step), name) for name in properties)
+        for method in METHODS
+        for step in steps_of(method)[0]
+    }
+    others = {name: kind for name, kind in values.items() if kind != (False, False, True)}
+    assert others == {
+        "CDMoE": (True, False, True),
+        Combined.__name__: (True, False, True),
+        Dropping.__name__: (False, True, False),
+    }
+
+
+def test_the_example_of_a_method_is_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made from the settings that its YAML has, with sizes that its outline says."""
+    blocks = re.findall(r"```python\n(.*?)```", (root / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    [code] = [block for block in blocks if "class WeightNorm" in block]
+    module: Any = types.ModuleType("recondense.methods.weight_norm")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code, vars(module))
+    settings = {"name": "weight_norm", "removed_expert_ratio": 0.34, "memory_ratio": None, "refit": False}
+    [step] = build_steps({**settings, "_target_": f"{module.__name__}.WeightNorm"})
+    assert step == module.WeightNorm(budget=Budget(0.34))
+    model = qwen2_moe()
+    assert step.check(families.facts(model.config)) == []
+    operations, record = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
+    for operation in operations:
+        weights = views.sparse_blocks(model)[operation.layer].weights.down_EDF
+        order = weights.flatten(1).norm(dim=1).argsort().tolist()
+        assert operation.retained == tuple(sorted(order[2:]))
+        assert len(record["norms"][str(operation.layer)]) == 6
+    sizes = compare(model, [step])
+    assert sizes.after.routed_experts == sizes.before.routed_experts * 4 // 6 and len(operations) == 3
