@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 from transformers import PreTrainedModel
 
@@ -20,7 +20,8 @@ from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 
 
-class LayerChoice(NamedTuple):
+@dataclass(frozen=True)
+class LayerChoice:
     """The meaning of `num_layers`.
 
     Args:
@@ -185,8 +186,8 @@ class CDMoE:
         moe_layers = list(views.sparse_blocks(model))
         if self.budget.is_given:
             return moe_layers, self._fewest_layers(model)
-        layers, count = read_num_layers(self.num_layers)
-        return (moe_layers if layers is None else list(layers)), count
+        choice = read_num_layers(self.num_layers)
+        return (moe_layers if choice.layers is None else list(choice.layers)), choice.count
 
     def _fewest_layers(self, model: PreTrainedModel) -> int:
         """The fewest layers whose condensing keeps the budget; all MoE layers of a model are alike."""

@@ -204,7 +204,7 @@ def _to_json(group: Group) -> Record:
 
 
 def _from_json(entry: Record) -> Group:
-    return Group(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+    return Group(tuple(entry["layers"]), tuple(entry["choice"]), entry["error"], entry["combinations"])
 
 
 def refuse_groups(facts: Facts) -> list[str]:
