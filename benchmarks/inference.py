@@ -78,7 +78,7 @@ def variants(model: PreTrainedModel) -> dict[str, Variant]:
     upper = list(blocks)[len(blocks) // 2 :]
     condense: list[Operation] = [Condense(layer, (0, 1, 2, 3), (0.06,) * 4, 0.5) for layer in upper]
     prune: list[Operation] = [
-        Prune.without(layer, block.num_experts, range(block.num_experts // 4)) for layer, block in blocks.items()
+        Prune.from_dropped(layer, block.num_experts, range(block.num_experts // 4)) for layer, block in blocks.items()
     ]
     pruned = compressed(model, prune)
     with views.swapped(model, pruned):

@@ -72,7 +72,7 @@ class Prune:
             raise UserError(f"prune, layer {self.layer}: retained {list(self.retained)} must be ascending, not empty")
 
     @classmethod
-    def without(cls, layer: int, num_experts: int, dropped: Collection[int]) -> Prune:
+    def from_dropped(cls, layer: int, num_experts: int, dropped: Collection[int]) -> Prune:
         """Prune a layer of `num_experts` experts by the dropped ones."""
         return cls(layer, tuple(expert for expert in range(num_experts) if expert not in dropped))
 

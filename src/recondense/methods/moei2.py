@@ -99,8 +99,8 @@ class InterExpertPruning:
 
     def key(self) -> Record:
         importance = {"importance": self.importance, "normalize": self.normalize}
-        reception_field = {"num_candidates": self.num_candidates, "block_size": self.block_size}
-        settings = {**importance, **self.genetic.key(), **reception_field, "seed": self.seed}
+        kt_field = {"num_candidates": self.num_candidates, "block_size": self.block_size}
+        settings = {**importance, **self.genetic.key(), **kt_field, "seed": self.seed}
         return {"method": "moei2", "version": 2, **settings}
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
@@ -108,7 +108,7 @@ class InterExpertPruning:
         blocks = views.sparse_blocks(model)
         numbers = self.numbers(model, dict.fromkeys(blocks, 1.0))
         return [
-            Prune.without(layer, blocks[layer].num_experts, range(number))
+            Prune.from_dropped(layer, blocks[layer].num_experts, range(number))
             for layer, number in numbers.items()
             if number
         ]
@@ -191,7 +191,7 @@ def _prunes(groups: list[Group], candidates: Candidates, num_experts: Mapping[in
         for group in groups
         for layer, place in zip(group.layers, group.choice, strict=True)
     }
-    return [Prune.without(layer, num_experts[layer], dropped) for layer, dropped in chosen.items() if dropped]
+    return [Prune.from_dropped(layer, num_experts[layer], dropped) for layer, dropped in chosen.items() if dropped]
 
 
 def _field_name(candidates: Candidates) -> str:

@@ -68,7 +68,7 @@ class NAEE:
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         experts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
         numbers = self._numbers(model, experts)
-        return [Prune.without(layer, experts[layer], range(number)) for layer, number in numbers.items() if number]
+        return [Prune.from_dropped(layer, experts[layer], range(number)) for layer, number in numbers.items() if number]
 
     def _numbers(self, model: PreTrainedModel, experts: Mapping[int, int]) -> dict[int, int]:
         """The number of experts that each layer loses."""
@@ -91,7 +91,9 @@ class NAEE:
         search = LayerwiseSearch(context)
         sets = search_expert_sets(search, blocks, numbers, self.genetic, self.seed, "expert sets", relative=True)
         best = {layer: candidates[0] for layer, candidates in sets.items()}
-        operations = [Prune.without(layer, experts[layer], dropped) for layer, (dropped, _) in best.items() if dropped]
+        operations = [
+            Prune.from_dropped(layer, experts[layer], dropped) for layer, (dropped, _) in best.items() if dropped
+        ]
         return operations, {
             **self.key(),
             **self.budget.settings(),

@@ -139,7 +139,9 @@ class SaliencyPruning:
         number = -(-self.budget.experts_to_drop(model) // routing.num_groups)
         dropped_rows = _least(sums, number, routing.least_experts // routing.num_groups, everywhere)
         dropped = {layer: {expert for row in dropped_rows[layer] for expert in rows[layer][row]} for layer in rows}
-        return [Prune.without(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]]
+        return [
+            Prune.from_dropped(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]
+        ]
 
     def _draw(self, block: SparseBlock) -> list[float]:
         draw = random.Random(layer_seed(self.seed, block.layer))

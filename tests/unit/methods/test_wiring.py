@@ -60,7 +60,7 @@ def test_moei2_prunes_what_the_reception_field_chose(seed: int) -> None:
     choice = best_of_block(model, [torch.tensor(text) for text in texts()], candidates, layers, {})
     assert any(choice)
     assert operations == [
-        Prune.without(layer, 6, candidates[layer][place]) for layer, place in zip(layers, choice, strict=True)
+        Prune.from_dropped(layer, 6, candidates[layer][place]) for layer, place in zip(layers, choice, strict=True)
     ]
 
 

@@ -153,7 +153,7 @@ class Options:
         options = []
         for number in self._numbers(layer):
             dropped = choices.dropped(block, number) if number else ()
-            prune = (Prune.without(layer, block.num_experts, dropped),) if number else ()
+            prune = (Prune.from_dropped(layer, block.num_experts, dropped),) if number else ()
             if prune:
                 options.append(self._option(layer, f"pruned by {number}", prune, 0))
             importance = self._retained_importance(layer, prune)
