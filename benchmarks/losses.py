@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recondense.models.decoder import Head
-from recondense.recovery.chunked_losses import CrossEntropy, Divergent, Hidden, Term, chunked
+from recondense.recovery.chunked_losses import CrossEntropy, Hidden, TeacherDivergence, Term, sum_in_chunks
 
 KINDS = ("cross_entropy", "forward_kl", "reverse_kl", "js")
 MIB = 2**20
@@ -45,8 +45,8 @@ def ours(kind: Any, mine: Tensor, theirs: Tensor, head: nn.Linear, labels: Tenso
     """The mean loss, in chunks."""
     with torch.no_grad():
         fixed = Head(head.weight.detach())
-    term: Term = CrossEntropy(labels) if kind == "cross_entropy" else Divergent(kind, Hidden(theirs, fixed))
-    return chunked([(1 / len(mine), term)], mine, Head(head.weight))[0]
+    term: Term = CrossEntropy(labels) if kind == "cross_entropy" else TeacherDivergence(kind, Hidden(theirs, fixed))
+    return sum_in_chunks([(1 / len(mine), term)], mine, Head(head.weight))[0]
 
 
 def plain(kind: str, mine: Tensor, theirs: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:

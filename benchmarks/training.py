@@ -55,18 +55,21 @@ from recondense.data.windows import pack
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.models import views
 from recondense.models.hooks import evaluating
-from recondense.models.parameters import resident_bytes, weights_bytes
+from recondense.models.parameters import weights_bytes
 from recondense.operations import Condense
 from recondense.plan import Plan
 from recondense.progress import configure
 from recondense.recovery.fit import fit
-from recondense.recovery.losses import forward_kl
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import keep_predictions
-from recondense.recovery.teachers import OtherTeacher
+from recondense.recovery.teachers import OtherTeacher, Teacher
 from recondense.recovery.trainable import trainable_parameters
 from recondense.run.tiny import train_tokenizer
 from recondense.surgery import apply
+from recondense.surgery import student as student_module
+
+sys.path.insert(0, str(subjects.ROOT / "tests"))
+from support.losses import forward_kl
 
 OURS = ("finetune", "shared", "cached", "model")
 SETTINGS = ("checkpointed", "compiled", "bf16_mixed", "unfused")  # of the distillation with a shared teacher
@@ -268,20 +271,22 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
     )  # fmt: skip
     model = model_of(args)
     turns.facts["original_bytes"] = weights_bytes(model)
-    module = RecoveryModule(model, recovery, plan=plan_of(args))
-    module.prepare()
-    assert module.teacher is not None
-    turns.facts["trained_bytes"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    turns.facts["student_bytes"] = resident_bytes(model)
-    turns.facts["student_and_original_bytes"] = resident_bytes(model, module.teacher)
+    student = student_module.apply(model, plan_of(args))
+    teacher: Teacher | None = None
     windows: Any = {"input_ids": data["packed"]}
     if name == "cached":
-        kept = keep_predictions(module.original, windows, folder / "teacher", 64, 1.0, args.batch_size, nullcontext())
+        kept = keep_predictions(student.original, windows, folder / "teacher", 64, 1.0, args.batch_size, nullcontext())
         turns.facts["kept_bytes_per_token"] = sum(file.stat().st_size for file in kept.files) / data["packed"].numel()
         windows["window"] = torch.arange(len(data["packed"]))
-        module.source = kept
+        teacher = kept
     elif name == "model":
-        module.source = OtherTeacher(model_of(args), model, "the original")
+        teacher = OtherTeacher(model_of(args), model, "the original")
+    module = RecoveryModule(student, recovery, teacher)
+    module.prepare()
+    turns.facts["trained_bytes"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    footprint = student.footprint()
+    turns.facts["student_bytes"] = footprint.student
+    turns.facts["student_and_original_bytes"] = footprint.with_original
     first = {key: value[: args.batch_size] for key, value in windows.items()}
 
     def one_more() -> None:
@@ -293,7 +298,7 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
     precision: Any = "bf16-mixed" if name == "bf16_mixed" else "auto"
     trainer = TrainerConfig(progress_bar=False, compile=name == "compiled", precision=precision)
     asked = name in ("shared", *SETTINGS)
-    with nullcontext() if asked else module.teacher.set_aside(folder / "original.safetensors"):
+    with nullcontext() if asked else student.offload_original(folder / "original.safetensors"):
         fit(module, loader, folder / "checkpoints", trainer, 0, [LightningTurns(turns)])
 
 

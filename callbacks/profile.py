@@ -23,7 +23,7 @@ class ProfileMemoryAndSpeed(L.Callback):
 
     Logged: `profile/<variant>/weights_bytes`, `.../peak_memory_bytes`, `.../prefill_tokens_per_second`,
     `.../decode_tokens_per_second`. The variants are `compressed` (at the start) or `recovered` (at the end), and
-    `original`, in alternation, when the module has a `teacher` with `active()`. While training, every N steps:
+    `original`, in alternation, when the module has a `student` with its original. While training, every N steps:
     `profile/train_tokens_per_second` (of all processes, without filler), `profile/train_peak_bytes` (on CUDA of tensors
     since the last time, elsewhere of the whole process since its start), and once `profile/resident_bytes` (student and
     teacher, shared weights once).
@@ -128,8 +128,9 @@ class ProfileMemoryAndSpeed(L.Callback):
 
 
 def _original(pl_module: L.LightningModule) -> Variant | None:
-    """Gives contexts that yield the original model; None when the module keeps no teacher on its own backbone."""
-    return getattr(getattr(pl_module, "teacher", None), "active", None)
+    """Gives contexts that yield the original model; None if the module has no student with its original."""
+    student = getattr(pl_module, "student", None)
+    return student.original if student is not None and student.has_original else None
 
 
 def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:

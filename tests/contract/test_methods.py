@@ -27,6 +27,7 @@ from recondense.recovery.module import RecoveryModule
 from recondense.recovery.trainable import trainable_parameters
 from recondense.run.sizes import compare
 from recondense.surgery import apply
+from recondense.surgery import student as student_module
 
 FIRST = next(iter(FAMILIES))
 IDS = windows(3, 11)
@@ -274,15 +275,15 @@ def test_only_named_parameters_receive_gradients(method: str, family: str, tmp_p
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
     objective = cast(Any, "distill" if plan.operations else "finetune")
     recovery = RecoveryConfig(name="x", objective=objective, steps=1)
-    module = RecoveryModule(model, recovery, plan=plan, record=lambda: recorded(model))
+    student = student_module.apply(model, plan, lambda: recorded(model))
+    module = RecoveryModule(student, recovery)
     module.prepare()
-    before = bits(module.teacher) if module.teacher else {}
+    before = bits(module.originals)
     named = set(trainable_parameters(model, plan.layers, "experts"))
     module.losses(IDS)["loss"].backward()
     assert {name for name, value in model.named_parameters() if value.grad is not None} == named
-    assert (module.teacher is not None) == bool(plan.operations)
-    if module.teacher is not None:
-        assert all(parameter.grad is None for parameter in module.teacher.parameters())
+    assert student.has_original == bool(plan.operations)
+    assert all(parameter.grad is None for parameter in module.originals.parameters())
     layers = {name.split(".")[2] for name in named}
     gone = {operation.layer for operation in plan.operations if operation.kind == "drop"}
     changed = [layer for layer in plan.layers if layer not in gone]
@@ -291,16 +292,15 @@ def test_only_named_parameters_receive_gradients(method: str, family: str, tmp_p
     for name, parameter in model.named_parameters():  # the teacher shares nothing that trains
         if name in named:
             parameter.data.zero_()
-    assert module.teacher is None or same_bits(bits(module.teacher), before)
+    assert same_bits(bits(module.originals), before)
 
 
 @pytest.mark.parametrize("family", EVERY)
 def test_an_empty_plan_is_bit_identical(family: str) -> None:
     model = EVERY[family]()
     before, expected = bits(model), logits(model, IDS)
-    module = RecoveryModule(model, RecoveryConfig(), plan=Plan("tiny"))
-    module.prepare()
-    assert module.teacher is None and same_bits(bits(model), before)
+    student = student_module.apply(model, Plan("tiny"))
+    assert not student.has_original and same_bits(bits(model), before)
     assert torch.equal(logits(model, IDS), expected)
 
 

@@ -24,6 +24,7 @@ from recondense.methods.step import SearchContext
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
+from recondense.surgery.student import apply
 
 TOLERANCE = 1e-4  # relative
 LAYERS = [2, 1, 0]
@@ -72,7 +73,7 @@ def test_search_and_loss_curve(tmp_path: Path) -> None:
         name="golden", objective="distill", steps=8, batch_size=4, learning_rate=5e-3, warmup_steps=2,
         schedule="cosine", temperature=2.0, cross_entropy_share=0.25, hidden_share=0.25, weight_decay=0.01,
     )  # fmt: skip
-    module = RecoveryModule(student, recovery, plan=Plan("golden", tuple(operations)))
+    module = RecoveryModule(apply(student, Plan("golden", tuple(operations))), recovery)
     losses = Losses()
     windows_NS = torch.tensor(ids(12, 10))
     data = RecoveryData(windows_NS, None, recovery.batch_size, recovery.steps, seed=11)

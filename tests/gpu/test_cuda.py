@@ -26,6 +26,7 @@ from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.surgery import apply
+from recondense.surgery import student as student_module
 
 pytestmark = pytest.mark.gpu
 QUIET = TrainerConfig(progress_bar=False)
@@ -77,7 +78,7 @@ def test_fit_on_cuda_is_near_the_cpus(tmp_path: Path) -> None:
     ids = windows(4, 8, seed=9)
     for device in ("cpu", "cuda"):
         model = FAMILIES["qwen2_moe"]().to(device)
-        module = RecoveryModule(model, _recovery(), plan=condense_plan(model, [1, 2]))
+        module = RecoveryModule(student_module.apply(model, condense_plan(model, [1, 2])), _recovery())
         fit(module, _data(module), tmp_path / device, QUIET, seed=0)
         with torch.no_grad():
             losses.append(module.losses(ids.to(device))["loss"].item())
@@ -94,7 +95,8 @@ def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
     _, expected = search(exact, step)
     for layer, entry in record["expert_search"].items():
         assert entry["js_shared_only"] == pytest.approx(expected["expert_search"][layer]["js_shared_only"], rel=0.1)
-    module = RecoveryModule(model, _recovery(steps=40), plan=Plan("tiny", tuple(operations)))
+    student = student_module.apply(model, Plan("tiny", tuple(operations)))
+    module = RecoveryModule(student, _recovery(steps=40))
     module.prepare()
     ids = windows(7, 8).cuda()
     with torch.no_grad():
@@ -104,7 +106,7 @@ def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
         assert module.losses(ids)["loss"].item() < 0.8 * before
     for name, value in model.state_dict().items():
         assert value.is_cuda and value.dtype == (torch.float32 if name.endswith("scale") else torch.bfloat16), name
-    kind = export(model, None, module.plan or Plan("none"), tmp_path / "out", "")
+    kind = export(model, None, student.plan, tmp_path / "out", "")
     if kind == "stock":
         from transformers import AutoModelForCausalLM
 
@@ -181,4 +183,4 @@ def _recovery(steps: int = 8) -> RecoveryConfig:
 
 
 def _data(module: RecoveryModule) -> RecoveryData:
-    return RecoveryData(windows(7, 8), None, module.recovery.batch_size, module.recovery.steps, seed=3)
+    return RecoveryData(windows(7, 8), None, module.settings.batch_size, module.settings.steps, seed=3)

@@ -239,11 +239,11 @@ def test_a_twin_is_no_second_copy() -> None:
     from recondense.recovery.engines import twin as twin_module
 
     module = engine_runs.module_of()
-    twin: RecoveryModule = twin_module.twin_of(module, module.in_common(), empty=False)
+    twin: RecoveryModule = twin_module.make_twin(module, module.objects_to_share(), empty=False)
     own, theirs = dict(module.named_parameters()), dict(twin.named_parameters())
     assert own.keys() == theirs.keys() and twin.tokenizer is module.tokenizer
     for name, value in own.items():
         assert theirs[name] is not value and theirs[name].data_ptr() == value.data_ptr()
         assert theirs[name].requires_grad == value.requires_grad
-    empty: RecoveryModule = twin_module.twin_of(module, module.in_common(), empty=True)
+    empty: RecoveryModule = twin_module.make_twin(module, module.objects_to_share(), empty=True)
     assert all(value.is_meta for value in empty.parameters()) and not any(b.is_meta for b in empty.buffers())

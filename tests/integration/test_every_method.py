@@ -203,7 +203,7 @@ def test_a_killed_recovery_ends_like_an_undisturbed_one(forks: Forks, base: Path
     done = [run("calm"), run("killed", "recovery"), run("killed")]
     log = done[2].stderr
     assert [each.returncode for each in done] == [0, -signal.SIGKILL, 0], log
-    assert "plan: found in" in log and "going on from" in log
+    assert "plan: found in" in log and "resuming from" in log
     calm, resumed = base / "calm" / name, base / "killed" / name
     plans = [Plan.load(folder / "plan.json") for folder in (calm, resumed)]
     assert plans[0].operations == plans[1].operations

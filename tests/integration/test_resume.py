@@ -55,7 +55,7 @@ def test_killed_run_ends_like_an_undisturbed_one(start: Start, base: Path, phase
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (mine, theirs)]
     assert weights[0] == weights[1]
     if phase == "recovery":
-        assert "going on from" in resumed.stderr
+        assert "resuming from" in resumed.stderr
 
 
 def test_a_run_killed_in_its_second_stage_goes_on_there(start: Start, base: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_run_killed_in_its_second_stage_goes_on_there(start: Start, base: Path
     ]
     resumed = start(base, "never", cut, "staged")
     assert resumed.returncode == 0, resumed.stderr
-    assert "first: found trained in" in resumed.stderr and "sft: going on from" in resumed.stderr
+    assert "first: already trained, in" in resumed.stderr and "sft: resuming from" in resumed.stderr
     mine, theirs = (json.loads((folder / "run" / "summary.json").read_text()) for folder in (cut, whole))
     assert mine["stages"]["recovered"]["loss"] == theirs["stages"]["recovered"]["loss"]
     weights = [(folder / "run" / "model" / "model.safetensors").read_bytes() for folder in (cut, whole)]

@@ -33,7 +33,7 @@ def run(strategy: Any, folder: Path, model: Path, **recovery: Any) -> dict[str, 
     fit = recover.fit
 
     def watched(module: RecoveryModule, *rest: Any) -> Path:
-        found[module.stage] = module.computes_on.type
+        found[module.stage] = str(module.training_device)
         return fit(module, *rest)
 
     recover.fit = watched

@@ -36,6 +36,7 @@ from recondense.plan import Plan
 from recondense.recovery.engines import deepspeed, full_tensors, twin
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
+from recondense.surgery.student import apply
 from support.recoveries import recovery
 from support.settings_around import differences, settings_around
 from support.small import byte_tokenizer
@@ -57,9 +58,8 @@ PLAN = Plan(
 def module_of() -> RecoveryModule:
     """A fresh one of the same weights each time; its router and shared gate are those of the original."""
     model = qwen2_moe(vocab_size=257, max_position_embeddings=256)
-    module = RecoveryModule(
-        model, recovery(steps=STEPS, checkpoint_every=SAVED, validate_every=5), plan=PLAN, tokenizer=byte_tokenizer()
-    )
+    settings = recovery(steps=STEPS, checkpoint_every=SAVED, validate_every=5)
+    module = RecoveryModule(apply(model, PLAN), settings, tokenizer=byte_tokenizer())
     module.prepare()
     return module
 
@@ -206,7 +206,7 @@ def short(name: str, strategy: str, folder: Path) -> list[float]:
     model = qwen2_moe(vocab_size=257, max_position_embeddings=256)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers are fp32, as loading has them
-    module = RecoveryModule(model, recovery(**own), plan=plan, tokenizer=byte_tokenizer())
+    module = RecoveryModule(apply(model, plan), recovery(**own), tokenizer=byte_tokenizer())
     module.prepare()
     ids = windows(7, 8)
     table: Any = ids
@@ -214,9 +214,9 @@ def short(name: str, strategy: str, folder: Path) -> list[float]:
         counted = torch.arange(8) < torch.tensor([8, 3, 5, 2, 6, 4, 7])[:, None]
         table = {"input_ids": ids, "labels": torch.where(counted, ids, torch.full_like(ids, MASKED))}
     watching = Watching()
-    batches = module.recovery.steps * module.recovery.accumulate_grad_batches
+    batches = module.settings.steps * module.settings.accumulate_grad_batches
     settings = TrainerConfig(strategy=strategy, precision=precision, progress_bar=False)  # type: ignore[arg-type]
-    module.rest()
+    module.stop_training()
     before = settings_around(module)
     fit(module, RecoveryData(table, None, 2, batches, seed=3), folder, settings, seed=1, callbacks=[watching])
     changed = {

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from recondense.config.schema import RecoveryConfig, TrainerConfig
 from recondense.data.loader import RecoveryData
+from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
-from support.tiny_models import FAMILIES, condense_plan, windows
+from recondense.recovery.teachers import Teacher
+from recondense.surgery.student import apply
+from support.tiny_models import FAMILIES, condense_plan, recorded, windows
 
 QUIET = TrainerConfig(progress_bar=False)
 
@@ -25,13 +28,21 @@ def recovery(**changes: Any) -> RecoveryConfig:
 def module_of(family: str = "qwen2_moe", layers: tuple[int, ...] = (1, 2), **changes: Any) -> RecoveryModule:
     """Prepared; a fresh model of the same seed each time."""
     model = FAMILIES[family]()
-    module = RecoveryModule(model, recovery(**changes), plan=condense_plan(model, layers))
+    return prepared(model, condense_plan(model, layers), **changes)
+
+
+def prepared(
+    model: Any, plan: Plan, settings: RecoveryConfig | None = None, teacher: Teacher | None = None, **changes: Any
+) -> RecoveryModule:
+    """A module whose student was made of a model by a plan, and may train."""
+    student = apply(model, plan, lambda: recorded(model))
+    module = RecoveryModule(student, settings or recovery(**changes), teacher)
     module.prepare()
     return module
 
 
 def data(module: RecoveryModule, validation: Tensor | None = None) -> RecoveryData:
-    settings = module.recovery
+    settings = module.settings
     batches = settings.steps * settings.accumulate_grad_batches
     return RecoveryData(windows(7, 8), validation, settings.batch_size, batches, seed=3)
 

@@ -22,9 +22,9 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype)
 def settings_around(module: RecoveryModule) -> dict[str, Any]:
     """Settings of a module's model, of its original, and of the process, flat: name -> value."""
     found = {f"process {name}": value for name, value in _of_process().items()}
-    for name, value in _of_model(module.model).items():
+    for name, value in _of_model(module.student.model).items():
         found[f"student {name}"] = value
-    with module.original() as original:
+    with module.student.original() as original:
         for name, value in _of_model(original).items():
             found[f"original {name}"] = value
     found["module trainer"] = module._trainer

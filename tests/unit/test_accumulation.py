@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from support.recoveries import QUIET, recovery
+from support.recoveries import QUIET, prepared
 from support.tiny_models import condense_plan, qwen2_moe, windows
 from torch import Tensor
 
@@ -45,10 +45,7 @@ class Watching(L.Callback):
 
 
 def module_of(**changes: Any) -> RecoveryModule:
-    model = qwen2_moe()
-    module = RecoveryModule(model, recovery(steps=1, **changes), plan=condense_plan(model, [1, 2]))
-    module.prepare()
-    return module
+    return prepared(qwen2_moe(), condense_plan(qwen2_moe(), [1, 2]), steps=1, **changes)
 
 
 def step(folder: Path, batch_size: int, accumulate: int, validate: int = 0, **changes: Any) -> Watching:

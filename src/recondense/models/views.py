@@ -71,6 +71,22 @@ class SparseBlock:
     def num_experts(self) -> int:
         return int(self.experts.num_experts)  # type: ignore[arg-type]
 
+    def require_experts(self, experts: Sequence[int], kind: str) -> None:
+        """Refuse experts that the layer does not have.
+
+        Args:
+            experts: their indices.
+            kind: of the operation that names them.
+
+        Raises:
+            UserError: naming the missing ones.
+        """
+        missing = [expert for expert in experts if expert >= self.num_experts]
+        if missing:
+            raise UserError(
+                f"plan: {kind} layer {self.layer}: it has {self.num_experts} routed experts; the plan retains {missing}"
+            )
+
     def chosen_experts(self, index: Sequence[int]) -> nn.Module:
         """The experts module with some experts only, in fresh tensors."""
         return select_experts(self.experts, index, self.num_experts, self.family.expert_entries)

@@ -1,1 +1,1 @@
-"""Recover: train what was compressed."""
+"""Recover: train a compressed model."""

@@ -1,7 +1,7 @@
 """Losses over a large vocabulary in chunks of tokens, with the LM head inside: no (T, V) tensor ever exists.
 
-Every loss here has a gradient in closed form with respect to the logits, so a chunk's logits give the loss and its
-gradient at once and are forgotten; backward only scales what was kept, (T, D).
+Every loss here has a gradient in closed form with respect to the logits. A chunk's logits give the loss and its
+gradient at once, and are freed. Backward only scales the gradient with respect to the hidden states, (T, D).
 
 Legend: T tokens, C tokens of a chunk, V vocabulary, D hidden size, K kept predictions of a teacher.
 """
@@ -24,19 +24,19 @@ from recondense.models.decoder import Head
 
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
 LN2 = 0.6931471805599453
-# Bytes of a chunk's logits in fp32, a handful of which exist at a time. A CPU's caches like small chunks; a GPU reads
-# the head's weights once a chunk, which must not be what it waits for.
+# Bytes of a chunk's logits in fp32; a few tensors of this size exist at a time. Small chunks fit a CPU's caches. A GPU
+# reads the head's weights once a chunk, which must not take longer than the products.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-LEAST_ROWS = 32  # of a chunk, whatever the vocabulary: fewer make the products slow
+LEAST_ROWS = 32  # tokens of a chunk, whatever the vocabulary: fewer make the products slow
 
 
 class TopK(NamedTuple):
-    """What is kept of a teacher's predictions.
+    """A teacher's K likeliest tokens and the mass of the rest.
 
     Args:
-        ids_TK: the K likeliest tokens.
-        logits_TK: theirs, at temperature 1.
-        rest_T: logsumexp of all other logits at the temperature; with the kept ones it gives the logsumexp of all.
+        ids_TK: the tokens.
+        logits_TK: their logits, at temperature 1.
+        rest_T: logsumexp of all other logits at the temperature.
     """
 
     ids_TK: Tensor
@@ -45,7 +45,7 @@ class TopK(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """A teacher's final hidden states, of which its head makes logits a chunk at a time."""
+    """A teacher's final hidden states and its head, which makes logits a chunk at a time."""
 
     hidden_TD: Tensor
     head: Head
@@ -59,14 +59,14 @@ class Term(Protocol):
 
         Args:
             logits_CV: fp32; not overwritten.
-            rows: which of the T tokens these are.
-            grad: whether the gradient is wanted.
+            rows: their places among the T tokens.
+            grad: whether to return the gradient.
         """
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Negative log-likelihood of labels; rows whose label is -100 cost nothing."""
+    """Negative log-likelihood of labels; rows whose label is MASKED cost nothing."""
 
     labels_T: Tensor
 
@@ -84,16 +84,16 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
-class Divergent:
+class TeacherDivergence:
     """τ²·D(teacher, student) over the vocabulary at temperature τ, D one of KL(t‖s), KL(s‖t) and Jensen-Shannon.
 
-    Of a teacher of which only the top K predictions were kept, D is taken over K + 1 outcomes: the kept tokens, and one
-    that is any other token. That is a lower bound of the whole D (data processing): forward KL lacks
-    r·KL(teacher's rest ‖ student's rest), r the teacher's mass outside the kept tokens, each rest normalised.
+    If only the teacher's top K predictions are known, D is taken over K + 1 outcomes: the known tokens, and any other
+    token. That is a lower bound of the full D (data processing). Forward KL lacks
+    r·KL(teacher's rest ‖ student's rest), r the teacher's mass outside the known tokens, both rests normalised.
 
     Args:
         kind: the divergence.
-        teacher: hidden states and a head, or kept predictions.
+        teacher: hidden states and a head, or the top K predictions.
         temperature: τ > 0. τ² keeps the size of the gradient (Hinton et al., arXiv 1503.02531, section 2.1).
     """
 
@@ -105,24 +105,24 @@ class Divergent:
         t = self.temperature
         log_q_CV = (logits_CV if t == 1 else logits_CV / t).log_softmax(-1)
         if isinstance(self.teacher, TopK):
-            loss_C, grad_CV = self._truncated(self.teacher, log_q_CV, rows, grad)
+            loss_C, grad_CV = self._diverge_top_k(self.teacher, log_q_CV, rows, grad)
         else:
-            theirs_CV = self.teacher.head.logits(self.teacher.hidden_TD[rows]).float()
-            theirs_CV = theirs_CV if t == 1 else theirs_CV.div_(t)
-            loss_C, grad_CV = diverge_(self.kind, log_q_CV, theirs_CV.log_softmax(-1), grad)
+            teacher_CV = self.teacher.head.logits(self.teacher.hidden_TD[rows]).float()
+            teacher_CV = teacher_CV if t == 1 else teacher_CV.div_(t)
+            loss_C, grad_CV = diverge_(self.kind, log_q_CV, teacher_CV.log_softmax(-1), grad)
         if t == 1:
             return loss_C, grad_CV
         return loss_C * t**2, None if grad_CV is None else grad_CV.mul_(t)
 
-    def _truncated(self, kept: TopK, log_q_CV: Tensor, rows: slice, grad: bool) -> tuple[Tensor, Tensor | None]:
-        ids_CK = kept.ids_TK[rows].to(log_q_CV.device, torch.int64)
-        theirs_CK = kept.logits_TK[rows].to(log_q_CV.device).float() / self.temperature
-        rest_C1 = kept.rest_T[rows].to(log_q_CV.device).unsqueeze(-1)
-        log_p_CK = torch.cat([theirs_CK, rest_C1], -1).log_softmax(-1)
-        own_CK = log_q_CV.gather(-1, ids_CK)
+    def _diverge_top_k(self, top: TopK, log_q_CV: Tensor, rows: slice, grad: bool) -> tuple[Tensor, Tensor | None]:
+        ids_CK = top.ids_TK[rows].to(log_q_CV.device, torch.int64)
+        teacher_CK = top.logits_TK[rows].to(log_q_CV.device).float() / self.temperature
+        rest_C1 = top.rest_T[rows].to(log_q_CV.device).unsqueeze(-1)
+        log_p_CK = torch.cat([teacher_CK, rest_C1], -1).log_softmax(-1)
+        student_CK = log_q_CV.gather(-1, ids_CK)
         others_CV = log_q_CV.exp_().scatter_(-1, ids_CK, 0.0)  # the student's rest
         rest_C1 = others_CV.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-        loss_C, grad_CK = diverge_(self.kind, torch.cat([own_CK, rest_C1.log()], -1), log_p_CK, grad)
+        loss_C, grad_CK = diverge_(self.kind, torch.cat([student_CK, rest_C1.log()], -1), log_p_CK, grad)
         if grad_CK is None:
             return loss_C, None
         grad_CV = others_CV.mul_(grad_CK[:, -1:] / rest_C1)  # the rest's logit is the logsumexp of its own
@@ -155,35 +155,35 @@ def diverge_(kind: Divergence, log_q: Tensor, log_p: Tensor, grad: bool) -> tupl
     return loss, ratio.sub_(mine).mul_(q).mul_(0.5) if grad else None
 
 
-def chunked(
+def sum_in_chunks(
     terms: Sequence[tuple[float, Term]], hidden_TD: Tensor, head: Head, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Σ_i weight_i · Σ_t term_i(head(hidden_t)), without ever holding the logits of more than a chunk of tokens.
 
     Args:
-        terms: weights and losses; the weights are part of what is differentiated.
+        terms: weights and losses.
         hidden_TD: final hidden states.
-        head: it gets gradients where its weights require them.
+        head: gets gradients if its weights require them.
         rows: tokens of a chunk; None: as many as `chunk_rows` says.
 
     Returns:
-        the weighted sum, a scalar in fp32, and the sum of each term (fp32, without gradient).
+        The weighted sum, a scalar in fp32, and the sum of each term without its weight (fp32, without gradient).
     """
     (first, term), *others = terms
     parts = [hidden_TD, *(part for part in head if part is not None)]
     grad = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-    if grad and not others and isinstance(term, CrossEntropy) and usable(hidden_TD):
-        loss = cross_entropy(hidden_TD, head.weight_VD, head.bias_V, term.labels_T)
+    if grad and not others and isinstance(term, CrossEntropy) and can_use_liger(hidden_TD):
+        loss = liger_cross_entropy(hidden_TD, head.weight_VD, head.bias_V, term.labels_T)
         return first * loss, loss.detach().float().reshape(1)
     rows = rows or chunk_rows(head.weight_VD)
     total, sums = _Chunked.apply(hidden_TD, head.weight_VD, head.bias_V, terms, rows, grad)  # type: ignore[no-untyped-call]
     return total, sums
 
 
-def chunk_rows(weight_VD: Tensor, wanted_bytes: int | None = None) -> int:
-    """Tokens whose logits in fp32 take `wanted_bytes`, as suits the device."""
-    wanted = wanted_bytes or CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
-    return max(LEAST_ROWS, wanted // (4 * weight_VD.shape[0]))
+def chunk_rows(weight_VD: Tensor) -> int:
+    """The number of tokens whose logits in fp32 make a chunk that suits the device."""
+    chunk_bytes = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
+    return max(LEAST_ROWS, chunk_bytes // (4 * weight_VD.shape[0]))
 
 
 def chunks(num_tokens: int, rows: int) -> Iterator[slice]:
@@ -206,7 +206,7 @@ class _Chunked(torch.autograd.Function):
         grad: bool,
     ) -> tuple[Tensor, Tensor]:
         head = Head(weight_VD, bias_V)
-        needs = [grad and needed for needed in ctx.needs_input_grad[:3]]
+        needs = [grad and needs_grad for needs_grad in ctx.needs_input_grad[:3]]
         sums = torch.zeros(len(terms), dtype=torch.float64, device=hidden_TD.device)
         d_hidden = torch.empty_like(hidden_TD) if needs[0] else None
         # Summed over many chunks: in fp32 whatever the weights are.
@@ -214,7 +214,7 @@ class _Chunked(torch.autograd.Function):
         d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs[2] and bias_V is not None else None
         for part in chunks(len(hidden_TD), rows):
             logits_CV = head.logits(hidden_TD[part])
-            d_CV, losses = _gradient(logits_CV.float(), terms, part, any(needs))
+            d_CV, losses = _chunk_gradient(logits_CV.float(), terms, part, any(needs))
             sums += losses
             if d_CV is None:
                 continue
@@ -236,11 +236,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Any, ...]:
-        found = [None if saved is None else saved * scale.to(saved.dtype) for saved in ctx.saved_tensors]
-        return (*found, None, None, None)
+        gradients = [None if saved is None else saved * scale.to(saved.dtype) for saved in ctx.saved_tensors]
+        return (*gradients, None, None, None)
 
 
-def _gradient(
+def _chunk_gradient(
     logits_CV: Tensor, terms: Sequence[tuple[float, Term]], part: slice, grad: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The weighted gradient of a chunk (C, V), and the sum of each term."""
@@ -257,37 +257,39 @@ def _gradient(
 
 @torch.no_grad()
 def top_k(hidden_TD: Tensor, head: Head, k: int, temperature: float, rows: int | None = None) -> TopK:
-    """The K likeliest tokens of each position, their logits as the head gives them, and what is left.
+    """The K likeliest tokens of each position, their logits as the head gives them, and the mass of the rest.
 
     Args:
         k: K, below V.
+        temperature: at which the logsumexp of the other logits is taken.
+        rows: tokens of a chunk; None: as many as `chunk_rows` says.
     """
-    kept: list[TopK] = []
+    parts: list[TopK] = []
     for part in chunks(len(hidden_TD), rows or chunk_rows(head.weight_VD)):
         logits_CV = head.logits(hidden_TD[part])
-        found = logits_CV.topk(k, dim=-1)
+        top = logits_CV.topk(k, dim=-1)
         others_CV = logits_CV.float() / temperature
-        others_CV.scatter_(-1, found.indices, -torch.inf)
-        kept.append(TopK(found.indices, found.values, others_CV.logsumexp(-1)))
-    return TopK(*(torch.cat(column) for column in zip(*kept, strict=True)))
+        others_CV.scatter_(-1, top.indices, -torch.inf)
+        parts.append(TopK(top.indices, top.values, others_CV.logsumexp(-1)))
+    return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @cache
 def _liger() -> Any:
-    """Liger's module, None without it."""
+    """Liger's module; None if it is not installed."""
     try:
         return importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
     except ImportError:
         return None
 
 
-def usable(hidden_TD: Tensor) -> bool:
-    """Whether the kernel can take these hidden states."""
+def can_use_liger(hidden_TD: Tensor) -> bool:
+    """Whether Liger's kernel is installed and can take these hidden states."""
     return hidden_TD.device.type == "cuda" and _liger() is not None
 
 
-def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
+def liger_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
     """Σ_t -log softmax(W h_t + b)[label_t] over labels that are not MASKED, a scalar in fp32."""
     loss = _liger().LigerFusedLinearCrossEntropyLoss(ignore_index=MASKED, reduction="sum")
-    found: Tensor = loss(weight_VD, hidden_TD, labels_T, bias_V)
-    return found.float()
+    total: Tensor = loss(weight_VD, hidden_TD, labels_T, bias_V)
+    return total.float()

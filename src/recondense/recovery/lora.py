@@ -1,14 +1,14 @@
-"""LoRA adapters: on attention, on experts or on both; they can be switched off, and merged into the weights.
+"""LoRA adapters on attention, on experts or on both. They can be disabled, and merged into the weights.
 
-Linear layers get theirs from peft. The experts' weights are three-dimensional parameters that low-rank experts read
-without a forward of their own, which is where peft hangs its adapters; those get the same update as a parametrization.
+Linear layers get adapters from peft. The experts' weights are three-dimensional parameters, which low-rank experts read
+without a forward of their own, where peft would hang its adapters. They get the same update as a parametrization.
 
 Legend: n experts, O and I output and input features, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,19 +18,21 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
 
 from recondense.config.schema import LoraSettings
 from recondense.models import decoder
 from recondense.recovery import trainable
-
-Replaced = Callable[[nn.Module, str, nn.Parameter], None]
+from recondense.surgery.student import Student
 
 
 class LoraUpdate(nn.Module):
     """W + (alpha / r)·B A for each expert of a weight (n, O, I); B starts at 0.
 
-    The rank r is that of the settings, or the full one where it is less.
+    The rank r is that of the settings, or the full rank if it is less.
+
+    Args:
+        weight_nOI: the weight.
+        settings: rank and alpha.
 
     Reference: LoRA, arXiv 2106.09685, section 4.1.
     """
@@ -39,16 +41,16 @@ class LoraUpdate(nn.Module):
         super().__init__()
         num_experts, num_outputs, num_inputs = weight_nOI.shape
         rank = min(settings.rank, num_outputs, num_inputs)
-        kind: dict[str, Any] = {"dtype": weight_nOI.dtype, "device": weight_nOI.device}
-        self.lora_A = nn.Parameter(torch.empty(num_experts, rank, num_inputs, **kind))
-        self.lora_B = nn.Parameter(torch.zeros(num_experts, num_outputs, rank, **kind))
-        for each in self.lora_A:
-            nn.init.kaiming_uniform_(each, a=5**0.5)  # as peft does
+        options: dict[str, Any] = {"dtype": weight_nOI.dtype, "device": weight_nOI.device}
+        self.lora_A = nn.Parameter(torch.empty(num_experts, rank, num_inputs, **options))
+        self.lora_B = nn.Parameter(torch.zeros(num_experts, num_outputs, rank, **options))
+        for matrix_rI in self.lora_A:
+            nn.init.kaiming_uniform_(matrix_rI, a=5**0.5)  # as peft does
         self.scale = settings.alpha / rank
         self.active = True
 
     def forward(self, weight_nOI: Tensor) -> Tensor:
-        """The weight that is used in place of the stored one."""
+        """The weight to use in place of the stored one."""
         if not self.active:
             return weight_nOI
         return weight_nOI + (self.scale * torch.bmm(self.lora_B, self.lora_A)).to(weight_nOI.dtype)
@@ -56,25 +58,26 @@ class LoraUpdate(nn.Module):
 
 @dataclass
 class Adapters:
-    """The adapters of one model.
+    """The adapters in a student's model.
 
     Args:
-        model: the model that they are in.
+        student: whose model they are in.
         linears: peft's layers, by the name of the Linear that each wraps.
         updates: (module, name of its parameter, the update).
     """
 
-    model: PreTrainedModel
+    student: Student
     linears: dict[str, LoraLinear] = field(default_factory=dict)
     updates: list[tuple[nn.Module, str, LoraUpdate]] = field(default_factory=list)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains."""
-        own = [value for layer in self.linears.values() for name, value in layer.named_parameters() if "lora_" in name]
-        return [*own, *(value for *_, update in self.updates for value in update.parameters())]
+        """Their weights, which train."""
+        layers = self.linears.values()
+        matrices = [value for layer in layers for name, value in layer.named_parameters() if "lora_" in name]
+        return [*matrices, *(value for *_, update in self.updates for value in update.parameters())]
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         """Inside, the model computes what it would without adapters."""
         self._switch(False)
         try:
@@ -89,76 +92,80 @@ class Adapters:
             update.active = on
 
     @torch.no_grad()
-    def merge(self, replaced: Replaced) -> None:
-        """Put plain modules with merged weights in place of adapters. No weight is changed: each merged one is new.
+    def merge(self) -> None:
+        """Put plain modules with merged weights in place of adapters. The original keeps the weights as they were."""
+        self.student.replace_weights(self._take_out())
+        self.student.additions = None
 
-        Args:
-            replaced: called with the module, the name and the weight as it was, so that others can go on using it.
-        """
+    def _take_out(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+        """Remove one adapter after another: the module as it was before, the name of its weight, the merged weight."""
+        model = self.student.model
         for name, layer in self.linears.items():
             base: Any = layer.get_base_layer()
-            before = base.weight
-            delta = layer.get_delta_weight("default").to(before.dtype)
+            delta = layer.get_delta_weight("default").to(base.weight.dtype)
             parent, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), leaf, base)
-            base.weight = nn.Parameter(before + delta, requires_grad=False)
-            replaced(base, "weight", before)
+            setattr(model.get_submodule(parent), leaf, base)
+            yield base, "weight", nn.Parameter(base.weight + delta, requires_grad=False)
         for module, name, _ in self.updates:
             merged = getattr(module, name).detach().clone()
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            before = module._parameters[name]
-            assert before is not None
-            module._parameters[name] = nn.Parameter(merged, requires_grad=False)
-            replaced(module, name, before)
-        self.linears.clear()
-        self.updates.clear()
+            yield module, name, nn.Parameter(merged, requires_grad=False)
 
 
-def once(adapters: Adapters | None) -> AbstractContextManager[None]:
+def cache_updates(adapters: Adapters | None) -> AbstractContextManager[None]:
     """A context in which each updated weight is computed once, however often it is read.
 
-    It must hold one pass with adapters or one without, not both: what was computed stays until it ends.
+    It must hold one pass with adapters or one pass without, not both: computed weights stay until it ends.
     """
     return parametrize.cached() if adapters is not None else nullcontext()
 
 
-def inject(model: PreTrainedModel, layers: Sequence[int], settings: LoraSettings) -> Adapters:
-    """Put adapters into a model.
+def inject(student: Student, layers: Sequence[int], settings: LoraSettings) -> Adapters:
+    """Put adapters into a student's model. Inside `student.original()` they are disabled.
 
     Args:
         layers: whose experts get adapters; attention gets them in every decoder layer.
-        settings: rank, alpha, dropout (of linear layers alone), and what gets adapters.
+        settings: rank, alpha, dropout (of linear layers alone), and which parts get adapters.
 
     Returns:
-        the adapters; everything else of the model is frozen.
+        The adapters; everything else of the model is frozen.
     """
+    model = student.model
+    model.requires_grad_(False)
+    adapters = Adapters(student)
+    linears = decoder.attention_linears(model) if settings.target != "experts" else []
+    experts = trainable.trained_modules(model, layers) if settings.target != "attention" else {}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # the same start for every run of a plan
-        return _inject(model, layers, settings)
+        for name, module in experts.items():
+            linears += _update_experts(name, module, settings, adapters)
+        for name in linears:
+            _wrap_linear(name, settings, adapters)
+    student.additions = adapters
+    return adapters
 
 
-def _inject(model: PreTrainedModel, layers: Sequence[int], settings: LoraSettings) -> Adapters:
-    model.requires_grad_(False)
-    found = Adapters(model)
-    names = decoder.attention_linears(model) if settings.target != "experts" else []
-    experts = trainable.trained_modules(model, layers) if settings.target != "attention" else {}
-    for name, module in experts.items():
-        for inner, each in list(module.named_modules()):
-            where = f"{name}.{inner}" if inner else name
-            if isinstance(each, nn.Linear):
-                names.append(where)
-                continue
-            for parameter, value in list(each.named_parameters(recurse=False)):
-                if value.ndim == 3:
-                    update = LoraUpdate(value, settings)
-                    parametrize.register_parametrization(each, parameter, update)
-                    found.updates.append((each, parameter, update))
+def _update_experts(name: str, module: nn.Module, settings: LoraSettings, adapters: Adapters) -> list[str]:
+    """Register updates of the experts' weights in a module; the names of the Linear layers in it."""
+    linears = []
+    for inner, part in list(module.named_modules()):
+        if isinstance(part, nn.Linear):
+            linears.append(f"{name}.{inner}" if inner else name)
+            continue
+        for parameter, value in list(part.named_parameters(recurse=False)):
+            if value.ndim == 3:
+                update = LoraUpdate(value, settings)
+                parametrize.register_parametrization(part, parameter, update)
+                adapters.updates.append((part, parameter, update))
+    return linears
+
+
+def _wrap_linear(name: str, settings: LoraSettings, adapters: Adapters) -> None:
+    """Put peft's layer around one Linear layer."""
     # peft's own injection rewrites targets by model type, for models whose experts it knows; here the names are exact.
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout)
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        base = model.get_submodule(name)
-        layer = LoraLinear(base, "default", config, r=settings.rank, lora_alpha=settings.alpha)
-        setattr(model.get_submodule(parent), leaf, layer)
-        found.linears[name] = layer
-    return found
+    model = adapters.student.model
+    parent, _, leaf = name.rpartition(".")
+    layer = LoraLinear(model.get_submodule(name), "default", config, r=settings.rank, lora_alpha=settings.alpha)
+    setattr(model.get_submodule(parent), leaf, layer)
+    adapters.linears[name] = layer

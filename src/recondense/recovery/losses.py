@@ -1,4 +1,7 @@
-"""Losses of training besides the divergence from the teacher."""
+"""Losses of training other than those of predictions, which are in chunked_losses.py.
+
+Legend: B batch, S sequence, T tokens, D hidden size, E routed experts.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recondense.data.labels import MASKED
-
-
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Mean next-token negative log-likelihood, nats per predicted token, in fp32.
-
-    Args:
-        labels_BS: ids to predict, those of the input; MASKED ones are not predicted and do not count.
-    """
-    logits = logits_BSV[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(logits, labels_BS[:, 1:].flatten(), ignore_index=MASKED)
-
-
-def forward_kl(
-    student_BSV: Tensor, teacher_BSV: Tensor, temperature: float = 1.0, mask_BS: Tensor | None = None
-) -> Tensor:
-    """Forward KL from teacher to student over the vocabulary, τ²·KL(softmax(t/τ) ‖ softmax(s/τ)), mean over positions.
-
-    The factor τ² keeps the size of the gradient (Hinton et al., arXiv 1503.02531, section 2.1).
-
-    Args:
-        student_BSV, teacher_BSV: logits; the last position counts too: it predicts, though no label follows it.
-        temperature: τ > 0.
-        mask_BS: positions that count (bool); None: all.
-
-    Returns:
-        A scalar, nats per token (times τ²).
-    """
-    if mask_BS is not None:
-        student_BSV, teacher_BSV = student_BSV[mask_BS], teacher_BSV[mask_BS]
-    student = F.log_softmax(student_BSV.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_BSV.float() / temperature, dim=-1)
-    kl_sum = F.kl_div(student, teacher, reduction="sum", log_target=True)
-    return kl_sum * temperature**2 / student[..., 0].numel()
-
 
 def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     """Mean over layers of E·Σ_e f_e·P_e: share of the top-k choices times mean probability; 1 when balanced.
 
     Args:
         router_logits: (T, E) of each sparse layer. Each layer is balanced on its own.
+        top_k: experts that a token selects.
 
     Reference: Switch Transformers, arXiv 2101.03961, section 2.2, for top-k routing.
     """
@@ -68,11 +37,12 @@ def feature_matching(
     mask_BS: Tensor | None = None,
     mean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda values: values,
 ) -> Tensor:
-    """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖², for hidden states (B, S, D).
+    """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖².
 
     Args:
-        mask_BS: positions that count (bool); None: all. The states may have the rows of the batch in one.
-        mean: over processes that share a batch; the mean of what they get is that of the whole batch.
+        student, teacher: hidden states (B, S, D) of each layer.
+        mask_BS: positions that count (bool); None: all. The states may have all rows of the batch in one.
+        mean: the mean over the processes that share a batch; the mean of their results is that of the whole batch.
     """
     if mask_BS is not None:
         student, teacher = ([h.flatten(0, 1)[mask_BS.flatten()] for h in states] for states in (student, teacher))

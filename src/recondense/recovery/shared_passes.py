@@ -6,7 +6,8 @@ Shapes: B windows of a batch, S tokens of a window, T tokens that count, D hidde
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +17,17 @@ from transformers import PreTrainedModel
 from recondense.data.labels import MASKED, next_labels
 from recondense.models import decoder, views
 from recondense.models.blocks import SkippedLayer
-from recondense.models.hooks import input_of
+from recondense.models.forward import model_inputs, run
+from recondense.models.hooks import input_of, outputs_of
 
 
-class Counted(NamedTuple):
-    """The tokens of a batch that count.
+class CountedTokens(NamedTuple):
+    """The tokens of a batch that count in a loss.
 
     Args:
         index_T: their positions in the flattened batch; None: all.
-        labels_T: what each predicts; MASKED where nothing is known.
-        num_labels: how many are known.
+        labels_T: the label of each; MASKED where nothing is known.
+        num_labels: the number of known labels.
     """
 
     index_T: Tensor | None
@@ -33,11 +35,11 @@ class Counted(NamedTuple):
     num_labels: int
 
     @classmethod
-    def of(cls, input_ids_BS: Tensor, labels_BS: Tensor | None, last: bool) -> Counted:
-        """Those before a label that is not MASKED; without labels those before another token.
+    def select(cls, input_ids_BS: Tensor, labels_BS: Tensor | None, last: bool) -> CountedTokens:
+        """Tokens before a label that is not MASKED; without labels, tokens before another token.
 
         Args:
-            last: without labels, the last of each window as well: it predicts, though nothing follows it.
+            last: without labels, the last token of each window counts too. It predicts, though nothing follows it.
         """
         batch, length = input_ids_BS.shape
         next_BS = next_labels(input_ids_BS if labels_BS is None else labels_BS)
@@ -49,17 +51,52 @@ class Counted(NamedTuple):
     def __len__(self) -> int:
         return len(self.labels_T)
 
-    def rows(self, states: Tensor) -> Tensor:
-        """Those of (B, S, ...) or (1, B·S, ...) that count, (T, ...)."""
+    def select_rows(self, states: Tensor) -> Tensor:
+        """The rows of (B, S, ...) or (1, B·S, ...) that count, (T, ...)."""
         flat = states.flatten(0, 1)
         return flat if self.index_T is None else flat[self.index_T.to(flat.device)]
 
 
-def first_own_layer(model: PreTrainedModel, changed: set[int]) -> int:
-    """The decoder layers below this one are the teacher's too, and nothing in them trains; 0: there are none.
+@dataclass(frozen=True)
+class PassInputs:
+    """A batch as student and teacher get it.
 
     Args:
-        changed: layers in which teacher and student differ.
+        arguments: of the model's forward.
+        tokens: those that count.
+        window_B: numbers of the windows, under which a teacher on disk keeps its predictions; None: not known.
+    """
+
+    arguments: Mapping[str, Any]
+    tokens: CountedTokens
+    window_B: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        ids: Tensor = self.arguments["input_ids"]
+        return ids.device
+
+
+def forward_arguments(
+    model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None, router_logits: bool = False
+) -> dict[str, Any]:
+    """Arguments of a forward pass in training.
+
+    Args:
+        position_ids_BS: begin at 0 with each example of a window; None: a window is one text.
+        router_logits: the model hands out its routers' logits too.
+    """
+    arguments = {**model_inputs(model, input_ids_BS, position_ids_BS), "use_cache": False}
+    return {**arguments, "output_router_logits": True} if router_logits else arguments
+
+
+def first_unshared_layer(model: PreTrainedModel, changed: set[int]) -> int:
+    """The lowest decoder layer that the student does not share with its original, or 0.
+
+    Nothing below it trains, so both compute the same hidden states there.
+
+    Args:
+        changed: layers in which the two differ.
     """
     if decoder.random_in_training(model.config):
         return 0
@@ -70,9 +107,20 @@ def first_own_layer(model: PreTrainedModel, changed: set[int]) -> int:
     return min(changed | {int(name.removeprefix(prefix).partition(".")[0]) for name in trained}, default=0)
 
 
+def record_states(model: PreTrainedModel, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
+    """A context that records hidden states (B, S, D) after some layers, after the final norm for the last layer.
+
+    transformers' own `hidden_states` are the same, but lack those of removed layers.
+    """
+    if not layers:
+        return nullcontext([])
+    after = [*decoder.decoder_layers(model)[:-1], decoder.final_norm(model)]
+    return outputs_of([after[layer] for layer in layers])
+
+
 @contextmanager
-def keeping(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
-    """The hidden states that enter a layer in the pass that runs inside; none for the first."""
+def record_entering(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
+    """The hidden states that enter a layer in the pass that runs inside; none for the first layer."""
     if layer == 0:
         yield []
         return
@@ -80,15 +128,41 @@ def keeping(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
         yield states
 
 
-@contextmanager
-def differentiable(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Inside, what enters the lowest layer that trains requires a gradient, though nobody uses it.
+def run_from(
+    model: PreTrainedModel,
+    first: int,
+    entering: Sequence[Tensor],
+    arguments: Mapping[str, Any],
+    layers: Sequence[int] = (),
+) -> tuple[Any, Sequence[Tensor]]:
+    """Run a model up to the final norm, beginning at a decoder layer.
 
-    ZeRO-3 frees the weights of a leaf module before their gradients come where its input has none.
+    Args:
+        first: the layer.
+        entering: the hidden states that enter it; none: the model runs as a whole.
+        arguments: of the whole model.
+        layers: hidden states after these are recorded.
+
+    Returns:
+        The model's output with final hidden states as its logits, and the recorded states.
     """
-    layers = enumerate(decoder.decoder_layers(model))
-    lowest = next((module for _, module in layers if any(p.requires_grad for p in module.parameters())), None)
-    if not wanted or lowest is None:
+    with record_states(model, layers) as states:
+        if not entering:
+            return run(model, arguments), states
+        rest = {name: value for name, value in arguments.items() if name != "input_ids"}
+        with views.swapped(model, {below: SkippedLayer() for below in range(first)}):
+            return run(model, {**rest, "inputs_embeds": entering[0]}), states
+
+
+@contextmanager
+def require_input_gradient(model: PreTrainedModel, needed: bool) -> Iterator[None]:
+    """Inside, the input of the lowest layer that trains requires a gradient, though nothing uses it.
+
+    ZeRO-3 frees the weights of a leaf module before their gradients come if its input has none.
+    """
+    layers = decoder.decoder_layers(model)
+    lowest = next((layer for layer in layers if any(p.requires_grad for p in layer.parameters())), None)
+    if not needed or lowest is None:
         yield
         return
 
@@ -104,16 +178,3 @@ def differentiable(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def starting(
-    model: PreTrainedModel, layer: int, states: Sequence[Tensor], arguments: Mapping[str, Any]
-) -> Iterator[Any]:
-    """Arguments with which the model, inside, computes from the states that enter a layer; all of it for the first."""
-    if not states:
-        yield arguments
-        return
-    rest = {name: value for name, value in arguments.items() if name != "input_ids"}
-    with views.swapped(model, {below: SkippedLayer() for below in range(layer)}):
-        yield {**rest, "inputs_embeds": states[0]}

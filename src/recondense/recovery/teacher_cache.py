@@ -1,7 +1,7 @@
 """A teacher's predictions on disk: the likeliest tokens of every position of the training windows, made once.
 
-A folder holds safetensors files of a fixed number of windows each, written aside and renamed; a run that was killed
-goes on at the first that is missing. They are memory-mapped: training reads the rows of a batch's windows.
+A folder holds safetensors files of a fixed number of windows each, written aside and renamed. A run that was killed
+resumes at the first missing file. Files are memory-mapped: training reads the rows of a batch's windows alone.
 
 Shapes: N windows, B windows of a batch, S tokens of a window, K kept predictions, V vocabulary.
 """
@@ -30,36 +30,49 @@ from recondense.models.hooks import evaluating
 from recondense.models.layer_store import layer_store
 from recondense.progress import progress
 from recondense.recovery.chunked_losses import TopK, top_k
+from recondense.recovery.shared_passes import PassInputs
+from recondense.recovery.teachers import TeacherOutput
 
 WINDOWS_PER_FILE = 64
-FILES_PER_READING = 64  # of a teacher larger than memory, whose weights are read once for so many
-SMALL_VOCABULARY = 2**16  # ids below it are kept in two bytes
+FILES_PER_READING = 64  # made each time that the weights of a streamed teacher are read
+SMALL_VOCABULARY = 2**16  # ids of a vocabulary up to this size take two bytes
 
 
 class CachedTeacher:
-    """Predictions that were kept of N windows.
+    """A teacher of which the predictions for N windows are on disk.
 
     Args:
         folder: of the files.
         num_windows: N.
-        windows_per_file: of every file but the last.
+        windows_per_file: windows of every file but the last.
     """
+
+    answers_any_text = False
 
     def __init__(self, folder: Path, num_windows: int, windows_per_file: int = WINDOWS_PER_FILE) -> None:
         self.folder = folder
         self.num_windows = num_windows
         self.windows_per_file = windows_per_file
-        self._opened = cache(lambda path: safe_open(path, framework="pt"))
+        self._open = cache(lambda path: safe_open(path, framework="pt"))
+
+    def __deepcopy__(self, memo: Any) -> CachedTeacher:
+        return self  # copies of a student read the same files
+
+    def teach(self, inputs: PassInputs, layers: Sequence[int] = ()) -> TeacherOutput:
+        assert inputs.window_B is not None, "a teacher on disk is asked by the numbers of windows"
+        assert not layers, "hidden states are not on disk"
+        columns = self.read(inputs.window_B.tolist())
+        return TeacherOutput(TopK(*(inputs.tokens.select_rows(column).to(inputs.device) for column in columns)))
 
     @property
     def files(self) -> list[Path]:
-        """All that there should be."""
+        """The files of all windows."""
         count = -(-self.num_windows // self.windows_per_file)
         return [self.folder / f"{index:05d}-of-{count:05d}.safetensors" for index in range(count)]
 
     @property
     def missing(self) -> list[int]:
-        """Indices of the files that are not there."""
+        """Indices of the files that do not exist yet."""
         return [index for index, path in enumerate(self.files) if not path.exists()]
 
     def rows_of(self, index: int) -> range:
@@ -67,28 +80,30 @@ class CachedTeacher:
         return range(index * self.windows_per_file, min((index + 1) * self.windows_per_file, self.num_windows))
 
     def read(self, windows: Sequence[int]) -> TopK:
-        """What was kept of some windows: ids and logits (B, S, K), the rest (B, S)."""
-        found: list[list[Tensor]] = []
+        """The predictions for some windows: ids and logits (B, S, K), the rest (B, S)."""
+        rows: list[list[Tensor]] = []
         files = self.files
         for window in windows:
             index, row = divmod(window, self.windows_per_file)
-            file: Any = self._opened(files[index])
-            found.append([file.get_slice(name)[row] for name in TopK._fields])
-        ids, logits, rest = (torch.stack(column) for column in zip(*found, strict=True))
+            file: Any = self._open(files[index])
+            rows.append([file.get_slice(name)[row] for name in TopK._fields])
+        ids, logits, rest = (torch.stack(column) for column in zip(*rows, strict=True))
         return TopK(ids.to(torch.int64), logits, rest)
 
     def write(self, index: int, kept: TopK) -> None:
-        """One file, aside, then renamed."""
+        """Write one file, aside, then rename it."""
         with replace_file(self.files[index]) as aside:
             save_file({name: column.contiguous() for name, column in kept._asdict().items()}, aside)
 
 
-def key_of(weights: str, windows: Table, k: int, temperature: float, precision: str) -> str:
-    """The name of a folder of predictions: a fingerprint of all that decides them.
+def cache_key(weights: str, windows: Table, k: int, temperature: float, precision: str) -> str:
+    """The name of a folder of predictions: a fingerprint of everything they depend on.
 
     Args:
         weights: the fingerprint of the teacher's weights.
-        temperature: the logsumexp of what is not kept is taken at it.
+        windows: the ids, and positions if there are any.
+        k: predictions kept for a token.
+        temperature: at which the logsumexp of the other logits is taken.
         precision: in which the teacher computes.
     """
     digest = hashlib.sha256()
@@ -109,37 +124,38 @@ def keep_predictions(
     autocast: AbstractContextManager[Any],
     windows_per_file: int = WINDOWS_PER_FILE,
 ) -> CachedTeacher:
-    """Run the teacher over the windows of which no predictions are kept yet.
+    """Run the teacher over the windows whose predictions are not on disk yet.
 
     Args:
         original: a context in which the model is the teacher.
-        windows: N of them.
-        folder: where files are, or will be.
+        windows: N windows.
+        folder: of the files.
         k: K, at most V - 1.
+        temperature: at which the logsumexp of the other logits is taken.
         batch_size: windows of a pass.
         autocast: the precision of its passes.
+        windows_per_file: windows of every file but the last.
     """
-    found = CachedTeacher(folder, num_rows(windows), windows_per_file)
-    if not found.missing:
-        return found
+    teacher = CachedTeacher(folder, num_rows(windows), windows_per_file)
+    if not teacher.missing:
+        return teacher
     folder.mkdir(parents=True, exist_ok=True)
     with waiting_lock(folder / ".lock", "asks the same teacher"):
         remove_partial(folder)
-        total = sum(len(found.rows_of(index)) for index in found.missing)
+        total = sum(len(teacher.rows_of(index)) for index in teacher.missing)
         with progress("the teacher's predictions", total) as bar, original() as model, evaluating(model), autocast:
-            together = FILES_PER_READING if layer_store(model).streamed else 1
-            missing = found.missing
+            missing, together = teacher.missing, FILES_PER_READING if layer_store(model).streamed else 1
             for first in range(0, len(missing), together):
                 indices = missing[first : first + together]
-                batches = {index: _batches(windows, found.rows_of(index), batch_size) for index in indices}
-                states = _states(model, [batch for each in batches.values() for batch in each])
-                for index, own in batches.items():
-                    kept = []
-                    for batch in own:
-                        kept.append(_predictions(model, next(states), k, temperature))
+                batches = {index: _batches(windows, teacher.rows_of(index), batch_size) for index in indices}
+                states = _states(model, [batch for of_file in batches.values() for batch in of_file])
+                for index, of_file in batches.items():
+                    predictions = []
+                    for batch in of_file:
+                        predictions.append(_predictions(model, next(states), k, temperature))
                         bar.advance(num_rows(batch))
-                    found.write(index, TopK(*(torch.cat(column) for column in zip(*kept, strict=True))))
-    return found
+                    teacher.write(index, TopK(*(torch.cat(column) for column in zip(*predictions, strict=True))))
+    return teacher
 
 
 def _batches(windows: Table, rows: range, batch_size: int) -> list[Table]:
@@ -151,7 +167,7 @@ def _batches(windows: Table, rows: range, batch_size: int) -> list[Table]:
 
 @torch.no_grad()
 def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor]:
-    """Hidden states of which the head makes logits (B, S, D), of each batch."""
+    """The final hidden states (B, S, D) of each batch."""
 
     def inputs(batch: Table) -> dict[str, Any]:
         moved = {name: batch[name].to(decoder.device(model)) for name in ("input_ids", "position_ids") if name in batch}
@@ -167,7 +183,7 @@ def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor
 
 @torch.no_grad()
 def _predictions(model: PreTrainedModel, hidden_BSD: Tensor, k: int, temperature: float) -> TopK:
-    """Of one batch, on the CPU; logits in the type in which the head gives them, so that none is rounded."""
+    """The predictions for one batch, on the CPU. Logits keep the dtype of the head, so that none is rounded."""
     with decoder.gathered(model) as head:
         vocabulary = len(head.weight_VD)
         kept = top_k(hidden_BSD.flatten(0, 1), head, min(k, vocabulary - 1), temperature)

@@ -25,8 +25,8 @@ from recondense.files import JsonFolder, fingerprint
 from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import weights_bytes
 from recondense.progress import progress
-from recondense.recovery.module import RecoveryModule
 from recondense.run.inputs import task_files_fingerprint
+from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)
 
@@ -89,18 +89,18 @@ class Measure:
             self._within = outer + spent
 
     @property
-    def counts(self) -> dict[str, float]:
+    def recovery_seconds(self) -> dict[str, float]:
         """Seconds of each stage of the recovery so far, restarts included."""
         return dict(self.stages.get("recovery_seconds", {}))
 
     @contextmanager
-    def counted(self, name: str) -> Iterator[None]:
+    def timed_recovery(self, name: str) -> Iterator[None]:
         """Count the time inside as that of a stage of the recovery."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            counts = self.counts if processes.is_first() else {}
+            counts = self.recovery_seconds if processes.is_first() else {}
             self._of_all["recovery_seconds"] = {**counts, name: counts.get(name, 0.0) + time.perf_counter() - started}
 
     def has(self, name: str) -> bool:
@@ -148,26 +148,26 @@ class Measure:
                 known[key] = processes.by_first(lambda: self._quality(name, reference, tasks))
         return known[key]
 
-    def unchanged(self, module: RecoveryModule) -> None:
+    def unchanged(self, student: Student) -> None:
         """Memory and speed of the original alone, where no surgery gives it a counterpart."""
         if "profile" not in (original := self._of_all["original"]):
             with self.timed("profile"):
-                profile = processes.by_first(lambda: self._profiles("original", module)["original"])
+                profile = processes.by_first(lambda: self._profiles("original", student)["original"])
             self._of_all["original"] = {**original, "profile": profile}
 
-    def stage(self, name: str, module: RecoveryModule, original: Reference | None = None) -> None:
+    def stage(self, name: str, student: Student, original: Reference | None = None) -> None:
         """Measure the model as it is now, against the original where surgery has set one aside.
 
         Args:
-            original: a context with the original where the module has none any more.
+            original: a context with the original where the student has none any more.
         """
         if self.has(name):
             return
         L.seed_everything(self.config.seed, verbose=False)
-        reference = module.original if module.teacher is not None else original
+        reference = student.original if student.has_original else original
         wanted = self.tasks if self.config.evaluation.at_end or name == "compressed" else []
         if name in ("compressed", "refitted"):  # not trained: the same for runs that differ in their recovery alone
-            plan = module.plan.to_dict()["operations"] if module.plan else []
+            plan = student.plan.to_dict()["operations"]
             buffers = {
                 key: buffer.double().tolist()
                 for key, buffer in self.model.named_buffers()
@@ -181,7 +181,7 @@ class Measure:
                 found = processes.by_first(lambda: self._quality(name, reference, wanted))
         if name != "control":
             with self.timed("profile"):
-                profiles = processes.by_first(lambda: self._profiles(name, module))
+                profiles = processes.by_first(lambda: self._profiles(name, student))
             if profiles:
                 found["profile"] = profiles.pop(name)
                 if "original" in profiles:
@@ -208,11 +208,11 @@ class Measure:
             )
         return found
 
-    def _profiles(self, name: str, module: RecoveryModule) -> dict[str, Any]:
+    def _profiles(self, name: str, student: Student) -> dict[str, Any]:
         settings = self.config.callbacks.profile
         variants: dict[str, Reference] = {name: lambda: nullcontext(self.model)}
-        if module.teacher is not None:
-            variants = {"original": module.original, **variants}
+        if student.has_original:
+            variants = {"original": student.original, **variants}
         if not settings.enabled or self.config.model.streaming:  # there is no speed of what is read from disk
             found = {}
             for variant, context in variants.items():

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,15 +36,15 @@ from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
 from recondense.plan import Plan
 from recondense.progress import configure, progress
-from recondense.recovery.module import RecoveryModule
 from recondense.report import model_card, summary, tables, tracking
 from recondense.report.structure_picture import picture_of
 from recondense.run import launching, run_folder, tiny
 from recondense.run.inputs import inputs_of, keep_inputs
 from recondense.run.measure import Measure
 from recondense.run.plan_only import plan_only
-from recondense.run.recover import Fits
+from recondense.run.recover import Recovery, load_streamed, prepare_student
 from recondense.run.search import find_plan, scratch_bytes
+from recondense.surgery.student import Student, apply
 
 log = logging.getLogger(__name__)
 
@@ -244,38 +245,36 @@ class _Run:
         stages = stages_of(replace(config, recovery=recovery))
         if recovery != config.recovery:
             log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
-        history = history_of(config.model)
-        module = RecoveryModule(
-            model,
-            stages[0].recovery,
-            plan=plan,
-            trained_layers=None if plan.operations else history.changed(len(decoder.decoder_layers(model))),
-            tokenizer=tokenizer,
-            record=recorder(config, model, tokenizer, texts, folder, measure.timed),
-            later=[stage.recovery for stage in stages[1:]],
-        )
+        changed = history_of(config.model).changed(len(decoder.decoder_layers(model)))
+        layers = None if plan.operations else changed
+        record = recorder(config, model, tokenizer, texts, folder, measure.timed)
         with measure.timed("apply"):
-            module.prepare(refit=False)
+            student = apply(model, plan, record, refit=False)
+            prepare_student(student, stages, layers)
         if config.export.format == "stock" and config.export.enabled is not False:
             layout(model, layer_shapes(model), config.export)  # or its error, before anything is trained
         sizes["compressed"] = parameters.sizes(model)
         if plan.operations:
-            measure.stage("compressed", module)
+            measure.stage("compressed", student)
         else:
-            measure.unchanged(module)
+            measure.unchanged(student)
         if any(operation.kind == "refit" for operation in plan.operations):
             with measure.timed("refit"):
-                measure.keep_refit(module.refit())
-            measure.stage("refitted", module)
+                measure.keep_refit(student.refit(record))
+            measure.stage("refitted", student)
+        done = None
         if config.recovery.objective != "none":
-            fits = Fits(config, stages, folder, texts, measure, self.callbacks, self.loggers, self._take_peak)
-            self._recover(module, fits)
-            measure.stage("recovered", module, self._original_again if config.model.streaming else None)
-            if config.recovery.control and plan.operations:
-                fits.control(module)
-        done = (
-            fits.done if config.recovery.objective != "none" and (config.recovery.stages or fits.texts.counts) else None
-        )
+            callbacks = partial(self._callbacks, measure)
+            device = decoder.device(model)
+            training = Recovery(
+                *(config, stages, layers, folder, texts, tokenizer, device, measure, callbacks, self.loggers)
+            )
+            descriptions = self._recover(student, training)
+            done = descriptions if config.recovery.stages or texts.counts else None
+            measure.stage("recovered", student, self._original_again if config.model.streaming else None)
+            if config.recovery.control and plan.operations and not measure.has("control"):
+                with training.train_control(student):
+                    measure.stage("control", Student(model, Plan(model=plan.model)))
         return processes.by_first(lambda: self._collect(measure, plan, recovery.objective, sizes, done))
 
     def _collect(
@@ -342,14 +341,19 @@ class _Run:
         picture = picture_of(plan.to_dict(), facts.num_experts, facts.moe_layers, self.folder / "plan.png")
         tracking.log_plan(self.loggers, plan.to_dict(), picture)
 
-    def _recover(self, module: RecoveryModule, fits: Fits) -> None:
-        if module.teacher is not None and processes.is_first():
-            together = parameters.resident_bytes(module.model, module.teacher)
-            alone = parameters.resident_bytes(module.model)
-            with module.original():
-                apart = alone + parameters.resident_bytes(module.model)
+    def _callbacks(self, measure: Measure, stage: str, *, with_tasks: bool) -> Sequence[Callback]:
+        tasks, include_path = (measure.tasks, measure.include_path) if with_tasks else ((), ())
+        return self.callbacks(stage, tasks, include_path)
+
+    def _recover(self, student: Student, training: Recovery) -> list[dict[str, Any]]:
+        if student.has_original and processes.is_first():
+            size = student.footprint()
             log.info(
                 "student and teacher on one backbone: %s resident (the student alone %s; two whole models %s)",
-                *(tables.format_bytes(size) for size in (together, alone, apart)),
+                *(tables.format_bytes(number) for number in (size.with_original, size.student, size.apart)),
             )
-        fits.recover(module)
+        cached = training.keep_predictions(student)
+        if layer_store(student.model).streamed:
+            self._take_peak()
+            load_streamed(student)
+        return training.recover(student, cached)

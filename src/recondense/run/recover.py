@@ -1,23 +1,22 @@
-"""The fits of a run: the recovery, stage by stage, and the control beside it."""
+"""The trainings of a run: the recovery, stage by stage, and the control beside it."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from transformers import PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.config import stages as stages_module
 from recondense.config.schema import WORK, Config, RecoveryConfig
-from recondense.config.stages import Stage
+from recondense.config.stages import Stage, control_settings
 from recondense.data.loader import RecoveryData, ShuffledWindows, num_rows
 from recondense.data.texts import Texts
 from recondense.errors import UserError
@@ -25,190 +24,243 @@ from recondense.models import loading
 from recondense.models.layer_store import layer_store
 from recondense.plan import Plan
 from recondense.progress import progress
-from recondense.recovery.fit import FINAL, fit, precision_of
+from recondense.recovery import trainable
+from recondense.recovery.checkpoints import FINAL
+from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
-from recondense.recovery.teacher_cache import CachedTeacher, keep_predictions, key_of
-from recondense.recovery.teachers import OtherTeacher, same_vocabulary
+from recondense.recovery.precision import resolve_precision
+from recondense.recovery.teacher_cache import CachedTeacher, cache_key, keep_predictions
+from recondense.recovery.teachers import OtherTeacher, Teacher, same_vocabulary
 from recondense.run.inputs import keep_inputs
-from recondense.run.measure import Measure
+from recondense.surgery.student import Student
 
-USED_BY_TEACHERS = ("input_ids", "position_ids")
-log = logging.getLogger(__name__)
+TEACHER_COLUMNS = ("input_ids", "position_ids")  # of the training windows: all that a teacher's predictions depend on
+DESCRIBED = ("objective", "trainable", "steps", "batch_size", "accumulate_grad_batches", "learning_rate")
 
-MakeCallbacks = Callable[[str, Sequence[str], Sequence[Path]], Sequence[Callback]]
+
+class MakeCallbacks(Protocol):
+    """Makes the Lightning callbacks of a training by its name, with the run's tasks or without."""
+
+    def __call__(self, stage: str, *, with_tasks: bool) -> Sequence[Callback]: ...
+
+
+class Record(Protocol):
+    """Where the seconds of a run are counted, and fingerprints of its inputs are kept."""
+
+    @property
+    def inputs(self) -> Mapping[str, str]: ...
+
+    @property
+    def recovery_seconds(self) -> Mapping[str, float]: ...
+
+    def timed(self, part: str) -> AbstractContextManager[None]: ...
+
+    def timed_recovery(self, stage: str) -> AbstractContextManager[None]: ...
+
+
+def prepare_student(student: Student, stages: Sequence[Stage], layers: Sequence[int] | None = None) -> None:
+    """Check that every stage has something to train, and give the student own copies of all that will train.
+
+    The original then shares nothing that trains, whatever the order of the stages.
+
+    Args:
+        layers: decoder layers whose experts train; None: the layers of the plan.
+
+    Raises:
+        UserError: a stage has nothing to train, or would change the original with the student.
+    """
+    layers = student.plan.layers if layers is None else layers
+    recoveries = [stage.recovery for stage in stages if stage.recovery.objective != "none"]
+    for settings in recoveries:
+        trainable.check_trainable(student, layers, settings)
+    # A control trains the original's experts afterwards: not the student's with them.
+    if any(settings.trainable == "experts" or settings.control for settings in recoveries):
+        student.give_own_copies(trainable.trained_layers(student.model, layers))
 
 
 @dataclass
-class Fits:
-    """What the fits of a run share.
+class Recovery:
+    """The trainings of a run.
 
     Args:
-        stages: in order; one where the recovery lists none.
+        stages: of the recovery, in order, resolved.
+        layers: decoder layers whose experts train; None: the layers of the plan.
         folder: of the run.
-        streamed: called when a model larger than memory has been asked all, before it is brought in to be trained.
-        done: what each stage of the recovery was, for summary.json.
+        tokenizer: of the model.
+        device: where the model computes. An engine may leave its weights elsewhere.
+        record: counts seconds.
+        callbacks: makes the Lightning callbacks of each training.
     """
 
     config: Config
     stages: Sequence[Stage]
+    layers: Sequence[int] | None
     folder: Path
     texts: Texts
-    measure: Measure
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    record: Record
     callbacks: MakeCallbacks
     loggers: Sequence[Logger]
-    streamed: Callable[[], None] = lambda: None
-    done: list[dict[str, Any]] = field(default_factory=list)
 
-    def recover(self, module: RecoveryModule) -> None:
-        """Train every stage, or what is left of them; adapters are merged at the end of theirs."""
-        self.done = []
-        sources = self._on_disk(module)
-        if layer_store(module.model).streamed:
-            self.streamed()
-            module.release_original()
-            with progress("the compressed model, whole"):
-                layer_store(module.model).load_all()
-        with self._without_original(module):
-            for stage in self.stages:
-                self._stage(stage, module, sources.get(stage.name))
-
-    def _stage(self, stage: Stage, module: RecoveryModule, source: CachedTeacher | None) -> None:
-        with self.measure.timed("recover"), self.measure.counted(stage.name):
-            data, recovery = self._data(stage, module)
-            module.begin(recovery, stage.name)
-            module.source = source or self._teacher_of(stage, module)
-            callbacks = self.callbacks(stage.name, self.measure.tasks, self.measure.include_path)
-            self._fit(module, data, self.folder / stage.folder, callbacks)
-            module.finish()
-        module.source = "shared"
-        if processes.is_first():
-            self.done.append(self._describe(stage, recovery, data))
-
-    def _without_original(self, module: RecoveryModule) -> AbstractContextManager[None]:
-        """Inside, the memory of what the student does not use of the original is free, where nobody asks it."""
-        trainer = self.config.trainer
-        asked = any(_asks_original(stage.recovery) for stage in self.stages)
-        if asked or module.teacher is None or (trainer.shards and self.config.recovery.control):
-            return nullcontext()
-        path = self.folder / WORK / f"original-{processes.rank()}.safetensors"
-        # An engine that spreads weights would spread those of the original too, which are empty inside.
-        return module.without_original(path) if trainer.shards else module.teacher.set_aside(path)
-
-    def _on_disk(self, module: RecoveryModule) -> dict[str, CachedTeacher]:
-        """The predictions that stages learn from disk, made where they are not there."""
-        sources: dict[str, CachedTeacher] = {}
+    def keep_predictions(self, student: Student) -> dict[str, CachedTeacher]:
+        """The original's predictions on disk for the stages that learn from them, by stage. Missing ones are made."""
+        teachers: dict[str, CachedTeacher] = {}
         for stage in self.stages:
             cached = stage.recovery.objective == "distill" and stage.recovery.teacher == "cached"
-            if not cached or (self.folder / stage.folder / FINAL).exists():
-                continue
-            with self.measure.timed("teacher"):
-                data, recovery = self._data(stage, module)
-                sources[stage.name] = self._kept(module, data, recovery)
-        return sources
+            if cached and not (self.folder / stage.folder / FINAL).exists():
+                with self.record.timed("teacher"):
+                    data, settings = self._load_data(stage)
+                    teachers[stage.name] = self._keep_predictions(student, data, settings)
+        return teachers
 
-    def _kept(self, module: RecoveryModule, data: RecoveryData, recovery: RecoveryConfig) -> CachedTeacher:
-        used = data.train_dataloader().used()
-        windows = {name: data.train_table[name][used] for name in USED_BY_TEACHERS if name in data.train_table}
-        precision = precision_of(self.config.trainer, module.model.dtype)
-        key = key_of(self.measure.weights, windows, recovery.teacher_top_k, recovery.temperature, precision)
-        folder = Path(self.config.cache_dir) / "teacher" / key
-        device = module.model.device.type
-        autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
-        k, temperature, batch_size = recovery.teacher_top_k, recovery.temperature, recovery.batch_size
-        with processes.first_before_others():
-            return keep_predictions(module.original, windows, folder, k, temperature, batch_size, autocast)
+    def recover(self, student: Student, cached: Mapping[str, CachedTeacher]) -> list[dict[str, Any]]:
+        """Train the student, one stage after another. Stages that are done already are read.
 
-    def _teacher_of(self, stage: Stage, module: RecoveryModule) -> Any:
-        """What a stage learns from where that is no file: the original, or another model, loaded now."""
-        recovery = stage.recovery
-        if recovery.objective != "distill" or recovery.teacher != "model":
-            return "shared"
-        path = str(recovery.teacher_path)
-        settings = replace(self.config.model, path=path, revision=recovery.teacher_revision, tokenizer=None)
-        try:
-            with processes.first_before_others():  # a hub id is downloaded once
-                model, tokenizer = loading.load(settings, path)
-        except UserError as error:
-            raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
-        assert module.tokenizer is not None
-        same_vocabulary(tokenizer, module.tokenizer, path)
-        keep_inputs(self.folder, {f"weights of the teacher {path}": loading.weights_fingerprint(model)})
-        return OtherTeacher(model, module.model, path)
+        Args:
+            student: its model must be in memory as a whole.
+            cached: teachers on disk by stage, from `keep_predictions`.
 
-    def control(self, module: RecoveryModule) -> None:
-        """The original trained further for the same steps: its experts in the layers that the plan changes."""
-        if self.measure.has("control"):
-            return
-        assert module.plan is not None
-        settings = [stages_module.control_settings(stage.recovery) for stage in self.stages]
-        with module.original() as model:
-            control = RecoveryModule(
-                model,
-                settings[0],
-                plan=Plan(model=module.plan.model),
-                tokenizer=module.tokenizer,
-                stage="control",
-                trained_layers=module.plan.layers,
-                later=settings[1:],
-                computes_on=module.computes_on,  # the recovery may have left the weights to the first process
-            )
-            with self.measure.timed("control"):
-                for stage, own in zip(self.stages, settings, strict=True):
-                    data, recovery = self._data(replace(stage, recovery=own), control)
-                    alone = stage.name == "recovery"
-                    control.begin(recovery, "control" if alone else f"control/{stage.name}")
-                    folder = self.folder / "checkpoints" / "control"
-                    callbacks = self.callbacks(control.stage, (), ())
-                    self._fit(control, data, folder if alone else folder / Path(stage.folder).name, callbacks)
-            self.measure.stage("control", control)
+        Returns:
+            A description of each stage, for summary.json; empty in all processes but the first.
+        """
+        descriptions = []
+        with self._free_original(student):
+            for stage in self.stages:
+                with self.record.timed("recover"), self.record.timed_recovery(stage.name):
+                    data, settings = self._load_data(stage)
+                    module = RecoveryModule(
+                        student,
+                        settings,
+                        cached.get(stage.name) or self._load_teacher(stage, student),
+                        tokenizer=self.tokenizer,
+                        stage=stage.name,
+                        layers=self.layers,
+                        training_device=self.device,
+                    )
+                    self._fit(module, data, self.folder / stage.folder, self.callbacks(stage.name, with_tasks=True))
+                if processes.is_first():
+                    descriptions.append(self._describe(stage, settings, data))
+        return descriptions
+
+    @contextmanager
+    def train_control(self, student: Student) -> Iterator[None]:
+        """Inside, the model is the original trained further for the same steps: its experts in the plan's layers."""
+        with student.original() as model:
+            control = Student(model, Plan(model=student.plan.model))
+            with self.record.timed("control"):
+                for stage in self.stages:
+                    data, settings = self._load_data(replace(stage, recovery=control_settings(stage.recovery)))
+                    folder, name = self.folder / "checkpoints" / "control", "control"
+                    if stage.name != "recovery":
+                        folder, name = folder / Path(stage.folder).name, f"control/{stage.name}"
+                    module = RecoveryModule(
+                        control,
+                        settings,
+                        tokenizer=self.tokenizer,
+                        stage=name,
+                        layers=student.plan.layers,
+                        training_device=self.device,
+                    )
+                    self._fit(module, data, folder, self.callbacks(name, with_tasks=False))
+            yield
 
     def _fit(self, module: RecoveryModule, data: RecoveryData, folder: Path, callbacks: Sequence[Callback]) -> None:
         fit(module, data, folder, self.config.trainer, self.config.seed, callbacks, self.loggers)
 
-    def _data(self, stage: Stage, module: RecoveryModule) -> tuple[RecoveryData, RecoveryConfig]:
-        """What a stage trains on, and its settings with the steps that its epochs are."""
-        recovery = stage.recovery
-        train = self.texts.training(stage, "train", module.tokenizer)
+    def _free_original(self, student: Student) -> AbstractContextManager[None]:
+        """Inside, the original takes no memory, if no training asks it."""
+        trainer = self.config.trainer
+        asked = any(_asks_original(stage.recovery) for stage in self.stages)
+        if asked or not student.has_original or (trainer.shards and self.config.recovery.control):
+            return nullcontext()
+        if trainer.shards and not processes.is_first():  # the engine takes this process's weights anyway
+            student.release_original()
+            return nullcontext()
+        return student.offload_original(self.folder / WORK / f"original-{processes.rank()}.safetensors")
+
+    def _keep_predictions(self, student: Student, data: RecoveryData, settings: RecoveryConfig) -> CachedTeacher:
+        used = data.train_dataloader().used()
+        windows = {name: data.train_table[name][used] for name in TEACHER_COLUMNS if name in data.train_table}
+        precision = resolve_precision(self.config.trainer, student.model.dtype)
+        k, temperature = settings.teacher_top_k, settings.temperature
+        key = cache_key(self.record.inputs["weights"], windows, k, temperature, precision)
+        folder = Path(self.config.cache_dir) / "teacher" / key
+        device = student.model.device.type
+        autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
+        with processes.first_before_others():
+            return keep_predictions(student.original, windows, folder, k, temperature, settings.batch_size, autocast)
+
+    def _load_teacher(self, stage: Stage, student: Student) -> Teacher | None:
+        """Another model that a stage learns from; None if it learns from the original or from none."""
+        settings = stage.recovery
+        if settings.objective != "distill" or settings.teacher != "model":
+            return None
+        path = str(settings.teacher_path)
+        of_model = replace(self.config.model, path=path, revision=settings.teacher_revision, tokenizer=None)
+        try:
+            with processes.first_before_others():  # a hub id is downloaded once
+                model, tokenizer = loading.load(of_model, path)
+        except UserError as error:
+            raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
+        same_vocabulary(tokenizer, self.tokenizer, path)
+        keep_inputs(self.folder, {f"weights of the teacher {path}": loading.weights_fingerprint(model)})
+        return OtherTeacher(model, student.model, path)
+
+    def _load_data(self, stage: Stage) -> tuple[RecoveryData, RecoveryConfig]:
+        """The windows of a stage, and its settings with its epochs as steps."""
+        settings = stage.recovery
+        train = self.texts.training(stage, "train", self.tokenizer)
         assert train is not None
-        validation = self.texts.training(stage, "validation", module.tokenizer) if recovery.validate_every else None
-        recovery = with_steps(recovery, num_rows(train), stage.where)
-        batches = recovery.steps * recovery.accumulate_grad_batches
-        if recovery.objective == "distill" and recovery.teacher == "cached":
-            used = ShuffledWindows(train, recovery.batch_size, batches, self.config.seed, lambda: 0).used()
+        validation = self.texts.training(stage, "validation", self.tokenizer) if settings.validate_every else None
+        settings = with_steps(settings, num_rows(train), stage.where)
+        batches = settings.steps * settings.accumulate_grad_batches
+        if settings.objective == "distill" and settings.teacher == "cached":
+            used = ShuffledWindows(train, settings.batch_size, batches, self.config.seed, lambda: 0).used()
             numbers = torch.full((num_rows(train),), -1)
             numbers[used] = torch.arange(len(used))
             train = {**train, "window": numbers}
-        return RecoveryData(train, validation, recovery.batch_size, batches, self.config.seed), recovery
+        return RecoveryData(train, validation, settings.batch_size, batches, self.config.seed), settings
 
-    def _describe(self, stage: Stage, recovery: RecoveryConfig, data: RecoveryData) -> dict[str, Any]:
-        names = ("objective", "trainable", "steps", "batch_size", "accumulate_grad_batches", "learning_rate")
+    def _describe(self, stage: Stage, settings: RecoveryConfig, data: RecoveryData) -> dict[str, Any]:
         return {
             "name": stage.name,
-            **{name: getattr(recovery, name) for name in names},
+            **{name: getattr(settings, name) for name in DESCRIBED},
             "sequence_length": stage.data.sequence_length,
             "windows": num_rows(data.train_table),
             **self.texts.counts.get((stage.name, "train"), {}),
-            "seconds": self.measure.counts[stage.name],
+            "seconds": self.record.recovery_seconds[stage.name],
         }
 
 
-def _asks_original(recovery: RecoveryConfig) -> bool:
+def load_streamed(student: Student) -> None:
+    """Bring a student whose model is larger than memory into memory as a whole. Its original is released."""
+    student.release_original()
+    with progress("loading the compressed model"):
+        layer_store(student.model).load_all()
+
+
+def _asks_original(settings: RecoveryConfig) -> bool:
     """Whether a training computes what the original predicts."""
-    return recovery.teacher == "shared" if recovery.objective == "distill" else recovery.validate_every > 0
+    return settings.teacher == "shared" if settings.objective == "distill" else settings.validate_every > 0
 
 
-def with_steps(recovery: RecoveryConfig, num_windows: int, where: str = "recovery") -> RecoveryConfig:
-    """Settings with the optimiser steps in which every window is seen `epochs` times; the last step may see some again.
+def with_steps(settings: RecoveryConfig, num_windows: int, where: str = "recovery") -> RecoveryConfig:
+    """Settings whose steps show every window `epochs` times; the last step may show some once more.
+
+    Args:
+        num_windows: in the training text.
+        where: what the config calls the settings, for the message.
 
     Raises:
         UserError: a warm-up that is not over by then.
     """
-    if recovery.epochs is None:
-        return recovery
-    steps = max(1, math.ceil(recovery.epochs * num_windows / (recovery.batch_size * recovery.accumulate_grad_batches)))
-    if recovery.warmup_steps >= steps:
+    if settings.epochs is None:
+        return settings
+    steps = max(1, math.ceil(settings.epochs * num_windows / (settings.batch_size * settings.accumulate_grad_batches)))
+    if settings.warmup_steps >= steps:
         raise UserError(
-            f"{where}.warmup_steps={recovery.warmup_steps}: {where}.epochs={recovery.epochs:g} of {num_windows} "
+            f"{where}.warmup_steps={settings.warmup_steps}: {where}.epochs={settings.epochs:g} of {num_windows} "
             f"windows are {steps} steps, and the learning rate would never reach its peak; lower it or train for longer"
         )
-    return replace(recovery, steps=steps)
+    return replace(settings, steps=steps)

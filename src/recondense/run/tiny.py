@@ -36,6 +36,7 @@ from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
+from recondense.surgery.student import Student
 
 VERSION = 1  # raise when a change here makes another model of the same settings
 END_OF_TEXT = "<|endoftext|>"
@@ -88,9 +89,8 @@ def _train(
     network.set_experts_implementation("grouped_mm")
     work = folder.with_name(f"{folder.name}.training")
     module = RecoveryModule(
-        network,
+        Student(network, Plan(model="tiny_moe")),
         _recovery(settings),
-        plan=Plan(model="tiny_moe"),
         stage="pretrain",
         router_auxiliary_loss=settings["router_auxiliary_loss"],
     )

@@ -1,12 +1,12 @@
-"""Surgery does: it executes a Plan on a model and never decides. One operation, one file.
+"""Surgery executes a Plan on a model and never decides. One operation, one file.
 
-`restructure` makes the shapes from the plan alone (on the meta device too); `apply` computes the weights as well, each
-operation on what the one before it left; `refit` solves weights on the calibration set, last.
+`restructure` makes the shapes from the plan alone, on the meta device too. `execute` computes the weights as well; each
+operation works on what the one before it left. `refit` solves weights on the calibration set, last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -29,91 +29,85 @@ Record = Callable[[], "Tape"]
 
 
 def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
-    """Put blocks of the plan's shapes in place of the original ones; their weights are not to be relied on.
+    """Put blocks of the plan's shapes in place of the original ones. Their weights mean nothing.
 
     Args:
         model: changed in place; may lie on the meta device.
-        plan: what to do.
+        plan: the operations.
 
     Returns:
-        the original blocks by decoder-layer index; a decoder layer where the plan removes all of it.
+        The original blocks by decoder-layer index; a decoder layer where the plan removes all of it.
 
     Raises:
         UserError: an operation on a layer that is not sparse (any more), or on experts that do not exist.
     """
     originals: dict[int, nn.Module] = {}
-    with _all_or_nothing(model, originals):
-        for operation in structural(plan):
-            _exchange(model, operation.layer, _shaped(model, operation), originals)
+    with _restore_on_error(model, originals):
+        for operation in structural_operations(plan):
+            _exchange(model, operation.layer, _shape_block(model, operation), originals)
     decoder.without_router_loss(model)
     return originals
 
 
 def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> dict[int, nn.Module]:
-    """Execute a plan, all but its refits; several operations on one layer follow each other.
+    """Execute a plan, all but its refits. Several operations on one layer follow each other.
 
     Args:
         model: changed in place.
-        plan: what to do.
+        plan: the operations.
         record: tapes the model on the calibration set as it is when called; factorizing with whitening needs it.
 
     Returns:
-        the original blocks, as `restructure`: for a teacher to keep or the caller to drop.
+        The original blocks, as `restructure`.
 
     Raises:
         UserError: as `restructure`; an operation that needs calibration data, and no `record`.
     """
     originals: dict[int, nn.Module] = {}
-    with _all_or_nothing(model, originals):
-        for whitened, group in groupby(structural(plan), lambda each: getattr(each, "whitening", False)):
+    with _restore_on_error(model, originals):
+        for whitened, group in groupby(structural_operations(plan), _needs_tape):
             operations = list(group)
             if whitened and record is None:
                 raise UserError("plan: factorize with whitening needs the calibration set; none was given")
-            names = _names(model, operations, layer_store(model).fingerprint() if whitened else "")
+            names = _block_names(model, operations, layer_store(model).fingerprint() if whitened else "")
             tape = None
             if whitened and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
                 tape = record()  # of the model before any of the group
             for operation, name in zip(operations, names, strict=True):
-                _exchange(model, operation.layer, _made(model, operation, tape, name), originals)
+                _exchange(model, operation.layer, _make_block(model, operation, tape, name), originals)
     decoder.without_router_loss(model)
     return originals
-
-
-def fill(model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record | None = None) -> None:
-    """Compute the weights of restructured blocks from the original ones; one changed block more is held at a time."""
-    shaped = {layer: views.get_block(model, layer) for layer in originals}
-    with views.swapped(model, originals):
-        apply(model, plan, record)
-        filled = {layer: views.get_block(model, layer) for layer in originals}
-    for layer, block in shaped.items():
-        views.set_block(model, layer, block)
-        block.load_state_dict(filled.pop(layer).state_dict())
 
 
 def refit(
     model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record
 ) -> dict[int, dict[str, float]]:
-    """Execute a plan's refits, layer after layer; empty if it has none.
+    """Execute a plan's refits, layer after layer.
 
     Args:
-        originals: what `apply` returned.
+        originals: what `execute` returned.
         record: tapes the model on the calibration set as it is when called.
 
     Returns:
-        error of each refitted layer's output on the calibration set before and after, relative to the original's.
+        By layer, the error of its output on the calibration set before and after, relative to the original's. Empty if
+        the plan has no refit.
     """
-    wanted = [operation for operation in plan.operations if isinstance(operation, Refit)]
-    return refit_layers(model, wanted, originals, record) if wanted else {}
+    operations = [operation for operation in plan.operations if isinstance(operation, Refit)]
+    return refit_layers(model, operations, originals, record) if operations else {}
 
 
-def structural(plan: Plan) -> Iterable[Operation]:
+def structural_operations(plan: Plan) -> list[Operation]:
     """The operations that change shapes, in order."""
-    return (operation for operation in plan.operations if not isinstance(operation, Refit))
+    return [operation for operation in plan.operations if not isinstance(operation, Refit)]
 
 
-def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
-    """The block that an operation makes of a layer as it is now."""
-    block = _sparse_block(model, operation)
+def _needs_tape(operation: Operation) -> bool:
+    return isinstance(operation, Factorize) and operation.whitening
+
+
+def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
+    """The block that an operation makes of a layer as it is now, with weights that mean nothing."""
+    block = _require_sparse(model, operation)
     match operation:
         case Condense():
             return condense.restructure(block, operation)
@@ -128,36 +122,37 @@ def _shaped(model: PreTrainedModel, operation: Operation) -> nn.Module:
     raise AssertionError(operation)
 
 
-def _made(model: PreTrainedModel, operation: Operation, tape: Tape | None, name: str) -> nn.Module:
-    """The block that an operation makes; of a model larger than memory it is offloaded, and not made twice."""
+def _make_block(model: PreTrainedModel, operation: Operation, tape: Tape | None, name: str) -> nn.Module:
+    """The block that an operation makes, with its weights. A streamed model's is offloaded, and made only once."""
     if isinstance(operation, Drop):
-        return _shaped(model, operation)
+        return _shape_block(model, operation)
     store = layer_store(model)
-    found = store.load_back(name, lambda: _shaped(model, operation))
-    if found is not None:
-        return found
+    offloaded = store.load_back(name, lambda: _shape_block(model, operation))
+    if offloaded is not None:
+        return offloaded
     with store.resident(operation.layer):
-        return store.offload(_filled(model, operation, tape), name)
+        return store.offload(_compute_block(model, operation, tape), name)
 
 
-def _names(model: PreTrainedModel, operations: Sequence[Operation], context: str) -> list[str]:
-    """The keys of offloaded blocks: by what stood in the layer, what is done to it, and what else decides that."""
+def _block_names(model: PreTrainedModel, operations: Sequence[Operation], context: str) -> list[str]:
+    """Keys under which blocks are offloaded: from the layer's block before, the operation, and the context."""
     store = layer_store(model)
     if not store.streamed:
         return [""] * len(operations)
-    standing: dict[int, Any] = {each.layer: store.layer_keys(each.layer) for each in operations}
+    before: dict[int, Any] = {operation.layer: store.layer_keys(operation.layer) for operation in operations}
     names = []
-    for each in operations:
-        said = store.context, context, standing[each.layer], Plan("", (each,)).to_dict()["operations"]
-        names.append(f"layer-{each.layer:03d}-{fingerprint(*said)}")
-        standing[each.layer] = names[-1]
+    for operation in operations:
+        layer, description = operation.layer, Plan("", (operation,)).to_dict()["operations"]
+        key = fingerprint(store.context, context, before[layer], description)
+        before[layer] = f"layer-{layer:03d}-{key}"
+        names.append(before[layer])
     return names
 
 
-def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
-    """`_shaped`, with its weights."""
-    before = _sparse_block(model, operation)
-    after = _shaped(model, operation)
+def _compute_block(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
+    """`_shape_block`, with its weights."""
+    before = _require_sparse(model, operation)
+    after = _shape_block(model, operation)
     if isinstance(operation, Condense):
         condense.fill(after, before, operation)
     elif isinstance(operation, Merge):
@@ -171,7 +166,7 @@ def _filled(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> 
     return after
 
 
-def _sparse_block(model: PreTrainedModel, operation: Operation) -> views.SparseBlock:
+def _require_sparse(model: PreTrainedModel, operation: Operation) -> views.SparseBlock:
     blocks = views.sparse_blocks(model)
     if operation.layer not in blocks:
         raise UserError(
@@ -181,7 +176,7 @@ def _sparse_block(model: PreTrainedModel, operation: Operation) -> views.SparseB
 
 
 def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: dict[int, nn.Module]) -> None:
-    """Put a block in place and keep what the layer had before anything was done to it."""
+    """Put a block in place, and keep the layer's block from before any operation."""
     if isinstance(block, blocks.SkippedLayer):
         if layer in originals:  # the decoder layer gets its own block back before it goes as a whole
             views.set_block(model, layer, originals[layer])
@@ -192,7 +187,7 @@ def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: d
 
 
 @contextmanager
-def _all_or_nothing(model: PreTrainedModel, originals: dict[int, nn.Module]) -> Iterator[None]:
+def _restore_on_error(model: PreTrainedModel, originals: dict[int, nn.Module]) -> Iterator[None]:
     """A plan that turns out wrong half-way leaves the model as it was."""
     try:
         with torch.no_grad():

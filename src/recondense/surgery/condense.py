@@ -7,17 +7,20 @@ from torch import nn
 from recondense.models.blocks import CondensedMoE
 from recondense.models.views import SparseBlock
 from recondense.operations import Condense
-from recondense.surgery.checks import check_experts
 
 
 def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
-    """An unfilled condensed layer: shared rows, then F rows an expert; token gate kept if shared_gate is None."""
-    check_experts(block, operation.kind, operation.experts)
+    """The condensed layer without its weights: shared rows, then F rows an expert; a token gate if shared_gate is None.
+
+    Raises:
+        UserError: experts that do not exist.
+    """
+    block.require_experts(operation.experts, operation.kind)
     token_gate = operation.shared_gate is None
     return CondensedMoE.shaped_for(block.weights, len(operation.experts), token_gate, pair=block.pair)
 
 
 def fill(layer: nn.Module, before: SparseBlock, operation: Condense) -> None:
-    """Copy the retained rows of the layer as it was and set the scales."""
+    """Copy the retained rows of the layer as it was, and set the scales."""
     assert isinstance(layer, CondensedMoE)
     layer.fill(before.weights, operation.experts, operation.coefficients, operation.shared_gate)

@@ -12,10 +12,10 @@ from recondense.operations import Drop
 
 
 def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
-    """What stands in for the removed part.
+    """The module that takes the place of the removed part.
 
     Raises:
-        UserError: a whole layer that must stay, see `families.cache_layers`.
+        UserError: a whole layer that must stay, see `decoder.cache_layers`.
     """
     if operation.part == "moe":
         return Zeros(pair=compressed.gives_pair(views.get_block(model, operation.layer)))

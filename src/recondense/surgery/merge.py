@@ -16,21 +16,21 @@ from recondense.operations import PROJECTIONS, Merge
 
 
 def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
-    """A block of one expert a group, holding that of each group's first expert; the router keeps all its rows.
+    """A block with one expert a group, for now with the weights of the group's first. The router keeps all its rows.
 
-    A token that selects two experts of a group passes its merged expert with the sum of their weights.
+    A token that selects two experts of a group goes through the merged expert with the sum of their weights.
 
     Raises:
-        UserError: the groups part another number of experts; factorized or merged experts.
+        UserError: the groups divide another number of experts; factorized or merged experts.
     """
-    named = sum(len(group) for group in operation.groups)
-    if named != block.num_experts or isinstance(block.router, RemappedRouter):
+    num_grouped = sum(len(group) for group in operation.groups)
+    if num_grouped != block.num_experts or isinstance(block.router, RemappedRouter):
         merged = ", merged already" if isinstance(block.router, RemappedRouter) else ""
         raise UserError(
             f"plan: merge layer {operation.layer}: it has {block.num_experts} routed experts{merged}; the groups part "
-            f"{named}"
+            f"{num_grouped}"
         )
-    assert block.weights is not None  # whole experts, or its error
+    assert block.weights is not None  # raises for factorized experts
     table = [0] * block.num_experts
     for position, group in enumerate(operation.groups):
         for expert in group:
@@ -44,22 +44,22 @@ def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
 
 @torch.no_grad()
 def fill(merged: SparseBlock, before: SparseBlock, operation: Merge) -> None:
-    """The weighted means, summed in fp32."""
+    """Write the weighted mean of each group, summed in fp32."""
     weights, target = before.weights, merged.weights
     for position, (group, shares) in enumerate(zip(operation.groups, operation.weights, strict=True)):
-        first = _expert(weights, group[0])
-        sums = {name: torch.zeros_like(each, dtype=torch.float32) for name, each in first.items()}
+        first = _expert_tensors(weights, group[0])
+        sums = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in first.items()}
         for expert, share in zip(group, shares, strict=True):
-            own = _expert(weights, expert)
+            tensors = _expert_tensors(weights, expert)
             if operation.align and expert != group[0]:
-                own = aligned(first, own)
-            for name, each in own.items():
-                sums[name].add_(each.float(), alpha=share)
-        for name, each in _expert(target, position).items():
-            each.copy_(sums[name])
+                tensors = aligned(first, tensors)
+            for name, tensor in tensors.items():
+                sums[name].add_(tensor.float(), alpha=share)
+        for name, tensor in _expert_tensors(target, position).items():
+            tensor.copy_(sums[name])
 
 
-def _expert(weights: MoEWeights, expert: int) -> dict[str, Tensor]:
+def _expert_tensors(weights: MoEWeights, expert: int) -> dict[str, Tensor]:
     """Weights and biases of an expert by name; views."""
     biases = {f"{name}_bias": bias[expert] for name, bias in weights.biases().items()}
     return {**weights.projections(expert), **biases}
@@ -77,15 +77,15 @@ def aligned(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dic
         reference, other: gate_proj (F, D), up_proj (F, D), down_proj (D, F) of an expert, and its biases if it has any.
 
     Returns:
-        the other's weights, permuted; the same function.
+        The other's weights, permuted; they compute the same function.
 
     Reference: MC-SMoE, arXiv 2310.01334, section 3.1; Git Re-Basin, arXiv 2209.04836, section 3.2.
     """
     width = other["down_proj"].shape[1]
     gain_FF = torch.zeros(width, width, dtype=torch.float64)
     for name in PROJECTIONS:
-        mine, theirs = (each[name].movedim(ROWS[name], 0).double() for each in (reference, other))
+        mine, theirs = (expert[name].movedim(ROWS[name], 0).double() for expert in (reference, other))
         gain_FF += (mine @ theirs.T).cpu()
     _, order = linear_sum_assignment(gain_FF.numpy(), maximize=True)
     index = torch.as_tensor(order, device=other["down_proj"].device)
-    return {name: each.index_select(ROWS[name], index) if name in ROWS else each for name, each in other.items()}
+    return {name: tensor.index_select(ROWS[name], index) if name in ROWS else tensor for name, tensor in other.items()}

@@ -1,4 +1,4 @@
-"""Prune routed experts: their weights and their router rows go."""
+"""Prune routed experts: remove their weights and their router rows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from torch import nn
 from recondense.models import views
 from recondense.models.views import SparseBlock
 from recondense.operations import Prune
-from recondense.surgery.checks import check_experts
 
 
 def restructure(block: SparseBlock, operation: Prune) -> nn.Module:
-    """The pruned block, filled at once: its tensors are rows of the block's own, in fresh memory.
+    """The pruned block with its weights: rows of the block's own tensors, copied.
 
     Raises:
         UserError: experts that do not exist, fewer than top_k, factorized or merged experts, unequal groups.
     """
-    check_experts(block, operation.kind, operation.retained)
-    assert block.weights is not None  # whole experts, or its error
+    block.require_experts(operation.retained, operation.kind)
+    assert block.weights is not None  # raises for factorized experts
     with torch.no_grad():
         experts = block.chosen_experts(operation.retained)
         router = views.pruned_router(block, operation.retained)

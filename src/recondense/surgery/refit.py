@@ -1,12 +1,13 @@
 """Refit: solve the output weights of changed layers by ridge least squares on the calibration set, without a gradient.
 
-Layer after layer, on the compressed model's own states: the target is the original's hidden state leaving the decoder
-layer less the compressed model's residual before its block, so that a layer also makes up for what those below it lost.
+Layers are refitted one after another, on the compressed model's own states. The target of a layer is the original's
+hidden state leaving it, less the compressed model's residual before its block. So a layer also makes up for what the
+layers below it lost.
 
-A block's output is linear in its down projections: y = Σ_u H_u W_uᵀ + rest, with one unit u an expert (H_u its inner
-activations times the routing weights) or one for a condensed layer. Normal equations are accumulated over text blocks.
+A block's output is linear in its down projections: y = Σ_u H_u W_uᵀ + rest. A unit u is an expert, with H_u its inner
+activations times the routing weights, or a whole condensed layer. Normal equations are summed over batches of texts.
 
-Legend: T tokens, t those of a unit, D hidden size, F expert width, n inputs of a unit, U units.
+Legend: T tokens, t tokens of a unit, D hidden size, F expert width, n inputs of a unit, U units.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ from recondense.models.parameters import total_parameters
 from recondense.models.tensor_store import Shelf
 from recondense.operations import Refit
 
-SWEEPS = 3  # over the units of a layer, where they are too many to be solved together
-NORMAL_BYTES = 20  # of an entry of the normal matrix: in fp64, its factors, and one block of texts' share in fp32
-LEAST_COLUMNS = 1024  # that are solved together, however small the layer
+SWEEPS = 3  # over the units of a layer that are too many to be solved together
+NORMAL_BYTES = 20  # of an entry of the normal matrix: in fp64, in its factors, and in fp32 for one batch of texts
+LEAST_COLUMNS = 1024  # are solved together, however small the layer
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One linear piece of a block.
+    """One linear part of a block.
 
     Args:
         weight_Dn: its weights, changed in place.
-        features: x_TD to (rows of the tokens it serves, H (t, n) in fp32).
+        features: maps x_TD to the rows of the unit's tokens and H (t, n), in fp32.
     """
 
     weight_Dn: Tensor
@@ -60,32 +61,32 @@ def refit_layers(
 ) -> dict[int, dict[str, float]]:
     """Refit layers in place, lowest first.
 
-    The units of a layer are solved together where their normal matrix and its factors are no larger than twice the
-    original layer's weights in fp32, and one after another otherwise, in parts that are not, several times over: it
-    depends on shapes alone, so that the answer does not depend on the memory there is.
+    The units of a layer are solved together if their normal matrix and its factors are no larger than twice the
+    original layer's weights in fp32. Otherwise parts of that size are solved one after another, several times over.
+    This depends on shapes alone, so the result does not depend on the memory at hand.
 
     Args:
-        operations: which layers, and what of them.
-        originals: the uncompressed blocks that surgery took out.
+        operations: the layers, and what to refit of each.
+        originals: the uncompressed blocks that surgery replaced.
         record: tapes the model as it is when called.
 
     Returns:
-        by layer: ‖target − output‖_F / ‖target‖_F before and after. Weights that would not lower it are not changed.
+        By layer, ‖target − output‖_F / ‖target‖_F before and after. Weights that would not lower it are not changed.
 
     Raises:
-        UserError: coefficients of a layer that is not condensed; a layer that has no block any more.
+        UserError: coefficients of a layer that is not condensed; a layer whose block was removed.
     """
     with views.swapped(model, originals):
         tape = record()
-    wanted = {operation.layer: operation for operation in operations}
-    first = min([*wanted, *originals])
+    by_layer = {operation.layer: operation for operation in operations}
+    first = min([*by_layer, *originals])
     states = tape.states[first]
     report: dict[int, dict[str, float]] = {}
     with evaluating(model):
         for layer in range(first, tape.num_layers):
-            if layer in wanted:
-                most = most_columns(originals.get(layer) or views.get_block(model, layer))
-                report[layer] = _refitted(model, tape, wanted[layer], states, most)
+            if layer in by_layer:
+                columns = most_columns(originals.get(layer) or views.get_block(model, layer))
+                report[layer] = _refit_once(model, tape, by_layer[layer], states, columns)
             entering, states = states, tape.storage.shelf()
             with layer_store(model).resident(layer):
                 for index, state in enumerate(entering):
@@ -94,26 +95,26 @@ def refit_layers(
 
 
 def most_columns(original: nn.Module) -> int:
-    """How many inputs of a block's units are solved for at once."""
+    """The most inputs of a block's units that are solved for at once."""
     layer_bytes = 2 * 4 * total_parameters(original)
     return max(LEAST_COLUMNS, math.isqrt(layer_bytes // NORMAL_BYTES))
 
 
-def _refitted(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, most: int) -> dict[str, float]:
-    """Refit a layer; of a model larger than memory the refitted block is offloaded, and not solved twice."""
+def _refit_once(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, columns: int) -> dict[str, float]:
+    """Refit a layer. A streamed model's refitted block is offloaded, and solved only once."""
     layer, store = operation.layer, layer_store(model)
     name = f"refit-{layer:03d}-{fingerprint(store.fingerprint(), asdict(operation))}"
-    known = store.notes(name)
-    block = store.load_back(name, lambda: views.get_block(model, layer)) if known else None
+    errors = store.notes(name)
+    block = store.load_back(name, lambda: views.get_block(model, layer)) if errors else None
     if block is None:
         with store.resident(layer):
-            known = _refit_layer(model, tape, operation, states, most)
-            block = store.offload(views.get_block(model, layer), name, known)
+            errors = _refit_layer(model, tape, operation, states, columns)
+            block = store.offload(views.get_block(model, layer), name, errors)
     views.set_block(model, layer, block)
-    return known
+    return errors
 
 
-def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, most: int) -> dict[str, float]:
+def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, columns: int) -> dict[str, float]:
     layer = operation.layer
     inputs, targets = _inputs_and_targets(model, tape, layer, states)
     block = views.get_block(model, layer)
@@ -129,29 +130,29 @@ def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: S
     before = error()
     if operation.what == "coefficients":
         if not isinstance(block, CondensedMoE):
-            raise UserError(f"plan: refit layer {layer}: coefficients are those of a condensed layer, which it is not")
+            raise UserError(f"plan: refit layer {layer}: only a condensed layer has coefficients, and it is none")
         assert block.scale is not None
-        changed = [block.scale]
-        kept = [block.scale.clone()]
+        weights = [block.scale]
+        saved = [block.scale.clone()]
         _solve_coefficients(block, inputs, targets, operation.ridge)
     else:
         units = units_of(model, layer)
-        changed = [unit.weight_Dn for unit in units]
-        kept = [weight.clone() for weight in changed]
-        _solve(block, units, inputs, targets, tape.storage.shelf(), operation.ridge, most)
+        weights = [unit.weight_Dn for unit in units]
+        saved = [weight.clone() for weight in weights]
+        _solve(block, units, inputs, targets, tape.storage.shelf(), operation.ridge, columns)
     after = error()
     if not after < before:
-        for weight, old in zip(changed, kept, strict=True):
+        for weight, old in zip(weights, saved, strict=True):
             weight.copy_(old)
         after = before
     return {"error_before": before, "error_after": after}
 
 
 def units_of(model: PreTrainedModel, layer: int) -> list[Unit]:
-    """The linear pieces of a layer's block that a refit may change.
+    """The linear parts of a layer's block that a refit may change.
 
     Raises:
-        UserError: nothing of the layer is left.
+        UserError: the plan removed the block.
     """
     block = views.get_block(model, layer)
     if isinstance(block, CondensedMoE):
@@ -164,10 +165,9 @@ def units_of(model: PreTrainedModel, layer: int) -> list[Unit]:
 
 def _condensed_unit(block: CondensedMoE) -> Unit:
     def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        seen: list[Tensor] = []
-        with _before(block.down_proj, seen):
+        with _record_input(block.down_proj) as inner:
             block(x_TD)
-        return torch.arange(len(x_TD), device=x_TD.device), seen[0].float()
+        return torch.arange(len(x_TD), device=x_TD.device), inner[0].float()
 
     return Unit(block.down_proj.weight, features)
 
@@ -175,8 +175,8 @@ def _condensed_unit(block: CondensedMoE) -> Unit:
 def _expert_unit(view: views.SparseBlock, expert: int) -> Unit:
     experts = view.experts
     if isinstance(experts, LowRankExperts):
-        low, position = experts.place_of(expert)
-        weight, right = low.down_left[position], None if low.down_right is None else low.down_right[position]
+        bucket, position = experts.place_of(expert)
+        weight, right = bucket.down_left[position], None if bucket.down_right is None else bucket.down_right[position]
     else:
         weight, right = view.weights.down_EDF[expert], None
 
@@ -207,72 +207,72 @@ def _solve(
     targets: Shelf,
     residuals: Shelf,
     ridge: float,
-    most: int,
+    columns: int,
 ) -> None:
-    """Add to the weights what ridge least squares finds in the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖².
+    """Add to the weights the ridge solution for the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖².
 
     Args:
         residuals: an empty shelf for them.
-        most: columns that are solved together.
+        columns: the most that are solved together.
     """
     for x_TD, target_TD in zip(inputs, targets, strict=True):
         residuals.append(target_TD - views.output_of(block(x_TD[None]))[0].float())
-    if sum(unit.weight_Dn.shape[1] for unit in units) <= most:
+    if sum(unit.weight_Dn.shape[1] for unit in units) <= columns:
         _solve_together(units, inputs, residuals, ridge)
         return
-    parts = [part for unit in units for part in _cut(unit, most)]
+    parts = [part for unit in units for part in _split(unit, columns)]
     for _ in range(SWEEPS):
         for part in parts:
             _solve_together([part], inputs, residuals, ridge)
 
 
-def _cut(unit: Unit, most: int) -> list[Unit]:
-    """A unit as several of at most so many columns each; they share the tokens."""
+def _split(unit: Unit, columns: int) -> list[Unit]:
+    """A unit as several units of at most so many columns; they share the tokens."""
 
-    def one(columns: slice) -> Unit:
+    def select(part: slice) -> Unit:
         def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
             rows, h_tn = unit.features(x_TD)
-            return rows, h_tn[:, columns]
+            return rows, h_tn[:, part]
 
-        return Unit(unit.weight_Dn[:, columns], features)
+        return Unit(unit.weight_Dn[:, part], features)
 
     width = unit.weight_Dn.shape[1]
-    return [one(slice(first, first + most)) for first in range(0, width, most)] if width > most else [unit]
+    return [select(slice(first, first + columns)) for first in range(0, width, columns)] if width > columns else [unit]
 
 
 def _solve_together(units: Sequence[Unit], inputs: Shelf, residuals: Shelf, ridge: float) -> None:
-    """One ridge problem for some units at once; residuals are brought up to date."""
+    """Solve one ridge problem for some units, and update the residuals."""
     widths = [unit.weight_Dn.shape[1] for unit in units]
     weight_Dn = units[0].weight_Dn
     gram = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=weight_Dn.device)
     right = torch.zeros(sum(widths), weight_Dn.shape[0], dtype=torch.float64, device=weight_Dn.device)
     for x_TD, residual_TD in zip(inputs, residuals, strict=True):
-        h_Tn = _stacked(units, widths, x_TD)
+        h_Tn = _stack_features(units, widths, x_TD)
         gram += h_Tn.T @ h_Tn  # added in fp64
         right += h_Tn.T @ residual_TD
     gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
     delta_nD = torch.linalg.solve(gram, right).float()
-    for unit, own_nD in zip(units, delta_nD.split(widths), strict=True):
+    for unit, change_nD in zip(units, delta_nD.split(widths), strict=True):
         old_Dn = unit.weight_Dn.clone()
-        unit.weight_Dn.add_(own_nD.T.to(old_Dn.dtype))
-        own_nD.copy_((unit.weight_Dn.float() - old_Dn.float()).T)  # what the weights' dtype made of it
+        unit.weight_Dn.add_(change_nD.T.to(old_Dn.dtype))
+        change_nD.copy_((unit.weight_Dn.float() - old_Dn.float()).T)  # the change as the weights' dtype rounds it
     for index, x_TD in enumerate(inputs):
-        residuals[index] = residuals[index] - _stacked(units, widths, x_TD) @ delta_nD
+        residuals[index] = residuals[index] - _stack_features(units, widths, x_TD) @ delta_nD
 
 
-def _stacked(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) -> Tensor:
-    """The features of some units side by side, zero for the tokens that a unit does not serve: (T, Σn) in fp32."""
+def _stack_features(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) -> Tensor:
+    """The features of some units side by side, (T, Σn) in fp32; zero for tokens that do not reach a unit."""
     h_Tn = x_TD.new_zeros(len(x_TD), sum(widths), dtype=torch.float32)
     for unit, part in zip(units, h_Tn.split(list(widths), dim=1), strict=True):
-        rows, own = unit.features(x_TD)
-        part[rows] = own
+        rows, features_tn = unit.features(x_TD)
+        part[rows] = features_tn
     return h_Tn
 
 
 def _solve_coefficients(block: CondensedMoE, inputs: Shelf, targets: Shelf, ridge: float) -> None:
-    """Scale the shared part and each retained expert by one number: the least squares over so few of them."""
+    """Scale the shared part and each retained expert by one number, by least squares."""
     assert block.scale is not None
-    # Rows that have one scale now belong to one part; a part's new scale is its old one times what is solved for.
+    # Neighbouring rows of the same scale are one part. A part's new scale is its old one times the solution.
     bounds = [0, *((block.scale[1:] != block.scale[:-1]).nonzero().flatten() + 1).tolist(), len(block.scale)]
     if block.shared_width and block.shared_width not in bounds:
         bounds = sorted({*bounds, block.shared_width})
@@ -294,33 +294,35 @@ def _solve_coefficients(block: CondensedMoE, inputs: Shelf, targets: Shelf, ridg
 
 
 def _inputs_and_targets(model: PreTrainedModel, tape: Tape, layer: int, states: Shelf) -> tuple[Shelf, Shelf]:
-    """What the layer's block gets from the compressed model, and what it should add to the residual: (T, D) each."""
+    """The inputs of the layer's block in the compressed model, and what it should add to the residual: both (T, D)."""
     block = views.get_block(model, layer)
     inputs, targets = tape.storage.shelf(), tape.storage.shelf()
     for index, state in enumerate(states):
-        seen: list[Tensor] = []
-        given: list[Tensor] = []
-        with _before(block, seen), _after(block, given):
+        with _record_input(block) as entering, _record_output(block) as outputs:
             leaving_BSD = tape.run_layer(model, layer, index, state)
-        inputs.append(tape.real_tokens(index, seen[0]))
-        residual_TD = tape.real_tokens(index, leaving_BSD).float() - tape.real_tokens(index, given[0]).float()
+        inputs.append(tape.real_tokens(index, entering[0]))
+        residual_TD = tape.real_tokens(index, leaving_BSD).float() - tape.real_tokens(index, outputs[0]).float()
         targets.append(tape.real_tokens(index, tape.states[layer + 1][index]).float() - residual_TD)
     return inputs, targets
 
 
 @contextmanager
-def _before(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+def _record_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The inputs of a module in the passes that run inside."""
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        yield
+        yield inputs
     finally:
         handle.remove()
 
 
 @contextmanager
-def _after(module: nn.Module, given: list[Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, args, output: given.append(views.output_of(output)))
+def _record_output(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of a module in the passes that run inside."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, args, output: outputs.append(views.output_of(output)))
     try:
-        yield
+        yield outputs
     finally:
         handle.remove()

@@ -3,7 +3,6 @@
 import random
 import signal
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +25,7 @@ from recondense.evaluation import lm_eval, profiling
 from recondense.models import parameters, views
 from recondense.operations import Condense
 from recondense.plan import Plan
+from recondense.surgery.student import Student
 
 
 class Recorder(Logger):
@@ -167,18 +167,6 @@ class TestLmEval:
         assert sorted(module.task_results) == [2, 4, 6] and len(calls) == 3
 
 
-class Teacher(nn.Module):
-    """The original on the student's backbone: block 0 has its own weights, all else is shared."""
-
-    def __init__(self, model: Qwen2MoeForCausalLM, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-        self._model = (model,)
-
-    def active(self) -> AbstractContextManager[Any]:
-        return views.swapped(self._model[0], {0: self.block})
-
-
 class TestProfile:
     SETTINGS: dict[str, Any] = {"prompt_length": 4, "new_tokens": 1, "repetitions": 1}  # noqa: RUF012
 
@@ -188,7 +176,8 @@ class TestProfile:
         block_bytes = parameters.weights_bytes(original)
         small = nn.Linear(16, 16, bias=False)
         views.set_block(module.model, 0, small)
-        module.teacher = Teacher(module.model, original)
+        module.student = Student(module.model, Plan("tiny"), {0: original})
+        module.originals = nn.ModuleDict({"0": original})
         callback = ProfileMemoryAndSpeed(**self.SETTINGS, every_n_steps=2)
         _, recorder = fit(module, [callback], tmp_path)
         for moment, name in (("start", "compressed"), ("end", "recovered")):

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.recoveries import QUIET, data, recovery, trained
-from support.tiny_models import bits, condense_plan, logits, qwen2_moe, same_bits, windows
+from support.recoveries import recovery
 
 from recondense.config.checks import check
-from recondense.config.schema import Config, RecoveryConfig, from_dict
+from recondense.config.schema import Config, from_dict
 from recondense.config.stages import stages_of
 from recondense.data.texts import Texts
 from recondense.errors import ConfigError
-from recondense.recovery.fit import fit
-from recondense.recovery.module import RecoveryModule
 from recondense.run.recover import with_steps
 
 
@@ -144,57 +139,3 @@ def test_epochs_are_steps() -> None:
     assert with_steps(recovery(epochs=0.001, warmup_steps=0), 10).steps == 1
     with pytest.raises(ValueError, match=r"here.warmup_steps=3: here.epochs=1 of 5 windows are 3 steps"):
         with_steps(recovery(epochs=1, warmup_steps=3), 5, "here")
-
-
-# ----------------------------------------------------------------------------------------------- one after another
-
-STAGES = [
-    recovery(),
-    recovery(trainable="lora", objective="finetune", learning_rate=3e-2),
-    recovery(objective="finetune"),
-]
-
-
-def staged(stages: list[RecoveryConfig], folder: Path) -> RecoveryModule:
-    model = qwen2_moe()
-    module = RecoveryModule(model, stages[0], plan=condense_plan(model, [1, 2]), later=stages[1:])
-    for index, settings in enumerate(stages):
-        module.begin(settings, f"stage{index}")
-        fit(module, data(module), folder / str(index), QUIET, seed=index)
-        module.finish()
-    return module
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_stages_go_on_from_each_other(tmp_path: Path) -> None:
-    """Every stage changes the model that the one before left; the original stays what it was; all is found again."""
-    ids = windows(2, 8)
-    original = logits(qwen2_moe(), ids)
-    after = [trained(staged(STAGES[: count + 1], tmp_path / str(count))) for count in range(3)]
-    assert not any(same_bits(one, other) for one, other in pairwise(after))
-    module = staged(STAGES, tmp_path / "2")
-    assert same_bits(trained(module), after[2])
-    assert module.adapters is None and not any("lora" in name for name in bits(module))
-    with module.original():
-        assert torch.equal(logits(module.model, ids), original)
-
-
-def test_an_expert_stage_after_adapters_leaves_the_original_alone(tmp_path: Path) -> None:
-    """The experts train last, though the first stage needs no copies of them."""
-    model = qwen2_moe()
-    ids = windows(2, 8)
-    original = logits(model, ids)
-    stages = [recovery(trainable="lora", objective="finetune"), recovery(objective="finetune", learning_rate=0.1)]
-    module = staged(stages, tmp_path)
-    with module.original():
-        assert torch.equal(logits(module.model, ids), original)
-    assert not torch.equal(logits(module.model, ids), original)
-
-
-def test_the_settings_of_a_stage_are_its_own(tmp_path: Path) -> None:
-    """Random states of a checkpoint after which nothing was left to do reach no other stage."""
-    module = staged(STAGES[:1], tmp_path)
-    module._random_states = {"torch": torch.get_rng_state()}
-    module.task_results = {1: {}}
-    module.begin(STAGES[2], "next")
-    assert (module.stage, module.recovery, module._random_states, module.task_results) == ("next", STAGES[2], None, {})

@@ -27,6 +27,7 @@ from recondense.recovery import trainable
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.trainable import trainable_parameters
 from recondense.surgery import apply
+from recondense.surgery.student import Student
 
 IDS = windows(3, 11)
 BUNDLED = ExportConfig(format="bundled")
@@ -164,7 +165,7 @@ def test_a_compressed_folder_is_recovered_further(family: str, tmp_path: Path) -
     layers = sorted({1, *views.sparse_blocks(again)})
     assert trainable.trained_layers(again, ()) == layers
     recovery = RecoveryConfig(name="finetune", objective="finetune", learning_rate=1e-3, steps=3)
-    module = RecoveryModule(again, recovery, plan=Plan("tiny"))
+    module = RecoveryModule(Student(again, Plan("tiny")), recovery)
     module.prepare()
     before, named = bits(again), trainable_parameters(again, (), "experts")
     parts = ("gate_proj", "up_proj", "down_proj")

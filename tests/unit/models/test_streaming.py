@@ -37,6 +37,7 @@ from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import keep_predictions
 from recondense.surgery import apply, refit
+from recondense.surgery import student as student_module
 
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
 
@@ -321,12 +322,14 @@ def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path:
     found = []
     for pages in (None, tmp_path / "pages"):
         plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
-        module = RecoveryModule(opened(folder, pages), recovery(objective="finetune"), plan=plan)
-        with layer_store(module.model).resident(1):  # whatever is in memory while all is frozen
-            module.prepare(refit=False)
+        model = opened(folder, pages)
+        with layer_store(model).resident(1):  # whatever is in memory while all is frozen
+            student = student_module.apply(model, plan)
+            student.give_own_copies([0, 1])
         if pages is not None:
-            module.release_original()
-            layer_store(module.model).load_all()
+            student.release_original()
+            layer_store(model).load_all()
+        module = RecoveryModule(student, recovery(objective="finetune"))
         module.prepare()
         module.losses(windows(2, 9))["loss"].backward()
         found.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})

@@ -16,7 +16,16 @@ from recondense.data.labels import MASKED, next_labels
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.models.decoder import Head
 from recondense.recovery import chunked_losses
-from recondense.recovery.chunked_losses import CrossEntropy, Divergence, Divergent, Hidden, Term, TopK, chunked, top_k
+from recondense.recovery.chunked_losses import (
+    CrossEntropy,
+    Divergence,
+    Hidden,
+    TeacherDivergence,
+    Term,
+    TopK,
+    sum_in_chunks,
+    top_k,
+)
 
 T, V, D = 37, 101, 16
 KINDS: tuple[Divergence, ...] = ("forward_kl", "reverse_kl", "js")
@@ -72,8 +81,8 @@ def test_divergences_equal_the_plain_ones(
 ) -> None:
     case = Case(trained, bias)
     head, other = case.heads()
-    term = Divergent(kind, Hidden(case.theirs, other), temperature)
-    loss, sums = chunked([(0.3, term)], case.hidden, head, rows)
+    term = TeacherDivergence(kind, Hidden(case.theirs, other), temperature)
+    loss, sums = sum_in_chunks([(0.3, term)], case.hidden, head, rows)
     expected = case.plain(kind, temperature).sum()
     torch.testing.assert_close(sums[0], expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(loss, 0.3 * expected, rtol=1e-6, atol=1e-6)
@@ -88,12 +97,12 @@ def test_cross_entropy_equals_torchs_also_beside_a_divergence(rows: int) -> None
     terms: list[tuple[float, Term]] = [(0.5, CrossEntropy(case.labels))]
     expected = 0.5 * F.cross_entropy(case.head(case.hidden), case.labels, ignore_index=MASKED, reduction="sum")
     for _ in range(2):
-        loss, sums = chunked(terms, case.hidden, head, rows)
+        loss, sums = sum_in_chunks(terms, case.hidden, head, rows)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close((sums * torch.tensor([weight for weight, _ in terms])).sum(), loss.detach())
         for mine, theirs in zip(case.gradients(loss), case.gradients(expected), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
-        terms.append((0.25, Divergent("forward_kl", Hidden(case.theirs, other), 2.0)))
+        terms.append((0.25, TeacherDivergence("forward_kl", Hidden(case.theirs, other), 2.0)))
         plain = F.cross_entropy(case.head(case.hidden), case.labels, ignore_index=MASKED, reduction="sum")
         expected = 0.5 * plain + 0.25 * case.plain("forward_kl", 2.0).sum()
 
@@ -102,7 +111,7 @@ def test_in_bf16_the_gradient_is_as_good_as_autograds() -> None:
     """Against fp64 on the same bf16 numbers; sums are taken in fp32."""
     case = Case(dtype=torch.bfloat16)
     head, other = case.heads()
-    loss, _ = chunked([(1.0, Divergent("forward_kl", Hidden(case.theirs, other)))], case.hidden, head, 8)
+    loss, _ = sum_in_chunks([(1.0, TeacherDivergence("forward_kl", Hidden(case.theirs, other)))], case.hidden, head, 8)
     log_p, log_q = (each.float().log_softmax(-1) for each in (case.other(case.theirs), case.head(case.hidden)))
     plain = kl(log_p, log_q).sum()
     assert loss.dtype == torch.float32
@@ -122,21 +131,25 @@ def test_without_gradients_none_is_made() -> None:
 
     def spy(logits_CV: Tensor, rows: slice, grad: bool) -> tuple[Tensor, Tensor | None]:
         asked.append(grad)
-        return Divergent("js", Hidden(case.theirs, other))(logits_CV, rows, grad)
+        return TeacherDivergence("js", Hidden(case.theirs, other))(logits_CV, rows, grad)
 
     with torch.no_grad():
-        loss, _ = chunked([(1.0, spy)], case.hidden, head, 20)
+        loss, _ = sum_in_chunks([(1.0, spy)], case.hidden, head, 20)
     assert not loss.requires_grad
-    loss, _ = chunked([(1.0, spy)], case.hidden.detach(), Head(*(part.detach() for part in head if part is not None)))
+    loss, _ = sum_in_chunks(
+        [(1.0, spy)], case.hidden.detach(), Head(*(part.detach() for part in head if part is not None))
+    )
     assert not loss.requires_grad and asked == [False] * 3
-    assert chunked([(1.0, spy)], case.hidden, head, 20)[0].requires_grad and asked[3:] == [True, True]
+    assert sum_in_chunks([(1.0, spy)], case.hidden, head, 20)[0].requires_grad and asked[3:] == [True, True]
 
 
 def test_a_teacher_that_is_the_student_costs_nothing() -> None:
     case = Case()
     head, _ = case.heads()
     for kind in KINDS:
-        loss, _ = chunked([(1.0, Divergent(kind, Hidden(case.hidden.detach(), head)))], case.hidden, head, 8)
+        loss, _ = sum_in_chunks(
+            [(1.0, TeacherDivergence(kind, Hidden(case.hidden.detach(), head)))], case.hidden, head, 8
+        )
         assert loss.item() == pytest.approx(0.0, abs=0 if kind != "js" else 1e-5)
 
 
@@ -158,7 +171,7 @@ def test_of_kept_predictions_it_is_the_divergence_over_k_plus_one_outcomes(
     case = Case()
     head, other = case.heads()
     kept = top_k(case.theirs, other, 5, temperature, rows=8)
-    loss, _ = chunked([(1.0, Divergent(kind, kept, temperature))], case.hidden, head, 8)
+    loss, _ = sum_in_chunks([(1.0, TeacherDivergence(kind, kept, temperature))], case.hidden, head, 8)
     log_p, log_q = ((each / temperature).log_softmax(-1) for each in (case.other(case.theirs), case.head(case.hidden)))
     ids = log_p.topk(5).indices
     assert torch.equal(ids, kept.ids_TK)
@@ -180,7 +193,9 @@ def test_what_is_kept_bounds_the_divergence_from_below() -> None:
             kept = top_k(case.theirs, other, k, 1.0)
             found = torch.stack(
                 [
-                    chunked([(1.0, Divergent(kind, TopK(*(c[[t]] for c in kept))))], case.hidden[[t]], head)[0]
+                    sum_in_chunks(
+                        [(1.0, TeacherDivergence(kind, TopK(*(c[[t]] for c in kept))))], case.hidden[[t]], head
+                    )[0]
                     for t in range(T)
                 ]
             ).double()
@@ -207,8 +222,10 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(kind: str) -> None:
     labels = torch.randint(vocabulary, (tokens,))
 
     def ours() -> None:
-        term = CrossEntropy(labels) if kind == "cross_entropy" else Divergent("forward_kl", Hidden(theirs, head))
-        chunked([(1.0, term)], hidden, head, 32)[0].backward()  # type: ignore[no-untyped-call]
+        term = (
+            CrossEntropy(labels) if kind == "cross_entropy" else TeacherDivergence("forward_kl", Hidden(theirs, head))
+        )
+        sum_in_chunks([(1.0, term)], hidden, head, 32)[0].backward()  # type: ignore[no-untyped-call]
 
     peak = peak_tensor_bytes(ours, "cpu")
     assert peak < 8 * 32 * vocabulary * 4 < tokens * vocabulary * 4 / 3
@@ -232,20 +249,20 @@ def test_ligers_kernel_is_used_where_it_is_installed_and_can_be(monkeypatch: pyt
     monkeypatch.setattr(chunked_losses, "_liger", chunked_losses._liger.__wrapped__)
     case = Case()
     head, other = case.heads()
-    entropy, divergence = CrossEntropy(case.labels), Divergent("forward_kl", Hidden(case.theirs, other))
-    plain, sums = chunked([(0.5, entropy)], case.hidden, head)
+    entropy, divergence = CrossEntropy(case.labels), TeacherDivergence("forward_kl", Hidden(case.theirs, other))
+    plain, sums = sum_in_chunks([(0.5, entropy)], case.hidden, head)
     assert (
-        chunked_losses._liger() is module and not chunked_losses.usable(case.hidden) and not calls
+        chunked_losses._liger() is module and not chunked_losses.can_use_liger(case.hidden) and not calls
     )  # tensors on a CPU
-    monkeypatch.setattr(chunked_losses, "usable", lambda hidden: True)
-    found, own = chunked([(0.5, entropy)], case.hidden, head)
+    monkeypatch.setattr(chunked_losses, "can_use_liger", lambda hidden: True)
+    found, own = sum_in_chunks([(0.5, entropy)], case.hidden, head)
     assert calls == [{"ignore_index": MASKED, "reduction": "sum"}]
     torch.testing.assert_close(found, plain)
     torch.testing.assert_close(own, sums)
     with torch.no_grad():
-        chunked([(0.5, entropy)], case.hidden, head)
-    chunked([(0.5, entropy), (0.5, divergence)], case.hidden, head)
-    chunked([(0.5, divergence)], case.hidden, head)
+        sum_in_chunks([(0.5, entropy)], case.hidden, head)
+    sum_in_chunks([(0.5, entropy), (0.5, divergence)], case.hidden, head)
+    sum_in_chunks([(0.5, divergence)], case.hidden, head)
     assert len(calls) == 1
 
 

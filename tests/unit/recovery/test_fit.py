@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from support.recoveries import QUIET, data, module_of, recovery, trained
+from support.recoveries import QUIET, data, module_of, prepared, trained
 from support.tiny_models import EVERY, FAMILIES, bits, condense_plan, logits, qwen2_moe, same_bits, windows
 from torch.overrides import TorchFunctionMode
 
@@ -18,8 +18,10 @@ from recondense.config.schema import RecoveryConfig, TrainerConfig
 from recondense.errors import UserError
 from recondense.operations import Condense, Factorize, Prune
 from recondense.plan import Plan
-from recondense.recovery.fit import FINAL, fit, newest_checkpoint, precision_of
+from recondense.recovery.checkpoints import FINAL, newest_checkpoint
+from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
+from recondense.recovery.precision import keep_trained_weights, resolve_precision
 
 # Lightning says so of every fit that goes on.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -106,9 +108,7 @@ def test_random_states_are_part_of_a_resume(tmp_path: Path) -> None:
 
     def dropping() -> RecoveryModule:
         model = qwen2_moe(attention_dropout=0.3)
-        module = RecoveryModule(model, recovery(steps=6), plan=condense_plan(model, [1, 2]))
-        module.prepare()
-        return module
+        return prepared(model, condense_plan(model, [1, 2]), steps=6)
 
     whole = dropping()
     fit(whole, data(whole), tmp_path / "whole", QUIET, seed=1)
@@ -216,8 +216,7 @@ def test_precisions(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
     model: Any = qwen2_moe()
     model.to(dtype)
     plan = condense_plan(model, [1, 2], shared_gate=0.123456789)
-    module = RecoveryModule(model, recovery(learning_rate=0.02), plan=plan)
-    module.prepare()
+    module = prepared(model, plan, learning_rate=0.02)
     before, ids = trained(module), windows(2, 8)
     settings = TrainerConfig(progress_bar=False, precision=precision)  # type: ignore[arg-type]
     if dtype == torch.float32 and precision == "bf16-true":  # it would round the frozen weights, the teacher's too
@@ -233,7 +232,7 @@ def test_precisions(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
         else:
             assert not torch.equal(value, before[name]), f"{name} did not train"
     assert bool(logits(model, ids).isfinite().all())
-    with module.original():
+    with module.student.original():
         assert bool(logits(model, ids).isfinite().all())
 
 
@@ -243,10 +242,9 @@ def test_buffers_keep_their_precision(tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     plan = Plan("tiny", (Condense(1, (1, 4), (0.3, 0.4)), Prune(2, (0, 1, 2, 4))))
-    module = RecoveryModule(model, recovery(steps=1), plan=plan)
-    module.prepare()
+    module = prepared(model, plan, steps=1)
     before = {name: value.clone() for name, value in module.named_buffers()}
-    kinds = {name.rpartition(".")[2] for name in before if name.startswith("teacher.") or "rotary" in name}
+    kinds = {name.rpartition(".")[2] for name in before if name.startswith("originals.") or "rotary" in name}
     assert kinds >= {"inv_freq", "e_score_correction_bias"}
     assert {value.dtype for value in before.values() if value.is_floating_point()} == {torch.float32}
     seen: dict[str, torch.Tensor] = {}
@@ -264,8 +262,8 @@ def test_buffers_keep_their_precision(tmp_path: Path) -> None:
 
 
 def test_precision_auto() -> None:
-    assert precision_of(QUIET, torch.float32) == "32-true"
-    assert precision_of(QUIET, torch.bfloat16) == precision_of(QUIET, torch.float16) == "bf16-mixed"
+    assert resolve_precision(QUIET, torch.float32) == "32-true"
+    assert resolve_precision(QUIET, torch.bfloat16) == resolve_precision(QUIET, torch.float16) == "bf16-mixed"
 
 
 def test_distillation_lowers_the_divergence(tmp_path: Path) -> None:
@@ -320,8 +318,7 @@ def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
     }
     recovery = RecoveryConfig(objective="finetune", trainable="lora" if kind == "lora" else "experts")
     plan = Plan("tiny", tuple(operations["prune" if kind == "lora" else kind]))
-    module = RecoveryModule(model, recovery, plan=plan)
-    module.prepare()
+    module = prepared(model, plan, recovery)
     seen: list[torch.dtype] = []
 
     class Products(TorchFunctionMode):
@@ -331,7 +328,7 @@ def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
                 seen.append(found.dtype)
             return found
 
-    with module.training_in("bf16-mixed"), torch.autocast("cpu", torch.bfloat16), Products():
+    with keep_trained_weights(model, "bf16-mixed"), torch.autocast("cpu", torch.bfloat16), Products():
         module.losses(windows(2, 8))["loss"]
         assert model.config._experts_implementation == ("eager" if kind == "prune" else "grouped_mm")
     assert len(seen) > 20 and set(seen) == {torch.bfloat16}

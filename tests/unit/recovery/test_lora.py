@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.recoveries import prepared as prepare_module
 from support.tiny_models import EVERY, bits, logits, recorded, same_bits, windows
 from torch.nn.utils import parametrize
 
@@ -15,8 +16,10 @@ from recondense.config.schema import LoraSettings, RecoveryConfig
 from recondense.export.export import export
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
+from recondense.recovery.checkpoints import trained_state
 from recondense.recovery.lora import LoraUpdate
-from recondense.recovery.module import RecoveryModule, trained_state
+from recondense.recovery.module import RecoveryModule
+from recondense.surgery.student import Student, apply
 
 IDS = windows(3, 11)
 FAMILIES = {name: EVERY[name] for name in ("qwen2_moe", "deepseek_v2", "gpt_oss")}
@@ -37,9 +40,7 @@ def prepared(family: str, name: str, **changes: Any) -> RecoveryModule:
     model = FAMILIES[family]()
     settings: dict[str, Any] = {"objective": "distill", "trainable": "lora", "learning_rate": 1e-3, "steps": 3}
     recovery = RecoveryConfig(name="lora", **{**settings, **changes})
-    module = RecoveryModule(model, recovery, plan=Plan("tiny", PLANS[name]), record=lambda: recorded(model))
-    module.prepare()
-    return module
+    return prepare_module(model, Plan("tiny", PLANS[name]), recovery)
 
 
 def steps(module: RecoveryModule, number: int = 3) -> list[float]:
@@ -72,42 +73,38 @@ def test_adapters(name: str, family: str, target: Any) -> None:
     assert min(losses[1:]) < losses[0]
     for each, value in module.model.named_parameters():
         assert each not in frozen or torch.equal(value, frozen[each]), each
-    if module.teacher is not None:
-        with module.original() as teacher:
+    if module.student.has_original:
+        with module.student.original() as teacher:
             assert torch.equal(logits(teacher, IDS), expected)
     live = logits(module.model, IDS)
     assert not torch.equal(live, start)
     names = {each for each, _ in _plain(name, family).named_parameters()}
-    module.finish()
-    module.finish()
+    module.merge_adapters()
+    module.merge_adapters()
     torch.testing.assert_close(logits(module.model, IDS), live, rtol=1e-4, atol=1e-4)
     assert {each for each, _ in module.model.named_parameters()} == names
-    if module.teacher is not None:
-        with module.original() as teacher:
+    if module.student.has_original:
+        with module.student.original() as teacher:
             assert torch.equal(logits(teacher, IDS), expected) and same_bits(bits(teacher), before)
         torch.testing.assert_close(logits(module.model, IDS), live, rtol=1e-4, atol=1e-4)
 
 
 def _plain(name: str, family: str) -> Any:
     model = FAMILIES[family]()
-    module = RecoveryModule(model, RecoveryConfig(), plan=Plan("tiny", PLANS[name]), record=lambda: recorded(model))
-    module.prepare()
-    return module.model
+    return apply(model, Plan("tiny", PLANS[name]), lambda: recorded(model)).model
 
 
 def test_merged_adapters_are_exported(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    whole = RecoveryModule(
+    whole = prepare_module(
         FAMILIES["qwen2_moe"](),
+        Plan("tiny", tuple(Prune(layer, FOUR) for layer in range(3))),
         RecoveryConfig(name="lora", objective="distill", trainable="lora", learning_rate=1e-2, steps=3),
-        plan=Plan("tiny", tuple(Prune(layer, FOUR) for layer in range(3))),
     )
-    whole.prepare()
     steps(whole)
-    whole.finish()
-    assert whole.plan is not None
-    assert export(whole.model, None, whole.plan, tmp_path / "out", "") == "stock"
+    whole.merge_adapters()
+    assert export(whole.model, None, whole.student.plan, tmp_path / "out", "") == "stock"
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(again, IDS), logits(whole.model, IDS), rtol=0, atol=1e-4)
 
@@ -122,13 +119,14 @@ def test_two_preparations_start_alike() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_control_after_lora_does_not_train_the_student(family: str) -> None:
     """Its adapters may sit on attention alone; the shared experts are then no copies unless a control is to follow."""
-    module = prepared(family, "prune", control=True, lora=LoraSettings(target="attention"))
+    module = prepared(family, "prune", lora=LoraSettings(target="attention"))
+    module.student.give_own_copies([1, 2])  # as a run does for the control
     steps(module)
-    module.finish()
+    module.merge_adapters()
     before = logits(module.model, IDS)
-    with module.original() as model:
+    with module.student.original() as model:
         recovery = RecoveryConfig(objective="finetune", learning_rate=1e-2)
-        control = RecoveryModule(model, recovery, plan=Plan("tiny"), trained_layers=(1, 2))
+        control = RecoveryModule(Student(model, Plan("tiny")), recovery, layers=(1, 2))
         control.prepare()
         start = logits(model, IDS)
         steps(control)
@@ -177,7 +175,7 @@ def test_updated_weights_are_computed_once_a_pass(name: str, monkeypatch: pytest
         calls.clear()
         live = module(IDS).detach()
         assert sum(calls) == number
-        with module.original():
+        with module.student.original():
             original = module(IDS)
         assert not torch.equal(live, original)
         assert torch.equal(original, logits(FAMILIES["qwen2_moe"](), IDS))

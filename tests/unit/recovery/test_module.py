@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from support.recoveries import QUIET, data, module_of, recovery
+from support.losses import cross_entropy
+from support.recoveries import QUIET, data, module_of, prepared, recovery
 from support.tiny_models import EVERY, FAMILIES, condense_plan, logits, qwen2_moe, windows
-from transformers import PreTrainedModel
 
 from recondense.config.schema import LoraSettings
 from recondense.config.stages import control_settings
@@ -21,9 +21,9 @@ from recondense.models.parameters import resident_bytes
 from recondense.operations import Drop, Factorize, Prune
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
-from recondense.recovery.losses import cross_entropy
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.trainable import trainable_parameters
+from recondense.surgery.student import Student, apply
 
 # Lightning says so of every fit that goes on.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -41,36 +41,44 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def test_setup_applies_once_however_often_it_is_called() -> None:
     model = qwen2_moe()
-    module = RecoveryModule(model, recovery(), plan=condense_plan(model, [1, 2]))
+    module = RecoveryModule(lambda: apply(model, condense_plan(model, [1, 2])), recovery())
     for stage in ("fit", "validate", "fit", "test"):
         module.setup(stage)
-        if stage == "fit" and module.teacher is not None:
-            blocks, teacher = list(model.modules()), module.teacher
-    assert list(model.modules()) == blocks and module.teacher is teacher
+        if stage == "fit":
+            blocks, student = list(model.modules()), module.student
+    assert list(model.modules()) == blocks and module.student is student
     assert sorted(views.sparse_blocks(model)) == [0]
 
 
-def test_searches_when_it_is_handed_no_plan() -> None:
+def test_setup_makes_the_student() -> None:
     model = qwen2_moe()
     asked = []
 
-    def search(given: PreTrainedModel) -> Plan:
-        asked.append(sorted(views.sparse_blocks(given)))
-        return condense_plan(given, [1])
+    def search() -> Student:
+        asked.append(sorted(views.sparse_blocks(model)))
+        return apply(model, condense_plan(model, [1]))
 
-    module = RecoveryModule(model, recovery(), search=search)
-    assert module.plan is None
+    module = RecoveryModule(search, recovery())
+    assert module.plan is None and not asked
+    with pytest.raises(AssertionError, match="made in `setup`"):
+        _ = module.student
     module.setup("fit")
     module.setup("fit")
     assert asked == [[0, 1, 2]] and module.plan == condense_plan(qwen2_moe(), [1])
     assert isinstance(views.get_block(model, 1), CondensedMoE)
-    with pytest.raises(ValueError, match="needs a plan"):
-        RecoveryModule(model, recovery())
+
+
+def test_adapters_are_of_one_stage() -> None:
+    module = module_of(trainable="lora")
+    module.merge_adapters()
+    module.merge_adapters()
+    with pytest.raises(AssertionError, match="the stage is over"):
+        module.prepare()
 
 
 def test_works_in_anyones_trainer(tmp_path: Path) -> None:
     model = qwen2_moe()
-    module = RecoveryModule(model, recovery(), search=lambda given: condense_plan(given, [1, 2]))
+    module = RecoveryModule(lambda: apply(model, condense_plan(model, [1, 2])), recovery())
     trainer = L.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
@@ -104,8 +112,7 @@ def test_only_experts_of_condensed_layers_train(family: str, objective: str) -> 
 
 def test_the_token_gate_does_not_train() -> None:
     model = qwen2_moe()
-    module = RecoveryModule(model, recovery(), plan=condense_plan(model, [2], shared_gate=None))
-    module.prepare()
+    prepared(model, condense_plan(model, [2], shared_gate=None))
     names = {name for name, value in model.named_parameters() if value.requires_grad}
     assert "model.layers.2.mlp.shared_expert_gate.weight" in dict(model.named_parameters())
     assert names == {f"model.layers.2.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
@@ -117,9 +124,9 @@ def test_the_control_trains_the_experts_of_the_same_layers(family: str) -> None:
     model = FAMILIES[family]()
     settings = control_settings(recovery(control=True))
     assert (settings.objective, settings.trainable, settings.control) == ("finetune", "experts", False)
-    control = RecoveryModule(model, settings, plan=Plan("tiny"), stage="control", trained_layers=(2,))
+    control = RecoveryModule(Student(model, Plan("tiny")), settings, stage="control", layers=(2,))
     control.prepare()
-    assert control.teacher is None
+    assert not control.teacher.answers_any_text
     prefix = "model.layers.2.mlp"
     expected = {f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"}
     expected |= {f"{prefix}.{SHARED[family]}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
@@ -140,9 +147,7 @@ def test_without_layers_experts_of_all_moe_layers_train() -> None:
 def test_a_gradient_reaches_all_that_trains(family: str) -> None:
     """Processes would wait for others, and a checkpoint needs no more."""
     model: Any = EVERY[family]()
-    settings = recovery(objective="finetune", trainable="all")
-    module = RecoveryModule(model, settings, plan=Plan("tiny"))
-    module.prepare()
+    module = prepared(model, Plan("tiny"), objective="finetune", trainable="all")
     module.losses(windows(4, 12))["loss"].backward()
     without = {name for name, value in model.named_parameters() if value.grad is None}
     assert without == {name for name, value in model.named_parameters() if not value.requires_grad}
@@ -171,8 +176,7 @@ def test_biases_and_norms_are_not_decayed_whatever_their_shape(name: str) -> Non
     else:
         operation = Factorize(1, RANKS) if how else Prune(1, (0, 1, 2, 4))
         plan = Plan("tiny", (operation,))
-    module = RecoveryModule(model, recovery(weight_decay=0.1), plan=plan)
-    module.prepare()
+    module = prepared(model, plan, weight_decay=0.1)
     decayed = names_of(module, 0.1)
     assert {each.rpartition(".")[2] for each in decayed} == DECAYED[name]
     others = names_of(module, 0.0)
@@ -183,8 +187,7 @@ def test_biases_and_norms_are_not_decayed_whatever_their_shape(name: str) -> Non
 def test_of_all_weights_matrices_are_decayed_alone() -> None:
     model: Any = EVERY["gpt_oss"]()
     model.model.layers[0].self_attn.q_norm = ManyNorms((2, 16))
-    module = RecoveryModule(model, recovery(objective="finetune", trainable="all"), plan=Plan("tiny"))
-    module.prepare()
+    module = prepared(model, Plan("tiny"), objective="finetune", trainable="all")
     others = names_of(module, 0.0)
     kinds = {each.rpartition(".")[2] for each in others}
     assert kinds == {"weight", "bias", "gate_up_proj_bias", "down_proj_bias", "sinks"}
@@ -200,9 +203,9 @@ def names_of(module: RecoveryModule, weight_decay: float) -> list[str]:
     return [name for name, value in module.named_parameters() if id(value) in inside]
 
 
-def test_objective_none_trains_nothing() -> None:
-    module = module_of(objective="none")
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+def test_without_an_objective_there_is_no_module() -> None:
+    with pytest.raises(AssertionError, match="nothing to train"):
+        module_of(objective="none")
 
 
 # ------------------------------------------------------------------------------------------------ teacher
@@ -219,15 +222,14 @@ def test_nothing_that_student_and_teacher_share_exists_twice(family: str) -> Non
     before = FAMILIES[family]()
     names, whole = set(before.state_dict()), resident_bytes(before)
     module = module_of(family)
-    student, teacher = module.model, module.teacher
-    assert teacher is not None
-    alone, kept = storages(student), storages(teacher.blocks)
+    student, originals = module.model, module.student.originals
+    alone, kept = storages(student), storages(*originals.values())
     assert not alone.keys() & kept.keys()
     blocks = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(before, layer).parameters())
     assert sum(kept.values()) == blocks  # the original blocks of condensed layers, nothing else
     own = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(student, layer).state_dict().values())
-    assert resident_bytes(student, teacher) == sum({**alone, **kept}.values()) == whole + own
-    with module.original():
+    assert resident_bytes(student, module.originals) == sum({**alone, **kept}.values()) == whole + own
+    with module.student.original():
         outside = {name: value for name, value in student.state_dict().items() if ".mlp." not in name}
         assert set(student.state_dict()) == names
         assert {value.untyped_storage().data_ptr() for value in outside.values()} <= alone.keys()
@@ -243,7 +245,7 @@ def test_the_teacher_is_the_original_bit_for_bit(family: str, tmp_path: Path) ->
     expected = logits(original, ids)
     module = module_of(family)
     for _ in range(2):
-        with module.original() as model:
+        with module.student.original() as model:
             assert torch.equal(logits(model, ids), expected)
         assert not torch.equal(logits(module.model, ids), expected)
         fit(module, data(module), tmp_path, QUIET, seed=0)
@@ -252,7 +254,7 @@ def test_the_teacher_is_the_original_bit_for_bit(family: str, tmp_path: Path) ->
 def test_the_teacher_comes_back_after_an_error() -> None:
     module = module_of()
     blocks = list(module.model.modules())
-    with pytest.raises(KeyError), module.original():
+    with pytest.raises(KeyError), module.student.original():
         raise KeyError
     assert list(module.model.modules()) == blocks
 
@@ -268,7 +270,7 @@ def test_training_all_weights_beside_an_original_is_refused(objective: str) -> N
 def test_distilling_from_oneself_costs_nothing(temperature: float) -> None:
     """A student whose condensed layers are put back to the originals."""
     module = module_of(temperature=temperature, hidden_share=0.5)
-    with module.original():
+    with module.student.original():
         losses = module.losses(windows(2, 8))
     assert losses["kl"].item() == losses["hidden"].item() == losses["loss"].item() == 0.0
 
@@ -278,8 +280,7 @@ def test_hidden_states_are_compared_at_the_same_layers_where_some_were_removed(d
     """A removed layer passes on what it is given; the teacher's own states are transformers'."""
     model = FAMILIES["qwen2_moe"]()
     plan = Plan("qwen2_moe", tuple(Drop(layer, "layer") for layer in dropped))
-    module = RecoveryModule(model, recovery(hidden_share=0.5), plan=plan)
-    module.prepare()
+    module = prepared(model, plan, hidden_share=0.5)
     ids = windows(2, 8)
     with torch.no_grad():
         losses = module.losses(ids)
@@ -303,8 +304,7 @@ def test_a_recovery_without_anything_to_train_is_refused(changes: dict[str, Any]
     model = FAMILIES["qwen2_moe"]()
     plan = Plan("qwen2_moe", tuple(Drop(layer, "moe") for layer in range(3)))
     with pytest.raises(ValueError, match="no experts are left to train"):
-        RecoveryModule(model, recovery(**changes), plan=plan).prepare()
-    RecoveryModule(FAMILIES["qwen2_moe"](), recovery(objective="none"), plan=plan).prepare()
+        prepared(model, plan, **changes)
 
 
 def test_losses_by_hand() -> None:
@@ -335,8 +335,7 @@ def test_losses_by_hand() -> None:
 def test_the_routers_auxiliary_loss_is_off() -> None:
     """Also where the config asks for it: it would reach the experts."""
     model = qwen2_moe(output_router_logits=True)
-    module = RecoveryModule(model, recovery(objective="finetune"), plan=condense_plan(model, [2]))
-    module.prepare()
+    module = prepared(model, condense_plan(model, [2]), objective="finetune")
     ids = windows(2, 8)
     losses = module.losses(ids)
     assert torch.equal(losses["loss"], losses["cross_entropy"])

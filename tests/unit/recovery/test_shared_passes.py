@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.recoveries import module_of, recovery
+from support.losses import cross_entropy, forward_kl
+from support.recoveries import module_of, prepared, recovery
 from support.tiny_models import EVERY, FAMILIES, condense_plan, qwen2_moe, unchanged, windows
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from recondense.models.hooks import evaluating
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
 from recondense.recovery import shared_passes
-from recondense.recovery.losses import cross_entropy, forward_kl
 from recondense.recovery.module import RecoveryModule
 
 
@@ -51,7 +51,7 @@ def runs_of(model: Any) -> Iterator[list[int]]:
 
 def in_two_whole_passes(module: RecoveryModule, monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> dict[str, Tensor]:
     with monkeypatch.context() as patched:
-        patched.setattr("recondense.recovery.shared_passes.first_own_layer", lambda model, changed: 0)
+        patched.setattr("recondense.recovery.teachers.first_unshared_layer", lambda model, changed: 0)
         return module.losses(ids)
 
 
@@ -64,8 +64,7 @@ OWN_WAYS = ("qwen2_moe", "deepseek_v2", "gpt_oss", "ernie4_5_moe")  # of masks, 
 def test_what_is_shared_is_computed_once_and_nothing_else_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and gradients bit for bit those of two whole passes, also over packed examples."""
     model = EVERY[family]()
-    module = RecoveryModule(model, recovery(hidden_share=0.25), plan=condense_plan(model, [2]))
-    module.prepare()
+    module = prepared(model, condense_plan(model, [2]), hidden_share=0.25)
     module.train()
     ids = windows(2, 8)
     inputs: list[dict[str, Tensor]] = [{"input_ids": ids}]
@@ -79,7 +78,7 @@ def test_what_is_shared_is_computed_once_and_nothing_else_changes(family: str, m
         shared["loss"].backward()  # type: ignore[no-untyped-call]
         ours = gradients(module)
         with monkeypatch.context() as patched:
-            patched.setattr("recondense.recovery.shared_passes.first_own_layer", lambda model, changed: 0)
+            patched.setattr("recondense.recovery.teachers.first_unshared_layer", lambda model, changed: 0)
             with runs_of(model) as runs:
                 whole = module.losses(**each)
         assert runs == [2, 2, 2]
@@ -105,26 +104,21 @@ PLANS: dict[str, tuple[Any, dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", PLANS)
 def test_where_the_student_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, settings, layer = PLANS[name]
-    module = RecoveryModule(qwen2_moe(), recovery(**settings), plan=plan)
-    module.prepare()
-    assert module.teacher is not None
-    assert shared_passes.first_own_layer(module.model, module.teacher.changed()) == layer
+    module = prepared(qwen2_moe(), plan, **settings)
+    assert shared_passes.first_unshared_layer(module.model, module.student.changed_layers()) == layer
     ids = windows(2, 8)
     assert torch.equal(module.losses(ids)["loss"], in_two_whole_passes(module, monkeypatch, ids)["loss"])
 
 
 def test_after_adapters_were_merged_their_layers_are_the_students_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = RecoveryModule(
-        qwen2_moe(), recovery(trainable="lora"), plan=condense_plan(qwen2_moe(), [2]), later=[recovery()]
-    )
-    module.prepare()
-    assert module.adapters is not None and module.teacher is not None
+    module = prepared(qwen2_moe(), condense_plan(qwen2_moe(), [2]), trainable="lora")
+    assert module.adapters is not None
     for layer in module.adapters.linears.values():
         nn.init.normal_(layer.lora_B["default"].weight)  # type: ignore[arg-type]
-    module.finish()
-    module.begin(recovery(), "two")
+    module.merge_adapters()
+    module = RecoveryModule(module.student, recovery(), stage="two")
     module.prepare()
-    assert module.teacher.changed() == {0, 1, 2}
+    assert module.student.changed_layers() == {0, 1, 2}
     ids = windows(2, 8)
     assert torch.equal(module.losses(ids)["loss"], in_two_whole_passes(module, monkeypatch, ids)["loss"])
 
@@ -133,7 +127,7 @@ def test_after_adapters_were_merged_their_layers_are_the_students_own(monkeypatc
 def test_what_is_random_in_training_is_not_shared(family: str, noise: str) -> None:
     model = EVERY[family](**{noise: 0.1})
     assert decoder.random_in_training(model.config) and not decoder.random_in_training(EVERY[family]().config)
-    assert shared_passes.first_own_layer(model.requires_grad_(False), {2}) == 0
+    assert shared_passes.first_unshared_layer(model.requires_grad_(False), {2}) == 0
 
 
 def test_the_losses_are_those_of_plain_logits() -> None:
@@ -158,7 +152,7 @@ def test_other_divergences_have_their_own_names(divergence: Any) -> None:
     module = module_of(divergence=divergence)
     losses = module.losses(windows(2, 8))
     assert set(losses) == {divergence, "loss"} and losses["loss"].item() > 0
-    with module.original():
+    with module.student.original():
         assert module.losses(windows(2, 8))["loss"].item() == pytest.approx(0, abs=1e-6)
 
 
@@ -194,12 +188,9 @@ AGAIN: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def module_and_windows(name: str) -> tuple[RecoveryModule, Tensor]:
-    from support.tiny_models import recorded
-
     plan, settings = AGAIN[name]
     model = qwen2_moe()
-    module = RecoveryModule(model, recovery(**settings), plan=plan, record=lambda: recorded(model))
-    module.prepare()
+    module = prepared(model, plan, **settings)
     module.train()
     return module, windows(2, 8)
 

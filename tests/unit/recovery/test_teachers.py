@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.recoveries import QUIET, data, module_of, recovery
+from support.recoveries import QUIET, data, module_of, prepared
 from support.small import byte_tokenizer
 from support.tiny_models import VOCAB, condense_plan, qwen2_moe, windows
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,8 +23,8 @@ from recondense.models.parameters import resident_bytes
 from recondense.recovery.chunked_losses import TopK
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
-from recondense.recovery.teacher_cache import CachedTeacher, keep_predictions, key_of
-from recondense.recovery.teachers import OtherTeacher, same_vocabulary
+from recondense.recovery.teacher_cache import CachedTeacher, cache_key, keep_predictions
+from recondense.recovery.teachers import OtherTeacher, Teacher, same_vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 K = 8
@@ -37,7 +37,14 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def kept_of(module: RecoveryModule, table: Any, folder: Path, k: int = K, temperature: float = 1.0) -> CachedTeacher:
-    return keep_predictions(module.original, table_of(table), folder, k, temperature, 3, nullcontext(), 4)
+    return keep_predictions(module.student.original, table_of(table), folder, k, temperature, 3, nullcontext(), 4)
+
+
+def taught_by(teacher: Teacher, module: RecoveryModule) -> RecoveryModule:
+    """A module of the same student and settings that learns from another teacher."""
+    other = RecoveryModule(module.student, module.settings, teacher)
+    other.prepare()
+    return other
 
 
 def rows(kept: TopK) -> TopK:
@@ -54,11 +61,10 @@ def test_three_teachers_say_the_same(tmp_path: Path, temperature: float) -> None
     module = module_of(temperature=temperature, layers=(1, 2))
     shared = module.losses(ids)["loss"]
     kept = kept_of(module, ids, tmp_path, temperature=temperature)
-    module.source = OtherTeacher(qwen2_moe(), module.model, "the same")
-    assert torch.equal(module.losses(ids)["loss"], shared)
-    module.source = kept
-    module.release_original()
-    cached = module.losses(ids, window=torch.arange(7))["loss"].double()
+    other = taught_by(OtherTeacher(qwen2_moe(), module.model, "the same"), module)
+    assert torch.equal(other.losses(ids)["loss"], shared)
+    module.student.release_original()
+    cached = taught_by(kept, module).losses(ids, window=torch.arange(7))["loss"].double()
     with torch.no_grad():
         logits = [each(input_ids=ids).logits.flatten(0, 1).double() for each in (qwen2_moe(), module.model)]
         rests = [(each / temperature).scatter(-1, logits[0].topk(K).indices, -torch.inf) for each in logits]
@@ -80,8 +86,7 @@ def test_whatever_is_not_predicted_is_left_out_of_what_was_kept(tmp_path: Path) 
     some = [3, 0]
     batch = {name: column[some] for name, column in table.items()}
     expected = module.losses(**batch)
-    module.source = kept
-    found = module.losses(**batch, window=torch.tensor(some))
+    found = taught_by(kept, module).losses(**batch, window=torch.tensor(some))
     torch.testing.assert_close(found["kl"], expected["kl"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=1e-6)
 
@@ -105,7 +110,7 @@ def test_what_is_kept_is_the_originals_bit_for_bit(tmp_path: Path) -> None:
     torch.testing.assert_close(found.logits_TK, values, rtol=1e-6, atol=1e-6)  # the head, on a chunk of other tokens
     whole = torch.cat([found.logits_TK, found.rest_T.unsqueeze(-1)], -1).logsumexp(-1)
     torch.testing.assert_close(whole, logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
-    stored = kept._opened(kept.files[0]).get_tensor("ids_TK")
+    stored = kept._open(kept.files[0]).get_tensor("ids_TK")
     assert stored.dtype == torch.uint16  # a small vocabulary
 
 
@@ -147,13 +152,16 @@ def test_a_teacher_that_was_interrupted_is_asked_the_rest_only(tmp_path: Path, m
 def test_another_folder_for_whatever_decides_predictions() -> None:
     table = {"input_ids": windows(3, 8), "labels": windows(3, 8)}
     keys = {
-        key_of("w", table, 8, 1.0, "32-true"), key_of("x", table, 8, 1.0, "32-true"),
-        key_of("w", table, 9, 1.0, "32-true"), key_of("w", table, 8, 2.0, "32-true"),
-        key_of("w", table, 8, 1.0, "bf16-mixed"), key_of("w", {"input_ids": windows(3, 8, seed=1)}, 8, 1.0, "32-true"),
-        key_of("w", {**table, "position_ids": torch.zeros(3, 8)}, 8, 1.0, "32-true"),
-    }  # fmt: skip
+        cache_key("w", table, 8, 1.0, "32-true"),
+        cache_key("x", table, 8, 1.0, "32-true"),
+        cache_key("w", table, 9, 1.0, "32-true"),
+        cache_key("w", table, 8, 2.0, "32-true"),
+        cache_key("w", table, 8, 1.0, "bf16-mixed"),
+        cache_key("w", {"input_ids": windows(3, 8, seed=1)}, 8, 1.0, "32-true"),
+        cache_key("w", {**table, "position_ids": torch.zeros(3, 8)}, 8, 1.0, "32-true"),
+    }
     assert len(keys) == 7
-    assert key_of("w", {"input_ids": windows(3, 8)}, 8, 1.0, "32-true") in keys  # labels decide nothing
+    assert cache_key("w", {"input_ids": windows(3, 8)}, 8, 1.0, "32-true") in keys  # labels decide nothing
 
 
 def test_which_windows_are_trained_on() -> None:
@@ -172,14 +180,11 @@ def test_a_fit_without_a_teacher_in_memory(tmp_path: Path) -> None:
     for name, stops in (("whole", False), ("cut", True)):
         module = module_of(steps=4)
         with_original = resident_bytes(module)
-        assert module.teacher is not None
-        dropped = resident_bytes(module.teacher.blocks)
+        dropped = resident_bytes(*module.student.originals.values())
         kept = kept_of(module, windows(7, 8), tmp_path / "kept")
-        module.source = kept
-        module.release_original()
-        assert resident_bytes(module) == with_original - dropped and module.teacher is None
-        with pytest.raises(AssertionError, match="freed"):
-            module.original()
+        module.student.release_original()
+        module = taught_by(kept, module)
+        assert resident_bytes(module) == with_original - dropped and not module.student.has_original
         table = {"input_ids": windows(7, 8), "window": torch.arange(7)}
         loader = RecoveryData(table, windows(2, 8, seed=5), 2, 4, seed=3)
         if stops:
@@ -194,8 +199,8 @@ def test_a_fit_without_a_teacher_in_memory(tmp_path: Path) -> None:
             with pytest.raises(RuntimeError, match="stopped"):
                 fit(module, loader, tmp_path / name, QUIET, seed=0)
             module = module_of(steps=4)
-            module.source = kept
-            module.release_original()
+            module.student.release_original()
+            module = taught_by(kept, module)
         final = torch.load(fit(module, loader, tmp_path / name, QUIET, seed=0), weights_only=True)["state_dict"]
         assert set(final) == {
             f"model.model.layers.{layer}.mlp.{part}.weight"
@@ -215,13 +220,13 @@ def test_another_model_teaches_and_stays_as_it_is(tmp_path: Path) -> None:
     module = module_of(steps=3)
     teacher = qwen2_moe(seed=5)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    module.source = OtherTeacher(teacher, module.model, "another")
+    module = taught_by(OtherTeacher(teacher, module.model, "another"), module)
     ids = windows(2, 8)
     losses = module.losses(ids)
     with torch.no_grad():
         p, q = (each(input_ids=ids).logits.log_softmax(-1) for each in (teacher, module.model))
     torch.testing.assert_close(losses["kl"], (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-5, atol=0)
-    with module.original():  # a student that is the original does not say what another says
+    with module.student.original():  # a student that is the original does not say what another says
         assert module.losses(ids)["kl"] > 0.01
     assert not any(value is parameter for value in module.parameters() for parameter in teacher.parameters())
     final = fit(module, data(module, windows(2, 8)), tmp_path, QUIET, seed=0)
@@ -239,18 +244,17 @@ def test_a_teacher_with_another_vocabulary_is_refused() -> None:
         same_vocabulary(grown, own, "./teacher")
     words = Tokenizer(models.BPE(own.get_vocab(), []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    with pytest.raises(ValueError, match="it encodes 'Hello world' otherwise"):
+    with pytest.raises(ValueError, match="it encodes 'Hello world' differently"):
         same_vocabulary(PreTrainedTokenizerFast(tokenizer_object=words), own, "./teacher")
     with pytest.raises(ValueError, match="gives 101 logits and the student's 97"):
         OtherTeacher(qwen2_moe(vocab_size=101), qwen2_moe(), "./teacher")
 
 
-def test_the_original_is_never_asked_after_it_was_freed() -> None:
+def test_the_original_is_never_asked_after_it_was_released() -> None:
     """Adapters are merged without it."""
     model = qwen2_moe()
-    module = RecoveryModule(model, recovery(trainable="lora"), plan=condense_plan(model, [1]))
-    module.prepare()
-    module.release_original()
-    module.finish()
+    module = prepared(model, condense_plan(model, [1]), trainable="lora")
+    module.student.release_original()
+    module.merge_adapters()
     assert module.adapters is None and not any("lora" in name for name, _ in model.named_parameters())
     assert not isinstance(views.get_block(model, 1), type(views.get_block(qwen2_moe(), 1)))

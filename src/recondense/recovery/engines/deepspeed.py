@@ -13,17 +13,17 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recondense.recovery.engines.full_tensors import MOMENTS, OneForm, kept
+from recondense.recovery.engines.full_tensors import MOMENTS, PlainCheckpoints, to_first_process
 
 
-class Zero(OneForm, DeepSpeedStrategy):
-    """Lightning's DeepSpeed, but checkpoints are those of one process, and it runs on CPUs too.
+class Zero(PlainCheckpoints, DeepSpeedStrategy):
+    """Lightning's DeepSpeed. Checkpoints are those of one process, and it runs on CPUs too.
 
-    On CPUs it shows that a recovery works before cards are paid for; nobody trains so.
+    On CPUs it shows that a recovery works before GPUs are paid for; it is not meant for training there.
 
     Args:
-        leaves: blocks in which the data decide what runs: ZeRO-3 gathers them as a whole, or processes whose tokens
-            take different ways would wait for each other.
+        leaves: MoE blocks. ZeRO-3 unshards each as one: processes whose tokens reach different experts would otherwise
+            wait for each other.
     """
 
     def __init__(self, *args: Any, leaves: Iterable[nn.Module] = (), **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class Zero(OneForm, DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own allows cards only
+        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own allows GPUs only
 
     def setup_distributed(self) -> None:
         import deepspeed.ops
@@ -64,7 +64,7 @@ class Zero(OneForm, DeepSpeedStrategy):
         yield
 
     def partition(self, parameter: nn.Parameter) -> None:
-        """Keep this process's part of a parameter of the first process's."""
+        """Shard a parameter of the first process, and keep this process's shard."""
         import deepspeed
 
         holder = nn.ParameterList([parameter])
@@ -79,8 +79,8 @@ class Zero(OneForm, DeepSpeedStrategy):
         for name, value in checkpoint["state_dict"].items():
             value = value.to(self.root_device)
             safe_set_full_fp32_param(parameters[name], value.float())
-            own = deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0, enabled=self.zero_stage_3)
-            with torch.no_grad(), own:
+            full = deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0, enabled=self.zero_stage_3)
+            with torch.no_grad(), full:
                 parameters[name].copy_(value)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Zero(OneForm, DeepSpeedStrategy):
         for group, parameters in zip(inner.param_groups, self._groups(), strict=True):
             numbers = range(len(state), len(state) + len(parameters))
             for number, parameter in zip(numbers, parameters, strict=True):
-                moments = {name: kept(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
+                moments = {name: to_first_process(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
                 state[number] = {"step": step.clone(), **moments}
             groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": list(numbers)})
         return {"state": state, "param_groups": groups}
@@ -104,10 +104,10 @@ class Zero(OneForm, DeepSpeedStrategy):
         (optimizer,), (state,) = self.optimizers, checkpoint["optimizer_states"]
         inner, zero = self._adamw(optimizer), self.deepspeed_engine.optimizer
         flat = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
-        for each in flat:
-            inner.state[each] = {
+        for partition in flat:
+            inner.state[partition] = {
                 "step": state["state"][0]["step"].clone(),
-                **{name: torch.zeros_like(each.data) for name in MOMENTS},
+                **{name: torch.zeros_like(partition.data) for name in MOMENTS},
             }
         if not self.zero_stage_3:
             zero._lazy_init_hp_params_optimizer_state()
@@ -123,6 +123,6 @@ class Zero(OneForm, DeepSpeedStrategy):
         return getattr(optimizer, "_optimizer", optimizer).optimizer
 
     def _groups(self) -> list[list[nn.Parameter]]:
-        """What the module's optimiser was made of; DeepSpeed's has flat partitions in their place."""
+        """The parameters of the module's optimiser, group by group; DeepSpeed's has flat partitions of them."""
         assert self.lightning_module is not None
         return [group["params"] for group in self.lightning_module.parameter_groups()]  # type: ignore[operator,union-attr]

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from recondense.recovery.engines.full_tensors import OneForm, kept, scattered, whole
+from recondense.recovery.engines.full_tensors import PlainCheckpoints, full_tensor, shard_like, to_first_process
 
 
-class Sharded(OneForm, ModelParallelStrategy):
-    """Lightning's FSDP2, but steps run in the module's forward, and checkpoints are those of one process."""
+class Sharded(PlainCheckpoints, ModelParallelStrategy):
+    """Lightning's FSDP2. Steps run in the module's forward, and checkpoints are those of one process."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        # The module itself is the root unit: what lies in no other is gathered for the whole of a step.
+        # The module itself is the root unit: weights in no other unit are unsharded for the whole of a step.
         with self.precision_plugin.train_step_context():
             return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)  # type: ignore[arg-type]
 
@@ -30,26 +30,29 @@ class Sharded(OneForm, ModelParallelStrategy):
         parameters = dict(self.lightning_module.named_parameters())
         with torch.no_grad():
             for name, value in checkpoint["state_dict"].items():
-                parameters[name].copy_(self._own(value, parameters[name]))
+                parameters[name].copy_(self._shard(value, parameters[name]))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = optimizer.state_dict()
         state["state"] = {
-            number: {name: kept(whole(value)) if value.ndim else value for name, value in own.items()}
-            for number, own in state["state"].items()
+            number: {
+                name: to_first_process(full_tensor(value)) if value.ndim else value for name, value in moments.items()
+            }
+            for number, moments in state["state"].items()
         }
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            own = {
+            sharded = {
                 number: {
-                    name: self._own(value, parameters[number]) if value.ndim else value for name, value in each.items()
+                    name: self._shard(value, parameters[number]) if value.ndim else value
+                    for name, value in moments.items()
                 }
-                for number, each in state["state"].items()
+                for number, moments in state["state"].items()
             }
-            optimizer.load_state_dict({**state, "state": own})
+            optimizer.load_state_dict({**state, "state": sharded})
 
-    def _own(self, value: Tensor, like: Tensor) -> DTensor:
-        return scattered(value.to(self.root_device), self.device_mesh["data_parallel"], like)
+    def _shard(self, value: Tensor, like: Tensor) -> DTensor:
+        return shard_like(value.to(self.root_device), self.device_mesh["data_parallel"], like)

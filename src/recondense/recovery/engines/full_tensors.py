@@ -14,36 +14,39 @@ from recondense import processes
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter as one tensor, where it is kept in higher precision that; all processes ask for it together."""
+def full_tensor(parameter: Tensor) -> Tensor:
+    """A parameter unsharded, in the highest precision that the engine keeps. All processes call it together."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found: Tensor | None = safe_get_full_fp32_param(parameter)
-        return parameter.detach() if found is None else found
+        full: Tensor | None = safe_get_full_fp32_param(parameter)
+        return parameter.detach() if full is None else full
     return parameter.detach()
 
 
 def num_dimensions(parameter: Tensor) -> int:
-    """Of the whole parameter; ZeRO-3 leaves it empty."""
+    """The dimensions of an unsharded parameter; under ZeRO-3 the parameter itself is empty."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def kept(tensor: Tensor) -> Tensor | None:
-    """In the first process's memory; the others need not have it."""
+def to_first_process(tensor: Tensor) -> Tensor | None:
+    """A tensor in the first process's memory; None in the others, which need not have it."""
     return tensor.cpu() if processes.is_first() else None
 
 
-def scattered(whole: Tensor, mesh: DeviceMesh, like: Tensor) -> DTensor:
-    """The first process's tensor, spread as another is."""
+def shard_like(full: Tensor, mesh: DeviceMesh, like: Tensor) -> DTensor:
+    """Shard the first process's tensor as another is sharded."""
     assert isinstance(like, DTensor)
-    return distribute_tensor(whole, mesh, like.placements)
+    return distribute_tensor(full, mesh, like.placements)
 
 
-class OneForm(Strategy):
-    """Checkpoints in the form of a single process: Lightning's plain ones, without what the module puts in itself."""
+class PlainCheckpoints(Strategy):
+    """Checkpoints in the form of a single process: Lightning's plain ones, without the module's weights.
+
+    The module puts the trained weights in itself.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
@@ -52,7 +55,7 @@ class OneForm(Strategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # what trains is put in by the module
+        return {}
 
     @property
     def lightning_restore_optimizer(self) -> bool:

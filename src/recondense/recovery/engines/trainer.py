@@ -1,4 +1,4 @@
-"""Which engine trains a module on several processes, and what Lightning's Trainer is told of it."""
+"""The engine that trains a module on several processes, and the arguments that Lightning's Trainer gets for it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from recondense.recovery.engines.deepspeed import Zero
 from recondense.recovery.engines.fsdp2 import Sharded
 
 
-class Running(ClusterEnvironment):
-    """The processes that run already: Lightning starts none."""
+class StartedProcesses(ClusterEnvironment):
+    """The processes are started already: Lightning starts none."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -43,13 +43,13 @@ class Running(ClusterEnvironment):
         return processes.world_size()
 
     def set_world_size(self, size: int) -> None:
-        """It is what it is."""
+        pass  # the launcher has set it
 
     def global_rank(self) -> int:
         return processes.rank()
 
     def set_global_rank(self, rank: int) -> None:
-        """It is what it is."""
+        pass  # the launcher has set it
 
     def local_rank(self) -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))
@@ -59,11 +59,11 @@ class Running(ClusterEnvironment):
 
 
 def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Iterable[nn.Module]) -> dict[str, Any]:
-    """What Lightning's Trainer is told of processes and engine; without a process group as ever one device.
+    """Arguments of Lightning's Trainer about processes and engine; without a process group, one device.
 
     Args:
         device: where this process computes.
-        leaves: blocks in which the data decide what runs.
+        leaves: MoE blocks; the tokens decide which of their experts run.
     """
     gpu = device.type == "cuda"
     if not processes.grouped():
@@ -71,7 +71,7 @@ def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Ite
     here = processes.on_this_node()
     return {
         "accelerator": "gpu" if gpu else "cpu",
-        # one process on a card of its own choice, else the card of each process's number
+        # a single process on a GPU of its choice, else on the GPU of its number
         "devices": [device.index or 0] if gpu and processes.world_size() == 1 else here,
         "num_nodes": processes.world_size() // here,
         "strategy": _strategy(settings, gpu, leaves),
@@ -91,7 +91,7 @@ def _strategy(settings: TrainerConfig, gpu: bool, leaves: Iterable[nn.Module]) -
 
 
 def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's settings. Its optimiser is the module's, torch's AdamW, also where the states lie in CPU memory."""
+    """DeepSpeed's settings. The optimiser is the module's, torch's AdamW, even if its states lie in CPU memory."""
     zero: dict[str, Any] = {
         "stage": 2 if strategy == "deepspeed_zero2" else 3,
         "contiguous_gradients": True,
@@ -104,16 +104,16 @@ def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # which would be compiled
         "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,  # of its reports alone
+        "train_micro_batch_size_per_gpu": 1,  # only its reports use it
         "steps_per_print": 10**9,
     }
 
 
 def needs_all(strategy: Strategy) -> bool:
-    """Whether a forward pass of what a strategy trains needs all processes."""
+    """Whether a forward pass of the trained module needs all processes, because its weights are sharded."""
     return isinstance(strategy, Sharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
 
 
 def has_leaves(strategy: Strategy) -> bool:
-    """Whether a strategy gathers some modules as a whole: ZeRO-3's leaves."""
+    """Whether a strategy unshards some modules as one: ZeRO-3's leaves."""
     return isinstance(strategy, Zero) and strategy.zero_stage_3

@@ -1,0 +1,101 @@
+"""The objective of a recovery: pure functions from a student's states and a teacher's answer to losses.
+
+Shapes: B windows of a batch, S tokens of a window, T tokens that count, D hidden size, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from recondense.config.schema import RecoveryConfig
+from recondense.models.decoder import Head
+from recondense.recovery.chunked_losses import CrossEntropy, TeacherDivergence, Term, sum_in_chunks
+from recondense.recovery.losses import feature_matching
+from recondense.recovery.shared_passes import CountedTokens
+from recondense.recovery.teachers import TeacherOutput
+
+Losses = dict[str, Tensor]
+METRICS = {"forward_kl": "kl", "reverse_kl": "reverse_kl", "js": "js"}  # names of the divergences in logs
+
+
+class StudentOutput(NamedTuple):
+    """A student's answer to a batch.
+
+    Args:
+        hidden_TD: its final hidden states, of which the head makes logits, at the tokens that count.
+        states: its hidden states (B, S, D) after the same layers as the teacher's.
+    """
+
+    hidden_TD: Tensor
+    states: Sequence[Tensor] = ()
+
+
+def training_losses(
+    student: StudentOutput,
+    head: Head,
+    tokens: CountedTokens,
+    teacher: TeacherOutput,
+    settings: RecoveryConfig,
+    *,
+    mask_BS: Tensor | None = None,
+    weight: Tensor | None = None,
+    mean: Callable[[Losses], Losses] = lambda values: values,
+) -> Losses:
+    """The objective (`loss`) and its parts, nats per token.
+
+    Without a target of the teacher it is cross-entropy. With one it is
+    (1 − a − b)·divergence + a·cross-entropy + b·hidden, with a `cross_entropy_share` and b `hidden_share`.
+
+    Args:
+        head: of the student.
+        mask_BS: positions whose hidden states are compared (bool); None: all.
+        weight: predicted tokens (3,), if an optimiser step has several parts (batches, processes) of unequal sizes: of
+            this part × parts of the step, of this batch × batches of the step, of the step. The mean of the parts'
+            losses is then the mean over the tokens of the step. Whole numbers: training in bf16 would round others.
+        mean: the mean over the processes that share a batch.
+    """
+    losses = prediction_losses(student.hidden_TD, head, tokens, teacher, settings)
+    of_part, of_batch = (1.0, 1.0) if weight is None else weight[:2].float() / weight[2].float()
+    if weight is not None:
+        losses = {name: of_part * value for name, value in losses.items()}
+    if settings.hidden_share and teacher.target is not None:
+        # Relative to the teacher's states of this batch: those of a step's later batches are not known yet.
+        losses["hidden"] = of_batch * feature_matching(student.states, teacher.states, mask_BS, mean)
+        losses["loss"] = losses["loss"] + settings.hidden_share * losses["hidden"]
+    return losses
+
+
+def prediction_losses(
+    hidden_TD: Tensor, head: Head, tokens: CountedTokens, teacher: TeacherOutput, settings: RecoveryConfig
+) -> Losses:
+    """The losses of the student's predictions. Each is a mean over the tokens that it counts; `loss` is their sum."""
+    terms: dict[str, tuple[float, int, Term]] = {}
+    entropy = CrossEntropy(tokens.labels_T)
+    if teacher.target is None:
+        terms["cross_entropy"] = 1.0, tokens.num_labels, entropy
+    else:
+        divergence = TeacherDivergence(settings.divergence, teacher.target, settings.temperature)
+        share = 1 - sum((settings.cross_entropy_share, settings.hidden_share))
+        terms[METRICS[settings.divergence]] = share, len(tokens), divergence
+        if settings.cross_entropy_share:
+            terms["cross_entropy"] = settings.cross_entropy_share, tokens.num_labels, entropy
+    counts = [max(1, count) for _, count, _ in terms.values()]
+    weighted = [(share / count, term) for (share, _, term), count in zip(terms.values(), counts, strict=True)]
+    loss, sums = sum_in_chunks(weighted, hidden_TD, head)
+    losses = {name: total / count for name, total, count in zip(terms, sums, counts, strict=True)}
+    if teacher.target is None:
+        losses["cross_entropy"] = loss
+    return {**losses, "loss": loss}
+
+
+def validation_losses(hidden_TD: Tensor, head: Head, tokens: CountedTokens, teacher: TeacherOutput) -> Losses:
+    """Cross-entropy (`loss`) and, with a teacher, forward KL from it (`kl`), at temperature 1, nats per token."""
+    terms: list[tuple[float, Term]] = [(1.0, CrossEntropy(tokens.labels_T))]
+    if teacher.target is not None:
+        terms.append((1.0, TeacherDivergence("forward_kl", teacher.target)))
+    _, sums = sum_in_chunks(terms, hidden_TD, head)
+    losses = {"loss": sums[0] / max(1, tokens.num_labels)}
+    return losses if teacher.target is None else {**losses, "kl": sums[1] / max(1, len(tokens))}

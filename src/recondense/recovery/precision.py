@@ -1,0 +1,96 @@
+"""The precision of a training: of its computations and of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recondense.config.schema import TrainerConfig
+from recondense.errors import UserError
+from recondense.models import views
+from recondense.models.low_rank import LowRankExperts
+
+
+def resolve_precision(trainer: TrainerConfig, dtype: torch.dtype) -> str:
+    """Lightning's precision.
+
+    `auto`: a model in half precision computes in bf16, and its trained weights are kept in fp32.
+    """
+    if trainer.precision == "auto":
+        return "32-true" if dtype == torch.float32 else "bf16-mixed"
+    return trainer.precision
+
+
+def refuse_rounding(trainer: TrainerConfig, precision: str, dtype: torch.dtype) -> None:
+    """Refuse a precision that would round the weights of a model that is not in bf16.
+
+    Raises:
+        UserError: naming a precision that would not.
+    """
+    if dtype == torch.bfloat16 or not (precision == "bf16-true" or (trainer.deepspeed and precision == "bf16-mixed")):
+        return
+    instead = "trainer.precision=32-true" if trainer.deepspeed else "trainer.precision=bf16-mixed"
+    raise UserError(
+        f"trainer.precision={precision} would round all weights of a {dtype} model, frozen ones included; use "
+        f"{instead}, or model.dtype=bfloat16"
+    )
+
+
+@contextmanager
+def keep_trained_weights(model: PreTrainedModel, precision: str) -> Iterator[None]:
+    """Inside, trained weights are in fp32 under mixed precision: AdamW's small steps would vanish in bf16."""
+    dtypes = {name: value.dtype for name, value in model.named_parameters() if value.requires_grad}
+    eager = False
+    if precision.endswith("mixed"):
+        _convert(model, dict.fromkeys(dtypes, torch.float32))
+        blocks = views.sparse_blocks(model).values()
+        fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
+        # Autocast does not cover transformers' grouped products.
+        eager = any(block.weights.down_EDF.dtype == torch.float32 for block in fused)
+    try:
+        with views.eager_experts(model, eager):
+            yield
+    finally:
+        _convert(model, dtypes)
+
+
+def _convert(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Convert some of a model's parameters, by name."""
+    for name, value in model.named_parameters():
+        if name in dtypes:
+            value.data = value.data.to(dtypes[name])
+
+
+class UnusualPrecisions:
+    """Tensors of a model that loading left in another precision than the model's.
+
+    bf16-true converts whole modules. Rounded rotary frequencies would turn far positions by another angle, and some
+    families' routers are in fp32.
+
+    Args:
+        module: that is about to be moved or converted; `restore` undoes the conversion of these tensors.
+        dtype: the model's usual one.
+    """
+
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
+        self._buffers = [(part, dict(part._buffers)) for part in module.modules()]
+        self._parameters: list[tuple[torch.nn.Parameter, Tensor]] = [
+            (parameter, parameter.data)
+            for parameter in module.parameters()
+            if parameter.dtype != dtype and not parameter.requires_grad
+        ]
+
+    def restore(self) -> None:
+        """Give buffers and frozen parameters their precision back, on their new device."""
+        for part, buffers in self._buffers:
+            for name, before in buffers.items():
+                after = part._buffers.get(name)
+                if before is not None and after is not None and after.dtype != before.dtype:
+                    part._buffers[name] = before.to(after.device)
+        for parameter, data in self._parameters:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)

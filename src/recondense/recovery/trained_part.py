@@ -1,0 +1,68 @@
+"""The part of a student that one stage trains: its experts, adapters, or all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from recondense.config.schema import RecoveryConfig
+from recondense.recovery import lora, trainable
+from recondense.surgery.student import Student
+
+
+@dataclass
+class TrainedPart:
+    """The part of a student that a stage trains. `begin` makes one.
+
+    Args:
+        student: everything else of it is frozen.
+        settings: of the stage.
+        layers: decoder layers whose experts train.
+        adapters: that were put in for the stage; None: it trains weights of the model itself.
+    """
+
+    student: Student
+    settings: RecoveryConfig
+    layers: Sequence[int]
+    adapters: lora.Adapters | None = None
+
+    @classmethod
+    def begin(cls, student: Student, settings: RecoveryConfig, layers: Sequence[int] | None) -> TrainedPart:
+        """Freeze a student, give it own copies of the experts that will train, or put adapters in.
+
+        Args:
+            layers: decoder layers whose experts train; None: the layers of the student's plan.
+
+        Raises:
+            UserError: there is nothing to train, or all weights are to train though the original shares them.
+        """
+        model = student.model
+        layers = student.plan.layers if layers is None else layers
+        trainable.check_trainable(student, layers, settings)
+        model.requires_grad_(False)
+        part = cls(student, settings, layers)
+        with_experts = trainable.trained_layers(model, layers)
+        if settings.trainable == "experts":
+            student.give_own_copies(with_experts)
+        elif settings.trainable == "lora":
+            part.adapters = lora.inject(student, with_experts, settings.lora)
+        return part
+
+    def unfreeze(self) -> None:
+        """Let the part train."""
+        for parameter in self._parameters():
+            parameter.requires_grad_(True)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        if self.adapters is not None:
+            return self.adapters.parameters()
+        assert self.settings.trainable != "lora", "the adapters were merged: the stage is over"
+        return list(trainable.trainable_parameters(self.student.model, self.layers, self.settings.trainable).values())
+
+    def merge_adapters(self) -> None:
+        """Merge the adapters into the weights, if there are any, and end the stage."""
+        if self.adapters is not None:
+            self.adapters.merge()
+            self.adapters = None

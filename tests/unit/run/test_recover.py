@@ -1,0 +1,83 @@
+"""The trainings of a run: one stage after another on the same student."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.recoveries import QUIET, data, recovery
+from support.tiny_models import bits, condense_plan, logits, qwen2_moe, same_bits, windows
+
+from recondense.config.schema import Config, LoraSettings, RecoveryConfig
+from recondense.config.stages import Stage, stages_of
+from recondense.operations import Drop
+from recondense.plan import Plan
+from recondense.recovery.fit import fit
+from recondense.recovery.module import RecoveryModule
+from recondense.run.recover import prepare_student
+from recondense.surgery.student import Student, apply
+
+STAGES = [
+    recovery(),
+    recovery(trainable="lora", objective="finetune", learning_rate=3e-2),
+    recovery(objective="finetune"),
+]
+
+
+def stage(settings: RecoveryConfig) -> Stage:
+    return replace(stages_of(Config())[0], recovery=settings)
+
+
+def staged(stages: list[RecoveryConfig], folder: Path) -> Student:
+    model = qwen2_moe()
+    student = apply(model, condense_plan(model, [1, 2]))
+    prepare_student(student, [stage(settings) for settings in stages])
+    for index, settings in enumerate(stages):
+        module = RecoveryModule(student, settings, stage=f"stage{index}")
+        fit(module, data(module), folder / str(index), QUIET, seed=index)
+    return student
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_stages_go_on_from_each_other(tmp_path: Path) -> None:
+    """Every stage changes the model that the one before left; the original stays what it was; all is found again."""
+    ids = windows(2, 8)
+    original = logits(qwen2_moe(), ids)
+    after = [bits(staged(STAGES[: count + 1], tmp_path / str(count)).model) for count in range(3)]
+    assert not any(same_bits(one, other) for one, other in pairwise(after))
+    student = staged(STAGES, tmp_path / "2")
+    assert same_bits(bits(student.model), after[2])
+    assert student.additions is None and not any("lora" in name for name in bits(student.model))
+    with student.original():
+        assert torch.equal(logits(student.model, ids), original)
+
+
+def test_an_expert_stage_after_adapters_leaves_the_original_alone(tmp_path: Path) -> None:
+    """The experts train last, though the first stage needs no copies of them."""
+    model = qwen2_moe()
+    ids = windows(2, 8)
+    original = logits(model, ids)
+    stages = [recovery(trainable="lora", objective="finetune"), recovery(objective="finetune", learning_rate=0.1)]
+    student = staged(stages, tmp_path)
+    with student.original():
+        assert torch.equal(logits(student.model, ids), original)
+    assert not torch.equal(logits(student.model, ids), original)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trainable": "lora", "lora": LoraSettings(target="experts")}])
+def test_a_stage_without_anything_to_train_is_refused(changes: dict[str, Any]) -> None:
+    plan = Plan("qwen2_moe", tuple(Drop(layer, "moe") for layer in range(3)))
+    student = apply(qwen2_moe(), plan)
+    with pytest.raises(ValueError, match="no experts are left to train"):
+        prepare_student(student, [stage(recovery()), stage(recovery(**changes))])
+    prepare_student(student, [stage(recovery(objective="none"))])
+
+
+def test_a_stage_that_would_change_the_original_is_refused() -> None:
+    model = qwen2_moe()
+    with pytest.raises(ValueError, match=r"recovery\.trainable=all"):
+        prepare_student(apply(model, condense_plan(model, [1])), [stage(recovery()), stage(recovery(trainable="all"))])

@@ -1,0 +1,153 @@
+"""A student and its original on one backbone: what they share, and what the original keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe, recorded, same_bits, windows
+from torch import nn
+
+from recondense.errors import UserError
+from recondense.models import views
+from recondense.models.parameters import resident_bytes
+from recondense.operations import Drop, Prune, Refit
+from recondense.plan import Plan
+from recondense.surgery.student import Student, apply
+
+IDS = windows(2, 9)
+PRUNED = Plan("tiny", (Prune(1, (0, 2, 3, 5)), Refit(1, "down_proj", 1e-2)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_apply_executes_the_whole_plan_and_keeps_the_original(family: str) -> None:
+    model = FAMILIES[family]()
+    before = logits(model, IDS)
+    student = apply(model, PRUNED, lambda: recorded(model))
+    assert student.model is model and student.plan is PRUNED and student.originals.keys() == {1}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    compressed = logits(model, IDS)
+    for _ in range(2):
+        with student.original() as original:
+            assert original is model and torch.equal(logits(original, IDS), before)
+        assert torch.equal(logits(model, IDS), compressed)
+    other = FAMILIES[family]()
+    late = apply(other, PRUNED, lambda: recorded(other), refit=False)
+    assert not torch.equal(logits(other, IDS), compressed)
+    errors = late.refit(lambda: recorded(other))
+    assert errors[1]["error_after"] < errors[1]["error_before"] and torch.equal(logits(other, IDS), compressed)
+
+
+def test_a_refit_needs_the_calibration_set() -> None:
+    model = qwen2_moe()
+    before = bits(model)
+    with pytest.raises(UserError, match="refit needs the calibration set"):
+        apply(model, PRUNED)
+    assert same_bits(bits(model), before)
+
+
+def test_without_changes_the_model_is_its_own_original() -> None:
+    model = qwen2_moe()
+    student = apply(model, Plan("tiny"))
+    assert not student.has_original and student.originals == {}
+    with student.original() as original:
+        assert original is model
+    student.give_own_copies([0, 1, 2])
+    assert student.originals == {}
+
+
+def test_own_copies_are_made_once_and_of_what_is_shared_alone() -> None:
+    model = qwen2_moe()
+    before = logits(model, IDS)
+    student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)), Drop(2, "layer"))))
+    experts = views.expert_modules(model, 1)["experts"]
+    student.give_own_copies([0, 1])
+    modules = list(model.modules())
+    student.give_own_copies([0, 1])
+    assert list(model.modules()) == modules and views.expert_modules(model, 1)["experts"] is experts
+    assert student.originals.keys() == {0, 1, 2}  # all experts of layer 0 were shared
+    trained = [part for layer in (0, 1) for part in views.expert_modules(model, layer).values()]
+    for parameter in (parameter for part in trained for parameter in part.parameters()):
+        parameter.data.zero_()
+    with student.original():
+        assert torch.equal(logits(model, IDS), before)
+
+
+def replace_all(student: Student, layer: int) -> None:
+    attention: Any = student.model.model.layers[layer].self_attn  # type: ignore[union-attr,index]
+    block = views.get_block(student.model, 1)
+    parts = [attention.q_proj, block.down_proj]
+    student.replace_weights((part, "weight", nn.Parameter(torch.zeros_like(part.weight))) for part in parts)
+
+
+def test_the_original_keeps_replaced_weights_that_it_uses() -> None:
+    model = qwen2_moe()
+    before = logits(model, IDS)
+    student = apply(model, condense_plan(model, [1]))
+    assert student.changed_layers() == {1}
+    for _ in range(2):  # the second time nothing of the original is replaced
+        replace_all(student, 2)
+        assert student.changed_layers() == {1, 2} and len(student.kept_weights()) == 1
+        with student.original():
+            assert torch.equal(logits(model, IDS), before)
+        assert not model.model.layers[2].self_attn.q_proj.weight.any()
+
+
+def test_a_released_original_is_gone() -> None:
+    model = qwen2_moe()
+    student = apply(model, condense_plan(model, [1]))
+    student.release_original()
+    assert not student.has_original
+    with pytest.raises(AssertionError, match="released"):
+        student.original()
+    replace_all(student, 2)
+    assert student.kept_weights() == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offloaded_original_is_away_and_comes_back(tmp_path: Path, family: str) -> None:
+    """What the student trains meanwhile does not reach it."""
+    model = FAMILIES[family]()
+    before = logits(model, IDS)
+    student = apply(model, condense_plan(model, [1, 2]))
+    path, original = tmp_path / "new" / "original.safetensors", sum(map(resident_bytes, student.originals.values()))
+    with student.offload_original(path):
+        assert not student.has_original and path.stat().st_size >= 0.9 * original
+        with pytest.raises(AssertionError, match="released"):
+            student.original()
+        replace_all(student, 0)
+    assert not path.exists() and student.changed_layers() == {0, 1, 2}
+    with student.original():
+        assert torch.equal(logits(model, IDS), before)
+
+
+def test_an_original_comes_back_after_an_error(tmp_path: Path) -> None:
+    model = qwen2_moe()
+    before = logits(model, IDS)
+    student = apply(model, condense_plan(model, [1]))
+    with pytest.raises(KeyError), student.offload_original(tmp_path / "original"):
+        raise KeyError
+    with student.original():
+        assert torch.equal(logits(model, IDS), before)
+
+
+def test_the_original_goes_where_the_weights_went(tmp_path: Path) -> None:
+    """In a process whose weights an engine has taken."""
+    model = qwen2_moe()
+    student = apply(model, condense_plan(model, [1]))
+    with student.offload_original(tmp_path / "original"):
+        model.to("meta")
+    assert not student.has_original and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_footprint(family: str) -> None:
+    model = FAMILIES[family]()
+    whole = resident_bytes(model)
+    student = apply(model, condense_plan(model, [1, 2]))
+    found = student.footprint()
+    assert found.student == resident_bytes(model) < whole and found.apart == found.student + whole
+    blocks = sum(resident_bytes(block) for block in student.originals.values())
+    assert found.student < found.with_original <= found.student + blocks < found.apart
