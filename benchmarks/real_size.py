@@ -24,7 +24,8 @@ from subjects import timed
 from transformers import AutoTokenizer, PreTrainedModel
 
 from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
-from recondense.config.schema import Config, parse_bytes
+from recondense.config.schema import Config
+from recondense.config.types import parse_bytes
 from recondense.data.calibration_set import CalibrationSet, calibration_set
 from recondense.data.text_files import read_texts
 from recondense.evaluation.profiling import Variant, peak_tensor_bytes, profile_variants

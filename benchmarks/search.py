@@ -28,7 +28,8 @@ from subjects import timed
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
-from recondense.config.schema import Config, parse_bytes
+from recondense.config.schema import Config
+from recondense.config.types import parse_bytes
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.step import SearchContext

@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from recondense.calibration.tape import Tape
-from recondense.config.schema import Config, parse_bytes
+from recondense.config.schema import Config
+from recondense.config.types import parse_bytes
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.methods.search.genetic import Genetic, best_sets
 from recondense.methods.search.leave_out import LeaveOutScorer

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from recondense.config.schema import parse_bytes
+from recondense.config.types import parse_bytes
 from recondense.data.stdlib import stdlib_corpora
 from recondense.export.shard_writer import ShardWriter
 from recondense.models import decoder

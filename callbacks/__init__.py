@@ -1,28 +1,30 @@
-"""Callbacks for Lightning's Trainer and for Hydra. They use recondense; recondense never imports them."""
+"""Callbacks for Lightning's Trainer and for Hydra; recondense.callbacks in Python. Only the command imports them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import lightning as L
+from typing import TYPE_CHECKING
 
 from recondense.config.schema import Config
 
+if TYPE_CHECKING:  # Hydra imports this package for every command, and Lightning takes seconds
+    from lightning.pytorch.callbacks import Callback
 
-def of_run(config: Config) -> Callable[..., list[L.Callback]]:
+
+def of_run(config: Config) -> Callable[..., list[Callback]]:
     """What `pipeline.run` asks for the callbacks of each fit.
 
     The pipeline itself measures the finished stages, in the model's own dtype; the callbacks follow the training.
     """
 
-    def make(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> list[L.Callback]:
-        from callbacks.graceful_stop import GracefulStop
-        from callbacks.lm_eval import LmEval
-        from callbacks.profile import ProfileMemoryAndSpeed
-        from callbacks.progress import TrainingProgress
+    def make(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> list[Callback]:
+        from recondense.callbacks.graceful_stop import GracefulStop
+        from recondense.callbacks.lm_eval import LmEval
+        from recondense.callbacks.profile import ProfileMemoryAndSpeed
+        from recondense.callbacks.progress import TrainingProgress
 
-        made: list[L.Callback] = [TrainingProgress(stage)]
+        made: list[Callback] = [TrainingProgress(stage)]
         evaluation = config.evaluation
         if tasks and evaluation.every_n_steps:
             made.append(

@@ -20,11 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from recondense.config import schema
 from recondense.files import write_aside
-from recondense.report import tracking
 from recondense.report.comparison import by_seed, comparison_cells, comparison_markdown, comparison_table
-from recondense.report.sweep_picture import comparison_picture, sweep_picture
 from recondense.report.tables import print_tables, sweep_row, sweep_table
-from recondense.run.command_line import JobFailed, refuse
+from recondense.run.exit_codes import JobFailed, refuse
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +101,8 @@ def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     """Table and picture as one run of W&B, where the runs of the sweep are logged there too."""
     if "logger" not in config or config.get("plan_only") or not any(row["status"] == "done" for row in rows):
         return
+    from recondense.report import tracking  # late: it imports Lightning
+
     values = cast(dict[str, Any], OmegaConf.to_container(config.logger, resolve=True))
     settings, folder = schema.from_dict({"logger": values}).logger, _folder(config)
     named = replace(settings.wandb, name=settings.wandb.name or f"{config.experiment_name}-{folder.name}")
@@ -148,6 +148,8 @@ def swept_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write the three files; the picture only when some run has a size and a perplexity."""
+    from recondense.report.sweep_picture import comparison_picture, sweep_picture
+
     write_aside(folder / "comparison.json", json.dumps(list(rows), indent=1) + "\n")
     flat = [{**row["settings"], **{key: value for key, value in row.items() if key != "settings"}} for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row))

@@ -160,7 +160,7 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     "step that is no step": (["method.steps=[3]"], ["method.steps[0]=3", "a class's name", "_target_"]),
     "rank of adapters": (["recovery=lora", "recovery.lora.rank=0"], ["recovery.lora.rank=0", "at least 1"]),
     "scale of adapters": (["recovery=lora", "recovery.lora.alpha=0"], ["recovery.lora.alpha=0", "above 0"]),
-    "dropout of one": (["recovery=lora", "recovery.lora.dropout=1"], ["recovery.lora.dropout=1.0", "[0, 1)"]),
+    "dropout of one": (["recovery=lora", "recovery.lora.dropout=1"], ["recovery.lora.dropout=1:", "[0, 1)"]),
     "dropout of experts' adapters": (
         ["recovery=lora", "recovery.lora.dropout=0.1"],
         ["recovery.lora.dropout=0.1", "recovery.lora.target=both", "target=attention or recovery.lora.dropout=0"],
@@ -219,10 +219,10 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
         ["data=texts", "data.calibration.path=/nowhere.jsonl"],
         ["data.calibration.path=/nowhere.jsonl", "no such file"],
     ),
-    "no calibration text": (["data=texts"], ["data.calibration.path is missing", "the method searches on it"]),
+    "no calibration text": (["data=texts"], ["data.calibration.path=null", "the method searches on it"]),
     "no training text": (
         ["data=texts", "method=none", "recovery=finetune"],
-        ["data.train.path is missing", "recovery=finetune trains on it"],
+        ["data.train.path=null", "recovery=finetune trains on it"],
     ),
     "share beside a budget": (
         ["method=svd_llm", "method.ratio=0.5"],
@@ -242,12 +242,12 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     ),
     "length below one": (["data.calibration.max_length=0"], ["data.calibration.max_length=0", "at least 1"]),
     "samples below one": (["data.calibration.num_samples=0"], ["data.calibration.num_samples=0", "at least 1"]),
-    "no learning": (["recovery=finetune", "recovery.learning_rate=0"], ["recovery.learning_rate=0.0", "above 0"]),
+    "no learning": (["recovery=finetune", "recovery.learning_rate=0"], ["recovery.learning_rate=0:", "above 0"]),
     "warm-up without end": (
         ["recovery=distill", "recovery.steps=5", "recovery.warmup_steps=5"],
         ["recovery.warmup_steps=5", "below recovery.steps=5"],
     ),
-    "no epochs": (["recovery=finetune", "recovery.epochs=0"], ["recovery.epochs=0.0", "above 0"]),
+    "no epochs": (["recovery=finetune", "recovery.epochs=0"], ["recovery.epochs=0:", "above 0"]),
     "stage that is misspelt": (
         ["recovery=finetune", "recovery.stages=[{name:lm,step:3}]"],
         ["recovery.stages[0].step", "Did you mean recovery.stages[0].steps?"],
@@ -268,7 +268,7 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     "records of the standard library": (["data.form=auto"], ["data.form=auto", "holds no records"]),
     "hub data without a split to train on": (
         ["data=instruct", "data.splits.train=null", "recovery=finetune"],
-        ["data.splits.train is null", "recovery=finetune trains on it", "Name a split of tatsu-lab/alpaca"],
+        ["data.splits.train=null", "recovery=finetune trains on it", "Name a split of tatsu-lab/alpaca"],
     ),
     "source that is not there": (
         ["data.calibration.sources=[{path:/nowhere}]"],
@@ -276,15 +276,15 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     ),
     "source without weight": (
         ["data=c4_alpaca", "data.calibration.sources.1.weight=0"],
-        ["data.calibration.sources[1].weight=0.0", "above 0"],
+        ["data.calibration.sources[1].weight=0:", "above 0"],
     ),
-    "temperature": (["recovery=distill", "recovery.temperature=0"], ["recovery.temperature=0.0", "above 0"]),
+    "temperature": (["recovery=distill", "recovery.temperature=0"], ["recovery.temperature=0:", "above 0"]),
     "hidden states of predictions on disk": (
         ["recovery=distill", "recovery.teacher=cached", "recovery.hidden_share=0.25"],
         ["recovery.hidden_share=0.25", "not hidden states", "recovery.teacher=shared"],
     ),
     "nothing kept": (["recovery=distill", "recovery.teacher_top_k=0"], ["recovery.teacher_top_k=0", "at least 1"]),
-    "another model, which?": (["recovery=distill", "recovery.teacher=model"], ["recovery.teacher_path is missing"]),
+    "another model, which?": (["recovery=distill", "recovery.teacher=model"], ["recovery.teacher_path=null"]),
     "a teacher that is not there": (
         ["recovery=distill", "recovery.teacher=model", "recovery.teacher_path=./nowhere"],
         ["recovery.teacher_path=./nowhere", "there is no such folder"],
@@ -297,7 +297,7 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     "share": (["recovery=distill", "recovery.hidden_share=-0.5"], ["recovery.hidden_share=-0.5", "[0, 1]"]),
     "shares together": (
         ["recovery=distill", "recovery.hidden_share=0.6", "recovery.cross_entropy_share=0.6"],
-        ["= 1.2", "at most 1"],
+        ["recovery.hidden_share=0.6", "makes 1.2", "at most 1"],
     ),
     "unknown task": (["evaluation.tasks=[piqqa]"], ["evaluation.tasks", "piqqa", "did you mean piqa"]),
     "no such task folder": (
@@ -306,7 +306,7 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     ),
     "local tasks of no folder": (
         ["evaluation=local"],
-        ["evaluation.include_path is missing", "evaluation=local", "task YAMLs"],
+        ["evaluation.include_path=null", "evaluation=local", "task YAMLs"],
     ),
     "export that is no choice": (["export.enabled=maybe"], ["export.enabled=maybe", "true, false or auto"]),
     "format that is no choice": (["export.format=stok"], ["export.format=stok", "Did you mean stock?"]),
@@ -492,16 +492,25 @@ def test_several_at_once_are_reported_together(command: Command) -> None:
         "method=cdmoee", "recovery.stepz=3", "recovery.steps=many", "data=texts", "method.num_experts=99", "seed=-1",
         "data.calibration.path=/nowhere.jsonl", "model.experts=batched_mm", "model.device=cpu", "recovery=none",
     )  # fmt: skip
-    _check(code, err, ["recondense: 7 problems", " 1. ", " 7. "])
-    assert len(err.strip().splitlines()) == 8, err
-    parts = ("method=cdmoee", "recovery.stepz", "recovery.steps=many", "/nowhere.jsonl", "batched_mm", "99", "seed=-1")
+    _check(code, err, ["recondense: 6 problems", " 1. ", " 6. "])
+    assert len(err.strip().splitlines()) == 7, err
+    parts = ("method=cdmoee", "recovery.stepz", "recovery.steps=many", "/nowhere.jsonl", "batched_mm", "seed=-1")
     for part in parts:
         assert part in err
 
 
+def test_what_needs_the_model_is_reported_together_once_nothing_else_is_wrong(command: Command) -> None:
+    words = ("method.num_experts=99", "method.memory_ratio=0.01", "trainer.num_nodes=2", "recovery=none")
+    code, err = command(*words)
+    _check(code, err, ["recondense: 3 problems", "method.num_experts=99", "method.memory_ratio=0.01", "num_nodes=2"])
+    code, err = command(*words, "seed=-1")
+    _check(code, err, ["recondense: seed=-1: must be at least 0."])
+    assert len(err.strip().splitlines()) == 1, err
+
+
 @pytest.mark.parametrize("setting", ["seed=x", "method.normalize=maybe"])
 def test_a_wrong_setting_of_two_steps_is_reported_once(command: Command, setting: str) -> None:
-    """What a step's own check says of the others is not among it: the step is not made."""
+    """What a step's own check says of the others is not reported too: the step is not made."""
     code, err = command("method=moei2", setting, "recovery=none")
     _check(code, err, [f"recondense: {setting}: expected"])
     assert len(err.strip().splitlines()) == 1, err
@@ -541,8 +550,8 @@ def _raising(error: BaseException) -> Callable[..., None]:
         (ValueError("layer 3: a hidden state is NaN"), None, "layer 3"),
         (UserError("layer 3: a hidden state is NaN"), 2, "recondense: layer 3"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
-        (KeyboardInterrupt(), 130, "The same command goes on"),
-        (SystemExit(143), 143, "stopped by SIGTERM. The same command goes on"),
+        (KeyboardInterrupt(), 130, "The same command resumes"),
+        (SystemExit(143), 143, "stopped by SIGTERM. The same command resumes"),
     ],
 )
 def test_errors_of_a_run(
@@ -573,7 +582,7 @@ def test_a_defect_keeps_its_traceback(command: Command, monkeypatch: pytest.Monk
 
 
 def test_user_errors_are_messages(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recondense.config.schema import parse_bytes
+    from recondense.config.types import parse_bytes
     from recondense.run import pipeline
 
     monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: parse_bytes("lots"))
@@ -629,7 +638,7 @@ def test_sigterm_outside_a_fit(root: Path, tmp_path: Path, small: list[str]) -> 
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
-    said = "recondense: stopped by SIGTERM. The same command goes on where this run stopped."
+    said = "recondense: stopped by SIGTERM. The same command resumes where this run stopped."
     assert err.count("SIGTERM") == 1 and said in err.splitlines(), err
     assert "Traceback" not in err
 
@@ -639,7 +648,7 @@ def test_a_right_command_runs(command: Command, monkeypatch: pytest.MonkeyPatch,
     from recondense.run import pipeline
 
     seen = []
-    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append((config, steps)) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda run, *rest: seen.append((run.config, run.steps)) or 1.0)
     monkeypatch.chdir(tmp_path)
     code, err = command("recovery=none", "method.num_layers=2")
     assert (code, err) == (0, "")
@@ -653,7 +662,7 @@ def test_a_sweep_runs_every_job(command: Command, monkeypatch: pytest.MonkeyPatc
     from recondense.run import pipeline
 
     seen = []
-    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda run, *rest: seen.append(run.config) or 1.0)
     monkeypatch.chdir(tmp_path)
     code, err = command("-m", "recovery=none", "method.num_layers=2,4", f"output_dir={tmp_path}/here")
     assert code == 0, err

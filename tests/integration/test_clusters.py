@@ -16,13 +16,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from support import read_once
+from support.checks import config_messages
 from support.forks import Forks
 from support.runs import ROOT, arguments, model_folder, text_files
 
-from recondense.config.checks import check
 from recondense.config.schema import Config, read
 from recondense.report import summary
 from recondense.run import pipeline, sweeping
+from recondense.run.resolved import Run
 
 for package in sweeping.PLUGINS:
     pytest.importorskip(f"hydra_plugins.{package}")
@@ -114,7 +115,7 @@ def test_a_jobs_folder_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -
 def test_runs_beside_others_have_no_bars(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One at a time, so in this process: joblib's launcher as it is."""
     seen: list[Config] = []
-    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda run, *rest: seen.append(run.config) or 1.0)
     words = ("-m", "recovery=none", "method.num_layers=2,4", f"output_dir={tmp_path}/out")
     assert command(*words) == (0, "")
     code, err = command(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
@@ -137,14 +138,15 @@ def test_optuna_is_told_both_metrics(command: Command, monkeypatch: pytest.Monke
     errors = {2: OSError(28, "No space left on device"), 1: RuntimeError("boom")}  # the user's to mend, and ours
     seen: list[tuple[str, float, float]] = []
 
-    def run(config: Config, *rest: Any) -> tuple[float, float]:
-        ratio, method = config.method["memory_ratio"], str(config.method["name"])
+    def run(run: Run, *rest: Any) -> tuple[float, float]:
+        method = run.config.method
+        ratio, name = method["memory_ratio"], str(method["name"])
         if len(seen) == 3:
-            seen.append((method, 9.0, 9.0))
+            seen.append((name, 9.0, 9.0))
             raise errors[expected]
         # A method that is better than the other everywhere, and a step below which nothing is lost.
-        loss = (2.0 if method == "reap" else 1.0) / max(ratio, 0.6)
-        seen.append((method, ratio, loss))
+        loss = (2.0 if name == "reap" else 1.0) / max(ratio, 0.6)
+        seen.append((name, ratio, loss))
         return ratio, loss
 
     monkeypatch.setattr(pipeline, "run", run)
@@ -253,7 +255,7 @@ def test_the_batch_script_is_a_valid_command(tmp_path: Path) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         values: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
     config, problems = read(values)
-    assert problems == [] and check(config) == []
+    assert problems == [] and config_messages(config) == []
     assert (config.model.name, config.recovery.objective, config.seed) == ("qwen_moe", "distill", 7)
 
 

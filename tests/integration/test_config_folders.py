@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """The runs that a command makes: the config of each, and the command of its other processes."""
     seen: Seen = []
-    monkeypatch.setattr(pipeline, "run", lambda config, steps, callbacks, again: seen.append((config, again)) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda run, callbacks, again: seen.append((run.config, again)) or 1.0)
     return seen
 
 
@@ -60,10 +60,10 @@ def test_a_run_and_its_other_processes(
     assert code == 0, err
     [(config, again)] = seen
     assert (config.experiment_name, config.seed, config.recovery.name) == ("mine", 7, "none")
-    assert again[1] == str(ROOT / "train.py")
+    assert again[1:3] == ["-m", "recondense.run.command_line"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["worker"])  # a launcher's, of which no process could tell the folder
-    code, err = command(*again[2:])
+    code, err = command(*again[3:])
     assert code == 0, err
     assert seen[1] == (config, again)
 
@@ -75,7 +75,7 @@ def test_a_sweep(command: Command, seen: Seen, folder: Path, monkeypatch: pytest
     code, err = command("-m", *words)
     assert code == 0, err
     assert [(config.experiment_name, config.seed) for config, _ in seen] == [("mine", 7), ("yours", 8)]
-    code, err = command(*seen[1][1][2:])
+    code, err = command(*seen[1][1][3:])
     assert code == 0, err
     assert seen[2] == seen[1], "processes of one run start no sweep"
 
@@ -142,4 +142,4 @@ def test_a_relative_config_path_begins_beside_the_script(forks: Forks, tmp_path:
 def test_other_processes_of_a_plain_command(command: Command, seen: Seen) -> None:
     assert command("recovery=none", "seed=3")[0] == 0
     again: list[Any] = seen[0][1]
-    assert again[2:5] == [f"--config-path={ROOT / 'conf'}", "--config-name=train", "recovery=none"]
+    assert again[3:6] == [f"--config-path={ROOT / 'conf'}", "--config-name=train", "recovery=none"]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from support.checks import run_messages
 from support.runs import config, model_folder, one_command, step, text_files
 from support.small import byte_tokenizer
 from support.tiny_models import qwen2_moe
 
 from recondense.run import pipeline
-from recondense.run.preflight import preflight
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_anything_is_loaded(
     tokenizer.save_pretrained(renamed)
     for path, reason in ((wider, "gives 300 logits and the student's 257"), (renamed, "'<|extra|>' (id 257 there")):
         settings = replace(made, recovery=replace(made.recovery, teacher_path=str(path)))
-        (problem,) = preflight(settings, [step()])
+        (problem,) = run_messages(settings, [step()])
         assert f"recovery.teacher_path={path}" in problem and reason in problem
     settings = replace(made, recovery=replace(made.recovery, teacher_path=str(base / "model")))
-    assert preflight(settings, [step()]) == []
+    assert run_messages(settings, [step()]) == []

@@ -25,8 +25,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from callbacks.lm_eval import LmEval
 from recondense import processes
+from recondense.callbacks.lm_eval import LmEval
 from recondense.config.schema import TrainerConfig
 from recondense.data.labels import MASKED
 from recondense.data.loader import RecoveryData

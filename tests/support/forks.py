@@ -53,7 +53,9 @@ class Forks:
 
 def serve() -> None:
     """Run the commands that come in, a line of JSON each, and answer each with its exit code."""
-    import callbacks  # noqa: F401
+    import recondense.callbacks.sweep
+    import recondense.run.pipeline
+    import recondense.run.plan_only  # noqa: F401
     import train  # noqa: F401
     from support.read_once import leave_imports_to_the_end, read_configs_once
     from support.runs import kill_at

@@ -1,168 +1,173 @@
-"""The settings of a run: dataclasses made from plain containers, with all wrong values reported together.
+"""The settings of a run: frozen dataclasses with the type and the range of every setting.
 
-Hydra's containers do not come here: train.py turns them into dicts, and `from_dict` turns those into a `Config`.
+A dataclass refuses wrong values when it is made. `read` makes all of them from plain containers and reports everything
+that is wrong together. Hydra's containers do not come here.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import operator
-import os
-import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-from recondense.config.reader import read_dataclass
+from recondense.config.problems import Problem, render
 from recondense.config.steps import step_entries
-from recondense.errors import ConfigError, UserError
-
-if typing.TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Entry = typing.TypeVar("Entry", bound="DataclassInstance")
-Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records; see instructions.py
-# What a run returns to a sweep: a figure of its last stage, or a ratio of summary.json.
-Metric = Literal[
-    "perplexity", "loss", "kl_to_original", "gap_closed", "memory", "routed_expert_parameters", "prefill_speedup",
-    "decode_speedup",
-]  # fmt: skip
-Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
-BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# What cannot change a result has no part in a run's hash.
-NOT_IDENTITY = (
-    *("experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "plan_only", "max_scratch_bytes", "metric"),
+from recondense.config.types import (
+    BelowOne,
+    Bytes,
+    Count,
+    Device,
+    FromZero,
+    LocalPath,
+    NotNegative,
+    Number,
+    Positive,
+    Repository,
+    ScratchBytes,
+    Share,
+    Switch,
+    Whole,
 )
-OF_PROCESSES = ("progress_bar", "strategy", "devices", "num_nodes", "timeout_hours")  # of the trainer
-# Settings that are younger than the first runs: where they ask for nothing, they have no part in it either.
-YOUNGER: dict[str, dict[str, Any]] = {
-    "recovery": {
-        "epochs": None, "stages": None, "divergence": "forward_kl", "teacher": "shared", "teacher_top_k": 64,
-        "teacher_path": None, "teacher_revision": None, "activation_checkpointing": False,
-        "fused_optimizer": True,
-    },
-    "trainer": {"compile": False},
-    "data": {"form": None, "packing": True},
-    "data.calibration": {"sources": None, "tape": "auto", "tape_dtype": "auto"},
-    "model": {"streaming": False},
-}  # fmt: skip
+from recondense.config.validation import validated
+from recondense.errors import ConfigError
+
+WORK = "work"  # what a run keeps on disk while it works
+FORBID = ConfigDict(extra="forbid")
+NO_RESULT = {"identity": False}  # metadata of a setting that cannot change a result: it has no part in a run's hash
+Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
+Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records
+Figure = Literal["perplexity", "loss", "kl_to_original", "gap_closed"]
+Ratio = Literal["memory", "routed_expert_parameters", "prefill_speedup", "decode_speedup"]
+Metric = Literal[Figure, Ratio]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class ModelConfig:
+    """The model that a run compresses."""
+
     name: str = "tiny_moe"
-    path: str | None = None
+    path: LocalPath | None = None
     revision: str | None = None
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
+    device: Device = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
-    trust_remote_code: bool = False
-    streaming: bool = False
+    trust_remote_code: Switch = False
+    streaming: Switch = False
     pretrain: Free | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class SourceConfig:
     """One of several sources that a calibration set is mixed from: a local file, or a split of a hub dataset."""
 
-    path: str | None = None
-    dataset: str | None = None
+    path: LocalPath | None = None
+    dataset: LocalPath | None = None
     subset: str | None = None
     split: str = "train"
-    streaming: bool = False
-    weight: float = 1.0
+    streaming: Switch = False
+    weight: Annotated[Number, Field(gt=0, description="leave the source out instead")] = 1.0
     text_field: str = "text"
     form: Form | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class CalibrationConfig:
-    path: str | None = None
-    num_samples: int = 100
-    max_length: int = 256
+    """The texts that a search works on."""
+
+    path: LocalPath | None = None
+    num_samples: Count = 100
+    max_length: Count = 256
     tape: Literal["auto", "memory", "disk"] = "auto"
     tape_dtype: Literal["auto", "bfloat16"] = "auto"
     sources: tuple[SourceConfig, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class SplitConfig:
-    path: str | None = None
-    num_texts: int | None = None
+    """A split in a local file, and how many of its documents count."""
+
+    path: LocalPath | None = None
+    num_texts: Count | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class SplitNames:
-    """What a hub dataset calls its splits; null: there is none."""
+    """The names of a hub dataset's splits; null: there is none."""
 
     train: str | None = None
     validation: str | None = None
     calibration: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class DataConfig:
+    """The texts of a run."""
+
     name: str = "stdlib"
     source: Literal["stdlib", "texts", "hub"] = "stdlib"
-    sequence_length: int = 256
+    sequence_length: Annotated[Whole, Field(ge=2)] = 256
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     train: SplitConfig = field(default_factory=SplitConfig)
     validation: SplitConfig = field(default_factory=SplitConfig)
     text_field: str = "text"
     form: Form | None = None
-    packing: bool = True
-    dataset: str | None = None
+    packing: Switch = True
+    dataset: LocalPath | None = None
     subset: str | None = None
     splits: SplitNames = field(default_factory=SplitNames)
-    streaming: bool = False
+    streaming: Switch = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class LoraSettings:
-    """What recovery.trainable=lora trains."""
+    """The adapters that recovery.trainable=lora trains."""
 
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
+    rank: Count = 8
+    alpha: Annotated[Whole, Field(gt=0, description="what adapters add is scaled by alpha / rank")] = 16
+    dropout: BelowOne = 0.0
     target: Literal["attention", "experts", "both"] = "both"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class RecoveryConfig:
+    """How the compressed model is trained."""
+
     name: str = "none"
     objective: Literal["none", "finetune", "distill"] = "none"
-    steps: int = 1250
-    epochs: float | None = None
-    batch_size: int = 8
-    accumulate_grad_batches: int = 1
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    gradient_clip: float = 1.0
-    warmup_steps: int = 0
+    steps: Count = 1250
+    epochs: Annotated[Number, Field(gt=0, description="null trains for steps")] | None = None
+    batch_size: Count = 8
+    accumulate_grad_batches: Count = 1
+    learning_rate: Positive = 1e-5
+    weight_decay: NotNegative = 0.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    gradient_clip: NotNegative = 1.0
+    warmup_steps: FromZero = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     trainable: Literal["experts", "all", "lora"] = "experts"
     lora: LoraSettings = field(default_factory=LoraSettings)
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
-    temperature: float = 1.0
+    temperature: Annotated[Number, Field(gt=0, description="1.0 leaves the distributions as they are")] = 1.0
     teacher: Literal["shared", "cached", "model"] = "shared"
-    teacher_top_k: int = 64
-    teacher_path: str | None = None
+    teacher_top_k: Count = 64
+    teacher_path: LocalPath | None = None
     teacher_revision: str | None = None
-    cross_entropy_share: float = 0.0
-    hidden_share: float = 0.0
-    checkpoint_every: int = 50
-    validate_every: int = 0
-    control: bool = False
-    activation_checkpointing: bool = False
-    fused_optimizer: bool = True
+    cross_entropy_share: Share = 0.0
+    hidden_share: Share = 0.0
+    checkpoint_every: Count = 50
+    validate_every: FromZero = 0
+    control: Switch = False
+    activation_checkpointing: Switch = False
+    fused_optimizer: Switch = True
     stages: tuple[Free, ...] | None = None
 
     @property
@@ -171,52 +176,66 @@ class RecoveryConfig:
         return self.trainable == "experts" or (self.trainable, self.lora.target) == ("lora", "experts")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class HeldoutConfig:
-    num_choices: int = 4
-    num_questions: int = 200
-    num_texts: int = 20
+    """Questions made from the validation text."""
+
+    num_choices: Annotated[Whole, Field(ge=2)] = 4
+    num_questions: Count = 200
+    num_texts: Count = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class EvaluationConfig:
+    """The figures that are taken of each result stage."""
+
     name: str = "none"
     tasks: tuple[str, ...] | None = None
-    limit: int | None = None
-    num_fewshot: int | None = 0
-    batch_size: int = 8
-    every_n_steps: int = 0
-    at_end: bool = True
-    include_path: str | None = None
+    limit: Count | None = None
+    num_fewshot: FromZero | None = 0
+    batch_size: Count = 8
+    every_n_steps: FromZero = 0
+    at_end: Switch = True
+    include_path: LocalPath | None = None
     heldout: HeldoutConfig | None = None
-    perplexity_windows: int | None = None
+    perplexity_windows: Count | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class ProfileConfig:
-    enabled: bool = True
-    batch_size: int = 1
-    prompt_length: int = 256
-    new_tokens: int = 32
-    repetitions: int = 5
+    """The measurement of memory and speed."""
+
+    enabled: Switch = True
+    batch_size: Count = 1
+    prompt_length: Count = 256
+    new_tokens: Count = 32
+    repetitions: Count = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class CallbacksConfig:
+    """Settings of callbacks/."""
+
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class TrainerConfig:
-    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"] = "auto"
-    devices: int | str = 1
-    num_nodes: int = 1
-    timeout_hours: float = 12.0
+    """The processes of a run, and how they train together."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"] = field(
+        default="auto", metadata=NO_RESULT
+    )
+    devices: Annotated[
+        Count | Literal["auto"], Field(description="it is the number of processes on each machine; auto: one per GPU")
+    ] = field(default=1, metadata=NO_RESULT)
+    num_nodes: Count = field(default=1, metadata=NO_RESULT)
+    timeout_hours: Annotated[Number, Field(ge=0.1)] = field(default=12.0, metadata=NO_RESULT)
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
-    num_threads: int | None = None
-    deterministic: bool = False
-    compile: bool = False
-    progress_bar: bool = True
+    num_threads: Count | None = None
+    deterministic: Switch = False
+    compile: Switch = False
+    progress_bar: Switch = field(default=True, metadata=NO_RESULT)
 
     @property
     def shards(self) -> bool:
@@ -225,11 +244,14 @@ class TrainerConfig:
 
     @property
     def deepspeed(self) -> bool:
+        """Whether DeepSpeed trains."""
         return self.strategy.startswith("deepspeed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class WandbConfig:
+    """Logging to Weights & Biases."""
+
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "recondense"
     entity: str | None = None
@@ -237,25 +259,29 @@ class WandbConfig:
     tags: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class LoggerConfig:
-    csv: bool = True
+    """Where the figures of a training go."""
+
+    csv: Switch = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class ExportConfig:
-    enabled: bool | str = "auto"
+    """The folder that other programs load; enabled=auto: where the run changed the model."""
+
+    enabled: Switch | Literal["auto"] = "auto"
     format: Literal["auto", "stock", "bundled", "dense"] = "auto"
-    max_padding: float = 0.05
-    max_shard_size: str | int = "5GB"
-    push_to_hub: str | None = None
-    private: bool = True
+    max_padding: Annotated[Number, Field(ge=0, le=1, description="it is a fraction of the parameters")] = 0.05
+    max_shard_size: Bytes = 5 * 10**9
+    push_to_hub: Repository | None = None
+    private: Switch = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class Config:
-    """One run, resolved."""
+    """One run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Free = field(default_factory=lambda: {"name": "none", "steps": []})
@@ -263,35 +289,29 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig, metadata=NO_RESULT)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-    experiment_name: str = "default"
-    seed: int = 0
-    output_dir: str = "outputs"
-    cache_dir: str = "outputs/cache"
-    run_dir: str | None = None
-    overwrite: bool = False
-    plan_only: bool = False
-    max_scratch_bytes: int | str = "auto"
-    metric: Metric | tuple[Metric, ...] = "perplexity"
+    experiment_name: str = field(default="default", metadata=NO_RESULT)
+    seed: FromZero = 0
+    output_dir: LocalPath = field(default="outputs", metadata=NO_RESULT)
+    cache_dir: LocalPath = field(default="outputs/cache", metadata=NO_RESULT)
+    run_dir: LocalPath | None = field(default=None, metadata=NO_RESULT)
+    overwrite: Switch = field(default=False, metadata=NO_RESULT)
+    plan_only: Switch = field(default=False, metadata=NO_RESULT)
+    max_scratch_bytes: Literal["auto"] | ScratchBytes = field(default="auto", metadata=NO_RESULT)
+    metric: Metric | tuple[Metric, ...] = field(default="perplexity", metadata=NO_RESULT)
 
     def resolved(self) -> dict[str, Any]:
         """The whole config as plain JSON values."""
-        return typing.cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
     def identity(self) -> dict[str, Any]:
-        """The part of the config that a result depends on."""
-        found = {key: value for key, value in self.resolved().items() if key not in (*NOT_IDENTITY, "logger")}
-        for name in OF_PROCESSES:
-            del found["trainer"][name]
-        for where, settings in YOUNGER.items():
-            group = functools.reduce(operator.getitem, where.split("."), found)
-            for name in [name for name, absent in settings.items() if group[name] == absent]:
-                del group[name]
+        """The settings that a result depends on, as plain JSON values."""
+        settings = cast(dict[str, Any], json.loads(json.dumps(_identity(self))))
         if not step_entries(self.method):  # a budget, or any other setting, means nothing to no step
-            found["method"] = {"name": self.method.get("name", "none"), "steps": []}
-        return found
+            settings["method"] = {"name": self.method.get("name", "none"), "steps": []}
+        return settings
 
     def run_hash(self) -> str:
         """Eight hexadecimal digits that name the run: equal for configs that can only give equal results."""
@@ -304,91 +324,34 @@ class Config:
         return Path(f"{folder}-plan_only") if self.plan_only else folder
 
     def to_yaml(self) -> str:
-        """What a run's folder keeps as config.yaml; `from_dict` reads it back."""
+        """The text of config.yaml in a run's folder; `from_dict` reads it back."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
     def scratch_bytes(self) -> int | None:
-        """Bytes that the search may take for itself; None: it decides.
-
-        Raises:
-            UserError: a text that is no number of bytes.
-        """
-        return None if self.max_scratch_bytes == "auto" else parse_bytes(self.max_scratch_bytes)
+        """Bytes that the search may take for itself; None: it decides."""
+        return None if self.max_scratch_bytes == "auto" else self.max_scratch_bytes
 
 
-def parse_bytes(text: int | str) -> int:
-    """Bytes in 1048576, "512MiB" or "2 GB".
+def _identity(value: Any) -> Any:
+    """Settings without those that cannot change a result."""
+    if is_dataclass(value):
+        names = [entry.name for entry in fields(value) if entry.metadata.get("identity", True)]
+        return {name: _identity(getattr(value, name)) for name in names}
+    return [_identity(entry) for entry in value] if isinstance(value, tuple) else value
 
-    Raises:
-        UserError: neither a number nor a number with a unit.
-    """
-    number = str(text).strip().rstrip("BKMGibkmg").strip()
-    unit = str(text).strip()[len(number) :].strip().upper()
-    try:
-        return int(float(number) * BYTE_UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{text!r} is not a number of bytes: write 536870912, 512MiB or 2GB") from None
+
+def read(values: Free) -> tuple[Config, list[Problem]]:
+    """A config and what is wrong with it; the default takes the place of a wrong value, so that checking can go on."""
+    return validated(Config, values)
 
 
 def from_dict(values: Free) -> Config:
     """A config from plain containers.
 
     Raises:
-        ConfigError: unknown keys and values of a wrong type, all of them.
+        ConfigError: unknown names, values of a wrong type or out of range, all of them.
     """
-    config, messages = read(values)
-    if messages:
-        raise ConfigError(messages)
+    config, problems = read(values)
+    if problems:
+        raise ConfigError(render(problems))
     return config
-
-
-def read(values: Free) -> tuple[Config, list[str]]:
-    """A config and what is wrong with it; a wrong value is replaced by its default, so that checking can go on.
-
-    `~` in a path becomes the home folder here, once for all that use it.
-    """
-    messages: list[str] = []
-    config = typing.cast(Config, read_dataclass(Config, values, "", messages))
-    config = replace(
-        _expand_home(config, "output_dir", "cache_dir", "run_dir"),
-        model=_expand_home(config.model, "path", "tokenizer"),
-        recovery=_expand_home(config.recovery, "teacher_path"),
-        evaluation=_expand_home(config.evaluation, "include_path"),
-        data=expand_homes(config.data),
-    )
-    return config, messages
-
-
-def expand_homes(data: DataConfig) -> DataConfig:
-    """The same with `~` expanded wherever a path stands."""
-    sources = data.calibration.sources
-    if sources is not None:
-        sources = tuple(_expand_home(source, "path", "dataset") for source in sources)
-    return replace(
-        _expand_home(data, "dataset"),
-        calibration=replace(_expand_home(data.calibration, "path"), sources=sources),
-        train=_expand_home(data.train, "path"),
-        validation=_expand_home(data.validation, "path"),
-    )
-
-
-def _expand_home(entry: Entry, *names: str) -> Entry:
-    """The entry with `~` expanded in some of its texts, which may be None."""
-    paths = {name: getattr(entry, name) for name in names}
-    return replace(entry, **{name: path and os.path.expanduser(path) for name, path in paths.items()})
-
-
-def differences(one: Free, other: Free, path: str = "") -> list[str]:
-    """Dotted names of the settings in which two resolved configs differ."""
-    found = []
-    for key in [*one, *(key for key in other if key not in one)]:
-        mine, theirs = one.get(key), other.get(key)
-        where = f"{path}.{key}" if path else str(key)
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            found += differences(mine, theirs, where)
-        elif mine != theirs:
-            found.append(where)
-    return found
-
-
-WORK = "work"  # what a run keeps on disk while it works

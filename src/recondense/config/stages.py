@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
-from recondense.config.reader import read_dataclass
-from recondense.config.schema import CalibrationConfig, Config, DataConfig, RecoveryConfig, expand_homes
+from recondense.config.problems import Problem, render
+from recondense.config.schema import CalibrationConfig, Config, DataConfig, RecoveryConfig
+from recondense.config.validation import validated
 from recondense.errors import ConfigError
 
 LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")  # part of a folder's name, and of those of metrics
 TAKEN = ("control", "pretrain", "recovery")  # names of the other fits of a run
 OF_ALL = ("stages", "control")  # settings of the recovery as a whole
+Stages = tuple["Stage", ...]
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Stage:
 
     Args:
         name: prefix of its metrics; `recovery` where there are no stages.
-        where: what the config calls it, for messages.
+        where: its name in the config, for messages.
         folder: of its checkpoints, within the run's.
-        data: what it trains on.
+        data: the texts that it trains on.
         own_texts: whether its documents are others than the run's.
     """
 
@@ -37,53 +39,61 @@ class Stage:
     own_texts: bool = False
 
 
-def stages_of(config: Config) -> list[Stage]:
+def stages_of(config: Config) -> Stages:
     """The stages in order; the recovery itself is the only one where it lists none.
 
     Raises:
         ConfigError: a stage that cannot be read.
     """
-    messages: list[str] = []
-    found = read_stages(config, messages)
-    if messages:
-        raise ConfigError(messages)
-    return found
+    stages, problems = resolve_stages(config)
+    if problems:
+        raise ConfigError(render(problems))
+    return stages
 
 
-def read_stages(config: Config, messages: list[str]) -> list[Stage]:
-    """`stages_of`, with what is wrong in `messages`."""
+def resolve_stages(config: Config) -> tuple[Stages, list[Problem]]:
+    """The stages, and what is wrong with them; the recovery's setting takes the place of a wrong one."""
     if config.recovery.stages is None:
-        return [Stage("recovery", "recovery", "checkpoints", config.recovery, config.data)]
-    found = [_read(config, index, values, messages) for index, values in enumerate(config.recovery.stages)]
-    if not found:
-        messages.append("recovery.stages is an empty list: name at least one stage, or set it to null.")
-    for index, stage in enumerate(found):
+        return (Stage("recovery", "recovery", "checkpoints", config.recovery, config.data),), []
+    problems: list[Problem] = []
+    if not config.recovery.stages:
+        problems.append(Problem("recovery.stages", "name at least one stage, or set it to null.", []))
+    stages: list[Stage] = []
+    for index, values in enumerate(config.recovery.stages):
+        stage = _resolve(config, index, values, problems)
         if not NAME.fullmatch(stage.name) or stage.name in TAKEN:
-            messages.append(
-                f"{stage.where}.name={stage.name}: must be a word of at most {LONGEST_NAME} letters, digits, - and "
-                f"_ that begins with a letter, and none of {', '.join(TAKEN)}."
+            limit = (
+                f"must be a word of at most {LONGEST_NAME} letters, digits, - and _ that begins with a letter, and "
+                f"none of {', '.join(TAKEN)}."
             )
-        elif stage.name in [other.name for other in found[:index]]:
-            messages.append(f"{stage.where}.name={stage.name}: another stage has that name; give each its own.")
-    return found
+            problems.append(Problem(f"{stage.where}.name", limit, stage.name))
+        elif stage.name in [other.name for other in stages]:
+            problems.append(
+                Problem(f"{stage.where}.name", "another stage has that name; give each its own.", stage.name)
+            )
+        stages.append(stage)
+    return tuple(stages), problems
 
 
-def _read(config: Config, index: int, values: Mapping[str, Any], messages: list[str]) -> Stage:
+def _resolve(config: Config, index: int, values: Mapping[str, Any], problems: list[Problem]) -> Stage:
     where = f"recovery.stages[{index}]"
-    own = {key: value for key, value in values.items() if key not in ("data", "sequence_length", *OF_ALL)}
-    messages += [
-        f"{where}.{name}: is a setting of the whole recovery; set recovery.{name}." for name in OF_ALL if name in values
-    ]
-    if own.get("steps") is not None and own.get("epochs") is not None:
-        messages.append(f"{where}: steps={own['steps']} and epochs={own['epochs']} are both given; set one of them.")
+    given = {key: value for key, value in values.items() if key not in ("data", "sequence_length", *OF_ALL)}
+    for name in OF_ALL:
+        if name in values:
+            problems.append(Problem(f"{where}.{name}", f"is a setting of the whole recovery; set recovery.{name}."))
+    if given.get("steps") is not None and given.get("epochs") is not None:
+        both = f"steps={given['steps']} and epochs={given['epochs']} are both given; set one of them."
+        problems.append(Problem(where, both))
     base = {key: value for key, value in asdict(config.recovery).items() if key not in OF_ALL}
-    if "steps" in own and own.get("epochs") is None:
+    if "steps" in given and given.get("epochs") is None:
         base["epochs"] = None
-    base["name"] = own.get("objective", config.recovery.objective)
-    recovery = cast(RecoveryConfig, read_dataclass(RecoveryConfig, _over(base, own), where, messages))
-    data = _data(config, values.get("data"), recovery.name, f"{where}.data", messages)
+    base["name"] = given.get("objective", config.recovery.objective)
+    recovery, mistakes = validated(RecoveryConfig, _over(base, given), where)
+    problems += mistakes
+    data = _resolve_data(config, values.get("data"), recovery.name, f"{where}.data", problems)
     if "sequence_length" in values:
-        length = read_dataclass(DataConfig, {"sequence_length": values["sequence_length"]}, where, messages)
+        length, mistakes = validated(DataConfig, {"sequence_length": values["sequence_length"]}, where)
+        problems += mistakes
         data = replace(data, sequence_length=length.sequence_length)
     elsewhere = replace(data, sequence_length=config.data.sequence_length, packing=config.data.packing)
     return Stage(
@@ -96,54 +106,34 @@ def _read(config: Config, index: int, values: Mapping[str, Any], messages: list[
     )
 
 
-def _data(config: Config, values: Any, name: str, where: str, messages: list[str]) -> DataConfig:
+def _resolve_data(config: Config, values: Any, name: str, where: str, problems: list[Problem]) -> DataConfig:
     """A stage's data: the run's, the run's with changes, or (where it names a source) data of its own."""
     if values is None:
         return config.data
     if not isinstance(values, Mapping):
-        messages.append(
-            f"{where}={values}: expected a group of settings, such as "
-            "{source: texts, form: alpaca, train: {path: ...}}."
-        )
+        example = "{source: texts, form: alpaca, train: {path: ...}}"
+        problems.append(Problem(where, f"expected a group of settings, such as {example}.", values))
         return config.data
     if "calibration" in values:
-        messages.append(
-            f"{where}.calibration: a stage trains; the run's data.calibration is what the method searches on."
-        )
+        searched = "a stage trains; the run's data.calibration is what the method searches on."
+        problems.append(Problem(f"{where}.calibration", searched))
         values = {key: value for key, value in values.items() if key != "calibration"}
     if "source" in values:
         base: dict[str, Any] = {"name": name, "sequence_length": config.data.sequence_length}
     else:
         if "dataset" in values:
-            messages.append(
-                f"{where}.dataset={values['dataset']}: other settings of it would be the run's; give source too."
-            )
+            others = "other settings of it would be the run's; give source too."
+            problems.append(Problem(f"{where}.dataset", others, values["dataset"]))
         base = {key: value for key, value in asdict(config.data).items() if key != "calibration"}
-    data = cast(DataConfig, read_dataclass(DataConfig, _over(base, values), where, messages))
-    calibration = CalibrationConfig() if "source" in values else config.data.calibration
-    return replace(expand_homes(data), calibration=calibration)
+    data, mistakes = validated(DataConfig, _over(base, values), where)
+    problems += mistakes
+    return replace(data, calibration=CalibrationConfig() if "source" in values else config.data.calibration)
 
 
-def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
-    """The same recovery of a model that is its own original: next-token training in place of distillation.
-
-    What learns from another model goes on doing so.
-    """
-
-    def objective(own: Mapping[str, Any]) -> Any:
-        wanted, teacher = own.get("objective", recovery.objective), own.get("teacher", recovery.teacher)
-        return "finetune" if wanted == "distill" and teacher != "model" else wanted
-
-    stages = recovery.stages
-    if stages is not None:
-        stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
-    return replace(recovery, objective=objective({}), stages=stages)
-
-
-def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings over others, group by group."""
     merged = dict(base)
-    for key, value in own.items():
+    for key, value in given.items():
         before = merged.get(key)
         merged[key] = _over(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
     return merged
@@ -152,3 +142,19 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def control_settings(recovery: RecoveryConfig) -> RecoveryConfig:
     """The same steps on the original, by next-token training: what training alone brings."""
     return replace(recovery, name="control", objective="finetune", trainable="experts", control=False)
+
+
+def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
+    """The same recovery of a model that is its own original: next-token training in place of distillation.
+
+    Another model stays the teacher.
+    """
+
+    def objective(stage: Mapping[str, Any]) -> Any:
+        objective, teacher = stage.get("objective", recovery.objective), stage.get("teacher", recovery.teacher)
+        return "finetune" if objective == "distill" and teacher != "model" else objective
+
+    stages = recovery.stages
+    if stages is not None:
+        stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
+    return replace(recovery, objective=objective({}), stages=stages)

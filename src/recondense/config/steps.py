@@ -6,22 +6,23 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
-from recondense.config.reader import read_fields, suggestion
+from recondense.config.problems import Problem, suggestion
+from recondense.config.validation import type_problems
 
 OF_THE_METHOD = ("name", "_target_", "steps", "refit")  # settings that no step takes
 
 
 def step_entries(method: Mapping[str, Any]) -> list[Any]:
-    """What stands for each step: the entries of `steps`, or else the `_target_` beside the method's settings."""
+    """The entries of `steps`, or else the `_target_` beside the method's settings."""
     steps = method.get("steps")
     if steps is None:
         return [method["_target_"]] if "_target_" in method else []
     return list(steps) if isinstance(steps, list | tuple) else []
 
 
-def step_arguments(method: Mapping[str, Any], problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def step_arguments(method: Mapping[str, Any], problems: list[Problem]) -> list[tuple[str, dict[str, Any]]]:
     """The arguments that the method's steps are made from, each with the name of its place in the config.
 
     The name of a class takes those of the method's settings that the class has. A mapping with `_target_` has settings
@@ -41,28 +42,27 @@ def step_arguments(method: Mapping[str, Any], problems: list[str]) -> list[tuple
         if isinstance(entry, str):
             target, prefix = entry, "method"
             values = {name: settings[name] for name in _settings_of(entry) if name in settings}
-            unknown = []
+            mistakes = []
         elif isinstance(entry, Mapping) and isinstance(entry.get("_target_"), str):
             target, prefix = entry["_target_"], where
             values = {name: value for name, value in entry.items() if name != "_target_"}
-            unknown = _unknown_settings(where, values, [target] if is_dataclass(_class(target)) else [])
+            mistakes = _unknown_settings(where, values, [target] if is_dataclass(_class(target)) else [])
         else:
-            problems.append(
-                f"{where}={entry}: expected a class's name, or settings with a _target_; see conf/method/moei2.yaml."
-            )
+            text = "expected a class's name, or settings with a _target_; see conf/method/moei2.yaml."
+            problems.append(Problem(where, text, entry))
             continue
-        if wrong := [*unknown, *_wrong_types(target, values, prefix)]:
-            problems += wrong
-        else:
+        mistakes += _wrong_types(target, values, prefix)
+        problems += mistakes
+        if not mistakes:
             steps.append((where, {"_target_": target, **_grouped(target, values)}))
     return steps
 
 
-def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
+def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequence[str]) -> list[Problem]:
     """The problems of settings that no step has."""
     known = {name for target in targets for name in _settings_of(target)}
     return [
-        f"{prefix}.{name}: there is no such setting. {suggestion(name, known, prefix=f'{prefix}.')}"
+        Problem(f"{prefix}.{name}", f"there is no such setting. {suggestion(name, known, prefix=f'{prefix}.')}")
         for name in settings
         if targets and not name.startswith("_") and name not in known
     ]
@@ -113,7 +113,7 @@ def _grouped(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return grouped
 
 
-def _wrong_types(path: str, values: Mapping[str, Any], prefix: str) -> list[str]:
+def _wrong_types(path: str, values: Mapping[str, Any], prefix: str) -> list[Problem]:
     """The problems of values that the fields of a step cannot hold: instantiating would not notice.
 
     Args:
@@ -125,11 +125,11 @@ def _wrong_types(path: str, values: Mapping[str, Any], prefix: str) -> list[str]
     parts = _parts(target)
     kinds = [(target, [field.name for field in fields(target) if field.name not in parts])]
     kinds += [(type(part), _names(part)) for part in parts.values()]
-    problems: list[str] = []
+    problems: list[Problem] = []
     try:
         for kind, names in kinds:
             plain = {name: values[name] for name in names if name in values and not _is_instance(values[name])}
-            read_fields(kind, plain, f"{prefix}.{{}}".format, problems)
+            problems += type_problems(get_type_hints(kind, include_extras=True), plain, f"{prefix}.{{}}".format)
     except (NameError, TypeError, AttributeError):  # somebody's annotations that only a type checker can resolve
         return []
     return problems

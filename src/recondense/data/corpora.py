@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from recondense.config.problems import Problem
 from recondense.config.schema import CalibrationConfig, DataConfig
 from recondense.data.corpus import SPLITS, Corpora
 from recondense.data.hub import hub_corpora
@@ -58,18 +59,18 @@ def _load(data: DataConfig, splits: set[str], apart: Sequence[str], where: str) 
     return Corpora(**hub_corpora(data, splits, apart, where))
 
 
-def check_paths(data: DataConfig, where: str = "data") -> list[str]:
-    """Every problem of the configured text sources that shows without a model, as sentences with their remedy.
+def check_paths(data: DataConfig, where: str = "data") -> Iterator[Problem]:
+    """Problems of the configured text sources that show without a model.
 
     Args:
         where: what the config calls `data`, for messages.
     """
-    problems = list(check_sources(data))
+    yield from check_sources(data)
     if data.source == "texts":
-        problems += [problem for split in SPLITS for problem in _check_file(data, split, where)]
+        for split in SPLITS:
+            yield from _check_file(data, split, where)
     if data.source == "hub":
-        problems += _check_hub(data, where)
-    return problems
+        yield from _check_hub(data, where)
 
 
 def _file_of(data: DataConfig, split: str, where: str) -> TextFile | None:
@@ -103,7 +104,7 @@ def _load_files(data: DataConfig, splits: set[str], apart: Sequence[str], where:
     return Corpora(**{split: texts[split] if split in splits else None for split in SPLITS})
 
 
-def _check_file(data: DataConfig, split: str, where: str) -> Iterator[str]:
+def _check_file(data: DataConfig, split: str, where: str) -> Iterator[Problem]:
     file = _file_of(data, split, where)
     if file is None:
         return
@@ -115,23 +116,22 @@ def _check_file(data: DataConfig, split: str, where: str) -> Iterator[str]:
         yield from _check_calibration(file, texts, data.calibration.num_samples)
 
 
-def _check_calibration(file: TextFile, texts: Sequence[tuple[int, str]], num_samples: int) -> Iterator[str]:
+def _check_calibration(file: TextFile, texts: Sequence[tuple[int, str]], num_samples: int) -> Iterator[Problem]:
     if len(texts) < num_samples:
-        yield (
-            f"{file}: has {len(texts)} texts, but data.calibration.num_samples={num_samples}; lower num_samples or "
-            "give more texts."
+        yield file.problem(
+            f"has {len(texts)} texts, but data.calibration.num_samples={num_samples}; lower num_samples or give more "
+            "texts."
         )
     for number, text in texts[:num_samples]:
         if not text:
-            yield f"{file}: line {number} is an empty text, shorter than one token; remove it."
+            yield file.problem(f"line {number} is an empty text, shorter than one token; remove it.")
 
 
-def _check_hub(data: DataConfig, where: str) -> list[str]:
+def _check_hub(data: DataConfig, where: str) -> Iterator[Problem]:
     if not data.dataset:
-        return [f"{where}.dataset is null, but data={data.name} comes from the hub: name the data set (owner/name)."]
-    return [
-        f"{where}.{split}.num_texts is null, but {where}.streaming=true would read the whole split; set a number of "
-        "texts."
-        for split in ("train", "validation")
-        if data.streaming and getattr(data.splits, split) and getattr(data, split).num_texts is None
-    ]
+        yield Problem(f"{where}.dataset", f"data={data.name} comes from the hub: name the data set (owner/name).", None)
+        return
+    for split in ("train", "validation"):
+        if data.streaming and getattr(data.splits, split) and getattr(data, split).num_texts is None:
+            text = f"{where}.streaming=true would read the whole split; set a number of texts."
+            yield Problem(f"{where}.{split}.num_texts", text, None)

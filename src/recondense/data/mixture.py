@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from recondense.config.problems import Problem
 from recondense.config.schema import DataConfig, SourceConfig
 from recondense.data.hub import HubSplit, read_split
 from recondense.data.text_files import TextFile
@@ -66,7 +67,7 @@ def _read(source: SourceConfig, count: int, name: str) -> list[str]:
         )
         texts = read_split(split, count)
     if len(texts) < count:
-        raise UserError(f"{name}{_too_few(len(texts), count)}")
+        raise UserError(f"{name} {_too_few(len(texts), count)}")
     return texts
 
 
@@ -76,36 +77,32 @@ def _file_of(source: SourceConfig, name: str) -> TextFile:
 
 def _too_few(number: int, count: int) -> str:
     return (
-        f" has {number} texts, but {count} are its share; lower its weight or data.calibration.num_samples, or give "
+        f"has {number} texts, but {count} are its share; lower its weight or data.calibration.num_samples, or give "
         "more texts."
     )
 
 
-def check_sources(data: DataConfig) -> Iterator[str]:
+def check_sources(data: DataConfig) -> Iterator[Problem]:
     """Problems of the sources that show without a model."""
     sources, num_samples = data.calibration.sources, data.calibration.num_samples
     if sources is None:
         return
     if not sources:
-        yield f"{SETTING} is an empty list: name at least one source, or set it to null."
+        yield Problem(SETTING, "name at least one source, or set it to null.", [])
         return
-    if data.calibration.path is not None:
-        yield f"data.calibration.path={data.calibration.path}: {SETTING} is given too; set one of them to null."
-    wrong = [index for index, source in enumerate(sources) if not source.weight > 0]
-    for index in wrong:
-        yield f"{SETTING}[{index}].weight={sources[index].weight}: must be above 0; leave the source out instead."
-    counts = [1] * len(sources) if wrong else shares(num_samples, [source.weight for source in sources])
+    if (path := data.calibration.path) is not None:
+        yield Problem("data.calibration.path", f"{SETTING} is given too; set one of them to null.", path)
+    counts = shares(num_samples, [source.weight for source in sources])
     for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
+        name = f"{SETTING}[{index}]"
         if not count:
-            yield (
-                f"{SETTING}[{index}].weight={source.weight}: none of data.calibration.num_samples={num_samples} texts "
-                "would come from it; raise either."
-            )
+            text = f"none of data.calibration.num_samples={num_samples} texts would come from it; raise either."
+            yield Problem(f"{name}.weight", text, source.weight)
         elif (source.path is None) == (source.dataset is None):
-            yield f"{SETTING}[{index}]: give either path (a local file) or dataset (a name of the hub)."
+            yield Problem(name, "give either path (a local file) or dataset (a name of the hub).")
         elif source.path is not None:
-            file = _file_of(source, f"{SETTING}[{index}]")
+            file = _file_of(source, name)
             texts, problems = file.check(count)
             yield from problems
             if texts and len(texts) < count:
-                yield f"{file}:{_too_few(len(texts), count)}"
+                yield file.problem(_too_few(len(texts), count))

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from recondense.config.problems import Problem
 from recondense.data.records import detect_form, read_record
 from recondense.errors import UserError
 
@@ -21,7 +22,7 @@ ARTICLE = re.compile(r"^ ?= [^=]+ = ?$")
 
 @dataclass(frozen=True)
 class TextFile:
-    """A local file of documents, and what the config calls it. As a text: its setting, for messages.
+    """A local file of documents, and its names in the config.
 
     Args:
         path: may begin with ~.
@@ -36,33 +37,38 @@ class TextFile:
     where: str
     setting: str
 
-    def __str__(self) -> str:
-        return f"{self.setting}={self.path}"
-
     def read(self, limit: int | None = None, *, keep_empty: bool = False) -> list[tuple[int, str]]:
         """The first documents, each with the number of its first line; empty ones are skipped unless kept.
 
         Raises:
             UserError: the file is not there, cannot be read, or has no document.
         """
+        documents, problems = self.check(limit, keep_empty=keep_empty)
+        if problems:
+            raise UserError(str(problems[0]))
+        return documents
+
+    def check(
+        self, limit: int | None = None, *, keep_empty: bool = False
+    ) -> tuple[list[tuple[int, str]], list[Problem]]:
+        """As `read`, with the error as a list of one problem."""
         path = Path(self.path).expanduser()
         if not path.is_file():
-            raise UserError(f"{self}: {'is a folder; a file is needed' if path.is_dir() else 'there is no such file'}.")
+            return [], [
+                self.problem(f"{'is a folder; a file is needed' if path.is_dir() else 'there is no such file'}.")
+            ]
         try:
             texts = read_texts(path, self.text_field, self.form, self.where)
             documents = list(islice((text for text in texts if text[1] or keep_empty), limit))
         except UserError as error:
-            raise UserError(f"{self}: {error}") from None
-        if not documents:
-            raise UserError(f"{self}: the file has no text; give one with at least one document.")
-        return documents
+            return [], [self.problem(str(error))]
+        return documents, [] if documents else [
+            self.problem("the file has no text; give one with at least one document.")
+        ]
 
-    def check(self, limit: int | None = None, *, keep_empty: bool = False) -> tuple[list[tuple[int, str]], list[str]]:
-        """As `read`, with the error as a list of one problem."""
-        try:
-            return self.read(limit, keep_empty=keep_empty), []
-        except UserError as error:
-            return [], [str(error)]
+    def problem(self, text: str) -> Problem:
+        """A problem of the file."""
+        return Problem(self.setting, text, self.path)
 
 
 def read_texts(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recondense.config.schema import Config
-from recondense.config.stages import Stage, stages_of
+from recondense.config.stages import Stage
 from recondense.data.calibration_set import require_samples
 from recondense.data.corpora import load_corpora
 from recondense.data.corpus import Corpora
@@ -36,16 +37,17 @@ class Texts:
     _training: dict[tuple[str, str], Table | None] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, config: Config, calibrates: bool) -> Texts:
+    def read(cls, config: Config, stages: Sequence[Stage], calibrates: bool) -> Texts:
         """Read the splits that this run needs. Nothing is tokenised, so that this can be done before weights load.
 
         Args:
+            stages: of the recovery.
             calibrates: whether the run needs its calibration set.
 
         Raises:
             UserError: texts that cannot be read, or too few of them.
         """
-        stages = stages_of(config) if config.recovery.objective != "none" else []
+        stages = [stage for stage in stages if stage.recovery.objective != "none"]
         shared = [stage for stage in stages if not stage.own_texts]
         validates = any(stage.recovery.validate_every for stage in shared)
         splits = ["validation"] if config.evaluation.name != "none" or validates else []

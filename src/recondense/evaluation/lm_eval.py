@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recondense.config.problems import Problem, render
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.evaluation.lm_eval_internals import check_yaml, requests_shown, task_settings, tasks_of_tag
@@ -59,7 +60,7 @@ def run_tasks(
     """
     problems = check_tasks(tasks, include_path)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(render(problems)))
     manager = _manager(tasks, include_path)
     offline = True if _on_disk(manager, tasks) else None
     with _seeded(), reachable_or_offline(offline=offline), _quiet(description), evaluating(model):
@@ -80,8 +81,8 @@ def run_tasks(
     return {name: _numbers(metrics[name]) for name in _reported(manager, tasks) if name in metrics}
 
 
-def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -> list[str]:
-    """Problems of task names, as sentences. Reading lm-eval's index takes seconds, so it is read only if needed.
+def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -> list[Problem]:
+    """Problems of task names. Reading lm-eval's index takes seconds, so it is read only if needed.
 
     Args:
         tasks: names of tasks; None for all that `include_path` defines.
@@ -90,10 +91,8 @@ def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -
     problems = _check_folders(include_path)
     if tasks is None:
         if not problems and not folder_tasks(include_path):
-            problems.append(
-                f"evaluation.include_path={include_path}: none of its YAML files defines a task; one that does has a "
-                "line `task: <name>`."
-            )
+            text = "none of its YAML files defines a task; one that does has a line `task: <name>`."
+            problems.append(Problem("evaluation.include_path", text, include_path))
         return problems
     local = _local_tasks(include_path).all_tasks if include_path is not None else ()
     unknown = [task for task in tasks if task not in (*HELDOUT_TASKS, *local)]
@@ -104,7 +103,7 @@ def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them."
-            problems.append(f"evaluation.tasks: lm-eval has no task {task!r}; {hint}")
+            problems.append(Problem("evaluation.tasks", f"lm-eval has no task {task!r}; {hint}"))
     return problems
 
 
@@ -113,14 +112,15 @@ def folder_tasks(include_path: IncludePath) -> list[str]:
     return list(_local_tasks(include_path).all_subtasks)
 
 
-def _check_folders(include_path: IncludePath) -> list[str]:
+def _check_folders(include_path: IncludePath) -> list[Problem]:
     """Problems of task files that are no YAML; lm-eval's index leaves them out without a word."""
     problems = []
     for path in (path for folder in _folders(include_path) for path in sorted(Path(folder).rglob("*.yaml"))):
         try:
             check_yaml(path)
         except Exception as error:  # whatever a parser, or a file that it includes, raises
-            problems.append(f"evaluation.include_path: {path} cannot be read: {' '.join(str(error).split())}")
+            text = f"{path} cannot be read: {' '.join(str(error).split())}"
+            problems.append(Problem("evaluation.include_path", text))
     return problems
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from recondense.config.schema import ExportConfig, parse_bytes
+from recondense.config.schema import ExportConfig
 from recondense.export.layout import Shapes, Stock, layer_shapes, layout, skipped_layers
 from recondense.export.shard_writer import ShardWriter
 from recondense.files import replace_folder, write_aside
@@ -194,7 +194,7 @@ def _pad_dense(model: PreTrainedModel, layer: int, state: dict[str, Tensor], wid
 def _write_weights(
     model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path, settings: ExportConfig
 ) -> None:
-    shard_bytes = parse_bytes(settings.max_shard_size)
+    shard_bytes = settings.max_shard_size
     if layer_store(model).streamed:
         shard_bytes = min(shard_bytes, largest_layer_bytes(model) // 2)
     writer = ShardWriter(folder, shard_bytes)

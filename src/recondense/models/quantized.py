@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.utils.quantization_config import Mxfp4Config
 
+from recondense.config.problems import Problem
 from recondense.errors import UserError
 from recondense.models.parameters import weights_bytes
 
@@ -43,19 +44,23 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return str(stored.get("quant_method") or "a format without a name") if stored else None
 
 
-def check(config: Mapping[str, Any]) -> list[str]:
-    """Why the quantized weights of a config.json cannot be read; empty if they can."""
+def check(config: Mapping[str, Any], setting: str = "model.path", path: str | None = None) -> list[Problem]:
+    """Why the quantized weights of a config.json cannot be read; empty if they can.
+
+    Args:
+        setting: the setting that names the model.
+        path: its value.
+    """
     method = method_of(config)
-    if method in (None, "mxfp4"):
-        return []
-    if method == "fp8":
-        if config["quantization_config"].get("weight_block_size"):
-            return []
+    if method == "fp8" and not config["quantization_config"].get("weight_block_size"):
         method = "fp8 without weight_block_size"
-    return [
+    if method in (None, "mxfp4", "fp8"):
+        return []
+    text = (
         f"its weights are stored in {method}, which is not read (mxfp4 and fp8 with weight_block_size are); use the "
         "model in bf16, fp16 or fp32, or dequantise it first with the tool that made it."
-    ]
+    )
+    return [Problem(setting, text, path)]
 
 
 def weight_name(key: str, method: str | None) -> str:

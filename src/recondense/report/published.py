@@ -44,6 +44,8 @@ class Model:
 
 
 DEEPSEEK, QWEN, V2_LITE, MIXTRAL = "deepseek_moe_16b", "qwen1.5_moe_a2.7b", "deepseek_v2_lite", "mixtral_8x7b"
+# The average rank with which the paper's share of a model is met (arXiv 2411.01016).
+AVERAGE_RANKS = {V2_LITE: 512, MIXTRAL: 2048}
 MODELS: tuple[Model, ...] = (
     Model(DEEPSEEK, "DeepSeekMoE-16B", "deepseek", 2048, 28, 27, 64, 1408, 16_375_728_128, 14_948_499_456),
     Model(QWEN, "Qwen1.5-MoE-A2.7B", "qwen2_moe", 2048, 24, 24, 60, 1408, 14_315_784_192, 12_457_082_880),
@@ -91,6 +93,16 @@ class Result:
     tasks: tuple[tuple[str, float], ...] = ()
     variant: str = ""
     note: str = ""
+
+    @property
+    def settings(self) -> dict[str, float | None] | None:
+        """The settings of recondense's method that come to this row's sizes; None where the row has no such sizes."""
+        if self.method == "cdmoe" and self.memory_ratio is not None and not self.fine_tuned:
+            return {"num_experts": self.num_experts, "num_layers": self.num_layers}
+        if self.method == "moei2" and self.pruned_ratio is not None:
+            factorized = self.removed_expert_ratio != self.pruned_ratio
+            return {"prune_ratio": self.pruned_ratio, "average_rank": AVERAGE_RANKS[self.model] if factorized else None}
+        return None
 
     @property
     def setting(self) -> str:
@@ -261,7 +273,3 @@ def find(
             or (row.removed_expert_ratio is not None and abs(row.removed_expert_ratio - removed_expert_ratio) <= 0.005)
         )
     )
-
-
-# The average rank with which the paper's share of a model is met (arXiv 2411.01016).
-AVERAGE_RANKS = {V2_LITE: 512, MIXTRAL: 2048}

@@ -1,41 +1,51 @@
-"""A command line, composed and checked before Hydra runs it: what is wrong is reported together, with exit code 2.
+"""The command: composed and checked before Hydra runs it. All that is wrong is reported together, with exit code 2.
 
-Hydra itself stops at the first override that it cannot place. Here the config is composed without it, so that the rest
-is checked as well; an unknown choice is checked as the choice that it resembles.
+Hydra itself stops at the first override that it cannot place. Here the config is composed without that override, and
+the rest is checked too. An unknown choice is checked as the choice that it resembles.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
+import hydra
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from recondense.config.schema import Config, read
-from recondense.errors import ConfigError, UserError
-from recondense.run import launching, sweeping
+from recondense.config.problems import Problem, render
+from recondense.config.schema import read
+from recondense.config.stages import resolve_stages
+from recondense.errors import ConfigError
+from recondense.run import sweeping
+from recondense.run.exit_codes import exit_codes
+from recondense.run.help_page import help_page
 from recondense.run.overrides import COMPOSE_ERRORS, compose_run, groups_of
-from recondense.run.preflight import preflight
+from recondense.run.quick_checks import check_quickly
+from recondense.run.resolved import Run, resolve
 from recondense.run.run_folder import overwritten_inputs
-from recondense.run.search_path import initialize_hydra, same_configs
+from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
 from recondense.run.steps import build_steps
 
-NO_RUN = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+NO_RUN = ("hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+NAME = "train"  # of the primary config
+Overrides = tuple[str, ...]
 
 
 def command_hash() -> str:
@@ -51,65 +61,162 @@ OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def validate(task: Callable[..., Any], folder: Path, name: str, arguments: Sequence[str]) -> None:
-    """Check a command before anything runs, every run of a sweep included.
+def main(folder: Path | None = None) -> None:
+    """Check the whole command, then run it.
 
     Args:
-        task: the function that `hydra.main` decorates.
-        folder: where its configs are.
-        name: its primary config.
-        arguments: the command line without the program.
+        folder: where a relative --config-path begins; None: in the current folder.
+    """
+    first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    with exit_codes(silent=not first):
+        args = get_args_parser().parse_args()
+        if args.help:
+            print(help_page(CONFIGS))
+            return
+        if args.config_path is not None and "://" not in args.config_path:  # Hydra would begin beside this file
+            sys.argv.append(f"--config-path={os.path.abspath(Path(folder or '', args.config_path))}")
+            args = get_args_parser().parse_args()
+        job = make_job(validate(args))
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=NAME)(job)()
+
+
+def make_job(runs: Mapping[Overrides, Run]) -> Callable[[DictConfig], Any]:
+    """The function that Hydra calls for each run; its value is what a sweep compares.
+
+    Args:
+        runs: those that are resolved already. A sweeper may choose others, which are read from Hydra's config.
+    """
+
+    def job(settings: DictConfig) -> Any:
+        context = HydraConfig.get()
+        with exit_codes(sweep=context.mode is RunMode.MULTIRUN):
+            run = runs.get(tuple(context.overrides.task)) or resolve(
+                cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True))
+            )
+            return start(run, context)
+
+    return job
+
+
+def start(run: Run, context: Any) -> Any:
+    """Run the pipeline, or print sizes alone.
+
+    Args:
+        context: the run's `hydra` config.
+    """
+    if run.config.plan_only:
+        from recondense.run.plan_only import plan_only
+
+        return plan_only(run)
+    from recondense import callbacks
+    from recondense.run import pipeline
+
+    config = run.config
+    if sweeping.runs_side_by_side(context.launcher["_target_"]):  # their progress bars would fight for one line
+        config = replace(config, trainer=replace(config.trainer, progress_bar=False))
+    return pipeline.run(replace(run, config=config), callbacks.of_run(config), command_of(context))
+
+
+def validate(args: Namespace) -> dict[Overrides, Run]:
+    """Check a command before anything runs, every run of a sweep included.
+
+    What imports torch is checked last, and only if nothing else is wrong.
+
+    Args:
+        args: the command line, parsed by Hydra's own parser.
+
+    Returns:
+        the runs, resolved, by the overrides from which Hydra composes each.
 
     Raises:
         ConfigError: everything that is wrong.
     """
-    args = get_args_parser().parse_args(list(arguments))
     if any(getattr(args, option) for option in NO_RUN):
-        return
-    problems: list[str] = []
-    configs: list[Config] = []
-    name = args.config_name or name
-    with initialize_hydra(task, folder, name, args) as loader:
-        multirun, hydra = _hydra(name, args.overrides, args.multirun)
-        problems += sweeping.check(hydra, multirun)
-        swept = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items() if multirun]
-        intervals = multirun and sweeping.takes_intervals(hydra)
-        jobs = _jobs([*swept, *args.overrides], multirun, intervals, loader, problems)
-        problems += launching.of_a_sweep() if multirun else []
-        of_all = tuple(problems)
-        for overrides in jobs:
-            found: list[str] = []
-            values = compose_run(name, overrides, loader, found)
-            problems += found
-            if values is None:
-                continue
-            config, wrong = read(values)
-            problems += [*wrong, *check_run(config, [*of_all, *found, *wrong])]
-            problems += sweeping.check_metric(hydra, config.metric) if multirun else []
-            configs.append(config)
-    problems += _of_all_runs(configs)
+        return {}
+    problems: list[Problem] = []
+    name = args.config_name or NAME
+    with initialize_hydra(name, args) as loader:
+        multirun, settings = _hydra(name, args.overrides, args.multirun)
+        problems += sweeping.check_plugins(settings, multirun)
+        runs = _runs(name, args, settings, multirun, loader, problems)
     if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        raise ConfigError(render(problems))
+    return _with_steps(runs, multirun)
 
 
-def _of_all_runs(configs: Sequence[Config]) -> list[str]:
+def _runs(
+    name: str,
+    args: Namespace,
+    settings: Mapping[str, Any],
+    multirun: bool,
+    loader: ConfigLoader,
+    problems: list[Problem],
+) -> dict[Overrides, Run]:
+    """The runs of a command without the steps of their methods; what is wrong with them goes to `problems`.
+
+    Args:
+        settings: of Hydra's `launcher` and `sweeper`.
+    """
+    runs: dict[Overrides, Run] = {}
+    for overrides, of_hydra in _jobs(args.overrides, settings, multirun, loader, problems):
+        values = compose_run(name, [*of_hydra, *overrides], loader, problems)
+        if values is None:
+            continue
+        config, mistakes = read(values)
+        stages, wrong_stages = resolve_stages(config)
+        run = Run(config, stages)
+        problems += [*mistakes, *wrong_stages]
+        places = {problem.setting for problem in problems}
+        problems += (problem for problem in check_quickly(run) if problem.setting not in places)
+        if multirun:
+            problems += sweeping.check_metric(settings, config.metric)
+        runs[overrides] = run
+    problems += _check_together(list(runs.values()))
+    return runs
+
+
+def _check_together(runs: Sequence[Run]) -> Iterator[Problem]:
     """What several runs of one command would do to each other."""
-    problems = overwritten_inputs(configs)
+    yield from overwritten_inputs([run.config for run in runs])
     folders: dict[Path, str] = {}
-    for config in configs:
+    for config in (run.config for run in runs):
         if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
-            problems.append(f"run_dir={config.run_dir}: several runs of the sweep would share it. Set run_dir=null.")
-    return problems
+            yield Problem("run_dir", "several runs of the sweep would share it. Set run_dir=null.", config.run_dir)
 
 
-def check_run(config: Config, found: Sequence[str] = ()) -> list[str]:
-    """Problems of one run that show without its weights; `found`: those of its command that are known already."""
+def _with_steps(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
+    """The runs with the steps of their methods, checked on their models.
+
+    Raises:
+        ConfigError: everything that is wrong.
+    """
+    gc.disable()  # what imports make stays, and looking through it again and again takes a tenth of their time
     try:
-        steps, wrong = build_steps(config.method), []
-    except ConfigError as error:
-        # What is wrong with ${seed} was said of seed.
-        steps, wrong = [], [text for text in error.messages if text.removeprefix("method.") not in found]
-    return [*wrong, *preflight(config, steps, found)]
+        return _check_on_models(runs, multirun)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _check_on_models(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
+    from recondense.run.preflight import preflight  # it imports torch, and launching Lightning
+
+    messages: list[str] = []
+    if multirun and not all(run.config.plan_only for run in runs.values()):
+        from recondense.run.launching import check_sweep
+
+        messages += render(check_sweep())
+    complete: dict[Overrides, Run] = {}
+    for overrides, run in runs.items():
+        try:
+            complete[overrides] = replace(run, steps=build_steps(run.config.method))
+        except ConfigError as error:
+            messages += error.messages
+            continue
+        messages += render(preflight(complete[overrides]))
+    if messages:
+        raise ConfigError(dict.fromkeys(messages))
+    return complete
 
 
 def _hydra(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, dict[str, Any]]:
@@ -122,129 +229,61 @@ def _hydra(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, d
         hydra = compose(name, chosen, return_hydra_config=True).hydra
     except COMPOSE_ERRORS as error:
         if problem := sweeping.missing_plugin(str(getattr(error, "missing_cfg_file", ""))):
-            raise ConfigError([problem]) from None  # nothing of an experiment that needs it can be composed
+            raise ConfigError(render([problem])) from None  # nothing of an experiment that needs it can be composed
         return multirun, nothing  # reported where the jobs are composed
     multirun = multirun or str(hydra.mode).endswith("MULTIRUN")
-    return multirun, {part: _plain(hydra[part]) for part in ("launcher", "sweeper")}
-
-
-def _plain(settings: DictConfig) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(settings, enum_to_str=True))
+    parts = {part: OmegaConf.to_container(hydra[part], enum_to_str=True) for part in ("launcher", "sweeper")}
+    return multirun, cast(dict[str, Any], parts)
 
 
 def _jobs(
-    overrides: Sequence[str], multirun: bool, intervals: bool, loader: ConfigLoader, problems: list[str]
-) -> list[list[str]]:
-    """The overrides of every run of a command; of an interval, of which every value may come, both ends."""
+    given: Sequence[str], settings: Mapping[str, Any], multirun: bool, loader: ConfigLoader, problems: list[Problem]
+) -> list[tuple[Overrides, list[str]]]:
+    """The overrides of every run of a command, and those of Hydra itself.
+
+    Any value of an interval may come: its ends stand for all.
+    """
+    swept = [f"{key}={value}" for key, value in (settings["sweeper"].get("params") or {}).items() if multirun]
+    intervals = multirun and sweeping.takes_intervals(settings)
     parser = OverridesParser.create(config_loader=loader)
     parsed: list[Override] = []
-    for text in overrides:
+    for text in (*swept, *given):
         try:
             override = parser.parse_override(text)
         except (OverrideParseException, HydraException):
             key, _, value = text.partition("=")
             quoted = f"'{key}=\"{value}\"'" if value.startswith("~") else "key='\"a, b\"'"
-            problems.append(f"{text}: is no setting. Write key=value, and quote special characters: {quoted}.")
+            remedy = f"is no setting. Write key=value, and quote special characters: {quoted}."
+            problems.append(Problem(text, remedy))
             continue
         if intervals and override.is_interval_sweep():
             ends = cast(IntervalSweep, override.value())
             override = parser.parse_override(f"{override.get_key_element()}={ends.start},{ends.end}")
         if override.is_interval_sweep():
-            problems.append(f"{text}: only Optuna chooses from an interval. Add -m hydra/sweeper=optuna.")
+            problems.append(Problem(text, "only Optuna chooses from an interval. Add -m hydra/sweeper=optuna."))
             continue
         if override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
             hint = "" if key in groups_of(loader) else f", or write a list: '{key}=[{values}]'"
-            problems.append(f"{text}: several values for one run. Add -m to run each{hint}.")
+            problems.append(Problem(text, f"several values for one run. Add -m to run each{hint}."))
             continue
         parsed.append(override)
-    hydra_own = [cast(str, override.input_line) for override in parsed if override.is_hydra_override()]
+    of_hydra = [str(override.input_line) for override in parsed if override.is_hydra_override()]
     parsed = [override for override in parsed if not override.is_hydra_override()]
-    if not multirun:
-        return [[*hydra_own, *(cast(str, override.input_line) for override in parsed)]]
-    return [[*hydra_own, *job] for job in BasicSweeper.split_arguments(parsed, None)[0]]
+    jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [[str(line.input_line) for line in parsed]]
+    return [(tuple(job), of_hydra) for job in jobs]
 
 
-def again(script: str, hydra: Any) -> list[str]:
-    """The command of another process of the run that is going on here.
+def command_of(context: Any) -> list[str]:
+    """The command of another process of a run.
 
     Args:
-        script: train.py; a launcher may have started something else.
-        hydra: the run's `hydra` config; of one of a sweep its own.
+        context: the run's `hydra` config; of one of a sweep its own.
     """
     # An experiment may be a sweep by its own settings.
     alone = "hydra.mode=RUN", "hydra/sweeper=basic", "hydra/launcher=basic"
-    return [sys.executable, script, *same_configs(hydra), *hydra.overrides.task, *alone]
+    return [sys.executable, "-m", __name__, *same_configs(context), *context.overrides.task, *alone]
 
 
-class Reported(SystemExit):
-    """The end of the process, after its reason was written."""
-
-
-class JobFailed(Exception):
-    """What the user can mend in one job of a sweep; callbacks/sweep.py keeps it from ending the others."""
-
-    def __init__(self, messages: Sequence[str]) -> None:
-        self.messages = tuple(messages)
-        super().__init__(" ".join(self.messages))
-
-
-@contextmanager
-def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
-    """2 and the message alone for what the user can mend, 130 or 143 for Ctrl-C or SIGTERM; a traceback for all else.
-
-    Args:
-        silent: without the message: another process writes the same.
-        sweep: in a job of a sweep: what the user can mend is raised as `JobFailed` and does not end the process.
-    """
-    try:
-        with _sigterm_exits():
-            yield
-    except Reported:
-        raise
-    except (UserError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") and not isinstance(error, ConfigError):
-            raise
-        messages = error.messages if isinstance(error, ConfigError) else (str(error),)
-        if sweep:
-            raise JobFailed(messages) from None
-        if silent:
-            raise Reported(2) from None
-        refuse(messages)
-    except KeyboardInterrupt:
-        _stopped(130)
-    except SystemExit as error:
-        # Lightning turns Ctrl-C into exit code 1 after its own clean-up; our callback leaves with 128 + the signal.
-        if error.code in (130, 143) or isinstance(error.__context__, KeyboardInterrupt):
-            _stopped(143 if error.code == 143 else 130, silent=type(error) is not SystemExit)
-        raise
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM ends the process like an error does, with clean-up; callbacks/graceful_stop.py takes over in a fit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def refuse(messages: Sequence[str]) -> NoReturn:
-    """Write the messages and end the process with exit code 2."""
-    lines = [f"recondense: {messages[0]}"]
-    if len(messages) > 1:
-        lines = [f"recondense: {len(messages)} problems", *(f"{i:2}. {text}" for i, text in enumerate(messages, 1))]
-    print("\n".join(lines), file=sys.stderr)
-    raise Reported(2) from None
-
-
-def _stopped(code: int, *, silent: bool = False) -> NoReturn:
-    """End the process; `silent`: whoever stopped it has said so."""
-    if not silent:
-        what = "stopped by SIGTERM" if code == 143 else "interrupted"
-        print(f"recondense: {what}. The same command goes on where this run stopped.", file=sys.stderr)
-    raise Reported(code) from None
+if __name__ == "__main__":
+    main()

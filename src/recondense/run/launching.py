@@ -28,6 +28,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from recondense import processes
+from recondense.config.problems import Problem
 from recondense.config.schema import TrainerConfig
 from recondense.errors import UserError
 
@@ -46,12 +47,12 @@ class Layout:
     Args:
         on_node: of each machine.
         nodes: machines.
-        found: they run already.
+        running: they run already.
     """
 
     on_node: int
     nodes: int
-    found: bool = False
+    running: bool = False
 
     @property
     def world_size(self) -> int:
@@ -96,7 +97,7 @@ def layout(settings: TrainerConfig, gpu: bool) -> Layout:
             f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
             "started; use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
         )
-    return Layout(own, settings.num_nodes, found=True)
+    return Layout(own, settings.num_nodes, running=True)
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = 
     children: list[subprocess.Popen[bytes]] = []
     try:
         os.environ.update(_environment(planned))
-        if not planned.found:
+        if not planned.running:
             children = _start(planned, command or [sys.executable, *sys.argv])
         with _group(settings, gpu, children):
             yield
@@ -139,10 +140,10 @@ def _environment(planned: Layout) -> dict[str, str]:
     """The variables of this process; a first one's where it starts the others."""
     cluster = found_environment() or LightningEnvironment()
     node = cluster.node_rank()
-    rank = cluster.global_rank() if planned.found else node * planned.on_node
+    rank = cluster.global_rank() if planned.running else node * planned.on_node
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(cluster.local_rank() if planned.found else 0),
+        "LOCAL_RANK": str(cluster.local_rank() if planned.running else 0),
         "WORLD_SIZE": str(planned.world_size),
         "LOCAL_WORLD_SIZE": str(planned.on_node),
         "NODE_RANK": str(node),
@@ -289,39 +290,35 @@ class _Watch:
             time.sleep(POLL)
 
 
-def problems(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str, int]) -> list[str]:
-    """What is wrong with the processes of a run, as sentences.
+def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str, int]) -> list[Problem]:
+    """What is wrong with the processes of a run.
 
     Args:
+        gpu: whether each computes on a GPU of its own.
         batch_sizes: windows of a step, by the name of the setting.
     """
-    devices = settings.devices
-    if (devices != "auto" and (isinstance(devices, str) or devices < 1)) or settings.num_nodes < 1:
-        return [
-            f"trainer.devices={devices}, trainer.num_nodes={settings.num_nodes}: write how many processes each "
-            "machine has (auto: one for each card, or what torchrun or srun has started), and how many machines."
-        ]
     try:
         planned = layout(settings, gpu)
     except UserError as error:
-        return [str(error)]
-    found = [
-        f"{name}={size}: each of {planned.world_size} processes takes an equal part of a batch. Use a multiple of "
-        f"{planned.world_size}, or another trainer.devices."
-        for name, size in batch_sizes.items()
-        if size % planned.world_size
-    ]
-    if gpu and not planned.found and planned.on_node > torch.cuda.device_count():
-        found.append(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} CUDA devices.")
-    return found
+        return [Problem("", str(error))]
+    size = planned.world_size
+    unequal = (
+        f"each of {size} processes takes an equal part of it. Use a multiple of {size}, or another trainer.devices."
+    )
+    problems = [Problem(name, unequal, batch) for name, batch in batch_sizes.items() if batch % size]
+    if gpu and not planned.running and planned.on_node > torch.cuda.device_count():
+        text = f"this machine has {torch.cuda.device_count()} CUDA devices."
+        problems.append(Problem("trainer.devices", text, settings.devices))
+    return problems
 
 
-def of_a_sweep() -> list[str]:
+def check_sweep() -> list[Problem]:
     """What speaks against several runs of this command."""
     cluster = found_environment()
     if cluster is None or cluster.world_size() == 1:
         return []
-    return [
-        f"-m: {cluster.world_size()} processes were started for a sweep, whose runs follow one another and start their "
+    text = (
+        f"{cluster.world_size()} processes were started for a sweep, whose runs follow one another and start their "
         "own. Start it by itself: python train.py -m trainer=ddp trainer.devices=N."
-    ]
+    )
+    return [Problem("-m", text)]

@@ -14,12 +14,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recondense.config.reader import nearest, suggestion
+from recondense.config.problems import Problem, nearest, suggestion
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)  # what Hydra raises for overrides
 
 
-def compose_run(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> dict[str, Any] | None:
+def compose_run(
+    name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]
+) -> dict[str, Any] | None:
     """The composed values of one run; overrides that cannot be placed become problems and are left out."""
     try:
         config = compose(name, overrides)
@@ -27,17 +29,20 @@ def compose_run(name: str, overrides: list[str], loader: ConfigLoader, problems:
         try:
             compose(name, [])
         except COMPOSE_ERRORS as error:
-            problems.append(f"--config-name={name}: {_reason(error)}")
+            problems.append(Problem("--config-name", _reason(error), name))
             return None
         config = _compose_stepwise(name, overrides, loader, problems)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        problems.append(Problem(key, "is missing; give it a value, of the kind that the comment in its YAML says."))
+        OmegaConf.update(config, key, None)
     try:
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
-        problems.append(f"the config cannot be resolved: {str(error).splitlines()[0]}")
+        problems.append(Problem("", f"the config cannot be resolved: {str(error).splitlines()[0]}"))
         return None
 
 
-def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[str]) -> DictConfig:
+def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]) -> DictConfig:
     config, kept = compose(name, []), list[str]()
     groups = set(groups_of(loader))
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].lstrip("+~") not in groups):
@@ -45,15 +50,15 @@ def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, pro
             config = compose(name, [*kept, text])
             kept.append(text)
         except COMPOSE_ERRORS as error:
-            message, instead = _explain(text, config, loader, error)
-            problems.append(message)
+            problem, instead = _explain(text, config, loader, error)
+            problems.append(problem)
             if instead is not None:
                 kept.append(instead)
                 config = compose(name, kept)
     return config
 
 
-def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Exception) -> tuple[str, str | None]:
+def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Exception) -> tuple[Problem, str | None]:
     """Why an override cannot be placed, and the one that was probably meant."""
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
@@ -62,10 +67,10 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
         word = text.partition("=")[2]
         if word not in options:
             near = nearest(word, options)
-            return f"{text}: there is no such {key}. {suggestion(word, options)}", near and f"{key}={near}"
+            return Problem(text, f"there is no such {key}. {suggestion(word, options)}"), near and f"{key}={near}"
     elif OmegaConf.select(config, key, default=None) is None:
-        return f"{key}: there is no such setting. {_suggest_key(key, config, loader)}", None
-    return f"{text}: {_reason(error.__cause__ or error)}", None
+        return Problem(key, f"there is no such setting. {_suggest_key(key, config, loader)}"), None
+    return Problem(text, _reason(error.__cause__ or error)), None
 
 
 def _reason(error: BaseException) -> str:

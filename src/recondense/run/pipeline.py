@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
@@ -24,7 +23,6 @@ from recondense.calibration.record import recorder
 from recondense.config.schema import WORK, Config
 from recondense.config.stages import stages_of, without_teacher
 from recondense.data.texts import Texts
-from recondense.errors import ConfigError
 from recondense.evaluation import profiling
 from recondense.export.export import export
 from recondense.export.layout import layer_shapes, layout
@@ -41,8 +39,8 @@ from recondense.report.structure_picture import picture_of
 from recondense.run import launching, run_folder, tiny
 from recondense.run.inputs import inputs_of, keep_inputs
 from recondense.run.measure import Measure
-from recondense.run.plan_only import plan_only
 from recondense.run.recover import Recovery, load_streamed, prepare_student
+from recondense.run.resolved import Run
 from recondense.run.search import find_plan, scratch_bytes
 from recondense.surgery.student import Student, apply
 
@@ -62,18 +60,13 @@ def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path])
     return ()
 
 
-def run(
-    config: Config,
-    steps: Sequence[Step],
-    callbacks: MakeCallbacks = no_callbacks,
-    command: Sequence[str] | None = None,
-) -> Any:
+def run(run: Run, callbacks: MakeCallbacks = no_callbacks, command: Sequence[str] | None = None) -> Any:
     """One run, or what is left of it; the same config finds its folder again.
 
     Of several processes the first writes, prints and evaluates.
 
     Args:
-        steps: the method's steps, in order.
+        run: resolved; not one of sizes alone.
         callbacks: makes those of each Lightning Trainer.
         command: starts a further process of this run; None: what started this one.
 
@@ -84,34 +77,37 @@ def run(
         ConfigError: another process works in the folder.
         UserError, OSError: what the user can mend; the message says how.
     """
+    config = run.config
     folder = config.run_folder()
-    if config.plan_only:
-        if processes.first_to_start():
-            with _folder(config, folder):
-                run_folder.begin(config, folder)
-                plan_only(config, steps, folder)
-        return None
     gpu = loading.device_of(config.model).type == "cuda"
-    with launching.started(config.trainer, gpu, command), _folder(config, folder):
-        done = processes.broadcast((folder / "summary.json").exists() and not config.overwrite)
-        if not done:
-            _Run(config, steps, callbacks, folder).finish()
-        if not processes.is_first():
-            return None
-        result = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        shutil.rmtree(folder / WORK, ignore_errors=True)
-        missing = _missing_upload(config, result)
-        if done:
-            state = "done but for the upload" if missing else "all done"
-            print(f"{state}: {folder} holds this run; overwrite=true starts it anew")
-        tables.print_report(result)
-        print(f"\nresults: {folder}")
-        if missing:
-            with progress(f"pushing to {missing}"):
-                push_folder(folder / "model", missing, config.export.private)
-            result["artifacts"]["hub"] = missing
-            _write_summary(folder, result)
-        return summary.metric(result, config.metric)
+    with launching.started(config.trainer, gpu, command):
+        _quiet(config)
+        with run_folder.lock_folder(folder, resumes=not config.overwrite):
+            return _finish(run, callbacks, folder)
+
+
+def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
+    """Run the stages that are not done, print the results and upload them; `run` says what it returns."""
+    config = run.config
+    done = processes.broadcast((folder / "summary.json").exists() and not config.overwrite)
+    if not done:
+        _Run(run, callbacks, folder).finish()
+    if not processes.is_first():
+        return None
+    result = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    missing = _missing_upload(config, result)
+    if done:
+        state = "done but for the upload" if missing else "all done"
+        print(f"{state}: {folder} holds this run; overwrite=true starts it anew")
+    tables.print_report(result)
+    print(f"\nresults: {folder}")
+    if missing:
+        with progress(f"pushing to {missing}"):
+            push_folder(folder / "model", missing, config.export.private)
+        result["artifacts"]["hub"] = missing
+        _write_summary(folder, result)
+    return summary.metric(result, config.metric)
 
 
 def _missing_upload(config: Config, result: Mapping[str, Any]) -> str | None:
@@ -122,32 +118,6 @@ def _missing_upload(config: Config, result: Mapping[str, Any]) -> str | None:
 
 def _write_summary(folder: Path, result: Mapping[str, Any]) -> None:
     write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-
-
-@contextmanager
-def _folder(config: Config, folder: Path) -> Iterator[None]:
-    """Inside, the folder is this run's: no other process works in it but those of the run."""
-    _quiet(config)
-    if not processes.is_first():
-        processes.barrier()
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            [f"run folder {folder}: another process is working in it; wait for it or set run_dir"]
-        ) from None
-    try:
-        run_folder.repair(folder)
-        if (folder / "config.yaml").exists() and not (config.plan_only or config.overwrite):  # which start anew
-            log.info("going on in %s", folder)
-        processes.barrier()
-        yield
-    finally:
-        lock.release()
 
 
 def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
@@ -187,9 +157,10 @@ def _quiet(config: Config) -> None:
 class _Run:
     """The stages of one run. Each keeps its result in the folder and is skipped when that is there."""
 
-    def __init__(self, config: Config, steps: Sequence[Step], callbacks: MakeCallbacks, folder: Path) -> None:
-        self.config = config
-        self.steps = steps
+    def __init__(self, run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
+        self.config = run.config
+        self.stages = run.stages
+        self.steps = run.steps
         self.callbacks = callbacks
         self.folder = folder
         self.loggers: list[Logger] = []
@@ -199,7 +170,7 @@ class _Run:
         """Run what is left, then write summary.json. Until all inputs have been read, the folder stays as it was."""
         config = self.config
         with processes.first_before_others():
-            texts = Texts.read(config, bool(self.steps))
+            texts = Texts.read(config, self.stages, bool(self.steps))
         at_start = profiling.peak_resident_bytes()
         model, tokenizer = load(config, self.callbacks)
         inputs = inputs_of(config, model, tokenizer, texts, bool(self.steps))
@@ -242,7 +213,7 @@ class _Run:
         if processes.is_first():
             self._show(plan, model)
         recovery = config.recovery if plan.operations else without_teacher(config.recovery)
-        stages = stages_of(replace(config, recovery=recovery))
+        stages = self.stages if plan.operations else stages_of(replace(config, recovery=recovery))
         if recovery != config.recovery:
             log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
         changed = history_of(config.model).changed(len(decoder.decoder_layers(model)))

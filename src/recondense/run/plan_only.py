@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,59 +12,70 @@ import torch
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 
+from recondense import processes
 from recondense.config.schema import Config
 from recondense.files import write_aside
-from recondense.methods.cdmoe import CDMoE
-from recondense.methods.decompose import Decompose
-from recondense.methods.moei2 import InterExpertPruning
 from recondense.models import classes, families
 from recondense.models.quantized import quantization, stored_bytes
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
 from recondense.report import summary, tables
-from recondense.report.published import AVERAGE_RANKS, CDMOE, MOEI2, PAPER_TITLES, Result, find, published_model
+from recondense.report.published import CDMOE, PAPER_TITLES, Result, find, published_model
 from recondense.report.tables import plan_line, print_tables
+from recondense.run import run_folder
 from recondense.run.preflight import planned_config
-from recondense.run.search import refits
+from recondense.run.refits import plan_refits
+from recondense.run.resolved import Run
 from recondense.run.sizes import LayerSize, OutliningStep, Sizes, compare
 
 
-def beside_published(model: PreTrainedModel, steps: Sequence[OutliningStep]) -> list[tuple[Result, Sizes]]:
-    """The settings that a method's paper publishes of this very model, each with its sizes; empty if there are none.
+def beside_published(model: PreTrainedModel, steps: Sequence[Any]) -> list[tuple[Result, Sizes]]:
+    """The settings of this very model that the paper of a method publishes, each with its sizes; empty without any.
 
     Args:
         model: on the meta device, as it is published.
-        steps: of the command; the first says whose paper it is.
+        steps: of the command; the first one's method is looked for.
     """
     facts = families.facts(model.config)
     known = published_model(facts.model_type, facts.hidden_size, facts.num_layers, facts.num_experts)
     if known is None or not steps:
         return []
-    found: dict[tuple[Any, ...], tuple[Result, list[OutliningStep]]] = {}  # some rows stand in two tables
-    if isinstance(steps[0], CDMoE):
-        for row in find(known.name, paper=CDMOE, method="cdmoe", fine_tuned=False):
-            if row.num_layers is not None and row.num_experts is not None and row.memory_ratio is not None:
-                step = CDMoE(num_experts=row.num_experts, num_layers=row.num_layers)
-                found.setdefault((-row.num_experts, row.num_layers), (row, [step]))
-    elif isinstance(steps[0], InterExpertPruning):
-        for row in find(known.name, paper=MOEI2, method="moei2"):
-            assert row.pruned_ratio is not None and row.removed_expert_ratio is not None
-            both: list[OutliningStep] = [InterExpertPruning(prune_ratio=row.pruned_ratio)]
-            if row.removed_expert_ratio > row.pruned_ratio:
-                both.append(Decompose(average_rank=AVERAGE_RANKS[known.name]))
-            found[(row.removed_expert_ratio,)] = row, both
-    return [(row, compare(model, own)) for _, (row, own) in sorted(found.items())]
+    rows: dict[tuple[Any, ...], Result] = {}
+    for row in find(known.name, method=steps[0].key()["method"]):
+        if row.settings is not None:
+            rows.setdefault(tuple(row.settings.values()), row)  # some rows stand in two tables
+    order = lambda row: (-(row.num_experts or 0), row.num_layers or 0, row.removed_expert_ratio or 0)  # noqa: E731
+    return [
+        (row, compare(model, [_with(step, row.settings or {}) for step in steps]))
+        for row in sorted(rows.values(), key=order)
+    ]
+
+
+def _with(step: Any, settings: Mapping[str, Any]) -> Any:
+    """A step of the same class with those of the settings that it has, and no others."""
+    return type(step)(**{field.name: settings[field.name] for field in fields(step) if field.name in settings})
 
 
 GIB = 2**30
 
 
-def plan_only(config: Config, steps: Sequence[OutliningStep], folder: Path) -> None:
+def plan_only(run: Run) -> None:
     """Print the sizes of a run and write summary.json: no stages, for nothing was measured.
 
     Raises:
+        ConfigError: another process works in the folder.
         UserError: a budget that the method cannot keep; a quantisation whose bytes are not known.
     """
+    if not processes.first_to_start():
+        return
+    folder = run.config.run_folder()
+    with run_folder.lock_folder(folder, resumes=False):
+        run_folder.begin(run.config, folder)
+        _print_sizes(run, folder)
+
+
+def _print_sizes(run: Run, folder: Path) -> None:
+    config, steps = run.config, run.steps
     planned = planned_config(config.model, plan_only=True)
     dtype = weights_dtype(planned, config.model.dtype)
     quantized = quantization(planned) if config.model.dtype == "auto" else {}
@@ -89,7 +101,7 @@ def weights_dtype(planned: PretrainedConfig, wanted: str) -> torch.dtype:
 
 def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
     """As of a run, without what is measured; `plan_only` tells the two apart."""
-    operations = (*sizes.operations, *refits(sizes.operations, config.method.get("refit", False)))
+    operations = (*sizes.operations, *plan_refits(sizes.operations, config.method.get("refit", False)))
     sides = {"original": sizes.before, "compressed": sizes.after}
     counted = {
         name: {"total": size.total, "routed_experts": size.routed_experts, "active_per_token": size.active}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from recondense.config.problems import Problem
 from recondense.config.schema import WORK, Config, DataConfig
-from recondense.config.stages import read_stages
+from recondense.config.stages import resolve_stages
+from recondense.errors import ConfigError
 from recondense.files import write_aside
 
 CONFIG = "config.yaml"
@@ -20,9 +26,11 @@ DELETED = ".deleted"  # all results of the old run; `repair` deletes them
 MOST_LINKS = 40  # that lead to one path; the limit of Linux
 Setting = tuple[str, str]  # name and path
 
+log = logging.getLogger(__name__)
 
-def overwritten_inputs(configs: Sequence[Config]) -> list[str]:
-    """Inputs of runs that lie in what `overwrite=true` deletes, or that contain it, as sentences.
+
+def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
+    """Inputs of runs that lie in what `overwrite=true` deletes, or that contain it.
 
     Links are followed: a path is lost as well when a link that leads to it is deleted.
 
@@ -44,14 +52,14 @@ def overwritten_inputs(configs: Sequence[Config]) -> list[str]:
         lost = next((deleted[place] for place in _identities(path) if place in deleted), None)
         target = _identity(Path(os.path.realpath(os.path.expanduser(path))))
         if lost is not None:
-            problems.append(
-                f"{name}={path}: the run reads it, and overwrite=true would delete {lost}. Choose another run_dir."
-            )
+            text = f"the run reads it, and overwrite=true would delete {lost}. Choose another run_dir."
+            problems.append(Problem(name, text, path))
         elif target in around and os.path.isdir(os.path.expanduser(path)):
-            problems.append(
-                f"{name}={path}: the run reads it, and overwrite=true would delete a part of it, the run in "
-                f"{around[target]}. Choose another run_dir."
+            text = (
+                f"the run reads it, and overwrite=true would delete a part of it, the run in {around[target]}. Choose "
+                "another run_dir."
             )
+            problems.append(Problem(name, text, path))
     return problems
 
 
@@ -66,7 +74,7 @@ def input_paths(config: Config) -> list[Setting]:
         ("cache_dir", config.cache_dir),
         *_data_paths(config.data, "data"),
     ]
-    for stage in read_stages(config, []) if recovery.stages else ():
+    for stage in resolve_stages(config)[0] if recovery.stages else ():
         if stage.recovery.teacher_path != recovery.teacher_path:
             settings.append((f"{stage.where}.teacher_path", stage.recovery.teacher_path))
         if stage.own_texts:
@@ -117,6 +125,41 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+@contextmanager
+def lock_folder(folder: Path, *, resumes: bool) -> Iterator[None]:
+    """Inside, no other run works in a folder. All processes of a run come here together.
+
+    Args:
+        folder: of the run; made if it is not there, and repaired after a kill.
+        resumes: whether what lies there is used; then a line of the log says so.
+
+    Raises:
+        ConfigError: another run works in it.
+    """
+    from recondense import processes  # late: it imports torch, and a command is checked without
+
+    if not processes.is_first():
+        processes.barrier()
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            [f"run folder {folder}: another process is working in it; wait for it or set run_dir"]
+        ) from None
+    try:
+        repair(folder)
+        if resumes and (folder / CONFIG).exists():
+            log.info("resuming in %s", folder)
+        processes.barrier()
+        yield
+    finally:
+        lock.release()
 
 
 def begin(config: Config, folder: Path) -> None:

@@ -24,12 +24,12 @@ from recondense.methods.step import SearchContext, Step
 from recondense.models import decoder, views
 from recondense.models.layer_store import layer_store
 from recondense.models.parameters import largest_layer_bytes
-from recondense.operations import Condense, Drop, Operation, Refit
+from recondense.operations import Operation
 from recondense.plan import Plan
+from recondense.run.refits import plan_refits
 from recondense.surgery import apply
 
 log = logging.getLogger(__name__)
-RIDGE = 1e-2  # of a refit, relative to the mean diagonal: a pull towards the weights as they are
 
 
 def find_plan(
@@ -77,28 +77,13 @@ def find_plan(
     finally:
         for layer, block in originals.items():
             views.set_block(model, layer, block)
-    operations += refits(operations, config.method.get("refit", False))
+    operations += plan_refits(operations, config.method.get("refit", False))
     method = fingerprint([step.key() for step in steps], dict(config.method))
     search = records[0] if len(records) == 1 else {"steps": records}
     plan = processes.broadcast(Plan(name, tuple(operations), {**found, "method": method}, search))
     if processes.is_first():
         plan.save(path)
     return plan
-
-
-def refits(operations: Sequence[Operation], wanted: bool | str) -> list[Refit]:
-    """A refit of every layer that operations changed and left, lowest first.
-
-    Args:
-        wanted: `method.refit`: false, true (down_proj), or coefficients (of condensed layers only).
-    """
-    if not wanted:
-        return []
-    gone = {operation.layer for operation in operations if isinstance(operation, Drop)}
-    condensed = {operation.layer for operation in operations if isinstance(operation, Condense)}
-    layers = condensed if wanted == "coefficients" else {operation.layer for operation in operations}
-    what: Any = "coefficients" if wanted == "coefficients" else "down_proj"
-    return [Refit(layer, what, RIDGE) for layer in sorted(layers - gone)]
 
 
 def search_step(

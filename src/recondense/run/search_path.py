@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_automatic_config_search_path, detect_calling_file_or_module_from_task_function
+from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
@@ -27,27 +26,25 @@ from hydra.plugins.config_source import ConfigSource
 
 from recondense.errors import ConfigError
 
+CONFIGS = (Path(__file__).parents[1] / "conf").resolve()  # a link in the repository, a folder in a wheel
 SETTING = "hydra.searchpath"
 OPTIONS = {"main": "--config-path", "command-line": "--config-dir"}  # by Hydra's names of who gave a folder
 
 
 @contextmanager
-def initialize_hydra(task: Callable[..., Any], folder: Path, name: str, args: Namespace) -> Iterator[ConfigLoader]:
+def initialize_hydra(name: str, args: Namespace) -> Iterator[ConfigLoader]:
     """Inside, `compose` and the loader that this gives see the configs that `hydra.main` would.
 
     Args:
-        task: the function that hydra.main decorates; a relative --config-path begins beside its file.
-        folder: hydra.main's config_path.
         name: of the primary config.
-        args: the command line, parsed by Hydra's own parser.
+        args: the command line, parsed by Hydra's own parser; --config-path is absolute.
 
     Raises:
         ConfigError: folders that are not there.
     """
     version.setbase("1.3")
-    calling = detect_calling_file_or_module_from_task_function(inspect.unwrap(task))
-    main = str(folder.absolute()) if args.config_path is None else args.config_path
-    search_path = create_automatic_config_search_path(*calling, main)
+    folder = str(CONFIGS) if args.config_path is None else args.config_path
+    search_path = create_automatic_config_search_path(None, None, folder)
     if args.config_dir is not None:
         _add(search_path, "command-line", f"file://{os.path.abspath(args.config_dir)}")
     sources = _sources(search_path, name, [text for text in args.overrides if text.startswith(f"{SETTING}=")])

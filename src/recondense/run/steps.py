@@ -8,6 +8,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from recondense.config.problems import Problem, render
 from recondense.config.steps import step_arguments
 from recondense.errors import ConfigError, UserError
 
@@ -19,16 +20,17 @@ def build_steps(method: Mapping[str, Any]) -> list[Any]:
         ConfigError: classes that do not exist, settings that no step has, values of a wrong type, and values that a
             step refuses.
     """
-    steps, problems = [], list[str]()
+    problems: list[Problem] = []
+    steps = []
     for where, arguments in step_arguments(method, problems):
         try:
             steps.append(instantiate(arguments, _convert_="all"))
         except InstantiationException as error:
             if isinstance(error.__cause__, UserError):
-                problems += str(error.__cause__).splitlines()
+                problems += [Problem("", text) for text in str(error.__cause__).splitlines()]
             else:
                 text = " ".join(str(error.__cause__ or error).split())
-                problems.append(f"{where}={arguments['_target_']}: {text}")
+                problems.append(Problem(where, text, arguments["_target_"]))
     if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        raise ConfigError(render(problems))
     return steps

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recondense.config.problems import Problem
+
 # Module of a plugin: the choices that it brings, and the package that brings it.
 PLUGINS = {
     "hydra_joblib_launcher": (("hydra/launcher/joblib",), "hydra-joblib-launcher"),
@@ -18,12 +20,13 @@ PLUGINS = {
 DIRECTIONS = ("minimize", "maximize")
 
 
-def missing_plugin(config: str) -> str | None:
+def missing_plugin(config: str) -> Problem | None:
     """Why a config (group/name) is not there, if that is because its plugin is not installed."""
     for choices, package in PLUGINS.values():
         if config in choices:
             group, _, name = config.rpartition("/")
-            return f"{group}={name}: {package} is not installed. pip install -e '.[cluster]' brings it."
+            text = f"{package} is not installed. pip install 'recondense[cluster]' brings it."
+            return Problem(group, text, name)
     return None
 
 
@@ -32,7 +35,7 @@ def plugin_of(target: str) -> str | None:
     return next((name for name in PLUGINS if name in target.split(".")), None)
 
 
-def beside_others(launcher: str) -> bool:
+def runs_side_by_side(launcher: str) -> bool:
     """Whether a launcher (its `_target_`) starts the runs of a sweep at the same time, or where nobody looks on."""
     return plugin_of(launcher) is not None
 
@@ -42,14 +45,14 @@ def takes_intervals(hydra: Mapping[str, Any]) -> bool:
     return plugin_of(str(hydra["sweeper"].get("_target_"))) == "hydra_optuna_sweeper"
 
 
-def check(hydra: Mapping[str, Any], multirun: bool) -> list[str]:
-    """Problems of the launcher and the sweeper, as sentences.
+def check_plugins(hydra: Mapping[str, Any], multirun: bool) -> list[Problem]:
+    """Problems of the launcher and the sweeper.
 
     Args:
         hydra: `launcher` and `sweeper`, the settings of each.
         multirun: whether the command is a sweep.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     for part in ("launcher", "sweeper"):
         name = plugin_of(str(hydra[part].get("_target_")))
         if name is None:
@@ -57,21 +60,23 @@ def check(hydra: Mapping[str, Any], multirun: bool) -> list[str]:
         if not _installed(f"hydra_plugins.{name}"):  # conf/hydra/launcher/submitit.yaml is ours
             problems += filter(None, [missing_plugin(PLUGINS[name][0][0])])
         if not multirun:
-            problems.append(f"{PLUGINS[name][1]} is for sweeps, and this command is one run. Add -m.")
+            text = f"{PLUGINS[name][1]} is for sweeps, and this command is one run. Add -m."
+            problems.append(Problem(f"hydra/{part}", text))
     directions = _directions(hydra)
     wrong = [word for word in directions if word not in DIRECTIONS]
-    return [*problems, *(f"hydra.sweeper.direction={word}: must be minimize or maximize." for word in wrong)]
+    return problems + [Problem("hydra.sweeper.direction", "must be minimize or maximize.", word) for word in wrong]
 
 
-def check_metric(hydra: Mapping[str, Any], metric: str | Sequence[str]) -> list[str]:
+def check_metric(hydra: Mapping[str, Any], metric: str | Sequence[str]) -> list[Problem]:
     """That Optuna is told a direction for each metric that a run returns."""
     directions, metrics = _directions(hydra), [metric] if isinstance(metric, str) else list(metric)
     if not directions or len(directions) == len(metrics):
         return []
-    return [
-        f"metric=[{','.join(metrics)}]: {len(metrics)} for hydra.sweeper.direction=[{','.join(directions)}]. Give one "
-        "direction, minimize or maximize, for each metric."
-    ]
+    text = (
+        f"{len(metrics)} for hydra.sweeper.direction=[{','.join(directions)}]. Give one direction, minimize or "
+        "maximize, for each metric."
+    )
+    return [Problem("metric", text, metrics)]
 
 
 def _directions(hydra: Mapping[str, Any]) -> list[str]:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from callbacks.lm_eval import LmEval
-from callbacks.plan_logging import PlanLogging
-from callbacks.profile import ProfileMemoryAndSpeed
-from callbacks.progress import TrainingProgress
+from recondense.callbacks.lm_eval import LmEval
+from recondense.callbacks.plan_logging import PlanLogging
+from recondense.callbacks.profile import ProfileMemoryAndSpeed
+from recondense.callbacks.progress import TrainingProgress
 from recondense.evaluation import lm_eval, profiling
 from recondense.models import parameters, views
 from recondense.operations import Condense
@@ -268,7 +268,7 @@ SCRIPT = """
 import os, signal, sys, warnings
 import lightning as L, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from callbacks.graceful_stop import GracefulStop
+from recondense.callbacks.graceful_stop import GracefulStop
 
 class Module(L.LightningModule):
     def __init__(self):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from support.forks import Forks
 
-from callbacks.sweep import SweepComparison, comparison_rows, log_sweep, swept_settings, write_comparison
+from recondense.callbacks.sweep import SweepComparison, comparison_rows, log_sweep, swept_settings, write_comparison
 from recondense.report import tracking
 from recondense.report.comparison import by_seed, caption, comparison_markdown, comparison_table
 from recondense.report.sweep_picture import comparison_picture
@@ -49,7 +49,7 @@ seed: 0
 hydra:
   sweep: {dir: sweep, subdir: .}
   output_subdir: null
-  callbacks: {comparison: {_target_: callbacks.sweep.SweepComparison}}
+  callbacks: {comparison: {_target_: recondense.callbacks.sweep.SweepComparison}}
 """
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from support.recoveries import recovery
 
-from recondense.config.checks import check
+from recondense.config.checks import check_config
+from recondense.config.problems import render
 from recondense.config.schema import Config, from_dict
-from recondense.config.stages import stages_of
+from recondense.config.stages import resolve_stages, stages_of
 from recondense.data.texts import Texts
 from recondense.errors import ConfigError
 from recondense.run.recover import with_steps
@@ -29,7 +30,12 @@ def config(*stages: dict[str, Any], **more: Any) -> Config:
 
 
 def problems(*stages: Any, **more: Any) -> list[str]:
-    return [text for text in check(config(*stages, **more)) if "stages" in text]
+    return [text for text in messages(config(*stages, **more)) if "stages" in text]
+
+
+def messages(settings: Config) -> list[str]:
+    resolved, problems = resolve_stages(settings)
+    return render([*problems, *check_config(settings, resolved)])
 
 
 def test_without_stages_the_recovery_is_the_only_one() -> None:
@@ -92,13 +98,13 @@ def test_data_with_a_source_stands_alone_and_without_changes_the_runs() -> None:
         ([{"name": "a", "data": {"dataset": "x/y"}}], ["recovery.stages[0].data.dataset=x/y", "give source too"]),
         ([{"name": "a", "data": {"calibration": {}}}], ["recovery.stages[0].data.calibration: a stage trains"]),
         ([{"name": "a", "data": {"sauce": 1}}], ["recovery.stages[0].data.sauce", "recovery.stages[0].data.source?"]),
-        ([{"name": "a", "data": {"source": "texts"}}], ["recovery.stages[0].data.train.path is missing"]),
-        ([{"name": "a", "data": {"source": "hub", "dataset": "x/y"}}], ["stages[0].data.splits.train is null"]),
+        ([{"name": "a", "data": {"source": "texts"}}], ["stages[0].data.train.path=null: stage a trains on it"]),
+        ([{"name": "a", "data": {"source": "hub", "dataset": "x/y"}}], ["stages[0].data.splits.train=null"]),
         ([{"name": "a", "data": {"source": "stdlib", "form": "auto"}}], ["recovery.stages[0].data.form=auto"]),
-        ([{"name": "a", "learning_rate": 0}], ["recovery.stages[0].learning_rate=0.0: must be above 0"]),
-        ([{"name": "a", "epochs": 0}], ["recovery.stages[0].epochs=0.0: must be above 0"]),
+        ([{"name": "a", "learning_rate": 0}], ["recovery.stages[0].learning_rate=0: must be above 0"]),
+        ([{"name": "a", "epochs": 0}], ["recovery.stages[0].epochs=0: must be above 0"]),
         ([{"name": "a", "batch_size": 0}], ["recovery.stages[0].batch_size=0: must be at least 1"]),
-        ([{"name": "a", "sequence_length": 1}], ["recovery.stages[0].data.sequence_length=1: must be at least 2"]),
+        ([{"name": "a", "sequence_length": 1}], ["recovery.stages[0].sequence_length=1: must be at least 2"]),
         ([{"name": "a", "steps": 5, "warmup_steps": 5}], ["recovery.stages[0].warmup_steps=5: must be below"]),
         ([{"name": "a", "objective": "none"}], ["recovery.stages[0].objective=none: a stage trains"]),
     ],
@@ -111,9 +117,14 @@ def test_stages_that_are_refused(stages: list[Any], parts: list[str]) -> None:
 
 
 def test_what_is_wrong_with_the_recovery_is_said_once() -> None:
-    assert problems({"name": "a"}, {"name": "b"}, temperature=0.0, batch_size=0) == []
+    shares = {"hidden_share": 0.6, "cross_entropy_share": 0.6}
+    assert [text.partition("=")[0] for text in messages(config({"name": "a"}, {"name": "b"}, **shares))][-1:] == [
+        "recovery.hidden_share"
+    ]
+    assert problems({"name": "a"}, {"name": "b"}, **shares) == []
+    assert len(problems({"name": "a"}, {"name": "b", "hidden_share": 0.7}, **shares)) == 1
     empty = from_dict({"recovery": {"objective": "finetune", "stages": []}})
-    assert any("recovery.stages is an empty list" in text for text in check(empty))
+    assert "recovery.stages=[]: name at least one stage, or set it to null." in messages(empty)
     assert any("recovery.objective=none" in text for text in problems({"name": "a"}, objective="none"))
     with pytest.raises(ConfigError, match="there is no such setting"):
         stages_of(config({"name": "a", "x": 1}))
@@ -124,7 +135,8 @@ def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
     path = tmp_path / "data.train.jsonl"
     own = {"source": "texts", "train": {"path": str(path)}}
     with pytest.raises(ValueError, match="there is no such file") as caught:
-        Texts.read(config({"name": "a", "data": own}), calibrates=False)
+        settings = config({"name": "a", "data": own})
+        Texts.read(settings, stages_of(settings), calibrates=False)
     assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: there is no such file")
 
 

@@ -38,6 +38,7 @@ class Step:
     part: Part = PART
     foreign: Path | None = None
     nested: Any = None
+    words: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def test_a_setting_that_no_step_has_is_reported(method: dict[str, Any]) -> None:
     [
         {},
         {"whole": 2, "number": 3, "several": [1, 0.5], "word": [1, 2], "kind": "other", "switch": False},
-        {"number": None, "several": [], "word": 3},
+        {"number": None, "several": [], "word": 3, "words": ["a", "b"]},
         {"word": "any", "foreign": Path("x"), "nested": {"_target_": "builtins.dict"}},
         {"foreign": {"_target_": "pathlib.Path"}},
     ],
@@ -137,7 +138,7 @@ def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: st
         f"{name}.whole=true: expected a whole number.",
         f"{name}.number=abc: expected a finite number.",
         f"{name}.several=0.5: expected a list (each a finite number). Write {name}.several=[0.5].",
-        f"{name}.word=2.5: expected a whole number, a text such as all or a list (each a whole number).",
+        f"{name}.word=2.5: expected a whole number, a text or a list (each a whole number).",
         f"{name}.kind=othr: there is no such choice. Did you mean other? Choices: one, other.",
         f"{name}.switch=maybe: expected true or false.",
         f"{name}.search=3: expected a text.",
@@ -145,7 +146,7 @@ def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: st
     assert problems(method) == expected
 
 
-@pytest.mark.parametrize("target", ["nowhere.Step", "Step", "recondense.config.reader.Absent"])
+@pytest.mark.parametrize("target", ["nowhere.Step", "Step", "recondense.config.steps.Absent"])
 def test_a_step_that_is_not_there_is_the_only_problem(target: str) -> None:
     for method, where in (
         ({"_target_": target}, "method._target_="),

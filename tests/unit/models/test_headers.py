@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checks import run_messages
 from support.hub_cache import in_hub_cache
 from support.packed import fp8_folder, mxfp4_folder
 from support.small import byte_tokenizer
@@ -29,7 +30,7 @@ from recondense.export.export import export
 from recondense.models import classes, headers, loading, quantized
 from recondense.operations import Condense, Factorize, Merge, Prune
 from recondense.plan import Plan
-from recondense.run.preflight import planned_config, preflight
+from recondense.run.preflight import planned_config
 from recondense.surgery import apply
 
 State = dict[str, Tensor]
@@ -86,14 +87,14 @@ def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
                 loading.load(ModelConfig(device="cpu"), folder, pages)
             said.append(str(raised.value))
         as_model = replace(Config(), model=ModelConfig(name="it", path=str(folder), device="cpu"))
-        said += [text.removesuffix(".") for text in preflight(as_model, []) if text.startswith("model.path")]
+        said += [text.removesuffix(".") for text in run_messages(as_model, []) if text.startswith("model.path")]
         good = folder.parent / "good"
         if not good.exists():
             written(good)
         recovery = RecoveryConfig(objective="distill", teacher="model", teacher_path=str(folder))
         as_teacher = replace(Config(), model=ModelConfig(name="it", path=str(good)), recovery=recovery)
         setting = "recovery.teacher_path"
-        said += [text.removesuffix(".") for text in preflight(as_teacher, []) if text.startswith(setting)]
+        said += [text.removesuffix(".") for text in run_messages(as_teacher, []) if text.startswith(setting)]
     assert len(said) == 4, said
     return {text.partition("=")[2].removeprefix(f"{folder}: ") for text in said}
 
@@ -229,7 +230,7 @@ def test_a_config_of_another_model(
     set_config(folder, **values)
     with pytest.raises(UserError, match=rf"^model\.path={folder}: .*{said}"):
         loading.load(ModelConfig(device="cpu"), folder)
-    problems = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    problems = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert len(problems) == 1
 
 
@@ -241,9 +242,9 @@ def test_a_teacher_of_another_family_is_looked_at_too(tmp_path: Path) -> None:
     teacher = written(tmp_path / "teacher", Qwen2ForCausalLM(config))
     recovery = RecoveryConfig(objective="distill", teacher="model", teacher_path=str(teacher))
     run = replace(Config(), model=ModelConfig(name="it", path=str(written(tmp_path / "model"))), recovery=recovery)
-    assert preflight(run, []) == []
+    assert run_messages(run, []) == []
     edited(teacher, without("0.mlp.up_proj.weight"))
-    [problem] = preflight(run, [])
+    [problem] = run_messages(run, [])
     assert problem.startswith(f"recovery.teacher_path={teacher}: the checkpoint lacks 1 weight")
 
 
@@ -268,20 +269,20 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         (b"", "cannot be read"),
     ):
         first.write_bytes(content)
-        [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+        [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
         assert problem.startswith(f"model.path={folder}: {first.name} ")
         with pytest.raises(UserError, match=said):
             loading.load(ModelConfig(device="cpu"), folder)
     first.write_bytes(kept)
     second.unlink()
-    [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert f"index.json names 1 files that are not there ({second.name})" in problem
 
 
 def test_a_config_of_which_no_model_can_be_made(tmp_path: Path) -> None:
     folder = written(tmp_path / "model")
     set_config(folder, pad_token_id=97)
-    [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert problem.startswith(f"model.path={folder}: no model can be made as config.json says: ")
 
 
@@ -294,7 +295,7 @@ def test_an_adapter_beside_the_model_is_refused(tmp_path: Path, monkeypatch: pyt
     [said] = refusals(folder, monkeypatch)
     assert "holds a PEFT adapter (adapter_config.json)" in said and "`merge_and_unload()`" in said
     (folder / "config.json").unlink()  # an adapter alone
-    [problem] = preflight(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
+    [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert "holds a PEFT adapter" in problem
 
 

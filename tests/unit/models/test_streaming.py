@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checks import config_messages
 from support.recoveries import recovery
 from support.searched import BUDGETS, METHODS, plan_of
 from support.small import byte_tokenizer
@@ -21,7 +22,6 @@ from support.tiny_models import EVERY, blocks, qwen2_moe, recorded, texts, windo
 from torch import nn
 
 from recondense.calibration.tape import Tape
-from recondense.config.checks import check
 from recondense.config.schema import ExportConfig, ModelConfig, from_dict
 from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import peak_tensor_bytes
@@ -355,6 +355,6 @@ def test_bf16_on_disk_is_the_rounded_state(folder: Path, tmp_path: Path) -> None
 )
 def test_what_streaming_cannot_do_is_refused(values: dict[str, Any], said: str) -> None:
     config = from_dict({"model": {"streaming": True, "pretrain": {}}, **values})
-    assert [problem for problem in check(config) if said in problem]
+    assert [problem for problem in config_messages(config) if said in problem]
     whole = from_dict({"model": {"pretrain": {}}, **values})
-    assert not [problem for problem in check(whole) if said in problem]
+    assert not [problem for problem in config_messages(whole) if said in problem]

@@ -17,9 +17,9 @@ from support.recoveries import data, recovery, trained
 from support.settings_around import differences, settings_around
 from support.tiny_models import EVERY, bits, condense_plan, same_bits, windows
 
-from callbacks.graceful_stop import GracefulStop
-from callbacks.profile import ProfileMemoryAndSpeed
-from callbacks.progress import TrainingProgress
+from recondense.callbacks.graceful_stop import GracefulStop
+from recondense.callbacks.profile import ProfileMemoryAndSpeed
+from recondense.callbacks.progress import TrainingProgress
 from recondense.config.schema import TrainerConfig
 from recondense.operations import Prune
 from recondense.plan import Plan

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.checks import run_messages
 
 from recondense import processes
 from recondense.config.schema import Config, RecoveryConfig, TrainerConfig
 from recondense.run import launching
-from recondense.run.preflight import preflight
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +38,10 @@ def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatc
         named.setenv("NODE_RANK", "0")
         assert launching.layout(nodes, gpu=False).world_size == 6
     under_torchrun(monkeypatch, 4)
-    assert launching.layout(auto, gpu=False) == launching.Layout(4, 1, found=True)
+    assert launching.layout(auto, gpu=False) == launching.Layout(4, 1, running=True)
     with pytest.raises(ValueError, match="4 processes were started; use"):
         launching.layout(TrainerConfig(), gpu=False)
-    assert "-m: 4 processes" in launching.of_a_sweep()[0]
+    assert "-m: 4 processes" in str(launching.check_sweep()[0])
 
 
 @pytest.mark.parametrize("backend", ["gloo", "cpu:gloo"])
@@ -67,8 +67,6 @@ def test_plain_data_waits_as_long_as_the_run_says(monkeypatch: pytest.MonkeyPatc
     ("trainer", "recovery", "message"),
     [
         ({"devices": 3}, {"batch_size": 8}, "recovery.batch_size=8: each of 3 processes takes an equal part"),
-        ({"devices": 0}, {}, "trainer.devices=0, trainer.num_nodes=1: write how many"),
-        ({"devices": "two"}, {}, "trainer.devices=two, trainer.num_nodes=1: write how many"),
         ({"strategy": "fsdp2"}, {"trainable": "lora"}, "recovery.trainable=lora: adapters are merged"),
         (
             {"strategy": "deepspeed_zero3", "precision": "bf16-mixed"}, {},
@@ -81,5 +79,5 @@ def test_refused_before_weights_load(trainer: dict[str, Any], recovery: dict[str
 
     model = ModelConfig(dtype="float32", device="cpu", pretrain={"vocab_size": 97, "config": {}})
     settings = RecoveryConfig(objective="finetune", **recovery)
-    found = preflight(Config(model=model, recovery=settings, trainer=TrainerConfig(**trainer)), [])
+    found = run_messages(Config(model=model, recovery=settings, trainer=TrainerConfig(**trainer)), [])
     assert [problem for problem in found if problem.startswith(message)], found

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from recondense import files
+from recondense.config.problems import render
 from recondense.config.schema import Config, from_dict
 from recondense.run import run_folder
 from recondense.run.run_folder import CONTENTS, begin, overwritten_inputs, repair
@@ -68,10 +69,10 @@ def stage(**settings: Any) -> dict[str, Any]:
 )
 def test_no_input_lies_in_what_is_deleted(folder: Path, name: str, settings: Callable[[str], dict[str, Any]]) -> None:
     inside = folder / "model"
-    [problem] = overwritten_inputs([config(folder, **settings(str(inside)))])
+    [problem] = render(overwritten_inputs([config(folder, **settings(str(inside)))]))
     assert problem.startswith(f"{name}={inside}: ") and f"would delete {inside}." in problem
     around = str(folder.parent)
-    [problem] = overwritten_inputs([config(folder, **settings(around))])
+    [problem] = render(overwritten_inputs([config(folder, **settings(around))]))
     assert problem.startswith(f"{name}={around}: ") and f"the run in {folder}." in problem
     for path in (folder / "mine.jsonl", folder.parent / "mine.jsonl", folder.parent / "run-2"):  # nothing deletes these
         path.touch()

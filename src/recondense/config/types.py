@@ -1,0 +1,55 @@
+"""The types of settings. No text passes for a number, no number for a truth value, and every number is finite.
+
+A description ends what a message says of the limit.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ByteSize, Field, Strict, TypeAdapter
+
+from recondense.errors import UserError
+
+SMALLEST_SCRATCH = 16 * 2**20
+BYTES = TypeAdapter(ByteSize)
+
+
+def parse_bytes(text: int | str) -> int:
+    """Bytes in 1048576, "512MiB" or "2 GB".
+
+    Raises:
+        UserError: neither a number nor a number with a unit.
+    """
+    try:
+        if isinstance(text, bool):
+            raise ValueError
+        return int(BYTES.validate_python(text))
+    except (ValueError, OverflowError):
+        raise UserError(f"{text!r} is not a number of bytes: write 536870912, 512MiB or 2GB") from None
+
+
+def _enough_scratch(size: int) -> int:
+    if size < SMALLEST_SCRATCH:
+        raise ValueError(f"must be at least 16MiB ({SMALLEST_SCRATCH} bytes), or auto")
+    return size
+
+
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), AllowInfNan(False)]
+Switch = Annotated[bool, Strict()]
+
+Count = Annotated[Whole, Field(ge=1)]
+FromZero = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+BelowOne = Annotated[Number, Field(ge=0, lt=1)]
+Share = Annotated[Number, Field(ge=0, le=1, description="it is a share of the loss")]
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a hub id, which has no ~
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+ScratchBytes = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_enough_scratch)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="write auto, cpu, cuda or cuda:N")]
+Repository = Annotated[
+    str, Field(pattern=r"^[\w.-]+/[\w.-]+$", description="is no repository of the hub; write owner/name, or null")
+]

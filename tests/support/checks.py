@@ -1,0 +1,27 @@
+"""The messages of all checks of a config, as a command would print them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from recondense.config.checks import check_config
+from recondense.config.problems import render
+from recondense.config.schema import Config
+from recondense.config.stages import resolve_stages
+from recondense.run.preflight import preflight
+from recondense.run.quick_checks import check_quickly
+from recondense.run.resolved import Run
+
+
+def config_messages(config: Config) -> list[str]:
+    """What the config alone tells."""
+    stages, problems = resolve_stages(config)
+    return render([*problems, *check_config(config, stages)])
+
+
+def run_messages(config: Config, steps: Sequence[Any] = ()) -> list[str]:
+    """What is said of a run before its weights are loaded."""
+    stages, problems = resolve_stages(config)
+    run = Run(config, stages, steps)
+    return render([*problems, *check_quickly(run)] or preflight(run))
