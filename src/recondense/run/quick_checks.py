@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ def check_quickly(run: Run) -> Iterator[Problem]:
     """Problems that the config and the files it names tell, without a model."""
     yield from check_config(run.config, run.stages)
     if not run.config.plan_only:
+        yield from _check_packages(run.config)
         yield from _check_texts(run)
         yield from _check_token(run.config)
     yield from check_run_folder(run.config, stored_config(run.config.run_folder()))
@@ -32,6 +34,13 @@ def _check_texts(run: Run) -> Iterator[Problem]:
         if stage.own_texts:
             data = replace(stage.data, calibration=CalibrationConfig())
             yield from check_paths(data, f"{stage.where}.data")
+
+
+def _check_packages(config: Config) -> Iterator[Problem]:
+    """An engine that is an extra and is not installed."""
+    if config.trainer.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        text = "DeepSpeed is not installed. pip install 'recondense[deepspeed]' brings it."
+        yield Problem("trainer.strategy", text, config.trainer.strategy)
 
 
 def _check_token(config: Config) -> Iterator[Problem]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
+
+import pytest
 
 from recondense.config.problems import render
 from recondense.config.schema import Config, RecoveryConfig, from_dict
-from recondense.run.quick_checks import check_run_folder, differences
+from recondense.config.stages import stages_of
+from recondense.run.quick_checks import check_quickly, check_run_folder, differences
+from recondense.run.resolved import Run
 
 
 def messages(config: Config, stored: Config | None) -> list[str]:
@@ -40,3 +45,14 @@ def test_a_run_goes_on_with_another_engine(tmp_path: Path) -> None:
         assert other.run_hash() == one.run_hash() and messages(other, one) == []
     other = from_dict({"run_dir": str(tmp_path), "trainer": {"strategy": "ddp", "precision": "bf16-true"}})
     assert "different: trainer.precision" in messages(other, one)[0]
+
+
+def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = from_dict(
+        {"model": {"pretrain": {}}, "run_dir": str(tmp_path), "trainer": {"strategy": "deepspeed_zero2"}}
+    )
+    run = Run(config, stages_of(config))
+    assert list(check_quickly(run)) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    [problem] = check_quickly(run)
+    assert str(problem).startswith("trainer.strategy=deepspeed_zero2: DeepSpeed is not installed. pip install")
