@@ -17,6 +17,7 @@ import matplotlib
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from support.forks import Forks
 from support.hollow import hollow_weights
@@ -26,7 +27,6 @@ from transformers import AutoConfig
 from recondense.errors import ConfigError
 from recondense.models.classes import on_meta
 from recondense.run.command_line import validate
-from train import job
 
 PAGES = {
     path.relative_to(ROOT): path.read_text(encoding="utf-8")
@@ -116,10 +116,10 @@ def test_train_command(words: list[str], stand_in: dict[str, str], tmp_path: Pat
     arguments.append(f"output_dir={tmp_path}/out")
     sweep = ["method=none,cdmoe", "method.memory_ratio=0.673", "seed=0"]  # ninety runs take Hydra a minute to compose
     arguments += sweep if "experiment=compare" in words else []
-    validate(job, ROOT / "conf", "train", arguments)
+    validate(get_args_parser().parse_args(arguments))
     if words == TRAINS[0]:  # that something is checked at all
         with pytest.raises(ConfigError, match="there is no such setting"):
-            validate(job, ROOT / "conf", "train", [*arguments, "method.of_another_name=1"])
+            validate(get_args_parser().parse_args([*arguments, "method.of_another_name=1"]))
 
 
 @pytest.mark.parametrize("words", BENCHMARKS, ids=" ".join)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from support.checks import run_messages
 from support.runs import model_folder, one_command, paper_sets, paper_tasks
 from support.tiny_models import EVERY
 
@@ -23,7 +24,7 @@ from recondense.models.published_configs import recorded_config, recorded_values
 from recondense.plan import Plan
 from recondense.report.published import PAPER_TASKS
 from recondense.run import preflight
-from recondense.run.command_line import check_run
+from recondense.run.steps import build_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "conf" / "experiment" / "paper"
@@ -134,7 +135,8 @@ def test_a_recipe_holds_the_papers_numbers(name: str) -> None:
 def test_a_recipe_is_right(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is wrong with it on its model's real shapes; the hub would give the config that is recorded here."""
     monkeypatch.setattr(preflight, "_hub_config", lambda path, model: recorded_config(path))
-    assert check_run(composed(name, f"output_dir={tmp_path}")) == []
+    config = composed(name, f"output_dir={tmp_path}")
+    assert run_messages(config, build_steps(config.method)) == []
 
 
 def test_the_hub_is_all_that_a_recipe_needs(command: Callable[..., tuple[int, str]]) -> None:

@@ -12,7 +12,7 @@ from recondense import processes
 from recondense.config.schema import TrainerConfig
 from recondense.errors import ConfigError
 from recondense.run import launching
-from recondense.run.command_line import exit_codes
+from recondense.run.exit_codes import exit_codes
 from support.engine_runs import environment, on_processes
 
 

@@ -160,14 +160,14 @@ def _check_streaming(config: Config, stages: Sequence[Stage]) -> Iterator[Proble
         if stage.recovery.objective == "distill" and stage.recovery.teacher == "shared":
             yield Problem(
                 f"{stage.where}.teacher",
-                "with model.streaming=true the original is never in memory as a whole: no student can share it. Use "
+                "with model.streaming=true the original is never completely in memory, so no student can share it. Use "
                 f"{stage.where}.teacher=cached, which runs it once, or recovery=finetune.",
                 "shared",
             )
     if config.recovery.control:
         yield Problem(
             "recovery.control",
-            "trains the original, which with model.streaming=true is never in memory as a whole. Use "
+            "trains the original, which with model.streaming=true is never completely in memory. Use "
             "recovery.control=false.",
             True,
         )

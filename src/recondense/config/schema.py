@@ -1,7 +1,6 @@
 """The settings of a run: frozen dataclasses with the type and the range of every setting.
 
-A dataclass refuses wrong values when it is made. `read` makes all of them from plain containers and reports everything
-that is wrong together. Hydra's containers do not come here.
+A dataclass refuses wrong values when it is made. `read` makes all from plain containers and reports all problems.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from recondense.config.types import (
     Bytes,
     Count,
     Device,
+    Devices,
     FromZero,
     LocalPath,
     NotNegative,
@@ -46,6 +46,7 @@ Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records
 Figure = Literal["perplexity", "loss", "kl_to_original", "gap_closed"]
 Ratio = Literal["memory", "routed_expert_parameters", "prefill_speedup", "decode_speedup"]
 Metric = Literal[Figure, Ratio]
+Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"]
 
 
 @dataclass(frozen=True, config=FORBID)
@@ -101,7 +102,7 @@ class SplitConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class SplitNames:
-    """The names of a hub dataset's splits; null: there is none."""
+    """The names of a hub data set's splits; null: there is none."""
 
     train: str | None = None
     validation: str | None = None
@@ -132,7 +133,7 @@ class LoraSettings:
     """The adapters that recovery.trainable=lora trains."""
 
     rank: Count = 8
-    alpha: Annotated[Whole, Field(gt=0, description="what adapters add is scaled by alpha / rank")] = 16
+    alpha: Annotated[Whole, Field(gt=0, description="the adapters' output is scaled by alpha / rank")] = 16
     dropout: BelowOne = 0.0
     target: Literal["attention", "experts", "both"] = "both"
 
@@ -223,12 +224,8 @@ class CallbacksConfig:
 class TrainerConfig:
     """The processes of a run, and how they train together."""
 
-    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"] = field(
-        default="auto", metadata=NO_RESULT
-    )
-    devices: Annotated[
-        Count | Literal["auto"], Field(description="it is the number of processes on each machine; auto: one per GPU")
-    ] = field(default=1, metadata=NO_RESULT)
+    strategy: Strategy = field(default="auto", metadata=NO_RESULT)
+    devices: Devices = field(default=1, metadata=NO_RESULT)
     num_nodes: Count = field(default=1, metadata=NO_RESULT)
     timeout_hours: Annotated[Number, Field(ge=0.1)] = field(default=12.0, metadata=NO_RESULT)
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"] = "auto"
@@ -303,12 +300,12 @@ class Config:
     metric: Metric | tuple[Metric, ...] = field(default="perplexity", metadata=NO_RESULT)
 
     def resolved(self) -> dict[str, Any]:
-        """The whole config as plain JSON values."""
+        """All settings as plain JSON values."""
         return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
     def identity(self) -> dict[str, Any]:
         """The settings that a result depends on, as plain JSON values."""
-        settings = cast(dict[str, Any], json.loads(json.dumps(_identity(self))))
+        settings: dict[str, Any] = json.loads(json.dumps(_identity(self)))
         if not step_entries(self.method):  # a budget, or any other setting, means nothing to no step
             settings["method"] = {"name": self.method.get("name", "none"), "steps": []}
         return settings
@@ -327,21 +324,17 @@ class Config:
         """The text of config.yaml in a run's folder; `from_dict` reads it back."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
-    def scratch_bytes(self) -> int | None:
-        """Bytes that the search may take for itself; None: it decides."""
-        return None if self.max_scratch_bytes == "auto" else self.max_scratch_bytes
-
 
 def _identity(value: Any) -> Any:
     """Settings without those that cannot change a result."""
-    if is_dataclass(value):
-        names = [entry.name for entry in fields(value) if entry.metadata.get("identity", True)]
-        return {name: _identity(getattr(value, name)) for name in names}
-    return [_identity(entry) for entry in value] if isinstance(value, tuple) else value
+    if not is_dataclass(value):
+        return list(map(_identity, value)) if isinstance(value, tuple) else value
+    names = [entry.name for entry in fields(value) if entry.metadata.get("identity", True)]
+    return {name: _identity(getattr(value, name)) for name in names}
 
 
 def read(values: Free) -> tuple[Config, list[Problem]]:
-    """A config and what is wrong with it; the default takes the place of a wrong value, so that checking can go on."""
+    """A config and its problems. The default takes the place of a wrong value, so that the rest can be checked."""
     return validated(Config, values)
 
 

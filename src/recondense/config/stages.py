@@ -15,7 +15,7 @@ from recondense.errors import ConfigError
 LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")  # part of a folder's name, and of those of metrics
 TAKEN = ("control", "pretrain", "recovery")  # names of the other fits of a run
-OF_ALL = ("stages", "control")  # settings of the recovery as a whole
+OF_ALL = ("stages", "control")  # settings that no stage has
 Stages = tuple["Stage", ...]
 
 
@@ -80,7 +80,9 @@ def _resolve(config: Config, index: int, values: Mapping[str, Any], problems: li
     given = {key: value for key, value in values.items() if key not in ("data", "sequence_length", *OF_ALL)}
     for name in OF_ALL:
         if name in values:
-            problems.append(Problem(f"{where}.{name}", f"is a setting of the whole recovery; set recovery.{name}."))
+            problems.append(
+                Problem(f"{where}.{name}", f"belongs to the recovery, not to a stage; set recovery.{name}.")
+            )
     if given.get("steps") is not None and given.get("epochs") is not None:
         both = f"steps={given['steps']} and epochs={given['epochs']} are both given; set one of them."
         problems.append(Problem(where, both))

@@ -6,7 +6,7 @@ A description ends what a message says of the limit.
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ByteSize, Field, Strict, TypeAdapter
 
@@ -50,6 +50,9 @@ LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a hub id, w
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 ScratchBytes = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_enough_scratch)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="write auto, cpu, cuda or cuda:N")]
+Devices = Annotated[
+    Count | Literal["auto"], Field(description="it is the number of processes on each machine; auto: one per GPU")
+]
 Repository = Annotated[
     str, Field(pattern=r"^[\w.-]+/[\w.-]+$", description="is no repository of the hub; write owner/name, or null")
 ]

@@ -62,7 +62,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= loggin
 
 
 def main(folder: Path | None = None) -> None:
-    """Check the whole command, then run it.
+    """Check the command, then run it.
 
     Args:
         folder: where a relative --config-path begins; None: in the current folder.

@@ -1,4 +1,4 @@
-"""The processes of a run: those of torchrun or SLURM, or such as this one starts itself; they end together.
+"""The processes of a run, started by torchrun, by SLURM or by this process. They end together.
 
 Each process finds in its environment what torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR
 and MASTER_PORT.
@@ -63,8 +63,8 @@ class Peer(SystemExit):
     """The end of a process because of what happened in another, which has said so."""
 
 
-def found_environment() -> ClusterEnvironment | None:
-    """What started this process together with others, if anything has."""
+def cluster_environment() -> ClusterEnvironment | None:
+    """The program that started this process together with others, if any has."""
     if TorchElasticEnvironment.detect() or "LOCAL_WORLD_SIZE" in os.environ:  # the second: by this module
         return TorchElasticEnvironment()
     if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:  # srun, not a batch script by itself
@@ -73,41 +73,41 @@ def found_environment() -> ClusterEnvironment | None:
 
 
 def layout(settings: TrainerConfig, gpu: bool) -> Layout:
-    """The processes that the settings mean here.
+    """The number of processes that the settings stand for here.
 
     Args:
-        gpu: whether each computes on a card of its own.
+        gpu: whether each computes on a GPU of its own.
 
     Raises:
-        UserError: others than those that were started.
+        UserError: another number than was started.
     """
-    cluster = found_environment()
+    cluster = cluster_environment()
     if cluster is None:
         if settings.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UserError(
                 f"trainer.num_nodes={settings.num_nodes}: nothing says where the other machines are; start with "
                 "torchrun or srun on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
             )
-        own = (torch.cuda.device_count() if gpu else 1) if settings.devices == "auto" else int(settings.devices)
-        return Layout(max(own, 1), settings.num_nodes)
+        on_node = (torch.cuda.device_count() if gpu else 1) if settings.devices == "auto" else int(settings.devices)
+        return Layout(max(on_node, 1), settings.num_nodes)
     size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if isinstance(cluster, SLURMEnvironment) else cluster.world_size()
-    own = size // settings.num_nodes if settings.devices == "auto" else int(settings.devices)
-    if own * settings.num_nodes != size:
+    on_node = size // settings.num_nodes if settings.devices == "auto" else int(settings.devices)
+    if on_node * settings.num_nodes != size:
         raise UserError(
             f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
             "started; use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
         )
-    return Layout(own, settings.num_nodes, running=True)
+    return Layout(on_node, settings.num_nodes, running=True)
 
 
 @contextmanager
 def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = None) -> Iterator[None]:
-    """Inside, all processes of the run go through the same; one that fails ends the others.
+    """Inside, all processes of the run do the same; one that fails ends the others.
 
     A run of one process has no process group, unless its engine needs one.
 
     Args:
-        gpu: whether each computes on a card of its own.
+        gpu: whether each computes on a GPU of its own.
         command: starts a further process; None: what started this one.
 
     Raises:
@@ -138,7 +138,7 @@ def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = 
 
 def _environment(planned: Layout) -> dict[str, str]:
     """The variables of this process; a first one's where it starts the others."""
-    cluster = found_environment() or LightningEnvironment()
+    cluster = cluster_environment() or LightningEnvironment()
     node = cluster.node_rank()
     rank = cluster.global_rank() if planned.running else node * planned.on_node
     return {
@@ -171,7 +171,7 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
     timeout = timedelta(hours=settings.timeout_hours)  # the first evaluates alone while the others wait
     with _meeting(children):
         processes.begin("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout)
-    watch = _Watch.beginning(children)
+    watch = _Watch.start(children)
     try:
         yield
         processes.barrier()
@@ -232,14 +232,13 @@ class _Watch:
     _lock: Any = field(default_factory=threading.Lock)
 
     @classmethod
-    def beginning(cls, children: Sequence[subprocess.Popen[bytes]]) -> _Watch:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
-            timeout=timedelta(seconds=60),
-        )  # fmt: skip
-        found = cls(dist.PrefixStore(f"recondense/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), children)
-        threading.Thread(target=found._follow, daemon=True, name="recondense-peers").start()
-        return found
+    def start(cls, children: Sequence[subprocess.Popen[bytes]]) -> _Watch:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=60)
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        watch = cls(dist.PrefixStore(f"recondense/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), children)
+        threading.Thread(target=watch._follow, daemon=True, name="recondense-peers").start()
+        return watch
 
     def tell(self, code: int) -> bool:
         """Let the others end with this exit code; whether this process is the first to fail, and should say why."""
@@ -247,15 +246,15 @@ class _Watch:
         mine = f"{processes.rank()}:{code}"
         try:
             with self._lock:
-                found = self.store.compare_set(FAILED, "", mine).decode()
-                self.code = int(found.partition(":")[2])
-                if found != mine:
+                first = self.store.compare_set(FAILED, "", mine).decode()
+                self.code = int(first.partition(":")[2])
+                if first != mine:
                     self.store.add(NOTICED, 1)
                 elif processes.rank() == 0:  # whose end ends the store
                     self._until(lambda: self.store.add(NOTICED, 0) >= dist.get_world_size() - 1)
         except RuntimeError:  # the first process is gone, and with it the store
             return False
-        return found == mine
+        return first == mine
 
     def stop(self) -> None:
         self._over.set()
@@ -314,7 +313,7 @@ def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str
 
 def check_sweep() -> list[Problem]:
     """What speaks against several runs of this command."""
-    cluster = found_environment()
+    cluster = cluster_environment()
     if cluster is None or cluster.world_size() == 1:
         return []
     text = (

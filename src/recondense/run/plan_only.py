@@ -1,4 +1,4 @@
-"""`plan_only=true`: what a run would make of a model's sizes, printed and kept as summary.json, without weights."""
+"""`plan_only=true`: the sizes of the model that a run would make, printed and written as summary.json."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from recondense.run.refits import plan_refits
 from recondense.run.resolved import Run
 from recondense.run.sizes import LayerSize, OutliningStep, Sizes, compare
 
+GIB = 2**30
+
 
 def beside_published(model: PreTrainedModel, steps: Sequence[Any]) -> list[tuple[Result, Sizes]]:
     """The settings of this very model that the paper of a method publishes, each with its sizes; empty without any.
@@ -56,9 +58,6 @@ def _with(step: Any, settings: Mapping[str, Any]) -> Any:
     return type(step)(**{field.name: settings[field.name] for field in fields(step) if field.name in settings})
 
 
-GIB = 2**30
-
-
 def plan_only(run: Run) -> None:
     """Print the sizes of a run and write summary.json: no stages, for nothing was measured.
 
@@ -81,35 +80,39 @@ def _print_sizes(run: Run, folder: Path) -> None:
     quantized = quantization(planned) if config.model.dtype == "auto" else {}
     model = classes.on_meta(planned, dtype)
     sizes = compare(model, steps, stored_bytes(model, quantized))
-    found = _summary(config, model, sizes)
-    tables = [size_table(found, bool(quantized), dtype), layer_table(sizes)]
+    result = _summary(config, model, sizes)
     rows = beside_published(model, steps)
-    print_tables([*tables, *([published_table(rows)] if rows else [])])
-    print(f"\nplan: {plan_line(found['operations'])}")
+    own_tables = [size_table(result, bool(quantized), dtype), layer_table(sizes)]
+    print_tables([*own_tables, *([published_table(rows)] if rows else [])])
+    print(f"\nplan: {plan_line(result['operations'])}")
     for note in _notes(steps, sizes, quantized, dtype, planned):
         print(note)
-    write_aside(folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"\nsizes: {folder / 'summary.json'}")
 
 
-def weights_dtype(planned: PretrainedConfig, wanted: str) -> torch.dtype:
-    """The type of a model's weights: as asked for, else as its config says, else float32."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
+def weights_dtype(planned: PretrainedConfig, dtype: str) -> torch.dtype:
+    """The type of a model's weights.
+
+    Args:
+        planned: the model's config; it decides where `dtype` is auto, and float32 where it says nothing.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
     return planned.dtype if isinstance(planned.dtype, torch.dtype) else torch.float32
 
 
 def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
-    """As of a run, without what is measured; `plan_only` tells the two apart."""
+    """The summary of a run without what is measured; `plan_only` tells the two apart."""
     operations = (*sizes.operations, *plan_refits(sizes.operations, config.method.get("refit", False)))
     sides = {"original": sizes.before, "compressed": sizes.after}
     counted = {
         name: {"total": size.total, "routed_experts": size.routed_experts, "active_per_token": size.active}
         for name, size in sides.items()
     }
-    found = summary.header(config, config.recovery.objective, Plan("", operations), counted, model, {})
+    header = summary.header(config, config.recovery.objective, Plan("", operations), counted, model, {})
     return {
-        **found,
+        **header,
         "plan_only": True,
         "weights_bytes": {name: size.weights_bytes for name, size in sides.items()},
         "stages": {},
@@ -129,31 +132,31 @@ def _notes(
     dtype: torch.dtype,
     planned: PretrainedConfig,
 ) -> list[str]:
-    """What the figures do not say of themselves."""
-    found = []
+    """Remarks on the figures."""
+    notes = []
     chosen = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
     given = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
     some = bool(chosen) and not {operation.layer for operation in chosen} >= set(families.facts(planned).moe_layers)
     picked = any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in chosen)
     words = ["layers"] * (some and not given) + ["experts"] * picked
     if words:
-        found.append(f"which {' and '.join(words)}: decided by calibration; the first ones stand in for them here")
-    found += [f"decided by calibration too: {step.left_open}" for step in steps if step.left_open]
+        notes.append(f"which {' and '.join(words)}: decided by calibration; the first ones stand in for them here")
+    notes += [f"decided by calibration too: {step.left_open}" for step in steps if step.left_open]
     if quantized:
         name = str(dtype).removeprefix("torch.")
-        found.append(
+        notes.append(
             f"the checkpoint is stored in {quantized['quant_method']} and dequantised on loading: the sizes before are "
             f"bytes on disk, those after are {name}; model.dtype={name} counts both in it, where the ratio is "
             f"{sizes.after.total / sizes.before.total:.4f}"
         )
     elif not isinstance(planned.dtype, torch.dtype) and dtype == torch.float32:
-        found.append("the config names no type of weights; float32 is counted")
-    return found
+        notes.append("the config names no type of weights; float32 is counted")
+    return notes
 
 
-def size_table(found: dict[str, Any], quantized: bool, dtype: torch.dtype) -> Table:
+def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> Table:
     """Rows: parameters and bytes; columns: before, after, ratio."""
-    table = tables.plain_table(f"{found['model']}: {found['method']}, from shapes alone")
+    table = tables.plain_table(f"{result['model']}: {result['method']}, from shapes alone")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left", style=None if name else "bold")
     names = {
@@ -162,14 +165,14 @@ def size_table(found: dict[str, Any], quantized: bool, dtype: torch.dtype) -> Ta
         "active_per_token": "active for a token",
     }
     for key, name in names.items():
-        before, after = (found["parameters"][key][side] for side in ("original", "compressed"))
+        before, after = (result["parameters"][key][side] for side in ("original", "compressed"))
         table.add_row(name, f"{before:,}", f"{after:,}", _ratio(after, before))
-    before, after = found["weights_bytes"]["original"], found["weights_bytes"]["compressed"]
+    before, after = result["weights_bytes"]["original"], result["weights_bytes"]["compressed"]
     name = "memory (weights)" if not quantized else "bytes as stored"
     table.add_row(name, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
     if quantized:  # what is dequantised takes more bytes without any change
         size = dtype.itemsize
-        before, after = (found["parameters"]["total"][side] * size for side in ("original", "compressed"))
+        before, after = (result["parameters"]["total"][side] * size for side in ("original", "compressed"))
         words = f"memory, both {str(dtype).removeprefix('torch.')}"
         table.add_row(words, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
     return table
@@ -198,7 +201,7 @@ def layer_table(sizes: Sizes) -> Table:
 
 
 def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
-    """What the paper publishes of this model beside what its settings come to here."""
+    """The published figures of this model beside those that the same settings have here."""
     condensing = rows[0][0].paper == CDMOE
     what = "memory, compressed / original" if condensing else "routed experts' parameters that go"
     table = tables.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {what}")
@@ -220,13 +223,13 @@ def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
 
 def ranges(layers: Sequence[int]) -> str:
     """Ascending indices in words: 0, 3-9."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for layer in layers:
-        if found and layer == found[-1][-1] + 1:
-            found[-1].append(layer)
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
         else:
-            found.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _experts(size: LayerSize) -> str:

@@ -154,11 +154,11 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
 
 
 def _check_low_rank(steps: Sequence[Any], facts: families.Facts) -> Iterator[Problem]:
-    """A folder whose experts were factorized, given to a method that needs unfactorized ones."""
+    """A folder whose experts were factorized, given to a method that needs full ones."""
     if facts.factorized and any(step.needs_whole_experts for step in steps):
         layers = ", ".join(map(str, facts.factorized[:6])) + (", ..." if len(facts.factorized) > 6 else "")
         text = (
-            f"the experts of layers {layers} are low-rank already, and this method needs them whole. Use "
+            f"the experts of layers {layers} are low-rank already, and this method needs full ones. Use "
             "method=layer_drop or block_drop, or compress a folder that was exported with export.format=dense."
         )
         yield Problem("model.path", text)

@@ -118,9 +118,8 @@ def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel |
 
     For a model larger than memory, as much as its largest decoder layer.
     """
-    wanted = config.scratch_bytes()
-    if wanted is not None:
-        return wanted
+    if config.max_scratch_bytes != "auto":
+        return config.max_scratch_bytes
     if model is not None and layer_store(model).streamed:
         return max(largest_layer_bytes(model), 1 << 26)
     on_cpu = psutil.virtual_memory().available // processes.world_size()

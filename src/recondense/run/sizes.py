@@ -1,4 +1,4 @@
-"""What a method makes of a model's sizes, from shapes alone: on the meta device, without weights and without texts."""
+"""The sizes of a model before and after a method, from shapes alone: on the meta device, without weights or texts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class OutliningStep(Protocol):
 
 @dataclass(frozen=True)
 class Size:
-    """What a model takes.
+    """The size of a model.
 
     Args:
         total: parameters, tied ones once.
         routed_experts: those of routed experts; in condensed layers, of the retained ones.
-        active: parameters that a token meets: all but the routed experts that its router leaves out (of experts of
-            different ranks, their mean; of merged experts at most so many, for two choices may be one group).
+        active: parameters that are used for a token: all but the routed experts that its router leaves out. Experts of
+            different ranks count with their mean. Merged experts are an upper bound: two choices may be one group.
         weights_bytes: of parameters and persistent buffers, as they are stored.
     """
 
@@ -50,14 +50,14 @@ class Size:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What becomes of one decoder layer.
+    """The size of one decoder layer before and after.
 
     Args:
         outcome: in words; empty where nothing is done.
-        experts_before, experts_after: routed experts; None in a layer without a router from the start.
-        always_active: the experts that stay are active for every token.
+        experts_before, experts_after: routed experts; None if the original layer has no router.
+        always_active: the retained experts are active for every token.
         ranks: lowest and highest of its factors, None without any.
-        bytes_before, bytes_after: of the whole decoder layer, as stored.
+        bytes_before, bytes_after: of the decoder layer with its attention, as stored.
     """
 
     outcome: str
@@ -85,35 +85,37 @@ class Sizes:
 
 
 def compare(model: PreTrainedModel, steps: Sequence[OutliningStep], bytes_of: BytesOf = weights_bytes) -> Sizes:
-    """A model's sizes before and after a method; the model is left as it was.
+    """Compute a model's sizes before and after a method. The model is left as it was.
 
     Args:
         model: on the meta device.
-        steps: the method's, in order; each sees the shapes that the one before left.
-        bytes_of: of the original's parts; what is changed is stored in the model's own type.
+        steps: of the method, in order. A step sees the shapes that the one before left.
+        bytes_of: bytes of the original's parts. Changed parts are stored in the model's own type.
 
     Raises:
         UserError: a budget that the method cannot keep.
     """
-    before, own = _size(model, bytes_of), _layers(model, bytes_of)
+    before, original = _size(model, bytes_of), _layers(model, bytes_of)
     with outlined(model, steps) as operations:
-        after, left = _size(model, weights_bytes), _layers(model, weights_bytes)
+        after, changed = _size(model, weights_bytes), _layers(model, weights_bytes)
         layers = {
             layer: LayerSize(
-                *(_outcome(layer, operations), own[layer][0], left[layer][0] if own[layer][0] is not None else None),
+                outcome=_outcome(layer, operations),
+                experts_before=experts,
+                experts_after=None if experts is None else changed[layer][0],
                 always_active=isinstance(views.get_block(model, layer), CondensedMoE),
                 ranks=_ranks(layer, operations),
-                bytes_before=own[layer][1],
-                bytes_after=left[layer][1],
+                bytes_before=size,
+                bytes_after=changed[layer][1],
             )
-            for layer in own
+            for layer, (experts, size) in original.items()
         }
     return Sizes(before, after, tuple(operations), layers)
 
 
 @contextmanager
 def outlined(model: PreTrainedModel, steps: Sequence[OutliningStep]) -> Iterator[list[Operation]]:
-    """Inside, the model has the shapes that a method leaves, as an export has them; after, its own again."""
+    """Inside, the model has the shapes of the compressed model, as an export has them."""
     operations: list[Operation] = []
     originals: dict[int, nn.Module] = {}
     try:
@@ -142,7 +144,7 @@ def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
 
 def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | None, int]]:
     """Routed experts (None: no router and none kept) and bytes of every decoder layer."""
-    found: dict[int, tuple[int | None, int]] = {}
+    sizes: dict[int, tuple[int | None, int]] = {}
     sparse = views.sparse_blocks(model)
     width = families.facts(model.config).expert_width
     for layer, module in enumerate(decoder.decoder_layers(model)):
@@ -154,16 +156,16 @@ def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | 
             experts = block.routed_width // width
         elif isinstance(block, SkippedLayer | Zeros):
             experts = 0
-        found[layer] = experts, bytes_of(module)
-    return found
+        sizes[layer] = experts, bytes_of(module)
+    return sizes
 
 
 def _outcome(layer: int, operations: Sequence[Operation]) -> str:
     words = []
     for operation in operations:
         if operation.layer == layer:
-            whole = isinstance(operation, Drop) and operation.part == "layer"
-            words.append(WORDS.get(operation.kind) or ("removed whole" if whole else "without its MoE block"))
+            layer_goes = isinstance(operation, Drop) and operation.part == "layer"
+            words.append(WORDS.get(operation.kind) or ("removed whole" if layer_goes else "without its MoE block"))
     return ", ".join(words)
 
 
@@ -172,8 +174,8 @@ def _ranks(layer: int, operations: Sequence[Operation]) -> tuple[int, int] | Non
         rank
         for operation in operations
         if isinstance(operation, Factorize) and operation.layer == layer
-        for each in operation.ranks.values()
-        for rank in each
+        for ranks_of_experts in operation.ranks.values()
+        for rank in ranks_of_experts
         if rank is not None
     ]
     return (min(ranks), max(ranks)) if ranks else None

@@ -27,7 +27,7 @@ from pathlib import Path
 import hydra
 from omegaconf import OmegaConf
 from recondense import config as schema
-from recondense.command_line import JobFailed
+from recondense.run.exit_codes import JobFailed
 from recondense.files import write_aside
 
 @hydra.main(version_base="1.3", config_path=".", config_name="application")

@@ -215,7 +215,7 @@ def test_suggestions() -> None:
         ({"max_scratch_bytes": 1}, "max_scratch_bytes=1: must be at least 16MiB"),
         ({"max_scratch_bytes": "-1"}, "max_scratch_bytes='-1': '-1' is not a number of bytes"),
         (lora(rank=0), "recovery.lora.rank=0: must be at least 1."),
-        (lora(alpha=0), "recovery.lora.alpha=0: must be above 0; what adapters add is scaled by alpha / rank."),
+        (lora(alpha=0), "recovery.lora.alpha=0: must be above 0; the adapters' output is scaled by alpha / rank."),
         (lora(dropout=1.0), "recovery.lora.dropout=1.0: must be in [0, 1)."),
         (lora(dropout=-0.1, target="attention"), "recovery.lora.dropout=-0.1: must be in [0, 1)."),
         (

@@ -88,7 +88,7 @@ def test_data_with_a_source_stands_alone_and_without_changes_the_runs() -> None:
     [
         ([{"name": "a", "step": 3}], ["recovery.stages[0].step: there is no such setting", "recovery.stages[0].steps"]),
         ([{"name": "a", "steps": "x"}], ["recovery.stages[0].steps=x: expected a whole number"]),
-        ([{"name": "a", "control": True}], ["recovery.stages[0].control: is a setting of the whole recovery"]),
+        ([{"name": "a", "control": True}], ["recovery.stages[0].control: belongs to the recovery, not to a stage"]),
         ([{"name": "a", "steps": 1, "epochs": 2}], ["recovery.stages[0]: steps=1 and epochs=2 are both given"]),
         ([{"name": "a"}, {"name": "a"}], ["recovery.stages[1].name=a: another stage has that name"]),
         ([{"name": "a/b"}], ["recovery.stages[0].name=a/b: must be a word"]),

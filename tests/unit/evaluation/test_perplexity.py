@@ -21,6 +21,7 @@ from support.small import byte_tokenizer, small_model
 from torch import nn
 from transformers import Qwen2MoeForCausalLM
 
+from recondense.config.problems import render
 from recondense.data.stdlib import stdlib_corpora
 from recondense.errors import UserError
 from recondense.evaluation import lm_eval
@@ -277,7 +278,7 @@ def test_unknown_tasks_are_named_with_the_nearest_ones(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(lm_eval, "_all_tasks", lambda folders: Index())
     assert check_tasks(["piqa", *HELDOUT_TASKS]) == []
-    problems = check_tasks(["arc_chalenge", "piqa", "zzzz", "heldout_next_lines"])
+    problems = render(check_tasks(["arc_chalenge", "piqa", "zzzz", "heldout_next_lines"]))
     assert len(problems) == 3
     assert "no task 'arc_chalenge'; did you mean arc_challenge?" in problems[0]
     assert "'zzzz'" in problems[1] and "did you mean" not in problems[1]
