@@ -28,7 +28,6 @@ from recondense.export.export import export
 from recondense.export.layout import layer_shapes, layout
 from recondense.export.push import push_folder
 from recondense.files import write_aside
-from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from recondense import processes
 from recondense.config.schema import Config
 from recondense.files import write_aside
+from recondense.methods.step import Step
 from recondense.models import classes, families
 from recondense.models.quantized import quantization, stored_bytes
 from recondense.operations import Drop, Factorize
@@ -26,12 +27,12 @@ from recondense.run import run_folder
 from recondense.run.preflight import planned_config
 from recondense.run.refits import plan_refits
 from recondense.run.resolved import Run
-from recondense.run.sizes import LayerSize, OutliningStep, Sizes, compare
+from recondense.run.sizes import LayerSize, Sizes, compare
 
 GIB = 2**30
 
 
-def beside_published(model: PreTrainedModel, steps: Sequence[Any]) -> list[tuple[Result, Sizes]]:
+def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tuple[Result, Sizes]]:
     """The settings of this very model that the paper of a method publishes, each with its sizes; empty without any.
 
     Args:
@@ -126,7 +127,7 @@ def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
 
 
 def _notes(
-    steps: Sequence[OutliningStep],
+    steps: Sequence[Step],
     sizes: Sizes,
     quantized: dict[str, Any],
     dtype: torch.dtype,

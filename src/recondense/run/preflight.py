@@ -15,6 +15,7 @@ from recondense.config.checks import ADAPTER, HOLDS_ADAPTER, check_on_cpu
 from recondense.config.problems import Problem
 from recondense.config.schema import Config, EvaluationConfig, ModelConfig
 from recondense.errors import UserError
+from recondense.methods.step import Step
 from recondense.models import classes, families, parameters, quantized
 from recondense.models.model_files import history_of, model_file
 from recondense.models.published_configs import recorded_config
@@ -153,7 +154,7 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
         same_vocabulary(theirs, ours, path)
 
 
-def _check_low_rank(steps: Sequence[Any], facts: families.Facts) -> Iterator[Problem]:
+def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
     """A folder whose experts were factorized, given to a method that needs full ones."""
     if facts.factorized and any(step.needs_whole_experts for step in steps):
         layers = ", ".join(map(str, facts.factorized[:6])) + (", ..." if len(facts.factorized) > 6 else "")
@@ -180,7 +181,7 @@ def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
         yield Problem("", f"{error}.")
 
 
-def _check_budgets(steps: Sequence[Any], planned: PretrainedConfig) -> list[Problem]:
+def _check_budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[Problem]:
     """Sizes that no method reaches which takes only routed experts and routers away; a dropped layer is more."""
     ratios = [step.budget.memory_ratio for step in steps if step.budget.memory_ratio]
     if not ratios or any(step.removes_layers for step in steps):

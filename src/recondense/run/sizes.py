@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from recondense.methods.step import Step
 from recondense.models import decoder, families, views
 from recondense.models.blocks import CondensedMoE, SkippedLayer, Zeros
 from recondense.models.parameters import routed_parameters, total_parameters, weights_bytes
@@ -19,15 +19,6 @@ from recondense.plan import Plan
 from recondense.surgery import apply
 
 WORDS = {"condense": "condensed", "prune": "pruned", "factorize": "factorized", "merge": "merged"}
-
-
-class OutliningStep(Protocol):
-    """A step of a method, as far as sizes go."""
-
-    @property
-    def left_open(self) -> str: ...
-
-    def outline(self, model: PreTrainedModel) -> Sequence[Operation]: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ class Sizes:
     layers: Mapping[int, LayerSize]
 
 
-def compare(model: PreTrainedModel, steps: Sequence[OutliningStep], bytes_of: BytesOf = weights_bytes) -> Sizes:
+def compare(model: PreTrainedModel, steps: Sequence[Step], bytes_of: BytesOf = weights_bytes) -> Sizes:
     """Compute a model's sizes before and after a method. The model is left as it was.
 
     Args:
@@ -114,7 +105,7 @@ def compare(model: PreTrainedModel, steps: Sequence[OutliningStep], bytes_of: By
 
 
 @contextmanager
-def outlined(model: PreTrainedModel, steps: Sequence[OutliningStep]) -> Iterator[list[Operation]]:
+def outlined(model: PreTrainedModel, steps: Sequence[Step]) -> Iterator[list[Operation]]:
     """Inside, the model has the shapes of the compressed model, as an export has them."""
     operations: list[Operation] = []
     originals: dict[int, nn.Module] = {}
