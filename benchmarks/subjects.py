@@ -67,10 +67,10 @@ def load(folder: Path | None, **settings: Any) -> tuple[PreTrainedModel, PreTrai
     """
     transformers_logging.disable_progress_bar()
     if folder is not None:
-        return loading.load(ModelConfig(path=str(folder), **settings), folder)
+        return loading.load(folder, ModelConfig(path=str(folder), **settings))
     config = default_config()
     path = tiny.ensure(config.model, Path(config.cache_dir), config.trainer)
-    return loading.load(ModelConfig(path=str(path), **settings), path)
+    return loading.load(path, ModelConfig(path=str(path), **settings))
 
 
 def standard_library(tokenizer: PreTrainedTokenizerBase, num_texts: int, num_tokens: int) -> CalibrationSet:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:  # Hydra imports this package for every command, and Lightning
     from lightning.pytorch.callbacks import Callback
 
 
-def of_run(config: Config) -> Callable[..., list[Callback]]:
-    """What `pipeline.run` asks for the callbacks of each fit.
+def callback_maker(config: Config) -> Callable[..., list[Callback]]:
+    """Give `pipeline.run` the function that makes the callbacks of each fit.
 
-    The pipeline itself measures the finished stages, in the model's own dtype; the callbacks follow the training.
+    The pipeline itself measures the result stages, in the model's own dtype; the callbacks follow the training.
     """
 
     def make(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> list[Callback]:

@@ -84,7 +84,7 @@ class GracefulStop(L.Callback):
             return
         path = _save(trainer)
         if trainer.is_global_zero:
-            saved = f"{path} is saved, and the same command goes on from there" if path else "no checkpoint is kept"
+            saved = f"{path} is saved, and the same command resumes there" if path else "no checkpoint is kept"
             name = signal.Signals(asked).name
             print(
                 f"recondense: stopped by {name} after step {trainer.global_step}; {saved}", file=sys.stderr, flush=True

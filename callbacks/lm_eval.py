@@ -20,9 +20,9 @@ class LmEval(L.Callback):
     """Evaluate `pl_module.model` with `pl_module.tokenizer`, and log `<stage>/<task>/<metric>`.
 
     The results are also kept in `pl_module.task_results`, by optimiser step. Training does not notice: the random
-    states, and the mode of every submodule, are put back. Every process evaluates where the model is spread over them
-    all, the first alone where it has a whole one; that one logs. Results so far are part of the checkpoint, and an
-    evaluated step is not evaluated again.
+    states, and the mode of every submodule, are put back. Every process evaluates a sharded model; the first alone
+    evaluates an unsharded one. The first logs. Results so far are part of the checkpoint, and an evaluated step is not
+    evaluated again.
 
     Args:
         tasks: names of lm-eval tasks; none switches the callback off.
@@ -94,7 +94,9 @@ class LmEval(L.Callback):
         self._results[step] = results
         _kept_results(pl_module)[step] = results
         stage = getattr(pl_module, "stage", "recovery")
-        metrics = {f"{stage}/{task}/{name}": value for task, found in results.items() for name, value in found.items()}
+        metrics = {
+            f"{stage}/{task}/{name}": value for task, scores in results.items() for name, value in scores.items()
+        }
         for logger in trainer.loggers:  # does nothing on other ranks than the first
             logger.log_metrics(metrics, step=step)
 

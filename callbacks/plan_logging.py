@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from recondense.models import families
 from recondense.report import tracking
-from recondense.report.structure_picture import picture_of
+from recondense.report.plan_picture import draw_plan
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 class PlanLogging(L.Callback):
     """Log `pl_module.plan` once, as a table and as a picture; at the end, the folder of the export.
 
-    For a Trainer of one's own: `recondense.pipeline` logs the plan itself, also when nothing is trained.
+    For a Trainer of one's own: `recondense.run.pipeline` logs the plan itself, also when nothing is trained.
     Without a plan, or with one that changes nothing, nothing is written.
 
     Args:
@@ -40,7 +40,7 @@ class PlanLogging(L.Callback):
         self._logged = True
         facts = families.facts(cast(Any, pl_module).model.config)
         path = Path(self.folder or trainer.default_root_dir) / "plan.png"
-        picture = picture_of(plan.to_dict(), facts.num_experts, facts.moe_layers, path)
+        picture = draw_plan(plan.to_dict(), facts.num_experts, facts.moe_layers, path)
         tracking.log_plan(trainer.loggers, plan.to_dict(), picture)
 
     @rank_zero_only

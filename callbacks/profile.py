@@ -119,11 +119,13 @@ class ProfileMemoryAndSpeed(L.Callback):
         variants[name] = lambda: nullcontext(model)
         # Libraries may draw numbers when they run for the first time: the training that follows must not notice.
         with isolate_rng(), trainer.precision_plugin.forward_context():
-            found = profile_variants(
+            profiles = profile_variants(
                 variants, vocab_size=model.config.vocab_size, device=pl_module.device, **self._settings
             )
-        self.profiles[moment] = found
-        values = {f"profile/{name}/{key}": value for name, one in found.items() for key, value in one.to_dict().items()}
+        self.profiles[moment] = profiles
+        values = {
+            f"profile/{name}/{key}": value for name, one in profiles.items() for key, value in one.to_dict().items()
+        }
         _log(trainer, values)
 
 

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class TrainingProgress(L.Callback):
     """Show optimiser steps and what the module logs with `prog_bar=True`. For `Trainer(enable_progress_bar=False)`.
 
-    It shares the display of recondense's other stages, which a bar of Lightning's would write across.
+    It shares the display of recondense's other progress bars, which a bar of Lightning's would write across.
 
     Args:
         description: what is trained, for example "recover".
@@ -28,7 +28,7 @@ class TrainingProgress(L.Callback):
         self.description = description
         self.lines = lines
         self._stack = ExitStack()
-        self._stage: Stage | None = None
+        self._bar: Stage | None = None
         self._step = 0
         self._line = 1
 
@@ -37,34 +37,34 @@ class TrainingProgress(L.Callback):
         self._line = max(1, total // self.lines)
         self._step = trainer.global_step
         if trainer.is_global_zero:
-            self._stage = self._stack.enter_context(progress(self.description, total))
-            self._stage.update(self._step)
+            self._bar = self._stack.enter_context(progress(self.description, total))
+            self._bar.update(self._step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self._stage is None or step == self._step:
+        if self._bar is None or step == self._step:
             return
         self._step = step
-        self._stage.update(step)
-        if self._stage.shown:
-            self._stage.note(_metrics(trainer))
+        self._bar.update(step)
+        if self._bar.shown:
+            self._bar.note(_metrics(trainer))
         elif step % self._line == 0:
-            log.info("%s: step %d of %d, %s", self.description, step, self._stage.total, _metrics(trainer))
+            log.info("%s: step %d of %d, %s", self.description, step, self._bar.total, _metrics(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._stage is not None:
-            # The stage has to learn that it was cut short, or it would report that it is done.
+        if self._bar is not None:
+            # The bar has to learn that it was cut short, or it would report that it is done.
             self._stack.__exit__(type(exception), exception, exception.__traceback__)
-            self._stage = None
+            self._bar = None
 
     def _close(self) -> None:
         self._stack.close()
-        self._stage = None
+        self._bar = None
 
 
 def _metrics(trainer: L.Trainer) -> str:

@@ -37,8 +37,8 @@ class SweepComparison(Callback):
     The files grow with every job that ends; the table is printed at the end, and after a failure. Of the settings only
     those are shown in which the runs differ. A run without a summary is listed with what happened.
 
-    A job that failed by what the user can mend counts as one that returned None: the sweep goes on, its messages are
-    written when it fails and once more at the end, and the process ends with exit code 2.
+    A job that failed by what the user can mend counts as one that returned None: the sweep continues, its messages
+    are written when it fails and once more at the end, and the process ends with exit code 2.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -72,12 +72,14 @@ class SweepComparison(Callback):
         shutil.rmtree(_folder(config) / RECORDS, ignore_errors=True)
         messages = [
             f"{', '.join(f'{key}={value}' for key, value in settings.items())}: {problem}"
-            for record, settings in zip(records, swept_settings([one["overrides"] for one in records]), strict=True)
+            for record, settings in zip(
+                records, swept_settings([record["overrides"] for record in records]), strict=True
+            )
             for problem in record["problems"]
         ]
         if messages:
             refuse(messages)
-        if any(record["status"] != "done" for record in records):  # a sweeper that goes on after a crash: Optuna's
+        if any(record["status"] != "done" for record in records):  # a sweeper that continues after a crash: Optuna's
             sys.exit(1)
 
 
@@ -140,15 +142,15 @@ def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 def swept_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """The overrides in which jobs differ; all of them when there is no difference (a sweep of one job)."""
-    found = [dict(_split(override) for override in one) for one in overrides]
-    keys = list(dict.fromkeys(key for settings in found for key in settings))
-    differing = [key for key in keys if len({settings.get(key) for settings in found}) > 1] or keys
-    return [{key: settings[key] for key in differing if key in settings} for settings in found]
+    jobs = [dict(_split(override) for override in job) for job in overrides]
+    keys = list(dict.fromkeys(key for settings in jobs for key in settings))
+    differing = [key for key in keys if len({settings.get(key) for settings in jobs}) > 1] or keys
+    return [{key: settings[key] for key in differing if key in settings} for settings in jobs]
 
 
 def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write the three files; the picture only when some run has a size and a perplexity."""
-    from recondense.report.sweep_picture import comparison_picture, sweep_picture
+    from recondense.report.sweep_picture import draw_comparison, draw_sweep  # late: it imports Matplotlib
 
     write_aside(folder / "comparison.json", json.dumps(list(rows), indent=1) + "\n")
     flat = [{**row["settings"], **{key: value for key, value in row.items() if key != "settings"}} for row in rows]
@@ -161,9 +163,9 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     if _seeded(rows):
         entries = by_seed(rows)
         write_aside(folder / "comparison.md", comparison_markdown(entries))
-        if comparison_picture(entries, folder / "comparison.png") is not None:
+        if draw_comparison(entries, folder / "comparison.png") is not None:
             return
-    sweep_picture(rows, folder / "comparison.png")
+    draw_sweep(rows, folder / "comparison.png")
 
 
 def _seeded(rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from recondense.report.plan_picture import plan_picture
-from recondense.report.sweep_picture import comparison_picture
+from recondense.report.plan_picture import draw_searches
+from recondense.report.sweep_picture import draw_comparison
 
 HERE = Path(__file__).resolve().parent
 
@@ -28,9 +28,9 @@ def draw(folder: Path) -> list[Path]:
         the files.
     """
     plan, entries = (json.loads((HERE / name).read_text(encoding="utf-8")) for name in ("plan.json", "comparison.json"))
-    comparison = comparison_picture(entries, folder / "comparison.svg")
+    comparison = draw_comparison(entries, folder / "comparison.svg")
     assert comparison is not None
-    return [plan_picture(plan, folder / "plan.svg"), comparison]
+    return [draw_searches(plan, folder / "plan.svg"), comparison]
 
 
 if __name__ == "__main__":

@@ -1,3 +1,115 @@
-"""recondense: condense a Mixture-of-Experts language model, then recover what was lost."""
+"""recondense: condense a Mixture-of-Experts language model, then recover what was lost.
+
+    import recondense as rc
+
+    model, tokenizer = rc.load("Qwen/Qwen1.5-MoE-A2.7B")                  # hub id or local folder
+    tape = rc.calibrate(model, tokenizer, texts)                          # 100 texts of 256 tokens
+    plan = rc.search(tape, rc.CDMoE(num_experts=4, num_layers=9))         # or a list of steps
+    student = rc.apply(model, plan, tape)                                 # student.original() is the uncompressed model
+    rc.recover(student, tokenizer, train_texts, objective="distill", steps=200)
+    print(rc.evaluate(student, tokenizer, validation_texts))              # loss, perplexity, KL to the original
+    rc.export(student, tokenizer, "condensed")                            # rc.load("condensed") reads it back
+
+Names are imported when they are first used: importing the package takes no seconds.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recondense.calibration.record import calibrate
+    from recondense.calibration.tape import Tape
+    from recondense.errors import UserError
+    from recondense.evaluation.perplexity import evaluate
+    from recondense.export.student import export
+    from recondense.methods.cdmoe import CDMoE
+    from recondense.methods.combined import Combined
+    from recondense.methods.decompose import Decompose
+    from recondense.methods.dropping import Dropping
+    from recondense.methods.merging import Merging
+    from recondense.methods.moei2 import InterExpertPruning
+    from recondense.methods.naee import NAEE
+    from recondense.methods.saliency import SaliencyPruning
+    from recondense.models.loading import load
+    from recondense.plan import Plan
+    from recondense.recovery.recover import recover
+    from recondense.report.comparison import compare
+    from recondense.run.outline import plan_only
+    from recondense.run.search import search
+    from recondense.surgery.student import Student, apply
 
 __version__ = "0.1.0"
+
+# The module of each public name, verbs first, in the order of the way of the data.
+_MODULES = {
+    "load": "models.loading",
+    "calibrate": "calibration.record",
+    "search": "run.search",
+    "apply": "surgery.student",
+    "recover": "recovery.recover",
+    "evaluate": "evaluation.perplexity",
+    "export": "export.student",
+    "plan_only": "run.outline",
+    "compare": "report.comparison",
+    "Plan": "plan",
+    "CDMoE": "methods.cdmoe",
+    "InterExpertPruning": "methods.moei2",
+    "Decompose": "methods.decompose",
+    "Combined": "methods.combined",
+    "SaliencyPruning": "methods.saliency",
+    "NAEE": "methods.naee",
+    "Dropping": "methods.dropping",
+    "Merging": "methods.merging",
+    "Student": "surgery.student",
+    "Tape": "calibration.tape",
+    "UserError": "errors",
+}
+__all__ = [
+    "NAEE",
+    "CDMoE",
+    "Combined",
+    "Decompose",
+    "Dropping",
+    "InterExpertPruning",
+    "Merging",
+    "Plan",
+    "SaliencyPruning",
+    "Student",
+    "Tape",
+    "UserError",
+    "apply",
+    "calibrate",
+    "compare",
+    "evaluate",
+    "export",
+    "load",
+    "plan_only",
+    "recover",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+class _Package(ModuleType):
+    """Keeps `recondense.export` the verb: importing the folder of that name would put the folder in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -62,7 +62,7 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
     kinds = {layer: shape for layer, shape in _config(out / "third" / "model")["compressed_layers"].items()}
     assert sorted("ranks" if "ranks" in shape else shape["kind"] for shape in kinds.values())[0] == "condensed"
     assert any("ranks" in shape for shape in kinds.values())
-    model, _ = loading.load(ModelConfig(attention="eager"), out / "third" / "model")
+    model, _ = loading.load(out / "third" / "model", ModelConfig(attention="eager"))
     assert families.facts(model.config).factorized == tuple(views.sparse_blocks(model))
     ids = torch.arange(1, 41).reshape(2, 20)
     assert torch.isfinite(logits(model, ids)).all()

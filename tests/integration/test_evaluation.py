@@ -23,8 +23,8 @@ from recondense.methods.search.budget import Budget
 from recondense.recovery.module import RecoveryModule
 from recondense.report import published
 from recondense.report.published import CDMOE, DEEPSEEK, PAPER_TASKS, model_named
-from recondense.run import pipeline
-from recondense.run.measure import Measure
+from recondense.run import measure, pipeline
+from recondense.run.measure import Evaluator
 
 Command = Callable[..., tuple[int, str]]
 LmEval = Callable[[Path, list[str], Path, Path], dict[str, dict[str, float]]]
@@ -211,22 +211,22 @@ def test_every_stage_is_measured_with_the_same_experts(
     """Also after a training in mixed precision, which computes fused experts another way."""
     seen: dict[str, set[str]] = {}
     trained: set[str] = set()
-    quality, profiles, step = Measure._quality, Measure._profiles, RecoveryModule.training_step
+    evaluate, profile, step = Evaluator._evaluate, measure.profile, RecoveryModule.training_step
 
-    def watched_quality(self: Measure, name: str, *rest: Any) -> Any:
-        seen.setdefault(name, set()).add(self.model.config._experts_implementation)
-        return quality(self, name, *rest)
+    def watched_evaluate(self: Evaluator, model: Any, name: str, *rest: Any) -> Any:
+        seen.setdefault(name, set()).add(model.config._experts_implementation)
+        return evaluate(self, model, name, *rest)
 
-    def watched_profiles(self: Measure, name: str, *rest: Any) -> Any:
-        seen.setdefault(name, set()).add(self.model.config._experts_implementation)
-        return profiles(self, name, *rest)
+    def watched_profile(model: Any, name: str, *rest: Any) -> Any:
+        seen.setdefault(name, set()).add(model.config._experts_implementation)
+        return profile(model, name, *rest)
 
     def watched_step(self: RecoveryModule, batch: Any, index: int) -> Any:
         trained.add(self.model.config._experts_implementation)
         return step(self, batch, index)
 
-    monkeypatch.setattr(Measure, "_quality", watched_quality)
-    monkeypatch.setattr(Measure, "_profiles", watched_profiles)
+    monkeypatch.setattr(Evaluator, "_evaluate", watched_evaluate)
+    monkeypatch.setattr(measure, "profile", watched_profile)
     monkeypatch.setattr(RecoveryModule, "training_step", watched_step)
     settings = config(base / "model", text_files(base / "texts"), tmp_path, steps=2, control=True)
     settings = replace(settings, model=replace(settings.model, dtype=dtype))

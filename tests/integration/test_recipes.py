@@ -255,7 +255,7 @@ def test_a_recipe_runs_to_its_export(finished: tuple[str, Config, Path, dict[str
     if paper_of(name) == "cdmoe":
         kept = config.method["num_experts"]
         assert [len(each.experts) for each in plan.operations if each.kind == "condense"] == [kept, kept]
-    model, tokenizer = loading.load(ModelConfig(path=str(folder / "model")), folder / "model")
+    model, tokenizer = loading.load(folder / "model", ModelConfig(path=str(folder / "model")))
     assert model.num_parameters() == found["parameters"]["total"]["compressed"]
     with torch.no_grad():
         assert torch.isfinite(model(**tokenizer("Is 3 odd?", return_tensors="pt")).logits).all()

@@ -44,7 +44,7 @@ def test_killed_run_ends_like_an_undisturbed_one(start: Start, base: Path, phase
     assert not (output / "run" / "model").exists(), "a half-written export under its final name"
     resumed = start(base, "never", output)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on in" in resumed.stderr
+    assert "resuming in" in resumed.stderr
     mine, theirs = output / "run", base / "undisturbed" / "run"
     plans = [json.loads((folder / "plan.json").read_text()) for folder in (mine, theirs)]
     assert plans[0]["operations"] == plans[1]["operations"]

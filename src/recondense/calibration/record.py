@@ -1,8 +1,8 @@
-"""The calibration of a run: tapes the model on its calibration set, as its settings say."""
+"""CALIBRATE: tape a model on calibration texts; those of a run, as its settings say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -20,6 +20,51 @@ from recondense.models.tensor_store import Disk, Memory, Storage
 from recondense.progress import progress
 
 Timed = Callable[[str], AbstractContextManager[None]]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    num_samples: int = 100,
+    max_length: int = 256,
+    *,
+    storage: Storage | None = None,
+    split: bool = False,
+) -> Tape:
+    """Tape a model on calibration texts: the hidden states (B, S, D) that enter each decoder layer.
+
+    Args:
+        model: a causal LM; left bit-identical.
+        tokenizer: of the model.
+        texts: documents; the first `num_samples` of them count.
+        num_samples: how many texts.
+        max_length: tokens at which a text is cut.
+        storage: where the states go; None: memory.
+        split: the processes of a run share the texts; all must call this.
+
+    Returns:
+        The tape, from which a search reruns anything above a layer without the layers below.
+
+    Raises:
+        UserError: fewer texts than `num_samples`, a text without a token, or a hidden state that is not finite.
+
+    Example:
+        >>> model, tokenizer = rc.load(folder)
+        >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
+        >>> tape.num_layers == model.config.num_hidden_layers
+        True
+    """
+    batches = list(calibration_set(texts, tokenizer, num_samples, max_length).blocks(TEXTS_PER_BLOCK))
+    with progress("calibrating", len(decoder.decoder_layers(model))) as bar:
+        return Tape.record(model, batches, bar.advance, storage, split)
+
+
+def retape(tape: Tape) -> Tape:
+    """Tape the same texts, in memory, with the model as it is now."""
+    batches = [(batch.input_ids_BS, batch.mask_BS) for batch in tape.texts.all]
+    with progress("calibrating", tape.num_layers) as bar:
+        return Tape.record(tape.model, batches, bar.advance)
 
 
 def recorder(
@@ -40,9 +85,17 @@ def recorder(
     """
 
     def record() -> Tape:
-        batches = list(calibration(config, tokenizer, texts).blocks(TEXTS_PER_BLOCK))
-        with timed("calibrate"), progress("calibrating", len(decoder.decoder_layers(model))) as bar:
-            return Tape.record(model, batches, bar.advance, _storage(config, model, folder), split)
+        settings, documents = config.data.calibration, texts.documents("calibration", tokenizer) or []
+        with timed("calibrate"):
+            return calibrate(
+                model,
+                tokenizer,
+                documents,
+                settings.num_samples,
+                settings.max_length,
+                storage=_storage(config, model, folder),
+                split=split,
+            )
 
     return record
 

@@ -199,7 +199,12 @@ class EvaluationConfig:
     at_end: Switch = True
     include_path: LocalPath | None = None
     heldout: HeldoutConfig | None = None
-    perplexity_windows: Count | None = None
+    perplexity_windows: FromZero | None = 0
+
+    @property
+    def reads_validation(self) -> bool:
+        """Whether the validation text is needed: for perplexity, or for tasks, some of which are made from it."""
+        return self.perplexity_windows != 0 or bool(self.tasks)
 
 
 @dataclass(frozen=True, config=FORBID)

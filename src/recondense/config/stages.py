@@ -132,6 +132,16 @@ def _resolve_data(config: Config, values: Any, name: str, where: str, problems: 
     return replace(data, calibration=CalibrationConfig() if "source" in values else config.data.calibration)
 
 
+def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
+    """The same settings for a model that is its own original: next-token training in place of distillation.
+
+    Distillation from another model stays.
+    """
+    if recovery.objective != "distill" or recovery.teacher == "model":
+        return recovery
+    return replace(recovery, objective="finetune")
+
+
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings over others, group by group."""
     merged = dict(base)
@@ -144,19 +154,3 @@ def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 def control_settings(recovery: RecoveryConfig) -> RecoveryConfig:
     """The same steps on the original, by next-token training: what training alone brings."""
     return replace(recovery, name="control", objective="finetune", trainable="experts", control=False)
-
-
-def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
-    """The same recovery of a model that is its own original: next-token training in place of distillation.
-
-    Another model stays the teacher.
-    """
-
-    def objective(stage: Mapping[str, Any]) -> Any:
-        objective, teacher = stage.get("objective", recovery.objective), stage.get("teacher", recovery.teacher)
-        return "finetune" if objective == "distill" and teacher != "model" else objective
-
-    stages = recovery.stages
-    if stages is not None:
-        stages = tuple({**stage, "objective": objective(stage)} for stage in stages)
-    return replace(recovery, objective=objective({}), stages=stages)

@@ -38,10 +38,10 @@ class Texts:
 
     @classmethod
     def read(cls, config: Config, stages: Sequence[Stage], calibrates: bool) -> Texts:
-        """Read the splits that this run needs. Nothing is tokenised, so that this can be done before weights load.
+        """Read the splits that a run needs. Nothing is tokenised, so that this can be done before weights load.
 
         Args:
-            stages: of the recovery.
+            stages: of the recovery; those without an objective read nothing.
             calibrates: whether the run needs its calibration set.
 
         Raises:
@@ -50,7 +50,7 @@ class Texts:
         stages = [stage for stage in stages if stage.recovery.objective != "none"]
         shared = [stage for stage in stages if not stage.own_texts]
         validates = any(stage.recovery.validate_every for stage in shared)
-        splits = ["validation"] if config.evaluation.name != "none" or validates else []
+        splits = ["validation"] if config.evaluation.reads_validation or validates else []
         splits += ["calibration"] if calibrates else []
         splits += ["train"] if shared else []
         stage_corpora = {stage.name: _read_stage(stage) for stage in stages if stage.own_texts}

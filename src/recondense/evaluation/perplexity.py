@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recondense.data.windows import pack
 from recondense.errors import UserError
 from recondense.models import decoder, forward
 from recondense.models.decoder import Head
@@ -23,9 +24,43 @@ from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Shelf
 from recondense.progress import Stage, progress
 from recondense.recovery.chunked_losses import chunks
+from recondense.surgery.student import Student
 
 CHUNK_ELEMENTS = 2**22  # logits that are computed at a time: 16 MiB in fp32
 FAR = 60.0  # nats; a logit that differs by more is too large for exp in fp32
+
+
+def evaluate(
+    student: Student | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    sequence_length: int = 256,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Measure a student, or any causal LM, on texts.
+
+    Args:
+        student: from `apply` or `recover`. A model has no original to be compared with.
+        tokenizer: of the model.
+        texts: documents; they are packed into windows of `sequence_length` tokens.
+        sequence_length: tokens of a window.
+        batch_size: windows of a forward pass.
+
+    Returns:
+        loss (nats per token), perplexity, and of a student kl_to_original (nats per token).
+
+    Raises:
+        UserError: fewer tokens than one window has, or a loss that is not finite.
+
+    Example:
+        >>> model, tokenizer = rc.load(folder)
+        >>> sorted(rc.evaluate(model, tokenizer, texts, sequence_length=32))
+        ['loss', 'perplexity']
+    """
+    windows_NS = pack(texts, tokenizer, sequence_length)
+    if isinstance(student, PreTrainedModel):
+        return perplexity(student, windows_NS, batch_size)
+    return perplexity(student.model, windows_NS, batch_size, student.original)
 
 
 def perplexity(

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import (
 
 from recondense import processes
 from recondense.config.checks import ADAPTER, HOLDS_ADAPTER
-from recondense.config.schema import ModelConfig
+from recondense.config.schema import ModelConfig, from_dict
 from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import classes, decoder, headers, quantized, shard_reader
@@ -43,20 +44,48 @@ IRRELEVANT = ("_name_or_path", "architectures", "transformers_version")  # of a 
 
 
 def load(
-    settings: ModelConfig, path: str | Path, offload_folder: Path | None = None
+    path: str | Path, settings: ModelConfig | None = None, offload_folder: Path | None = None, **changes: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer; weights stored in MXFP4 or FP8 are dequantised.
+    """Load a causal LM and its tokenizer; weights stored in MXFP4 or FP8 are dequantised.
 
     Args:
-        settings: dtype, device, attention and experts implementation.
         path: hub id or folder.
+        settings: dtype, device, attention and experts implementation, and so on. None: those of conf/model.
         offload_folder: stream the model: a decoder layer is read when it is used, and the blocks that surgery makes
             are offloaded to this folder. None: load the whole model.
+        changes: other values for settings, by name: revision, tokenizer, dtype, device, attention, experts,
+            trust_remote_code.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: weights that are missing, not those of the config, or not safetensors; a folder with an adapter.
-        UserError: a hub id that is not in the cache while the hub cannot be reached.
+        UserError: a setting that does not exist; weights that are missing, not those of the config, or not
+            safetensors; a folder with an adapter; a hub id that is not in the cache while the hub cannot be reached.
+
+    Example:
+        >>> model, tokenizer = rc.load(folder, dtype="bfloat16")
+        >>> model.dtype
+        torch.bfloat16
     """
+    settings = settings or ModelConfig()
+    if changes:
+        settings = from_dict({"model": {**asdict(settings), **changes}}).model
+    model, tokenizer = _load_both(path, settings, offload_folder)
+    # auto never takes batched_mm, which is some 60 times slower on a CPU
+    model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
+    decoder.without_router_loss(model)
+    if offload_folder is None:
+        model.to(device_of(settings))
+    for parameter in model.parameters():
+        parameter.data = shard_reader.align(parameter.data)
+    return model.eval(), tokenizer
+
+
+def _load_both(
+    path: str | Path, settings: ModelConfig, offload_folder: Path | None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model as `_load_model` gives it, and the tokenizer; what is wrong with the files is a UserError."""
     if model_file(path, ADAPTER, settings.revision) is not None:
         raise UserError(f"model.path={path}: {HOLDS_ADAPTER}")
     try:
@@ -77,15 +106,7 @@ def load(
         ) from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers made one up
         raise UserError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder that has one")
-    device = device_of(settings)
-    # auto never takes batched_mm, which is some 60 times slower on a CPU
-    model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
-    decoder.without_router_loss(model)
-    if offload_folder is None:
-        model.to(device)
-    for parameter in model.parameters():
-        parameter.data = shard_reader.align(parameter.data)
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | None) -> Any:

@@ -51,23 +51,23 @@ def task_means(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         tasks: metrics of each task, as `tasks.run_tasks` gives them.
     """
     scores = {name: metrics.get("acc_norm", metrics.get("acc")) for name, metrics in tasks.items()}
-    found = {}
+    means = {}
     for paper, names in PAPER_TASKS.items():
-        own = [score for name in names if (score := scores.get(name)) is not None]
-        if len(own) == len(names):
-            found[paper] = sum(own) / len(own)
-    return found
+        known = [score for name in names if (score := scores.get(name)) is not None]
+        if len(known) == len(names):
+            means[paper] = sum(known) / len(known)
+    return means
 
 
 def recognise(model_type: str, hidden_size: int, num_layers: int, num_experts: int, compressed: bool) -> Model | None:
-    """The published model that a config is, or was before it was compressed.
+    """Find the published model that a config is, or was before it was compressed.
 
     Args:
         compressed: the folder has a plan: it may have lost experts and layers, but no more than there were.
     """
-    found = published_model(model_type, hidden_size, num_layers, num_experts)
-    if found is not None or not compressed:
-        return found
+    exact = published_model(model_type, hidden_size, num_layers, num_experts)
+    if exact is not None or not compressed:
+        return exact
     for model in MODELS:
         same = (model_type, hidden_size) == (model.model_type, model.hidden_size)
         if same and num_layers <= model.num_layers and num_experts <= model.num_experts:
@@ -76,7 +76,7 @@ def recognise(model_type: str, hidden_size: int, num_layers: int, num_experts: i
 
 
 def setting_of(operations: Mapping[str, Mapping[str, float]], removed_expert_ratio: float) -> Setting:
-    """What a plan did.
+    """What a plan did, in the terms of a published row.
 
     Args:
         operations: `summary.operation_counts`.
@@ -92,12 +92,12 @@ def setting_of(operations: Mapping[str, Mapping[str, float]], removed_expert_rat
     if "prune" in kinds and kinds <= {"prune", "factorize"}:
         return Setting("moei2", removed_expert_ratio=removed_expert_ratio)
     if len(kinds) == 1 and (method := KINDS.get(kinds.pop())) is not None:
-        [counts] = (own for name, own in operations.items() if name != "refit")
+        [counts] = (counts for name, counts in operations.items() if name != "refit")
         return Setting(method, int(counts["layers"]))
     return Setting(None)
 
 
-def rows_beside(model: Model, paper: str, setting: Setting) -> list[Result]:
+def nearest_rows(model: Model, paper: str, setting: Setting) -> list[Result]:
     """The original's row, and those of the same setting, before and after fine-tuning, or else of the nearest one."""
     rows = list(find(model.name, paper=paper, method="original"))
     if setting.method in (None, "original"):
@@ -130,18 +130,18 @@ def _distance(row: Result, setting: Setting) -> tuple[float, float, float]:
     )
 
 
-def beside(model: Model | None, setting: Setting, papers: list[str], differs: list[str]) -> dict[str, Any]:
-    """What `summary.json` keeps of the published rows: JSON values, by paper; `rows` is empty for an unknown model.
+def published_rows(model: Model | None, setting: Setting, papers: list[str], differs: list[str]) -> dict[str, Any]:
+    """The published rows that `summary.json` keeps, as JSON values; `rows` is empty for an unknown model.
 
     Args:
         papers: whose means the run has.
         differs: settings of the evaluation that no paper has, as texts.
     """
-    found: dict[str, Any] = {"model": model.name} if model is not None else {}
+    published: dict[str, Any] = {"model": model.name} if model is not None else {}
     if differs:
-        found["differs"] = differs
-    rows = [(row, row.setting) for paper in papers if model is not None for row in rows_beside(model, paper, setting)]
-    found["rows"] = [
+        published["differs"] = differs
+    rows = [(row, row.setting) for paper in papers if model is not None for row in nearest_rows(model, paper, setting)]
+    published["rows"] = [
         {
             **{key: value for key, value in vars(row).items() if value not in (None, (), "", False)},
             **({"tasks": dict(row.tasks)} if row.tasks else {}),
@@ -150,7 +150,7 @@ def beside(model: Model | None, setting: Setting, papers: list[str], differs: li
         }
         for row, words in rows
     ]
-    return found
+    return published
 
 
 def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -162,7 +162,7 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
     Returns:
         title, headings and rows of texts; a figure that is not known is a dash, a column without any is left out.
     """
-    found = []
+    texts = []
     for paper, title in PAPER_TITLES.items():
         key, heading = RATIOS[paper]
         rows = []
@@ -170,7 +170,7 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
             if paper in stage.get("task_mean", {}):
                 earlier = summary.get("published", {}).get("earlier", False)
                 # The run's own ratio is to what it was given, which was compressed before.
-                ratio = None if earlier or name in ("original", "control") else _own_ratio(summary, key)
+                ratio = None if earlier or name in ("original", "control") else _ratio_of(summary, key)
                 mean = f"{100 * stage['task_mean'][paper]:.2f}"
                 called = "as given" if earlier and name == "original" else name
                 rows.append([f"this run: {called}", mean, _or_dash(ratio, "{:.4f}"), "-", ""])
@@ -185,12 +185,12 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
         headings = ["", "mean, %", heading, "speed", "source"]
         told = [index for index, cells in enumerate(zip(*rows, strict=True)) if not set(cells) <= {"-", ""}]
         shown = [[row[index] for index in told] for row in [headings, *rows]]
-        found.append((f"mean of the {len(PAPER_TASKS[paper])} tasks of {title}", shown[0], shown[1:]))
-    return found
+        texts.append((f"mean of the {len(PAPER_TASKS[paper])} tasks of {title}", shown[0], shown[1:]))
+    return texts
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What the published rows lack for a comparison, a line each."""
+    """Lines that say why the published rows cannot be compared, or that there are none."""
     published = summary.get("published")
     if published is None:
         return []
@@ -200,7 +200,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     return [f"published results: over all examples, zero-shot; this run has {differs}"] if differs else []
 
 
-def _own_ratio(summary: Mapping[str, Any], key: str) -> float | None:
+def _ratio_of(summary: Mapping[str, Any], key: str) -> float | None:
     """This run's figure of the kind that a paper's rows have."""
     ratios: Mapping[str, float] = summary.get("ratios", {})
     if key == "memory_ratio":

@@ -1,17 +1,22 @@
-"""Runs that differ by their seed alone, as one line: mean and standard deviation, as a table."""
+"""The runs of a sweep as a table; runs that differ by their seed alone are one line of mean and standard deviation."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from rich import box
 from rich.table import Table
 
-from recondense.report.tables import format_bytes, format_number
+from recondense.errors import UserError
+from recondense.report.tables import format_bytes, format_number, sweep_row
 
 BUDGET = "method.memory_ratio"
+PLACES = ("run_dir", "output_dir", "cache_dir", "overwrite")  # settings that say where, not what
 CONTROL = "none"  # the method without steps: what a recovery makes of it is the original trained further
 # Key of a row, title (broken at the line's end in a terminal), form.
 COLUMNS: dict[str, tuple[str, Any]] = {
@@ -39,6 +44,49 @@ STAGES = {
 }
 
 
+def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """The figures of finished runs side by side.
+
+    Args:
+        folders: of runs.
+
+    Returns:
+        A row a run, in the order of the folders: `run_folder`, `settings` (in which the runs differ, by dotted name),
+        `status`, and figures: perplexities, bytes, parameters, ratios and seconds. What was not measured is absent.
+        `tables.sweep_table` prints rows.
+
+    Raises:
+        UserError: a folder that holds no finished run.
+
+    Example:
+        >>> rows = rc.compare([first_run, second_run])
+        >>> [row["settings"] for row in rows]
+        [{'recovery.steps': '2'}, {'recovery.steps': '4'}]
+    """
+    rows, configs = [], []
+    for folder in map(Path, folders):
+        try:
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            configs.append(_flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: holds no finished run ({Path(error.filename).name} is missing)") from None
+        rows.append({"run_folder": str(folder), "settings": {}, "status": "done", **sweep_row(summary)})
+    for name in dict.fromkeys(name for config in configs for name in config):
+        values = [config.get(name) for config in configs]
+        if name not in PLACES and any(value != values[0] for value in values):
+            for row, value in zip(rows, values, strict=True):
+                row["settings"][name] = str(value)
+    return rows
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry for all runs that differ by `seed` alone.
 
@@ -57,7 +105,7 @@ def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in _distinct(rows):
         key = tuple((name, value) for name, value in row["settings"].items() if name != "seed")
         groups.setdefault(key, []).append(row)
-    found = []
+    entries = []
     for key, members in groups.items():
         entry: dict[str, Any] = {
             "settings": dict(key),
@@ -72,20 +120,20 @@ def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 entry[name] = max(values), None  # the others found its plan in the cache
             elif values:
                 entry[name] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-        found.append(entry)
-    return sorted(found, key=_order)
+        entries.append(entry)
+    return sorted(entries, key=_order)
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
     """Title and form of the figures that some row or entry has: `COLUMNS`, tasks, `SECONDS`."""
     names = dict.fromkeys(name for row in rows for name in row)
-    found = {name: column for name, column in COLUMNS.items() if name in names}
+    shown = {name: column for name, column in COLUMNS.items() if name in names}
     for task in _tasks(names):
         error = _sampling_error(rows, task)
         for stage in (stage for stage in STAGES if f"{stage}_{task}" in names):
             title = f"{_words(task)} {STAGES[stage][0]}".replace(" ", "\n")
-            found[f"{stage}_{task}"] = (title, (f"{{:.{3 if error < 0.01 else 2}f}}").format)
-    return found | {name: column for name, column in SECONDS.items() if name in names}
+            shown[f"{stage}_{task}"] = (title, (f"{{:.{3 if error < 0.01 else 2}f}}").format)
+    return shown | {name: column for name, column in SECONDS.items() if name in names}
 
 
 def _tasks(names: Iterable[str]) -> list[str]:
@@ -106,15 +154,15 @@ def _sampling_error(rows: Sequence[Mapping[str, Any]], task: str) -> float:
 
 def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Each run once; of the settings those in which its jobs agree."""
-    found: dict[Any, Mapping[str, Any]] = {}
+    runs: dict[Any, Mapping[str, Any]] = {}
     for number, row in enumerate(rows):
         key = row["run_folder"] if row["status"] == "done" and "run_folder" in row else number
-        if key in found:
-            shared = found[key]["settings"].items() & row["settings"].items()
+        if key in runs:
+            shared = runs[key]["settings"].items() & row["settings"].items()
             settings = {name: value for name, value in row["settings"].items() if (name, value) in shared}
-            row = {**found[key], "settings": settings}
-        found[key] = row
-    return list(found.values())
+            row = {**runs[key], "settings": settings}
+        runs[key] = row
+    return list(runs.values())
 
 
 def _order(entry: Mapping[str, Any]) -> tuple[float, float]:
@@ -276,5 +324,5 @@ def _mean(value: tuple[float, float | None] | None, form: Any) -> str:
 
 def common_level(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """The figure that all entries have in common; None where they differ or lack it."""
-    found = {round(entry[key][0], 9) for entry in entries if key in entry}
-    return found.pop() if len(found) == 1 else None
+    levels = {round(entry[key][0], 9) for entry in entries if key in entry}
+    return levels.pop() if len(levels) == 1 else None

@@ -1,4 +1,4 @@
-"""What all pictures share."""
+"""The canvas, the palette and the files of all pictures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+# Okabe and Ito's colours, which are told apart without colour vision. Marks differ in shape as well.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#444444")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
+DASHES = ("-", "--", ":")
+SCALE = "viridis"  # of numbers
 # What matplotlib writes into an SVG and nobody sees: comments, line breaks and indents, names, rotations by nothing.
-SVG_NEEDLESS = {
+NEEDLESS_SVG = {
     r"<!--.*?-->": "",
     r"\s*\n\s*(?=[^<\s])": " ",
     r"\s*\n\s*": "\n",
@@ -53,7 +59,7 @@ def _svg(figure: Figure) -> str:
     with rc_context({"svg.hashsalt": "recondense", "svg.fonttype": "none", "font.sans-serif": fonts}):
         figure.savefig(data, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = data.getvalue()
-    for pattern, replacement in SVG_NEEDLESS.items():
+    for pattern, replacement in NEEDLESS_SVG.items():
         text = re.sub(pattern, replacement, text)
     text = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.4g}", text)
     classes = {style: f"s{index}" for index, style in enumerate(dict.fromkeys(re.findall(r' style="([^"]*)"', text)))}

@@ -1,82 +1,97 @@
-"""What a run found, as pictures: a plan, and a sweep. Colours are told apart without colour vision."""
+"""Pictures of a plan: what becomes of every layer and expert."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recondense.errors import UserError
-from recondense.report.figures import save_figure, start_figure
+from recondense.report.figures import ORANGE, PURPLE, SCALE, SKY, save_figure, start_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
-# The colour bar of 50 colours or more would be an image inside of an SVG.
+# A colour bar of 50 colours or more would be an image inside of an SVG.
 HEAT_COLOURS = 48
-# Okabe and Ito's colours for lines; marks differ in shape as well.
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STAGE_MARKS = ("o", "s", "^", "D", "v", "P")
+MOST_NUMBERED = 24  # experts of a layer up to which each has its number on the axis
+HATCHES = {"dropped": "xxx", "removed": "///", "skipped": "---"}
+# By outcome of an expert: colour, words of the legend.
+OUTCOMES = {
+    "kept": ("#DDDDDD", "kept"),
+    "dense": (PURPLE, "kept dense in a factorized layer"),
+    "condensed": (ORANGE, "condensed: always active; number: order of selection"),
+    "dropped": ("white", "dropped"),
+    "removed": ("white", "feed-forward block removed"),
+    "skipped": ("white", "whole layer removed"),
+    "merged": (SKY, "merged; number: its group"),
+}
+Outcome = tuple[str, int | None]  # key of OUTCOMES or "factorized", and a number to write on the expert
 
 
-def plan_picture(plan: Mapping[str, Any], path: Path) -> Path:
-    """Draw a plan: which experts stay, how much the router used each, and what each greedy step brought.
+def draw_plan(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], path: Path) -> Path:
+    """Draw the picture that suits a plan: its searches if it only condenses, else the outcomes of its operations.
 
-    Left, in which order layers were chosen. Middle, layers by experts: colour is the mean routing weight over all
-    calibration tokens, numbers are the order in which kept experts were chosen. Right, the Jensen-Shannon divergence of
-    the layer's output after each step, on a logarithmic axis.
+    Args:
+        plan: `Plan.to_dict()`, with operations.
+        num_experts: routed experts of a layer of the uncompressed model.
+        layers: MoE layers of the uncompressed model.
+        path: the file; SVG by its name, else PNG.
+
+    Returns:
+        `path`.
+    """
+    kinds = {operation["kind"] for operation in plan["operations"]} - {"refit"}
+    return draw_searches(plan, path) if kinds == {"condense"} else draw_outcomes(plan, num_experts, layers, path)
+
+
+# ---------------------------------------------------------------------------------------------------- condensed layers
+
+
+def draw_searches(plan: Mapping[str, Any], path: Path) -> Path:
+    """Draw which experts stay, how much the router used each, and what each greedy step brought.
+
+    Left: the order in which layers were chosen. Middle: layers by experts. The colour is the mean routing weight over
+    all calibration tokens, the numbers are the order in which retained experts were chosen. Right: the Jensen-Shannon
+    divergence of the layer's output after each step, on a logarithmic axis.
 
     Args:
         plan: `Plan.to_dict()`; sections of its `search` that are missing are left blank.
-        path: the PNG file.
+        path: the file.
 
     Returns:
         `path`.
 
     Raises:
-        UserError: the plan changes nothing, so there is nothing to draw.
+        UserError: the plan condenses no layer, so there is nothing to draw.
     """
     operations = {op["layer"]: op for op in plan.get("operations", ()) if op.get("kind") == "condense"}
     if not operations:
         raise UserError("plan picture: the plan condenses no layer")
-    search = {int(layer): found for layer, found in plan.get("search", {}).get("expert_search", {}).items()}
+    search = {int(layer): record for layer, record in plan.get("search", {}).get("expert_search", {}).items()}
     layers = sorted({*operations, *search})
     weights = {layer: search[layer].get("mean_routing_weight", []) for layer in layers if layer in search}
     used = [expert for op in operations.values() for expert in op["experts"]]
     num_experts = max([*(len(row) for row in weights.values()), *(expert + 1 for expert in used), 1])
-
     curves = {layer: _divergences(search[layer]) for layer in layers if layer in search}
     curves = {layer: curve for layer, curve in curves.items() if any(value > 0 for value in curve.values())}
+
     cell = min(0.36, max(0.24, 9.0 / num_experts))
     widths = [max(3.4, cell * num_experts), 3.4 if curves else 0.01]
     heights = [max(1.0, cell * len(layers)), 0.1]
     figure = start_figure(sum(widths) + 1.2, sum(heights) + 1.9)
     grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=heights)
     axes = figure.add_subplot(grid[0, 0])
-    cells = _draw_experts(axes, layers, num_experts, weights, operations, 30 * cell)
+    cells = _draw_experts(axes, layers, num_experts, weights, operations, min(8.0, 30 * cell))
     if cells is not None:
         bar = figure.colorbar(cells, cax=figure.add_subplot(grid[1, 0]), orientation="horizontal")
         bar.set_label("mean routing weight over all calibration tokens (colours by square root)", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     if curves:
-        side = figure.add_subplot(grid[0, 1])
-        _draw_divergences(side, layers, curves)
-        below = figure.add_subplot(grid[1, 1])
-        below.axis("off")
-        below.legend(
-            *side.get_legend_handles_labels(),
-            title="routed experts kept beside the shared ones",
-            title_fontsize=8,
-            fontsize=7,
-            frameon=False,
-            loc="center",
-            ncols=9,
-            columnspacing=0.7,
-            handletextpad=0.0,
-        )
+        _draw_curves(figure, grid, layers, curves)
     name = plan.get("search", {}).get("method") or "plan"
     title = f"{name}: {len(operations)} of {len(layers)} MoE layers condensed"
     figure.suptitle(f"{title} ({plan['model']})" if plan.get("model") else title, fontsize=11)
@@ -95,61 +110,83 @@ def _draw_experts(
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
-    from matplotlib.patches import Rectangle
 
-    font_size = min(8.0, font_size)
-    picture = np.full((len(layers), num_experts), np.nan)
+    weights_LE = np.full((len(layers), num_experts), np.nan)
     for row, layer in enumerate(layers):
         values = weights.get(layer, [])
-        picture[row, : len(values)] = values
-    known = picture[np.isfinite(picture)]
+        weights_LE[row, : len(values)] = values
+    known = weights_LE[np.isfinite(weights_LE)]
     top = float(known.max()) if known.size and known.max() > 0 else 1.0
     # A few experts take most of the weight: on a linear scale all others would be one colour.
     edges = np.arange(num_experts + 1) - 0.5, np.arange(len(layers) + 1) - 0.5
     colours = colormaps["cividis"].resampled(HEAT_COLOURS)
-    cells = axes.pcolormesh(*edges, picture, cmap=colours, norm=PowerNorm(0.5, 0.0, top))
+    cells = axes.pcolormesh(*edges, weights_LE, cmap=colours, norm=PowerNorm(0.5, 0.0, top))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     for row, layer in enumerate(layers):
         for order, expert in enumerate(operations.get(layer, {}).get("experts", ()), start=1):
-            value = picture[row, expert]
-            colour = "white" if np.isfinite(value) and (value / top) ** 0.5 < 0.55 else "black"
-            box = (expert - 0.43, row - 0.43), 0.86, 0.86
-            axes.add_patch(Rectangle(*box, fill=False, edgecolor=colour, linewidth=1.2))
-            style: dict[str, Any] = {
-                "ha": "center",
-                "va": "center_baseline",
-                "fontsize": font_size,
-                "fontweight": "bold",
-            }
-            axes.text(expert, row, str(order), color=colour, **style)
-    axes.set_xticks(range(0, num_experts, 1 if num_experts <= 24 else 5))
+            weight = weights_LE[row, expert]
+            dark = bool(np.isfinite(weight)) and (weight / top) ** 0.5 < 0.55
+            _mark_retained(axes, expert, row, order, "white" if dark else "black", font_size)
+    _number_experts(axes, num_experts, font_size)
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=font_size)
+    _mark_order(axes, layers, list(operations), font_size)
+    return cells if known.size else None
+
+
+def _mark_retained(axes: Axes, expert: int, row: int, order: int, colour: str, font_size: float) -> None:
+    """A frame around a retained expert, with the place in the order of selection."""
+    from matplotlib.patches import Rectangle
+
+    box = (expert - 0.43, row - 0.43), 0.86, 0.86
+    axes.add_patch(Rectangle(*box, fill=False, edgecolor=colour, linewidth=1.2))
+    style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": font_size, "fontweight": "bold"}
+    axes.text(expert, row, str(order), color=colour, **style)
+
+
+def _number_experts(axes: Axes, num_experts: int, font_size: float) -> None:
+    axes.set_xticks(range(0, num_experts, 1 if num_experts <= MOST_NUMBERED else 5))
     axes.tick_params(axis="x", labelsize=font_size, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_xlabel("routed experts (numbered: kept, in the order of selection)", fontsize=9)
     axes.xaxis.set_label_position("top")
-    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=font_size)
+
+
+def _mark_order(axes: Axes, layers: Sequence[int], chosen: Sequence[int], font_size: float) -> None:
+    """On the left, the place of each layer in the order of selection."""
+    centred: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
     for text, offset in (("order", -33), ("layer", -10)):
-        place: dict[str, Any] = {
-            "xycoords": "axes fraction",
-            "textcoords": "offset points",
-            "ha": "center",
-            "va": "bottom",
-        }
-        axes.annotate(text, (0, 1), xytext=(offset, 3), fontsize=7, **place)
-    chosen = {layer: order for order, layer in enumerate(operations, start=1)}
+        axes.annotate(text, (0, 1), xytext=(offset, 3), xycoords="axes fraction", fontsize=7, va="bottom", **centred)
+    order = {layer: place for place, layer in enumerate(chosen, start=1)}
     for row, layer in enumerate(layers):
-        if layer in chosen:
+        if layer in order:
             axes.annotate(
-                str(chosen[layer]),
+                str(order[layer]),
                 (0, row),
-                xycoords=("axes fraction", "data"),
                 xytext=(-33, 0),
-                textcoords="offset points",
-                ha="center",
+                xycoords=("axes fraction", "data"),
                 va="center",
                 fontsize=font_size,
                 bbox={"boxstyle": "circle,pad=0.2", "facecolor": "#F3C8A5", "edgecolor": "none"},
+                **centred,
             )
-    return cells if known.size else None
+
+
+def _draw_curves(figure: Figure, grid: Any, layers: Sequence[int], curves: Mapping[int, Mapping[int, float]]) -> None:
+    """The divergences on the right, and below them what the marks are."""
+    side = figure.add_subplot(grid[0, 1])
+    _draw_divergences(side, layers, curves)
+    below = figure.add_subplot(grid[1, 1])
+    below.axis("off")
+    below.legend(
+        *side.get_legend_handles_labels(),
+        title="routed experts kept beside the shared ones",
+        title_fontsize=8,
+        fontsize=7,
+        frameon=False,
+        loc="center",
+        ncols=9,
+        columnspacing=0.7,
+        handletextpad=0.0,
+    )
 
 
 def _draw_divergences(axes: Axes, layers: Sequence[int], curves: Mapping[int, Mapping[int, float]]) -> None:
@@ -157,20 +194,19 @@ def _draw_divergences(axes: Axes, layers: Sequence[int], curves: Mapping[int, Ma
     from matplotlib.ticker import LogLocator, NullFormatter
 
     last = max(max(curve) for curve in curves.values())
-    palette = colormaps["viridis"]
-    colours = {step: palette(0.92 * (1 - step / max(last, 1))) for step in range(last + 1)}
+    palette = colormaps[SCALE]
     for row, layer in enumerate(layers):
         shown = [value for value in curves.get(layer, {}).values() if value > 0]
         if shown:
             axes.plot([min(shown), max(shown)], [row, row], color="#bbbbbb", linewidth=1, zorder=1)
     for step in range(last + 1):
-        found = [(curve[step], row) for row, layer in enumerate(layers) if (curve := curves.get(layer, {})).get(step)]
-        if found:
+        points = [(curve[step], row) for row, layer in enumerate(layers) if (curve := curves.get(layer, {})).get(step)]
+        if points:
             axes.scatter(
-                [value for value, _ in found],
-                [row for _, row in found],
+                [value for value, _ in points],
+                [row for _, row in points],
                 s=26,
-                color=colours[step],
+                color=palette(0.92 * (1 - step / max(last, 1))),
                 marker="s" if step == 0 else "o",
                 edgecolor="black",
                 linewidth=0.4,
@@ -194,9 +230,119 @@ def _draw_divergences(axes: Axes, layers: Sequence[int], curves: Mapping[int, Ma
     axes.xaxis.set_label_position("top")
 
 
-def _divergences(found: Mapping[str, Any]) -> dict[int, float]:
-    """Number of routed experts kept -> divergence; 0 is the shared experts alone."""
-    curve = {step: float(value) for step, value in enumerate(found.get("js", ()), start=1)}
-    if found.get("js_shared_only") is not None:
-        curve[0] = float(found["js_shared_only"])
+def _divergences(record: Mapping[str, Any]) -> dict[int, float]:
+    """Divergence by number of retained routed experts; 0 is the shared experts alone."""
+    curve = {step: float(value) for step, value in enumerate(record.get("js", ()), start=1)}
+    if record.get("js_shared_only") is not None:
+        curve[0] = float(record["js_shared_only"])
     return dict(sorted(curve.items()))
+
+
+# ------------------------------------------------------------------------------------------------------- any operation
+
+
+def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], path: Path) -> Path:
+    """Draw layers by experts: dropped, merged into which group, condensed, factorized at which rank.
+
+    Args:
+        plan: `Plan.to_dict()`.
+        num_experts: routed experts of a layer of the uncompressed model.
+        layers: its MoE layers.
+        path: the file.
+
+    Returns:
+        `path`.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [outcomes_of(layer, plan["operations"], num_experts) for layer in layers]
+    ranks = [rank for row in rows for kind, rank in row if kind == "factorized" and rank is not None]
+    cell = min(0.4, max(0.2, 9.0 / num_experts))
+    width = max(7.4, cell * num_experts + (2.2 if ranks else 1.2))  # the legend's three columns
+    figure = start_figure(width, max(2.6, cell * len(layers) + 1.9))
+    axes = figure.add_subplot()
+    norm = Normalize(min(ranks, default=0), max([*ranks, min(ranks, default=0) + 1]))
+    for place, outcomes in enumerate(rows):
+        for expert, outcome in enumerate(outcomes):
+            _draw_outcome(axes, expert, place, outcome, norm, min(7.0, 22 * cell))
+    axes.set_xlim(-0.6, num_experts - 0.4)
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_xticks(range(0, num_experts, 1 if num_experts <= MOST_NUMBERED else 5))
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.tick_params(labelsize=7, length=0)
+    axes.set_xlabel("routed expert", fontsize=8)
+    axes.set_ylabel("layer", fontsize=8)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if handles := list(_legend({kind for row in rows for kind, _ in row})):
+        figure.legend(handles=handles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
+    if ranks:
+        ticks = MaxNLocator(integer=True)
+        bar = figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, shrink=0.8, pad=0.02, ticks=ticks)
+        bar.set_label("rank of a factorized expert", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    axes.set_title(f"what the plan makes of {plan.get('model') or 'the model'}", fontsize=10)
+    return save_figure(figure, path)
+
+
+def _legend(kinds: set[str]) -> Iterator[Any]:
+    from matplotlib.patches import Patch
+
+    for kind, (colour, words) in OUTCOMES.items():
+        if kind in kinds:
+            yield Patch(facecolor=colour, edgecolor="#999999", hatch=HATCHES.get(kind), label=words)
+
+
+def _draw_outcome(axes: Axes, expert: int, row: int, outcome: Outcome, norm: Any, font_size: float) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    kind, number = outcome
+    factorized = kind == "factorized"
+    colour: Any = colormaps[SCALE](norm(number)) if factorized else OUTCOMES[kind][0]
+    box: dict[str, Any] = {"facecolor": colour, "edgecolor": "#BBBBBB", "linewidth": 0.5}
+    if kind in HATCHES:
+        box["hatch"] = HATCHES[kind]
+    axes.add_patch(Rectangle((expert - 0.46, row - 0.46), 0.92, 0.92, **box))
+    if number is not None:
+        dark = factorized and norm(number) < 0.6
+        text: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": font_size}
+        axes.text(expert, row, str(number), color="white" if dark else "black", **text)
+
+
+def outcomes_of(layer: int, operations: Sequence[Mapping[str, Any]], num_experts: int) -> list[Outcome]:
+    """The outcome of each expert that a layer had at first.
+
+    Args:
+        operations: of the plan, as JSON values.
+        num_experts: of the uncompressed layer.
+    """
+    outcomes: list[Outcome] = [("kept", None)] * num_experts
+    # The experts of the layer at first that make up each expert of the layer now.
+    parts: list[tuple[int, ...]] = [(expert,) for expert in range(num_experts)]
+    for operation in (entry for entry in operations if entry["layer"] == layer):
+        kind = operation["kind"]
+        if kind == "drop":
+            return [("removed" if operation["part"] == "moe" else "skipped", None)] * num_experts
+        if kind == "prune":
+            parts = [parts[index] for index in operation["retained"]]
+            retained = {expert for part in parts for expert in part}
+            outcomes = [outcome if e in retained else ("dropped", None) for e, outcome in enumerate(outcomes)]
+        elif kind == "condense":
+            order = {e: place for place, index in enumerate(operation["experts"], start=1) for e in parts[index]}
+            outcomes = [("condensed", order[e]) if e in order else ("dropped", None) for e in range(num_experts)]
+        elif kind == "merge":
+            parts = [tuple(expert for index in group for expert in parts[index]) for group in operation["groups"]]
+            for number, group in enumerate(parts):
+                for expert in group:
+                    outcomes[expert] = ("merged", number)
+        elif kind == "factorize":
+            for part, rank in zip(parts, operation["ranks"]["gate_proj"], strict=True):
+                for expert in part:
+                    if rank is not None:
+                        outcomes[expert] = ("factorized", rank)
+                    elif outcomes[expert][0] == "kept":
+                        outcomes[expert] = ("dense", None)
+    return outcomes

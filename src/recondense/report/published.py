@@ -235,9 +235,9 @@ def published_model(model_type: str, hidden_size: int, num_layers: int, num_expe
         num_layers: decoder layers.
         num_experts: routed experts of a layer.
     """
-    wanted = (model_type, hidden_size, num_layers, num_experts)
+    shape = (model_type, hidden_size, num_layers, num_experts)
     for model in MODELS:
-        if wanted == (model.model_type, model.hidden_size, model.num_layers, model.num_experts):
+        if shape == (model.model_type, model.hidden_size, model.num_layers, model.num_experts):
             return model
     return None
 
@@ -259,9 +259,9 @@ def find(
         removed_expert_ratio: to be met within half a percent of the routed experts' parameters.
         ablations: whether rows of ablations count; they are not the method as published.
     """
-    wanted = {"paper": paper, "method": method, "num_layers": num_layers, "num_experts": num_experts}
-    wanted |= {"fine_tuned": fine_tuned}
-    asked = {name: value for name, value in wanted.items() if value is not None}
+    fields = {"paper": paper, "method": method, "num_layers": num_layers, "num_experts": num_experts}
+    fields |= {"fine_tuned": fine_tuned}
+    asked = {name: value for name, value in fields.items() if value is not None}
     return tuple(
         row
         for row in RESULTS

@@ -1,4 +1,4 @@
-"""Methods of a sweep over bytes, before and after recovery, as one picture (PNG)."""
+"""Pictures of a sweep: perplexity of its methods against bytes, before and after recovery."""
 
 from __future__ import annotations
 
@@ -7,39 +7,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recondense.report.comparison import CONTROL, STAGES, common_level, last_perplexity
-from recondense.report.figures import save_figure, start_figure
-from recondense.report.plan_picture import LINES, STAGE_MARKS
+from recondense.report.figures import COLOURS, DASHES, MARKS, save_figure, start_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def sweep_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+def draw_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     """Draw perplexity against bytes: one line a method before recovery (dashed), one after it.
 
     Args:
         rows: as for `report.sweep_table`; without measured bytes, parameters are the horizontal axis.
-        path: the PNG file.
+        path: the file; SVG by its name, else PNG.
 
     Returns:
-        `path`, or None when no run has both a size and a perplexity.
+        `path`, or None if no run has both a size and a perplexity.
     """
     size = "weights_bytes" if any("weights_bytes" in row for row in rows) else "total_parameters"
     figure = start_figure(7.2, 4.8)
     axes = figure.add_subplot()
     heights: list[float] = []
     for index, method in enumerate(dict.fromkeys(str(row.get("method", "")) for row in rows)):
-        colour, mark = LINES[index % len(LINES)], STAGE_MARKS[index % len(STAGE_MARKS)]
+        colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
         for key, stage, line in (
             ("compressed_perplexity", "compressed", "--"),
             ("recovered_perplexity", "recovered", "-"),
         ):
-            own = [row for row in rows if str(row.get("method", "")) == method and size in row and key in row]
-            own.sort(key=lambda row: row[size])
-            if own:
-                sizes, values = [row[size] / 1e6 for row in own], [row[key] for row in own]
+            runs = [row for row in rows if str(row.get("method", "")) == method and size in row and key in row]
+            runs.sort(key=lambda row: row[size])
+            if runs:
+                sizes, values = [row[size] / 1e6 for row in runs], [row[key] for row in runs]
                 fill = colour if line == "-" else "white"
                 label = f"{method}, {stage}"
                 axes.plot(sizes, values, line, color=colour, marker=mark, markerfacecolor=fill, label=label)
@@ -90,16 +88,14 @@ def _annotate(rows: Sequence[Mapping[str, Any]], size: str, axes: Axes, *, below
             )
 
 
-# Colours that are told apart without colour vision where the mark differs as well: 21 looks.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
-DASHES = ("-", "--", ":")
+def draw_comparison(entries: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Draw perplexity against bytes, a line a method, before and after recovery side by side.
 
+    Bars are standard deviations. Horizontal lines are the original, and the control: the original trained further.
 
-def comparison_picture(entries: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Perplexity against bytes, a line a method, before and after recovery side by side; bars are standard deviations.
-
-    Horizontal lines: the original, and the control (the original trained further).
+    Args:
+        entries: `comparison.by_seed`.
+        path: the file; SVG by its name, else PNG.
 
     Returns:
         `path`, or None without a method that compresses.
@@ -118,8 +114,8 @@ def comparison_picture(entries: Sequence[Mapping[str, Any]], path: Path) -> Path
     control = [entry for entry in entries if entry["method"] == CONTROL]
     for axes, stage in zip(panels, stages, strict=True):
         for method in methods:
-            own = [entry for entry in shown if entry["method"] == method and f"{stage}_perplexity" in entry]
-            _draw_line(axes, sorted(own, key=lambda entry: entry["weights_bytes"][0]), stage, looks[method], method)
+            line = [entry for entry in shown if entry["method"] == method and f"{stage}_perplexity" in entry]
+            _draw_line(axes, sorted(line, key=lambda entry: entry["weights_bytes"][0]), stage, looks[method], method)
         _draw_levels(axes, original, control if stage == "recovered" else [])
         axes.set_xlabel("weights (MB)")
         axes.margins(x=0.08)
@@ -163,10 +159,12 @@ def _look(index: int) -> dict[str, Any]:
     }
 
 
-def _draw_line(axes: Axes, own: Sequence[Mapping[str, Any]], stage: str, look: Mapping[str, Any], method: str) -> None:
-    figures = [entry[f"{stage}_perplexity"] for entry in own]
+def _draw_line(
+    axes: Axes, entries: Sequence[Mapping[str, Any]], stage: str, look: Mapping[str, Any], method: str
+) -> None:
+    figures = [entry[f"{stage}_perplexity"] for entry in entries]
     axes.errorbar(
-        [entry["weights_bytes"][0] / 1e6 for entry in own],
+        [entry["weights_bytes"][0] / 1e6 for entry in entries],
         [mean for mean, _ in figures],
         yerr=[deviation or 0.0 for _, deviation in figures],
         label=method,

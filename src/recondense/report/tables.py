@@ -1,4 +1,4 @@
-"""What a run found, as tables for a terminal. The pictures are in pictures.py."""
+"""The results of a run as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from recondense.report import beside_published
 
-STAGES = ("original", "compressed", "refitted", "recovered", "control")
+STAGES = ("original", "compressed", "refitted", "recovered", "control")  # result stages, in the order of a run
 MAX_TASK_COLUMNS = 3  # more tasks than that get a table of their own
 # The figure of a task that is shown, in the order of preference.
 MAIN_METRICS = (
@@ -25,8 +25,8 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
     console = console or _console()
     table = stage_table(summary)
     tasks = _main_metrics(summary)
-    wanted = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    crowded = bool(tasks) and (len(tasks) > MAX_TASK_COLUMNS or wanted > console.width)
+    width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    crowded = bool(tasks) and (len(tasks) > MAX_TASK_COLUMNS or width > console.width)
     tables = [stage_table(summary, with_tasks=False), task_table(summary)] if crowded else [table]
     print_tables([*tables, *published_tables(summary), ratios_table(summary)], console)
     for line in beside_published.notes(summary):
@@ -40,7 +40,7 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
 
 
 def disk_line(summary: Mapping[str, Any]) -> str:
-    """What the memory ratio of a run counts whose original is stored in fewer bits than it computes in."""
+    """A line that says what the memory ratio counts if the original is stored in fewer bits than it computes in."""
     sizes = {name: format_bytes(size) for name, size in summary["bytes_on_disk"].items()}
     return (
         f"counted in bytes on disk: {sizes['compressed']} of {sizes['original']}, for the original is stored in "
@@ -50,28 +50,28 @@ def disk_line(summary: Mapping[str, Any]) -> str:
 
 
 def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
-    """What a refit brought, in one line.
+    """The errors before and after a refit, in one line.
 
     Args:
         errors: by layer, `error_before` and `error_after`.
     """
     sides = []
     for key in ("error_before", "error_after"):
-        own = [error[key] for error in errors.values()]
-        spread = f" ({min(own):.3f} to {max(own):.3f})" if len(own) > 1 else ""
-        sides.append(f"{sum(own) / len(own):.3f}{spread}")
+        values = [error[key] for error in errors.values()]
+        spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+        sides.append(f"{sum(values) / len(values):.3f}{spread}")
     layers = "1 layer" if len(errors) == 1 else f"mean and range of {len(errors)} layers"
     return f"error of a layer's output, relative to the original's: {' -> '.join(sides)}, {layers}"
 
 
 def recovery_words(summary: Mapping[str, Any]) -> str:
-    """The recovery, and its objective where the name does not say it: method=none has no teacher to distil from."""
+    """The recovery, and its objective if the name does not say it: method=none has no teacher to distil from."""
     name, objective = summary.get("recovery", "?"), summary.get("objective")
     return str(name) if objective in (None, name) else f"{name} (objective: {objective})"
 
 
 def title_of(summary: Mapping[str, Any]) -> str:
-    """What a run was: the model, and what was done to it."""
+    """The title of a run: the model, and what was done to it."""
     method, recovery = summary.get("method", "?"), recovery_words(summary)
     done = "as it is" if (method, recovery) == ("none", "none") else f"{method} + {recovery}"
     return f"{summary.get('model', 'model')}: {done}"
@@ -92,14 +92,14 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
         "drop_layer": "{layers} removed whole",
         "refit": "{layers} refitted",
     }
-    found = []
+    parts = []
     for name, counts in operations.items():
         layers = f"{counts['layers']} layer{'s' if counts['layers'] > 1 else ''}"
         text = words[name].format(**{**counts, "layers": layers})
         if "mean" in counts:
             text += f" (ranks {counts['lowest']}-{counts['highest']}, mean {counts['mean']:.1f})"
-        found.append(text)
-    return ", ".join(found) or "nothing changed"
+        parts.append(text)
+    return ", ".join(parts) or "nothing changed"
 
 
 def print_tables(tables: Iterable[Table], console: Console | None = None) -> None:
@@ -167,16 +167,16 @@ def task_table(summary: Mapping[str, Any]) -> Table:
 
 def published_tables(summary: Mapping[str, Any]) -> list[Table]:
     """For each paper whose tasks were run: the mean of each stage, then the published rows."""
-    found = []
+    tables = []
     for title, headings, rows in beside_published.tables(summary):
         table = plain_table(title)
         for index, heading in enumerate(headings):
-            left = index == 0 or heading == "source"
-            table.add_column(heading, justify="left" if left else "right", overflow="fold")
+            words = index == 0 or heading == "source"
+            table.add_column(heading, justify="left" if words else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        found.append(table)
-    return found
+        tables.append(table)
+    return tables
 
 
 def ratios_table(summary: Mapping[str, Any]) -> Table:
@@ -243,7 +243,7 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Of the whole run, and of its parts without evaluation: the search, and what the run did of refit and recovery."""
+    """Seconds of the run, and of its search, refit and recovery without their evaluation."""
     seconds, stages = summary.get("seconds", {}), summary.get("stages", {})
     if not seconds:
         return {}
@@ -251,8 +251,8 @@ def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
     for part, stage in (("refit", "refitted"), ("recover", "recovered")):
         if stage in stages:
             parts[f"{part}_seconds"] = (part,)
-    found = {name: sum(seconds.get(part, 0.0) for part in own) for name, own in parts.items()}
-    return {"seconds": sum(seconds.values()), **found}
+    sums = {name: sum(seconds.get(part, 0.0) for part in names) for name, names in parts.items()}
+    return {"seconds": sum(seconds.values()), **sums}
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -320,14 +320,14 @@ def _cell(value: Any, original: Any, form: Any, path: tuple[str, ...]) -> str:
 
 def _main_metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(task, metric) for every task of any stage."""
-    found: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     for stage in _present_stages(summary).values():
         for task, metrics in stage.get("tasks", {}).items():
             names = [name for name in metrics if not name.endswith("_stderr")]
             best = next((name for name in MAIN_METRICS if name in names), names[0] if names else None)
             if best is not None:
-                found.setdefault(task, best)
-    return list(found.items())
+                chosen.setdefault(task, best)
+    return list(chosen.items())
 
 
 def _present_stages(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -35,7 +35,7 @@ def make_loggers(
 
     Args:
         settings: csv on or off; mode, project, entity, name and tags of W&B.
-        run_folder: the run's folder. It also keeps the id of the W&B run, so a restarted run goes on in the same one.
+        run_folder: the run's folder. It also keeps the id of the W&B run, so a resumed run logs to the same one.
         resolved_config: plain containers; becomes the config of the W&B run.
         run_id: id of the W&B run, instead of the kept one; and its job_type.
 
@@ -53,19 +53,19 @@ def make_loggers(
     return loggers
 
 
-def wandb_mode(wanted: str) -> str:
+def wandb_mode(mode: str) -> str:
     """`online`, `offline` or `disabled`: what was asked for, as far as it goes without a prompt.
 
     `auto` follows the variable WANDB_MODE, else is online with a login (WANDB_API_KEY or netrc) and offline without.
     """
-    if wanted == "auto":
+    if mode == "auto":
         variable = os.environ.get("WANDB_MODE", "").lower()
-        wanted = {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(variable, "")
-        return wanted or ("online" if _has_login() else "offline")
-    if wanted == "online" and not _has_login():
+        mode = {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(variable, "")
+        return mode or ("online" if _has_login() else "offline")
+    if mode == "online" and not _has_login():
         log.warning("W&B: no login (WANDB_API_KEY or `wandb login`), so this run is logged offline")
         return "offline"
-    return wanted
+    return mode
 
 
 def log_summary(loggers: Sequence[Logger], summary: Mapping[str, Any]) -> None:
@@ -217,7 +217,7 @@ class QuietWandbLogger(WandbLogger):
             action(*args, **kwargs)
         except Exception as error:
             self.broken = True
-            log.warning("W&B: logging stopped (%s: %s); the run goes on", type(error).__name__, error)
+            log.warning("W&B: logging stopped (%s: %s); the run continues", type(error).__name__, error)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.attempt(super().log_metrics, metrics, step)

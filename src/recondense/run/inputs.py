@@ -1,4 +1,4 @@
-"""What a run depends on besides its config: kept as fingerprints when it begins, and compared whenever it goes on."""
+"""Fingerprints of all that a run reads besides its config: kept when it begins, and compared when it resumes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def keep_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
 
 
 def _kept(folder: Path) -> dict[str, str]:
-    """What inputs.json says; nothing before the run has begun."""
+    """The content of inputs.json; empty before the run has begun."""
     path = folder / INPUTS
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -92,8 +92,8 @@ def task_files_fingerprint(folder: Path) -> str:
 
 def deciding_files(folder: Path) -> list[Path]:
     """Files of a task folder that can change a result: tasks, their functions and data, but not a cache of the data."""
-    cached = lambda path: "cache" in path.relative_to(folder).parts  # noqa: E731
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in TASK_FILES and not cached(path)]
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in TASK_FILES]
+    return [path for path in files if "cache" not in path.relative_to(folder).parts]
 
 
 def _sha256(path: Path) -> str:

@@ -1,11 +1,11 @@
-"""What a run measures of each stage: perplexity, divergence from the original, lm-eval tasks, memory and speed."""
+"""What a run measures of a model: perplexity, divergence from the original, lm-eval tasks, memory and speed."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.config.schema import Config
+from recondense.calibration.record import Timed
+from recondense.config.schema import Config, EvaluationConfig
 from recondense.data.texts import Texts
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, heldout_tasks
 from recondense.evaluation.lm_eval import folder_tasks, run_tasks
@@ -26,232 +27,269 @@ from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import weights_bytes
 from recondense.progress import progress
 from recondense.run.inputs import task_files_fingerprint
+from recondense.run.record import Figures, RunRecord
 from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)
 
-Reference = Callable[[], AbstractContextManager[Any]]
+Reference = Callable[[], AbstractContextManager[Any]]  # gives a context in which a model is the original
+PACKAGES = ("torch", "transformers", "lm-eval", "datasets")  # whose versions decide a figure
 
 
-class Measure:
-    """Measures stages once each, and keeps what it found in the run's folder.
+@dataclass
+class Evaluator:
+    """Measures the quality of models on the texts and tasks of one run.
 
     Args:
-        texts: the validation text gives perplexity and the held-out tasks; without it both are left out.
-        inputs: fingerprints of what the run depends on, by name.
+        settings: batch size, and the settings of tasks.
+        tokenizer: of all models.
+        windows_NS: validation windows; None: perplexity is not measured.
+        tasks: names of lm-eval tasks.
+        include_path: folders with files of tasks.
+        cache: results by a fingerprint of all that decides them; all runs share it.
+        identity: what decides a result besides weights, texts and tasks: attention and experts implementation, and the
+            tokenizer's fingerprint.
+        timed: counts the seconds of an evaluation.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        texts: Texts,
-        inputs: Mapping[str, str],
-    ) -> None:
-        self.config = config
-        self.model = model
-        self.tokenizer = tokenizer
-        self.texts = texts
-        self.inputs = inputs
-        self.stages = JsonFolder(folder / "stages")
-        self._of_all = processes.FirstProcess(self.stages)
-        self._within = 0.0
-        self.windows = self._windows()
-        with processes.first_before_others():
-            self.tasks, self.include_path = self._tasks()
-        if config.model.streaming and self.tasks:
-            log.info("model.streaming: lm-eval needs a whole model; %s left out", ", ".join(self.tasks))
-            self.tasks = []
+    settings: EvaluationConfig
+    tokenizer: PreTrainedTokenizerBase
+    windows_NS: Tensor | None
+    tasks: Sequence[str]
+    include_path: Sequence[Path]
+    cache: MutableMapping[str, Figures]
+    identity: tuple[str, str, str]
+    timed: Timed
 
-    @property
-    def weights(self) -> str:
-        """The fingerprint of the original's weights."""
-        return self.inputs["weights"]
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """What each part of the run has taken so far, restarts included."""
-        return dict(self.stages.get("seconds", {}))
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of `name`, less that of parts timed within."""
-        started, outer, self._within = time.perf_counter(), self._within, 0.0
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            if processes.is_first():
-                seconds = self.seconds
-                self.stages["seconds"] = {**seconds, name: seconds.get(name, 0.0) + spent - self._within}
-            self._within = outer + spent
-
-    @property
-    def recovery_seconds(self) -> dict[str, float]:
-        """Seconds of each stage of the recovery so far, restarts included."""
-        return dict(self.stages.get("recovery_seconds", {}))
-
-    @contextmanager
-    def timed_recovery(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of a stage of the recovery."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            counts = self.recovery_seconds if processes.is_first() else {}
-            self._of_all["recovery_seconds"] = {**counts, name: counts.get(name, 0.0) + time.perf_counter() - started}
-
-    def has(self, name: str) -> bool:
-        return name in self._of_all
-
-    def keep_refit(self, errors: Mapping[int, Mapping[str, float]]) -> None:
-        """Keep what a refit says of each layer; a restarted run keeps what its first start found."""
-        if errors and processes.is_first():
-            self.stages.setdefault("refit", {str(layer): dict(error) for layer, error in errors.items()})
-
-    @property
-    def refit(self) -> dict[str, dict[str, float]]:
-        """By layer: error of its output before and after the refit, relative to the original's; empty without one."""
-        return self.stages.get("refit", {})
-
-    def original(self) -> None:
-        """Measure the model as it was loaded; equal models and texts are evaluated once for all runs."""
-        if not self.has("original"):
-            self._of_all["original"] = self._once([self.weights], "original", None, self.tasks)
-
-    def _once(
-        self, computes: Sequence[str], name: str, reference: Reference | None, tasks: list[str]
-    ) -> dict[str, Any]:
-        """The quality of a model; equal models, originals and texts are evaluated once for all runs.
+    @classmethod
+    def of_run(
+        cls, config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts, inputs: Mapping[str, str], timed: Timed
+    ) -> Evaluator:
+        """The evaluator of a run. Held-out tasks are written to the cache folder here.
 
         Args:
-            computes: fingerprints of all that the model, and what it is compared with, compute with.
+            inputs: fingerprints of what the run depends on, by name.
         """
-        config = self.config
-        key = fingerprint(
+        with processes.first_before_others():
+            tasks, include_path = _run_tasks(config, tokenizer, texts)
+        if config.model.streaming and tasks:
+            log.info("model.streaming: lm-eval needs a whole model; %s left out", ", ".join(tasks))
+            tasks = []
+        return cls(
+            config.evaluation,
+            tokenizer,
+            _validation_windows(config, tokenizer, texts),
+            tasks,
+            include_path,
+            processes.FirstProcess(JsonFolder(Path(config.cache_dir) / "evaluations")),
+            (config.model.attention, config.model.experts, inputs["tokenizer"]),
+            timed,
+        )
+
+    def tasks_of(self, stage: str) -> Sequence[str]:
+        """The tasks of a result stage; evaluation.at_end=false leaves those after the compressed one without any."""
+        return self.tasks if self.settings.at_end or stage in ("original", "compressed") else []
+
+    def evaluate(self, model: PreTrainedModel, stage: str, reference: Reference | None = None) -> Figures:
+        """Perplexity and tasks of a model as it is now, on the first process; all processes receive them.
+
+        Args:
+            model: in its present state.
+            stage: the result stage, which decides the tasks.
+            reference: gives a context in which `model` is the original; None: nothing to compare with.
+
+        Returns:
+            loss and kl_to_original (nats), perplexity, and by task its metrics; absent where not measured.
+        """
+        with self.timed("evaluate"):
+            return processes.by_first(lambda: self._evaluate(model, stage, reference))
+
+    def evaluate_once(
+        self, model: PreTrainedModel, stage: str, reference: Reference | None, computes: Sequence[str]
+    ) -> Figures:
+        """As `evaluate`; equal models, originals and texts are evaluated once for all runs.
+
+        Args:
+            computes: fingerprints of all that the model and its original compute with.
+        """
+        key = self._key(model, stage, computes)
+        if key not in self.cache:
+            self.cache[key] = self.evaluate(model, stage, reference)
+        return self.cache[key]
+
+    def _key(self, model: PreTrainedModel, stage: str, computes: Sequence[str]) -> str:
+        """A fingerprint of all that decides the figures of a model."""
+        tasks, settings = list(self.tasks_of(stage)), self.settings
+        attention, experts, tokenizer = self.identity
+        return fingerprint(
             list(computes),
             tasks,
-            config.evaluation.batch_size,
-            [config.evaluation.limit, config.evaluation.num_fewshot, self.inputs["tokenizer"]] if tasks else [],
+            settings.batch_size,
+            [settings.limit, settings.num_fewshot, tokenizer] if tasks else [],
             [task_files_fingerprint(folder) for folder in self.include_path] if tasks else [],
-            str(self.model.device),
-            config.model.attention,
-            config.model.experts,
-            [] if self.windows is None else self.windows.tolist(),  # the tokenizer's doing
-            [version(name) for name in ("torch", "transformers", "lm-eval", "datasets")],
+            str(model.device),
+            attention,
+            experts,
+            [] if self.windows_NS is None else self.windows_NS.tolist(),  # the tokenizer decides them
+            [version(name) for name in PACKAGES],
         )
-        known = processes.FirstProcess(JsonFolder(Path(config.cache_dir) / "evaluations"))
-        if key not in known:
-            with self.timed("evaluate"):
-                known[key] = processes.by_first(lambda: self._quality(name, reference, tasks))
-        return known[key]
 
-    def unchanged(self, student: Student) -> None:
-        """Memory and speed of the original alone, where no surgery gives it a counterpart."""
-        if "profile" not in (original := self._of_all["original"]):
-            with self.timed("profile"):
-                profile = processes.by_first(lambda: self._profiles("original", student)["original"])
-            self._of_all["original"] = {**original, "profile": profile}
+    def _evaluate(self, model: PreTrainedModel, stage: str, reference: Reference | None) -> Figures:
+        figures: Figures = {}
+        settings, tasks = self.settings, self.tasks_of(stage)
+        if self.windows_NS is not None:
+            description = f"perplexity: {stage}"
+            figures |= perplexity(model, self.windows_NS, settings.batch_size, reference, description)
+        if tasks:
+            figures["tasks"] = run_tasks(
+                model,
+                self.tokenizer,
+                list(tasks),
+                limit=settings.limit,
+                num_fewshot=settings.num_fewshot,
+                batch_size=settings.batch_size,
+                include_path=self.include_path,
+                description=f"lm-eval: {stage}",
+            )
+        return figures
 
-    def stage(self, name: str, student: Student, original: Reference | None = None) -> None:
-        """Measure the model as it is now, against the original where surgery has set one aside.
+
+class ResultStages:
+    """The result stages of a run: original, compressed, refitted, recovered, control. Each is measured once.
+
+    Args:
+        config: of the run.
+        model: is measured as it is at the time.
+        evaluator: measures quality.
+        record: keeps the figures.
+    """
+
+    def __init__(self, config: Config, model: PreTrainedModel, evaluator: Evaluator, record: RunRecord) -> None:
+        self.config = config
+        self.model = model
+        self.evaluator = evaluator
+        self.record = record
+
+    def measure_original(self) -> None:
+        """Measure the quality of the model as it was loaded."""
+        if not self.record.has("original"):
+            computes = [self.record.inputs["weights"]]
+            self.record.keep("original", self.evaluator.evaluate_once(self.model, "original", None, computes))
+
+    def profile_original(self) -> None:
+        """Measure memory and speed of the original alone, for a run without a compressed stage."""
+        figures = self.record.figures("original")
+        if "profile" not in figures:
+            profiles = self._profile("original", {"original": lambda: nullcontext(self.model)})
+            self.record.keep("original", {**figures, "profile": profiles["original"]})
+
+    def measure(
+        self,
+        stage: str,
+        student: Student,
+        *,
+        untrained: bool = False,
+        profiled: bool = True,
+        original: Reference | None = None,
+    ) -> None:
+        """Measure the student as it is now, and beside it its original.
 
         Args:
-            original: a context with the original where the student has none any more.
+            stage: name of the result stage.
+            untrained: nothing was trained since the plan was executed. Then the quality is the same for all runs that
+                differ in their recovery alone.
+            profiled: whether memory and speed are measured too.
+            original: gives a context that yields the original, for a student that has released its own.
         """
-        if self.has(name):
+        if self.record.has(stage):
             return
         L.seed_everything(self.config.seed, verbose=False)
         reference = student.original if student.has_original else original
-        wanted = self.tasks if self.config.evaluation.at_end or name == "compressed" else []
-        if name in ("compressed", "refitted"):  # not trained: the same for runs that differ in their recovery alone
-            plan = student.plan.to_dict()["operations"]
-            buffers = {
-                key: buffer.double().tolist()
-                for key, buffer in self.model.named_buffers()
-                if buffer.device.type != "meta"  # a streamed layer's are among the weights
-            }
-            with self.timed("evaluate"):
-                computes = [self.weights, weights_fingerprint(self.model), fingerprint(plan, buffers)]
-            found = self._once(computes, name, reference, wanted)
+        if untrained:
+            with self.record.timed("evaluate"):
+                computes = [self.record.inputs["weights"], *computed_with(student)]
+            figures = self.evaluator.evaluate_once(self.model, stage, reference, computes)
         else:
-            with self.timed("evaluate"):
-                found = processes.by_first(lambda: self._quality(name, reference, wanted))
-        if name != "control":
-            with self.timed("profile"):
-                profiles = processes.by_first(lambda: self._profiles(name, student))
-            if profiles:
-                found["profile"] = profiles.pop(name)
-                if "original" in profiles:
-                    found["original_profile"] = profiles["original"]
-        self._of_all[name] = found
+            figures = self.evaluator.evaluate(self.model, stage, reference)
+        if profiled:
+            variants: dict[str, Reference] = {"original": student.original} if student.has_original else {}
+            profiles = self._profile(stage, {**variants, stage: lambda: nullcontext(self.model)})
+            figures = {**figures, "profile": profiles[stage]}
+            if student.has_original:
+                figures["original_profile"] = profiles["original"]
+        self.record.keep(stage, figures)
 
-    def _quality(self, name: str, reference: Reference | None, tasks: list[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        evaluation = self.config.evaluation
-        if self.windows is not None:
-            found |= perplexity(
-                self.model, self.windows, evaluation.batch_size, reference, description=f"perplexity: {name}"
-            )
-        if tasks:
-            found["tasks"] = run_tasks(
-                self.model,
-                self.tokenizer,
-                tasks,
-                limit=evaluation.limit,
-                num_fewshot=evaluation.num_fewshot,
-                batch_size=evaluation.batch_size,
-                include_path=self.include_path,
-                description=f"lm-eval: {name}",
-            )
-        return found
+    def _profile(self, stage: str, variants: Mapping[str, Reference]) -> dict[str, Figures]:
+        with self.record.timed("profile"):
+            return processes.by_first(lambda: profile(self.model, stage, variants, self.config))
 
-    def _profiles(self, name: str, student: Student) -> dict[str, Any]:
-        settings = self.config.callbacks.profile
-        variants: dict[str, Reference] = {name: lambda: nullcontext(self.model)}
-        if student.has_original:
-            variants = {"original": student.original, **variants}
-        if not settings.enabled or self.config.model.streaming:  # there is no speed of what is read from disk
-            found = {}
-            for variant, context in variants.items():
-                with context():
-                    found[variant] = {"weights_bytes": weights_bytes(self.model)}
-            return found
-        with progress(f"memory and speed: {name}"):
-            profiles = profile_variants(
-                variants,
-                batch_size=settings.batch_size,
-                prompt_length=settings.prompt_length,
-                new_tokens=settings.new_tokens,
-                repetitions=settings.repetitions,
-                vocab_size=self.model.config.vocab_size,
-                device=self.model.device,
-                seed=self.config.seed,
-            )
-        return {variant: profile.to_dict() for variant, profile in profiles.items()}
 
-    def _windows(self) -> Tensor | None:
-        if self.config.evaluation.name == "none":
-            return None
-        windows = self.texts.windows("validation", self.tokenizer, self.config.data.sequence_length)
-        return None if windows is None else windows[: self.config.evaluation.perplexity_windows]
+def computed_with(student: Student) -> list[str]:
+    """Fingerprints of all that a student computes with: weights, operations, and buffers."""
+    model = student.model
+    buffers = {
+        key: buffer.double().tolist()
+        for key, buffer in model.named_buffers()
+        if buffer.device.type != "meta"  # a streamed layer's are among the weights
+    }
+    return [weights_fingerprint(model), fingerprint(student.plan.to_dict()["operations"], buffers)]
 
-    def _tasks(self) -> tuple[list[str], list[Path]]:
-        """The tasks of this run and the folders of their files; held-out ones are written here."""
-        evaluation = self.config.evaluation
-        folders = [Path(evaluation.include_path)] if evaluation.include_path else []
-        tasks = list(folder_tasks(folders) if folders and evaluation.tasks is None else evaluation.tasks or ())
-        own = [task for task in tasks if task in HELDOUT_TASKS]
-        if not own:
-            return tasks, folders
-        if (validation := self.texts.documents("validation", self.tokenizer)) is None:
-            log.warning("no validation text: perplexity and %s are left out", ", ".join(own))
-            return [task for task in tasks if task not in own], folders
-        settings = evaluation.heldout
-        sizes = {} if settings is None else vars(settings)
-        key = fingerprint(validation, sizes)
-        folder = Path(self.config.cache_dir) / "tasks" / key
-        heldout_tasks(folder, validation, **sizes)
-        return tasks, [*folders, folder]
+
+def profile(
+    model: PreTrainedModel, stage: str, variants: Mapping[str, Reference], config: Config
+) -> dict[str, Figures]:
+    """Memory and speed of variants of one model.
+
+    Args:
+        model: which all variants are.
+        stage: shown as progress.
+        variants: by name, a function that gives a context in which the model is that variant.
+        config: of the run. A streamed model, whose speed is the disk's, has its bytes counted alone.
+
+    Returns:
+        by variant: bytes of its weights, peak bytes, tokens per second.
+    """
+    settings = config.callbacks.profile
+    if not settings.enabled or config.model.streaming:
+        figures = {}
+        for variant, context in variants.items():
+            with context():
+                figures[variant] = {"weights_bytes": weights_bytes(model)}
+        return figures
+    with progress(f"memory and speed: {stage}"):
+        profiles = profile_variants(
+            variants,
+            batch_size=settings.batch_size,
+            prompt_length=settings.prompt_length,
+            new_tokens=settings.new_tokens,
+            repetitions=settings.repetitions,
+            vocab_size=model.config.vocab_size,
+            device=model.device,
+            seed=config.seed,
+        )
+    return {variant: measured.to_dict() for variant, measured in profiles.items()}
+
+
+def _validation_windows(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Tensor | None:
+    if config.evaluation.perplexity_windows == 0:
+        return None
+    windows_NS = texts.windows("validation", tokenizer, config.data.sequence_length)
+    return None if windows_NS is None else windows_NS[: config.evaluation.perplexity_windows]
+
+
+def _run_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> tuple[list[str], list[Path]]:
+    """The tasks of a run and the folders of their files; held-out ones are written here."""
+    evaluation = config.evaluation
+    folders = [Path(evaluation.include_path)] if evaluation.include_path else []
+    tasks = list(folder_tasks(folders) if folders and evaluation.tasks is None else evaluation.tasks or ())
+    heldout = [task for task in tasks if task in HELDOUT_TASKS]
+    if not heldout:
+        return tasks, folders
+    if (validation := texts.documents("validation", tokenizer)) is None:
+        log.warning("no validation text: perplexity and %s are left out", ", ".join(heldout))
+        return [task for task in tasks if task not in heldout], folders
+    settings = evaluation.heldout
+    sizes = {} if settings is None else vars(settings)
+    folder = Path(config.cache_dir) / "tasks" / fingerprint(validation, sizes)
+    heldout_tasks(folder, validation, **sizes)
+    return tasks, [*folders, folder]

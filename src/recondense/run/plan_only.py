@@ -20,8 +20,9 @@ from recondense.models import classes, families
 from recondense.models.quantized import quantization, stored_bytes
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
-from recondense.report import summary, tables
+from recondense.report import tables
 from recondense.report.published import CDMOE, PAPER_TITLES, Result, find, published_model
+from recondense.report.summary import Summary, ratios
 from recondense.report.tables import plan_line, print_tables
 from recondense.run import run_folder
 from recondense.run.preflight import planned_config
@@ -111,19 +112,12 @@ def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
         name: {"total": size.total, "routed_experts": size.routed_experts, "active_per_token": size.active}
         for name, size in sides.items()
     }
-    header = summary.header(config, config.recovery.objective, Plan("", operations), counted, model, {})
-    return {
-        **header,
-        "plan_only": True,
-        "weights_bytes": {name: size.weights_bytes for name, size in sides.items()},
-        "stages": {},
-        "ratios": {
-            "memory": sizes.after.weights_bytes / sizes.before.weights_bytes,
-            **summary.ratios({}, counted),
-        },
-        "seconds": {},
-        "artifacts": {},
-    }
+    summary = Summary.of_plan(config, config.recovery.objective, Plan("", operations), counted, model, {})
+    summary.plan_only = True
+    summary.weights_bytes = {name: size.weights_bytes for name, size in sides.items()}
+    memory = sizes.after.weights_bytes / sizes.before.weights_bytes
+    summary.ratios = {"memory": memory, **ratios({}, counted)}
+    return summary.to_dict()
 
 
 def _notes(

@@ -200,7 +200,7 @@ class Recovery:
         of_model = replace(self.config.model, path=path, revision=settings.teacher_revision, tokenizer=None)
         try:
             with processes.first_before_others():  # a hub id is downloaded once
-                model, tokenizer = loading.load(of_model, path)
+                model, tokenizer = loading.load(path, of_model)
         except UserError as error:
             raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
         same_vocabulary(tokenizer, self.tokenizer, path)

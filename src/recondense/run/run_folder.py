@@ -93,7 +93,7 @@ def _data_paths(data: DataConfig, where: str) -> list[tuple[str, str | None]]:
 
 
 def _identities(path: str) -> Iterator[tuple[int, int]]:
-    """What the system comes by on its way to a path, and to what the links inside a folder lead to."""
+    """Identities of all that lies on the way to a path, and on the way to each target of a link inside a folder."""
     links = [
         os.path.join(folder, name)
         for folder, folders, files in os.walk(os.path.expanduser(path))

@@ -1,4 +1,4 @@
-"""The search of a run: made once, cached, and reused."""
+"""SEARCH: the steps of a method decide a plan. A run's search is made once, cached, and reused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -15,13 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.record import Timed, recorder, rounded
+from recondense.calibration.record import Timed, recorder, retape, rounded
 from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
 from recondense.config.schema import Config
 from recondense.data.texts import Texts
+from recondense.errors import UserError
 from recondense.files import JsonFolder, fingerprint, waiting_lock
-from recondense.methods.step import SearchContext, Step
-from recondense.models import decoder, views
+from recondense.methods.step import Record, SearchContext, Step
+from recondense.models import decoder, families, views
 from recondense.models.layer_store import layer_store
 from recondense.models.parameters import largest_layer_bytes
 from recondense.operations import Operation
@@ -30,6 +30,47 @@ from recondense.run.refits import plan_refits
 from recondense.surgery import apply
 
 log = logging.getLogger(__name__)
+
+
+Decided = tuple[Sequence[Operation], Record]
+
+
+def search(tape: Tape, steps: Step | Sequence[Step], *, refit: bool | str = False) -> Plan:
+    """Decide what to compress. The model is left bit-identical; `apply` executes the plan.
+
+    Args:
+        tape: of the model, from `calibrate`.
+        steps: a step of a method, or several: each sees the model as the steps before leave it.
+        refit: end with a least-squares refit of every changed layer: False; True (down_proj); or "coefficients" (of
+            condensed layers only).
+
+    Returns:
+        The operations in the order in which they were chosen, and the scores that decided them.
+
+    Raises:
+        UserError: a step does not suit the model, or its budget cannot be kept; all problems in one message.
+
+    Example:
+        >>> model, tokenizer = rc.load(folder)
+        >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
+        >>> plan = rc.search(tape, rc.CDMoE(num_experts=2, num_layers=1))
+        >>> [operation.kind for operation in plan.operations]
+        ['condense']
+    """
+    steps = list(steps) if isinstance(steps, Sequence) else [steps]
+    model = tape.model
+    facts = families.facts(model.config)
+    if problems := [problem for step in steps for problem in step.check(facts)]:
+        raise UserError("\n".join(problems))
+    scratch = scratch_bytes(Config(), decoder.device(model), model)
+
+    def search_one(step: Step, before: Sequence[Operation]) -> Decided:
+        context = SearchContext(model, cache(lambda: retape(tape) if before else tape), {}, scratch)
+        return step.search(context)
+
+    operations, records = _search_steps(model, steps, search_one, lambda: retape(tape))
+    operations += plan_refits(operations, refit)
+    return Plan(str(model.config.name_or_path), tuple(operations), search=_evidence(records))
 
 
 def find_plan(
@@ -42,48 +83,69 @@ def find_plan(
     folder: Path,
     timed: Timed = lambda name: nullcontext(),
 ) -> Plan:
-    """The run's plan: from its folder, or searched step by step with all that the cache knows.
-
-    Each step sees the model as the previous ones left it; the model is left as it was.
+    """The run's plan: from its folder, or searched with all that the cache knows.
 
     Args:
+        steps: of the method, in order.
         inputs: fingerprints of the model's `weights` and of its `calibration` set.
         folder: of the run; plan.json is written there.
-        timed: counts the time of a stage.
+        timed: counts the time of a part of the run.
     """
     path = folder / "plan.json"
     name = str(config.model.path or config.model.name)
     if not steps:
         return Plan(model=name)
-    found = {name: inputs[name] for name in ("weights", "calibration")}
-    layer_store(model).context = fingerprint(found)
-    record_split = recorder(config, model, tokenizer, texts, folder, timed, split=True)
-    record_whole = recorder(config, model, tokenizer, texts, folder, timed)
+    decided_by = {name: inputs[name] for name in ("weights", "calibration")}
+    layer_store(model).context = fingerprint(decided_by)
     plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
     if plan is not None:
         log.info("plan: found in %s", path)
         return plan
-    operations: list[Operation] = []
-    records: list[dict[str, Any]] = []
-    originals: dict[int, nn.Module] = {}
-    try:
-        for step in steps:
-            chosen, record = search_step(config, step, model, record_split, found, operations)
-            operations += chosen
-            records.append(record)
-            if step is not steps[-1]:
-                taken = apply.apply(model, Plan(model=name, operations=tuple(chosen)), record_whole)
-                originals = {**taken, **originals}
-    finally:
-        for layer, block in originals.items():
-            views.set_block(model, layer, block)
+    record_split = recorder(config, model, tokenizer, texts, folder, timed, split=True)
+    record_unsplit = recorder(config, model, tokenizer, texts, folder, timed)
+
+    def search_one(step: Step, before: Sequence[Operation]) -> Decided:
+        return search_step(config, step, model, record_split, decided_by, before)
+
+    operations, records = _search_steps(model, steps, search_one, record_unsplit)
     operations += plan_refits(operations, config.method.get("refit", False))
     method = fingerprint([step.key() for step in steps], dict(config.method))
-    search = records[0] if len(records) == 1 else {"steps": records}
-    plan = processes.broadcast(Plan(name, tuple(operations), {**found, "method": method}, search))
+    plan = Plan(name, tuple(operations), {**decided_by, "method": method}, _evidence(records))
+    plan = processes.broadcast(plan)
     if processes.is_first():
         plan.save(path)
     return plan
+
+
+def _search_steps(
+    model: PreTrainedModel,
+    steps: Sequence[Step],
+    search_one: Callable[[Step, Sequence[Operation]], Decided],
+    record: Callable[[], Tape],
+) -> tuple[list[Operation], list[Record]]:
+    """Search step by step; each sees the model as the ones before left it. The model is left as it was.
+
+    Args:
+        search_one: searches a step, given the operations before it.
+        record: tapes the model as it is when called.
+
+    Returns:
+        The operations of all steps, and what decided each step.
+    """
+    operations: list[Operation] = []
+    records: list[Record] = []
+    originals: dict[int, nn.Module] = {}
+    try:
+        for index, step in enumerate(steps):
+            chosen, decided_by = search_one(step, operations)
+            operations += chosen
+            records.append(decided_by)
+            if index < len(steps) - 1:
+                originals = {**apply.apply(model, Plan("", tuple(chosen)), record), **originals}
+    finally:
+        for layer, block in originals.items():
+            views.set_block(model, layer, block)
+    return operations, records
 
 
 def search_step(
@@ -91,26 +153,36 @@ def search_step(
     step: Step,
     model: PreTrainedModel,
     record: Callable[[], Tape],
-    found: Mapping[str, str],
+    decided_by: Mapping[str, str],
     before: Sequence[Operation],
-) -> tuple[Sequence[Operation], dict[str, Any]]:
-    """Search one step with the cached orders that weights, calibration and the step's settings name."""
+) -> Decided:
+    """Search one step of a run, with all that the cache knows; other runs may use the cache at the same time.
+
+    Args:
+        record: tapes the model as it is when called.
+        decided_by: fingerprints of the model's weights and of the calibration set.
+        before: operations of the steps before.
+    """
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
-    key = fingerprint(dict(found), TEXTS_PER_BLOCK, step.key(), earlier, *rounded(config, model))
+    key = fingerprint(dict(decided_by), TEXTS_PER_BLOCK, step.key(), earlier, *rounded(config, model))
     folder = Path(config.cache_dir) / "search" / key
     folder.mkdir(parents=True, exist_ok=True)
-
-    tape = cache(record)
-    alone = waiting_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
-    with alone:
+    lock = waiting_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
+    with lock:
         scratch = scratch_bytes(config, decoder.device(model), model)
-        chosen, found_by = step.search(SearchContext(model, tape, processes.FirstProcess(JsonFolder(folder)), scratch))
-    # Not part of the plan, which is the same whatever the cache had, and however long it took.
-    if reused := found_by.pop("reused", ""):
+        known = processes.FirstProcess(JsonFolder(folder))
+        operations, evidence = step.search(SearchContext(model, cache(record), known, scratch))
+    if reused := evidence.get("reused", ""):
         log.info("search: reused %s from %s", reused, folder)
-    if seconds := found_by.pop("seconds", {}):
+    if seconds := evidence.get("seconds", {}):
         log.info("search: %s", ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()))
-    return chosen, found_by
+    return list(operations), evidence
+
+
+def _evidence(records: Sequence[Record]) -> Record:
+    """What plan.json says of the search; not how long it took and what the cache had, for the plan is the same."""
+    kept = [{name: value for name, value in r.items() if name not in ("reused", "seconds")} for r in records]
+    return kept[0] if len(kept) == 1 else {"steps": kept}
 
 
 def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel | None = None) -> int:

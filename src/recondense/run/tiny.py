@@ -97,10 +97,8 @@ def _train(
     data = RecoveryData(train_NS, None, settings["batch_size"], settings["steps"], settings["seed"])
     print("training the embedded model on the standard library's text (once; kept in the cache)", flush=True)
     fit(module, data, work, trainer, settings["seed"], callbacks)
-    report = _report(network, train_NS, validation_MS) | {
-        "seconds": time.perf_counter() - started,
-        "settings": settings,
-    }
+    report = _report(network, train_NS, validation_MS)
+    report |= {"seconds": time.perf_counter() - started, "settings": settings}
     with replace_folder(folder) as aside:
         network.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
@@ -159,10 +157,10 @@ def expert_loads(model: PreTrainedModel, windows_NS: Tensor) -> dict[int, list[f
 
 
 def _report(network: PreTrainedModel, train_NS: Tensor, validation_MS: Tensor) -> dict[str, Any]:
-    found = perplexity(network, validation_MS, EVALUATION_BATCH, description="evaluating the embedded model")
+    quality = perplexity(network, validation_MS, EVALUATION_BATCH, description="evaluating the embedded model")
     loads = expert_loads(network, validation_MS[:64])
     return {
-        **found,
+        **quality,
         "unigram_perplexity": unigram_perplexity(train_NS, validation_MS, network.config.vocab_size),
         "least_expert_load": min(min(load) for load in loads.values()),
         "expert_loads": {str(layer): load for layer, load in loads.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from recondense.calibration.record import retape
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.models import decoder, views
@@ -223,13 +225,14 @@ class Student:
             return Footprint(student, together, student + resident_bytes(model))
 
 
-def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None, *, refit: bool = True) -> Student:
+def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None, *, refit: bool = True) -> Student:
     """Compress a model in place: execute a plan.
 
     Args:
         model: a causal LM of a known family; afterwards it is the compressed model.
         plan: the operations, from a search or from `Plan.load`.
-        record: tapes the model on the calibration set as it is when called. Plans that whiten or refit need it.
+        tape: of the model on the calibration set, whose texts are taped again as the model changes; or a function that
+            does so. Plans that whiten or refit need it.
         refit: execute the plan's refits too. Otherwise `Student.refit` does so later.
 
     Returns:
@@ -237,13 +240,18 @@ def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None, *, r
 
     Raises:
         UserError: an operation does not fit the model; then the model is as it was. The plan needs the calibration set
-            and there is no `record`.
+            and there is no `tape`.
 
     Example:
-        >>> student = apply(model, Plan.load("plan.json"))
+        >>> model, tokenizer = rc.load(folder)
+        >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
+        >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)
         >>> with student.original() as original:
-        ...     expected = original(input_ids).logits
+        ...     logits_BSV = original(**tokenizer("some text", return_tensors="pt")).logits
+        >>> student.plan.layers
+        (0, 1, 2)
     """
+    record = partial(retape, tape) if isinstance(tape, Tape) else tape
     needs_tape = refit and any(isinstance(operation, Refit) for operation in plan.operations)
     if needs_tape and record is None:
         raise UserError("plan: refit needs the calibration set; none was given")

@@ -19,14 +19,14 @@ from support.forks import Forks
 from recondense.callbacks.sweep import SweepComparison, comparison_rows, log_sweep, swept_settings, write_comparison
 from recondense.report import tracking
 from recondense.report.comparison import by_seed, caption, comparison_markdown, comparison_table
-from recondense.report.sweep_picture import comparison_picture
+from recondense.report.sweep_picture import draw_comparison
 
 APPLICATION = """
 import json
 from pathlib import Path
 import hydra
 from omegaconf import OmegaConf
-from recondense import config as schema
+from recondense.config import schema
 from recondense.run.exit_codes import JobFailed
 from recondense.files import write_aside
 
@@ -254,7 +254,7 @@ def test_a_comparison_of_one_method_has_its_picture(methods: tuple[str, ...], tm
 
 def test_the_control_alone_has_no_picture_of_methods(tmp_path: Path) -> None:
     rows = [row for row in comparison() if row["method"] == "none"]
-    assert comparison_picture(by_seed(rows), tmp_path / "none.png") is None
+    assert draw_comparison(by_seed(rows), tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
 
 

@@ -421,32 +421,32 @@ def test_load_gives_back_what_was_exported(tmp_path: Path) -> None:
     model, plan = student(VARIANTS["qwen, sparse layers left"])
     model.config.output_router_logits = True
     export(model, tokenizer(), plan, tmp_path / "out", "")
-    again, words = loading.load(ModelConfig(device="cpu", dtype="float32"), tmp_path / "out")
+    again, words = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="float32"))
     assert words("w5")["input_ids"] == [5]
     assert not again.training and again.config.output_router_logits is False
     assert again.config._experts_implementation == "grouped_mm"
     found: Tensor = logits(again, IDS)
     torch.testing.assert_close(found, logits(model, IDS), rtol=0, atol=1e-4)
-    half, _ = loading.load(ModelConfig(device="cpu", dtype="bfloat16", experts="eager"), tmp_path / "out")
+    half, _ = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="bfloat16", experts="eager"))
     assert half.dtype == torch.bfloat16 and half.config._experts_implementation == "eager"
 
 
 def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        loading.load(ModelConfig(device="cpu"), "nobody/no-such-model")
+        loading.load("nobody/no-such-model", ModelConfig(device="cpu"))
     qwen2_moe().save_pretrained(tmp_path / "out")
     tokenizer().save_pretrained(tmp_path / "out")
-    loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+    loading.load(tmp_path / "out", ModelConfig(device="cpu"))
     (tmp_path / "out" / "model.safetensors").rename(tmp_path / "out" / "pytorch_model.bin")  # pickles are never loaded
     with pytest.raises(ValueError, match=r"model.path=.*safetensors"):
-        loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+        loading.load(tmp_path / "out", ModelConfig(device="cpu"))
 
 
 def test_load_refuses_a_folder_without_tokenizer(tmp_path: Path) -> None:
     """transformers would make up one that knows no word."""
     qwen2_moe().save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"model.path=.*tokenizer"):
-        loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+        loading.load(tmp_path / "out", ModelConfig(device="cpu"))
 
 
 def test_load_refuses_a_cut_file_in_words(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_load_refuses_a_cut_file_in_words(tmp_path: Path) -> None:
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"model\.path="):
-        loading.load(ModelConfig(device="cpu"), tmp_path / "out")
+        loading.load(tmp_path / "out", ModelConfig(device="cpu"))
 
 
 def test_weights_fingerprint() -> None:

@@ -84,7 +84,7 @@ def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         patch.setattr("recondense.models.shard_reader.convert_and_load_state_dict_in_model", read)
         for pages in (None, folder.parent / "pages"):
             with pytest.raises(UserError) as raised:
-                loading.load(ModelConfig(device="cpu"), folder, pages)
+                loading.load(folder, ModelConfig(device="cpu"), pages)
             said.append(str(raised.value))
         as_model = replace(Config(), model=ModelConfig(name="it", path=str(folder), device="cpu"))
         said += [text.removesuffix(".") for text in run_messages(as_model, []) if text.startswith("model.path")]
@@ -134,7 +134,7 @@ def test_weights_in_few_bits_are_complete_with_their_scales(family: str, tmp_pat
     edited(tmp_path / "packed", without(lacking))
     assert difference(tmp_path / "packed").missing == (lacking,)
     with pytest.raises(UserError, match=f"lacks 1 weight .*{lacking}"):
-        loading.load(ModelConfig(device="cpu", attention="eager"), tmp_path / "packed")
+        loading.load(tmp_path / "packed", ModelConfig(device="cpu", attention="eager"))
 
 
 @pytest.mark.parametrize("tied", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -145,7 +145,7 @@ def test_one_of_two_tied_weights_is_enough(tied: str, streamed: bool, tmp_path: 
     both: State = {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": embedding}
     edited(folder, lambda state: {**state, **both})
     edited(folder, without(tied))
-    model, _ = loading.load(ModelConfig(device="cpu"), folder, tmp_path / "pages" if streamed else None)
+    model, _ = loading.load(folder, ModelConfig(device="cpu"), tmp_path / "pages" if streamed else None)
     assert torch.equal(model.lm_head.weight, embedding) and torch.equal(model.model.embed_tokens.weight, embedding)
     edited(folder, without("lm_head.weight", "embed_tokens.weight"))
     assert set(difference(folder).missing) == set(both)
@@ -160,7 +160,7 @@ def test_what_the_model_has_no_place_for_does_no_harm(tmp_path: Path) -> None:
     }
     edited(folder, lambda state: {**state, **more})
     assert not difference(folder).problem
-    loading.load(ModelConfig(device="cpu"), folder)
+    loading.load(folder, ModelConfig(device="cpu"))
 
 
 # ---------------------------------------------------------------------------------------------- incomplete ones
@@ -229,7 +229,7 @@ def test_a_config_of_another_model(
     folder = written(tmp_path / "model")
     set_config(folder, **values)
     with pytest.raises(UserError, match=rf"^model\.path={folder}: .*{said}"):
-        loading.load(ModelConfig(device="cpu"), folder)
+        loading.load(folder, ModelConfig(device="cpu"))
     problems = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert len(problems) == 1
 
@@ -256,7 +256,7 @@ def test_what_shows_only_after_loading_is_refused_too(tmp_path: Path, monkeypatc
         with pytest.raises(
             UserError, match=r"lacks 2 weights .*\(lm_head\.weight, model\.layers\.1\.self_attn\.q_proj"
         ):
-            loading.load(ModelConfig(device="cpu"), folder, pages)
+            loading.load(folder, ModelConfig(device="cpu"), pages)
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
         assert problem.startswith(f"model.path={folder}: {first.name} ")
         with pytest.raises(UserError, match=said):
-            loading.load(ModelConfig(device="cpu"), folder)
+            loading.load(folder, ModelConfig(device="cpu"))
     first.write_bytes(kept)
     second.unlink()
     [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
@@ -307,9 +307,9 @@ def test_models_of_the_hub_are_looked_at_when_they_are_loaded(tmp_path: Path, mo
     in_hub_cache(tmp_path / "hub", tmp_path / "adapter", "me/adapter")
     for pages in (None, tmp_path / "pages"):
         with pytest.raises(UserError, match=rf"^model\.path=me/model: the checkpoint lacks 1 weight .*{ONE}"):
-            loading.load(ModelConfig(device="cpu"), "me/model", pages)
+            loading.load("me/model", ModelConfig(device="cpu"), pages)
     with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
-        loading.load(ModelConfig(device="cpu"), "me/adapter")
+        loading.load("me/adapter", ModelConfig(device="cpu"))
     with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
         planned_config(ModelConfig(path="me/adapter"))
 
@@ -378,5 +378,5 @@ def test_what_loading_puts_itself_in_front_of_is_put_back(tmp_path: Path) -> Non
     before = PreTrainedModel._load_pretrained_model
     parameters = list(inspect.signature(before).parameters)
     assert parameters[:4] == ["model", "state_dict", "checkpoint_files", "load_config"]
-    loading.load(ModelConfig(device="cpu"), written(tmp_path / "model"))
+    loading.load(written(tmp_path / "model"), ModelConfig(device="cpu"))
     assert PreTrainedModel._load_pretrained_model is before

@@ -37,7 +37,7 @@ FURTHER = ("qwen2_moe", "gpt_oss", "deepseek", "mixtral", "ernie4_5_moe")
 def loaded(folder: Path, family: str, **settings: Any) -> Any:
     """As a run does, without remote code; gpt_oss has no attention but eager."""
     attention: Any = "eager" if family == "gpt_oss" else "sdpa"
-    model, _ = loading.load(ModelConfig(attention=attention, device="cpu", **settings), folder)
+    model, _ = loading.load(folder, ModelConfig(attention=attention, device="cpu", **settings))
     return model
 
 

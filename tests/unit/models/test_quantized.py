@@ -78,7 +78,7 @@ def test_layers_that_are_read_one_at_a_time_are_made_whole_as_ever(tmp_path: Pat
     make, folder_of, _ = FORMATS[name]
     folder_of(tmp_path / "model", make())
     settings = ModelConfig(attention="eager", device="cpu")
-    whole, model = (loading.load(settings, tmp_path / "model", pages)[0] for pages in (None, tmp_path / "pages"))
+    whole, model = (loading.load(tmp_path / "model", settings, pages)[0] for pages in (None, tmp_path / "pages"))
     for layer, expected in enumerate(decoder.decoder_layers(whole)):
         with layer_store(model).resident(layer):
             found = decoder.decoder_layers(model)[layer].state_dict()
@@ -114,12 +114,12 @@ def test_load_says_what_it_did_and_leaves_a_plain_model(tmp_path: Path, caplog: 
     torch.manual_seed(0)
     fp8_folder(tmp_path / "fp8", qwen2_moe())
     with caplog.at_level(logging.INFO, "recondense"):
-        model, tokenizer = loading.load(ModelConfig(device="cpu", dtype="auto"), tmp_path / "fp8")
+        model, tokenizer = loading.load(tmp_path / "fp8", ModelConfig(device="cpu", dtype="auto"))
     assert model.dtype == torch.bfloat16
     assert [each.message for each in caplog.records if "dequantised" in each.message] == [
         f"{tmp_path / 'fp8'} is stored in fp8: dequantised to torch.bfloat16"
     ]
-    whole, _ = loading.load(ModelConfig(device="cpu", dtype="float32"), tmp_path / "fp8")
+    whole, _ = loading.load(tmp_path / "fp8", ModelConfig(device="cpu", dtype="float32"))
     assert {each.dtype for each in whole.parameters()} == {torch.float32}
     with torch.no_grad():
         model(input_ids=torch.arange(12)[None])
@@ -128,7 +128,7 @@ def test_load_says_what_it_did_and_leaves_a_plain_model(tmp_path: Path, caplog: 
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert {str(file.get_slice(key).get_dtype()) for key in file.keys()} == {"BF16"}  # noqa: SIM118  # no mapping
     caplog.clear()
-    again, _ = loading.load(ModelConfig(device="cpu", dtype="auto"), tmp_path / "out")
+    again, _ = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="auto"))
     assert not caplog.records
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -137,7 +137,7 @@ def test_load_says_what_it_did_and_leaves_a_plain_model(tmp_path: Path, caplog: 
 def test_other_formats_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
     tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": "qwen2_moe", "quantization_config": how}))
     with pytest.raises(ValueError, match=r"model\.path=.*stored in .*dequantise it first"):
-        loading.load(ModelConfig(device="cpu"), tmp_path)
+        loading.load(tmp_path, ModelConfig(device="cpu"))
 
 
 def test_bytes_on_disk(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def written(model: Any, folder: Path) -> Path:
 
 def opened(folder: Path, pages: Path | None, family: str = "qwen2_moe") -> Any:
     attention: Any = "eager" if family == "gpt_oss" else "sdpa"
-    return loading.load(ModelConfig(attention=attention, device="cpu"), folder, pages)[0]
+    return loading.load(folder, ModelConfig(attention=attention, device="cpu"), pages)[0]
 
 
 @pytest.fixture(scope="module")

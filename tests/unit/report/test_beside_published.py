@@ -9,11 +9,11 @@ from rich.console import Console
 
 from recondense.report.beside_published import (
     Setting,
-    beside,
     is_same,
+    nearest_rows,
     notes,
+    published_rows,
     recognise,
-    rows_beside,
     setting_of,
     tables,
     task_means,
@@ -105,7 +105,7 @@ def test_what_a_plan_did_in_the_papers_terms(operations: dict[str, dict[str, flo
 def test_rows_of_the_same_or_the_nearest_setting(
     model: str, paper: str, setting: Setting, means: list[float], same: bool
 ) -> None:
-    rows = rows_beside(model_named(model), paper, setting)
+    rows = nearest_rows(model_named(model), paper, setting)
     assert [row.mean for row in rows] == means
     assert all(is_same(row, setting) == (same or row.method == "original") for row in rows)
 
@@ -128,7 +128,7 @@ def summary(paper: str, model: str | None, setting: Setting, differs: list[str] 
             "compressed": {"tasks": results(paper, 0.55), "task_mean": {paper: 0.55}},
         },
         "ratios": {"memory": 0.7242, "routed_expert_parameters": 0.46},
-        "published": beside(known, setting, [paper], differs or []),
+        "published": published_rows(known, setting, [paper], differs or []),
     }
 
 

@@ -24,10 +24,10 @@ def commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("package", "own"),
     [
-        ("src/recondense", True),
-        (".venv/lib/python3.11/site-packages/recondense", False),
-        ("vendor/recondense/src/recondense", False),
-        ("recondense", False),
+        ("src/recondense/report", True),
+        (".venv/lib/python3.11/site-packages/recondense/report", False),
+        ("vendor/recondense/src/recondense/report", False),
+        ("recondense/report", False),
     ],
 )
 def test_a_commit_is_that_of_our_own_checkout(
@@ -41,15 +41,23 @@ def test_a_commit_is_that_of_our_own_checkout(
 def test_a_hook_of_another_repository_changes_nothing(
     tmp_path: Path, commit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "src" / "recondense").mkdir(parents=True)
+    (tmp_path / "src" / "recondense" / "report").mkdir(parents=True)
     subprocess.run(["git", "init", "-q", "other"], cwd=tmp_path, check=True)
-    monkeypatch.setattr(summary, "__file__", str(tmp_path / "src" / "recondense" / "summary.py"))
+    monkeypatch.setattr(summary, "__file__", str(tmp_path / "src" / "recondense" / "report" / "summary.py"))
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
     assert summary._git_commit() == commit
 
 
 def test_without_a_repository_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "__file__", str(tmp_path / "summary.py"))
+    (tmp_path / "recondense" / "report").mkdir(parents=True)
+    monkeypatch.setattr(summary, "__file__", str(tmp_path / "recondense" / "report" / "summary.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert summary._git_commit() is None
+
+
+def test_a_run_from_a_checkout_says_its_commit(root: Path) -> None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("the tests do not run from a checkout")
+    assert summary._git_commit() == done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Tables and pictures: what is shown, and that absent figures are absent."""
+"""Tables and pictures: what is shown, and that absent found are absent."""
 
 import json
 from io import StringIO
@@ -12,14 +12,12 @@ from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
-from recondense.files import JsonFolder
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.report.model_card import model_card
-from recondense.report.plan_picture import plan_picture
-from recondense.report.structure_picture import KINDS, _layer, picture_of
+from recondense.report.plan_picture import OUTCOMES, draw_plan, draw_searches, outcomes_of
 from recondense.report.summary import operation_counts
-from recondense.report.sweep_picture import sweep_picture
+from recondense.report.sweep_picture import draw_sweep
 from recondense.report.tables import (
     format_bytes,
     format_number,
@@ -34,7 +32,6 @@ from recondense.report.tables import (
     task_table,
 )
 from recondense.report.tracking import flatten_summary
-from recondense.run.measure import Measure
 
 
 def profile(scale: float) -> dict[str, float]:
@@ -170,7 +167,14 @@ def test_sweep_row_keeps_what_is_there() -> None:
 def test_sweep_row_has_the_refitted_stage_and_seconds_without_evaluation() -> None:
     found = summary()
     found["stages"]["refitted"] = {"perplexity": 110.0, "tasks": {"heldout_next_line": {"acc": 0.52}}}
-    found["seconds"] |= {"apply": 0.5, "refit": 7.0, "recover": 30.0, "evaluate": 100.0, "profile": 3.0, "control": 9.0}
+    found["seconds"] |= {
+        "apply": 0.5,
+        "refit": 7.0,
+        "recover": 30.0,
+        "evaluate": 100.0,
+        "profile": 3.0,
+        "control": 9.0,
+    }
     row = sweep_row(found)
     assert row["refitted_heldout_next_line"] == 0.52
     assert (row["search_seconds"], row["refit_seconds"], row["recover_seconds"]) == (4.5, 7.0, 30.0)
@@ -193,20 +197,6 @@ def test_a_refit_is_reported_in_one_line(tmp_path: Path) -> None:
     assert refit_line(errors) in console.export_text()
     assert "before any training" in text(ratios_table({"ratios": {"refit_gap_closed": 0.5}}))
     assert flatten_summary({"refit": errors})["refit/5/error_after"] == 0.15
-
-
-def test_a_refit_is_kept_over_restarts(tmp_path: Path) -> None:
-    def started() -> Measure:
-        measure = object.__new__(Measure)  # no model: only what it keeps
-        measure.stages = JsonFolder(tmp_path / "stages")
-        return measure
-
-    assert started().refit == {}
-    started().keep_refit({})
-    assert started().refit == {} and not (tmp_path / "stages").exists(), "no refit, nothing to keep"
-    started().keep_refit({3: {"error_before": 0.2, "error_after": 0.1}})
-    started().keep_refit({3: {"error_before": 0.3, "error_after": 0.3}})
-    assert started().refit == {"3": {"error_before": 0.2, "error_after": 0.1}}
 
 
 def test_what_trained_is_said_where_the_recovery_does_not() -> None:
@@ -236,7 +226,12 @@ def plan(
         weights = random.exponential(0.02, num_experts)
         order = np.argsort(-weights)[:num_kept].tolist()
         js = (1e-4 * random.uniform() * 0.7 ** np.arange(1, num_kept + 1)).tolist()
-        found[str(layer)] = {"order": order, "js": js, "js_shared_only": 2e-4, "mean_routing_weight": weights.tolist()}
+        found[str(layer)] = {
+            "order": order,
+            "js": js,
+            "js_shared_only": 2e-4,
+            "mean_routing_weight": weights.tolist(),
+        }
     condensed = random.permutation(num_layers)[:num_condensed].tolist()
     operations = [
         {"kind": "condense", "layer": layer, "experts": found[str(layer)]["order"], "coefficients": [0.1] * num_kept}
@@ -258,7 +253,7 @@ def plan(
     ids=["all_layers", "qwen_size", "shared_only", "one_layer", "without_search"],
 )
 def test_plan_picture_is_drawn(made: dict[str, Any], tmp_path: Path) -> None:
-    path = plan_picture(made, tmp_path / "folder" / "plan.png")
+    path = draw_searches(made, tmp_path / "folder" / "plan.png")
     pixels = imread(path)
     assert pixels.shape[0] > 250 and pixels.shape[1] > 600
     # Nothing touches the edge, so nothing is cut off.
@@ -269,18 +264,18 @@ def test_plan_picture_is_drawn(made: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_plan_of_nothing_has_no_picture(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="condenses no layer"):
-        plan_picture({"operations": [], "search": {}}, tmp_path / "plan.png")
+        draw_searches({"operations": [], "search": {}}, tmp_path / "plan.png")
     assert not list(tmp_path.iterdir())
 
 
 def test_sweep_picture_needs_a_size_and_a_perplexity(tmp_path: Path) -> None:
     row = {**sweep_row(summary()), "settings": {"method.num_layers": "2", "seed": "1"}}
-    path = sweep_picture([row, {"settings": {}, "status": "failed"}], tmp_path / "with.png")
+    path = draw_sweep([row, {"settings": {}, "status": "failed"}], tmp_path / "with.png")
     assert path is not None and imread(path).shape[0] == 720
     no_profile = {key: value for key, value in row.items() if "bytes" not in key}
-    assert sweep_picture([no_profile], tmp_path / "parameters.png") is not None
+    assert draw_sweep([no_profile], tmp_path / "parameters.png") is not None
     no_perplexity = {key: value for key, value in row.items() if "perplexity" not in key}
-    assert sweep_picture([no_perplexity], tmp_path / "none.png") is None
+    assert draw_sweep([no_perplexity], tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
 
 
@@ -289,7 +284,7 @@ def test_sweep_picture_writes_no_seeds(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Axes, "annotate", lambda self, words, *args, **kwargs: written.append(words))
     row = sweep_row(summary())
     rows = [{**row, "settings": {"method.num_layers": "2", "seed": seed}} for seed in "01"]
-    sweep_picture([*rows, {**row, "settings": {"seed": "2"}}], tmp_path / "sweep.png")
+    draw_sweep([*rows, {**row, "settings": {"seed": "2"}}], tmp_path / "sweep.png")
     assert written == ["num_layers=2"] * 2
 
 
@@ -340,15 +335,17 @@ def test_the_report_and_the_card_say_what_the_plan_did(tmp_path: Path) -> None:
 def test_each_expert_of_a_layer_is_drawn_as_what_became_of_it() -> None:
     operations = Plan("tiny", MIXED).to_dict()["operations"]
     gone = ("dropped", None)
-    assert _layer(0, operations, 6) == [
+    assert outcomes_of(0, operations, 6) == [
         gone, ("factorized", 8), ("dense", None), gone, ("factorized", 20), ("factorized", 9)
     ]  # fmt: skip
     first, second, third = ("factorized", 7), ("factorized", 5), ("merged", 2)
-    assert _layer(1, operations, 6) == [first, second, second, first, third, third]
-    assert _layer(2, operations, 6) == [("condensed", 2), gone, gone, gone, ("condensed", 1), gone]
-    assert set(_layer(3, operations, 6)) == {("removed", None)} and set(_layer(4, operations, 6)) == {("skipped", None)}
-    assert set(_layer(5, operations, 6)) == {("kept", None)}
-    words = {kind: text for kind, (_, text) in KINDS.items()}
+    assert outcomes_of(1, operations, 6) == [first, second, second, first, third, third]
+    assert outcomes_of(2, operations, 6) == [("condensed", 2), gone, gone, gone, ("condensed", 1), gone]
+    assert set(outcomes_of(3, operations, 6)) == {("removed", None)} and set(outcomes_of(4, operations, 6)) == {
+        ("skipped", None)
+    }
+    assert set(outcomes_of(5, operations, 6)) == {("kept", None)}
+    words = {kind: text for kind, (_, text) in OUTCOMES.items()}
     assert "number: order of selection" in words["condensed"] and "dense in a factorized layer" in words["dense"]
 
 
@@ -356,7 +353,7 @@ def test_each_expert_of_a_layer_is_drawn_as_what_became_of_it() -> None:
     "operations", [MIXED, MIXED[:1], MIXED[2:3], MIXED[6:7]], ids=["mixed", "prune", "merge", "drop"]
 )
 def test_a_picture_of_any_plan(operations: tuple[Operation, ...], tmp_path: Path) -> None:
-    path = picture_of(Plan("tiny", operations).to_dict(), 6, range(6), tmp_path / "plan.png")
+    path = draw_plan(Plan("tiny", operations).to_dict(), 6, range(6), tmp_path / "plan.png")
     pixels = imread(path)
     assert pixels.shape[0] > 250 and pixels.shape[1] > 300
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])[:, :3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from recondense.data.corpus import Corpora
 from recondense.data.texts import Texts
 from recondense.models.loading import tokenizer_fingerprint
 from recondense.run import measure
-from recondense.run.measure import Measure
+from recondense.run.measure import Evaluator
 
 INPUTS = {"weights": "w", "tokenizer": "t"}
 
@@ -23,17 +24,18 @@ INPUTS = {"weights": "w", "tokenizer": "t"}
 @pytest.fixture
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`key(**evaluation)`: the name of the cache's entry for the original."""
-    monkeypatch.setattr(Measure, "_quality", lambda *_: {})
+    monkeypatch.setattr(Evaluator, "_evaluate", lambda *_: {})
     model, tokenizer = small_model(), byte_tokenizer()
 
     def name(
         text: str = "some words " * 20, inputs: Mapping[str, str] = INPUTS, length: int = 16, **evaluation: Any
     ) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        evaluation = {"name": "perplexity", "tasks": [], **evaluation}
-        settings = {"cache_dir": str(folder), "data": {"sequence_length": length}, "evaluation": evaluation}
+        evaluation = {"name": "perplexity", "tasks": [], "perplexity_windows": None, **evaluation}
+        settings = from_dict({"cache_dir": str(folder), "data": {"sequence_length": length}, "evaluation": evaluation})
         texts = Texts(Corpora(validation=[text] if text else None))
-        Measure(from_dict(settings), folder / "run", model, tokenizer, texts, inputs).original()
+        evaluator = Evaluator.of_run(settings, tokenizer, texts, inputs, lambda part: nullcontext())
+        evaluator.evaluate_once(model, "original", None, [inputs["weights"]])
         [path] = (folder / "evaluations").glob("*.json")
         return path.stem
 

@@ -1,0 +1,46 @@
+"""The model that a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.callbacks import Callback
+
+from recondense import processes
+from recondense.config.schema import WORK, Config
+from recondense.models import loading
+from recondense.run import tiny
+
+
+class MakeCallbacks(Protocol):
+    """Gives the Lightning callbacks of a fit.
+
+    Args:
+        stage: name of the fit: pretrain, recovery or a recovery stage's own, control or control/<recovery stage>.
+        tasks: names of the run's lm-eval tasks.
+        include_path: folders with files of tasks.
+    """
+
+    def __call__(self, stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]: ...
+
+
+def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]:
+    """Give a fit no callbacks."""
+    return ()
+
+
+def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
+    """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
+    settings = config.model
+    path = settings.path or processes.by_first(lambda: _train_embedded(config, callbacks))
+    pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None
+    with processes.first_before_others() if settings.path else nullcontext():  # a hub id is downloaded once
+        return loading.load(path, settings, pages)
+
+
+def _train_embedded(config: Config, callbacks: MakeCallbacks) -> Path:
+    with processes.work_alone():  # its training must not depend on the number of processes
+        return tiny.ensure(config.model, Path(config.cache_dir), config.trainer, callbacks("pretrain", (), ()))

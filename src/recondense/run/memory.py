@@ -1,0 +1,53 @@
+"""Memory of a run whose model is larger than memory: how much it may take, and how much it took."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedModel
+
+from recondense.config.schema import Config
+from recondense.evaluation import profiling
+from recondense.models import decoder, parameters
+from recondense.report.tables import format_bytes
+from recondense.run.search import scratch_bytes
+
+SLACK = 300 * 2**20  # of memory: libraries that are loaded later, the allocator, a batch of texts
+
+log = logging.getLogger(__name__)
+
+
+class StreamedMemory:
+    """The parts of the peak memory of a run with a streamed model, in bytes.
+
+    Args:
+        before_bytes: resident bytes at most before the model was loaded.
+    """
+
+    def __init__(self, config: Config, model: PreTrainedModel, before_bytes: int) -> None:
+        self._parts = {
+            "before_bytes": before_bytes,
+            "outside_layers_bytes": parameters.bytes_outside_layers(model),
+            "layer_bytes": parameters.largest_layer_bytes(model),
+            "scratch_bytes": scratch_bytes(config, decoder.device(model), model),
+        }
+        self._peak: int | None = None
+
+    def take_peak(self) -> None:
+        """Read the peak of this process and log it; warn where it is above the sum of its parts."""
+        self._peak = profiling.peak_resident_bytes()
+        parts = self._parts
+        bound = parts["before_bytes"] + parts["outside_layers_bytes"] + 2 * parts["layer_bytes"]
+        bound += parts["scratch_bytes"] + SLACK
+        shown = {name: format_bytes(size) for name, size in self.to_dict().items()}
+        log.info(
+            "peak memory %s: %s before the model, %s outside its layers, two layers of %s, scratch %s, and tokens",
+            *(shown[f"{name}_bytes"] for name in ("peak_resident", "before", "outside_layers", "layer", "scratch")),
+        )
+        if self._peak > bound:
+            log.warning("peak memory is above the bound of %s; please report this", format_bytes(bound))
+
+    def to_dict(self) -> dict[str, int]:
+        """The parts, and first the peak if it was taken."""
+        peak = {} if self._peak is None else {"peak_resident_bytes": self._peak}
+        return {**peak, **self._parts}

@@ -1,0 +1,42 @@
+"""`plan_only` in Python: what a method makes of a model's sizes, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from recondense.config.schema import ModelConfig
+from recondense.errors import UserError
+from recondense.methods.step import Step
+from recondense.models import classes, families
+from recondense.models.quantized import quantization, stored_bytes
+from recondense.run.plan_only import weights_dtype
+from recondense.run.preflight import planned_config
+from recondense.run.sizes import Sizes, compare
+
+
+def plan_only(path: str | Path, steps: Step | Sequence[Step]) -> Sizes:
+    """Sizes of a model before and after a method, without weights and without texts.
+
+    Args:
+        path: a local folder with config.json, or one of the hub ids whose configs the package has.
+        steps: a step of a method, or several.
+
+    Returns:
+        Parameters and bytes of the whole model before and after, and of each decoder layer.
+
+    Raises:
+        UserError: a model that is unknown, or that a step does not suit; a budget that the method cannot keep.
+
+    Example:
+        >>> sizes = rc.plan_only("Qwen/Qwen1.5-MoE-A2.7B", rc.CDMoE(num_experts=4, num_layers=9))
+        >>> f"{sizes.after.weights_bytes / sizes.before.weights_bytes:.3f}"
+        '0.695'
+    """
+    steps = list(steps) if isinstance(steps, Sequence) else [steps]
+    planned = planned_config(ModelConfig(path=str(path)), plan_only=True)
+    facts = families.facts(planned)
+    if problems := [problem for step in steps for problem in step.check(facts)]:  # type: ignore[attr-defined]
+        raise UserError("\n".join(problems))
+    model = classes.on_meta(planned, weights_dtype(planned, "auto"))
+    return compare(model, steps, stored_bytes(model, quantization(planned)))

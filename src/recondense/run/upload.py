@@ -1,0 +1,38 @@
+"""The upload of a run's export to the hub, tried again by the same command until it works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recondense.config.schema import ExportConfig
+from recondense.export.push import push_folder
+from recondense.files import write_aside
+from recondense.progress import progress
+from recondense.report.summary import add_upload
+
+
+def missing_upload(settings: ExportConfig, summary: Mapping[str, Any]) -> str | None:
+    """The repository that is to have the exported folder, if summary.json does not say that it has."""
+    repository, artifacts = settings.push_to_hub, summary["artifacts"]
+    return repository if "model" in artifacts and artifacts.get("hub") != repository else None
+
+
+def upload(repository: str, folder: Path, summary: Mapping[str, Any], *, private: bool) -> None:
+    """Upload the exported folder, then say so in summary.json.
+
+    Args:
+        repository: of the hub.
+        folder: of the run.
+        private: whether a new repository is.
+    """
+    with progress(f"pushing to {repository}"):
+        push_folder(folder / "model", repository, private)
+    write_summary(folder, add_upload(summary, repository))
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json to a run's folder."""
+    write_aside(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
