@@ -185,7 +185,7 @@ def exported(family: str, method: str, folder: Path, formats: dict[str, Any]) ->
     """Folders of a compressed model in every format; what each must compute."""
     model = MODELS[family]()
     plan = plan_of(model, method, folder / "search" / method, *budget(method)) if method != "none" else Plan("tiny")
-    apply.apply(model, plan, lambda: recorded(model))
+    apply.execute(model, plan, lambda: recorded(model))
     ids = windows(2, 12, seed=7)
     expected = logits(model, ids)
     assert bool(torch.isfinite(expected).all()), (family, method)

@@ -64,7 +64,7 @@ def subject(sizes: dict[str, int], args: argparse.Namespace) -> tuple[PreTrained
     model.set_experts_implementation("grouped_mm")
     num_texts = max(1, int(sizes["tokens"] * args.scale) // 128)
     texts = subjects.random_texts(512, num_texts, 128)
-    return model, Tape.record(model, list(texts.blocks(8)))
+    return model, Tape.record(model, list(texts.batches(8)))
 
 
 def cdmoe(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> None:

@@ -65,7 +65,7 @@ def original(args: argparse.Namespace) -> PreTrainedModel:
 
 def compressed(model: PreTrainedModel, operations: list[Operation]) -> dict[int, nn.Module]:
     """The blocks that a plan makes; the model is left as it was."""
-    originals = apply.apply(model, Plan("random", tuple(operations)))
+    originals = apply.execute(model, Plan("random", tuple(operations)))
     made = {layer: views.get_block(model, layer) for layer in originals}
     for layer, block in originals.items():
         views.set_block(model, layer, block)
@@ -81,7 +81,7 @@ def variants(model: PreTrainedModel) -> dict[str, Variant]:
         Prune.from_dropped(layer, block.num_experts, range(block.num_experts // 4)) for layer, block in blocks.items()
     ]
     pruned = compressed(model, prune)
-    with views.swapped(model, pruned):
+    with views.swap_blocks(model, pruned):
         factorize = Decompose(alpha=0.0).outline(model)
     made = {
         "upper half condensed": compressed(model, condense),
@@ -90,7 +90,7 @@ def variants(model: PreTrainedModel) -> dict[str, Variant]:
     }
 
     def variant(own: dict[int, nn.Module]) -> Variant:
-        return lambda: views.swapped(model, own)
+        return lambda: views.swap_blocks(model, own)
 
     return {"original": lambda: nullcontext(model), **{name: variant(own) for name, own in made.items()}}
 

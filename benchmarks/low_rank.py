@@ -81,7 +81,7 @@ def filled(module: nn.Module, args: argparse.Namespace) -> nn.Module:
 def cases(shape: tuple[int, int, int]) -> dict[str, ranks.Ranks]:
     """Ranks of each expert, by a name that says what they keep."""
     num_experts, hidden_size, width = shape
-    multiple = ranks.multiple_of("auto", hidden_size, width, 0.5 * ranks.break_even(hidden_size, width))
+    multiple = ranks.resolve_multiple("auto", hidden_size, width, 0.5 * ranks.break_even(hidden_size, width))
     average = {kept: max(1, round(kept * ranks.break_even(hidden_size, width))) for kept in KEPT}
     found: dict[str, ranks.Ranks] = {f"{kept:g}": [rank] * num_experts for kept, rank in average.items()}
     importance = [SPREAD ** (j / (num_experts - 1)) for j in range(num_experts)]

@@ -71,11 +71,11 @@ def search(args: argparse.Namespace) -> None:
         torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=world)
     subjects.TINY.update(SIZES | {"num_hidden_layers": args.layers})
     model = subjects.random_qwen("tiny", torch.float32, "cpu", "grouped_mm")
-    blocks = list(subjects.random_texts(SIZES["vocab_size"], num_texts(args, method), args.tokens).blocks(8))
+    blocks = list(subjects.random_texts(SIZES["vocab_size"], num_texts(args, method), args.tokens).batches(8))
     processes.barrier()
     started = time.perf_counter()
     tape = Tape.record(model, blocks, split=True)
-    cache = processes.FirstProcess(JsonFolder(folder / "cache"))
+    cache = processes.SharedMapping(JsonFolder(folder / "cache"))
     operations, record = STEPS[method]().search(SearchContext(model, lambda: tape, cache, 1 << 28))
     seconds = time.perf_counter() - started
     if processes.is_first():

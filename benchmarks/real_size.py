@@ -23,10 +23,10 @@ from rich.table import Table
 from subjects import timed
 from transformers import AutoTokenizer, PreTrainedModel
 
-from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
+from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
 from recondense.config.schema import Config
 from recondense.config.types import parse_bytes
-from recondense.data.calibration_set import CalibrationSet, calibration_set
+from recondense.data.calibration_set import CalibrationSet, make_calibration_set
 from recondense.data.text_files import read_texts
 from recondense.evaluation.profiling import Variant, peak_tensor_bytes, profile_variants
 from recondense.methods.cdmoe import CDMoE
@@ -94,7 +94,7 @@ def texts(args: argparse.Namespace, vocab_size: int) -> CalibrationSet:
     if args.texts_file is None:
         return subjects.random_texts(vocab_size, args.texts, args.tokens)
     documents = [text for _, text in read_texts(args.texts_file)]
-    return calibration_set(documents, AutoTokenizer.from_pretrained(args.tokenizer), args.texts, args.tokens)
+    return make_calibration_set(documents, AutoTokenizer.from_pretrained(args.tokenizer), args.texts, args.tokens)
 
 
 def search(
@@ -106,12 +106,12 @@ def search(
     seconds: dict[str, list[float]] = {"taping": [], "expert_search": [], "layer_search": []}
 
     def tape(num_texts: int | None = None) -> Tape:
-        return Tape.record(model, CalibrationSet(calibration.ids[:num_texts]).blocks(TEXTS_PER_BLOCK))
+        return Tape.record(model, CalibrationSet(calibration.ids[:num_texts]).batches(TEXTS_PER_BATCH))
 
     def once(tape: Tape) -> tuple[list[Condense], dict[str, Any]]:
         return step.search(SearchContext(model, lambda: tape, {}, scratch))
 
-    once(tape(TEXTS_PER_BLOCK))  # warms up
+    once(tape(TEXTS_PER_BATCH))  # warms up
     for _ in range(args.repeats):
         taped, taping = timed(tape, model.device)
         operations, record = once(taped)
@@ -136,7 +136,7 @@ def stages(
     tapes: list[Tape] = []
 
     def step(method: Any, before: str) -> list[Any]:
-        blocks = calibration.blocks(TEXTS_PER_BLOCK)
+        blocks = calibration.batches(TEXTS_PER_BATCH)
         tape, seconds[f"taping before {before}"] = timed(lambda: Tape.record(model, blocks), model.device)
         tapes[:] = [tape]
         (found, record), _ = timed(lambda: method.search(SearchContext(model, lambda: tape, {}, scratch)), model.device)
@@ -146,7 +146,7 @@ def stages(
 
     def both() -> None:
         pruned = Plan("qwen", tuple(step(InterExpertPruning(prune_ratio=args.prune_ratio), "pruning")))
-        originals, seconds["pruning"] = timed(lambda: apply.apply(model, pruned), model.device)
+        originals, seconds["pruning"] = timed(lambda: apply.execute(model, pruned), model.device)
         step(Decompose(average_rank=args.average_rank), "factorizing")
         for layer, block in originals.items():
             views.set_block(model, layer, block)
@@ -168,9 +168,9 @@ def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: in
 
 def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
     """Seconds of surgery; bytes and speeds before and after, in alternation. The model is left compressed."""
-    originals, seconds = timed(lambda: apply.apply(model, plan), model.device)
+    originals, seconds = timed(lambda: apply.execute(model, plan), model.device)
     variants: dict[str, Variant] = {
-        "original": lambda: views.swapped(model, originals),
+        "original": lambda: views.swap_blocks(model, originals),
         "compressed": lambda: nullcontext(model),
     }
     found = {}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2MoeConfi
 from transformers.utils import logging as transformers_logging
 
 from recondense.config.schema import Config, ModelConfig, from_dict
-from recondense.data.calibration_set import CalibrationSet, calibration_set
+from recondense.data.calibration_set import CalibrationSet, make_calibration_set
 from recondense.data.stdlib import stdlib_corpora
 from recondense.models import loading
 from recondense.run import command_line, tiny
@@ -75,7 +75,7 @@ def load(folder: Path | None, **settings: Any) -> tuple[PreTrainedModel, PreTrai
 
 def standard_library(tokenizer: PreTrainedTokenizerBase, num_texts: int, num_tokens: int) -> CalibrationSet:
     """Calibration texts of `data=stdlib`."""
-    return calibration_set(stdlib_corpora().calibration or [], tokenizer, num_texts, num_tokens)
+    return make_calibration_set(stdlib_corpora().calibration or [], tokenizer, num_texts, num_tokens)
 
 
 def random_texts(vocab_size: int, num_texts: int, num_tokens: int) -> CalibrationSet:

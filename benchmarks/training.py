@@ -54,11 +54,11 @@ from recondense.data.stdlib import stdlib_corpora
 from recondense.data.windows import pack
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.models import views
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.parameters import weights_bytes
 from recondense.operations import Condense
 from recondense.plan import Plan
-from recondense.progress import configure
+from recondense.progress import allow_bars
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import keep_predictions
@@ -162,7 +162,7 @@ def texts_of(path: Path | None) -> list[str]:
 
 def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
     """The same texts as packed windows, and as cut ones of which each is padded to the length."""
-    configure(False)
+    allow_bars(False)
     texts = texts_of(args.texts)
     tokenizer = train_tokenizer(texts, args.vocabulary, args.length)
     cut = [tokenizer(text, truncation=True, max_length=args.length)["input_ids"] for text in texts]
@@ -305,7 +305,7 @@ def recondense(name: str, args: argparse.Namespace, data: dict[str, Any], turns:
 def trainer(packed: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:
     """transformers' Trainer on the condensed model, of which nothing else is in memory."""
     model = model_of(args)
-    apply.apply(model, plan_of(args))
+    apply.execute(model, plan_of(args))
     freeze_but_experts(model, args)
 
     class Counting(transformers.Trainer):
@@ -348,18 +348,18 @@ def freeze_but_experts(model: PreTrainedModel, args: argparse.Namespace) -> list
 def plain(shared: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:
     """Distillation with full logits in a plain loop; the teacher is a model of its own, or the student's backbone."""
     student = model_of(args)
-    originals = apply.apply(student, plan_of(args))
+    originals = apply.execute(student, plan_of(args))
     trained = freeze_but_experts(student, args)
     teacher = student if shared else model_of(args).requires_grad_(False)
     if shared:
-        active: Callable[[], Any] = partial(views.swapped, student, originals)
+        active: Callable[[], Any] = partial(views.swap_blocks, student, originals)
     else:
         originals, active = {}, nullcontext
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     student.train()
 
     def computed(ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), active(), evaluating(teacher):
+        with torch.no_grad(), active(), eval_mode(teacher):
             theirs = teacher(input_ids=ids, use_cache=False).logits
         loss = forward_kl(student(input_ids=ids, use_cache=False).logits, theirs)
         del theirs
@@ -390,7 +390,7 @@ def contestant(name: str, args: argparse.Namespace, data: dict[str, Any], connec
     """The process of one contestant."""
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
-    configure(False)
+    allow_bars(False)
     torch.randn(8, 8).matmul(torch.randn(8, 8)).sum()  # what the first operation loads
     turns = Turns(connection, resident("VmRSS"))
     with tempfile.TemporaryDirectory() as folder:

@@ -151,7 +151,7 @@ def exported(family: str, variant: str, root: Path) -> tuple[Path, str]:
     """A folder, and whether it is stock or bundled."""
     model, operations = tiny(family), variants(family)[variant]
     plan = Plan("tiny", operations)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     folder = root / f"{family}-{variant.replace(' ', '_').replace(',', '')}"
     return folder, export(model, byte_tokenizer(), plan, folder, "")
 

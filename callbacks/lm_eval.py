@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from recondense import processes
 from recondense.errors import UserError
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 
 Results = dict[str, dict[str, float]]
 
@@ -86,11 +86,11 @@ class LmEval(L.Callback):
         from recondense.recovery.engines import trainer as trainer_module
         from recondense.recovery.engines import twin
 
-        if trainer_module.needs_all(trainer.strategy):
-            with twin.gathered(pl_module):
+        if trainer_module.needs_all_processes(trainer.strategy):
+            with twin.unshard_root(pl_module):
                 results = self._run(trainer, pl_module)
         else:
-            results = processes.by_first(lambda: self._run(trainer, pl_module))
+            results = processes.run_on_first(lambda: self._run(trainer, pl_module))
         self._results[step] = results
         _kept_results(pl_module)[step] = results
         stage = getattr(pl_module, "stage", "recovery")
@@ -103,7 +103,7 @@ class LmEval(L.Callback):
     def _run(self, trainer: L.Trainer, module: Any) -> Results:
         from recondense.evaluation import lm_eval
 
-        with isolate_rng(), evaluating(module), trainer.precision_plugin.forward_context():
+        with isolate_rng(), eval_mode(module), trainer.precision_plugin.forward_context():
             return lm_eval.run_tasks(module.model, module.tokenizer, list(self.tasks), **self._settings)
 
 

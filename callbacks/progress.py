@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from recondense.progress import Stage, progress
+from recondense.progress import ProgressBar, progress
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class TrainingProgress(L.Callback):
         self.description = description
         self.lines = lines
         self._stack = ExitStack()
-        self._bar: Stage | None = None
+        self._bar: ProgressBar | None = None
         self._step = 0
         self._line = 1
 

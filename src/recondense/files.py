@@ -141,7 +141,7 @@ def _sync(path: Path, mode: int) -> None:
 
 
 @contextmanager
-def waiting_lock(path: Path, doing: str) -> Iterator[None]:
+def hold_lock(path: Path, doing: str) -> Iterator[None]:
     """Hold a lock file; wait while another process holds it, and log that.
 
     Args:

@@ -15,7 +15,7 @@ PROBE_SECONDS = 4.0
 
 
 @contextmanager
-def reachable_or_offline(*, offline: bool | None = None) -> Iterator[bool]:
+def hub_access(*, offline: bool | None = None) -> Iterator[bool]:
     """Inside, the Hugging Face libraries look nothing up on the hub if it is out of reach, but use their caches.
 
     A look-up of an unreachable hub retries for 20 s; a cache answers at once. The libraries read the environment

@@ -31,7 +31,7 @@ class History:
     operations: tuple[Operation, ...] = ()
     layers: tuple[int, ...] = ()
 
-    def then(self, operations: Sequence[Operation], kept: Sequence[int]) -> History:
+    def extend(self, operations: Sequence[Operation], kept: Sequence[int]) -> History:
         """The history after one more run.
 
         Args:
@@ -42,7 +42,7 @@ class History:
         layers = tuple(map(self._original_number, kept))
         return History((*self.operations, *numbered), () if layers == tuple(range(len(layers))) else layers)
 
-    def changed(self, num_layers: int) -> tuple[int, ...]:
+    def changed_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers of the present model that some operation changed, by their present numbers.
 
         Args:
@@ -52,7 +52,7 @@ class History:
         return tuple(layer for layer in range(num_layers) if self._original_number(layer) in numbers)
 
     @classmethod
-    def of_folder(cls, path: str | Path | None) -> History:
+    def load(cls, path: str | Path | None) -> History:
         """Read the history from plan.json in a model's folder; an empty one if there is no plan of ours."""
         try:
             plan = Plan.load(Path(path, "plan.json")) if path else Plan("")

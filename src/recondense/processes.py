@@ -1,7 +1,7 @@
 """The processes of one run: which one this is, and what they tell each other. A single one needs no process group.
 
 All processes go the same way through the program and meet at each call here, in the same order. What the first one does
-without the others goes through `by_first`, which forbids such calls inside.
+without the others goes through `run_on_first`, which forbids such calls inside.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ _mode = _Mode.TOGETHER
 _timeout: timedelta | None = None  # of this run's groups; None: torch's own
 
 
-def grouped() -> bool:
+def has_group() -> bool:
     """Whether there is a process group, even if it has one process."""
-    assert _mode is not _Mode.FIRST, "`by_first` lies around this: the other processes wait, and cannot take part"
+    assert _mode is not _Mode.FIRST, "`run_on_first` lies around this: the other processes wait, and cannot take part"
     return dist.is_available() and dist.is_initialized() and _mode is not _Mode.ALONE
 
 
 def world_size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if grouped() else 1
+    return dist.get_world_size() if has_group() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0. `by_first` allows this question."""
+    """The number of this process, from 0. `run_on_first` allows this question."""
     return 0 if _mode is not _Mode.TOGETHER or world_size() == 1 else dist.get_rank()
 
 
 def is_first() -> bool:
-    """Whether this process writes the run's files and prints. `by_first` allows this question."""
+    """Whether this process writes the run's files and prints. `run_on_first` allows this question."""
     return rank() == 0
 
 
-def on_this_node() -> int:
+def local_world_size() -> int:
     """The number of processes on this machine, which is the same on every machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
-def share(items: Sequence[Value]) -> Sequence[Value]:
+def take_share(items: Sequence[Value]) -> Sequence[Value]:
     """Take this process's share of some items: every world_size-th, from the rank on."""
     return items[rank() :: world_size()]
 
@@ -90,7 +90,7 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
-def gather_on(to: int, value: Value) -> list[Value]:
+def gather_to(to: int, value: Value) -> list[Value]:
     """Give one process the values of all, in the order of ranks; plain data or tensors.
 
     Returns:
@@ -110,7 +110,7 @@ def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, stacked / world_size(), strict=True))
 
 
-def by_first(make: Callable[[], Value]) -> Value:
+def run_on_first(make: Callable[[], Value]) -> Value:
     """Run a function on the first process, and give its result to all. The others wait.
 
     Args:
@@ -118,7 +118,7 @@ def by_first(make: Callable[[], Value]) -> Value:
             together: that is an AssertionError, also in a run of one process. Work that does so, such as a training,
             goes into `work_alone`.
     """
-    together = grouped() and dist.get_world_size() > 1
+    together = has_group() and dist.get_world_size() > 1
     made = None
     if is_first():
         with _in_mode(_Mode.FIRST):
@@ -128,8 +128,8 @@ def by_first(make: Callable[[], Value]) -> Value:
 
 @contextmanager
 def work_alone() -> Iterator[None]:
-    """Inside, this process is a run of one: what all processes call together needs no other. Only within `by_first`."""
-    assert _mode is not _Mode.TOGETHER or world_size() == 1, "the other processes do not wait: use `by_first`"
+    """Inside, this process is a run of one: collectives need no other. Only within `run_on_first`."""
+    assert _mode is not _Mode.TOGETHER or world_size() == 1, "the other processes do not wait: use `run_on_first`"
     with _in_mode(_Mode.ALONE):
         yield
 
@@ -145,7 +145,7 @@ def _in_mode(mode: _Mode) -> Iterator[None]:
 
 
 @contextmanager
-def first_before_others() -> Iterator[None]:
+def let_first_go_ahead() -> Iterator[None]:
     """The first process goes through this before the others begin, so that they use what it has downloaded."""
     if not is_first():
         barrier()
@@ -154,7 +154,7 @@ def first_before_others() -> Iterator[None]:
         barrier()
 
 
-def begin(backend: str, timeout: timedelta) -> None:
+def join_group(backend: str, timeout: timedelta) -> None:
     """Join the process group that the environment describes, with torchrun's variables.
 
     Args:
@@ -166,7 +166,7 @@ def begin(backend: str, timeout: timedelta) -> None:
     _timeout = timeout
 
 
-def end() -> None:
+def leave_group() -> None:
     """Leave the process group."""
     global _timeout
     _timeout = None
@@ -178,12 +178,12 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def first_to_start() -> bool:
+def is_first_to_start() -> bool:
     """Whether this is the first process, by the launcher's variables; there may be no group yet."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
-class FirstProcess(MutableMapping[str, dict[str, Any]]):
+class SharedMapping(MutableMapping[str, dict[str, Any]]):
     """A mapping that the first process keeps: all processes read it together, and only the first one writes.
 
     Args:
@@ -226,7 +226,7 @@ def _group() -> dist.ProcessGroup | None:
 def collect(
     tensors: Iterable[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype, to: int
 ) -> Iterator[Tensor]:
-    """Send the tensors of all processes to one of them. Item i lies on process i mod world_size, as `share` gives it.
+    """Send the tensors of all processes to one of them; item i lies on process i mod world_size (`take_share`).
 
     Args:
         tensors: this process's items, in order.

@@ -37,7 +37,7 @@ class _Screen:
 _screen = _Screen()
 
 
-def configure(enabled: bool | None) -> None:
+def allow_bars(enabled: bool | None) -> None:
     """Turn the bars of this process off with False, and on again with True or None (still only on a terminal)."""
     _screen.allowed = enabled is not False
 
@@ -48,7 +48,7 @@ def bars_enabled() -> bool:
     return _screen.allowed and rank == 0 and sys.stderr.isatty()
 
 
-class Stage:
+class ProgressBar:
     """One progress bar. `advance` moves it on, `note` shows a few words beside it.
 
     Args:
@@ -97,7 +97,7 @@ class Stage:
 
 
 @contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Stage]:
+def progress(description: str, total: float | None = None) -> Iterator[ProgressBar]:
     """Show what is being done inside, and how far it is.
 
     On a terminal this is a bar on stderr, below the bar that contains it. Elsewhere two lines are logged: at the start,
@@ -113,11 +113,11 @@ def progress(description: str, total: float | None = None) -> Iterator[Stage]:
     started = time.perf_counter()
     if not bars_enabled():
         log.info("%s: started%s", description, "" if total is None else f" ({total:g})")
-        yield Stage(description, total, None)
+        yield ProgressBar(description, total, None)
         log.info("%s: done in %.1f s", description, time.perf_counter() - started)
         return
     with _shown() as (display, outermost):
-        bar = Stage(description, total, display)
+        bar = ProgressBar(description, total, display)
         try:
             yield bar
         finally:

@@ -84,7 +84,7 @@ def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budge
     facts = families.facts(model.config)
     before = sizes(model)
     plan = plan_of(model, method, tmp_path, *overrides)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     wanted = settings.get("num_layers", 0)
     layers = facts.moe_layers if wanted == "all" else wanted if isinstance(wanted, list) else None
     assert plan.layers == tuple(layers) if layers is not None else len(plan.layers) == wanted
@@ -132,7 +132,7 @@ def least_removal(steps: list[Any], plan: Plan, model: Any) -> int:
     counts = parameters.parameter_counts(model.config)
     if any(step.condenses or step.removes_layers for step in steps):
         layers = decoder.decoder_layers(model)
-        return max(parameters.total_parameters(layers[layer]) for layer in views.sparse_blocks(model))
+        return max(parameters.count_parameters(layers[layer]) for layer in views.sparse_blocks(model))
     if "factorize" in kinds:
         return 3 * (32 + 16)  # one rank of one expert
     return counts.expert + (counts.router_row if "merge" not in kinds else 0)
@@ -158,7 +158,7 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
         return
     plan = plan_of(model, method, tmp_path, *overrides)
     unit = least_removal(steps_of(method, *overrides)[0], plan, model)
-    apply.apply(model, plan, lambda: recorded(model))
+    apply.execute(model, plan, lambda: recorded(model))
     after = sizes(model)
     if budget == "memory_ratio":
         limit, reached = int(ratio * before["total"]), after["total"]
@@ -241,7 +241,7 @@ def test_logits_are_finite_and_change_only_if_something_did(method: str, family:
     model = EVERY[family]()
     before = logits(model, IDS)
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
-    apply.apply(model, plan, lambda: recorded(model))
+    apply.execute(model, plan, lambda: recorded(model))
     after = logits(model, IDS)
     assert bool(after.isfinite().all())
     assert torch.equal(after, before) == (not plan.operations)
@@ -252,12 +252,12 @@ def test_export_then_load_gives_equal_logits(method: str, family: str, tmp_path:
     """Here with the live classes; tests/unit/test_export.py loads where recondense does not exist."""
     model = EVERY[family]()
     plan = plan_of(model, method, tmp_path / "cache", *BUDGETS[method])
-    apply.apply(model, plan, lambda: recorded(model))
+    apply.execute(model, plan, lambda: recorded(model))
     kind = export(model, None, plan, tmp_path / "out", "")
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
     said = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
     assert said == (family if kind == "stock" else f"recondense_{family}")
-    classes.register_compressed(said)
+    classes.register_model_type(said)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     if kind == "bundled":  # the shapes that the plan alone makes
         shaped = EVERY[family](seed=5)
@@ -312,7 +312,7 @@ def test_full_rank_equals_the_original(family: str, whitening: bool) -> None:
     before = logits(model, IDS)
     full = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
     operations = tuple(Factorize(layer, full, whitening) for layer in views.sparse_blocks(model))
-    apply.apply(model, Plan("tiny", operations), lambda: recorded(model))
+    apply.execute(model, Plan("tiny", operations), lambda: recorded(model))
     assert not torch.equal(logits(model, IDS), before)  # it did go through the factors
     torch.testing.assert_close(logits(model, IDS), before, rtol=1e-3, atol=1e-3)
 
@@ -338,5 +338,5 @@ def test_all_experts_of_a_layer_that_weighs_them_alike_are_the_layer(method: str
     before = logits(model, IDS)
     overrides = ["method.num_experts=6", "method.shared_gate=token"]
     plan = plan_of(model, method, tmp_path, *overrides)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     torch.testing.assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-4)

@@ -124,12 +124,12 @@ def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]
 
     step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     pruned, record = step.search(SearchContext(model, tape, {}, 1 << 30))
-    originals = apply.apply(model, Plan("tiny", tuple(pruned)))
+    originals = apply.execute(model, Plan("tiny", tuple(pruned)))
     ranks, _ = Decompose(average_rank=4, whitening=True).search(SearchContext(model, tape, {}, 1 << 30))
     for layer, block in originals.items():
         views.set_block(model, layer, block)
     plan = Plan("tiny", (*pruned, *ranks, *(Refit(each.layer, "down_proj", 1e-2) for each in ranks)))
-    originals = apply.apply(model, plan, tape)
+    originals = apply.execute(model, plan, tape)
     return plan, record["expert_importance"], apply.refit(model, plan, originals, tape)
 
 
@@ -172,8 +172,8 @@ def test_low_rank_experts_in_bf16_on_cuda(ranks: tuple[int | None, ...]) -> None
 
 
 def test_device_names() -> None:
-    assert loading.device_of(ModelConfig(device="auto")) == torch.device("cuda:0")
-    assert loading.device_of(ModelConfig(device="cpu")) == torch.device("cpu")
+    assert loading.choose_device(ModelConfig(device="auto")) == torch.device("cuda:0")
+    assert loading.choose_device(ModelConfig(device="cpu")) == torch.device("cpu")
 
 
 def _recovery(steps: int = 8) -> RecoveryConfig:

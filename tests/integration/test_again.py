@@ -103,7 +103,7 @@ def test_what_was_condensed_trains_further(
     assert len(condensed) == (num_layers if isinstance(num_layers, int) else len(condensed)) > 0
     parts = [f"model.layers.{layer}.mlp.{part}.weight" for layer in condensed for part in PROJECTIONS]
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(parts)
-    assert Plan.load(out / "second" / "model" / "plan.json").history.changed(3) == condensed
+    assert Plan.load(out / "second" / "model" / "plan.json").history.changed_layers(3) == condensed
 
 
 def test_a_compressed_model_of_the_hub_has_its_history(
@@ -123,7 +123,7 @@ def test_a_compressed_model_of_the_hub_has_its_history(
     [layer] = Plan.load(out / "first" / "plan.json").layers
     parts = {f"model.layers.{layer}.mlp.{part}.weight" for part in PROJECTIONS}
     assert {name for name in before if not torch.equal(before[name], after[name])} == parts
-    assert Plan.load(out / "second" / "model" / "plan.json").history.changed(3) == (layer,)
+    assert Plan.load(out / "second" / "model" / "plan.json").history.changed_layers(3) == (layer,)
 
 
 def test_layers_dropped_twice_are_two(command: Command, tmp_path: Path) -> None:

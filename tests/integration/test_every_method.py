@@ -145,7 +145,7 @@ def student(folder: Path, original: Path) -> tuple[Tensor, Tensor]:
     """
     model = AutoModelForCausalLM.from_pretrained(original).eval()
     operations = Plan.load(folder / "plan.json").operations if (folder / "plan.json").exists() else ()
-    apply.apply(
+    apply.execute(
         model,
         Plan("", tuple(replace(each, whitening=False) if isinstance(each, Factorize) else each for each in operations)),
     )

@@ -46,7 +46,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         pytest.fail("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(offline, "reachable_or_offline", refused)
+    monkeypatch.setattr(offline, "hub_access", refused)
     monkeypatch.setattr(loading, "load", refused)
 
     def run(*arguments: str) -> tuple[int, str, str, dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_export_is_the_student_and_loads_without_recondense(
     student = AutoModelForCausalLM.from_pretrained(base / "model").eval()
     originally = student(ids).logits
     num_parameters = student.num_parameters()
-    apply.apply(student, Plan.load(folder / "plan.json"))
+    apply.execute(student, Plan.load(folder / "plan.json"))
     condensed = student(ids).logits
     state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
     assert state and all(name.startswith("model.") for name in state)

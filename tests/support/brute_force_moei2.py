@@ -50,7 +50,7 @@ def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float
 def pruned(model: Any, dropped: Mapping[int, Collection[int]]) -> Iterator[None]:
     """The model without some experts, by layer."""
     blocks = {layer: without_experts(views.get_block(model, layer), sets) for layer, sets in dropped.items() if sets}
-    with views.swapped(model, blocks):
+    with views.swap_blocks(model, blocks):
         yield
 
 

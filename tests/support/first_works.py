@@ -14,22 +14,22 @@ from support.engine_runs import environment, on_processes
 def run(rank: int, port: int) -> None:
     os.environ.update(environment(rank, port))
     faulthandler.dump_traceback_later(60, exit=True)
-    processes.begin("gloo", timedelta(minutes=1))
+    processes.join_group("gloo", timedelta(minutes=1))
 
     def work() -> dict[str, object]:
         assert (processes.rank(), processes.is_first()) == (0, True) == (rank, not rank)
         with processes.work_alone():
-            alone = processes.world_size(), processes.gather("mine"), processes.by_first(processes.is_first)
+            alone = processes.world_size(), processes.gather("mine"), processes.run_on_first(processes.is_first)
         try:
             processes.barrier()
         except AssertionError as error:
             return {"alone": alone, "refused": "by_first" in str(error)}
         raise RuntimeError("the first process would wait for ever")
 
-    result = processes.by_first(work)
+    result = processes.run_on_first(work)
     assert result == {"alone": (1, ["mine"], True), "refused": True}, result
     assert processes.gather(rank) == [0, 1]
-    processes.end()
+    processes.leave_group()
 
 
 if __name__ == "__main__":

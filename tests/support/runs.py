@@ -90,7 +90,7 @@ def one_command() -> Iterator[None]:
     """Put back what a process that runs one command never does: handlers of loggers, and no progress bars."""
     with loggers_put_back():
         yield
-    progress.configure(None)
+    progress.allow_bars(None)
 
 
 def record_file(folder: Path) -> str:

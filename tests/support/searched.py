@@ -77,12 +77,12 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Sto
     records: list[dict[str, Any]] = []
     originals: dict[int, Any] = {}
     for index, step in enumerate(steps):
-        cache = processes.FirstProcess(JsonFolder(folder / str(index)))
+        cache = processes.SharedMapping(JsonFolder(folder / str(index)))
         chosen, record = step.search(SearchContext(model, partial(taped, split=True), cache, 1 << 30))
         operations += chosen
         records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:
-            originals = {**apply.apply(model, Plan("tiny", tuple(chosen)), taped), **originals}
+            originals = {**apply.execute(model, Plan("tiny", tuple(chosen)), taped), **originals}
     for layer, block in originals.items():
         views.set_block(model, layer, block)
     return Plan("tiny", tuple(operations), search={"steps": records})

@@ -78,7 +78,7 @@ def tiny(family: str, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     settings = {**COMMON, **SETTINGS[family], **changes}
     settings = {name: value for name, value in settings.items() if name not in NOT_OF_A_CONFIG.get(family, ())}
-    classes.register_compressed(family)
+    classes.register_model_type(family)
     config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager" if family == "gpt_oss" else "sdpa"
@@ -119,7 +119,7 @@ def windows(num: int, length: int, seed: int = 0) -> Tensor:
 
 def blocks(ids: list[list[int]], texts_per_block: int = 2) -> list[tuple[Tensor, Tensor]]:
     """The texts as a Tape takes them."""
-    return list(CalibrationSet(ids).blocks(texts_per_block))
+    return list(CalibrationSet(ids).batches(texts_per_block))
 
 
 def recorded(

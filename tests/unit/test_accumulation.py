@@ -12,7 +12,7 @@ from support.recoveries import QUIET, prepared
 from support.tiny_models import condense_plan, qwen2_moe, windows
 from torch import Tensor
 
-from recondense.data.labels import MASKED, predicting
+from recondense.data.labels import MASKED, target_mask
 from recondense.data.loader import RecoveryData, ShuffledWindows
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
@@ -93,7 +93,7 @@ def test_hidden_states_of_a_batch_weigh_by_its_tokens(tmp_path: Path) -> None:
     total = 0.0
     for batch in data.train_dataloader():
         losses = module.losses(**batch)
-        share = float(predicting(batch["labels"]).sum()) / sum(TARGETS)
+        share = float(target_mask(batch["labels"]).sum()) / sum(TARGETS)
         (share * losses["loss"]).backward()
         total += share * losses["hidden"].item()
     same(
@@ -122,7 +122,7 @@ def test_the_batches_of_a_step_weigh_one_in_the_mean(num_batches: int, steps: li
         assert batch["weight"].dtype == torch.int64, "bf16 would round others"
         assert part == whole and part > 0 < of_step
     for first, end in steps:
-        counts = [int(predicting(batch["labels"]).sum()) for batch in batches[first:end]]
+        counts = [int(target_mask(batch["labels"]).sum()) for batch in batches[first:end]]
         weights = [float(batch["weight"][0] / batch["weight"][2]) for batch in batches[first:end]]
         assert weights == pytest.approx([count * (end - first) / sum(counts) for count in counts])
 

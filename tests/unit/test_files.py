@@ -64,10 +64,10 @@ def test_a_folder_takes_every_key(tmp_path: Path) -> None:
 def test_a_shelf_takes_every_name(tmp_path: Path) -> None:
     """Also names that differ only behind a dot, where a suffix would begin."""
     for number, name in enumerate(AWKWARD):
-        shelf = Disk(tmp_path).shelf(name)
+        shelf = Disk(tmp_path).tensor_list(name)
         shelf.append(torch.tensor([number]))
         shelf.finish()  # type: ignore[attr-defined]
-    assert [int(Disk(tmp_path).shelf(name)[0]) for name in AWKWARD] == list(range(len(AWKWARD)))
+    assert [int(Disk(tmp_path).tensor_list(name)[0]) for name in AWKWARD] == list(range(len(AWKWARD)))
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])

@@ -36,7 +36,7 @@ def test_pruned_is_the_block_without_those_experts(make: Any, retained: tuple[in
     expected = without_experts(block, [expert for expert in range(6) if expert not in retained])(hidden(model))
     tried = views.masked_block(views.sparse_blocks(model)[2], retained)(hidden(model))
     torch.testing.assert_close(tried, expected, rtol=1e-5, atol=1e-5)
-    apply.apply(model, Plan("tiny", (Prune(2, retained),)))
+    apply.execute(model, Plan("tiny", (Prune(2, retained),)))
     pruned = views.get_block(model, 2)
     torch.testing.assert_close(pruned(hidden(model)), expected, rtol=1e-5, atol=1e-5)
     assert views.sparse_blocks(model)[2].weights.down_EDF.shape[0] == len(retained)
@@ -75,12 +75,12 @@ def test_merged_is_every_expert_replaced_by_its_groups_mean(family: str) -> None
             mean = sum(share * own[expert] for expert, share in zip(group, shares, strict=True))
             for expert in group:
                 getattr(reference.experts, name)[expert] = mean
-    apply.apply(model, Plan("tiny", (Merge(1, groups, weights),)))
+    apply.execute(model, Plan("tiny", (Merge(1, groups, weights),)))
     merged: Any = views.get_block(model, 1)
     torch.testing.assert_close(merged(hidden(model)), reference(hidden(model)), rtol=1e-5, atol=1e-5)
     assert merged.experts.down_proj.shape[0] == 3
     with pytest.raises(ValueError, match="merged"):
-        apply.apply(model, Plan("tiny", (Prune(1, (0, 1)),)))
+        apply.execute(model, Plan("tiny", (Prune(1, (0, 1)),)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,11 +92,11 @@ def test_dropped_adds_nothing(family: str, part: Any) -> None:
     for name, parameter in layer.named_parameters():
         if (name.endswith("o_proj.weight") and part == "layer") or "down_proj" in name:
             parameter.zero_()
-    originals = apply.apply(model, Plan("tiny", (Drop(1, part),)))
+    originals = apply.execute(model, Plan("tiny", (Drop(1, part),)))
     assert isinstance(views.get_block(model, 1), Zeros if part == "moe" else SkippedLayer)
     torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
     before = logits(FAMILIES[family](), IDS)
-    with views.swapped(model, originals):
+    with views.swap_blocks(model, originals):
         assert torch.equal(logits(model, IDS), before)
     torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
 
@@ -108,18 +108,18 @@ def test_the_first_layer_of_an_attention_type_stays() -> None:
     types = model.config.layer_types
     assert decoder.cache_layers(model.config) == {0, 1} == {types.index(each) for each in set(types)}
     with pytest.raises(ValueError, match="layer 1: the key-value cache"):
-        apply.apply(model, Plan("tiny", (Drop(1, "layer"),)))
+        apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
 
 
 @torch.no_grad()
 def test_generation_without_a_layer_uses_the_cache_rightly() -> None:
     model = qwen2_moe()
-    apply.apply(model, Plan("tiny", (Drop(1, "layer"),)))
+    apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
     with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
     without = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(with_cache, without)
     with pytest.raises(ValueError, match="cache counts tokens"):
-        apply.apply(model, Plan("tiny", (Drop(0, "layer"),)))
+        apply.execute(model, Plan("tiny", (Drop(0, "layer"),)))
 
 
 PLANS: dict[str, tuple[Operation, ...]] = {
@@ -141,9 +141,9 @@ def test_shapes_alone_take_the_weights_of_the_whole_operation(family: str, name:
     plan = Plan("tiny", PLANS[name])
     model = FAMILIES[family]()
     before, untouched = bits(model), logits(model, IDS)
-    originals = apply.apply(model, plan, lambda: recorded(model))
+    originals = apply.execute(model, plan, lambda: recorded(model))
     applied = logits(model, IDS)
-    with views.swapped(model, originals):
+    with views.swap_blocks(model, originals):
         assert torch.equal(logits(model, IDS), untouched)
 
     shaped = FAMILIES[family]()
@@ -165,12 +165,12 @@ def test_what_went_wrong_half_way_leaves_the_model_as_it_was() -> None:
     before = bits(model)
     for wrong in (Prune(1, (0,)), Prune(1, (0, 1, 9)), Factorize(1, RANKS)):
         with pytest.raises(ValueError, match="layer 1"):
-            apply.apply(model, Plan("tiny", (Drop(2, "layer"), Drop(0, "moe"), wrong)))
+            apply.execute(model, Plan("tiny", (Drop(2, "layer"), Drop(0, "moe"), wrong)))
         assert same_bits(bits(model), before) and not any(
             isinstance(module, Zeros | SkippedLayer) for module in model.modules()
         )
     with pytest.raises(ValueError, match="needs the calibration set"):
-        apply.apply(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
+        apply.execute(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
 
 
 def test_counts_of_the_original_model_from_its_config() -> None:

@@ -156,15 +156,15 @@ def test_a_history_counts_layers_as_they_were_at_first(tmp_path: Path, seed: int
         kept = [layer for layer in range(len(there)) if layer not in dropped]
         done += [(operation.kind, there[operation.layer]) for operation in operations]
         there = [there[layer] for layer in kept]
-        Plan("tiny", tuple(operations), history=history.then(operations, kept)).save(tmp_path / "plan.json")
-        history = History.of_folder(tmp_path)
+        Plan("tiny", tuple(operations), history=history.extend(operations, kept)).save(tmp_path / "plan.json")
+        history = History.load(tmp_path)
     assert [(operation.kind, operation.layer) for operation in history.operations] == done
     changed = [layer for layer, name in enumerate(there) if name in {name for _, name in done}]
-    assert history.changed(len(there)) == tuple(changed)
+    assert history.changed_layers(len(there)) == tuple(changed)
 
 
 def test_a_folder_without_a_plan_of_ours_has_no_history(tmp_path: Path) -> None:
-    assert History.of_folder(None) == History.of_folder(tmp_path) == History()
+    assert History.load(None) == History.load(tmp_path) == History()
     for text in ("[]", "no JSON", '{"schema": 1, "history": 3}', '{"schema": 7}'):
         (tmp_path / "plan.json").write_text(text)
-        assert History.of_folder(tmp_path) == History()
+        assert History.load(tmp_path) == History()

@@ -19,32 +19,32 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
     "call",
     [
         processes.world_size,
-        processes.grouped,
-        processes.on_this_node,
+        processes.has_group,
+        processes.local_world_size,
         processes.barrier,
-        lambda: processes.share([1, 2]),
+        lambda: processes.take_share([1, 2]),
         lambda: processes.broadcast(1),
         lambda: processes.gather(1),
         lambda: processes.mean({"loss": torch.ones(())}),
-        lambda: processes.by_first(lambda: 1),
-        lambda: processes.FirstProcess({})["key"],
+        lambda: processes.run_on_first(lambda: 1),
+        lambda: processes.SharedMapping({})["key"],
     ],
 )
 def test_what_needs_the_others_is_refused_inside_by_first(call: Callable[[], Any]) -> None:
     """Also in a run of one process, so that every run tells."""
     with pytest.raises(AssertionError, match="by_first"):
-        processes.by_first(call)
+        processes.run_on_first(call)
     assert processes.world_size() == 1  # and afterwards it may be asked again
 
 
 def test_the_first_may_ask_who_it_is_and_work_alone() -> None:
-    assert processes.by_first(lambda: (processes.rank(), processes.is_first())) == (0, True)
+    assert processes.run_on_first(lambda: (processes.rank(), processes.is_first())) == (0, True)
 
     def train() -> list[int]:
         with processes.work_alone():
             return processes.gather(processes.world_size())
 
-    assert processes.by_first(train) == [1]
+    assert processes.run_on_first(train) == [1]
 
 
 def test_two_processes(forks: Forks, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from recondense import progress as module
-from recondense.progress import bars_enabled, configure, progress, track
+from recondense.progress import allow_bars, bars_enabled, progress, track
 
 
 class Terminal(io.StringIO):
@@ -76,10 +76,10 @@ def test_the_display_ends_with_its_stage_whatever_happens(monkeypatch: pytest.Mo
 def test_bars_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal(monkeypatch)
     assert bars_enabled()
-    configure(False)
+    allow_bars(False)
     try:
         assert not bars_enabled()
     finally:
-        configure(None)
+        allow_bars(None)
     monkeypatch.setenv("RANK", "1")
     assert not bars_enabled()

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
+from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
 from recondense.config.schema import WORK, Config
-from recondense.data.calibration_set import CalibrationSet, calibration_set
+from recondense.data.calibration_set import CalibrationSet, make_calibration_set
 from recondense.data.texts import Texts
 from recondense.files import fingerprint
 from recondense.models import decoder
@@ -55,7 +55,7 @@ def calibrate(
         >>> tape.num_layers == model.config.num_hidden_layers
         True
     """
-    batches = list(calibration_set(texts, tokenizer, num_samples, max_length).blocks(TEXTS_PER_BLOCK))
+    batches = list(make_calibration_set(texts, tokenizer, num_samples, max_length).batches(TEXTS_PER_BATCH))
     with progress("calibrating", len(decoder.decoder_layers(model))) as bar:
         return Tape.record(model, batches, bar.advance, storage, split)
 
@@ -67,7 +67,7 @@ def retape(tape: Tape) -> Tape:
         return Tape.record(tape.model, batches, bar.advance)
 
 
-def recorder(
+def make_recorder(
     config: Config,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -106,12 +106,12 @@ def _storage(config: Config, model: PreTrainedModel, folder: Path) -> Storage:
     if settings.tape == "memory" or (settings.tape == "auto" and not store.streamed):
         return Memory()
     dtype = torch.bfloat16 if settings.tape_dtype == "bfloat16" else None
-    key = fingerprint(store.fingerprint(), settings.tape_dtype, TEXTS_PER_BLOCK)
+    key = fingerprint(store.fingerprint(), settings.tape_dtype, TEXTS_PER_BATCH)
     name = f"tape-{key}" if store.streamed else "tape"
     return Disk(folder / WORK / name, dtype, decoder.device(model), keeps=store.streamed)
 
 
-def rounded(config: Config, model: PreTrainedModel) -> list[str]:
+def describe_rounding(config: Config, model: PreTrainedModel) -> list[str]:
     """The type that the tape rounds states to, as part of a search's fingerprint; empty if it does not round."""
     rounds = config.data.calibration.tape_dtype == "bfloat16" and model.dtype != torch.bfloat16
     return ["tape in bfloat16"] if rounds else []
@@ -121,4 +121,4 @@ def calibration(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts
     """The run's calibration set."""
     settings = config.data.calibration
     documents = texts.documents("calibration", tokenizer) or []
-    return calibration_set(documents, tokenizer, settings.num_samples, settings.max_length)
+    return make_calibration_set(documents, tokenizer, settings.num_samples, settings.max_length)

@@ -19,11 +19,11 @@ from recondense.calibration.text_batches import TextBatch, TextBatches
 from recondense.calibration.trace import LayerTrace, Traces, record_calls
 from recondense.errors import UserError
 from recondense.models import decoder, forward, views
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
-from recondense.models.tensor_store import DiskShelf, Memory, Shelf, Storage, nbytes
+from recondense.models.tensor_store import DiskTensorList, Memory, Storage, TensorList, nbytes
 
-TEXTS_PER_BLOCK = 8
+TEXTS_PER_BATCH = 8
 TRACE_BYTES = 1 << 30  # traces of all layers up to this are kept while taping; otherwise a layer is rerun for its trace
 
 
@@ -48,7 +48,7 @@ class Tape:
         self.model = model
         self.texts = texts
         self.storage = storage
-        self.states: list[Shelf] = [[] for _ in range(len(decoder.decoder_layers(model)) + 1)]
+        self.states: list[TensorList] = [[] for _ in range(len(decoder.decoder_layers(model)) + 1)]
         self.traces: dict[int, list[LayerTrace]] = {}
         self.traced = False
         self.layer_runs = 0.0
@@ -95,7 +95,7 @@ class Tape:
         tape = cls(model, TextBatches(texts, split), storage or Memory())
         sparse = views.sparse_blocks(model)
         room = TRACE_BYTES if isinstance(tape.storage, Memory) else -1
-        with evaluating(model):
+        with eval_mode(model):
             tape._keep(0, (tape._arguments.enter(_inputs(batch)) for batch in tape.texts.local))
             for layer in range(tape.num_layers):
                 with record_calls(model, [layer] if room >= 0 and layer in sparse else []) as calls:
@@ -113,9 +113,9 @@ class Tape:
         If processes share the texts, all compute theirs unless all have them. A process without batches has them.
         """
         share = f"{processes.rank()}-of-{processes.world_size() if self.texts.split else 1}"
-        shelf = self.storage.shelf(f"states-{layer:03d}-{share}")
+        shelf = self.storage.tensor_list(f"states-{layer:03d}-{share}")
         self.states[layer] = shelf
-        on_disk = shelf if isinstance(shelf, DiskShelf) and shelf.named else None
+        on_disk = shelf if isinstance(shelf, DiskTensorList) and shelf.named else None
         if on_disk is not None:
             finished = on_disk.finished
             if all(self.texts.gather(finished)):
@@ -159,7 +159,7 @@ class Tape:
         if layer in self.traces:
             return self.traces[layer]
         traces = Traces(self.storage)
-        with evaluating(model), layer_store(model).resident(layer), record_calls(model, [layer]) as calls:
+        with eval_mode(model), layer_store(model).resident(layer), record_calls(model, [layer]) as calls:
             for index, batch in enumerate(self.texts.local):
                 self.run_layer(model, layer, index, self.states[layer][index])
                 traces.append(LayerTrace.from_call(calls[layer], batch))
@@ -186,7 +186,7 @@ class Tape:
             for state in (layer, layer + 1):
                 received = processes.collect(self.states[state], shapes, self.model.dtype, owner)
                 if excerpt is not None and is_owner:
-                    excerpt.states[state] = self.storage.shelf()
+                    excerpt.states[state] = self.storage.tensor_list()
                     for state_BSD in received:
                         excerpt.states[state].append(state_BSD.to(self.texts.device))
                 else:
@@ -200,7 +200,7 @@ class Tape:
     def _traces_on(self, owner: int, layer: int) -> list[LayerTrace]:
         """The traces of a layer on all batches in text order, on one process; empty on the others."""
         local = [{name: value.cpu() for name, value in vars(trace).items()} for trace in self.traces.get(layer, [])]
-        shares = processes.gather_on(owner, local)
+        shares = processes.gather_to(owner, local)
         return [
             LayerTrace(**{name: value.to(self.texts.device) for name, value in trace.items()})
             for trace in (self.texts.interleave(shares) if shares else ())

@@ -48,7 +48,7 @@ class TextBatches:
     def __init__(self, batches: Iterable[TextBatch], split: bool = False) -> None:
         self.all = list(batches)
         self.split = split and processes.world_size() > 1
-        self.local = list(processes.share(self.all)) if self.split else self.all
+        self.local = list(processes.take_share(self.all)) if self.split else self.all
 
     @property
     def num_tokens(self) -> int:

@@ -59,7 +59,7 @@ class Traces(Sequence[LayerTrace]):
     """The traces of one layer, batch by batch, in a storage."""
 
     def __init__(self, storage: Storage) -> None:
-        self._lists = [storage.shelf() for _ in LayerTrace.__dataclass_fields__]
+        self._lists = [storage.tensor_list() for _ in LayerTrace.__dataclass_fields__]
 
     def append(self, trace: LayerTrace) -> None:
         for tensors, tensor in zip(self._lists, vars(trace).values(), strict=True):
@@ -81,7 +81,7 @@ def record_calls(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict
         sparse = views.sparse_blocks(model)[layer]
 
         def keep(module: nn.Module, args: Any, output: Any, call: dict[str, Any] = call) -> None:
-            call.update(x=args[0], output=views.output_of(output))
+            call.update(x=args[0], output=views.block_output(output))
 
         def keep_router(module: nn.Module, args: Any, output: Any, call: dict[str, Any] = call) -> None:
             call.update(router=output)

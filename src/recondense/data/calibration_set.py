@@ -37,7 +37,7 @@ class CalibrationSet:
             sha256.update(len(ids).to_bytes(8, "big") + np.asarray(ids, dtype="<i8").tobytes())
         return sha256.hexdigest()
 
-    def blocks(self, texts_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, texts_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Fixed batches of texts, in order.
 
         Args:
@@ -70,7 +70,7 @@ def require_samples(texts: Sequence[str], num_samples: int) -> None:
         )
 
 
-def calibration_set(
+def make_calibration_set(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
 ) -> CalibrationSet:
     """Tokenise the first `num_samples` texts with the tokenizer's special tokens, each cut at `max_length` tokens.

@@ -12,7 +12,7 @@ from recondense.config.schema import DataConfig
 from recondense.data.records import detect_form, read_record
 from recondense.data.text_files import is_article, split_documents
 from recondense.errors import UserError
-from recondense.offline import reachable_or_offline
+from recondense.offline import hub_access
 from recondense.progress import track
 
 # Splits of the same name are dealt out in this order, so that no document is in two of them.
@@ -106,7 +106,7 @@ def read_split(split: HubSplit, count: int) -> list[str]:
         UserError: the data set, subset, split or field does not exist, the split has no document, or the hub cannot be
             reached.
     """
-    with reachable_or_offline():
+    with hub_access():
         return _take(split, split.documents(), count, split.split)
 
 
@@ -133,7 +133,7 @@ def hub_corpora(
     streams: dict[str, Iterator[str]] = {}
     documents: dict[str, list[str]] = {}
     taken: set[str] = set()
-    with reachable_or_offline():
+    with hub_access():
         for name in _needed(data, splits):
             split = _split_of(data, name, where)
             stream = streams.setdefault(split.split, split.documents())

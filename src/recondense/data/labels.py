@@ -11,7 +11,7 @@ from torch import Tensor
 MASKED = -100  # the label of a token that is not to be predicted
 
 
-def predicting(labels_BS: Tensor) -> Tensor:
+def target_mask(labels_BS: Tensor) -> Tensor:
     """The positions that predict: True if the label after a position is not MASKED, (B, S) bool."""
     return F.pad(labels_BS[:, 1:] != MASKED, (0, 1))
 

@@ -11,14 +11,14 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from recondense import processes
-from recondense.data.labels import predicting
+from recondense.data.labels import target_mask
 from recondense.errors import UserError
 
 # Columns with a row a window: input_ids (N, S), and what else the model or a loss needs.
 Table = Mapping[str, Tensor]
 
 
-def table_of(windows: Tensor | Table) -> Table:
+def to_table(windows: Tensor | Table) -> Table:
     """Windows as a table; ids alone (N, S) become its only column."""
     return {"input_ids": windows} if isinstance(windows, Tensor) else windows
 
@@ -36,7 +36,7 @@ class Windows:
     """
 
     def __init__(self, windows: Tensor | Table, batch_size: int) -> None:
-        self.table = table_of(windows)
+        self.table = to_table(windows)
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -112,19 +112,19 @@ class ShuffledWindows:
         first = position - in_epoch % self.accumulate
         end = min(first + self.accumulate, position - in_epoch + self.num_batches)  # an epoch ends its last step
         part, batch, step = (
-            predicting(self.table["labels"][some]).sum()
+            target_mask(self.table["labels"][some]).sum()
             for some in (rows, self._rows(position, position + 1), self._rows(first, end))
         )
         batches = end - first
         return torch.stack([part * processes.world_size() * batches, batch * batches, step.clamp_min(1)])
 
-    def used(self) -> list[int]:
+    def used_windows(self) -> list[int]:
         """The indices of the windows that are in some batch, ascending."""
         samples = min(self.batch_size * self.num_batches, num_rows(self.table))  # an epoch holds each once
         return sorted(self._window_index(sample) for sample in range(samples))
 
     def _rows(self, first: int, end: int) -> list[int]:
-        """The indices of the windows of the batches from position `first` to before `end`."""
+        """The indices of the windows of the batches from position `first` to before `leave_group`."""
         return [self._window_index(sample) for sample in range(first * self.batch_size, end * self.batch_size)]
 
     def _window_index(self, sample: int) -> int:
@@ -165,7 +165,7 @@ class RecoveryData(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.train_table = table_of(train)
+        self.train_table = to_table(train)
         if num_rows(self.train_table) == 0:
             raise UserError("recovery: there is no training window; give more training text.")
         self.validation = validation

@@ -86,7 +86,7 @@ class Texts:
             self._windows[split, length] = windows
         return self._windows[split, length]
 
-    def training(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Table | None:
+    def training_windows(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Table | None:
         """Windows of a recovery stage: records with the labels of their answers, or packed texts.
 
         Returns:

@@ -42,7 +42,7 @@ class _Line:
     text: str
 
 
-def heldout_tasks(
+def write_heldout_tasks(
     folder: Path,
     texts: Sequence[str],
     *,

@@ -21,8 +21,8 @@ from recondense.config.problems import Problem, render
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.evaluation.lm_eval_internals import check_yaml, requests_shown, task_settings, tasks_of_tag
-from recondense.models.hooks import evaluating
-from recondense.offline import reachable_or_offline
+from recondense.models.hooks import eval_mode
+from recondense.offline import hub_access
 from recondense.progress import progress
 
 IncludePath = str | Path | Sequence[str | Path] | None
@@ -63,7 +63,7 @@ def run_tasks(
         raise UserError("\n".join(render(problems)))
     manager = _manager(tasks, include_path)
     offline = True if _on_disk(manager, tasks) else None
-    with _seeded(), reachable_or_offline(offline=offline), _quiet(description), evaluating(model):
+    with _seeded(), hub_access(offline=offline), _quiet(description), eval_mode(model):
         from lm_eval.evaluator import evaluate
 
         loaded = _load(manager, tasks)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from recondense.progress import Stage
+from recondense.progress import ProgressBar
 
 MODULES_WITH_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
 NO_PROCESSES = "DISABLE_MULTIPROC"
@@ -34,7 +34,7 @@ def tasks_of_tag(manager: Any, name: str) -> list[str] | None:
 
 
 @contextmanager
-def requests_shown(bar: Stage) -> Iterator[None]:
+def requests_shown(bar: ProgressBar) -> Iterator[None]:
     """Inside, lm-eval's bars give way to ours, which counts requests to the model, and it starts no processes."""
     requests = _Requests(bar)
     with ExitStack() as stack:
@@ -47,7 +47,7 @@ def requests_shown(bar: Stage) -> Iterator[None]:
 class _Requests:
     """Takes the place of tqdm in lm-eval: counts requests to the model; loops over other things show nothing."""
 
-    def __init__(self, bar: Stage) -> None:
+    def __init__(self, bar: ProgressBar) -> None:
         self.bar = bar
         self.total = 0
 

@@ -19,10 +19,10 @@ from recondense.data.windows import pack
 from recondense.errors import UserError
 from recondense.models import decoder, forward
 from recondense.models.decoder import Head
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
-from recondense.models.tensor_store import Shelf
-from recondense.progress import Stage, progress
+from recondense.models.tensor_store import TensorList
+from recondense.progress import ProgressBar, progress
 from recondense.recovery.chunked_losses import chunks
 from recondense.surgery.student import Student
 
@@ -40,7 +40,7 @@ def evaluate(
     """Measure a student, or any causal LM, on texts.
 
     Args:
-        student: from `apply` or `recover`. A model has no original to be compared with.
+        student: from `execute` or `recover`. A model has no original to be compared with.
         tokenizer: of the model.
         texts: documents; they are packed into windows of `sequence_length` tokens.
         sequence_length: tokens of a window.
@@ -96,9 +96,9 @@ def perplexity(
     device = decoder.device(model)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     batches = [batch_BS.to(device) for batch_BS in windows_MS.split(batch_size)]
-    with evaluating(model), torch.no_grad(), _bar(description, len(windows_MS)) as bar:
+    with eval_mode(model), torch.no_grad(), _bar(description, len(windows_MS)) as bar:
         for ids_BS, (hidden_BSD, original_BSD) in zip(batches, _pairs(model, batches, reference), strict=True):
-            with decoder.gathered(model) as head:
+            with decoder.lm_head(model) as head:
                 sums += _sums(hidden_BSD, original_BSD, ids_BS, head)
             if bar is not None:
                 bar.advance(len(ids_BS))
@@ -134,7 +134,7 @@ def _pairs(
             yield hidden_BSD, original_BSD
 
 
-def _run_streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> Shelf | None:
+def _run_streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> TensorList | None:
     """The states before the head of all batches, layer by layer; None for a model that is in memory."""
     if not layer_store(model).streamed:
         return None
@@ -187,7 +187,7 @@ def kl_divergence(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
 
 
 @contextmanager
-def _bar(description: str | None, total: int) -> Iterator[Stage | None]:
+def _bar(description: str | None, total: int) -> Iterator[ProgressBar | None]:
     if description is None:
         yield None
     else:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from recondense.errors import UserError
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.parameters import weights_bytes
 
 Variant = Callable[[], AbstractContextManager[nn.Module]]
@@ -111,7 +111,7 @@ def profile_variants(
 
 def _memory(variant: Variant, ids_BT: Tensor, prompt_length: int) -> tuple[int, int]:
     """Bytes of a variant's weights, and the peak of its other tensors; it has run once before."""
-    with variant() as model, evaluating(model):
+    with variant() as model, eval_mode(model):
         _generate(model, ids_BT, prompt_length)
         return weights_bytes(model), peak_tensor_bytes(partial(_generate, model, ids_BT, prompt_length), ids_BT.device)
 
@@ -123,7 +123,7 @@ def _seconds(
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for repetition in range(repetitions):
         for name in list(variants)[:: 1 if repetition % 2 == 0 else -1]:
-            with variants[name]() as model, evaluating(model):
+            with variants[name]() as model, eval_mode(model):
                 seconds[name].append(_generate(model, ids_BT, prompt_length))
     return seconds
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.core_model_loading import revert_weight_conversion
 
 from recondense.config.schema import ExportConfig
-from recondense.export.layout import Shapes, Stock, layer_shapes, layout, skipped_layers
+from recondense.export.layout import Shapes, Stock, choose_layout, layer_shapes, skipped_layers
 from recondense.export.shard_writer import ShardWriter
 from recondense.files import replace_folder, write_aside
 from recondense.models import (
@@ -75,10 +75,10 @@ def export(
     """
     settings = settings or ExportConfig()
     shapes = layer_shapes(model, multiplied=settings.format == "dense")
-    stock = layout(model, shapes, settings)
+    stock = choose_layout(model, shapes, settings)
     skipped = skipped_layers(shapes) if stock is not None else []
     retained = [layer for layer in range(len(decoder.decoder_layers(model))) if layer not in skipped]
-    history = plan.history.then(plan.operations, retained)
+    history = plan.history.extend(plan.operations, retained)
     if history != History(plan.operations):  # the operations alone say it otherwise
         plan = replace(plan, history=history)
     with replace_folder(folder) as aside:
@@ -100,9 +100,9 @@ def _verify(folder: Path) -> None:
     Raises:
         AssertionError: they differ.
     """
-    classes.register_compressed(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    classes.register_model_type(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
     outline = classes.empty_model(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-    difference = str(headers.compare(outline, headers.files_of(folder)))
+    difference = str(headers.compare(outline, headers.list_files(folder)))
     if difference:
         raise AssertionError(f"the export is not what {type(outline).__name__} loads: {difference}")
 
@@ -167,7 +167,7 @@ def _fold_and_multiply(
         experts = views.sparse_view(model, layer, block).experts
         if isinstance(experts, LowRankExperts) and not shapes.get(layer, {}).get("ranks"):
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.experts.")}
-            full = views.multiplied_out(experts, transposed=compressed.gives_pair(block))
+            full = views.multiply_factors(experts, transposed=compressed.returns_pair(block))
             state |= {f"{name}.experts.{key}": tensor for key, tensor in full.items()}
     return state
 
@@ -207,7 +207,7 @@ def _write_weights(
 
 def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path) -> None:
     """Write config.json, and the modeling file if one is needed."""
-    config_class, model_class = classes.own_classes(model.config)
+    config_class, model_class = classes.family_classes(model.config)
     family = families.family_of(model.config)
     stock_config = _family_config(model.config, config_class)
     for name, value in (stock.updates if stock is not None else {}).items():

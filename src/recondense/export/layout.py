@@ -13,7 +13,7 @@ from recondense.errors import UserError
 from recondense.models import decoder, families, views
 from recondense.models.blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 from recondense.models.low_rank import LowRankExperts
-from recondense.models.parameters import total_parameters
+from recondense.models.parameters import count_parameters
 
 NARROWEST = 16  # width of dense layers if all of them are zeros: kernels want rows of some bytes
 # What no stock config says, by its key in a layer's shape.
@@ -40,7 +40,7 @@ class Stock:
     padding: int = 0
 
 
-def layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig) -> Stock | None:
+def choose_layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig) -> Stock | None:
     """How the family's class holds the model; None if the folder is to be a bundle.
 
     A model that transformers' class can hold and vLLM's cannot becomes a bundle too, unless stock is asked for.
@@ -97,7 +97,7 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
     if width is None or not new_widths:
         return Stock(updates, width)
     padding = sum(width - narrow for narrow in widths) * 3 * model.config.hidden_size
-    total = total_parameters(model)
+    total = count_parameters(model)
     if padding > max_padding * total:
         raise NotStock(
             f"its dense layers are {min(widths)} to {width} wide and a config of {name} says one width: zeros would "

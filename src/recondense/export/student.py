@@ -26,7 +26,7 @@ def export(
     """Write a student to a folder that `load`, and transformers alone, read back.
 
     Args:
-        student: from `apply` or `recover`; it is not changed.
+        student: from `execute` or `recover`; it is not changed.
         tokenizer: saved beside the weights; None: none.
         folder: replaced if it exists; written aside, then renamed.
         settings: layout and size of the shards.
@@ -49,7 +49,7 @@ def export(
         >>> condensed, tokenizer = rc.load(output)
     """
     if history is None:
-        history = History.of_folder(student.model.config.name_or_path)
+        history = History.load(student.model.config.name_or_path)
     if card is None:
         card = f"# {student.plan.model}, compressed by recondense\n\nWhat was decided is in `plan.json`.\n"
     plan = replace(student.plan, history=history)

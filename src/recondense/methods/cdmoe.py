@@ -15,7 +15,7 @@ from recondense.methods.search.condense_search import CondenseSearch
 from recondense.methods.step import Record, SearchContext
 from recondense.models import views
 from recondense.models.families import Facts
-from recondense.models.parameters import total_parameters
+from recondense.models.parameters import count_parameters
 from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 
@@ -150,10 +150,10 @@ class CDMoE:
         retained = self.num_experts * 3 * hidden_size * expert_width
         if weights.biases() and self.num_experts:
             retained += self.num_experts * 2 * expert_width + hidden_size  # the biases of down_proj become one
-        experts = total_parameters(block.experts) - retained
+        experts = count_parameters(block.experts) - retained
         gate = block.shared_expert_gate if self.shared_gate == "mean" else None
         others = [block.router] if gate is None else [block.router, gate]
-        return experts if routed else experts + sum(map(total_parameters, others))
+        return experts if routed else experts + sum(map(count_parameters, others))
 
     def search(self, context: SearchContext) -> tuple[list[Condense], Record]:
         """Decide what to condense; see `Step.search`.

@@ -106,7 +106,7 @@ class Decompose:
                 f"method.importance={self.importance}: the router selects among {facts.num_groups} groups of experts, "
                 "where the loss without one expert is not known; use method.alpha=0"
             )
-        automatic = ranks.automatic(facts.hidden_size, facts.expert_width)
+        automatic = ranks.automatic_rank(facts.hidden_size, facts.expert_width)
         average = automatic if self.average_rank == "auto" else self.average_rank
         if isinstance(average, int) and not least <= average < cap and not self._by_share:
             shown = f"auto ({average})" if self.average_rank == "auto" else average
@@ -184,9 +184,9 @@ class Decompose:
         num_experts = sum(map(len, importance.values()))
         dense = ranks.parameters([None] * num_experts, *shape)
         if not self._by_share:
-            average = ranks.automatic(*shape) if self.average_rank == "auto" else self.average_rank
+            average = ranks.automatic_rank(*shape) if self.average_rank == "auto" else self.average_rank
             assert isinstance(average, int)
-            multiple = ranks.multiple_of(self.rank_multiple, *shape, average)
+            multiple = ranks.resolve_multiple(self.rank_multiple, *shape, average)
             allocated = {
                 layer: ranks.allocate(values, average, *shape, self.alpha, multiple)
                 for layer, values in importance.items()
@@ -196,14 +196,16 @@ class Decompose:
             kept = dense - self.budget.expert_parameters_to_remove(model)
         else:
             kept = int((self.ratio or 1.0) * dense)
-        multiple = ranks.multiple_of(self.rank_multiple, *shape, kept / ranks.parameters([1] * num_experts, *shape))
+        multiple = ranks.resolve_multiple(
+            self.rank_multiple, *shape, kept / ranks.parameters([1] * num_experts, *shape)
+        )
         least = ranks.parameters([multiple] * num_experts, *shape)
         if kept < least and self.budget.is_given:
             raise UserError(
                 f"method: the budget asks for more than factors can save; rank {multiple} for every expert gives "
                 f"{self.budget.strictest_ratio(model, dense - least)}"
             )
-        return multiple, *ranks.within(importance, kept, *shape, self.alpha, multiple)
+        return multiple, *ranks.allocate_budget(importance, kept, *shape, self.alpha, multiple)
 
     def _importance(
         self, context: SearchContext, blocks: Mapping[int, views.SparseBlock]

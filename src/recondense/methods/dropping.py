@@ -21,7 +21,7 @@ from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.step import Record, SearchContext
 from recondense.models import decoder, views
 from recondense.models.families import Facts
-from recondense.models.parameters import total_parameters
+from recondense.models.parameters import count_parameters
 from recondense.operations import Drop
 
 
@@ -134,7 +134,7 @@ class Dropping:
     def _size(self, model: PreTrainedModel, layer: int) -> int:
         """The parameters that go with the part of a layer, as the budget counts them."""
         if self.budget.removed_expert_ratio is not None:
-            return total_parameters(views.sparse_blocks(model)[layer].experts)
+            return count_parameters(views.sparse_blocks(model)[layer].experts)
         if self.part == "layer":
-            return total_parameters(decoder.decoder_layers(model)[layer])
-        return total_parameters(views.get_block(model, layer))
+            return count_parameters(decoder.decoder_layers(model)[layer])
+        return count_parameters(views.get_block(model, layer))

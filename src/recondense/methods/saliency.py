@@ -137,7 +137,7 @@ class SaliencyPruning:
             for layer, layer_rows in rows.items()
         }
         number = -(-self.budget.experts_to_drop(model) // routing.num_groups)
-        dropped_rows = _least(sums, number, routing.least_experts // routing.num_groups, everywhere)
+        dropped_rows = _least(sums, number, routing.min_experts // routing.num_groups, everywhere)
         dropped = {layer: {expert for row in dropped_rows[layer] for expert in rows[layer][row]} for layer in rows}
         return [
             Prune.from_dropped(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]
@@ -159,7 +159,7 @@ class SaliencyPruning:
 def refuse_too_much(budget: Budget, facts: Facts) -> list[str]:
     """The problem of a budget that leaves fewer experts than a token selects, as a sentence; empty if there is none."""
     ratio = budget.removed_expert_ratio
-    most = 1 - facts.least_experts / facts.num_experts
+    most = 1 - facts.min_experts / facts.num_experts
     if ratio is None or ratio <= most + 1e-9:
         return []
     groups = "" if facts.num_groups == 1 else f" out of {facts.top_groups} of {facts.num_groups} groups"

@@ -166,7 +166,7 @@ class CondensedMoE(nn.Module):
         return inner
 
     @classmethod
-    def shaped_for(cls, weights: MoEWeights, num_experts: int, token_gate: bool, pair: bool = False) -> CondensedMoE:
+    def make_empty(cls, weights: MoEWeights, num_experts: int, token_gate: bool, pair: bool = False) -> CondensedMoE:
         """An unfilled block of the right shape, on the device and in the dtype of the weights (also meta)."""
         _, hidden_size, expert_width = weights.down_EDF.shape
         with torch.device(weights.down_EDF.device):

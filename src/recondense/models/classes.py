@@ -33,14 +33,14 @@ def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTr
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model that a config describes, of any family, without weights."""
-    register_compressed(config.model_type)
+    register_model_type(config.model_type)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
     return model
 
 
 @cache
-def register_compressed(model_type: str) -> None:
+def register_model_type(model_type: str) -> None:
     """Tell transformers' Auto classes a model type that is recondense's own: `deepseek`, or a compressed family.
 
     Any other model type is left as it is. Folders of these types then load without remote code.
@@ -73,11 +73,11 @@ def base_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]
 def has_attention(config: PretrainedConfig, name: str) -> bool:
     """Whether the model of a config supports an attention implementation."""
     flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(name)
-    return flag is None or bool(getattr(own_classes(config)[1], flag))
+    return flag is None or bool(getattr(family_classes(config)[1], flag))
 
 
-def own_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+def family_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """The family's own config class and causal LM, also for the config of a compressed model."""
-    register_compressed(config.model_type)
+    register_model_type(config.model_type)
     config_class = type(AutoConfig.for_model(family_name(config.model_type)))
     return config_class, model_class_of(config_class)

@@ -115,7 +115,7 @@ def reshape(
         layers[index] = SkippedLayer()
         return
     block = layer.mlp
-    pair = gives_pair(block)
+    pair = returns_pair(block)
     if kind == "zeros":
         layer.mlp = Zeros(pair)
         return
@@ -139,7 +139,7 @@ def router_name(block: nn.Module) -> str:
     return "gate" if hasattr(block, "gate") else "router"
 
 
-def gives_pair(block: nn.Module) -> bool:
+def returns_pair(block: nn.Module) -> bool:
     """Whether a block returns its router's scores besides its output, as that of gpt_oss does."""
     return hasattr(block, "router") or bool(getattr(block, "pair", False))
 

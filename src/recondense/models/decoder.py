@@ -77,7 +77,7 @@ def arguments_of_layers(model: PreTrainedModel, arguments: Mapping[str, Any]) ->
 
 
 @contextmanager
-def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def bypass_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Inside, the model returns the hidden states after the final norm in place of logits.
 
     Callers still call the whole model: engines that shard it have their hooks on it.
@@ -91,7 +91,7 @@ def headless(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 @contextmanager
-def gathered(model: PreTrainedModel) -> Iterator[Head]:
+def lm_head(model: PreTrainedModel) -> Iterator[Head]:
     """The unsharded weights of the LM head, for use inside.
 
     FSDP2 has them in the root unit, which is gathered for a whole step. ZeRO-3 gathers a weight when a module's
@@ -102,7 +102,7 @@ def gathered(model: PreTrainedModel) -> Iterator[Head]:
 
 
 @contextmanager
-def checkpointing(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
+def checkpoint_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
     """Inside, decoder layers in training keep their inputs only, and backward computes the rest again."""
     if enabled:
         model.activation_checkpointing_enable()
@@ -115,7 +115,7 @@ def checkpointing(model: PreTrainedModel, enabled: bool = True) -> Iterator[None
 
 
 @contextmanager
-def compiling(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
+def compile_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
     """Inside, decoder layers are compiled, each for every block that it holds."""
     if not enabled:
         yield
@@ -133,7 +133,7 @@ def compiling(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-def random_in_training(config: PretrainedConfig) -> bool:
+def is_random_in_training(config: PretrainedConfig) -> bool:
     """Whether a model computes at random in training: dropout, or noise on its routers."""
     values = config.to_dict()
     return any(bool(values[name]) for name in values if "dropout" in name or "jitter" in name)
@@ -178,7 +178,7 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def without_router_loss(model: PreTrainedModel) -> None:
+def disable_router_loss(model: PreTrainedModel) -> None:
     """Switch off the router's auxiliary loss: transformers' forward fails on it once no routed layer is left."""
     model.config.output_router_logits = False
 

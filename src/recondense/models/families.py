@@ -18,7 +18,7 @@ from recondense.models.compressed import PREFIX
 from recondense.models.layer_patterns import EVERY, FREQUENCY, INTERVAL, MLP_ONLY, PREFIXED, TYPES, Pattern
 from recondense.models.routing import (
     Routing,
-    least_experts,
+    min_experts,
     read_deepseek,
     read_deepseek_v2,
     read_deepseek_v3,
@@ -55,9 +55,9 @@ class Facts:
     factorized: tuple[int, ...] = ()
 
     @property
-    def least_experts(self) -> int:
+    def min_experts(self) -> int:
         """The fewest experts that a layer can route among."""
-        return least_experts(self.top_k, self.num_groups, self.top_groups)
+        return min_experts(self.top_k, self.num_groups, self.top_groups)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recondense.models import decoder
 from recondense.models.layer_store import layer_store
-from recondense.models.tensor_store import Shelf
+from recondense.models.tensor_store import TensorList
 
 SHAPES = 8  # of batches whose masks and positions are kept
 
@@ -35,7 +35,7 @@ def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: 
 
 def run(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Any:
     """The model's output, with hidden states after the final norm in place of logits."""
-    with decoder.headless(model):
+    with decoder.bypass_head(model):
         return model(**arguments)
 
 
@@ -86,7 +86,7 @@ def run_layer(model: PreTrainedModel, layer: int, hidden_BSD: Tensor, arguments:
 @torch.no_grad()
 def layer_by_layer(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], advance: Callable[[], None] = lambda: None
-) -> Shelf:
+) -> TensorList:
     """The hidden states that `run` gives for some batches; each decoder layer's weights are read once.
 
     Args:
@@ -97,15 +97,15 @@ def layer_by_layer(
         hidden states after the final norm (B, S, D), one a batch.
     """
     storage, arguments = layer_store(model).tensor_storage(), LayerArguments(model)
-    states = storage.shelf()
+    states = storage.tensor_list()
     for batch in batches:
         states.append(arguments.enter(batch))
     for layer in range(len(decoder.decoder_layers(model))):
-        entering, states = states, storage.shelf()
+        entering, states = states, storage.tensor_list()
         for batch, hidden_BSD in zip(batches, entering, strict=True):
             states.append(run_layer(model, layer, hidden_BSD, arguments.get(layer, batch)))
         advance()
-    final = storage.shelf()
+    final = storage.tensor_list()
     for hidden_BSD in states:
         final.append(decoder.final_norm(model)(hidden_BSD))
     return final

@@ -132,7 +132,7 @@ def _prefixes(missing: Sequence[str], unexpected: Collection[str]) -> tuple[str,
     return theirs and f"{theirs}.", ours and f"{ours}."
 
 
-def files_of(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads from a local folder; empty if it has no weights.
 
     Raises:

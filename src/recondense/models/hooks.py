@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode; after, every submodule is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -22,7 +22,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """The outputs of some modules in the forward pass inside, in the order of the modules."""
     by_number: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
@@ -43,7 +43,7 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
+def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
     """The hidden states entering a module in the forward pass inside."""
     inputs: list[Tensor] = []
 

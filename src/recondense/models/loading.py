@@ -74,9 +74,9 @@ def load(
     model, tokenizer = _load_both(path, settings, offload_folder)
     # auto never takes batched_mm, which is some 60 times slower on a CPU
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
-    decoder.without_router_loss(model)
+    decoder.disable_router_loss(model)
     if offload_folder is None:
-        model.to(device_of(settings))
+        model.to(choose_device(settings))
     for parameter in model.parameters():
         parameter.data = shard_reader.align(parameter.data)
     return model.eval(), tokenizer
@@ -112,11 +112,11 @@ def _load_both(
 def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | None) -> Any:
     """The model in its dtype; on the CPU unless it is streamed."""
     values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
-    classes.register_compressed(values.get("model_type", ""))
+    classes.register_model_type(values.get("model_type", ""))
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with quantized.loading_arguments(values, dtype) as arguments, _checked_loading(values, offload_folder):
         if offload_folder is not None:
-            arguments["device_map"] = {"": device_of(settings)}
+            arguments["device_map"] = {"": choose_device(settings)}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             attn_implementation=settings.attention,
@@ -169,7 +169,7 @@ def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None) -> 
         PreTrainedModel._load_pretrained_model = staticmethod(load_all)  # type: ignore[method-assign]
 
 
-def device_of(settings: ModelConfig) -> torch.device:
+def choose_device(settings: ModelConfig) -> torch.device:
     """The device that the settings name; of several processes, each has the GPU of its number.
 
     auto is a GPU if there is one, otherwise the CPU.

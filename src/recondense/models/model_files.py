@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recondense.config.schema import ModelConfig
-from recondense.offline import reachable_or_offline
+from recondense.offline import hub_access
 from recondense.plan import History
 
 
@@ -22,7 +22,7 @@ def model_file(path: str | Path, name: str, revision: str | None = None) -> Path
 
     answers: Any = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
     quiet = {f"_raise_exceptions_for_{what}": raises for what, raises in answers.items()}
-    with reachable_or_offline() as online:
+    with hub_access() as online:
         try:
             cached = cached_file(str(path), name, revision=revision, local_files_only=not online, **quiet)
         except OSError:  # no such repository or revision: loading it raises the error
@@ -30,7 +30,7 @@ def model_file(path: str | Path, name: str, revision: str | None = None) -> Path
     return None if cached is None else Path(cached)
 
 
-def history_of(model: ModelConfig) -> History:
+def read_history(model: ModelConfig) -> History:
     """The compressions that made the model a run starts from; empty without a plan.json beside it."""
     plan = None if model.path is None else model_file(model.path, "plan.json", model.revision)
-    return History.of_folder(None if plan is None else plan.parent)
+    return History.load(None if plan is None else plan.parent)

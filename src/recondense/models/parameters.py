@@ -44,7 +44,7 @@ def _counts(text: str, kind: type[PretrainedConfig]) -> Counts:
     view = next(iter(sparse_blocks(model).values()), None)
     bias = view is not None and has_bias(view.experts)
     return Counts(
-        total=total_parameters(model),
+        total=count_parameters(model),
         routed_experts=routed_parameters(model),
         expert=3 * facts.hidden_size * facts.expert_width + (2 * facts.expert_width + facts.hidden_size) * bias,
         router_row=0 if view is None else router_row_size(view),
@@ -62,7 +62,7 @@ def parameter_counts(config: PretrainedConfig) -> Counts:
 
 def routed_parameters(model: PreTrainedModel) -> int:
     """Parameters of the routed experts as they are now; those in condensed layers count as retained."""
-    sparse = sum(total_parameters(block.experts) for block in sparse_blocks(model).values())
+    sparse = sum(count_parameters(block.experts) for block in sparse_blocks(model).values())
     blocks = [get_block(model, layer) for layer in range(len(decoder_layers(model)))]
     return sparse + sum(_retained_parameters(block) for block in blocks if isinstance(block, CondensedMoE))
 
@@ -74,19 +74,19 @@ def _retained_parameters(block: CondensedMoE) -> int:
     return width * 3 * hidden_size + bias
 
 
-def total_parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """The number of parameters, tied ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def expert_size(block: SparseBlock) -> int:
     """Parameters of one routed expert; the mean over experts if their ranks differ."""
-    return total_parameters(block.experts) // block.num_experts
+    return count_parameters(block.experts) // block.num_experts
 
 
 def router_row_size(block: SparseBlock) -> int:
     """Parameters of one expert's row in the router."""
-    return total_parameters(block.router) // block.num_experts
+    return count_parameters(block.router) // block.num_experts
 
 
 def bytes_outside_layers(model: PreTrainedModel) -> int:
@@ -139,4 +139,4 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
     """Parameters of the whole model and of its routed experts; those in condensed layers count as retained."""
-    return {"total": total_parameters(model), "routed_experts": routed_parameters(model)}
+    return {"total": count_parameters(model), "routed_experts": routed_parameters(model)}

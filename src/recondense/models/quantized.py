@@ -26,7 +26,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeights:
     """The quantized weights of a model on disk.
 
     Args:
@@ -173,7 +173,7 @@ def _dequantize_by_blocks(original: Callable[..., Tensor]) -> Callable[..., Tens
     return dequantize
 
 
-def stored(path: str | Path, revision: str | None = None) -> Stored | None:
+def stored_weights(path: str | Path, revision: str | None = None) -> StoredWeights | None:
     """The quantized weights of a model on disk; None if they are not quantized, or their files cannot be found.
 
     Args:
@@ -182,7 +182,7 @@ def stored(path: str | Path, revision: str | None = None) -> Stored | None:
     config = _file(path, "config.json", revision)
     method = None if config is None else method_of(json.loads(config.read_text(encoding="utf-8")))
     num_bytes = None if method is None else bytes_on_disk(path, revision)
-    return None if method is None or num_bytes is None else Stored(method, num_bytes)
+    return None if method is None or num_bytes is None else StoredWeights(method, num_bytes)
 
 
 def bytes_on_disk(path: str | Path, revision: str | None = None) -> int | None:
@@ -222,7 +222,7 @@ def quantization(config: PretrainedConfig) -> dict[str, Any]:
     return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
 
 
-def stored_bytes(model: PreTrainedModel, quantized: Mapping[str, Any]) -> BytesOf:
+def byte_counter(model: PreTrainedModel, quantized: Mapping[str, Any]) -> BytesOf:
     """A function that counts the bytes that a part of a model takes in its checkpoint.
 
     FP8 stores one byte a weight and 4 bytes a block, in the experts and in all Linear layers but the head. MXFP4

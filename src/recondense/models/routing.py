@@ -35,12 +35,12 @@ class Routing:
     least_sum: float = 0.0
 
     @property
-    def least_experts(self) -> int:
+    def min_experts(self) -> int:
         """The fewest experts that a layer can route among."""
-        return least_experts(self.top_k, self.num_groups, self.top_groups)
+        return min_experts(self.top_k, self.num_groups, self.top_groups)
 
 
-def least_experts(top_k: int, num_groups: int, top_groups: int) -> int:
+def min_experts(top_k: int, num_groups: int, top_groups: int) -> int:
     """The fewest experts to route among: top_k; of groups, two each at least, and top_k in the selected groups."""
     return top_k if num_groups == 1 else num_groups * max(2, -(-top_k // top_groups))
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from recondense.files import file_name, write_aside
 
 
-class Shelf(Protocol):
-    """A list of tensors: Python's own, or a `DiskShelf`."""
+class TensorList(Protocol):
+    """A list of tensors: Python's own, or a `DiskTensorList`."""
 
     def append(self, tensor: Tensor, /) -> None: ...
 
@@ -35,7 +35,7 @@ class Shelf(Protocol):
 class Storage(Protocol):
     """Where tensors are kept: makes lists for them."""
 
-    def shelf(self, name: str | None = None) -> Shelf:
+    def tensor_list(self, name: str | None = None) -> TensorList:
         """An empty list, or the finished one of this name."""
         ...
 
@@ -43,7 +43,7 @@ class Storage(Protocol):
 class Memory:
     """Keeps tensors in memory, as they are."""
 
-    def shelf(self, name: str | None = None) -> Shelf:
+    def tensor_list(self, name: str | None = None) -> TensorList:
         return []
 
 
@@ -70,15 +70,15 @@ class Disk:
         self.keeps = keeps
         folder.mkdir(parents=True, exist_ok=True)
 
-    def shelf(self, name: str | None = None) -> Shelf:
+    def tensor_list(self, name: str | None = None) -> TensorList:
         if name is not None and not self.keeps:
-            return DiskShelf(tempfile.TemporaryFile(dir=self.folder), None, self.dtype, self.device)
+            return DiskTensorList(tempfile.TemporaryFile(dir=self.folder), None, self.dtype, self.device)
         if name is None:
-            return DiskShelf(tempfile.TemporaryFile(dir=self.folder), device=self.device)
-        return DiskShelf.at(self.folder / file_name(name), self.dtype, self.device)
+            return DiskTensorList(tempfile.TemporaryFile(dir=self.folder), device=self.device)
+        return DiskTensorList.at(self.folder / file_name(name), self.dtype, self.device)
 
 
-class DiskShelf:
+class DiskTensorList:
     """Tensors one after another in a file. Reading maps the file, copies one tensor and unmaps the file.
 
     Args:
@@ -103,7 +103,7 @@ class DiskShelf:
         self._entries: list[dict[str, Any]] = []
 
     @classmethod
-    def at(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskShelf:
+    def at(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskTensorList:
         """The finished list at a path, or an empty one that gets this path."""
         index = path.with_suffix(".json")
         if not index.exists():
@@ -180,9 +180,9 @@ class DiskShelf:
         return math.prod(entry["shape"]) * getattr(torch, entry["kept"]).itemsize
 
 
-def nbytes(tensors: Shelf) -> int:
+def nbytes(tensors: TensorList) -> int:
     """Bytes of all tensors of a list."""
-    return tensors.nbytes if isinstance(tensors, DiskShelf) else sum(tensor.nbytes for tensor in tensors)
+    return tensors.nbytes if isinstance(tensors, DiskTensorList) else sum(tensor.nbytes for tensor in tensors)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

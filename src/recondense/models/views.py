@@ -24,7 +24,7 @@ from recondense.models.blocks import (
     select_experts,
     shallow_copy,
 )
-from recondense.models.compressed import gives_pair, glu_of, has_bias, router_name
+from recondense.models.compressed import glu_of, has_bias, returns_pair, router_name
 from recondense.models.decoder import decoder_layers
 from recondense.models.families import Family, family_of
 from recondense.models.low_rank import LowRankExperts
@@ -87,14 +87,14 @@ class SparseBlock:
                 f"plan: {kind} layer {self.layer}: it has {self.num_experts} routed experts; the plan retains {missing}"
             )
 
-    def chosen_experts(self, index: Sequence[int]) -> nn.Module:
+    def select_experts(self, index: Sequence[int]) -> nn.Module:
         """The experts module with some experts only, in fresh tensors."""
         return select_experts(self.experts, index, self.num_experts, self.family.expert_entries)
 
     @property
     def pair(self) -> bool:
         """Whether the block returns its router's scores besides its output."""
-        return gives_pair(self.module)
+        return returns_pair(self.module)
 
     @property
     def correction_E(self) -> Tensor | None:
@@ -151,12 +151,12 @@ def is_sparse(block: nn.Module) -> bool:
     return hasattr(block, "experts") and hasattr(block, router_name(block))
 
 
-def output_of(returned: Any) -> Tensor:
+def block_output(returned: Any) -> Tensor:
     """The hidden states that a block returned, without the router's scores that some families return besides."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 
-def with_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Module | None = None) -> nn.Module:
+def replace_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Module | None = None) -> nn.Module:
     """A sparse block with another router or other experts; it shares everything else with the given one."""
     twin = shallow_copy(block)
     if router is not None:
@@ -198,7 +198,7 @@ def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
         UserError: as `pruned_router`.
     """
     table = torch.as_tensor(retained, device=next(block.experts.parameters()).device)
-    return with_parts(block.module, router=RemappedRouter(pruned_router(block, retained), table))
+    return replace_parts(block.module, router=RemappedRouter(pruned_router(block, retained), table))
 
 
 def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
@@ -239,7 +239,7 @@ def sparse_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
 
 
 @contextmanager
-def swapped(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator[PreTrainedModel]:
+def swap_blocks(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator[PreTrainedModel]:
     """Inside, the model has these blocks or decoder layers in place of its own; no weight is copied."""
     before = {
         layer: decoder_layers(model)[layer] if _is_decoder_layer(block) else get_block(model, layer)
@@ -260,7 +260,7 @@ def is_dense(block: nn.Module) -> bool:
     return not ours and not is_sparse(block) and all(hasattr(block, name) for name in PROJECTIONS)
 
 
-def multiplied_out(experts: LowRankExperts, *, transposed: bool) -> dict[str, Tensor]:
+def multiply_factors(experts: LowRankExperts, *, transposed: bool) -> dict[str, Tensor]:
     """The parameters of a family's fused experts from those of low-rank ones, by name, in the factors' dtype.
 
     Args:

@@ -125,8 +125,8 @@ def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> N
         lightning = _make_trainer(trained, training, precision, device)
         with (
             _deterministic_algorithms(settings.deterministic or device.type == "cpu"),
-            decoder.checkpointing(trained.model, module.settings.activation_checkpointing),
-            decoder.compiling(trained.model, settings.compile),
+            decoder.checkpoint_layers(trained.model, module.settings.activation_checkpointing),
+            decoder.compile_layers(trained.model, settings.compile),
         ):
             lightning.fit(trained, datamodule=data, ckpt_path=newest, weights_only=True)
         if lightning.interrupted or lightning.global_step < module.settings.steps:
@@ -203,7 +203,7 @@ def _make_trainer(module: RecoveryModule, training: _Training, precision: str, d
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip,
         callbacks=[*training.callbacks, checkpoints],
-        plugins=[AsideCheckpointIO(), *([trainer_module.StartedProcesses()] if processes.grouped() else [])],
+        plugins=[AsideCheckpointIO(), *([trainer_module.StartedProcesses()] if processes.has_group() else [])],
         logger=list(training.loggers) or False,
         log_every_n_steps=min(10, settings.steps),
         val_check_interval=validate_every * settings.accumulate_grad_batches or None,

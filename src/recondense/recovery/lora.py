@@ -134,7 +134,7 @@ def inject(student: Student, layers: Sequence[int], settings: LoraSettings) -> A
     model.requires_grad_(False)
     adapters = Adapters(student)
     linears = decoder.attention_linears(model) if settings.target != "experts" else []
-    experts = trainable.trained_modules(model, layers) if settings.target != "attention" else {}
+    experts = trainable.trainable_modules(model, layers) if settings.target != "attention" else {}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # the same start for every run of a plan
         for name, module in experts.items():

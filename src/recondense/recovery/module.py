@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
 from recondense.config.schema import RecoveryConfig
-from recondense.data.labels import predicting
+from recondense.data.labels import target_mask
 from recondense.models import decoder, families, views
 from recondense.plan import Plan
 from recondense.recovery import lora, objective, shared_passes
@@ -176,8 +176,8 @@ class RecoveryModule(L.LightningModule):
         answer = self.teacher.teach(inputs, layers) if distill else TeacherOutput()
         output, states = self._run_student(inputs, answer, layers)  # last: the teacher's pass knows no adapters
         student = StudentOutput(tokens.select_rows(output.logits), states)
-        mask_BS = None if labels is None else predicting(labels)
-        with decoder.gathered(self.model) as head:
+        mask_BS = None if labels is None else target_mask(labels)
+        with decoder.lm_head(self.model) as head:
             losses = objective.training_losses(
                 student, head, tokens, answer, self.settings, mask_BS=mask_BS, weight=weight, mean=processes.mean
             )
@@ -224,7 +224,7 @@ class RecoveryModule(L.LightningModule):
         teacher = self.teacher
         answer = teacher.teach(inputs) if teacher.answers_any_text else TeacherOutput()
         output, _ = self._run_student(inputs, answer)
-        with decoder.gathered(self.model) as head:
+        with decoder.lm_head(self.model) as head:
             losses = objective.validation_losses(tokens.select_rows(output.logits), head, tokens, answer)
         # A batch counts by its predictions. A process that has run out of windows computes one with the others, and it
         # does not count. Sizes are averaged as whole numbers, so they are given as multiples.

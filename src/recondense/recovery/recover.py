@@ -33,7 +33,7 @@ def recover(
     """Train the experts of the layers that the plan changed, or what else the settings name.
 
     Args:
-        student: from `apply`; trained in place. Its original stays as it was.
+        student: from `execute`; trained in place. Its original stays as it was.
         tokenizer: of the model.
         texts: documents; they are packed into windows of `sequence_length` tokens.
         objective: "distill" (learn the original's predictions) or "finetune" (predict the next token).

@@ -18,7 +18,7 @@ from recondense.data.labels import MASKED, next_labels
 from recondense.models import decoder, views
 from recondense.models.blocks import SkippedLayer
 from recondense.models.forward import model_inputs, run
-from recondense.models.hooks import input_of, outputs_of
+from recondense.models.hooks import capture_input, capture_outputs
 
 
 class CountedTokens(NamedTuple):
@@ -98,7 +98,7 @@ def first_unshared_layer(model: PreTrainedModel, changed: set[int]) -> int:
     Args:
         changed: layers in which the two differ.
     """
-    if decoder.random_in_training(model.config):
+    if decoder.is_random_in_training(model.config):
         return 0
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     prefix = decoder.layers_prefix()
@@ -115,7 +115,7 @@ def record_states(model: PreTrainedModel, layers: Sequence[int]) -> AbstractCont
     if not layers:
         return nullcontext([])
     after = [*decoder.decoder_layers(model)[:-1], decoder.final_norm(model)]
-    return outputs_of([after[layer] for layer in layers])
+    return capture_outputs([after[layer] for layer in layers])
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def record_entering(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]
     if layer == 0:
         yield []
         return
-    with input_of(decoder.decoder_layers(model)[layer]) as states:
+    with capture_input(decoder.decoder_layers(model)[layer]) as states:
         yield states
 
 
@@ -150,7 +150,7 @@ def run_from(
         if not entering:
             return run(model, arguments), states
         rest = {name: value for name, value in arguments.items() if name != "input_ids"}
-        with views.swapped(model, {below: SkippedLayer() for below in range(first)}):
+        with views.swap_blocks(model, {below: SkippedLayer() for below in range(first)}):
             return run(model, {**rest, "inputs_embeds": entering[0]}), states
 
 

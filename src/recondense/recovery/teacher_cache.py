@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense.data.loader import Table, num_rows
-from recondense.files import fingerprint, remove_partial, replace_file, waiting_lock
+from recondense.files import fingerprint, hold_lock, remove_partial, replace_file
 from recondense.models import decoder, forward
 from recondense.models.forward import model_inputs
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.progress import progress
 from recondense.recovery.chunked_losses import TopK, top_k
@@ -140,10 +140,10 @@ def keep_predictions(
     if not teacher.missing:
         return teacher
     folder.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(folder / ".lock", "asks the same teacher"):
+    with hold_lock(folder / ".lock", "asks the same teacher"):
         remove_partial(folder)
         total = sum(len(teacher.rows_of(index)) for index in teacher.missing)
-        with progress("the teacher's predictions", total) as bar, original() as model, evaluating(model), autocast:
+        with progress("the teacher's predictions", total) as bar, original() as model, eval_mode(model), autocast:
             missing, together = teacher.missing, FILES_PER_READING if layer_store(model).streamed else 1
             for first in range(0, len(missing), together):
                 indices = missing[first : first + together]
@@ -184,7 +184,7 @@ def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor
 @torch.no_grad()
 def _predictions(model: PreTrainedModel, hidden_BSD: Tensor, k: int, temperature: float) -> TopK:
     """The predictions for one batch, on the CPU. Logits keep the dtype of the head, so that none is rounded."""
-    with decoder.gathered(model) as head:
+    with decoder.lm_head(model) as head:
         vocabulary = len(head.weight_VD)
         kept = top_k(hidden_BSD.flatten(0, 1), head, min(k, vocabulary - 1), temperature)
     size = hidden_BSD.shape[:2]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense.errors import UserError
 from recondense.models import decoder
 from recondense.models.forward import run
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.recovery.chunked_losses import Hidden, TopK
 from recondense.recovery.shared_passes import PassInputs, first_unshared_layer, record_entering, record_states
 from recondense.surgery.student import Student
@@ -77,12 +77,12 @@ class OriginalTeacher:
         first = first_unshared_layer(model, self.student.changed_layers())
         with (
             self.student.original(),
-            evaluating(model),
+            eval_mode(model),
             record_states(model, layers) as states,
             record_entering(model, first) as entering,
         ):
             output = run(model, inputs.arguments)
-        with decoder.gathered(model) as head:
+        with decoder.lm_head(model) as head:
             return TeacherOutput(Hidden(inputs.tokens.select_rows(output.logits), head), states, first, entering)
 
 
@@ -103,7 +103,7 @@ class OtherTeacher:
     def __init__(self, model: PreTrainedModel, student: PreTrainedModel, name: str) -> None:
         widths = []
         for causal_lm in (model, student):
-            with decoder.gathered(causal_lm) as head:
+            with decoder.lm_head(causal_lm) as head:
                 widths.append(len(head.weight_VD))
         if widths[0] != widths[1]:
             raise UserError(
@@ -118,13 +118,13 @@ class OtherTeacher:
     @torch.no_grad()
     def teach(self, inputs: PassInputs, layers: Sequence[int] = ()) -> TeacherOutput:
         assert not layers, "hidden states of another model are not compared"
-        with evaluating(self.model):
+        with eval_mode(self.model):
             output = run(self.model, inputs.arguments)
-        with decoder.gathered(self.model) as head:
+        with decoder.lm_head(self.model) as head:
             return TeacherOutput(Hidden(inputs.tokens.select_rows(output.logits), head))
 
 
-def same_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, name: str) -> None:
+def require_same_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, name: str) -> None:
     """Refuse a teacher whose token ids mean something else.
 
     Args:

@@ -17,7 +17,7 @@ from recondense.operations import PROJECTIONS
 from recondense.surgery.student import Student
 
 
-def trained_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Module]:
+def trainable_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Module]:
     """The routed and shared experts of some layers by their names in the model; no router, no gate.
 
     A condensed layer, and a dense layer of the family's own class, has its projections in their place.
@@ -33,12 +33,12 @@ def trained_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, 
     return modules
 
 
-def trained_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+def trainable_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
     """Layers among `layers` with trainable experts. If there is none, all layers with experts."""
-    named = [layer for layer in layers if trained_modules(model, [layer])]
+    named = [layer for layer in layers if trainable_modules(model, [layer])]
     blocks = {layer: get_block(model, layer) for layer in range(len(decoder_layers(model)))}
     return named or [
-        layer for layer, block in blocks.items() if not is_dense(block) and trained_modules(model, [layer])
+        layer for layer, block in blocks.items() if not is_dense(block) and trainable_modules(model, [layer])
     ]
 
 
@@ -57,7 +57,7 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
         return {name: value for name, value in model.named_parameters() if not views.selects_experts(name)}
     return {
         f"{name}.{inner}": parameter
-        for name, module in trained_modules(model, trained_layers(model, layers)).items()
+        for name, module in trainable_modules(model, trainable_layers(model, layers)).items()
         for inner, parameter in module.named_parameters()
     }
 

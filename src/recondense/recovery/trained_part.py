@@ -14,7 +14,7 @@ from recondense.surgery.student import Student
 
 @dataclass
 class TrainedPart:
-    """The part of a student that a stage trains. `begin` makes one.
+    """The part of a student that a stage trains. `join_group` makes one.
 
     Args:
         student: everything else of it is frozen.
@@ -43,7 +43,7 @@ class TrainedPart:
         trainable.check_trainable(student, layers, settings)
         model.requires_grad_(False)
         part = cls(student, settings, layers)
-        with_experts = trainable.trained_layers(model, layers)
+        with_experts = trainable.trainable_layers(model, layers)
         if settings.trainable == "experts":
             student.give_own_copies(with_experts)
         elif settings.trainable == "lora":

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from recondense.config.schema import Config, ModelConfig
 from recondense.models import families
-from recondense.models.model_files import history_of
-from recondense.models.quantized import Stored
+from recondense.models.model_files import read_history
+from recondense.models.quantized import StoredWeights
 from recondense.operations import Condense, Drop, Factorize, Merge, Prune
 from recondense.plan import Plan
 from recondense.report import beside_published
@@ -144,7 +144,7 @@ class Summary:
         summary.artifacts = {"plan": "plan.json"} if plan.operations else {}
         return summary
 
-    def count_bytes_on_disk(self, original: Stored, compressed: int) -> None:
+    def count_bytes_on_disk(self, original: StoredWeights, compressed: int) -> None:
         """Let `memory` count bytes on disk, for the original is stored in fewer bits than it computes in.
 
         Args:
@@ -219,7 +219,7 @@ def published_beside(
     measured = [name for name in PAPER_TASKS if any(name in stage.get("task_mean", {}) for stage in stages.values())]
     if not measured:
         return None
-    history = history_of(config.model)
+    history = read_history(config.model)
     earlier = bool(history.operations)
     facts = families.original_facts(model)
     known = beside_published.recognise(
@@ -228,7 +228,7 @@ def published_beside(
     )
     setting = beside_published.Setting(None)
     if known is not None:
-        operations = operation_counts(Plan("", history.then(plan.operations, ()).operations), known.num_experts)
+        operations = operation_counts(Plan("", history.extend(plan.operations, ()).operations), known.num_experts)
         removed = 1 - sizes["compressed"]["routed_experts"] / known.routed_expert_parameters
         setting = beside_published.setting_of(operations, removed)
     evaluation = config.evaluation

@@ -16,7 +16,7 @@ from recondense.data.texts import Texts
 from recondense.errors import UserError
 from recondense.files import fingerprint, write_aside
 from recondense.models.loading import tokenizer_fingerprint, weights_fingerprint
-from recondense.models.model_files import history_of
+from recondense.models.model_files import read_history
 from recondense.plan import Plan
 from recondense.run.run_folder import INPUTS, RESULTS
 
@@ -36,7 +36,7 @@ def inputs_of(
     if calibrates:
         inputs["calibration"] = calibration(config, tokenizer, texts).fingerprint()
     if config.model.path is not None:  # says which layers train that were compressed before
-        history = Plan("", history=history_of(config.model))
+        history = Plan("", history=read_history(config.model))
         inputs["plan.json of the model"] = fingerprint(history.to_dict())
     if config.evaluation.include_path is not None:
         inputs["task files"] = task_files_fingerprint(Path(config.evaluation.include_path))

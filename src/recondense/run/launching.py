@@ -111,7 +111,7 @@ def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = 
         command: starts a further process; None: what started this one.
 
     Raises:
-        UserError: as `layout`.
+        UserError: as `choose_layout`.
         Peer: another process failed.
     """
     planned = layout(settings, gpu)
@@ -170,7 +170,7 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
         torch.cuda.set_device(local)
     timeout = timedelta(hours=settings.timeout_hours)  # the first evaluates alone while the others wait
     with _meeting(children):
-        processes.begin("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout)
+        processes.join_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout)
     watch = _Watch.start(children)
     try:
         yield
@@ -181,7 +181,7 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
         raise
     finally:
         watch.stop()
-        processes.end()
+        processes.leave_group()
         torch.set_num_threads(threads)
 
 

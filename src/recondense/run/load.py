@@ -35,9 +35,9 @@ def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path])
 def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
     """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
     settings = config.model
-    path = settings.path or processes.by_first(lambda: _train_embedded(config, callbacks))
+    path = settings.path or processes.run_on_first(lambda: _train_embedded(config, callbacks))
     pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None
-    with processes.first_before_others() if settings.path else nullcontext():  # a hub id is downloaded once
+    with processes.let_first_go_ahead() if settings.path else nullcontext():  # a hub id is downloaded once
         return loading.load(path, settings, pages)
 
 

@@ -18,7 +18,7 @@ from recondense import processes
 from recondense.calibration.record import Timed
 from recondense.config.schema import Config, EvaluationConfig
 from recondense.data.texts import Texts
-from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, heldout_tasks
+from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, write_heldout_tasks
 from recondense.evaluation.lm_eval import folder_tasks, run_tasks
 from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import profile_variants
@@ -70,7 +70,7 @@ class Evaluator:
         Args:
             inputs: fingerprints of what the run depends on, by name.
         """
-        with processes.first_before_others():
+        with processes.let_first_go_ahead():
             tasks, include_path = _run_tasks(config, tokenizer, texts)
         if config.model.streaming and tasks:
             log.info("model.streaming: lm-eval needs a whole model; %s left out", ", ".join(tasks))
@@ -81,7 +81,7 @@ class Evaluator:
             _validation_windows(config, tokenizer, texts),
             tasks,
             include_path,
-            processes.FirstProcess(JsonFolder(Path(config.cache_dir) / "evaluations")),
+            processes.SharedMapping(JsonFolder(Path(config.cache_dir) / "evaluations")),
             (config.model.attention, config.model.experts, inputs["tokenizer"]),
             timed,
         )
@@ -102,7 +102,7 @@ class Evaluator:
             loss and kl_to_original (nats), perplexity, and by task its metrics; absent where not measured.
         """
         with self.timed("evaluate"):
-            return processes.by_first(lambda: self._evaluate(model, stage, reference))
+            return processes.run_on_first(lambda: self._evaluate(model, stage, reference))
 
     def evaluate_once(
         self, model: PreTrainedModel, stage: str, reference: Reference | None, computes: Sequence[str]
@@ -221,7 +221,7 @@ class ResultStages:
 
     def _profile(self, stage: str, variants: Mapping[str, Reference]) -> dict[str, Figures]:
         with self.record.timed("profile"):
-            return processes.by_first(lambda: profile(self.model, stage, variants, self.config))
+            return processes.run_on_first(lambda: profile(self.model, stage, variants, self.config))
 
 
 def computed_with(student: Student) -> list[str]:
@@ -291,5 +291,5 @@ def _run_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts)
     settings = evaluation.heldout
     sizes = {} if settings is None else vars(settings)
     folder = Path(config.cache_dir) / "tasks" / fingerprint(validation, sizes)
-    heldout_tasks(folder, validation, **sizes)
+    write_heldout_tasks(folder, validation, **sizes)
     return tasks, [*folders, folder]

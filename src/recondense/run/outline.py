@@ -9,7 +9,7 @@ from recondense.config.schema import ModelConfig
 from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.models import classes, families
-from recondense.models.quantized import quantization, stored_bytes
+from recondense.models.quantized import byte_counter, quantization
 from recondense.run.plan_only import weights_dtype
 from recondense.run.preflight import planned_config
 from recondense.run.sizes import Sizes, compare
@@ -39,4 +39,4 @@ def plan_only(path: str | Path, steps: Step | Sequence[Step]) -> Sizes:
     if problems := [problem for step in steps for problem in step.check(facts)]:  # type: ignore[attr-defined]
         raise UserError("\n".join(problems))
     model = classes.on_meta(planned, weights_dtype(planned, "auto"))
-    return compare(model, steps, stored_bytes(model, quantization(planned)))
+    return compare(model, steps, byte_counter(model, quantization(planned)))

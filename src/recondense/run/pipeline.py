@@ -19,18 +19,18 @@ from lightning.pytorch.loggers import Logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.record import recorder
+from recondense.calibration.record import make_recorder
 from recondense.calibration.tape import Tape
 from recondense.config.schema import WORK, Config
 from recondense.config.stages import Stage, without_teacher
 from recondense.data.texts import Texts
 from recondense.evaluation import profiling
-from recondense.export.layout import layer_shapes, layout
+from recondense.export.layout import choose_layout, layer_shapes
 from recondense.export.student import export
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_store import layer_store
-from recondense.models.model_files import history_of
+from recondense.models.model_files import read_history
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.report import model_card, tables, tracking
@@ -71,7 +71,7 @@ def run(run: Run, callbacks: MakeCallbacks = no_callbacks, command: Sequence[str
     """
     config = run.config
     folder = config.run_folder()
-    gpu = loading.device_of(config.model).type == "cuda"
+    gpu = loading.choose_device(config.model).type == "cuda"
     with launching.started(config.trainer, gpu, command):
         configure_process(config.trainer)
         with run_folder.lock_folder(folder, resumes=not config.overwrite):
@@ -102,7 +102,7 @@ def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
 def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
     """Read all inputs, run the stages, and write summary.json. The folder stays as it was until all inputs are read."""
     config, stages, steps = run.config, run.stages, run.steps
-    with processes.first_before_others():
+    with processes.let_first_go_ahead():
         texts = Texts.read(config, stages, bool(steps))
     at_start = profiling.peak_resident_bytes()
     model, tokenizer = load(config, callbacks)
@@ -184,7 +184,7 @@ class _Run:
             self.results.profile_original()
         self.refit(student)
         recovery_stages = self.recover(student, stages)
-        return processes.by_first(lambda: self.collect(student, sizes, recovery_stages))
+        return processes.run_on_first(lambda: self.collect(student, sizes, recovery_stages))
 
     def search(self) -> Plan:
         """Search the plan, or find it; draw it and log it."""
@@ -218,7 +218,7 @@ class _Run:
             student = apply(model, plan, self._tape, refit=False)
             prepare_student(student, stages, self._trained_layers(plan))
         if config.export.format == "stock" and config.export.enabled is not False:
-            layout(model, layer_shapes(model), config.export)
+            choose_layout(model, layer_shapes(model), config.export)
         return student
 
     def refit(self, student: Student) -> None:
@@ -256,13 +256,13 @@ class _Run:
 
     def _tape(self) -> Tape:
         """Tape the model on the calibration set, as it is now."""
-        return recorder(self.config, self.model, self.tokenizer, self.texts, self.folder, self.record.timed)()
+        return make_recorder(self.config, self.model, self.tokenizer, self.texts, self.folder, self.record.timed)()
 
     def _trained_layers(self, plan: Plan) -> Sequence[int] | None:
         """Layers whose experts train: None, those of the plan; without operations, those of an earlier run's."""
         if plan.operations:
             return None
-        return history_of(self.config.model).changed(len(decoder.decoder_layers(self.model)))
+        return read_history(self.config.model).changed_layers(len(decoder.decoder_layers(self.model)))
 
     def _callbacks(self, stage: str, *, with_tasks: bool) -> Sequence[Callback]:
         """The callbacks of a fit; tasks are evaluated while the student trains, not while the control does."""
@@ -286,7 +286,7 @@ class _Run:
         summary.refit = record.refit_errors or None
         if config.recovery.stages or self.texts.counts:
             summary.recovery_stages = recovery_stages or None
-        stored = quantized.stored(config.model.path, config.model.revision) if config.model.path else None
+        stored = quantized.stored_weights(config.model.path, config.model.revision) if config.model.path else None
         if stored and plan.operations:
             summary.count_bytes_on_disk(stored, parameters.weights_bytes(model))
         changed = bool(plan.operations) or config.recovery.objective != "none"
@@ -299,7 +299,7 @@ class _Run:
         summary.seconds = record.seconds
         return summary.to_dict()
 
-    def _export(self, student: Student, summary: Summary, stored: quantized.Stored | None) -> None:
+    def _export(self, student: Student, summary: Summary, stored: quantized.StoredWeights | None) -> None:
         folder = self.folder / "model"
 
         def card(exported: Path) -> str:
@@ -308,7 +308,7 @@ class _Run:
             return model_card.model_card(summary.to_dict())
 
         with self.record.timed("export"), progress("exporting"):
-            history = history_of(self.config.model)
+            history = read_history(self.config.model)
             kind = export(student, self.tokenizer, folder, self.config.export, card=card, history=history)
         log.info("exported: %s (%s)", folder, kind)
         summary.artifacts |= {"model": "model", "export_format": kind}

@@ -17,7 +17,7 @@ from recondense.config.schema import Config
 from recondense.files import write_aside
 from recondense.methods.step import Step
 from recondense.models import classes, families
-from recondense.models.quantized import quantization, stored_bytes
+from recondense.models.quantized import byte_counter, quantization
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
 from recondense.report import tables
@@ -67,7 +67,7 @@ def plan_only(run: Run) -> None:
         ConfigError: another process works in the folder.
         UserError: a budget that the method cannot keep; a quantisation whose bytes are not known.
     """
-    if not processes.first_to_start():
+    if not processes.is_first_to_start():
         return
     folder = run.config.run_folder()
     with run_folder.lock_folder(folder, resumes=False):
@@ -81,7 +81,7 @@ def _print_sizes(run: Run, folder: Path) -> None:
     dtype = weights_dtype(planned, config.model.dtype)
     quantized = quantization(planned) if config.model.dtype == "auto" else {}
     model = classes.on_meta(planned, dtype)
-    sizes = compare(model, steps, stored_bytes(model, quantized))
+    sizes = compare(model, steps, byte_counter(model, quantized))
     result = _summary(config, model, sizes)
     rows = beside_published(model, steps)
     own_tables = [size_table(result, bool(quantized), dtype), layer_table(sizes)]

@@ -17,9 +17,9 @@ from recondense.config.schema import Config, EvaluationConfig, ModelConfig
 from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.models import classes, families, parameters, quantized
-from recondense.models.model_files import history_of, model_file
+from recondense.models.model_files import model_file, read_history
 from recondense.models.published_configs import recorded_config
-from recondense.offline import reachable_or_offline
+from recondense.offline import hub_access
 from recondense.run.resolved import Run
 
 
@@ -101,7 +101,7 @@ def _check_weights(setting: str, path: str, model: ModelConfig, planned: Pretrai
     except Exception as error:  # whatever a class says to values that it cannot take
         raise UserError(f"{setting}={path}: no model can be made as config.json says: {error}.") from error
     try:
-        files = headers.files_of(Path(path))
+        files = headers.list_files(Path(path))
         problem = headers.compare(outline, files, quantized.method_of(planned.to_dict())).problem if files else ""
     except UserError as error:
         problem = str(error)
@@ -114,8 +114,8 @@ def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Proble
     from recondense.recovery import trainable
 
     stages = [stage for stage in run.stages if stage.recovery.needs_experts]
-    changed = history_of(run.config.model).changed(planned.num_hidden_layers)
-    if stages and not trainable.trained_layers(classes.on_meta(planned), changed):
+    changed = read_history(run.config.model).changed_layers(planned.num_hidden_layers)
+    if stages and not trainable.trainable_layers(classes.on_meta(planned), changed):
         text = f"the model ({planned.model_type}) has no experts to train. Use {{}}.trainable=all, or recovery=none."
         yield from (Problem(stage.where, text.format(stage.where)) for stage in stages)
 
@@ -136,9 +136,9 @@ def _check_teachers(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
 def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> Iterator[Problem]:
     from transformers import AutoTokenizer
 
-    from recondense.recovery.teachers import same_vocabulary
+    from recondense.recovery.teachers import require_same_vocabulary
 
-    classes.register_compressed(str(PretrainedConfig.get_config_dict(path)[0].get("model_type")))
+    classes.register_model_type(str(PretrainedConfig.get_config_dict(path)[0].get("model_type")))
     teacher = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     yield from _check_weights("recovery.teacher_path", path, model, teacher)
     size = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
@@ -151,7 +151,7 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
         yield Problem("recovery.teacher_path", text, path)
     elif student is not None and Path(student).is_dir():
         theirs, ours = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (path, student))
-        same_vocabulary(theirs, ours, path)
+        require_same_vocabulary(theirs, ours, path)
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
@@ -170,13 +170,13 @@ def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     export = run.config.export
     if export.format != "stock" or export.enabled is False or not run.steps:
         return
-    from recondense.export.layout import layer_shapes, layout
+    from recondense.export.layout import choose_layout, layer_shapes
     from recondense.run.sizes import outlined
 
     model = classes.on_meta(planned)
     try:
         with outlined(model, run.steps):
-            layout(model, layer_shapes(model), export)
+            choose_layout(model, layer_shapes(model), export)
     except UserError as error:  # NotStock, or a budget that the method cannot keep
         yield Problem("", f"{error}.")
 
@@ -214,7 +214,7 @@ def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedCon
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not model.trust_remote_code:
             families.family_name(values.get("model_type"))
-        classes.register_compressed(str(values.get("model_type")))
+        classes.register_model_type(str(values.get("model_type")))
         return AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error) or type(error).__name__
@@ -233,11 +233,11 @@ def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
 
 def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
     """The config of a hub id, from the cache when the hub is out of reach."""
-    with reachable_or_offline() as online:
+    with hub_access() as online:
         where: dict[str, Any] = {"revision": model.revision, "local_files_only": not online}
         try:
             values, _ = PretrainedConfig.get_config_dict(path, **where)
-            classes.register_compressed(str(values.get("model_type")))
+            classes.register_model_type(str(values.get("model_type")))
             return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **where)
         except OSError as error:
             if model_file(path, ADAPTER, model.revision) is not None:

@@ -10,14 +10,14 @@ import transformers
 
 from recondense import processes
 from recondense.config.schema import TrainerConfig
-from recondense.progress import configure
+from recondense.progress import allow_bars
 
 NOISY = ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "transformers.tokenization_utils_base")
 
 
 def configure_process(settings: TrainerConfig) -> None:
     """Let the first process log lines and show bars, and the others log errors alone; set the number of threads."""
-    configure(None if settings.progress_bar and processes.is_first() else False)
+    allow_bars(None if settings.progress_bar and processes.is_first() else False)
     for logger in map(logging.getLogger, ("recondense", "callbacks")):
         if not logger.handlers:
             logger.addHandler(logging.StreamHandler())

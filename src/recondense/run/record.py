@@ -27,7 +27,7 @@ class RunRecord:
     def __init__(self, folder: Path, inputs: Mapping[str, str]) -> None:
         self.inputs = dict(inputs)
         self._kept = JsonFolder(folder / "stages")
-        self._shared = processes.FirstProcess(self._kept)
+        self._shared = processes.SharedMapping(self._kept)
         self._nested = 0.0  # seconds of the parts timed within the one that is timed now
 
     def has(self, stage: str) -> bool:

@@ -30,7 +30,7 @@ from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import resolve_precision
 from recondense.recovery.teacher_cache import CachedTeacher, cache_key, keep_predictions
-from recondense.recovery.teachers import OtherTeacher, Teacher, same_vocabulary
+from recondense.recovery.teachers import OtherTeacher, Teacher, require_same_vocabulary
 from recondense.run.inputs import keep_inputs
 from recondense.surgery.student import Student
 
@@ -75,7 +75,7 @@ def prepare_student(student: Student, stages: Sequence[Stage], layers: Sequence[
         trainable.check_trainable(student, layers, settings)
     # A control trains the original's experts afterwards: not the student's with them.
     if any(settings.trainable == "experts" or settings.control for settings in recoveries):
-        student.give_own_copies(trainable.trained_layers(student.model, layers))
+        student.give_own_copies(trainable.trainable_layers(student.model, layers))
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Recovery:
         return student.offload_original(self.folder / WORK / f"original-{processes.rank()}.safetensors")
 
     def _keep_predictions(self, student: Student, data: RecoveryData, settings: RecoveryConfig) -> CachedTeacher:
-        used = data.train_dataloader().used()
+        used = data.train_dataloader().used_windows()
         windows = {name: data.train_table[name][used] for name in TEACHER_COLUMNS if name in data.train_table}
         precision = resolve_precision(self.config.trainer, student.model.dtype)
         k, temperature = settings.teacher_top_k, settings.temperature
@@ -188,7 +188,7 @@ class Recovery:
         folder = Path(self.config.cache_dir) / "teacher" / key
         device = student.model.device.type
         autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
-        with processes.first_before_others():
+        with processes.let_first_go_ahead():
             return keep_predictions(student.original, windows, folder, k, temperature, settings.batch_size, autocast)
 
     def _load_teacher(self, stage: Stage, student: Student) -> Teacher | None:
@@ -199,24 +199,26 @@ class Recovery:
         path = str(settings.teacher_path)
         of_model = replace(self.config.model, path=path, revision=settings.teacher_revision, tokenizer=None)
         try:
-            with processes.first_before_others():  # a hub id is downloaded once
+            with processes.let_first_go_ahead():  # a hub id is downloaded once
                 model, tokenizer = loading.load(path, of_model)
         except UserError as error:
             raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
-        same_vocabulary(tokenizer, self.tokenizer, path)
+        require_same_vocabulary(tokenizer, self.tokenizer, path)
         keep_inputs(self.folder, {f"weights of the teacher {path}": loading.weights_fingerprint(model)})
         return OtherTeacher(model, student.model, path)
 
     def _load_data(self, stage: Stage) -> tuple[RecoveryData, RecoveryConfig]:
         """The windows of a stage, and its settings with its epochs as steps."""
         settings = stage.recovery
-        train = self.texts.training(stage, "train", self.tokenizer)
+        train = self.texts.training_windows(stage, "train", self.tokenizer)
         assert train is not None
-        validation = self.texts.training(stage, "validation", self.tokenizer) if settings.validate_every else None
+        validation = (
+            self.texts.training_windows(stage, "validation", self.tokenizer) if settings.validate_every else None
+        )
         settings = with_steps(settings, num_rows(train), stage.where)
         batches = settings.steps * settings.accumulate_grad_batches
         if settings.objective == "distill" and settings.teacher == "cached":
-            used = ShuffledWindows(train, settings.batch_size, batches, self.config.seed, lambda: 0).used()
+            used = ShuffledWindows(train, settings.batch_size, batches, self.config.seed, lambda: 0).used_windows()
             numbers = torch.full((num_rows(train),), -1)
             numbers[used] = torch.arange(len(used))
             train = {**train, "window": numbers}

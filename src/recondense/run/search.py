@@ -14,12 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.record import Timed, recorder, retape, rounded
-from recondense.calibration.tape import TEXTS_PER_BLOCK, Tape
+from recondense.calibration.record import Timed, describe_rounding, make_recorder, retape
+from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
 from recondense.config.schema import Config
 from recondense.data.texts import Texts
 from recondense.errors import UserError
-from recondense.files import JsonFolder, fingerprint, waiting_lock
+from recondense.files import JsonFolder, fingerprint, hold_lock
 from recondense.methods.step import Record, SearchContext, Step
 from recondense.models import decoder, families, views
 from recondense.models.layer_store import layer_store
@@ -36,7 +36,7 @@ Decided = tuple[Sequence[Operation], Record]
 
 
 def search(tape: Tape, steps: Step | Sequence[Step], *, refit: bool | str = False) -> Plan:
-    """Decide what to compress. The model is left bit-identical; `apply` executes the plan.
+    """Decide what to compress. The model is left bit-identical; `execute` executes the plan.
 
     Args:
         tape: of the model, from `calibrate`.
@@ -101,8 +101,8 @@ def find_plan(
     if plan is not None:
         log.info("plan: found in %s", path)
         return plan
-    record_split = recorder(config, model, tokenizer, texts, folder, timed, split=True)
-    record_unsplit = recorder(config, model, tokenizer, texts, folder, timed)
+    record_split = make_recorder(config, model, tokenizer, texts, folder, timed, split=True)
+    record_unsplit = make_recorder(config, model, tokenizer, texts, folder, timed)
 
     def search_one(step: Step, before: Sequence[Operation]) -> Decided:
         return search_step(config, step, model, record_split, decided_by, before)
@@ -141,7 +141,7 @@ def _search_steps(
             operations += chosen
             records.append(decided_by)
             if index < len(steps) - 1:
-                originals = {**apply.apply(model, Plan("", tuple(chosen)), record), **originals}
+                originals = {**apply.execute(model, Plan("", tuple(chosen)), record), **originals}
     finally:
         for layer, block in originals.items():
             views.set_block(model, layer, block)
@@ -164,13 +164,13 @@ def search_step(
         before: operations of the steps before.
     """
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
-    key = fingerprint(dict(decided_by), TEXTS_PER_BLOCK, step.key(), earlier, *rounded(config, model))
+    key = fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *describe_rounding(config, model))
     folder = Path(config.cache_dir) / "search" / key
     folder.mkdir(parents=True, exist_ok=True)
-    lock = waiting_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
+    lock = hold_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
     with lock:
         scratch = scratch_bytes(config, decoder.device(model), model)
-        known = processes.FirstProcess(JsonFolder(folder))
+        known = processes.SharedMapping(JsonFolder(folder))
         operations, evidence = step.search(SearchContext(model, cache(record), known, scratch))
     if reused := evidence.get("reused", ""):
         log.info("search: reused %s from %s", reused, folder)

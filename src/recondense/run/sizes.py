@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from recondense.methods.step import Step
 from recondense.models import decoder, families, views
 from recondense.models.blocks import CondensedMoE, SkippedLayer, Zeros
-from recondense.models.parameters import routed_parameters, total_parameters, weights_bytes
+from recondense.models.parameters import count_parameters, routed_parameters, weights_bytes
 from recondense.models.quantized import BytesOf
 from recondense.operations import Drop, Factorize, Operation
 from recondense.plan import Plan
@@ -125,11 +125,11 @@ def outlined(model: PreTrainedModel, steps: Sequence[Step]) -> Iterator[list[Ope
 
 
 def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
-    total = total_parameters(model)
+    total = count_parameters(model)
     idle = 0.0
     for block in views.sparse_blocks(model).values():
         unused = max(0, block.num_experts - block.routing.top_k) / block.num_experts
-        idle += unused * total_parameters(block.experts)
+        idle += unused * count_parameters(block.experts)
     return Size(total, routed_parameters(model), total - round(idle), bytes_of(model))
 
 

@@ -29,9 +29,9 @@ from recondense.data.loader import RecoveryData
 from recondense.data.stdlib import stdlib_corpora
 from recondense.data.windows import pack
 from recondense.evaluation.perplexity import perplexity
-from recondense.files import fingerprint, replace_folder, waiting_lock, write_aside
+from recondense.files import fingerprint, hold_lock, replace_folder, write_aside
 from recondense.models import views
-from recondense.models.loading import device_of
+from recondense.models.loading import choose_device
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.recovery.fit import fit
@@ -57,10 +57,10 @@ def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: S
     corpora = stdlib_corpora()
     # the run's own settings make no other model
     trainer = replace(trainer, precision="32-true", deterministic=True, strategy="auto")
-    decides = VERSION, settings, corpora.sha256(), device_of(model).type
+    decides = VERSION, settings, corpora.sha256(), choose_device(model).type
     folder = cache / "models" / f"tiny_moe-{fingerprint(*decides)}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(Path(f"{folder}.lock"), "trains the embedded model"):
+    with hold_lock(Path(f"{folder}.lock"), "trains the embedded model"):
         if not folder.exists():
             _train(model, settings, corpora, folder, trainer, callbacks)
         shutil.rmtree(folder.with_name(f"{folder.name}.training"), ignore_errors=True)
@@ -85,7 +85,7 @@ def _train(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **settings["config"]
     )
     network = Qwen2MoeForCausalLM(config)
-    network.to(device_of(model))  # type: ignore[arg-type]  # transformers wraps the method
+    network.to(choose_device(model))  # type: ignore[arg-type]  # transformers wraps the method
     network.set_experts_implementation("grouped_mm")
     work = folder.with_name(f"{folder.name}.training")
     module = RecoveryModule(

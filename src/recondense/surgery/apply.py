@@ -45,11 +45,11 @@ def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
     with _restore_on_error(model, originals):
         for operation in structural_operations(plan):
             _exchange(model, operation.layer, _shape_block(model, operation), originals)
-    decoder.without_router_loss(model)
+    decoder.disable_router_loss(model)
     return originals
 
 
-def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> dict[int, nn.Module]:
+def execute(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> dict[int, nn.Module]:
     """Execute a plan, all but its refits. Several operations on one layer follow each other.
 
     Args:
@@ -75,7 +75,7 @@ def apply(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> d
                 tape = record()  # of the model before any of the group
             for operation, name in zip(operations, names, strict=True):
                 _exchange(model, operation.layer, _make_block(model, operation, tape, name), originals)
-    decoder.without_router_loss(model)
+    decoder.disable_router_loss(model)
     return originals
 
 
@@ -118,7 +118,7 @@ def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
         case Drop():
             return drop.restructure(model, operation)
         case Factorize():
-            return views.with_parts(block.module, experts=factorize.restructure(block, operation))
+            return views.replace_parts(block.module, experts=factorize.restructure(block, operation))
     raise AssertionError(operation)
 
 

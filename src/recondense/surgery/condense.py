@@ -17,7 +17,7 @@ def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
     """
     block.require_experts(operation.experts, operation.kind)
     token_gate = operation.shared_gate is None
-    return CondensedMoE.shaped_for(block.weights, len(operation.experts), token_gate, pair=block.pair)
+    return CondensedMoE.make_empty(block.weights, len(operation.experts), token_gate, pair=block.pair)
 
 
 def fill(layer: nn.Module, before: SparseBlock, operation: Condense) -> None:

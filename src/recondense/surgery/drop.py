@@ -18,7 +18,7 @@ def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
         UserError: a whole layer that must stay, see `decoder.cache_layers`.
     """
     if operation.part == "moe":
-        return Zeros(pair=compressed.gives_pair(views.get_block(model, operation.layer)))
+        return Zeros(pair=compressed.returns_pair(views.get_block(model, operation.layer)))
     if operation.layer in decoder.cache_layers(model.config):
         raise UserError(
             f"plan: drop layer {operation.layer}: the key-value cache counts tokens by this decoder layer, so it "

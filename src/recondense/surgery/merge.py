@@ -36,10 +36,10 @@ def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
         for expert in group:
             table[expert] = position
     with torch.no_grad():
-        experts = block.chosen_experts([group[0] for group in operation.groups])
+        experts = block.select_experts([group[0] for group in operation.groups])
     device = block.weights.down_EDF.device
     router = RemappedRouter(block.router, torch.tensor(table, device=device))
-    return views.with_parts(block.module, router=router, experts=experts)
+    return views.replace_parts(block.module, router=router, experts=experts)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def fill(merged: SparseBlock, before: SparseBlock, operation: Merge) -> None:
         for expert, share in zip(group, shares, strict=True):
             tensors = _expert_tensors(weights, expert)
             if operation.align and expert != group[0]:
-                tensors = aligned(first, tensors)
+                tensors = align(first, tensors)
             for name, tensor in tensors.items():
                 sums[name].add_(tensor.float(), alpha=share)
         for name, tensor in _expert_tensors(target, position).items():
@@ -68,7 +68,7 @@ def _expert_tensors(weights: MoEWeights, expert: int) -> dict[str, Tensor]:
 ROWS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1, "gate_proj_bias": 0, "up_proj_bias": 0}  # where neurons lie
 
 
-def aligned(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def align(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The other expert with its F rows permuted so that they are most like the reference's.
 
     The permutation maximises the sum of inner products of gate rows, up rows and down columns (weight matching).

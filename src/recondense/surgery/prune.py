@@ -19,6 +19,6 @@ def restructure(block: SparseBlock, operation: Prune) -> nn.Module:
     block.require_experts(operation.retained, operation.kind)
     assert block.weights is not None  # raises for factorized experts
     with torch.no_grad():
-        experts = block.chosen_experts(operation.retained)
+        experts = block.select_experts(operation.retained)
         router = views.pruned_router(block, operation.retained)
-    return views.with_parts(block.module, router=router, experts=experts)
+    return views.replace_parts(block.module, router=router, experts=experts)

@@ -27,11 +27,11 @@ from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import views
 from recondense.models.blocks import CondensedMoE, expert_inner
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
-from recondense.models.parameters import total_parameters
-from recondense.models.tensor_store import Shelf
+from recondense.models.parameters import count_parameters
+from recondense.models.tensor_store import TensorList
 from recondense.operations import Refit
 
 SWEEPS = 3  # over the units of a layer that are too many to be solved together
@@ -76,18 +76,18 @@ def refit_layers(
     Raises:
         UserError: coefficients of a layer that is not condensed; a layer whose block was removed.
     """
-    with views.swapped(model, originals):
+    with views.swap_blocks(model, originals):
         tape = record()
     by_layer = {operation.layer: operation for operation in operations}
     first = min([*by_layer, *originals])
     states = tape.states[first]
     report: dict[int, dict[str, float]] = {}
-    with evaluating(model):
+    with eval_mode(model):
         for layer in range(first, tape.num_layers):
             if layer in by_layer:
                 columns = most_columns(originals.get(layer) or views.get_block(model, layer))
                 report[layer] = _refit_once(model, tape, by_layer[layer], states, columns)
-            entering, states = states, tape.storage.shelf()
+            entering, states = states, tape.storage.tensor_list()
             with layer_store(model).resident(layer):
                 for index, state in enumerate(entering):
                     states.append(tape.run_layer(model, layer, index, state))
@@ -96,11 +96,13 @@ def refit_layers(
 
 def most_columns(original: nn.Module) -> int:
     """The most inputs of a block's units that are solved for at once."""
-    layer_bytes = 2 * 4 * total_parameters(original)
+    layer_bytes = 2 * 4 * count_parameters(original)
     return max(LEAST_COLUMNS, math.isqrt(layer_bytes // NORMAL_BYTES))
 
 
-def _refit_once(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, columns: int) -> dict[str, float]:
+def _refit_once(
+    model: PreTrainedModel, tape: Tape, operation: Refit, states: TensorList, columns: int
+) -> dict[str, float]:
     """Refit a layer. A streamed model's refitted block is offloaded, and solved only once."""
     layer, store = operation.layer, layer_store(model)
     name = f"refit-{layer:03d}-{fingerprint(store.fingerprint(), asdict(operation))}"
@@ -114,7 +116,9 @@ def _refit_once(model: PreTrainedModel, tape: Tape, operation: Refit, states: Sh
     return errors
 
 
-def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: Shelf, columns: int) -> dict[str, float]:
+def _refit_layer(
+    model: PreTrainedModel, tape: Tape, operation: Refit, states: TensorList, columns: int
+) -> dict[str, float]:
     layer = operation.layer
     inputs, targets = _inputs_and_targets(model, tape, layer, states)
     block = views.get_block(model, layer)
@@ -122,7 +126,7 @@ def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: S
 
     def error() -> float:
         squares = [
-            (target_TD - views.output_of(block(x_TD[None]))[0].float()).double().square().sum()
+            (target_TD - views.block_output(block(x_TD[None]))[0].float()).double().square().sum()
             for x_TD, target_TD in zip(inputs, targets, strict=True)
         ]
         return float(sum(squares)) ** 0.5 / max(norm, 1e-300)
@@ -139,7 +143,7 @@ def _refit_layer(model: PreTrainedModel, tape: Tape, operation: Refit, states: S
         units = units_of(model, layer)
         weights = [unit.weight_Dn for unit in units]
         saved = [weight.clone() for weight in weights]
-        _solve(block, units, inputs, targets, tape.storage.shelf(), operation.ridge, columns)
+        _solve(block, units, inputs, targets, tape.storage.tensor_list(), operation.ridge, columns)
     after = error()
     if not after < before:
         for weight, old in zip(weights, saved, strict=True):
@@ -203,9 +207,9 @@ def _inner(view: views.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
 def _solve(
     block: nn.Module,
     units: Sequence[Unit],
-    inputs: Shelf,
-    targets: Shelf,
-    residuals: Shelf,
+    inputs: TensorList,
+    targets: TensorList,
+    residuals: TensorList,
     ridge: float,
     columns: int,
 ) -> None:
@@ -216,7 +220,7 @@ def _solve(
         columns: the most that are solved together.
     """
     for x_TD, target_TD in zip(inputs, targets, strict=True):
-        residuals.append(target_TD - views.output_of(block(x_TD[None]))[0].float())
+        residuals.append(target_TD - views.block_output(block(x_TD[None]))[0].float())
     if sum(unit.weight_Dn.shape[1] for unit in units) <= columns:
         _solve_together(units, inputs, residuals, ridge)
         return
@@ -240,7 +244,7 @@ def _split(unit: Unit, columns: int) -> list[Unit]:
     return [select(slice(first, first + columns)) for first in range(0, width, columns)] if width > columns else [unit]
 
 
-def _solve_together(units: Sequence[Unit], inputs: Shelf, residuals: Shelf, ridge: float) -> None:
+def _solve_together(units: Sequence[Unit], inputs: TensorList, residuals: TensorList, ridge: float) -> None:
     """Solve one ridge problem for some units, and update the residuals."""
     widths = [unit.weight_Dn.shape[1] for unit in units]
     weight_Dn = units[0].weight_Dn
@@ -269,7 +273,7 @@ def _stack_features(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) 
     return h_Tn
 
 
-def _solve_coefficients(block: CondensedMoE, inputs: Shelf, targets: Shelf, ridge: float) -> None:
+def _solve_coefficients(block: CondensedMoE, inputs: TensorList, targets: TensorList, ridge: float) -> None:
     """Scale the shared part and each retained expert by one number, by least squares."""
     assert block.scale is not None
     # Neighbouring rows of the same scale are one part. A part's new scale is its old one times the solution.
@@ -293,10 +297,12 @@ def _solve_coefficients(block: CondensedMoE, inputs: Shelf, targets: Shelf, ridg
         block.scale[part] *= 1 + change
 
 
-def _inputs_and_targets(model: PreTrainedModel, tape: Tape, layer: int, states: Shelf) -> tuple[Shelf, Shelf]:
+def _inputs_and_targets(
+    model: PreTrainedModel, tape: Tape, layer: int, states: TensorList
+) -> tuple[TensorList, TensorList]:
     """The inputs of the layer's block in the compressed model, and what it should add to the residual: both (T, D)."""
     block = views.get_block(model, layer)
-    inputs, targets = tape.storage.shelf(), tape.storage.shelf()
+    inputs, targets = tape.storage.tensor_list(), tape.storage.tensor_list()
     for index, state in enumerate(states):
         with _record_input(block) as entering, _record_output(block) as outputs:
             leaving_BSD = tape.run_layer(model, layer, index, state)
@@ -321,7 +327,7 @@ def _record_input(module: nn.Module) -> Iterator[list[Tensor]]:
 def _record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """The outputs of a module in the passes that run inside."""
     outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, args, output: outputs.append(views.output_of(output)))
+    handle = module.register_forward_hook(lambda _, args, output: outputs.append(views.block_output(output)))
     try:
         yield outputs
     finally:

@@ -53,7 +53,7 @@ class Student:
     Attention, norms, embeddings, head and unchanged layers exist once. The student keeps beside the model only what the
     original has to itself: the blocks that surgery replaced, and the weights that training replaced.
 
-    `apply` makes a student. Its weights are frozen until a recovery trains some of them.
+    `execute` makes a student. Its weights are frozen until a recovery trains some of them.
 
     Args:
         model: the compressed model. Inside `original()` the same object is the uncompressed one.
@@ -105,7 +105,7 @@ class Student:
             if self.additions is not None:
                 stack.enter_context(self.additions.disable())
             trained = [(module, name, module._parameters[name]) for module, name, _ in self._kept]
-            stack.enter_context(views.swapped(self.model, self._originals))
+            stack.enter_context(views.swap_blocks(self.model, self._originals))
             for module, name, weight in self._kept:
                 module._parameters[name] = weight
             try:
@@ -143,7 +143,7 @@ class Student:
             shared = {name: part for name, part in experts.items() if any(id(p) in weights for p in part.parameters())}
             if not shared:
                 continue
-            copied = views.with_parts(block)
+            copied = views.replace_parts(block)
             for name, part in shared.items():
                 setattr(copied, name, copy.deepcopy(part))
             views.set_block(self.model, layer, copied)
@@ -255,7 +255,7 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
     needs_tape = refit and any(isinstance(operation, Refit) for operation in plan.operations)
     if needs_tape and record is None:
         raise UserError("plan: refit needs the calibration set; none was given")
-    student = Student(model, plan, surgery.apply(model, plan, record))
+    student = Student(model, plan, surgery.execute(model, plan, record))
     model.requires_grad_(False)
     if needs_tape and record is not None:
         student.refit(record)

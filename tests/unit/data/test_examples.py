@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recondense.data.examples import Example, leading_tokens, make_examples, make_windows
 from recondense.data.examples import _by_pieces as by_pieces
-from recondense.data.labels import MASKED, predicting
+from recondense.data.labels import MASKED, target_mask
 from recondense.data.prompts import mark_answers
 from recondense.data.records import Record, read_record
 from recondense.export.export import export
@@ -123,9 +123,9 @@ def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
     model: Any = EVERY["gpt_oss"]()
     model.set_attn_implementation("eager")
     plan = condense_plan(model, [1])
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     export(model, None, plan, tmp_path / "out", "")
-    classes.register_compressed("recondense_gpt_oss")
+    classes.register_model_type("recondense_gpt_oss")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     windows = make_windows(examples(), 24, filler=3)
     given = [model_inputs(each, windows["input_ids"], windows["position_ids"]) for each in (model, loaded)]
@@ -192,7 +192,7 @@ def test_the_loss_is_the_mean_over_targets_of_each_example_alone(family: str, ob
 
 def test_masks_select_positions() -> None:
     labels = torch.tensor([[MASKED, 4, MASKED, 2], [1, MASKED, MASKED, 3]])
-    mask = predicting(labels)
+    mask = target_mask(labels)
     assert mask.tolist() == [[True, False, True, False], [False, False, True, False]]
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 4, 9), torch.randn(2, 4, 9)

@@ -25,7 +25,7 @@ from recondense.config.problems import render
 from recondense.data.stdlib import stdlib_corpora
 from recondense.errors import UserError
 from recondense.evaluation import lm_eval
-from recondense.evaluation.heldout_tasks import CONTEXT_LINES, HELDOUT_TASKS, NEXT_LINE, PERPLEXITY, heldout_tasks
+from recondense.evaluation.heldout_tasks import CONTEXT_LINES, HELDOUT_TASKS, NEXT_LINE, PERPLEXITY, write_heldout_tasks
 from recondense.evaluation.lm_eval import check_tasks, folder_tasks, run_tasks
 from recondense.evaluation.perplexity import kl_divergence, perplexity
 from recondense.run import inputs
@@ -140,8 +140,8 @@ def records(folder: Path, task: str) -> list[dict[str, Any]]:
 
 
 def test_heldout_tasks_are_deterministic_and_left_alone(tmp_path: Path) -> None:
-    assert heldout_tasks(tmp_path / "a", texts()) == list(HELDOUT_TASKS)
-    heldout_tasks(tmp_path / "b", texts())
+    assert write_heldout_tasks(tmp_path / "a", texts()) == list(HELDOUT_TASKS)
+    write_heldout_tasks(tmp_path / "b", texts())
     for task in HELDOUT_TASKS:
         first, second = (tmp_path / folder / f"{task}.jsonl" for folder in "ab")
         assert first.read_bytes() == second.read_bytes()
@@ -149,15 +149,15 @@ def test_heldout_tasks_are_deterministic_and_left_alone(tmp_path: Path) -> None:
         assert config["task"] == task and config["dataset_path"] == "json"
         assert config["dataset_kwargs"]["data_files"]["test"] == str(first)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    heldout_tasks(tmp_path / "a", texts())
+    write_heldout_tasks(tmp_path / "a", texts())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == before
-    heldout_tasks(tmp_path / "a", texts(), seed=1)
+    write_heldout_tasks(tmp_path / "a", texts(), seed=1)
     assert (tmp_path / "a" / f"{NEXT_LINE}.jsonl").read_bytes() != (tmp_path / "b" / f"{NEXT_LINE}.jsonl").read_bytes()
 
 
 def test_questions_ask_for_the_line_that_follows(tmp_path: Path) -> None:
     documents = texts()
-    heldout_tasks(tmp_path, documents, num_questions=50, num_choices=4)
+    write_heldout_tasks(tmp_path, documents, num_questions=50, num_choices=4)
     questions = records(tmp_path, NEXT_LINE)
     assert len(questions) == 50 and len({str(question) for question in questions}) == 50
     assert {question["label"] for question in questions} == {0, 1, 2, 3}
@@ -172,7 +172,7 @@ def test_questions_ask_for_the_line_that_follows(tmp_path: Path) -> None:
 
 def test_lines_that_say_little_or_repeat_are_not_asked_for(tmp_path: Path) -> None:
     documents = [text + "return None, None\nelse:\n'''\nx = 1234567890123\n" for text in texts()]
-    heldout_tasks(tmp_path, documents)
+    write_heldout_tasks(tmp_path, documents)
     offered = {choice.strip() for question in records(tmp_path, NEXT_LINE) for choice in question["choices"]}
     assert all(line.startswith("value_") for line in offered)
 
@@ -182,17 +182,17 @@ def test_prose_is_wrapped_and_documents_are_cut(tmp_path: Path) -> None:
     documents = [
         " ".join(rng.choice(("sun", "moon", "star", "cloud")) + str(rng.random()) for _ in range(900)) for _ in "ab"
     ]
-    heldout_tasks(tmp_path, documents, num_questions=5)
+    write_heldout_tasks(tmp_path, documents, num_questions=5)
     assert len(records(tmp_path, NEXT_LINE)) == 5
     assert [len(record["text"]) for record in records(tmp_path, PERPLEXITY)] == [3000, 3000]
-    heldout_tasks(tmp_path, ["line of text\n" * 400, *texts()], num_texts=9)
+    write_heldout_tasks(tmp_path, ["line of text\n" * 400, *texts()], num_texts=9)
     cut = records(tmp_path, PERPLEXITY)[0]["text"]
     assert len(cut) <= 3000 and cut.endswith("line of text")
 
 
 def test_texts_that_give_no_question_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 held-out texts have too few lines for one question .* 4 choices"):
-        heldout_tasks(tmp_path, texts(1))
+        write_heldout_tasks(tmp_path, texts(1))
     assert not list(tmp_path.iterdir())
 
 
@@ -204,7 +204,7 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     corpus = stdlib_corpora().validation
     assert corpus is not None
-    heldout_tasks(folder, corpus, num_questions=12, num_texts=3)
+    write_heldout_tasks(folder, corpus, num_questions=12, num_texts=3)
     return folder
 
 
@@ -250,7 +250,7 @@ def test_own_tasks_need_no_network(
 def test_byte_perplexity_is_that_of_the_model(model: Qwen2MoeForCausalLM, tmp_path: Path) -> None:
     """One byte a token, so lm-eval's figure for a text that fits into the context is the model's own loss."""
     documents = [text[:400] for text in texts()]
-    heldout_tasks(tmp_path, documents, num_texts=1)
+    write_heldout_tasks(tmp_path, documents, num_texts=1)
     [record] = records(tmp_path, PERPLEXITY)
     found = run_tasks(model, byte_tokenizer(), [PERPLEXITY], include_path=tmp_path)[PERPLEXITY]
     ids = torch.tensor([[0, *byte_tokenizer()(record["text"])["input_ids"]]])

@@ -11,7 +11,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from recondense.evaluation import profiling
 from recondense.evaluation.profiling import peak_tensor_bytes, profile_variants
-from recondense.models.parameters import resident_bytes, total_parameters, weights_bytes
+from recondense.models.parameters import count_parameters, resident_bytes, weights_bytes
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 1,
@@ -43,9 +43,9 @@ def small_model(**changes: Any) -> Qwen2MoeForCausalLM:
 
 def test_tied_weights_count_once() -> None:
     tied, untied = small_model(tie_word_embeddings=True), small_model(tie_word_embeddings=False)
-    assert total_parameters(untied) - total_parameters(tied) == 64 * 16
+    assert count_parameters(untied) - count_parameters(tied) == 64 * 16
     assert weights_bytes(untied) - weights_bytes(tied) == 64 * 16 * 4
-    assert weights_bytes(tied) == 4 * total_parameters(tied)
+    assert weights_bytes(tied) == 4 * count_parameters(tied)
 
 
 def test_weights_are_parameters_and_persistent_buffers() -> None:
@@ -59,7 +59,7 @@ def test_weights_are_parameters_and_persistent_buffers() -> None:
 def test_a_slice_counts_as_the_storage_that_it_keeps_alive() -> None:
     module = nn.Module()
     module.part = nn.Parameter(torch.zeros(100)[:10])
-    assert total_parameters(module) == 10
+    assert count_parameters(module) == 10
     assert weights_bytes(module) == 400
 
 

@@ -27,7 +27,7 @@ from recondense.export import export as export_module
 from recondense.export import layout, shard_writer
 from recondense.export.export import export
 from recondense.models import loading
-from recondense.models.parameters import total_parameters
+from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import History, Plan
 from recondense.surgery import apply
@@ -181,7 +181,7 @@ def student(variant: Variant) -> tuple[Any, Plan]:
     plan = condense_plan(model, variant.layers, variant.experts, variant.shared_gate)
     if variant.operations:
         plan = Plan("tiny", variant.operations)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     return model.eval(), plan
 
 
@@ -230,8 +230,8 @@ def test_computes_the_same_elsewhere(name: str, elsewhere: dict[str, Any]) -> No
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     assert found["loading"] == {}  # no missing, unexpected or mismatched keys
     assert found["dtype"] == str(model.dtype)
-    assert found["parameters"] == total_parameters(model) + variant.added
-    assert found["parameters"] < total_parameters(variant.model()) or not variant.layers
+    assert found["parameters"] == count_parameters(model) + variant.added
+    assert found["parameters"] < count_parameters(variant.model()) or not variant.layers
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "bf16" not in name])
@@ -308,7 +308,7 @@ def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None
     """Only lists of one entry a layer lose those of layers that are gone: two end tokens are not two layers."""
     model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
     plan = Plan("tiny", (Drop(1, "layer"),))
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     assert export(model, None, plan, tmp_path / "out", "") == "stock"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == [5, 6]
@@ -481,10 +481,10 @@ def test_weights_fingerprint_sees_what_is_no_parameter() -> None:
         found.add(loading.weights_fingerprint(model))
     for groups in (PAIRS, (((0, 3), (4,), (5, 2, 1)), PAIRS[1])):
         model = qwen2_moe()
-        apply.apply(model, Plan("tiny", (Merge(1, *groups),)))
+        apply.execute(model, Plan("tiny", (Merge(1, *groups),)))
         table = model.model.layers[1].mlp.gate.table.clone()
         model = qwen2_moe()
-        apply.apply(model, Plan("tiny", (Merge(1, *PAIRS),)))
+        apply.execute(model, Plan("tiny", (Merge(1, *PAIRS),)))
         model.model.layers[1].mlp.gate.table.copy_(table)
         found.add(loading.weights_fingerprint(model))
     assert len(found) == 4

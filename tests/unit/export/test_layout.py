@@ -26,7 +26,7 @@ from recondense.surgery import apply
 
 def exported(folder: Path, model: Any, *operations: Operation) -> str:
     plan = Plan("tiny", operations)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     return export(model, None, plan, folder, "")
 
 
@@ -64,7 +64,7 @@ def test_vllm_wants_an_moe_layer_of_some_families(tmp_path: Path) -> None:
     """Who asks for stock gets it, and transformers loads it."""
     model = EVERY["qwen3_moe"]()
     plan = condense_plan(model, families.facts(model.config).moe_layers)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     assert export(model, None, plan, tmp_path / "out", "", ExportConfig(format="stock")) == "stock"
     assert "needs an MoE layer" in problems(tmp_path / "out")
 
@@ -156,7 +156,7 @@ BUNDLED: dict[str, tuple[Operation, ...]] = {
 def base_of(folder: Path) -> nn.Module:
     """The class that the folder's modeling file makes, without running that file."""
     config = json.loads((folder / "config.json").read_text())
-    classes.register_compressed(config["model_type"])
+    classes.register_model_type(config["model_type"])
     compressed = AutoConfig.for_model(config.pop("model_type"), **config)
     with torch.device("meta"):
         model: nn.Module = AutoModel.from_config(compressed)

@@ -21,7 +21,7 @@ from recondense.models import decoder, families, views
 from recondense.operations import Merge
 from recondense.plan import Plan
 from recondense.surgery import apply
-from recondense.surgery.merge import aligned
+from recondense.surgery.merge import align
 
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -143,7 +143,7 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
         block.experts.down_proj[1] = block.experts.down_proj[4][:, order]
         block.gate.weight[1] = 1.01 * block.gate.weight[4]
     weights = views.sparse_blocks(model)[1].weights
-    mine, theirs = weights.projections(4), aligned(weights.projections(4), weights.projections(1))
+    mine, theirs = weights.projections(4), align(weights.projections(4), weights.projections(1))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     for grouping in ("router_logits", "expert_outputs"):
         operations, _ = search(Merging(grouping, budget=Budget(removed_expert_ratio=1 / 6)), model)
@@ -152,7 +152,7 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
     weights = ((1.0,), (0.3, 0.7), (1.0,), (1.0,), (1.0,))
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
     expected = block(x)
-    apply.apply(model, Plan("tiny", (Merge(1, groups, weights, align=True),)))
+    apply.execute(model, Plan("tiny", (Merge(1, groups, weights, align=True),)))
     torch.testing.assert_close(views.get_block(model, 1)(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -235,7 +235,7 @@ def test_every_group_loses_as_many_its_least_salient(saliency: str, allocation: 
         assert len(groups[0]) == len(groups[1]) in ((1,) if allocation == "uniform" else (1, 2))
         for group, own in enumerate(groups):
             assert own == sorted(sorted(range(4 * group, 4 * group + 4), key=lambda e: scores[layer][e])[: len(own)])
-    apply.apply(model, Plan("tiny", tuple(operations)))
+    apply.execute(model, Plan("tiny", tuple(operations)))
     assert torch.isfinite(logits(model, windows(2, 9))).all()
     [problem] = SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.6)).check(families.facts(model.config))
     assert "selects 2 out of 1 of 2 groups: at most 0.5 can go" in problem

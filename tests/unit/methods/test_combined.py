@@ -56,7 +56,7 @@ def test_the_first_round_is_the_enumerated_best() -> None:
     names = [record["options"][layer][place][0].partition(",")[0] for layer, place in zip(layers, best, strict=True)]
     assert [found["choice"][layer].partition(",")[0] for layer in layers] == names  # ranks may be raised afterwards
     assert found["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
-    apply.apply(model, Plan("tiny", tuple(operations)))
+    apply.execute(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
 
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_saved_is_said_before_anything_is_measured(monkeypatch: p
     monkeypatch.undo()
     model, best = qwen2_moe(), float(str(error.value).rpartition("=")[2])
     operations, _ = search(model, memory_ratio=best)
-    apply.apply(model, Plan("tiny", tuple(operations)))
+    apply.execute(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["total"] <= best * sizes(qwen2_moe())["total"]
 
 
@@ -78,7 +78,7 @@ def test_the_damage_is_that_of_surgery() -> None:
     operations, record = search(model, memory_ratio=0.8)
     tape = recorded(expected)
     measure = Damage(expected, tape)
-    apply.apply(model, Plan("tiny", tuple(operations)))
+    apply.execute(model, Plan("tiny", tuple(operations)))
     blocks = {layer: views.get_block(model, layer) for layer in {each.layer for each in operations}}
     best = min(record["rounds"], key=lambda each: each["damage"])
     assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
@@ -162,7 +162,7 @@ def test_one_budget_decides() -> None:
     before = sizes(model)["routed_experts"]
     step = Combined(**{**SETTINGS, "budget": budget})
     operations, _ = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    apply.apply(model, Plan("tiny", tuple(operations)))
+    apply.execute(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["routed_experts"] <= 0.6 * before
 
 

@@ -67,13 +67,13 @@ def test_every_way_of_computing_low_rank_experts(name: str, family: str, monkeyp
     model = EVERY[family]()
     whole = copy.deepcopy(block_of(model, 1))
     whole.load_state_dict(PlainMoE(whole, ROUTING[family]).truncated(ranks).state)
-    apply.apply(model, Plan("tiny", (Factorize(1, ranks),)))
+    apply.execute(model, Plan("tiny", (Factorize(1, ranks),)))
     block = block_of(model, 1)
     found = []
     for each in (block, whole):
         each.experts.requires_grad_(True)
         x_TD = tokens(2.0, number).requires_grad_(True)
-        output = views.output_of(each(x_TD[None]))[0]
+        output = views.block_output(each(x_TD[None]))[0]
         (output * torch.linspace(-1, 1, 32)).sum().backward()
         found.append((output.detach(), x_TD.grad))
     assert taken == ({way} if way else set())
@@ -97,7 +97,7 @@ def _same_bias_gradients(mine: LowRankExperts, theirs: Any) -> None:
 
 def listened(model: Any, layer: int, ids: list[list[int]], block: Any) -> Any:
     """The residual stream after a layer with another block in it, text by text."""
-    with views.swapped(model, {layer: block}):
+    with views.swap_blocks(model, {layer: block}):
         return bf.states_after(model, [layer], ids, lm_head=False)[layer]
 
 
@@ -119,7 +119,7 @@ def test_the_search_of_cdmoe_by_plain_torch(family: str) -> None:
         def condensed(x_TD: Tensor, experts: list[int], plain: Any = plain, means: Any = means) -> Tensor:
             return plain.shared(x_TD) + sum(means[expert] * plain.expert(expert, x_TD) for expert in experts)
 
-        original, pair = listened(model, layer, ids, own), compressed.gives_pair(own)
+        original, pair = listened(model, layer, ids, own), compressed.returns_pair(own)
         assert len(found["candidates"]) == 2
         for position, candidates in enumerate(found["candidates"]):
             for expert, score in candidates:
@@ -155,7 +155,7 @@ def test_a_refit_brings_hidden_states_nearer(name: str, family: str) -> None:
     """By as much as it says."""
     model, (operation, refit) = EVERY[family](), REFITS[name]
     original = leaving(model, 1)
-    originals = apply.apply(model, Plan("tiny", (operation,)))
+    originals = apply.execute(model, Plan("tiny", (operation,)))
     before = (leaving(model, 1) - original).norm()
     report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
     after = (leaving(model, 1) - original).norm()

@@ -168,7 +168,7 @@ def test_published_cuts_from_the_shapes_alone(
         kept = 0
         for layer, number in numbers.items():
             own = [importance[layer] * spread ** (j / experts) for j in range(experts - number)]
-            multiple = ranks.multiple_of("auto", hidden, width, rank)
+            multiple = ranks.resolve_multiple("auto", hidden, width, rank)
             kept += ranks.parameters(ranks.allocate(own, rank, hidden, width, multiple=multiple), hidden, width)
         assert 1 - kept / (layers * experts * dense) == pytest.approx(cut, abs=1e-4)
 
@@ -212,11 +212,11 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
     important = record["layer_importance"]
     assert record["dropped"][min(important, key=important.get)] >= record["dropped"][max(important, key=important.get)]
     before = sizes(model)
-    apply.apply(model, Plan("tiny", tuple(operations)))
+    apply.execute(model, Plan("tiny", tuple(operations)))
     factors, achieved = Decompose(budget=Budget(memory_ratio=0.7)).search(
         SearchContext(model, lambda: recorded(model), {}, 1 << 30)
     )
-    apply.apply(model, Plan("tiny", tuple(factors)))
+    apply.execute(model, Plan("tiny", tuple(factors)))
     assert 0 <= int(0.7 * before["total"]) - sizes(model)["total"] < 3 * (32 + 16)
     kept = sizes(model)["routed_experts"] / before["routed_experts"]
     assert achieved["kept_of_routed_experts"] == pytest.approx(kept)
@@ -264,12 +264,12 @@ def test_layers_that_cannot_be_searched() -> None:
     model = qwen2_moe()
     step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
-    originals = apply.apply(model, Plan("tiny", (merged,)))
+    originals = apply.execute(model, Plan("tiny", (merged,)))
     with pytest.raises(ValueError, match="layer 1: its experts were merged"):
         step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     for layer, block in originals.items():
         views.set_block(model, layer, block)
-    apply.apply(model, condense_plan(model, [0, 1, 2]))
+    apply.execute(model, condense_plan(model, [0, 1, 2]))
     for each in (
         step,
         SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.3)),
@@ -287,7 +287,7 @@ def test_layers_that_cannot_be_searched() -> None:
 @pytest.mark.parametrize(("average", "multiple"), [(16, "auto"), (100, "auto"), (512, "auto"), (16, 1)])
 def test_the_multiple_suits_the_average_rank(average: int, multiple: Any) -> None:
     """Small averages get small steps: nothing overshoots what was asked for."""
-    own = ranks.multiple_of(multiple, 2048, 1408, average)
+    own = ranks.resolve_multiple(multiple, 2048, 1408, average)
     found = ranks.allocate([1.0, 2.0, 3.0, 4.0], average, 2048, 1408, multiple=own)
     assert sum(rank or 0 for rank in found) <= 4 * average < sum(rank or 0 for rank in found) + own
     assert own <= max(1, average / 16)
@@ -300,7 +300,7 @@ def test_experts_that_stay_dense_never_cost_more_than_there_is(seed: int, alpha:
     draw = random.Random(seed)
     importance = [draw.choice((0.0, draw.random())) for _ in range(12)]
     for average in (300, 512, 700):
-        multiple = ranks.multiple_of("auto", 2048, 1408, average)
+        multiple = ranks.resolve_multiple("auto", 2048, 1408, average)
         found = ranks.allocate(importance, average, 2048, 1408, alpha, multiple)
         left = 12 * average * 3 * (2048 + 1408) - ranks.parameters(found, 2048, 1408)
         assert 0 <= left < multiple * 3 * (2048 + 1408)

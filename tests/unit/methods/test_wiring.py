@@ -128,7 +128,7 @@ def test_whitened_factors_lose_less_on_the_calibration_tokens(family: str) -> No
         model = FAMILIES[family]()
         tape = recorded(model)
         plan = Plan("tiny", (Factorize(1, dict.fromkeys(NAMES, (6,) * 6), whitening),))
-        apply.apply(model, plan, partial(recorded, model))
+        apply.execute(model, plan, partial(recorded, model))
         block: Any = views.get_block(model, 1)
         outputs = [(block(trace.x_TD[None])[0], trace.output_TD) for trace in tape.trace(model, 1)]
         errors[whitening] = sum(float((found - own).double().square().sum()) for found, own in outputs) ** 0.5
@@ -172,9 +172,9 @@ def test_combined_keeps_its_best_round() -> None:
     best = min(range(3), key=damages.__getitem__)
     assert damages[0] > damages[best] < damages[-1]
     assert record["chosen"] == record["rounds"][best]["choice"] != record["rounds"][-1]["choice"]
-    originals = apply.apply(model, Plan("tiny", tuple(operations)))
+    originals = apply.execute(model, Plan("tiny", tuple(operations)))
     compressed = {layer: views.get_block(model, layer) for layer in originals}
-    with views.swapped(model, originals):
+    with views.swap_blocks(model, originals):
         measured = Damage(model, tape).replace(compressed)
     assert measured == pytest.approx(damages[best], rel=1e-4)
 
@@ -185,14 +185,14 @@ def test_combined_gives_what_is_left_to_ranks() -> None:
     settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "budget": Budget(memory_ratio=0.85), "rounds": 1}
     operations, _ = search(Combined(**settings), model)
     budget = math.floor(0.85 * sizes(model)["total"])
-    apply.apply(model, Plan("tiny", tuple(operations)))
+    apply.execute(model, Plan("tiny", tuple(operations)))
     factorized = sum(isinstance(operation, Factorize) for operation in operations)
     assert factorized and 0 <= budget - sizes(model)["total"] < factorized * RANK_STEP
 
 
 def refitted(model: Any, operation: Operation, refit: Refit) -> tuple[Any, dict[str, float]]:
     """Layer 1 changed and refitted: its weights before the refit, and what the refit reports."""
-    originals = apply.apply(model, Plan("tiny", (operation,)))
+    originals = apply.execute(model, Plan("tiny", (operation,)))
     before = bits(views.get_block(model, 1))
     report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))
     return before, report[1]

@@ -40,7 +40,7 @@ def expected(block: Any, x: Tensor, experts: list[int], gate: float | None) -> T
 
 def condensed(model: Any, layer: int, experts: list[int], gate: float | None) -> CondensedMoE:
     weights = views.sparse_blocks(model)[layer].weights
-    shaped = CondensedMoE.shaped_for(weights, len(experts), token_gate=gate is None)
+    shaped = CondensedMoE.make_empty(weights, len(experts), token_gate=gate is None)
     return shaped.fill(weights, experts, COEFFICIENTS[: len(experts)], gate)
 
 
@@ -142,7 +142,7 @@ def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
     real = condensed(FAMILIES[family](), 2, [3, 1], gate)
     with torch.device("meta"):
         model = FAMILIES[family]()
-    meta = CondensedMoE.shaped_for(views.sparse_blocks(model)[2].weights, 2, token_gate=gate is None)
+    meta = CondensedMoE.make_empty(views.sparse_blocks(model)[2].weights, 2, token_gate=gate is None)
     assert all(value.is_meta for value in meta.state_dict().values())
     assert {name: (value.shape, value.dtype) for name, value in meta.state_dict().items()} == {
         name: (value.shape, value.dtype) for name, value in real.state_dict().items()
@@ -177,7 +177,7 @@ def test_imports_torch_and_the_standard_library_alone() -> None:
 def test_no_shared_experts() -> None:
     """A family without them: the retained experts alone."""
     weights = views.sparse_blocks(deepseek_v2())[2].weights._replace(shared=None)
-    layer = CondensedMoE.shaped_for(weights, 2, token_gate=False).fill(weights, [1, 5], [0.5, 0.25], None)
+    layer = CondensedMoE.make_empty(weights, 2, token_gate=False).fill(weights, [1, 5], [0.5, 0.25], None)
     x_TD = tokens().flatten(0, 1)
     with torch.no_grad():
         one, five = expert_outputs(x_TD, weights, [1, 5])

@@ -140,7 +140,7 @@ def check(make: Callable[..., Any], routing: Routing, do: Callable[[int], Operat
         pair = isinstance(block_of(other, layer)(torch.zeros(1, 1, 32)), tuple)
         other.model.layers[layer].mlp = Standing(partial(what, plain), pair)
     before = logits(student, IDS)
-    apply.apply(student, Plan("tiny", tuple(do(layer) for layer in layers)))
+    apply.execute(student, Plan("tiny", tuple(do(layer) for layer in layers)))
     for layer in layers:
         x_TD = tokens(2.0)
         expected = block_of(other, layer).function(x_TD.double())
@@ -192,9 +192,9 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
     expected, x_TD = run(block_of(model, 1), tokens()), tokens()
     groups, shares = ((0, 1, 4), (2,), (3,), (5,)), ((0.5, 0.2, 0.3), (1.0,), (1.0,), (1.0,))
     plain = copy.deepcopy(model)
-    apply.apply(model, Plan("tiny", (Merge(1, groups, shares, align=True),)))
+    apply.execute(model, Plan("tiny", (Merge(1, groups, shares, align=True),)))
     torch.testing.assert_close(run(block_of(model, 1), x_TD), expected, **CLOSE)
-    apply.apply(plain, Plan("tiny", (Merge(1, groups, shares),)))
+    apply.execute(plain, Plan("tiny", (Merge(1, groups, shares),)))
     assert (run(block_of(plain, 1), x_TD) - expected).abs().max() > 0.1
 
 
@@ -202,7 +202,7 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
 def test_a_dropped_decoder_layer(family: str) -> None:
     """As if it, and what the config says of it, had never been there."""
     model, other = EVERY[family](), EVERY[family]()
-    apply.apply(model, Plan("tiny", (Drop(1, "layer"),)))
+    apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
     del other.model.layers[1]
     other.config.num_hidden_layers = 2
     for name in ("layer_types", "mlp_layer_types"):

@@ -67,9 +67,9 @@ def renamed(old: str, new: str) -> Callable[[State], State]:
 def difference(folder: Path) -> headers.Comparison:
     """Of a folder from the model that its config describes."""
     values = json.loads((folder / "config.json").read_text())
-    classes.register_compressed(values["model_type"])
+    classes.register_model_type(values["model_type"])
     outline = classes.empty_model(AutoConfig.from_pretrained(folder))
-    return headers.compare(outline, headers.files_of(folder), quantized.method_of(values))
+    return headers.compare(outline, headers.list_files(folder), quantized.method_of(values))
 
 
 def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -116,7 +116,7 @@ def test_a_complete_checkpoint_differs_in_nothing(family: str, tmp_path: Path) -
     merged = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
     operations = Condense(2, (3, 0), (0.4, 0.2), None), Prune(3, (0, 2, 3, 5)), Merge(4, *merged), Factorize(5, ranks)
     plan = Plan("tiny", operations)
-    apply.apply(deep, plan)
+    apply.execute(deep, plan)
     export(deep, None, plan, tmp_path / "bundled", "", ExportConfig(format="bundled"))
     assert difference(tmp_path / "bundled") == headers.Comparison()
 
@@ -261,7 +261,7 @@ def test_what_shows_only_after_loading_is_refused_too(tmp_path: Path, monkeypatc
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
     folder = written(tmp_path / "model", max_shard_size="30KB")
-    first, second, *_ = headers.files_of(folder)
+    first, second, *_ = headers.list_files(folder)
     kept = first.read_bytes()
     for content, said in (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer and no weights; run"),
@@ -341,7 +341,7 @@ def test_an_export_that_would_not_load_gets_no_name(
     plan = Plan("tiny", (Prune(0, (0, 2, 3, 5)),) if form == "bundled" else ())
     if form == "dense":
         plan = Plan("tiny", (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 6)),))
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     export(model, None, plan, tmp_path / "out", "before", ExportConfig(format=form))
     before = (tmp_path / "out" / "README.md").read_text()
     pieces = export_module.pieces

@@ -20,7 +20,7 @@ from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
 from recondense.export.export import export
 from recondense.export.layout import condensed_layers
 from recondense.models import decoder, families, loading, parameters, views
-from recondense.models.parameters import total_parameters
+from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.recovery import trainable
@@ -74,15 +74,15 @@ def test_a_stock_export_is_an_input(family: str, tmp_path: Path) -> None:
     """Pruned alike, it is the family's own class with fewer experts; and it can be pruned again."""
     model = EVERY[family]()
     plan = Plan("tiny", tuple(Prune(layer, FOUR) for layer in views.sparse_blocks(model)))
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     assert written(model, plan, tmp_path / "out", ExportConfig()) == "stock"
     again = loaded(tmp_path / "out", family)
-    assert type(again) is type(EVERY[family]()) and total_parameters(again) == total_parameters(model)
+    assert type(again) is type(EVERY[family]()) and count_parameters(again) == count_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     assert families.facts(again.config).num_experts == 4
     further = Plan("tiny", tuple(Prune(layer, (0, 1, 3)) for layer in views.sparse_blocks(again)))
-    apply.apply(model, further)
-    apply.apply(again, further)
+    apply.execute(model, further)
+    apply.execute(again, further)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
 
 
@@ -90,11 +90,11 @@ def test_a_stock_export_is_an_input(family: str, tmp_path: Path) -> None:
 def test_low_rank_experts_multiplied_out_are_the_familys_own(family: str, tmp_path: Path) -> None:
     model = EVERY[family]()
     plan = Plan("tiny", tuple(Factorize(layer, RANKS) for layer in views.sparse_blocks(model)))
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     assert written(model, plan, tmp_path / "out", ExportConfig(format="dense")) == "stock"
     again = loaded(tmp_path / "out", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
-    assert total_parameters(again) == total_parameters(EVERY[family]())
+    assert count_parameters(again) == count_parameters(EVERY[family]())
 
 
 # ---------------------------------------------------------------------------------------------- compressed folders
@@ -114,10 +114,10 @@ def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -
         *(Condense(3, (3, 0), (0.4, 0.2), None), Drop(4, "moe"), Drop(5, "layer"), Factorize(6, RANKS)),
     )
     plan = Plan("tiny", operations)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     assert written(model, plan, tmp_path / "out") == "bundled"
     again = loaded(tmp_path / "out", family)
-    assert type(again).__name__ == "CompressedForCausalLM" and total_parameters(again) == total_parameters(model)
+    assert type(again).__name__ == "CompressedForCausalLM" and count_parameters(again) == count_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     facts = families.facts(again.config)
     assert set(facts.moe_layers) - {0} == {1, 2, 6} and facts.factorized == (1, 6)
@@ -130,7 +130,7 @@ def test_a_compressed_folder_is_compressed_again(family: str, tmp_path: Path) ->
     """Condensed, written, read, factorized, written, read."""
     model = EVERY[family]()
     first = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
-    apply.apply(model, first)
+    apply.execute(model, first)
     assert written(model, first, tmp_path / "first") == "bundled"
     again = loaded(tmp_path / "first", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
@@ -139,18 +139,18 @@ def test_a_compressed_folder_is_compressed_again(family: str, tmp_path: Path) ->
     assert facts.moe_layers == left == tuple(views.sparse_blocks(again)) and 1 not in left
     assert (facts.num_experts, facts.factorized) == (6, ())
     with pytest.raises(ValueError, match="condense layer 1, but the sparse MoE layers are"):
-        apply.apply(again, first)
+        apply.execute(again, first)
 
     second = Plan("tiny", tuple(Factorize(layer, TO_FOUR, whitening=True) for layer in left))
     for each in (model, again):
-        apply.apply(each, second, lambda each=each: recorded(each))  # type: ignore[misc]
+        apply.execute(each, second, lambda each=each: recorded(each))  # type: ignore[misc]
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     assert written(again, second, tmp_path / "second", ExportConfig()) == "bundled"
     last = loaded(tmp_path / "second", family)
     torch.testing.assert_close(logits(last, IDS), logits(again, IDS), rtol=0, atol=1e-5)
     facts = families.facts(last.config)
     assert facts.moe_layers == left == facts.factorized
-    assert parameters.parameter_counts(last.config).total == total_parameters(again)
+    assert parameters.parameter_counts(last.config).total == count_parameters(again)
     assert parameters.parameter_counts(last.config).routed_experts == parameters.routed_parameters(again)
 
 
@@ -159,11 +159,11 @@ def test_a_compressed_folder_is_recovered_further(family: str, tmp_path: Path) -
     """method=none, recovery=finetune: experts of condensed layers train with those of sparse ones."""
     model = EVERY[family]()
     plan = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     written(model, plan, tmp_path / "first")
     again = loaded(tmp_path / "first", family)
     layers = sorted({1, *views.sparse_blocks(again)})
-    assert trainable.trained_layers(again, ()) == layers
+    assert trainable.trainable_layers(again, ()) == layers
     recovery = RecoveryConfig(name="finetune", objective="finetune", learning_rate=1e-3, steps=3)
     module = RecoveryModule(Student(again, Plan("tiny")), recovery)
     module.prepare()
@@ -225,7 +225,7 @@ EXPORTS: dict[str, tuple[str, tuple[Operation, ...], ExportConfig]] = {
 def test_an_export_holds_a_shard_and_a_layer(name: str, tmp_path: Path) -> None:
     family, operations, how = EXPORTS[name]
     model = tiny(family, num_hidden_layers=8, vocab_size=16, **({"layer_types": None} if family == "gpt_oss" else {}))
-    apply.apply(model, Plan("tiny", operations))
+    apply.execute(model, Plan("tiny", operations))
     layer = max(sum(value.nbytes for value in each.state_dict().values()) for each in decoder.decoder_layers(model))
     if how.format == "dense":
         layer += 6 * 3 * 32 * 16 * 4

@@ -303,7 +303,7 @@ def test_ranks_follow_the_formula() -> None:
     assert left > 0 and found == [int(value) + (j in raised) for j, value in enumerate(exact)]
     assert sum(rank or 0 for rank in found) == 512 * 48
     assert min(rank or 0 for rank in found) < 490 < 530 < max(rank or 0 for rank in found)
-    assert ranks_of.automatic(2048, 1408) == 512
+    assert ranks_of.automatic_rank(2048, 1408) == 512
     assert ranks_of.allocate([2.0] * 48, 512, 2048, 1408) == [512] * 48
 
 
@@ -311,8 +311,8 @@ def test_ranks_follow_the_formula() -> None:
 @pytest.mark.parametrize("spread", [3.0, 300.0])
 def test_multiples_meet_the_same_total(shape: tuple[int, int], spread: float) -> None:
     """Few different ranks, each within a step of the formula's, and nothing of the total is lost."""
-    average = ranks_of.automatic(*shape)
-    multiple = ranks_of.multiple_of("auto", *shape, average)
+    average = ranks_of.automatic_rank(*shape)
+    multiple = ranks_of.resolve_multiple("auto", *shape, average)
     assert multiple == {2048: 32, 4096: 64, 128: 1}[shape[0]]
     average -= average % multiple
     importance = [spread ** (j / 47) for j in range(48)]
@@ -353,10 +353,10 @@ def test_a_budget_is_met_to_one_step(kept: float, multiple: int) -> None:
     draw = random.Random(1)
     importance = {layer: [300.0 ** draw.random() for _ in range(6 + layer)] for layer in range(4)}
     dense = ranks_of.parameters([None] * sum(map(len, importance.values())), 128, 64)
-    average, found = ranks_of.within(importance, int(kept * dense), 128, 64, multiple=multiple)
+    average, found = ranks_of.allocate_budget(importance, int(kept * dense), 128, 64, multiple=multiple)
     total = sum(ranks_of.parameters(ranks, 128, 64) for ranks in found.values())
     assert 0 <= int(kept * dense) - total < multiple * 3 * (128 + 64)
     assert all(rank % multiple == 0 for ranks in found.values() for rank in ranks if rank is not None)
     assert 1 <= average <= 43
     with pytest.raises(ValueError, match="rank 1 everywhere"):
-        ranks_of.within(importance, 100, 128, 64)
+        ranks_of.allocate_budget(importance, 100, 128, 64)

@@ -9,7 +9,7 @@ import pytest
 from support.hub_cache import in_hub_cache
 
 from recondense.config.schema import ModelConfig
-from recondense.models.model_files import history_of, model_file
+from recondense.models.model_files import model_file, read_history
 from recondense.operations import Condense, Prune
 from recondense.plan import History, Plan
 
@@ -28,12 +28,12 @@ def test_a_model_of_the_hub_has_the_history_of_its_revision(tmp_path: Path, cach
         in_hub_cache(cache, tmp_path / revision, "me/mine", revision)
     commits = [path.name for path in sorted((cache / "models--me--mine" / "snapshots").iterdir())]
     assert len(commits) == 2
-    assert history_of(ModelConfig(path="me/mine")) == History((FIRST,))
-    assert history_of(ModelConfig(path="me/mine", revision="second")) == History((SECOND,))
-    assert {history_of(ModelConfig(path="me/mine", revision=commit)) for commit in commits} == {
+    assert read_history(ModelConfig(path="me/mine")) == History((FIRST,))
+    assert read_history(ModelConfig(path="me/mine", revision="second")) == History((SECOND,))
+    assert {read_history(ModelConfig(path="me/mine", revision=commit)) for commit in commits} == {
         History((FIRST,)), History((SECOND,))
     }  # fmt: skip
-    assert history_of(ModelConfig(path=str(tmp_path / "main"))) == History((FIRST,))
+    assert read_history(ModelConfig(path=str(tmp_path / "main"))) == History((FIRST,))
 
 
 def test_a_file_that_is_not_there_is_none(tmp_path: Path, cache: Path) -> None:
@@ -44,4 +44,4 @@ def test_a_file_that_is_not_there_is_none(tmp_path: Path, cache: Path) -> None:
     assert model_file("me/mine", "plan.json", "no-such-revision") is None
     assert model_file("nobody/no-such-model", "plan.json") is None
     assert model_file(tmp_path / "main", "adapter_config.json") is None
-    assert history_of(ModelConfig(path="nobody/no-such-model")) == history_of(ModelConfig()) == History()
+    assert read_history(ModelConfig(path="nobody/no-such-model")) == read_history(ModelConfig()) == History()

@@ -145,14 +145,14 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(1000, dtype=torch.uint8)}, PretrainedConfig(), {"quant_method": "mxfp4"})
     size = (tmp_path / "model.safetensors").stat().st_size
     save_file({"a": torch.zeros(5000)}, tmp_path / "original.safetensors")
-    assert quantized.stored(tmp_path) == quantized.Stored("mxfp4", size)
+    assert quantized.stored_weights(tmp_path) == quantized.StoredWeights("mxfp4", size)
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model.safetensors", "b": "original.safetensors", "c": "original.safetensors"}})
     )
     both = size + (tmp_path / "original.safetensors").stat().st_size
     assert quantized.bytes_on_disk(tmp_path) == both
     (tmp_path / "original.safetensors").unlink()
-    assert quantized.bytes_on_disk(tmp_path) is None and quantized.stored(tmp_path) is None
+    assert quantized.bytes_on_disk(tmp_path) is None and quantized.stored_weights(tmp_path) is None
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    assert quantized.stored(tmp_path) is None
-    assert quantized.stored("nobody/no-such-model") is None
+    assert quantized.stored_weights(tmp_path) is None
+    assert quantized.stored_weights("nobody/no-such-model") is None

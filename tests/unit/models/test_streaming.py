@@ -122,7 +122,7 @@ def test_every_method_decides_and_makes_the_same(method: str, whole: Any, stream
     for name, model in (("whole", whole), ("streamed", streamed)):
         storage = Disk(tmp_path / name, keeps=False) if name == "streamed" else None
         plan = plan_of(model, method, tmp_path / f"{name}-cache", *BUDGETS[method], storage=storage)
-        apply.apply(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
+        apply.execute(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
         export(model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB"))
         found.append((plan.to_json(), tensors(tmp_path / f"{name}-out")))
         assert name == "whole" or not plan.operations or len(layers_in_memory(model)) <= 1
@@ -147,7 +147,7 @@ def compressed(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Mod
         ),
     )  # fmt: skip
     record = lambda: recorded(model, storage=storage)  # noqa: E731
-    originals = apply.apply(model, plan, record)
+    originals = apply.execute(model, plan, record)
     apply.refit(model, plan, originals, record)
     return plan, originals, record
 
@@ -157,7 +157,7 @@ def test_evaluation_of_both_sides(whole: Any, streamed: Any, tmp_path: Path) -> 
     ids, found = windows(5, 12), []
     for model, storage in ((whole, None), (streamed, Disk(tmp_path / "scratch", keeps=False))):
         _, originals, _ = compressed(model, storage)
-        found.append(perplexity(model, ids, 2, lambda m=model, o=originals: views.swapped(m, o)))
+        found.append(perplexity(model, ids, 2, lambda m=model, o=originals: views.swap_blocks(m, o)))
     assert found[0] == found[1] and found[0]["kl_to_original"] > 0
 
 
@@ -166,7 +166,7 @@ def test_a_teacher_that_is_streamed_keeps_the_same_predictions(whole: Any, strea
     kept = []
     for index, model in enumerate((whole, streamed)):
         teacher = keep_predictions(
-            lambda m=model: views.swapped(m, {}),
+            lambda m=model: views.swap_blocks(m, {}),
             ids,
             tmp_path / str(index),
             5,
@@ -199,13 +199,13 @@ def test_what_was_killed_goes_on_at_its_layer(folder: Path, tmp_path: Path) -> N
     assert tape.layer_runs == 1  # of three
     assert all(map(torch.equal, all_states(tape), all_states(recorded(again))))
     plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
-    apply.apply(first, Plan("tiny", plan.operations[:1]))
+    apply.execute(first, Plan("tiny", plan.operations[:1]))
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
-    apply.apply(again, plan)
+    apply.execute(again, plan)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
     assert len(made) == 1 and len(after) == 2 and made.items() <= after.items()
     expected = opened(folder, None)
-    apply.apply(expected, plan)
+    apply.execute(expected, plan)
     for layer, module in enumerate(decoder.decoder_layers(expected)):
         with layer_store(again).resident(layer):
             assert same(decoder.decoder_layers(again)[layer].state_dict(), module.state_dict())
@@ -227,7 +227,7 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
     block = views.get_block(expected, 0)
     assert refit.most_columns(block) < sum(u.weight_Dn.shape[1] for u in refit.units_of(expected, 0))
     record = lambda: recorded(expected)  # noqa: E731
-    apply.refit(expected, plan, apply.apply(expected, plan, record), record)
+    apply.refit(expected, plan, apply.execute(expected, plan, record), record)
     solved: list[int] = []
     solve = refit._refit_layer
     offload, writes = Streamed.offload, [2]
@@ -249,7 +249,7 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
         monkeypatch.setattr(Streamed, "offload", killed)
         again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
         with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
-            apply.refit(model, plan, apply.apply(model, plan, again), again)
+            apply.refit(model, plan, apply.execute(model, plan, again), again)
     assert solved == [0, 1, 2, 2]  # the third time the kill came before the last was on the disk
     for layer, module in enumerate(decoder.decoder_layers(expected)):
         with layer_store(model).resident(layer):
@@ -261,14 +261,14 @@ def test_offloaded_blocks_are_deleted_with_their_file_and_known_by_their_context
     condense = Condense(0, (1, 4), (0.3, 0.4), 0.5)
     for key in ("one", "other"):
         layer_store(model).context = key
-        originals = apply.apply(model, Plan("tiny", (condense,)))
+        originals = apply.execute(model, Plan("tiny", (condense,)))
         with layer_store(model).resident(0):
             pass
         views.set_block(model, 0, originals[0])
     assert len(list((tmp_path / "pages").iterdir())) == 2  # other weights, or texts: another file
     with layer_store(model).resident(1):
         block = layer_store(model).offload(views.get_block(model, 1))
-    with views.swapped(model, {1: block}), layer_store(model).resident(1):
+    with views.swap_blocks(model, {1: block}), layer_store(model).resident(1):
         pass
     with layer_store(model).resident(2):
         assert len(list((tmp_path / "pages").iterdir())) == 3
@@ -303,7 +303,7 @@ def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
     """It trains like any other; the scales of condensed layers are still apart."""
     model, expected = opened(folder, tmp_path / "pages"), opened(folder, None)
     for each in (model, expected):
-        apply.apply(each, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
+        apply.execute(each, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
     assert layer_store(model).streamed
     layer_store(model).load_all()
     assert not layer_store(model).streamed and same(model.state_dict(), expected.state_dict())

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from recondense.models import decoder, families, views
-from recondense.models.parameters import sizes, total_parameters, weights_bytes
+from recondense.models.parameters import count_parameters, sizes, weights_bytes
 from recondense.operations import Condense, Prune
 from recondense.plan import Plan
 from recondense.surgery import apply
@@ -70,7 +70,7 @@ def test_memory_ratio_of_nine_condensed_layers(num_experts: int, memory_ratio: f
     apply.restructure(model, Plan("qwen", tuple(operations)))
     expert = 3 * 2048 * 1408
     lost = 9 * ((60 - num_experts) * expert + 60 * 2048 + 2048)
-    assert total_parameters(model) == 14_315_784_192 - lost
+    assert count_parameters(model) == 14_315_784_192 - lost
     assert sizes(model)["routed_experts"] == 12_457_082_880 - 9 * (60 - num_experts) * expert
     scales = 9 * 4 * (5632 + num_experts * 1408)  # kept in fp32 while training
     assert weights_bytes(model) == before - 2 * lost + scales
@@ -121,7 +121,7 @@ def test_names_of_blocks_and_experts(family: str) -> None:
     assert names[views.block_name(layer)] is views.get_block(model, layer)
     found = views.expert_modules(model, layer)
     assert all(names[f"{views.block_name(layer)}.{name}"] is module for name, module in found.items())
-    numbers = sum(total_parameters(module) for module in found.values())
+    numbers = sum(count_parameters(module) for module in found.values())
     facts = families.facts(model.config)
     assert numbers == 3 * facts.hidden_size * (facts.num_experts * facts.expert_width + facts.shared_width)
 
@@ -178,10 +178,10 @@ def test_swapped_comes_back_also_after_an_error(family: str) -> None:
 
     before = logits(model, ids)
     with unchanged(model):
-        with views.swapped(model, {layer: Nothing()}) as same:
+        with views.swap_blocks(model, {layer: Nothing()}) as same:
             assert same is model
             assert not torch.equal(logits(model, ids), before)
-        with pytest.raises(KeyError), views.swapped(model, {layer: Nothing()}):
+        with pytest.raises(KeyError), views.swap_blocks(model, {layer: Nothing()}):
             raise KeyError
         assert torch.equal(logits(model, ids), before)
 
@@ -210,8 +210,8 @@ def test_what_is_as_large_as_the_number_of_experts_by_chance_stays_whole() -> No
     model = qwen2_moe(moe_intermediate_size=6)
     block = views.sparse_blocks(model)[1]
     router: Any = Router(block.router)
-    views.set_block(model, 1, views.with_parts(block.module, router=router))
-    apply.apply(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
+    views.set_block(model, 1, views.replace_parts(block.module, router=router))
+    apply.execute(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
     pruned = views.sparse_blocks(model)[1]
     found: Any = pruned.router
     assert torch.equal(found.weight, router.weight[[0, 2, 5]]) and found.num_experts == 3

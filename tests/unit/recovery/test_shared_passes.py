@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recondense.config.schema import LoraSettings
 from recondense.data.labels import MASKED
 from recondense.models import decoder, views
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
 from recondense.recovery import shared_passes
@@ -126,7 +126,7 @@ def test_after_adapters_were_merged_their_layers_are_the_students_own(monkeypatc
 @pytest.mark.parametrize(("family", "noise"), [("qwen2_moe", "attention_dropout"), ("mixtral", "router_jitter_noise")])
 def test_what_is_random_in_training_is_not_shared(family: str, noise: str) -> None:
     model = EVERY[family](**{noise: 0.1})
-    assert decoder.random_in_training(model.config) and not decoder.random_in_training(EVERY[family]().config)
+    assert decoder.is_random_in_training(model.config) and not decoder.is_random_in_training(EVERY[family]().config)
     assert shared_passes.first_unshared_layer(model.requires_grad_(False), {2}) == 0
 
 
@@ -165,7 +165,7 @@ def test_backward_stops_at_the_lowest_layer_that_trains(objective: str) -> None:
 
     def note(number: int) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            graphs[number] = views.output_of(output).requires_grad
+            graphs[number] = views.block_output(output).requires_grad
 
         return hook
 
@@ -206,7 +206,7 @@ def test_activation_checkpointing_changes_no_bit(name: str) -> None:
     """Adapters on factors are computed once a pass; in backward they are computed again with the layer."""
     module, ids = module_and_windows(name)
     plain, expected = loss_and_gradients(module, ids)
-    with decoder.checkpointing(module.model):
+    with decoder.checkpoint_layers(module.model):
         with runs_of(module.model), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             again = module.losses(ids)["loss"]
         again.backward()  # type: ignore[no-untyped-call]
@@ -236,7 +236,7 @@ def test_activation_checkpointing_holds_less(family: str) -> None:
         return sum(size for where, size in sizes.items() if where not in weights)
 
     plain = saved()
-    with decoder.checkpointing(module.model):
+    with decoder.checkpoint_layers(module.model):
         assert saved() < plain / 2
 
 
@@ -250,7 +250,7 @@ def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pyt
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     counters = torch._dynamo.utils.counters
     counters.clear()
-    with decoder.compiling(module.model):
+    with decoder.compile_layers(module.model):
         again, found = loss_and_gradients(module, ids)
     assert counters["frames"]["ok"] > 0 and not counters["unimplemented"]
     torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
@@ -263,10 +263,10 @@ def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pyt
 
 def test_headless_and_back() -> None:
     model, ids = qwen2_moe(), windows(2, 8)
-    with unchanged(model), torch.no_grad(), evaluating(model):
-        with decoder.headless(model):
+    with unchanged(model), torch.no_grad(), eval_mode(model):
+        with decoder.bypass_head(model):
             hidden = model(input_ids=ids).logits
-        with decoder.gathered(model) as head:
+        with decoder.lm_head(model) as head:
             assert torch.equal(head.logits(hidden), model(input_ids=ids).logits)
-        with pytest.raises(KeyError), decoder.headless(model):
+        with pytest.raises(KeyError), decoder.bypass_head(model):
             raise KeyError

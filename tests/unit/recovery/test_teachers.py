@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from recondense.data.labels import MASKED
-from recondense.data.loader import RecoveryData, ShuffledWindows, table_of
+from recondense.data.loader import RecoveryData, ShuffledWindows, to_table
 from recondense.models import views
 from recondense.models.parameters import resident_bytes
 from recondense.recovery.chunked_losses import TopK
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import CachedTeacher, cache_key, keep_predictions
-from recondense.recovery.teachers import OtherTeacher, Teacher, same_vocabulary
+from recondense.recovery.teachers import OtherTeacher, Teacher, require_same_vocabulary
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 K = 8
@@ -37,7 +37,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def kept_of(module: RecoveryModule, table: Any, folder: Path, k: int = K, temperature: float = 1.0) -> CachedTeacher:
-    return keep_predictions(module.student.original, table_of(table), folder, k, temperature, 3, nullcontext(), 4)
+    return keep_predictions(module.student.original, to_table(table), folder, k, temperature, 3, nullcontext(), 4)
 
 
 def taught_by(teacher: Teacher, module: RecoveryModule) -> RecoveryModule:
@@ -169,7 +169,7 @@ def test_which_windows_are_trained_on() -> None:
     for batches, number in ((2, 6), (3, 9), (4, 10), (9, 10)):
         loader = ShuffledWindows(table, 3, batches, 5, lambda: 0)
         batches_ = torch.cat([loader.batch(position)["input_ids"] for position in range(batches)])
-        used = loader.used()
+        used = loader.used_windows()
         assert len(used) == number
         assert {tuple(row) for row in table["input_ids"][used].tolist()} == {tuple(row) for row in batches_.tolist()}
 
@@ -237,15 +237,15 @@ def test_another_model_teaches_and_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_teacher_with_another_vocabulary_is_refused() -> None:
     own = byte_tokenizer()
-    same_vocabulary(byte_tokenizer(), own, "./teacher")
+    require_same_vocabulary(byte_tokenizer(), own, "./teacher")
     grown = byte_tokenizer()
     grown.add_tokens(["<|extra|>"])
     with pytest.raises(ValueError, match=r"teacher_path=./teacher.*1 tokens.*<\|extra\|>.*None here.*teacher=shared"):
-        same_vocabulary(grown, own, "./teacher")
+        require_same_vocabulary(grown, own, "./teacher")
     words = Tokenizer(models.BPE(own.get_vocab(), []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(ValueError, match="it encodes 'Hello world' differently"):
-        same_vocabulary(PreTrainedTokenizerFast(tokenizer_object=words), own, "./teacher")
+        require_same_vocabulary(PreTrainedTokenizerFast(tokenizer_object=words), own, "./teacher")
     with pytest.raises(ValueError, match="gives 101 logits and the student's 97"):
         OtherTeacher(qwen2_moe(vocab_size=101), qwen2_moe(), "./teacher")
 

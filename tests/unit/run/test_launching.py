@@ -53,14 +53,14 @@ def test_plain_data_waits_as_long_as_the_run_says(monkeypatch: pytest.MonkeyPatc
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     timeout = timedelta(hours=7)
-    processes.begin(backend, timeout)
+    processes.join_group(backend, timeout)
     try:
         group: Any = processes._group()
         assert (group is None) == (backend == "gloo")
         group = group or torch.distributed.group.WORLD
         assert group._get_backend(torch.device("cpu")).options._timeout == timeout
     finally:
-        processes.end()
+        processes.leave_group()
 
 
 @pytest.mark.parametrize(

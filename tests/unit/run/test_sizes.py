@@ -19,7 +19,7 @@ from recondense.methods.search.budget import Budget
 from recondense.models import classes, views
 from recondense.models.parameters import weights_bytes
 from recondense.models.published_configs import recorded_config
-from recondense.models.quantized import quantization, stored_bytes
+from recondense.models.quantized import byte_counter, quantization
 from recondense.run.plan_only import layer_table, ranges, weights_dtype
 from recondense.run.sizes import compare, outlined
 
@@ -36,8 +36,8 @@ def published(hub_id: str) -> tuple[Any, dict[str, Any]]:
 def test_bytes_of_an_mxfp4_checkpoint_are_those_of_its_files() -> None:
     """`metadata.total_size` of gpt-oss-20b's model.safetensors.index.json."""
     model, quantized = published("openai/gpt-oss-20b")
-    assert stored_bytes(model, quantized)(model) == 13_761_264_768
-    assert stored_bytes(model, {})(model) == 2 * 20_914_757_184
+    assert byte_counter(model, quantized)(model) == 13_761_264_768
+    assert byte_counter(model, {})(model) == 2 * 20_914_757_184
 
 
 def test_bytes_of_an_fp8_checkpoint() -> None:
@@ -50,18 +50,18 @@ def test_bytes_of_an_fp8_checkpoint() -> None:
     norms = 61 * (2 * 7168 + 1536 + 512) + 7168
     wanted += 2 * (2 * 129280 * 7168 + norms + 58 * 256 * 7168)
     correction = 4 * 58 * 256  # of the routers, in fp32
-    assert wanted <= stored_bytes(model, quantized)(model) <= wanted + correction
+    assert wanted <= byte_counter(model, quantized)(model) <= wanted + correction
 
 
 def test_another_quantization_is_refused() -> None:
     with pytest.raises(ValueError, match=r"quantised by awq.*fp8 and mxfp4.*model\.dtype=bfloat16"):
-        stored_bytes(meta(), {"quant_method": "awq"})
+        byte_counter(meta(), {"quant_method": "awq"})
 
 
 def test_one_scale_a_matrix_without_a_block_size() -> None:
     model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.LayerNorm(4))
     model.get_output_embeddings = lambda: None  # type: ignore[assignment]
-    bytes_of = stored_bytes(model, {"quant_method": "fp8"})  # type: ignore[arg-type]
+    bytes_of = byte_counter(model, {"quant_method": "fp8"})  # type: ignore[arg-type]
     assert bytes_of(model) == 24 + 4 + 2 * 4 * 4
 
 

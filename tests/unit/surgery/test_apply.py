@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recondense.models import families, views
 from recondense.models.blocks import CondensedMoE
-from recondense.models.parameters import total_parameters
+from recondense.models.parameters import count_parameters
 from recondense.operations import Condense
 from recondense.plan import Plan
 from recondense.surgery import apply
@@ -50,7 +50,7 @@ def test_the_model_computes_what_the_plan_says(family: str, experts: tuple[int, 
     original, before = logits(model, ids), bits(model)
     plan = condense_plan(model, [2, 1], experts, gate)
     expected = by_hand(model, plan, ids)
-    taken = apply.apply(model, plan)
+    taken = apply.execute(model, plan)
     assert set(taken) == {1, 2} and set(views.sparse_blocks(model)) == set(families.facts(model.config).moe_layers) - {
         1,
         2,
@@ -60,7 +60,7 @@ def test_the_model_computes_what_the_plan_says(family: str, experts: tuple[int, 
     assert float((got - original).abs().max()) > 0.1  # the test would be void otherwise
     after = bits(model)
     assert all(torch.equal(after[name], before[name]) for name in after if ".mlp." not in name)
-    with views.swapped(model, taken):
+    with views.swap_blocks(model, taken):
         assert same_bits(bits(model), before)
         assert torch.equal(logits(model, ids), original)
 
@@ -73,7 +73,7 @@ def test_restructure_on_the_meta_device_gives_the_same_shapes(family: str) -> No
     with torch.device("meta"):
         empty = FAMILIES[family]()
     apply.restructure(empty, plan)
-    apply.apply(model, plan)
+    apply.execute(model, plan)
     assert all(value.is_meta for value in empty.parameters())
     shapes = [
         {name: (value.shape, value.dtype) for name, value in each.state_dict().items()} for each in (empty, model)
@@ -87,10 +87,10 @@ def test_restructure_on_the_meta_device_gives_the_same_shapes(family: str) -> No
 
 def test_dropped_experts_are_gone() -> None:
     model = qwen2_moe()
-    before = total_parameters(model)
-    taken = apply.apply(model, condense_plan(model, [0, 1, 2], (2,)))
+    before = count_parameters(model)
+    taken = apply.execute(model, condense_plan(model, [0, 1, 2], (2,)))
     lost = 3 * (5 * 3 * 32 * 16 + 6 * 32 + 32)  # five experts, the router, the shared gate
-    assert total_parameters(model) == before - lost
+    assert count_parameters(model) == before - lost
     assert not any("gate.weight" in name or ".experts." in name for name in model.state_dict())
     kept = {parameter.data_ptr() for parameter in model.parameters()}
     assert not kept & {parameter.data_ptr() for block in taken.values() for parameter in block.parameters()}
@@ -99,7 +99,7 @@ def test_dropped_experts_are_gone() -> None:
 def test_an_empty_plan_does_nothing() -> None:
     model = qwen2_moe()
     before = bits(model)
-    assert apply.apply(model, Plan("tiny")) == {}
+    assert apply.execute(model, Plan("tiny")) == {}
     assert same_bits(before, bits(model))
 
 
@@ -115,7 +115,7 @@ def test_an_empty_plan_does_nothing() -> None:
 def test_plans_that_do_not_fit(operations: tuple[Condense, ...], message: str) -> None:
     model = qwen2_moe(mlp_only_layers=[0])
     with pytest.raises(ValueError, match=message):
-        apply.apply(model, Plan("tiny", operations))
+        apply.execute(model, Plan("tiny", operations))
 
 
 def test_a_plan_that_does_not_fit_leaves_the_model_whole() -> None:
@@ -123,14 +123,14 @@ def test_a_plan_that_does_not_fit_leaves_the_model_whole() -> None:
     model, ids = qwen2_moe(), windows(2, 9)
     before = logits(model, ids)
     with pytest.raises(ValueError, match="condense layer 9"):
-        apply.apply(model, Plan("tiny", (Condense(1, (0,), (0.1,)), Condense(9, (0,), (0.1,)))))
+        apply.execute(model, Plan("tiny", (Condense(1, (0,), (0.1,)), Condense(9, (0,), (0.1,)))))
     assert not any(isinstance(module, CondensedMoE) for module in model.modules())
     assert torch.equal(logits(model, ids), before)
 
 
 def test_router_logits_are_off_once_nothing_routes() -> None:
     model, ids = qwen2_moe(output_router_logits=True), windows(2, 9)
-    apply.apply(model, condense_plan(model, [0, 1, 2]))
+    apply.execute(model, condense_plan(model, [0, 1, 2]))
     with torch.no_grad():
         output = model(input_ids=ids, labels=ids)
     assert output.aux_loss is None

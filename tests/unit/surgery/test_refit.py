@@ -32,7 +32,7 @@ CHANGES: dict[str, tuple[Operation, ...]] = {
 
 def changed(family: str, operations: tuple[Operation, ...]) -> tuple[Any, dict[int, Any]]:
     model = FAMILIES[family]()
-    return model, apply.apply(model, Plan("tiny", operations))
+    return model, apply.execute(model, Plan("tiny", operations))
 
 
 def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, Any]:
@@ -45,7 +45,7 @@ def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, 
 def test_is_the_ridge_solution(name: str, family: str) -> None:
     """Stacked features and targets, the ridge as further rows, and LAPACK's least squares."""
     model, originals = changed(family, CHANGES[name])
-    with views.swapped(model, originals):
+    with views.swap_blocks(model, originals):
         tape = recorded(model)
     inputs, targets = _inputs_and_targets(model, tape, 1, tape.states[1])
     block: Any = views.get_block(model, 1)
@@ -102,7 +102,7 @@ def test_coefficients_alone(family: str) -> None:
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"scale"}
     assert len(set(block.scale.tolist())) == 3  # the shared part and two experts
     best = report["error_after"]
-    with views.swapped(model, originals):
+    with views.swap_blocks(model, originals):
         tape = recorded(model)
     inputs, targets = _inputs_and_targets(model, tape, 1, tape.states[1])
     shared = block.shared_width
@@ -121,11 +121,11 @@ def test_several_layers_bring_the_model_nearer_to_the_original(family: str) -> N
     tape = recorded(model)
     layers = list(views.sparse_blocks(model))
     before = logits(model, IDS)
-    originals = apply.apply(model, Plan("tiny", tuple(Prune(layer, FOUR) for layer in layers)))
+    originals = apply.execute(model, Plan("tiny", tuple(Prune(layer, FOUR) for layer in layers)))
     pruned = {layer: views.get_block(model, layer) for layer in layers}
 
     def damage() -> float:
-        with views.swapped(model, originals):
+        with views.swap_blocks(model, originals):
             measure = Damage(model, tape)
         return measure.replace(pruned)
 
@@ -135,7 +135,7 @@ def test_several_layers_bring_the_model_nearer_to_the_original(family: str) -> N
     report = run(model, originals, *(Refit(layer, "down_proj", 1e-2) for layer in layers))
     assert list(report) == layers and damage() < 0.8 * worse
     assert all(same_bits(bits(block), teacher[layer]) for layer, block in originals.items())
-    with views.swapped(model, originals):
+    with views.swap_blocks(model, originals):
         assert torch.equal(logits(model, IDS), before)
     run(again, originals, *(Refit(layer, "down_proj", 1e-2) for layer in layers))
     assert torch.equal(logits(again, IDS), logits(model, IDS))
@@ -152,7 +152,7 @@ def test_nothing_to_gain_leaves_the_function_alone() -> None:
 
 def test_half_precision_and_refusals() -> None:
     model = qwen2_moe().bfloat16()
-    originals = apply.apply(model, Plan("tiny", (Prune(1, FOUR),)))
+    originals = apply.execute(model, Plan("tiny", (Prune(1, FOUR),)))
     report = run(model, originals, Refit(1, "down_proj", 1e-2))[1]
     assert report["error_after"] < report["error_before"]
     assert views.sparse_blocks(model)[1].weights.down_EDF.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from recondense.models import parameters
-from recondense.models.parameters import routed_parameters, total_parameters
+from recondense.models.parameters import count_parameters, routed_parameters
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Budget:
             target = counts.routed_experts - round(self.removed_expert_ratio * counts.routed_experts)
             return max(0, routed_parameters(model) - target)
         assert self.memory_ratio is not None
-        return max(0, total_parameters(model) - math.floor(self.memory_ratio * counts.total))
+        return max(0, count_parameters(model) - math.floor(self.memory_ratio * counts.total))
 
     def strictest_ratio(self, model: PreTrainedModel, removable: int) -> str:
         """The strictest ratio that a model can keep, as `name=value`, rounded so that it can.
@@ -107,7 +107,7 @@ class Budget:
         if self.removed_expert_ratio is not None:
             removed = counts.routed_experts - routed_parameters(model) + removable
             return f"removed_expert_ratio={math.floor(1e4 * removed / counts.routed_experts) / 1e4:g}"
-        remaining = total_parameters(model) - removable
+        remaining = count_parameters(model) - removable
         return f"memory_ratio={math.ceil(1e4 * remaining / counts.total) / 1e4:g}"
 
 

@@ -50,9 +50,9 @@ class LayerScorer:
         self.gate_mean: float | None = None
         self.js_shared_only = math.nan
         # One entry a text batch:
-        self.x = tape.storage.shelf()
-        self.differences = tape.storage.shelf()  # g·Shared(x) + Σ w̄_i·E_i(x) - MoE(x) of the experts added so far
-        self.hidden = tape.storage.shelf()
+        self.x = tape.storage.tensor_list()
+        self.differences = tape.storage.tensor_list()  # g·Shared(x) + Σ w̄_i·E_i(x) - MoE(x) of the experts added so far
+        self.hidden = tape.storage.tensor_list()
         self._references: dict[int, Reference] = {}
         self._held: dict[int, Tensor] = {}  # outputs of all experts
         self._holds_outputs = False

@@ -33,7 +33,7 @@ def condensed_block(block: SparseBlock, operation: Condense) -> CondensedMoE:
     """Make the condensed block of an operation, beside the original."""
     weights = block.weights
     token_gate = operation.shared_gate is None
-    condensed = CondensedMoE.shaped_for(weights, len(operation.experts), token_gate, pair=block.pair)
+    condensed = CondensedMoE.make_empty(weights, len(operation.experts), token_gate, pair=block.pair)
     return condensed.fill(weights, operation.experts, operation.coefficients, operation.shared_gate)
 
 

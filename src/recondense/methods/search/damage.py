@@ -15,7 +15,7 @@ from recondense.calibration.tape import Tape
 from recondense.methods.search.divergence import Reference, js_from_difference
 from recondense.methods.search.rerun import Change, Rerun
 from recondense.models import decoder
-from recondense.models.tensor_store import Shelf
+from recondense.models.tensor_store import TensorList
 
 
 class Damage:
@@ -50,7 +50,7 @@ class Damage:
         return [self.score(final) for final in self._rerun.final_states(changes)]
 
     @torch.no_grad()
-    def score(self, final: Shelf) -> float:
+    def score(self, final: TensorList) -> float:
         """The divergence of the states (B, S, D) that leave the last layer, one for each text batch."""
         js = []
         for index, hidden_BSD in enumerate(final):

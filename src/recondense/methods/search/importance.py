@@ -19,7 +19,7 @@ from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.methods.search.rerun import Change, Rerun
 from recondense.methods.step import Record
 from recondense.models import decoder, views
-from recondense.models.tensor_store import Shelf
+from recondense.models.tensor_store import TensorList
 from recondense.models.views import SparseBlock
 from recondense.progress import progress
 
@@ -143,7 +143,7 @@ def _losses(
     return [max(0.0, loss - original) if normalize else loss for loss in others]
 
 
-def _mean_loss(model: PreTrainedModel, tape: Tape, final: Shelf, max_scratch_bytes: int) -> float:
+def _mean_loss(model: PreTrainedModel, tape: Tape, final: TensorList, max_scratch_bytes: int) -> float:
     """From the states leaving the last layer; summed over text batches in their order."""
     parts = tape.texts.in_order(
         [

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.methods.search.genetic import ExpertSet
 from recondense.models import views
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
-from recondense.models.tensor_store import Shelf
+from recondense.models.tensor_store import TensorList
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def reception_field(
         the groups in order. The first combination wins a tie.
     """
     layers = sorted(candidates)
-    states = tape.states[layers[0]] if layers else tape.storage.shelf()
+    states = tape.states[layers[0]] if layers else tape.storage.tensor_list()
     groups = list(known)
-    with evaluating(model):
+    with eval_mode(model):
         for number, first in enumerate(range(0, len(layers), group_size)):
             members = tuple(layers[first : first + group_size])
             stretches = [*zip(members, [*members[1:], members[-1] + 1], strict=True)]
@@ -93,7 +93,7 @@ def _errors(
     tape: Tape,
     candidates: Mapping[int, Sequence[ExpertSet]],
     stretches: Sequence[tuple[int, int]],
-    states: Shelf,
+    states: TensorList,
 ) -> tuple[dict[tuple[int, ...], float], float]:
     """The squared error of every combination of a group, and the squared norm of the original's states.
 
@@ -103,7 +103,7 @@ def _errors(
     Args:
         stretches: for each MoE layer of the group, its index and that of the next MoE layer.
     """
-    live: dict[tuple[int, ...], Shelf] = {(): states}
+    live: dict[tuple[int, ...], TensorList] = {(): states}
     for layer, end in stretches[:-1]:
         live = {
             (*chosen, place): _run_layer(model, tape, before, layer, dropped)
@@ -123,7 +123,7 @@ def _errors(
     return errors, _squared_norm(tape, tape.states[end])
 
 
-def _squared_norm(tape: Tape, states: Shelf, others: Shelf | None = None) -> float:
+def _squared_norm(tape: Tape, states: TensorList, others: TensorList | None = None) -> float:
     """‖states − others‖² over the real tokens, summed over text batches in their order."""
     sums = []
     for index, hidden_BSD in enumerate(states):
@@ -134,23 +134,27 @@ def _squared_norm(tape: Tape, states: Shelf, others: Shelf | None = None) -> flo
     return sum(tape.texts.in_order(sums))
 
 
-def _run_stretch(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, end: int, dropped: ExpertSet) -> Shelf:
-    """All texts from the input of a MoE layer, with some experts dropped, to the input of layer `end`."""
+def _run_stretch(
+    model: PreTrainedModel, tape: Tape, states: TensorList, layer: int, end: int, dropped: ExpertSet
+) -> TensorList:
+    """All texts from the input of a MoE layer, with some experts dropped, to the input of layer `leave_group`."""
     states = _run_layer(model, tape, states, layer, dropped)
     for dense in range(layer + 1, end):
         states = _run_layer(model, tape, states, dense)
     return states
 
 
-def _run_layer(model: PreTrainedModel, tape: Tape, states: Shelf, layer: int, dropped: ExpertSet = ()) -> Shelf:
+def _run_layer(
+    model: PreTrainedModel, tape: Tape, states: TensorList, layer: int, dropped: ExpertSet = ()
+) -> TensorList:
     """All texts through one decoder layer, without the dropped experts."""
-    outputs = tape.storage.shelf()
+    outputs = tape.storage.tensor_list()
     with layer_store(model).resident(layer):
         blocks = {}
         if dropped:
             block = views.sparse_blocks(model)[layer]
             blocks = {layer: views.masked_block(block, [e for e in range(block.num_experts) if e not in dropped])}
-        with views.swapped(model, blocks):
+        with views.swap_blocks(model, blocks):
             for index, hidden_BSD in enumerate(states):
                 outputs.append(tape.run_layer(model, layer, index, hidden_BSD))
     return outputs

@@ -11,7 +11,7 @@ from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.methods.step import Record, SearchContext
 from recondense.models.layer_store import layer_store
-from recondense.progress import Stage, progress
+from recondense.progress import ProgressBar, progress
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LayerTask:
     layer: int
     tape: Tape
     cached: Record | None
-    bar: Stage
+    bar: ProgressBar
 
 
 Work = Callable[[LayerTask], Record]
@@ -116,13 +116,13 @@ class LayerwiseSearch:
         return {layer: record for layer, record in cached.items() if record is not None}, missing
 
     @contextmanager
-    def _progress(self, title: str, names: Mapping[int, str], missing: Sequence[int]) -> Iterator[Stage]:
+    def _progress(self, title: str, names: Mapping[int, str], missing: Sequence[int]) -> Iterator[ProgressBar]:
         with progress(title, len(names)) as bar:
             bar.advance(len(names) - len(missing))
             yield bar
 
     def _share(
-        self, tape: Tape, tasks: Sequence[tuple[int, Record | None]], work: Work, bar: Stage
+        self, tape: Tape, tasks: Sequence[tuple[int, Record | None]], work: Work, bar: ProgressBar
     ) -> list[tuple[Record | None, UserError | None]]:
         """Search one layer a process; all processes get all records and errors."""
         excerpt = tape.excerpt([layer for layer, _ in tasks]) if tape.texts.split else tape

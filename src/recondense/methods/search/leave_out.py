@@ -57,9 +57,9 @@ class LeaveOutScorer:
         self.num_tokens = 0
         self.output_norm = 0.0
         # One entry a text batch:
-        self._x = storage.shelf()
-        self._logits = storage.shelf()
-        self._index = storage.shelf()
+        self._x = storage.tensor_list()
+        self._logits = storage.tensor_list()
+        self._index = storage.tensor_list()
         self._steep: list[bool] = []
         self._grams: list[Tensor] | None = None
 

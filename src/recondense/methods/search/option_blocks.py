@@ -35,7 +35,7 @@ class OptionBlocks:
                 retained = operation.retained
                 module = views.masked_block(block, retained)
             if isinstance(operation, Factorize):
-                return views.with_parts(
+                return views.replace_parts(
                     block.module,
                     router=views.pruned_router(block, retained),
                     experts=self._factorize(block, retained, operation),

@@ -114,8 +114,10 @@ class Options:
             importance = self._retained_importance(layer, earlier)
             budget = sizes[layer] + int(spare * sizes[layer] / total)
             average = budget / ranks.parameters([1] * len(importance), *self._shape)
-            multiple = ranks.multiple_of(self.settings.rank_multiple, *self._shape, average)
-            _, allocated = ranks.within({layer: importance}, budget, *self._shape, self.settings.alpha, multiple)
+            multiple = ranks.resolve_multiple(self.settings.rank_multiple, *self._shape, average)
+            _, allocated = ranks.allocate_budget(
+                {layer: importance}, budget, *self._shape, self.settings.alpha, multiple
+            )
             widened[layer] = self._factorize(layer, earlier, allocated[layer])
         return widened
 
@@ -159,7 +161,7 @@ class Options:
             importance = self._retained_importance(layer, prune)
             for ratio in settings.kept_ratios:
                 average = max(1.0, ratio * ranks.break_even(*self._shape))
-                multiple = ranks.multiple_of(settings.rank_multiple, *self._shape, average)
+                multiple = ranks.resolve_multiple(settings.rank_multiple, *self._shape, average)
                 allocated = ranks.allocate(importance, average, *self._shape, settings.alpha, multiple)
                 options.append(self._factorize(layer, prune, allocated))
         return list({option.name: option for option in options}.values())

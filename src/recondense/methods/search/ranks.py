@@ -21,12 +21,12 @@ def break_even(hidden_size: int, expert_width: int) -> float:
     return hidden_size * expert_width / (hidden_size + expert_width)
 
 
-def automatic(hidden_size: int, expert_width: int) -> int:
+def automatic_rank(hidden_size: int, expert_width: int) -> int:
     """The average rank that keeps 0.614 of an expert's parameters, the paper's share."""
     return max(1, int(AUTO_KEPT * break_even(hidden_size, expert_width)))
 
 
-def multiple_of(setting: int | str, hidden_size: int, expert_width: int, average_rank: float) -> int:
+def resolve_multiple(setting: int | str, hidden_size: int, expert_width: int, average_rank: float) -> int:
     """Resolve `rank_multiple`. "auto" is the largest power of two within a 16th of the average rank (32 for 512).
 
     A layer then has a handful of different ranks. Experts of one rank are computed by one grouped product, which needs
@@ -136,7 +136,7 @@ def parameters(ranks: Sequence[int | None], hidden_size: int, expert_width: int)
     return sum(dense if rank is None else rank * rank_unit for rank in ranks)
 
 
-def within(
+def allocate_budget(
     importance: Mapping[int, Sequence[float]],
     budget: int,
     hidden_size: int,

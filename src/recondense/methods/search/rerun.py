@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.models import views
-from recondense.models.hooks import evaluating
+from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
-from recondense.models.tensor_store import Shelf
+from recondense.models.tensor_store import TensorList
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Rerun:
         self.model = model
         self.tape = tape
         self.blocks: dict[int, nn.Module] = {}
-        self.states: list[Shelf] = list(tape.states)
+        self.states: list[TensorList] = list(tape.states)
         self._valid = tape.num_layers  # the states up to this layer are those under the present blocks
 
     def put(self, blocks: Mapping[int, nn.Module]) -> None:
@@ -62,11 +62,11 @@ class Rerun:
         self.states, self._valid = list(self.tape.states), self.tape.num_layers
 
     @torch.no_grad()
-    def final_states(self, changes: Sequence[Change]) -> list[Shelf]:
+    def final_states(self, changes: Sequence[Change]) -> list[TensorList]:
         """Compute the states (B, S, D) that leave the last layer under each change, one shelf of batches a change."""
-        live: dict[int, Shelf] = {}
+        live: dict[int, TensorList] = {}
         lowest = min([self._valid, *(change.layer for change in changes)])
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for layer in range(lowest, self.tape.num_layers):
                 block = self.blocks.get(layer)
                 for number in live:
@@ -80,10 +80,10 @@ class Rerun:
         self._valid = self.tape.num_layers
         return [live[number] for number in range(len(changes))]
 
-    def _run_layer(self, layer: int, block: nn.Module | None, states: Shelf) -> Shelf:
+    def _run_layer(self, layer: int, block: nn.Module | None, states: TensorList) -> TensorList:
         """All texts through one layer with a block in it; None: the original one."""
-        outputs = self.tape.storage.shelf()
-        with views.swapped(self.model, {} if block is None else {layer: block}), evaluating(self.model):
+        outputs = self.tape.storage.tensor_list()
+        with views.swap_blocks(self.model, {} if block is None else {layer: block}), eval_mode(self.model):
             for index, hidden_BSD in enumerate(states):
                 outputs.append(self.tape.run_layer(self.model, layer, index, hidden_BSD))
         return outputs

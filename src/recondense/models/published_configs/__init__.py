@@ -46,5 +46,5 @@ def recorded_config(hub_id: str) -> PretrainedConfig:
     values = recorded_values(hub_id)
     model_type = values["model_type"]
     families.family_name(model_type)
-    classes.register_compressed(model_type)
+    classes.register_model_type(model_type)
     return CONFIG_MAPPING[model_type].from_dict(values)

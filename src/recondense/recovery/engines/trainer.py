@@ -55,7 +55,7 @@ class StartedProcesses(ClusterEnvironment):
         return int(os.environ.get("LOCAL_RANK", "0"))
 
     def node_rank(self) -> int:
-        return processes.rank() // processes.on_this_node()
+        return processes.rank() // processes.local_world_size()
 
 
 def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Iterable[nn.Module]) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Ite
         leaves: MoE blocks; the tokens decide which of their experts run.
     """
     gpu = device.type == "cuda"
-    if not processes.grouped():
+    if not processes.has_group():
         return {"accelerator": "gpu" if gpu else "cpu", "devices": [device.index or 0] if gpu else 1}
-    here = processes.on_this_node()
+    here = processes.local_world_size()
     return {
         "accelerator": "gpu" if gpu else "cpu",
         # a single process on a GPU of its choice, else on the GPU of its number
@@ -109,7 +109,7 @@ def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
     }
 
 
-def needs_all(strategy: Strategy) -> bool:
+def needs_all_processes(strategy: Strategy) -> bool:
     """Whether a forward pass of the trained module needs all processes, because its weights are sharded."""
     return isinstance(strategy, Sharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
 

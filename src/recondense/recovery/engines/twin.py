@@ -113,7 +113,7 @@ def prefetch_backwards(root: nn.Module, units: Sequence[nn.Module]) -> None:
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def unshard_root(module: nn.Module) -> Iterator[None]:
     """Inside, weights in no unit (embeddings, head) can be used outside a training or validation step.
 
     ZeRO-3 unshards what is used by itself.

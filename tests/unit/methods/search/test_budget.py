@@ -16,7 +16,7 @@ from recondense.methods.naee import NAEE
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
 from recondense.models import parameters, views
-from recondense.models.parameters import routed_parameters, total_parameters
+from recondense.models.parameters import count_parameters, routed_parameters
 from recondense.operations import Prune
 from recondense.plan import Plan
 from recondense.surgery import apply
@@ -37,16 +37,16 @@ def drop(model: Any, total: int) -> None:
         total -= number
         plan += [Prune(layer, tuple(range(number, 6)))] if number else []
     assert total == 0
-    apply.apply(model, Plan("tiny", tuple(plan)))
+    apply.execute(model, Plan("tiny", tuple(plan)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_the_model(family: str) -> None:
     model = FAMILIES[family]()
     layers = len(views.sparse_blocks(model))
-    assert total_parameters(model) == size(model) == parameters.parameter_counts(model.config).total
+    assert count_parameters(model) == size(model) == parameters.parameter_counts(model.config).total
     assert routed_parameters(model) == layers * 6 * EXPERT
-    apply.apply(model, condense_plan(model, [1]))  # two of its routed experts stay
+    apply.execute(model, condense_plan(model, [1]))  # two of its routed experts stay
     assert routed_parameters(model) == (layers - 1) * 6 * EXPERT + 2 * EXPERT
 
 
@@ -117,7 +117,7 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
     reached = []
     for plan in (operations, operations[:-1]):
         other = FAMILIES[family]()
-        apply.apply(other, Plan("tiny", tuple(plan)))
+        apply.execute(other, Plan("tiny", tuple(plan)))
         kept = size(other) / original  # the scale, a buffer that export folds, does not count
         reached.append(kept <= ratio if name == "memory_ratio" else 1 - routed_parameters(other) / experts >= ratio)
     assert reached == [True, False]

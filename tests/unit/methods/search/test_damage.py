@@ -29,7 +29,7 @@ def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
     for block in tape.texts.local:
         for ids, mask in zip(block.input_ids_BS, block.mask_BS, strict=True):
             p = torch.softmax(final(ids[mask]), dim=-1)
-            with views.swapped(model, blocks):
+            with views.swap_blocks(model, blocks):
                 q = torch.softmax(final(ids[mask]), dim=-1)
             m = (p + q) / 2
             js = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
