@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from recondense.export.export import _concatenated
+from recondense.export.export import _concatenate
 from recondense.models import blocks, deepseek, expert_products, low_rank
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -264,7 +264,7 @@ print(json.dumps(found))
 
 
 def test_works_behind_other_sources_in_one_file(tmp_path: Path) -> None:
-    source = _concatenated(blocks, expert_products, low_rank, deepseek)
+    source = _concatenate(blocks, expert_products, low_rank, deepseek)
     code = {"AutoConfig": "modeling_exported.ExportedConfig"}
     code["AutoModelForCausalLM"] = "modeling_exported.ExportedForCausalLM"
     config = {**SMALL, "model_type": "exported_deepseek", "auto_map": code}
