@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.condensed import condensed_layers
 from support.searched import BUDGETS, METHODS, TAPES, WITH_OTHER_TAPES, plan_of, steps_of
 from support.tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
 from transformers import AutoModelForCausalLM
 
 from recondense.config.schema import RecoveryConfig
 from recondense.export.export import export
-from recondense.export.layout import condensed_layers
 from recondense.models import classes, decoder, families, parameters, views
 from recondense.models.parameters import sizes, weights_bytes
 from recondense.operations import Factorize

@@ -118,12 +118,6 @@ def _dense_width(shape: Mapping[str, Any]) -> int | None:
     return shape["shared_width"] + shape["routed_width"] if shape["kind"] == "condensed" else None
 
 
-def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMoE]:
-    """The condensed layers of a model, by decoder-layer index."""
-    blocks = {layer: views.get_block(model, layer) for layer in range(len(decoder.decoder_layers(model)))}
-    return {layer: block for layer, block in blocks.items() if isinstance(block, CondensedMoE)}
-
-
 def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[int, dict[str, Any]]:
     """The shape of each layer that is not as the family's config says: JSON values, arguments of `compressed.reshape`.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.condensed import condensed_layers
 from support.tiny_models import VOCAB, bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, tiny, windows
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -24,7 +25,7 @@ from recondense import files
 from recondense.config.schema import ExportConfig, ModelConfig
 from recondense.errors import UserError
 from recondense.export import export as export_module
-from recondense.export import layout, shard_writer
+from recondense.export import shard_writer
 from recondense.export.export import export
 from recondense.models import loading
 from recondense.models.parameters import count_parameters
@@ -283,7 +284,7 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
         assert config["model_type"] == model.config.model_type and "auto_map" not in config
         if variant.layers and "mlp_only_layers" in config:
             assert set(variant.layers) <= set(config["mlp_only_layers"])
-            condensed = layout.condensed_layers(model)
+            condensed = condensed_layers(model)
             (width,) = {block.down_proj.in_features for block in condensed.values()}
             assert config["intermediate_size"] == width
         elif variant.layers:
@@ -297,7 +298,7 @@ def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
     model, plan = student(VARIANTS["qwen, bf16"])
     export(model, None, plan, tmp_path / "out", "")
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    block = layout.condensed_layers(model)[1]
+    block = condensed_layers(model)[1]
     assert block.scale is not None
     expected = (block.down_proj.weight.double() * block.scale.double()).bfloat16()
     assert torch.equal(stored["model.layers.1.mlp.down_proj.weight"], expected)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.condensed import condensed_layers
 from support.plain_moe import FOUR, PAIRS, RANKS, Ranks
 from support.small import byte_tokenizer
 from support.tiny_models import EVERY, bits, logits, recorded, same_bits, tiny, windows
@@ -18,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
 from recondense.export.export import export
-from recondense.export.layout import condensed_layers
 from recondense.models import decoder, families, loading, parameters, views
 from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune

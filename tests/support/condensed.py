@@ -1,0 +1,14 @@
+"""The condensed layers of a model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from recondense.models import decoder, views
+from recondense.models.blocks import CondensedMoE
+
+
+def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMoE]:
+    """By decoder-layer index."""
+    blocks = {layer: views.get_block(model, layer) for layer in range(len(decoder.decoder_layers(model)))}
+    return {layer: block for layer, block in blocks.items() if isinstance(block, CondensedMoE)}
