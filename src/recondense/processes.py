@@ -37,7 +37,7 @@ _timeout: timedelta | None = None  # of this run's groups; None: torch's own
 
 def has_group() -> bool:
     """Whether there is a process group, even if it has one process."""
-    assert _mode is not _Mode.FIRST, "`run_on_first` lies around this: the other processes wait, and cannot take part"
+    assert _mode is not _Mode.FIRST, "the other processes wait for this one, and cannot take part"
     return dist.is_available() and dist.is_initialized() and _mode is not _Mode.ALONE
 
 
@@ -129,7 +129,7 @@ def run_on_first(make: Callable[[], Value]) -> Value:
 @contextmanager
 def work_alone() -> Iterator[None]:
     """Inside, this process is a run of one: collectives need no other. Only within `run_on_first`."""
-    assert _mode is not _Mode.TOGETHER or world_size() == 1, "the other processes do not wait: use `run_on_first`"
+    assert _mode is not _Mode.TOGETHER or world_size() == 1, "the other processes do not wait for this one"
     with _in_mode(_Mode.ALONE):
         yield
 

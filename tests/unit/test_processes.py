@@ -32,7 +32,7 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 )
 def test_what_needs_the_others_is_refused_inside_by_first(call: Callable[[], Any]) -> None:
     """Also in a run of one process, so that every run tells."""
-    with pytest.raises(AssertionError, match="by_first"):
+    with pytest.raises(AssertionError, match="wait for this one"):
         processes.run_on_first(call)
     assert processes.world_size() == 1  # and afterwards it may be asked again
 
