@@ -30,7 +30,7 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
         lambda: processes.SharedMapping({})["key"],
     ],
 )
-def test_what_needs_the_others_is_refused_inside_by_first(call: Callable[[], Any]) -> None:
+def test_what_needs_the_others_is_refused_while_they_wait(call: Callable[[], Any]) -> None:
     """Also in a run of one process, so that every run tells."""
     with pytest.raises(AssertionError, match="wait for this one"):
         processes.run_on_first(call)

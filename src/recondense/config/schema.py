@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, field, fields, is_dataclass
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from recondense.config.identity import NO_RESULT, identity_of
 from recondense.config.problems import Problem, render
 from recondense.config.steps import step_entries
 from recondense.config.types import (
@@ -40,7 +41,6 @@ from recondense.errors import ConfigError
 
 WORK = "work"  # what a run keeps on disk while it works
 FORBID = ConfigDict(extra="forbid")
-NO_RESULT = {"identity": False}  # metadata of a setting that cannot change a result: it has no part in a run's hash
 Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
 Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records
 Figure = Literal["perplexity", "loss", "kl_to_original", "gap_closed"]
@@ -310,7 +310,7 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a result depends on, as plain JSON values."""
-        settings: dict[str, Any] = json.loads(json.dumps(_identity(self)))
+        settings: dict[str, Any] = json.loads(json.dumps(identity_of(self)))
         if not step_entries(self.method):  # a budget, or any other setting, means nothing to no step
             settings["method"] = {"name": self.method.get("name", "none"), "steps": []}
         return settings
@@ -328,14 +328,6 @@ class Config:
     def to_yaml(self) -> str:
         """The text of config.yaml in a run's folder; `from_dict` reads it back."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
-
-
-def _identity(value: Any) -> Any:
-    """Settings without those that cannot change a result."""
-    if not is_dataclass(value):
-        return list(map(_identity, value)) if isinstance(value, tuple) else value
-    names = [entry.name for entry in fields(value) if entry.metadata.get("identity", True)]
-    return {name: _identity(getattr(value, name)) for name in names}
 
 
 def read(values: Free) -> tuple[Config, list[Problem]]:

@@ -1,4 +1,4 @@
-"""Token ids: the calibration set, packing, and an order of training that survives an interruption."""
+"""An order of training that survives an interruption."""
 
 from __future__ import annotations
 
@@ -9,84 +9,9 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from support.small import byte_tokenizer
 from torch import Tensor, nn
 
-from recondense.data.calibration_set import make_calibration_set
 from recondense.data.loader import RecoveryData, Windows
-from recondense.data.windows import pack
-
-# ------------------------------------------------------------------------------------------------ calibration set
-
-
-def test_calibration_texts_are_cut_and_kept_apart() -> None:
-    calibration = make_calibration_set(["abcdef", "gh", "ignored"], byte_tokenizer(), num_samples=2, max_length=4)
-    tokenizer = byte_tokenizer()
-    assert [tokenizer.decode(ids) for ids in calibration.ids] == ["abcd", "gh"]
-    assert (len(calibration), calibration.num_tokens) == (2, 6)
-    [(input_ids_BS, mask_BS)] = calibration.batches(8)
-    assert mask_BS.tolist() == [[True] * 4, [True, True, False, False]]
-    assert input_ids_BS.tolist() == [calibration.ids[0], [*calibration.ids[1], 0, 0]]
-
-
-def test_blocks_cover_all_texts_in_order() -> None:
-    calibration = make_calibration_set(["a", "bbb", "cc", "dddd", "e"], byte_tokenizer(), num_samples=5, max_length=9)
-    blocks = list(calibration.batches(2))
-    assert [tuple(mask.shape) for _, mask in blocks] == [(2, 3), (2, 4), (1, 1)]
-    rows = [ids[mask].tolist() for block in blocks for ids, mask in zip(*block, strict=True)]
-    assert rows == calibration.ids
-
-
-def test_the_fingerprint_sees_ids_and_ends() -> None:
-    def fingerprint(*texts: str) -> str:
-        return make_calibration_set(texts, byte_tokenizer(), len(texts), 8).fingerprint()
-
-    assert fingerprint("ab", "c") == fingerprint("ab", "c")
-    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc"), fingerprint("c", "ab")}) == 4
-
-
-def test_too_few_or_empty_calibration_texts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"num_samples=3: there are 2 calibration texts; lower it"):
-        make_calibration_set(["a", "b"], byte_tokenizer(), 3, 8)
-    with pytest.raises(ValueError, match=r"2 of 4 texts are shorter than one token \(index from 0: 1, 3\)"):
-        make_calibration_set(["a", "", "b", ""], byte_tokenizer(), 4, 8)
-
-
-def test_a_special_token_is_no_text() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    assert make_calibration_set(["ab"], tokenizer, 1, 8).ids[0][0] == 0
-    with pytest.raises(ValueError, match="shorter than one token"):
-        make_calibration_set([""], tokenizer, 1, 8)
-
-
-# -------------------------------------------------------------------------------------------------------- packing
-
-
-def test_packing_joins_documents_with_eos_and_drops_the_tail() -> None:
-    tokenizer = byte_tokenizer()
-    windows = pack(["abc", "", "defgh"], tokenizer, 4)
-    assert windows.dtype == torch.long and windows.shape == (2, 4)
-    assert tokenizer.decode(windows.flatten()) == "abc<|endoftext|><|endoftext|>def"
-    assert pack([str(number) * 50 for number in range(200)], tokenizer, 51).shape[0] >= 200
-
-
-def test_text_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the validation text: 2 texts give 5 tokens, fewer than one window of .*=8"):
-        pack(["ab", "c"], byte_tokenizer(), 8, "the validation text")
-
-
-def test_packing_without_an_eos_token() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = None
-    assert tokenizer.decode(pack(["ab", "cd"], tokenizer, 2).flatten()) == "abcd"
-
-
-# ------------------------------------------------------------------------------------------------- recovery's data
 
 
 def order(num_windows: int = 10, batch_size: int = 3, num_batches: int = 8, seed: int = 0) -> list[list[int]]:

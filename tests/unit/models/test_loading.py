@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,10 @@ from support.condensed import condensed_layers
 from support.plain_moe import FOUR, PAIRS, RANKS, Ranks
 from support.small import byte_tokenizer
 from support.tiny_models import EVERY, bits, logits, recorded, same_bits, tiny, windows
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
 from recondense.export.export import export
-from recondense.models import decoder, families, loading, parameters, views
+from recondense.models import families, loading, parameters, views
 from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
@@ -184,55 +180,3 @@ def test_a_compressed_folder_is_recovered_further(family: str, tmp_path: Path) -
     last = loaded(tmp_path / "second", family)
     torch.testing.assert_close(logits(last, IDS), logits(again, IDS), rtol=0, atol=1e-5)
     assert set(condensed_layers(last)) == {1}
-
-
-# ---------------------------------------------------------------------------------------------- memory
-
-
-class Living(TorchDispatchMode):
-    """The most bytes of tensors at a time that operations inside made; storages of the given model do not count."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.owned = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-        self.made: list[weakref.ref[Tensor]] = []
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for each in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(each, Tensor):
-                self.made.append(weakref.ref(each))
-        living = [tensor for each in self.made if (tensor := each()) is not None]
-        self.made = [weakref.ref(tensor) for tensor in living]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in living}
-        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self.owned))
-        return found
-
-
-EXPORTS: dict[str, tuple[str, tuple[Operation, ...], ExportConfig]] = {
-    "as it is": ("qwen2_moe", (), ExportConfig()),
-    "gpt_oss": ("gpt_oss", (), ExportConfig()),
-    "condensed": ("qwen2_moe", tuple(Condense(layer, (3, 0), (0.4, 0.2), 0.5) for layer in range(8)), ExportConfig()),
-    "multiplied out": (
-        "qwen2_moe", tuple(Factorize(layer, dict.fromkeys(RANKS, (4,) * 6)) for layer in range(8)),
-        ExportConfig(format="dense"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EXPORTS)
-def test_an_export_holds_a_shard_and_a_layer(name: str, tmp_path: Path) -> None:
-    family, operations, how = EXPORTS[name]
-    model = tiny(family, num_hidden_layers=8, vocab_size=16, **({"layer_types": None} if family == "gpt_oss" else {}))
-    apply.execute(model, Plan("tiny", operations))
-    layer = max(sum(value.nbytes for value in each.state_dict().values()) for each in decoder.decoder_layers(model))
-    if how.format == "dense":
-        layer += 6 * 3 * 32 * 16 * 4
-    shard = 30_000
-    gc.collect()
-    with Living(model) as living:
-        export(model, None, Plan("tiny"), tmp_path / "out", "", ExportConfig(format=how.format, max_shard_size=shard))
-    files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
-    assert len(files) > 4 and max(files) < shard + 10_000
-    assert living.peak <= shard + layer < sum(files) / 2

@@ -13,13 +13,12 @@ from support.tiny_models import condense_plan, qwen2_moe, windows
 from torch import Tensor
 
 from recondense.data.labels import MASKED, target_mask
-from recondense.data.loader import RecoveryData, ShuffledWindows
+from recondense.data.loader import RecoveryData
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 
 TARGETS = (1, 7, 7, 1, 3, 2, 7, 5)
 SHARES: dict[str, Any] = {"cross_entropy_share": 0.25, "temperature": 2.0}
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
 def table(targets: tuple[int, ...] = TARGETS) -> dict[str, Tensor]:
@@ -107,36 +106,3 @@ def test_validation_is_one_mean_over_tokens(tmp_path: Path) -> None:
     found = [step(tmp_path, batch_size, 8 // batch_size, validate=1) for batch_size in (1, 2, 8)]
     for name in ("recovery/validation_loss", "recovery/validation_kl"):
         assert [each.logged[name] for each in found] == pytest.approx([found[0].logged[name]] * 3, rel=1e-5)
-
-
-def loader(targets: tuple[int, ...], batch_size: int, num_batches: int, accumulate: int) -> ShuffledWindows:
-    return ShuffledWindows(table(targets), batch_size, num_batches, 3, lambda: 0, accumulate)
-
-
-@pytest.mark.parametrize(("num_batches", "steps"), [(6, [(0, 3), (3, 6)]), (5, [(0, 3), (3, 5)])])
-def test_the_batches_of_a_step_weigh_one_in_the_mean(num_batches: int, steps: list[tuple[int, int]]) -> None:
-    """Also where a step runs across the end of the windows, and where an epoch ends in the middle of one."""
-    batches = list(loader((1, 7, 7, 1, 3), 2, num_batches, 3))
-    for batch in batches:
-        part, whole, of_step = batch["weight"].tolist()
-        assert batch["weight"].dtype == torch.int64, "bf16 would round others"
-        assert part == whole and part > 0 < of_step
-    for first, end in steps:
-        counts = [int(target_mask(batch["labels"]).sum()) for batch in batches[first:end]]
-        weights = [float(batch["weight"][0] / batch["weight"][2]) for batch in batches[first:end]]
-        assert weights == pytest.approx([count * (end - first) / sum(counts) for count in counts])
-
-
-def test_equal_batches_weigh_exactly_one() -> None:
-    for batch in loader((5,) * 7, 2, 6, 3):
-        assert len(set(batch["weight"].tolist())) == 1
-    assert all("weight" not in batch for batch in loader(TARGETS, 2, 6, 1))
-    plain = ShuffledWindows({"input_ids": windows(7, 8)}, 2, 6, 3, lambda: 0, 3)
-    assert all(set(batch) == {"input_ids"} for batch in plain)
-
-
-def test_a_batch_without_targets_counts_nothing() -> None:
-    weights = [batch["weight"].tolist() for batch in loader((0, 7), 1, 2, 2)]
-    assert sorted(part for part, *_ in weights) == [0, 14] and {of_step for *_, of_step in weights} == {7}
-    none = [batch["weight"].tolist() for batch in loader((0, 0), 1, 2, 2)]
-    assert none == [[0, 0, 1]] * 2

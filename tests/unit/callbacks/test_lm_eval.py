@@ -1,0 +1,83 @@
+"""lm-eval while training: at the right steps, and training does not notice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.small_trainer import Module, fit
+from torch import nn
+
+from recondense.callbacks.lm_eval import LmEval
+from recondense.callbacks.profile import ProfileMemoryAndSpeed
+from recondense.evaluation import lm_eval
+
+
+@pytest.fixture()
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands in for lm-eval: draws from every generator, changes modes, and notes how it was called."""
+    found: list[dict[str, Any]] = []
+
+    def run_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], **settings: Any) -> Any:
+        random.random(), np.random.rand(), torch.rand(1)
+        model.eval()
+        found.append({"tokenizer": tokenizer, "tasks": tasks, **settings})
+        return {task: {"acc": float(len(found)), "acc_stderr": 0.5} for task in tasks}
+
+    monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
+    return found
+
+
+class TestLmEval:
+    def test_evaluates_every_n_optimiser_steps_and_at_the_end(self, calls: list[Any], tmp_path: Path) -> None:
+        module = Module()
+        callback = LmEval(["a", "b"], every_n_steps=2, limit=3, num_fewshot=1, batch_size=4, include_path="folder")
+        _, recorder = fit(module, [callback], tmp_path, num_batches=10, accumulate_grad_batches=2)
+        assert recorder.steps("recovery/a/acc") == recorder.steps("recovery/b/acc_stderr") == [2, 4, 5]
+        assert {step: found["a"]["acc"] for step, found in module.task_results.items()} == {2: 1, 4: 2, 5: 3}
+        expected = {"limit": 3, "num_fewshot": 1, "batch_size": 4, "include_path": "folder"}
+        assert calls[0] == {"tokenizer": "tokenizer", "tasks": ["a", "b"], **expected}
+
+    def test_the_last_step_is_evaluated_once(self, calls: list[Any], tmp_path: Path) -> None:
+        fit(Module(), [LmEval(["a"], every_n_steps=3)], tmp_path)
+        assert len(calls) == 2
+
+    def test_training_does_not_notice(self, calls: list[Any], tmp_path: Path) -> None:
+        plain, evaluated = Module(), Module()
+        fit(plain, [], tmp_path)
+        fit(evaluated, [LmEval(["a"], every_n_steps=1), ProfileMemoryAndSpeed(prompt_length=4, new_tokens=1)], tmp_path)
+        assert len(calls) == 6
+        assert evaluated.model.training
+        for name, value in plain.state_dict().items():
+            assert torch.equal(value, evaluated.state_dict()[name]), name
+
+    def test_runs_in_the_precision_of_the_trainer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+
+        def run_tasks(*_: Any, **__: Any) -> dict[str, Any]:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return {}
+
+        monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
+        fit(Module(), [LmEval(["a"])], tmp_path, precision="bf16-mixed")
+        assert seen == [True]
+
+    def test_without_tasks_nothing_runs(self, calls: list[Any], tmp_path: Path) -> None:
+        for tasks in (None, ()):
+            fit(Module(), [LmEval(tasks, every_n_steps=1)], tmp_path)
+        assert calls == []
+        with pytest.raises(ValueError, match="every_n_steps is -1"):
+            LmEval(["a"], every_n_steps=-1)
+
+    def test_a_restart_keeps_results_and_does_not_repeat_them(self, calls: list[Any], tmp_path: Path) -> None:
+        before = LmEval(["a"], every_n_steps=2, at_end=False)
+        fit(Module(), [before], tmp_path)
+        after, module = LmEval(["a"], every_n_steps=2, at_end=False), Module()
+        after.load_state_dict(before.state_dict())
+        fit(module, [after], tmp_path)
+        assert sorted(module.task_results) == [2, 4, 6] and len(calls) == 3

@@ -1,0 +1,57 @@
+"""The combined search keeps its best round and spends its budget."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from support.tiny_models import qwen2_moe, recorded
+
+from recondense.methods.combined import Combined
+from recondense.methods.search.budget import Budget
+from recondense.methods.search.damage import Damage
+from recondense.methods.search.genetic import Genetic
+from recondense.methods.step import SearchContext
+from recondense.models import families, views
+from recondense.models.parameters import sizes
+from recondense.operations import Factorize
+from recondense.plan import Plan
+from recondense.surgery import apply
+
+RANK_STEP = 3 * (32 + 16)  # parameters of one rank more of one expert of the small models
+COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": ()}
+COMBINED |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
+
+
+def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
+    assert step.check(families.facts(model.config)) == []
+    found: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
+    return found
+
+
+def test_combined_keeps_its_best_round() -> None:
+    """The choice around which the last round measures is better than what that round chooses."""
+    model = qwen2_moe(2)
+    tape = recorded(model)
+    operations, record = search(Combined(**COMBINED, rounds=3, budget=Budget(memory_ratio=0.8)), model)
+    damages = [each["damage"] for each in record["rounds"]]
+    best = min(range(3), key=damages.__getitem__)
+    assert damages[0] > damages[best] < damages[-1]
+    assert record["chosen"] == record["rounds"][best]["choice"] != record["rounds"][-1]["choice"]
+    originals = apply.execute(model, Plan("tiny", tuple(operations)))
+    compressed = {layer: views.get_block(model, layer) for layer in originals}
+    with views.swap_blocks(model, originals):
+        measured = Damage(model, tape).replace(compressed)
+    assert measured == pytest.approx(damages[best], rel=1e-4)
+
+
+def test_combined_gives_what_is_left_to_ranks() -> None:
+    """Less is left of the budget than one rank of one expert in each factorized layer."""
+    model = qwen2_moe()
+    settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "budget": Budget(memory_ratio=0.85), "rounds": 1}
+    operations, _ = search(Combined(**settings), model)
+    budget = math.floor(0.85 * sizes(model)["total"])
+    apply.execute(model, Plan("tiny", tuple(operations)))
+    factorized = sum(isinstance(operation, Factorize) for operation in operations)
+    assert factorized and 0 <= budget - sizes(model)["total"] < factorized * RANK_STEP

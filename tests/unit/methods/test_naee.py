@@ -1,0 +1,33 @@
+"""NAEE against the enumeration of transformers' own blocks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from support.brute_force_moei2 import change
+from support.tiny_models import FAMILIES, recorded, unchanged
+
+from recondense.methods.naee import NAEE
+from recondense.methods.search.budget import Budget
+from recondense.methods.step import SearchContext
+
+
+def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
+    with unchanged(model):
+        found: tuple[list[Any], dict[str, Any]] = step.search(
+            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
+        )
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_naee_is_the_enumeration_of_transformers_blocks(family: str) -> None:
+    model = FAMILIES[family]()
+    operations, _ = search(NAEE(budget=Budget(removed_expert_ratio=0.5)), model)
+    tape = recorded(model)
+    for operation in operations:
+        sets = list(itertools.combinations(range(6), 3))
+        best = min(sets, key=lambda each: change(model, tape, operation.layer, each))
+        assert set(operation.retained) == set(range(6)) - set(best)

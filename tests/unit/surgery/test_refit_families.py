@@ -1,0 +1,53 @@
+"""Refits on every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.plain_moe import (
+    FOUR,
+    PAIRS,
+    RANKS,
+)
+from support.tiny_models import EVERY, recorded, texts
+from torch import Tensor
+
+from recondense.operations import Condense, Factorize, Merge, Operation, Prune, Refit
+from recondense.plan import Plan
+from recondense.surgery import apply
+
+
+@torch.no_grad()
+def leaving(model: Any, layer: int) -> Tensor:
+    """Hidden states leaving a decoder layer, all calibration texts one after another."""
+    seen: list[Tensor] = []
+    handle = model.model.layers[layer].register_forward_hook(lambda module, args, output: seen.append(output))
+    for text in texts():
+        model(input_ids=torch.tensor([text]), use_cache=False)
+    handle.remove()
+    return torch.cat([(each[0] if isinstance(each, tuple) else each)[0] for each in seen]).double()
+
+
+REFITS: dict[str, tuple[Operation, Operation]] = {
+    "prune": (Prune(1, FOUR), Refit(1, "down_proj", 1e-3)),
+    "merge": (Merge(1, *PAIRS), Refit(1, "down_proj", 1e-3)),
+    "factorize": (Factorize(1, RANKS), Refit(1, "down_proj", 1e-3)),
+    "condense": (Condense(1, (3, 0), (0.4, 0.2)), Refit(1, "down_proj", 1e-3)),
+    "coefficients": (Condense(1, (3, 0), (0.4, 0.2)), Refit(1, "coefficients", 1e-3)),
+}
+
+
+@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("name", REFITS)
+def test_a_refit_brings_hidden_states_nearer(name: str, family: str) -> None:
+    """By as much as it says."""
+    model, (operation, refit) = EVERY[family](), REFITS[name]
+    original = leaving(model, 1)
+    originals = apply.execute(model, Plan("tiny", (operation,)))
+    before = (leaving(model, 1) - original).norm()
+    report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
+    after = (leaving(model, 1) - original).norm()
+    assert after < 0.999 * before
+    assert report["error_after"] / report["error_before"] == pytest.approx(float(after / before), rel=1e-3)
