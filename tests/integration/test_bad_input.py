@@ -648,7 +648,7 @@ def test_a_right_command_runs(command: Command, monkeypatch: pytest.MonkeyPatch,
     from recondense.run import pipeline
 
     seen = []
-    monkeypatch.setattr(pipeline, "run", lambda run, *rest: seen.append((run.config, run.steps)) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append((config, steps)) or 1.0)
     monkeypatch.chdir(tmp_path)
     code, err = command("recovery=none", "method.num_layers=2")
     assert (code, err) == (0, "")
@@ -662,7 +662,7 @@ def test_a_sweep_runs_every_job(command: Command, monkeypatch: pytest.MonkeyPatc
     from recondense.run import pipeline
 
     seen = []
-    monkeypatch.setattr(pipeline, "run", lambda run, *rest: seen.append(run.config) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
     monkeypatch.chdir(tmp_path)
     code, err = command("-m", "recovery=none", "method.num_layers=2,4", f"output_dir={tmp_path}/here")
     assert code == 0, err

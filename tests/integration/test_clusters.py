@@ -23,7 +23,6 @@ from support.runs import ROOT, arguments, model_folder, text_files
 from recondense.config.schema import Config, read
 from recondense.report import summary
 from recondense.run import pipeline, sweeping
-from recondense.run.resolved import Run
 
 for package in sweeping.PLUGINS:
     pytest.importorskip(f"hydra_plugins.{package}")
@@ -56,7 +55,7 @@ BAD: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "metrics without directions": (
         (*OPTUNA, "seed=0,1", "metric=[memory,perplexity]"),
-        ["metric=[memory,perplexity]: 2 for hydra.sweeper.direction=[minimize]"],
+        ["metric=[memory, perplexity]: 2 for hydra.sweeper.direction=[minimize]"],
     ),
     "no direction": (
         (*OPTUNA, "seed=0,1", "hydra.sweeper.direction=down"),
@@ -95,7 +94,7 @@ def test_a_package_that_is_not_installed(
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"][group.partition("/")[2]], f"{name}.yaml", raising=False)
     code, err = command(*words)
     assert code == 2 and len(err.splitlines()) == 1, err
-    assert f"{choice}: hydra-{name}-" in err and "pip install -e '.[cluster]'" in err
+    assert f"{choice}: hydra-{name}-" in err and "pip install 'recondense[cluster]'" in err
 
 
 def test_a_jobs_folder_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +114,7 @@ def test_a_jobs_folder_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -
 def test_runs_beside_others_have_no_bars(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One at a time, so in this process: joblib's launcher as it is."""
     seen: list[Config] = []
-    monkeypatch.setattr(pipeline, "run", lambda run, *rest: seen.append(run.config) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
     words = ("-m", "recovery=none", "method.num_layers=2,4", f"output_dir={tmp_path}/out")
     assert command(*words) == (0, "")
     code, err = command(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
@@ -138,8 +137,8 @@ def test_optuna_is_told_both_metrics(command: Command, monkeypatch: pytest.Monke
     errors = {2: OSError(28, "No space left on device"), 1: RuntimeError("boom")}  # the user's to mend, and ours
     seen: list[tuple[str, float, float]] = []
 
-    def run(run: Run, *rest: Any) -> tuple[float, float]:
-        method = run.config.method
+    def run(config: Config, *rest: Any) -> tuple[float, float]:
+        method = config.method
         ratio, name = method["memory_ratio"], str(method["name"])
         if len(seen) == 3:
             seen.append((name, 9.0, 9.0))

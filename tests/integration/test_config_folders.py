@@ -35,7 +35,9 @@ def folder(tmp_path: Path) -> Path:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """The runs that a command makes: the config of each, and the command of its other processes."""
     seen: Seen = []
-    monkeypatch.setattr(pipeline, "run", lambda run, callbacks, again: seen.append((run.config, again)) or 1.0)
+    monkeypatch.setattr(
+        pipeline, "run", lambda config, steps, callbacks, again, stages: seen.append((config, again)) or 1.0
+    )
     return seen
 
 

@@ -175,7 +175,7 @@ def test_the_command_line_wins_over_what_an_experiment_sweeps(
     command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr(pipeline, "run", lambda run, *rest: seen.append(run.config) or 1.0)
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
     for multirun in ((), ("-m",)):
         seen.clear()
         arguments = (*multirun, "experiment=compare", "method=none,reap", "method.memory_ratio=0.7,0.6", "seed=5")

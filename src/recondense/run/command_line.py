@@ -114,7 +114,7 @@ def start(run: Run, context: Any) -> Any:
     config = run.config
     if sweeping.runs_side_by_side(context.launcher["_target_"]):  # their progress bars would fight for one line
         config = replace(config, trainer=replace(config.trainer, progress_bar=False))
-    return pipeline.run(replace(run, config=config), callbacks.callback_maker(config), command_of(context))
+    return pipeline.run(config, run.steps, callbacks.callback_maker(config), command_of(context), run.stages)
 
 
 def validate(args: Namespace) -> dict[Overrides, Run]:

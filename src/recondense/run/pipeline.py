@@ -22,7 +22,7 @@ from recondense import processes
 from recondense.calibration.record import make_recorder
 from recondense.calibration.tape import Tape
 from recondense.config.schema import WORK, Config
-from recondense.config.stages import Stage, without_teacher
+from recondense.config.stages import Stage, Stages, stages_of, without_teacher
 from recondense.data.texts import Texts
 from recondense.evaluation import profiling
 from recondense.export.layout import choose_layout, layer_shapes
@@ -52,15 +52,22 @@ from recondense.surgery.student import Student, apply
 log = logging.getLogger(__name__)
 
 
-def run(run: Run, callbacks: MakeCallbacks = no_callbacks, command: Sequence[str] | None = None) -> Any:
+def run(
+    config: Config,
+    steps: Sequence[Step],
+    callbacks: MakeCallbacks = no_callbacks,
+    command: Sequence[str] | None = None,
+    stages: Stages | None = None,
+) -> Any:
     """Run a config, or finish it: the same config finds its folder again and resumes there.
 
     Of several processes the first writes, prints and evaluates.
 
     Args:
-        run: resolved; not one of sizes alone.
+        steps: the method's steps, in order.
         callbacks: makes those of each Lightning Trainer.
         command: starts another process of this run; None: the command that started this one.
+        stages: of the recovery, if they are resolved already.
 
     Returns:
         the metric that a sweep compares, None if this run does not measure it; a tuple for several.
@@ -69,7 +76,7 @@ def run(run: Run, callbacks: MakeCallbacks = no_callbacks, command: Sequence[str
         ConfigError: another process works in the folder.
         UserError, OSError: what the user can mend; the message says how.
     """
-    config = run.config
+    run = Run(config, stages or stages_of(config), steps)
     folder = config.run_folder()
     gpu = loading.choose_device(config.model).type == "cuda"
     with launching.started(config.trainer, gpu, command):
