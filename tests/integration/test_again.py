@@ -161,7 +161,7 @@ def test_a_folder_goes_to_the_hub_on_request(command: Command, tmp_path: Path, m
             called.append((repo_id, {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("recondense.run.preflight.get_token", lambda: "some token")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "some token")
     folder, texts = model_folder(tmp_path / "model"), text_files(tmp_path / "texts")
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     code, err = command(*arguments(folder, texts, tmp_path / "out", "run", *settings))

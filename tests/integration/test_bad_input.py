@@ -306,7 +306,7 @@ STATIC: dict[str, tuple[list[str], list[str]]] = {
     ),
     "local tasks of no folder": (
         ["evaluation=local"],
-        ["evaluation.include_path=null", "evaluation=local", "task YAMLs"],
+        ["evaluation.include_path: must be given (evaluation=local)", "`include_path: ???`"],
     ),
     "export that is no choice": (["export.enabled=maybe"], ["export.enabled=maybe", "true, false or auto"]),
     "format that is no choice": (["export.format=stok"], ["export.format=stok", "Did you mean stock?"]),

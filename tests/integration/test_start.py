@@ -250,7 +250,7 @@ def test_the_same_command_tries_an_upload_again(
             uploads.append(1)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("recondense.run.preflight.get_token", lambda: "some token")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "some token")
     folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     push = arguments(folder, texts, out, "run", *settings, "callbacks.profile.enabled=false")
@@ -279,7 +279,7 @@ def test_an_upload_of_what_is_gone_is_refused(
             raise OSError("no")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("recondense.run.preflight.get_token", lambda: "some token")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "some token")
     folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     push = arguments(folder, texts, out, "run", *settings, "callbacks.profile.enabled=false")

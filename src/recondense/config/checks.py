@@ -255,10 +255,7 @@ def _check_evaluation(config: Config) -> Iterator[Problem]:
             text = "an empty name; name an lm-eval task, or write evaluation.tasks=null."
             yield Problem(f"evaluation.tasks[{index}]", text, task)
     folder = evaluation.include_path
-    if folder is None and evaluation.name == "local":
-        text = "evaluation=local runs a folder's tasks. Give a folder of task YAMLs."
-        yield Problem("evaluation.include_path", text, None)
-    elif folder is not None and not Path(folder).is_dir():
+    if folder is not None and not Path(folder).is_dir():
         yield Problem("evaluation.include_path", "there is no such folder; it holds task YAMLs.", folder)
     elif folder is not None and not task_files(folder):
         text = "the folder has no task YAML (*.yaml). Give one that has."

@@ -36,7 +36,7 @@ from recondense.errors import ConfigError
 from recondense.run import sweeping
 from recondense.run.exit_codes import exit_codes
 from recondense.run.help_page import help_page
-from recondense.run.overrides import COMPOSE_ERRORS, compose_run, groups_of
+from recondense.run.overrides import COMPOSE_ERRORS, compose_run, list_groups
 from recondense.run.quick_checks import check_quickly
 from recondense.run.resolved import Run, resolve
 from recondense.run.run_folder import overwritten_inputs
@@ -114,7 +114,7 @@ def start(run: Run, context: Any) -> Any:
     config = run.config
     if sweeping.runs_side_by_side(context.launcher["_target_"]):  # their progress bars would fight for one line
         config = replace(config, trainer=replace(config.trainer, progress_bar=False))
-    return pipeline.run(config, run.steps, callbacks.callback_maker(config), command_of(context), run.stages)
+    return pipeline.run(config, run.steps, callbacks.callback_maker(config), child_command(context), run.stages)
 
 
 def validate(args: Namespace) -> dict[Overrides, Run]:
@@ -264,7 +264,7 @@ def _jobs(
             continue
         if override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
-            hint = "" if key in groups_of(loader) else f", or write a list: '{key}=[{values}]'"
+            hint = "" if key in list_groups(loader) else f", or write a list: '{key}=[{values}]'"
             problems.append(Problem(text, f"several values for one run. Add -m to run each{hint}."))
             continue
         parsed.append(override)
@@ -274,7 +274,7 @@ def _jobs(
     return [(tuple(job), of_hydra) for job in jobs]
 
 
-def command_of(context: Any) -> list[str]:
+def child_command(context: Any) -> list[str]:
     """The command of another process of a run.
 
     Args:

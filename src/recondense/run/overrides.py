@@ -33,7 +33,11 @@ def compose_run(
             return None
         config = _compose_stepwise(name, overrides, loader, problems)
     for key in sorted(OmegaConf.missing_keys(config)):
-        problems.append(Problem(key, "is missing; give it a value, of the kind that the comment in its YAML says."))
+        group, _, leaf = key.rpartition(".")
+        choice = f" ({group}={config[group].get('name')})" if group in list_groups(loader) else ""
+        problems.append(
+            Problem(key, f"must be given{choice}; the comment beside `{leaf}: ???` in conf/ says what it is.")
+        )
         OmegaConf.update(config, key, None)
     try:
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -44,7 +48,7 @@ def compose_run(
 
 def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]) -> DictConfig:
     config, kept = compose(name, []), list[str]()
-    groups = set(groups_of(loader))
+    groups = set(list_groups(loader))
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].lstrip("+~") not in groups):
         try:
             config = compose(name, [*kept, text])
@@ -62,7 +66,7 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
     """Why an override cannot be placed, and the one that was probably meant."""
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
-    if key in (*groups_of(loader), *(f"hydra/{group}" for group in loader.list_groups("hydra"))):
+    if key in (*list_groups(loader), *(f"hydra/{group}" for group in loader.list_groups("hydra"))):
         options = _choices(key, loader)
         word = text.partition("=")[2]
         if word not in options:
@@ -88,10 +92,10 @@ def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
         return f"Did you mean {' or '.join(elsewhere[:3])}?"
     beside = OmegaConf.select(config, parent) if parent else config
     if isinstance(beside, DictConfig):
-        choices = {str(name) for name in beside} | (set() if parent else set(groups_of(loader)))
+        choices = {str(name) for name in beside} | (set() if parent else set(list_groups(loader)))
         return suggestion(leaf, choices, prefix=parent and f"{parent}.")
-    near = nearest(key, [*names, *groups_of(loader)])
-    return f"Did you mean {near}?" if near else f"Groups: {', '.join(groups_of(loader))}."
+    near = nearest(key, [*names, *list_groups(loader)])
+    return f"Did you mean {near}?" if near else f"Groups: {', '.join(list_groups(loader))}."
 
 
 def _names(config: DictConfig, path: str = "") -> Iterator[str]:
@@ -112,5 +116,5 @@ def _choices(group: str, loader: ConfigLoader) -> list[str]:
     ]
 
 
-def groups_of(loader: ConfigLoader) -> list[str]:
+def list_groups(loader: ConfigLoader) -> list[str]:
     return [group for group in loader.list_groups("") if group != "hydra"]

@@ -30,19 +30,19 @@ def missing_plugin(config: str) -> Problem | None:
     return None
 
 
-def plugin_of(target: str) -> str | None:
+def find_plugin(target: str) -> str | None:
     """Which of the plugins a `_target_` is of; None: Hydra's own."""
     return next((name for name in PLUGINS if name in target.split(".")), None)
 
 
 def runs_side_by_side(launcher: str) -> bool:
     """Whether a launcher (its `_target_`) starts the runs of a sweep at the same time, or where nobody looks on."""
-    return plugin_of(launcher) is not None
+    return find_plugin(launcher) is not None
 
 
 def takes_intervals(hydra: Mapping[str, Any]) -> bool:
     """Whether the sweeper chooses values between two ends."""
-    return plugin_of(str(hydra["sweeper"].get("_target_"))) == "hydra_optuna_sweeper"
+    return find_plugin(str(hydra["sweeper"].get("_target_"))) == "hydra_optuna_sweeper"
 
 
 def check_plugins(hydra: Mapping[str, Any], multirun: bool) -> list[Problem]:
@@ -54,7 +54,7 @@ def check_plugins(hydra: Mapping[str, Any], multirun: bool) -> list[Problem]:
     """
     problems: list[Problem] = []
     for part in ("launcher", "sweeper"):
-        name = plugin_of(str(hydra[part].get("_target_")))
+        name = find_plugin(str(hydra[part].get("_target_")))
         if name is None:
             continue
         if not _installed(f"hydra_plugins.{name}"):  # conf/hydra/launcher/submitit.yaml is ours
