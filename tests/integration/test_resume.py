@@ -12,7 +12,7 @@ import pytest
 from support.forks import Forks
 from support.runs import model_folder
 
-RUNS = Path(__file__).with_name("runs.py")
+RUNS = Path(__file__).resolve().parents[1] / "support" / "runs.py"
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
