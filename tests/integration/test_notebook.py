@@ -26,7 +26,7 @@ def test_a_notebook_gives_the_numbers_of_a_run(method: str, tmp_path: Path) -> N
     paths, folder = text_files(tmp_path / "texts"), model_folder(tmp_path / "model")
     steps: list[Any] = [rc.CDMoE(num_experts=2, num_layers=2)]
     if method == "moei2":
-        steps = [rc.InterExpertPruning(prune_ratio=0.34, population=10, parents=4), rc.Decompose(average_rank=4)]
+        steps = [rc.InterExpertPruning(prune_ratio=0.34), rc.Decompose(average_rank=4)]
     settings = config(folder, paths, tmp_path / "out", name="distill", objective="distill", steps=6, **SETTINGS)
     settings = replace(settings, evaluation=replace(settings.evaluation, perplexity_windows=None))
     with one_command():

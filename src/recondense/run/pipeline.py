@@ -64,7 +64,8 @@ def run(
     Of several processes the first writes, prints and evaluates.
 
     Args:
-        steps: the method's steps, in order.
+        config: of the run; not of one of sizes alone.
+        steps: of the method, in order.
         callbacks: makes those of each Lightning Trainer.
         command: starts another process of this run; None: the command that started this one.
         stages: of the recovery, if they are resolved already.
@@ -76,18 +77,19 @@ def run(
         ConfigError: another process works in the folder.
         UserError, OSError: what the user can mend; the message says how.
     """
-    run = Run(config, stages or stages_of(config), steps)
+    resolved = Run(config, stages_of(config) if stages is None else stages, steps)
     folder = config.run_folder()
     gpu = loading.choose_device(config.model).type == "cuda"
     with launching.started(config.trainer, gpu, command):
         configure_process(config.trainer)
         with run_folder.lock_folder(folder, resumes=not config.overwrite):
-            return _finish(run, callbacks, folder)
+            return _finish(resolved, callbacks, folder)
 
 
 def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
     """Run the stages that are not done, print the results and upload them; `run` says what it returns."""
-    config, path = run.config, folder / "summary.json"
+    config = run.config
+    path = folder / "summary.json"
     done = processes.broadcast(path.exists() and not config.overwrite)
     if not done:
         _start(run, callbacks, folder)
@@ -108,12 +110,12 @@ def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
 
 def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
     """Read all inputs, run the stages, and write summary.json. The folder stays as it was until all inputs are read."""
-    config, stages, steps = run.config, run.stages, run.steps
+    config, calibrates = run.config, bool(run.steps)
     with processes.let_first_go_ahead():
-        texts = Texts.read(config, stages, bool(steps))
+        texts = Texts.read(config, run.stages, calibrates)
     at_start = profiling.peak_resident_bytes()
     model, tokenizer = load(config, callbacks)
-    inputs = inputs_of(config, model, tokenizer, texts, bool(steps))
+    inputs = inputs_of(config, model, tokenizer, texts, calibrates)
     if processes.is_first():
         run_folder.begin(config, folder)
     keep_inputs(folder, inputs)
@@ -124,8 +126,7 @@ def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
         named = replace(wandb, name=wandb.name or f"{config.experiment_name}-{config.run_hash()}")
         loggers = tracking.make_loggers(replace(config.logger, wandb=named), folder, config.resolved())
     try:
-        stages_run = _Run(config, stages, steps, callbacks, folder, model, tokenizer, texts, inputs, loggers, memory)
-        summary = stages_run.finish()
+        summary = _Stages(run, callbacks, folder, model, tokenizer, texts, inputs, loggers, memory).finish()
         if summary is not None:
             tracking.log_summary(loggers, summary)
             write_summary(folder, summary)
@@ -133,21 +134,18 @@ def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
         tracking.finish_loggers(loggers)
 
 
-class _Run:
+class _Stages:
     """The stages of one run on a model that is loaded. Each keeps its result in the folder and finds it there again.
 
     Args:
-        stages: of the recovery, resolved.
-        steps: of the method.
+        run: resolved.
         inputs: fingerprints of all that the run reads, by name.
         memory: of a streamed model; None for any other.
     """
 
     def __init__(
         self,
-        config: Config,
-        stages: Sequence[Stage],
-        steps: Sequence[Step],
+        run: Run,
         callbacks: MakeCallbacks,
         folder: Path,
         model: PreTrainedModel,
@@ -157,9 +155,9 @@ class _Run:
         loggers: Sequence[Logger],
         memory: StreamedMemory | None,
     ) -> None:
-        self.config = config
-        self.stages = stages
-        self.steps = steps
+        self.config = config = run.config
+        self.stages = run.stages
+        self.steps = run.steps
         self.callbacks = callbacks
         self.folder = folder
         self.model = model
