@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recondense.models.decoder import Head
-from recondense.recovery.chunked_losses import CrossEntropy, Hidden, TeacherDivergence, Term, sum_in_chunks
+from recondense.recovery.losses import CrossEntropy, Hidden, TeacherDivergence, Term, sum_in_chunks
 
 KINDS = ("cross_entropy", "forward_kl", "reverse_kl", "js")
 MIB = 2**20

@@ -30,8 +30,8 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 from recondense.methods.search import ranks
-from recondense.models.blocks import GLU
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.replacement_blocks import GLU
 
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm gathers weights for every token
 KEPT = (0.25, 0.5, 0.614, 0.9)  # of the arithmetic

@@ -36,7 +36,7 @@ from recondense.methods.step import SearchContext
 from recondense.models import views
 from recondense.operations import Condense
 from recondense.plan import Plan
-from recondense.run.search import scratch_bytes
+from recondense.run.search_memory import scratch_bytes
 from recondense.surgery import apply
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))

@@ -34,7 +34,7 @@ from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.step import SearchContext
 from recondense.progress import track
-from recondense.run.search import scratch_bytes
+from recondense.run.search_memory import scratch_bytes
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
 from support import brute_force as bf

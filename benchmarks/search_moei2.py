@@ -39,7 +39,7 @@ from recondense.methods.search.genetic import Genetic, best_sets
 from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.models import views
 from recondense.progress import progress
-from recondense.run.search import scratch_bytes
+from recondense.run.search_memory import scratch_bytes
 
 Errors = Callable[[Tensor], Tensor]
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # of experts; batched_mm gathers weights for every token

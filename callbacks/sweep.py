@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from recondense.config import schema
 from recondense.files import write_aside
 from recondense.report.comparison import by_seed, comparison_cells, comparison_markdown, comparison_table
-from recondense.report.tables import print_tables, sweep_row, sweep_table
+from recondense.report.sweep_table import sweep_row, sweep_table
+from recondense.report.tables import print_tables
 from recondense.run.exit_codes import JobFailed, refuse
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from recondense.calibration.tape import Tape
     from recondense.errors import UserError
     from recondense.evaluation.perplexity import evaluate
-    from recondense.export.student import export
+    from recondense.export.export_student import export
     from recondense.methods.cdmoe import CDMoE
     from recondense.methods.combined import Combined
     from recondense.methods.decompose import Decompose

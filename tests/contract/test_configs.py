@@ -17,7 +17,7 @@ from recondense.config.schema import Config, read
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.naee import NAEE
 from recondense.methods.search.budget import Budget
-from recondense.run.steps import build_steps
+from recondense.run.build_steps import build_steps
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/[!_]*.yaml") if path.parent.name != "hydra")

@@ -141,11 +141,11 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
-        ("models.blocks", {"torch"}),
+        ("models.replacement_blocks", {"torch"}),
         ("models.expert_products", {"torch"}),
         ("models.low_rank", {"torch", "recondense"}),
         ("models.deepseek", {"torch", "transformers"}),
-        ("models.compressed", {"torch", "transformers", "recondense"}),
+        ("models.compressed_classes", {"torch", "transformers", "recondense"}),
         ("operations", {"recondense"}),
         ("plan", {"recondense"}),
         ("errors", set()),

@@ -19,8 +19,8 @@ from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.step import SearchContext
 from recondense.models import families, loading, views
-from recondense.models.blocks import GLU
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.replacement_blocks import GLU
 from recondense.operations import Refit
 from recondense.plan import Plan
 from recondense.recovery.fit import fit

@@ -15,8 +15,8 @@ from support.corpus import documents
 from support.runs import one_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recondense.config.method_steps import step_entries
 from recondense.config.schema import Config, from_dict
-from recondense.config.steps import step_entries
 from recondense.data import corpus, stdlib
 from recondense.report.comparison import by_seed
 from recondense.run import pipeline, tiny

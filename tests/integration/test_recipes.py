@@ -18,13 +18,13 @@ from support.runs import model_folder, one_command, paper_sets, paper_tasks
 from support.tiny_models import EVERY
 
 from recondense.config.schema import Config, ModelConfig, from_dict
-from recondense.config.stages import stages_of
+from recondense.config.stages import require_stages
 from recondense.models import loading
 from recondense.models.published_configs import recorded_config, recorded_values
 from recondense.plan import Plan
 from recondense.report.published import PAPER_TASKS
 from recondense.run import preflight
-from recondense.run.steps import build_steps
+from recondense.run.build_steps import build_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "conf" / "experiment" / "paper"
@@ -121,7 +121,7 @@ def test_a_recipe_holds_the_papers_numbers(name: str) -> None:
     expected = {**{"cdmoe": CDMOE, "moei2": MOEI2}[paper_of(name)], **NUMBERS[name], "experiment_name": name}
     assert {key: setting(values, key) for key in expected} == expected
     assert config.evaluation.tasks == PAPER_TASKS[paper_of(name)]
-    stages = stages_of(config)
+    stages = require_stages(config)
     for stage, (recovery, data) in zip(stages, STAGES[paper_of(name)], strict=True):
         assert {key: getattr(stage.recovery, key) for key in recovery} == recovery
         assert {key: getattr(stage.data, key) for key in data} == data
@@ -263,8 +263,8 @@ def test_a_recipe_runs_to_its_export(finished: tuple[str, Config, Path, dict[str
 
 def assert_recovered(name: str, config: Config, found: dict[str, Any]) -> None:
     """Every stage ran, with the recipe's learning rate and objective."""
-    published = stages_of(composed(name))
-    for stage, ran, done in zip(published, stages_of(config), found["recovery_stages"], strict=True):
+    published = require_stages(composed(name))
+    for stage, ran, done in zip(published, require_stages(config), found["recovery_stages"], strict=True):
         assert done["name"] == stage.name
         for key in ("objective", "trainable", "learning_rate"):
             assert done[key] == getattr(stage.recovery, key), key

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from recondense.models import decoder, views
-from recondense.models.blocks import CondensedMoE
+from recondense.models.replacement_blocks import CondensedMoE
 
 
 def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMoE]:

@@ -20,7 +20,7 @@ def run(rank: int, port: int) -> None:
     os.environ.update(environment(rank, port))
     faulthandler.dump_traceback_later(60, exit=True)
     way = sys.argv[1]
-    with exit_codes(), launching.started(TrainerConfig(strategy="ddp", devices="auto"), gpu=False):
+    with exit_codes(), launching.start_processes(TrainerConfig(strategy="ddp", devices="auto"), gpu=False):
         processes.barrier()
         if way == "both" or rank == {"first": 0, "other": 1, "killed": 1}[way]:
             if way == "killed":

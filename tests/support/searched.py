@@ -26,7 +26,7 @@ from recondense.methods.step import SearchContext
 from recondense.models import families, views
 from recondense.models.tensor_store import Disk, Storage
 from recondense.plan import Plan
-from recondense.run.steps import build_steps
+from recondense.run.build_steps import build_steps
 from recondense.surgery import apply
 from support.read_once import read_configs_once
 from support.tiny_models import FAMILIES, recorded

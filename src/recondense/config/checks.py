@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem
 from recondense.config.schema import Config, DataConfig, RecoveryConfig
 from recondense.config.stages import Stage
-from recondense.config.steps import step_entries
 
 ADAPTER = "adapter_config.json"  # transformers puts the adapter that it describes into the model beside it
 HOLDS_ADAPTER = (

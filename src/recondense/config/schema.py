@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from recondense.config.identity import NO_RESULT, identity_of
+from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem, render
-from recondense.config.steps import step_entries
 from recondense.config.types import (
     BelowOne,
     Bytes,

@@ -39,7 +39,7 @@ class Stage:
     own_texts: bool = False
 
 
-def stages_of(config: Config) -> Stages:
+def require_stages(config: Config) -> Stages:
     """The stages in order; the recovery itself is the only one where it lists none.
 
     Raises:

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from recondense.config.problems import Problem
 from recondense.config.schema import CalibrationConfig, DataConfig
+from recondense.data.calibration_mixture import check_sources, mix_sources
 from recondense.data.corpus import SPLITS, Corpora
 from recondense.data.hub import hub_corpora
-from recondense.data.mixture import check_sources, mix_sources
 from recondense.data.stdlib import stdlib_corpora
 from recondense.data.text_files import TextFile
 from recondense.errors import UserError

@@ -23,7 +23,7 @@ from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import TensorList
 from recondense.progress import ProgressBar, progress
-from recondense.recovery.chunked_losses import chunks
+from recondense.recovery.losses import chunks
 from recondense.surgery.student import Student
 
 CHUNK_ELEMENTS = 2**22  # logits that are computed at a time: 16 MiB in fp32

@@ -24,21 +24,21 @@ from recondense.export.layout import Shapes, Stock, choose_layout, layer_shapes,
 from recondense.export.shard_writer import ShardWriter
 from recondense.files import replace_folder, write_aside
 from recondense.models import (
-    blocks,
     classes,
-    compressed,
+    compressed_classes,
     decoder,
     deepseek,
     expert_products,
     families,
     headers,
     low_rank,
+    replacement_blocks,
     views,
 )
-from recondense.models.blocks import CondensedMoE, Zeros
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.parameters import largest_layer_bytes
+from recondense.models.replacement_blocks import CondensedMoE, Zeros
 from recondense.plan import History, Plan
 
 MODELING_FILE = "modeling_recondense"
@@ -167,7 +167,7 @@ def _fold_and_multiply(
         experts = views.sparse_view(model, layer, block).experts
         if isinstance(experts, LowRankExperts) and not shapes.get(layer, {}).get("ranks"):
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.experts.")}
-            full = views.multiply_factors(experts, transposed=compressed.returns_pair(block))
+            full = views.multiply_factors(experts, transposed=compressed_classes.returns_pair(block))
             state |= {f"{name}.experts.{key}": tensor for key, tensor in full.items()}
     return state
 
@@ -224,7 +224,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
         return
     names = config_class.__name__, model_class.__name__, classes.base_class_of(config_class).__name__
     if stock is None:
-        config["model_type"] = compressed.PREFIX + config["model_type"]
+        config["model_type"] = compressed_classes.PREFIX + config["model_type"]
         config["architectures"] = ["CompressedForCausalLM"]
         config["compressed_layers"] = {str(layer): dict(shape) for layer, shape in shapes.items()}
         write_aside(folder / f"{MODELING_FILE}.py", _bundle_source(*names, family))
@@ -241,7 +241,9 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
 
 def _bundle_source(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
     """The source of a bundle's modeling file."""
-    source = _concatenate(blocks, expert_products, low_rank, *([deepseek] if family.carried else []), compressed)
+    source = _concatenate(
+        replacement_blocks, expert_products, low_rank, *([deepseek] if family.carried else []), compressed_classes
+    )
     family_classes = ", ".join((config_class, model_class, base_class))
     imported = "register()" if family.carried else f"from transformers import {family_classes}  # noqa: E402"
     entries = f"router_entries={family.router_entries!r}, expert_entries={family.expert_entries!r}"

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from recondense.config.schema import ExportConfig
 from recondense.errors import UserError
 from recondense.models import decoder, families, views
-from recondense.models.blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.parameters import count_parameters
+from recondense.models.replacement_blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 
 NARROWEST = 16  # width of dense layers if all of them are zeros: kernels want rows of some bytes
 # What no stock config says, by its key in a layer's shape.

@@ -25,8 +25,8 @@ from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.routing import routing_totals
 from recondense.methods.step import Record, SearchContext
 from recondense.models import views
-from recondense.models.blocks import expert_outputs
 from recondense.models.families import Facts
+from recondense.models.replacement_blocks import expert_outputs
 from recondense.models.views import SparseBlock
 from recondense.operations import Prune
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from recondense.models import deepseek
-from recondense.models.compressed import PREFIX, compressed_classes
+from recondense.models.compressed_classes import PREFIX, compressed_classes
 from recondense.models.families import FAMILIES, family_name, family_of
 
 

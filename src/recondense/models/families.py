@@ -14,7 +14,7 @@ from typing import Any, cast
 from transformers import PretrainedConfig
 
 from recondense.errors import UserError
-from recondense.models.compressed import PREFIX
+from recondense.models.compressed_classes import PREFIX
 from recondense.models.layer_patterns import EVERY, FREQUENCY, INTERVAL, MLP_ONLY, PREFIXED, TYPES, Pattern
 from recondense.models.routing import (
     Routing,

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging as transformers_logging
 
-from recondense.models.blocks import shallow_copy
 from recondense.models.headers import Names, StoredTensor, open_safetensors, read_headers
+from recondense.models.replacement_blocks import shallow_copy
 
 State = dict[str, Tensor]
 ALIGNMENT = 64  # bytes, of what torch allocates

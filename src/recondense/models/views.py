@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense.errors import UserError
-from recondense.models.blocks import (
+from recondense.models.compressed_classes import glu_of, has_bias, returns_pair, router_name
+from recondense.models.decoder import decoder_layers
+from recondense.models.families import Family, family_of
+from recondense.models.low_rank import LowRankExperts
+from recondense.models.replacement_blocks import (
     CondensedMoE,
     MoEWeights,
     RemappedRouter,
@@ -24,10 +28,6 @@ from recondense.models.blocks import (
     select_experts,
     shallow_copy,
 )
-from recondense.models.compressed import glu_of, has_bias, returns_pair, router_name
-from recondense.models.decoder import decoder_layers
-from recondense.models.families import Family, family_of
-from recondense.models.low_rank import LowRankExperts
 from recondense.models.routing import Routing
 from recondense.operations import PROJECTIONS
 

@@ -16,9 +16,9 @@ from recondense.data.labels import target_mask
 from recondense.models import decoder, families, views
 from recondense.plan import Plan
 from recondense.recovery import lora, objective, shared_passes
+from recondense.recovery.auxiliary_losses import load_balancing
 from recondense.recovery.checkpoints import check_checkpoint, trained_state
 from recondense.recovery.engines import deepspeed, trainer
-from recondense.recovery.losses import load_balancing
 from recondense.recovery.objective import StudentOutput
 from recondense.recovery.optimizer import make_optimizer, parameter_groups
 from recondense.recovery.precision import UnusualPrecisions

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from recondense.config.schema import RecoveryConfig
 from recondense.models.decoder import Head
-from recondense.recovery.chunked_losses import CrossEntropy, TeacherDivergence, Term, sum_in_chunks
-from recondense.recovery.losses import feature_matching
+from recondense.recovery.auxiliary_losses import feature_matching
+from recondense.recovery.losses import CrossEntropy, TeacherDivergence, Term, sum_in_chunks
 from recondense.recovery.shared_passes import CountedTokens
 from recondense.recovery.teachers import TeacherOutput
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from recondense.data.labels import MASKED, next_labels
 from recondense.models import decoder, views
-from recondense.models.blocks import SkippedLayer
 from recondense.models.forward import model_inputs, run
 from recondense.models.hooks import capture_input, capture_outputs
+from recondense.models.replacement_blocks import SkippedLayer
 
 
 class CountedTokens(NamedTuple):

@@ -29,7 +29,7 @@ from recondense.models.forward import model_inputs
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.progress import progress
-from recondense.recovery.chunked_losses import TopK, top_k
+from recondense.recovery.losses import TopK, top_k
 from recondense.recovery.shared_passes import PassInputs
 from recondense.recovery.teachers import TeacherOutput
 

@@ -13,7 +13,7 @@ from recondense.errors import UserError
 from recondense.models import decoder
 from recondense.models.forward import run
 from recondense.models.hooks import eval_mode
-from recondense.recovery.chunked_losses import Hidden, TopK
+from recondense.recovery.losses import Hidden, TopK
 from recondense.recovery.shared_passes import PassInputs, first_unshared_layer, record_entering, record_states
 from recondense.surgery.student import Student
 

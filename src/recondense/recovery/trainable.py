@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from recondense.config.schema import RecoveryConfig
 from recondense.errors import UserError
 from recondense.models import views
-from recondense.models.blocks import CondensedMoE
 from recondense.models.decoder import decoder_layers
+from recondense.models.replacement_blocks import CondensedMoE
 from recondense.models.views import block_name, expert_modules, get_block, is_dense
 from recondense.operations import PROJECTIONS
 from recondense.surgery.student import Student

@@ -13,7 +13,8 @@ from rich import box
 from rich.table import Table
 
 from recondense.errors import UserError
-from recondense.report.tables import format_bytes, format_number, sweep_row
+from recondense.report.sweep_table import sweep_row
+from recondense.report.tables import format_bytes, format_number
 
 BUDGET = "method.memory_ratio"
 PLACES = ("run_dir", "output_dir", "cache_dir", "overwrite")  # settings that say where, not what
@@ -53,7 +54,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     Returns:
         A row a run, in the order of the folders: `run_folder`, `settings` (in which the runs differ, by dotted name),
         `status`, and figures: perplexities, bytes, parameters, ratios and seconds. What was not measured is absent.
-        `tables.sweep_table` prints rows.
+        `sweep_table.sweep_table` prints rows.
 
     Raises:
         UserError: a folder that holds no finished run.

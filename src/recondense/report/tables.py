@@ -24,7 +24,7 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
     """Print everything that `summary.json` has to say: stages, tasks (apart when there are many), ratios."""
     console = console or _console()
     table = stage_table(summary)
-    tasks = _main_metrics(summary)
+    tasks = main_metrics(summary)
     width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     crowded = bool(tasks) and (len(tasks) > MAX_TASK_COLUMNS or width > console.width)
     tables = [stage_table(summary, with_tasks=False), task_table(summary)] if crowded else [table]
@@ -117,7 +117,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
     """
     stages = _present_stages(summary)
     original = stages.get("original", {})
-    tasks = _main_metrics(summary)
+    tasks = main_metrics(summary)
     columns: list[tuple[str, tuple[str, ...], Any]] = [
         ("perplexity", ("perplexity",), format_number),
         ("KL to\norig.", ("kl_to_original",), format_number),
@@ -133,7 +133,9 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
         ("prefill\ntok/s", ("profile", "prefill_tokens_per_second"), format_number),
         ("decode\ntok/s", ("profile", "decode_tokens_per_second"), format_number),
     ]
-    columns = [column for column in columns if any(_find(stage, column[1]) is not None for stage in stages.values())]
+    columns = [
+        column for column in columns if any(find_figure(stage, column[1]) is not None for stage in stages.values())
+    ]
     table = plain_table(title_of(summary))
     table.add_column("stage", style="bold", no_wrap=True)
     for title, _, _ in columns:
@@ -142,7 +144,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
         # Memory and speed are compared with the original as it was measured in alternation with this stage.
         beside = {**original, "profile": stage.get("original_profile") or original.get("profile")}
         base = original if name == "original" else beside
-        cells = [_cell(_find(stage, path), _find(base, path), form, path) for _, path, form in columns]
+        cells = [_cell(find_figure(stage, path), find_figure(base, path), form, path) for _, path, form in columns]
         table.add_row(name, *("-" if name != "original" and not cell else cell for cell in cells))
     return table
 
@@ -155,10 +157,13 @@ def task_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("metric", overflow="fold")
     for name in stages:
         table.add_column(name, justify="right")
-    for task, metric in _main_metrics(summary):
+    for task, metric in main_metrics(summary):
         cells = []
         for stage in stages.values():
-            value, error = _find(stage, ("tasks", task, metric)), _find(stage, ("tasks", task, f"{metric}_stderr"))
+            value, error = (
+                find_figure(stage, ("tasks", task, metric)),
+                find_figure(stage, ("tasks", task, f"{metric}_stderr")),
+            )
             spread = f" ±{format_number(error)}" if value is not None and error is not None else ""
             cells.append("-" if value is None else format_number(value) + spread)
         table.add_row(task, metric, *cells)
@@ -208,85 +213,6 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of a comparison of runs; what a run has not measured is absent."""
-    final = "recovered" if "recovered" in summary.get("stages", {}) else "compressed"
-    measured = "compressed" in summary.get("parameters", {}).get("total", {})
-    paths = {
-        "method": ("method",),
-        "recovery": ("recovery",),
-        "original_perplexity": ("stages", "original", "perplexity"),
-        "compressed_perplexity": ("stages", "compressed", "perplexity"),
-        "refitted_perplexity": ("stages", "refitted", "perplexity"),
-        "recovered_perplexity": ("stages", "recovered", "perplexity"),
-        "original_weights_bytes": ("stages", "original", "profile", "weights_bytes"),
-        "weights_bytes": ("stages", final, "profile", "weights_bytes"),
-        "total_parameters": ("parameters", "total", "compressed" if measured else "original"),
-        "memory_ratio": ("ratios", "memory"),
-        "routed_expert_ratio": ("ratios", "routed_expert_parameters"),
-        "refit_gap_closed": ("ratios", "refit_gap_closed"),
-        "gap_closed": ("ratios", "gap_closed"),
-    }
-    row = {name: _find(summary, path) for name, path in paths.items()}
-    if row["weights_bytes"] is None:
-        row["weights_bytes"] = _find(summary, ("stages", "compressed", "profile", "weights_bytes"))
-    if row["memory_ratio"] is None and row["original_weights_bytes"] and row["weights_bytes"]:
-        row["memory_ratio"] = (
-            row["weights_bytes"] / row["original_weights_bytes"]
-        )  # the control has no compressed stage
-    for task, metric in _main_metrics(summary):
-        for stage in ("original", "compressed", "refitted", "recovered"):
-            row[f"{stage}_{task}"] = _find(summary, ("stages", stage, "tasks", task, metric))
-        row[f"original_{task}_error"] = _find(summary, ("stages", "original", "tasks", task, f"{metric}_stderr"))
-    row |= _seconds(summary)
-    return {name: value for name, value in row.items() if value is not None}
-
-
-def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of the run, and of its search, refit and recovery without their evaluation."""
-    seconds, stages = summary.get("seconds", {}), summary.get("stages", {})
-    if not seconds:
-        return {}
-    parts: dict[str, tuple[str, ...]] = {"search_seconds": ("calibrate", "search", "apply")}
-    for part, stage in (("refit", "refitted"), ("recover", "recovered")):
-        if stage in stages:
-            parts[f"{part}_seconds"] = (part,)
-    sums = {name: sum(seconds.get(part, 0.0) for part in names) for name, names in parts.items()}
-    return {"seconds": sum(seconds.values()), **sums}
-
-
-def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows: the runs of a sweep with the settings in which they differ; columns that no run has are left out.
-
-    Args:
-        rows: `sweep_row` of each run, with `settings` (mapping) and `status` ("done", or what happened instead).
-    """
-    columns: dict[str, tuple[str, Any]] = {
-        "compressed_perplexity": ("perplexity\ncompr.", format_number),
-        "refitted_perplexity": ("perplexity\nrefit", format_number),
-        "recovered_perplexity": ("perplexity\nrecov.", format_number),
-        "weights_bytes": ("weights", format_bytes),
-        "memory_ratio": ("memory\nratio", "{:.4f}".format),
-        "routed_expert_ratio": ("expert\nratio", "{:.4f}".format),
-        "seconds": ("seconds", "{:.1f}".format),
-    }
-    columns = {name: column for name, column in columns.items() if any(name in row for row in rows)}
-    settings = list(dict.fromkeys(key for row in rows for key in row.get("settings", {})))
-    table = plain_table("comparison")
-    for key in settings:
-        table.add_column(key.replace(".", "\n.", 1), style="bold", overflow="fold")
-    for title, _ in columns.values():
-        table.add_column(title, justify="right", overflow="fold")
-    failed = any(row.get("status", "done") != "done" for row in rows)
-    if failed:
-        table.add_column("status")
-    for row in rows:
-        cells = [str(row.get("settings", {}).get(key, "")) for key in settings]
-        cells += [form(row[name]) if name in row else "-" for name, (_, form) in columns.items()]
-        table.add_row(*cells, *([str(row.get("status", "done"))] if failed else []))
-    return table
-
-
 def format_bytes(size: float) -> str:
     """1234567 -> "1.23 MB" (decimal units, three digits)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -318,7 +244,7 @@ def _cell(value: Any, original: Any, form: Any, path: tuple[str, ...]) -> str:
     return f"{form(value)}\n[dim]{value / original:.2f}x[/dim]"
 
 
-def _main_metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def main_metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(task, metric) for every task of any stage."""
     chosen: dict[str, str] = {}
     for stage in _present_stages(summary).values():
@@ -335,7 +261,7 @@ def _present_stages(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: stages[name] for name in STAGES if name in stages}
 
 
-def _find(values: Any, path: Sequence[str]) -> Any:
+def find_figure(values: Any, path: Sequence[str]) -> Any:
     for key in path:
         if not isinstance(values, Mapping) or key not in values:
             return None

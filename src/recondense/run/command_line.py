@@ -34,14 +34,14 @@ from recondense.config.schema import read
 from recondense.config.stages import resolve_stages
 from recondense.errors import ConfigError
 from recondense.run import sweeping
+from recondense.run.build_steps import build_steps
+from recondense.run.early_checks import check_quickly
 from recondense.run.exit_codes import exit_codes
 from recondense.run.help_page import help_page
 from recondense.run.overrides import COMPOSE_ERRORS, compose_run, list_groups
-from recondense.run.quick_checks import check_quickly
 from recondense.run.resolved import Run, resolve
 from recondense.run.run_folder import overwritten_inputs
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
-from recondense.run.steps import build_steps
 
 NO_RUN = ("hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
 NAME = "train"  # of the primary config

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layout:
+class Processes:
     """How many processes a run has.
 
     Args:
@@ -72,7 +72,7 @@ def cluster_environment() -> ClusterEnvironment | None:
     return None
 
 
-def layout(settings: TrainerConfig, gpu: bool) -> Layout:
+def plan_processes(settings: TrainerConfig, gpu: bool) -> Processes:
     """The number of processes that the settings stand for here.
 
     Args:
@@ -89,7 +89,7 @@ def layout(settings: TrainerConfig, gpu: bool) -> Layout:
                 "torchrun or srun on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
             )
         on_node = (torch.cuda.device_count() if gpu else 1) if settings.devices == "auto" else int(settings.devices)
-        return Layout(max(on_node, 1), settings.num_nodes)
+        return Processes(max(on_node, 1), settings.num_nodes)
     size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if isinstance(cluster, SLURMEnvironment) else cluster.world_size()
     on_node = size // settings.num_nodes if settings.devices == "auto" else int(settings.devices)
     if on_node * settings.num_nodes != size:
@@ -97,11 +97,11 @@ def layout(settings: TrainerConfig, gpu: bool) -> Layout:
             f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
             "started; use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
         )
-    return Layout(on_node, settings.num_nodes, running=True)
+    return Processes(on_node, settings.num_nodes, running=True)
 
 
 @contextmanager
-def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = None) -> Iterator[None]:
+def start_processes(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = None) -> Iterator[None]:
     """Inside, all processes of the run do the same; one that fails ends the others.
 
     A run of one process has no process group, unless its engine needs one.
@@ -114,7 +114,7 @@ def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = 
         UserError: as `choose_layout`.
         Peer: another process failed.
     """
-    planned = layout(settings, gpu)
+    planned = plan_processes(settings, gpu)
     if planned.world_size == 1 and settings.strategy in ("auto", "ddp"):
         yield
         return
@@ -136,7 +136,7 @@ def started(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = 
         os.environ.update(before)
 
 
-def _environment(planned: Layout) -> dict[str, str]:
+def _environment(planned: Processes) -> dict[str, str]:
     """The variables of this process; a first one's where it starts the others."""
     cluster = cluster_environment() or LightningEnvironment()
     node = cluster.node_rank()
@@ -152,7 +152,7 @@ def _environment(planned: Layout) -> dict[str, str]:
     }
 
 
-def _start(planned: Layout, command: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+def _start(planned: Processes, command: Sequence[str]) -> list[subprocess.Popen[bytes]]:
     first = int(os.environ["RANK"])
     return [
         subprocess.Popen(list(command), env={**os.environ, "RANK": str(first + number), "LOCAL_RANK": str(number)})
@@ -297,7 +297,7 @@ def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str
         batch_sizes: windows of a step, by the name of the setting.
     """
     try:
-        planned = layout(settings, gpu)
+        planned = plan_processes(settings, gpu)
     except UserError as error:
         return [Problem("", str(error))]
     size = planned.world_size

@@ -22,11 +22,11 @@ from recondense import processes
 from recondense.calibration.record import make_recorder
 from recondense.calibration.tape import Tape
 from recondense.config.schema import WORK, Config
-from recondense.config.stages import Stage, Stages, stages_of, without_teacher
+from recondense.config.stages import Stage, Stages, require_stages, without_teacher
 from recondense.data.texts import Texts
 from recondense.evaluation import profiling
+from recondense.export.export_student import export
 from recondense.export.layout import choose_layout, layer_shapes
-from recondense.export.student import export
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_store import layer_store
@@ -40,12 +40,12 @@ from recondense.run import launching, run_folder
 from recondense.run.inputs import inputs_of, keep_inputs
 from recondense.run.load import MakeCallbacks, load, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
-from recondense.run.memory import StreamedMemory
 from recondense.run.process_settings import configure_process
 from recondense.run.record import RunRecord
 from recondense.run.recover import Recovery, load_streamed, prepare_student
 from recondense.run.resolved import Run
 from recondense.run.search import find_plan
+from recondense.run.streamed_memory import StreamedMemory
 from recondense.run.upload import missing_upload, upload, write_summary
 from recondense.surgery.student import Student, apply
 
@@ -77,10 +77,10 @@ def run(
         ConfigError: another process works in the folder.
         UserError, OSError: what the user can mend; the message says how.
     """
-    resolved = Run(config, stages_of(config) if stages is None else stages, steps)
+    resolved = Run(config, require_stages(config) if stages is None else stages, steps)
     folder = config.run_folder()
     gpu = loading.choose_device(config.model).type == "cuda"
-    with launching.started(config.trainer, gpu, command):
+    with launching.start_processes(config.trainer, gpu, command):
         configure_process(config.trainer)
         with run_folder.lock_folder(folder, resumes=not config.overwrite):
             return _finish(resolved, callbacks, folder)

@@ -273,7 +273,7 @@ def _check_processes(run: Run) -> Iterator[Problem]:
     batch_sizes = {f"{stage.where}.batch_size": stage.recovery.batch_size for stage in stages}
     problems = launching.check_processes(trainer, gpu, batch_sizes)
     yield from problems
-    if not problems and ":" in device and launching.layout(trainer, gpu).world_size > 1:
+    if not problems and ":" in device and launching.plan_processes(trainer, gpu).world_size > 1:
         yield Problem("model.device", "each process has a GPU of its own. Use auto.", device)
     for stage in stages:
         if trainer.shards and stage.recovery.trainable == "lora":

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recondense.config.schema import Config, from_dict
-from recondense.config.stages import Stages, stages_of
-from recondense.run.steps import build_steps
+from recondense.config.stages import Stages, require_stages
+from recondense.run.build_steps import build_steps
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ def resolve(values: Mapping[str, Any]) -> Run:
         ConfigError: everything that is wrong with the config alone, or with the method's steps.
     """
     config = from_dict(values)
-    return Run(config, stages_of(config), build_steps(config.method))
+    return Run(config, require_stages(config), build_steps(config.method))

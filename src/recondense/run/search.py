@@ -8,8 +8,6 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
-import psutil
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,10 +21,10 @@ from recondense.files import JsonFolder, fingerprint, hold_lock
 from recondense.methods.step import Record, SearchContext, Step
 from recondense.models import decoder, families, views
 from recondense.models.layer_store import layer_store
-from recondense.models.parameters import largest_layer_bytes
 from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.run.refits import plan_refits
+from recondense.run.search_memory import scratch_bytes
 from recondense.surgery import apply
 
 log = logging.getLogger(__name__)
@@ -183,17 +181,3 @@ def _evidence(records: Sequence[Record]) -> Record:
     """What plan.json says of the search; not how long it took and what the cache had, for the plan is the same."""
     kept = [{name: value for name, value in r.items() if name not in ("reused", "seconds")} for r in records]
     return kept[0] if len(kept) == 1 else {"steps": kept}
-
-
-def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel | None = None) -> int:
-    """The bound on temporary tensors: as configured, or a quarter of the memory that is free now, for all processes.
-
-    For a model larger than memory, as much as its largest decoder layer.
-    """
-    if config.max_scratch_bytes != "auto":
-        return config.max_scratch_bytes
-    if model is not None and layer_store(model).streamed:
-        return max(largest_layer_bytes(model), 1 << 26)
-    on_cpu = psutil.virtual_memory().available // processes.world_size()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
-    return processes.broadcast(max(free // 4, 1 << 26))

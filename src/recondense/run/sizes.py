@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from recondense.methods.step import Step
 from recondense.models import decoder, families, views
-from recondense.models.blocks import CondensedMoE, SkippedLayer, Zeros
 from recondense.models.parameters import count_parameters, routed_parameters, weights_bytes
 from recondense.models.quantized import BytesOf
+from recondense.models.replacement_blocks import CondensedMoE, SkippedLayer, Zeros
 from recondense.operations import Drop, Factorize, Operation
 from recondense.plan import Plan
 from recondense.surgery import apply

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.files import fingerprint
-from recondense.models import blocks, decoder, views
+from recondense.models import decoder, replacement_blocks, views
 from recondense.models.layer_store import layer_store
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
@@ -177,7 +177,7 @@ def _require_sparse(model: PreTrainedModel, operation: Operation) -> views.Spars
 
 def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: dict[int, nn.Module]) -> None:
     """Put a block in place, and keep the layer's block from before any operation."""
-    if isinstance(block, blocks.SkippedLayer):
+    if isinstance(block, replacement_blocks.SkippedLayer):
         if layer in originals:  # the decoder layer gets its own block back before it goes as a whole
             views.set_block(model, layer, originals[layer])
         originals[layer] = decoder.decoder_layers(model)[layer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from recondense.models.blocks import CondensedMoE
+from recondense.models.replacement_blocks import CondensedMoE
 from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense.errors import UserError
-from recondense.models import compressed, decoder, views
-from recondense.models.blocks import SkippedLayer, Zeros
+from recondense.models import compressed_classes, decoder, views
+from recondense.models.replacement_blocks import SkippedLayer, Zeros
 from recondense.operations import Drop
 
 
@@ -18,7 +18,7 @@ def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
         UserError: a whole layer that must stay, see `decoder.cache_layers`.
     """
     if operation.part == "moe":
-        return Zeros(pair=compressed.returns_pair(views.get_block(model, operation.layer)))
+        return Zeros(pair=compressed_classes.returns_pair(views.get_block(model, operation.layer)))
     if operation.layer in decoder.cache_layers(model.config):
         raise UserError(
             f"plan: drop layer {operation.layer}: the key-value cache counts tokens by this decoder layer, so it "

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
-from recondense.models.blocks import expert_inner
 from recondense.models.factors import factors
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.replacement_blocks import expert_inner
 from recondense.models.views import SparseBlock
 from recondense.operations import Factorize
 

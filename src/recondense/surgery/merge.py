@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recondense.errors import UserError
 from recondense.models import views
-from recondense.models.blocks import MoEWeights, RemappedRouter
+from recondense.models.replacement_blocks import MoEWeights, RemappedRouter
 from recondense.models.views import SparseBlock
 from recondense.operations import PROJECTIONS, Merge
 

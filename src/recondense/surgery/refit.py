@@ -26,11 +26,11 @@ from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import views
-from recondense.models.blocks import CondensedMoE, expert_inner
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.parameters import count_parameters
+from recondense.models.replacement_blocks import CondensedMoE, expert_inner
 from recondense.models.tensor_store import TensorList
 from recondense.operations import Refit
 

@@ -11,7 +11,7 @@ from support.recoveries import recovery
 from recondense.config.checks import check_config
 from recondense.config.problems import render
 from recondense.config.schema import Config, from_dict
-from recondense.config.stages import resolve_stages, stages_of
+from recondense.config.stages import require_stages, resolve_stages
 from recondense.data.texts import Texts
 from recondense.errors import ConfigError
 from recondense.run.recover import with_steps
@@ -40,13 +40,13 @@ def messages(settings: Config) -> list[str]:
 
 def test_without_stages_the_recovery_is_the_only_one() -> None:
     plain = config()
-    [only] = stages_of(plain)
+    [only] = require_stages(plain)
     assert (only.recovery, only.data, only.own_texts) == (plain.recovery, plain.data, False)
     assert (only.name, only.folder) == ("recovery", "checkpoints")
 
 
 def test_a_stage_inherits_what_it_does_not_say() -> None:
-    first, second = stages_of(
+    first, second = require_stages(
         config(
             {"name": "lm", "objective": "finetune", "steps": 3, "sequence_length": 32},
             {"name": "sft", "epochs": 2, "lora": {"alpha": 99}, "betas": [0.8, 0.9]},
@@ -64,12 +64,12 @@ def test_a_stage_inherits_what_it_does_not_say() -> None:
 
 
 def test_steps_of_a_stage_win_over_epochs_of_the_recovery() -> None:
-    first, second = stages_of(config({"name": "a", "steps": 5}, {"name": "b"}, epochs=3))
+    first, second = require_stages(config({"name": "a", "steps": 5}, {"name": "b"}, epochs=3))
     assert (first.recovery.steps, first.recovery.epochs, second.recovery.epochs) == (5, None, 3.0)
 
 
 def test_data_with_a_source_stands_alone_and_without_changes_the_runs() -> None:
-    alone, changed = stages_of(
+    alone, changed = require_stages(
         config(
             {"name": "alone", "data": {"source": "texts", "form": "chat", "train": {"path": "~/mine.jsonl"}}},
             {"name": "changed", "data": {"train": {"num_texts": 9}, "packing": False}},
@@ -127,7 +127,7 @@ def test_what_is_wrong_with_the_recovery_is_said_once() -> None:
     assert "recovery.stages=[]: name at least one stage, or set it to null." in messages(empty)
     assert any("recovery.objective=none" in text for text in problems({"name": "a"}, objective="none"))
     with pytest.raises(ConfigError, match="there is no such setting"):
-        stages_of(config({"name": "a", "x": 1}))
+        require_stages(config({"name": "a", "x": 1}))
 
 
 def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
     own = {"source": "texts", "train": {"path": str(path)}}
     with pytest.raises(ValueError, match="there is no such file") as caught:
         settings = config({"name": "a", "data": own})
-        Texts.read(settings, stages_of(settings), calibrates=False)
+        Texts.read(settings, require_stages(settings), calibrates=False)
     assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: there is no such file")
 
 

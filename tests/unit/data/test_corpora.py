@@ -13,10 +13,10 @@ import pytest
 from recondense import offline
 from recondense.config.problems import render
 from recondense.config.schema import CalibrationConfig, DataConfig, SourceConfig, SplitConfig, SplitNames
+from recondense.data.calibration_mixture import interleave, shares
 from recondense.data.corpora import check_paths as problems_of
 from recondense.data.corpora import load_corpora
 from recondense.data.corpus import Corpora
-from recondense.data.mixture import interleave, shares
 from recondense.data.records import Record, read_record
 from recondense.errors import UserError
 

@@ -26,7 +26,7 @@ from recondense.data.records import Record, read_record
 from recondense.export.export import export
 from recondense.models import classes
 from recondense.models.forward import model_inputs
-from recondense.recovery.losses import feature_matching
+from recondense.recovery.auxiliary_losses import feature_matching
 from recondense.surgery import apply
 
 LENGTHS = (5, 17, 9, 20, 12, 1, 3)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel
 from recondense.config.schema import ExportConfig
 from recondense.export.export import export
 from recondense.models import classes, families
-from recondense.models import compressed as compressed_module
+from recondense.models import compressed_classes as compressed_module
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import apply

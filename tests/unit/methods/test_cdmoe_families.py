@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.step import SearchContext
-from recondense.models import compressed, views
+from recondense.models import compressed_classes, views
 
 
 def listened(model: Any, layer: int, ids: list[list[int]], block: Any) -> Any:
@@ -46,7 +46,7 @@ def test_the_search_of_cdmoe_by_plain_torch(family: str) -> None:
         def condensed(x_TD: Tensor, experts: list[int], plain: Any = plain, means: Any = means) -> Tensor:
             return plain.shared(x_TD) + sum(means[expert] * plain.expert(expert, x_TD) for expert in experts)
 
-        original, pair = listened(model, layer, ids, own), compressed.returns_pair(own)
+        original, pair = listened(model, layer, ids, own), compressed_classes.returns_pair(own)
         assert len(found["candidates"]) == 2
         for position, candidates in enumerate(found["candidates"]):
             for expert, score in candidates:

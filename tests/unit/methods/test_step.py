@@ -17,8 +17,8 @@ from recondense.methods.dropping import Dropping
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext, Step
 from recondense.models import families, views
+from recondense.run.build_steps import build_steps
 from recondense.run.sizes import compare
-from recondense.run.steps import build_steps
 
 MEMBERS = sorted(name for name in vars(Step) if not name.startswith("_"))
 

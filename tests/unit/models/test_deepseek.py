@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from recondense.export.export import _concatenate
-from recondense.models import blocks, deepseek, expert_products, low_rank
+from recondense.models import deepseek, expert_products, low_rank, replacement_blocks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -264,7 +264,7 @@ print(json.dumps(found))
 
 
 def test_works_behind_other_sources_in_one_file(tmp_path: Path) -> None:
-    source = _concatenate(blocks, expert_products, low_rank, deepseek)
+    source = _concatenate(replacement_blocks, expert_products, low_rank, deepseek)
     code = {"AutoConfig": "modeling_exported.ExportedConfig"}
     code["AutoModelForCausalLM"] = "modeling_exported.ExportedForCausalLM"
     config = {**SMALL, "model_type": "exported_deepseek", "auto_map": code}

@@ -16,10 +16,10 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 from recondense.methods.search import ranks as ranks_of
 from recondense.models import low_rank as module_of_low_rank
 from recondense.models import views
-from recondense.models.blocks import GLU
 from recondense.models.expert_products import is_groupable
 from recondense.models.factors import factors
 from recondense.models.low_rank import LowRankExperts, _Bucket
+from recondense.models.replacement_blocks import GLU
 from recondense.surgery.factorize import second_moments
 
 D, F, E = 24, 16, 6

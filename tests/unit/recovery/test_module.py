@@ -16,8 +16,8 @@ from support.tiny_models import EVERY, FAMILIES, condense_plan, logits, qwen2_mo
 from recondense.config.schema import LoraSettings
 from recondense.config.stages import control_settings
 from recondense.models import views
-from recondense.models.blocks import CondensedMoE
 from recondense.models.parameters import resident_bytes
+from recondense.models.replacement_blocks import CondensedMoE
 from recondense.operations import Drop, Factorize, Prune
 from recondense.plan import Plan
 from recondense.recovery.fit import fit

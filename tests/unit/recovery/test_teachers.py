@@ -20,8 +20,8 @@ from recondense.data.labels import MASKED
 from recondense.data.loader import RecoveryData, ShuffledWindows, to_table
 from recondense.models import views
 from recondense.models.parameters import resident_bytes
-from recondense.recovery.chunked_losses import TopK
 from recondense.recovery.fit import fit
+from recondense.recovery.losses import TopK
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import CachedTeacher, cache_key, keep_predictions
 from recondense.recovery.teachers import OtherTeacher, Teacher, require_same_vocabulary

@@ -18,6 +18,7 @@ from recondense.report.model_card import model_card
 from recondense.report.plan_picture import OUTCOMES, draw_plan, draw_searches, outcomes_of
 from recondense.report.summary import operation_counts
 from recondense.report.sweep_picture import draw_sweep
+from recondense.report.sweep_table import sweep_row, sweep_table
 from recondense.report.tables import (
     format_bytes,
     format_number,
@@ -27,8 +28,6 @@ from recondense.report.tables import (
     recovery_words,
     refit_line,
     stage_table,
-    sweep_row,
-    sweep_table,
     task_table,
 )
 from recondense.report.tracking import flatten_summary

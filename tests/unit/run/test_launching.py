@@ -28,19 +28,19 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = TrainerConfig(devices="auto")
-    assert launching.layout(TrainerConfig(), gpu=False).world_size == 1
-    assert launching.layout(auto, gpu=False).world_size == 1
+    assert launching.plan_processes(TrainerConfig(), gpu=False).world_size == 1
+    assert launching.plan_processes(auto, gpu=False).world_size == 1
     nodes = TrainerConfig(devices=3, num_nodes=2)
     with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: nothing says where the other machines are"):
-        launching.layout(nodes, gpu=False)
+        launching.plan_processes(nodes, gpu=False)
     with monkeypatch.context() as named:
         named.setenv("MASTER_ADDR", "10.0.0.1")
         named.setenv("NODE_RANK", "0")
-        assert launching.layout(nodes, gpu=False).world_size == 6
+        assert launching.plan_processes(nodes, gpu=False).world_size == 6
     under_torchrun(monkeypatch, 4)
-    assert launching.layout(auto, gpu=False) == launching.Layout(4, 1, running=True)
+    assert launching.plan_processes(auto, gpu=False) == launching.Processes(4, 1, running=True)
     with pytest.raises(ValueError, match="4 processes were started; use"):
-        launching.layout(TrainerConfig(), gpu=False)
+        launching.plan_processes(TrainerConfig(), gpu=False)
     assert "-m: 4 processes" in str(launching.check_sweep()[0])
 
 

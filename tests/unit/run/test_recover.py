@@ -13,7 +13,7 @@ from support.recoveries import QUIET, data, recovery
 from support.tiny_models import bits, condense_plan, logits, qwen2_moe, same_bits, windows
 
 from recondense.config.schema import Config, LoraSettings, RecoveryConfig
-from recondense.config.stages import Stage, stages_of
+from recondense.config.stages import Stage, require_stages
 from recondense.operations import Drop
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
@@ -29,7 +29,7 @@ STAGES = [
 
 
 def stage(settings: RecoveryConfig) -> Stage:
-    return replace(stages_of(Config())[0], recovery=settings)
+    return replace(require_stages(Config())[0], recovery=settings)
 
 
 def staged(stages: list[RecoveryConfig], folder: Path) -> Student:

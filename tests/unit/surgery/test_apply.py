@@ -10,8 +10,8 @@ from support.tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe
 from torch import Tensor
 
 from recondense.models import families, views
-from recondense.models.blocks import CondensedMoE
 from recondense.models.parameters import count_parameters
+from recondense.models.replacement_blocks import CondensedMoE
 from recondense.operations import Condense
 from recondense.plan import Plan
 from recondense.surgery import apply

@@ -18,7 +18,7 @@ from recondense.calibration.trace import LayerTrace
 from recondense.methods.search.divergence import Reference, js_from_difference
 from recondense.methods.search.routing import routing_totals
 from recondense.models import decoder
-from recondense.models.blocks import expert_outputs
+from recondense.models.replacement_blocks import expert_outputs
 from recondense.models.tensor_store import nbytes
 from recondense.models.views import SparseBlock
 

@@ -20,8 +20,8 @@ from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.rerun import Change
 from recondense.methods.step import Record, SearchContext
 from recondense.models import views
-from recondense.models.blocks import CondensedMoE
 from recondense.models.layer_store import layer_store
+from recondense.models.replacement_blocks import CondensedMoE
 from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 from recondense.progress import progress

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.models.blocks import RemappedRouter, expert_outputs
+from recondense.models.replacement_blocks import RemappedRouter, expert_outputs
 from recondense.models.tensor_store import Storage
 from recondense.models.views import SparseBlock
 

@@ -13,8 +13,8 @@ from support.tiny_models import FAMILIES, deepseek_v2, qwen2_moe
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from recondense.models import blocks, views
-from recondense.models.blocks import CondensedMoE, expert_outputs
+from recondense.models import replacement_blocks, views
+from recondense.models.replacement_blocks import CondensedMoE, expert_outputs
 
 EXPERTS: tuple[list[int], ...] = ([], [3], [5, 0, 2])
 COEFFICIENTS = [0.37, 0.11, 0.74]
@@ -168,7 +168,7 @@ def test_expert_outputs(family: str) -> None:
 
 def test_imports_torch_and_the_standard_library_alone() -> None:
     """The file is bundled into exports."""
-    tree = ast.parse(Path(blocks.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(replacement_blocks.__file__).read_text(encoding="utf-8"))
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {name.partition(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}

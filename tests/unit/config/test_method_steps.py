@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from recondense.errors import ConfigError
-from recondense.run.steps import build_steps
+from recondense.run.build_steps import build_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: st
     assert problems(method) == expected
 
 
-@pytest.mark.parametrize("target", ["nowhere.Step", "Step", "recondense.config.steps.Absent"])
+@pytest.mark.parametrize("target", ["nowhere.Step", "Step", "recondense.config.method_steps.Absent"])
 def test_a_step_that_is_not_there_is_the_only_problem(target: str) -> None:
     for method, where in (
         ({"_target_": target}, "method._target_="),

@@ -10,7 +10,7 @@ from recondense.config.schema import Config
 from recondense.evaluation import profiling
 from recondense.models import decoder, parameters
 from recondense.report.tables import format_bytes
-from recondense.run.search import scratch_bytes
+from recondense.run.search_memory import scratch_bytes
 
 SLACK = 300 * 2**20  # of memory: libraries that are loaded later, the allocator, a batch of texts
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from recondense.models.blocks import (
+from recondense.models.low_rank import LowRankExperts
+from recondense.models.replacement_blocks import (
     GLU,
     ClampedGLU,
     CondensedMoE,
@@ -23,7 +24,6 @@ from recondense.models.blocks import (
     Zeros,
     select_experts,
 )
-from recondense.models.low_rank import LowRankExperts
 
 # A model_type of its own: a stock one would load the stock class with missing weights.
 PREFIX = "recondense_"

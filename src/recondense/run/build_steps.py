@@ -8,8 +8,8 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from recondense.config.method_steps import step_arguments
 from recondense.config.problems import Problem, render
-from recondense.config.steps import step_arguments
 from recondense.errors import ConfigError, UserError
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from recondense.config.problems import render
 from recondense.config.schema import Config, RecoveryConfig, from_dict
-from recondense.config.stages import stages_of
-from recondense.run.quick_checks import check_quickly, check_run_folder, differences
+from recondense.config.stages import require_stages
+from recondense.run.early_checks import check_quickly, check_run_folder, differences
 from recondense.run.resolved import Run
 
 
@@ -51,7 +51,7 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     config = from_dict(
         {"model": {"pretrain": {}}, "run_dir": str(tmp_path), "trainer": {"strategy": "deepspeed_zero2"}}
     )
-    run = Run(config, stages_of(config))
+    run = Run(config, require_stages(config))
     assert list(check_quickly(run)) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     [problem] = check_quickly(run)
