@@ -28,8 +28,8 @@ from support.searched import METHODS, plan_of, steps_of  # noqa: E402
 from support.tiny_models import EVERY, logits, recorded, tiny, windows  # noqa: E402
 
 from recondense.config.schema import ExportConfig  # noqa: E402
-from recondense.export.export import export  # noqa: E402
 from recondense.export.layout import layer_shapes  # noqa: E402
+from recondense.export.write_folder import write_folder  # noqa: E402
 from recondense.models import families  # noqa: E402
 from recondense.plan import Plan  # noqa: E402
 from recondense.surgery import apply  # noqa: E402
@@ -198,7 +198,7 @@ def exported(family: str, method: str, folder: Path, formats: dict[str, Any]) ->
         if format_ == "bundled" and formats["auto"]["kind"] == "bundled":
             continue  # the same folder
         name = f"{method}-{format_}"
-        formats[format_] = {"kind": export(model, None, plan, folder / name, "", ExportConfig(format=format_))}
+        formats[format_] = {"kind": write_folder(model, None, plan, folder / name, "", ExportConfig(format=format_))}
         found[name] = ids, expected, tokens
     return found
 

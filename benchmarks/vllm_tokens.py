@@ -41,7 +41,7 @@ from support.small import byte_tokenizer
 from support.tiny_models import EVERY
 from support.vllm_rules import PUBLISHED, RULES
 
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.models import families
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
@@ -153,7 +153,7 @@ def exported(family: str, variant: str, root: Path) -> tuple[Path, str]:
     plan = Plan("tiny", operations)
     apply.execute(model, plan)
     folder = root / f"{family}-{variant.replace(' ', '_').replace(',', '')}"
-    return folder, export(model, byte_tokenizer(), plan, folder, "")
+    return folder, write_folder(model, byte_tokenizer(), plan, folder, "")
 
 
 def served(process: subprocess.Popen[str], folder: Path, implementation: str, timeout: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from recondense.calibration.tape import Tape
     from recondense.errors import UserError
     from recondense.evaluation.perplexity import evaluate
-    from recondense.export.export_student import export
+    from recondense.export.export import export
     from recondense.methods.cdmoe import CDMoE
     from recondense.methods.combined import Combined
     from recondense.methods.decompose import Decompose
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from recondense.methods.moei2 import InterExpertPruning
     from recondense.methods.naee import NAEE
     from recondense.methods.saliency import SaliencyPruning
+    from recondense.methods.search.budget import Budget
     from recondense.models.loading import load
     from recondense.plan import Plan
     from recondense.recovery.recover import recover
@@ -50,7 +51,7 @@ _MODULES = {
     "apply": "surgery.student",
     "recover": "recovery.recover",
     "evaluate": "evaluation.perplexity",
-    "export": "export.student",
+    "export": "export.export",
     "plan_only": "run.outline",
     "compare": "report.comparison",
     "Plan": "plan",
@@ -64,10 +65,12 @@ _MODULES = {
     "Merging": "methods.merging",
     "Student": "surgery.student",
     "Tape": "calibration.tape",
+    "Budget": "methods.search.budget",
     "UserError": "errors",
 }
 __all__ = [
     "NAEE",
+    "Budget",
     "CDMoE",
     "Combined",
     "Decompose",

@@ -18,7 +18,7 @@ from support.tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bi
 from transformers import AutoModelForCausalLM
 
 from recondense.config.schema import RecoveryConfig
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.models import classes, decoder, families, parameters, views
 from recondense.models.parameters import sizes, weights_bytes
 from recondense.operations import Factorize
@@ -253,7 +253,7 @@ def test_export_then_load_gives_equal_logits(method: str, family: str, tmp_path:
     model = EVERY[family]()
     plan = plan_of(model, method, tmp_path / "cache", *BUDGETS[method])
     apply.execute(model, plan, lambda: recorded(model))
-    kind = export(model, None, plan, tmp_path / "out", "")
+    kind = write_folder(model, None, plan, tmp_path / "out", "")
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
     said = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
     assert said == (family if kind == "stock" else f"recondense_{family}")

@@ -12,7 +12,7 @@ from support.tiny_models import FAMILIES, condense_plan, logits, recorded, uncha
 
 from recondense.config.schema import ModelConfig, RecoveryConfig, TrainerConfig
 from recondense.data.loader import RecoveryData
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
@@ -106,7 +106,7 @@ def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
         assert module.losses(ids)["loss"].item() < 0.8 * before
     for name, value in model.state_dict().items():
         assert value.is_cuda and value.dtype == (torch.float32 if name.endswith("scale") else torch.bfloat16), name
-    kind = export(model, None, student.plan, tmp_path / "out", "")
+    kind = write_folder(model, None, student.plan, tmp_path / "out", "")
     if kind == "stock":
         from transformers import AutoModelForCausalLM
 

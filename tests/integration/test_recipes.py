@@ -23,7 +23,7 @@ from recondense.models import loading
 from recondense.models.published_configs import recorded_config, recorded_values
 from recondense.plan import Plan
 from recondense.report.published import PAPER_TASKS
-from recondense.run import preflight
+from recondense.run import model_and_machine_checks
 from recondense.run.build_steps import build_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,7 +134,7 @@ def test_a_recipe_holds_the_papers_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_right(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is wrong with it on its model's real shapes; the hub would give the config that is recorded here."""
-    monkeypatch.setattr(preflight, "_hub_config", lambda path, model: recorded_config(path))
+    monkeypatch.setattr(model_and_machine_checks, "_hub_config", lambda path, model: recorded_config(path))
     config = composed(name, f"output_dir={tmp_path}")
     assert run_messages(config, build_steps(config.method)) == []
 

@@ -9,8 +9,8 @@ from recondense.config.checks import check_config
 from recondense.config.problems import render
 from recondense.config.schema import Config
 from recondense.config.stages import resolve_stages
-from recondense.run.early_checks import check_quickly
-from recondense.run.preflight import preflight
+from recondense.run.checks_without_torch import check_quickly
+from recondense.run.model_and_machine_checks import preflight
 from recondense.run.resolved import Run
 
 

@@ -1,265 +1,56 @@
-"""Writes a model as a Hugging Face folder that loads without recondense.
-
-`stock` uses the family's config and class, if these can express the compressed layers. Otherwise the folder is
-`bundled`: it has one self-contained modeling file (trust_remote_code=True). `dense` multiplies low-rank experts out.
-"""
+"""EXPORT: a student as a Hugging Face folder."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedTokenizerBase
 
 from recondense.config.schema import ExportConfig
-from recondense.export.layout import Shapes, Stock, choose_layout, layer_shapes, skipped_layers
-from recondense.export.shard_writer import ShardWriter
-from recondense.files import replace_folder, write_aside
-from recondense.models import (
-    classes,
-    compressed_classes,
-    decoder,
-    deepseek,
-    expert_products,
-    families,
-    headers,
-    low_rank,
-    replacement_blocks,
-    views,
-)
-from recondense.models.layer_store import layer_store
-from recondense.models.low_rank import LowRankExperts
-from recondense.models.parameters import largest_layer_bytes
-from recondense.models.replacement_blocks import CondensedMoE, Zeros
-from recondense.plan import History, Plan
-
-MODELING_FILE = "modeling_recondense"
-RECONDENSE_IMPORT = re.compile(r"^from recondense[^\n(]*(\([^)]*\))?\n", re.MULTILINE)
-NOT_KEPT = ("compressed_layers", "auto_map", "quantization_config", "model_type", "transformers_version")
+from recondense.export.write_folder import write_folder
+from recondense.plan import History
+from recondense.surgery.student import Student
 
 
 def export(
-    model: PreTrainedModel,
+    student: Student,
     tokenizer: PreTrainedTokenizerBase | None,
-    plan: Plan,
-    folder: Path,
-    card: str | Callable[[Path], str],
+    folder: str | Path,
     settings: ExportConfig | None = None,
+    *,
+    card: str | Callable[[Path], str] | None = None,
+    history: History | None = None,
 ) -> str:
-    """Write a model, its tokenizer, its plan and a README; the model itself does not change.
-
-    Scales are folded into down_proj. Layer after layer goes to disk, so that at most a shard and a layer are copied;
-    the shards of a model larger than memory are smaller than a layer.
+    """Write a student to a folder that `load`, and transformers alone, read back.
 
     Args:
-        model: the student, its plan applied.
-        plan: of this run, with the history of the model that the run started from.
+        student: from `execute` or `recover`; it is not changed.
+        tokenizer: saved beside the weights; None: none.
         folder: replaced if it exists; written aside, then renamed.
-        card: the beginning of README.md, or a function that makes it from the folder once the weights are written. The
-            code that loads the folder follows.
+        settings: layout and size of the shards.
+        card: text of README.md, or a function that makes it from the folder once the weights are written. None: a line
+            that names the plan.
+        history: what was done to the model before this plan. None: what the folder says that the model came from.
 
     Returns:
-        "stock" or "bundled".
+        "stock" if the family's own class holds the student, else "bundled": the folder carries its class.
 
     Raises:
-        NotStock: `settings.format` is stock, and the family's class cannot hold the model.
-        AssertionError: the written weights do not fit the written config; nothing of them remains.
+        UserError: the settings ask for a layout that cannot hold the student.
+
+    Example:
+        >>> model, tokenizer = rc.load(folder)
+        >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
+        >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)
+        >>> rc.export(student, tokenizer, output)
+        'stock'
+        >>> condensed, tokenizer = rc.load(output)
     """
-    settings = settings or ExportConfig()
-    shapes = layer_shapes(model, multiplied=settings.format == "dense")
-    stock = choose_layout(model, shapes, settings)
-    skipped = skipped_layers(shapes) if stock is not None else []
-    retained = [layer for layer in range(len(decoder.decoder_layers(model))) if layer not in skipped]
-    history = plan.history.extend(plan.operations, retained)
-    if history != History(plan.operations):  # the operations alone say it otherwise
-        plan = replace(plan, history=history)
-    with replace_folder(folder) as aside:
-        _write_weights(model, shapes, stock, aside, settings)
-        _write_config(model, shapes, stock, aside)
-        _verify(aside)
-        if model.can_generate():
-            model.generation_config.save_pretrained(aside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
-        plan.save(aside / "plan.json")
-        write_aside(aside / "README.md", (card if isinstance(card, str) else card(aside)) + _loading_code(aside))
-    return "bundled" if stock is None else "stock"
-
-
-def _verify(folder: Path) -> None:
-    """Check that the written names and shapes are those of the class that will load them.
-
-    Raises:
-        AssertionError: they differ.
-    """
-    classes.register_model_type(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    outline = classes.empty_model(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-    difference = str(headers.compare(outline, headers.list_files(folder)))
-    if difference:
-        raise AssertionError(f"the export is not what {type(outline).__name__} loads: {difference}")
-
-
-def _loading_code(folder: Path) -> str:
-    """The end of a folder's README.md: the code that loads it."""
-    code = (folder / f"{MODELING_FILE}.py").exists()
-    return (
-        "\n## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{", trust_remote_code=True" * code})\n```\n'
-        + f"\nThe model's class is in `{MODELING_FILE}.py`, which needs torch and transformers alone.\n"
-        * code
-    )
-
-
-def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Iterator[dict[str, Tensor]]:
-    """The exported weights under their names on disk: each decoder layer in several parts, then all other weights.
-
-    Args:
-        shapes: of the layers that the family's config does not describe, by `layer_shapes`. Low-rank experts of a layer
-            without ranks there are multiplied out.
-        stock: how the family's class holds the model; None for a bundle.
-    """
-    skipped = skipped_layers(shapes) if stock is not None else []
-    for layer, module in enumerate(decoder.decoder_layers(model)):
-        if layer in skipped:
-            continue
-        with layer_store(model).resident(layer):
-            state = module.state_dict(prefix=decoder.layer_prefix(layer))
-            state = _fold_and_multiply(model, layer, state, shapes)
-            if stock is not None and stock.width is not None:
-                state = _pad_dense(model, layer, state, stock.width)
-            exported_index = layer - sum(other < layer for other in skipped)
-            old, new = decoder.layer_prefix(layer), decoder.layer_prefix(exported_index)
-            renamed = {new + name.removeprefix(old): tensor for name, tensor in state.items()}
-            del state
-            experts = [name for name in renamed if ".experts." in name]  # most of a layer, so they go one by one
-            yield revert_weight_conversion(model, {n: tensor for n, tensor in renamed.items() if n not in experts})
-            for name in experts:
-                yield revert_weight_conversion(model, {name: renamed.pop(name)})
-    inside = decoder.layers_prefix()
-    tied = set(model.all_tied_weights_keys)
-    state = model.state_dict()
-    names = [name for name in state if not name.startswith(inside) and name not in tied]
-    yield revert_weight_conversion(model, {name: state[name] for name in names})
-
-
-def _fold_and_multiply(
-    model: PreTrainedModel, layer: int, state: dict[str, Tensor], shapes: Shapes
-) -> dict[str, Tensor]:
-    """A layer's state with its scale folded into a copy of down_proj.
-
-    Its low-rank experts are multiplied out unless `shapes` gives it ranks.
-    """
-    block, name = views.get_block(model, layer), views.block_name(layer)
-    if isinstance(block, CondensedMoE) and block.scale is not None:
-        down = block.down_proj.weight
-        folded = (down.float() * block.scale.float()).to(down.dtype)
-        state = {**state, f"{name}.down_proj.weight": folded}
-        del state[f"{name}.scale"]
-    if views.is_sparse(block):
-        experts = views.sparse_view(model, layer, block).experts
-        if isinstance(experts, LowRankExperts) and not shapes.get(layer, {}).get("ranks"):
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.experts.")}
-            full = views.multiply_factors(experts, transposed=compressed_classes.returns_pair(block))
-            state |= {f"{name}.experts.{key}": tensor for key, tensor in full.items()}
-    return state
-
-
-def _pad_dense(model: PreTrainedModel, layer: int, state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The state of a dense layer, padded with zeros up to a width; that of any other layer unchanged."""
-    block, name = views.get_block(model, layer), views.block_name(layer)
-    hidden_size = model.config.hidden_size
-    if isinstance(block, Zeros):
-        kind: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-        empty = {"gate_proj": (0, hidden_size), "up_proj": (0, hidden_size), "down_proj": (hidden_size, 0)}
-        state = {**state, **{f"{name}.{key}.weight": torch.zeros(*size, **kind) for key, size in empty.items()}}
-    elif views.is_sparse(block):
-        return state
-    padded = dict(state)
-    for key in ("gate_proj", "up_proj"):
-        weight = state[f"{name}.{key}.weight"]
-        padded[f"{name}.{key}.weight"] = pad(weight, (0, 0, 0, width - weight.shape[0]))
-    weight = state[f"{name}.down_proj.weight"]
-    padded[f"{name}.down_proj.weight"] = pad(weight, (0, width - weight.shape[1]))
-    return padded
-
-
-def _write_weights(
-    model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path, settings: ExportConfig
-) -> None:
-    shard_bytes = settings.max_shard_size
-    if layer_store(model).streamed:
-        shard_bytes = min(shard_bytes, largest_layer_bytes(model) // 2)
-    writer = ShardWriter(folder, shard_bytes)
-    with torch.no_grad():
-        for piece in pieces(model, shapes, stock):
-            writer.add(piece)
-            piece.clear()  # or its tensors would stay until the next piece is made
-    writer.finish()
-
-
-def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path) -> None:
-    """Write config.json, and the modeling file if one is needed."""
-    config_class, model_class = classes.family_classes(model.config)
-    family = families.family_of(model.config)
-    stock_config = _family_config(model.config, config_class)
-    for name, value in (stock.updates if stock is not None else {}).items():
-        setattr(stock_config, name, value)
-    stock_config.architectures = [model_class.__name__]
-    stock_config.dtype = str(model.dtype).removeprefix("torch.")
-    stock_config.save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    # Its published name; transformers may write another one alone.
-    config[family.num_experts] = getattr(stock_config, family.num_experts)
-    if stock is not None and not family.carried:
-        write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return
-    names = config_class.__name__, model_class.__name__, classes.base_class_of(config_class).__name__
-    if stock is None:
-        config["model_type"] = compressed_classes.PREFIX + config["model_type"]
-        config["architectures"] = ["CompressedForCausalLM"]
-        config["compressed_layers"] = {str(layer): dict(shape) for layer, shape in shapes.items()}
-        write_aside(folder / f"{MODELING_FILE}.py", _bundle_source(*names, family))
-        names = "CompressedConfig", "CompressedForCausalLM", "CompressedModel"
-    else:
-        write_aside(folder / f"{MODELING_FILE}.py", _concatenate(deepseek) + "\n\nregister()\n")
-    config["auto_map"] = {
-        "AutoConfig": f"{MODELING_FILE}.{names[0]}",
-        "AutoModelForCausalLM": f"{MODELING_FILE}.{names[1]}",
-        "AutoModel": f"{MODELING_FILE}.{names[2]}",  # vLLM's transformers backend puts its head on this one
-    }
-    write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _bundle_source(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
-    """The source of a bundle's modeling file."""
-    source = _concatenate(
-        replacement_blocks, expert_products, low_rank, *([deepseek] if family.carried else []), compressed_classes
-    )
-    family_classes = ", ".join((config_class, model_class, base_class))
-    imported = "register()" if family.carried else f"from transformers import {family_classes}  # noqa: E402"
-    entries = f"router_entries={family.router_entries!r}, expert_entries={family.expert_entries!r}"
-    made = "CompressedConfig, CompressedForCausalLM, CompressedModel"
-    return f"{source}\n\n{imported}\n\n{made} = compressed_classes({family_classes}, {entries})\n"
-
-
-def _family_config(config: PretrainedConfig, config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """A copy in the family's class, without our folders' entries and without a quantization that was undone."""
-    values = {name: value for name, value in config.to_dict().items() if name not in NOT_KEPT}
-    return config_class.from_dict(values)
-
-
-def _concatenate(*parts: Any) -> str:
-    """The sources of modules as one file that imports none of them."""
-    texts = [Path(part.__file__).read_text(encoding="utf-8") for part in parts]
-    first, *others = (RECONDENSE_IMPORT.sub("", text) for text in texts)
-    future = "from __future__ import annotations\n"
-    return "\n\n".join([first, *(text.replace(future, "", 1) for text in others)])
+    if history is None:
+        history = History.load(student.model.config.name_or_path)
+    if card is None:
+        card = f"# {student.plan.model}, compressed by recondense\n\nWhat was decided is in `plan.json`.\n"
+    plan = replace(student.plan, history=history)
+    return write_folder(student.model, tokenizer, plan, Path(folder), card, settings)

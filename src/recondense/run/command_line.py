@@ -35,7 +35,7 @@ from recondense.config.stages import resolve_stages
 from recondense.errors import ConfigError
 from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
-from recondense.run.early_checks import check_quickly
+from recondense.run.checks_without_torch import check_quickly
 from recondense.run.exit_codes import exit_codes
 from recondense.run.help_page import help_page
 from recondense.run.overrides import COMPOSE_ERRORS, compose_run, list_groups
@@ -199,7 +199,7 @@ def _with_steps(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides
 
 
 def _check_on_models(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
-    from recondense.run.preflight import preflight  # it imports torch, and launching Lightning
+    from recondense.run.model_and_machine_checks import preflight  # it imports torch, and launching Lightning
 
     messages: list[str] = []
     if multirun and not all(run.config.plan_only for run in runs.values()):

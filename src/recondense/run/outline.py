@@ -10,8 +10,8 @@ from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.models import classes, families
 from recondense.models.quantized import byte_counter, quantization
+from recondense.run.model_and_machine_checks import planned_config
 from recondense.run.plan_only import weights_dtype
-from recondense.run.preflight import planned_config
 from recondense.run.sizes import Sizes, compare
 
 

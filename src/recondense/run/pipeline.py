@@ -25,7 +25,7 @@ from recondense.config.schema import WORK, Config
 from recondense.config.stages import Stage, Stages, require_stages, without_teacher
 from recondense.data.texts import Texts
 from recondense.evaluation import profiling
-from recondense.export.export_student import export
+from recondense.export.export import export
 from recondense.export.layout import choose_layout, layer_shapes
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized

@@ -23,7 +23,7 @@ from recondense.data.examples import _by_pieces as by_pieces
 from recondense.data.labels import MASKED, target_mask
 from recondense.data.prompts import mark_answers
 from recondense.data.records import Record, read_record
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.models import classes
 from recondense.models.forward import model_inputs
 from recondense.recovery.auxiliary_losses import feature_matching
@@ -124,7 +124,7 @@ def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
     model.set_attn_implementation("eager")
     plan = condense_plan(model, [1])
     apply.execute(model, plan)
-    export(model, None, plan, tmp_path / "out", "")
+    write_folder(model, None, plan, tmp_path / "out", "")
     classes.register_model_type("recondense_gpt_oss")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     windows = make_windows(examples(), 24, filler=3)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from recondense.config.schema import ExportConfig
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.models import classes, families
 from recondense.models import compressed_classes as compressed_module
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
@@ -27,7 +27,7 @@ from recondense.surgery import apply
 def exported(folder: Path, model: Any, *operations: Operation) -> str:
     plan = Plan("tiny", operations)
     apply.execute(model, plan)
-    return export(model, None, plan, folder, "")
+    return write_folder(model, None, plan, folder, "")
 
 
 def pruned(model: Any, retained: tuple[int, ...] = (1, 2, 4)) -> tuple[Operation, ...]:
@@ -65,7 +65,7 @@ def test_vllm_wants_an_moe_layer_of_some_families(tmp_path: Path) -> None:
     model = EVERY["qwen3_moe"]()
     plan = condense_plan(model, families.facts(model.config).moe_layers)
     apply.execute(model, plan)
-    assert export(model, None, plan, tmp_path / "out", "", ExportConfig(format="stock")) == "stock"
+    assert write_folder(model, None, plan, tmp_path / "out", "", ExportConfig(format="stock")) == "stock"
     assert "needs an MoE layer" in problems(tmp_path / "out")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recondense.config.schema import ExportConfig
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.models import decoder
 from recondense.operations import Condense, Factorize, Operation
 from recondense.plan import Plan
@@ -64,7 +64,9 @@ def test_an_export_holds_a_shard_and_a_layer(name: str, tmp_path: Path) -> None:
     shard = 30_000
     gc.collect()
     with Living(model) as living:
-        export(model, None, Plan("tiny"), tmp_path / "out", "", ExportConfig(format=how.format, max_shard_size=shard))
+        write_folder(
+            model, None, Plan("tiny"), tmp_path / "out", "", ExportConfig(format=how.format, max_shard_size=shard)
+        )
     files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     assert len(files) > 4 and max(files) < shard + 10_000
     assert living.peak <= shard + layer < sum(files) / 2

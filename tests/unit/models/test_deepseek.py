@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from recondense.export.export import _concatenate
+from recondense.export.write_folder import _concatenate
 from recondense.models import deepseek, expert_products, low_rank, replacement_blocks
 
 VARIANTS: dict[str, dict[str, Any]] = {

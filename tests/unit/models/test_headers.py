@@ -25,12 +25,12 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausa
 
 from recondense.config.schema import Config, ExportConfig, ModelConfig, RecoveryConfig
 from recondense.errors import UserError
-from recondense.export import export as export_module
-from recondense.export.export import export
+from recondense.export import write_folder as export_module
+from recondense.export.write_folder import write_folder
 from recondense.models import classes, headers, loading, quantized
 from recondense.operations import Condense, Factorize, Merge, Prune
 from recondense.plan import Plan
-from recondense.run.preflight import planned_config
+from recondense.run.model_and_machine_checks import planned_config
 from recondense.surgery import apply
 
 State = dict[str, Tensor]
@@ -117,7 +117,7 @@ def test_a_complete_checkpoint_differs_in_nothing(family: str, tmp_path: Path) -
     operations = Condense(2, (3, 0), (0.4, 0.2), None), Prune(3, (0, 2, 3, 5)), Merge(4, *merged), Factorize(5, ranks)
     plan = Plan("tiny", operations)
     apply.execute(deep, plan)
-    export(deep, None, plan, tmp_path / "bundled", "", ExportConfig(format="bundled"))
+    write_folder(deep, None, plan, tmp_path / "bundled", "", ExportConfig(format="bundled"))
     assert difference(tmp_path / "bundled") == headers.Comparison()
 
 
@@ -342,7 +342,7 @@ def test_an_export_that_would_not_load_gets_no_name(
     if form == "dense":
         plan = Plan("tiny", (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 6)),))
     apply.execute(model, plan)
-    export(model, None, plan, tmp_path / "out", "before", ExportConfig(format=form))
+    write_folder(model, None, plan, tmp_path / "out", "before", ExportConfig(format=form))
     before = (tmp_path / "out" / "README.md").read_text()
     pieces = export_module.pieces
 
@@ -351,11 +351,11 @@ def test_an_export_that_would_not_load_gets_no_name(
 
     monkeypatch.setattr(export_module, "pieces", changed)
     with pytest.raises(AssertionError, match=f"the export is not what .* loads: .*{said}"):
-        export(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
+        write_folder(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
     assert (tmp_path / "out" / "README.md").read_text() == before
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(AssertionError):
-        export(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
+        write_folder(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
     assert list(tmp_path.iterdir()) == []
 
 

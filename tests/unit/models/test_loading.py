@@ -14,7 +14,7 @@ from support.small import byte_tokenizer
 from support.tiny_models import EVERY, bits, logits, recorded, same_bits, tiny, windows
 
 from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.models import families, loading, parameters, views
 from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
@@ -38,7 +38,7 @@ def loaded(folder: Path, family: str, **settings: Any) -> Any:
 
 
 def written(model: Any, plan: Plan, folder: Path, how: ExportConfig = BUNDLED) -> str:
-    return export(model, byte_tokenizer(), plan, folder, "", how)
+    return write_folder(model, byte_tokenizer(), plan, folder, "", how)
 
 
 # ---------------------------------------------------------------------------------------------- layouts

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from recondense.config.schema import ModelConfig
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.models import decoder, loading, quantized
 from recondense.models.layer_store import layer_store
 from recondense.plan import Plan
@@ -123,7 +123,7 @@ def test_load_says_what_it_did_and_leaves_a_plain_model(tmp_path: Path, caplog: 
     assert {each.dtype for each in whole.parameters()} == {torch.float32}
     with torch.no_grad():
         model(input_ids=torch.arange(12)[None])
-    export(model, tokenizer, Plan("tiny"), tmp_path / "out", "")
+    write_folder(model, tokenizer, Plan("tiny"), tmp_path / "out", "")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert {str(file.get_slice(key).get_dtype()) for key in file.keys()} == {"BF16"}  # noqa: SIM118  # no mapping

@@ -25,7 +25,7 @@ from recondense.calibration.tape import Tape
 from recondense.config.schema import ExportConfig, ModelConfig, from_dict
 from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import peak_tensor_bytes
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.methods.search.importance import expert_importance
 from recondense.models import decoder, loading, views
 from recondense.models.layer_store import layer_store
@@ -123,7 +123,9 @@ def test_every_method_decides_and_makes_the_same(method: str, whole: Any, stream
         storage = Disk(tmp_path / name, keeps=False) if name == "streamed" else None
         plan = plan_of(model, method, tmp_path / f"{name}-cache", *BUDGETS[method], storage=storage)
         apply.execute(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
-        export(model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB"))
+        write_folder(
+            model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB")
+        )
         found.append((plan.to_json(), tensors(tmp_path / f"{name}-out")))
         assert name == "whole" or not plan.operations or len(layers_in_memory(model)) <= 1
     assert found[0][0] == found[1][0] and same(found[0][1], found[1][1])
@@ -294,7 +296,7 @@ def test_export_holds_few_copies_of_a_layer(tmp_path: Path) -> None:
     page = largest_layer_bytes(model)
     del model
     streamed = opened(folder, tmp_path / "pages")
-    peak = peak_tensor_bytes(lambda: export(streamed, None, Plan("tiny"), tmp_path / "out", ""), "cpu")
+    peak = peak_tensor_bytes(lambda: write_folder(streamed, None, Plan("tiny"), tmp_path / "out", ""), "cpu")
     assert page < peak < 2.5 * page
     assert same(tensors(tmp_path / "out"), tensors(folder))
 

@@ -13,7 +13,7 @@ from support.tiny_models import EVERY, bits, logits, recorded, same_bits, window
 from torch.nn.utils import parametrize
 
 from recondense.config.schema import LoraSettings, RecoveryConfig
-from recondense.export.export import export
+from recondense.export.write_folder import write_folder
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.recovery.checkpoints import trained_state
@@ -104,7 +104,7 @@ def test_merged_adapters_are_exported(tmp_path: Path) -> None:
     )
     steps(whole)
     whole.merge_adapters()
-    assert export(whole.model, None, whole.student.plan, tmp_path / "out", "") == "stock"
+    assert write_folder(whole.model, None, whole.student.plan, tmp_path / "out", "") == "stock"
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(again, IDS), logits(whole.model, IDS), rtol=0, atol=1e-4)
 

@@ -11,7 +11,7 @@ import pytest
 from recondense.config.problems import render
 from recondense.config.schema import Config, RecoveryConfig, from_dict
 from recondense.config.stages import require_stages
-from recondense.run.early_checks import check_quickly, check_run_folder, differences
+from recondense.run.checks_without_torch import check_quickly, check_run_folder, differences
 from recondense.run.resolved import Run
 
 

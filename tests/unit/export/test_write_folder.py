@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from recondense import files
 from recondense.config.schema import ExportConfig, ModelConfig
 from recondense.errors import UserError
-from recondense.export import export as export_module
 from recondense.export import shard_writer
-from recondense.export.export import export
+from recondense.export import write_folder as export_module
+from recondense.export.write_folder import write_folder
 from recondense.models import loading
 from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
@@ -198,7 +198,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, variant in VARIANTS.items():
         model, plan = student(variant)
         before, config, blocks = bits(model), settings(model), list(model.modules())
-        kind = export(model, None, plan, root / name, f"# {name}\n", variant.how)
+        kind = write_folder(model, None, plan, root / name, f"# {name}\n", variant.how)
         assert kind == variant.kind, name
         assert same_bits(before, bits(model)) and settings(model) == config and list(model.modules()) == blocks
     return root
@@ -296,7 +296,7 @@ def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model, plan = student(VARIANTS["qwen, bf16"])
-    export(model, None, plan, tmp_path / "out", "")
+    write_folder(model, None, plan, tmp_path / "out", "")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     block = condensed_layers(model)[1]
     assert block.scale is not None
@@ -310,7 +310,7 @@ def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None
     model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
     plan = Plan("tiny", (Drop(1, "layer"),))
     apply.execute(model, plan)
-    assert export(model, None, plan, tmp_path / "out", "") == "stock"
+    assert write_folder(model, None, plan, tmp_path / "out", "") == "stock"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == [5, 6]
     assert config["num_hidden_layers"] == 1 and config["layer_types"] == ["full_attention"]
@@ -327,7 +327,7 @@ def test_the_readme_may_tell_what_was_written(tmp_path: Path) -> None:
         sizes.append(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
         return f"# {sizes[-1]} bytes\n"
 
-    export(model, None, plan, tmp_path / "out", card)
+    write_folder(model, None, plan, tmp_path / "out", card)
     assert sizes == [(tmp_path / "out" / "model.safetensors").stat().st_size]
     readme = (tmp_path / "out" / "README.md").read_text()
     assert readme.startswith(f"# {sizes[0]} bytes\n\n## Load it\n") and "trust_remote_code" not in readme
@@ -362,16 +362,16 @@ def test_an_interrupted_export_leaves_nothing_half_written(
                 patch.setattr(Plan, "save", interrupted)
             else:
                 patch.setattr(files.os, "replace", interrupted)
-            export(model, None, plan, folder, "card")
+            write_folder(model, None, plan, folder, "card")
 
     broken()
     assert not folder.exists()
-    export(model, None, plan, folder, "card")
+    write_folder(model, None, plan, folder, "card")
     before = contents(folder)
     broken()
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    export(model, None, plan, folder, "another card")
+    write_folder(model, None, plan, folder, "another card")
     assert contents(folder) == {**before, "README.md": before["README.md"].replace(b"card", b"another card", 1)}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -380,7 +380,7 @@ def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, mo
     """Killed while the old folder is being removed: under the final name stands a whole export, or nothing."""
     model, plan = student(VARIANTS["qwen"])
     folder = tmp_path / "model"
-    export(model, None, plan, folder, "old")
+    write_folder(model, None, plan, folder, "old")
     old = contents(folder)
     new = {**old, "README.md": old["README.md"].replace(b"old", b"new", 1)}
     remove = shutil.rmtree
@@ -395,9 +395,9 @@ def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "rmtree", killed)
         with suppress(KeyboardInterrupt):
-            export(model, None, plan, folder, "new")
+            write_folder(model, None, plan, folder, "new")
     assert not folder.exists() or contents(folder) in (old, new)
-    export(model, None, plan, folder, "new")
+    write_folder(model, None, plan, folder, "new")
     assert contents(folder) == new
 
 
@@ -405,7 +405,7 @@ def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     """Also one of another kind: nothing of the old one is left."""
     for name in ("qwen, token gate", "qwen"):
         model, plan = student(VARIANTS[name])
-        export(model, None, plan, tmp_path / "model", name)
+        write_folder(model, None, plan, tmp_path / "model", name)
     assert not (tmp_path / "model" / "modeling_recondense.py").exists()
     assert Plan.load(tmp_path / "model" / "plan.json") == plan
 
@@ -421,7 +421,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_load_gives_back_what_was_exported(tmp_path: Path) -> None:
     model, plan = student(VARIANTS["qwen, sparse layers left"])
     model.config.output_router_logits = True
-    export(model, tokenizer(), plan, tmp_path / "out", "")
+    write_folder(model, tokenizer(), plan, tmp_path / "out", "")
     again, words = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="float32"))
     assert words("w5")["input_ids"] == [5]
     assert not again.training and again.config.output_router_logits is False
