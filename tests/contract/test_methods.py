@@ -185,7 +185,7 @@ def decided_together(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Pa
     folder = tmp_path_factory.mktemp("together")
 
     def start(rank: int) -> subprocess.Popen[str]:
-        paths = os.pathsep.join([str(root), str(root / "tests")])
+        paths = os.pathsep.join(map(str, (root / "src", root, root / "tests")))
         env = os.environ | {"PYTHONHASHSEED": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         command = [sys.executable, "-m", "support.searched", str(folder), str(rank)]
         return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
