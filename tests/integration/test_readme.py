@@ -162,7 +162,9 @@ def test_files_that_the_tree_names_are_there() -> None:
 
 def test_every_module_is_in_the_tree() -> None:
     source = ROOT / "src" / "recondense"
-    modules = {path.relative_to(ROOT).as_posix() for path in source.rglob("*.py") if path.name != "__init__.py"}
+    # A method is one file and one YAML: it needs no line.
+    paths = [path for path in source.rglob("*.py") if path.name != "__init__.py" and path.parent != source / "methods"]
+    modules = {path.relative_to(ROOT).as_posix() for path in paths}
     assert len(modules) > 30
     assert sorted(modules - tree()) == []
 
