@@ -39,10 +39,12 @@ docs: $(STAMP) ## build the site into build/site; every warning is an error
 pictures: $(STAMP) ## draw the pictures of README and docs
 	$(BIN)/python docs/pictures/draw.py
 
-test: $(STAMP) check docs ## checks, site and tests: some minutes on two cores
+test: $(STAMP) ## checks, site and tests: some minutes on two cores
+	$(MAKE) --no-print-directory --output-sync -j 2 check docs
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --durations=30 -m "not slow"
 
-test-all: $(STAMP) check docs ## every test, the slow ones included
+test-all: $(STAMP) ## every test, the slow ones included
+	$(MAKE) --no-print-directory --output-sync -j 2 check docs
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean: ## remove caches, not outputs

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recondense.config.method_steps import step_entries
 from recondense.config.schema import Config, from_dict
-from recondense.data import corpus, stdlib
+from recondense.data import corpora, corpus
 from recondense.report.comparison import by_seed
 from recondense.run import pipeline, tiny
 
@@ -45,7 +45,7 @@ SMOKE = (
 def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a process that runs one command never puts back; and a short text in place of the whole library's."""
     few = corpus.Corpora(*(documents()[start::3] for start in range(3)))
-    monkeypatch.setattr(stdlib, "stdlib_corpora", lambda: few)
+    monkeypatch.setattr(corpora, "stdlib_corpora", lambda: few)
     monkeypatch.setattr(tiny, "stdlib_corpora", lambda: few)
     with one_command():
         yield
