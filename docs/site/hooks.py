@@ -14,6 +14,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from recondense import _MODULES as PUBLIC_NAMES
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "recondense"
 AT_THE_TOP = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
@@ -57,5 +59,13 @@ def _page(path: Path, files: Files, config: MkDocsConfig) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     name = ".".join(part for part in parts if part != "__init__")
     address = f"reference/{'/'.join('index' if part == '__init__' else part for part in parts)}.md"
-    files.append(File.generated(config, address, content=f"# {name}\n\n::: {name}\n"))
+    content = _public_names() if path.parent == PACKAGE and path.stem == "__init__" else f"::: {name}\n"
+    files.append(File.generated(config, address, content=f"# {name}\n\n{content}"))
     return address
+
+
+def _public_names() -> str:
+    """The page of the package: the public names in the order of the seven steps, not of their imports."""
+    options = "    options: {show_root_heading: true, show_root_full_path: false}\n"
+    names = [f"::: {PACKAGE.name}.{module}.{name}\n{options}" for name, module in PUBLIC_NAMES.items()]
+    return "\n".join([f"::: {PACKAGE.name}\n    options: {{members: false}}\n", *names])
