@@ -1,4 +1,4 @@
-"""The Tape against the model itself: its own hidden states, hooks on its own modules, and what padding must not do."""
+"""The Tape agrees with the model's hidden states and with hooks on its modules, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_a_layer_rerun_from_its_taped_input_gives_the_next_state(family: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_text_is_as_if_alone(family: str) -> None:
-    """Texts of other lengths in the block, and however many: nothing of them reaches a text."""
+def test_a_text_is_recorded_as_if_it_were_alone(family: str) -> None:
+    """The other texts of a batch, whatever their number and lengths, do not change a text's states."""
     model, ids = FAMILIES[family](), texts()
     together = recorded(model, ids, texts_per_block=5)
     for row, text in enumerate(ids):
@@ -66,18 +66,18 @@ def test_each_text_is_as_if_alone(family: str) -> None:
             torch.testing.assert_close(together.states[layer][0][row, : len(text)], alone.states[layer][0][0], **CLOSE)
 
 
-def with_pads(ids: list[list[int]], pad: int) -> list[tuple[Tensor, Tensor]]:
-    found = []
+def replace_pads(ids: list[list[int]], pad: int) -> list[tuple[Tensor, Tensor]]:
+    batches = []
     for input_ids_BS, mask_BS in blocks(ids):
-        found.append((torch.where(mask_BS, input_ids_BS, torch.full_like(input_ids_BS, pad)), mask_BS))
-    return found
+        batches.append((torch.where(mask_BS, input_ids_BS, torch.full_like(input_ids_BS, pad)), mask_BS))
+    return batches
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_never_counts(family: str) -> None:
-    """Whatever stands at pads, the states and traces of real tokens are the same, and no pad is among them."""
+    """Whatever ids the padding has, the states and traces of real tokens are the same, and no pad is among them."""
     model, ids = FAMILIES[family](), texts()
-    tapes = [Tape.record(model, with_pads(ids, pad)) for pad in (0, 53, VOCAB - 1)]
+    tapes = [Tape.record(model, replace_pads(ids, pad)) for pad in (0, 53, VOCAB - 1)]
     traces = [list(tape.trace(model, 2)) for tape in tapes]
     assert sum(len(trace.x_TD) for trace in traces[0]) == sum(map(len, ids))
     for tape, trace in zip(tapes[1:], traces[1:], strict=True):
@@ -94,7 +94,7 @@ def test_padding_never_counts(family: str) -> None:
 
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trace_equals_hooks_on_the_whole_model(family: str, layer: int) -> None:
+def test_trace_equals_hooks_on_the_model(family: str, layer: int) -> None:
     model, ids = FAMILIES[family](), texts()
     block: Any = views.get_block(model, layer)
     seen: dict[str, Any] = {}
@@ -110,19 +110,19 @@ def test_trace_equals_hooks_on_the_whole_model(family: str, layer: int) -> None:
     for handle in handles:
         handle.remove()
     tape = recorded(model, ids)
-    found = [[getattr(t, n) for t in tape.trace(model, layer)] for n in
+    traced = [[getattr(t, n) for t in tape.trace(model, layer)] for n in
              ("x_TD", "output_TD", "top_k_index_TK", "top_k_weights_TK")]  # fmt: skip
-    for mine, theirs in zip(found, zip(*expected, strict=True), strict=True):
-        torch.testing.assert_close(torch.cat(mine), torch.cat(list(theirs)), **CLOSE)
+    for batches, texts_alone in zip(traced, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(batches), torch.cat(list(texts_alone)), **CLOSE)
     if family == "deepseek_v2":  # the routed scaling factor is part of the weights
-        logits = torch.cat(found[0]) @ block.gate.weight.T
+        logits = torch.cat(traced[0]) @ block.gate.weight.T
         top = logits.softmax(-1).topk(2).values * model.config.routed_scaling_factor
-        torch.testing.assert_close(torch.cat(found[3]).sort(-1).values, top.sort(-1).values, **CLOSE)
+        torch.testing.assert_close(torch.cat(traced[3]).sort(-1).values, top.sort(-1).values, **CLOSE)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_is_left_as_it_was(family: str, training: bool) -> None:
+def test_recording_leaves_the_model_unchanged(family: str, training: bool) -> None:
     model = FAMILIES[family]().train(training)
     with unchanged(model):
         tape = recorded(model)
@@ -157,63 +157,63 @@ def by_hand(values: list[list[float]]) -> float:
 
 
 def test_mean_over_texts() -> None:
-    """Each text weighs the same, whatever its length and block."""
+    """Each text weighs the same, whatever its length and batch."""
     model: PreTrainedModel = qwen2_moe()
     tape = recorded(model, [[1, 2], [3, 4, 5, 6], [7]])
     per_text = [[1.0, 3.0], [10.0, 20.0, 30.0, 0.0], [5.0]]
     first = torch.tensor([[*per_text[0], *per_text[1]], [1.0] * 6])
     second = torch.tensor([per_text[2], [4.0]])
-    found = tape.texts.mean_over_texts([first, second])
-    assert found.dtype == torch.float64
-    assert found.tolist() == [by_hand(per_text), 2.0]
+    means = tape.texts.mean_over_texts([first, second])
+    assert means.dtype == torch.float64
+    assert means.tolist() == [by_hand(per_text), 2.0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_traces_kept_while_taping_are_those_of_a_rerun(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they do not fit they are computed again when asked for, to the same bits."""
+def test_traces_stored_while_taping_are_those_of_a_rerun(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces that do not fit are computed again when they are needed, bit for bit the same."""
     model = FAMILIES[family]()
     size = sum(trace.nbytes for traces in recorded(model).traces.values() for trace in traces)
     tapes = []
     for room in (0, size - 1, size):
         monkeypatch.setattr(tape_module, "TRACE_BYTES", room)
         tapes.append(recorded(model))
-    rerun, kept = tapes[1:]
+    rerun, stored = tapes[1:]
     assert [tape.traced for tape in tapes] == [False, False, True] and not tapes[0].traces
-    assert kept.traces.keys() == views.sparse_blocks(model).keys() and not rerun.traces
-    for layer in kept.traces:
-        for mine, theirs in zip(kept.trace(model, layer), rerun.trace(model, layer), strict=True):
-            assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in vars(mine))
+    assert stored.traces.keys() == views.sparse_blocks(model).keys() and not rerun.traces
+    for layer in stored.traces:
+        for trace, again in zip(stored.trace(model, layer), rerun.trace(model, layer), strict=True):
+            assert all(torch.equal(getattr(trace, name), getattr(again, name)) for name in vars(trace))
 
 
 class Together:
-    """Threads in place of processes: each has its rank, and they meet where processes would."""
+    """Threads in place of processes: each has a rank, and they wait for each other where processes would."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         self.number = number
-        self._own = threading.local()
+        self._local = threading.local()
         self._barrier = threading.Barrier(number, timeout=20)  # seconds, after which the others went another way
         self._values: list[Any] = [None] * number
         monkeypatch.setattr(processes, "world_size", lambda: number)
-        monkeypatch.setattr(processes, "rank", lambda: self._own.rank)
+        monkeypatch.setattr(processes, "rank", lambda: self._local.rank)
         monkeypatch.setattr(processes, "gather", self._gather)
 
     def _gather(self, value: Any) -> list[Any]:
-        self._values[self._own.rank] = value
+        self._values[self._local.rank] = value
         self._barrier.wait()
-        found = list(self._values)
+        values = list(self._values)
         self._barrier.wait()
-        return found
+        return values
 
     def record(self, models: list[Any], folder: Path) -> list[Tape]:
-        """The tapes of all of them on one folder."""
-        found: list[Any] = [None] * self.number
+        """The tape of each process, or the error that it raised; all write into one folder."""
+        results: list[Any] = [None] * self.number
 
         def work(rank: int) -> None:
-            self._own.rank = rank
+            self._local.rank = rank
             try:
-                found[rank] = recorded(models[rank], split=True, storage=Disk(folder))
+                results[rank] = recorded(models[rank], split=True, storage=Disk(folder))
             except BaseException as error:
-                found[rank] = error
+                results[rank] = error
                 self._barrier.abort()
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.number)]
@@ -221,15 +221,15 @@ class Together:
             thread.start()
         for thread in threads:
             thread.join()
-        return found
+        return results
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_a_split_tape_that_was_killed_between_two_processes_goes_on(
+def test_a_split_tape_that_was_killed_between_two_processes_is_resumed(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three blocks of texts, a fourth process has none. What the last one lacks, all compute again."""
-    whole = recorded(qwen2_moe())
+    """With three text batches, a fourth process has none. What the last process lacks, all compute again."""
+    unsplit = recorded(qwen2_moe())
     together = Together(monkeypatch, number)
     models = [qwen2_moe() for _ in range(number)]
     last = f"{number - 1}-of-{number}"
@@ -241,7 +241,7 @@ def test_a_split_tape_that_was_killed_between_two_processes_goes_on(
             assert isinstance(tape, Tape), tape
             assert tape.layer_runs == pytest.approx((again if gone else 3) if tape.texts.local else 0)
             for layer, states in enumerate(tape.states):
-                assert all(map(torch.equal, states, list(whole.states[layer])[rank::number]))
+                assert all(map(torch.equal, states, list(unsplit.states[layer])[rank::number]))
                 assert len(states) == len(tape.texts.local)
     tapes = together.record(models, tmp_path)
-    assert [tape.layer_runs for tape in tapes] == [0] * number, "all was there"
+    assert [tape.layer_runs for tape in tapes] == [0] * number, "nothing was missing"

@@ -1,4 +1,4 @@
-"""A signal ends a training after its step, with a checkpoint."""
+"""A signal stops training after the current step, with a checkpoint."""
 
 from __future__ import annotations
 

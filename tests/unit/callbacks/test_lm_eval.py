@@ -1,4 +1,4 @@
-"""lm-eval while training: at the right steps, and training does not notice."""
+"""lm-eval during training: at the right steps, and without an effect on training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from recondense.evaluation import lm_eval
 @pytest.fixture()
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for lm-eval: draws from every generator, changes modes, and notes how it was called."""
-    found: list[dict[str, Any]] = []
+    recorded: list[dict[str, Any]] = []
 
     def run_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], **settings: Any) -> Any:
         random.random(), np.random.rand(), torch.rand(1)
         model.eval()
-        found.append({"tokenizer": tokenizer, "tasks": tasks, **settings})
-        return {task: {"acc": float(len(found)), "acc_stderr": 0.5} for task in tasks}
+        recorded.append({"tokenizer": tokenizer, "tasks": tasks, **settings})
+        return {task: {"acc": float(len(recorded)), "acc_stderr": 0.5} for task in tasks}
 
     monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
-    return found
+    return recorded
 
 
 class TestLmEval:
@@ -39,7 +39,7 @@ class TestLmEval:
         callback = LmEval(["a", "b"], every_n_steps=2, limit=3, num_fewshot=1, batch_size=4, include_path="folder")
         _, recorder = fit(module, [callback], tmp_path, num_batches=10, accumulate_grad_batches=2)
         assert recorder.steps("recovery/a/acc") == recorder.steps("recovery/b/acc_stderr") == [2, 4, 5]
-        assert {step: found["a"]["acc"] for step, found in module.task_results.items()} == {2: 1, 4: 2, 5: 3}
+        assert {step: results["a"]["acc"] for step, results in module.task_results.items()} == {2: 1, 4: 2, 5: 3}
         expected = {"limit": 3, "num_fewshot": 1, "batch_size": 4, "include_path": "folder"}
         assert calls[0] == {"tokenizer": "tokenizer", "tasks": ["a", "b"], **expected}
 
@@ -47,7 +47,7 @@ class TestLmEval:
         fit(Module(), [LmEval(["a"], every_n_steps=3)], tmp_path)
         assert len(calls) == 2
 
-    def test_training_does_not_notice(self, calls: list[Any], tmp_path: Path) -> None:
+    def test_training_is_not_affected(self, calls: list[Any], tmp_path: Path) -> None:
         plain, evaluated = Module(), Module()
         fit(plain, [], tmp_path)
         fit(evaluated, [LmEval(["a"], every_n_steps=1), ProfileMemoryAndSpeed(prompt_length=4, new_tokens=1)], tmp_path)
@@ -74,7 +74,7 @@ class TestLmEval:
         with pytest.raises(ValueError, match="every_n_steps is -1"):
             LmEval(["a"], every_n_steps=-1)
 
-    def test_a_restart_keeps_results_and_does_not_repeat_them(self, calls: list[Any], tmp_path: Path) -> None:
+    def test_a_resumed_training_keeps_results_and_does_not_repeat_them(self, calls: list[Any], tmp_path: Path) -> None:
         before = LmEval(["a"], every_n_steps=2, at_end=False)
         fit(Module(), [before], tmp_path)
         after, module = LmEval(["a"], every_n_steps=2, at_end=False), Module()

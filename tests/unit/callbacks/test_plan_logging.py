@@ -30,8 +30,8 @@ class TestPlanLogging:
         assert not (tmp_path / "run").exists()
 
 
-def test_settings_that_a_plan_stand_in_needs() -> None:
-    # PlanLogging asks a module for no more than `plan.operations` and `plan.to_dict()`.
+def test_what_is_asked_of_a_module() -> None:
+    # PlanLogging asks a module for `plan.operations` and `plan.to_dict()` only.
     callback = PlanLogging()
     trainer: Any = SimpleNamespace(loggers=[], default_root_dir=".")
     callback.on_fit_start(trainer, SimpleNamespace(plan=SimpleNamespace(operations=())))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Memory and speed of a training, and of the model before and after it."""
+"""Memory and speed of training, and of the model before and after it."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ class TestProfile:
         callback = ProfileMemoryAndSpeed(**self.SETTINGS, every_n_steps=2)
         _, recorder = fit(module, [callback], tmp_path)
         for moment, name in (("start", "compressed"), ("end", "recovered")):
-            found = callback.profiles[moment]
-            assert list(found) == ["original", name]
-            assert found["original"].weights_bytes - found[name].weights_bytes == block_bytes - 16 * 16 * 4
+            profiles = callback.profiles[moment]
+            assert list(profiles) == ["original", name]
+            assert profiles["original"].weights_bytes - profiles[name].weights_bytes == block_bytes - 16 * 16 * 4
         assert views.get_block(module.model, 0) is small
         assert recorder.steps("profile/compressed/decode_tokens_per_second") == [0]
         assert recorder.steps("profile/recovered/peak_memory_bytes") == [6]
         assert recorder.steps("profile/train_tokens_per_second") == [2, 4, 6]
-        metrics = {name: value for _, one in recorder.metrics for name, value in one.items()}
-        # Student and teacher together: the student, and the one block that is the teacher's own.
+        metrics = {name: value for _, logged in recorder.metrics for name, value in logged.items()}
+        # Student and teacher together: the student, and the one block that only the teacher has.
         rotary = 2 * module.model.model.rotary_emb.inv_freq.nbytes
         expected = callback.profiles["start"]["compressed"].weights_bytes + block_bytes
         assert expected <= metrics["profile/resident_bytes"] <= expected + rotary
         assert metrics["profile/train_peak_bytes"] > 0
 
     def test_tokens_are_counted_without_filler(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In windows with labels up to the last target, under a mask what it names, else all; of all processes."""
+        """With labels, up to the last target; with a mask, what it marks; otherwise all. Summed over processes."""
         ticks = iter(range(1000))
         monkeypatch.setattr(profiling.time, "perf_counter", lambda: float(next(ticks)))
         ids = torch.arange(16).view(2, 8)
@@ -58,7 +58,7 @@ class TestProfile:
         for more, tokens in (({}, 16), ({"labels": labels}, 5 + 7), ({"labels": labels, "attention_mask": mask}, 11)):
             callback = ProfileMemoryAndSpeed(at_start=False, at_end=False, every_n_steps=2)
             module = Module()
-            monkeypatch.setattr(L.pytorch.strategies.SingleDeviceStrategy, "reduce", lambda self, own, **_: 3 * own)
+            monkeypatch.setattr(L.pytorch.strategies.SingleDeviceStrategy, "reduce", lambda self, value, **_: 3 * value)
             recorder = Recorder()
             trainer = L.Trainer(
                 accelerator="cpu", max_epochs=1, logger=recorder, default_root_dir=tmp_path, callbacks=[callback],
@@ -71,10 +71,10 @@ class TestProfile:
                 for _, metrics in recorder.metrics
                 if "profile/train_tokens_per_second" in metrics
             ]
-            # Two steps of two batches, a second each by this clock; three processes.
+            # Two steps of two batches; this clock counts a second for each; three processes.
             assert rates == [3 * tokens] * 2
 
-    def test_without_a_teacher_the_live_model_alone(self, tmp_path: Path) -> None:
+    def test_without_a_teacher_only_the_live_model_is_profiled(self, tmp_path: Path) -> None:
         callback = ProfileMemoryAndSpeed(**self.SETTINGS, at_start=False, every_n_steps=0)
         _, recorder = fit(Module(), [callback], tmp_path)
         assert list(callback.profiles) == ["end"] and list(callback.profiles["end"]) == ["recovered"]

@@ -1,4 +1,4 @@
-"""The comparison of a sweep: in a real Hydra multirun, and for rows that lack things."""
+"""The comparison of a sweep: in a real Hydra multirun, and for rows that lack values."""
 
 import csv
 import io
@@ -75,7 +75,7 @@ def test_a_multirun_is_compared_failures_included(forks: Forks, tmp_path: Path) 
     assert "UserWarning" not in done.stderr
 
 
-def test_what_the_user_can_mend_is_listed_and_ends_with_2(forks: Forks, tmp_path: Path) -> None:
+def test_what_the_user_can_fix_is_listed_and_exits_with_2(forks: Forks, tmp_path: Path) -> None:
     done = run(forks, tmp_path, "-m", "seed=1,4,2")
     rows = json.loads((tmp_path / "sweep" / "comparison.json").read_text())
     assert [row["status"] for row in rows] == ["done", "failed: too little text. no room.", "done"]
@@ -95,7 +95,7 @@ def test_a_single_run_is_no_sweep(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_but_the_comparison_stays(tmp_path: Path) -> None:
+def test_only_the_comparison_is_kept(tmp_path: Path) -> None:
     config = OmegaConf.create(
         {"hydra": {"mode": RunMode.MULTIRUN, "sweep": {"dir": str(tmp_path / "sweep")}, "job": {"num": 0}}}
     )
@@ -146,7 +146,7 @@ def seeded(method: str, ratio: str, seed: int, **figures: Any) -> dict[str, Any]
 
 
 def comparison() -> list[dict[str, Any]]:
-    """Two methods, the control and one that fails, two budgets, two seeds."""
+    """Two methods, the control and one method that fails; two budgets, two seeds."""
     rows = []
     for ratio, scale in (("0.5", 10.0), ("0.7", 1.0)):
         for seed in (0, 1):
@@ -155,8 +155,8 @@ def comparison() -> list[dict[str, Any]]:
                 after = 8 + (first - 8 + 2 * seed) * scale
                 size |= {"compressed_perplexity": 30.0 * scale, "recovered_perplexity": after}
                 size |= {"original_task": 0.59, "original_task_error": 0.049, "recovered_task": 0.603 + 0.01 * seed}
-                spent = {"search_seconds": 40.0 - 39 * seed, "refit_seconds": 7.0, "recover_seconds": 3.0 + seed}
-                rows.append(seeded(method, ratio, seed, seconds=99.0, gap_closed=0.5, **spent, **size))
+                seconds = {"search_seconds": 40.0 - 39 * seed, "refit_seconds": 7.0, "recover_seconds": 3.0 + seed}
+                rows.append(seeded(method, ratio, seed, seconds=99.0, gap_closed=0.5, **seconds, **size))
             rows.append(seeded("none", ratio, seed, original_perplexity=8.0, recovered_perplexity=7.0 + seed))
             failed = seeded("block_drop", ratio, seed, **(size if ratio == "0.7" else {}))
             rows.append(failed if ratio == "0.7" else {**failed, "status": "failed: no layer | is small enough"})
@@ -164,21 +164,23 @@ def comparison() -> list[dict[str, Any]]:
 
 
 def test_seeds_become_mean_and_deviation() -> None:
-    entries = {(each["method"], each["settings"].get("method.memory_ratio")): each for each in by_seed(comparison())}
+    entries = {
+        (entry["method"], entry["settings"].get("method.memory_ratio")): entry for entry in by_seed(comparison())
+    }
     assert len(entries) == 7
     assert entries["reap", "0.7"]["recovered_perplexity"] == pytest.approx((13.0, 2**0.5))
     assert entries["cdmoe", "0.5"]["recovered_perplexity"] == pytest.approx((28.0, 200**0.5))
     assert entries["cdmoe", "0.5"]["recover_seconds"] == pytest.approx((3.5, 0.5**0.5))
     assert entries["cdmoe", "0.5"]["search_seconds"] == (40.0, None), "the other seed read the cache"
-    assert "seconds" not in entries["cdmoe", "0.5"], "evaluation is in them"
+    assert "seconds" not in entries["cdmoe", "0.5"], "they include evaluation"
     assert entries["reap", "0.5"]["compressed_perplexity"] == (300.0, 0.0)
     assert entries["reap", "0.5"]["count"] == entries["reap", "0.5"]["jobs"] == 2
-    one = by_seed([seeded("reap", "0.5", 0, recovered_perplexity=3.0)])
-    assert one[0]["recovered_perplexity"] == (3.0, None) and one[0]["count"] == 1
+    single = by_seed([seeded("reap", "0.5", 0, recovered_perplexity=3.0)])
+    assert single[0]["recovered_perplexity"] == (3.0, None) and single[0]["count"] == 1
 
 
-def test_one_run_counts_once() -> None:
-    """Both budgets of method=none are the same two runs, so that budget is none of their settings."""
+def test_a_run_counts_once() -> None:
+    """Both budgets of method=none are the same two runs, so the budget is not among their settings."""
     [control] = [entry for entry in by_seed(comparison()) if entry["method"] == "none"]
     assert control["settings"] == {"method": "none"} and control["count"] == 2
     assert control["recovered_perplexity"] == pytest.approx((7.5, 0.5**0.5))
@@ -191,7 +193,7 @@ def test_largest_budget_first_then_the_best() -> None:
         *(("cdmoe", "0.5"), ("reap", "0.5"), ("block_drop", "0.5")),
     ]
     rows = [{**row, "settings": {**row["settings"], "method.memory_ratio": "null"}} for row in comparison()]
-    assert by_seed(rows)[0]["method"] == "none", "without budgets the measured sizes order"
+    assert by_seed(rows)[0]["method"] == "none", "without budgets, the measured sizes decide the order"
 
 
 def test_the_table_of_seeds_and_what_failed(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_the_table_of_seeds_and_what_failed(tmp_path: Path) -> None:
     assert "±1.41" in shown and "0/2" in shown and "[" not in shown
 
 
-def test_the_caption_says_what_can_be_told_apart() -> None:
+def test_the_caption_says_which_differences_matter() -> None:
     entries = by_seed([row for row in comparison() if row["method"] != "block_drop"])
     words = "\n".join(caption(entries, without=["n"]))
     assert "2 runs each" in words and "no spread by construction" in words
@@ -239,7 +241,7 @@ def test_the_table_of_all_methods_fits_120_columns() -> None:
         **{f"{part}_seconds": 149.0 for part in ("search", "refit", "recover")},
     }  # fmt: skip
     rows = [seeded("routing_weight", ratio, seed, **figures) for ratio in ("0.673", "0.509") for seed in (0, 1, 2)]
-    rows[0] = {**rows[0], "status": "failed: no"}  # the longest in the column of the number of runs
+    rows[0] = {**rows[0], "status": "failed: no"}  # the longest entry of the column n
     table = comparison_table(by_seed(rows))
     table.caption = None
     assert Console(width=500).measure(table).maximum <= 120

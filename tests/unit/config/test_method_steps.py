@@ -1,4 +1,4 @@
-"""Steps from a method's settings: which step takes what, and what is said of wrong values."""
+"""Steps from a method's settings: which step takes which setting, and the messages about wrong values."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_several_steps_take_the_settings_that_they_have() -> None:
 
 
 def test_a_step_may_have_settings_of_its_own() -> None:
-    """Then it takes none of the method's, which may stay as they are."""
+    """Such a step takes none of the method's settings, whatever they are."""
     steps = [{"_target_": OTHER, "rank": 2}, {"_target_": STEP, "search": "exact"}]
     assert build_steps({"_target_": STEP, "whole": 3, "steps": steps}) == [
         Other(rank=2),
@@ -89,7 +89,7 @@ def test_any_class_can_be_a_step() -> None:
 
 
 def test_settings_of_a_part_stand_beside_those_of_the_step() -> None:
-    """What is not given comes from the step's default of the part, not from the part's own."""
+    """A setting that is not given comes from the step's default for the part, not from the part's class."""
     [step] = build_steps({"_target_": STEP, "depth": 3})
     assert step == Step(part=Part("auto", 3, 7))
     for name in ("part", "internal"):
@@ -114,7 +114,7 @@ def test_a_setting_that_no_step_has_is_reported(method: dict[str, Any]) -> None:
         {"foreign": {"_target_": "pathlib.Path"}},
     ],
 )
-def test_a_step_that_is_right(values: dict[str, Any]) -> None:
+def test_valid_settings_of_a_step(values: dict[str, Any]) -> None:
     assert len(build_steps({"_target_": STEP, **values})) == 1
     assert len(build_steps({"steps": [{"_target_": STEP, "_convert_": "all", **values}]})) == 1
 
@@ -147,7 +147,7 @@ def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: st
 
 
 @pytest.mark.parametrize("target", ["nowhere.Step", "Step", "recondense.config.method_steps.Absent"])
-def test_a_step_that_is_not_there_is_the_only_problem(target: str) -> None:
+def test_a_step_that_does_not_exist_is_the_only_problem(target: str) -> None:
     for method, where in (
         ({"_target_": target}, "method._target_="),
         ({"steps": [OTHER, target]}, "method.steps[1]="),

@@ -1,4 +1,4 @@
-"""Plain containers to a Config: types, unknown names, the run's hash and folder; checks of one config alone."""
+"""From plain containers to a Config: types, unknown names, the run's hash and folder, and checks of a config alone."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def lora(trainable: Any = "lora", name: str = "lora", **settings: Any) -> dict[s
 
 
 def problems(**values: Any) -> str:
-    """What is said of a config that is right but for `values`."""
+    """The messages about a config that is valid but for `values`."""
     config, mistakes = read({"model": {"pretrain": {}}, "method": STEP, **values})
     stages, wrong_stages = resolve_stages(config)
     return "\n".join(render([*mistakes, *wrong_stages, *check_config(config, stages)]))
 
 
-def test_defaults_are_right() -> None:
+def test_defaults_are_valid() -> None:
     assert problems() == ""
     assert from_dict({}) == Config()
 
@@ -85,8 +85,8 @@ def test_all_wrong_values_are_reported_together() -> None:
     "value", [float("nan"), float("inf"), -float("inf"), 10**400], ids=["nan", "inf", "-inf", "huge"]
 )
 def test_numbers_are_finite(value: float) -> None:
-    config, found = read({"recovery": {"temperature": value}})
-    assert render(found) == [f"recovery.temperature={value}: expected a finite number."]
+    config, mistakes = read({"recovery": {"temperature": value}})
+    assert render(mistakes) == [f"recovery.temperature={value}: expected a finite number."]
     assert config.recovery.temperature == RecoveryConfig().temperature
 
 
@@ -148,7 +148,7 @@ def test_run_folder() -> None:
     assert dataclasses.replace(sizes, run_dir="there").run_folder() == Path("there-plan_only")
 
 
-def test_home_is_expanded_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     paths = {"path": "~/x.jsonl"}
     config = from_dict(
@@ -225,7 +225,7 @@ def test_suggestions() -> None:
         (lora("experts"), "recovery.trainable=experts: recovery=lora trains adapters. Use recovery.trainable=lora"),
     ],
 )
-def test_what_is_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> None:
     assert problems(**values).startswith(message)
 
 
@@ -240,8 +240,8 @@ def test_what_is_refused(values: dict[str, Any], message: str) -> None:
         {"recovery": {"objective": "none", "warmup_steps": 9999, "hidden_share": 1, "cross_entropy_share": 1}},
     ],
 )
-def test_right_values(values: dict[str, Any]) -> None:
-    """Contradictions of what is not used do not matter."""
+def test_valid_values(values: dict[str, Any]) -> None:
+    """Contradictions between settings that are not used do not matter."""
     assert problems(**values) == ""
 
 
@@ -261,19 +261,19 @@ def test_right_values(values: dict[str, Any]) -> None:
     ],
 )
 def test_a_value_is_shown_as_it_was_written(value: Any, message: str) -> None:
-    """A text that looks like a number is shown in quotes, as of an environment variable, with the remedy."""
+    """A text that looks like a number, as environment variables give it, is shown in quotes and with the remedy."""
     assert problems(recovery={"steps": value}).startswith(f"recovery.steps={message}")
 
 
-def test_a_group_refuses_wrong_settings_when_it_is_made() -> None:
+def test_a_group_refuses_wrong_settings_when_it_is_constructed() -> None:
     with pytest.raises(ValueError, match="steps"):
         RecoveryConfig(steps=0)
     with pytest.raises(ValueError, match="learning_rat"):
         RecoveryConfig(learning_rat=1.0)  # type: ignore[call-arg]
 
 
-def test_every_setting_has_a_part_in_the_identity_or_says_why_not() -> None:
-    """Metadata of a field, not a list elsewhere."""
+def test_every_setting_is_part_of_the_identity_or_says_why_not() -> None:
+    """The metadata of its field says it, not a list elsewhere."""
     identity = Config().identity()
     assert set(Config().resolved()) - set(identity) == {
         *("logger", "experiment_name", "output_dir", "cache_dir", "run_dir", "overwrite", "plan_only"),

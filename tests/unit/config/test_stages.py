@@ -1,4 +1,4 @@
-"""The stages of a recovery: what each inherits, what is refused, and how one follows another on the same model."""
+"""Recovery stages: what a stage inherits, what is refused, and how epochs become steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def messages(settings: Config) -> list[str]:
     return render([*problems, *check_config(settings, resolved)])
 
 
-def test_without_stages_the_recovery_is_the_only_one() -> None:
+def test_without_stages_the_recovery_is_the_only_stage() -> None:
     plain = config()
     [only] = require_stages(plain)
     assert (only.recovery, only.data, only.own_texts) == (plain.recovery, plain.data, False)
@@ -68,7 +68,7 @@ def test_steps_of_a_stage_win_over_epochs_of_the_recovery() -> None:
     assert (first.recovery.steps, first.recovery.epochs, second.recovery.epochs) == (5, None, 3.0)
 
 
-def test_data_with_a_source_stands_alone_and_without_changes_the_runs() -> None:
+def test_data_with_a_source_stands_alone_and_without_one_changes_the_data_of_the_run() -> None:
     alone, changed = require_stages(
         config(
             {"name": "alone", "data": {"source": "texts", "form": "chat", "train": {"path": "~/mine.jsonl"}}},
@@ -110,13 +110,13 @@ def test_data_with_a_source_stands_alone_and_without_changes_the_runs() -> None:
     ],
 )  # fmt: skip
 def test_stages_that_are_refused(stages: list[Any], parts: list[str]) -> None:
-    found = problems(*stages)
-    assert len(found) == 1, found
+    refusals = problems(*stages)
+    assert len(refusals) == 1, refusals
     for part in parts:
-        assert part in found[0]
+        assert part in refusals[0]
 
 
-def test_what_is_wrong_with_the_recovery_is_said_once() -> None:
+def test_problems_of_the_recovery_are_reported_once() -> None:
     shares = {"hidden_share": 0.6, "cross_entropy_share": 0.6}
     assert [text.partition("=")[0] for text in messages(config({"name": "a"}, {"name": "b"}, **shares))][-1:] == [
         "recovery.hidden_share"
@@ -131,16 +131,16 @@ def test_what_is_wrong_with_the_recovery_is_said_once() -> None:
 
 
 def test_messages_name_the_stages_own_settings(tmp_path: Path) -> None:
-    """And leave alone a path that looks like one."""
+    """A path that looks like a setting is shown as it is."""
     path = tmp_path / "data.train.jsonl"
-    own = {"source": "texts", "train": {"path": str(path)}}
+    data = {"source": "texts", "train": {"path": str(path)}}
     with pytest.raises(ValueError, match="there is no such file") as caught:
-        settings = config({"name": "a", "data": own})
+        settings = config({"name": "a", "data": data})
         Texts.read(settings, require_stages(settings), calibrates=False)
     assert str(caught.value).startswith(f"recovery.stages[0].data.train.path={path}: there is no such file")
 
 
-def test_epochs_are_steps() -> None:
+def test_epochs_become_steps() -> None:
     settings = recovery(batch_size=4, accumulate_grad_batches=2, steps=99, warmup_steps=0)
     assert with_steps(settings, 100) == settings
     counts = [

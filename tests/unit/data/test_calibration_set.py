@@ -8,7 +8,7 @@ from support.small import byte_tokenizer
 from recondense.data.calibration_set import make_calibration_set
 
 
-def test_calibration_texts_are_cut_and_kept_apart() -> None:
+def test_calibration_texts_are_cut_and_kept_separate() -> None:
     calibration = make_calibration_set(["abcdef", "gh", "ignored"], byte_tokenizer(), num_samples=2, max_length=4)
     tokenizer = byte_tokenizer()
     assert [tokenizer.decode(ids) for ids in calibration.ids] == ["abcd", "gh"]
@@ -18,15 +18,15 @@ def test_calibration_texts_are_cut_and_kept_apart() -> None:
     assert input_ids_BS.tolist() == [calibration.ids[0], [*calibration.ids[1], 0, 0]]
 
 
-def test_blocks_cover_all_texts_in_order() -> None:
+def test_batches_cover_all_texts_in_order() -> None:
     calibration = make_calibration_set(["a", "bbb", "cc", "dddd", "e"], byte_tokenizer(), num_samples=5, max_length=9)
-    blocks = list(calibration.batches(2))
-    assert [tuple(mask.shape) for _, mask in blocks] == [(2, 3), (2, 4), (1, 1)]
-    rows = [ids[mask].tolist() for block in blocks for ids, mask in zip(*block, strict=True)]
+    batches = list(calibration.batches(2))
+    assert [tuple(mask.shape) for _, mask in batches] == [(2, 3), (2, 4), (1, 1)]
+    rows = [ids[mask].tolist() for batch in batches for ids, mask in zip(*batch, strict=True)]
     assert rows == calibration.ids
 
 
-def test_the_fingerprint_sees_ids_and_ends() -> None:
+def test_the_fingerprint_depends_on_ids_and_on_where_texts_end() -> None:
     def fingerprint(*texts: str) -> str:
         return make_calibration_set(texts, byte_tokenizer(), len(texts), 8).fingerprint()
 
@@ -41,7 +41,7 @@ def test_too_few_or_empty_calibration_texts_are_refused() -> None:
         make_calibration_set(["a", "", "b", ""], byte_tokenizer(), 4, 8)
 
 
-def test_a_special_token_is_no_text() -> None:
+def test_a_special_token_alone_is_no_text() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = byte_tokenizer()

@@ -22,7 +22,7 @@ from recondense.errors import UserError
 
 
 def check_paths(data: DataConfig, where: str = "data") -> list[str]:
-    """The messages."""
+    """The messages of the problems."""
     return render(problems_of(data, where))
 
 
@@ -40,13 +40,13 @@ def write_jsonl(path: Path, texts: list[Any], field: str = "text") -> Path:
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def test_only_the_splits_that_are_asked_for() -> None:
-    found = load_corpora(DataConfig(train=SplitConfig(num_texts=3)), ["train"])
-    assert found.train is not None and len(found.train) == 3
-    assert found.validation is None and found.calibration is None and set(found.sha256()) == {"train"}
+def test_only_the_splits_that_are_asked_for_are_loaded() -> None:
+    corpora = load_corpora(DataConfig(train=SplitConfig(num_texts=3)), ["train"])
+    assert corpora.train is not None and len(corpora.train) == 3
+    assert corpora.validation is None and corpora.calibration is None and set(corpora.sha256()) == {"train"}
 
 
-def test_the_hash_sees_where_documents_end() -> None:
+def test_the_hash_depends_on_where_documents_end() -> None:
     assert Corpora(train=["ab", "c"]).sha256() != Corpora(train=["a", "bc"]).sha256()
 
 
@@ -56,10 +56,10 @@ def test_the_hash_sees_where_documents_end() -> None:
 def test_training_texts_leave_out_the_other_splits(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "all.jsonl", ["one", "two", "three", "", "four"])
     held_out = write_jsonl(tmp_path / "held_out.jsonl", ["four", "five"])
-    found = load_corpora(texts_config(calibration=path, train=path, validation=held_out))
-    assert found.calibration == ["one", "two", "three", "", "four"]
-    assert found.train == ["three"]  # num_samples = 2
-    assert found.validation == ["four", "five"]
+    corpora = load_corpora(texts_config(calibration=path, train=path, validation=held_out))
+    assert corpora.calibration == ["one", "two", "three", "", "four"]
+    assert corpora.train == ["three"]  # num_samples = 2
+    assert corpora.validation == ["four", "five"]
     assert load_corpora(texts_config(calibration=path, train=path, validation=held_out), ["train"]).train == ["three"]
     assert load_corpora(texts_config(calibration=path, train=path), ["train"]).train == ["three", "four"]
     assert load_corpora(texts_config(calibration=path)).train is None
@@ -124,7 +124,7 @@ def test_another_text_field(tmp_path: Path) -> None:
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the hub's form, and a cache of our own for it."""
+    """A data set as the hub stores it, with a cache of its own."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -152,12 +152,12 @@ def hub_config(folder: Path | str, *, streaming: bool = True, train: int | None 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_hub_splits_do_not_overlap(dataset: Path, streaming: bool) -> None:
     config = hub_config(dataset, streaming=streaming)
-    found = load_corpora(config)
-    assert found.calibration == ["train 0", "train 1"]
-    assert found.train == ["train 2", "train 3", "train 4"]
-    assert found.validation == ["validation 0"]
-    # The same training texts when they alone are asked for, and when the calibration set has a split of its own.
-    assert load_corpora(config, ["train"]) == Corpora(train=found.train)
+    corpora = load_corpora(config)
+    assert corpora.calibration == ["train 0", "train 1"]
+    assert corpora.train == ["train 2", "train 3", "train 4"]
+    assert corpora.validation == ["validation 0"]
+    # The same training texts when only they are asked for, and others when the calibration set has a split of its own.
+    assert load_corpora(config, ["train"]) == Corpora(train=corpora.train)
     everything = load_corpora(hub_config(dataset, streaming=streaming, train=None), ["train"]).train
     assert everything == ["train 2", "train 3", "train 4", "train 5"]
     shared = load_corpora(hub_config(dataset, streaming=streaming, validation="train"))
@@ -170,12 +170,12 @@ def test_hub_lines_of_wikitext_become_articles(dataset: Path) -> None:
     write_jsonl(
         dataset / "train.jsonl", ["", " = One = \n", "", " text \n", " = Two = \n", " more \n", " = Three = \n"]
     )
-    found = load_corpora(hub_config(dataset))
-    assert found.calibration == [" = One = \n\n text", " = Two = \n more"]
-    assert found.train == [" = Three ="]
+    corpora = load_corpora(hub_config(dataset))
+    assert corpora.calibration == [" = One = \n\n text", " = Two = \n more"]
+    assert corpora.train == [" = Three ="]
 
 
-def test_hub_mistakes_are_explained(dataset: Path) -> None:
+def test_mistakes_in_hub_settings_are_explained(dataset: Path) -> None:
     with pytest.raises(ValueError, match=r"split 'tran': .*data\.splits"):
         load_corpora(replace(hub_config(dataset), splits=SplitNames(train="tran")))
     with pytest.raises(ValueError, match=r"no field 'body' \(fields: text\); set data.text_field"):
@@ -188,7 +188,7 @@ def test_hub_mistakes_are_explained(dataset: Path) -> None:
     assert "name the data set" in check_paths(replace(hub_config(dataset), dataset=None))[0]
 
 
-def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_reported_in_one_sentence_and_soon(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 
@@ -208,8 +208,8 @@ def test_no_network_is_said_in_one_sentence_and_soon(dataset: Path, monkeypatch:
     assert datasets.config.HF_HUB_OFFLINE is False and huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
-def test_messages_name_the_settings_by_what_the_config_calls_them(dataset: Path, tmp_path: Path) -> None:
-    """Those of a recovery stage, or of a calibration source; a path is shown as it is, whatever its name."""
+def test_messages_name_settings_as_the_config_does(dataset: Path, tmp_path: Path) -> None:
+    """So do those of a recovery stage and of a calibration source; a path is shown as it is, whatever its name."""
     path = tmp_path / "of data.form and data.text_field.jsonl"
     write_jsonl(path, ["a"], field="body")
     where = "recovery.stages[1].data"
@@ -245,14 +245,14 @@ def write_records(path: Path, records: list[Any]) -> Path:
 
 
 def test_records_are_documents(tmp_path: Path) -> None:
-    """They count, and are kept apart between splits, as texts are."""
+    """They are counted, and left out of other splits, as texts are."""
     path = write_records(tmp_path / "train.jsonl", [*ALPACA, ALPACA[0]])
     config = replace(texts_config(calibration=path, train=path), form="auto")
     assert check_paths(config) == []
-    found = load_corpora(config)
+    corpora = load_corpora(config)
     expected = [read_record(values, "alpaca") for values in ALPACA]
-    assert found.train == expected[2:] and found.calibration == [*expected, expected[0]]
-    assert all(isinstance(text, Record) for text in found.train)
+    assert corpora.train == expected[2:] and corpora.calibration == [*expected, expected[0]]
+    assert all(isinstance(text, Record) for text in corpora.train)
     write_records(path, [{"body": "x"}])
     [problem] = check_paths(replace(config, calibration=CalibrationConfig()))
     assert problem.startswith(f"data.train.path={path}: line 1 has no known form")
@@ -265,10 +265,10 @@ def test_records_of_the_hub(dataset: Path, streaming: bool, inside: bool) -> Non
     write_records(dataset / "train.jsonl", [{"train": row} for row in rows] if inside else rows)
     write_records(dataset / "validation.jsonl", [{"train": QUESTION}] if inside else [QUESTION])
     config = replace(hub_config(dataset, streaming=streaming), form="auto")
-    found = load_corpora(config)
-    assert found.train is not None and found.calibration is not None
-    assert [text.values["instruction"].partition("\n")[0][-2:] for text in found.train] == ["2?", "3?", "4?"]  # type: ignore[attr-defined]
-    assert found.validation == [read_record(QUESTION, "commonsense")]
+    corpora = load_corpora(config)
+    assert corpora.train is not None and corpora.calibration is not None
+    assert [text.values["instruction"].partition("\n")[0][-2:] for text in corpora.train] == ["2?", "3?", "4?"]  # type: ignore[attr-defined]
+    assert corpora.validation == [read_record(QUESTION, "commonsense")]
     with pytest.raises(ValueError, match=r"split 'train': row 0 \(from 0\) is no alpaca record.*data.form=alpaca"):
         load_corpora(replace(config, form="alpaca"))
 
@@ -288,7 +288,7 @@ def test_shares_add_up_and_are_in_proportion() -> None:
         assert all(abs(count - total * weight / 5) < 1 for count, weight in zip(counts, [0.2, 1.7, 3.1], strict=True))
 
 
-def test_sources_are_spread_evenly() -> None:
+def test_sources_are_interleaved_evenly() -> None:
     assert interleave(["abcd", "xy"]) == ["a", "x", "b", "c", "y", "d"]
     assert interleave(["ab", "", "xy"]) == ["a", "x", "b", "y"]
 
@@ -308,13 +308,15 @@ def mixed_config(tmp_path: Path, dataset: Path, num_samples: int = 6, **more: An
 def test_a_calibration_set_of_several_sources(tmp_path: Path, dataset: Path) -> None:
     config = mixed_config(tmp_path, dataset, text_field="body")
     assert check_paths(config) == []
-    found = load_corpora(config)
+    corpora = load_corpora(config)
     record = read_record(ALPACA[0], "alpaca")
-    assert found.calibration == ["text 0", "train 0", "text 1", record, "train 1", "text 2"]
-    assert isinstance(found.calibration[3], Record)
-    assert found.train == [f"text {number}" for number in range(3, 9)], "training leaves them out"
-    assert load_corpora(config, ["train"]).train == found.train and load_corpora(config, ["validation"]).sha256() == {}
-    assert load_corpora(config, ["calibration"]).calibration == found.calibration
+    assert corpora.calibration == ["text 0", "train 0", "text 1", record, "train 1", "text 2"]
+    assert isinstance(corpora.calibration[3], Record)
+    assert corpora.train == [f"text {number}" for number in range(3, 9)], "training leaves them out"
+    assert (
+        load_corpora(config, ["train"]).train == corpora.train and load_corpora(config, ["validation"]).sha256() == {}
+    )
+    assert load_corpora(config, ["calibration"]).calibration == corpora.calibration
     other = replace(
         mixed_config(tmp_path, dataset), source="hub", dataset=str(dataset), splits=SplitNames(train="train")
     )
@@ -322,28 +324,28 @@ def test_a_calibration_set_of_several_sources(tmp_path: Path, dataset: Path) -> 
 
 
 @pytest.mark.parametrize("source", ["texts", "hub", "stdlib"])
-def test_calibration_sources_are_kept_from_training_alone(
+def test_calibration_sources_are_left_out_of_training_only(
     tmp_path: Path, dataset: Path, source: Literal["texts", "hub", "stdlib"]
 ) -> None:
-    """Wherever the run's own texts come from; validation texts are those that were given."""
-    whole = DataConfig(
+    """Wherever the run's other texts come from; the validation texts are not changed."""
+    config = DataConfig(
         source=source, dataset=str(dataset), train=SplitConfig(), splits=SplitNames("train", "validation")
     )
     if source == "texts":
         files = {split: str(dataset / f"{split}.jsonl") for split in ("train", "validation")}
-        whole = replace(whole, train=SplitConfig(files["train"]), validation=SplitConfig(files["validation"]))
-    before = load_corpora(whole)
+        config = replace(config, train=SplitConfig(files["train"]), validation=SplitConfig(files["validation"]))
+    before = load_corpora(config)
     assert before.train is not None and before.validation is not None
     used = [before.train[1], before.validation[0]]
     path = write_jsonl(tmp_path / "source.jsonl", used)
     calibration = CalibrationConfig(num_samples=2, sources=(SourceConfig(path=str(path)),))
-    after = load_corpora(replace(whole, calibration=calibration))
+    after = load_corpora(replace(config, calibration=calibration))
     assert after.calibration == used
     assert after.train == [text for text in before.train if text not in used]
     assert after.validation == before.validation
 
 
-def test_sources_that_cannot_be_had(tmp_path: Path, dataset: Path) -> None:
+def test_sources_that_are_refused(tmp_path: Path, dataset: Path) -> None:
     def problems(*sources: SourceConfig, **more: Any) -> list[str]:
         return check_paths(DataConfig(calibration=CalibrationConfig(num_samples=4, sources=sources, **more)))
 

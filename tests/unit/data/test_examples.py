@@ -32,57 +32,59 @@ from recondense.surgery import apply
 LENGTHS = (5, 17, 9, 20, 12, 1, 3)
 
 
-def example(length: int, seed: int) -> Example:
+def random_example(length: int, seed: int) -> Example:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
     return Example(ids, [index > length // 3 for index in range(length)])
 
 
-def examples(lengths: Sequence[int] = LENGTHS) -> list[Example]:
-    return [example(length, seed) for seed, length in enumerate(lengths)]
+def random_examples(lengths: Sequence[int] = LENGTHS) -> list[Example]:
+    return [random_example(length, seed) for seed, length in enumerate(lengths)]
 
 
-def alpaca(instruction: str, output: str, given: str = "") -> Record:
-    return read_record({"instruction": instruction, "input": given, "output": output}, "alpaca")
+def alpaca(instruction: str, output: str, context: str = "") -> Record:
+    return read_record({"instruction": instruction, "input": context, "output": output}, "alpaca")
 
 
 def spans(windows: dict[str, Tensor]) -> list[tuple[int, int, int]]:
-    """(row, start, end) of what begins at position 0, fillers with the last one of their row."""
-    found = []
+    """(row, start, end) of every example; filler belongs to the last example of its row."""
+    bounds = []
     for row, positions in enumerate(windows["position_ids"]):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
-        found += [(row, start, end) for start, end in pairwise(starts)]
-    return found
+        bounds += [(row, start, end) for start, end in pairwise(starts)]
+    return bounds
 
 
 # ------------------------------------------------------------------------------------------------------- windows
 
 
-def test_every_example_is_whole_in_one_window() -> None:
-    given = examples()
-    windows = make_windows(given, 24, filler=7)
+def test_every_example_is_complete_in_one_window() -> None:
+    examples = random_examples()
+    windows = make_windows(examples, 24, filler=7)
     assert windows["input_ids"].shape == (3, 24)  # 67 tokens: the fewest windows that hold them
-    found = []
+    seen = []
     for row, start, end in spans(windows):
         ids, labels = (windows[name][row, start:end].tolist() for name in ("input_ids", "labels"))
-        mine = next(each for each in given if ids[: len(each.ids)] == each.ids and each not in found)
-        found.append(mine)
-        size = len(mine.ids)
+        example = next(
+            candidate for candidate in examples if ids[: len(candidate.ids)] == candidate.ids and candidate not in seen
+        )
+        seen.append(example)
+        size = len(example.ids)
         assert labels[:size] == [
-            token if target else MASKED for token, target in zip(mine.ids, mine.targets, strict=True)
+            token if target else MASKED for token, target in zip(example.ids, example.targets, strict=True)
         ]
         assert ids[size:] == [7] * (end - start - size) and labels[size:] == [MASKED] * (end - start - size)
-    assert len(found) == len(given)
-    again = make_windows(given, 24, filler=7)
+    assert len(seen) == len(examples)
+    again = make_windows(examples, 24, filler=7)
     assert all(torch.equal(windows[name], again[name]) for name in windows)
 
 
-def test_one_example_a_window() -> None:
-    given = examples()
-    windows = make_windows(given, 24, filler=7, together=False)
+def test_one_example_per_window() -> None:
+    examples = random_examples()
+    windows = make_windows(examples, 24, filler=7, together=False)
     assert set(windows) == {"input_ids", "labels"}  # the filler stands last, so nothing needs a mask
-    assert [row[: len(each.ids)] for row, each in zip(windows["input_ids"].tolist(), given, strict=True)] == [
-        each.ids for each in given
+    assert [row[: len(example.ids)] for row, example in zip(windows["input_ids"].tolist(), examples, strict=True)] == [
+        example.ids for example in examples
     ]
 
 
@@ -91,14 +93,14 @@ def test_one_example_a_window() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", EVERY)
-def test_logits_are_those_of_each_example_alone(family: str, attention: str) -> None:
+def test_logits_are_those_of_every_example_alone(family: str, attention: str) -> None:
     """Batches of several windows, with examples of one token among them."""
     model: Any = EVERY[family]()
     if attention == "sdpa" and not model._supports_sdpa:
-        pytest.skip("transformers has none for it")
+        pytest.skip("transformers has no sdpa for this family")
     model.set_attn_implementation(attention)
-    given = examples()
-    windows = make_windows(given, 24, filler=3)
+    examples = random_examples()
+    windows = make_windows(examples, 24, filler=3)
     assert len(windows["input_ids"]) > 1
     with torch.no_grad():
         packed = model(**model_inputs(model, windows["input_ids"], windows["position_ids"]), use_cache=False).logits
@@ -107,19 +109,22 @@ def test_logits_are_those_of_each_example_alone(family: str, attention: str) -> 
         for row, start, _ in spans(windows):
             ids = windows["input_ids"][row].tolist()
             alone = max(
-                (each for each in given if ids[start : start + len(each.ids)] == each.ids), key=lambda e: len(e.ids)
+                (example for example in examples if ids[start : start + len(example.ids)] == example.ids),
+                key=lambda e: len(e.ids),
             )
             size = len(alone.ids)
             expected = model(input_ids=torch.tensor([alone.ids]), use_cache=False).logits[0]
             torch.testing.assert_close(packed[row, start : start + size], expected, rtol=1e-5, atol=1e-5)
             if start:
                 compared += 1
-                assert (unaware[row, start : start + size] - expected).abs().max() > 1e-2, "the test sees nothing"
+                assert (unaware[row, start : start + size] - expected).abs().max() > 1e-2, (
+                    "the examples do not attend to each other anyway"
+                )
     assert compared > 2
 
 
-def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
-    """gpt_oss gets its masks ready made, under whatever model_type."""
+def test_an_exported_model_keeps_examples_apart_too(tmp_path: Path) -> None:
+    """gpt_oss is given finished masks, whatever its model_type is called."""
     model: Any = EVERY["gpt_oss"]()
     model.set_attn_implementation("eager")
     plan = condense_plan(model, [1])
@@ -127,21 +132,22 @@ def test_a_compressed_folder_keeps_examples_apart_too(tmp_path: Path) -> None:
     write_folder(model, None, plan, tmp_path / "out", "")
     classes.register_model_type("recondense_gpt_oss")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
-    windows = make_windows(examples(), 24, filler=3)
-    given = [model_inputs(each, windows["input_ids"], windows["position_ids"]) for each in (model, loaded)]
-    assert set(given[1]) == {"input_ids", "position_ids", "attention_mask"}
+    windows = make_windows(random_examples(), 24, filler=3)
+    arguments = [model_inputs(variant, windows["input_ids"], windows["position_ids"]) for variant in (model, loaded)]
+    assert set(arguments[1]) == {"input_ids", "position_ids", "attention_mask"}
     with torch.no_grad():
         live, again = (
-            each(**inputs, use_cache=False).logits for each, inputs in zip((model, loaded), given, strict=True)
+            variant(**inputs, use_cache=False).logits
+            for variant, inputs in zip((model, loaded), arguments, strict=True)
         )
     torch.testing.assert_close(again, live, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_in_one_give_the_same(family: str) -> None:
-    """How flash attention gets its batches: one row, with positions that begin anew."""
+def test_rows_joined_into_one_give_the_same_logits(family: str) -> None:
+    """Flash attention gets a batch as one row, in which positions start again with every example."""
     model: Any = FAMILIES[family]()
-    windows = make_windows(examples(), 24, filler=3)
+    windows = make_windows(random_examples(), 24, filler=3)
     ids, positions = windows["input_ids"], windows["position_ids"]
     with torch.no_grad():
         rows = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -158,28 +164,28 @@ def test_rows_in_one_give_the_same(family: str) -> None:
 
 @pytest.mark.parametrize("objective", ["finetune", "distill"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_is_the_mean_over_targets_of_each_example_alone(family: str, objective: str) -> None:
-    """Computed from the definition, example by example; nothing of prompts, fillers and other examples is in it."""
+def test_the_loss_is_the_mean_over_targets_of_examples_alone(family: str, objective: str) -> None:
+    """Computed from the definition, example by example; prompts, filler and other examples do not contribute."""
     shares = {"cross_entropy_share": 0.25, "hidden_share": 0.25, "temperature": 2.0} if objective == "distill" else {}
     module = module_of(family, objective=objective, **shares)
     module.eval()
-    given = examples()
-    windows = make_windows(given, 24, filler=3)
+    examples = random_examples()
+    windows = make_windows(examples, 24, filler=3)
     sums = {"cross_entropy": 0.0, "kl": 0.0}
     count = 0
     with torch.no_grad():
         losses = module.losses(**windows)
-        for each in given:
-            ids = torch.tensor([each.ids])
-            mine = module(ids)[0]
+        for example in examples:
+            ids = torch.tensor([example.ids])
+            student_logits = module(ids)[0]
             with module.student.original():
-                theirs = module(ids)[0]
-            for position in range(len(each.ids) - 1):
-                if not each.targets[position + 1]:
+                teacher_logits = module(ids)[0]
+            for position in range(len(example.ids) - 1):
+                if not example.targets[position + 1]:
                     continue
                 count += 1
-                sums["cross_entropy"] -= float(mine[position].log_softmax(-1)[each.ids[position + 1]])
-                p, q = (theirs[position] / 2).log_softmax(-1), (mine[position] / 2).log_softmax(-1)
+                sums["cross_entropy"] -= float(student_logits[position].log_softmax(-1)[example.ids[position + 1]])
+                p, q = (teacher_logits[position] / 2).log_softmax(-1), (student_logits[position] / 2).log_softmax(-1)
                 sums["kl"] += 4 * float((p.exp() * (p - q)).sum())
     assert losses["cross_entropy"].item() == pytest.approx(sums["cross_entropy"] / count, rel=1e-4)
     if objective == "distill":
@@ -203,7 +209,7 @@ def test_masks_select_positions() -> None:
     states = [torch.randn(2, 4, 5)], [torch.randn(2, 4, 5)]
     expected = feature_matching([states[0][0][mask][None]], [states[1][0][mask][None]])
     torch.testing.assert_close(feature_matching(*states, mask), expected)
-    rows = [[h.view(1, 8, 5) for h in each] for each in states]
+    rows = [[h.view(1, 8, 5) for h in hidden_states] for hidden_states in states]
     torch.testing.assert_close(feature_matching(*rows, mask), expected)
 
 
@@ -212,14 +218,14 @@ def test_masks_select_positions() -> None:
 
 def test_the_answer_and_its_end_are_predicted() -> None:
     tokenizer = byte_tokenizer()
-    found = make_examples([alpaca("Add 1 and 2.", "It is 3.")], tokenizer, 500)
-    [each] = found.kept
-    assert (found.left_out, found.cut) == (0, 0)
-    predicted = [token for token, target in zip(each.ids, each.targets, strict=True) if target]
+    examples = make_examples([alpaca("Add 1 and 2.", "It is 3.")], tokenizer, 500)
+    [example] = examples.kept
+    assert (examples.left_out, examples.cut) == (0, 0)
+    predicted = [token for token, target in zip(example.ids, example.targets, strict=True) if target]
     assert tokenizer.decode(predicted) == "It is 3.<|endoftext|>"
-    prompt = [token for token, target in zip(each.ids, each.targets, strict=True) if not target]
+    prompt = [token for token, target in zip(example.ids, example.targets, strict=True) if not target]
     assert tokenizer.decode(prompt).endswith("### Instruction:\nAdd 1 and 2.\n\n### Response:\n")
-    assert each.ids == prompt + predicted and each.ids[-1] == tokenizer.eos_token_id
+    assert example.ids == prompt + predicted and example.ids[-1] == tokenizer.eos_token_id
 
 
 def test_long_examples_are_cut_and_those_without_an_answer_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -227,9 +233,9 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(caplog: pyte
     size = len(mark_answers(alpaca("Go.", ""), tokenizer).text.removesuffix(tokenizer.eos_token or ""))
     records = [alpaca("Go.", "one"), alpaca("Go.", "a long answer"), alpaca("Go. " * 20, "no")]
     with caplog.at_level(logging.INFO, logger="recondense"):
-        found = make_examples(records, tokenizer, size + 4, "the records")
-    assert [sum(each.targets) for each in found.kept] == [4, 4]
-    assert (found.left_out, found.cut) == (1, 1)
+        examples = make_examples(records, tokenizer, size + 4, "the records")
+    assert [sum(example.targets) for example in examples.kept] == [4, 4]
+    assert (examples.left_out, examples.cut) == (1, 1)
     assert "the records: 1 of 3 left out" in caplog.text
     with pytest.raises(ValueError, match=r"none of 3 has an answer within data.sequence_length=20"):
         make_examples(records, tokenizer, 20)
@@ -246,17 +252,17 @@ def test_special_tokens_before_a_text_are_kept() -> None:
         single="<s> $A <|endoftext|>", special_tokens=[("<s>", bos), ("<|endoftext|>", 0)]
     )
     assert leading_tokens(tokenizer) == [bos]
-    [each] = make_examples([alpaca("Go.", "ok")], tokenizer, 500).kept
-    assert each.ids[0] == bos and each.ids.count(bos) == 1 and not each.targets[0]
-    assert each.ids.count(0) == 1 and each.ids[-1] == 0
+    [example] = make_examples([alpaca("Go.", "ok")], tokenizer, 500).kept
+    assert example.ids[0] == bos and example.ids.count(bos) == 1 and not example.targets[0]
+    assert example.ids.count(0) == 1 and example.ids[-1] == 0
 
 
 def test_answers_are_found_without_offsets_too() -> None:
     tokenizer = byte_tokenizer()
     records = [alpaca("Go.", "yes", "here"), alpaca("Stop.", "no")]
-    expected = [(each.ids, each.targets) for each in make_examples(records, tokenizer, 500).kept]
-    found = by_pieces([mark_answers(record, tokenizer) for record in records], tokenizer)
-    assert [(ids, targets) for ids, targets, _ in found] == expected
+    expected = [(example.ids, example.targets) for example in make_examples(records, tokenizer, 500).kept]
+    tokenized = by_pieces([mark_answers(record, tokenizer) for record in records], tokenizer)
+    assert [(ids, targets) for ids, targets, _ in tokenized] == expected
 
 
 def test_a_token_that_begins_in_the_prompt_is_no_target() -> None:
@@ -267,11 +273,11 @@ def test_a_token_that_begins_in_the_prompt_is_no_target() -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\nyes", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    [each] = make_examples([alpaca("Go.", "yes")], fast, 50).kept
-    assert each.ids[-2:] == [2, 0] and each.targets[-2:] == [False, True]
+    [example] = make_examples([alpaca("Go.", "yes")], fast, 50).kept
+    assert example.ids[-2:] == [2, 0] and example.targets[-2:] == [False, True]
 
 
 def test_plain_windows_have_neither_labels_nor_positions() -> None:
-    """So that texts train as they always did."""
+    """The model gets token ids only."""
     model = qwen2_moe()
     assert set(model_inputs(model, torch.zeros(1, 2, dtype=torch.long), None)) == {"input_ids"}

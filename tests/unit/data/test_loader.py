@@ -1,4 +1,4 @@
-"""An order of training that survives an interruption."""
+"""The order of training windows, also after an interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def order(num_windows: int = 10, batch_size: int = 3, num_batches: int = 8, seed
     return [batch["input_ids"].flatten().tolist() for batch in loader]
 
 
-def test_epochs_follow_each_other_without_a_seam() -> None:
+def test_a_batch_may_hold_the_end_of_an_epoch_and_the_start_of_the_next() -> None:
     batches = order()
     assert [len(batch) for batch in batches] == [3] * 8
     flat = [index for batch in batches for index in batch]
@@ -32,7 +32,7 @@ def test_fewer_windows_than_a_batch() -> None:
     assert [sorted(batch) for batch in order(num_windows=2, batch_size=4, num_batches=2)] == [[0, 0, 1, 1]] * 2
 
 
-def test_a_position_is_enough_to_go_on() -> None:
+def test_a_position_is_enough_to_resume() -> None:
     data = RecoveryData(torch.arange(10)[:, None], None, 3, 8, 0)
     first, second = data.train_dataloader(), data.train_dataloader()
     batches = iter(first)
@@ -44,7 +44,7 @@ def test_a_position_is_enough_to_go_on() -> None:
     assert [b["input_ids"].tolist() for b in second] == [b["input_ids"].tolist() for b in batches]
 
 
-def test_validation_windows_come_in_order_and_all() -> None:
+def test_all_validation_windows_come_in_order() -> None:
     windows = Windows(torch.arange(10).view(5, 2), 2)
     assert len(windows) == 3
     assert torch.cat([batch["input_ids"] for batch in windows]).flatten().tolist() == list(range(10))
@@ -56,7 +56,7 @@ def test_no_training_window_is_refused() -> None:
 
 
 class Recorder(lightning.LightningModule):
-    """Notes the batches that it sees; its weight depends on all of them and on their order."""
+    """Records the batches that it sees; its weight depends on all of them and on their order."""
 
     def __init__(self, interrupt_at: int | None = None) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Recorder(lightning.LightningModule):
 
 
 class Save(Callback):
-    """Saves when a step is done, or when one is interrupted."""
+    """Saves a checkpoint after a step, or when a step is interrupted."""
 
     def __init__(self, path: Path, step: int | None = None) -> None:
         self.path = path
@@ -124,35 +124,35 @@ def fit(
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_a_run_that_stopped_goes_on_with_the_next_batch(tmp_path: Path, steps: int, accumulate: int) -> None:
-    whole, before, after = Recorder(), Recorder(), Recorder()
-    fit(tmp_path, whole, accumulate=accumulate)
+def test_a_stopped_run_resumes_with_the_next_batch(tmp_path: Path, steps: int, accumulate: int) -> None:
+    uninterrupted, before, after = Recorder(), Recorder(), Recorder()
+    fit(tmp_path, uninterrupted, accumulate=accumulate)
     checkpoint = tmp_path / "stopped.ckpt"
     fit(tmp_path, before, max_steps=steps, accumulate=accumulate).save_checkpoint(checkpoint)
     fit(tmp_path, after, resume=checkpoint, accumulate=accumulate)
-    assert len(whole.seen) == 12 and len(before.seen) == steps * accumulate
-    assert before.seen + after.seen == whole.seen
-    assert torch.equal(after.weight, whole.weight)
+    assert len(uninterrupted.seen) == 12 and len(before.seen) == steps * accumulate
+    assert before.seen + after.seen == uninterrupted.seen
+    assert torch.equal(after.weight, uninterrupted.weight)
 
 
-def test_a_run_killed_between_checkpoints_repeats_from_the_last_one(tmp_path: Path) -> None:
-    whole, after = Recorder(), Recorder()
-    fit(tmp_path, whole, validate=True)
+def test_a_run_killed_between_checkpoints_resumes_from_the_last_one(tmp_path: Path) -> None:
+    uninterrupted, after = Recorder(), Recorder()
+    fit(tmp_path, uninterrupted, validate=True)
     checkpoint = tmp_path / "step.ckpt"
     fit(tmp_path, Recorder(), save=Save(checkpoint, step=5), max_steps=7, validate=True)
     fit(tmp_path, after, resume=checkpoint, validate=True)
-    assert after.seen == whole.seen[5:] and torch.equal(after.weight, whole.weight)
-    assert whole.validated == [0, 1, 2] * 3 and after.validated == [0, 1, 2] * 2
+    assert after.seen == uninterrupted.seen[5:] and torch.equal(after.weight, uninterrupted.weight)
+    assert uninterrupted.validated == [0, 1, 2] * 3 and after.validated == [0, 1, 2] * 2
 
 
 def test_a_step_that_was_interrupted_is_repeated(tmp_path: Path) -> None:
-    whole, before, after = Recorder(), Recorder(interrupt_at=5), Recorder()
-    fit(tmp_path, whole)
+    uninterrupted, before, after = Recorder(), Recorder(interrupt_at=5), Recorder()
+    fit(tmp_path, uninterrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(tmp_path, before, save=Save(tmp_path / "interrupted.ckpt"))
     fit(tmp_path, after, resume=tmp_path / "interrupted.ckpt")
-    assert before.seen + after.seen == whole.seen
-    assert torch.equal(after.weight, whole.weight)
+    assert before.seen + after.seen == uninterrupted.seen
+    assert torch.equal(after.weight, uninterrupted.weight)
 
 
 def test_the_state_is_plain_numbers(tmp_path: Path) -> None:

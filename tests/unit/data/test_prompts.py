@@ -1,4 +1,4 @@
-"""Answers in the words of Alpaca and of chat templates."""
+"""Where the answers are in Alpaca's prompt and in chat templates."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CHAT = [
 ]
 
 
-def chatting(template: str, **tokens: str) -> PreTrainedTokenizerFast:
+def chat_tokenizer(template: str, **tokens: str) -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], **tokens})
     tokenizer.chat_template = template
@@ -49,11 +49,11 @@ def chatting(template: str, **tokens: str) -> PreTrainedTokenizerFast:
 
 
 def answers(record: Record, tokenizer: Any) -> list[str]:
-    found = mark_answers(record, tokenizer)
-    return [found.text[start:end] for start, end in found.answers]
+    marked = mark_answers(record, tokenizer)
+    return [marked.text[start:end] for start, end in marked.answers]
 
 
-def test_alpacas_words() -> None:
+def test_alpacas_prompt() -> None:
     tokenizer = byte_tokenizer()
     record = read_record({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca")
     assert mark_answers(record, tokenizer).text == (
@@ -73,8 +73,8 @@ def test_alpacas_words() -> None:
 def test_a_chat_without_a_template_is_instructions() -> None:
     tokenizer = byte_tokenizer()
     record = read_record({"messages": [{"role": "system", "content": "Be kind."}, *CHAT]}, "chat")
-    found = mark_answers(record, tokenizer)
-    assert found.text == (
+    marked = mark_answers(record, tokenizer)
+    assert marked.text == (
         "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello.<|endoftext|>\n\n### Instruction:\nBye\n\n"
         "### Response:\nSee you.<|endoftext|>"
     )
@@ -92,13 +92,13 @@ def test_a_chat_without_a_template_is_instructions() -> None:
     ],
 )
 def test_a_chat_in_the_template_of_its_tokenizer(template: str, expected: list[str]) -> None:
-    """Every turn of the assistant is predicted, with what ends it, and nothing else."""
-    tokenizer = chatting(template, bos_token="<s>")
+    """Every turn of the assistant is predicted together with its end, and nothing else."""
+    tokenizer = chat_tokenizer(template, bos_token="<s>")
     record = read_record({"messages": CHAT}, "chat")
     assert answers(record, tokenizer) == expected
-    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
     text = mark_answers(record, tokenizer).text
-    assert text.removesuffix("<|endoftext|>") == whole.removesuffix("<|endoftext|>")
+    assert text.removesuffix("<|endoftext|>") == rendered.removesuffix("<|endoftext|>")
     [example] = make_examples([record], tokenizer, 500).kept
     predicted = [token for token, target in zip(example.ids, example.targets, strict=True) if target]
     assert predicted == tokenizer("".join(expected), add_special_tokens=False)["input_ids"]
@@ -106,24 +106,24 @@ def test_a_chat_in_the_template_of_its_tokenizer(template: str, expected: list[s
     assert example.ids.count(tokenizer.bos_token_id) == (template == STRICT)
 
 
-def test_an_end_of_turn_that_is_the_end_of_text_is_enough() -> None:
-    tokenizer = chatting(CHATML, eos_token="<|im_end|>")
+def test_no_end_of_text_is_added_where_it_is_the_end_of_turn() -> None:
+    tokenizer = chat_tokenizer(CHATML, eos_token="<|im_end|>")
     assert answers(read_record({"messages": CHAT[:2]}, "chat"), tokenizer) == ["Hello.<|im_end|>\n"]
 
 
 def test_chats_that_the_template_refuses_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = chatting(STRICT, bos_token="<s>")
-    opened = read_record({"messages": CHAT[1:]}, "chat")
+    tokenizer = chat_tokenizer(STRICT, bos_token="<s>")
+    answer_first = read_record({"messages": CHAT[1:]}, "chat")
     with pytest.raises(RefusedChat, match="turns must alternate"):
-        mark_answers(opened, tokenizer)
+        mark_answers(answer_first, tokenizer)
     with caplog.at_level("INFO", logger="recondense"):
-        found = make_examples([opened, read_record({"messages": CHAT}, "chat")], tokenizer, 500)
-    assert (len(found.kept), found.left_out) == (1, 1)
+        examples = make_examples([answer_first, read_record({"messages": CHAT}, "chat")], tokenizer, 500)
+    assert (len(examples.kept), examples.left_out) == (1, 1)
     assert "turns must alternate" in caplog.text
     with pytest.raises(ValueError, match="turns must alternate"):
-        make_examples([opened], tokenizer, 500)
+        make_examples([answer_first], tokenizer, 500)
 
 
 def test_a_template_that_forgets_turns_is_refused() -> None:
     with pytest.raises(ValueError, match="rewrites earlier turns of a chat"):
-        mark_answers(read_record({"messages": CHAT}, "chat"), chatting(FORGETFUL))
+        mark_answers(read_record({"messages": CHAT}, "chat"), chat_tokenizer(FORGETFUL))

@@ -1,4 +1,4 @@
-"""Records as they are published."""
+"""Records in the formats in which data sets are published."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_alpaca_and_commonsense_170k() -> None:
     assert read_record({"instruction": "Add.", "output": "3"}, "alpaca").values["input"] == ""
 
 
-def test_chats_in_both_words() -> None:
+def test_chats_in_both_formats() -> None:
     shared = {
         "system": "Be kind.",
         "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],

@@ -12,16 +12,16 @@ from recondense.data.corpus import SPLITS
 from recondense.data.stdlib import stdlib_corpora
 
 
-def test_stdlib_is_split_by_module_and_the_same_twice() -> None:
+def test_stdlib_is_split_by_module_and_always_the_same() -> None:
     first, second = stdlib_corpora(), stdlib_corpora()
     assert first.sha256() == second.sha256() and set(first.sha256()) == set(SPLITS)
     assert first.train and first.validation and first.calibration
     assert len(first.calibration) >= 100
     modules = dict(stdlib._modules(Path(os.__file__).parent))
-    found = [stdlib._split_of(name) for name in modules]
-    assert 0.8 < found.count("train") / len(found) < 0.97
-    assert min(found.count("validation"), found.count("calibration")) > 0.02 * len(found)
-    # A module is whole in its split, and in no other one.
+    splits = [stdlib._split_of(name) for name in modules]
+    assert 0.8 < splits.count("train") / len(splits) < 0.97
+    assert min(splits.count("validation"), splits.count("calibration")) > 0.02 * len(splits)
+    # All of a module is in one split.
     assert sorted(first.train) == sorted(text for name, text in modules.items() if stdlib._split_of(name) == "train")
     calibration = [text for name, text in modules.items() if stdlib._split_of(name) == "calibration"]
     assert all(any(piece in text for text in calibration) for piece in first.calibration[:20])

@@ -1,4 +1,4 @@
-"""Documents of local files."""
+"""Documents in local files."""
 
 from __future__ import annotations
 

@@ -25,15 +25,17 @@ ALPACA = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction"
 @pytest.mark.parametrize("form", ["auto", "alpaca"])
 def test_files_hold_a_list_or_lines(tmp_path: Path, listed: bool, form: str) -> None:
     path = tmp_path / "records.json"
-    path.write_text(json.dumps(ALPACA, indent=1) if listed else "".join(f"{json.dumps(each)}\n\n" for each in ALPACA))
-    found = list(read_texts(path, form=form))
-    assert [text for _, text in found] == [read_record(each, "alpaca") for each in ALPACA]
-    assert all(isinstance(text, Record) for _, text in found)
-    assert [number for number, _ in found] == ([1, 2] if listed else [1, 3])
+    path.write_text(
+        json.dumps(ALPACA, indent=1) if listed else "".join(f"{json.dumps(record)}\n\n" for record in ALPACA)
+    )
+    documents = list(read_texts(path, form=form))
+    assert [text for _, text in documents] == [read_record(record, "alpaca") for record in ALPACA]
+    assert all(isinstance(text, Record) for _, text in documents)
+    assert [number for number, _ in documents] == ([1, 2] if listed else [1, 3])
 
 
-def test_a_mark_at_the_head_and_a_field_around_all_are_read(tmp_path: Path) -> None:
-    """The first as Windows writes it, the second as in cais/mmlu's auxiliary_train."""
+def test_a_byte_order_mark_and_an_enclosing_field_are_read(tmp_path: Path) -> None:
+    """Windows writes the first; the second is in cais/mmlu's auxiliary_train."""
     question = {"question": "Q?", "choices": ["a", "b", "c"], "answer": 1, "subject": ""}
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps({"train": question}) + "\n", encoding="utf-8-sig")

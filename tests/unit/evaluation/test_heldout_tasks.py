@@ -1,4 +1,4 @@
-"""Tasks of held-out documents: deterministic, and of lines that say something."""
+"""Tasks made of held-out documents: deterministic, and of lines with content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.heldout_texts import records, texts
 from recondense.evaluation.heldout_tasks import CONTEXT_LINES, HELDOUT_TASKS, NEXT_LINE, PERPLEXITY, write_heldout_tasks
 
 
-def test_heldout_tasks_are_deterministic_and_left_alone(tmp_path: Path) -> None:
+def test_heldout_tasks_are_deterministic_and_written_once(tmp_path: Path) -> None:
     assert write_heldout_tasks(tmp_path / "a", texts()) == list(HELDOUT_TASKS)
     write_heldout_tasks(tmp_path / "b", texts())
     for task in HELDOUT_TASKS:

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a live model: without a network, and without a trace."""
+"""lm-eval's tasks on a live model: without a network, and without side effects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model() -> Qwen2MoeForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     corpus = stdlib_corpora().validation
     assert corpus is not None
@@ -39,9 +39,9 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_own_tasks_need_no_network(
+def test_heldout_tasks_need_no_network(
     model: Qwen2MoeForCausalLM,
-    own_tasks: Path,
+    tasks_folder: Path,
     offline: bool,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -59,16 +59,16 @@ def test_own_tasks_need_no_network(
     torch_state = torch.get_rng_state()
     storage = [parameter.data_ptr() for parameter in model.parameters()]
     model.train()
-    found = run_tasks(model, tokenizer, HELDOUT_TASKS, include_path=own_tasks)
+    results = run_tasks(model, tokenizer, HELDOUT_TASKS, include_path=tasks_folder)
     assert all(module.training for module in model.modules())
     model.eval()
-    assert list(found) == list(HELDOUT_TASKS)
-    assert set(found[PERPLEXITY]) == {"byte_perplexity", "bits_per_byte"}
+    assert list(results) == list(HELDOUT_TASKS)
+    assert set(results[PERPLEXITY]) == {"byte_perplexity", "bits_per_byte"}
     metrics = ["acc", "acc_norm", "acc_mutual_info"]
-    assert sorted(found[NEXT_LINE]) == sorted([*metrics, *(f"{metric}_stderr" for metric in metrics)])
-    assert all(isinstance(value, float) for metrics in found.values() for value in metrics.values())
-    assert 0 <= found[NEXT_LINE]["acc"] <= 1
-    # Nothing else has changed, and nothing was said.
+    assert sorted(results[NEXT_LINE]) == sorted([*metrics, *(f"{metric}_stderr" for metric in metrics)])
+    assert all(isinstance(value, float) for metrics in results.values() for value in metrics.values())
+    assert 0 <= results[NEXT_LINE]["acc"] <= 1
+    # Nothing else has changed, and nothing was printed.
     assert [parameter.data_ptr() for parameter in model.parameters()] == storage
     assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
     assert tokenizer.pad_token is None and datasets.config.HF_HUB_OFFLINE is offline
@@ -78,21 +78,21 @@ def test_own_tasks_need_no_network(
 
 
 def test_byte_perplexity_is_that_of_the_model(model: Qwen2MoeForCausalLM, tmp_path: Path) -> None:
-    """One byte a token, so lm-eval's figure for a text that fits into the context is the model's own loss."""
+    """A token is one byte, so lm-eval's figure for a text that fits into the context is the model's loss."""
     documents = [text[:400] for text in texts()]
     write_heldout_tasks(tmp_path, documents, num_texts=1)
     [record] = records(tmp_path, PERPLEXITY)
-    found = run_tasks(model, byte_tokenizer(), [PERPLEXITY], include_path=tmp_path)[PERPLEXITY]
+    metrics = run_tasks(model, byte_tokenizer(), [PERPLEXITY], include_path=tmp_path)[PERPLEXITY]
     ids = torch.tensor([[0, *byte_tokenizer()(record["text"])["input_ids"]]])
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
-    assert math.log(found["byte_perplexity"]) == pytest.approx(loss, rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-5)
+    assert math.log(metrics["byte_perplexity"]) == pytest.approx(loss, rel=1e-5)
+    assert metrics["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-5)
 
 
-def test_tasks_run_in_the_callers_precision(model: Qwen2MoeForCausalLM, own_tasks: Path) -> None:
+def test_tasks_run_in_the_callers_precision(model: Qwen2MoeForCausalLM, tasks_folder: Path) -> None:
     def bits() -> float:
-        return run_tasks(model, byte_tokenizer(), [PERPLEXITY], include_path=own_tasks, limit=1)[PERPLEXITY][
+        return run_tasks(model, byte_tokenizer(), [PERPLEXITY], include_path=tasks_folder, limit=1)[PERPLEXITY][
             "bits_per_byte"
         ]
 
@@ -117,8 +117,8 @@ def test_unknown_tasks_are_named_with_the_nearest_ones(monkeypatch: pytest.Monke
         run_tasks(small_model(), byte_tokenizer(), ["zzzz"])
 
 
-def test_tasks_of_a_folder(own_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are known without lm-eval's own list, which takes ten seconds to read."""
+def test_tasks_of_a_folder(tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are known without reading lm-eval's list of tasks, which takes ten seconds."""
     monkeypatch.setattr(lm_eval, "_all_tasks", lambda folders: pytest.fail("lm-eval's list was read"))
     for name, content in {
         "one": {"task": "one", "tag": "numbers", "dataset_path": "json"},
@@ -129,7 +129,7 @@ def test_tasks_of_a_folder(own_tasks: Path, tmp_path: Path, monkeypatch: pytest.
     }.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     assert folder_tasks(tmp_path) == ["linked", "one", "remote"]
-    assert folder_tasks([tmp_path, own_tasks]) == sorted(["linked", "one", "remote", *HELDOUT_TASKS])
+    assert folder_tasks([tmp_path, tasks_folder]) == sorted(["linked", "one", "remote", *HELDOUT_TASKS])
     assert check_tasks(None, tmp_path) == check_tasks(["one", "both", "numbers"], tmp_path) == []
     manager = lm_eval._manager(["one", "remote", "linked"], tmp_path)
     assert lm_eval._on_disk(manager, ["one"])

@@ -1,4 +1,4 @@
-"""What recondense makes of lm-eval's internals; tests/contract/test_private_apis.py says which name has moved."""
+"""What recondense does with lm-eval's internals; tests/contract/test_private_apis.py says which name has moved."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_entries_of_the_index(tmp_path: Path) -> None:
     assert task_settings(manager, "one")["dataset_path"] == "json" and task_settings(manager, "numbers") == {}
 
 
-def test_bars_give_way_to_ours_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bars_of_lm_eval_are_replaced_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     modules: list[Any] = [importlib.import_module(name) for name in lm_eval_internals.MODULES_WITH_BARS]
     before = [module.tqdm for module in modules]
     monkeypatch.delenv(lm_eval_internals.NO_PROCESSES, raising=False)

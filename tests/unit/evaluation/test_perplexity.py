@@ -25,17 +25,19 @@ def model() -> Qwen2MoeForCausalLM:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_perplexity_is_the_mean_over_predicted_tokens(model: Qwen2MoeForCausalLM, batch_size: int) -> None:
-    found = perplexity(model, WINDOWS, batch_size)
+    metrics = perplexity(model, WINDOWS, batch_size)
     with torch.no_grad():
         expected = model(input_ids=WINDOWS, labels=WINDOWS).loss.item()
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found == {"loss": found["loss"], "perplexity": math.exp(found["loss"])}
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics == {"loss": metrics["loss"], "perplexity": math.exp(metrics["loss"])}
 
 
-def test_perplexity_does_not_depend_on_the_chunks(model: Qwen2MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = perplexity(model, WINDOWS, 4)
+def test_perplexity_does_not_depend_on_chunks(model: Qwen2MoeForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    unchunked = perplexity(model, WINDOWS, 4)
     monkeypatch.setattr("recondense.evaluation.perplexity.CHUNK_ELEMENTS", 3 * 257)
-    assert perplexity(model, WINDOWS, 4)["loss"] == pytest.approx(whole["loss"], rel=1e-7)  # products of other sizes
+    assert perplexity(model, WINDOWS, 4)["loss"] == pytest.approx(
+        unchunked["loss"], rel=1e-7
+    )  # products of other sizes
 
 
 def test_divergence_from_the_original(model: Qwen2MoeForCausalLM) -> None:
@@ -43,22 +45,22 @@ def test_divergence_from_the_original(model: Qwen2MoeForCausalLM) -> None:
 
     @contextmanager
     def original() -> Iterator[None]:
-        """The same object with the other model's head and layers."""
-        mine, model.model = model.model, other.model
+        """The same object with the layers of the other model."""
+        backbone, model.model = model.model, other.model
         yield
-        model.model = mine
+        model.model = backbone
 
-    found = perplexity(model, WINDOWS, 2, reference=original, description="evaluating")
-    assert found["loss"] == perplexity(model, WINDOWS, 2)["loss"]
+    metrics = perplexity(model, WINDOWS, 2, reference=original, description="evaluating")
+    assert metrics["loss"] == perplexity(model, WINDOWS, 2)["loss"]
     with torch.no_grad(), original():
         log_p = model(input_ids=WINDOWS).logits[:, :-1].double().log_softmax(-1)
     with torch.no_grad():
         log_q = model(input_ids=WINDOWS).logits[:, :-1].double().log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    assert expected > 0.1 and found["kl_to_original"] == pytest.approx(expected, rel=1e-5)
+    assert expected > 0.1 and metrics["kl_to_original"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_is_at_no_distance_from_itself(model: Qwen2MoeForCausalLM) -> None:
+def test_a_model_does_not_diverge_from_itself(model: Qwen2MoeForCausalLM) -> None:
     @contextmanager
     def original() -> Iterator[None]:
         yield
@@ -67,7 +69,7 @@ def test_a_model_is_at_no_distance_from_itself(model: Qwen2MoeForCausalLM) -> No
 
 
 @pytest.mark.parametrize("change", [1e-4, 1e-2, 1.0, 30.0])
-def test_kl_keeps_its_digits_however_small(change: float) -> None:
+def test_a_small_kl_keeps_its_digits(change: float) -> None:
     generator = torch.Generator().manual_seed(0)
     original = 3 * torch.randn(64, 300, generator=generator)
     logits = original + change * torch.randn(64, 300, generator=generator)
@@ -78,7 +80,7 @@ def test_kl_keeps_its_digits_however_small(change: float) -> None:
     )
 
 
-def test_kl_of_far_logits_is_finite() -> None:
+def test_kl_of_distant_logits_is_finite() -> None:
     original = torch.tensor([[0.0, -200.0, 1.0], [0.0, 0.0, 0.0]])
     logits = torch.tensor([[-200.0, 0.0, -150.0], [0.0, 0.0, 0.0]])
     log_p, log_q = original.double().log_softmax(-1), logits.double().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Bytes and peaks against cases whose answer is known, and the order in which variants are timed."""
+"""Bytes and peaks in cases with a known answer, and the order in which variants are timed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -70,11 +70,11 @@ def test_meta_tensors_have_bytes_too() -> None:
 
 
 def test_resident_bytes_counts_shared_weights_once() -> None:
-    shared, own = nn.Linear(8, 8), nn.Linear(8, 8)
-    student, teacher = nn.Sequential(shared, nn.Linear(8, 8)), nn.Sequential(shared, own)
-    each = 4 * (64 + 8)
-    assert resident_bytes(student, teacher) == 3 * each
-    assert resident_bytes(student) + resident_bytes(teacher) == 4 * each
+    shared, teacher_only = nn.Linear(8, 8), nn.Linear(8, 8)
+    student, teacher = nn.Sequential(shared, nn.Linear(8, 8)), nn.Sequential(shared, teacher_only)
+    layer_bytes = 4 * (64 + 8)
+    assert resident_bytes(student, teacher) == 3 * layer_bytes
+    assert resident_bytes(student) + resident_bytes(teacher) == 4 * layer_bytes
 
 
 def test_peak_of_a_known_sequence_of_allocations() -> None:
@@ -111,7 +111,7 @@ def test_peak_grows_with_the_prompt() -> None:
     assert long.peak_memory_bytes > short.peak_memory_bytes
 
 
-def test_variants_alternate_and_the_order_turns() -> None:
+def test_variants_alternate_in_changing_order() -> None:
     visits: list[str] = []
     models = {"a": small_model(), "b": small_model()}
 
@@ -120,24 +120,24 @@ def test_variants_alternate_and_the_order_turns() -> None:
         yield models[name]
 
     enter = contextmanager(variant)
-    found = profile_variants({"a": lambda: enter("a"), "b": lambda: enter("b")}, device="cpu", **SETTINGS)
+    profiles = profile_variants({"a": lambda: enter("a"), "b": lambda: enter("b")}, device="cpu", **SETTINGS)
     assert visits == ["a", "b", "a", "b", "b", "a", "a", "b"]  # warm-up, then three repetitions
-    assert list(found) == ["a", "b"]
-    for profile in found.values():
+    assert list(profiles) == ["a", "b"]
+    for profile in profiles.values():
         assert all(value > 0 for value in profile.to_dict().values())
 
 
-def test_speeds_are_medians_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_are_medians_over_repetitions_and_count_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([(9.0, 9.0), (9.0, 9.0), (1.0, 4.0), (2.0, 1.0), (100.0, 2.0)])
     monkeypatch.setattr(profiling, "_generate", lambda *_: next(seconds))
     model = small_model()
     settings = {**SETTINGS, "batch_size": 3}
-    found = profile_variants({"a": lambda: nullcontext(model)}, device="cpu", **settings)["a"]
-    assert found.prefill_tokens_per_second == 3 * 6 / 2.0
-    assert found.decode_tokens_per_second == 3 * 2 / 2.0
+    profile = profile_variants({"a": lambda: nullcontext(model)}, device="cpu", **settings)["a"]
+    assert profile.prefill_tokens_per_second == 3 * 6 / 2.0
+    assert profile.decode_tokens_per_second == 3 * 2 / 2.0
 
 
-def test_modes_and_random_states_are_left_alone() -> None:
+def test_modes_and_random_states_do_not_change() -> None:
     model = small_model().train()
     model.model.layers[0].eval()
     before = torch.get_rng_state()
