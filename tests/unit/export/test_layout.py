@@ -1,4 +1,4 @@
-"""Exports against what vLLM's loaders ask of a folder: architecture, settings, keys and shapes."""
+"""Exports meet the rules of vLLM's loaders: architecture, settings, keys and shapes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from recondense.plan import Plan
 from recondense.surgery import apply
 
 
-def exported(folder: Path, model: Any, *operations: Operation) -> str:
+def export(folder: Path, model: Any, *operations: Operation) -> str:
     plan = Plan("tiny", operations)
     apply.execute(model, plan)
     return write_folder(model, None, plan, folder, "")
 
 
-def pruned(model: Any, retained: tuple[int, ...] = (1, 2, 4)) -> tuple[Operation, ...]:
+def prunes(model: Any, retained: tuple[int, ...] = (1, 2, 4)) -> tuple[Operation, ...]:
     return tuple(Prune(layer, retained) for layer in families.facts(model.config).moe_layers)
 
 
@@ -42,26 +42,26 @@ STOCK |= dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), ALL[2:]) | dict.fromkeys
 
 @pytest.mark.parametrize("family", [family for family in EVERY if family in RULES])
 def test_stock_exports_meet_the_rules_of_vllm(tmp_path: Path, family: str) -> None:
-    """As it is and pruned alike; condensed and with layers dropped where that is stock."""
+    """Unchanged and pruned uniformly; condensed or with a dropped layer where stock configs can express it."""
     layers = families.facts(EVERY[family]().config).moe_layers
-    ways = {
-        "whole": (),
-        "pruned": pruned(EVERY[family]()),
+    variants = {
+        "unchanged": (),
+        "pruned": prunes(EVERY[family]()),
         "first condensed": condense_plan(EVERY[family](), layers[:1]).operations,
         "condensed": condense_plan(EVERY[family](), layers).operations,
         "last dropped": (Drop(layers[-1], "layer"),),
     }
     kinds = {
-        name: exported(tmp_path / name, EVERY[family](**PUBLISHED.get(family, {})), *operations)
-        for name, operations in ways.items()
+        name: export(tmp_path / name, EVERY[family](**PUBLISHED.get(family, {})), *operations)
+        for name, operations in variants.items()
     }
-    assert {name for name, kind in kinds.items() if kind == "stock"} == {"whole", "pruned", *STOCK[family]}
+    assert {name for name, kind in kinds.items() if kind == "stock"} == {"unchanged", "pruned", *STOCK[family]}
     for name, kind in kinds.items():
         assert kind == "bundled" or problems(tmp_path / name) == [], name
 
 
-def test_vllm_wants_an_moe_layer_of_some_families(tmp_path: Path) -> None:
-    """Who asks for stock gets it, and transformers loads it."""
+def test_vllm_needs_an_moe_layer_in_some_families(tmp_path: Path) -> None:
+    """format=stock is obeyed all the same: transformers loads such a folder."""
     model = EVERY["qwen3_moe"]()
     plan = condense_plan(model, families.facts(model.config).moe_layers)
     apply.execute(model, plan)
@@ -69,60 +69,60 @@ def test_vllm_wants_an_moe_layer_of_some_families(tmp_path: Path) -> None:
     assert "needs an MoE layer" in problems(tmp_path / "out")
 
 
-def test_no_rule_is_without_a_family() -> None:
+def test_every_rule_has_a_family() -> None:
     assert RULES.keys() <= EVERY.keys()
 
 
 @pytest.mark.parametrize("layers", [(1,), (2, 0), (0, 1, 2)])
 def test_condensed_layers_as_dense_ones(tmp_path: Path, layers: tuple[int, ...]) -> None:
-    """qwen2_moe says them by mlp_only_layers, also beside pruned ones."""
+    """qwen2_moe lists them in mlp_only_layers, also beside pruned layers."""
     model = EVERY["qwen2_moe"]()
-    rest = [each for each in pruned(model) if each.layer not in layers]
+    rest = [operation for operation in prunes(model) if operation.layer not in layers]
     operations = condense_plan(model, layers).operations
-    assert exported(tmp_path / "out", model, *rest, *operations) == "stock"
+    assert export(tmp_path / "out", model, *rest, *operations) == "stock"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mlp_only_layers"] == sorted(layers)
     assert problems(tmp_path / "out") == []
 
 
-def renamed(state: dict[str, Any], config: dict[str, Any]) -> None:
+def rename_key(state: dict[str, Any], config: dict[str, Any]) -> None:
     state["model.layers.1.mlp.experts.2.gate.weight"] = state.pop("model.layers.1.mlp.experts.2.gate_proj.weight")
 
 
-def lost(state: dict[str, Any], config: dict[str, Any]) -> None:
+def remove_key(state: dict[str, Any], config: dict[str, Any]) -> None:
     del state["model.layers.0.mlp.experts.5.down_proj.weight"]
 
 
-def turned(state: dict[str, Any], config: dict[str, Any]) -> None:
+def transpose_weight(state: dict[str, Any], config: dict[str, Any]) -> None:
     name = "model.layers.2.mlp.experts.0.up_proj.weight"
     state[name] = state[name].T.contiguous()
 
 
-def miscounted(state: dict[str, Any], config: dict[str, Any]) -> None:
+def miscount_experts(state: dict[str, Any], config: dict[str, Any]) -> None:
     config["num_experts"] = 5
 
 
-def called_dense(state: dict[str, Any], config: dict[str, Any]) -> None:
+def call_layer_dense(state: dict[str, Any], config: dict[str, Any]) -> None:
     config["mlp_only_layers"] = [1]
 
 
-def misnamed(state: dict[str, Any], config: dict[str, Any]) -> None:
+def misname_architecture(state: dict[str, Any], config: dict[str, Any]) -> None:
     config["architectures"] = ["Qwen2MoeModel"]
 
 
 WRONG = {
-    renamed: "unknown key model.layers.1.mlp.experts.2.gate.weight",
-    lost: "no key model.layers.0.mlp.experts.5.down_proj.weight",
-    turned: "model.layers.2.mlp.experts.0.up_proj.weight: (32, 16) for (16, 32)",
-    miscounted: "unknown key model.layers.0.mlp.experts.5.gate_proj.weight",
-    called_dense: "no key model.layers.1.mlp.gate_proj.weight",
-    misnamed: "architecture ['Qwen2MoeModel'] of qwen2_moe",
+    rename_key: "unknown key model.layers.1.mlp.experts.2.gate.weight",
+    remove_key: "no key model.layers.0.mlp.experts.5.down_proj.weight",
+    transpose_weight: "model.layers.2.mlp.experts.0.up_proj.weight: (32, 16) for (16, 32)",
+    miscount_experts: "unknown key model.layers.0.mlp.experts.5.gate_proj.weight",
+    call_layer_dense: "no key model.layers.1.mlp.gate_proj.weight",
+    misname_architecture: "architecture ['Qwen2MoeModel'] of qwen2_moe",
 }
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_a_wrong_folder_is_found_out(tmp_path: Path, change: Callable[[Any, Any], None]) -> None:
+def test_a_wrong_folder_is_reported(tmp_path: Path, change: Callable[[Any, Any], None]) -> None:
     folder = tmp_path / "out"
-    exported(folder, EVERY["qwen2_moe"]())
+    export(folder, EVERY["qwen2_moe"]())
     assert problems(folder) == []
     state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     change(state, config)
@@ -131,13 +131,13 @@ def test_a_wrong_folder_is_found_out(tmp_path: Path, change: Callable[[Any, Any]
     assert WRONG[change] in problems(folder)
 
 
-def test_settings_that_vllm_does_not_read_are_found_out(tmp_path: Path) -> None:
-    """It would load these, and compute something else."""
-    exported(tmp_path / "olmoe", EVERY["olmoe"](norm_topk_prob=True))
+def test_settings_that_vllm_does_not_read_are_reported(tmp_path: Path) -> None:
+    """vLLM would load these folders and compute something else."""
+    export(tmp_path / "olmoe", EVERY["olmoe"](norm_topk_prob=True))
     assert problems(tmp_path / "olmoe") == ["needs weights that are not renormalised"]
-    exported(tmp_path / "gpt_oss", EVERY["gpt_oss"](layer_types=["full_attention", *["sliding_attention"] * 2]))
+    export(tmp_path / "gpt_oss", EVERY["gpt_oss"](layer_types=["full_attention", *["sliding_attention"] * 2]))
     assert problems(tmp_path / "gpt_oss") == ["needs layers that slide and see all by turns", "needs yarn"]
-    exported(tmp_path / "deepseek_v3", EVERY["deepseek_v3"]())
+    export(tmp_path / "deepseek_v3", EVERY["deepseek_v3"]())
     assert "needs topk_method noaux_tc and scoring_func sigmoid" in problems(tmp_path / "deepseek_v3")
 
 
@@ -153,8 +153,8 @@ BUNDLED: dict[str, tuple[Operation, ...]] = {
 }
 
 
-def base_of(folder: Path) -> nn.Module:
-    """The class that the folder's modeling file makes, without running that file."""
+def base_model(folder: Path) -> nn.Module:
+    """The model that the folder's modeling file would build, without running that file."""
     config = json.loads((folder / "config.json").read_text())
     classes.register_model_type(config["model_type"])
     compressed = AutoConfig.for_model(config.pop("model_type"), **config)
@@ -169,24 +169,24 @@ def base_of(folder: Path) -> nn.Module:
         (family, name)
         for family in ("qwen2_moe", "deepseek_v2", "deepseek", "mixtral")
         for name in BUNDLED
-        if family == "qwen2_moe" or name != "a gate per token"  # the others have no such gate
+        if family == "qwen2_moe" or name != "a gate per token"  # the other families have no such gate
     ],
 )
 def test_bundled_exports_meet_the_rules_of_the_transformers_backend(tmp_path: Path, family: str, name: str) -> None:
     operations = BUNDLED[name]
-    assert exported(tmp_path / "out", EVERY[family](), *operations) == "bundled"
-    assert backend_problems(tmp_path / "out", base_of(tmp_path / "out")) == []
+    assert export(tmp_path / "out", EVERY[family](), *operations) == "bundled"
+    assert backend_problems(tmp_path / "out", base_model(tmp_path / "out")) == []
 
 
-def test_what_the_transformers_backend_cannot_do_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that is gone but counted, low-rank experts as they are in the live model, no base model."""
+def test_what_the_transformers_backend_cannot_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropped layer that is still counted, low-rank experts as in the live model, and a missing base model."""
     folder = tmp_path / "out"
-    exported(folder, EVERY["qwen2_moe"](), Drop(1, "layer"), Prune(0, FOUR))
-    assert backend_problems(folder, base_of(folder)) == ["layer 1 has no attention, so no key-value cache"]
-    exported(folder, EVERY["qwen2_moe"](), *BUNDLED["low rank"])
+    export(folder, EVERY["qwen2_moe"](), Drop(1, "layer"), Prune(0, FOUR))
+    assert backend_problems(folder, base_model(folder)) == ["layer 1 has no attention, so no key-value cache"]
+    export(folder, EVERY["qwen2_moe"](), *BUNDLED["low rank"])
     monkeypatch.delattr(compressed_module._KeptExperts, "parameters")
-    assert backend_problems(folder, base_of(folder)) == ["layers.1.mlp.experts would be replaced by 6 whole experts"]
+    assert backend_problems(folder, base_model(folder)) == ["layers.1.mlp.experts would be replaced by 6 whole experts"]
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]["AutoModel"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert backend_problems(folder, base_of(folder))[0] == "auto_map names no AutoModel"
+    assert backend_problems(folder, base_model(folder))[0] == "auto_map names no AutoModel"

@@ -1,4 +1,4 @@
-"""An export holds a shard and a layer at a time."""
+"""An export holds one shard and one layer in memory."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from recondense.surgery import apply
 
 
 class Living(TorchDispatchMode):
-    """The most bytes of tensors at a time that operations inside made; storages of the given model do not count."""
+    """The peak number of bytes in tensors that operations inside create; the storages of `model` do not count."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.owned = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-        self.made: list[weakref.ref[Tensor]] = []
+        self.model_storages = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+        self.references: list[weakref.ref[Tensor]] = []
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for each in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(each, Tensor):
-                self.made.append(weakref.ref(each))
-        living = [tensor for each in self.made if (tensor := each()) is not None]
-        self.made = [weakref.ref(tensor) for tensor in living]
+        output = func(*args, **(kwargs or {}))
+        for value in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(value, Tensor):
+                self.references.append(weakref.ref(value))
+        living = [tensor for reference in self.references if (tensor := reference()) is not None]
+        self.references = [weakref.ref(tensor) for tensor in living]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in living}
-        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self.owned))
-        return found
+        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self.model_storages))
+        return output
 
 
 EXPORTS: dict[str, tuple[str, tuple[Operation, ...], ExportConfig]] = {
@@ -54,19 +54,26 @@ EXPORTS: dict[str, tuple[str, tuple[Operation, ...], ExportConfig]] = {
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_an_export_holds_a_shard_and_a_layer(name: str, tmp_path: Path) -> None:
-    family, operations, how = EXPORTS[name]
+def test_an_export_holds_one_shard_and_one_layer(name: str, tmp_path: Path) -> None:
+    family, operations, settings = EXPORTS[name]
     model = tiny(family, num_hidden_layers=8, vocab_size=16, **({"layer_types": None} if family == "gpt_oss" else {}))
     apply.execute(model, Plan("tiny", operations))
-    layer = max(sum(value.nbytes for value in each.state_dict().values()) for each in decoder.decoder_layers(model))
-    if how.format == "dense":
-        layer += 6 * 3 * 32 * 16 * 4
-    shard = 30_000
+    layer_bytes = max(
+        sum(value.nbytes for value in layer.state_dict().values()) for layer in decoder.decoder_layers(model)
+    )
+    if settings.format == "dense":
+        layer_bytes += 6 * 3 * 32 * 16 * 4
+    shard_bytes = 30_000
     gc.collect()
     with Living(model) as living:
         write_folder(
-            model, None, Plan("tiny"), tmp_path / "out", "", ExportConfig(format=how.format, max_shard_size=shard)
+            model,
+            None,
+            Plan("tiny"),
+            tmp_path / "out",
+            "",
+            ExportConfig(format=settings.format, max_shard_size=shard_bytes),
         )
     files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
-    assert len(files) > 4 and max(files) < shard + 10_000
-    assert living.peak <= shard + layer < sum(files) / 2
+    assert len(files) > 4 and max(files) < shard_bytes + 10_000
+    assert living.peak <= shard_bytes + layer_bytes < sum(files) / 2

@@ -1,4 +1,4 @@
-"""A folder out: what it computes where recondense does not exist, and what an interruption leaves behind."""
+"""An exported folder: its files, and what it computes where recondense is not installed."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Variant:
     layers: tuple[int, ...]
     experts: tuple[int, ...] = (1, 4)
     shared_gate: float | None = 0.4
-    how: ExportConfig = ExportConfig()  # noqa: RUF009
+    export: ExportConfig = ExportConfig()  # noqa: RUF009
     operations: tuple[Operation, ...] = ()  # in place of condensing
-    added: int = 0  # parameters: zeros, or what multiplying out adds
+    added: int = 0  # parameters: zeros of padding, or those of multiplied-out factors
 
 
 LOST = 3 * sum(32 * 16 - rank * (32 + 16) for rank in (3, 5, 2))  # by RANKS, of one layer
@@ -65,42 +65,42 @@ def other(kind: str, model: Callable[[], Any], *operations: Operation, **more: A
 VARIANTS = {
     "qwen": Variant("stock", qwen2_moe, (2, 0, 1)),
     "qwen, sparse layers left": Variant("stock", qwen2_moe, (2, 0)),
-    "qwen, in shards": Variant("stock", qwen2_moe, (2,), how=ExportConfig(max_shard_size="30KB")),
+    "qwen, in shards": Variant("stock", qwen2_moe, (2,), export=ExportConfig(max_shard_size="30KB")),
     "qwen, shared expert alone": Variant("stock", qwen2_moe, (0, 1), experts=()),
     "qwen, dense layers of the same width": Variant(
         "stock", lambda: qwen2_moe(mlp_only_layers=[0], intermediate_size=24 + 2 * 16), (1,)
     ),
     "qwen, dense layers of another width": Variant("stock", lambda: qwen2_moe(mlp_only_layers=[0]), (1,), added=96 * 8),
     "qwen, zeros would cost too much": Variant(
-        "bundled", lambda: qwen2_moe(mlp_only_layers=[0]), (1,), how=ExportConfig(max_padding=0.01)
+        "bundled", lambda: qwen2_moe(mlp_only_layers=[0]), (1,), export=ExportConfig(max_padding=0.01)
     ),
     "qwen, of several widths": other(
         "stock",
         qwen2_moe,
         Condense(0, (3, 0), (0.4, 0.2), 0.5),
         Condense(1, (3,), (0.4,), 0.5),
-        how=ROOMY,
+        export=ROOMY,
         added=96 * 16,
     ),
     "qwen, block gone, stock": other(
-        "stock", qwen2_moe, Drop(0, "moe"), Condense(1, (3,), (0.4,), 0.5), how=ROOMY, added=96 * 40
+        "stock", qwen2_moe, Drop(0, "moe"), Condense(1, (3,), (0.4,), 0.5), export=ROOMY, added=96 * 40
     ),
     "qwen, factorized, dense": other(
-        "bundled", qwen2_moe, Prune(1, FOUR), Factorize(1, RANKS), how=ExportConfig(format="dense"), added=LOST
+        "bundled", qwen2_moe, Prune(1, FOUR), Factorize(1, RANKS), export=ExportConfig(format="dense"), added=LOST
     ),
     "qwen, factorized alike, dense": other(
         "stock",
         qwen2_moe,
         *(operation for layer in range(3) for operation in (Prune(layer, FOUR), Factorize(layer, RANKS))),
-        how=ExportConfig(format="dense"),
+        export=ExportConfig(format="dense"),
         added=3 * LOST,
     ),
-    "qwen, bundled though stock could": Variant("bundled", qwen2_moe, (2, 0), how=ExportConfig(format="bundled")),
-    "deepseek, condensed behind the dense ones": Variant("stock", deepseek_v2, (1,), how=ROOMY, added=96 * 16),
+    "qwen, bundled though stock could": Variant("bundled", qwen2_moe, (2, 0), export=ExportConfig(format="bundled")),
+    "deepseek, condensed behind the dense ones": Variant("stock", deepseek_v2, (1,), export=ROOMY, added=96 * 16),
     "qwen, token gate": Variant("bundled", qwen2_moe, (1, 2), shared_gate=None),
     "qwen, bf16": Variant("stock", lambda: qwen2_moe().bfloat16(), (1, 2)),
     "qwen, token gate, bf16": Variant("bundled", lambda: qwen2_moe().bfloat16(), (1, 2), shared_gate=None),
-    "deepseek": Variant("bundled", deepseek_v2, (1, 2), how=ExportConfig(max_padding=0.0)),
+    "deepseek": Variant("bundled", deepseek_v2, (1, 2), export=ExportConfig(max_padding=0.0)),
     "deepseek, sparse layers left": Variant("bundled", deepseek_v2, (2,), experts=(0, 5, 3)),
     "nothing condensed": Variant("stock", deepseek_v2, ()),
     "qwen, pruned alike": other("stock", qwen2_moe, *(Prune(layer, FOUR) for layer in range(3))),
@@ -125,7 +125,7 @@ VARIANTS = {
         "stock", lambda: qwen2_moe(mlp_only_layers=[2], num_hidden_layers=4), Drop(1, "layer")
     ),
     "deepseek, layer gone": other("stock", deepseek_v2, Drop(1, "layer")),
-    "qwen, block gone": other("bundled", qwen2_moe, Drop(0, "moe"), how=ExportConfig(max_padding=0.0)),
+    "qwen, block gone": other("bundled", qwen2_moe, Drop(0, "moe"), export=ExportConfig(max_padding=0.0)),
     "qwen, a bit of everything": other(
         "bundled",
         lambda: qwen2_moe(num_hidden_layers=6),
@@ -147,7 +147,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 torch.set_num_threads(1)
-found = {}
+results = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     bundled = (folder / "modeling_recondense.py").exists()
     result = {"bundled": bundled}
@@ -171,9 +171,9 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
             use_cache=True,
         ).tolist()
-    found[folder.name] = result
+    results[folder.name] = result
 assert sys.modules["recondense"] is None
-Path(sys.argv[3]).write_text(json.dumps(found))
+Path(sys.argv[3]).write_text(json.dumps(results))
 """.replace("NEW", str(NEW_TOKENS))
 
 
@@ -187,18 +187,18 @@ def student(variant: Variant) -> tuple[Any, Plan]:
 
 
 def settings(model: Any) -> dict[str, Any]:
-    """The config, without what transformers itself notes in it when it saves."""
+    """The config, without what transformers adds to it when it saves."""
     return {name: value for name, value in model.config.to_dict().items() if name not in ("architectures", "dtype")}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every variant, exported; the live model must not change by it."""
+    """Every variant, exported; exporting must not change the live model."""
     root = tmp_path_factory.mktemp("exports") / "all"
     for name, variant in VARIANTS.items():
         model, plan = student(variant)
         before, config, blocks = bits(model), settings(model), list(model.modules())
-        kind = write_folder(model, None, plan, root / name, f"# {name}\n", variant.how)
+        kind = write_folder(model, None, plan, root / name, f"# {name}\n", variant.export)
         assert kind == variant.kind, name
         assert same_bits(before, bits(model)) and settings(model) == config and list(model.modules()) == blocks
     return root
@@ -206,33 +206,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def elsewhere(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process without recondense finds in the folders."""
+    """What a process without recondense computes from the folders."""
     work = tmp_path_factory.mktemp("elsewhere")
     torch.save(IDS, work / "ids.pt")
     environment = {**os.environ, "HF_HOME": str(work / "hf"), "HF_MODULES_CACHE": str(work / "modules")}
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(folders), str(work / "ids.pt"), str(work / "found.json")],
+        [sys.executable, "-c", ELSEWHERE, str(folders), str(work / "ids.pt"), str(work / "results.json")],
         env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=work,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((work / "found.json").read_text())
-    return found
+    results: dict[str, Any] = json.loads((work / "results.json").read_text())
+    return results
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_computes_the_same_elsewhere(name: str, elsewhere: dict[str, Any]) -> None:
-    variant, found = VARIANTS[name], elsewhere[name]
+    variant, result = VARIANTS[name], elsewhere[name]
     model, _ = student(variant)
     expected = logits(model, IDS).float()
-    got = torch.tensor(found["logits"])
+    actual = torch.tensor(result["logits"])
     if "bf16" in name:  # folding rounds once more
-        torch.testing.assert_close(got, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
     else:
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-    assert found["loading"] == {}  # no missing, unexpected or mismatched keys
-    assert found["dtype"] == str(model.dtype)
-    assert found["parameters"] == count_parameters(model) + variant.added
-    assert found["parameters"] < count_parameters(variant.model()) or not variant.layers
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert result["loading"] == {}  # no missing, unexpected or mismatched keys
+    assert result["dtype"] == str(model.dtype)
+    assert result["parameters"] == count_parameters(model) + variant.added
+    assert result["parameters"] < count_parameters(variant.model()) or not variant.layers
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "bf16" not in name])
@@ -251,7 +251,7 @@ def test_generates_the_same_with_a_key_value_cache(name: str, elsewhere: dict[st
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.kind == "bundled"])
 def test_a_bundled_folder_does_not_load_by_mistake(name: str, elsewhere: dict[str, Any], folders: Path) -> None:
-    """Without trust_remote_code: an error, not the stock class with weights made up."""
+    """Without trust_remote_code there is an error, and not the stock class with random weights."""
     for what in ("refused", "config refused"):
         assert "trust_remote_code" in elsewhere[name][what]
     source = (folders / name / "modeling_recondense.py").read_text()
@@ -266,7 +266,9 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
     model, plan = student(variant)
     written = Plan.load(folder / "plan.json")
     assert replace(written, history=History()) == plan
-    dropped = [each.layer for each in plan.operations if isinstance(each, Drop) and each.part == "layer"]
+    dropped = [
+        operation.layer for operation in plan.operations if isinstance(operation, Drop) and operation.part == "layer"
+    ]
     moved = [layer for layer in range(model.config.num_hidden_layers) if layer not in dropped]
     if variant.kind == "stock" and moved != list(range(len(moved))):
         assert written.history == History(plan.operations, tuple(moved))
@@ -276,7 +278,7 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
     assert card.startswith(f"# {name}\n\n## Load it\n")
     assert ("trust_remote_code=True" in card) == (folder / "modeling_recondense.py").exists()
     assert (folder / "generation_config.json").exists() and list(folder.glob("*.safetensors"))
-    assert len(list(folder.glob("*.safetensors"))) > 1 or variant.how.max_shard_size == ExportConfig().max_shard_size
+    assert len(list(folder.glob("*.safetensors"))) > 1 or variant.export.max_shard_size == ExportConfig().max_shard_size
     assert not list(folder.glob("*.bin")) and not list(folder.glob(".*"))
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 1.2 * model.get_memory_footprint() + 4e4
     if variant.kind == "stock":
@@ -292,7 +294,7 @@ def test_what_a_folder_holds(name: str, folders: Path) -> None:
 
 
 def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
-    """A stock folder has no place for scales: the product is what counts, in fp32 before it is rounded."""
+    """A stock folder has no place for scales: it stores the product, computed in fp32 and then rounded."""
     from safetensors.torch import load_file
 
     model, plan = student(VARIANTS["qwen, bf16"])
@@ -305,8 +307,8 @@ def test_trained_scales_are_folded_not_lost(tmp_path: Path) -> None:
     assert not any("scale" in name for name in stored)
 
 
-def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None:
-    """Only lists of one entry a layer lose those of layers that are gone: two end tokens are not two layers."""
+def test_a_list_that_happens_to_be_as_long_as_the_model_is_deep_is_kept(tmp_path: Path) -> None:
+    """Only lists with an entry for every layer lose those of dropped layers: two end tokens are not two layers."""
     model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
     plan = Plan("tiny", (Drop(1, "layer"),))
     apply.execute(model, plan)
@@ -317,8 +319,8 @@ def test_a_list_as_long_as_the_model_is_deep_stays_whole(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [5, 6]
 
 
-def test_the_readme_may_tell_what_was_written(tmp_path: Path) -> None:
-    """It is made once, from the folder as it is exported, and the code that loads the folder follows."""
+def test_the_model_card_may_depend_on_the_written_folder(tmp_path: Path) -> None:
+    """It is written once, after the weights; the code that loads the folder follows it."""
     model, plan = student(VARIANTS["qwen"])
     sizes = []
 
@@ -345,7 +347,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_interrupted_export_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, where: str
 ) -> None:
-    """No folder under the final name; where one was, it is still whole. Nothing else is left behind."""
+    """Under the final name there is no folder, or the complete former one. Nothing else is left behind."""
     model, plan = student(VARIANTS[variant])
     folder = tmp_path / "model"
 
@@ -377,7 +379,7 @@ def test_an_interrupted_export_leaves_nothing_half_written(
 
 
 def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while the old folder is being removed: under the final name stands a whole export, or nothing."""
+    """Killed while the old folder is removed: under the final name there is a complete export, or nothing."""
     model, plan = student(VARIANTS["qwen"])
     folder = tmp_path / "model"
     write_folder(model, None, plan, folder, "old")
@@ -387,7 +389,7 @@ def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, mo
 
     def killed(path: Any, *args: Any, **kwargs: Any) -> None:
         path = Path(path)
-        if path.exists() and "config.json" in {each.name for each in path.iterdir()}:
+        if path.exists() and "config.json" in {file.name for file in path.iterdir()}:
             (path / "config.json").unlink()
             raise KeyboardInterrupt
         remove(path, *args, **kwargs)
@@ -402,7 +404,7 @@ def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, mo
 
 
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
-    """Also one of another kind: nothing of the old one is left."""
+    """Also where its kind is another one: no file of the old export remains."""
     for name in ("qwen, token gate", "qwen"):
         model, plan = student(VARIANTS[name])
         write_folder(model, None, plan, tmp_path / "model", name)
@@ -418,7 +420,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0")
 
 
-def test_load_gives_back_what_was_exported(tmp_path: Path) -> None:
+def test_an_exported_model_is_loaded_again(tmp_path: Path) -> None:
     model, plan = student(VARIANTS["qwen, sparse layers left"])
     model.config.output_router_logits = True
     write_folder(model, tokenizer(), plan, tmp_path / "out", "")
@@ -426,13 +428,13 @@ def test_load_gives_back_what_was_exported(tmp_path: Path) -> None:
     assert words("w5")["input_ids"] == [5]
     assert not again.training and again.config.output_router_logits is False
     assert again.config._experts_implementation == "grouped_mm"
-    found: Tensor = logits(again, IDS)
-    torch.testing.assert_close(found, logits(model, IDS), rtol=0, atol=1e-4)
+    actual: Tensor = logits(again, IDS)
+    torch.testing.assert_close(actual, logits(model, IDS), rtol=0, atol=1e-4)
     half, _ = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="bfloat16", experts="eager"))
     assert half.dtype == torch.bfloat16 and half.config._experts_implementation == "eager"
 
 
-def test_load_says_what_is_wrong(tmp_path: Path) -> None:
+def test_load_explains_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         loading.load("nobody/no-such-model", ModelConfig(device="cpu"))
     qwen2_moe().save_pretrained(tmp_path / "out")
@@ -444,14 +446,14 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_load_refuses_a_folder_without_tokenizer(tmp_path: Path) -> None:
-    """transformers would make up one that knows no word."""
+    """transformers would construct a tokenizer with an empty vocabulary."""
     qwen2_moe().save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"model.path=.*tokenizer"):
         loading.load(tmp_path / "out", ModelConfig(device="cpu"))
 
 
-def test_load_refuses_a_cut_file_in_words(tmp_path: Path) -> None:
-    """A download or copy that stopped half-way."""
+def test_load_refuses_a_truncated_file(tmp_path: Path) -> None:
+    """The message is that of a user's error, as for a download or copy that stopped half-way."""
     qwen2_moe().save_pretrained(tmp_path / "out")
     tokenizer().save_pretrained(tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
@@ -461,25 +463,25 @@ def test_load_refuses_a_cut_file_in_words(tmp_path: Path) -> None:
 
 
 def test_weights_fingerprint() -> None:
-    """Equal for equal weights, another for one bit, one name, one type."""
+    """Equal for equal weights; another one if a bit, a name or a type differs."""
     model = qwen2_moe()
-    found = loading.weights_fingerprint(model)
-    assert found == loading.weights_fingerprint(qwen2_moe()) and len(found) == 16
+    fingerprint = loading.weights_fingerprint(model)
+    assert fingerprint == loading.weights_fingerprint(qwen2_moe()) and len(fingerprint) == 16
     others = {loading.weights_fingerprint(qwen2_moe(seed=1)), loading.weights_fingerprint(qwen2_moe().bfloat16())}
     with torch.no_grad():
         weight = model.model.layers[1].mlp.experts.down_proj
         weight[5, 31, 15] = torch.nextafter(weight[5, 31, 15], torch.tensor(9.0))
     others.add(loading.weights_fingerprint(model))
-    assert len(others | {found}) == 4
+    assert len(others | {fingerprint}) == 4
 
 
-def test_weights_fingerprint_sees_what_is_no_parameter() -> None:
-    """A router's correction bias, and the table of merged experts."""
-    found = set()
+def test_weights_fingerprint_depends_on_buffers() -> None:
+    """The correction bias of a router, and the table of merged experts."""
+    fingerprints = set()
     for change in (0.0, 0.5):
         model = tiny("deepseek_v3")
         model.model.layers[1].mlp.gate.e_score_correction_bias += change
-        found.add(loading.weights_fingerprint(model))
+        fingerprints.add(loading.weights_fingerprint(model))
     for groups in (PAIRS, (((0, 3), (4,), (5, 2, 1)), PAIRS[1])):
         model = qwen2_moe()
         apply.execute(model, Plan("tiny", (Merge(1, *groups),)))
@@ -487,5 +489,5 @@ def test_weights_fingerprint_sees_what_is_no_parameter() -> None:
         model = qwen2_moe()
         apply.execute(model, Plan("tiny", (Merge(1, *PAIRS),)))
         model.model.layers[1].mlp.gate.table.copy_(table)
-        found.add(loading.weights_fingerprint(model))
-    assert len(found) == 4
+        fingerprints.add(loading.weights_fingerprint(model))
+    assert len(fingerprints) == 4

@@ -1,4 +1,4 @@
-"""Both papers in one run: what is measured, what is chosen, and what is not measured twice."""
+"""Both papers in one search: what is measured, what is chosen, and what is not measured twice."""
 
 from __future__ import annotations
 
@@ -35,33 +35,35 @@ def search(
 
 
 def test_the_first_round_is_the_enumerated_best() -> None:
-    """Of all combinations of options that save enough, the least sum of the damages of single layers."""
+    """Of all combinations of options that save enough, it has the least sum of damages of single layers."""
     model = qwen2_moe()
     with unchanged(model):
         operations, record = search(model, memory_ratio=0.75, rounds=1)
-    [found] = record["rounds"]
+    [first_round] = record["rounds"]
     need = sizes(model)["total"] - int(0.75 * sizes(model)["total"])
     layers = list(record["options"])
     kinds = [range(len(record["options"][layer])) for layer in layers]
     allowed = [
-        chosen
-        for chosen in itertools.product(*kinds)
-        if sum(record["options"][layer][place][1] for layer, place in zip(layers, chosen, strict=True)) >= need
+        choice
+        for choice in itertools.product(*kinds)
+        if sum(record["options"][layer][place][1] for layer, place in zip(layers, choice, strict=True)) >= need
     ]
 
-    def damage(chosen: tuple[int, ...]) -> float:
-        return sum(found["damages"][layer][place] for layer, place in zip(layers, chosen, strict=True))
+    def damage(choice: tuple[int, ...]) -> float:
+        return sum(first_round["damages"][layer][place] for layer, place in zip(layers, choice, strict=True))
 
     best = min(allowed, key=damage)
     names = [record["options"][layer][place][0].partition(",")[0] for layer, place in zip(layers, best, strict=True)]
-    assert [found["choice"][layer].partition(",")[0] for layer in layers] == names  # ranks may be raised afterwards
-    assert found["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
+    assert [
+        first_round["choice"][layer].partition(",")[0] for layer in layers
+    ] == names  # ranks may be raised afterwards
+    assert first_round["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
     apply.execute(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
 
 
-def test_what_cannot_be_saved_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the size that can be had; it can."""
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the size that can be reached, and a search reaches it."""
     monkeypatch.setattr(Damage, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match=r"strongest options of all layers give memory_ratio=0\.") as error:
         search(qwen2_moe(), memory_ratio=0.05)
@@ -73,62 +75,62 @@ def test_what_cannot_be_saved_is_said_before_anything_is_measured(monkeypatch: p
 
 
 def test_the_damage_is_that_of_surgery() -> None:
-    """What a choice was measured to do is what the plan's operations do."""
+    """The measured damage of a choice is that of the plan's operations."""
     model, expected = qwen2_moe(), qwen2_moe()
     operations, record = search(model, memory_ratio=0.8)
     tape = recorded(expected)
     measure = Damage(expected, tape)
     apply.execute(model, Plan("tiny", tuple(operations)))
-    blocks = {layer: views.get_block(model, layer) for layer in {each.layer for each in operations}}
-    best = min(record["rounds"], key=lambda each: each["damage"])
+    blocks = {layer: views.get_block(model, layer) for layer in {operation.layer for operation in operations}}
+    best = min(record["rounds"], key=lambda entry: entry["damage"])
     assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
-    assert {type(each) for each in operations} <= {Condense, Prune, Factorize}
+    assert {type(operation) for operation in operations} <= {Condense, Prune, Factorize}
 
 
-def test_another_budget_measures_no_layer_alone_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_budget_does_not_measure_single_layers_again(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     measure = Damage.measure
 
-    def counted(self: Damage, changes: list[Change]) -> list[float]:
+    def record_layers(self: Damage, changes: list[Change]) -> list[float]:
         measured.extend(start.layer for start in changes)
         return measure(self, changes)
 
-    monkeypatch.setattr(Damage, "measure", counted)
+    monkeypatch.setattr(Damage, "measure", record_layers)
     model, cache = qwen2_moe(), {}
     _, one = search(model, cache, memory_ratio=0.8, rounds=1)
-    assert len(measured) == sum(len(each) for each in one["options"].values())
+    assert len(measured) == sum(len(options) for options in one["options"].values())
     measured.clear()
     _, other = search(model, cache, memory_ratio=0.7, rounds=1)
     assert not measured and other["rounds"][0]["damages"] == one["rounds"][0]["damages"]
     _, both = search(model, cache, memory_ratio=0.7, rounds=2)  # the second round depends on the choice
-    assert len(measured) == sum(len(each) for each in one["options"].values())
+    assert len(measured) == sum(len(options) for options in one["options"].values())
     assert both["rounds"][0]["damages"] == one["rounds"][0]["damages"] != both["rounds"][1]["damages"]
 
 
 class Killed(Exception):
-    """Ends a search where it stands."""
+    """Ends a search."""
 
 
-def test_a_killed_search_goes_on_at_the_layer_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds after the first are kept by the choice that they are measured around."""
+def test_a_killed_search_resumes_at_the_layer_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds after the first are cached under the choice around which they are measured."""
     measured: list[int] = []
     measure, remaining = Damage.measure, [5]
 
-    def killed(self: Damage, changes: list[Change]) -> list[float]:
+    def measure_until_killed(self: Damage, changes: list[Change]) -> list[float]:
         remaining[0] -= 1
         if remaining[0] < 0:
             raise Killed
         measured.append(changes[0].layer)
         return measure(self, changes)
 
-    monkeypatch.setattr(Damage, "measure", killed)
+    monkeypatch.setattr(Damage, "measure", measure_until_killed)
     model, cache = qwen2_moe(), {}
     with pytest.raises(Killed):
         search(model, cache, memory_ratio=0.7, rounds=3)
     remaining[0] = 100
     resumed = search(model, cache, memory_ratio=0.7, rounds=3)
-    assert measured[:6] == [0, 1, 2, 0, 1, 2], "the first round and two layers of the second were kept"
-    choices = [each["choice"] for each in resumed[1]["rounds"]]
+    assert measured[:6] == [0, 1, 2, 0, 1, 2], "the first round and two layers of the second were cached"
+    choices = [entry["choice"] for entry in resumed[1]["rounds"]]
     assert len(measured) == (6 if choices[0] == choices[1] else 9)
     undisturbed = search(model, {}, memory_ratio=0.7, rounds=3)
     assert resumed[0] == undisturbed[0]
@@ -138,7 +140,7 @@ def test_a_killed_search_goes_on_at_the_layer_of_its_round(monkeypatch: pytest.M
 
 
 def test_a_layer_that_cannot_be_condensed_keeps_its_other_options() -> None:
-    """Its router selects the same two experts for every token, and three are to stay."""
+    """Its router selects the same two experts for every token, but three are to be retained."""
     model = qwen2_moe()
     router = views.sparse_blocks(model)[1].router
     with torch.no_grad():
@@ -152,7 +154,7 @@ def test_a_layer_that_cannot_be_condensed_keeps_its_other_options() -> None:
 
 
 def test_one_budget_decides() -> None:
-    """The memory ratio has a default in the YAML, and yields."""
+    """The memory ratio, which has a default in the YAML, yields to the other ratio."""
     both = {"memory_ratio": 0.99, "removed_expert_ratio": 0.4}
     budget = replace(Combined.budget, **both)  # type: ignore[arg-type]
     assert budget.settings() == {"removed_expert_ratio": 0.4, "memory_ratio": None}
@@ -166,7 +168,7 @@ def test_one_budget_decides() -> None:
     assert sizes(model)["routed_experts"] <= 0.6 * before
 
 
-def test_refusals() -> None:
+def test_invalid_settings_are_refused_together() -> None:
     with pytest.raises(ValueError, match="parents") as error:
         Combined(
             budget=Budget(memory_ratio=0.7),

@@ -26,16 +26,16 @@ COMBINED |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     assert step.check(families.facts(model.config)) == []
-    found: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    return found
+    result: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
+    return result
 
 
 def test_combined_keeps_its_best_round() -> None:
-    """The choice around which the last round measures is better than what that round chooses."""
+    """The last round chooses something worse than the choice around which it measures."""
     model = qwen2_moe(2)
     tape = recorded(model)
     operations, record = search(Combined(**COMBINED, rounds=3, budget=Budget(memory_ratio=0.8)), model)
-    damages = [each["damage"] for each in record["rounds"]]
+    damages = [entry["damage"] for entry in record["rounds"]]
     best = min(range(3), key=damages.__getitem__)
     assert damages[0] > damages[best] < damages[-1]
     assert record["chosen"] == record["rounds"][best]["choice"] != record["rounds"][-1]["choice"]
@@ -46,8 +46,8 @@ def test_combined_keeps_its_best_round() -> None:
     assert measured == pytest.approx(damages[best], rel=1e-4)
 
 
-def test_combined_gives_what_is_left_to_ranks() -> None:
-    """Less is left of the budget than one rank of one expert in each factorized layer."""
+def test_combined_spends_the_rest_of_its_budget_on_ranks() -> None:
+    """What remains of the budget is less than one rank of one expert in every factorized layer."""
     model = qwen2_moe()
     settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "budget": Budget(memory_ratio=0.85), "rounds": 1}
     operations, _ = search(Combined(**settings), model)

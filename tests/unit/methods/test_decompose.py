@@ -1,4 +1,4 @@
-"""Ranks follow importances, and whitening serves the calibration tokens."""
+"""Ranks follow importances, and whitening lowers the error on calibration tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     assert step.check(families.facts(model.config)) == []
-    found: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    return found
+    result: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
+    return result
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_ranks_follow_importances(monkeypatch: pytest.MonkeyPatch, how: dict[str
     monkeypatch.setattr(decompose, "expert_importances", lambda *_: by_layer)
     operations, _ = search(Decompose(alpha=0.5, **how), qwen2_moe())
     expected = {0: (4, 8, 6, 4, 8, 6), 1: (8, 8, 4, 4, 6, 6), 2: (6,) * 6}
-    assert {each.layer: dict(each.ranks) for each in operations} == {
+    assert {operation.layer: dict(operation.ranks) for operation in operations} == {
         layer: dict.fromkeys(NAMES, ranks) for layer, ranks in expected.items()
     }
 
@@ -52,5 +52,7 @@ def test_whitened_factors_lose_less_on_the_calibration_tokens(family: str) -> No
         apply.execute(model, plan, partial(recorded, model))
         block: Any = views.get_block(model, 1)
         outputs = [(block(trace.x_TD[None])[0], trace.output_TD) for trace in tape.trace(model, 1)]
-        errors[whitening] = sum(float((found - own).double().square().sum()) for found, own in outputs) ** 0.5
+        errors[whitening] = (
+            sum(float((output - original).double().square().sum()) for output, original in outputs) ** 0.5
+        )
     assert 0 < errors[True] < 0.8 * errors[False]

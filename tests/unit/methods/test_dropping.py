@@ -1,4 +1,4 @@
-"""Dropping against transformers' own hidden states."""
+"""Dropping against transformers' hidden states."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from recondense.models import decoder, views
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     with unchanged(model):
-        found: tuple[list[Any], dict[str, Any]] = step.search(
+        result: tuple[list[Any], dict[str, Any]] = step.search(
             SearchContext(model, lambda: recorded(model), {}, 1 << 30)
         )
-    return found
+    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_cosines(family: str) -> None:
+def test_the_similarities_are_cosines_of_hidden_states(family: str) -> None:
     model = FAMILIES[family]()
     layers = list(views.sparse_blocks(model))
     before: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}

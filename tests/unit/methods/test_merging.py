@@ -1,4 +1,4 @@
-"""Merging: twins, groups by hand, and scipy."""
+"""Merging: twins, equal experts, and groups by hand."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from recondense.surgery.merge import align
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     with unchanged(model):
-        found: tuple[list[Any], dict[str, Any]] = step.search(
+        result: tuple[list[Any], dict[str, Any]] = step.search(
             SearchContext(model, lambda: recorded(model), {}, 1 << 30)
         )
-    return found
+    return result
 
 
 @torch.no_grad()
 def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
-    """An expert and its copy with permuted rows: found by their outputs, put together by the alignment."""
+    """An expert and its copy with permuted rows: grouped by their outputs, merged exactly after alignment."""
     model = qwen2_moe()
     block: Any = views.get_block(model, 1)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
@@ -40,11 +40,15 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
         block.experts.down_proj[1] = block.experts.down_proj[4][:, order]
         block.gate.weight[1] = 1.01 * block.gate.weight[4]
     weights = views.sparse_blocks(model)[1].weights
-    mine, theirs = weights.projections(4), align(weights.projections(4), weights.projections(1))
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    projections, aligned = weights.projections(4), align(weights.projections(4), weights.projections(1))
+    assert projections.keys() == aligned.keys() and all(
+        torch.equal(projections[name], aligned[name]) for name in projections
+    )
     for grouping in ("router_logits", "expert_outputs"):
         operations, _ = search(Merging(grouping, budget=Budget(removed_expert_ratio=1 / 6)), model)
-        assert any({1, 4} <= set(group) for each in operations if each.layer == 1 for group in each.groups), grouping
+        assert any(
+            {1, 4} <= set(group) for operation in operations if operation.layer == 1 for group in operation.groups
+        ), grouping
     groups = ((0,), (4, 1), (2,), (3,), (5,))
     weights = ((1.0,), (0.3, 0.7), (1.0,), (1.0,), (1.0,))
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
@@ -54,20 +58,20 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
 
 
 @torch.no_grad()
-def test_equal_experts_are_merged_into_as_many_groups_as_asked() -> None:
-    """Upcycled experts: all distances are the same, and a cut by height would leave one group."""
+def test_equal_experts_are_merged_into_the_requested_number_of_groups() -> None:
+    """Upcycled experts: all distances are equal, and a cut by height would give a single group."""
     model = qwen2_moe()
     for block in views.sparse_blocks(model).values():
         for weight in (block.weights.gate_up_EHD, block.weights.down_EDF):
             weight.copy_(weight[:1].expand_as(weight))
     operations, _ = search(Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5)), model)
-    assert [len(each.groups) for each in operations] == [3, 3, 3]
+    assert [len(operation.groups) for operation in operations] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_groups_by_hand(family: str) -> None:
-    """Average linkage written out; dominant experts are the most frequent of all layers, one a layer at least."""
+    """Average linkage written out; dominant experts are the most frequent of all layers, at least one per layer."""
     model = FAMILIES[family]()
     tape = recorded(model)
     operations, record = search(Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5)), model)
@@ -89,15 +93,15 @@ def test_groups_by_hand(family: str) -> None:
                 ),
             )
             clusters[one] |= clusters.pop(other)
-        assert {frozenset(group) for group in operation.groups} == {frozenset(each) for each in clusters}
+        assert {frozenset(group) for group in operation.groups} == {frozenset(cluster) for cluster in clusters}
         counts = record["selected"][str(operation.layer)]
         for group, shares in zip(operation.groups, operation.weights, strict=True):
             total = sum(counts[expert] for expert in group)
             assert shares == pytest.approx([counts[e] / total if total else 1 / len(group) for e in group])
     layers = list(views.sparse_blocks(model))
     operations, record = search(Merging("router_logits", budget=Budget(removed_expert_ratio=0.5)), model)
-    kept = {op.layer: len(op.groups) for op in operations}
-    assert sum(kept.get(layer, 6) for layer in layers) == 3 * len(layers)
+    num_groups = {op.layer: len(op.groups) for op in operations}
+    assert sum(num_groups.get(layer, 6) for layer in layers) == 3 * len(layers)
     for op in operations:
         counts = record["selected"][str(op.layer)]
         leaders = {group[0] for group in op.groups}

@@ -1,4 +1,4 @@
-"""The parts of MoE-I² against brute force on transformers' own blocks, and the whole of it."""
+"""The parts of MoE-I² against brute force on transformers' blocks, and the complete method."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
-def dropped(sets: list[tuple[int, ...]], num_experts: int) -> torch.Tensor:
-    return torch.tensor([[expert in each for expert in range(num_experts)] for each in sets])
+def dropped_masks(sets: list[tuple[int, ...]], num_experts: int) -> torch.Tensor:
+    return torch.tensor([[expert in experts for expert in range(num_experts)] for experts in sets])
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_every_set_scores_as_transformers_block_without_it(name: str) -> None:
+def test_the_error_of_a_set_is_that_of_transformers_block_without_it(name: str) -> None:
     model = MODELS[name]()
     tape, block = recorded(model), views.sparse_blocks(model)[2]
-    sets = [each for number in range(5) for each in itertools.combinations(range(6), number)]
+    sets = [experts for number in range(5) for experts in itertools.combinations(range(6), number)]
     with unchanged(model):
         replay = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30)
-        found = replay.errors(dropped(sets, 6)).tolist()
+        errors = replay.errors(dropped_masks(sets, 6)).tolist()
         little = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 10)
         assert little._grams is None and replay._grams is not None
-        assert little.errors(dropped(sets, 6)).tolist() == pytest.approx(found, rel=1e-5, abs=1e-4)
-    assert found[0] < 1e-6 * max(found)
-    for each, error in zip(sets, found, strict=True):
-        assert error == pytest.approx(change(model, tape, 2, each), rel=1e-3, abs=1e-4), each
+        assert little.errors(dropped_masks(sets, 6)).tolist() == pytest.approx(errors, rel=1e-5, abs=1e-4)
+    assert errors[0] < 1e-6 * max(errors)
+    for experts, error in zip(sets, errors, strict=True):
+        assert error == pytest.approx(change(model, tape, 2, experts), rel=1e-3, abs=1e-4), experts
     # An error does not depend on how many experts other sets may drop.
     assert LeaveOutScorer.prepare(model, tape, block, 1, 1 << 30).errors(
-        dropped(sets[:7], 6)
-    ).tolist() == pytest.approx(found[:7], rel=1e-5, abs=1e-4)
+        dropped_masks(sets[:7], 6)
+    ).tolist() == pytest.approx(errors[:7], rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_importance_is_leave_one_out(name: str) -> None:
+def test_importance_is_the_change_without_the_expert(name: str) -> None:
     model = MODELS[name]()
     tape, block = recorded(model), views.sparse_blocks(model)[1]
     with unchanged(model):
@@ -86,22 +86,22 @@ def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
     replay = LeaveOutScorer.prepare(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
     best = best_sets(replay.errors, 12, 4, Genetic(search="exact"), 0, num_best=3)
     sets = list(itertools.combinations(range(12), 4))
-    errors = replay.errors(dropped(sets, 12)).tolist()
+    errors = replay.errors(dropped_masks(sets, 12)).tolist()
     assert best[0][0] == sets[min(range(495), key=errors.__getitem__)]
     assert [error for _, error in best] == pytest.approx(sorted(errors)[:3], rel=1e-5)
     settings = Genetic(population=32, iterations=12, parents=8, search="genetic")
-    looked: list[int] = []
+    evaluated: list[int] = []
 
-    def counted(dropped_PE: torch.Tensor) -> torch.Tensor:
-        looked.append(len(dropped_PE))
+    def count_sets(dropped_PE: torch.Tensor) -> torch.Tensor:
+        evaluated.append(len(dropped_PE))
         return replay.errors(dropped_PE)
 
-    found = []
+    results = []
     for seed in range(10):
-        looked.clear()
-        found.append(best_sets(counted, 12, 4, settings, seed))
-        assert sum(looked) < 247
-    assert sum(each == best[:1] for each in found) >= 9
+        evaluated.clear()
+        results.append(best_sets(count_sets, 12, 4, settings, seed))
+        assert sum(evaluated) < 247
+    assert sum(result == best[:1] for result in results) >= 9
 
 
 def test_the_same_seed_gives_the_same_sets_with_and_without_memory() -> None:
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_sets_with_and_without_memory() -> None:
         for memoise in (True, True, False)
     ]
     assert runs[0] == runs[1] == runs[2]
-    assert len({each for each, _ in runs[0]}) == 5
+    assert len({experts for experts, _ in runs[0]}) == 5
     assert best_sets(replay.errors, 12, 0, Genetic(), 0) == [((), 0.0)]
 
 
@@ -134,9 +134,9 @@ def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_si
     before: dict[int, tuple[int, ...]] = {}
     runs = tape.layer_runs
     with unchanged(model):
-        found = reception_field(model, tape, candidates, block_size)
+        fields = reception_field(model, tape, candidates, block_size)
     expected_runs = 0
-    for field in found:
+    for field in fields:
         expected = best_of_block(model, [torch.tensor(text) for text in ids], candidates, field.layers, before)
         assert field.choice == expected
         product = 1
@@ -145,9 +145,11 @@ def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_si
             expected_runs += product
         assert field.combinations == product and field.error > 0
         before |= {layer: candidates[layer][place] for layer, place in zip(field.layers, field.choice, strict=True)}
-    assert [layer for field in found for layer in field.layers] == layers
-    if len(layers) == len(decoder.decoder_layers(model)):  # prefixes are shared; between blocks, the chosen way once
-        assert tape.layer_runs - runs == pytest.approx(expected_runs + len(layers) - len(found[-1].layers))
+    assert [layer for field in fields for layer in field.layers] == layers
+    if len(layers) == len(
+        decoder.decoder_layers(model)
+    ):  # prefixes are shared; between blocks, the chosen sets run once
+        assert tape.layer_runs - runs == pytest.approx(expected_runs + len(layers) - len(fields[-1].layers))
 
 
 # 25% pruned at average rank R_a leaves 0.75 · R_a · (D + F) / (D · F).
@@ -158,23 +160,25 @@ def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_si
 def test_published_cuts_from_the_shapes_alone(
     layers: int, experts: int, top_k: int, hidden: int, width: int, rank: int, cut: float
 ) -> None:
-    """DeepSeek-V2-Lite and Mixtral (arXiv 2411.01016), importances equal; then 300-fold apart."""
+    """DeepSeek-V2-Lite and Mixtral (arXiv 2411.01016), with equal importances and with importances 300-fold apart."""
     total = round(0.25 * layers * experts)
     dense = 3 * hidden * width
     for spread in (1.0, 300.0):
         importance = {layer: spread ** (layer / (layers - 1)) for layer in range(layers)}
         numbers = drop_by_importance(total, importance, dict.fromkeys(importance, experts), top_k)
         assert sum(numbers.values()) == total
-        kept = 0
+        remaining = 0
         for layer, number in numbers.items():
-            own = [importance[layer] * spread ** (j / experts) for j in range(experts - number)]
+            importances = [importance[layer] * spread ** (j / experts) for j in range(experts - number)]
             multiple = ranks.resolve_multiple("auto", hidden, width, rank)
-            kept += ranks.parameters(ranks.allocate(own, rank, hidden, width, multiple=multiple), hidden, width)
-        assert 1 - kept / (layers * experts * dense) == pytest.approx(cut, abs=1e-4)
+            remaining += ranks.parameters(
+                ranks.allocate(importances, rank, hidden, width, multiple=multiple), hidden, width
+            )
+        assert 1 - remaining / (layers * experts * dense) == pytest.approx(cut, abs=1e-4)
 
 
 def test_deepseek_v2_lite_on_the_meta_device() -> None:
-    """The same through plan and surgery, with the config of the published model."""
+    """The same by plan and surgery, with the config of the published model."""
     config = DeepseekV2Config(
         vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
         num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6,
@@ -189,7 +193,7 @@ def test_deepseek_v2_lite_on_the_meta_device() -> None:
     numbers = drop_by_importance(416, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 64), 6)
     prune = [Prune(layer, tuple(range(64 - number))) for layer, number in numbers.items()]
     shape = {layer: tuple(ranks.allocate([1.0] * (64 - number), 512, 2048, 1408)) for layer, number in numbers.items()}
-    factorize = [Factorize(layer, dict.fromkeys(NAMES, own)) for layer, own in shape.items()]
+    factorize = [Factorize(layer, dict.fromkeys(NAMES, layer_ranks)) for layer, layer_ranks in shape.items()]
     before = sizes(model)["routed_experts"]
     apply.restructure(model, Plan("v2-lite", (*prune, *factorize)))
     assert before == counts.routed_experts
@@ -208,7 +212,7 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
     assert operations == again and reread["reused"]
     layers = len(views.sparse_blocks(model))
     total = round(0.34 * 6 * layers)
-    assert sum(6 - len(each.retained) for each in operations) == total == sum(record["dropped"].values())
+    assert sum(6 - len(operation.retained) for operation in operations) == total == sum(record["dropped"].values())
     important = record["layer_importance"]
     assert record["dropped"][min(important, key=important.get)] >= record["dropped"][max(important, key=important.get)]
     before = sizes(model)
@@ -218,49 +222,53 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
     )
     apply.execute(model, Plan("tiny", tuple(factors)))
     assert 0 <= int(0.7 * before["total"]) - sizes(model)["total"] < 3 * (32 + 16)
-    kept = sizes(model)["routed_experts"] / before["routed_experts"]
-    assert achieved["kept_of_routed_experts"] == pytest.approx(kept)
+    retained = sizes(model)["routed_experts"] / before["routed_experts"]
+    assert achieved["kept_of_routed_experts"] == pytest.approx(retained)
 
 
-def test_an_exact_search_that_would_not_end_is_refused() -> None:
+def test_an_exact_search_of_too_many_sets_is_refused() -> None:
     with pytest.raises(ValueError, match=r"5\.32e\+13 sets of 15 of 60 experts"):
         best_sets(lambda dropped_PE: dropped_PE.sum(dim=1), 60, 15, Genetic(search="exact"), 0)
 
 
-def test_lm_loss_importance_is_what_is_lost() -> None:
-    """Relative to the whole model's loss, or as it is: then all are nearly equal."""
+def test_lm_loss_importance_is_the_increase_of_the_loss() -> None:
+    """Normalized, it is the increase over the model's loss; otherwise the loss itself, nearly equal for all experts."""
     model = qwen2_moe()
     tape, block = recorded(model), views.sparse_blocks(model)[1]
-    raw, lost = (expert_importance(model, tape, block, "lm_loss", normalize, 1 << 30) for normalize in (False, True))
-    whole = loss_without(model, [torch.tensor(text) for text in texts()], {})
-    assert lost == pytest.approx([max(0.0, value - whole) for value in raw], abs=1e-3)
-    assert max(raw) / min(raw) < 1.1 < 2 < max(lost) / max(min(lost), 1e-9)
+    raw, increases = (
+        expert_importance(model, tape, block, "lm_loss", normalize, 1 << 30) for normalize in (False, True)
+    )
+    original = loss_without(model, [torch.tensor(text) for text in texts()], {})
+    assert increases == pytest.approx([max(0.0, value - original) for value in raw], abs=1e-3)
+    assert max(raw) / min(raw) < 1.1 < 2 < max(increases) / max(min(increases), 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["layer_output", "lm_loss"])
 @torch.no_grad()
-def test_importance_where_no_expert_is_to_spare(kind: str) -> None:
-    """As many experts as a token selects: without one, the others share its weight among them, or nobody takes it."""
+def test_importance_with_as_many_experts_as_a_token_selects(kind: str) -> None:
+    """Without one of two experts, the other gets all the weight."""
     for normalized in (False, True):
         model = qwen2_moe(num_experts=2, norm_topk_prob=normalized)
         tape, block = recorded(model), views.sparse_blocks(model)[1]
-        found = expert_importance(model, tape, block, kind, False, 1 << 30)
+        importance = expert_importance(model, tape, block, kind, False, 1 << 30)
         for expert in range(2):
             total = 0.0
             for trace in tape.trace(model, 1):
                 logits_TE = block.router(trace.x_TD)[0].clone()
                 logits_TE[:, expert] = -torch.inf
-                weight_T = logits_TE.softmax(dim=1)[:, 1 - expert]  # 1: the only one that is left
-                other = block.weights
-                gate, up = (trace.x_TD @ other.gate_up_EHD[1 - expert].T).chunk(2, dim=1)
-                left_TD = weight_T[:, None] * ((torch.nn.functional.silu(gate) * up) @ other.down_EDF[1 - expert].T)
-                whole_TD = block.experts(trace.x_TD, trace.top_k_index_TK, trace.top_k_weights_TK)
-                total += float((whole_TD - left_TD).double().square().sum())
-            assert found[expert] == pytest.approx(total**0.5, rel=1e-3)
+                weight_T = logits_TE.softmax(dim=1)[:, 1 - expert]  # 1: it is the only one
+                weights = block.weights
+                gate, up = (trace.x_TD @ weights.gate_up_EHD[1 - expert].T).chunk(2, dim=1)
+                without_TD = weight_T[:, None] * (
+                    (torch.nn.functional.silu(gate) * up) @ weights.down_EDF[1 - expert].T
+                )
+                original_TD = block.experts(trace.x_TD, trace.top_k_index_TK, trace.top_k_weights_TK)
+                total += float((original_TD - without_TD).double().square().sum())
+            assert importance[expert] == pytest.approx(total**0.5, rel=1e-3)
 
 
 def test_layers_that_cannot_be_searched() -> None:
-    """All condensed: nothing to prune. Merged: no expert can be dropped alone. All zero: no division by the norm."""
+    """Condensed layers have nothing to prune, merged experts cannot be dropped alone, and a norm may be zero."""
     model = qwen2_moe()
     step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
@@ -270,13 +278,13 @@ def test_layers_that_cannot_be_searched() -> None:
     for layer, block in originals.items():
         views.set_block(model, layer, block)
     apply.execute(model, condense_plan(model, [0, 1, 2]))
-    for each in (
+    for method in (
         step,
         SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.3)),
         NAEE(budget=Budget(removed_expert_ratio=0.3)),
         Decompose(),
     ):
-        assert each.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))[0] == []
+        assert method.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))[0] == []
     model = qwen2_moe()
     torch.nn.init.zeros_(views.sparse_blocks(model)[1].weights.down_EDF)
     torch.nn.init.zeros_(model.model.layers[1].mlp.shared_expert.down_proj.weight)
@@ -286,35 +294,35 @@ def test_layers_that_cannot_be_searched() -> None:
 
 @pytest.mark.parametrize(("average", "multiple"), [(16, "auto"), (100, "auto"), (512, "auto"), (16, 1)])
 def test_the_multiple_suits_the_average_rank(average: int, multiple: Any) -> None:
-    """Small averages get small steps: nothing overshoots what was asked for."""
-    own = ranks.resolve_multiple(multiple, 2048, 1408, average)
-    found = ranks.allocate([1.0, 2.0, 3.0, 4.0], average, 2048, 1408, multiple=own)
-    assert sum(rank or 0 for rank in found) <= 4 * average < sum(rank or 0 for rank in found) + own
-    assert own <= max(1, average / 16)
+    """Small averages get small multiples, so the total does not exceed the average."""
+    resolved = ranks.resolve_multiple(multiple, 2048, 1408, average)
+    allocated = ranks.allocate([1.0, 2.0, 3.0, 4.0], average, 2048, 1408, multiple=resolved)
+    assert sum(rank or 0 for rank in allocated) <= 4 * average < sum(rank or 0 for rank in allocated) + resolved
+    assert resolved <= max(1, average / 16)
 
 
 @pytest.mark.parametrize("alpha", [0.15, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(8))
-def test_experts_that_stay_dense_never_cost_more_than_there_is(seed: int, alpha: float) -> None:
-    """Importances of 0 among large ones: the rest cannot give what dense experts take."""
+def test_experts_that_stay_dense_do_not_exceed_the_total(seed: int, alpha: float) -> None:
+    """With importances of 0 among large ones, the other experts have too few ranks to make up for dense experts."""
     draw = random.Random(seed)
     importance = [draw.choice((0.0, draw.random())) for _ in range(12)]
     for average in (300, 512, 700):
         multiple = ranks.resolve_multiple("auto", 2048, 1408, average)
-        found = ranks.allocate(importance, average, 2048, 1408, alpha, multiple)
-        left = 12 * average * 3 * (2048 + 1408) - ranks.parameters(found, 2048, 1408)
-        assert 0 <= left < multiple * 3 * (2048 + 1408)
+        allocated = ranks.allocate(importance, average, 2048, 1408, alpha, multiple)
+        spare = 12 * average * 3 * (2048 + 1408) - ranks.parameters(allocated, 2048, 1408)
+        assert 0 <= spare < multiple * 3 * (2048 + 1408)
 
 
 def test_a_router_that_selects_one() -> None:
-    """top_k = 1: a layer that keeps one expert has no importances to compare."""
+    """top_k = 1: a layer with a single expert has no importances to compare."""
     model = qwen2_moe(num_experts=1, num_experts_per_tok=1)
     block = views.sparse_blocks(model)[1]
     for kind in ("layer_output", "lm_loss"):
         assert expert_importance(model, recorded(model), block, kind, True, 1 << 30) == [1.0]
 
 
-def test_refusals() -> None:
+def test_invalid_settings_are_refused() -> None:
     facts = families.facts(qwen2_moe().config)
     assert "at most 0.6667" in InterExpertPruning(prune_ratio=0.8).check(facts)[0]
     grouped = families.facts(deepseek_v2(n_group=2, topk_method="group_limited_greedy").config)
@@ -341,35 +349,35 @@ def test_refusals() -> None:
         Decompose(budget=Budget(memory_ratio=1.5))
 
 
-def test_an_exact_search_that_would_not_end_is_refused_before_it_starts() -> None:
+def test_an_exact_search_of_too_many_sets_is_refused_before_it_starts() -> None:
     facts = dataclasses.replace(families.facts(qwen2_moe().config), num_experts=60, top_k=4)
     step = InterExpertPruning(genetic=Genetic(search="exact"))
     [problem] = step.check(facts)
     assert "5.32e+13 sets of 15 of 60" in problem  # 60! / (15! 45!)
     assert step.check(dataclasses.replace(facts, num_experts=16)) == []
     assert any(
-        "sets of 30 of 60" in each
-        for each in NAEE(budget=Budget(removed_expert_ratio=0.5), genetic=Genetic(search="exact")).check(facts)
+        "sets of 30 of 60" in text
+        for text in NAEE(budget=Budget(removed_expert_ratio=0.5), genetic=Genetic(search="exact")).check(facts)
     )
 
 
-def test_measured_importances_of_groups_are_refused_before_they_are_measured() -> None:
+def test_importances_under_grouped_routing_are_refused_before_they_are_measured() -> None:
     facts = families.facts(deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").config)
     [problem] = Decompose(budget=Budget(removed_expert_ratio=0.5)).check(facts)
     assert "2 groups" in problem and "method.alpha=0" in problem
     assert Decompose(alpha=0, budget=Budget(removed_expert_ratio=0.5)).check(facts) == []
 
 
-def test_a_deep_model_searches_and_finds_what_it_has_searched(tmp_path: Path) -> None:
-    """94 layers, as Qwen3-235B-A22B has, of which two-digit numbers of experts go."""
+def test_the_search_of_a_deep_model_is_cached(tmp_path: Path) -> None:
+    """94 layers, as in Qwen3-235B-A22B, with a two-digit number of dropped experts in every one."""
     model = qwen2_moe(num_hidden_layers=94, num_experts=14, hidden_size=16, moe_intermediate_size=4)
     step = InterExpertPruning(prune_ratio=12 / 14, num_candidates=1, block_size=94)
     tape = recorded(model, texts()[:1])
     first, record = step.search(SearchContext(model, lambda: tape, JsonFolder(tmp_path), 1 << 30))
     assert len(first) == 94 and {len(operation.retained) for operation in first} == {2}
 
-    def nothing() -> Tape:
+    def must_not_be_called() -> Tape:
         raise AssertionError("calibrated again")
 
-    assert step.search(SearchContext(model, nothing, JsonFolder(tmp_path), 1 << 30))[0] == first
+    assert step.search(SearchContext(model, must_not_be_called, JsonFolder(tmp_path), 1 << 30))[0] == first
     assert record["blocks"] == JsonFolder(tmp_path)["blocks-" + "-".join(["12"] * 94)]["blocks"]

@@ -1,4 +1,4 @@
-"""NAEE against the enumeration of transformers' own blocks."""
+"""NAEE against an enumeration with transformers' blocks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from recondense.methods.step import SearchContext
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     with unchanged(model):
-        found: tuple[list[Any], dict[str, Any]] = step.search(
+        result: tuple[list[Any], dict[str, Any]] = step.search(
             SearchContext(model, lambda: recorded(model), {}, 1 << 30)
         )
-    return found
+    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_naee_is_the_enumeration_of_transformers_blocks(family: str) -> None:
+def test_naee_drops_the_best_set_of_an_enumeration(family: str) -> None:
     model = FAMILIES[family]()
     operations, _ = search(NAEE(budget=Budget(removed_expert_ratio=0.5)), model)
     tape = recorded(model)
     for operation in operations:
         sets = list(itertools.combinations(range(6), 3))
-        best = min(sets, key=lambda each: change(model, tape, operation.layer, each))
+        best = min(sets, key=lambda experts: change(model, tape, operation.layer, experts))
         assert set(operation.retained) == set(range(6)) - set(best)

@@ -1,4 +1,4 @@
-"""Saliencies against literal loops over tokens, and what they prune."""
+"""Saliencies against literal loops over tokens, and the experts that they prune."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from recondense.surgery import apply
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
     with unchanged(model):
-        found: tuple[list[Any], dict[str, Any]] = step.search(
+        result: tuple[list[Any], dict[str, Any]] = step.search(
             SearchContext(model, lambda: recorded(model), {}, 1 << 30)
         )
-    return found
+    return result
 
 
 @torch.no_grad()
-def token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
+def saliencies_token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
     """Saliencies by running every text alone and every expert on every token that selects it."""
     block: Any = views.get_block(model, layer)
     counts, weights, norms = ([0.0] * 6 for _ in range(3))
@@ -35,7 +35,7 @@ def token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
     for text in texts():
         model(input_ids=torch.tensor([text]))
     handle.remove()
-    for x in torch.cat([each[0] for each in seen]):
+    for x in torch.cat([hidden_states[0] for hidden_states in seen]):
         _, top_weights, top_index = block.gate(x[None])
         for weight, expert in zip(top_weights[0].tolist(), top_index[0].tolist(), strict=True):
             gate, up = (block.experts.gate_up_proj[expert] @ x).chunk(2)
@@ -51,14 +51,14 @@ def token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
 def test_saliencies(family: str) -> None:
     model = FAMILIES[family]()
     layers = list(views.sparse_blocks(model))
-    expected = {layer: token_by_token(model, layer) for layer in layers}
+    expected = {layer: saliencies_token_by_token(model, layer) for layer in layers}
     for saliency in set(SALIENCIES) - {"random"}:
         operations, record = search(SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.5)), model)
         for layer, operation in zip(layers, operations, strict=True):
             values = expected[layer][saliency]
             assert record["saliencies"][str(layer)] == pytest.approx(values, rel=1e-4), saliency
             assert set(operation.retained) == set(sorted(range(6), key=lambda e: values[e])[3:])
-    assert len({tuple(each.retained) for each in operations}) > 1
+    assert len({tuple(operation.retained) for operation in operations}) > 1
 
 
 def test_global_allocation_and_seeds() -> None:
@@ -67,7 +67,7 @@ def test_global_allocation_and_seeds() -> None:
     pairs = [(v, int(layer), e) for layer, values in record["saliencies"].items() for e, v in enumerate(values)]
     dropped = {(op.layer, e) for op in operations for e in range(6) if e not in op.retained}
     assert len(dropped) == 9 and all(len(op.retained) >= 2 for op in operations)
-    free = {layer for layer in range(3) if sum(each[0] == layer for each in dropped) < 4}
+    free = {layer for layer in range(3) if sum(dropped_layer == layer for dropped_layer, _ in dropped) < 4}
     highest = max(value for value, layer, expert in pairs if (layer, expert) in dropped)
     assert all(value >= highest for value, layer, e in pairs if layer in free and (layer, e) not in dropped)
     plans = [
@@ -79,22 +79,24 @@ def test_global_allocation_and_seeds() -> None:
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("saliency", ["frequency", "reap"])
-def test_every_group_loses_as_many_its_least_salient(saliency: str, allocation: str) -> None:
-    """A router that selects groups first needs them equal; a token selects two experts out of one group of four."""
+def test_every_group_loses_equally_many_of_its_least_salient_experts(saliency: str, allocation: str) -> None:
+    """Routers that select groups first need groups of equal size; a token selects two of the four in one group."""
     model = tiny("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1)
     step = SaliencyPruning(
         saliency, allocation, budget=Budget(removed_expert_ratio=0.2)
-    )  # of 16: three, so two in each group
+    )  # three of 16, rounded up to two in each group
     assert step.check(families.facts(model.config)) == []
     operations, record = search(step, model)
     scores = {int(layer): values for layer, values in record["saliencies"].items()}
-    gone = {each.layer: sorted(set(range(8)) - set(each.retained)) for each in operations}
-    assert sum(map(len, gone.values())) == 4
-    for layer, dropped in gone.items():
+    by_layer = {operation.layer: sorted(set(range(8)) - set(operation.retained)) for operation in operations}
+    assert sum(map(len, by_layer.values())) == 4
+    for layer, dropped in by_layer.items():
         groups = [[expert for expert in dropped if expert // 4 == group] for group in (0, 1)]
         assert len(groups[0]) == len(groups[1]) in ((1,) if allocation == "uniform" else (1, 2))
-        for group, own in enumerate(groups):
-            assert own == sorted(sorted(range(4 * group, 4 * group + 4), key=lambda e: scores[layer][e])[: len(own)])
+        for group, experts in enumerate(groups):
+            assert experts == sorted(
+                sorted(range(4 * group, 4 * group + 4), key=lambda e: scores[layer][e])[: len(experts)]
+            )
     apply.execute(model, Plan("tiny", tuple(operations)))
     assert torch.isfinite(logits(model, windows(2, 9))).all()
     [problem] = SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.6)).check(families.facts(model.config))

@@ -24,13 +24,13 @@ MEMBERS = sorted(name for name in vars(Step) if not name.startswith("_"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_step_has_what_is_asked_of_it(method: str) -> None:
+def test_every_step_implements_the_protocol(method: str) -> None:
     for step in steps_of(method)[0]:
         assert [name for name in MEMBERS if not hasattr(step, name)] == []
 
 
 def test_steps_say_what_they_do_to_a_model() -> None:
-    """So that nobody else asks for their class."""
+    """So that no other module needs to know their classes."""
     properties = ("condenses", "removes_layers", "needs_whole_experts")
     values = {
         type(step).__name__: tuple(getattr(type(step), name) for name in properties)
@@ -45,8 +45,8 @@ def test_steps_say_what_they_do_to_a_model() -> None:
     }
 
 
-def test_the_example_of_a_method_is_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made from the settings that its YAML has, with sizes that its outline says."""
+def test_the_example_in_contributing_is_a_method(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is built from the settings of its YAML, and its outline gives the sizes."""
     blocks = re.findall(r"```python\n(.*?)```", (root / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
     [code] = [block for block in blocks if "class WeightNorm" in block]
     module: Any = types.ModuleType("recondense.methods.weight_norm")

@@ -1,4 +1,4 @@
-"""DeepSeekMoE-16B against its published architecture, config and layout of weights (tests/published_deepseek.py)."""
+"""DeepSeekMoE-16B against its published architecture, config and weights (tests/support/published_deepseek.py)."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def registered() -> None:
 
 
 def test_an_import_registers_nothing() -> None:
-    """No module of models/ calls a function where it is imported: classes are registered where models are made."""
+    """No module of models/ calls a function when it is imported: classes are registered where models are built."""
     for path in sorted(Path(str(deepseek.__file__)).parent.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)), f"{path}:{node.lineno}"
 
 
-def loaded(folder: Path, **options: Any) -> Any:
-    """From a folder, without trust_remote_code; every key of it is used and no other is wanted."""
+def load(folder: Path, **options: Any) -> Any:
+    """Load a folder without trust_remote_code; every key is used and none is missing."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert type(model) is deepseek.DeepseekForCausalLM and type(model.config) is deepseek.DeepseekConfig
     assert {name: list(info[name]) for name in LOADED if info.get(name)} == {}
@@ -60,7 +60,7 @@ def loaded(folder: Path, **options: Any) -> Any:
 
 def small(tmp_path: Path, **changes: Any) -> Any:
     config = {**SMALL, **changes}
-    return loaded(written(tmp_path / "small", config, published_weights(config)))
+    return load(written(tmp_path / "small", config, published_weights(config)))
 
 
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -72,7 +72,7 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
 def test_computes_the_published_architecture(name: str, tmp_path: Path) -> None:
     config = {**SMALL, **VARIANTS[name]}
     weights = published_weights(config)
-    model = loaded(written(tmp_path / "hub", config, weights))
+    model = load(written(tmp_path / "hub", config, weights))
     assert model.dtype == torch.float32
     expected = torch.stack([Reference(config, weights).logits(ids) for ids in IDS])
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
@@ -89,20 +89,20 @@ def test_size_of_the_published_model() -> None:
 
 
 def test_the_config() -> None:
-    """Its defaults are the published model's; other names of transformers say the same."""
+    """Its defaults are those of the published model, and it understands transformers' other names."""
     config = deepseek.DeepseekConfig(**PUBLISHED)
     ignored = ("architectures", "dtype")
-    theirs, defaults = (
-        {name: value for name, value in each.to_dict().items() if name not in ignored}
-        for each in (config, deepseek.DeepseekConfig())
+    published, defaults = (
+        {name: value for name, value in source.to_dict().items() if name not in ignored}
+        for source in (config, deepseek.DeepseekConfig())
     )
-    assert theirs == defaults and not hasattr(config, "auto_map")
+    assert published == defaults and not hasattr(config, "auto_map")
     assert config.num_experts == config.num_local_experts == 64
     assert deepseek.DeepseekConfig(num_experts=6).n_routed_experts == 6
     hub = {"AutoConfig": f"owner/name--{PUBLISHED['auto_map']['AutoConfig']}", "AutoTokenizer": [None, "a.B"]}
     assert not hasattr(deepseek.DeepseekConfig(auto_map=hub), "auto_map")
-    kept = {"AutoConfig": "modeling_recondense.CompressedConfig"}
-    assert deepseek.DeepseekConfig(auto_map=kept).auto_map == kept
+    auto_map = {"AutoConfig": "modeling_recondense.CompressedConfig"}
+    assert deepseek.DeepseekConfig(auto_map=auto_map).auto_map == auto_map
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def test_refused_configs(changes: dict[str, Any], message: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["published", "every second layer", "no shared experts", "tied"])
 def test_both_layouts_are_the_same_model(name: str, tmp_path: Path) -> None:
-    """Experts apart, as on the hub, or fused; what is saved has the published names and bits, in shards too."""
+    """Experts are separate, as on the hub, or fused; saved weights have the published names and bits, in shards too."""
     config = {**SMALL, **VARIANTS[name]}
     weights = published_weights(config)
     plain = {key: value for key, value in config.items() if key != "auto_map"}
-    apart = loaded(written(tmp_path / "hub", config, weights))
-    together = loaded(written(tmp_path / "fused", plain, fused(weights, config)), trust_remote_code=False)
-    trusting = loaded(tmp_path / "hub", trust_remote_code=True)  # the class here goes before the published code
+    apart = load(written(tmp_path / "hub", config, weights))
+    together = load(written(tmp_path / "fused", plain, fused(weights, config)), trust_remote_code=False)
+    trusting = load(tmp_path / "hub", trust_remote_code=True)  # the class here goes before the published code
     state = apart.state_dict()
     for other in (together.state_dict(), trusting.state_dict()):
         assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
@@ -137,7 +137,7 @@ def test_both_layouts_are_the_same_model(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(stored[key], weights[key]) for key in weights)
     again = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert again["model_type"] == "deepseek" and "auto_map" not in again
-    assert torch.equal(logits(loaded(tmp_path / "saved")), logits(apart))
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(apart))
 
 
 def test_without_the_head(tmp_path: Path) -> None:
@@ -149,37 +149,37 @@ def test_without_the_head(tmp_path: Path) -> None:
 
 
 def test_generates_the_same_with_a_key_value_cache(tmp_path: Path) -> None:
-    """Also behind padding on the left."""
+    """Also with padding on the left."""
     model = small(tmp_path, num_key_value_heads=2)
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    found = [
+    generated = [
         model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=cached, **options)
         for cached in (False, True)
     ]
     greedy = IDS
     for _ in range(8):
         greedy = torch.cat([greedy, logits(model, greedy)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(found[0], greedy) and torch.equal(found[1], greedy)
+    assert torch.equal(generated[0], greedy) and torch.equal(generated[1], greedy)
     padded, mask = F.pad(IDS, (3, 0)), F.pad(torch.ones_like(IDS), (3, 0))
     assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], greedy)
 
 
 def test_implementations_agree(tmp_path: Path) -> None:
     model = small(tmp_path)
-    found = []
+    results = []
     for experts, attention in (("eager", "eager"), ("grouped_mm", "sdpa"), ("batched_mm", "sdpa")):
         model.set_experts_implementation(experts)
         model.set_attn_implementation(attention)
         block = model.model.layers[1]
         assert block.mlp.experts.config._experts_implementation == experts
         assert block.self_attn.config._attn_implementation == attention
-        found.append(logits(model))
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=2e-5)
+        results.append(logits(model))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=2e-5)
 
 
-def test_records_what_is_asked_for(tmp_path: Path) -> None:
-    """Router logits for each sparse layer, without a loss of the router."""
+def test_outputs_that_are_requested(tmp_path: Path) -> None:
+    """Router logits of every sparse layer, and no loss of the router."""
     model = small(tmp_path)
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_records_what_is_asked_for(tmp_path: Path) -> None:
             IDS, labels=IDS, output_router_logits=True, output_hidden_states=True, output_attentions=True
         )  # fmt: skip
         plain = model(IDS, labels=IDS)
-    assert [tuple(each.shape) for each in output.router_logits] == [(IDS.numel(), 8)] * 2
+    assert [tuple(router_logits.shape) for router_logits in output.router_logits] == [(IDS.numel(), 8)] * 2
     assert len(output.hidden_states) == 4 and len(output.attentions) == 3
     assert plain.router_logits is None and torch.equal(output.loss, plain.loss)
     expected = F.cross_entropy(plain.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
@@ -196,7 +196,7 @@ def test_records_what_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_training_step(tied: bool, tmp_path: Path) -> None:
-    """Every parameter gets a gradient, the same one under gradient checkpointing; the loss falls."""
+    """Every parameter gets a gradient, the same with gradient checkpointing; the loss falls."""
     model = small(tmp_path, tie_word_embeddings=tied).train()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     gradients = []
@@ -216,7 +216,7 @@ def test_a_training_step(tied: bool, tmp_path: Path) -> None:
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
-def test_new_weights_are_as_wide_as_the_config_says() -> None:
+def test_new_weights_have_the_standard_deviation_of_the_config() -> None:
     config = {**SMALL, "initializer_range": 0.3, "hidden_size": 64}
     torch.manual_seed(0)
     model = deepseek.DeepseekForCausalLM(deepseek.DeepseekConfig(**config))
@@ -252,18 +252,18 @@ model, info = AutoModelForCausalLM.from_pretrained("folder", trust_remote_code=T
 model.set_experts_implementation("grouped_mm")
 ids = torch.tensor(json.loads(sys.argv[1]))
 with torch.no_grad():
-    found = {
+    result = {
         "class": type(model).__name__,
         "loading": {name: sorted(map(str, value)) for name, value in info.items() if value},
         "logits": model.eval()(input_ids=ids).logits.tolist(),
         "generated": model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
                                     pad_token_id=0).tolist(),
     }
-print(json.dumps(found))
+print(json.dumps(result))
 """
 
 
-def test_works_behind_other_sources_in_one_file(tmp_path: Path) -> None:
+def test_works_after_other_sources_in_one_file(tmp_path: Path) -> None:
     source = _concatenate(replacement_blocks, expert_products, low_rank, deepseek)
     code = {"AutoConfig": "modeling_exported.ExportedConfig"}
     code["AutoModelForCausalLM"] = "modeling_exported.ExportedForCausalLM"
@@ -276,9 +276,9 @@ def test_works_behind_other_sources_in_one_file(tmp_path: Path) -> None:
         env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     model = small(tmp_path)
-    assert found["class"] == "ExportedForCausalLM" and found["loading"] == {}
-    torch.testing.assert_close(torch.tensor(found["logits"]), logits(model), rtol=0, atol=1e-5)
+    assert result["class"] == "ExportedForCausalLM" and result["loading"] == {}
+    torch.testing.assert_close(torch.tensor(result["logits"]), logits(model), rtol=0, atol=1e-5)
     live = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert found["generated"] == live.tolist()
+    assert result["generated"] == live.tolist()

@@ -1,4 +1,4 @@
-"""Every family's blocks, and what each operation makes of them, against plain torch (tests/support/plain_moe.py)."""
+"""The blocks of every family, before and after operations, against plain torch (tests/support/plain_moe.py)."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_facts_and_counts(family: str) -> None:
         shared = [value for name, value in state.items() if name.startswith("shared_expert") and "up_proj" in name]
         assert facts.shared_width == sum(len(value) for value in shared)
         assert facts.shared_gate == ("shared_expert_gate.weight" in state)
-    own = dict(model.named_parameters())
-    routed = sum(value.numel() for name, value in own.items() if ".experts." in name)
-    router = sum(value.numel() for name, value in own.items() if ".mlp.gate." in name or ".router." in name)
-    assert counts.total == sum(value.numel() for value in own.values())
+    weights = dict(model.named_parameters())
+    routed = sum(value.numel() for name, value in weights.items() if ".experts." in name)
+    router = sum(value.numel() for name, value in weights.items() if ".mlp.gate." in name or ".router." in name)
+    assert counts.total == sum(value.numel() for value in weights.values())
     assert (counts.routed_experts, counts.expert) == (routed, routed / 6 / len(sparse))
     assert counts.router_row == router / 6 / len(sparse)
     assert parameters.routed_parameters(model) == routed
@@ -68,22 +68,22 @@ def test_facts_and_counts(family: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_router_is_what_routing_says(name: str) -> None:
+def test_the_router_agrees_with_routing(name: str) -> None:
     model, routing = variant(name)
     for layer, view in views.sparse_blocks(model).items():
         plain, x_TD = PlainMoE(block_of(model, layer), routing), tokens(2.0)
         assert view.routing == routing
         assert view.correction_E is None or torch.equal(view.correction_E.double(), plain.correction_E)
         with torch.no_grad():
-            found_TE, weights_TK, index_TK = view.router(x_TD)
-        torch.testing.assert_close(found_TE.double(), plain.logits(x_TD.double()), **CLOSE)
+            logits_TE, weights_TK, index_TK = view.router(x_TD)
+        torch.testing.assert_close(logits_TE.double(), plain.logits(x_TD.double()), **CLOSE)
         dense_TE = torch.zeros(len(x_TD), 6).scatter_(1, index_TK, weights_TK)
         expected_TE = plain.routing_weights(x_TD.double())
         assert torch.equal(dense_TE != 0, expected_TE != 0)
         torch.testing.assert_close(dense_TE.double(), expected_TE, **CLOSE)
 
 
-def test_large_biases_do_decide_the_selection() -> None:
+def test_large_biases_change_the_selection() -> None:
     for family in ("deepseek_v3", "ernie4_5_moe"):
         view = views.sparse_blocks(corrected(family))[2]
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_large_biases_do_decide_the_selection() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
-def test_a_block_is_a_loop_over_tokens_and_experts(name: str, experts: str) -> None:
+def test_a_block_equals_a_loop_over_tokens_and_experts(name: str, experts: str) -> None:
     model, routing = variant(name)
     model.set_experts_implementation(experts)
     for layer in views.sparse_blocks(model):
@@ -102,8 +102,8 @@ def test_a_block_is_a_loop_over_tokens_and_experts(name: str, experts: str) -> N
     model.set_experts_implementation("grouped_mm")
 
 
-def test_the_clamps_of_gpt_oss_are_met() -> None:
-    """By the tokens of the test above."""
+def test_the_clamps_of_gpt_oss_are_reached() -> None:
+    """The tokens of the test above reach them."""
     plain = PlainMoE(block_of(EVERY["gpt_oss"](), 1), ROUTING["gpt_oss"])
     mixed = tokens(3.0).double() @ plain.state["experts.gate_up_proj"][0] + plain.state["experts.gate_up_proj_bias"][0]
     assert bool((mixed[:, ::2] > LIMIT).any()) and bool((mixed[:, 1::2].abs() > LIMIT).any())
@@ -114,8 +114,8 @@ def test_the_clamps_of_gpt_oss_are_met() -> None:
 Expected = Callable[[PlainMoE, Tensor], Tensor]
 
 
-def combined(plain: PlainMoE, x_TD: Tensor, gate: float | None) -> Tensor:
-    """Two experts that every token passes."""
+def combine(plain: PlainMoE, x_TD: Tensor, gate: float | None) -> Tensor:
+    """Two experts that every token passes through."""
     return 0.4 * plain.expert(3, x_TD) + 0.2 * plain.expert(0, x_TD) + plain.shared(x_TD, gate)
 
 
@@ -123,7 +123,7 @@ def combined(plain: PlainMoE, x_TD: Tensor, gate: float | None) -> Tensor:
 CHANGES: dict[str, tuple[Callable[[int], Operation], Expected]] = {
     "prune": (lambda layer: Prune(layer, FOUR), lambda plain, x_TD: plain(x_TD, dropped=(1, 4))),
     "merge": (lambda layer: Merge(layer, *PAIRS), lambda plain, x_TD: plain.merged(*PAIRS)(x_TD)),
-    "condense": (lambda layer: Condense(layer, (3, 0), (0.4, 0.2), None), partial(combined, gate=None)),
+    "condense": (lambda layer: Condense(layer, (3, 0), (0.4, 0.2), None), partial(combine, gate=None)),
     "factorize": (lambda layer: Factorize(layer, RANKS), lambda plain, x_TD: plain.truncated(RANKS)(x_TD)),
     "full rank": (lambda layer: Factorize(layer, FULL), lambda plain, x_TD: plain(x_TD)),
     "drop": (lambda layer: Drop(layer, "moe"), lambda plain, x_TD: torch.zeros_like(x_TD)),
@@ -131,16 +131,18 @@ CHANGES: dict[str, tuple[Callable[[int], Operation], Expected]] = {
 
 
 @torch.no_grad()
-def check(make: Callable[..., Any], routing: Routing, do: Callable[[int], Operation], what: Expected) -> None:
-    """Every sparse layer changed: each block for itself, then the whole model's logits."""
+def check(
+    make: Callable[..., Any], routing: Routing, make_operation: Callable[[int], Operation], compute: Expected
+) -> None:
+    """Change every sparse layer; compare every block, then the logits of the model."""
     student, other = make(), make()
     layers = list(views.sparse_blocks(student))
     for layer in layers:
         plain = PlainMoE(block_of(other, layer), routing)
         pair = isinstance(block_of(other, layer)(torch.zeros(1, 1, 32)), tuple)
-        other.model.layers[layer].mlp = Standing(partial(what, plain), pair)
+        other.model.layers[layer].mlp = Standing(partial(compute, plain), pair)
     before = logits(student, IDS)
-    apply.execute(student, Plan("tiny", tuple(do(layer) for layer in layers)))
+    apply.execute(student, Plan("tiny", tuple(make_operation(layer) for layer in layers)))
     for layer in layers:
         x_TD = tokens(2.0)
         expected = block_of(other, layer).function(x_TD.double())
@@ -163,8 +165,8 @@ def test_pruning_and_merging_under_other_routers(name: str) -> None:
 
 
 def test_condensing_with_a_constant_in_place_of_the_gate() -> None:
-    do = partial(Condense, experts=(3, 0), coefficients=(0.4, 0.2), shared_gate=0.5)
-    check(EVERY["qwen2_moe"], ROUTING["qwen2_moe"], do, partial(combined, gate=0.5))
+    make_operation = partial(Condense, experts=(3, 0), coefficients=(0.4, 0.2), shared_gate=0.5)
+    check(EVERY["qwen2_moe"], ROUTING["qwen2_moe"], make_operation, partial(combine, gate=0.5))
 
 
 @pytest.mark.parametrize("family", [name for name, make in EVERY.items() if families.facts(make().config).shared_width])
@@ -175,7 +177,7 @@ def test_condensing_to_the_shared_experts_alone(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 @torch.no_grad()
 def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
-    """Experts 1 and 4 become expert 0 with its rows in another order, which merging takes back."""
+    """Experts 1 and 4 become expert 0 with its rows in another order, which merging undoes."""
     model = EVERY[family]()
     experts, generator = block_of(model, 1).experts, torch.Generator().manual_seed(3)
     for other in (1, 4):
@@ -200,7 +202,7 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
 
 @pytest.mark.parametrize("family", EVERY)
 def test_a_dropped_decoder_layer(family: str) -> None:
-    """As if it, and what the config says of it, had never been there."""
+    """The model is as if the layer and its entries in the config had never existed."""
     model, other = EVERY[family](), EVERY[family]()
     apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
     del other.model.layers[1]

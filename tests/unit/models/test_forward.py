@@ -1,4 +1,4 @@
-"""Forward passes layer by layer are those of the whole model, and share what batches of one shape share."""
+"""A forward pass layer by layer equals that of the model, and shares the arguments of layers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from recondense.models import decoder, forward
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_arguments_of_layers_are_made_once_a_shape(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_layers_are_not_made_for_every_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = EVERY[family]()
     batches = [{"input_ids": windows(rows, length)} for rows, length in ((2, 7), (1, 9), (2, 7))]
-    made: list[int] = []
+    calls: list[int] = []
     arguments_of_layers = decoder.arguments_of_layers
 
-    def counted(*args: Any) -> Any:
-        made.append(1)
+    def count_calls(*args: Any) -> Any:
+        calls.append(1)
         return arguments_of_layers(*args)
 
-    monkeypatch.setattr(decoder, "arguments_of_layers", counted)
+    monkeypatch.setattr(decoder, "arguments_of_layers", count_calls)
     states = forward.layer_by_layer(model, batches)
-    assert len(made) == len(batches)  # each is embedded; no layer asks again
+    assert len(calls) == len(batches)  # each is embedded; no layer asks again
     for batch, hidden_BSD in zip(batches, states, strict=True):
         with torch.no_grad():
             assert torch.equal(hidden_BSD, forward.run(model, batch).logits)

@@ -1,4 +1,4 @@
-"""Checkpoints that are not the model that their config describes: told by headers, where a model comes in or out."""
+"""Checkpoints that do not fit their config are refused after reading headers alone, on loading and on export."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ State = dict[str, Tensor]
 ONE = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
-def written(folder: Path, model: Any | None = None, **settings: Any) -> Path:
+def save(folder: Path, model: Any | None = None, **settings: Any) -> Path:
     (EVERY["qwen2_moe"]() if model is None else model).save_pretrained(folder, **settings)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def edited(folder: Path, change: Callable[[State], State]) -> Path:
+def edit(folder: Path, change: Callable[[State], State]) -> Path:
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     return folder
@@ -54,18 +54,18 @@ def set_config(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def without(*ends: str) -> Callable[[State], State]:
+def remove_keys(*ends: str) -> Callable[[State], State]:
     return lambda state: {name: value for name, value in state.items() if not name.endswith(ends)}
 
 
-def renamed(old: str, new: str) -> Callable[[State], State]:
+def rename_prefix(old: str, new: str) -> Callable[[State], State]:
     return lambda state: {
         new + name.removeprefix(old) if name.startswith(old) else name: value for name, value in state.items()
     }
 
 
 def difference(folder: Path) -> headers.Comparison:
-    """Of a folder from the model that its config describes."""
+    """How a folder differs from the model that its config describes."""
     values = json.loads((folder / "config.json").read_text())
     classes.register_model_type(values["model_type"])
     outline = classes.empty_model(AutoConfig.from_pretrained(folder))
@@ -73,43 +73,43 @@ def difference(folder: Path) -> headers.Comparison:
 
 
 def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """What all that a model comes in by says of a folder, without the name of the setting; no weight may be read."""
+    """The messages of everything that reads a model, without the name of the setting; no weight may be read."""
 
-    def read(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a weight was read")
 
-    said = []
+    messages = []
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", read)
-        patch.setattr("recondense.models.shard_reader.convert_and_load_state_dict_in_model", read)
+        patch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", fail)
+        patch.setattr("recondense.models.shard_reader.convert_and_load_state_dict_in_model", fail)
         for pages in (None, folder.parent / "pages"):
-            with pytest.raises(UserError) as raised:
+            with pytest.raises(UserError) as error:
                 loading.load(folder, ModelConfig(device="cpu"), pages)
-            said.append(str(raised.value))
+            messages.append(str(error.value))
         as_model = replace(Config(), model=ModelConfig(name="it", path=str(folder), device="cpu"))
-        said += [text.removesuffix(".") for text in run_messages(as_model, []) if text.startswith("model.path")]
+        messages += [text.removesuffix(".") for text in run_messages(as_model, []) if text.startswith("model.path")]
         good = folder.parent / "good"
         if not good.exists():
-            written(good)
+            save(good)
         recovery = RecoveryConfig(objective="distill", teacher="model", teacher_path=str(folder))
         as_teacher = replace(Config(), model=ModelConfig(name="it", path=str(good)), recovery=recovery)
         setting = "recovery.teacher_path"
-        said += [text.removesuffix(".") for text in run_messages(as_teacher, []) if text.startswith(setting)]
-    assert len(said) == 4, said
-    return {text.partition("=")[2].removeprefix(f"{folder}: ") for text in said}
+        messages += [text.removesuffix(".") for text in run_messages(as_teacher, []) if text.startswith(setting)]
+    assert len(messages) == 4, messages
+    return {text.partition("=")[2].removeprefix(f"{folder}: ") for text in messages}
 
 
-# ---------------------------------------------------------------------------------------------- complete ones
+# ---------------------------------------------------------------------------------------------- complete checkpoints
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_a_complete_checkpoint_differs_in_nothing(family: str, tmp_path: Path) -> None:
-    """As it is on the hub, in one file or many; with fused experts; condensed, pruned, merged and factorized."""
+def test_a_complete_checkpoint_does_not_differ(family: str, tmp_path: Path) -> None:
+    """As on the hub, in one file or several; with fused experts; condensed, pruned, merged and factorized."""
     model = EVERY[family]()
-    assert difference(written(tmp_path / "hub", model)) == headers.Comparison()
-    assert difference(written(tmp_path / "shards", model, max_shard_size="30KB")) == headers.Comparison()
+    assert difference(save(tmp_path / "hub", model)) == headers.Comparison()
+    assert difference(save(tmp_path / "shards", model, max_shard_size="30KB")) == headers.Comparison()
     fused = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    assert difference(edited(tmp_path / "hub", lambda _: fused)) == headers.Comparison()
+    assert difference(edit(tmp_path / "hub", lambda _: fused)) == headers.Comparison()
     extra: Any = {"layer_types": ["full_attention"] * 6} if family == "gpt_oss" else {}
     deep = tiny(family, num_hidden_layers=6, **extra)
     ranks = {name: (3, None, 4, 5, 6, 2) for name in ("gate_proj", "up_proj", "down_proj")}
@@ -122,7 +122,7 @@ def test_a_complete_checkpoint_differs_in_nothing(family: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_weights_in_few_bits_are_complete_with_their_scales(family: str, tmp_path: Path) -> None:
+def test_quantised_weights_are_complete_with_their_scales(family: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4}
     model = tiny(
         family, **sizes, intermediate_size=64, **({"moe_intermediate_size": 64} if family != "gpt_oss" else {})
@@ -131,7 +131,7 @@ def test_weights_in_few_bits_are_complete_with_their_scales(family: str, tmp_pat
     pack(tmp_path / "packed", model)
     assert not difference(tmp_path / "packed").problem
     lacking = next(name for name in load_file(tmp_path / "packed" / "model.safetensors") if name.endswith(scales))
-    edited(tmp_path / "packed", without(lacking))
+    edit(tmp_path / "packed", remove_keys(lacking))
     assert difference(tmp_path / "packed").missing == (lacking,)
     with pytest.raises(UserError, match=f"lacks 1 weight .*{lacking}"):
         loading.load(tmp_path / "packed", ModelConfig(device="cpu", attention="eager"))
@@ -140,53 +140,56 @@ def test_weights_in_few_bits_are_complete_with_their_scales(family: str, tmp_pat
 @pytest.mark.parametrize("tied", ["lm_head.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_one_of_two_tied_weights_is_enough(tied: str, streamed: bool, tmp_path: Path) -> None:
-    folder = written(tmp_path / "model", tiny("qwen2_moe", tie_word_embeddings=True))
+    folder = save(tmp_path / "model", tiny("qwen2_moe", tie_word_embeddings=True))
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     both: State = {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": embedding}
-    edited(folder, lambda state: {**state, **both})
-    edited(folder, without(tied))
+    edit(folder, lambda state: {**state, **both})
+    edit(folder, remove_keys(tied))
     model, _ = loading.load(folder, ModelConfig(device="cpu"), tmp_path / "pages" if streamed else None)
     assert torch.equal(model.lm_head.weight, embedding) and torch.equal(model.model.embed_tokens.weight, embedding)
-    edited(folder, without("lm_head.weight", "embed_tokens.weight"))
+    edit(folder, remove_keys("lm_head.weight", "embed_tokens.weight"))
     assert set(difference(folder).missing) == set(both)
 
 
-def test_what_the_model_has_no_place_for_does_no_harm(tmp_path: Path) -> None:
+def test_weights_that_the_model_does_not_have_are_ignored(tmp_path: Path) -> None:
     """Layers for multi-token prediction; buffers of old checkpoints."""
-    folder = written(tmp_path / "model", EVERY["deepseek_v3"]())
+    folder = save(tmp_path / "model", EVERY["deepseek_v3"]())
     more = {
         "model.layers.3.mlp.experts.0.up_proj.weight": torch.zeros(16, 32),
         "model.rotary_emb.inv_freq": torch.ones(4),
     }
-    edited(folder, lambda state: {**state, **more})
+    edit(folder, lambda state: {**state, **more})
     assert not difference(folder).problem
     loading.load(folder, ModelConfig(device="cpu"))
 
 
-# ---------------------------------------------------------------------------------------------- incomplete ones
+# ---------------------------------------------------------------------------------------------- incomplete checkpoints
 
 SHORT = "lm_head.weight"
 BAD: dict[str, tuple[Callable[[State], State], str]] = {
     "a prefix too much": (
-        renamed("", "module."),
+        rename_prefix("", "module."),
         r"lacks 51 weights .*\(model\.embed_tokens\.weight, .*, \.\.\.\); its names begin with 'module\.', which",
     ),
     "another prefix": (
-        renamed("model.", "transformer."),
+        rename_prefix("model.", "transformer."),
         r"lacks 50 weights .*; its names begin with 'transformer\.' and not with 'model\.'",
     ),
-    "the head": (without(SHORT), r"lacks 1 weight .*\(lm_head\.weight\); download"),
-    "the embedding": (without("embed_tokens.weight"), r"lacks 1 weight .*\(model\.embed_tokens\.weight\)"),
-    "the last norm": (without("model.norm.weight"), r"lacks 1 weight .*\(model\.norm\.weight\)"),
-    "a bias": (without("1.self_attn.q_proj.bias"), r"lacks 1 weight .*\(model\.layers\.1\.self_attn\.q_proj\.bias\)"),
-    "a router": (without("2.mlp.gate.weight"), r"lacks 1 weight .*\(model\.layers\.2\.mlp\.gate\.weight\)"),
-    "a projection of an expert": (without(ONE), rf"lacks 1 weight .*\({ONE}\)"),
+    "the head": (remove_keys(SHORT), r"lacks 1 weight .*\(lm_head\.weight\); download"),
+    "the embedding": (remove_keys("embed_tokens.weight"), r"lacks 1 weight .*\(model\.embed_tokens\.weight\)"),
+    "the last norm": (remove_keys("model.norm.weight"), r"lacks 1 weight .*\(model\.norm\.weight\)"),
+    "a bias": (
+        remove_keys("1.self_attn.q_proj.bias"),
+        r"lacks 1 weight .*\(model\.layers\.1\.self_attn\.q_proj\.bias\)",
+    ),
+    "a router": (remove_keys("2.mlp.gate.weight"), r"lacks 1 weight .*\(model\.layers\.2\.mlp\.gate\.weight\)"),
+    "a projection of an expert": (remove_keys(ONE), rf"lacks 1 weight .*\({ONE}\)"),
     "an expert": (
-        without(*(f"1.mlp.experts.2.{name}_proj.weight" for name in ("gate", "up", "down"))),
+        remove_keys(*(f"1.mlp.experts.2.{name}_proj.weight" for name in ("gate", "up", "down"))),
         r"lacks 3 weights .*experts\.2\.gate_proj\.weight, .*experts\.2\.up_proj\.weight, ",
     ),
     "a projection of all experts": (
-        without("up_proj.weight"),
+        remove_keys("up_proj.weight"),
         r"lacks 21 weights .*layers\.0\.mlp\.experts\.0\.up_proj\.weight, ",
     ),
     "rows of the head": (
@@ -205,14 +208,14 @@ def test_an_incomplete_checkpoint_is_refused_before_a_weight_is_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, pattern = BAD[kind]
-    said = refusals(edited(written(tmp_path / "model"), change), monkeypatch)
-    assert len(said) == 1
-    [text] = said
+    messages = refusals(edit(save(tmp_path / "model"), change), monkeypatch)
+    assert len(messages) == 1
+    [text] = messages
     assert re.search(pattern, text), text
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, r"lacks \d+ weights .*\(model\.layers\.3\."),
         ({"num_experts": 8}, r"lacks 18 weights .*model\.layers\.0\.mlp\.experts\.6\.gate_proj\.weight"),
@@ -224,34 +227,34 @@ def test_an_incomplete_checkpoint_is_refused_before_a_weight_is_read(
     ],
 )
 def test_a_config_of_another_model(
-    values: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = written(tmp_path / "model")
+    folder = save(tmp_path / "model")
     set_config(folder, **values)
-    with pytest.raises(UserError, match=rf"^model\.path={folder}: .*{said}"):
+    with pytest.raises(UserError, match=rf"^model\.path={folder}: .*{message}"):
         loading.load(folder, ModelConfig(device="cpu"))
     problems = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert len(problems) == 1
 
 
-def test_a_teacher_of_another_family_is_looked_at_too(tmp_path: Path) -> None:
+def test_a_teacher_of_another_family_is_checked_too(tmp_path: Path) -> None:
     config = Qwen2Config(
         vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    teacher = written(tmp_path / "teacher", Qwen2ForCausalLM(config))
+    teacher = save(tmp_path / "teacher", Qwen2ForCausalLM(config))
     recovery = RecoveryConfig(objective="distill", teacher="model", teacher_path=str(teacher))
-    run = replace(Config(), model=ModelConfig(name="it", path=str(written(tmp_path / "model"))), recovery=recovery)
+    run = replace(Config(), model=ModelConfig(name="it", path=str(save(tmp_path / "model"))), recovery=recovery)
     assert run_messages(run, []) == []
-    edited(teacher, without("0.mlp.up_proj.weight"))
+    edit(teacher, remove_keys("0.mlp.up_proj.weight"))
     [problem] = run_messages(run, [])
     assert problem.startswith(f"recovery.teacher_path={teacher}: the checkpoint lacks 1 weight")
 
 
-def test_what_shows_only_after_loading_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' own word is the last one."""
+def test_what_only_loading_shows_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of transformers is checked as well."""
     monkeypatch.setattr(headers, "compare", lambda *_: headers.Comparison())
-    folder = edited(written(tmp_path / "model"), without("lm_head.weight", "1.self_attn.q_proj.bias"))
+    folder = edit(save(tmp_path / "model"), remove_keys("lm_head.weight", "1.self_attn.q_proj.bias"))
     for pages in (None, tmp_path / "pages"):
         with pytest.raises(
             UserError, match=r"lacks 2 weights .*\(lm_head\.weight, model\.layers\.1\.self_attn\.q_proj"
@@ -260,27 +263,27 @@ def test_what_shows_only_after_loading_is_refused_too(tmp_path: Path, monkeypatc
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
-    folder = written(tmp_path / "model", max_shard_size="30KB")
+    folder = save(tmp_path / "model", max_shard_size="30KB")
     first, second, *_ = headers.list_files(folder)
-    kept = first.read_bytes()
-    for content, said in (
+    original = first.read_bytes()
+    for content, message in (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer and no weights; run"),
-        (kept[: len(kept) // 2], r"cannot be read \(.*\); download or copy it again"),
+        (original[: len(original) // 2], r"cannot be read \(.*\); download or copy it again"),
         (b"", "cannot be read"),
     ):
         first.write_bytes(content)
         [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
         assert problem.startswith(f"model.path={folder}: {first.name} ")
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             loading.load(folder, ModelConfig(device="cpu"))
-    first.write_bytes(kept)
+    first.write_bytes(original)
     second.unlink()
     [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert f"index.json names 1 files that are not there ({second.name})" in problem
 
 
-def test_a_config_of_which_no_model_can_be_made(tmp_path: Path) -> None:
-    folder = written(tmp_path / "model")
+def test_a_config_that_describes_no_model(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
     set_config(folder, pad_token_id=97)
     [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert problem.startswith(f"model.path={folder}: no model can be made as config.json says: ")
@@ -290,18 +293,18 @@ def test_a_config_of_which_no_model_can_be_made(tmp_path: Path) -> None:
 
 
 def test_an_adapter_beside_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = written(tmp_path / "model")
+    folder = save(tmp_path / "model")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
-    [said] = refusals(folder, monkeypatch)
-    assert "holds a PEFT adapter (adapter_config.json)" in said and "`merge_and_unload()`" in said
-    (folder / "config.json").unlink()  # an adapter alone
+    [message] = refusals(folder, monkeypatch)
+    assert "holds a PEFT adapter (adapter_config.json)" in message and "`merge_and_unload()`" in message
+    (folder / "config.json").unlink()  # only an adapter
     [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
     assert "holds a PEFT adapter" in problem
 
 
-def test_models_of_the_hub_are_looked_at_when_they_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_the_hub_are_checked_when_they_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    in_hub_cache(tmp_path / "hub", edited(written(tmp_path / "model"), without(ONE)), "me/model")
+    in_hub_cache(tmp_path / "hub", edit(save(tmp_path / "model"), remove_keys(ONE)), "me/model")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     in_hub_cache(tmp_path / "hub", tmp_path / "adapter", "me/adapter")
@@ -336,7 +339,7 @@ WRONG: dict[str, tuple[Change, str]] = {
 def test_an_export_that_would_not_load_gets_no_name(
     form: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change, said = WRONG[kind]
+    change, message = WRONG[kind]
     model = EVERY["qwen2_moe"]()
     plan = Plan("tiny", (Prune(0, (0, 2, 3, 5)),) if form == "bundled" else ())
     if form == "dense":
@@ -346,11 +349,11 @@ def test_an_export_that_would_not_load_gets_no_name(
     before = (tmp_path / "out" / "README.md").read_text()
     pieces = export_module.pieces
 
-    def changed(*given: Any) -> Iterator[State]:
-        return (dict(change(*item) for item in piece.items()) for piece in pieces(*given))
+    def change_pieces(*args: Any) -> Iterator[State]:
+        return (dict(change(*item) for item in piece.items()) for piece in pieces(*args))
 
-    monkeypatch.setattr(export_module, "pieces", changed)
-    with pytest.raises(AssertionError, match=f"the export is not what .* loads: .*{said}"):
+    monkeypatch.setattr(export_module, "pieces", change_pieces)
+    with pytest.raises(AssertionError, match=f"the export is not what .* loads: .*{message}"):
         write_folder(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
     assert (tmp_path / "out" / "README.md").read_text() == before
     shutil.rmtree(tmp_path / "out")
@@ -364,7 +367,7 @@ def test_an_export_that_would_not_load_gets_no_name(
     [
         (("model.a.weight", "model.b.weight"), ("a.weight", "b.weight"), ("", "model.")),
         (("a.weight",), ("x.y.a.weight",), ("x.y.", "")),
-        (("a.weight", "b.weight", "c.weight"), ("x.a.weight",), None),  # too few of them
+        (("a.weight", "b.weight", "c.weight"), ("x.a.weight",), None),  # too few weights
         (("layers.3.a.weight",), ("layers.4.a.weight", "mtp.layers.0.a.weight"), None),  # other layers
         (("a.weight",), (), None),
     ],
@@ -373,10 +376,10 @@ def test_prefixes(missing: tuple[str, ...], unexpected: tuple[str, ...], expecte
     assert headers._prefixes(missing, unexpected) == expected
 
 
-def test_what_loading_puts_itself_in_front_of_is_put_back(tmp_path: Path) -> None:
-    """It is a private function of transformers, in which the files are known and no weight is read yet."""
+def test_the_function_that_loading_replaces_is_restored(tmp_path: Path) -> None:
+    """It is a private function of transformers that knows the files before any weight is read."""
     before = PreTrainedModel._load_pretrained_model
     parameters = list(inspect.signature(before).parameters)
     assert parameters[:4] == ["model", "state_dict", "checkpoint_files", "load_config"]
-    loading.load(written(tmp_path / "model"), ModelConfig(device="cpu"))
+    loading.load(save(tmp_path / "model"), ModelConfig(device="cpu"))
     assert PreTrainedModel._load_pretrained_model is before

@@ -1,4 +1,4 @@
-"""Folders in: both layouts of the same weights, and compressed folders that are compressed and trained further."""
+"""Loading folders: both layouts of the same weights, and compressed folders, to compress and train them again."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ BUNDLED = ExportConfig(format="bundled")
 FURTHER = ("qwen2_moe", "gpt_oss", "deepseek", "mixtral", "ernie4_5_moe")
 
 
-def loaded(folder: Path, family: str, **settings: Any) -> Any:
-    """As a run does, without remote code; gpt_oss has no attention but eager."""
+def load(folder: Path, family: str, **settings: Any) -> Any:
+    """Load a folder as a run does, without remote code; gpt_oss supports eager attention only."""
     attention: Any = "eager" if family == "gpt_oss" else "sdpa"
     model, _ = loading.load(folder, ModelConfig(attention=attention, device="cpu", **settings))
     return model
 
 
-def written(model: Any, plan: Plan, folder: Path, how: ExportConfig = BUNDLED) -> str:
-    return write_folder(model, byte_tokenizer(), plan, folder, "", how)
+def write(model: Any, plan: Plan, folder: Path, settings: ExportConfig = BUNDLED) -> str:
+    return write_folder(model, byte_tokenizer(), plan, folder, "", settings)
 
 
 # ---------------------------------------------------------------------------------------------- layouts
@@ -59,20 +59,20 @@ def test_both_layouts_of_the_same_weights_give_the_same_model(family: str, tmp_p
     layer = families.facts(model.config).moe_layers[0]
     assert f"model.layers.{layer}.{ON_THE_HUB.get(family, 'mlp.experts.0.gate_proj.weight')}" in separate
     assert (separate.keys() == state.keys()) == (family == "gpt_oss")
-    found = [loaded(tmp_path / name, family) for name in ("hub", "fused")]
-    assert same_bits(bits(found[0]), bits(found[1])) and same_bits(bits(found[0]), bits(model))
-    for each in found:
-        torch.testing.assert_close(logits(each, IDS), logits(model, IDS), rtol=0, atol=1e-5)
+    models = [load(tmp_path / name, family) for name in ("hub", "fused")]
+    assert same_bits(bits(models[0]), bits(models[1])) and same_bits(bits(models[0]), bits(model))
+    for other in models:
+        torch.testing.assert_close(logits(other, IDS), logits(model, IDS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_a_stock_export_is_an_input(family: str, tmp_path: Path) -> None:
-    """Pruned alike, it is the family's own class with fewer experts; and it can be pruned again."""
+def test_a_stock_export_can_be_loaded_and_pruned(family: str, tmp_path: Path) -> None:
+    """Pruned uniformly, it is the family's class with fewer experts, and it can be pruned again."""
     model = EVERY[family]()
     plan = Plan("tiny", tuple(Prune(layer, FOUR) for layer in views.sparse_blocks(model)))
     apply.execute(model, plan)
-    assert written(model, plan, tmp_path / "out", ExportConfig()) == "stock"
-    again = loaded(tmp_path / "out", family)
+    assert write(model, plan, tmp_path / "out", ExportConfig()) == "stock"
+    again = load(tmp_path / "out", family)
     assert type(again) is type(EVERY[family]()) and count_parameters(again) == count_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     assert families.facts(again.config).num_experts == 4
@@ -83,12 +83,12 @@ def test_a_stock_export_is_an_input(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_low_rank_experts_multiplied_out_are_the_familys_own(family: str, tmp_path: Path) -> None:
+def test_low_rank_experts_multiplied_out_are_those_of_the_family(family: str, tmp_path: Path) -> None:
     model = EVERY[family]()
     plan = Plan("tiny", tuple(Factorize(layer, RANKS) for layer in views.sparse_blocks(model)))
     apply.execute(model, plan)
-    assert written(model, plan, tmp_path / "out", ExportConfig(format="dense")) == "stock"
-    again = loaded(tmp_path / "out", family)
+    assert write(model, plan, tmp_path / "out", ExportConfig(format="dense")) == "stock"
+    again = load(tmp_path / "out", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     assert count_parameters(again) == count_parameters(EVERY[family]())
 
@@ -100,7 +100,7 @@ TO_FOUR: Ranks = {name: (4, 4, 3, 5, 7, 8) for name in RANKS}
 
 @pytest.mark.parametrize("family", EVERY)
 def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -> None:
-    """Every operation somewhere, in a deeper model: every shape that a layer of a family can take."""
+    """A deeper model with every operation, so with every shape that a layer of a family can have."""
     extra: dict[str, Any] = {"num_hidden_layers": 7}
     if family == "gpt_oss":
         extra["layer_types"] = ["full_attention", "full_attention", "sliding_attention"] + ["full_attention"] * 4
@@ -111,8 +111,8 @@ def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -
     )
     plan = Plan("tiny", operations)
     apply.execute(model, plan)
-    assert written(model, plan, tmp_path / "out") == "bundled"
-    again = loaded(tmp_path / "out", family)
+    assert write(model, plan, tmp_path / "out") == "bundled"
+    again = load(tmp_path / "out", family)
     assert type(again).__name__ == "CompressedForCausalLM" and count_parameters(again) == count_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     facts = families.facts(again.config)
@@ -123,41 +123,41 @@ def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", FURTHER)
 def test_a_compressed_folder_is_compressed_again(family: str, tmp_path: Path) -> None:
-    """Condensed, written, read, factorized, written, read."""
+    """Condensed, written, loaded, factorized, written, loaded."""
     model = EVERY[family]()
     first = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
     apply.execute(model, first)
-    assert written(model, first, tmp_path / "first") == "bundled"
-    again = loaded(tmp_path / "first", family)
+    assert write(model, first, tmp_path / "first") == "bundled"
+    again = load(tmp_path / "first", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
-    left = tuple(views.sparse_blocks(model))
+    sparse_layers = tuple(views.sparse_blocks(model))
     facts = families.facts(again.config)
-    assert facts.moe_layers == left == tuple(views.sparse_blocks(again)) and 1 not in left
+    assert facts.moe_layers == sparse_layers == tuple(views.sparse_blocks(again)) and 1 not in sparse_layers
     assert (facts.num_experts, facts.factorized) == (6, ())
     with pytest.raises(ValueError, match="condense layer 1, but the sparse MoE layers are"):
         apply.execute(again, first)
 
-    second = Plan("tiny", tuple(Factorize(layer, TO_FOUR, whitening=True) for layer in left))
-    for each in (model, again):
-        apply.execute(each, second, lambda each=each: recorded(each))  # type: ignore[misc]
+    second = Plan("tiny", tuple(Factorize(layer, TO_FOUR, whitening=True) for layer in sparse_layers))
+    for compressed in (model, again):
+        apply.execute(compressed, second, lambda compressed=compressed: recorded(compressed))  # type: ignore[misc]
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
-    assert written(again, second, tmp_path / "second", ExportConfig()) == "bundled"
-    last = loaded(tmp_path / "second", family)
+    assert write(again, second, tmp_path / "second", ExportConfig()) == "bundled"
+    last = load(tmp_path / "second", family)
     torch.testing.assert_close(logits(last, IDS), logits(again, IDS), rtol=0, atol=1e-5)
     facts = families.facts(last.config)
-    assert facts.moe_layers == left == facts.factorized
+    assert facts.moe_layers == sparse_layers == facts.factorized
     assert parameters.parameter_counts(last.config).total == count_parameters(again)
     assert parameters.parameter_counts(last.config).routed_experts == parameters.routed_parameters(again)
 
 
 @pytest.mark.parametrize("family", FURTHER)
-def test_a_compressed_folder_is_recovered_further(family: str, tmp_path: Path) -> None:
-    """method=none, recovery=finetune: experts of condensed layers train with those of sparse ones."""
+def test_a_compressed_folder_is_trained(family: str, tmp_path: Path) -> None:
+    """method=none, recovery=finetune: the experts of condensed layers train with those of sparse layers."""
     model = EVERY[family]()
     plan = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
     apply.execute(model, plan)
-    written(model, plan, tmp_path / "first")
-    again = loaded(tmp_path / "first", family)
+    write(model, plan, tmp_path / "first")
+    again = load(tmp_path / "first", family)
     layers = sorted({1, *views.sparse_blocks(again)})
     assert trainable.trainable_layers(again, ()) == layers
     recovery = RecoveryConfig(name="finetune", objective="finetune", learning_rate=1e-3, steps=3)
@@ -176,7 +176,7 @@ def test_a_compressed_folder_is_recovered_further(family: str, tmp_path: Path) -
     assert losses[2] < losses[0]
     changed = {name for name, value in again.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == set(named)
-    written(again.eval(), Plan("tiny"), tmp_path / "second")
-    last = loaded(tmp_path / "second", family)
+    write(again.eval(), Plan("tiny"), tmp_path / "second")
+    last = load(tmp_path / "second", family)
     torch.testing.assert_close(logits(last, IDS), logits(again, IDS), rtol=0, atol=1e-5)
     assert set(condensed_layers(last)) == {1}

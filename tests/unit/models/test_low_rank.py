@@ -1,4 +1,4 @@
-"""Factors against closed forms; low-rank experts against transformers' own; ranks against the paper's formula."""
+"""Factors against closed forms, and low-rank experts against transformers' experts."""
 
 from __future__ import annotations
 
@@ -35,44 +35,44 @@ def random_moment(size: int, num: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
 def test_plain_factors_are_the_truncated_svd(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    left, right = factors(weight)
+    left_On, right_nI = factors(weight)
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     for rank in (1, 5, 16):
         expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
-        torch.testing.assert_close((left[:, :rank] @ right[:rank]).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=1e-5)  # U√Σ and √ΣVᵀ
+        torch.testing.assert_close((left_On[:, :rank] @ right_nI[:rank]).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left_On.norm(dim=0), right_nI.norm(dim=1), rtol=1e-4, atol=1e-5)  # U√Σ and √ΣVᵀ
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
 @pytest.mark.parametrize("num", [200, 10])
 def test_whitened_factors_have_the_least_activation_error(shape: tuple[int, int], num: int) -> None:
-    """Closed form: what is left is the tail of the singular values of W S, M = S Sᵀ."""
+    """Closed form: the error is the tail of the singular values of W S, where M = S Sᵀ."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
     moment = random_moment(shape[1], num)
 
-    def error(approximation: Tensor, of: Tensor) -> float:
+    def error(approximation: Tensor, metric: Tensor) -> float:
         difference = weight - approximation
-        return float((difference @ of @ difference.T).trace())
+        return float((difference @ metric @ difference.T).trace())
 
-    left, right = factors(weight, moment, ridge=1e-6)
+    left_On, right_nI = factors(weight, moment, ridge=1e-6)
     used = moment if num > shape[1] else moment + 1e-6 * moment.diagonal().mean() * torch.eye(shape[1])
     tail = torch.linalg.svdvals(weight @ torch.linalg.cholesky(used)) ** 2
     generator = torch.Generator().manual_seed(3)
     plain = factors(weight)
     for rank in (1, 4, 9):
-        mine = (left[:, :rank] @ right[:rank]).double()
-        assert error(mine, used) == pytest.approx(float(tail[rank:].sum()), rel=1e-3, abs=1e-4)
-        assert error(mine, moment) < error((plain.left_On[:, :rank] @ plain.right_nI[:rank]).double(), moment)
+        best = (left_On[:, :rank] @ right_nI[:rank]).double()
+        assert error(best, used) == pytest.approx(float(tail[rank:].sum()), rel=1e-3, abs=1e-4)
+        assert error(best, moment) < error((plain.left_On[:, :rank] @ plain.right_nI[:rank]).double(), moment)
         for _ in range(20):
-            other_left = left[:, :rank] + 0.02 * torch.randn(shape[0], rank, generator=generator)
-            other_right = right[:rank] + 0.02 * torch.randn(rank, shape[1], generator=generator)
-            assert error(mine, used) <= error((other_left @ other_right).double(), used)
+            other_left = left_On[:, :rank] + 0.02 * torch.randn(shape[0], rank, generator=generator)
+            other_right = right_nI[:rank] + 0.02 * torch.randn(rank, shape[1], generator=generator)
+            assert error(best, used) <= error((other_left @ other_right).double(), used)
 
 
-def test_a_moment_that_saw_nothing_is_the_plain_svd() -> None:
+def test_a_moment_of_no_tokens_gives_the_plain_svd() -> None:
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
-    for mine, plain in zip(factors(weight, torch.zeros(24, 24)), factors(weight), strict=True):
-        torch.testing.assert_close(mine, plain)
+    for whitened, plain in zip(factors(weight, torch.zeros(24, 24)), factors(weight), strict=True):
+        torch.testing.assert_close(whitened, plain)
 
 
 def dense_experts() -> Any:
@@ -119,7 +119,7 @@ EVEN: dict[str, tuple[int | None, ...]] = {
 
 @pytest.fixture(params=["small", "large"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Experts count as small, as they are here, or as large."""
+    """Experts count as small, which they are here, or as large."""
     if request.param == "large":
         monkeypatch.setattr(module_of_low_rank, "SMALL", 0)
     return cast(str, request.param)
@@ -128,7 +128,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize("ranks", [FULL, ALIGNED, MIXED, UNEVEN, EVEN])
 @pytest.mark.parametrize("num", [1, 40])
 def test_what_is_batched(ranks: Any, num: int, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests below reach every way of computing."""
+    """The tests below cover every way of computing."""
     low, called = low_rank(dense_experts(), ranks), set()
     for owner, name in ((LowRankExperts, "_row_by_row"), (_Bucket, "_padded")):
         monkeypatch.setattr(owner, name, spy(getattr(owner, name), called))
@@ -152,7 +152,7 @@ def spy(method: Any, called: set[str]) -> Any:
 
 @pytest.mark.parametrize("ranks", [FULL, ALIGNED, MIXED])
 def test_which_experts_are_grouped(ranks: Any) -> None:
-    """If they are large."""
+    """This concerns large experts."""
     low = LowRankExperts(D, F, ranks, GLU(nn.functional.silu))
     grouped = []
     for bucket in low.buckets:
@@ -162,16 +162,16 @@ def test_which_experts_are_grouped(ranks: Any) -> None:
 
 
 @pytest.mark.parametrize("num", [0, 1, 40])
-def test_full_rank_is_transformers_experts(num: int, size: str) -> None:
+def test_full_rank_equals_transformers_experts(num: int, size: str) -> None:
     dense = dense_experts()
     torch.testing.assert_close(low_rank(dense, FULL)(*tokens(num)), dense(*tokens(num)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [MIXED, ALIGNED, UNEVEN, EVEN])
 @pytest.mark.parametrize("num", [1, 40])
-def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: Any, num: int, size: str) -> None:
+def test_low_rank_equals_transformers_experts_with_the_products_as_weights(ranks: Any, num: int, size: str) -> None:
     """Forward, and gradients of the input, of the routing weights and, by the chain rule, of the factors."""
-    dense, found = dense_experts(), []
+    dense, results = dense_experts(), []
     low = low_rank(dense, ranks).requires_grad_(True)
     products = copy.deepcopy(dense)
     with torch.no_grad():
@@ -180,16 +180,16 @@ def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: An
                 gate, up = products.gate_up_proj[expert].chunk(2)
                 weight = {"gate_proj": gate, "up_proj": up, "down_proj": products.down_proj[expert]}[name]
                 if rank is not None:
-                    left, right = factors(weight)
-                    weight.copy_(left[:, :rank] @ right[:rank])
+                    left_On, right_nI = factors(weight)
+                    weight.copy_(left_On[:, :rank] @ right_nI[:rank])
     for module in (low, products):
         x, index, weights = tokens(num)
         x.requires_grad_(), weights.requires_grad_()
         y = module(x, index, weights)
         y.square().sum().backward()
-        found.append((y.detach(), x.grad, weights.grad))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        results.append((y.detach(), x.grad, weights.grad))
+    for actual, reference in zip(*results, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
     for experts, bucket in zip(low.experts_of, low.buckets, strict=True):  # W = left · right: dleft = dW · rightᵀ
         for position, expert in enumerate(experts):
             if ranks["down_proj"][expert] is not None and expert in index:
@@ -200,8 +200,8 @@ def test_low_rank_is_transformers_experts_with_the_products_as_weights(ranks: An
 @pytest.mark.parametrize("ranks", [ALIGNED, UNEVEN])
 @pytest.mark.parametrize("num_tokens", [1, 300])
 def test_the_same_call_gives_the_same_bits(ranks: Any, num_tokens: int, size: str) -> None:
-    """Forward and backward; ALIGNED whatever the number of threads, else a product of torch's may depend on it."""
-    low, found, threads = low_rank(dense_experts(), ranks).requires_grad_(True), [], torch.get_num_threads()
+    """Forward and backward; for ALIGNED with any number of threads, on which some products of torch depend."""
+    low, gradients, threads = low_rank(dense_experts(), ranks).requires_grad_(True), [], torch.get_num_threads()
     try:
         for num in (1, 2, 2):
             torch.set_num_threads(num)
@@ -209,11 +209,11 @@ def test_the_same_call_gives_the_same_bits(ranks: Any, num_tokens: int, size: st
             x.requires_grad_(), low.zero_grad()
             low(x, index, weights).square().sum().backward()
             assert x.grad is not None
-            found.append([x.grad, *(p.grad for p in low.parameters() if p.grad is not None)])
+            gradients.append([x.grad, *(p.grad for p in low.parameters() if p.grad is not None)])
     finally:
         torch.set_num_threads(threads)
-    alike = found if ranks is ALIGNED else found[1:]
-    assert all(torch.equal(a, b) for one in alike[1:] for a, b in zip(alike[0], one, strict=True))
+    comparable = gradients if ranks is ALIGNED else gradients[1:]
+    assert all(torch.equal(a, b) for run in comparable[1:] for a, b in zip(comparable[0], run, strict=True))
 
 
 @pytest.mark.parametrize(("ranks", "num"), [(MIXED, 7), (UNEVEN, 7), (UNEVEN, 1), (EVEN, 1)])
@@ -222,13 +222,13 @@ def test_gradients_of_the_factors(ranks: Any, num: int) -> None:
     x, index, weights = tokens(num)
     names = [name for name, _ in low.named_parameters()]
 
-    def of(*parameters: Tensor) -> Tensor:
+    def compute(*parameters: Tensor) -> Tensor:
         named = dict(zip(names, parameters, strict=True))
-        called = torch.func.functional_call(low, named, (x.double(), index, weights))
-        assert isinstance(called, Tensor)
-        return called
+        output = torch.func.functional_call(low, named, (x.double(), index, weights))
+        assert isinstance(output, Tensor)
+        return output
 
-    assert torch.autograd.gradcheck(of, tuple(low.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(compute, tuple(low.parameters()), fast_mode=True)
 
 
 def test_nothing_is_padded() -> None:
@@ -262,7 +262,7 @@ def test_half_precision_weights_under_autocast() -> None:
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated")  # dynamo does
 @pytest.mark.parametrize("ranks", [ALIGNED, UNEVEN])
 def test_compiled(ranks: Any, size: str) -> None:
-    """As far as dynamo traces; what it cannot trace runs as written."""
+    """As far as dynamo can trace; the rest runs eagerly."""
     low = low_rank(dense_experts(), ranks)
     compiled = torch.compile(low, backend="eager")
     try:
@@ -281,28 +281,28 @@ def test_second_moments_are_those_of_the_routed_tokens(family: str) -> None:
     for expert in range(6):
         inputs, inner = torch.zeros(32, 32), torch.zeros(16, 16)
         for trace in tape.trace(model, 2):
-            for x, chosen in zip(trace.x_TD, trace.top_k_index_TK, strict=True):
-                if expert in chosen:
+            for x, selected in zip(trace.x_TD, trace.top_k_index_TK, strict=True):
+                if expert in selected:
                     inputs += x[:, None] * x
                     gate, up = (block.weights.gate_up_EHD[expert] @ x).chunk(2)
                     h = nn.functional.silu(gate) * up
                     inner += h[:, None] * h
-        for mine, expected in zip(moments(expert), (inputs, inner), strict=True):
-            torch.testing.assert_close(mine.float(), expected, rtol=1e-4, atol=1e-4)
+        for moment, expected in zip(moments(expert), (inputs, inner), strict=True):
+            torch.testing.assert_close(moment.float(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ranks_follow_the_formula() -> None:
-    """Rounded down, and what that leaves of the layer's total goes to the largest fractions, one rank each."""
+    """Ranks are rounded down; the rest of the layer's total goes to the largest fractions, one rank each."""
     draw = random.Random(0)
     importance = [draw.uniform(1, 3) for _ in range(48)]
     total = sum((value + 1e-9) ** 0.15 for value in importance)
     exact = [(value + 1e-9) ** 0.15 / total * 512 * 48 for value in importance]
-    found = ranks_of.allocate(importance, 512, 2048, 1408)
-    left = 512 * 48 - sum(map(int, exact))
-    raised = sorted(range(48), key=lambda j: int(exact[j]) - exact[j])[:left]
-    assert left > 0 and found == [int(value) + (j in raised) for j, value in enumerate(exact)]
-    assert sum(rank or 0 for rank in found) == 512 * 48
-    assert min(rank or 0 for rank in found) < 490 < 530 < max(rank or 0 for rank in found)
+    allocated = ranks_of.allocate(importance, 512, 2048, 1408)
+    remainder = 512 * 48 - sum(map(int, exact))
+    raised = sorted(range(48), key=lambda j: int(exact[j]) - exact[j])[:remainder]
+    assert remainder > 0 and allocated == [int(value) + (j in raised) for j, value in enumerate(exact)]
+    assert sum(rank or 0 for rank in allocated) == 512 * 48
+    assert min(rank or 0 for rank in allocated) < 490 < 530 < max(rank or 0 for rank in allocated)
     assert ranks_of.automatic_rank(2048, 1408) == 512
     assert ranks_of.allocate([2.0] * 48, 512, 2048, 1408) == [512] * 48
 
@@ -310,53 +310,55 @@ def test_ranks_follow_the_formula() -> None:
 @pytest.mark.parametrize("shape", [(2048, 1408), (4096, 14336), (128, 64)])
 @pytest.mark.parametrize("spread", [3.0, 300.0])
 def test_multiples_meet_the_same_total(shape: tuple[int, int], spread: float) -> None:
-    """Few different ranks, each within a step of the formula's, and nothing of the total is lost."""
+    """Few different ranks, all within a step of the formula, and the total is used up."""
     average = ranks_of.automatic_rank(*shape)
     multiple = ranks_of.resolve_multiple("auto", *shape, average)
     assert multiple == {2048: 32, 4096: 64, 128: 1}[shape[0]]
     average -= average % multiple
     importance = [spread ** (j / 47) for j in range(48)]
     exact = ranks_of._exact(importance, average, *shape, 0.15, ranks_of.EPSILON)
-    found = ranks_of.allocate(importance, average, *shape, multiple=multiple)
-    assert [rank is None for rank in found] == [rank is None for rank in exact]
-    near = [(rank, own) for rank, own in zip(found, exact, strict=True) if rank is not None and own is not None]
-    assert all(rank % multiple == 0 and abs(rank - own) < multiple for rank, own in near)
-    left = 48 * average * 3 * sum(shape) - ranks_of.parameters(found, *shape)
-    assert left == 0 if None not in found else 0 <= left < multiple * 3 * sum(shape)
-    assert len(set(found)) < 30
+    allocated = ranks_of.allocate(importance, average, *shape, multiple=multiple)
+    assert [rank is None for rank in allocated] == [rank is None for rank in exact]
+    near = [
+        (rank, value) for rank, value in zip(allocated, exact, strict=True) if rank is not None and value is not None
+    ]
+    assert all(rank % multiple == 0 and abs(rank - value) < multiple for rank, value in near)
+    spare = 48 * average * 3 * sum(shape) - ranks_of.parameters(allocated, *shape)
+    assert spare == 0 if None not in allocated else 0 <= spare < multiple * 3 * sum(shape)
+    assert len(set(allocated)) < 30
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_a_dense_expert_does_not_use_goes_to_the_others(seed: int) -> None:
     draw = random.Random(seed)
     importance = [300.0 ** draw.random() for _ in range(48)]
-    found = ranks_of.allocate(importance, 700, 2048, 1408, alpha=0.5)
+    allocated = ranks_of.allocate(importance, 700, 2048, 1408, alpha=0.5)
     cap = ranks_of.break_even(2048, 1408)
-    assert None in found and all(rank is None or 1 <= rank < cap for rank in found)
-    total, unit = ranks_of.parameters(found, 2048, 1408), 3 * (2048 + 1408)
+    assert None in allocated and all(rank is None or 1 <= rank < cap for rank in allocated)
+    total, unit = ranks_of.parameters(allocated, 2048, 1408), 3 * (2048 + 1408)
     assert 0 <= 48 * 700 * unit - total < unit
-    dense = [value for value, rank in zip(importance, found, strict=True) if rank is None]
-    assert min(dense) >= max(value for value, rank in zip(importance, found, strict=True) if rank is not None)
+    dense = [value for value, rank in zip(importance, allocated, strict=True) if rank is None]
+    assert min(dense) >= max(value for value, rank in zip(importance, allocated, strict=True) if rank is not None)
 
 
-def test_the_least_rank_is_paid_for() -> None:
+def test_the_minimum_rank_counts_towards_the_total() -> None:
     """Importances so far apart that many ranks would be 0."""
     importance = [300.0 ** (j / 47) for j in range(48)]
-    found = ranks_of.allocate(importance, 20, 2048, 1408, alpha=2)
-    total, unit = ranks_of.parameters(found, 2048, 1408), 3 * (2048 + 1408)
-    assert min(rank for rank in found if rank) == 1 and 0 <= 48 * 20 * unit - total < 48 * unit
+    allocated = ranks_of.allocate(importance, 20, 2048, 1408, alpha=2)
+    total, unit = ranks_of.parameters(allocated, 2048, 1408), 3 * (2048 + 1408)
+    assert min(rank for rank in allocated if rank) == 1 and 0 <= 48 * 20 * unit - total < 48 * unit
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("kept", [0.1, 0.3333, 0.614, 0.97])
-def test_a_budget_is_met_to_one_step(kept: float, multiple: int) -> None:
+@pytest.mark.parametrize("retained", [0.1, 0.3333, 0.614, 0.97])
+def test_a_budget_is_met_to_one_step(retained: float, multiple: int) -> None:
     draw = random.Random(1)
     importance = {layer: [300.0 ** draw.random() for _ in range(6 + layer)] for layer in range(4)}
     dense = ranks_of.parameters([None] * sum(map(len, importance.values())), 128, 64)
-    average, found = ranks_of.allocate_budget(importance, int(kept * dense), 128, 64, multiple=multiple)
-    total = sum(ranks_of.parameters(ranks, 128, 64) for ranks in found.values())
-    assert 0 <= int(kept * dense) - total < multiple * 3 * (128 + 64)
-    assert all(rank % multiple == 0 for ranks in found.values() for rank in ranks if rank is not None)
+    average, by_layer = ranks_of.allocate_budget(importance, int(retained * dense), 128, 64, multiple=multiple)
+    total = sum(ranks_of.parameters(ranks, 128, 64) for ranks in by_layer.values())
+    assert 0 <= int(retained * dense) - total < multiple * 3 * (128 + 64)
+    assert all(rank % multiple == 0 for ranks in by_layer.values() for rank in ranks if rank is not None)
     assert 1 <= average <= 43
     with pytest.raises(ValueError, match="rank 1 everywhere"):
         ranks_of.allocate_budget(importance, 100, 128, 64)

@@ -1,4 +1,4 @@
-"""Every way of computing low-rank experts, against transformers' own experts."""
+"""Every way of computing low-rank experts, against transformers' experts."""
 
 from __future__ import annotations
 
@@ -44,35 +44,43 @@ WAYS: dict[str, tuple[Ranks, int, str]] = {
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_of_computing_low_rank_experts(name: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs and gradients are those of transformers' own experts with the products as weights."""
+    """Outputs and gradients are those of transformers' experts with the products as weights."""
     ranks, number, way = WAYS[name]
     taken: set[str] = set()
-    for owner, each in ((LowRankExperts, "_row_by_row"), (low_rank._Bucket, "_padded"), (low_rank, "grouped_linear")):
-        own = getattr(owner, each)
-        monkeypatch.setattr(owner, each, lambda *a, own=own, each=each, **k: (taken.add(each), own(*a, **k))[1])
+    for owner, attribute in (
+        (LowRankExperts, "_row_by_row"),
+        (low_rank._Bucket, "_padded"),
+        (low_rank, "grouped_linear"),
+    ):
+        function = getattr(owner, attribute)
+        monkeypatch.setattr(
+            owner,
+            attribute,
+            lambda *a, function=function, attribute=attribute, **k: (taken.add(attribute), function(*a, **k))[1],
+        )
     model = EVERY[family]()
-    whole = copy.deepcopy(block_of(model, 1))
-    whole.load_state_dict(PlainMoE(whole, ROUTING[family]).truncated(ranks).state)
+    dense = copy.deepcopy(block_of(model, 1))
+    dense.load_state_dict(PlainMoE(dense, ROUTING[family]).truncated(ranks).state)
     apply.execute(model, Plan("tiny", (Factorize(1, ranks),)))
     block = block_of(model, 1)
-    found = []
-    for each in (block, whole):
-        each.experts.requires_grad_(True)
+    results = []
+    for moe in (block, dense):
+        moe.experts.requires_grad_(True)
         x_TD = tokens(2.0, number).requires_grad_(True)
-        output = views.block_output(each(x_TD[None]))[0]
+        output = views.block_output(moe(x_TD[None]))[0]
         (output * torch.linspace(-1, 1, 32)).sum().backward()
-        found.append((output.detach(), x_TD.grad))
+        results.append((output.detach(), x_TD.grad))
     assert taken == ({way} if way else set())
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, **CLOSE)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **CLOSE)
     if family == "gpt_oss":
-        _same_bias_gradients(block.experts, whole.experts)
+        _same_bias_gradients(block.experts, dense.experts)
 
 
-def _same_bias_gradients(mine: LowRankExperts, theirs: Any) -> None:
+def _same_bias_gradients(low_rank_experts: LowRankExperts, dense_experts: Any) -> None:
     for expert in range(6):
-        bucket, position = mine.place_of(expert)
-        both, down = theirs.gate_up_proj_bias.grad[expert], theirs.down_proj_bias.grad[expert]
+        bucket, position = low_rank_experts.place_of(expert)
+        both, down = dense_experts.gate_up_proj_bias.grad[expert], dense_experts.down_proj_bias.grad[expert]
         for bias, grad in zip(bucket.biases() or (), (both[::2], both[1::2], down), strict=True):
-            own = torch.zeros_like(bias) if bias.grad is None else bias.grad  # no token selects its bucket
-            torch.testing.assert_close(own[position], grad, **CLOSE)
+            gradient = torch.zeros_like(bias) if bias.grad is None else bias.grad  # no token selects its bucket
+            torch.testing.assert_close(gradient[position], grad, **CLOSE)

@@ -1,4 +1,4 @@
-"""Files of models on the hub: found in its cache, by revision, without asking anybody."""
+"""Files of models on the hub are read from its cache, by revision, without a network."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_model_of_the_hub_has_the_history_of_its_revision(tmp_path: Path, cach
     assert read_history(ModelConfig(path=str(tmp_path / "main"))) == History((FIRST,))
 
 
-def test_a_file_that_is_not_there_is_none(tmp_path: Path, cache: Path) -> None:
+def test_a_missing_file_is_none(tmp_path: Path, cache: Path) -> None:
     Plan("tiny", (FIRST,)).save(tmp_path / "main" / "plan.json")
     in_hub_cache(cache, tmp_path / "main", "me/mine")
     assert model_file("me/mine", "plan.json") is not None

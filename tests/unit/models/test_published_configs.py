@@ -1,4 +1,4 @@
-"""The recorded configurations are those of the published checkpoints: their parameters are the published ones."""
+"""The recorded configurations are those of published checkpoints: they give the published numbers of parameters."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_parameters_are_the_published_ones(name: str) -> None:
     config = recorded_config(MODELS[name]["path"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    wanted, within = PUBLISHED[name]
-    assert abs(sum(parameter.numel() for parameter in model.parameters()) - wanted) <= within
+    published, tolerance = PUBLISHED[name]
+    assert abs(sum(parameter.numel() for parameter in model.parameters()) - published) <= tolerance
 
 
 def test_parameters_of_the_first_deepseek() -> None:
-    """By hand, for transformers has no class of it: attention, one dense layer, experts, router, norms, vocabulary."""
+    """By hand, as transformers has no class for it: attention, a dense layer, experts, router, norms, vocabulary."""
     config: dict[str, Any] = recorded_values(MODELS["deepseek_moe"]["path"])
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     dense = config["first_k_dense_replace"]
@@ -60,7 +60,7 @@ def test_parameters_of_the_first_deepseek() -> None:
     assert total == PUBLISHED["deepseek_moe"][0]
 
 
-def test_recorded_files_say_nothing_but_facts() -> None:
+def test_recorded_files_are_short_and_name_no_code() -> None:
     for hub_id in recorded_ids():
         values = recorded_values(hub_id)
         assert not {"auto_map", "transformers_version", "_name_or_path"} & values.keys()
@@ -74,6 +74,6 @@ def test_a_family_that_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPat
         recorded_config("Qwen/Qwen1.5-MoE-A2.7B")
 
 
-def test_an_unknown_id_is_refused_with_those_that_are_known() -> None:
+def test_an_unknown_id_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no configuration of Qwen/Qwen9.*openai/gpt-oss-20b"):
         recorded_config("Qwen/Qwen9")

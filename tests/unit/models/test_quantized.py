@@ -1,4 +1,4 @@
-"""Weights stored in MXFP4 and FP8: what is loaded equals what a packer written here put into the files."""
+"""Weights stored in MXFP4 and FP8: loaded weights equal those that a packer of the tests stored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {
 
 
 def deepseek_v3() -> Any:
-    """160, 144 and 24 are no multiples of a block; kv_a_proj_with_mqa has 152 rows: 128, and a block cut short."""
+    """160, 144 and 24 are no multiples of a block's size; kv_a_proj_with_mqa has 152 rows: 128, and a partial block."""
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
             **SIZES, hidden_size=160, intermediate_size=300, moe_intermediate_size=144, n_routed_experts=4, n_group=1,
@@ -74,53 +74,53 @@ FORMATS: dict[str, tuple[Callable[[], Any], Callable[[Path, Any], dict[str, Tens
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_layers_that_are_read_one_at_a_time_are_made_whole_as_ever(tmp_path: Path, name: str) -> None:
+def test_streamed_layers_equal_loaded_ones(tmp_path: Path, name: str) -> None:
     make, folder_of, _ = FORMATS[name]
     folder_of(tmp_path / "model", make())
     settings = ModelConfig(attention="eager", device="cpu")
-    whole, model = (loading.load(tmp_path / "model", settings, pages)[0] for pages in (None, tmp_path / "pages"))
-    for layer, expected in enumerate(decoder.decoder_layers(whole)):
-        with layer_store(model).resident(layer):
-            found = decoder.decoder_layers(model)[layer].state_dict()
-            assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
-    assert loading.weights_fingerprint(model) == loading.weights_fingerprint(whole)
+    loaded, streamed = (loading.load(tmp_path / "model", settings, pages)[0] for pages in (None, tmp_path / "pages"))
+    for layer, expected in enumerate(decoder.decoder_layers(loaded)):
+        with layer_store(streamed).resident(layer):
+            state = decoder.decoder_layers(streamed)[layer].state_dict()
+            assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+    assert loading.weights_fingerprint(streamed) == loading.weights_fingerprint(loaded)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_loaded_weights_are_what_the_files_mean(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    """Key by key as saved again, which is plain: no fewer bits, no quantization_config."""
+def test_the_loaded_weights_are_those_of_the_files(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Key by key after saving again, which gives a plain checkpoint: not quantised, no quantization_config."""
     torch.manual_seed(0)
     make, folder_of, method = FORMATS[name]
-    meant = folder_of(tmp_path, make())
+    packed = folder_of(tmp_path, make())
     config = json.loads((tmp_path / "config.json").read_text())
     assert quantized.method_of(config) == method and quantized.check(config) == []
     with quantized.loading_arguments(config, dtype) as arguments:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True, **arguments)
     quantized.finish_dequantization(model, dtype)
-    assert {each.dtype for each in model.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert quantized.method_of(model.config.to_dict()) is None
     again = saved(model, tmp_path / "again")
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
-    assert again.keys() == meant.keys()
+    assert again.keys() == packed.keys()
     for key, value in again.items():
-        expected = meant[key] if "correction" in key else meant[key].to(dtype)
+        expected = packed[key] if "correction" in key else packed[key].to(dtype)
         torch.testing.assert_close(value.float(), expected.float(), rtol=0, atol=0, msg=key)
-    assert {each.dtype for name, each in model.named_buffers() if "correction" in name} <= {torch.float32}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if "correction" in name} <= {torch.float32}
 
 
-def test_load_says_what_it_did_and_leaves_a_plain_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """dtype=auto is what the config says; fp32 asked for is fp32. The export is as plain as any."""
+def test_load_reports_dequantising_and_gives_a_plain_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """dtype=auto is the dtype of the config, and float32 is fp32. The export is a plain checkpoint."""
     torch.manual_seed(0)
     fp8_folder(tmp_path / "fp8", qwen2_moe())
     with caplog.at_level(logging.INFO, "recondense"):
         model, tokenizer = loading.load(tmp_path / "fp8", ModelConfig(device="cpu", dtype="auto"))
     assert model.dtype == torch.bfloat16
-    assert [each.message for each in caplog.records if "dequantised" in each.message] == [
+    assert [record.message for record in caplog.records if "dequantised" in record.message] == [
         f"{tmp_path / 'fp8'} is stored in fp8: dequantised to torch.bfloat16"
     ]
-    whole, _ = loading.load(tmp_path / "fp8", ModelConfig(device="cpu", dtype="float32"))
-    assert {each.dtype for each in whole.parameters()} == {torch.float32}
+    in_fp32, _ = loading.load(tmp_path / "fp8", ModelConfig(device="cpu", dtype="float32"))
+    assert {parameter.dtype for parameter in in_fp32.parameters()} == {torch.float32}
     with torch.no_grad():
         model(input_ids=torch.arange(12)[None])
     write_folder(model, tokenizer, Plan("tiny"), tmp_path / "out", "")
@@ -141,7 +141,7 @@ def test_other_formats_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
 
 
 def test_bytes_on_disk(tmp_path: Path) -> None:
-    """Of the files that the index names: gpt-oss ships other copies of its weights beside them."""
+    """They are those of the files in the index: gpt-oss ships other copies of its weights beside them."""
     write(tmp_path, {"a": torch.zeros(1000, dtype=torch.uint8)}, PretrainedConfig(), {"quant_method": "mxfp4"})
     size = (tmp_path / "model.safetensors").stat().st_size
     save_file({"a": torch.zeros(5000)}, tmp_path / "original.safetensors")

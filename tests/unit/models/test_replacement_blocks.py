@@ -1,4 +1,4 @@
-"""A condensed layer against the sum that it stands for, computed from the original modules."""
+"""A condensed layer against the sum that it replaces, computed from the original modules."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def tokens(num: int = 7, width: int = 32) -> Tensor:
 
 
 def expected(block: Any, x: Tensor, experts: list[int], gate: float | None) -> Tensor:
-    """gate · Shared(x) + Σ w_i E_i(x): every expert through transformers' own module, alone with weight 1."""
+    """gate · Shared(x) + Σ w_i E_i(x): every expert through transformers' module, alone and with weight 1."""
     flat = x.flatten(0, 1)
     if hasattr(block, "shared_experts"):
         y = block.shared_experts(flat)
     else:
         y = block.shared_expert(flat) * (torch.sigmoid(block.shared_expert_gate(flat)) if gate is None else gate)
     for expert, weight in zip(experts, COEFFICIENTS, strict=False):
-        chosen = torch.full((flat.shape[0], 1), expert)
-        y = y + weight * block.experts(flat, chosen, torch.ones(flat.shape[0], 1))
+        index = torch.full((flat.shape[0], 1), expert)
+        y = y + weight * block.experts(flat, index, torch.ones(flat.shape[0], 1))
     return y.view_as(x)
 
 
-def condensed(model: Any, layer: int, experts: list[int], gate: float | None) -> CondensedMoE:
+def condense(model: Any, layer: int, experts: list[int], gate: float | None) -> CondensedMoE:
     weights = views.sparse_blocks(model)[layer].weights
     shaped = CondensedMoE.make_empty(weights, len(experts), token_gate=gate is None)
     return shaped.fill(weights, experts, COEFFICIENTS[: len(experts)], gate)
@@ -53,9 +53,9 @@ CASES = [("qwen2_moe", 0.4), ("qwen2_moe", None), ("deepseek_v2", None)]
 def test_computes_the_weighted_sum(family: str, gate: float | None, experts: list[int]) -> None:
     model = FAMILIES[family]()
     block, x = views.get_block(model, 2), tokens()
-    layer = condensed(model, 2, experts, gate)
-    want = expected(block, x, experts, gate)
-    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    layer = condense(model, 2, experts, gate)
+    reference = expected(block, x, experts, gate)
+    torch.testing.assert_close(layer(x), reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
     assert layer(x[0, 0]).shape == (32,)  # any leading shape
 
 
@@ -63,7 +63,7 @@ def test_computes_the_weighted_sum(family: str, gate: float | None, experts: lis
 @pytest.mark.parametrize("experts", EXPERTS, ids=len)
 @pytest.mark.parametrize(("family", "gate"), CASES)
 def test_folding_changes_nothing(family: str, gate: float | None, experts: list[int]) -> None:
-    layer = condensed(FAMILIES[family](), 2, experts, gate)
+    layer = condense(FAMILIES[family](), 2, experts, gate)
     x = tokens() / 4
     before = layer(x)
     layer.fold()
@@ -75,7 +75,7 @@ def test_folding_changes_nothing(family: str, gate: float | None, experts: list[
 
 
 def test_fold_rounds_once_in_bf16() -> None:
-    layer = condensed(qwen2_moe().bfloat16(), 1, [4, 1], 0.3)
+    layer = condense(qwen2_moe().bfloat16(), 1, [4, 1], 0.3)
     down, scale = layer.down_proj.weight.double(), layer.scale
     assert scale is not None
     layer.fold()
@@ -84,8 +84,8 @@ def test_fold_rounds_once_in_bf16() -> None:
 
 @pytest.mark.parametrize("gate", [0.4, None])
 def test_what_trains_and_what_does_not(gate: float | None) -> None:
-    """The scale is a frozen buffer; gradients reach the three projections, and the gate only if somebody asks."""
-    layer = condensed(qwen2_moe(), 2, [3, 1], gate)
+    """The scale is a frozen buffer; gradients reach the three projections, and the gate only if it requires them."""
+    layer = condense(qwen2_moe(), 2, [3, 1], gate)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     names = {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
     assert {name for name, _ in layer.named_parameters()} == names | (
@@ -101,11 +101,11 @@ def test_what_trains_and_what_does_not(gate: float | None) -> None:
     assert layer.scale is not None and layer.scale.grad is None and not layer.scale.requires_grad
 
 
-def test_the_scale_stands_outside_the_weights() -> None:
-    """The weights are the experts' own: AdamW's steps are as large as they would be in the original."""
+def test_the_scale_is_separate_from_the_weights() -> None:
+    """The weights are those of the experts, so AdamW's steps are as large as in the original model."""
     model = qwen2_moe()
     block = views.sparse_blocks(model)[2].weights
-    layer = condensed(model, 2, [3, 1], 0.4)
+    layer = condense(model, 2, [3, 1], 0.4)
     assert block.shared is not None and layer.scale is not None
     assert torch.equal(layer.down_proj.weight[:, :24], block.shared[2])
     assert torch.equal(layer.down_proj.weight[:, 24:40], block.down_EDF[3])
@@ -118,15 +118,15 @@ def test_the_scale_stands_outside_the_weights() -> None:
 
 def test_bf16_keeps_the_scale_in_fp32() -> None:
     model = qwen2_moe().bfloat16()
-    layer = condensed(model, 2, [3, 1], 0.123456789)
+    layer = condense(model, 2, [3, 1], 0.123456789)
     assert layer.scale is not None and layer.scale.dtype == torch.float32
     assert layer.scale[0].item() == pytest.approx(0.123456789, rel=1e-7)
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         x = tokens().bfloat16()
-        got, want = layer(x), expected_in_fp32(layer, x)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), want, rtol=0.03, atol=0.03 * float(want.abs().max()))
+        actual, reference = layer(x), expected_in_fp32(layer, x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), reference, rtol=0.03, atol=0.03 * float(reference.abs().max()))
 
 
 def expected_in_fp32(layer: CondensedMoE, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def expected_in_fp32(layer: CondensedMoE, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("gate", [0.4, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
-    real = condensed(FAMILIES[family](), 2, [3, 1], gate)
+    real = condense(FAMILIES[family](), 2, [3, 1], gate)
     with torch.device("meta"):
         model = FAMILIES[family]()
     meta = CondensedMoE.make_empty(views.sparse_blocks(model)[2].weights, 2, token_gate=gate is None)
@@ -152,21 +152,21 @@ def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_expert_outputs(family: str) -> None:
-    """As transformers' module gives them; an expert's bits do not depend on which others are asked for."""
+    """They equal those of transformers' module; an expert's bits do not depend on the other experts in the call."""
     model = FAMILIES[family]()
     block: Any = views.get_block(model, 2)
     x_TD = tokens().flatten(0, 1)
     weights = views.sparse_blocks(model)[2].weights
-    found = expert_outputs(x_TD, weights, [4, 0, 5])
+    outputs = expert_outputs(x_TD, weights, [4, 0, 5])
     for position, expert in enumerate([4, 0, 5]):
-        want = block.experts(x_TD, torch.full((len(x_TD), 1), expert), torch.ones(len(x_TD), 1))
-        torch.testing.assert_close(found[position], want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
-        assert torch.equal(found[position], expert_outputs(x_TD, weights, [expert])[0])
-    assert torch.equal(expert_outputs(x_TD, weights, list(range(6)))[[4, 0, 5]], found)
+        output = block.experts(x_TD, torch.full((len(x_TD), 1), expert), torch.ones(len(x_TD), 1))
+        torch.testing.assert_close(outputs[position], output, rtol=1e-5, atol=1e-5 * float(output.abs().max()))
+        assert torch.equal(outputs[position], expert_outputs(x_TD, weights, [expert])[0])
+    assert torch.equal(expert_outputs(x_TD, weights, list(range(6)))[[4, 0, 5]], outputs)
     assert expert_outputs(x_TD, weights, []).shape == (0, *x_TD.shape)
 
 
-def test_imports_torch_and_the_standard_library_alone() -> None:
+def test_imports_only_torch_and_the_standard_library() -> None:
     """The file is bundled into exports."""
     tree = ast.parse(Path(replacement_blocks.__file__).read_text(encoding="utf-8"))
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
@@ -175,7 +175,7 @@ def test_imports_torch_and_the_standard_library_alone() -> None:
 
 
 def test_no_shared_experts() -> None:
-    """A family without them: the retained experts alone."""
+    """In a family without shared experts, a condensed layer consists of the retained experts."""
     weights = views.sparse_blocks(deepseek_v2())[2].weights._replace(shared=None)
     layer = CondensedMoE.make_empty(weights, 2, token_gate=False).fill(weights, [1, 5], [0.5, 0.25], None)
     x_TD = tokens().flatten(0, 1)
@@ -185,8 +185,8 @@ def test_no_shared_experts() -> None:
 
 
 @pytest.mark.parametrize("token_gate", [False, True])
-def test_what_enters_the_down_projection_is_made_again_in_backward(token_gate: bool) -> None:
-    """The activation is not held, and gradients are autograd's of the formula, to the bit."""
+def test_the_input_of_the_down_projection_is_recomputed_in_backward(token_gate: bool) -> None:
+    """The activation is not kept, and gradients equal those of autograd bit for bit."""
     torch.manual_seed(0)
     held: list[StorageWeakRef] = []
 
@@ -202,7 +202,7 @@ def test_what_enters_the_down_projection_is_made_again_in_backward(token_gate: b
     y = layer(x)
     assert len(held) == 1 and held[0].expired()
     y.square().sum().backward()
-    found = {name: value.grad for name, value in layer.named_parameters()} | {"x": x.grad}
+    gradients = {name: value.grad for name, value in layer.named_parameters()} | {"x": x.grad}
     layer.zero_grad()
     x.grad = None
     inner = torch.nn.functional.silu(layer.gate_proj(x)) * layer.up_proj(x) * layer.scale
@@ -212,6 +212,6 @@ def test_what_enters_the_down_projection_is_made_again_in_backward(token_gate: b
     layer.down_proj(inner).square().sum().backward()
     expected = {name: value.grad for name, value in layer.named_parameters()} | {"x": x.grad}
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(gradients[name], value, rtol=0, atol=0)
     with torch.no_grad():
         assert torch.equal(layer(x), y)

@@ -1,4 +1,4 @@
-"""A model that is read layer by layer gives what the same model whole in memory gives, to the bit."""
+"""A model that is read layer by layer gives the same results, bit for bit, as one that is in memory."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ from recondense.surgery import student as student_module
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
 
 
-def written(model: Any, folder: Path) -> Path:
+def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder, max_shard_size="40KB")  # several shards: a layer's weights lie in two of them
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def opened(folder: Path, pages: Path | None, family: str = "qwen2_moe") -> Any:
+def load(folder: Path, pages: Path | None, family: str = "qwen2_moe") -> Any:
     attention: Any = "eager" if family == "gpt_oss" else "sdpa"
     return loading.load(folder, ModelConfig(attention=attention, device="cpu"), pages)[0]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(qwen2_moe(), tmp_path_factory.mktemp("model"))
+    return save(qwen2_moe(), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def whole(folder: Path) -> Any:
-    return opened(folder, None)
+def in_memory(folder: Path) -> Any:
+    return load(folder, None)
 
 
 @pytest.fixture
 def streamed(folder: Path, tmp_path: Path) -> Iterator[Any]:
-    """Never two layers of it are in memory, and none once another is used."""
-    model = opened(folder, tmp_path / "pages")
+    """Never more than one of its layers is in memory."""
+    model = load(folder, tmp_path / "pages")
     resident = Streamed.resident
     most = 0
 
@@ -83,7 +83,9 @@ def streamed(folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 def layers_in_memory(model: Any) -> list[int]:
     layers = enumerate(decoder.decoder_layers(model))
-    return [layer for layer, module in layers if any(each.device.type != "meta" for each in module.parameters())]
+    return [
+        layer for layer, module in layers if any(parameter.device.type != "meta" for parameter in module.parameters())
+    ]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,47 +102,51 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("family", EVERY)
 def test_a_layer_has_its_weights_while_it_is_used(family: str, tmp_path: Path) -> None:
-    folder = written(EVERY[family](), tmp_path / "model")
-    whole, model = opened(folder, None, family), opened(folder, tmp_path / "pages", family)
+    folder = save(EVERY[family](), tmp_path / "model")
+    in_memory, model = load(folder, None, family), load(folder, tmp_path / "pages", family)
     assert layers_in_memory(model) == []
-    outside = {name: value for name, value in whole.state_dict().items() if not name.startswith("model.layers.")}
+    outside = {name: value for name, value in in_memory.state_dict().items() if not name.startswith("model.layers.")}
     assert same(outside, {name: model.state_dict()[name] for name in outside})
-    for layer, expected in enumerate(decoder.decoder_layers(whole)):
+    for layer, expected in enumerate(decoder.decoder_layers(in_memory)):
         with layer_store(model).resident(layer):
             assert layers_in_memory(model) == [layer]
-            found = decoder.decoder_layers(model)[layer].state_dict()
-            assert same(found, expected.state_dict())
-            assert [each.dtype for each in found.values()] == [each.dtype for each in expected.state_dict().values()]
-    assert loading.weights_fingerprint(model) == loading.weights_fingerprint(whole)
-    tapes = [recorded(each) for each in (whole, model)]
+            state = decoder.decoder_layers(model)[layer].state_dict()
+            assert same(state, expected.state_dict())
+            assert [value.dtype for value in state.values()] == [
+                value.dtype for value in expected.state_dict().values()
+            ]
+    assert loading.weights_fingerprint(model) == loading.weights_fingerprint(in_memory)
+    tapes = [recorded(other) for other in (in_memory, model)]
     assert all(map(torch.equal, *map(all_states, tapes)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_decides_and_makes_the_same(method: str, whole: Any, streamed: Any, tmp_path: Path) -> None:
-    found = []
-    for name, model in (("whole", whole), ("streamed", streamed)):
+def test_every_method_gives_the_same_plan_and_weights(
+    method: str, in_memory: Any, streamed: Any, tmp_path: Path
+) -> None:
+    results = []
+    for name, model in (("in_memory", in_memory), ("streamed", streamed)):
         storage = Disk(tmp_path / name, keeps=False) if name == "streamed" else None
         plan = plan_of(model, method, tmp_path / f"{name}-cache", *BUDGETS[method], storage=storage)
         apply.execute(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
         write_folder(
             model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB")
         )
-        found.append((plan.to_json(), tensors(tmp_path / f"{name}-out")))
-        assert name == "whole" or not plan.operations or len(layers_in_memory(model)) <= 1
-    assert found[0][0] == found[1][0] and same(found[0][1], found[1][1])
+        results.append((plan.to_json(), tensors(tmp_path / f"{name}-out")))
+        assert name == "in_memory" or not plan.operations or len(layers_in_memory(model)) <= 1
+    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1])
 
 
-def test_importance_by_the_loss(whole: Any, streamed: Any, tmp_path: Path) -> None:
+def test_importance_by_the_loss(in_memory: Any, streamed: Any, tmp_path: Path) -> None:
     values = []
-    for model, storage in ((whole, None), (streamed, Disk(tmp_path / "tape"))):
+    for model, storage in ((in_memory, None), (streamed, Disk(tmp_path / "tape"))):
         block = views.sparse_blocks(model)[1]
         values.append(expert_importance(model, recorded(model, storage=storage), block, "lm_loss", True, 1 << 30))
     assert values[0] == values[1] and max(values[0]) > 0
 
 
-def compressed(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Module], Any]:
-    """Something of everything, refitted."""
+def compress(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Module], Any]:
+    """Condense, prune and factorize layers, and refit them."""
     plan = Plan(
         "tiny",
         (
@@ -154,19 +160,19 @@ def compressed(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Mod
     return plan, originals, record
 
 
-def test_evaluation_of_both_sides(whole: Any, streamed: Any, tmp_path: Path) -> None:
+def test_evaluation_of_student_and_original(in_memory: Any, streamed: Any, tmp_path: Path) -> None:
     """Perplexity and divergence from the original, after whitening and refits."""
-    ids, found = windows(5, 12), []
-    for model, storage in ((whole, None), (streamed, Disk(tmp_path / "scratch", keeps=False))):
-        _, originals, _ = compressed(model, storage)
-        found.append(perplexity(model, ids, 2, lambda m=model, o=originals: views.swap_blocks(m, o)))
-    assert found[0] == found[1] and found[0]["kl_to_original"] > 0
+    ids, metrics = windows(5, 12), []
+    for model, storage in ((in_memory, None), (streamed, Disk(tmp_path / "scratch", keeps=False))):
+        _, originals, _ = compress(model, storage)
+        metrics.append(perplexity(model, ids, 2, lambda m=model, o=originals: views.swap_blocks(m, o)))
+    assert metrics[0] == metrics[1] and metrics[0]["kl_to_original"] > 0
 
 
-def test_a_teacher_that_is_streamed_keeps_the_same_predictions(whole: Any, streamed: Any, tmp_path: Path) -> None:
+def test_a_streamed_teacher_gives_the_same_predictions(in_memory: Any, streamed: Any, tmp_path: Path) -> None:
     ids = {"input_ids": windows(70, 6)}  # two files
-    kept = []
-    for index, model in enumerate((whole, streamed)):
+    predictions = []
+    for index, model in enumerate((in_memory, streamed)):
         teacher = keep_predictions(
             lambda m=model: views.swap_blocks(m, {}),
             ids,
@@ -176,12 +182,12 @@ def test_a_teacher_that_is_streamed_keeps_the_same_predictions(whole: Any, strea
             4,
             torch.autocast("cpu", enabled=False),
         )
-        kept.append(teacher.read(range(70)))
-    assert all(map(torch.equal, *kept))
+        predictions.append(teacher.read(range(70)))
+    assert all(map(torch.equal, *predictions))
 
 
-def test_what_was_killed_goes_on_at_its_layer(folder: Path, tmp_path: Path) -> None:
-    """States and blocks that lie on the disk are not computed again."""
+def test_a_killed_run_resumes_at_its_layer(folder: Path, tmp_path: Path) -> None:
+    """States and blocks on the disk are not computed again."""
     ids = blocks(texts())
 
     class Killed(Exception):
@@ -193,30 +199,30 @@ def test_what_was_killed_goes_on_at_its_layer(folder: Path, tmp_path: Path) -> N
             raise Killed
 
     calls: list[int] = []
-    first = opened(folder, tmp_path / "pages")
+    first = load(folder, tmp_path / "pages")
     with pytest.raises(Killed):
         Tape.record(first, ids, at_second, Disk(tmp_path / "tape"))
-    again = opened(folder, tmp_path / "pages")
+    again = load(folder, tmp_path / "pages")
     tape = Tape.record(again, ids, storage=Disk(tmp_path / "tape"))
     assert tape.layer_runs == 1  # of three
     assert all(map(torch.equal, all_states(tape), all_states(recorded(again))))
     plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
     apply.execute(first, Plan("tiny", plan.operations[:1]))
-    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
     apply.execute(again, plan)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
-    assert len(made) == 1 and len(after) == 2 and made.items() <= after.items()
-    expected = opened(folder, None)
+    assert len(before) == 1 and len(after) == 2 and before.items() <= after.items()
+    expected = load(folder, None)
     apply.execute(expected, plan)
     for layer, module in enumerate(decoder.decoder_layers(expected)):
         with layer_store(again).resident(layer):
             assert same(decoder.decoder_layers(again)[layer].state_dict(), module.state_dict())
 
 
-def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
+def test_a_killed_run_is_whitened_and_refitted_like_an_undisturbed_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Moments are of the model before any layer was factorized; layers that were refitted are not solved again."""
+    """Moments are those of the model before any factorization; refitted layers are not solved again."""
     plan = Plan(
         "tiny",
         (
@@ -225,7 +231,7 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
         ),
     )
     monkeypatch.setattr(refit, "LEAST_COLUMNS", 1)  # so that the original's shapes cut these layers in parts
-    expected = opened(folder, None)
+    expected = load(folder, None)
     block = views.get_block(expected, 0)
     assert refit.most_columns(block) < sum(u.weight_Dn.shape[1] for u in refit.units_of(expected, 0))
     record = lambda: recorded(expected)  # noqa: E731
@@ -234,21 +240,21 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
     solve = refit._refit_layer
     offload, writes = Streamed.offload, [2]
 
-    def counted(model: Any, tape: Any, operation: Refit, *args: Any) -> Any:
+    def record_layer(model: Any, tape: Any, operation: Refit, *args: Any) -> Any:
         solved.append(operation.layer)
         return solve(model, tape, operation, *args)
 
-    def killed(self: Any, block: nn.Module, *args: Any) -> nn.Module:
+    def kill(self: Any, block: nn.Module, *args: Any) -> nn.Module:
         writes[0] -= 1
         if writes[0] < 0:
             raise KeyboardInterrupt
         return offload(self, block, *args)
 
-    monkeypatch.setattr(refit, "_refit_layer", counted)
+    monkeypatch.setattr(refit, "_refit_layer", record_layer)
     for more in (2, 3, None):  # two layers, then one and two refits, then the rest
-        model = opened(folder, tmp_path / "pages")
+        model = load(folder, tmp_path / "pages")
         writes[0] = 100 if more is None else more
-        monkeypatch.setattr(Streamed, "offload", killed)
+        monkeypatch.setattr(Streamed, "offload", kill)
         again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
         with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
             apply.refit(model, plan, apply.execute(model, plan, again), again)
@@ -258,8 +264,8 @@ def test_what_was_killed_is_whitened_and_refitted_as_if_it_had_not_been(
             assert same(decoder.decoder_layers(model)[layer].state_dict(), module.state_dict())
 
 
-def test_offloaded_blocks_are_deleted_with_their_file_and_known_by_their_context(folder: Path, tmp_path: Path) -> None:
-    model = opened(folder, tmp_path / "pages")
+def test_offloaded_blocks_are_stored_by_context_and_their_files_are_deleted(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, tmp_path / "pages")
     condense = Condense(0, (1, 4), (0.3, 0.4), 0.5)
     for key in ("one", "other"):
         layer_store(model).context = key
@@ -267,7 +273,7 @@ def test_offloaded_blocks_are_deleted_with_their_file_and_known_by_their_context
         with layer_store(model).resident(0):
             pass
         views.set_block(model, 0, originals[0])
-    assert len(list((tmp_path / "pages").iterdir())) == 2  # other weights, or texts: another file
+    assert len(list((tmp_path / "pages").iterdir())) == 2  # another context: another file
     with layer_store(model).resident(1):
         block = layer_store(model).offload(views.get_block(model, 1))
     with views.swap_blocks(model, {1: block}), layer_store(model).resident(1):
@@ -279,33 +285,33 @@ def test_offloaded_blocks_are_deleted_with_their_file_and_known_by_their_context
     assert len(list((tmp_path / "pages").iterdir())) == 2
 
 
-def test_a_checkpoint_without_a_layers_weight_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lacks_a_weight_of_a_layer_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     files = (tmp_path / "model").glob("*.safetensors")
     lacking = next(path for path in files if any("model.layers.1.mlp" in name for name in load_file(path)))
-    held = {name: value for name, value in load_file(lacking).items() if "model.layers.1.mlp" not in name}
-    save_file(held, lacking, metadata={"format": "pt"})
+    others = {name: value for name, value in load_file(lacking).items() if "model.layers.1.mlp" not in name}
+    save_file(others, lacking, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.path=.*: the checkpoint lacks \d+ weights .*\(model\.layers\.1\.mlp"):
-        opened(tmp_path / "model", tmp_path / "pages")
+        load(tmp_path / "model", tmp_path / "pages")
 
 
 def test_export_holds_few_copies_of_a_layer(tmp_path: Path) -> None:
-    """At one time the layer, what is taken apart of one weight of it, and less than half of it for a shard."""
+    """In memory at a time: the layer, the parts of one of its weights, and less than half its size for a shard."""
     model = qwen2_moe(hidden_size=256, moe_intermediate_size=128, num_experts=16)
-    folder = written(model, tmp_path / "model")
+    folder = save(model, tmp_path / "model")
     page = largest_layer_bytes(model)
     del model
-    streamed = opened(folder, tmp_path / "pages")
+    streamed = load(folder, tmp_path / "pages")
     peak = peak_tensor_bytes(lambda: write_folder(streamed, None, Plan("tiny"), tmp_path / "out", ""), "cpu")
     assert page < peak < 2.5 * page
     assert same(tensors(tmp_path / "out"), tensors(folder))
 
 
-def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
-    """It trains like any other; the scales of condensed layers are still apart."""
-    model, expected = opened(folder, tmp_path / "pages"), opened(folder, None)
-    for each in (model, expected):
-        apply.execute(each, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
+def test_a_compressed_model_is_loaded_back(folder: Path, tmp_path: Path) -> None:
+    """It can be trained like any other; the scales of condensed layers are still separate."""
+    model, expected = load(folder, tmp_path / "pages"), load(folder, None)
+    for other in (model, expected):
+        apply.execute(other, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
     assert layer_store(model).streamed
     layer_store(model).load_all()
     assert not layer_store(model).streamed and same(model.state_dict(), expected.state_dict())
@@ -315,16 +321,16 @@ def test_a_compressed_model_is_brought_in(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_streamed_model_is_not_copied(streamed: Any) -> None:
-    """Its copy would have no weights, and a store that reads for the original."""
+    """A copy would have no weights, and its store would read into the original."""
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(streamed)
 
 
-def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path: Path) -> None:
-    found = []
+def test_a_recovery_of_a_streamed_model_trains_the_same(folder: Path, tmp_path: Path) -> None:
+    gradients = []
     for pages in (None, tmp_path / "pages"):
         plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
-        model = opened(folder, pages)
+        model = load(folder, pages)
         with layer_store(model).resident(1):  # whatever is in memory while all is frozen
             student = student_module.apply(model, plan)
             student.give_own_copies([0, 1])
@@ -334,13 +340,15 @@ def test_a_recovery_of_what_was_streamed_trains_the_same(folder: Path, tmp_path:
         module = RecoveryModule(student, recovery(objective="finetune"))
         module.prepare()
         module.losses(windows(2, 9))["loss"].backward()
-        found.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})
-    whole, streamed = found
-    assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
+        gradients.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})
+    in_memory, streamed = gradients
+    assert in_memory.keys() == streamed.keys() and all(
+        torch.equal(in_memory[name], streamed[name]) for name in in_memory
+    )
 
 
 def test_bf16_on_disk_is_the_rounded_state(folder: Path, tmp_path: Path) -> None:
-    model = opened(folder, None)
+    model = load(folder, None)
     exact, rounded = recorded(model), recorded(model, storage=Disk(tmp_path, torch.bfloat16))
     assert rounded.nbytes * 2 == exact.nbytes
     for index in range(len(exact.texts.local)):
@@ -349,14 +357,14 @@ def test_bf16_on_disk_is_the_rounded_state(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"recovery": {"objective": "distill"}}, "recovery.teacher=shared: with model.streaming=true the original is"),
         ({"recovery": {"objective": "finetune", "control": True}}, "recovery.control=true: trains the original"),
     ],
 )
-def test_what_streaming_cannot_do_is_refused(values: dict[str, Any], said: str) -> None:
+def test_what_streaming_cannot_do_is_refused(values: dict[str, Any], message: str) -> None:
     config = from_dict({"model": {"streaming": True, "pretrain": {}}, **values})
-    assert [problem for problem in config_messages(config) if said in problem]
-    whole = from_dict({"model": {"pretrain": {}}, **values})
-    assert not [problem for problem in config_messages(whole) if said in problem]
+    assert [problem for problem in config_messages(config) if message in problem]
+    plain = from_dict({"model": {"pretrain": {}}, **values})
+    assert not [problem for problem in config_messages(plain) if message in problem]

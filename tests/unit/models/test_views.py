@@ -1,4 +1,4 @@
-"""What configs say must be what models are; the published sizes are counted on the meta device."""
+"""Facts from configs agree with models; published sizes are counted on the meta device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEEPSEEK = DeepseekV2Config(
 PUBLISHED = {"qwen": (QWEN, 14_315_784_192, 12_457_082_880), "deepseek": (DEEPSEEK, 15_706_484_224, 14_394_851_328)}
 
 
-def on_meta(config: PretrainedConfig) -> Any:
+def meta_model(config: PretrainedConfig) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
@@ -47,7 +47,7 @@ def on_meta(config: PretrainedConfig) -> Any:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name: str) -> None:
     config, total, routed = PUBLISHED[name]
-    facts, model = families.facts(config), on_meta(config)
+    facts, model = families.facts(config), meta_model(config)
     assert len(facts.moe_layers) * facts.num_experts * 3 * facts.hidden_size * facts.expert_width == routed
     assert sizes(model) == {"total": total, "routed_experts": routed}
     assert tuple(views.sparse_blocks(model)) == facts.moe_layers
@@ -62,11 +62,11 @@ def test_published_facts() -> None:
 
 @pytest.mark.parametrize(("num_experts", "memory_ratio"), [(4, 0.6954), (0, None)])
 def test_memory_ratio_of_nine_condensed_layers(num_experts: int, memory_ratio: float | None) -> None:
-    """From shapes alone, a layer loses the router, its shared gate, and all experts but those kept."""
-    model = on_meta(QWEN)
+    """By its shapes, a layer loses the router, its shared gate, and all experts that are not retained."""
+    model = meta_model(QWEN)
     before = weights_bytes(model)
-    kept = tuple(range(0, 2 * num_experts, 2))
-    operations = [Condense(layer, kept, (0.1,) * num_experts, shared_gate=0.5) for layer in range(0, 18, 2)]
+    retained = tuple(range(0, 2 * num_experts, 2))
+    operations = [Condense(layer, retained, (0.1,) * num_experts, shared_gate=0.5) for layer in range(0, 18, 2)]
     apply.restructure(model, Plan("qwen", tuple(operations)))
     expert = 3 * 2048 * 1408
     lost = 9 * ((60 - num_experts) * expert + 60 * 2048 + 2048)
@@ -89,7 +89,7 @@ VARIANTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_facts_are_what_the_modules_are(variant: str) -> None:
+def test_facts_agree_with_the_modules(variant: str) -> None:
     model = VARIANTS[variant]()
     facts, blocks = families.facts(model.config), views.sparse_blocks(model)
     assert facts.num_layers == len(decoder.decoder_layers(model))
@@ -108,8 +108,8 @@ def test_facts_are_what_the_modules_are(variant: str) -> None:
             (facts.hidden_size, facts.shared_width),
         ]
         assert (weights.shared_gate is not None) == facts.shared_gate
-        own = {parameter.data_ptr() for parameter in block.module.parameters()}
-        assert {tensor.data_ptr() for tensor in (weights.gate_up_EHD, weights.down_EDF, *weights.shared)} <= own
+        pointers = {parameter.data_ptr() for parameter in block.module.parameters()}
+        assert {tensor.data_ptr() for tensor in (weights.gate_up_EHD, weights.down_EDF, *weights.shared)} <= pointers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,9 +119,9 @@ def test_names_of_blocks_and_experts(family: str) -> None:
     layer = families.facts(model.config).moe_layers[-1]
     names = dict(model.named_modules())
     assert names[views.block_name(layer)] is views.get_block(model, layer)
-    found = views.expert_modules(model, layer)
-    assert all(names[f"{views.block_name(layer)}.{name}"] is module for name, module in found.items())
-    numbers = sum(count_parameters(module) for module in found.values())
+    modules = views.expert_modules(model, layer)
+    assert all(names[f"{views.block_name(layer)}.{name}"] is module for name, module in modules.items())
+    numbers = sum(count_parameters(module) for module in modules.values())
     facts = families.facts(model.config)
     assert numbers == 3 * facts.hidden_size * (facts.num_experts * facts.expert_width + facts.shared_width)
 
@@ -137,7 +137,7 @@ def test_unsupported_models() -> None:
         families.family_of(close)
 
 
-def test_lists_of_one_entry_a_layer_lose_those_of_layers_that_are_gone() -> None:
+def test_lists_with_an_entry_per_layer_lose_those_of_dropped_layers() -> None:
     settings: dict[str, Any] = {"num_hidden_layers": 4, "eos_token_id": [1, 2, 3, 4]}
     config = Qwen2MoeConfig(**settings, mlp_only_layers=[3], mlp_layer_types=["sparse"] * 3 + ["dense"])
     assert families.stock_updates(config, {}, [0, 2], None) == {
@@ -149,26 +149,26 @@ def test_lists_of_one_entry_a_layer_lose_those_of_layers_that_are_gone() -> None
     }
 
 
-def test_kinds_of_attention_stay_where_a_config_has_them() -> None:
-    """Every other layer of gpt-oss slides, whatever its layer_types say to a stack that does not read them."""
+def test_kinds_of_attention_keep_the_places_that_a_config_gives_them() -> None:
+    """Every other layer of gpt-oss has sliding attention, also in implementations that do not read layer_types."""
     config = GptOssConfig(num_hidden_layers=4)
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
     expected = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     assert families.stock_updates(config, {}, [1, 2], None) == expected
-    assert families.stock_updates(config, {}, [0, 2], None) is not None  # one kind alone is left
+    assert families.stock_updates(config, {}, [0, 2], None) is not None  # only one kind remains
     assert families.stock_updates(config, {}, [1], None) is None
 
 
 @pytest.mark.parametrize("kind", [Qwen2MoeConfig, DeepseekV2Config])
-def test_no_other_list_of_a_config_has_one_entry_a_layer(kind: type[PretrainedConfig]) -> None:
-    """Lists that a config makes for its layers are known by name: a new release of transformers may make more."""
+def test_no_other_list_of_a_config_has_an_entry_per_layer(kind: type[PretrainedConfig]) -> None:
+    """Lists with an entry per layer are known by name, and a new release of transformers may add one."""
     few, many = (kind(num_hidden_layers=number).to_dict() for number in (7, 11))
     grown = {name for name, value in many.items() if isinstance(value, list) and value != few[name]}
     assert grown <= set(families.PER_LAYER)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_swapped_comes_back_also_after_an_error(family: str) -> None:
+def test_swapped_blocks_are_restored_also_after_an_error(family: str) -> None:
     model, ids = FAMILIES[family](), windows(2, 7)
     layer = families.facts(model.config).moe_layers[0]
 
@@ -187,8 +187,8 @@ def test_swapped_comes_back_also_after_an_error(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_the_table_names_every_tensor_with_an_entry_an_expert(family: str) -> None:
-    """Seven experts, a number that no other size is."""
+def test_the_table_names_every_tensor_with_an_entry_per_expert(family: str) -> None:
+    """There are seven experts, and no other size is seven."""
     model = EVERY[family](**{families.FAMILIES[family].num_experts: 7})
     for block in views.sparse_blocks(model).values():
         for module, names in (
@@ -198,8 +198,8 @@ def test_the_table_names_every_tensor_with_an_entry_an_expert(family: str) -> No
             assert {name for name, tensor in module.state_dict().items() if 7 in tensor.shape} == set(names)
 
 
-def test_what_is_as_large_as_the_number_of_experts_by_chance_stays_whole() -> None:
-    """A router with a norm as wide as its experts are many; experts as wide as many."""
+def test_sizes_that_equal_the_number_of_experts_by_chance_are_not_pruned() -> None:
+    """A norm in the router, and the experts themselves, are as wide as there are experts."""
 
     class Router(nn.Module):
         def __init__(self, before: Any) -> None:
@@ -213,8 +213,10 @@ def test_what_is_as_large_as_the_number_of_experts_by_chance_stays_whole() -> No
     views.set_block(model, 1, views.replace_parts(block.module, router=router))
     apply.execute(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
     pruned = views.sparse_blocks(model)[1]
-    found: Any = pruned.router
-    assert torch.equal(found.weight, router.weight[[0, 2, 5]]) and found.num_experts == 3
-    assert torch.equal(found.norm.weight, router.norm.weight) and torch.equal(found.temperature, router.temperature)
+    pruned_router: Any = pruned.router
+    assert torch.equal(pruned_router.weight, router.weight[[0, 2, 5]]) and pruned_router.num_experts == 3
+    assert torch.equal(pruned_router.norm.weight, router.norm.weight) and torch.equal(
+        pruned_router.temperature, router.temperature
+    )
     assert pruned.weights.gate_up_EHD.shape == (3, 12, 32) and pruned.weights.down_EDF.shape == (3, 32, 6)
     assert router.weight.shape == (6, 32) and router.num_experts == 6

@@ -1,4 +1,4 @@
-"""Budgets against the sizes of the models that surgery leaves; CD-MoE's fewest layers for one."""
+"""Budgets against the sizes of models after surgery; CD-MoE condenses the fewest layers for a budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def size(model: Any) -> int:
 
 
 def drop(model: Any, total: int) -> None:
-    """Drop `total` experts of a model of whole layers of six, at most four from each, the first ones first."""
+    """Drop `total` experts of a model with six in every MoE layer: at most four of a layer, the first layers first."""
     plan = []
     for layer in views.sparse_blocks(model):
         number = min(4, total)
@@ -41,12 +41,12 @@ def drop(model: Any, total: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_counts_are_those_of_the_model(family: str) -> None:
+def test_parameter_counts(family: str) -> None:
     model = FAMILIES[family]()
     layers = len(views.sparse_blocks(model))
     assert count_parameters(model) == size(model) == parameters.parameter_counts(model.config).total
     assert routed_parameters(model) == layers * 6 * EXPERT
-    apply.execute(model, condense_plan(model, [1]))  # two of its routed experts stay
+    apply.execute(model, condense_plan(model, [1]))  # two of its routed experts are retained
     assert routed_parameters(model) == (layers - 1) * 6 * EXPERT + 2 * EXPERT
 
 
@@ -60,17 +60,17 @@ def test_memory_ratio_drops_the_fewest_experts_that_keep_it(family: str, ratio: 
         model = FAMILIES[family]()
         drop(model, number)
         sizes.append(size(model))
-        assert budget.experts_to_drop(model) == total - number  # of a model that has lost some already
+        assert budget.experts_to_drop(model) == total - number  # of a model that has already lost some
     assert sizes[0] <= ratio * original < sizes[1]
     assert sizes[1] - sizes[0] == EXPERT + ROW
-    # Merged experts leave their router's rows: as many or more have to go.
+    # Merging keeps the rows of the router, so as many or more experts have to be removed.
     least = -(-(original - math.floor(ratio * original)) // EXPERT)
     assert budget.experts_to_drop(FAMILIES[family](), router_rows=False) == least >= total
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 0.34, 0.5])
-def test_removed_expert_ratio_counts_routed_experts_alone(family: str, ratio: float) -> None:
+def test_removed_expert_ratio_counts_routed_experts_only(family: str, ratio: float) -> None:
     model, budget = FAMILIES[family](), Budget(removed_expert_ratio=ratio)
     experts = 6 * len(views.sparse_blocks(model))
     assert budget.experts_to_drop(model) == round(ratio * experts)
@@ -87,7 +87,7 @@ def test_problems() -> None:
 
 
 def test_two_ratios() -> None:
-    """A default yields to the other ratio; otherwise giving both is a problem, in the same words everywhere."""
+    """A default yields to the other ratio; otherwise giving both is a problem, with the same message everywhere."""
     both = {"removed_expert_ratio": 0.5, "memory_ratio": 0.7}
     assert Budget(**both, yields="removed_expert_ratio") == Budget(None, 0.7, "removed_expert_ratio")
     assert Budget(**both, yields="memory_ratio").settings() == {**both, "memory_ratio": None}
@@ -102,7 +102,7 @@ def test_two_ratios() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "setting",
-    # 0.76585 is kept by two layers of qwen2_moe only as the gates of the shared experts go too.
+    # Two layers of qwen2_moe meet 0.76585 only because the gates of their shared experts are removed too.
     [("memory_ratio", 0.95), ("memory_ratio", 0.8), ("memory_ratio", 0.76585), ("removed_expert_ratio", 0.4)],
 )
 def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, float]) -> None:
@@ -118,10 +118,12 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
     for plan in (operations, operations[:-1]):
         other = FAMILIES[family]()
         apply.execute(other, Plan("tiny", tuple(plan)))
-        kept = size(other) / original  # the scale, a buffer that export folds, does not count
-        reached.append(kept <= ratio if name == "memory_ratio" else 1 - routed_parameters(other) / experts >= ratio)
+        memory_ratio = size(other) / original  # the scale, a buffer that export folds, does not count
+        reached.append(
+            memory_ratio <= ratio if name == "memory_ratio" else 1 - routed_parameters(other) / experts >= ratio
+        )
     assert reached == [True, False]
-    # The same cache serves the number of layers that the budget came to, and is what that number alone gives.
+    # With the same cache, the number of layers that meets the budget gives the same plan without another search.
     alone, again = CDMoE(num_experts=2, num_layers=len(operations)).search(
         SearchContext(model, lambda: pytest.fail("taped again"), cache, 1 << 30)
     )
@@ -131,7 +133,7 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
 @pytest.mark.parametrize("name", ["memory_ratio", "removed_expert_ratio"])
 @pytest.mark.parametrize("num_experts", [2, 5])
 def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
-    """What the message names can be kept, and nothing 0.0002 stricter."""
+    """The ratio that the message names can be reached, and none that is 0.0002 stricter."""
     model = qwen2_moe()
     strict = 0.05 if name == "memory_ratio" else 0.95
 
@@ -142,15 +144,15 @@ def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
     cache: dict[str, Any] = {}
     with pytest.raises(ValueError, match=f"{name}=.* at best") as error:
         search(strict)
-    found = re.search(rf"{name}=([\d.]+) at best", str(error.value))
-    assert found is not None
-    best = float(found[1])
+    reported = re.search(rf"{name}=([\d.]+) at best", str(error.value))
+    assert reported is not None
+    best = float(reported[1])
     assert len(search(best)[0]) == 3
     with pytest.raises(ValueError, match="at best"):
         search(best - 2e-4 if name == "memory_ratio" else best + 2e-4)
 
 
-def test_cdmoe_that_keeps_every_expert_saves_none() -> None:
+def test_cdmoe_that_retains_every_expert_removes_none() -> None:
     model = qwen2_moe()
     with pytest.raises(ValueError, match="saves 0: removed_expert_ratio=0 at best"):
         CDMoE(num_experts=6, budget=Budget(removed_expert_ratio=0.2)).search(

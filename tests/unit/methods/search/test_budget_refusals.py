@@ -1,4 +1,4 @@
-"""Budgets that no layer can keep are refused."""
+"""Budgets that cannot be met are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recondense.methods.search.budget import Budget
 from recondense.models import families
 
 
-def test_refusals() -> None:
+def test_budgets_that_cannot_be_met_are_refused() -> None:
     facts = families.facts(qwen2_moe().config)
     assert "at most 0.6667" in SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.8)).check(facts)[0]
     assert "at most 0.6667" in NAEE(budget=Budget(removed_expert_ratio=0.8)).check(facts)[0]

@@ -1,4 +1,4 @@
-"""Damage against the whole model run on every text alone."""
+"""Damage against a run of the whole model on every text alone."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from recondense.models import decoder, views
 from recondense.models.replacement_blocks import Zeros
 
 
-def only(damage: Damage, layer: int, block: nn.Module | None) -> float:
+def measure_one(damage: Damage, layer: int, block: nn.Module | None) -> float:
     return damage.measure([Change(layer, lambda: block)])[0]
 
 
-def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
+def divergence_of_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
     """JS between softmaxes of the final hidden states in fp64, mean over each text, then over texts."""
 
     def final(ids: torch.Tensor) -> torch.Tensor:
         return decoder.decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0].double()
 
     means = []
-    for block in tape.texts.local:
-        for ids, mask in zip(block.input_ids_BS, block.mask_BS, strict=True):
+    for batch in tape.texts.local:
+        for ids, mask in zip(batch.input_ids_BS, batch.mask_BS, strict=True):
             p = torch.softmax(final(ids[mask]), dim=-1)
             with views.swap_blocks(model, blocks):
                 q = torch.softmax(final(ids[mask]), dim=-1)
@@ -39,20 +39,24 @@ def whole_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_damage_is_the_divergence_of_the_whole_model(family: str) -> None:
+def test_damage_is_the_divergence_of_the_divergence_of_model(family: str) -> None:
     model = FAMILIES[family]()
     tape = recorded(model)
     pruned = {layer: views.masked_block(block, (0, 2, 5)) for layer, block in views.sparse_blocks(model).items()}
     with unchanged(model):
         damage = Damage(model, tape)
-        assert only(damage, 1, None) == pytest.approx(0.0, abs=1e-9)
-        assert only(damage, 1, pruned[1]) == pytest.approx(whole_model(model, tape, {1: pruned[1]}), rel=1e-3)
-        assert only(damage, 2, Zeros()) == pytest.approx(whole_model(model, tape, {2: Zeros()}), rel=1e-3)
+        assert measure_one(damage, 1, None) == pytest.approx(0.0, abs=1e-9)
+        assert measure_one(damage, 1, pruned[1]) == pytest.approx(
+            divergence_of_model(model, tape, {1: pruned[1]}), rel=1e-3
+        )
+        assert measure_one(damage, 2, Zeros()) == pytest.approx(
+            divergence_of_model(model, tape, {2: Zeros()}), rel=1e-3
+        )
         together = damage.replace(pruned)
-        assert together == pytest.approx(whole_model(model, tape, pruned), rel=1e-3)
-        assert only(damage, 1, pruned[1]) == pytest.approx(together, rel=1e-6)
+        assert together == pytest.approx(divergence_of_model(model, tape, pruned), rel=1e-3)
+        assert measure_one(damage, 1, pruned[1]) == pytest.approx(together, rel=1e-6)
         mixed = {**pruned, 1: Zeros()}
-        assert only(damage, 1, Zeros()) == pytest.approx(whole_model(model, tape, mixed), rel=1e-3)
+        assert measure_one(damage, 1, Zeros()) == pytest.approx(divergence_of_model(model, tape, mixed), rel=1e-3)
         without = {layer: block for layer, block in pruned.items() if layer != 1}
-        assert only(damage, 1, None) == pytest.approx(whole_model(model, tape, without), rel=1e-3)
+        assert measure_one(damage, 1, None) == pytest.approx(divergence_of_model(model, tape, without), rel=1e-3)
         assert damage.replace({}) == pytest.approx(0.0, abs=1e-9)

@@ -17,15 +17,15 @@ SCALES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0)
 
 
 def js_in_many_digits(reference_TD: Tensor, difference_TD: Tensor) -> list[mpmath.mpf]:
-    """The definition of METHODS.md word by word, in 120 digits: ½[KL(p‖m) + KL(q‖m)] with 1e-10 added everywhere."""
+    """The definition word by word, in 120 digits: ½[KL(p‖m) + KL(q‖m)] with 1e-10 added everywhere."""
     with mpmath.workdps(120):
-        found = []
+        divergences = []
         for logits, moved in zip(reference_TD.double().tolist(), difference_TD.double().tolist(), strict=True):
             p = _softmax([mpmath.mpf(x) for x in logits])
             q = _softmax([mpmath.mpf(x) + mpmath.mpf(d) for x, d in zip(logits, moved, strict=True)])
             m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-            found.append((_kl(p, m) + _kl(q, m)) / 2)
-        return found
+            divergences.append((_kl(p, m) + _kl(q, m)) / 2)
+        return divergences
 
 
 def _softmax(logits: list[mpmath.mpf]) -> list[mpmath.mpf]:
@@ -50,27 +50,27 @@ def states(outlier: float, num: int = 8, width: int = 32) -> Tensor:
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("outlier", [0.0, 30.0, 300.0])
 def test_jensen_shannon_keeps_its_digits(outlier: float, scale: float) -> None:
-    """However close the two are, and beside an outlier dimension; 1e-38 is where fp32 ends."""
+    """However close the two distributions are, and beside an outlier dimension; fp32 ends at 1e-38."""
     reference_TD = states(outlier)
     difference_TD = torch.randn(reference_TD.shape) * scale
     expected = js_in_many_digits(reference_TD, difference_TD)
-    found = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
-    assert found.dtype == torch.float32
-    for mine, true in zip(found.tolist(), expected, strict=True):
-        assert abs(mine - true) <= 1e-4 * true + 1e-38, (mine, float(true))
+    divergences = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
+    assert divergences.dtype == torch.float32
+    for actual, exact in zip(divergences.tolist(), expected, strict=True):
+        assert abs(actual - exact) <= 1e-4 * exact + 1e-38, (actual, float(exact))
 
 
 def test_jensen_shannon_of_one_far_and_unlikely_dimension() -> None:
-    """A dimension of no weight moves far, the rest hardly: the definition in fp64 would leave only its rounding."""
+    """An improbable dimension moves far, the others hardly: in fp64 the definition would give only rounding errors."""
     reference_TD = states(0.0)
     reference_TD[:, 3] = -40.0
     difference_TD = torch.randn(reference_TD.shape) * 1e-6
     difference_TD[:, 3] = 12.0
     expected = js_in_many_digits(reference_TD, difference_TD)
     assert float(expected[0]) < 1e-12
-    found = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
-    for mine, true in zip(found.tolist(), expected, strict=True):
-        assert abs(mine - true) <= 1e-4 * true, (mine, float(true))
+    divergences = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
+    for actual, exact in zip(divergences.tolist(), expected, strict=True):
+        assert abs(actual - exact) <= 1e-4 * exact, (actual, float(exact))
 
 
 def test_jensen_shannon_is_zero_without_a_difference_and_ln2_at_most() -> None:
@@ -81,7 +81,7 @@ def test_jensen_shannon_is_zero_without_a_difference_and_ln2_at_most() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
-def test_jensen_shannon_is_scipys(scale: float) -> None:
+def test_jensen_shannon_equals_scipys(scale: float) -> None:
     reference_TD = states(0.0)
     difference_CTD = torch.randn(3, *reference_TD.shape) * scale
     p = reference_TD.double().softmax(-1).expand_as(difference_CTD).numpy()
@@ -105,7 +105,7 @@ def test_a_shift_of_all_dimensions_changes_nothing(scale: float) -> None:
 
 @pytest.mark.parametrize("step", [2.0**-12, 2.0**-6, 0.5])
 def test_jensen_shannon_is_symmetric(step: float) -> None:
-    """JS(p, q) = JS(q, p), from numbers whose sum is exact; and a tiny change costs as much either way."""
+    """JS(p, q) = JS(q, p), for numbers with exact sums; a tiny change counts as much in both directions."""
     reference_TD = (states(0.0) * 256).round() / 256
     difference_TD = torch.randint(-3, 4, reference_TD.shape) * step
     there = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0))
@@ -118,42 +118,42 @@ def test_jensen_shannon_is_symmetric(step: float) -> None:
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("width", [32, 257, 2048])
 def test_chunks_give_the_same_bits(width: int, apart: bool) -> None:
-    """Candidates and tokens may be cut as the memory allows: a score must not depend on it."""
+    """Candidates and tokens are cut into chunks as memory allows: scores must not depend on it."""
     torch.manual_seed(0)
     reference_TD, difference_CTD = torch.randn(21, width), torch.randn(24, 21, width) * 0.1
-    difference_CTD[3, 4] *= 200  # one that is far away
-    whole = jensen_shannon(reference_TD, difference_CTD.clone(), apart)
+    difference_CTD[3, 4] *= 200  # one candidate that is far away
+    together = jensen_shannon(reference_TD, difference_CTD.clone(), apart)
     for group in (1, 2, 7):
         parts = [jensen_shannon(reference_TD, part.clone(), apart) for part in difference_CTD.split(group)]
-        differs = (torch.cat(parts) - whole).abs().max().item()
-        assert torch.equal(torch.cat(parts), whole), f"groups of {group} candidates differ by {differs:.2g}"
+        difference = (torch.cat(parts) - together).abs().max().item()
+        assert torch.equal(torch.cat(parts), together), f"groups of {group} candidates differ by {difference:.2g}"
     for rows in (1, 4):
-        cut = [slice(row, row + rows) for row in range(0, 21, rows)]
-        parts = [jensen_shannon(reference_TD[own], difference_CTD[:, own].clone(), apart) for own in cut]
-        differs = (torch.cat(parts, dim=1) - whole).abs().max().item()
-        assert torch.equal(torch.cat(parts, dim=1), whole), f"{rows} tokens at a time differ by {differs:.2g}"
+        slices = [slice(row, row + rows) for row in range(0, 21, rows)]
+        parts = [jensen_shannon(reference_TD[tokens], difference_CTD[:, tokens].clone(), apart) for tokens in slices]
+        difference = (torch.cat(parts, dim=1) - together).abs().max().item()
+        assert torch.equal(torch.cat(parts, dim=1), together), f"{rows} tokens at a time differ by {difference:.2g}"
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 3.0, 10.0, 30.0])
 @pytest.mark.parametrize("outlier", [0.0, 3.0])
-def test_the_shorter_computation_where_distributions_lie_apart(outlier: float, scale: float) -> None:
+def test_the_shorter_computation_for_distributions_that_are_far_apart(outlier: float, scale: float) -> None:
     reference_TD = states(outlier)
     difference_TD = torch.randn(reference_TD.shape) * scale
     expected = [float(true) for true in js_in_many_digits(reference_TD, difference_TD)]
-    found = jensen_shannon(reference_TD, difference_TD.unsqueeze(0), apart=True)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    divergences = jensen_shannon(reference_TD, difference_TD.unsqueeze(0), apart=True)[0]
+    np.testing.assert_allclose(divergences, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fall", [60.0, 150.0, 400.0])
 @pytest.mark.parametrize("apart", [False, True])
 def test_the_largest_dimension_may_fall_below_all_others(apart: bool, fall: float) -> None:
-    """A massive activation of the original that a candidate lacks, and one that it has elsewhere."""
+    """The original has a massive activation that a candidate lacks, or has in another dimension."""
     reference_TD = states(0.0)
     reference_TD[:, 3] += fall
     difference_TD = torch.randn(reference_TD.shape)
     difference_TD[::2, 3] -= 1.5 * fall
     difference_TD[::4, 7] += 2 * fall
     expected = [float(true) for true in js_in_many_digits(reference_TD, difference_TD)]
-    found = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0), apart=apart)[0]
-    np.testing.assert_allclose(found[::2], expected[::2], rtol=1e-4)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+    divergences = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0), apart=apart)[0]
+    np.testing.assert_allclose(divergences[::2], expected[::2], rtol=1e-4)
+    np.testing.assert_allclose(divergences, expected, rtol=1e-4, atol=1e-9)

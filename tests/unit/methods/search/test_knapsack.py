@@ -11,34 +11,34 @@ from recondense.methods.search.knapsack import least_damage
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_least_of_all_choices(seed: int) -> None:
+def test_least_damage_of_all_choices(seed: int) -> None:
     draw = random.Random(seed)
     saved = [[0, *(draw.randrange(1, 50) for _ in range(draw.randrange(1, 4)))] for _ in range(5)]
-    damage = [[0.0, *(draw.random() for _ in each[1:])] for each in saved]
-    need = draw.randrange(1, sum(max(each) for each in saved) + 1)
+    damage = [[0.0, *(draw.random() for _ in options[1:])] for options in saved]
+    need = draw.randrange(1, sum(max(options) for options in saved) + 1)
     enough = [
         choice
-        for choice in itertools.product(*(range(len(each)) for each in saved))
-        if sum(each[option] for each, option in zip(saved, choice, strict=True)) >= need
+        for choice in itertools.product(*(range(len(options)) for options in saved))
+        if sum(options[option] for options, option in zip(saved, choice, strict=True)) >= need
     ]
 
     def total(choice: tuple[int, ...] | list[int]) -> float:
-        return sum(each[option] for each, option in zip(damage, choice, strict=True))
+        return sum(costs[option] for costs, option in zip(damage, choice, strict=True))
 
-    found = least_damage(saved, damage, need)
-    assert tuple(found) in enough
-    assert total(found) == pytest.approx(min(total(choice) for choice in enough))
+    best = least_damage(saved, damage, need)
+    assert tuple(best) in enough
+    assert total(best) == pytest.approx(min(total(choice) for choice in enough))
 
 
 def test_large_counts_still_save_enough() -> None:
     saved = [[0, 10**9 + 7 * i, 2 * 10**9 + 3 * i] for i in range(24)]
     damage = [[0.0, 0.1 + 0.01 * i, 0.5 - 0.01 * i] for i in range(24)]
-    for need in (1, 10**9, 24 * 10**9, sum(max(each) for each in saved)):
-        found = least_damage(saved, damage, need)
-        assert sum(each[option] for each, option in zip(saved, found, strict=True)) >= need
+    for need in (1, 10**9, 24 * 10**9, sum(max(options) for options in saved)):
+        choice = least_damage(saved, damage, need)
+        assert sum(options[option] for options, option in zip(saved, choice, strict=True)) >= need
 
 
-def test_nothing_to_save_and_too_much() -> None:
+def test_saving_nothing_and_too_much() -> None:
     assert least_damage([[0, 5]], [[0.0, 0.1]], 0) == [0]
     with pytest.raises(ValueError, match="at most 5"):
         least_damage([[0, 5]], [[0.0, 0.1]], 6)

@@ -1,4 +1,4 @@
-"""How the KT-reception field works: how many decoder layers it runs, and what it leaves to blocks after the first."""
+"""The KT-reception field: how many decoder layers it runs, and which states its later blocks see."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SETS = [(0, 1), (2, 4), (3, 5)]
     [
         # K + K² + K³ for a block of three layers.
         (lambda: qwen2_moe(num_hidden_layers=3), [(0, 1, 2)], 39),
-        # The last block is shorter. Before it, the way chosen so far once more.
+        # The last block is shorter. Before it, the chosen sets run once more.
         (lambda: qwen2_moe(num_hidden_layers=4), [(0, 1, 2), (3,)], 39 + 3 + 3),
-        # Layer 0 is dense and below: never run. Then MoE layers 1, 2 and 3.
+        # Layer 0 is dense and below all MoE layers, so it never runs. Then MoE layers 1, 2 and 3.
         (lambda: deepseek_v2(num_hidden_layers=4), [(1, 2, 3)], 39),
         # Layer 1 is dense, within a block: it runs with each of layer 0's candidates.
         (lambda: qwen2_moe(num_hidden_layers=4, mlp_only_layers=[1]), [(0, 2, 3)], 2 * 3 + 9 + 27),
-        # Layers 3 and 5 are dense: 3 is run once, between the blocks, and 5 is above all.
+        # Layers 3 and 5 are dense: 3 runs once, between the blocks; 5 is above all MoE layers.
         (lambda: qwen2_moe(num_hidden_layers=6, mlp_only_layers=[3, 5]), [(0, 1, 2), (4,)], 39 + 3 + 1 + 3),
     ],
 )
@@ -41,14 +41,14 @@ def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs:
     tape = Tape.record(model, blocks(texts()))
     before = tape.layer_runs
     with unchanged(model):
-        found = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
-    assert [field.layers for field in found] == list(groups)
-    assert [field.combinations for field in found] == [3 ** len(group) for group in groups]
+        fields = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
+    assert [field.layers for field in fields] == list(groups)
+    assert [field.combinations for field in fields] == [3 ** len(group) for group in groups]
     assert tape.layer_runs - before == pytest.approx(runs)
 
 
 def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense layers within a block, too; of a model larger than memory another layer takes the place of the last."""
+    """Dense layers within a block, too: for a model larger than memory, changing the layer means reading it again."""
     used: list[int] = []
     resident = InMemory.resident
 
@@ -61,26 +61,26 @@ def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch
     tape = Tape.record(model, blocks(texts()))
     monkeypatch.setattr(InMemory, "resident", spied)
     before = tape.layer_runs
-    [found] = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
-    assert found.layers == (0, 3, 5) and used == [0, 1, 2, 3, 4, 5]
+    [field] = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
+    assert field.layers == (0, 3, 5) and used == [0, 1, 2, 3, 4, 5]
     assert tape.layer_runs - before == pytest.approx(3 * 3 + 2 * 9 + 27)
 
 
 def test_a_dense_layer_between_blocks_sees_the_pruned_states() -> None:
-    """The second block's choice is the enumeration's, the first block pruned; its error is the whole model's."""
+    """The second block's choice is that of an enumeration with the first block pruned; its error is the model's."""
     for seed in range(4):
         model = qwen2_moe(seed, num_hidden_layers=5, mlp_only_layers=[2])
         ids = [torch.tensor(text) for text in texts(seed)]
         tape = Tape.record(model, blocks(texts(seed)))
         candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
         first, second = reception_field(model, tape, candidates, 2)
-        chosen = {layer: SETS[place] for layer, place in zip(first.layers, first.choice, strict=True)}
-        assert second.choice == best_of_block(model, ids, candidates, second.layers, chosen)
-        chosen |= {layer: SETS[place] for layer, place in zip(second.layers, second.choice, strict=True)}
-        own = leaving_last_layer(model, ids)
-        with pruned(model, chosen):
-            other = leaving_last_layer(model, ids)
-        assert second.error == pytest.approx(float((other - own).norm() / own.norm()), rel=1e-4)
+        dropped = {layer: SETS[place] for layer, place in zip(first.layers, first.choice, strict=True)}
+        assert second.choice == best_of_block(model, ids, candidates, second.layers, dropped)
+        dropped |= {layer: SETS[place] for layer, place in zip(second.layers, second.choice, strict=True)}
+        original = leaving_last_layer(model, ids)
+        with pruned(model, dropped):
+            changed = leaving_last_layer(model, ids)
+        assert second.error == pytest.approx(float((changed - original).norm() / original.norm()), rel=1e-4)
 
 
 @torch.no_grad()
@@ -94,20 +94,20 @@ def leaving_last_layer(model: Any, ids: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(seen)
 
 
-def test_blocks_that_are_known_are_gone_through_and_not_tried_again() -> None:
+def test_known_blocks_are_run_and_not_searched_again() -> None:
     model = qwen2_moe(num_hidden_layers=5, mlp_only_layers=[2])
     tape = Tape.record(model, blocks(texts()))
     candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
     counts: list[int] = []
-    whole = reception_field(model, tape, candidates, 2, on_decision=lambda so_far: counts.append(len(so_far)))
+    fields = reception_field(model, tape, candidates, 2, on_decision=lambda so_far: counts.append(len(so_far)))
     assert counts == [1, 2]
     before = tape.layer_runs
-    assert reception_field(model, tape, candidates, 2, whole[:1]) == whole
+    assert reception_field(model, tape, candidates, 2, fields[:1]) == fields
     assert tape.layer_runs - before == pytest.approx(2 + 1 + 3 + 9)  # the chosen way, the dense layer, K + K²
 
 
 class Killed(Exception):
-    """Ends a search where it stands."""
+    """Ends a search."""
 
 
 class Dying(dict[str, dict[str, Any]]):
@@ -119,7 +119,7 @@ class Dying(dict[str, dict[str, Any]]):
             raise Killed
 
 
-def test_a_killed_search_goes_on_at_the_block_where_it_was() -> None:
+def test_a_killed_search_resumes_at_its_block() -> None:
     model = qwen2_moe(num_hidden_layers=5)
     tape = Tape.record(model, blocks(texts()))
     step = InterExpertPruning(prune_ratio=0.25, block_size=2, genetic=Genetic(population=10, iterations=2, parents=4))
@@ -128,8 +128,8 @@ def test_a_killed_search_goes_on_at_the_block_where_it_was() -> None:
         step.search(SearchContext(model, lambda: tape, cache, 1 << 28))
     before = tape.layer_runs
     resumed = step.search(SearchContext(model, lambda: tape, dict(cache), 1 << 28))
-    spent = tape.layer_runs - before
+    layer_runs = tape.layer_runs - before
     before = tape.layer_runs
     undisturbed = step.search(SearchContext(model, lambda: tape, {}, 1 << 28))
     assert resumed[0] == undisturbed[0] and resumed[1]["blocks"] == undisturbed[1]["blocks"]
-    assert spent < tape.layer_runs - before
+    assert layer_runs < tape.layer_runs - before

@@ -1,4 +1,4 @@
-"""Leave-out errors under every router, against plain torch."""
+"""Leave-out errors under the router of every family, against plain torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recondense.models import views
 
 @pytest.mark.parametrize("name", [*VARIANTS, *STEEP])
 @torch.no_grad()
-def test_replay_is_the_masked_block(name: str) -> None:
+def test_replay_equals_the_masked_block(name: str) -> None:
     """For sets of every size; also against plain torch."""
     model, routing = variant(name)
     layer = list(views.sparse_blocks(model))[-1]
@@ -30,13 +30,15 @@ def test_replay_is_the_masked_block(name: str) -> None:
         return
     generator = torch.Generator().manual_seed(5)
     sets = [torch.randperm(6, generator=generator)[:number].tolist() for number in (1, 1, 2, 2, 3, 3, 4, 4)]
-    dropped_PE = torch.tensor([[expert in each for expert in range(6)] for each in sets])
+    dropped_PE = torch.tensor([[expert in dropped for expert in range(6)] for dropped in sets])
     plain, x_TD = PlainMoE(view.module, routing), torch.cat([trace.x_TD for trace in tape.trace(model, layer)])
-    whole = plain(x_TD.double())
-    for each, error in zip(
+    original = plain(x_TD.double())
+    for dropped, error in zip(
         sets, LeaveOutScorer.prepare(model, tape, view, 4, 1 << 30).errors(dropped_PE).tolist(), strict=True
     ):
-        masked = views.masked_block(view, [expert for expert in range(6) if expert not in each])
+        masked = views.masked_block(view, [expert for expert in range(6) if expert not in dropped])
         change = (run(masked, x_TD) - run(view.module, x_TD)).double().norm()
-        assert error == pytest.approx(float(change), rel=1e-3, abs=1e-4), each
-        assert error == pytest.approx(float((plain(x_TD.double(), each) - whole).norm()), rel=1e-3, abs=1e-4), each
+        assert error == pytest.approx(float(change), rel=1e-3, abs=1e-4), dropped
+        assert error == pytest.approx(float((plain(x_TD.double(), dropped) - original).norm()), rel=1e-3, abs=1e-4), (
+            dropped
+        )
