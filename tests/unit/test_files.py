@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, with the mode of any other file; a key names one file wherever it lies."""
+"""Files are written completely or not at all, with the usual mode; a key gives one name on every file system."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ AWKWARD = (
 )
 
 
-def test_every_key_has_a_name_of_its_own_that_every_file_system_takes() -> None:
+def test_every_key_has_its_own_name_that_every_file_system_accepts() -> None:
     names = [file_name(key) for key in (*PLAIN, *AWKWARD)]
     assert names[: len(PLAIN)] == list(PLAIN)
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z0-9_+-]{1,120}", name) for name in names)
     assert not {"con", "com1", "nul"} & set(names)
-    assert file_name("blocks-" + "-".join(["32"] * 94)).startswith("blocks-32-32"), "names can be read"
+    assert file_name("blocks-" + "-".join(["32"] * 94)).startswith("blocks-32-32"), "names are readable"
 
 
-def test_a_folder_takes_every_key(tmp_path: Path) -> None:
+def test_a_folder_accepts_every_key(tmp_path: Path) -> None:
     folder = JsonFolder(tmp_path)
     for number, key in enumerate((*PLAIN, *AWKWARD)):
         assert key not in folder
@@ -61,12 +61,12 @@ def test_a_folder_takes_every_key(tmp_path: Path) -> None:
     assert sorted(folder) == sorted(PLAIN)
 
 
-def test_a_shelf_takes_every_name(tmp_path: Path) -> None:
-    """Also names that differ only behind a dot, where a suffix would begin."""
+def test_a_tensor_list_accepts_every_name(tmp_path: Path) -> None:
+    """Also names that differ only after a dot, where a suffix would begin."""
     for number, name in enumerate(AWKWARD):
-        shelf = Disk(tmp_path).tensor_list(name)
-        shelf.append(torch.tensor([number]))
-        shelf.finish()  # type: ignore[attr-defined]
+        tensors = Disk(tmp_path).tensor_list(name)
+        tensors.append(torch.tensor([number]))
+        tensors.finish()  # type: ignore[attr-defined]
     assert [int(Disk(tmp_path).tensor_list(name)[0]) for name in AWKWARD] == list(range(len(AWKWARD)))
 
 
@@ -82,12 +82,12 @@ def test_write_aside_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.
     for path in (old, tmp_path / "other"):
         with pytest.raises(OSError, match="No space left"):
             write_aside(path, "new")
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert old.read_text() == "old"
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, root: Path) -> None:
-    """SIGKILL between writing and renaming: nothing can be cleaned up, but the old file stands under its name."""
+    """SIGKILL between writing and renaming: nothing can be cleaned up, but the old file keeps its name."""
     path = tmp_path / "file"
     write_aside(path, "old")
     code = (
@@ -98,7 +98,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, root: Path) ->
     )
     assert subprocess.run([sys.executable, "-I", "-S", "-c", code]).returncode == -9
     assert path.read_text() == "old"
-    assert all(each.name.startswith(".") for each in tmp_path.iterdir() if each != path)
+    assert all(other.name.startswith(".") for other in tmp_path.iterdir() if other != path)
 
 
 def test_write_aside_bytes_text_and_permissions(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_fingerprint_depends_on_values_not_on_their_order() -> None:
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_the_mode_is_what_the_umask_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
-    """Also of what safetensors writes for the owner alone. The umask is the whole process's: it never changes."""
+    """Also for what safetensors writes for the owner only. The umask belongs to the process and never changes."""
     before = os.umask(umask)
     try:
         monkeypatch.setattr(os, "umask", None)  # a call would fail
@@ -157,7 +157,7 @@ def test_the_mode_is_what_the_umask_gives(tmp_path: Path, monkeypatch: pytest.Mo
     assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~umask}
 
 
-def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path: Path) -> None:
+def test_threads_that_write_the_same_file_leave_one_complete_version(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: write_aside(tmp_path / "file", f"{number}" * 10_000), range(40)))
     content = (tmp_path / "file").read_text()
@@ -166,7 +166,7 @@ def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-def test_a_folder_is_replaced_whole_or_not_at_all(
+def test_a_folder_is_replaced_completely_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
 ) -> None:
     folder = tmp_path / "model"
@@ -183,13 +183,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(
     for number in (1, 2):  # renaming the old one away, and the new one to its place
         calls = iter(range(1, 3))
 
-        def broken(*paths: Path, at: int = number, calls: Iterator[int] = calls) -> None:
+        def fail_at(*paths: Path, at: int = number, calls: Iterator[int] = calls) -> None:
             if next(calls) == at:
                 raise failure
             rename(*paths)
 
         with monkeypatch.context() as patch, pytest.raises(failure):
-            patch.setattr(files.os, "replace", broken)
+            patch.setattr(files.os, "replace", fail_at)
             write("new")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         assert [path.name for path in folder.iterdir()] == ["old"]
@@ -208,18 +208,18 @@ def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step=3.ckpt"]
 
 
-def test_the_umask_is_nowhere_set_to_read_it(root: Path) -> None:
+def test_the_umask_is_never_set_in_order_to_read_it(root: Path) -> None:
     for folder in ("src", "callbacks"):
         for path in (root / folder).rglob("*.py"):
             assert "umask(" not in path.read_text(encoding="utf-8"), path
 
 
 def test_one_module_writes_files_aside(root: Path) -> None:
-    """The others hand it what they write."""
-    own = re.compile(r"\b(os\.fsync|mkstemp|NamedTemporaryFile)\(|\.partial\b")
+    """Other modules pass it what they write."""
+    pattern = re.compile(r"\b(os\.fsync|mkstemp|NamedTemporaryFile)\(|\.partial\b")
     allowed = {
         "files.py",
         "tensor_store.py",
     }  # a shelf is written row by row, and said to be finished in a file of its own
     for path in (root / "src").rglob("*.py"):
-        assert path.name in allowed or not own.search(path.read_text(encoding="utf-8")), path
+        assert path.name in allowed or not pattern.search(path.read_text(encoding="utf-8")), path

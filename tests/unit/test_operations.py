@@ -1,4 +1,4 @@
-"""Prune, merge and drop against transformers' own modules; every operation in its shapes, alone and after another."""
+"""Prune, merge and drop against transformers' modules; the shapes of every operation, alone and after another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hidden(model: Any) -> torch.Tensor:
 )
 @pytest.mark.parametrize("retained", [(0, 2, 3, 5), (1, 4)])
 @torch.no_grad()
-def test_pruned_is_the_block_without_those_experts(make: Any, retained: tuple[int, ...]) -> None:
+def test_pruning_gives_the_block_without_those_experts(make: Any, retained: tuple[int, ...]) -> None:
     model = make()
     block = views.get_block(model, 2)
     expected = without_experts(block, [expert for expert in range(6) if expert not in retained])(hidden(model))
@@ -53,11 +53,11 @@ def test_groups_stay_equal() -> None:
     small = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy", n_routed_experts=4)
     reference: Any = views.get_block(small, 2)
     retained = [0, 2, 4, 5]
-    own: Any = block
-    reference.gate.weight.copy_(own.gate.weight[retained])
+    original: Any = block
+    reference.gate.weight.copy_(original.gate.weight[retained])
     _, weights, index = reference.gate(hidden(model))
-    _, ours, table = views.pruned_router(view, retained)(hidden(model))
-    assert torch.equal(ours, weights) and torch.equal(table, index)
+    _, pruned_weights, table = views.pruned_router(view, retained)(hidden(model))
+    assert torch.equal(pruned_weights, weights) and torch.equal(table, index)
     for wrong in ([0, 1, 2, 3], [0, 3]):
         with pytest.raises(ValueError, match="equal and at least 2"):
             views.pruned_router(view, wrong)
@@ -65,14 +65,14 @@ def test_groups_stay_equal() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_merged_is_every_expert_replaced_by_its_groups_mean(family: str) -> None:
+def test_merging_replaces_every_expert_by_the_mean_of_its_group(family: str) -> None:
     model = FAMILIES[family]()
     groups, weights = ((3, 0), (1,), (5, 2, 4)), ((0.75, 0.25), (1.0,), (0.5, 0.5, 0.0))
     reference: Any = copy.deepcopy(views.get_block(model, 1))
     for name in ("gate_up_proj", "down_proj"):
-        own = getattr(views.get_block(model, 1).experts, name)
+        projection = getattr(views.get_block(model, 1).experts, name)
         for group, shares in zip(groups, weights, strict=True):
-            mean = sum(share * own[expert] for expert, share in zip(group, shares, strict=True))
+            mean = sum(share * projection[expert] for expert, share in zip(group, shares, strict=True))
             for expert in group:
                 getattr(reference.experts, name)[expert] = mean
     apply.execute(model, Plan("tiny", (Merge(1, groups, weights),)))
@@ -86,7 +86,7 @@ def test_merged_is_every_expert_replaced_by_its_groups_mean(family: str) -> None
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", ["moe", "layer"])
 @torch.no_grad()
-def test_dropped_adds_nothing(family: str, part: Any) -> None:
+def test_a_dropped_block_or_layer_adds_nothing(family: str, part: Any) -> None:
     model, reference = FAMILIES[family](), FAMILIES[family]()
     layer: Any = decoder.decoder_layers(reference)[1]
     for name, parameter in layer.named_parameters():
@@ -102,17 +102,17 @@ def test_dropped_adds_nothing(family: str, part: Any) -> None:
 
 
 @torch.no_grad()
-def test_the_first_layer_of_an_attention_type_stays() -> None:
-    """Its cache sizes the masks of that type: padded prompts would be read wrongly without it."""
+def test_the_first_layer_of_an_attention_type_cannot_be_dropped() -> None:
+    """Its cache gives the masks of that type their size: without it, padded prompts would be read wrongly."""
     model = qwen2_moe(num_hidden_layers=4, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     types = model.config.layer_types
-    assert decoder.cache_layers(model.config) == {0, 1} == {types.index(each) for each in set(types)}
+    assert decoder.cache_layers(model.config) == {0, 1} == {types.index(kind) for kind in set(types)}
     with pytest.raises(ValueError, match="layer 1: the key-value cache"):
         apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
 
 
 @torch.no_grad()
-def test_generation_without_a_layer_uses_the_cache_rightly() -> None:
+def test_generation_without_a_layer_uses_the_cache_correctly() -> None:
     model = qwen2_moe()
     apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
     with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
@@ -137,7 +137,7 @@ PLANS: dict[str, tuple[Operation, ...]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", PLANS)
-def test_shapes_alone_take_the_weights_of_the_whole_operation(family: str, name: str) -> None:
+def test_restructured_models_take_the_weights_of_the_operation(family: str, name: str) -> None:
     plan = Plan("tiny", PLANS[name])
     model = FAMILIES[family]()
     before, untouched = bits(model), logits(model, IDS)
@@ -147,10 +147,10 @@ def test_shapes_alone_take_the_weights_of_the_whole_operation(family: str, name:
         assert torch.equal(logits(model, IDS), untouched)
 
     shaped = FAMILIES[family]()
-    taken = apply.restructure(shaped, plan)
+    replaced = apply.restructure(shaped, plan)
     shaped.load_state_dict(model.state_dict())
     assert torch.equal(logits(shaped, IDS), applied)
-    for layer, block in taken.items():
+    for layer, block in replaced.items():
         views.set_block(shaped, layer, block)
     assert same_bits(bits(shaped), before)
 
@@ -160,7 +160,7 @@ def test_shapes_alone_take_the_weights_of_the_whole_operation(family: str, name:
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
-def test_what_went_wrong_half_way_leaves_the_model_as_it_was() -> None:
+def test_a_plan_that_fails_half_way_leaves_the_model_unchanged() -> None:
     model = qwen2_moe()
     before = bits(model)
     for wrong in (Prune(1, (0,)), Prune(1, (0, 1, 9)), Factorize(1, RANKS)):

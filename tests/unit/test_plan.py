@@ -1,4 +1,4 @@
-"""A plan is plain data: what is written is what is read, what cannot be right is refused, nothing is half written."""
+"""A plan is plain data: it is read as it was written, invalid data is refused, and files are never half written."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_round_trip(tmp_path: Path) -> None:
     assert Plan.from_json(PLAN.to_json()) == PLAN
     assert Plan.from_dict(PLAN.to_dict()) == PLAN
     assert isinstance(Plan.load(path).operations[0].experts, tuple)
-    assert [each.name for each in path.parent.iterdir()] == ["plan.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
 
 
-def test_the_file_is_as_the_design_says() -> None:
+def test_the_form_of_the_file() -> None:
     """The keys, and the order in which operations were chosen."""
     data = json.loads(PLAN.to_json())
     assert list(data) == ["schema", "model", "fingerprint", "operations", "search"]
@@ -50,7 +50,7 @@ def test_the_file_is_as_the_design_says() -> None:
     assert Plan("m").layers == ()
 
 
-def test_needs_the_standard_library_alone(root: Path) -> None:
+def test_needs_only_the_standard_library(root: Path) -> None:
     """In an interpreter without site-packages."""
     code = (
         f"import sys; sys.path.insert(0, {str(root / 'src')!r}); from recondense.plan import Plan; "
@@ -59,7 +59,7 @@ def test_needs_the_standard_library_alone(root: Path) -> None:
     subprocess.run([sys.executable, "-I", "-S", "-c", code], input=PLAN.to_json(), text=True, check=True)
 
 
-def changed(**changes: Any) -> dict[str, Any]:
+def plan_data(**changes: Any) -> dict[str, Any]:
     return {**PLAN.to_dict(), **changes}
 
 
@@ -69,24 +69,24 @@ OPERATION = PLAN.to_dict()["operations"][0]
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (changed(schema=2), "schema 2 is not 1"),
+        (plan_data(schema=2), "schema 2 is not 1"),
         ({}, "schema None"),
-        (changed(operations=[{**OPERATION, "kind": "shrink"}]), "'shrink'.*condense"),
-        (changed(operations=[{"layer": 1}]), "unknown kind of operation None"),
-        (changed(operations=[{"kind": "condense", "layer": 1}]), "lacks"),
-        (changed(operations=[{**OPERATION, "experts": [7, 7, 3]}]), "distinct"),
-        (changed(operations=[{**OPERATION, "experts": [7, -1, 3]}]), ">= 0"),
-        (changed(operations=[{**OPERATION, "layer": -1}]), "negative"),
-        (changed(operations=[{**OPERATION, "coefficients": [0.1]}]), "3 experts but 1 coefficients"),
+        (plan_data(operations=[{**OPERATION, "kind": "shrink"}]), "'shrink'.*condense"),
+        (plan_data(operations=[{"layer": 1}]), "unknown kind of operation None"),
+        (plan_data(operations=[{"kind": "condense", "layer": 1}]), "lacks"),
+        (plan_data(operations=[{**OPERATION, "experts": [7, 7, 3]}]), "distinct"),
+        (plan_data(operations=[{**OPERATION, "experts": [7, -1, 3]}]), ">= 0"),
+        (plan_data(operations=[{**OPERATION, "layer": -1}]), "negative"),
+        (plan_data(operations=[{**OPERATION, "coefficients": [0.1]}]), "3 experts but 1 coefficients"),
     ],
 )
-def test_refused(data: dict[str, Any], message: str) -> None:
+def test_invalid_data_is_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan.from_dict(data)
 
 
-def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
-    """NaN is no JSON: other tools could not read it."""
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    """NaN is not JSON, so other tools could not read it."""
     path = tmp_path / "plan.json"
     PLAN.save(path)
     with pytest.raises(ValueError, match="JSON"):
@@ -136,34 +136,34 @@ def test_an_earlier_word_for_a_decoder_layer_is_read() -> None:
         (lambda: Refit(1, "down_proj", 0.0), "above 0"),
     ],
 )
-def test_operations_that_make_no_sense(make: Callable[[], object], message: str) -> None:
+def test_invalid_operations_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-# ------------------------------------------------------------------------------------------------- run after run
+# ------------------------------------------------------------------------------------------------- several runs in a row
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_history_counts_layers_as_they_were_at_first(tmp_path: Path, seed: int) -> None:
-    """Against names that go along with the layers."""
+def test_a_history_uses_the_layer_numbers_of_the_first_model(tmp_path: Path, seed: int) -> None:
+    """Against names that move with the layers."""
     draw = random.Random(seed)
-    there, history, done = list(range(8)), History(), []
+    names, history, expected = list(range(8)), History(), []
     for _ in range(4):
-        dropped = draw.sample(range(len(there)), draw.choice((0, 1)))
-        pruned = [layer for layer in range(len(there)) if layer not in dropped and draw.random() < 0.4]
+        dropped = draw.sample(range(len(names)), draw.choice((0, 1)))
+        pruned = [layer for layer in range(len(names)) if layer not in dropped and draw.random() < 0.4]
         operations = [*(Drop(layer, "layer") for layer in dropped), *(Prune(layer, (0, 1)) for layer in pruned)]
-        kept = [layer for layer in range(len(there)) if layer not in dropped]
-        done += [(operation.kind, there[operation.layer]) for operation in operations]
-        there = [there[layer] for layer in kept]
-        Plan("tiny", tuple(operations), history=history.extend(operations, kept)).save(tmp_path / "plan.json")
+        remaining = [layer for layer in range(len(names)) if layer not in dropped]
+        expected += [(operation.kind, names[operation.layer]) for operation in operations]
+        names = [names[layer] for layer in remaining]
+        Plan("tiny", tuple(operations), history=history.extend(operations, remaining)).save(tmp_path / "plan.json")
         history = History.load(tmp_path)
-    assert [(operation.kind, operation.layer) for operation in history.operations] == done
-    changed = [layer for layer, name in enumerate(there) if name in {name for _, name in done}]
-    assert history.changed_layers(len(there)) == tuple(changed)
+    assert [(operation.kind, operation.layer) for operation in history.operations] == expected
+    changed = [layer for layer, name in enumerate(names) if name in {name for _, name in expected}]
+    assert history.changed_layers(len(names)) == tuple(changed)
 
 
-def test_a_folder_without_a_plan_of_ours_has_no_history(tmp_path: Path) -> None:
+def test_a_folder_without_a_plan_of_recondense_has_no_history(tmp_path: Path) -> None:
     assert History.load(None) == History.load(tmp_path) == History()
     for text in ("[]", "no JSON", '{"schema": 1, "history": 3}', '{"schema": 7}'):
         (tmp_path / "plan.json").write_text(text)

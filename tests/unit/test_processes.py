@@ -1,4 +1,4 @@
-"""What the first process does without the others may not need them."""
+"""What the first process does while the others wait must not need them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
     ],
 )
 def test_what_needs_the_others_is_refused_while_they_wait(call: Callable[[], Any]) -> None:
-    """Also in a run of one process, so that every run tells."""
+    """Also in a run of one process, so that every run shows the mistake."""
     with pytest.raises(AssertionError, match="wait for this one"):
         processes.run_on_first(call)
-    assert processes.world_size() == 1  # and afterwards it may be asked again
+    assert processes.world_size() == 1  # afterwards it works again
 
 
-def test_the_first_may_ask_who_it_is_and_work_alone() -> None:
+def test_the_first_process_knows_its_rank_and_may_work_alone() -> None:
     assert processes.run_on_first(lambda: (processes.rank(), processes.is_first())) == (0, True)
 
     def train() -> list[int]:
@@ -52,7 +52,7 @@ def test_two_processes(forks: Forks, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_nobody_works_alone_while_others_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_alone_is_refused_where_others_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     with pytest.raises(AssertionError, match="do not wait"), processes.work_alone():
         pass

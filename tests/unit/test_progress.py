@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, lines elsewhere, stages within stages."""
+"""Progress: bars on a terminal, lines elsewhere, and nested bars."""
 
 import io
 import logging
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Called in the test itself: pytest sets sys.stderr anew after the fixtures."""
+    """To be called in the test itself: pytest replaces sys.stderr after the fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
@@ -30,22 +30,20 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-def test_two_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert list(track(range(3), "search")) == [0, 1, 2]
     first, last = messages(caplog)
     assert first == "search: started (3)" and last.startswith("search: done in")
 
 
-def test_a_stage_that_fails_is_not_done(caplog: pytest.LogCaptureFixture) -> None:
+def test_work_that_fails_is_not_done(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), pytest.raises(RuntimeError), progress("search"):
         raise RuntimeError
     assert messages(caplog) == ["search: started"]
 
 
-def test_bars_on_a_terminal_also_within_each_other(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bars_on_a_terminal_also_nested(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     screen = terminal(monkeypatch)
     with caplog.at_level(logging.INFO), progress("outer stage", 2) as outer:
         assert outer.shown
@@ -62,7 +60,7 @@ def test_bars_on_a_terminal_also_within_each_other(
     assert messages(caplog) == []
 
 
-def test_the_display_ends_with_its_stage_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_display_ends_with_its_bars_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal(monkeypatch)
     with pytest.raises(RuntimeError), progress("outer"), progress("inner"):
         raise RuntimeError

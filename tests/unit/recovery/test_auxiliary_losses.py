@@ -1,4 +1,4 @@
-"""Losses of the training against other libraries and closed forms."""
+"""Training losses against other libraries and closed forms."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from recondense.recovery.auxiliary_losses import feature_matching
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_forward_kl_is_torchs(temperature: float) -> None:
+def test_forward_kl_equals_torchs(temperature: float) -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 5, VOCAB) * 3, torch.randn(2, 5, VOCAB) * 3
     expected = kl_divergence(Categorical(logits=teacher / temperature), Categorical(logits=student / temperature))
-    found = forward_kl(student, teacher, temperature)
-    torch.testing.assert_close(found, expected.mean() * temperature**2, rtol=1e-5, atol=0)
+    loss = forward_kl(student, teacher, temperature)
+    torch.testing.assert_close(loss, expected.mean() * temperature**2, rtol=1e-5, atol=0)
     assert forward_kl(teacher, teacher, temperature).item() == 0
 
 
@@ -42,7 +42,7 @@ def test_losses_are_summed_in_fp32() -> None:
     torch.testing.assert_close(cross_entropy(student, ids), cross_entropy(student.float(), ids))
 
 
-def test_cross_entropy_is_transformers_own() -> None:
+def test_cross_entropy_equals_that_of_transformers() -> None:
     model, ids = qwen2_moe(), windows(3, 11)
     with torch.no_grad():
         output = model(input_ids=ids, labels=ids)
@@ -50,7 +50,7 @@ def test_cross_entropy_is_transformers_own() -> None:
 
 
 def test_feature_matching_closed_form() -> None:
-    """A student that is (1 + a)·teacher is a² off, whatever the layer's size; layers weigh the same."""
+    """The loss of a student that is (1 + a)·teacher is a², whatever the layer's scale; layers weigh the same."""
     torch.manual_seed(0)
     teacher = [torch.randn(2, 3, 8), 100 * torch.randn(2, 3, 8)]
     student = [1.5 * teacher[0], 0.9 * teacher[1]]

@@ -1,4 +1,4 @@
-"""A fit: its optimiser step, an exact resume, what its checkpoints hold, and its precision."""
+"""A fit: its optimiser steps, resuming exactly, the content of checkpoints, and precision."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
 
 
-def test_one_step_is_adamws() -> None:
-    """fp32, accumulation, clipping and warm-up against torch's own optimiser on a copy of the model."""
+def test_steps_are_those_of_adamw() -> None:
+    """fp32, accumulation, clipping and a schedule against torch's optimiser on a copy of the model."""
     settings: dict[str, Any] = {
         "steps": 3,
         "accumulate_grad_batches": 2,
@@ -68,7 +68,7 @@ def test_one_step_is_adamws() -> None:
 
 
 class StopAt(L.Callback):
-    """A kill before the given batch (counted from 0) is worked on."""
+    """Fails before the given batch, counted from 0."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -83,7 +83,7 @@ class StopAt(L.Callback):
     [(1, 2, [5]), (1, 3, [1, 5, 8]), (1, 100, [4]), (2, 2, [9]), (2, 2, [5, 6, 10]), (2, 3, [7, 7, 13])],
 )
 def test_resumes_exactly(tmp_path: Path, accumulate: int, every: int, stops: list[int]) -> None:
-    """Bit by bit the weights of an undisturbed run, wherever and however often it was killed; also within a step."""
+    """The weights are those of an undisturbed run, bit for bit, wherever and however often it was killed."""
     settings: dict[str, Any] = {"steps": 9, "accumulate_grad_batches": accumulate, "checkpoint_every": every}
     undisturbed = module_of(**settings)
     fit(undisturbed, data(undisturbed), tmp_path / "undisturbed", QUIET, seed=1)
@@ -104,23 +104,23 @@ def test_resumes_exactly(tmp_path: Path, accumulate: int, every: int, stops: lis
 
 
 def test_random_states_are_part_of_a_resume(tmp_path: Path) -> None:
-    """A model with dropout draws numbers while it trains."""
+    """A model with dropout draws random numbers during training."""
 
-    def dropping() -> RecoveryModule:
+    def module_with_dropout() -> RecoveryModule:
         model = qwen2_moe(attention_dropout=0.3)
         return prepared(model, condense_plan(model, [1, 2]), steps=6)
 
-    whole = dropping()
-    fit(whole, data(whole), tmp_path / "whole", QUIET, seed=1)
-    cut = dropping()
+    uninterrupted = module_with_dropout()
+    fit(uninterrupted, data(uninterrupted), tmp_path / "uninterrupted", QUIET, seed=1)
+    interrupted = module_with_dropout()
     with pytest.raises(RuntimeError, match="killed"):
-        fit(cut, data(cut), tmp_path / "cut", QUIET, seed=1, callbacks=[StopAt(5)])
-    again = dropping()
-    fit(again, data(again), tmp_path / "cut", QUIET, seed=1)
-    assert same_bits(trained(again), trained(whole))
+        fit(interrupted, data(interrupted), tmp_path / "interrupted", QUIET, seed=1, callbacks=[StopAt(5)])
+    resumed = module_with_dropout()
+    fit(resumed, data(resumed), tmp_path / "interrupted", QUIET, seed=1)
+    assert same_bits(trained(resumed), trained(uninterrupted))
 
 
-def test_a_finished_fit_is_read_not_repeated(tmp_path: Path) -> None:
+def test_a_finished_fit_is_loaded_and_not_repeated(tmp_path: Path) -> None:
     module = module_of()
     final = fit(module, data(module), tmp_path, QUIET, seed=1)
     assert final == tmp_path / FINAL and not module.training
@@ -137,8 +137,8 @@ def test_a_checkpoint_holds_what_trains_and_no_pickles(tmp_path: Path) -> None:
     newest = newest_checkpoint(tmp_path)
     assert newest is not None and newest.name == "step=4.ckpt"
     for path in (newest, tmp_path / FINAL):
-        found = torch.load(path, weights_only=True)
-        assert set(found["state_dict"]) == names
+        checkpoint = torch.load(path, weights_only=True)
+        assert set(checkpoint["state_dict"]) == names
     assert sorted(path.name for path in tmp_path.iterdir()) == [FINAL, "step=4.ckpt"]
 
 
@@ -162,7 +162,7 @@ DAMAGES: dict[str, Any] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", [FINAL, "step=4.ckpt"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: str) -> None:
-    """And the fit goes on once the file is deleted."""
+    """Once the file is deleted, the fit resumes."""
     module = module_of(steps=6)
     fit(module, data(module), tmp_path, QUIET, seed=1)
     expected = trained(module)
@@ -194,7 +194,7 @@ def test_another_error_while_reading_a_checkpoint_keeps_its_traceback(
 
 
 @pytest.mark.parametrize("name", [FINAL, "step=2.ckpt"])
-def test_a_checkpoint_without_a_trained_weight_is_none(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_that_lacks_a_trained_weight_is_rejected(tmp_path: Path, name: str) -> None:
     module = module_of(steps=4)
     with pytest.raises(RuntimeError, match="killed"):
         fit(module, data(module), tmp_path, QUIET, seed=1, callbacks=[StopAt(3)])
@@ -212,7 +212,7 @@ def test_a_checkpoint_without_a_trained_weight_is_none(tmp_path: Path, name: str
 @pytest.mark.parametrize("precision", ["auto", "bf16-true", "32-true"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_precisions(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
-    """Whatever the training computes in, afterwards the model has its own type, and scales are fp32 to the bit."""
+    """Whatever the precision of training, the model keeps its dtype, and scales stay in fp32, bit for bit."""
     model: Any = qwen2_moe()
     model.to(dtype)
     plan = condense_plan(model, [1, 2], shared_gate=0.123456789)
@@ -237,7 +237,7 @@ def test_precisions(tmp_path: Path, dtype: torch.dtype, precision: str) -> None:
 
 
 def test_buffers_keep_their_precision(tmp_path: Path) -> None:
-    """bf16-true converts whole modules; rotary frequencies and a router's correction stay as they were loaded."""
+    """bf16-true converts modules; rotary frequencies and a router's correction stay as they were loaded."""
     model: Any = EVERY["glm4_moe"]()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -249,16 +249,16 @@ def test_buffers_keep_their_precision(tmp_path: Path) -> None:
     assert {value.dtype for value in before.values() if value.is_floating_point()} == {torch.float32}
     seen: dict[str, torch.Tensor] = {}
 
-    class Looking(L.Callback):
+    class RecordBuffers(L.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
             seen.update({name: value.clone() for name, value in module.named_buffers()})
 
     settings = TrainerConfig(progress_bar=False, precision="bf16-true")
-    fit(module, data(module), tmp_path, settings, seed=0, callbacks=[Looking()])
-    for found in (seen, dict(module.named_buffers())):
-        assert found.keys() == before.keys()
+    fit(module, data(module), tmp_path, settings, seed=0, callbacks=[RecordBuffers()])
+    for buffers in (seen, dict(module.named_buffers())):
+        assert buffers.keys() == before.keys()
         for name, value in before.items():
-            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+            assert buffers[name].dtype == value.dtype and torch.equal(buffers[name], value), name
 
 
 def test_precision_auto() -> None:
@@ -275,7 +275,7 @@ def test_distillation_lowers_the_divergence(tmp_path: Path) -> None:
         assert module.losses(ids)["loss"].item() < 0.7 * before
 
 
-def test_a_fit_leaves_frozen_weights_alone(tmp_path: Path) -> None:
+def test_a_fit_does_not_change_frozen_weights(tmp_path: Path) -> None:
     module = module_of()
     before = bits(module)
     fit(module, data(module), tmp_path, QUIET, seed=0)
@@ -304,13 +304,13 @@ def test_a_fit_leaves_the_model_on_its_device(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(RecoveryModule, "to", spied_to)
     module = module_of()
     fit(module, data(module), tmp_path, TrainerConfig(), seed=0)
-    assert "cpu" in moves, "Lightning no longer does this: the move back can go"
+    assert "cpu" in moves, "Lightning no longer does this: the move back can be removed"
     assert moves[-1] == "to cpu", moves
 
 
 @pytest.mark.parametrize("kind", ["prune", "factorize", "lora"])
 def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
-    """Trained weights are kept in fp32, and yet the products run in bf16: autocast does not cover grouped ones."""
+    """Trained weights are kept in fp32, but products run in bf16: autocast does not cover grouped products."""
     model = FAMILIES["qwen2_moe"]().bfloat16()
     operations: dict[str, Any] = {
         "prune": [Prune(layer, (0, 1, 2, 4)) for layer in range(3)],
@@ -323,10 +323,10 @@ def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
 
     class Products(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            found = func(*args, **(kwargs or {}))
+            output = func(*args, **(kwargs or {}))
             if func in (torch.nn.functional.linear, getattr(torch.nn.functional, "grouped_mm", None)):
-                seen.append(found.dtype)
-            return found
+                seen.append(output.dtype)
+            return output
 
     with keep_trained_weights(model, "bf16-mixed"), torch.autocast("cpu", torch.bfloat16), Products():
         module.losses(windows(2, 8))["loss"]

@@ -1,4 +1,4 @@
-"""A fit leaves nothing changed behind it but weights, however it ends."""
+"""A fit changes nothing but weights, however it ends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 class StopAt(L.Callback):
-    """A training that fails before the given batch."""
+    """Fails before the given batch."""
 
     def __init__(self, batch: int, error: type[BaseException] = RuntimeError) -> None:
         self.batch, self.error = batch, error
@@ -50,7 +50,7 @@ class StopAt(L.Callback):
 
 
 class Terminate(L.Callback):
-    """A SIGTERM while it trains."""
+    """Sends a SIGTERM during training."""
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
         if batch_index == 2:
@@ -60,11 +60,11 @@ class Terminate(L.Callback):
 def module_of(
     family: str = "qwen2_moe", dtype: torch.dtype = torch.float32, plan: Plan | None = None, **changes: Any
 ) -> RecoveryModule:
-    """As a run hands it to its first fit: surgery is done, nothing trains yet."""
+    """A module as a run passes it to its first fit: surgery is done, nothing trains yet."""
     model = EVERY[family]()
-    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    fp32_parts = tuple(model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():
-        if not any(part in name for part in kept):  # as loading leaves it
+        if not any(part in name for part in fp32_parts):  # as loading leaves it
             parameter.data = parameter.data.to(dtype)
     student = apply(model, plan or condense_plan(model, [1, 2]))
     model.eval()
@@ -106,23 +106,23 @@ def test_settings_are_as_before(tmp_path: Path, name: str, ends: str, monkeypatc
     case = dict(CASES[name])
     trainer = TrainerConfig(progress_bar=False, **case.pop("trainer", {}))
     module = module_of(**case)
-    windows_of = data(module, windows(3, 8, seed=5))
+    datamodule = data(module, windows(3, 8, seed=5))
     before, original = settings_around(module), original_bits(module)
     if ends == "done":
-        fit(module, windows_of, tmp_path, trainer, seed=0)
+        fit(module, datamodule, tmp_path, trainer, seed=0)
     else:
         error = RuntimeError if ends == "fails" else KeyboardInterrupt
         with pytest.raises((error, SystemExit)):
-            fit(module, windows_of, tmp_path, trainer, seed=0, callbacks=[StopAt(3, error)])
+            fit(module, datamodule, tmp_path, trainer, seed=0, callbacks=[StopAt(3, error)])
     assert differences(before, settings_around(module)) == {}
-    assert windows_of.trainer is None
+    assert datamodule.trainer is None
     assert same_bits(original, original_bits(module)) or case.get("trainable") == "all"
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_settings_are_as_before_with_the_callbacks_of_a_run(tmp_path: Path, stopped: bool) -> None:
-    """Signal handlers among them."""
+    """Signal handlers are among the settings."""
     module = module_of()
     profile = ProfileMemoryAndSpeed(prompt_length=4, new_tokens=1, repetitions=1)
     callbacks = [profile, TrainingProgress("recover"), *([Terminate()] if stopped else []), GracefulStop()]
@@ -134,7 +134,7 @@ def test_settings_are_as_before_with_the_callbacks_of_a_run(tmp_path: Path, stop
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_unusual_settings_are_as_before(tmp_path: Path, deterministic: bool) -> None:
-    """Of a notebook: gradients off, algorithms that only warn, a seed and random numbers of its own."""
+    """Those of a notebook: gradients off, algorithms that only warn, a seed and random numbers of its own."""
     module = module_of()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setenv("PL_GLOBAL_SEED", "11")
@@ -149,7 +149,7 @@ def test_unusual_settings_are_as_before(tmp_path: Path, deterministic: bool) -> 
             torch.use_deterministic_algorithms(False)
 
 
-def test_what_was_trained_already_is_read_without_a_trace(tmp_path: Path) -> None:
+def test_a_finished_fit_is_loaded_without_changing_settings(tmp_path: Path) -> None:
     first, again = (module_of(dtype=torch.bfloat16, plan=PRUNED) for _ in range(2))
     fit(first, data(first), tmp_path, TrainerConfig(progress_bar=False), seed=0)
     before = settings_around(again)
@@ -159,13 +159,13 @@ def test_what_was_trained_already_is_read_without_a_trace(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("trainable", ["experts", "lora"])
-def test_a_module_goes_on_after_a_failure(tmp_path: Path, trainable: str) -> None:
-    """The same object, as a notebook has it, from the checkpoint before."""
-    whole, cut = (module_of(steps=6, trainable=trainable) for _ in range(2))
+def test_a_module_resumes_after_a_failure(tmp_path: Path, trainable: str) -> None:
+    """The same module object, as in a notebook, resumes from the last checkpoint."""
+    uninterrupted, interrupted = (module_of(steps=6, trainable=trainable) for _ in range(2))
     settings = TrainerConfig(progress_bar=False)
-    fit(whole, data(whole), tmp_path / "whole", settings, seed=0)
+    fit(uninterrupted, data(uninterrupted), tmp_path / "uninterrupted", settings, seed=0)
     for stop in (3, 5):
         with pytest.raises(RuntimeError, match="stopped"):
-            fit(cut, data(cut), tmp_path / "cut", settings, seed=0, callbacks=[StopAt(stop)])
-    fit(cut, data(cut), tmp_path / "cut", settings, seed=0)
-    assert same_bits(trained(whole), trained(cut))
+            fit(interrupted, data(interrupted), tmp_path / "interrupted", settings, seed=0, callbacks=[StopAt(stop)])
+    fit(interrupted, data(interrupted), tmp_path / "interrupted", settings, seed=0)
+    assert same_bits(trained(uninterrupted), trained(interrupted))

@@ -1,4 +1,4 @@
-"""LoRA on what each operation leaves: only adapters train, the teacher stays the original, merging changes nothing."""
+"""LoRA after every operation: only adapters train, the teacher stays the original, merging changes nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLANS: dict[str, tuple[Operation, ...]] = {
 }
 
 
-def prepared(family: str, name: str, **changes: Any) -> RecoveryModule:
+def prepare(family: str, name: str, **changes: Any) -> RecoveryModule:
     model = FAMILIES[family]()
     settings: dict[str, Any] = {"objective": "distill", "trainable": "lora", "learning_rate": 1e-3, "steps": 3}
     recovery = RecoveryConfig(name="lora", **{**settings, **changes})
@@ -45,14 +45,14 @@ def prepared(family: str, name: str, **changes: Any) -> RecoveryModule:
 
 def steps(module: RecoveryModule, number: int = 3) -> list[float]:
     optimizer = module.configure_optimizers()["optimizer"]
-    found = []
+    losses = []
     for _ in range(number):
         loss = module.losses(IDS)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss.detach()))
-    return found
+        losses.append(float(loss.detach()))
+    return losses
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,27 +62,27 @@ def test_adapters(name: str, family: str, target: Any) -> None:
     original = FAMILIES[family]()
     expected, before = logits(original, IDS), bits(original)
     objective: Any = "finetune" if name == "nothing" else "distill"
-    module = prepared(family, name, lora=LoraSettings(target=target), objective=objective)
+    module = prepare(family, name, lora=LoraSettings(target=target), objective=objective)
     start = logits(module.model, IDS)
     frozen = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
     trained = [n for n, p in module.model.named_parameters() if p.requires_grad]
-    assert trained and all("lora_" in each for each in trained)
-    assert any("self_attn" in each for each in trained) == (target != "experts")
-    assert any(".mlp." in each for each in trained) == (target != "attention")
+    assert trained and all("lora_" in key for key in trained)
+    assert any("self_attn" in key for key in trained) == (target != "experts")
+    assert any(".mlp." in key for key in trained) == (target != "attention")
     losses = steps(module)
     assert min(losses[1:]) < losses[0]
-    for each, value in module.model.named_parameters():
-        assert each not in frozen or torch.equal(value, frozen[each]), each
+    for key, value in module.model.named_parameters():
+        assert key not in frozen or torch.equal(value, frozen[key]), key
     if module.student.has_original:
         with module.student.original() as teacher:
             assert torch.equal(logits(teacher, IDS), expected)
     live = logits(module.model, IDS)
     assert not torch.equal(live, start)
-    names = {each for each, _ in _plain(name, family).named_parameters()}
+    names = {key for key, _ in _plain(name, family).named_parameters()}
     module.merge_adapters()
     module.merge_adapters()
     torch.testing.assert_close(logits(module.model, IDS), live, rtol=1e-4, atol=1e-4)
-    assert {each for each, _ in module.model.named_parameters()} == names
+    assert {key for key, _ in module.model.named_parameters()} == names
     if module.student.has_original:
         with module.student.original() as teacher:
             assert torch.equal(logits(teacher, IDS), expected) and same_bits(bits(teacher), before)
@@ -97,20 +97,20 @@ def _plain(name: str, family: str) -> Any:
 def test_merged_adapters_are_exported(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    whole = prepare_module(
+    module = prepare_module(
         FAMILIES["qwen2_moe"](),
         Plan("tiny", tuple(Prune(layer, FOUR) for layer in range(3))),
         RecoveryConfig(name="lora", objective="distill", trainable="lora", learning_rate=1e-2, steps=3),
     )
-    steps(whole)
-    whole.merge_adapters()
-    assert write_folder(whole.model, None, whole.student.plan, tmp_path / "out", "") == "stock"
+    steps(module)
+    module.merge_adapters()
+    assert write_folder(module.model, None, module.student.plan, tmp_path / "out", "") == "stock"
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(logits(again, IDS), logits(whole.model, IDS), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(again, IDS), logits(module.model, IDS), rtol=0, atol=1e-4)
 
 
-def test_two_preparations_start_alike() -> None:
-    states = [trained_state(prepared("qwen2_moe", "prune")) for _ in range(2)]
+def test_two_preparations_start_equal() -> None:
+    states = [trained_state(prepare("qwen2_moe", "prune")) for _ in range(2)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(bool(value.any()) for value in states[0].values())
@@ -118,8 +118,8 @@ def test_two_preparations_start_alike() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_control_after_lora_does_not_train_the_student(family: str) -> None:
-    """Its adapters may sit on attention alone; the shared experts are then no copies unless a control is to follow."""
-    module = prepared(family, "prune", lora=LoraSettings(target="attention"))
+    """With adapters on attention only, shared experts are not copied unless a control follows."""
+    module = prepare(family, "prune", lora=LoraSettings(target="attention"))
     module.student.give_own_copies([1, 2])  # as a run does for the control
     steps(module)
     module.merge_adapters()
@@ -146,21 +146,21 @@ def test_the_scale_follows_the_actual_rank(rank: int, actual: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["prune", "drop moe"])
-def test_updated_weights_are_computed_once_a_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager experts read their weights for each. With "drop moe" the teacher reads the same blocks, no adapters."""
+def test_updated_weights_are_computed_once_per_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager experts read their weights one by one. With "drop moe" the teacher has the same blocks, but no adapters."""
     calls: list[bool] = []
     forward = LoraUpdate.forward
 
-    def counted(update: LoraUpdate, weight: torch.Tensor) -> torch.Tensor:
+    def record_call(update: LoraUpdate, weight: torch.Tensor) -> torch.Tensor:
         calls.append(update.active)
         return forward(update, weight)
 
-    monkeypatch.setattr(LoraUpdate, "forward", counted)
-    found = {}
+    monkeypatch.setattr(LoraUpdate, "forward", record_call)
+    results = {}
     for cached in (True, False):
         if not cached:
             monkeypatch.setattr(parametrize, "cached", nullcontext)
-        module = prepared("qwen2_moe", name, hidden_share=0.25)
+        module = prepare("qwen2_moe", name, hidden_share=0.25)
         module.model.set_experts_implementation("eager")
         steps(module)  # B is no longer 0
         assert module.adapters is not None and module.adapters.updates
@@ -180,10 +180,10 @@ def test_updated_weights_are_computed_once_a_pass(name: str, monkeypatch: pytest
         assert not torch.equal(live, original)
         assert torch.equal(original, logits(FAMILIES["qwen2_moe"](), IDS))
         assert torch.equal(module(IDS), live)
-        found[cached] = {**losses, "live": live}, [parameter.grad for parameter in parameters]
-    for one, other in zip(found[True][0].values(), found[False][0].values(), strict=True):
+        results[cached] = {**losses, "live": live}, [parameter.grad for parameter in parameters]
+    for one, other in zip(results[True][0].values(), results[False][0].values(), strict=True):
         torch.testing.assert_close(one, other)
-    assert len(found[True][1]) == len(found[False][1])
-    for one, other in zip(found[True][1], found[False][1], strict=True):
+    assert len(results[True][1]) == len(results[False][1])
+    for one, other in zip(results[True][1], results[False][1], strict=True):
         assert one is not None and other is not None and bool(other.any())
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Losses in chunks of tokens against plain torch on whole logits: values and gradients, and what they allocate."""
+"""Losses in chunks of tokens against plain torch on all logits: values, gradients and memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def plainly(kind: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+def plain_divergence(kind: str, log_p: Tensor, log_q: Tensor) -> Tensor:
     """The definitions, by autograd."""
     if kind == "forward_kl":
         return kl(log_p, log_q)
@@ -51,7 +51,7 @@ class Case:
     def __init__(self, trained: bool = True, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
         self.hidden = torch.randn(T, D, dtype=dtype, requires_grad=True)
-        self.theirs = torch.randn(T, D, dtype=dtype)
+        self.teacher_hidden = torch.randn(T, D, dtype=dtype)
         self.head = nn.Linear(D, V, bias=bias, dtype=dtype).requires_grad_(trained)
         self.other = nn.Linear(D, V, bias=bias, dtype=dtype).requires_grad_(False)
         for head in (self.head, self.other):
@@ -63,13 +63,13 @@ class Case:
         return Head(self.head.weight, self.head.bias), Head(self.other.weight, self.other.bias)
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        wanted = [each for each in (self.hidden, *self.head.parameters()) if each.requires_grad]
-        return list(torch.autograd.grad(loss, wanted))
+        inputs = [tensor for tensor in (self.hidden, *self.head.parameters()) if tensor.requires_grad]
+        return list(torch.autograd.grad(loss, inputs))
 
     def plain(self, kind: str, temperature: float) -> Tensor:
-        log_p = (self.other(self.theirs) / temperature).log_softmax(-1)
+        log_p = (self.other(self.teacher_hidden) / temperature).log_softmax(-1)
         log_q = (self.head(self.hidden) / temperature).log_softmax(-1)
-        return temperature**2 * plainly(kind, log_p, log_q)
+        return temperature**2 * plain_divergence(kind, log_p, log_q)
 
 
 @pytest.mark.parametrize(("trained", "bias"), [(True, True), (True, False), (False, True)])
@@ -81,13 +81,13 @@ def test_divergences_equal_the_plain_ones(
 ) -> None:
     case = Case(trained, bias)
     head, other = case.heads()
-    term = TeacherDivergence(kind, Hidden(case.theirs, other), temperature)
+    term = TeacherDivergence(kind, Hidden(case.teacher_hidden, other), temperature)
     loss, sums = sum_in_chunks([(0.3, term)], case.hidden, head, rows)
     expected = case.plain(kind, temperature).sum()
     torch.testing.assert_close(sums[0], expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(loss, 0.3 * expected, rtol=1e-6, atol=1e-6)
-    for mine, theirs in zip(case.gradients(3 * loss), case.gradients(0.9 * expected), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+    for actual, reference in zip(case.gradients(3 * loss), case.gradients(0.9 * expected), strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-6 * float(reference.abs().max()))
 
 
 @pytest.mark.parametrize("rows", [7, T])
@@ -100,9 +100,9 @@ def test_cross_entropy_equals_torchs_also_beside_a_divergence(rows: int) -> None
         loss, sums = sum_in_chunks(terms, case.hidden, head, rows)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close((sums * torch.tensor([weight for weight, _ in terms])).sum(), loss.detach())
-        for mine, theirs in zip(case.gradients(loss), case.gradients(expected), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
-        terms.append((0.25, TeacherDivergence("forward_kl", Hidden(case.theirs, other), 2.0)))
+        for actual, reference in zip(case.gradients(loss), case.gradients(expected), strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-6 * float(reference.abs().max()))
+        terms.append((0.25, TeacherDivergence("forward_kl", Hidden(case.teacher_hidden, other), 2.0)))
         plain = F.cross_entropy(case.head(case.hidden), case.labels, ignore_index=MASKED, reduction="sum")
         expected = 0.5 * plain + 0.25 * case.plain("forward_kl", 2.0).sum()
 
@@ -111,27 +111,31 @@ def test_in_bf16_the_gradient_is_as_good_as_autograds() -> None:
     """Against fp64 on the same bf16 numbers; sums are taken in fp32."""
     case = Case(dtype=torch.bfloat16)
     head, other = case.heads()
-    loss, _ = sum_in_chunks([(1.0, TeacherDivergence("forward_kl", Hidden(case.theirs, other)))], case.hidden, head, 8)
-    log_p, log_q = (each.float().log_softmax(-1) for each in (case.other(case.theirs), case.head(case.hidden)))
+    loss, _ = sum_in_chunks(
+        [(1.0, TeacherDivergence("forward_kl", Hidden(case.teacher_hidden, other)))], case.hidden, head, 8
+    )
+    log_p, log_q = (
+        logits.float().log_softmax(-1) for logits in (case.other(case.teacher_hidden), case.head(case.hidden))
+    )
     plain = kl(log_p, log_q).sum()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
     with torch.no_grad():
         d_TV = (log_q.exp() - log_p.exp()).double()
         exact = [d_TV @ case.head.weight.double(), d_TV.T @ case.hidden.double(), d_TV.sum(0)]
-    for mine, autograds, true in zip(case.gradients(loss), case.gradients(plain), exact, strict=True):
-        errors = [float((each.double() - true).norm() / true.norm()) for each in (mine, autograds)]
+    for actual, autograd, reference in zip(case.gradients(loss), case.gradients(plain), exact, strict=True):
+        errors = [float((gradient.double() - reference).norm() / reference.norm()) for gradient in (actual, autograd)]
         assert errors[0] < max(1.2 * errors[1], 4e-3), errors  # bf16 rounds by 4e-3
 
 
-def test_without_gradients_none_is_made() -> None:
+def test_without_gradients_none_is_computed() -> None:
     case = Case()
     head, other = case.heads()
-    asked = []
+    grads = []
 
     def spy(logits_CV: Tensor, rows: slice, grad: bool) -> tuple[Tensor, Tensor | None]:
-        asked.append(grad)
-        return TeacherDivergence("js", Hidden(case.theirs, other))(logits_CV, rows, grad)
+        grads.append(grad)
+        return TeacherDivergence("js", Hidden(case.teacher_hidden, other))(logits_CV, rows, grad)
 
     with torch.no_grad():
         loss, _ = sum_in_chunks([(1.0, spy)], case.hidden, head, 20)
@@ -139,11 +143,11 @@ def test_without_gradients_none_is_made() -> None:
     loss, _ = sum_in_chunks(
         [(1.0, spy)], case.hidden.detach(), Head(*(part.detach() for part in head if part is not None))
     )
-    assert not loss.requires_grad and asked == [False] * 3
-    assert sum_in_chunks([(1.0, spy)], case.hidden, head, 20)[0].requires_grad and asked[3:] == [True, True]
+    assert not loss.requires_grad and grads == [False] * 3
+    assert sum_in_chunks([(1.0, spy)], case.hidden, head, 20)[0].requires_grad and grads[3:] == [True, True]
 
 
-def test_a_teacher_that_is_the_student_costs_nothing() -> None:
+def test_a_teacher_that_is_the_student_gives_no_loss() -> None:
     case = Case()
     head, _ = case.heads()
     for kind in KINDS:
@@ -153,11 +157,11 @@ def test_a_teacher_that_is_the_student_costs_nothing() -> None:
         assert loss.item() == pytest.approx(0.0, abs=0 if kind != "js" else 1e-5)
 
 
-# ---------------------------------------------------------------------------------------- kept top-k predictions
+# ---------------------------------------------------------------------------------------- stored top-k predictions
 
 
-def over_buckets(log_TV: Tensor, ids_TK: Tensor) -> Tensor:
-    """Log-probabilities of the kept tokens and of any other one, by plain sums in fp64."""
+def bucket_log_probabilities(log_TV: Tensor, ids_TK: Tensor) -> Tensor:
+    """Log-probabilities of the stored tokens and of all others together, by plain sums in fp64."""
     p_TV = log_TV.double().exp()
     rest_T1 = p_TV.scatter(-1, ids_TK, 0.0).sum(-1, keepdim=True)
     return torch.cat([p_TV.gather(-1, ids_TK), rest_T1], -1).log()
@@ -165,74 +169,81 @@ def over_buckets(log_TV: Tensor, ids_TK: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_kept_predictions_it_is_the_divergence_over_k_plus_one_outcomes(
-    kind: Divergence, temperature: float
-) -> None:
+def test_stored_predictions_give_the_divergence_over_k_plus_one_outcomes(kind: Divergence, temperature: float) -> None:
     case = Case()
     head, other = case.heads()
-    kept = top_k(case.theirs, other, 5, temperature, rows=8)
-    loss, _ = sum_in_chunks([(1.0, TeacherDivergence(kind, kept, temperature))], case.hidden, head, 8)
-    log_p, log_q = ((each / temperature).log_softmax(-1) for each in (case.other(case.theirs), case.head(case.hidden)))
+    predictions = top_k(case.teacher_hidden, other, 5, temperature, rows=8)
+    loss, _ = sum_in_chunks([(1.0, TeacherDivergence(kind, predictions, temperature))], case.hidden, head, 8)
+    log_p, log_q = (
+        (logits / temperature).log_softmax(-1) for logits in (case.other(case.teacher_hidden), case.head(case.hidden))
+    )
     ids = log_p.topk(5).indices
-    assert torch.equal(ids, kept.ids_TK)
-    expected = temperature**2 * plainly(kind, over_buckets(log_p, ids), over_buckets(log_q, ids)).sum()
+    assert torch.equal(ids, predictions.ids_TK)
+    expected = (
+        temperature**2
+        * plain_divergence(kind, bucket_log_probabilities(log_p, ids), bucket_log_probabilities(log_q, ids)).sum()
+    )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    for mine, theirs in zip(case.gradients(loss), case.gradients(expected), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+    for actual, reference in zip(case.gradients(loss), case.gradients(expected), strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-6 * float(reference.abs().max()))
 
 
-def test_what_is_kept_bounds_the_divergence_from_below() -> None:
-    """The forward KL that is missing is r·KL(rest ‖ rest); more kept, less missing; nothing is at V - 1."""
+def test_stored_predictions_bound_the_divergence_from_below() -> None:
+    """The missing part of the forward KL is r·KL(rest ‖ rest); it shrinks with k and is zero at V - 1."""
     case = Case()
     head, other = case.heads()
-    log_p, log_q = (each.double().log_softmax(-1) for each in (case.other(case.theirs), case.head(case.hidden)))
+    log_p, log_q = (
+        logits.double().log_softmax(-1) for logits in (case.other(case.teacher_hidden), case.head(case.hidden))
+    )
     for kind in KINDS:
-        whole = plainly(kind, log_p, log_q)
+        full = plain_divergence(kind, log_p, log_q)
         before = torch.zeros(T, dtype=torch.float64)
         for k in (1, 4, 16, 64, V - 1):
-            kept = top_k(case.theirs, other, k, 1.0)
-            found = torch.stack(
+            predictions = top_k(case.teacher_hidden, other, k, 1.0)
+            divergences = torch.stack(
                 [
                     sum_in_chunks(
-                        [(1.0, TeacherDivergence(kind, TopK(*(c[[t]] for c in kept))))], case.hidden[[t]], head
+                        [(1.0, TeacherDivergence(kind, TopK(*(c[[t]] for c in predictions))))], case.hidden[[t]], head
                     )[0]
                     for t in range(T)
                 ]
             ).double()
-            assert (found <= whole + 1e-5).all() and (found >= before - 1e-5).all(), (kind, k)
+            assert (divergences <= full + 1e-5).all() and (divergences >= before - 1e-5).all(), (kind, k)
             if kind == "forward_kl":
-                rests = [each.scatter(-1, kept.ids_TK, -torch.inf) for each in (log_p, log_q)]
-                r_T, (p, q) = rests[0].exp().sum(-1), (each.log_softmax(-1) for each in rests)
+                rests = [log_TV.scatter(-1, predictions.ids_TK, -torch.inf) for log_TV in (log_p, log_q)]
+                r_T, (p, q) = rests[0].exp().sum(-1), (log_TV.log_softmax(-1) for log_TV in rests)
                 missing = r_T * torch.where(p.isinf(), 0, p.exp() * (p - q)).sum(-1)
-                torch.testing.assert_close(found, whole - missing, rtol=1e-4, atol=1e-5)
-            before = found
-        torch.testing.assert_close(before, whole, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(divergences, full - missing, rtol=1e-4, atol=1e-5)
+            before = divergences
+        torch.testing.assert_close(before, full, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ memory, kernels
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "cross_entropy"])
-def test_no_tensor_of_tokens_times_vocabulary_is_made(kind: str) -> None:
-    """At a vocabulary where it would be most of the memory; the published sizes are in benchmarks/losses.py."""
+def test_no_tensor_of_tokens_times_vocabulary_is_allocated(kind: str) -> None:
+    """With a vocabulary that would make it most of the memory; published sizes are in benchmarks/losses.py."""
     torch.manual_seed(0)
     tokens, vocabulary = 1024, 32768
-    hidden, theirs = torch.randn(tokens, 8, requires_grad=True), torch.randn(tokens, 8)
+    hidden, teacher_hidden = torch.randn(tokens, 8, requires_grad=True), torch.randn(tokens, 8)
     head = Head(torch.randn(vocabulary, 8))
     labels = torch.randint(vocabulary, (tokens,))
 
-    def ours() -> None:
+    def backward() -> None:
         term = (
-            CrossEntropy(labels) if kind == "cross_entropy" else TeacherDivergence("forward_kl", Hidden(theirs, head))
+            CrossEntropy(labels)
+            if kind == "cross_entropy"
+            else TeacherDivergence("forward_kl", Hidden(teacher_hidden, head))
         )
         sum_in_chunks([(1.0, term)], hidden, head, 32)[0].backward()  # type: ignore[no-untyped-call]
 
-    peak = peak_tensor_bytes(ours, "cpu")
+    peak = peak_tensor_bytes(backward, "cpu")
     assert peak < 8 * 32 * vocabulary * 4 < tokens * vocabulary * 4 / 3
 
 
-def test_ligers_kernel_is_used_where_it_is_installed_and_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in of its signature: the weights first, then hidden states, labels and bias."""
+def test_ligers_kernel_is_used_where_it_is_installed_and_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with its signature: weights first, then hidden states, labels and bias."""
     calls: list[dict[str, Any]] = []
 
     class Loss:
@@ -249,14 +260,14 @@ def test_ligers_kernel_is_used_where_it_is_installed_and_can_be(monkeypatch: pyt
     monkeypatch.setattr(losses, "_liger", losses._liger.__wrapped__)
     case = Case()
     head, other = case.heads()
-    entropy, divergence = CrossEntropy(case.labels), TeacherDivergence("forward_kl", Hidden(case.theirs, other))
+    entropy, divergence = CrossEntropy(case.labels), TeacherDivergence("forward_kl", Hidden(case.teacher_hidden, other))
     plain, sums = sum_in_chunks([(0.5, entropy)], case.hidden, head)
     assert losses._liger() is module and not losses.can_use_liger(case.hidden) and not calls  # tensors on a CPU
     monkeypatch.setattr(losses, "can_use_liger", lambda hidden: True)
-    found, own = sum_in_chunks([(0.5, entropy)], case.hidden, head)
+    fused, fused_sums = sum_in_chunks([(0.5, entropy)], case.hidden, head)
     assert calls == [{"ignore_index": MASKED, "reduction": "sum"}]
-    torch.testing.assert_close(found, plain)
-    torch.testing.assert_close(own, sums)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(fused_sums, sums)
     with torch.no_grad():
         sum_in_chunks([(0.5, entropy)], case.hidden, head)
     sum_in_chunks([(0.5, entropy), (0.5, divergence)], case.hidden, head)

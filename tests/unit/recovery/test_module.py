@@ -1,4 +1,4 @@
-"""Recovery: setup once, what trains and what does not, the teacher on a shared backbone, and the losses."""
+"""Recovery: setup, what trains and what does not, the teacher on a shared backbone, and the losses."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def test_setup_applies_once_however_often_it_is_called() -> None:
 
 def test_setup_makes_the_student() -> None:
     model = qwen2_moe()
-    asked = []
+    searched = []
 
     def search() -> Student:
-        asked.append(sorted(views.sparse_blocks(model)))
+        searched.append(sorted(views.sparse_blocks(model)))
         return apply(model, condense_plan(model, [1]))
 
     module = RecoveryModule(search, recovery())
-    assert module.plan is None and not asked
+    assert module.plan is None and not searched
     with pytest.raises(AssertionError, match="made in `setup`"):
         _ = module.student
     module.setup("fit")
     module.setup("fit")
-    assert asked == [[0, 1, 2]] and module.plan == condense_plan(qwen2_moe(), [1])
+    assert searched == [[0, 1, 2]] and module.plan == condense_plan(qwen2_moe(), [1])
     assert isinstance(views.get_block(model, 1), CondensedMoE)
 
 
-def test_adapters_are_of_one_stage() -> None:
+def test_adapters_belong_to_one_recovery_stage() -> None:
     module = module_of(trainable="lora")
     module.merge_adapters()
     module.merge_adapters()
@@ -84,8 +84,8 @@ def test_works_in_anyones_trainer(tmp_path: Path) -> None:
         enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(module, datamodule=data(module, windows(3, 8, seed=5)))
-    found = trainer.validate(module, datamodule=data(module, windows(3, 8, seed=5)), verbose=False)
-    assert found[0]["recovery/validation_loss"] > 0 and found[0]["recovery/validation_kl"] > 0
+    metrics = trainer.validate(module, datamodule=data(module, windows(3, 8, seed=5)), verbose=False)
+    assert metrics[0]["recovery/validation_loss"] > 0 and metrics[0]["recovery/validation_kl"] > 0
     assert sorted(views.sparse_blocks(model)) == [0]
 
 
@@ -137,15 +137,15 @@ def test_the_control_trains_the_experts_of_the_same_layers(family: str) -> None:
 
 def test_without_layers_experts_of_all_moe_layers_train() -> None:
     model = qwen2_moe()
-    found = trainable_parameters(model, (), "experts")
-    assert {name.split(".")[2] for name in found} == {"0", "1", "2"}
-    assert not any("gate.weight" in name for name in found)
+    trainable = trainable_parameters(model, (), "experts")
+    assert {name.split(".")[2] for name in trainable} == {"0", "1", "2"}
+    assert not any("gate.weight" in name for name in trainable)
     assert set(trainable_parameters(model, (), "all")) == dict(model.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("family", EVERY)
 def test_a_gradient_reaches_all_that_trains(family: str) -> None:
-    """Processes would wait for others, and a checkpoint needs no more."""
+    """Otherwise processes would wait for each other, and checkpoints would hold weights that do not train."""
     model: Any = EVERY[family]()
     module = prepared(model, Plan("tiny"), objective="finetune", trainable="all")
     module.losses(windows(4, 12))["loss"].backward()
@@ -155,7 +155,7 @@ def test_a_gradient_reaches_all_that_trains(family: str) -> None:
 
 
 class ManyNorms(torch.nn.LayerNorm):
-    """One for each head, as some families have them."""
+    """A norm per head, as in some families."""
 
 
 DECAYED = {
@@ -169,35 +169,35 @@ RANKS = {name: (8, 8, None, 8, 6, 8) for name in PROJECTIONS}
 
 @pytest.mark.parametrize("name", DECAYED)
 def test_biases_and_norms_are_not_decayed_whatever_their_shape(name: str) -> None:
-    family, _, how = name.partition(" ")
+    family, _, change = name.partition(" ")
     model: Any = EVERY[family]()
-    if how == "condensed":
+    if change == "condensed":
         plan = condense_plan(model, [1, 2])
     else:
-        operation = Factorize(1, RANKS) if how else Prune(1, (0, 1, 2, 4))
+        operation = Factorize(1, RANKS) if change else Prune(1, (0, 1, 2, 4))
         plan = Plan("tiny", (operation,))
     module = prepared(model, plan, weight_decay=0.1)
-    decayed = names_of(module, 0.1)
-    assert {each.rpartition(".")[2] for each in decayed} == DECAYED[name]
-    others = names_of(module, 0.0)
-    assert all("bias" in each for each in others) and bool(others) == (family == "gpt_oss")
+    decayed = decayed_names(module, 0.1)
+    assert {key.rpartition(".")[2] for key in decayed} == DECAYED[name]
+    others = decayed_names(module, 0.0)
+    assert all("bias" in key for key in others) and bool(others) == (family == "gpt_oss")
     assert len(decayed) + len(others) == sum(value.requires_grad for value in module.parameters())
 
 
-def test_of_all_weights_matrices_are_decayed_alone() -> None:
+def test_among_all_weights_only_matrices_are_decayed() -> None:
     model: Any = EVERY["gpt_oss"]()
     model.model.layers[0].self_attn.q_norm = ManyNorms((2, 16))
     module = prepared(model, Plan("tiny"), objective="finetune", trainable="all")
-    others = names_of(module, 0.0)
-    kinds = {each.rpartition(".")[2] for each in others}
+    others = decayed_names(module, 0.0)
+    kinds = {key.rpartition(".")[2] for key in others}
     assert kinds == {"weight", "bias", "gate_up_proj_bias", "down_proj_bias", "sinks"}
-    assert all("norm" in each for each in others if each.endswith(".weight"))
-    assert any(each.endswith("q_norm.weight") for each in others)
-    assert not any("norm" in each or "bias" in each for each in names_of(module, 0.1))
+    assert all("norm" in key for key in others if key.endswith(".weight"))
+    assert any(key.endswith("q_norm.weight") for key in others)
+    assert not any("norm" in key or "bias" in key for key in decayed_names(module, 0.1))
 
 
-def names_of(module: RecoveryModule, weight_decay: float) -> list[str]:
-    """What is decayed so much."""
+def decayed_names(module: RecoveryModule, weight_decay: float) -> list[str]:
+    """The parameters with this weight decay."""
     groups = [group for group in module.parameter_groups() if group["weight_decay"] == weight_decay]
     inside = {id(parameter) for group in groups for parameter in group["params"]}
     return [name for name, value in module.named_parameters() if id(value) in inside]
@@ -212,30 +212,36 @@ def test_without_an_objective_there_is_no_module() -> None:
 
 
 def storages(*modules: torch.nn.Module) -> dict[int, int]:
-    """Address -> bytes of every storage."""
+    """The bytes of every storage, by address."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_that_student_and_teacher_share_exists_twice(family: str) -> None:
+def test_what_student_and_teacher_share_exists_once(family: str) -> None:
     before = FAMILIES[family]()
-    names, whole = set(before.state_dict()), resident_bytes(before)
+    names, total = set(before.state_dict()), resident_bytes(before)
     module = module_of(family)
     student, originals = module.model, module.student.originals
-    alone, kept = storages(student), storages(*originals.values())
-    assert not alone.keys() & kept.keys()
+    alone, original_blocks = storages(student), storages(*originals.values())
+    assert not alone.keys() & original_blocks.keys()
     blocks = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(before, layer).parameters())
-    assert sum(kept.values()) == blocks  # the original blocks of condensed layers, nothing else
-    own = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(student, layer).state_dict().values())
-    assert resident_bytes(student, module.originals) == sum({**alone, **kept}.values()) == whole + own
+    assert sum(original_blocks.values()) == blocks  # the original blocks of condensed layers, nothing else
+    student_blocks = sum(
+        tensor.nbytes for layer in (1, 2) for tensor in views.get_block(student, layer).state_dict().values()
+    )
+    assert (
+        resident_bytes(student, module.originals)
+        == sum({**alone, **original_blocks}.values())
+        == total + student_blocks
+    )
     with module.student.original():
         outside = {name: value for name, value in student.state_dict().items() if ".mlp." not in name}
         assert set(student.state_dict()) == names
         assert {value.untyped_storage().data_ptr() for value in outside.values()} <= alone.keys()
     registered = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     assert len(registered) == len(set(registered)) == len(list(module.parameters()))
-    assert len(storages(module)) == len({**alone, **kept})
+    assert len(storages(module)) == len({**alone, **original_blocks})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -251,7 +257,7 @@ def test_the_teacher_is_the_original_bit_for_bit(family: str, tmp_path: Path) ->
         fit(module, data(module), tmp_path, QUIET, seed=0)
 
 
-def test_the_teacher_comes_back_after_an_error() -> None:
+def test_the_student_is_restored_after_an_error() -> None:
     module = module_of()
     blocks = list(module.model.modules())
     with pytest.raises(KeyError), module.student.original():
@@ -267,8 +273,8 @@ def test_training_all_weights_beside_an_original_is_refused(objective: str) -> N
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distilling_from_oneself_costs_nothing(temperature: float) -> None:
-    """A student whose condensed layers are put back to the originals."""
+def test_distilling_from_the_student_itself_gives_no_loss(temperature: float) -> None:
+    """A student whose condensed layers are replaced by the originals."""
     module = module_of(temperature=temperature, hidden_share=0.5)
     with module.student.original():
         losses = module.losses(windows(2, 8))
@@ -277,26 +283,29 @@ def test_distilling_from_oneself_costs_nothing(temperature: float) -> None:
 
 @pytest.mark.parametrize("dropped", [(1,), (2,), (1, 2)])
 def test_hidden_states_are_compared_at_the_same_layers_where_some_were_removed(dropped: tuple[int, ...]) -> None:
-    """A removed layer passes on what it is given; the teacher's own states are transformers'."""
+    """A removed layer passes its input on; the teacher's states are those of transformers."""
     model = FAMILIES["qwen2_moe"]()
     plan = Plan("qwen2_moe", tuple(Drop(layer, "layer") for layer in dropped))
     module = prepared(model, plan, hidden_share=0.5)
     ids = windows(2, 8)
     with torch.no_grad():
         losses = module.losses(ids)
-        theirs = qwen2_moe()(input_ids=ids, output_hidden_states=True).hidden_states
+        teacher_states = qwen2_moe()(input_ids=ids, output_hidden_states=True).hidden_states
         original = qwen2_moe()
-        x, mine = original.model.embed_tokens(ids), []
+        x, student_states = original.model.embed_tokens(ids), []
         positions = torch.arange(8)[None]
         rotary = original.model.rotary_emb(x, positions)
         mask = torch.full((8, 8), -torch.inf).triu(1)[None, None]
         for layer, block in enumerate(original.model.layers):
             if layer not in dropped:
                 x = block(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-            mine.append(x)
-        mine[-1] = original.model.norm(mine[-1])
-        each = [(mine[i] - theirs[i + 1]).square().mean() / theirs[i + 1].square().mean() for i in dropped]
-    torch.testing.assert_close(losses["hidden"], torch.stack(each).mean(), rtol=1e-4, atol=0)
+            student_states.append(x)
+        student_states[-1] = original.model.norm(student_states[-1])
+        errors = [
+            (student_states[i] - teacher_states[i + 1]).square().mean() / teacher_states[i + 1].square().mean()
+            for i in dropped
+        ]
+    torch.testing.assert_close(losses["hidden"], torch.stack(errors).mean(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("changes", [{}, {"trainable": "lora", "lora": LoraSettings(target="experts")}])
@@ -326,14 +335,14 @@ def test_losses_by_hand() -> None:
     torch.testing.assert_close(losses["kl"], kl, rtol=1e-5, atol=0)
     torch.testing.assert_close(losses["hidden"], hidden, rtol=1e-5, atol=0)
     torch.testing.assert_close(losses["cross_entropy"], cross_entropy(student.logits, ids), rtol=1e-6, atol=0)
-    whole = 0.625 * kl + 0.25 * losses["cross_entropy"] + 0.125 * hidden
-    torch.testing.assert_close(losses["loss"], whole, rtol=1e-5, atol=0)
+    expected = 0.625 * kl + 0.25 * losses["cross_entropy"] + 0.125 * hidden
+    torch.testing.assert_close(losses["loss"], expected, rtol=1e-5, atol=0)
     assert set(module_of().losses(ids)) == {"kl", "loss"}
     assert set(module_of(objective="finetune").losses(ids)) == {"cross_entropy", "loss"}
 
 
 def test_the_routers_auxiliary_loss_is_off() -> None:
-    """Also where the config asks for it: it would reach the experts."""
+    """Also where the config turns it on: its gradients would reach the experts."""
     model = qwen2_moe(output_router_logits=True)
     module = prepared(model, condense_plan(model, [2]), objective="finetune")
     ids = windows(2, 8)

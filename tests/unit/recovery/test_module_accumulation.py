@@ -1,4 +1,4 @@
-"""An optimiser step is one mean over its tokens, however many batches it has and whatever each of them predicts."""
+"""An optimiser step is one mean over its tokens, however many batches it has and however many tokens they predict."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SHARES: dict[str, Any] = {"cross_entropy_share": 0.25, "temperature": 2.0}
 
 
 def table(targets: tuple[int, ...] = TARGETS) -> dict[str, Tensor]:
-    """Windows of 8 tokens, the last ones of each to be predicted."""
+    """Windows of 8 tokens, in which the last `targets` tokens are to be predicted."""
     ids = windows(len(targets), 8)
     counted = torch.arange(8) >= 8 - torch.tensor(targets)[:, None]
     return {"input_ids": ids, "labels": torch.where(counted, ids, MASKED)}
 
 
-class Watching(L.Callback):
-    """The gradients of the only step, and what is logged of it."""
+class Recorder(L.Callback):
+    """Records the gradients of the only step, and its logged metrics."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
@@ -47,21 +47,21 @@ def module_of(**changes: Any) -> RecoveryModule:
     return prepared(qwen2_moe(), condense_plan(qwen2_moe(), [1, 2]), steps=1, **changes)
 
 
-def step(folder: Path, batch_size: int, accumulate: int, validate: int = 0, **changes: Any) -> Watching:
+def step(folder: Path, batch_size: int, accumulate: int, validate: int = 0, **changes: Any) -> Recorder:
     """One optimiser step on all eight windows."""
     module = module_of(
         batch_size=batch_size, accumulate_grad_batches=accumulate, validate_every=validate, **changes
     )  # fmt: skip
     data = RecoveryData(table(), table(TARGETS[::-1]) if validate else None, batch_size, accumulate, seed=3)
-    watching = Watching()
-    fit(module, data, folder / f"{batch_size}x{accumulate}", QUIET, seed=0, callbacks=[watching])
-    return watching
+    recorder = Recorder()
+    fit(module, data, folder / f"{batch_size}x{accumulate}", QUIET, seed=0, callbacks=[recorder])
+    return recorder
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and sum(float(value.abs().max()) for value in expected.values()) > 0
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys() and sum(float(value.abs().max()) for value in expected.values()) > 0
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -74,16 +74,16 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     ],
     ids=["finetune", "lora", "distill", "reverse"],
 )
-def test_small_batches_are_one_large_one(tmp_path: Path, changes: dict[str, Any]) -> None:
-    whole = step(tmp_path, 8, 1, **changes)
+def test_small_batches_equal_one_large_batch(tmp_path: Path, changes: dict[str, Any]) -> None:
+    large = step(tmp_path, 8, 1, **changes)
     for batch_size, accumulate in ((4, 2), (2, 4), (1, 8)):
-        parts = step(tmp_path, batch_size, accumulate, **changes)
-        same(parts.gradients, whole.gradients)
-        assert parts.logged == pytest.approx(whole.logged, rel=1e-5)
+        small = step(tmp_path, batch_size, accumulate, **changes)
+        same(small.gradients, large.gradients)
+        assert small.logged == pytest.approx(large.logged, rel=1e-5)
 
 
 def test_hidden_states_of_a_batch_weigh_by_its_tokens(tmp_path: Path) -> None:
-    """They are relative to the teacher's in the same batch; a batch counts by what it predicts."""
+    """They are relative to the teacher's in the same batch; a batch counts by the tokens that it predicts."""
     changes: dict[str, Any] = {**SHARES, "hidden_share": 0.25}
     parts = step(tmp_path, 2, 4, **changes)
     module = module_of(**changes)
@@ -103,6 +103,6 @@ def test_hidden_states_of_a_batch_weigh_by_its_tokens(tmp_path: Path) -> None:
 
 
 def test_validation_is_one_mean_over_tokens(tmp_path: Path) -> None:
-    found = [step(tmp_path, batch_size, 8 // batch_size, validate=1) for batch_size in (1, 2, 8)]
+    steps = [step(tmp_path, batch_size, 8 // batch_size, validate=1) for batch_size in (1, 2, 8)]
     for name in ("recovery/validation_loss", "recovery/validation_kl"):
-        assert [each.logged[name] for each in found] == pytest.approx([found[0].logged[name]] * 3, rel=1e-5)
+        assert [recorder.logged[name] for recorder in steps] == pytest.approx([steps[0].logged[name]] * 3, rel=1e-5)

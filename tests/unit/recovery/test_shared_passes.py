@@ -1,4 +1,4 @@
-"""A step's passes: what student and teacher compute once, where backward stops, and layers that are computed again."""
+"""The passes of a step: what student and teacher share, where backward stops, and layers that are recomputed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from recondense.recovery.module import RecoveryModule
 
 
 def gradients(module: RecoveryModule) -> dict[str, Tensor]:
-    found = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+    values = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
     for parameter in module.parameters():
         parameter.grad = None
-    return found
+    return values
 
 
 @contextmanager
@@ -49,20 +49,22 @@ def runs_of(model: Any) -> Iterator[list[int]]:
         handle.remove()
 
 
-def in_two_whole_passes(module: RecoveryModule, monkeypatch: pytest.MonkeyPatch, ids: Tensor) -> dict[str, Tensor]:
+def losses_of_separate_passes(
+    module: RecoveryModule, monkeypatch: pytest.MonkeyPatch, ids: Tensor
+) -> dict[str, Tensor]:
     with monkeypatch.context() as patched:
         patched.setattr("recondense.recovery.teachers.first_unshared_layer", lambda model, changed: 0)
         return module.losses(ids)
 
 
-OWN_WAYS = ("qwen2_moe", "deepseek_v2", "gpt_oss", "ernie4_5_moe")  # of masks, routing, positions or tied heads
+SPECIAL = ("qwen2_moe", "deepseek_v2", "gpt_oss", "ernie4_5_moe")  # of masks, routing, positions or tied heads
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in OWN_WAYS else pytest.mark.slow) for name in EVERY]
+    "family", [pytest.param(name, marks=() if name in SPECIAL else pytest.mark.slow) for name in EVERY]
 )
-def test_what_is_shared_is_computed_once_and_nothing_else_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses and gradients bit for bit those of two whole passes, also over packed examples."""
+def test_shared_layers_are_computed_once_and_nothing_else_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients are bit for bit those of two separate passes, also with packed examples."""
     model = EVERY[family]()
     module = prepared(model, condense_plan(model, [2]), hidden_share=0.25)
     module.train()
@@ -71,21 +73,25 @@ def test_what_is_shared_is_computed_once_and_nothing_else_changes(family: str, m
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
     inputs.append({"input_ids": ids, "position_ids": positions, "labels": ids.clone()})
     inputs[1]["labels"][:, [0, 1, 3]] = MASKED
-    for each in inputs:
+    for arguments in inputs:
         with unchanged(model), runs_of(model) as runs:
-            shared = module.losses(**each)
+            shared = module.losses(**arguments)
         assert runs == [1, 1, 2]
         shared["loss"].backward()  # type: ignore[no-untyped-call]
-        ours = gradients(module)
+        actual = gradients(module)
         with monkeypatch.context() as patched:
             patched.setattr("recondense.recovery.teachers.first_unshared_layer", lambda model, changed: 0)
             with runs_of(model) as runs:
-                whole = module.losses(**each)
+                separate = module.losses(**arguments)
         assert runs == [2, 2, 2]
-        whole["loss"].backward()  # type: ignore[no-untyped-call]
-        theirs = gradients(module)
-        assert all(torch.equal(shared[name], whole[name]) for name in whole) and shared.keys() == whole.keys()
-        assert ours and all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+        separate["loss"].backward()  # type: ignore[no-untyped-call]
+        expected = gradients(module)
+        assert all(torch.equal(shared[name], separate[name]) for name in separate) and shared.keys() == separate.keys()
+        assert (
+            actual
+            and all(torch.equal(actual[name], expected[name]) for name in expected)
+            and actual.keys() == expected.keys()
+        )
 
 
 PLANS: dict[str, tuple[Any, dict[str, Any], int]] = {
@@ -102,15 +108,15 @@ PLANS: dict[str, tuple[Any, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_where_the_student_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_layer_that_is_not_shared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, settings, layer = PLANS[name]
     module = prepared(qwen2_moe(), plan, **settings)
     assert shared_passes.first_unshared_layer(module.model, module.student.changed_layers()) == layer
     ids = windows(2, 8)
-    assert torch.equal(module.losses(ids)["loss"], in_two_whole_passes(module, monkeypatch, ids)["loss"])
+    assert torch.equal(module.losses(ids)["loss"], losses_of_separate_passes(module, monkeypatch, ids)["loss"])
 
 
-def test_after_adapters_were_merged_their_layers_are_the_students_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_merged_adapters_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     module = prepared(qwen2_moe(), condense_plan(qwen2_moe(), [2]), trainable="lora")
     assert module.adapters is not None
     for layer in module.adapters.linears.values():
@@ -120,7 +126,7 @@ def test_after_adapters_were_merged_their_layers_are_the_students_own(monkeypatc
     module.prepare()
     assert module.student.changed_layers() == {0, 1, 2}
     ids = windows(2, 8)
-    assert torch.equal(module.losses(ids)["loss"], in_two_whole_passes(module, monkeypatch, ids)["loss"])
+    assert torch.equal(module.losses(ids)["loss"], losses_of_separate_passes(module, monkeypatch, ids)["loss"])
 
 
 @pytest.mark.parametrize(("family", "noise"), [("qwen2_moe", "attention_dropout"), ("mixtral", "router_jitter_noise")])
@@ -131,20 +137,20 @@ def test_what_is_random_in_training_is_not_shared(family: str, noise: str) -> No
 
 
 def test_the_losses_are_those_of_plain_logits() -> None:
-    """Of two models that were never one."""
+    """Those of two separate models."""
     module = module_of(temperature=1.5, cross_entropy_share=0.25, layers=(2,))
     student, teacher, ids = module.model, qwen2_moe(), windows(2, 8)
-    found = module.losses(ids)
-    plain = student(input_ids=ids, use_cache=False).logits
+    losses = module.losses(ids)
+    student_logits = student(input_ids=ids, use_cache=False).logits
     with torch.no_grad():
-        theirs = teacher(input_ids=ids, use_cache=False).logits
-    expected = 0.75 * forward_kl(plain, theirs, 1.5) + 0.25 * cross_entropy(plain, ids)
-    torch.testing.assert_close(found["loss"], expected, rtol=1e-6, atol=0)
-    found["loss"].backward()  # type: ignore[no-untyped-call]
-    ours = gradients(module)
+        teacher_logits = teacher(input_ids=ids, use_cache=False).logits
+    expected = 0.75 * forward_kl(student_logits, teacher_logits, 1.5) + 0.25 * cross_entropy(student_logits, ids)
+    torch.testing.assert_close(losses["loss"], expected, rtol=1e-6, atol=0)
+    losses["loss"].backward()  # type: ignore[no-untyped-call]
+    actual = gradients(module)
     expected.backward()
     for name, gradient in gradients(module).items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
@@ -158,7 +164,7 @@ def test_other_divergences_have_their_own_names(divergence: Any) -> None:
 
 @pytest.mark.parametrize("objective", ["finetune", "distill"])
 def test_backward_stops_at_the_lowest_layer_that_trains(objective: str) -> None:
-    """No activation below it is part of the graph, no frozen parameter gets a gradient."""
+    """No activation below it is part of the graph, and no frozen parameter gets a gradient."""
     module = module_of(objective=objective, layers=(1, 2))
     module.train()
     graphs: dict[int, bool] = {}
@@ -203,7 +209,7 @@ def loss_and_gradients(module: RecoveryModule, ids: Tensor) -> tuple[Tensor, dic
 
 @pytest.mark.parametrize("name", AGAIN)
 def test_activation_checkpointing_changes_no_bit(name: str) -> None:
-    """Adapters on factors are computed once a pass; in backward they are computed again with the layer."""
+    """Adapters on factors are computed once per pass, and again with their layer in backward."""
     module, ids = module_and_windows(name)
     plain, expected = loss_and_gradients(module, ids)
     with decoder.checkpoint_layers(module.model):
@@ -211,13 +217,13 @@ def test_activation_checkpointing_changes_no_bit(name: str) -> None:
             again = module.losses(ids)["loss"]
         again.backward()  # type: ignore[no-untyped-call]
     assert torch.equal(plain, again)
-    found = gradients(module)
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    actual = gradients(module)
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
     assert not any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.decoder_layers(module.model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activation_checkpointing_holds_less(family: str) -> None:
+def test_activation_checkpointing_saves_memory(family: str) -> None:
     module = module_of(family, objective="finetune", layers=(0, 1, 2) if family == "qwen2_moe" else (1, 2))
     module.train()
     ids = windows(4, 16)
@@ -244,24 +250,24 @@ def test_activation_checkpointing_holds_less(family: str) -> None:
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", AGAIN)
 def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The student's layers, the teacher's, with gradients and without; inductor compiles C++ first."""
+    """The layers of student and teacher, with and without gradients; inductor first compiles C++."""
     module, ids = module_and_windows(name)
     plain, expected = loss_and_gradients(module, ids)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     counters = torch._dynamo.utils.counters
     counters.clear()
     with decoder.compile_layers(module.model):
-        again, found = loss_and_gradients(module, ids)
+        again, actual = loss_and_gradients(module, ids)
     assert counters["frames"]["ok"] > 0 and not counters["unimplemented"]
     torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-6)
     assert not any(layer._compiled_call_impl for layer in decoder.decoder_layers(module.model))
     torch.compiler.reset()
 
 
-def test_headless_and_back() -> None:
+def test_the_head_is_bypassed_and_restored() -> None:
     model, ids = qwen2_moe(), windows(2, 8)
     with unchanged(model), torch.no_grad(), eval_mode(model):
         with decoder.bypass_head(model):

@@ -36,120 +36,122 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
 
 
-def kept_of(module: RecoveryModule, table: Any, folder: Path, k: int = K, temperature: float = 1.0) -> CachedTeacher:
+def store_predictions(
+    module: RecoveryModule, table: Any, folder: Path, k: int = K, temperature: float = 1.0
+) -> CachedTeacher:
     return keep_predictions(module.student.original, to_table(table), folder, k, temperature, 3, nullcontext(), 4)
 
 
-def taught_by(teacher: Teacher, module: RecoveryModule) -> RecoveryModule:
-    """A module of the same student and settings that learns from another teacher."""
+def module_with_teacher(teacher: Teacher, module: RecoveryModule) -> RecoveryModule:
+    """A module with the same student and settings that learns from another teacher."""
     other = RecoveryModule(module.student, module.settings, teacher)
     other.prepare()
     return other
-
-
-def rows(kept: TopK) -> TopK:
-    return TopK(*(column.flatten(0, 1) for column in kept))
 
 
 # ------------------------------------------------------------------------------------------------ the same loss
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_three_teachers_say_the_same(tmp_path: Path, temperature: float) -> None:
-    """Another model that equals the original bit for bit; what is kept of it lacks exactly r·KL(rest ‖ rest)."""
+def test_three_teachers_give_the_same_loss(tmp_path: Path, temperature: float) -> None:
+    """The other model equals the original bit for bit; stored predictions lack exactly r·KL(rest ‖ rest)."""
     ids = windows(7, 8)
     module = module_of(temperature=temperature, layers=(1, 2))
     shared = module.losses(ids)["loss"]
-    kept = kept_of(module, ids, tmp_path, temperature=temperature)
-    other = taught_by(OtherTeacher(qwen2_moe(), module.model, "the same"), module)
+    stored = store_predictions(module, ids, tmp_path, temperature=temperature)
+    other = module_with_teacher(OtherTeacher(qwen2_moe(), module.model, "the same"), module)
     assert torch.equal(other.losses(ids)["loss"], shared)
     module.student.release_original()
-    cached = taught_by(kept, module).losses(ids, window=torch.arange(7))["loss"].double()
+    cached = module_with_teacher(stored, module).losses(ids, window=torch.arange(7))["loss"].double()
     with torch.no_grad():
-        logits = [each(input_ids=ids).logits.flatten(0, 1).double() for each in (qwen2_moe(), module.model)]
-        rests = [(each / temperature).scatter(-1, logits[0].topk(K).indices, -torch.inf) for each in logits]
+        logits = [network(input_ids=ids).logits.flatten(0, 1).double() for network in (qwen2_moe(), module.model)]
+        rests = [(values / temperature).scatter(-1, logits[0].topk(K).indices, -torch.inf) for values in logits]
         r_T = (rests[0].logsumexp(-1) - (logits[0] / temperature).logsumexp(-1)).exp()
-        p, q = (each.log_softmax(-1) for each in rests)
+        p, q = (rest.log_softmax(-1) for rest in rests)
         missing = temperature**2 * (r_T * torch.where(p.isinf(), 0, p.exp() * (p - q)).sum(-1)).mean()
     assert missing > 1e-3 and float(cached.detach()) > 1e-3
     torch.testing.assert_close(cached.detach(), shared.detach().double() - missing, rtol=1e-4, atol=1e-5)
 
 
-def test_whatever_is_not_predicted_is_left_out_of_what_was_kept(tmp_path: Path) -> None:
-    """Labels and positions of packed examples: as the teacher on the backbone says, up to the rest."""
+def test_positions_that_are_not_predicted_are_left_out_of_stored_predictions(tmp_path: Path) -> None:
+    """With labels and positions of packed examples, the loss is that of the teacher on the backbone, up to the rest."""
     ids = windows(5, 8)
     labels = ids.clone()
     labels[:, [0, 1, 2, 4]] = MASKED
     table = {"input_ids": ids, "labels": labels, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 5)}
     module = module_of(cross_entropy_share=0.5)
-    kept = kept_of(module, table, tmp_path, k=VOCAB)  # all but one, which is then the rest
+    stored = store_predictions(module, table, tmp_path, k=VOCAB)  # all tokens but one, which is the rest
     some = [3, 0]
     batch = {name: column[some] for name, column in table.items()}
     expected = module.losses(**batch)
-    found = taught_by(kept, module).losses(**batch, window=torch.tensor(some))
-    torch.testing.assert_close(found["kl"], expected["kl"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=1e-6)
+    losses = module_with_teacher(stored, module).losses(**batch, window=torch.tensor(some))
+    torch.testing.assert_close(losses["kl"], expected["kl"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["loss"], expected["loss"], rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- on disk
 
 
-def test_what_is_kept_is_the_originals_bit_for_bit(tmp_path: Path) -> None:
+def test_stored_predictions_are_those_of_the_original(tmp_path: Path) -> None:
     ids = windows(7, 8)
     module = module_of()
-    kept = kept_of(module, ids, tmp_path)
+    stored = store_predictions(module, ids, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         "00000-of-00002.safetensors",
         "00001-of-00002.safetensors",
     ]
-    found = kept.read([6, 2, 2])
+    predictions = stored.read([6, 2, 2])
     with torch.no_grad():
         logits = qwen2_moe()(input_ids=ids).logits[[6, 2, 2]]
     values, indices = logits.topk(K)
-    assert torch.equal(found.ids_TK, indices)
-    torch.testing.assert_close(found.logits_TK, values, rtol=1e-6, atol=1e-6)  # the head, on a chunk of other tokens
-    whole = torch.cat([found.logits_TK, found.rest_T.unsqueeze(-1)], -1).logsumexp(-1)
-    torch.testing.assert_close(whole, logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
-    stored = kept._open(kept.files[0]).get_tensor("ids_TK")
-    assert stored.dtype == torch.uint16  # a small vocabulary
+    assert torch.equal(predictions.ids_TK, indices)
+    torch.testing.assert_close(
+        predictions.logits_TK, values, rtol=1e-6, atol=1e-6
+    )  # the head ran on other chunks of tokens
+    total = torch.cat([predictions.logits_TK, predictions.rest_T.unsqueeze(-1)], -1).logsumexp(-1)
+    torch.testing.assert_close(total, logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    ids_TK = stored._open(stored.files[0]).get_tensor("ids_TK")
+    assert ids_TK.dtype == torch.uint16  # a small vocabulary
 
 
-def test_logits_in_bf16_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_logits_in_bf16_are_stored_as_they_are(tmp_path: Path) -> None:
     model = qwen2_moe().bfloat16()
-    kept = keep_predictions(
+    stored = keep_predictions(
         lambda: nullcontext(model), {"input_ids": windows(2, 8)}, tmp_path, 4, 1.0, 2, nullcontext()
     )
-    found = kept.read([1])
-    assert found.logits_TK.dtype == torch.bfloat16 and found.rest_T.dtype == torch.float32
+    predictions = stored.read([1])
+    assert predictions.logits_TK.dtype == torch.bfloat16 and predictions.rest_T.dtype == torch.float32
 
 
-def test_a_teacher_that_was_interrupted_is_asked_the_rest_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_teacher_predicts_only_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, ids = module_of(), windows(11, 8)
-    whole = kept_of(module, ids, tmp_path / "whole").read(range(11))
+    uninterrupted = store_predictions(module, ids, tmp_path / "uninterrupted").read(range(11))
     write = CachedTeacher.write
 
-    def killed(self: CachedTeacher, index: int, kept: TopK) -> None:
+    def write_one(self: CachedTeacher, index: int, predictions: TopK) -> None:
         if index == 1:
             raise KeyboardInterrupt
-        write(self, index, kept)
+        write(self, index, predictions)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(CachedTeacher, "write", killed)
-        kept_of(module, ids, tmp_path / "cut")
-    assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 1
+        patched.setattr(CachedTeacher, "write", write_one)
+        store_predictions(module, ids, tmp_path / "interrupted")
+    assert len(list((tmp_path / "interrupted").glob("*.safetensors"))) == 1
     seen: list[Tensor] = []
     hook = module.model.register_forward_pre_hook(
         lambda model, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
-    found = kept_of(module, ids, tmp_path / "cut")
+    resumed = store_predictions(module, ids, tmp_path / "interrupted")
     assert torch.equal(torch.cat(seen), ids[4:])
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.read(range(11)), whole, strict=True))
-    kept_of(module, ids, tmp_path / "cut")
+    assert all(
+        torch.equal(actual, expected) for actual, expected in zip(resumed.read(range(11)), uninterrupted, strict=True)
+    )
+    store_predictions(module, ids, tmp_path / "interrupted")
     assert len(torch.cat(seen)) == 7 and not list(tmp_path.rglob("*.partial"))
     hook.remove()
 
 
-def test_another_folder_for_whatever_decides_predictions() -> None:
+def test_the_cache_key_depends_on_all_that_decides_predictions() -> None:
     table = {"input_ids": windows(3, 8), "labels": windows(3, 8)}
     keys = {
         cache_key("w", table, 8, 1.0, "32-true"),
@@ -175,32 +177,32 @@ def test_which_windows_are_trained_on() -> None:
 
 
 def test_a_fit_without_a_teacher_in_memory(tmp_path: Path) -> None:
-    """It learns, resumes exactly, and holds the student alone; checkpoints hold what trains."""
+    """It learns, resumes exactly, and holds only the student; checkpoints hold what trains."""
     finals = []
-    for name, stops in (("whole", False), ("cut", True)):
+    for name, stops in (("uninterrupted", False), ("interrupted", True)):
         module = module_of(steps=4)
         with_original = resident_bytes(module)
         dropped = resident_bytes(*module.student.originals.values())
-        kept = kept_of(module, windows(7, 8), tmp_path / "kept")
+        stored = store_predictions(module, windows(7, 8), tmp_path / "kept")
         module.student.release_original()
-        module = taught_by(kept, module)
+        module = module_with_teacher(stored, module)
         assert resident_bytes(module) == with_original - dropped and not module.student.has_original
         table = {"input_ids": windows(7, 8), "window": torch.arange(7)}
         loader = RecoveryData(table, windows(2, 8, seed=5), 2, 4, seed=3)
         if stops:
             step = module.training_step
 
-            def interrupted(batch: Any, index: int, step: Any = step, module: RecoveryModule = module) -> Tensor:
+            def stop_at_step_3(batch: Any, index: int, step: Any = step, module: RecoveryModule = module) -> Tensor:
                 if module.trainer.global_step == 3:
                     raise RuntimeError("stopped")
                 return step(batch, index)  # type: ignore[no-any-return]
 
-            module.training_step = interrupted  # type: ignore[method-assign]
+            module.training_step = stop_at_step_3  # type: ignore[method-assign]
             with pytest.raises(RuntimeError, match="stopped"):
                 fit(module, loader, tmp_path / name, QUIET, seed=0)
             module = module_of(steps=4)
             module.student.release_original()
-            module = taught_by(kept, module)
+            module = module_with_teacher(stored, module)
         final = torch.load(fit(module, loader, tmp_path / name, QUIET, seed=0), weights_only=True)["state_dict"]
         assert set(final) == {
             f"model.model.layers.{layer}.mlp.{part}.weight"
@@ -216,15 +218,15 @@ def test_a_fit_without_a_teacher_in_memory(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ another model
 
 
-def test_another_model_teaches_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_another_model_teaches_and_does_not_change(tmp_path: Path) -> None:
     module = module_of(steps=3)
     teacher = qwen2_moe(seed=5)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    module = taught_by(OtherTeacher(teacher, module.model, "another"), module)
+    module = module_with_teacher(OtherTeacher(teacher, module.model, "another"), module)
     ids = windows(2, 8)
     losses = module.losses(ids)
     with torch.no_grad():
-        p, q = (each(input_ids=ids).logits.log_softmax(-1) for each in (teacher, module.model))
+        p, q = (network(input_ids=ids).logits.log_softmax(-1) for network in (teacher, module.model))
     torch.testing.assert_close(losses["kl"], (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-5, atol=0)
     with module.student.original():  # a student that is the original does not say what another says
         assert module.losses(ids)["kl"] > 0.01
@@ -236,21 +238,21 @@ def test_another_model_teaches_and_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_teacher_with_another_vocabulary_is_refused() -> None:
-    own = byte_tokenizer()
-    require_same_vocabulary(byte_tokenizer(), own, "./teacher")
+    tokenizer = byte_tokenizer()
+    require_same_vocabulary(byte_tokenizer(), tokenizer, "./teacher")
     grown = byte_tokenizer()
     grown.add_tokens(["<|extra|>"])
     with pytest.raises(ValueError, match=r"teacher_path=./teacher.*1 tokens.*<\|extra\|>.*None here.*teacher=shared"):
-        require_same_vocabulary(grown, own, "./teacher")
-    words = Tokenizer(models.BPE(own.get_vocab(), []))
+        require_same_vocabulary(grown, tokenizer, "./teacher")
+    words = Tokenizer(models.BPE(tokenizer.get_vocab(), []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(ValueError, match="it encodes 'Hello world' differently"):
-        require_same_vocabulary(PreTrainedTokenizerFast(tokenizer_object=words), own, "./teacher")
+        require_same_vocabulary(PreTrainedTokenizerFast(tokenizer_object=words), tokenizer, "./teacher")
     with pytest.raises(ValueError, match="gives 101 logits and the student's 97"):
         OtherTeacher(qwen2_moe(vocab_size=101), qwen2_moe(), "./teacher")
 
 
-def test_the_original_is_never_asked_after_it_was_released() -> None:
+def test_the_original_is_not_needed_after_its_release() -> None:
     """Adapters are merged without it."""
     model = qwen2_moe()
     module = prepared(model, condense_plan(model, [1]), trainable="lora")

@@ -1,4 +1,4 @@
-"""Means over the papers' tasks, and the published rows that stand beside a run."""
+"""Means over the tasks of papers, and the published rows that are shown beside a run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_without_one_of_its_tasks_a_paper_has_no_mean(task: str) -> None:
         ({"merge": {"layers": 9, "groups": 90, "of": 576}, "refit": {"layers": 9}}, Setting("msmoe", 9)),
     ],
 )
-def test_what_a_plan_did_in_the_papers_terms(operations: dict[str, dict[str, float]], setting: Setting) -> None:
+def test_a_plan_in_the_terms_of_the_papers(operations: dict[str, dict[str, float]], setting: Setting) -> None:
     assert setting_of(operations, 0.5) == setting
 
 
@@ -132,9 +132,9 @@ def summary(paper: str, model: str | None, setting: Setting, differs: list[str] 
     }
 
 
-def test_means_stand_beside_the_published_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    found = summary(CDMOE, DEEPSEEK, Setting("cdmoe", 9, 6))
-    [(title, headings, rows)] = tables(found)
+def test_means_are_shown_beside_the_published_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    report = summary(CDMOE, DEEPSEEK, Setting("cdmoe", 9, 6))
+    [(title, headings, rows)] = tables(report)
     assert "8 tasks of CD-MoE" in title
     assert headings == ["", "mean, %", "memory\nratio", "speed", "source"]
     assert rows[:2] == [
@@ -145,10 +145,10 @@ def test_means_stand_beside_the_published_rows(capsys: pytest.CaptureFixture[str
         ["published: original", "61.60", "1", "1.00x"],
         ["published: cdmoe: shared+6, 9 layers", "55.50", "0.725", "1.26x"],
     ]
-    print_report(found, Console(width=160))
+    print_report(report, Console(width=160))
     shown = capsys.readouterr().out
     assert "published: cdmoe: shared+6, 9 layers, fine-tuned" in shown and "arXiv 2412.00069" in shown
-    assert flatten_summary(found)["compressed/task_mean/cdmoe"] == 0.55
+    assert flatten_summary(report)["compressed/task_mean/cdmoe"] == 0.55
 
 
 def test_a_cut_of_the_experts_is_no_memory_ratio() -> None:
@@ -159,12 +159,12 @@ def test_a_cut_of_the_experts_is_no_memory_ratio() -> None:
     assert "mean rank of 512" in rows[-1][-1]
 
 
-def test_the_nearest_setting_is_called_so() -> None:
+def test_the_nearest_setting_is_marked() -> None:
     [(_, _, rows)] = tables(summary(CDMOE, QWEN, Setting("cdmoe", 8, 4)))
     assert rows[-1][0] == "published: cdmoe: shared+4, 9 layers (the nearest)"
 
 
-def test_what_cannot_be_compared_is_said_in_a_line() -> None:
+def test_what_cannot_be_compared_is_noted_in_a_line() -> None:
     unknown = summary(CDMOE, None, Setting(None))
     [(_, headings, rows)] = tables(unknown)
     assert headings == ["", "mean, %", "memory\nratio"] and len(rows) == 2

@@ -1,4 +1,4 @@
-"""The published results as data: whole, consistent with themselves, and found by model and setting."""
+"""The published results as data: complete, consistent, and selected by model and setting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_row_is_of_a_known_paper_and_model() -> None:
         assert row.tasks == () or tuple(name for name, _ in row.tasks) == PAPER_TASKS[row.paper], row
 
 
-def test_memory_and_cut_are_never_mixed() -> None:
+def test_memory_ratios_and_removed_ratios_are_never_mixed() -> None:
     for row in RESULTS:
         if row.paper == CDMOE:
             assert row.removed_expert_ratio is None and row.memory_gb is None, row
@@ -57,8 +57,8 @@ def test_routed_parameters_follow_from_the_shapes(model: str, shared: int) -> No
 
 
 @pytest.mark.parametrize("model", [DEEPSEEK, QWEN])
-def test_published_memory_is_near_what_the_shapes_say(model: str) -> None:
-    """A condensed layer loses the router and the experts it does not keep, and nothing else."""
+def test_published_memory_ratios_are_near_those_of_the_shapes(model: str) -> None:
+    """A condensed layer loses the router and the experts that are not retained, and nothing else."""
     facts = model_named(model)
     gates = facts.num_experts + (model == QWEN)
     rows = [row for row in find(model, method="cdmoe") if row.memory_ratio is not None]
@@ -71,7 +71,7 @@ def test_published_memory_is_near_what_the_shapes_say(model: str) -> None:
 
 
 def test_the_published_cuts_follow_from_prune_and_rank() -> None:
-    """What 25% pruned experts leave, times the factors' share at the mean rank."""
+    """Pruning keeps 75% of the experts, and factors of the mean rank a share of their parameters."""
     for name, rank, tolerance in ((V2_LITE, 512, 5e-5), (MIXTRAL, 2048, 0.02)):
         facts = model_named(name)
         width, hidden = facts.expert_width, facts.hidden_size
@@ -88,7 +88,7 @@ def test_models_are_recognised_by_their_numbers() -> None:
     assert published_model("olmoe", 2048, 16, 64) is None
 
 
-def test_rows_are_found_by_model_and_setting() -> None:
+def test_rows_are_selected_by_model_and_setting() -> None:
     means = lambda rows: [row.mean for row in rows]  # noqa: E731
     assert means(find(QWEN, method="original")) == [65.5]
     assert means(find(QWEN, num_experts=4, num_layers=9)) == [60.2]

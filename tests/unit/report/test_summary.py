@@ -1,4 +1,4 @@
-"""What summary.json says of where a run was made."""
+"""The commit that summary.json records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    ("package", "own"),
+    ("package", "is_checkout"),
     [
         ("src/recondense/report", True),
         (".venv/lib/python3.11/site-packages/recondense/report", False),
@@ -30,12 +30,12 @@ def commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("recondense/report", False),
     ],
 )
-def test_a_commit_is_that_of_our_own_checkout(
-    tmp_path: Path, commit: str, monkeypatch: pytest.MonkeyPatch, package: str, own: bool
+def test_the_commit_is_that_of_recondenses_checkout(
+    tmp_path: Path, commit: str, monkeypatch: pytest.MonkeyPatch, package: str, is_checkout: bool
 ) -> None:
     (tmp_path / package).mkdir(parents=True)
     monkeypatch.setattr(summary, "__file__", str(tmp_path / package / "summary.py"))
-    assert summary._git_commit() == (commit if own else None)
+    assert summary._git_commit() == (commit if is_checkout else None)
 
 
 def test_a_hook_of_another_repository_changes_nothing(
@@ -56,7 +56,7 @@ def test_without_a_repository_there_is_no_commit(tmp_path: Path, monkeypatch: py
     assert summary._git_commit() is None
 
 
-def test_a_run_from_a_checkout_says_its_commit(root: Path) -> None:
+def test_a_run_from_a_checkout_records_its_commit(root: Path) -> None:
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("the tests do not run from a checkout")

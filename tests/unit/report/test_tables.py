@@ -1,4 +1,4 @@
-"""Tables and pictures: what is shown, and that absent found are absent."""
+"""Tables and pictures: what is shown, and that missing values are left out."""
 
 import json
 from io import StringIO
@@ -78,15 +78,15 @@ def test_stage_table_shows_figures_and_their_ratios() -> None:
 
 
 def test_stage_table_leaves_out_what_no_stage_has() -> None:
-    found = {"stages": {"original": {"loss": 1.0}, "compressed": {"profile": profile(0.5)}}}
-    table = stage_table(found)
+    report = {"stages": {"original": {"loss": 1.0}, "compressed": {"profile": profile(0.5)}}}
+    table = stage_table(report)
     headers = [str(column.header) for column in table.columns]
     assert "perplexity" not in headers and "weights" in headers
     assert text(table)
 
 
-def test_a_model_that_was_only_measured_has_nothing_beside_it() -> None:
-    found = {
+def test_a_model_that_was_only_measured_is_shown_alone() -> None:
+    report = {
         "model": "/models/mine",
         "method": "none",
         "recovery": "none",
@@ -95,11 +95,11 @@ def test_a_model_that_was_only_measured_has_nothing_beside_it() -> None:
         "ratios": {},
         "seconds": {"search": 0.001, "evaluate": 2.0},
     }
-    shown = text(stage_table(found)) + text(ratios_table(found))
+    shown = text(stage_table(report)) + text(ratios_table(report))
     assert "/models/mine: as it is" in shown and "1,500,000" in shown and "seconds: evaluate" in shown
     for absent in ("compressed", "1.00x", "none + none", " of ", "seconds: search"):
         assert absent not in shown, absent
-    assert sweep_row(found)["total_parameters"] == 1_500_000
+    assert sweep_row(report)["total_parameters"] == 1_500_000
 
 
 def test_an_empty_summary_still_prints() -> None:
@@ -113,22 +113,22 @@ def test_an_empty_summary_still_prints() -> None:
 
 @pytest.mark.parametrize("num_tasks", [1, 6])
 def test_many_tasks_or_a_narrow_terminal_give_tasks_a_table_of_their_own(num_tasks: int, tmp_path: Path) -> None:
-    found = summary()
+    report = summary()
     for stage in ("original", "compressed", "recovered"):
         tasks = {f"task{index}": {"acc_norm": 0.5, "acc": 0.4, "acc_stderr": 0.1} for index in range(num_tasks)}
-        found["stages"][stage]["tasks"] = tasks
+        report["stages"][stage]["tasks"] = tasks
     for width in (80, 120):
         with (tmp_path / "out").open("w") as file:
             console = Console(width=width, record=True, file=file)
-            print_report(found, console)
+            print_report(report, console)
         shown = console.export_text()
         assert "…" not in shown
         assert "task0" in shown and "0.5000" in shown
         assert ("metric" in shown) == (num_tasks > 3 or width == 80)
-    assert "±" not in text(task_table(found))  # the error belongs to acc, shown is acc_norm
+    assert "±" not in text(task_table(report))  # the error belongs to acc, shown is acc_norm
 
 
-def test_ratios_table_says_which_way_each_counts() -> None:
+def test_ratios_table_explains_its_ratios() -> None:
     shown = text(ratios_table(summary()))
     for expected in ("0.5000", "2.00x", "compressed / original", "1,500,000", "of 3,000,000", "seconds: search"):
         assert expected in shown
@@ -153,7 +153,7 @@ def test_numbers_for_people() -> None:
     ]
 
 
-def test_sweep_row_keeps_what_is_there() -> None:
+def test_sweep_row_has_the_values_that_exist() -> None:
     row = sweep_row(summary())
     assert row["weights_bytes"] == 6e6 and row["original_weights_bytes"] == 12e6
     assert row["compressed_perplexity"] == 135.0 and row["recovered_perplexity"] == 99.0
@@ -164,9 +164,9 @@ def test_sweep_row_keeps_what_is_there() -> None:
 
 
 def test_sweep_row_has_the_refitted_stage_and_seconds_without_evaluation() -> None:
-    found = summary()
-    found["stages"]["refitted"] = {"perplexity": 110.0, "tasks": {"heldout_next_line": {"acc": 0.52}}}
-    found["seconds"] |= {
+    report = summary()
+    report["stages"]["refitted"] = {"perplexity": 110.0, "tasks": {"heldout_next_line": {"acc": 0.52}}}
+    report["seconds"] |= {
         "apply": 0.5,
         "refit": 7.0,
         "recover": 30.0,
@@ -174,10 +174,10 @@ def test_sweep_row_has_the_refitted_stage_and_seconds_without_evaluation() -> No
         "profile": 3.0,
         "control": 9.0,
     }
-    row = sweep_row(found)
+    row = sweep_row(report)
     assert row["refitted_heldout_next_line"] == 0.52
     assert (row["search_seconds"], row["refit_seconds"], row["recover_seconds"]) == (4.5, 7.0, 30.0)
-    without = {**found, "stages": {"compressed": {}}}
+    without = {**report, "stages": {"compressed": {}}}
     assert not {"refit_seconds", "recover_seconds"} & set(sweep_row(without)), "nothing was refitted or trained"
 
 
@@ -198,7 +198,7 @@ def test_a_refit_is_reported_in_one_line(tmp_path: Path) -> None:
     assert flatten_summary({"refit": errors})["refit/5/error_after"] == 0.15
 
 
-def test_what_trained_is_said_where_the_recovery_does_not() -> None:
+def test_the_objective_is_shown_where_the_recovery_does_not_say_it() -> None:
     assert recovery_words(summary()) == recovery_words({**summary(), "objective": "distill"}) == "distill"
     control = {**summary(), "objective": "finetune"}
     assert "distill (objective: finetune)" in text(stage_table(control))
@@ -217,15 +217,15 @@ def test_sweep_table_lists_failures_and_drops_empty_columns() -> None:
 
 
 def plan(
-    num_layers: int, num_experts: int, num_kept: int, num_condensed: int, *, search: bool = True
+    num_layers: int, num_experts: int, num_selected: int, num_condensed: int, *, search: bool = True
 ) -> dict[str, Any]:
     random = np.random.default_rng(0)
-    found: dict[str, Any] = {}
+    expert_search: dict[str, Any] = {}
     for layer in range(num_layers):
         weights = random.exponential(0.02, num_experts)
-        order = np.argsort(-weights)[:num_kept].tolist()
-        js = (1e-4 * random.uniform() * 0.7 ** np.arange(1, num_kept + 1)).tolist()
-        found[str(layer)] = {
+        order = np.argsort(-weights)[:num_selected].tolist()
+        js = (1e-4 * random.uniform() * 0.7 ** np.arange(1, num_selected + 1)).tolist()
+        expert_search[str(layer)] = {
             "order": order,
             "js": js,
             "js_shared_only": 2e-4,
@@ -233,15 +233,20 @@ def plan(
         }
     condensed = random.permutation(num_layers)[:num_condensed].tolist()
     operations = [
-        {"kind": "condense", "layer": layer, "experts": found[str(layer)]["order"], "coefficients": [0.1] * num_kept}
+        {
+            "kind": "condense",
+            "layer": layer,
+            "experts": expert_search[str(layer)]["order"],
+            "coefficients": [0.1] * num_selected,
+        }
         for layer in condensed
     ]
-    searched = {"method": "cdmoe", "expert_search": found} if search else {}
+    searched = {"method": "cdmoe", "expert_search": expert_search} if search else {}
     return {"model": "tiny_moe", "operations": operations, "search": searched}
 
 
 @pytest.mark.parametrize(
-    "made",
+    "decided",
     [
         plan(6, 16, 4, 6),
         plan(24, 60, 4, 9),
@@ -251,8 +256,8 @@ def plan(
     ],
     ids=["all_layers", "qwen_size", "shared_only", "one_layer", "without_search"],
 )
-def test_plan_picture_is_drawn(made: dict[str, Any], tmp_path: Path) -> None:
-    path = draw_searches(made, tmp_path / "folder" / "plan.png")
+def test_plan_picture_is_drawn(decided: dict[str, Any], tmp_path: Path) -> None:
+    path = draw_searches(decided, tmp_path / "folder" / "plan.png")
     pixels = imread(path)
     assert pixels.shape[0] > 250 and pixels.shape[1] > 600
     # Nothing touches the edge, so nothing is cut off.
@@ -287,8 +292,8 @@ def test_sweep_picture_writes_no_seeds(tmp_path: Path, monkeypatch: pytest.Monke
     assert written == ["num_layers=2"] * 2
 
 
-def ranks(*each: int | None) -> dict[str, tuple[int | None, ...]]:
-    return dict.fromkeys(("gate_proj", "up_proj", "down_proj"), each)
+def ranks(*values: int | None) -> dict[str, tuple[int | None, ...]]:
+    return dict.fromkeys(("gate_proj", "up_proj", "down_proj"), values)
 
 
 MIXED: tuple[Operation, ...] = (
@@ -304,19 +309,19 @@ MIXED: tuple[Operation, ...] = (
 )
 
 
-def test_operations_are_counted_where_they_stand() -> None:
-    """Condensing after pruning counts the experts that pruning left."""
-    found = operation_counts(Plan("tiny", MIXED), 6)
-    assert found["prune"] == {"layers": 2, "retained": 7, "of": 12}
-    assert found["condense"] == {"layers": 1, "retained": 2, "of": 3}
-    assert found["merge"] == {"layers": 1, "groups": 3, "of": 6}
-    assert found["factorize"] == {"layers": 2, "lowest": 5, "highest": 20, "mean": pytest.approx(49 / 5)}
-    assert found["drop_moe"] == found["drop_layer"] == found["refit"] == {"layers": 1}
+def test_operations_are_counted_in_order() -> None:
+    """Condensing after pruning counts the experts that pruning retained."""
+    counts = operation_counts(Plan("tiny", MIXED), 6)
+    assert counts["prune"] == {"layers": 2, "retained": 7, "of": 12}
+    assert counts["condense"] == {"layers": 1, "retained": 2, "of": 3}
+    assert counts["merge"] == {"layers": 1, "groups": 3, "of": 6}
+    assert counts["factorize"] == {"layers": 2, "lowest": 5, "highest": 20, "mean": pytest.approx(49 / 5)}
+    assert counts["drop_moe"] == counts["drop_layer"] == counts["refit"] == {"layers": 1}
     assert operation_counts(Plan("tiny"), 6) == {}
-    json.dumps(found)
+    json.dumps(counts)
 
 
-def test_the_report_and_the_card_say_what_the_plan_did(tmp_path: Path) -> None:
+def test_the_report_and_the_model_card_describe_the_plan(tmp_path: Path) -> None:
     counts = operation_counts(Plan("tiny", MIXED), 6)
     line = plan_line(counts)
     for words in (
@@ -331,15 +336,15 @@ def test_the_report_and_the_card_say_what_the_plan_did(tmp_path: Path) -> None:
     assert line in model_card({**summary(), "operations": counts})
 
 
-def test_each_expert_of_a_layer_is_drawn_as_what_became_of_it() -> None:
+def test_the_outcome_of_every_expert_is_drawn() -> None:
     operations = Plan("tiny", MIXED).to_dict()["operations"]
-    gone = ("dropped", None)
+    dropped = ("dropped", None)
     assert outcomes_of(0, operations, 6) == [
-        gone, ("factorized", 8), ("dense", None), gone, ("factorized", 20), ("factorized", 9)
+        dropped, ("factorized", 8), ("dense", None), dropped, ("factorized", 20), ("factorized", 9)
     ]  # fmt: skip
     first, second, third = ("factorized", 7), ("factorized", 5), ("merged", 2)
     assert outcomes_of(1, operations, 6) == [first, second, second, first, third, third]
-    assert outcomes_of(2, operations, 6) == [("condensed", 2), gone, gone, gone, ("condensed", 1), gone]
+    assert outcomes_of(2, operations, 6) == [("condensed", 2), dropped, dropped, dropped, ("condensed", 1), dropped]
     assert set(outcomes_of(3, operations, 6)) == {("removed", None)} and set(outcomes_of(4, operations, 6)) == {
         ("skipped", None)
     }

@@ -1,4 +1,4 @@
-"""Loggers: what they keep over restarts, and that W&B never asks, never fails a run, and stays offline here."""
+"""Loggers: what they keep over restarts; W&B never asks for a key, never fails a run, and is offline in tests."""
 
 import csv
 import json
@@ -65,8 +65,8 @@ def test_csv_keeps_what_earlier_starts_logged(tmp_path: Path) -> None:
     second.log_metrics({"loss": 1.5}, step=1)
     second.log_metrics({"loss": 1.0, "kl": 0.5}, step=2)
     second.log_metrics({"kl": 0.25}, step=3)
-    found = rows(path)
-    assert [(row["start"], row["step"], row["loss"], row["kl"]) for row in found] == [
+    logged = rows(path)
+    assert [(row["start"], row["step"], row["loss"], row["kl"]) for row in logged] == [
         ("0", "1", "2.0", ""),
         ("1", "1", "1.5", ""),
         ("1", "2", "1.0", "0.5"),
@@ -75,7 +75,7 @@ def test_csv_keeps_what_earlier_starts_logged(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["metrics.csv"]
 
 
-def test_csv_forgets_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
+def test_csv_drops_a_line_that_a_kill_left_incomplete(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("start,step,loss\n0,1,2.0\n0,2,1.")
     logger = AppendingCSVLogger(path, flush_every=1)
@@ -149,7 +149,7 @@ def test_offline_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert captured.out == captured.err == ""
 
 
-def test_wandb_that_does_not_start_is_a_warning(
+def test_a_failing_start_of_wandb_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import wandb
@@ -164,7 +164,7 @@ def test_wandb_that_does_not_start_is_a_warning(
     assert "no service" in caplog.text
 
 
-def test_wandb_that_breaks_is_a_warning_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_of_wandb_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         def log(self, *_: Any, **__: Any) -> None:
             raise RuntimeError("gone")
@@ -176,6 +176,6 @@ def test_wandb_that_breaks_is_a_warning_once(caplog: pytest.LogCaptureFixture) -
     assert caplog.text.count("logging stopped") == 1
 
 
-def test_everything_can_be_off(tmp_path: Path) -> None:
+def test_all_loggers_can_be_off(tmp_path: Path) -> None:
     assert make_loggers(LoggerConfig(csv=False, wandb=WandbConfig(mode="disabled")), tmp_path, {}) == []
     assert not list(tmp_path.iterdir())

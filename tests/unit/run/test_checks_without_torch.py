@@ -24,7 +24,7 @@ def test_differences_name_dotted_settings() -> None:
     assert differences(one, Config().identity()) == ["recovery.steps", "seed"]
 
 
-def test_run_folder_of_the_same_config_is_taken_up(tmp_path: Path) -> None:
+def test_the_run_folder_of_the_same_config_is_resumed(tmp_path: Path) -> None:
     config = Config(run_dir=str(tmp_path))
     assert messages(config, None) == []
     (tmp_path / ".lock").touch()
@@ -36,8 +36,8 @@ def test_run_folder_of_the_same_config_is_taken_up(tmp_path: Path) -> None:
     assert messages(dataclasses.replace(other, overwrite=True), config) == []
 
 
-def test_a_run_goes_on_with_another_engine(tmp_path: Path) -> None:
-    """Checkpoints have one form, so the engine is no more part of a run than its processes are."""
+def test_a_run_resumes_with_another_engine(tmp_path: Path) -> None:
+    """Checkpoints do not depend on the engine, so it is not part of a run's identity, as its processes are not."""
     one = from_dict({"run_dir": str(tmp_path), "trainer": {"strategy": "auto"}})
     (tmp_path / "config.yaml").write_text(one.to_yaml())
     for strategy in ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"):

@@ -1,4 +1,4 @@
-"""What a run depends on."""
+"""The files on which the results of a run depend."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from recondense.run import inputs
 
 
-def test_what_decides_a_folders_results(tmp_path: Path) -> None:
+def test_the_files_of_a_folder_that_decide_results(tmp_path: Path) -> None:
     for name in ("a.yaml", "deep/b.jsonl", "utils.py", "cache/json/info.json", "notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = [str(path.relative_to(tmp_path)) for path in inputs.deciding_files(tmp_path)]
-    assert found == ["a.yaml", "deep/b.jsonl", "utils.py"]
+    paths = [str(path.relative_to(tmp_path)) for path in inputs.deciding_files(tmp_path)]
+    assert paths == ["a.yaml", "deep/b.jsonl", "utils.py"]

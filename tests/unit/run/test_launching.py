@@ -21,23 +21,23 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def under_torchrun(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def set_torchrun(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, str(size))
 
 
-def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = TrainerConfig(devices="auto")
     assert launching.plan_processes(TrainerConfig(), gpu=False).world_size == 1
     assert launching.plan_processes(auto, gpu=False).world_size == 1
     nodes = TrainerConfig(devices=3, num_nodes=2)
     with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: nothing says where the other machines are"):
         launching.plan_processes(nodes, gpu=False)
-    with monkeypatch.context() as named:
-        named.setenv("MASTER_ADDR", "10.0.0.1")
-        named.setenv("NODE_RANK", "0")
+    with monkeypatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "10.0.0.1")
+        patch.setenv("NODE_RANK", "0")
         assert launching.plan_processes(nodes, gpu=False).world_size == 6
-    under_torchrun(monkeypatch, 4)
+    set_torchrun(monkeypatch, 4)
     assert launching.plan_processes(auto, gpu=False) == launching.Processes(4, 1, running=True)
     with pytest.raises(ValueError, match="4 processes were started; use"):
         launching.plan_processes(TrainerConfig(), gpu=False)
@@ -45,8 +45,8 @@ def test_processes_of_the_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("backend", ["gloo", "cpu:gloo"])
-def test_plain_data_waits_as_long_as_the_run_says(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """Where tensors go over NCCL too, plain data have a group of their own."""
+def test_the_timeout_of_plain_data_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Where tensors also use NCCL, plain data has a group of its own."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
@@ -74,10 +74,12 @@ def test_plain_data_waits_as_long_as_the_run_says(monkeypatch: pytest.MonkeyPatc
         ),
     ],
 )  # fmt: skip
-def test_refused_before_weights_load(trainer: dict[str, Any], recovery: dict[str, Any], message: str) -> None:
+def test_problems_that_are_found_before_weights_load(
+    trainer: dict[str, Any], recovery: dict[str, Any], message: str
+) -> None:
     from recondense.config.schema import ModelConfig
 
     model = ModelConfig(dtype="float32", device="cpu", pretrain={"vocab_size": 97, "config": {}})
     settings = RecoveryConfig(objective="finetune", **recovery)
-    found = run_messages(Config(model=model, recovery=settings, trainer=TrainerConfig(**trainer)), [])
-    assert [problem for problem in found if problem.startswith(message)], found
+    problems = run_messages(Config(model=model, recovery=settings, trainer=TrainerConfig(**trainer)), [])
+    assert [problem for problem in problems if problem.startswith(message)], problems

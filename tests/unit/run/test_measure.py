@@ -42,11 +42,11 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return name
 
 
-def test_what_changes_no_result_has_no_part_in_the_key(key: Any) -> None:
+def test_what_cannot_change_a_result_is_not_in_the_key(key: Any) -> None:
     first = key()
     for same in ({"name": "tasks"}, {"every_n_steps": 5}, {"at_end": False}, {"limit": 3}, {"num_fewshot": 2}):
         assert key(**same) == first, same
-    assert key(perplexity_windows=1000) == first, "there are fewer"
+    assert key(perplexity_windows=1000) == first, "there are fewer windows"
     assert key(inputs={**INPUTS, "tokenizer": "u"}) == first, "the windows are the same"
     tasks = {"tasks": ["some_task"], "limit": 3}
     assert key(**tasks, every_n_steps=5, at_end=False, name="x") == key(**tasks)
@@ -68,7 +68,7 @@ def test_what_may_change_a_result_is_in_the_key(key: Any, monkeypatch: pytest.Mo
 
 
 def test_task_files_are_in_the_key(key: Any, tmp_path: Path) -> None:
-    """What they say, not where they lie."""
+    """Their content counts, and not their folder."""
     keys = []
     for number, content in enumerate(("a: 1", "a: 1", "a: 2")):
         folder = tmp_path / f"tasks-{number}"
@@ -82,7 +82,7 @@ def test_a_tokenizers_fingerprint() -> None:
     first = tokenizer_fingerprint(byte_tokenizer())
     used = byte_tokenizer()
     used(["some text"], truncation=True, max_length=3)
-    assert tokenizer_fingerprint(used) == first, "what it was used for changes nothing"
+    assert tokenizer_fingerprint(used) == first, "using it changes nothing"
     longer, chat, pad = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
     longer.add_tokens([AddedToken("more")])
     chat.chat_template = "{{ messages }}"

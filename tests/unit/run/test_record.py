@@ -1,4 +1,4 @@
-"""What a run keeps on disk while it works."""
+"""What a run keeps on disk as it proceeds."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from recondense.run.record import RunRecord
 
 
 def test_a_refit_is_kept_over_restarts(tmp_path: Path) -> None:
-    def started() -> RunRecord:
+    def start() -> RunRecord:
         return RunRecord(tmp_path, {})
 
-    assert started().refit_errors == {}
-    started().keep_refit({})
-    assert started().refit_errors == {} and not (tmp_path / "stages").exists(), "no refit, nothing to keep"
-    started().keep_refit({3: {"error_before": 0.2, "error_after": 0.1}})
-    started().keep_refit({3: {"error_before": 0.3, "error_after": 0.3}})
-    assert started().refit_errors == {"3": {"error_before": 0.2, "error_after": 0.1}}
+    assert start().refit_errors == {}
+    start().keep_refit({})
+    assert start().refit_errors == {} and not (tmp_path / "stages").exists(), "no refit, nothing to keep"
+    start().keep_refit({3: {"error_before": 0.2, "error_after": 0.1}})
+    start().keep_refit({3: {"error_before": 0.3, "error_after": 0.3}})
+    assert start().refit_errors == {"3": {"error_before": 0.2, "error_after": 0.1}}
 
 
 def test_figures_and_seconds_are_kept_over_restarts(tmp_path: Path) -> None:

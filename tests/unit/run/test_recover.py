@@ -1,4 +1,4 @@
-"""The trainings of a run: one stage after another on the same student."""
+"""The recovery stages of a run, one after another on the same student."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stage(settings: RecoveryConfig) -> Stage:
     return replace(require_stages(Config())[0], recovery=settings)
 
 
-def staged(stages: list[RecoveryConfig], folder: Path) -> Student:
+def run_stages(stages: list[RecoveryConfig], folder: Path) -> Student:
     model = qwen2_moe()
     student = apply(model, condense_plan(model, [1, 2]))
     prepare_student(student, [stage(settings) for settings in stages])
@@ -43,26 +43,26 @@ def staged(stages: list[RecoveryConfig], folder: Path) -> Student:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_stages_go_on_from_each_other(tmp_path: Path) -> None:
-    """Every stage changes the model that the one before left; the original stays what it was; all is found again."""
+def test_stages_continue_from_each_other(tmp_path: Path) -> None:
+    """Every stage trains the result of the one before; the original does not change; a second run loads all stages."""
     ids = windows(2, 8)
     original = logits(qwen2_moe(), ids)
-    after = [bits(staged(STAGES[: count + 1], tmp_path / str(count)).model) for count in range(3)]
+    after = [bits(run_stages(STAGES[: count + 1], tmp_path / str(count)).model) for count in range(3)]
     assert not any(same_bits(one, other) for one, other in pairwise(after))
-    student = staged(STAGES, tmp_path / "2")
+    student = run_stages(STAGES, tmp_path / "2")
     assert same_bits(bits(student.model), after[2])
     assert student.additions is None and not any("lora" in name for name in bits(student.model))
     with student.original():
         assert torch.equal(logits(student.model, ids), original)
 
 
-def test_an_expert_stage_after_adapters_leaves_the_original_alone(tmp_path: Path) -> None:
-    """The experts train last, though the first stage needs no copies of them."""
+def test_a_stage_of_experts_after_adapters_does_not_change_the_original(tmp_path: Path) -> None:
+    """The experts train last, although the first stage needs no copies of them."""
     model = qwen2_moe()
     ids = windows(2, 8)
     original = logits(model, ids)
     stages = [recovery(trainable="lora", objective="finetune"), recovery(objective="finetune", learning_rate=0.1)]
-    student = staged(stages, tmp_path)
+    student = run_stages(stages, tmp_path)
     with student.original():
         assert torch.equal(logits(student.model, ids), original)
     assert not torch.equal(logits(student.model, ids), original)

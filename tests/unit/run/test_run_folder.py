@@ -1,4 +1,4 @@
-"""A run's folder: inputs are never deleted from it, and what an interrupted start anew leaves is all or nothing."""
+"""A run's folder: inputs are never deleted, and an interrupted new start leaves all of the old run or none of it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def stage(**settings: Any) -> dict[str, Any]:
         ("recovery.stages[0].data.dataset", lambda path: stage(data={"source": "hub", "dataset": path})),
     ],
 )
-def test_no_input_lies_in_what_is_deleted(folder: Path, name: str, settings: Callable[[str], dict[str, Any]]) -> None:
+def test_inputs_that_would_be_deleted_are_reported(
+    folder: Path, name: str, settings: Callable[[str], dict[str, Any]]
+) -> None:
     inside = folder / "model"
     [problem] = render(overwritten_inputs([config(folder, **settings(str(inside)))]))
     assert problem.startswith(f"{name}={inside}: ") and f"would delete {inside}." in problem
@@ -109,7 +111,7 @@ def test_no_run_of_a_sweep_deletes_what_another_reads(folder: Path) -> None:
     assert len(overwritten_inputs([reader, config(folder)])) == 1
 
 
-def test_starting_anew_deletes_what_is_a_runs(folder: Path) -> None:
+def test_a_new_start_deletes_only_the_files_of_the_run(folder: Path) -> None:
     (folder / "mine.txt").write_text("mine")
     (folder / "checkpoints" / "file").unlink()
     (folder / "checkpoints").rmdir()
@@ -131,11 +133,11 @@ class Killed(BaseException):
 def test_a_kill_leaves_all_of_the_old_run_or_none(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, killed: bool
 ) -> None:
-    """At each step of its way. After an error the folder is repaired at once, after a kill by the next start."""
+    """At every step. After an error the folder is repaired at once, after a kill by the next start."""
     before = contents(folder)
     steps = iter(range(step))
 
-    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+    def fail_at_step(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if next(steps, None) is None:
                 raise Killed
@@ -145,9 +147,9 @@ def test_a_kill_leaves_all_of_the_old_run_or_none(
 
     repaired = repair
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder.os, "rename", dying(os.rename))
-        patched.setattr(run_folder, "write_aside", dying(files.write_aside))
-        patched.setattr(run_folder.shutil, "rmtree", dying(run_folder.shutil.rmtree))
+        patched.setattr(run_folder.os, "rename", fail_at_step(os.rename))
+        patched.setattr(run_folder, "write_aside", fail_at_step(files.write_aside))
+        patched.setattr(run_folder.shutil, "rmtree", fail_at_step(run_folder.shutil.rmtree))
         if killed:
             patched.setattr(run_folder, "repair", lambda folder: None)
         try:

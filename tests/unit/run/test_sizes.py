@@ -1,4 +1,4 @@
-"""Sizes from shapes alone, against files' bytes, closed forms and models that were really made."""
+"""Sizes from shapes alone, against bytes of files, closed forms and models that were really compressed."""
 
 from __future__ import annotations
 
@@ -24,72 +24,72 @@ from recondense.run.plan_only import layer_table, ranges, weights_dtype
 from recondense.run.sizes import compare, outlined
 
 
-def meta(make: Any = qwen2_moe, **changes: Any) -> Any:
+def meta_model(make: Any = qwen2_moe, **changes: Any) -> Any:
     return classes.on_meta(make(**changes).config, torch.float32)
 
 
-def published(hub_id: str) -> tuple[Any, dict[str, Any]]:
+def published_model(hub_id: str) -> tuple[Any, dict[str, Any]]:
     config = recorded_config(hub_id)
     return classes.on_meta(config, torch.bfloat16), quantization(config)
 
 
 def test_bytes_of_an_mxfp4_checkpoint_are_those_of_its_files() -> None:
     """`metadata.total_size` of gpt-oss-20b's model.safetensors.index.json."""
-    model, quantized = published("openai/gpt-oss-20b")
+    model, quantized = published_model("openai/gpt-oss-20b")
     assert byte_counter(model, quantized)(model) == 13_761_264_768
     assert byte_counter(model, {})(model) == 2 * 20_914_757_184
 
 
 def test_bytes_of_an_fp8_checkpoint() -> None:
-    """By hand: one byte a number and 4 a block of 128 x 128, rounded up; embedding, head, norms and routers in bf16."""
-    model, quantized = published("deepseek-ai/DeepSeek-V3-Base")
+    """By hand: a byte per number and 4 per block of 128 x 128, rounded up; embedding, head, norms, routers in bf16."""
+    model, quantized = published_model("deepseek-ai/DeepSeek-V3-Base")
     attention = [(1536, 7168), (128 * 192, 1536), (576, 7168), (128 * 256, 512), (7168, 128 * 128)]
     dense, expert = [[(width, 7168), (width, 7168), (7168, width)] for width in (18432, 2048)]
     matrices = attention * 61 + dense * 3 + expert * 257 * 58
-    wanted = sum(rows * columns + 4 * -(-rows // 128) * -(-columns // 128) for rows, columns in matrices)
+    expected = sum(rows * columns + 4 * -(-rows // 128) * -(-columns // 128) for rows, columns in matrices)
     norms = 61 * (2 * 7168 + 1536 + 512) + 7168
-    wanted += 2 * (2 * 129280 * 7168 + norms + 58 * 256 * 7168)
+    expected += 2 * (2 * 129280 * 7168 + norms + 58 * 256 * 7168)
     correction = 4 * 58 * 256  # of the routers, in fp32
-    assert wanted <= byte_counter(model, quantized)(model) <= wanted + correction
+    assert expected <= byte_counter(model, quantized)(model) <= expected + correction
 
 
 def test_another_quantization_is_refused() -> None:
     with pytest.raises(ValueError, match=r"quantised by awq.*fp8 and mxfp4.*model\.dtype=bfloat16"):
-        byte_counter(meta(), {"quant_method": "awq"})
+        byte_counter(meta_model(), {"quant_method": "awq"})
 
 
-def test_one_scale_a_matrix_without_a_block_size() -> None:
+def test_one_scale_per_matrix_without_a_block_size() -> None:
     model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.LayerNorm(4))
     model.get_output_embeddings = lambda: None  # type: ignore[assignment]
     bytes_of = byte_counter(model, {"quant_method": "fp8"})  # type: ignore[arg-type]
     assert bytes_of(model) == 24 + 4 + 2 * 4 * 4
 
 
-def test_active_parameters_are_those_that_a_token_meets() -> None:
-    model = meta()
+def test_active_parameters_are_those_that_a_token_uses() -> None:
+    model = meta_model()
     size = compare(model, []).before
     expert = 3 * 32 * 16
     assert size.total - size.active == 3 * (6 - 2) * expert
-    found = compare(model, [InterExpertPruning(prune_ratio=0.5), Decompose(average_rank=4)])
+    compared = compare(model, [InterExpertPruning(prune_ratio=0.5), Decompose(average_rank=4)])
     factors = 3 * 4 * (32 + 16)
-    assert found.after.total - found.after.active == 3 * (3 - 2) * factors
+    assert compared.after.total - compared.after.active == 3 * (3 - 2) * factors
     condensed = compare(model, [CDMoE(num_experts=2)]).after
     assert condensed.active == condensed.total
 
 
 def test_published_active_parameters() -> None:
-    """What the models are called after, or their cards say: 2.7 of 14.3 billion, 2.4 of 15.7 without the embedding."""
+    """As in the names or the model cards: 2.7 of 14.3 billion, and 2.4 of 15.7 billion without the embedding."""
     for hub_id, active in (("Qwen/Qwen1.5-MoE-A2.7B", 2.7), ("deepseek-ai/DeepSeek-V2-Lite", 2.7)):
-        model, _ = published(hub_id)
+        model, _ = published_model(hub_id)
         assert compare(model, []).before.active / 1e9 == pytest.approx(active, abs=0.05)
 
 
 @pytest.mark.parametrize("make", [qwen2_moe, deepseek_v2])
-def test_the_model_is_left_as_it_was(make: Any) -> None:
-    model = meta(make)
+def test_outlining_restores_the_model(make: Any) -> None:
+    model = meta_model(make)
     modules, bytes_before = list(model.modules()), weights_bytes(model)
     with outlined(model, [CDMoE(num_experts=1, num_layers=1), Decompose(average_rank=3)]) as operations:
-        assert {each.kind for each in operations} == {"condense", "factorize"}
+        assert {operation.kind for operation in operations} == {"condense", "factorize"}
         assert weights_bytes(model) < bytes_before
     assert list(model.modules()) == modules
     with (
@@ -102,8 +102,8 @@ def test_the_model_is_left_as_it_was(make: Any) -> None:
     assert list(model.modules()) == modules
 
 
-def test_layers_say_what_becomes_of_them() -> None:
-    model = meta(deepseek_v2)
+def test_outcomes_of_layers() -> None:
+    model = meta_model(deepseek_v2)
     layers = compare(model, [CDMoE(num_experts=1, num_layers=[2]), Decompose(average_rank=3)]).layers
     assert [layers[layer].outcome for layer in range(3)] == ["", "factorized", "condensed"]
     assert [(layers[layer].experts_before, layers[layer].experts_after) for layer in range(3)] == [
@@ -111,15 +111,15 @@ def test_layers_say_what_becomes_of_them() -> None:
     ]  # fmt: skip
     assert layers[1].ranks == (3, 3) and layers[2].always_active
     for part, words in (("moe", "without its MoE block"), ("layer", "removed whole")):
-        found = compare(model, [Dropping(part, budget=Budget(removed_expert_ratio=0.5))]).layers[1]  # type: ignore[arg-type]
-        assert (found.outcome, found.experts_after) == (words, 0)
-    assert found.bytes_after == 0
+        dropped = compare(model, [Dropping(part, budget=Budget(removed_expert_ratio=0.5))]).layers[1]  # type: ignore[arg-type]
+        assert (dropped.outcome, dropped.experts_after) == (words, 0)
+    assert dropped.bytes_after == 0
     merged = compare(model, [Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5))]).layers[1]
     assert (merged.outcome, merged.experts_after) == ("merged", 3)
 
 
 def test_equal_layers_are_one_row() -> None:
-    table = layer_table(compare(meta(), [CDMoE(num_experts=2, num_layers=2)]))
+    table = layer_table(compare(meta_model(), [CDMoE(num_experts=2, num_layers=2)]))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert [row[:4] for row in rows] == [
         ("0-1 (2)", "condensed", "6 -> 2 always active", ""), ("2 (1)", "as it is", "6", ""),
@@ -130,15 +130,15 @@ def test_ranges() -> None:
     assert ranges([0, 2, 3, 4, 7]) == "0, 2-4, 7"
 
 
-def test_type_of_the_weights() -> None:
+def test_dtype_of_the_weights() -> None:
     named: Any = SimpleNamespace(dtype=torch.bfloat16)
     assert weights_dtype(named, "auto") == torch.bfloat16
     assert weights_dtype(named, "float16") == torch.float16
     assert weights_dtype(SimpleNamespace(dtype=None), "auto") == torch.float32  # type: ignore[arg-type]
 
 
-def test_deeper_budgets_than_experts_are_refused() -> None:
-    model = meta()
+def test_budgets_that_cannot_be_met_are_refused() -> None:
+    model = meta_model()
     assert views.sparse_blocks(model)
     with pytest.raises(ValueError, match="asks for"):
         compare(model, [CDMoE(num_experts=2, budget=Budget(memory_ratio=0.01))])

@@ -1,4 +1,4 @@
-"""Surgery executes a plan: shapes from the plan alone, weights from the originals, and nothing else is touched."""
+"""Surgery executes a plan: shapes from the plan alone, weights from the originals, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recondense.plan import Plan
 from recondense.surgery import apply
 
 
-def by_hand(model: Any, plan: Plan, ids: Tensor) -> Tensor:
+def logits_by_hand(model: Any, plan: Plan, ids: Tensor) -> Tensor:
     """Logits of the original with hooks that replace the blocks' outputs by the plan's sums."""
     handles = []
     for operation in plan.operations:
@@ -36,10 +36,10 @@ def by_hand(model: Any, plan: Plan, ids: Tensor) -> Tensor:
             return y.view_as(output)
 
         handles.append(block.register_forward_hook(replace))
-    found = logits(model, ids)
+    output = logits(model, ids)
     for handle in handles:
         handle.remove()
-    return found
+    return output
 
 
 @pytest.mark.parametrize("gate", [0.4, None])
@@ -49,25 +49,27 @@ def test_the_model_computes_what_the_plan_says(family: str, experts: tuple[int, 
     model, ids = FAMILIES[family](), windows(3, 12)
     original, before = logits(model, ids), bits(model)
     plan = condense_plan(model, [2, 1], experts, gate)
-    expected = by_hand(model, plan, ids)
-    taken = apply.execute(model, plan)
-    assert set(taken) == {1, 2} and set(views.sparse_blocks(model)) == set(families.facts(model.config).moe_layers) - {
+    expected = logits_by_hand(model, plan, ids)
+    originals = apply.execute(model, plan)
+    assert set(originals) == {1, 2} and set(views.sparse_blocks(model)) == set(
+        families.facts(model.config).moe_layers
+    ) - {
         1,
         2,
     }
-    got = logits(model, ids)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert float((got - original).abs().max()) > 0.1  # the test would be void otherwise
+    actual = logits(model, ids)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert float((actual - original).abs().max()) > 0.1  # otherwise the test would show nothing
     after = bits(model)
     assert all(torch.equal(after[name], before[name]) for name in after if ".mlp." not in name)
-    with views.swap_blocks(model, taken):
+    with views.swap_blocks(model, originals):
         assert same_bits(bits(model), before)
         assert torch.equal(logits(model, ids), original)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restructure_on_the_meta_device_gives_the_same_shapes(family: str) -> None:
-    """So a compressed checkpoint loads from its plan alone."""
+    """So a compressed checkpoint can be loaded from its plan alone."""
     model, ids = FAMILIES[family](), windows(2, 9)
     plan = condense_plan(model, [1, 2], (0, 3, 5), None)
     with torch.device("meta"):
@@ -76,7 +78,7 @@ def test_restructure_on_the_meta_device_gives_the_same_shapes(family: str) -> No
     apply.execute(model, plan)
     assert all(value.is_meta for value in empty.parameters())
     shapes = [
-        {name: (value.shape, value.dtype) for name, value in each.state_dict().items()} for each in (empty, model)
+        {name: (value.shape, value.dtype) for name, value in variant.state_dict().items()} for variant in (empty, model)
     ]
     assert shapes[0] == shapes[1]
     other = FAMILIES[family](seed=7)
@@ -85,15 +87,15 @@ def test_restructure_on_the_meta_device_gives_the_same_shapes(family: str) -> No
     assert torch.equal(logits(other, ids), logits(model, ids))
 
 
-def test_dropped_experts_are_gone() -> None:
+def test_dropped_experts_are_removed() -> None:
     model = qwen2_moe()
     before = count_parameters(model)
-    taken = apply.execute(model, condense_plan(model, [0, 1, 2], (2,)))
+    originals = apply.execute(model, condense_plan(model, [0, 1, 2], (2,)))
     lost = 3 * (5 * 3 * 32 * 16 + 6 * 32 + 32)  # five experts, the router, the shared gate
     assert count_parameters(model) == before - lost
     assert not any("gate.weight" in name or ".experts." in name for name in model.state_dict())
-    kept = {parameter.data_ptr() for parameter in model.parameters()}
-    assert not kept & {parameter.data_ptr() for block in taken.values() for parameter in block.parameters()}
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not pointers & {parameter.data_ptr() for block in originals.values() for parameter in block.parameters()}
 
 
 def test_an_empty_plan_does_nothing() -> None:
@@ -112,14 +114,14 @@ def test_an_empty_plan_does_nothing() -> None:
         ((Condense(2, (0, 6, 9), (0.1, 0.1, 0.1)),), r"6 routed experts; the plan retains \[6, 9\]"),
     ],
 )
-def test_plans_that_do_not_fit(operations: tuple[Condense, ...], message: str) -> None:
+def test_plans_that_do_not_fit_are_refused(operations: tuple[Condense, ...], message: str) -> None:
     model = qwen2_moe(mlp_only_layers=[0])
     with pytest.raises(ValueError, match=message):
         apply.execute(model, Plan("tiny", operations))
 
 
-def test_a_plan_that_does_not_fit_leaves_the_model_whole() -> None:
-    """Its first operations fit: the model must not be left between the two, with unfilled weights."""
+def test_a_plan_that_does_not_fit_leaves_the_model_unchanged() -> None:
+    """Its first operation fits, but the model must not be left half changed, with unfilled weights."""
     model, ids = qwen2_moe(), windows(2, 9)
     before = logits(model, ids)
     with pytest.raises(ValueError, match="condense layer 9"):

@@ -1,4 +1,4 @@
-"""Refits against torch's least squares, and what they may never do."""
+"""Refits against torch's least squares, and what they must not do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHANGES: dict[str, tuple[Operation, ...]] = {
 }
 
 
-def changed(family: str, operations: tuple[Operation, ...]) -> tuple[Any, dict[int, Any]]:
+def change(family: str, operations: tuple[Operation, ...]) -> tuple[Any, dict[int, Any]]:
     model = FAMILIES[family]()
     return model, apply.execute(model, Plan("tiny", operations))
 
@@ -42,9 +42,9 @@ def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", CHANGES)
 @torch.no_grad()
-def test_is_the_ridge_solution(name: str, family: str) -> None:
+def test_a_refit_is_the_ridge_solution(name: str, family: str) -> None:
     """Stacked features and targets, the ridge as further rows, and LAPACK's least squares."""
-    model, originals = changed(family, CHANGES[name])
+    model, originals = change(family, CHANGES[name])
     with views.swap_blocks(model, originals):
         tape = recorded(model)
     inputs, targets = _inputs_and_targets(model, tape, 1, tape.states[1])
@@ -55,10 +55,10 @@ def test_is_the_ridge_solution(name: str, family: str) -> None:
     for unit in units:
         rows = []
         for x in inputs:
-            own = torch.zeros(len(x), unit.weight_Dn.shape[1], dtype=torch.float64)
+            padded = torch.zeros(len(x), unit.weight_Dn.shape[1], dtype=torch.float64)
             served, features = unit.features(x)
-            own[served] = features.double()
-            rows.append(own)
+            padded[served] = features.double()
+            rows.append(padded)
         columns.append(torch.cat(rows))
     h = torch.cat(columns, dim=1)
     outputs = torch.cat([block(x[None])[0] for x in inputs]).double()
@@ -66,25 +66,23 @@ def test_is_the_ridge_solution(name: str, family: str) -> None:
     rest = outputs - h @ weights.T  # the shared experts, where they are no unit
     ridge = 0.05 * float((h.T @ h).diagonal().mean())
     stacked = torch.cat((h, ridge**0.5 * torch.eye(h.shape[1], dtype=torch.float64)))
-    wanted = torch.cat((torch.cat(targets).double() - rest, ridge**0.5 * weights.T))
-    expected = torch.linalg.lstsq(stacked, wanted, driver="gelsd").solution.T
+    stacked_targets = torch.cat((torch.cat(targets).double() - rest, ridge**0.5 * weights.T))
+    expected = torch.linalg.lstsq(stacked, stacked_targets, driver="gelsd").solution.T
 
     report = run(model, originals, Refit(1, "down_proj", 0.05))[1]
-    found = torch.cat([unit.weight_Dn for unit in units], dim=1).double()
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    left = rest + h @ expected.T - torch.cat(targets)
-    assert report["error_after"] == pytest.approx(float(left.norm() / torch.cat(targets).norm()), rel=1e-3)
+    actual = torch.cat([unit.weight_Dn for unit in units], dim=1).double()
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    residual = rest + h @ expected.T - torch.cat(targets)
+    assert report["error_after"] == pytest.approx(float(residual.norm() / torch.cat(targets).norm()), rel=1e-3)
     assert report["error_after"] < report["error_before"]
 
 
-@pytest.mark.parametrize("most", [16, 10])  # columns of 16 an expert
+@pytest.mark.parametrize("most", [16, 10])  # of 16 columns per expert
 @pytest.mark.parametrize("name", ["condense", "prune", "factorize"])
-def test_one_part_after_another_comes_near_to_all_together(
-    name: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    together = run(*changed("qwen2_moe", CHANGES[name]), Refit(1, "down_proj", 1e-3))[1]
+def test_solving_in_parts_comes_near_to_solving_together(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = run(*change("qwen2_moe", CHANGES[name]), Refit(1, "down_proj", 1e-3))[1]
     monkeypatch.setattr(refit, "most_columns", lambda original: most)
-    apart = run(*changed("qwen2_moe", CHANGES[name]), Refit(1, "down_proj", 1e-3))[1]
+    apart = run(*change("qwen2_moe", CHANGES[name]), Refit(1, "down_proj", 1e-3))[1]
     assert apart["error_after"] != together["error_after"]
     assert apart["error_before"] == pytest.approx(together["error_before"])
     gained = together["error_before"] - together["error_after"]
@@ -92,8 +90,8 @@ def test_one_part_after_another_comes_near_to_all_together(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_coefficients_alone(family: str) -> None:
-    model, originals = changed(family, (Condense(1, (3, 0), (0.4, 0.2), 0.5 if family == "qwen2_moe" else None),))
+def test_a_refit_of_coefficients_only(family: str) -> None:
+    model, originals = change(family, (Condense(1, (3, 0), (0.4, 0.2), 0.5 if family == "qwen2_moe" else None),))
     block: Any = views.get_block(model, 1)
     before = bits(block)
     report = run(model, originals, Refit(1, "coefficients", 1e-6))[1]
@@ -116,7 +114,7 @@ def test_coefficients_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_several_layers_bring_the_model_nearer_to_the_original(family: str) -> None:
+def test_refits_of_several_layers_bring_the_model_nearer_to_the_original(family: str) -> None:
     model = FAMILIES[family]()
     tape = recorded(model)
     layers = list(views.sparse_blocks(model))
@@ -141,9 +139,9 @@ def test_several_layers_bring_the_model_nearer_to_the_original(family: str) -> N
     assert torch.equal(logits(again, IDS), logits(model, IDS))
 
 
-def test_nothing_to_gain_leaves_the_function_alone() -> None:
-    """Every expert retained: the target is what the layer gives already."""
-    model, originals = changed("qwen2_moe", (Prune(1, (0, 1, 2, 3, 4, 5)),))
+def test_without_anything_to_gain_the_outputs_do_not_change() -> None:
+    """With every expert retained, the layer's outputs are the targets already."""
+    model, originals = change("qwen2_moe", (Prune(1, (0, 1, 2, 3, 4, 5)),))
     before = logits(model, IDS)
     report = run(model, originals, Refit(1, "down_proj", 1e-2))[1]
     assert report["error_before"] < 1e-5
@@ -158,13 +156,13 @@ def test_half_precision_and_refusals() -> None:
     assert views.sparse_blocks(model)[1].weights.down_EDF.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="only a condensed layer has coefficients"):
         run(model, originals, Refit(1, "coefficients", 1e-2))
-    model, originals = changed("qwen2_moe", (Drop(1, "moe"),))
+    model, originals = change("qwen2_moe", (Drop(1, "moe"),))
     with pytest.raises(ValueError, match="removed its block"):
         run(model, originals, Refit(1, "down_proj", 1e-2))
 
 
-def test_what_is_solved_together_depends_on_shapes_alone() -> None:
-    """Of Qwen1.5-MoE-A2.7B all of a condensed layer's 11,264 inner activations, in 2.5 GB."""
+def test_what_is_solved_together_depends_only_on_shapes() -> None:
+    """For Qwen1.5-MoE-A2.7B, all 11,264 inner activations of a condensed layer, in 2.5 GB."""
     config = Qwen2MoeConfig(num_hidden_layers=1, num_experts=60, hidden_size=2048, moe_intermediate_size=1408,
                             shared_expert_intermediate_size=5632)  # fmt: skip
     with torch.device("meta"):

@@ -20,14 +20,14 @@ from recondense.surgery import apply
 
 
 @torch.no_grad()
-def leaving(model: Any, layer: int) -> Tensor:
-    """Hidden states leaving a decoder layer, all calibration texts one after another."""
+def states_after(model: Any, layer: int) -> Tensor:
+    """The hidden states after a decoder layer, of all calibration texts one after another."""
     seen: list[Tensor] = []
     handle = model.model.layers[layer].register_forward_hook(lambda module, args, output: seen.append(output))
     for text in texts():
         model(input_ids=torch.tensor([text]), use_cache=False)
     handle.remove()
-    return torch.cat([(each[0] if isinstance(each, tuple) else each)[0] for each in seen]).double()
+    return torch.cat([(output[0] if isinstance(output, tuple) else output)[0] for output in seen]).double()
 
 
 REFITS: dict[str, tuple[Operation, Operation]] = {
@@ -42,12 +42,12 @@ REFITS: dict[str, tuple[Operation, Operation]] = {
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("name", REFITS)
 def test_a_refit_brings_hidden_states_nearer(name: str, family: str) -> None:
-    """By as much as it says."""
+    """By as much as it reports."""
     model, (operation, refit) = EVERY[family](), REFITS[name]
-    original = leaving(model, 1)
+    original = states_after(model, 1)
     originals = apply.execute(model, Plan("tiny", (operation,)))
-    before = (leaving(model, 1) - original).norm()
+    before = (states_after(model, 1) - original).norm()
     report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
-    after = (leaving(model, 1) - original).norm()
+    after = (states_after(model, 1) - original).norm()
     assert after < 0.999 * before
     assert report["error_after"] / report["error_before"] == pytest.approx(float(after / before), rel=1e-3)

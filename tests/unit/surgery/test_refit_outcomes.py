@@ -1,4 +1,4 @@
-"""Refits that make a layer worse, and refits in parts."""
+"""Refits that would make a layer worse, and refits in parts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from recondense.surgery import refit as refit_module
 FOUR = (0, 2, 3, 5)
 
 
-def refitted(model: Any, operation: Operation, refit: Refit) -> tuple[Any, dict[str, float]]:
-    """Layer 1 changed and refitted: its weights before the refit, and what the refit reports."""
+def change_and_refit(model: Any, operation: Operation, refit: Refit) -> tuple[Any, dict[str, float]]:
+    """Change and refit layer 1; return its weights before the refit, and the refit's report."""
     originals = apply.execute(model, Plan("tiny", (operation,)))
     before = bits(views.get_block(model, 1))
     report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))
@@ -32,7 +32,7 @@ def refitted(model: Any, operation: Operation, refit: Refit) -> tuple[Any, dict[
         (Condense(1, (3, 0), (0.4, 0.2), 0.5), "coefficients", "_solve_coefficients"),
     ],
 )
-def test_a_refit_that_makes_a_layer_worse_is_taken_back(
+def test_a_refit_that_makes_a_layer_worse_is_undone(
     monkeypatch: pytest.MonkeyPatch, operation: Operation, what: Any, solver: str
 ) -> None:
     worse: list[bool] = []
@@ -45,18 +45,18 @@ def test_a_refit_that_makes_a_layer_worse_is_taken_back(
 
     monkeypatch.setattr(refit_module, solver, ten_times)
     model = qwen2_moe()
-    before, report = refitted(model, operation, Refit(1, what, 1e-3))
+    before, report = change_and_refit(model, operation, Refit(1, what, 1e-3))
     assert worse == [True]
     assert same_bits(bits(views.get_block(model, 1)), before)
     assert report["error_after"] == report["error_before"] > 0
 
 
-def test_parts_that_are_solved_apart_are_solved_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_solved_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one expert at a time, several sweeps get nearer to the target than one."""
     refit = Refit(1, "down_proj", 1e-3)
     monkeypatch.setattr(refit_module, "most_columns", lambda original: 17)
-    _, several = refitted(qwen2_moe(), Prune(1, FOUR), refit)
+    _, several = change_and_refit(qwen2_moe(), Prune(1, FOUR), refit)
     monkeypatch.setattr(refit_module, "SWEEPS", 1)
-    _, once = refitted(qwen2_moe(), Prune(1, FOUR), refit)
+    _, once = change_and_refit(qwen2_moe(), Prune(1, FOUR), refit)
     assert several["error_before"] == once["error_before"]
     assert several["error_after"] < 0.75 * once["error_after"] < once["error_before"]

@@ -22,7 +22,7 @@ PRUNED = Plan("tiny", (Prune(1, (0, 2, 3, 5)), Refit(1, "down_proj", 1e-2)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_apply_executes_the_whole_plan_and_keeps_the_original(family: str) -> None:
+def test_apply_executes_the_plan_and_keeps_the_original(family: str) -> None:
     model = FAMILIES[family]()
     before = logits(model, IDS)
     student = apply(model, PRUNED, lambda: recorded(model))
@@ -58,7 +58,7 @@ def test_without_changes_the_model_is_its_own_original() -> None:
     assert student.originals == {}
 
 
-def test_own_copies_are_made_once_and_of_what_is_shared_alone() -> None:
+def test_copies_are_made_once_and_only_of_what_is_shared() -> None:
     model = qwen2_moe()
     before = logits(model, IDS)
     student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)), Drop(2, "layer"))))
@@ -95,7 +95,7 @@ def test_the_original_keeps_replaced_weights_that_it_uses() -> None:
         assert not model.model.layers[2].self_attn.q_proj.weight.any()
 
 
-def test_a_released_original_is_gone() -> None:
+def test_a_released_original_cannot_be_used() -> None:
     model = qwen2_moe()
     student = apply(model, condense_plan(model, [1]))
     student.release_original()
@@ -107,8 +107,8 @@ def test_a_released_original_is_gone() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_offloaded_original_is_away_and_comes_back(tmp_path: Path, family: str) -> None:
-    """What the student trains meanwhile does not reach it."""
+def test_an_offloaded_original_is_loaded_back(tmp_path: Path, family: str) -> None:
+    """Training the student meanwhile does not change it."""
     model = FAMILIES[family]()
     before = logits(model, IDS)
     student = apply(model, condense_plan(model, [1, 2]))
@@ -123,7 +123,7 @@ def test_an_offloaded_original_is_away_and_comes_back(tmp_path: Path, family: st
         assert torch.equal(logits(model, IDS), before)
 
 
-def test_an_original_comes_back_after_an_error(tmp_path: Path) -> None:
+def test_an_offloaded_original_is_loaded_back_after_an_error(tmp_path: Path) -> None:
     model = qwen2_moe()
     before = logits(model, IDS)
     student = apply(model, condense_plan(model, [1]))
@@ -133,8 +133,8 @@ def test_an_original_comes_back_after_an_error(tmp_path: Path) -> None:
         assert torch.equal(logits(model, IDS), before)
 
 
-def test_the_original_goes_where_the_weights_went(tmp_path: Path) -> None:
-    """In a process whose weights an engine has taken."""
+def test_the_original_is_released_where_the_weights_are_gone(tmp_path: Path) -> None:
+    """An engine has taken the weights of this process."""
     model = qwen2_moe()
     student = apply(model, condense_plan(model, [1]))
     with student.offload_original(tmp_path / "original"):
@@ -145,9 +145,12 @@ def test_the_original_goes_where_the_weights_went(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_footprint(family: str) -> None:
     model = FAMILIES[family]()
-    whole = resident_bytes(model)
+    original_bytes = resident_bytes(model)
     student = apply(model, condense_plan(model, [1, 2]))
-    found = student.footprint()
-    assert found.student == resident_bytes(model) < whole and found.apart == found.student + whole
+    footprint = student.footprint()
+    assert (
+        footprint.student == resident_bytes(model) < original_bytes
+        and footprint.apart == footprint.student + original_bytes
+    )
     blocks = sum(resident_bytes(block) for block in student.originals.values())
-    assert found.student < found.with_original <= found.student + blocks < found.apart
+    assert footprint.student < footprint.with_original <= footprint.student + blocks < footprint.apart
