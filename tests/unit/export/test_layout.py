@@ -34,7 +34,7 @@ def prunes(model: Any, retained: tuple[int, ...] = (1, 2, 4)) -> tuple[Operation
     return tuple(Prune(layer, retained) for layer in families.facts(model.config).moe_layers)
 
 
-# What a family's config says of what was condensed and dropped; vLLM wants an MoE layer of two.
+# What the config of a family can express; vLLM needs an MoE layer in two families.
 ALL = ("first condensed", "condensed", "last dropped")
 STOCK = {family: ALL for family in RULES}
 STOCK |= dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), ALL[2:]) | dict.fromkeys(("qwen3_moe", "glm4_moe"), ALL[::2])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,10 @@ from typing import Any
 import pytest
 import torch
 from support.condensed import condensed_layers
-from support.tiny_models import VOCAB, bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, tiny, windows
-from tokenizers import Tokenizer, models
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from support.tiny_models import bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, windows
 
-from recondense import files
-from recondense.config.schema import ExportConfig, ModelConfig
-from recondense.errors import UserError
-from recondense.export import shard_writer
-from recondense.export import write_folder as export_module
+from recondense.config.schema import ExportConfig
 from recondense.export.write_folder import write_folder
-from recondense.models import loading
 from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import History, Plan
@@ -139,7 +129,7 @@ VARIANTS = {
     ),
 }
 
-# Runs where recondense cannot be imported: what each folder computes, or why it does not load.
+# Runs where recondense cannot be imported: what every folder computes, or why it does not load.
 ELSEWHERE = """
 import json, sys
 sys.modules["recondense"] = None
@@ -333,161 +323,3 @@ def test_the_model_card_may_depend_on_the_written_folder(tmp_path: Path) -> None
     assert sizes == [(tmp_path / "out" / "model.safetensors").stat().st_size]
     readme = (tmp_path / "out" / "README.md").read_text()
     assert readme.startswith(f"# {sizes[0]} bytes\n\n## Load it\n") and "trust_remote_code" not in readme
-
-
-# ------------------------------------------------------------------------------------------------ interruptions
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("variant", ["qwen", "deepseek"])
-@pytest.mark.parametrize("where", ["shards", "write_aside", "plan", "os.replace"])
-def test_an_interrupted_export_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, where: str
-) -> None:
-    """Under the final name there is no folder, or the complete former one. Nothing else is left behind."""
-    model, plan = student(VARIANTS[variant])
-    folder = tmp_path / "model"
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    def broken() -> None:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            if where == "shards":
-                patch.setattr(shard_writer.ShardWriter, "finish", interrupted)
-            elif where == "write_aside":
-                patch.setattr(export_module, "write_aside", interrupted)
-            elif where == "plan":
-                patch.setattr(Plan, "save", interrupted)
-            else:
-                patch.setattr(files.os, "replace", interrupted)
-            write_folder(model, None, plan, folder, "card")
-
-    broken()
-    assert not folder.exists()
-    write_folder(model, None, plan, folder, "card")
-    before = contents(folder)
-    broken()
-    assert contents(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    write_folder(model, None, plan, folder, "another card")
-    assert contents(folder) == {**before, "README.md": before["README.md"].replace(b"card", b"another card", 1)}
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_replacing_an_export_never_leaves_half_of_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while the old folder is removed: under the final name there is a complete export, or nothing."""
-    model, plan = student(VARIANTS["qwen"])
-    folder = tmp_path / "model"
-    write_folder(model, None, plan, folder, "old")
-    old = contents(folder)
-    new = {**old, "README.md": old["README.md"].replace(b"old", b"new", 1)}
-    remove = shutil.rmtree
-
-    def killed(path: Any, *args: Any, **kwargs: Any) -> None:
-        path = Path(path)
-        if path.exists() and "config.json" in {file.name for file in path.iterdir()}:
-            (path / "config.json").unlink()
-            raise KeyboardInterrupt
-        remove(path, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", killed)
-        with suppress(KeyboardInterrupt):
-            write_folder(model, None, plan, folder, "new")
-    assert not folder.exists() or contents(folder) in (old, new)
-    write_folder(model, None, plan, folder, "new")
-    assert contents(folder) == new
-
-
-def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
-    """Also where its kind is another one: no file of the old export remains."""
-    for name in ("qwen, token gate", "qwen"):
-        model, plan = student(VARIANTS[name])
-        write_folder(model, None, plan, tmp_path / "model", name)
-    assert not (tmp_path / "model" / "modeling_recondense.py").exists()
-    assert Plan.load(tmp_path / "model" / "plan.json") == plan
-
-
-# ------------------------------------------------------------------------------------------------ loading
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{index}": index for index in range(VOCAB)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0")
-
-
-def test_an_exported_model_is_loaded_again(tmp_path: Path) -> None:
-    model, plan = student(VARIANTS["qwen, sparse layers left"])
-    model.config.output_router_logits = True
-    write_folder(model, tokenizer(), plan, tmp_path / "out", "")
-    again, words = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="float32"))
-    assert words("w5")["input_ids"] == [5]
-    assert not again.training and again.config.output_router_logits is False
-    assert again.config._experts_implementation == "grouped_mm"
-    actual: Tensor = logits(again, IDS)
-    torch.testing.assert_close(actual, logits(model, IDS), rtol=0, atol=1e-4)
-    half, _ = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="bfloat16", experts="eager"))
-    assert half.dtype == torch.bfloat16 and half.config._experts_implementation == "eager"
-
-
-def test_load_explains_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        loading.load("nobody/no-such-model", ModelConfig(device="cpu"))
-    qwen2_moe().save_pretrained(tmp_path / "out")
-    tokenizer().save_pretrained(tmp_path / "out")
-    loading.load(tmp_path / "out", ModelConfig(device="cpu"))
-    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "out" / "pytorch_model.bin")  # pickles are never loaded
-    with pytest.raises(ValueError, match=r"model.path=.*safetensors"):
-        loading.load(tmp_path / "out", ModelConfig(device="cpu"))
-
-
-def test_load_refuses_a_folder_without_tokenizer(tmp_path: Path) -> None:
-    """transformers would construct a tokenizer with an empty vocabulary."""
-    qwen2_moe().save_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"model.path=.*tokenizer"):
-        loading.load(tmp_path / "out", ModelConfig(device="cpu"))
-
-
-def test_load_refuses_a_truncated_file(tmp_path: Path) -> None:
-    """The message is that of a user's error, as for a download or copy that stopped half-way."""
-    qwen2_moe().save_pretrained(tmp_path / "out")
-    tokenizer().save_pretrained(tmp_path / "out")
-    file = tmp_path / "out" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"model\.path="):
-        loading.load(tmp_path / "out", ModelConfig(device="cpu"))
-
-
-def test_weights_fingerprint() -> None:
-    """Equal for equal weights; another one if a bit, a name or a type differs."""
-    model = qwen2_moe()
-    fingerprint = loading.weights_fingerprint(model)
-    assert fingerprint == loading.weights_fingerprint(qwen2_moe()) and len(fingerprint) == 16
-    others = {loading.weights_fingerprint(qwen2_moe(seed=1)), loading.weights_fingerprint(qwen2_moe().bfloat16())}
-    with torch.no_grad():
-        weight = model.model.layers[1].mlp.experts.down_proj
-        weight[5, 31, 15] = torch.nextafter(weight[5, 31, 15], torch.tensor(9.0))
-    others.add(loading.weights_fingerprint(model))
-    assert len(others | {fingerprint}) == 4
-
-
-def test_weights_fingerprint_depends_on_buffers() -> None:
-    """The correction bias of a router, and the table of merged experts."""
-    fingerprints = set()
-    for change in (0.0, 0.5):
-        model = tiny("deepseek_v3")
-        model.model.layers[1].mlp.gate.e_score_correction_bias += change
-        fingerprints.add(loading.weights_fingerprint(model))
-    for groups in (PAIRS, (((0, 3), (4,), (5, 2, 1)), PAIRS[1])):
-        model = qwen2_moe()
-        apply.execute(model, Plan("tiny", (Merge(1, *groups),)))
-        table = model.model.layers[1].mlp.gate.table.clone()
-        model = qwen2_moe()
-        apply.execute(model, Plan("tiny", (Merge(1, *PAIRS),)))
-        model.model.layers[1].mlp.gate.table.copy_(table)
-        fingerprints.add(loading.weights_fingerprint(model))
-    assert len(fingerprints) == 4

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausa
 
 from recondense.config.schema import Config, ExportConfig, ModelConfig, RecoveryConfig
 from recondense.errors import UserError
-from recondense.export import write_folder as export_module
 from recondense.export.write_folder import write_folder
 from recondense.models import classes, headers, loading, quantized
 from recondense.operations import Condense, Factorize, Merge, Prune
@@ -315,51 +313,6 @@ def test_models_of_the_hub_are_checked_when_they_are_loaded(tmp_path: Path, monk
         loading.load("me/adapter", ModelConfig(device="cpu"))
     with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
         planned_config(ModelConfig(path="me/adapter"))
-
-
-# ---------------------------------------------------------------------------------------------- exports
-
-
-Change = Callable[[str, Tensor], tuple[str, Tensor]]
-WRONG: dict[str, tuple[Change, str]] = {
-    "names": (lambda name, value: (name.replace("q_proj", "q_proj.base_layer"), value), r"missing.*unexpected.*base_"),
-    "shapes": (
-        lambda name, value: (name, value[:, :16].clone() if "o_proj" in name else value),
-        "3 other shapes: .*",
-    ),
-    "one": (
-        lambda name, value: (name.replace("lm_head", "head"), value),
-        "1 missing: lm_head.weight; 1 unexp",
-    ),
-}
-
-
-@pytest.mark.parametrize("form", ["stock", "bundled", "dense"])
-@pytest.mark.parametrize("kind", WRONG)
-def test_an_export_that_would_not_load_gets_no_name(
-    form: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    change, message = WRONG[kind]
-    model = EVERY["qwen2_moe"]()
-    plan = Plan("tiny", (Prune(0, (0, 2, 3, 5)),) if form == "bundled" else ())
-    if form == "dense":
-        plan = Plan("tiny", (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 6)),))
-    apply.execute(model, plan)
-    write_folder(model, None, plan, tmp_path / "out", "before", ExportConfig(format=form))
-    before = (tmp_path / "out" / "README.md").read_text()
-    pieces = export_module.pieces
-
-    def change_pieces(*args: Any) -> Iterator[State]:
-        return (dict(change(*item) for item in piece.items()) for piece in pieces(*args))
-
-    monkeypatch.setattr(export_module, "pieces", change_pieces)
-    with pytest.raises(AssertionError, match=f"the export is not what .* loads: .*{message}"):
-        write_folder(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
-    assert (tmp_path / "out" / "README.md").read_text() == before
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(AssertionError):
-        write_folder(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
