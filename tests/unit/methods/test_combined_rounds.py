@@ -19,7 +19,7 @@ from recondense.operations import Factorize
 from recondense.plan import Plan
 from recondense.surgery import apply
 
-RANK_STEP = 3 * (32 + 16)  # parameters of one rank more of one expert of the small models
+RANK_STEP = 3 * (32 + 16)  # parameters of an additional rank of one expert of the small models
 COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": ()}
 COMBINED |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
 

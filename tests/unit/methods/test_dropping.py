@@ -30,7 +30,7 @@ def test_the_similarities_are_cosines_of_hidden_states(family: str) -> None:
     layers = list(views.sparse_blocks(model))
     before: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     handles = []
-    for layer in layers:  # what enters the norm before the block is the residual stream there
+    for layer in layers:  # the input of the norm before the block is the residual stream
         norm: Any = decoder.decoder_layers(model)[layer].post_attention_layernorm
         handles.append(norm.register_forward_pre_hook(lambda m, args, layer=layer: before[layer].append(args[0][0])))
     hidden: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(len(decoder.decoder_layers(model)))}

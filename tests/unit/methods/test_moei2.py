@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.brute_force_moei2 import best_of_block, change, loss_without
-from support.tiny_models import FAMILIES, blocks, condense_plan, deepseek_v2, qwen2_moe, recorded, texts, unchanged
+from support.tiny_models import FAMILIES, blocks, deepseek_v2, qwen2_moe, recorded, texts, unchanged
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from recondense.calibration.tape import Tape
 from recondense.files import JsonFolder
-from recondense.methods.combined import Combined
 from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
-from recondense.methods.naee import NAEE
-from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search import ranks
 from recondense.methods.search.allocation import drop_by_importance
 from recondense.methods.search.budget import Budget
@@ -31,7 +26,7 @@ from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.methods.step import SearchContext
 from recondense.models import decoder, families, parameters, views
 from recondense.models.parameters import sizes
-from recondense.operations import Factorize, Merge, Prune
+from recondense.operations import Factorize, Prune
 from recondense.plan import Plan
 from recondense.surgery import apply
 
@@ -152,31 +147,6 @@ def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_si
         assert tape.layer_runs - runs == pytest.approx(expected_runs + len(layers) - len(fields[-1].layers))
 
 
-# 25% pruned at average rank R_a leaves 0.75 · R_a · (D + F) / (D · F).
-@pytest.mark.parametrize(
-    ("layers", "experts", "top_k", "hidden", "width", "rank", "cut"),
-    [(26, 64, 6, 2048, 1408, 512, 0.5398), (32, 8, 2, 4096, 14336, 2048, 0.5179)],
-)
-def test_published_cuts_from_the_shapes_alone(
-    layers: int, experts: int, top_k: int, hidden: int, width: int, rank: int, cut: float
-) -> None:
-    """DeepSeek-V2-Lite and Mixtral (arXiv 2411.01016), with equal importances and with importances 300-fold apart."""
-    total = round(0.25 * layers * experts)
-    dense = 3 * hidden * width
-    for spread in (1.0, 300.0):
-        importance = {layer: spread ** (layer / (layers - 1)) for layer in range(layers)}
-        numbers = drop_by_importance(total, importance, dict.fromkeys(importance, experts), top_k)
-        assert sum(numbers.values()) == total
-        remaining = 0
-        for layer, number in numbers.items():
-            importances = [importance[layer] * spread ** (j / experts) for j in range(experts - number)]
-            multiple = ranks.resolve_multiple("auto", hidden, width, rank)
-            remaining += ranks.parameters(
-                ranks.allocate(importances, rank, hidden, width, multiple=multiple), hidden, width
-            )
-        assert 1 - remaining / (layers * experts * dense) == pytest.approx(cut, abs=1e-4)
-
-
 def test_deepseek_v2_lite_on_the_meta_device() -> None:
     """The same by plan and surgery, with the config of the published model."""
     config = DeepseekV2Config(
@@ -226,11 +196,6 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
     assert achieved["kept_of_routed_experts"] == pytest.approx(retained)
 
 
-def test_an_exact_search_of_too_many_sets_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"5\.32e\+13 sets of 15 of 60 experts"):
-        best_sets(lambda dropped_PE: dropped_PE.sum(dim=1), 60, 15, Genetic(search="exact"), 0)
-
-
 def test_lm_loss_importance_is_the_increase_of_the_loss() -> None:
     """Normalized, it is the increase over the model's loss; otherwise the loss itself, nearly equal for all experts."""
     model = qwen2_moe()
@@ -267,105 +232,12 @@ def test_importance_with_as_many_experts_as_a_token_selects(kind: str) -> None:
             assert importance[expert] == pytest.approx(total**0.5, rel=1e-3)
 
 
-def test_layers_that_cannot_be_searched() -> None:
-    """Condensed layers have nothing to prune, merged experts cannot be dropped alone, and a norm may be zero."""
-    model = qwen2_moe()
-    step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
-    merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
-    originals = apply.execute(model, Plan("tiny", (merged,)))
-    with pytest.raises(ValueError, match="layer 1: its experts were merged"):
-        step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    for layer, block in originals.items():
-        views.set_block(model, layer, block)
-    apply.execute(model, condense_plan(model, [0, 1, 2]))
-    for method in (
-        step,
-        SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.3)),
-        NAEE(budget=Budget(removed_expert_ratio=0.3)),
-        Decompose(),
-    ):
-        assert method.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))[0] == []
-    model = qwen2_moe()
-    torch.nn.init.zeros_(views.sparse_blocks(model)[1].weights.down_EDF)
-    torch.nn.init.zeros_(model.model.layers[1].mlp.shared_expert.down_proj.weight)
-    operations, record = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    assert record["expert_importance"]["1"] == [0.0] * 6 and operations
-
-
-@pytest.mark.parametrize(("average", "multiple"), [(16, "auto"), (100, "auto"), (512, "auto"), (16, 1)])
-def test_the_multiple_suits_the_average_rank(average: int, multiple: Any) -> None:
-    """Small averages get small multiples, so the total does not exceed the average."""
-    resolved = ranks.resolve_multiple(multiple, 2048, 1408, average)
-    allocated = ranks.allocate([1.0, 2.0, 3.0, 4.0], average, 2048, 1408, multiple=resolved)
-    assert sum(rank or 0 for rank in allocated) <= 4 * average < sum(rank or 0 for rank in allocated) + resolved
-    assert resolved <= max(1, average / 16)
-
-
-@pytest.mark.parametrize("alpha", [0.15, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(8))
-def test_experts_that_stay_dense_do_not_exceed_the_total(seed: int, alpha: float) -> None:
-    """With importances of 0 among large ones, the other experts have too few ranks to make up for dense experts."""
-    draw = random.Random(seed)
-    importance = [draw.choice((0.0, draw.random())) for _ in range(12)]
-    for average in (300, 512, 700):
-        multiple = ranks.resolve_multiple("auto", 2048, 1408, average)
-        allocated = ranks.allocate(importance, average, 2048, 1408, alpha, multiple)
-        spare = 12 * average * 3 * (2048 + 1408) - ranks.parameters(allocated, 2048, 1408)
-        assert 0 <= spare < multiple * 3 * (2048 + 1408)
-
-
 def test_a_router_that_selects_one() -> None:
     """top_k = 1: a layer with a single expert has no importances to compare."""
     model = qwen2_moe(num_experts=1, num_experts_per_tok=1)
     block = views.sparse_blocks(model)[1]
     for kind in ("layer_output", "lm_loss"):
         assert expert_importance(model, recorded(model), block, kind, True, 1 << 30) == [1.0]
-
-
-def test_invalid_settings_are_refused() -> None:
-    facts = families.facts(qwen2_moe().config)
-    assert "at most 0.6667" in InterExpertPruning(prune_ratio=0.8).check(facts)[0]
-    grouped = families.facts(deepseek_v2(n_group=2, topk_method="group_limited_greedy").config)
-    assert "groups" in InterExpertPruning().check(grouped)[0]
-    facts = families.facts(qwen2_moe(hidden_size=64, moe_intermediate_size=64).config)
-    assert not Decompose(average_rank=31).check(facts)
-    assert "below 32" in Decompose(average_rank=32).check(facts)[0]
-    assert "auto (19)" in Decompose(rank_multiple=24).check(facts)[0]
-    assert "at most 8" in Combined(rank_multiple=16, budget=Budget(memory_ratio=0.5)).check(facts)[0]
-    assert "rank_multiple=8" in Decompose(average_rank=4, rank_multiple=8).check(facts)[0]
-    assert "rank_multiple=64" in Decompose(rank_multiple=64, budget=Budget(memory_ratio=0.5)).check(facts)[0]
-    with pytest.raises(ValueError, match="both null"):
-        Decompose(average_rank=None, required=True)
-    assert "combinations" in InterExpertPruning(num_candidates=200, block_size=6).check(facts)[0]
-    assert "not one of 18" in InterExpertPruning(prune_ratio=0.01).check(facts)[0]
-    with pytest.raises(ValueError, match="both given"):
-        InterExpertPruning(budget=Budget(memory_ratio=0.5, removed_expert_ratio=0.5))
-    with pytest.raises(ValueError, match=r"below method\.population=20"):
-        InterExpertPruning(genetic=Genetic(population=20, parents=20))
-    with pytest.raises(ValueError, match="parents") as error:
-        InterExpertPruning(prune_ratio=1.5, importance="size", block_size=0, genetic=Genetic(parents=200, search="all"))
-    assert len(str(error.value).splitlines()) == 5
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        Decompose(budget=Budget(memory_ratio=1.5))
-
-
-def test_an_exact_search_of_too_many_sets_is_refused_before_it_starts() -> None:
-    facts = dataclasses.replace(families.facts(qwen2_moe().config), num_experts=60, top_k=4)
-    step = InterExpertPruning(genetic=Genetic(search="exact"))
-    [problem] = step.check(facts)
-    assert "5.32e+13 sets of 15 of 60" in problem  # 60! / (15! 45!)
-    assert step.check(dataclasses.replace(facts, num_experts=16)) == []
-    assert any(
-        "sets of 30 of 60" in text
-        for text in NAEE(budget=Budget(removed_expert_ratio=0.5), genetic=Genetic(search="exact")).check(facts)
-    )
-
-
-def test_importances_under_grouped_routing_are_refused_before_they_are_measured() -> None:
-    facts = families.facts(deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").config)
-    [problem] = Decompose(budget=Budget(removed_expert_ratio=0.5)).check(facts)
-    assert "2 groups" in problem and "method.alpha=0" in problem
-    assert Decompose(alpha=0, budget=Budget(removed_expert_ratio=0.5)).check(facts) == []
 
 
 def test_the_search_of_a_deep_model_is_cached(tmp_path: Path) -> None:

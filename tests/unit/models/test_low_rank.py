@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any, cast
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from recondense.methods.search import ranks as ranks_of
 from recondense.models import low_rank as module_of_low_rank
 from recondense.models import views
 from recondense.models.expert_products import is_groupable
@@ -289,76 +287,3 @@ def test_second_moments_are_those_of_the_routed_tokens(family: str) -> None:
                     inner += h[:, None] * h
         for moment, expected in zip(moments(expert), (inputs, inner), strict=True):
             torch.testing.assert_close(moment.float(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_ranks_follow_the_formula() -> None:
-    """Ranks are rounded down; the rest of the layer's total goes to the largest fractions, one rank each."""
-    draw = random.Random(0)
-    importance = [draw.uniform(1, 3) for _ in range(48)]
-    total = sum((value + 1e-9) ** 0.15 for value in importance)
-    exact = [(value + 1e-9) ** 0.15 / total * 512 * 48 for value in importance]
-    allocated = ranks_of.allocate(importance, 512, 2048, 1408)
-    remainder = 512 * 48 - sum(map(int, exact))
-    raised = sorted(range(48), key=lambda j: int(exact[j]) - exact[j])[:remainder]
-    assert remainder > 0 and allocated == [int(value) + (j in raised) for j, value in enumerate(exact)]
-    assert sum(rank or 0 for rank in allocated) == 512 * 48
-    assert min(rank or 0 for rank in allocated) < 490 < 530 < max(rank or 0 for rank in allocated)
-    assert ranks_of.automatic_rank(2048, 1408) == 512
-    assert ranks_of.allocate([2.0] * 48, 512, 2048, 1408) == [512] * 48
-
-
-@pytest.mark.parametrize("shape", [(2048, 1408), (4096, 14336), (128, 64)])
-@pytest.mark.parametrize("spread", [3.0, 300.0])
-def test_multiples_meet_the_same_total(shape: tuple[int, int], spread: float) -> None:
-    """Few different ranks, all within a step of the formula, and the total is used up."""
-    average = ranks_of.automatic_rank(*shape)
-    multiple = ranks_of.resolve_multiple("auto", *shape, average)
-    assert multiple == {2048: 32, 4096: 64, 128: 1}[shape[0]]
-    average -= average % multiple
-    importance = [spread ** (j / 47) for j in range(48)]
-    exact = ranks_of._exact(importance, average, *shape, 0.15, ranks_of.EPSILON)
-    allocated = ranks_of.allocate(importance, average, *shape, multiple=multiple)
-    assert [rank is None for rank in allocated] == [rank is None for rank in exact]
-    near = [
-        (rank, value) for rank, value in zip(allocated, exact, strict=True) if rank is not None and value is not None
-    ]
-    assert all(rank % multiple == 0 and abs(rank - value) < multiple for rank, value in near)
-    spare = 48 * average * 3 * sum(shape) - ranks_of.parameters(allocated, *shape)
-    assert spare == 0 if None not in allocated else 0 <= spare < multiple * 3 * sum(shape)
-    assert len(set(allocated)) < 30
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_what_a_dense_expert_does_not_use_goes_to_the_others(seed: int) -> None:
-    draw = random.Random(seed)
-    importance = [300.0 ** draw.random() for _ in range(48)]
-    allocated = ranks_of.allocate(importance, 700, 2048, 1408, alpha=0.5)
-    cap = ranks_of.break_even(2048, 1408)
-    assert None in allocated and all(rank is None or 1 <= rank < cap for rank in allocated)
-    total, unit = ranks_of.parameters(allocated, 2048, 1408), 3 * (2048 + 1408)
-    assert 0 <= 48 * 700 * unit - total < unit
-    dense = [value for value, rank in zip(importance, allocated, strict=True) if rank is None]
-    assert min(dense) >= max(value for value, rank in zip(importance, allocated, strict=True) if rank is not None)
-
-
-def test_the_minimum_rank_counts_towards_the_total() -> None:
-    """Importances so far apart that many ranks would be 0."""
-    importance = [300.0 ** (j / 47) for j in range(48)]
-    allocated = ranks_of.allocate(importance, 20, 2048, 1408, alpha=2)
-    total, unit = ranks_of.parameters(allocated, 2048, 1408), 3 * (2048 + 1408)
-    assert min(rank for rank in allocated if rank) == 1 and 0 <= 48 * 20 * unit - total < 48 * unit
-
-
-@pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("retained", [0.1, 0.3333, 0.614, 0.97])
-def test_a_budget_is_met_to_one_step(retained: float, multiple: int) -> None:
-    draw = random.Random(1)
-    importance = {layer: [300.0 ** draw.random() for _ in range(6 + layer)] for layer in range(4)}
-    dense = ranks_of.parameters([None] * sum(map(len, importance.values())), 128, 64)
-    average, by_layer = ranks_of.allocate_budget(importance, int(retained * dense), 128, 64, multiple=multiple)
-    total = sum(ranks_of.parameters(ranks, 128, 64) for ranks in by_layer.values())
-    assert 0 <= int(retained * dense) - total < multiple * 3 * (128 + 64)
-    assert all(rank % multiple == 0 for ranks in by_layer.values() for rank in ranks if rank is not None)
-    assert 1 <= average <= 43
-    with pytest.raises(ValueError, match="rank 1 everywhere"):
-        ranks_of.allocate_budget(importance, 100, 128, 64)

@@ -103,7 +103,7 @@ def test_known_blocks_are_run_and_not_searched_again() -> None:
     assert counts == [1, 2]
     before = tape.layer_runs
     assert reception_field(model, tape, candidates, 2, fields[:1]) == fields
-    assert tape.layer_runs - before == pytest.approx(2 + 1 + 3 + 9)  # the chosen way, the dense layer, K + K²
+    assert tape.layer_runs - before == pytest.approx(2 + 1 + 3 + 9)  # the chosen sets, the dense layer, K + K²
 
 
 class Killed(Exception):
