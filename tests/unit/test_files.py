@@ -28,7 +28,7 @@ from recondense.files import (
 from recondense.models.tensor_store import Disk
 
 PLAIN = ("a", "experts-003", "blocks-8-8-8", "0123456789abcdef", "a_b", "states-000-0-of-1", "n" * 120)
-# Long ones that are equal for long, and others that differ in what a file system does not tell apart or refuses.
+# Long keys with long common beginnings, and keys that some file systems refuse or do not tell apart.
 AWKWARD = (
     "blocks-" + "-".join(["32"] * 94),
     "blocks-" + "-".join(["32"] * 93 + ["31"]),
@@ -180,7 +180,7 @@ def test_a_folder_is_replaced_completely_or_not_at_all(
         (aside / "half").write_text("new")
         raise failure
     rename = os.replace
-    for number in (1, 2):  # renaming the old one away, and the new one to its place
+    for number in (1, 2):  # renaming the old folder away, and the new one to its place
         calls = iter(range(1, 3))
 
         def fail_at(*paths: Path, at: int = number, calls: Iterator[int] = calls) -> None:
@@ -220,6 +220,6 @@ def test_one_module_writes_files_aside(root: Path) -> None:
     allowed = {
         "files.py",
         "tensor_store.py",
-    }  # a shelf is written row by row, and said to be finished in a file of its own
+    }  # a tensor list is written row by row, and a file of its own says that it is finished
     for path in (root / "src").rglob("*.py"):
         assert path.name in allowed or not pattern.search(path.read_text(encoding="utf-8")), path

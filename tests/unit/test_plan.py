@@ -141,7 +141,7 @@ def test_invalid_operations_are_refused(make: Callable[[], object], message: str
         make()
 
 
-# ------------------------------------------------------------------------------------------------- several runs in a row
+# ------------------------------------------------------------------------------------------ several runs in a row
 
 
 @pytest.mark.parametrize("seed", range(20))

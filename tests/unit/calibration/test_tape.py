@@ -191,7 +191,7 @@ class Together:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         self.number = number
         self._local = threading.local()
-        self._barrier = threading.Barrier(number, timeout=20)  # seconds, after which the others went another way
+        self._barrier = threading.Barrier(number, timeout=20)  # seconds: by then the others have failed
         self._values: list[Any] = [None] * number
         monkeypatch.setattr(processes, "world_size", lambda: number)
         monkeypatch.setattr(processes, "rank", lambda: self._local.rank)

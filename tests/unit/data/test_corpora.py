@@ -156,7 +156,7 @@ def test_hub_splits_do_not_overlap(dataset: Path, streaming: bool) -> None:
     assert corpora.calibration == ["train 0", "train 1"]
     assert corpora.train == ["train 2", "train 3", "train 4"]
     assert corpora.validation == ["validation 0"]
-    # The same training texts when only they are asked for, and others when the calibration set has a split of its own.
+    # The same training texts when they are loaded alone; others when the calibration set has a split of its own.
     assert load_corpora(config, ["train"]) == Corpora(train=corpora.train)
     everything = load_corpora(hub_config(dataset, streaming=streaming, train=None), ["train"]).train
     assert everything == ["train 2", "train 3", "train 4", "train 5"]

@@ -16,13 +16,13 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Marks what the assistant says, as newer templates do.
+# Marks the assistant's messages, as newer templates do.
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
 )
-# As DeepSeek and Mixtral write: their own special tokens, and no more than turns in pairs.
+# As DeepSeek's and Mixtral's: they write special tokens themselves, and allow only pairs of turns.
 STRICT = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('turns must alternate') }}{% endif %}{% if message['role'] == 'user' %}"

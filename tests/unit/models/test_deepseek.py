@@ -123,7 +123,9 @@ def test_both_layouts_are_the_same_model(name: str, tmp_path: Path) -> None:
     plain = {key: value for key, value in config.items() if key != "auto_map"}
     apart = load(written(tmp_path / "hub", config, weights))
     together = load(written(tmp_path / "fused", plain, fused(weights, config)), trust_remote_code=False)
-    trusting = load(tmp_path / "hub", trust_remote_code=True)  # the class here goes before the published code
+    trusting = load(
+        tmp_path / "hub", trust_remote_code=True
+    )  # the class in recondense takes precedence over the published code
     state = apart.state_dict()
     for other in (together.state_dict(), trusting.state_dict()):
         assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
@@ -227,7 +229,7 @@ def test_new_weights_have_the_standard_deviation_of_the_config() -> None:
             assert float(parameter.detach().std()) == pytest.approx(0.3, rel=0.1), name
 
 
-# As an export does it: the source behind others, in one file, where recondense cannot be imported.
+# As in an export: the source follows others in one file, and recondense cannot be imported.
 TAIL = """
 
 class ExportedConfig(DeepseekConfig):

@@ -119,7 +119,7 @@ def combine(plain: PlainMoE, x_TD: Tensor, gate: float | None) -> Tensor:
     return 0.4 * plain.expert(3, x_TD) + 0.2 * plain.expert(0, x_TD) + plain.shared(x_TD, gate)
 
 
-# By name: what is done to a layer, and what it then computes.
+# By name: the operation on a layer, and what the layer then computes.
 CHANGES: dict[str, tuple[Callable[[int], Operation], Expected]] = {
     "prune": (lambda layer: Prune(layer, FOUR), lambda plain, x_TD: plain(x_TD, dropped=(1, 4))),
     "merge": (lambda layer: Merge(layer, *PAIRS), lambda plain, x_TD: plain.merged(*PAIRS)(x_TD)),

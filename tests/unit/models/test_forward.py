@@ -24,7 +24,7 @@ def test_arguments_of_layers_are_not_made_for_every_layer(family: str, monkeypat
 
     monkeypatch.setattr(decoder, "arguments_of_layers", count_calls)
     states = forward.layer_by_layer(model, batches)
-    assert len(calls) == len(batches)  # each is embedded; no layer asks again
+    assert len(calls) == len(batches)  # every batch is embedded; no layer makes them again
     for batch, hidden_BSD in zip(batches, states, strict=True):
         with torch.no_grad():
             assert torch.equal(hidden_BSD, forward.run(model, batch).logits)

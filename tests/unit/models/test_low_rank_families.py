@@ -27,7 +27,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 ALIKE: Ranks = dict.fromkeys(NAMES, (4,) * 6)
-# Ranks, tokens, and which of low_rank.py's ways they take on a CPU.
+# Ranks, number of tokens, and the function of low_rank.py that computes them on a CPU.
 WAYS: dict[str, tuple[Ranks, int, str]] = {
     "one bucket, one token": (ALIKE, 1, "_row_by_row"),
     "several buckets, one token": (dict.fromkeys(NAMES, (4, 4, 3, 5, 5, 7)), 1, "_row_by_row"),

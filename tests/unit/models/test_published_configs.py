@@ -17,7 +17,7 @@ MODELS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
     for path in sorted((Path(__file__).resolve().parents[3] / "conf" / "model").glob("[!_]*.yaml"))
 }
-# Parameters: counted in the papers and of the hub's safetensors where exact, of the model cards where rounded.
+# Parameters, with a tolerance: exact numbers are from papers and the hub's safetensors, others from model cards.
 PUBLISHED: dict[str, tuple[float, float]] = {
     "qwen_moe": (14_315_784_192, 0),
     "deepseek_v2_lite": (15_706_484_224, 0),

@@ -43,7 +43,7 @@ RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
 
 
 def save(model: Any, folder: Path) -> Path:
-    model.save_pretrained(folder, max_shard_size="40KB")  # several shards: a layer's weights lie in two of them
+    model.save_pretrained(folder, max_shard_size="40KB")  # several shards: the weights of a layer are in two of them
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -230,7 +230,7 @@ def test_a_killed_run_is_whitened_and_refitted_like_an_undisturbed_one(
             *(Refit(layer, "down_proj", 1e-2) for layer in range(3)),
         ),
     )
-    monkeypatch.setattr(refit, "LEAST_COLUMNS", 1)  # so that the original's shapes cut these layers in parts
+    monkeypatch.setattr(refit, "LEAST_COLUMNS", 1)  # so that these layers are solved in parts
     expected = load(folder, None)
     block = views.get_block(expected, 0)
     assert refit.most_columns(block) < sum(u.weight_Dn.shape[1] for u in refit.units_of(expected, 0))
@@ -258,7 +258,7 @@ def test_a_killed_run_is_whitened_and_refitted_like_an_undisturbed_one(
         again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
         with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
             apply.refit(model, plan, apply.execute(model, plan, again), again)
-    assert solved == [0, 1, 2, 2]  # the third time the kill came before the last was on the disk
+    assert solved == [0, 1, 2, 2]  # the last one was killed before it was on the disk
     for layer, module in enumerate(decoder.decoder_layers(expected)):
         with layer_store(model).resident(layer):
             assert same(decoder.decoder_layers(model)[layer].state_dict(), module.state_dict())
@@ -331,7 +331,7 @@ def test_a_recovery_of_a_streamed_model_trains_the_same(folder: Path, tmp_path: 
     for pages in (None, tmp_path / "pages"):
         plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
         model = load(folder, pages)
-        with layer_store(model).resident(1):  # whatever is in memory while all is frozen
+        with layer_store(model).resident(1):  # a layer may be in memory while all is frozen
             student = student_module.apply(model, plan)
             student.give_own_copies([0, 1])
         if pages is not None:

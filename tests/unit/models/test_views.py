@@ -24,7 +24,7 @@ from recondense.operations import Condense, Prune
 from recondense.plan import Plan
 from recondense.surgery import apply
 
-# METHODS.md, section 1.
+# The published configurations.
 QWEN = Qwen2MoeConfig(
     vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16,
     num_key_value_heads=16, moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60,

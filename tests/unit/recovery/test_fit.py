@@ -23,7 +23,7 @@ from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import keep_trained_weights, resolve_precision
 
-# Lightning says so of every fit that goes on.
+# Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -98,7 +98,7 @@ def test_resumes_exactly(tmp_path: Path, accumulate: int, every: int, stops: lis
         assert (newest is None) == (steps_done == 0)
         assert newest is None or newest.name == f"step={steps_done}.ckpt"
     module = module_of(**settings)
-    torch.rand(17)  # the state of the generators when a run goes on is another
+    torch.rand(17)  # a resumed run starts with other states of the generators
     fit(module, data(module), tmp_path / "killed", QUIET, seed=1)
     assert same_bits(trained(module), trained(undisturbed))
 

@@ -28,7 +28,7 @@ from recondense.recovery.module import RecoveryModule
 from recondense.surgery.student import apply
 
 PRUNED = Plan("tiny", tuple(Prune(layer, (0, 1, 2, 4)) for layer in (1, 2)))
-# Lightning says so of every fit that goes on.
+# Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
@@ -99,7 +99,7 @@ FUSED, AGAIN, ALL = "fused experts in bf16", "activations again", "all weights"
 ENDS = [*((name, "done") for name in CASES), *((name, "fails") for name in (FUSED, AGAIN, ALL)), (FUSED, "interrupted")]
 
 
-@pytest.mark.filterwarnings("ignore")  # what a compiler says of its own code
+@pytest.mark.filterwarnings("ignore")  # warnings of a compiler about its own code
 @pytest.mark.parametrize(("name", "ends"), ENDS)
 def test_settings_are_as_before(tmp_path: Path, name: str, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -25,7 +25,7 @@ from recondense.recovery.module import RecoveryModule
 from recondense.recovery.trainable import trainable_parameters
 from recondense.surgery.student import Student, apply
 
-# Lightning says so of every fit that goes on.
+# Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

@@ -57,7 +57,7 @@ def losses_of_separate_passes(
         return module.losses(ids)
 
 
-SPECIAL = ("qwen2_moe", "deepseek_v2", "gpt_oss", "ernie4_5_moe")  # of masks, routing, positions or tied heads
+SPECIAL = ("qwen2_moe", "deepseek_v2", "gpt_oss", "ernie4_5_moe")  # in masks, routing, positions or tied heads
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_activation_checkpointing_saves_memory(family: str) -> None:
         assert saved() < plain / 2
 
 
-@pytest.mark.filterwarnings("ignore")  # what a compiler says of its own code
+@pytest.mark.filterwarnings("ignore")  # warnings of a compiler about its own code
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", AGAIN)
 def test_compiled_layers_give_the_same(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

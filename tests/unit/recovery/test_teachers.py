@@ -228,7 +228,7 @@ def test_another_model_teaches_and_does_not_change(tmp_path: Path) -> None:
     with torch.no_grad():
         p, q = (network(input_ids=ids).logits.log_softmax(-1) for network in (teacher, module.model))
     torch.testing.assert_close(losses["kl"], (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-5, atol=0)
-    with module.student.original():  # a student that is the original does not say what another says
+    with module.student.original():  # the original does not predict what another model predicts
         assert module.losses(ids)["kl"] > 0.01
     assert not any(value is parameter for value in module.parameters() for parameter in teacher.parameters())
     final = fit(module, data(module, windows(2, 8)), tmp_path, QUIET, seed=0)

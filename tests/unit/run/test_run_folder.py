@@ -115,7 +115,7 @@ def test_a_new_start_deletes_only_the_files_of_the_run(folder: Path) -> None:
     (folder / "mine.txt").write_text("mine")
     (folder / "checkpoints" / "file").unlink()
     (folder / "checkpoints").rmdir()
-    (folder / "checkpoints").symlink_to(folder.parent)  # a link goes, and what it leads to stays
+    (folder / "checkpoints").symlink_to(folder.parent)  # the link is deleted, and its target is not
     settings = config(folder)
     begin(replace(settings, overwrite=False), folder)
     assert (folder / "summary.json").exists() and (folder / "config.yaml").read_text() == "old config.yaml"
