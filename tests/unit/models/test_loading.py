@@ -99,7 +99,7 @@ TO_FOUR: Ranks = {name: (4, 4, 3, 5, 7, 8) for name in RANKS}
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_what_a_compressed_folder_holds_is_loaded(family: str, tmp_path: Path) -> None:
+def test_a_compressed_folder_is_loaded(family: str, tmp_path: Path) -> None:
     """A deeper model with every operation, so with every shape that a layer of a family can have."""
     extra: dict[str, Any] = {"num_hidden_layers": 7}
     if family == "gpt_oss":

@@ -39,7 +39,7 @@ def divergence_of_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_damage_is_the_divergence_of_the_divergence_of_model(family: str) -> None:
+def test_damage_is_the_divergence_of_the_model(family: str) -> None:
     model = FAMILIES[family]()
     tape = recorded(model)
     pruned = {layer: views.masked_block(block, (0, 2, 5)) for layer, block in views.sparse_blocks(model).items()}
