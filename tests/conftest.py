@@ -1,4 +1,4 @@
-"""What all tests share: nothing is downloaded, nothing is asked, and no file is left in the repository."""
+"""Fixtures of all tests: nothing is downloaded, nothing prompts, and no file stays behind in the repository."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.forks import Forks
-from support.log_handlers import loggers_put_back
-from support.read_once import leave_imports_to_the_end, read_configs_once
+from support.log_handlers import restore_loggers
+from support.read_once import freeze_imported_objects, read_configs_once
 
 # Before any library reads them.
 os.environ.update(
@@ -36,12 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     read_configs_once()
-    leave_imports_to_the_end()
+    freeze_imported_objects()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_stray_files() -> Iterator[None]:
-    """Fail when a test leaves something at the top of the repository, in outputs/ or beside the configs."""
+    """Fail if a test leaves files at the top of the repository, in outputs/, or beside the configs or tests."""
 
     def listing() -> set[Path]:
         folders = (ROOT, ROOT / "outputs", ROOT / "conf", ROOT / "tests")
@@ -54,30 +54,30 @@ def no_stray_files() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def handlers_end_with_their_module() -> Iterator[None]:
-    with loggers_put_back():
+def restore_loggers_after_module() -> Iterator[None]:
+    with restore_loggers():
         yield
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """The folder of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    """Runs commands as processes that need not import everything first."""
-    started = Forks()
-    yield started
-    started.close()
+    """Runs commands in processes that have imported everything already."""
+    runner = Forks()
+    yield runner
+    runner.close()
 
 
 @pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str]]:
-    """Runs train.py in this process: `command("method=none", ...)` gives its exit code and what it wrote to stderr.
+    """Runs train.py in this process: `command("method=none", ...)` returns the exit code and stderr.
 
     Outputs go to a temporary folder.
     """

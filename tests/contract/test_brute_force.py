@@ -1,4 +1,4 @@
-"""The brute force that holds the search must itself be right: closed forms and hand-made models."""
+"""The brute force that the search is compared with is right itself: closed forms, and models with a known answer."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_jensen_shannon_is_scipys() -> None:
     np.testing.assert_allclose(bf.jensen_shannon(a, b, torch.float32), ours, rtol=1e-4)
     assert bf.jensen_shannon(a, a).abs().max() == 0
     far = bf.jensen_shannon(torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]]))
-    assert far.item() == pytest.approx(np.log(2), rel=1e-6)  # disjoint: the largest there is
+    assert far.item() == pytest.approx(np.log(2), rel=1e-6)  # disjoint, so the divergence is the largest possible
 
 
-def test_each_text_weighs_the_same() -> None:
+def test_every_text_has_the_same_weight() -> None:
     torch.manual_seed(0)
     short, long = torch.randn(2, 8), torch.randn(6, 8)
     other = [torch.randn(2, 8), long]
@@ -69,14 +69,14 @@ def test_each_text_weighs_the_same() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_by_hand(family: str) -> None:
-    """Text by text without padding, from the router's definition, against the hooks on padded batches."""
+    """From the router's definition, text by text without padding, against the hooks on padded batches."""
     model, ids = FAMILIES[family](), texts()
     layer = bf.moe_layers(model)[-1]
     block = bf.block_of(model, layer)
     weights: list[list[float]] = [[] for _ in range(NUM_EXPERTS)]
     gates: list[float] = []
 
-    def look(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def note_routing(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0][0].double()
         for probabilities in (x @ block.gate.weight.double().T).softmax(-1):
             for expert in probabilities.argsort(descending=True)[:2].tolist():
@@ -85,22 +85,22 @@ def test_statistics_by_hand(family: str) -> None:
             gates.extend(block.shared_expert_gate.double()(x).sigmoid().flatten().tolist())
             block.shared_expert_gate.float()
 
-    found = bf.statistics(model, ids, batch_size=3)[layer]
-    hook = block.register_forward_pre_hook(look)
+    statistics = bf.statistics(model, ids, batch_size=3)[layer]
+    hook = block.register_forward_pre_hook(note_routing)
     with torch.no_grad():
         for text in ids:
             model(input_ids=torch.tensor([text]))
     hook.remove()
-    assert found.selected == [len(w) for w in weights]
-    assert sum(found.selected) == 2 * sum(len(text) for text in ids)
-    assert found.coefficients == [pytest.approx(np.mean(w), rel=1e-5) if w else None for w in weights]
-    assert found.shared_gate_mean == (pytest.approx(np.mean(gates), rel=1e-6) if gates else None)
+    assert statistics.selected == [len(w) for w in weights]
+    assert sum(statistics.selected) == 2 * sum(len(text) for text in ids)
+    assert statistics.coefficients == [pytest.approx(np.mean(w), rel=1e-5) if w else None for w in weights]
+    assert statistics.shared_gate_mean == (pytest.approx(np.mean(gates), rel=1e-6) if gates else None)
     assert bf.moe_layers(model) == ([0, 1, 2] if family == "qwen2_moe" else [1, 2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_condensing_everything_under_constant_routing_changes_nothing(family: str) -> None:
-    """With a router of zeros and top_k = E every token weighs every expert 1/E: condensed = original."""
+    """With a router of zeros and top_k = E, every expert has the weight 1/E for every token: condensed = original."""
     model, ids = FAMILIES[family](top_k=NUM_EXPERTS), texts()
     for layer in bf.moe_layers(model):
         nn.init.zeros_(bf.block_of(model, layer).gate.weight)
@@ -110,11 +110,11 @@ def test_condensing_everything_under_constant_routing_changes_nothing(family: st
     assert stats[layers[0]].coefficients == pytest.approx([scale / NUM_EXPERTS] * NUM_EXPERTS)
     original = bf.states_after(model, layers, ids)
     with bf.condensed(model, layers[0], everything, stats[layers[0]], "token"):
-        now = bf.states_after(model, layers, ids)
+        condensed = bf.states_after(model, layers, ids)
     for layer in layers:
-        for a, b in zip(original[layer], now[layer], strict=True):
+        for a, b in zip(original[layer], condensed[layer], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        assert bf.score(original[layer], now[layer]) < 1e-9
+        assert bf.score(original[layer], condensed[layer]) < 1e-9
     with bf.condensed(model, layers[0], everything[1:], stats[layers[0]], "token"):
         assert bf.score(original[layers[0]], bf.states_after(model, layers, ids)[layers[0]]) > 1e-6
 
@@ -139,7 +139,7 @@ def test_padding_batches_and_the_head_do_not_matter() -> None:
             assert [tuple(t.shape) for t in many[layer]] == [(len(text), 32) for text in ids]
             for a, b in zip(one[layer], many[layer], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():  # the last layer's state is the one after the final norm
+    with torch.no_grad():  # the state of the last layer is taken after the final norm
         last = model.model(input_ids=torch.tensor([ids[0]])).last_hidden_state[0]
     torch.testing.assert_close(one[2][0], last, rtol=1e-4, atol=1e-4)
 
@@ -149,26 +149,26 @@ def test_expert_search_counts_and_agrees_with_enumeration() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stats = bf.statistics(model, ids)[1]
     original = bf.states_after(model, [1], ids)[1]
-    found = bf.expert_search(model, ids, 1, 2, stats, batch_size=2)
-    assert found.count.passes == 1 + 6 + 5
-    assert found.count.head_calls == found.count.passes * 2
-    chosen: list[int] = []
+    order = bf.expert_search(model, ids, 1, 2, stats, batch_size=2)
+    assert order.count.passes == 1 + 6 + 5
+    assert order.count.head_calls == order.count.passes * 2
+    experts: list[int] = []
     for step in range(2):
         scores = {}
-        for expert in set(range(NUM_EXPERTS)) - set(chosen):
-            with bf.condensed(model, 1, [*chosen, expert], stats):
+        for expert in set(range(NUM_EXPERTS)) - set(experts):
+            with bf.condensed(model, 1, [*experts, expert], stats):
                 scores[expert] = bf.score(original, bf.states_after(model, [1], ids, batch_size=8)[1])
-        assert found.candidates[step] == pytest.approx(scores, rel=1e-4)
-        chosen.append(min(scores, key=lambda e: (scores[e], e)))
-    assert found.order == chosen
-    assert found.order[:1] == bf.expert_search(model, ids, 1, 1, stats).order
+        assert order.candidates[step] == pytest.approx(scores, rel=1e-4)
+        experts.append(min(scores, key=lambda e: (scores[e], e)))
+    assert order.order == experts
+    assert order.order[:1] == bf.expert_search(model, ids, 1, 1, stats).order
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     again = bf.states_after(model, [1], ids)[1]
-    assert bf.score(original, again) == 0, "the search left something behind"
+    assert bf.score(original, again) == 0, "the search changed the model"
 
 
 def test_the_expert_that_matters_is_first_and_the_lowest_of_equals_wins() -> None:
-    """Constant routing; experts 2 and 4 alike and strong, all others zero."""
+    """Constant routing; experts 2 and 4 are equal and strong, the others zero."""
     model, ids = qwen(top_k=NUM_EXPERTS), texts(2)
     block = bf.block_of(model, 1)
     nn.init.zeros_(block.gate.weight)
@@ -176,17 +176,17 @@ def test_the_expert_that_matters_is_first_and_the_lowest_of_equals_wins() -> Non
         block.experts.down_proj[[0, 1, 3, 5]] = 0
         block.experts.gate_up_proj[4] = block.experts.gate_up_proj[2]
         block.experts.down_proj[4] = block.experts.down_proj[2]
-    found = bf.expert_search(model, ids, 1, 3, bf.statistics(model, ids)[1], shared_gate="token")
-    assert found.candidates[0][2] == found.candidates[0][4]
-    assert found.order == [2, 4, 0]
-    assert found.start > found.js[0] > 1e-6 > found.js[1]
+    order = bf.expert_search(model, ids, 1, 3, bf.statistics(model, ids)[1], shared_gate="token")
+    assert order.candidates[0][2] == order.candidates[0][4]
+    assert order.order == [2, 4, 0]
+    assert order.start > order.js[0] > 1e-6 > order.js[1]
 
 
 def test_an_expert_never_selected_is_no_candidate() -> None:
     model, ids = qwen(top_k=1), texts()
     gate = bf.block_of(model, 0).gate
     with torch.no_grad():
-        gate.weight[1] = -gate.weight[0]  # one of the two is positive, so the zero row never wins
+        gate.weight[1] = -gate.weight[0]  # one of the two logits is positive, so expert 3 never wins
         gate.weight[3] = 0
     stats = bf.statistics(model, ids)[0]
     assert stats.coefficients[3] is None and stats.selected[3] == 0
@@ -211,21 +211,21 @@ def test_layer_search(family: str) -> None:
     model, ids = FAMILIES[family](), texts()
     stats, layers = bf.statistics(model, ids), bf.moe_layers(model)
     experts = {layer: bf.routing_weight_order(stats[layer], 2) for layer in layers}
-    found = bf.layer_search(model, ids, len(layers), experts, stats)
-    assert sorted(found.order) == layers
-    assert found.count.passes == sum(range(1, len(layers) + 1))
-    assert found.count.layer_runs == 3 * found.count.passes
-    assert found.count.head_calls == 0
-    assert [min(step.values()) for step in found.candidates] == found.js
+    order = bf.layer_search(model, ids, len(layers), experts, stats)
+    assert sorted(order.order) == layers
+    assert order.count.passes == sum(range(1, len(layers) + 1))
+    assert order.count.layer_runs == 3 * order.count.passes
+    assert order.count.head_calls == 0
+    assert [min(step.values()) for step in order.candidates] == order.js
     original = bf.states_after(model, [2], ids)[2]
-    with bf.condensed(model, found.order[0], experts[found.order[0]], stats[found.order[0]]):
-        assert found.js[0] == pytest.approx(bf.score(original, bf.states_after(model, [2], ids)[2]), rel=1e-4)
+    with bf.condensed(model, order.order[0], experts[order.order[0]], stats[order.order[0]]):
+        assert order.js[0] == pytest.approx(bf.score(original, bf.states_after(model, [2], ids)[2]), rel=1e-4)
     with pytest.raises(ValueError, match="candidates"):
         bf.layer_search(model, ids, 4, experts, stats)
 
 
 def test_compare_orders() -> None:
-    """A tie may fall either way; a clear choice may not; scores must be equal in any case."""
+    """Either candidate of a tie is right; elsewhere the choice must be the same. Scores must always be equal."""
     steps = [{0: 0.50, 1: 0.40000001, 2: 0.4}, {0: 0.3, 1: 0.1}]
     expected = bf.Order([2, 1], [0.4, 0.1], steps, 1.0, bf.Count(1, 1))
     assert compare(expected, [2, 1], [0.4, 0.1]) == Agreement(True, 0, 0.0, ())

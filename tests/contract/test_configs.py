@@ -1,4 +1,4 @@
-"""Every YAML of conf/ composes and fits the schema, and every setting of the schema stands in a YAML."""
+"""Every YAML of conf/ composes and fits the schema, and every setting of the schema is in a YAML."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_option_fits_the_schema(option: str) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_option_carries_every_setting(option: str) -> None:
-    """So that each one can be set on the command line, and is seen by who reads the YAML."""
+def test_option_has_every_setting(option: str) -> None:
+    """So that every setting can be overridden on the command line, and readers of the YAML see it."""
     group = option.partition("=")[0]
     values = composed(option)
     kind = typing.get_type_hints(Config).get(group)
@@ -55,7 +55,7 @@ def test_option_carries_every_setting(option: str) -> None:
 def _missing(kind: Any, values: Mapping[str, Any]) -> Iterator[str]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        # Settings of another source of text have no place in a YAML.
+        # A data YAML omits the settings of other sources of text.
         if field.name not in values:
             if field.name not in ("dataset", "subset", "splits", "streaming"):
                 yield field.name
@@ -78,7 +78,7 @@ def test_the_tiny_model_brings_its_recovery_and_the_command_line_wins() -> None:
 
 @pytest.mark.parametrize("method", ["cdmoe", "moei2", "none", "reap"])
 def test_steps_of_the_command_line_take_the_place_of_a_methods_own(method: str) -> None:
-    """With the settings that they bring, and no others: reap has a budget, and it is not NAEE's."""
+    """With their own settings and no others: NAEE does not get the budget of reap."""
     prune, condense = "recondense.methods.naee.NAEE,memory_ratio:0.7", "recondense.methods.cdmoe.CDMoE,num_layers:2"
     values = composed(f"method={method}", f"method.steps=[{{_target_:{prune}}},{{_target_:{condense}}}]")
     assert build_steps(values["method"]) == [NAEE(budget=Budget(memory_ratio=0.7)), CDMoE(num_layers=2)]

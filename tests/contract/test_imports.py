@@ -1,4 +1,4 @@
-"""Imports go downwards only: a folder may import what stands above it in one table, and there are no cycles."""
+"""A folder imports only folders of its row or above it in one table, and there are no cycles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "recondense"
 
-# A row may import itself and every row above it. Modules of one row do not import each other in a circle.
+# A folder may import those of its row and of every row above it. Modules never import each other in a circle.
 ROWS = (
     "errors operations files plan",
     "progress processes offline",
@@ -25,13 +25,13 @@ ROWS = (
     "evaluation",
     "export",
     "report",
-    "run callbacks",  # the command hands a run's callbacks to Lightning; Hydra finds that of a sweep by its name
+    "run callbacks",  # the command passes callbacks to Lightning; Hydra finds the one for sweeps by its name
 )
 ROW_OF = {name: index for index, row in enumerate(ROWS) for name in row.split()}
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name below recondense; a package by the name of its folder."""
+    """Every module by its dotted name within recondense; a package by the name of its folder."""
     paths = {path.relative_to(SOURCE).with_suffix("").parts: path for path in sorted(SOURCE.rglob("*.py"))}
     paths |= {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted((ROOT / "callbacks").glob("*.py"))}
     return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in paths.items()}
@@ -41,7 +41,7 @@ MODULES = modules()
 
 
 def imported(path: Path) -> dict[str, int]:
-    """The modules of this repository that a file imports, also inside functions, each with its line."""
+    """The modules of this repository that a file imports, also within functions, with their lines."""
     lines: dict[str, int] = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
@@ -71,27 +71,29 @@ def test_imports_go_downwards(module: str) -> None:
     folder = module.partition(".")[0]
     for other, line in imported(MODULES[module]).items():
         where = f"{MODULES[module].relative_to(ROOT)}:{line}: {folder} imports {other or 'the public API'}"
-        assert other not in ("train", ""), f"{where}, which stands below all of recondense"
-        assert ROW_OF[other.partition(".")[0]] <= ROW_OF[folder], f"{where}, which stands below {folder}"
+        assert other not in ("train", ""), f"{where}, which may import all of recondense"
+        assert ROW_OF[other.partition(".")[0]] <= ROW_OF[folder], f"{where}, which is below {folder} in the table"
 
 
 def test_there_are_no_cycles() -> None:
-    arrows = {name: [other for other in imported(path) if other in MODULES and other] for name, path in MODULES.items()}
+    imports = {
+        name: [other for other in imported(path) if other in MODULES and other] for name, path in MODULES.items()
+    }
     finished: set[str] = set()
 
-    def visit(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, f"a cycle: {' -> '.join([*way[way.index(name) :], name])}"
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a cycle: {' -> '.join([*path[path.index(name) :], name])}"
         if name not in finished:
-            for other in arrows[name]:
-                visit(other, (*way, name))
+            for other in imports[name]:
+                visit(other, (*path, name))
             finished.add(name)
 
-    for name in arrows:
+    for name in imports:
         visit(name, ())
 
 
 def test_no_import_hides_behind_type_checking() -> None:
-    """An import of ours for annotations is a dependency like any other."""
+    """Importing a module of ours for annotations is a dependency like any other."""
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -100,8 +102,8 @@ def test_no_import_hides_behind_type_checking() -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name])
-def test_every_name_has_one_address(module: str) -> None:
-    """A module lists no names of other modules: they are imported from where they are defined."""
+def test_modules_do_not_re_export_names(module: str) -> None:
+    """Every name is imported from the module that defines it."""
     for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
         assert "__all__" not in ast.unparse(node).partition("=")[0], f"{module}:{node.lineno} re-exports names"
 
@@ -153,7 +155,7 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
     ],
 )
 def test_bundled_and_plain_modules_stand_alone(module: str, allowed: set[str]) -> None:
-    """What is copied into exports needs torch alone, or transformers too; plans are readable without any library."""
+    """Modules that are copied into exports need only torch and transformers; reading a plan needs no library."""
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""One battery over every method of conf/method and every family: what any method promises."""
+"""One set of tests over every method of conf/method and every family: what all methods guarantee."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from recondense.surgery import student as student_module
 FIRST = next(iter(FAMILIES))
 IDS = windows(3, 11)
 
-# Every method on one family, each family with some method; the rest of the product with the slow tests.
+# Every method on one family, and every family with one method; the rest of the product is slow.
 WITH = ("cdmoe", "svd_llm", "mc_smoe", "reap", "layer_drop", "hc_smoe", "expert_drop")
 QUICK = {(method, FIRST) for method in METHODS} | set(zip(cycle(WITH), EVERY, strict=False))
 
@@ -53,8 +53,8 @@ FACTORIZING = ("moei2", "svd_llm")
 
 
 @pytest.mark.parametrize("family", UNSHARED)
-def test_without_shared_experts_nothing_is_left_by_cdmoe_s(family: str) -> None:
-    """Said from the config, before weights are loaded."""
+def test_cdmoe_s_is_refused_without_shared_experts(family: str) -> None:
+    """From the config alone, before weights are loaded."""
     problems = [problem for step in steps_of("cdmoe_s")[0] for problem in step.check(families.facts(config(family)))]
     assert problems == ["method.num_experts=0 leaves nothing of a layer: this model has no shared experts"]
 
@@ -76,8 +76,10 @@ def test_search_leaves_the_model_unchanged(method: str, family: str, tmp_path: P
 
 
 @pytest.mark.parametrize("budget", ["small", "the YAML's"])
-@pytest.mark.parametrize(("method", "family"), [each for each in PRODUCT if each.values[0] in CONDENSING])
-def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budget: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "family"), [case for case in PRODUCT if case.values[0] in CONDENSING])
+def test_the_numbers_of_layers_and_experts_are_those_of_the_settings(
+    method: str, family: str, budget: str, tmp_path: Path
+) -> None:
     model = EVERY[family]()
     overrides = BUDGETS[method] if budget == "small" else []
     _, settings = steps_of(method, *overrides)
@@ -85,40 +87,41 @@ def test_as_many_layers_and_experts_as_asked_for(method: str, family: str, budge
     before = sizes(model)
     plan = plan_of(model, method, tmp_path, *overrides)
     apply.execute(model, plan)
-    wanted = settings.get("num_layers", 0)
-    layers = facts.moe_layers if wanted == "all" else wanted if isinstance(wanted, list) else None
-    assert plan.layers == tuple(layers) if layers is not None else len(plan.layers) == wanted
+    num_layers = settings.get("num_layers", 0)
+    layers = facts.moe_layers if num_layers == "all" else num_layers if isinstance(num_layers, list) else None
+    assert plan.layers == tuple(layers) if layers is not None else len(plan.layers) == num_layers
     num_experts = settings.get("num_experts", facts.num_experts)
     assert all(len(cast(Any, operation).experts) == num_experts for operation in plan.operations)
     expert = parameters.parameter_counts(model.config).expert
-    joined = facts.hidden_size * (num_experts - 1) if family == "gpt_oss" else 0  # biases of down_proj become one
-    lost = len(plan.layers) * ((facts.num_experts - num_experts) * expert + joined)
-    assert before["routed_experts"] - sizes(model)["routed_experts"] == lost
+    # The biases of gpt_oss's down_proj are summed into one.
+    merged_biases = facts.hidden_size * (num_experts - 1) if family == "gpt_oss" else 0
+    removed = len(plan.layers) * ((facts.num_experts - num_experts) * expert + merged_biases)
+    assert before["routed_experts"] - sizes(model)["routed_experts"] == removed
     assert set(condensed_layers(model)) | set(views.sparse_blocks(model)) == set(facts.moe_layers)
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_the_outline_has_the_sizes_that_the_search_reaches(method: str, family: str, tmp_path: Path) -> None:
-    """From shapes alone: no weights, no calibration set. Layer by layer, unless the step says what is left open."""
+    """From shapes alone: no weights, no calibration set. Layer by layer, unless the step leaves the layers open."""
     steps, _ = steps_of(method, *BUDGETS[method])
     model = EVERY[family]()
     meta = classes.on_meta(model.config, torch.float32)
     apply.restructure(model, plan_of(model, method, tmp_path, *BUDGETS[method]))
-    found = compare(meta, steps)
-    reached, layers = sizes(model), [size.bytes_after for size in found.layers.values()]
-    left = [weights_bytes(each) - scale_bytes(each) for each in decoder.decoder_layers(model)]
+    comparison = compare(meta, steps)
+    reached, outlined = sizes(model), [size.bytes_after for size in comparison.layers.values()]
+    searched = [weights_bytes(layer) - scale_bytes(layer) for layer in decoder.decoder_layers(model)]
     if not any(step.left_open for step in steps):
-        assert sorted(layers) == sorted(left)
-    # Ranks that are rounded elsewhere, and another mix of options, reach the budget less exactly.
-    rank = 3 * (32 + 16)  # what a rank of one takes in an expert of the tiny models
-    step = rank * 4 if method == "moei2" else max(left) // 4 if method == "cdmoe_moei2" else 0
-    assert abs(found.after.total - reached["total"]) <= step
-    assert abs(found.after.routed_experts - reached["routed_experts"]) <= step
-    assert sizes(meta) == {"total": found.before.total, "routed_experts": found.before.routed_experts}
+        assert sorted(outlined) == sorted(searched)
+    # The search may round ranks elsewhere or mix other options than the outline, so sizes may differ a little.
+    one_rank = 3 * (32 + 16)  # parameters of an expert of rank one in the tiny models
+    tolerance = one_rank * 4 if method == "moei2" else max(searched) // 4 if method == "cdmoe_moei2" else 0
+    assert abs(comparison.after.total - reached["total"]) <= tolerance
+    assert abs(comparison.after.routed_experts - reached["routed_experts"]) <= tolerance
+    assert sizes(meta) == {"total": comparison.before.total, "routed_experts": comparison.before.routed_experts}
 
 
 def scale_bytes(layer: torch.nn.Module) -> int:
-    """Of condensed layers: an export folds the scale into the weights."""
+    """Bytes of the scales of a condensed layer; an export folds them into the weights."""
     return sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.endswith("scale"))
 
 
@@ -126,7 +129,7 @@ def least_removal(steps: list[Any], plan: Plan, model: Any) -> int:
     """The fewest parameters that a method can remove at a time.
 
     Args:
-        model: uncompressed.
+        model: the original.
     """
     kinds = {operation.kind for operation in plan.operations}
     counts = parameters.parameter_counts(model.config)
@@ -134,7 +137,7 @@ def least_removal(steps: list[Any], plan: Plan, model: Any) -> int:
         layers = decoder.decoder_layers(model)
         return max(parameters.count_parameters(layers[layer]) for layer in views.sparse_blocks(model))
     if "factorize" in kinds:
-        return 3 * (32 + 16)  # one rank of one expert
+        return 3 * (32 + 16)  # a rank of one in one expert
     return counts.expert + (counts.router_row if "merge" not in kinds else 0)
 
 
@@ -142,17 +145,17 @@ def least_removal(steps: list[Any], plan: Plan, model: Any) -> int:
     ("budget", "ratio"),
     [("memory_ratio", 0.78), ("memory_ratio", 0.96), ("removed_expert_ratio", 0.4), ("removed_expert_ratio", 0.1)],
 )
-@pytest.mark.parametrize(("method", "family"), [each for each in PRODUCT if each.values[0] != "none"])
-def test_the_budget_is_kept_as_closely_as_the_method_can(
+@pytest.mark.parametrize(("method", "family"), [case for case in PRODUCT if case.values[0] != "none"])
+def test_the_budget_is_met_as_closely_as_the_method_can(
     method: str, family: str, budget: str, ratio: float, tmp_path: Path
 ) -> None:
     model = EVERY[family]()
     before = sizes(model)
     expert = parameters.parameter_counts(model.config).expert
-    quick = [each for each in BUDGETS[method] if "ratio=" not in each and "num_layers" not in each]
+    quick = [setting for setting in BUDGETS[method] if "ratio=" not in setting and "num_layers" not in setting]
     other = {"memory_ratio": "removed_expert_ratio", "removed_expert_ratio": "memory_ratio"}[budget]
     overrides = [*quick, f"method.{budget}={ratio}", f"method.{other}=null"]
-    if (method, family, ratio) == ("block_drop", "gpt_oss", 0.4):  # the first of each type of attention stays
+    if (method, family, ratio) == ("block_drop", "gpt_oss", 0.4):  # the first layer of each type of attention stays
         with pytest.raises(ValueError, match=r"all 1 that can go give removed_expert_ratio=0\.3333"):
             plan_of(model, method, tmp_path, *overrides)
         return
@@ -163,8 +166,8 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
     if budget == "memory_ratio":
         limit, reached = int(ratio * before["total"]), after["total"]
     else:
-        # Whole experts: as many as round to the ratio.
         limit = before["routed_experts"] - round(ratio * before["routed_experts"])
+        # Only whole experts can go: the nearest number of them.
         if {operation.kind for operation in plan.operations} <= {"prune", "merge"}:
             limit = before["routed_experts"] - round(ratio * before["routed_experts"] / expert) * expert
         reached = after["routed_experts"]
@@ -173,15 +176,15 @@ def test_the_budget_is_kept_as_closely_as_the_method_can(
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_two_searches_decide_the_same(method: str, family: str, tmp_path: Path) -> None:
-    """Each with a cache of its own; then one that reads the other's."""
+    """Two searches with caches of their own, and a third that reads the cache of the first."""
     plans = [plan_of(EVERY[family](), method, tmp_path / str(index), *BUDGETS[method]) for index in (0, 1, 0)]
     assert plans[0].operations == plans[1].operations == plans[2].operations
     assert plans[0].search == plans[1].search == plans[2].search
 
 
 @pytest.fixture(scope="module")
-def decided_together(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A folder with the plan of every method, by two processes that share the work, sets in other orders."""
+def plans_of_two_processes(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A folder with the plan of every method, searched by two processes that iterate over sets in different orders."""
     folder = tmp_path_factory.mktemp("together")
 
     def start(rank: int) -> subprocess.Popen[str]:
@@ -197,47 +200,51 @@ def decided_together(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Pa
 
 
 @pytest.mark.parametrize(("method", "tape"), [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES)])
-def test_two_processes_decide_what_one_decides(method: str, tape: str, decided_together: Path, tmp_path: Path) -> None:
-    """To the byte, wherever their tape lies. The tests run with one thread, as do the two processes."""
+def test_two_processes_decide_what_one_decides(
+    method: str, tape: str, plans_of_two_processes: Path, tmp_path: Path
+) -> None:
+    """The same bytes for every kind of tape. The test runs with one thread, as the two processes do."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        mine = plan_of(EVERY[FIRST](), method, tmp_path, *BUDGETS[method])
+        plan = plan_of(EVERY[FIRST](), method, tmp_path, *BUDGETS[method])
     finally:
         torch.set_num_threads(before)
     name = f"{method}-{tape}" if tape else method
-    assert (decided_together / f"{name}.json").read_text(encoding="utf-8") == mine.to_json() + "\n"
+    assert (plans_of_two_processes / f"{name}.json").read_text(encoding="utf-8") == plan.to_json() + "\n"
 
 
-# Two threads of each of two processes of tests wait for each other: few methods, those that sum the most.
+# Two test processes with two threads each slow each other down, so the quick tests have only two methods.
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("cdmoe", "reap"))) for name in METHODS]
 )
 def test_two_threads_decide_what_one_decides(method: str, tmp_path: Path) -> None:
-    """Threads sum in another order, so that with two of them numbers differ in their last digits."""
+    """Two threads sum in another order than one, so numbers differ in their last digits."""
     before = torch.get_num_threads()
-    here = []
+    plans = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            here.append(plan_of(EVERY[FIRST](), method, tmp_path / str(threads), *BUDGETS[method]))
+            plans.append(plan_of(EVERY[FIRST](), method, tmp_path / str(threads), *BUDGETS[method]))
     finally:
         torch.set_num_threads(before)
-    mine, threaded = here
+    single, threaded = plans
 
-    def but_for_floats(plan: Plan) -> Any:
+    def without_floats(plan: Plan) -> Any:
         return json.loads(plan.to_json(), parse_float=lambda text: None)["operations"]
 
-    assert but_for_floats(threaded) == but_for_floats(mine)
-    own = [[value for each in plan.operations for value in vars(each).values()] for plan in (threaded, mine)]
-    assert len(own[0]) == len(own[1])
-    for left, right in zip(*own, strict=True):
-        if isinstance(left, float) or (isinstance(left, tuple) and left and isinstance(left[0], float)):
-            assert left == pytest.approx(right, rel=1e-4)
+    assert without_floats(threaded) == without_floats(single)
+    values = [
+        [value for operation in plan.operations for value in vars(operation).values()] for plan in (threaded, single)
+    ]
+    assert len(values[0]) == len(values[1])
+    for actual, expected in zip(*values, strict=True):
+        if isinstance(actual, float) or (isinstance(actual, tuple) and actual and isinstance(actual[0], float)):
+            assert actual == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
-def test_logits_are_finite_and_change_only_if_something_did(method: str, family: str, tmp_path: Path) -> None:
+def test_logits_are_finite_and_change_only_if_the_plan_does_something(method: str, family: str, tmp_path: Path) -> None:
     model = EVERY[family]()
     before = logits(model, IDS)
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
@@ -249,24 +256,24 @@ def test_logits_are_finite_and_change_only_if_something_did(method: str, family:
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
 def test_export_then_load_gives_equal_logits(method: str, family: str, tmp_path: Path) -> None:
-    """Here with the live classes; tests/unit/test_export.py loads where recondense does not exist."""
+    """With recondense installed; tests/unit/export loads folders without it."""
     model = EVERY[family]()
     plan = plan_of(model, method, tmp_path / "cache", *BUDGETS[method])
     apply.execute(model, plan, lambda: recorded(model))
     kind = write_folder(model, None, plan, tmp_path / "out", "")
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
-    said = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
-    assert said == (family if kind == "stock" else f"recondense_{family}")
-    classes.register_model_type(said)
-    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    if kind == "bundled":  # the shapes that the plan alone makes
+    model_type = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
+    assert model_type == (family if kind == "stock" else f"recondense_{family}")
+    classes.register_model_type(model_type)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if kind == "bundled":  # the plan alone gives the same shapes
         shaped = EVERY[family](seed=5)
         apply.restructure(shaped, plan)
         for block in condensed_layers(shaped).values():
             block.fold()
-        sizes_of = [{name: value.shape for name, value in each.state_dict().items()} for each in (again, shaped)]
-        assert sizes_of[0] == sizes_of[1]
-    torch.testing.assert_close(logits(again.eval(), IDS), logits(model, IDS), rtol=0, atol=1e-4)
+        shapes = [{name: value.shape for name, value in twin.state_dict().items()} for twin in (loaded, shaped)]
+        assert shapes[0] == shapes[1]
+    torch.testing.assert_close(logits(loaded.eval(), IDS), logits(model, IDS), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
@@ -285,11 +292,11 @@ def test_only_named_parameters_receive_gradients(method: str, family: str, tmp_p
     assert student.has_original == bool(plan.operations)
     assert all(parameter.grad is None for parameter in module.originals.parameters())
     layers = {name.split(".")[2] for name in named}
-    gone = {operation.layer for operation in plan.operations if operation.kind == "drop"}
-    changed = [layer for layer in plan.layers if layer not in gone]
-    left = [layer for layer in families.facts(model.config).moe_layers if layer not in gone]
-    assert layers == {str(layer) for layer in changed or left}
-    for name, parameter in model.named_parameters():  # the teacher shares nothing that trains
+    dropped = {operation.layer for operation in plan.operations if operation.kind == "drop"}
+    changed = [layer for layer in plan.layers if layer not in dropped]
+    unchanged_layers = [layer for layer in families.facts(model.config).moe_layers if layer not in dropped]
+    assert layers == {str(layer) for layer in changed or unchanged_layers}
+    for name, parameter in model.named_parameters():  # the teacher shares no parameter that trains
         if name in named:
             parameter.data.zero_()
     assert same_bits(bits(module.originals), before)
@@ -307,19 +314,19 @@ def test_an_empty_plan_is_bit_identical(family: str) -> None:
 @pytest.mark.parametrize("whitening", [False, True])
 @pytest.mark.parametrize("family", EVERY)
 def test_full_rank_equals_the_original(family: str, whitening: bool) -> None:
-    """Every projection of every expert in two factors of min(D, F) = 16, through a plan and surgery."""
+    """Every projection of every expert in two factors of rank min(D, F) = 16, through a plan and surgery."""
     model = EVERY[family]()
     before = logits(model, IDS)
     full = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
     operations = tuple(Factorize(layer, full, whitening) for layer in views.sparse_blocks(model))
     apply.execute(model, Plan("tiny", operations), lambda: recorded(model))
-    assert not torch.equal(logits(model, IDS), before)  # it did go through the factors
+    assert not torch.equal(logits(model, IDS), before)  # so the factors were used
     torch.testing.assert_close(logits(model, IDS), before, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("method", "family"), [each for each in PRODUCT if each.values[0] in FACTORIZING])
+@pytest.mark.parametrize(("method", "family"), [case for case in PRODUCT if case.values[0] in FACTORIZING])
 def test_a_budget_of_everything_leaves_every_expert_dense(method: str, family: str, tmp_path: Path) -> None:
-    """A rank above the break-even saves nothing, so that keeping all of the parameters changes nothing."""
+    """A rank above the break-even saves nothing, so a budget of all parameters factorizes no expert."""
     model = EVERY[family]()
     without = ("method.memory_ratio=null", "method.removed_expert_ratio=null")
     plan = plan_of(model, method, tmp_path, *without, "method.ratio=1")
@@ -328,8 +335,10 @@ def test_a_budget_of_everything_leaves_every_expert_dense(method: str, family: s
 
 @pytest.mark.parametrize("method", ["cdmoe", "cdmoe_s"])
 @pytest.mark.parametrize("family", EVERY)
-def test_all_experts_of_a_layer_that_weighs_them_alike_are_the_layer(method: str, family: str, tmp_path: Path) -> None:
-    """The one case in which condensing loses nothing: constant routing weights, every expert kept."""
+def test_condensing_to_all_experts_under_constant_routing_changes_nothing(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    """The only case in which condensing loses nothing: constant routing weights, every expert retained."""
     top_k = {"num_experts_per_tok": 6}
     model = EVERY[family](**top_k)
     with torch.no_grad():

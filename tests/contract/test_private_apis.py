@@ -1,6 +1,6 @@
-"""docs/private_apis.md lists the names of libraries that are not public; each is where it was, and used where it says.
+"""docs/private_apis.md lists the private names of libraries. They are where they were, and used where the page says.
 
-The libraries' sources are read and not imported: that takes no time, and needs no GPU for DeepSpeed.
+The sources of the libraries are read and not imported, which is fast and needs no GPU for DeepSpeed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "private_apis.md"
 NOT_LIBRARIES = ("recondense", "__future__", "_typeshed")
 UNDOCUMENTED = ("transformers.core_model_loading", "transformers.conversion_mapping")
 
-# The parameters that we pass, or take in a function's place; a library may add others after them.
+# The parameters that we pass, or that our replacement of a function takes. A library may add others after them.
 PARAMETERS = {
     "PreTrainedModel._load_pretrained_model": "model state_dict checkpoint_files load_config",
     "convert_and_load_state_dict_in_model": "model state_dict load_config",
@@ -73,7 +73,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def source_of(name: str) -> tuple[Path, list[str]]:
-    """The file of a library that a dotted name begins with, and the names within it."""
+    """The file of a library that defines a dotted name, and the parts of the name within it."""
     library, *parts = name.split(".")
     spec = find_spec(library)
     assert spec is not None and spec.origin is not None
@@ -85,7 +85,7 @@ def source_of(name: str) -> tuple[Path, list[str]]:
 
 
 def mentions(tree: ast.AST, name: str) -> bool:
-    """Whether a source has a definition, an attribute, a parameter or a text of this name."""
+    """Whether a source has a definition, an attribute, a parameter or a string with this name."""
     for node in ast.walk(tree):
         texts: list[object] = [getattr(node, field, None) for field in ("name", "attr", "arg", "id", "value")]
         if name in [text for text in texts if isinstance(text, str)]:
@@ -94,7 +94,7 @@ def mentions(tree: ast.AST, name: str) -> bool:
 
 
 def problem_of(name: str) -> str:
-    """What is no longer as recondense uses it; empty if all is."""
+    """What differs from the way recondense uses the name; empty if nothing does."""
     path, parts = source_of(name)
     if not path.is_file():
         return f"there is no module {path}"
@@ -150,7 +150,7 @@ def test_every_private_import_is_listed() -> None:
                         )
 
 
-def test_a_name_that_moved_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_moved_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has no renamed" in problem_of("hydra._internal.utils.renamed")
     assert "has no Renamed" in problem_of("hydra._internal.hydra.Renamed.create_main_hydra2")
     monkeypatch.setitem(PARAMETERS, "get_args_parser", "arguments")

@@ -1,9 +1,9 @@
-"""A search and a distillation in numbers that must stay: silent changes of the method or of training show here.
+"""Golden numbers of a search and a distillation, which show silent changes of the method or of training.
 
-Weights and texts come from NumPy's generator, so that neither torch's nor transformers' initialisation counts. Another
-instruction set, thread count or matrix library moves the numbers by less than 1e-6 (relative; seen with
-ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE, one and two threads), a change of the method by more than the
-tolerance. After a change that is meant to move them: copy the new numbers from the assertion's message.
+Weights and texts come from NumPy's generator, so the numbers do not depend on the initialization of torch or
+transformers. Another instruction set, thread count or matrix library changes them by less than 1e-6 (relative; measured
+with ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE, one and two threads), a change of the method by more than the
+tolerance. After an intended change, copy the new numbers from the assertion's message.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ LOSSES = [1.94989872, 2.04795694, 2.37543869, 1.96878684, 1.83980668, 1.94146454
 
 
 def model() -> Any:
-    """Three layers whose weights NumPy drew; norms are ones, biases zeros."""
-    made = qwen2_moe()
+    """Three layers with random weights of NumPy's; norms are ones, biases zeros."""
+    small_model = qwen2_moe()
     generator = np.random.default_rng(2024)
     with torch.no_grad():
-        for _, parameter in sorted(made.named_parameters()):
+        for _, parameter in sorted(small_model.named_parameters()):
             if parameter.ndim > 1:
                 parameter.copy_(torch.from_numpy(0.3 * generator.standard_normal(tuple(parameter.shape))))
             else:
                 parameter.fill_(0.0 if bool((parameter == 0).all()) else 1.0)
-    return made
+    return small_model
 
 
 def ids(num: int, length: int) -> list[list[int]]:
-    found: list[list[int]] = np.random.default_rng(7).integers(0, VOCAB, (num, length)).tolist()
-    return found
+    texts: list[list[int]] = np.random.default_rng(7).integers(0, VOCAB, (num, length)).tolist()
+    return texts
 
 
 class Losses(L.Callback):
-    """What each step's batch costs before the step."""
+    """The loss of every batch, before its optimizer step."""
 
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.values: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        self.found.append(float(outputs["loss"]))
+        self.values.append(float(outputs["loss"]))
 
 
 def test_search_and_loss_curve(tmp_path: Path) -> None:
@@ -78,4 +78,4 @@ def test_search_and_loss_curve(tmp_path: Path) -> None:
     windows_NS = torch.tensor(ids(12, 10))
     data = RecoveryData(windows_NS, None, recovery.batch_size, recovery.steps, seed=11)
     fit(module, data, tmp_path, TrainerConfig(progress_bar=False), seed=0, callbacks=[losses])
-    assert losses.found == pytest.approx(LOSSES, rel=TOLERANCE)
+    assert losses.values == pytest.approx(LOSSES, rel=TOLERANCE)

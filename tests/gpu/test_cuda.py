@@ -1,4 +1,4 @@
-"""What a GPU must not change, and bf16 from search to export; skipped where there is none."""
+"""Results on a GPU are those of the CPU, and bf16 works from search to export. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def search(model: Any, step: CDMoE, scratch: int = 1 << 30) -> tuple[list[Any], 
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 means fp32 here: TF32 keeps ten bits."""
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products in full fp32: TF32 has only ten bits of mantissa."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
@@ -51,14 +51,16 @@ def test_search_on_cuda_is_the_cpus(family: str, shared_gate: str) -> None:
     expected, record = search(model, step)
     model.cuda()
     with unchanged(model):
-        found, other = search(model, step)
-    assert [(each.layer, each.experts) for each in found] == [(each.layer, each.experts) for each in expected]
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.coefficients == pytest.approx(theirs.coefficients, rel=1e-5)
-        assert mine.shared_gate == (None if theirs.shared_gate is None else pytest.approx(theirs.shared_gate, rel=1e-5))
-    assert other["layer_search"]["js"] == pytest.approx(record["layer_search"]["js"], rel=1e-3)
+        operations, cuda_record = search(model, step)
+    assert [(one.layer, one.experts) for one in operations] == [(one.layer, one.experts) for one in expected]
+    for on_cuda, on_cpu in zip(operations, expected, strict=True):
+        assert on_cuda.coefficients == pytest.approx(on_cpu.coefficients, rel=1e-5)
+        assert on_cuda.shared_gate == (
+            None if on_cpu.shared_gate is None else pytest.approx(on_cpu.shared_gate, rel=1e-5)
+        )
+    assert cuda_record["layer_search"]["js"] == pytest.approx(record["layer_search"]["js"], rel=1e-3)
     for layer, entry in record["expert_search"].items():
-        assert other["expert_search"][layer]["js"] == pytest.approx(entry["js"], rel=1e-3)
+        assert cuda_record["expert_search"][layer]["js"] == pytest.approx(entry["js"], rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,13 +69,13 @@ def test_scratch_does_not_change_the_plan_on_cuda(family: str) -> None:
     step = CDMoE(num_experts=3, num_layers=1)
     expected, record = search(model, step)
     for scratch in (1, 100_000):
-        found, other = search(model, step, scratch)
-        assert found == expected
-        assert other["layer_search"]["js"] == pytest.approx(record["layer_search"]["js"], rel=1e-5)
+        operations, other_record = search(model, step, scratch)
+        assert operations == expected
+        assert other_record["layer_search"]["js"] == pytest.approx(record["layer_search"]["js"], rel=1e-5)
 
 
 def test_fit_on_cuda_is_near_the_cpus(tmp_path: Path) -> None:
-    """fp32, the same batches: eight steps of AdamW."""
+    """Eight steps of AdamW in fp32 on the same batches."""
     losses = []
     ids = windows(4, 8, seed=9)
     for device in ("cpu", "cuda"):
@@ -87,7 +89,7 @@ def test_fit_on_cuda_is_near_the_cpus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
-    """The search's divergence is near fp32's; distillation lowers the loss; what is exported computes the same."""
+    """The search's divergence is near fp32's, distillation lowers the loss, and the export gives the same logits."""
     model = FAMILIES[family]().bfloat16().cuda()
     exact = copy.deepcopy(model).float()
     step = CDMoE(num_experts=2, num_layers=2)
@@ -110,14 +112,18 @@ def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
     if kind == "stock":
         from transformers import AutoModelForCausalLM
 
-        again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-        again.cuda().eval()
-        mine, theirs = logits(model, ids).float(), logits(again, ids).float()
-        torch.testing.assert_close(theirs, mine, rtol=0, atol=0.05 * float(mine.abs().max()))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        loaded.cuda().eval()
+        expected_BSV, actual_BSV = logits(model, ids).float(), logits(loaded, ids).float()
+        torch.testing.assert_close(actual_BSV, expected_BSV, rtol=0, atol=0.05 * float(expected_BSV.abs().max()))
 
 
 def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]]:
-    """Prune, factorize (with whitening) and refit a model; the plan, the importances, the errors of the refit."""
+    """Prune, factorize (with whitening) and refit a model.
+
+    Returns:
+        the plan, the importances of experts, and the errors of the refit.
+    """
 
     def tape() -> Any:
         return recorded(model)
@@ -128,31 +134,31 @@ def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]
     ranks, _ = Decompose(average_rank=4, whitening=True).search(SearchContext(model, tape, {}, 1 << 30))
     for layer, block in originals.items():
         views.set_block(model, layer, block)
-    plan = Plan("tiny", (*pruned, *ranks, *(Refit(each.layer, "down_proj", 1e-2) for each in ranks)))
+    plan = Plan("tiny", (*pruned, *ranks, *(Refit(factorized.layer, "down_proj", 1e-2) for factorized in ranks)))
     originals = apply.execute(model, plan, tape)
     return plan, record["expert_importance"], apply.refit(model, plan, originals, tape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moei2_on_cuda_is_the_cpus(family: str) -> None:
-    """fp32: the experts that go, ranks, whitened factors, refit."""
-    ids, one, other = windows(3, 8), FAMILIES[family](), FAMILIES[family]().cuda()
-    (plan, importance, errors), (mine, my_importance, my_errors) = moei2(one), moei2(other)
-    assert mine.operations == plan.operations
+    """Dropped experts, ranks, whitened factors and the refit, in fp32."""
+    ids, model, cuda_model = windows(3, 8), FAMILIES[family](), FAMILIES[family]().cuda()
+    (plan, importance, errors), (cuda_plan, cuda_importance, cuda_errors) = moei2(model), moei2(cuda_model)
+    assert cuda_plan.operations == plan.operations
     for layer, values in importance.items():
-        assert my_importance[layer] == pytest.approx(values, rel=1e-3)
-    for number, each in errors.items():
-        assert my_errors[number] == pytest.approx(each, rel=1e-2)
-    expected = logits(one, ids)
+        assert cuda_importance[layer] == pytest.approx(values, rel=1e-3)
+    for layer_index, layer_errors in errors.items():
+        assert cuda_errors[layer_index] == pytest.approx(layer_errors, rel=1e-2)
+    expected = logits(model, ids)
     torch.testing.assert_close(
-        logits(other, ids.cuda()).cpu(), expected, rtol=0, atol=1e-2 * float(expected.abs().max())
+        logits(cuda_model, ids.cuda()).cpu(), expected, rtol=0, atol=1e-2 * float(expected.abs().max())
     )
 
 
 @pytest.mark.parametrize("ranks", [(8, 8, None, 16, 8, 8), (3, 5, 5, None, 7, 3)])
 def test_low_rank_experts_in_bf16_on_cuda(ranks: tuple[int | None, ...]) -> None:
-    """By grouped products and expert by expert, forward and backward, against fp32 on the CPU."""
-    found = []
+    """With grouped products and expert by expert, forward and backward, against fp32 on the CPU."""
+    results = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         torch.manual_seed(0)
         low = LowRankExperts(
@@ -166,9 +172,9 @@ def test_low_rank_experts_in_bf16_on_cuda(ranks: tuple[int | None, ...]) -> None
         y.sum().backward()
         assert x.grad is not None
         gradients = [parameter.grad for parameter in low.parameters() if parameter.grad is not None]
-        found.append([each.float().cpu() for each in (y.detach(), x.grad, *gradients)])
-    for expected, mine in zip(*found, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
+        results.append([tensor.float().cpu() for tensor in (y.detach(), x.grad, *gradients)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
 def test_device_names() -> None:

@@ -89,7 +89,7 @@ def test_a_package_that_is_not_installed(
     command: Command, monkeypatch: pytest.MonkeyPatch, choice: str, words: tuple[str, ...]
 ) -> None:
     group, _, name = choice.partition("=")
-    monkeypatch.setattr(read_once, "_kept", {})
+    monkeypatch.setattr(read_once, "_cache", {})
     monkeypatch.setattr(sweeping, "_installed", lambda module: False)
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"][group.partition("/")[2]], f"{name}.yaml", raising=False)
     code, err = command(*words)

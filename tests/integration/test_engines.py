@@ -38,11 +38,13 @@ class Runs:
     def __init__(self, folder: Path, forks: Forks) -> None:
         self.folder = folder
         self.tasks = paper_tasks(folder / "tasks")
-        self.module, self.watched = engine_runs.train("auto", folder / "one", tasks=engine_runs.TASKS, where=self.tasks)
-        self.two = forks.run(HERE / "engine_runs.py", str(folder), str(self.tasks), *ALL, folder=folder)
+        self.module, self.watcher = engine_runs.train(
+            "auto", folder / "one", tasks=engine_runs.TASKS, task_folder=self.tasks
+        )
+        self.process = forks.run(HERE / "engine_runs.py", str(folder), str(self.tasks), *ALL, folder=folder)
 
     def seen(self, engine: str) -> list[dict[str, Any]]:
-        assert self.two.returncode == 0, self.two.stderr[-3000:]
+        assert self.process.returncode == 0, self.process.stderr[-3000:]
         return [json.loads((self.folder / f"{engine}-{rank}.json").read_text()) for rank in range(2)]
 
     def same_weights(self, found: dict[str, Tensor]) -> None:
@@ -60,12 +62,12 @@ def test_two_processes_train_as_one(runs: Runs, engine: str) -> None:
     """Killed at step 6, gone on from the checkpoint of step 4; condensed layer, and low-rank experts without tokens."""
     first, second = runs.seen(engine)
     losses = {int(step): loss for step, loss in first["losses"].items()}
-    assert losses == pytest.approx(runs.watched.losses, abs=1e-4) and len(losses) == engine_runs.STEPS
+    assert losses == pytest.approx(runs.watcher.losses, abs=1e-4) and len(losses) == engine_runs.STEPS
     assert max(losses.values()) > 1.5 * min(losses.values()), "a curve that is flat shows nothing"
     assert first["losses"] == second["losses"]
-    assert first["again"] == pytest.approx([0, 0], abs=1e-6)
+    assert first["repeated_differences"] == pytest.approx([0, 0], abs=1e-6)
     assert min(first["idle"], second["idle"]) > 0, "each process had experts without tokens"
-    for step, found in runs.watched.validation.items():  # three windows, which two do not divide
+    for step, found in runs.watcher.validation.items():  # three windows, which two do not divide
         assert first["validation"][str(step)] == pytest.approx(found, abs=1e-5)
     runs.same_weights(torch.load(runs.folder / engine / "weights-0.pt"))
 
@@ -118,22 +120,22 @@ def test_frozen_weights_cost_nothing(runs: Runs, engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_process_goes_on_where_two_were(runs: Runs, engine: str, tmp_path: Path) -> None:
     runs.seen(engine)
-    name = f"step={2 * engine_runs.SAVED}.ckpt"
+    name = f"step={2 * engine_runs.CHECKPOINT_EVERY}.ckpt"
     shutil.copy(runs.folder / engine / name, tmp_path)
     found = torch.load(tmp_path / name, weights_only=True)
     names = {name for name, value in engine_runs.module_of().named_parameters() if value.requires_grad}
     assert set(found["state_dict"]) == names, "a checkpoint holds what trains"
-    module, watched = engine_runs.train("auto", tmp_path)
-    assert sorted(watched.losses) == [9, 10]
+    module, watcher = engine_runs.train("auto", tmp_path)
+    assert sorted(watcher.losses) == [9, 10]
     runs.same_weights(module.model.state_dict())
 
 
 @pytest.mark.parametrize("engine", ALL)
 def test_two_processes_go_on_where_one_was(runs: Runs, engine: str) -> None:
-    expected = {step: runs.watched.losses[step] for step in (9, 10)}
+    expected = {step: runs.watcher.losses[step] for step in (9, 10)}
     for found in runs.seen(engine):
-        assert {int(step): loss for step, loss in found["taken up"].items()} == pytest.approx(expected, abs=1e-4)
-    runs.same_weights(torch.load(runs.folder / f"{engine}-on" / "weights.pt"))
+        assert {int(step): loss for step, loss in found["resumed"].items()} == pytest.approx(expected, abs=1e-4)
+    runs.same_weights(torch.load(runs.folder / f"{engine}-resumed" / "weights.pt"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,7 +1,7 @@
 """CD-MoE's search as its authors run it: the whole model for every candidate. Slow and plain.
 
-It shares no code with recondense, whose own search must find what this file finds (see tests) in a fraction of the time
-(see benchmarks/search.py). It knows Qwen2-MoE and DeepSeek-V2 of transformers 5; torch and transformers do for it.
+It shares no code with recondense: tests compare recondense's search with it, and benchmarks/search.py their times. It
+supports Qwen2-MoE and DeepSeek-V2 of transformers 5, and needs torch and transformers alone.
 
 Shapes: B texts of a batch, S positions, T real tokens of one text, D hidden size, F expert width, E routed experts.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,16 +26,16 @@ BATCH_SIZE = 8  # the authors'
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the calibration texts say about one MoE layer."""
+    """Statistics of one MoE layer over the calibration texts."""
 
-    coefficients: list[float | None]  # per expert; None: never selected, so no candidate
-    selected: list[int]  # per expert: tokens that selected it
-    shared_gate_mean: float | None  # None: the family has no shared gate
+    coefficients: list[float | None]  # per expert; None if it is never selected, which makes it no candidate
+    selected: list[int]  # per expert, the number of tokens that selected it
+    shared_gate_mean: float | None  # None if the family has no shared gate
 
 
 @dataclass
 class Count:
-    """What a search costs: runs of single decoder layers and of the whole model over the whole calibration set."""
+    """The cost of a search, counted in runs of decoder layers and of the model over the calibration set."""
 
     num_layers: int
     num_batches: int
@@ -63,7 +63,7 @@ class Order:
 
     order: list[int]
     js: list[float]  # after each step
-    candidates: list[dict[int, float]] = field(repr=False)  # per step: every candidate's score
+    candidates: list[dict[int, float]] = field(repr=False)  # per step, the score of every candidate
     start: float  # before the first step
     count: Count
 
@@ -81,7 +81,7 @@ def block_of(model: nn.Module, layer: int) -> Any:
 
 
 def moe_layers(model: nn.Module) -> list[int]:
-    """Indices of the decoder layers that route."""
+    """Indices of the decoder layers that have routed experts."""
     return [i for i in range(len(decoder_layers(model))) if hasattr(block_of(model, i), "experts")]
 
 
@@ -106,14 +106,14 @@ def run_whole_model(
     lm_head: bool = True,
     count: Count | None = None,
 ) -> None:
-    """One pass over the calibration texts; each watched module's output goes to its callback with the batch's mask.
+    """Run the calibration texts once, and hand the outputs of the watched modules to their callbacks.
 
     Args:
         ids: The texts.
         watch: Module -> callback(output, mask_BS).
         batch_size: Texts per forward.
-        lm_head: Whether logits are computed too, as the authors do.
-        count: Where decoder-layer calls are added.
+        lm_head: Whether to compute logits too, as the authors do.
+        count: The calls of decoder layers and of the head are added to it.
     """
     mask_BS = torch.empty(0)
 
@@ -185,12 +185,12 @@ def statistics(model: nn.Module, ids: Ids, *, batch_size: int = BATCH_SIZE) -> d
 def condensed(
     model: nn.Module, layer: int, experts: Sequence[int], stats: Statistics, shared_gate: str = "mean"
 ) -> Iterator[None]:
-    """Inside, the layer's block is `sum of w_i E_i(x) + gate * shared(x)` for every token; no weight is touched.
+    """Replace the layer's MoE block by `sum of w_i E_i(x) + gate * shared(x)` within the context; no weight changes.
 
     Args:
         layer: Decoder-layer index.
-        experts: Routed experts that are kept, each with its coefficient from `stats`.
-        shared_gate: "mean" (a constant) or "token" (the model's own sigmoid); no matter where there is no shared gate.
+        experts: The retained experts; their coefficients are those of `stats`.
+        shared_gate: "mean" (a constant) or "token" (the model's sigmoid); ignored if there is no shared gate.
     """
     block = block_of(model, layer)
     gate_up_EFD, down_EDF = block.experts.gate_up_proj, block.experts.down_proj
@@ -237,7 +237,7 @@ def jensen_shannon(a_TD: Tensor, b_TD: Tensor, dtype: torch.dtype = torch.float6
 
 
 def score(original: States, candidate: States, dtype: torch.dtype = torch.float64) -> float:
-    """Mean JS over the tokens of each text, then over texts: each text weighs the same."""
+    """Mean JS over the tokens of each text, then over texts, so that every text has the same weight."""
     per_text = [float(jensen_shannon(a, b, dtype).mean()) for a, b in zip(original, candidate, strict=True)]
     return sum(per_text) / len(per_text)
 
@@ -252,29 +252,29 @@ def states_after(
     count: Count | None = None,
 ) -> dict[int, States]:
     """The residual stream after each of these decoder layers (after the final norm for the last), per text."""
-    found: dict[int, States] = {layer: [] for layer in layers}
+    states: dict[int, States] = {layer: [] for layer in layers}
 
-    def keep(layer: int) -> Callable[[Any, Tensor], None]:
+    def append_to(layer: int) -> Callable[[Any, Tensor], None]:
         def add(output: Any, mask_BS: Tensor) -> None:
             hidden_BSD = output[0] if isinstance(output, tuple) else output
-            found[layer] += [row[: int(n)].clone() for row, n in zip(hidden_BSD, mask_BS.sum(-1), strict=True)]
+            states[layer] += [row[: int(n)].clone() for row, n in zip(hidden_BSD, mask_BS.sum(-1), strict=True)]
 
         return add
 
     last = len(decoder_layers(model)) - 1
-    where = {i: model.get_submodule("model.norm") if i == last else decoder_layers(model)[i] for i in layers}
-    watch = {where[layer]: keep(layer) for layer in layers}
+    modules = {i: model.get_submodule("model.norm") if i == last else decoder_layers(model)[i] for i in layers}
+    watch = {modules[layer]: append_to(layer) for layer in layers}
     run_whole_model(model, ids, watch, batch_size=batch_size, lm_head=lm_head, count=count)
-    return found
+    return states
 
 
 def _greedy(candidates: Sequence[int], steps: int, start: float, judge: Callable[[list[int]], float]) -> Order:
-    """Add, `steps` times, what scores least beside what is there; strict <, so the first of equals wins."""
+    """Add the candidate with the lowest score, `steps` times; of equal candidates the first is taken."""
     if steps > len(candidates):
-        raise ValueError(f"{steps} steps asked for, but there are {len(candidates)} candidates")
+        raise ValueError(f"{steps} steps requested, but there are {len(candidates)} candidates")
     order: list[int] = []
     js: list[float] = []
-    seen: list[dict[int, float]] = []
+    candidate_scores: list[dict[int, float]] = []
     for _ in range(steps):
         scores = {c: judge([*order, c]) for c in candidates if c not in order}
         best, least = -1, float("inf")
@@ -284,8 +284,8 @@ def _greedy(candidates: Sequence[int], steps: int, start: float, judge: Callable
         assert best >= 0, "every candidate's score is NaN"
         order.append(best)
         js.append(least)
-        seen.append(scores)
-    return Order(order, js, seen, start, Count(1, 1))
+        candidate_scores.append(scores)
+    return Order(order, js, candidate_scores, start, Count(1, 1))
 
 
 def expert_search(
@@ -301,7 +301,7 @@ def expert_search(
     dtype: torch.dtype = torch.float64,
     original: States | None = None,
 ) -> Order:
-    """Greedy choice of one layer's experts, every other layer original, the whole model run for every candidate.
+    """Choose one layer's experts greedily by running the whole model for every candidate; other layers stay original.
 
     Passes: 1 (shared expert alone) + E + (E-1) + ... + (E-n+1).
 
@@ -309,7 +309,7 @@ def expert_search(
         layer: Decoder-layer index.
         num_experts: Experts to choose, n.
         stats: The layer's statistics.
-        original: What `states_after` gave for this layer in the original model (one more pass when it is not given).
+        original: `states_after` of this layer in the original model; None computes it, in one more pass.
     """
     if original is None:
         original = states_after(model, [layer], ids, batch_size=batch_size, lm_head=lm_head)[layer]
@@ -321,15 +321,14 @@ def expert_search(
         return score(original, states[layer], dtype)
 
     candidates = [expert for expert, coefficient in enumerate(stats.coefficients) if coefficient is not None]
-    found = _greedy(candidates, num_experts, judge([]), judge)
-    return Order(found.order, found.js, found.candidates, found.start, count)
+    return replace(_greedy(candidates, num_experts, judge([]), judge), count=count)
 
 
 def routing_weight_order(stats: Statistics, num_experts: int) -> list[int]:
     """Experts by coefficient, the largest first; equal ones by index."""
     known = [(-value, expert) for expert, value in enumerate(stats.coefficients) if value is not None]
     if num_experts > len(known):
-        raise ValueError(f"{num_experts} experts asked for, but tokens selected only {len(known)}")
+        raise ValueError(f"{num_experts} experts requested, but tokens selected only {len(known)}")
     return [expert for _, expert in sorted(known)[:num_experts]]
 
 
@@ -345,14 +344,14 @@ def layer_search(
     lm_head: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Order:
-    """Greedy choice of the layers to condense by the final hidden state, the whole model run for every candidate.
+    """Choose the layers to condense greedily by the final hidden state; the whole model runs for every candidate.
 
     Passes: L + (L-1) + ... + (L-n+1), and one for the original model, which is not counted.
 
     Args:
         num_layers: Layers to choose, n.
-        experts: Per candidate layer, the experts it keeps.
-        stats: Per candidate layer, its statistics.
+        experts: The retained experts of each candidate layer.
+        stats: The statistics of each candidate layer.
     """
     last = len(decoder_layers(model)) - 1
     original = states_after(model, [last], ids, batch_size=batch_size, lm_head=lm_head)[last]
@@ -365,5 +364,4 @@ def layer_search(
             states = states_after(model, [last], ids, batch_size=batch_size, lm_head=lm_head, count=count)
         return score(original, states[last], dtype)
 
-    found = _greedy(sorted(experts), num_layers, 0.0, judge)
-    return Order(found.order, found.js, found.candidates, found.start, count)
+    return replace(_greedy(sorted(experts), num_layers, 0.0, judge), count=count)

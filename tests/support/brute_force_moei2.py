@@ -1,4 +1,4 @@
-"""What dropping experts does, by running transformers' own blocks with those experts' logits at minus infinity."""
+"""The effect of dropping experts, by running transformers' MoE blocks with their logits at minus infinity."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from recondense.models import decoder, views
 
 
 def without_experts(block: nn.Module, dropped: Collection[int]) -> nn.Module:
-    """transformers' own block and router, whose logits of some experts are minus infinity."""
-    twin: Any = copy.deepcopy(block)
+    """A copy of a block of transformers whose router gives some experts logits of minus infinity."""
+    masked_block: Any = copy.deepcopy(block)
     linear = nn.functional.linear
 
     def forward(hidden: Tensor) -> Any:
         def masked(x: Tensor, weight: Tensor) -> Tensor:
-            found = linear(x, weight)
-            found[..., list(dropped)] = -torch.inf
-            return found
+            logits = linear(x, weight)
+            logits[..., list(dropped)] = -torch.inf
+            return logits
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nn.functional, "linear", masked)
-            return type(twin.gate).forward(twin.gate, hidden)
+            return type(masked_block.gate).forward(masked_block.gate, hidden)
 
-    twin.gate.forward = forward
-    return twin
+    masked_block.gate.forward = forward
+    return masked_block
 
 
 @torch.no_grad()
 def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float:
-    """Frobenius norm of what the MoE layer's output changes by over all real tokens, in fp64."""
+    """Frobenius norm of the change of the MoE layer's output over all real tokens, in fp64."""
     block = views.get_block(model, layer)
     other = without_experts(block, dropped)
     total = 0.0
@@ -48,7 +48,7 @@ def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float
 
 @contextmanager
 def pruned(model: Any, dropped: Mapping[int, Collection[int]]) -> Iterator[None]:
-    """The model without some experts, by layer."""
+    """Drop experts of a model within the context; the experts are given by layer."""
     blocks = {layer: without_experts(views.get_block(model, layer), sets) for layer, sets in dropped.items() if sets}
     with views.swap_blocks(model, blocks):
         yield
@@ -56,7 +56,7 @@ def pruned(model: Any, dropped: Mapping[int, Collection[int]]) -> Iterator[None]
 
 @torch.no_grad()
 def loss_without(model: Any, texts: Sequence[Tensor], dropped: Mapping[int, Collection[int]]) -> float:
-    """transformers' own loss, mean over all predicted tokens of all texts."""
+    """transformers' loss, averaged over all predicted tokens of all texts."""
     total, count = 0.0, 0
     with pruned(model, dropped):
         for ids in texts:
@@ -73,22 +73,27 @@ def best_of_block(
     layers: Sequence[int],
     before: Mapping[int, Collection[int]],
 ) -> tuple[int, ...]:
-    """The combination of candidates of some layers, those before them pruned already, by whole-model passes."""
+    """The best combination of the candidates of some layers, by running the whole model.
 
-    def leaving(ids: Tensor) -> Tensor:
-        """The hidden state leaving the last of the layers, before any final norm."""
-        seen: list[Tensor] = []
-        handle = decoder.decoder_layers(model)[layers[-1]].register_forward_hook(lambda *args: seen.append(args[2]))
+    Args:
+        candidates: Sets of experts to drop, by layer.
+        before: Experts of the layers below, which are dropped already.
+    """
+
+    def output_state(ids: Tensor) -> Tensor:
+        """The output of the last of the layers, before any final norm."""
+        outputs: list[Tensor] = []
+        handle = decoder.decoder_layers(model)[layers[-1]].register_forward_hook(lambda *args: outputs.append(args[2]))
         decoder.decoder(model)(input_ids=ids[None], use_cache=False)
         handle.remove()
-        return seen[0][0].double()
+        return outputs[0][0].double()
 
-    targets = [leaving(ids) for ids in texts]
+    targets = [output_state(ids) for ids in texts]
     errors = {}
     for places in itertools.product(*(range(len(candidates[layer])) for layer in layers)):
         sets = {layer: candidates[layer][place] for layer, place in zip(layers, places, strict=True)}
         with pruned(model, {**before, **sets}):
             errors[places] = sum(
-                float((leaving(ids) - target).square().sum()) for ids, target in zip(texts, targets, strict=True)
+                float((output_state(ids) - target).square().sum()) for ids, target in zip(texts, targets, strict=True)
             )
     return min(errors, key=lambda places: (errors[places], places))

@@ -15,13 +15,13 @@ from recondense.run.resolved import Run
 
 
 def config_messages(config: Config) -> list[str]:
-    """What the config alone tells."""
+    """The problems that the config alone shows."""
     stages, problems = resolve_stages(config)
     return render([*problems, *check_config(config, stages)])
 
 
 def run_messages(config: Config, steps: Sequence[Any] = ()) -> list[str]:
-    """What is said of a run before its weights are loaded."""
+    """The problems that are reported before a run loads weights."""
     stages, problems = resolve_stages(config)
     run = Run(config, stages, steps)
     return render([*problems, *check_quickly(run)] or preflight(run))

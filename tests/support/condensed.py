@@ -9,6 +9,6 @@ from recondense.models.replacement_blocks import CondensedMoE
 
 
 def condensed_layers(model: PreTrainedModel) -> dict[int, CondensedMoE]:
-    """By decoder-layer index."""
+    """The condensed blocks, by the index of their decoder layer."""
     blocks = {layer: views.get_block(model, layer) for layer in range(len(decoder.decoder_layers(model)))}
     return {layer: block for layer, block in blocks.items() if isinstance(block, CondensedMoE)}

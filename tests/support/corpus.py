@@ -1,4 +1,4 @@
-"""A fixed corpus for tests: prose of a small grammar, the same on every machine and for ever."""
+"""A fixed corpus for tests: sentences of a small grammar, the same on every machine."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ LINKS = [
 
 
 def documents(number: int = 72, characters: int = 3000) -> list[str]:
-    """Different texts of about so many characters each, in lines of one sentence with a blank line now and then."""
+    """Different texts of about that many characters each: one sentence a line, and a blank line now and then."""
     return [_document(random.Random(seed), characters) for seed in range(number)]
 
 

@@ -1,9 +1,9 @@
-"""Whole runs by engines on two processes; run as a script by a process that has imported all.
+"""Complete runs by engines on two processes. `Forks` runs this file as a script.
 
     engine_pipelines.py FOLDER MODEL ENGINE...
 
-Each run, from predictions on disk, is FOLDER/<engine>. One of FSDP2 with a control follows, of which each process
-writes where its fits compute to FOLDER/devices-<rank>.json.
+Each run distils from predictions on disk and has the folder FOLDER/<engine>. A run of FSDP2 with a control follows, in
+which each process writes the devices of its fits to FOLDER/devices-<rank>.json.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from support.runs import config, step, text_files
 
 
 def run(strategy: Any, folder: Path, model: Path, **recovery: Any) -> dict[str, str]:
-    """One run; the devices of its fits, by their stages."""
-    made = config(model, text_files(folder / "texts"), folder, **{"steps": 3, "teacher_top_k": 16, **recovery})
-    trainer = replace(made.trainer, strategy=strategy, devices="auto", progress_bar=False)
+    """Run the pipeline; return the device of each fit, by its stage."""
+    settings = config(model, text_files(folder / "texts"), folder, **{"steps": 3, "teacher_top_k": 16, **recovery})
+    trainer = replace(settings.trainer, strategy=strategy, devices="auto", progress_bar=False)
     name = f"{strategy}-control" if recovery.get("control") else strategy
-    found: dict[str, str] = {}
+    devices: dict[str, str] = {}
     fit = recover.fit
 
-    def watched(module: RecoveryModule, *rest: Any) -> Path:
-        found[module.stage] = str(module.training_device)
+    def noting_fit(module: RecoveryModule, *rest: Any) -> Path:
+        devices[module.stage] = str(module.training_device)
         return fit(module, *rest)
 
-    recover.fit = watched
+    recover.fit = noting_fit
     try:
-        pipeline.run(replace(made, trainer=trainer, run_dir=str(folder / name)), [step()])
+        pipeline.run(replace(settings, trainer=trainer, run_dir=str(folder / name)), [step()])
     finally:
         recover.fit = fit
-    return found
+    return devices
 
 
 def process(rank: int, port: int, name: str, folder: Path, model: Path) -> None:
-    """One of the two."""
+    """What one of the two processes does."""
     os.environ.update(environment(rank, port))
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     if name != "control":
         run(name, folder, model, teacher="cached", validate_every=3)
         return
-    found = run("fsdp2", folder, model, control=True)
-    (folder / f"devices-{rank}.json").write_text(json.dumps(found))
+    devices = run("fsdp2", folder, model, control=True)
+    (folder / f"devices-{rank}.json").write_text(json.dumps(devices))
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Recoveries of a tiny model by each engine on two processes; run as a script by a process that has imported all.
+"""Recoveries of a tiny model by each engine on two processes. `Forks` runs this file as a script.
 
     engine_runs.py FOLDER TASKS ENGINE...
 
-A process writes what it saw of each engine to FOLDER/<engine>-<rank>.json.
+Each process writes its results with an engine to FOLDER/<engine>-<rank>.json.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from support.settings_around import differences, settings_around
 from support.small import byte_tokenizer
 from support.tiny_models import qwen2_moe, windows
 
-STEPS, KILLED_AT, SAVED = 10, 6, 4
+STEPS, KILLED_AT, CHECKPOINT_EVERY = 10, 6, 4
 TASKS = ("piqa",)
-SECONDS = 100  # in which an engine is done, or all ends
+SECONDS = 100  # after which a process that is not done with an engine ends
 PLAN = Plan(
     "tiny",
     (
         Condense(1, (1, 4), (0.3, 0.4), 0.4),
-        # Six kinds of experts: few tokens leave some of them without any.
+        # Every expert has ranks of its own: with few tokens, some experts have none.
         Factorize(2, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (2, 4, 6, 8, 10, 12))),
     ),
 )
 
 
 def module_of() -> RecoveryModule:
-    """A fresh one of the same weights each time; its router and shared gate are those of the original."""
+    """A new module with the same weights every time; its router and shared gate are the original's."""
     model = qwen2_moe(vocab_size=257, max_position_embeddings=256)
-    settings = recovery(steps=STEPS, checkpoint_every=SAVED, validate_every=5)
+    settings = recovery(steps=STEPS, checkpoint_every=CHECKPOINT_EVERY, validate_every=5)
     module = RecoveryModule(apply(model, PLAN), settings, tokenizer=byte_tokenizer())
     module.prepare()
     return module
@@ -68,11 +68,11 @@ def data() -> RecoveryData:
     return RecoveryData(windows(7, 8), windows(3, 8, seed=2), 2, STEPS, seed=3)
 
 
-class Watching(L.Callback):
-    """What a training does, step by step.
+class Watcher(L.Callback):
+    """Notes what a training does, step by step.
 
     Args:
-        stop: the batch before which it is killed.
+        stop: the batch before which the training fails.
     """
 
     def __init__(self, stop: int | None = None) -> None:
@@ -89,7 +89,7 @@ class Watching(L.Callback):
             raise RuntimeError("killed")
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        low_rank = [each for each in module.model.modules() if isinstance(each, LowRankExperts)]
+        low_rank = [part for part in module.model.modules() if isinstance(part, LowRankExperts)]
         self.hooks = [experts.register_forward_pre_hook(self._count) for experts in low_rank]
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
@@ -103,11 +103,11 @@ class Watching(L.Callback):
         self.frozen_gradients += sum(p.grad is not None for p in module.parameters() if not p.requires_grad)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        self.precisions |= {each.dtype for each in module.buffers()}
+        self.precisions |= {buffer.dtype for buffer in module.buffers()}
         self.losses[trainer.global_step] = float(trainer.callback_metrics["recovery/loss"])
         (optimizer,) = trainer.optimizers
         inner = optimizer.optimizer if isinstance(trainer.strategy, deepspeed.Zero) else optimizer
-        parts = [getattr(value, "_local_tensor", value) for own in inner.state.values() for value in own.values()]
+        parts = [getattr(value, "_local_tensor", value) for state in inner.state.values() for value in state.values()]
         self.state_elements = sum(part.numel() for part in parts if part.ndim)
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
@@ -116,30 +116,32 @@ class Watching(L.Callback):
 
 
 def train(
-    strategy: str, folder: Path, stop: int | None = None, tasks: tuple[str, ...] = (), where: Path | None = None
-) -> tuple[RecoveryModule, Watching]:
-    """Train to the end, or until killed."""
-    module, watching = module_of(), Watching(stop)
-    evaluation = LmEval(tasks, every_n_steps=3, at_end=False, limit=6, include_path=where)
+    strategy: str, folder: Path, stop: int | None = None, tasks: tuple[str, ...] = (), task_folder: Path | None = None
+) -> tuple[RecoveryModule, Watcher]:
+    """Train to the end, or until the training is killed."""
+    module, watcher = module_of(), Watcher(stop)
+    evaluation = LmEval(tasks, every_n_steps=3, at_end=False, limit=6, include_path=task_folder)
     settings = TrainerConfig(strategy=strategy, progress_bar=False)  # type: ignore[arg-type]
     try:
-        fit(module, data(), folder, settings, seed=1, callbacks=[watching, evaluation])
+        fit(module, data(), folder, settings, seed=1, callbacks=[watcher, evaluation])
     except RuntimeError as error:
         if "killed" not in str(error):
             raise
-    return module, watching
+    return module, watcher
 
 
-def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> dict[str, Any]:
-    """Train with an engine, killed once; what this process saw."""
-    _, before = train(engine, folder, KILLED_AT, tasks, where)
-    module, after = train(engine, folder, tasks=tasks, where=where)
+def train_on_two(engine: str, folder: Path, tasks: tuple[str, ...], task_folder: Path) -> dict[str, Any]:
+    """Train with an engine, killed once and resumed; return the results of this process."""
+    _, before = train(engine, folder, KILLED_AT, tasks, task_folder)
+    module, after = train(engine, folder, tasks=tasks, task_folder=task_folder)
     hollow = twin.is_hollow(module)
     if not hollow:
         torch.save(module.model.state_dict(), folder / f"weights-{processes.rank()}.pt")
     return {
         "losses": {**before.losses, **after.losses},
-        "again": [before.losses[step] - after.losses[step] for step in (SAVED + 1, SAVED + 2)],
+        "repeated_differences": [
+            before.losses[step] - after.losses[step] for step in (CHECKPOINT_EVERY + 1, CHECKPOINT_EVERY + 2)
+        ],
         "validation": {**before.validation, **after.validation},
         "idle": before.idle + after.idle,
         "frozen_gradients": before.frozen_gradients + after.frozen_gradients,
@@ -149,21 +151,21 @@ def on_two(engine: str, folder: Path, tasks: tuple[str, ...], where: Path) -> di
     }
 
 
-def taken_up(engine: str, folder: Path, checkpoint: Path) -> dict[int, float]:
-    """Go on with an engine where one process was stopped; the losses."""
+def resume_from_one(engine: str, folder: Path, checkpoint: Path) -> dict[int, float]:
+    """Resume with an engine from the checkpoint of a single process; return the losses."""
     if processes.is_first():
         folder.mkdir()
         shutil.copy(checkpoint, folder)
     processes.barrier()
-    module, watched = train(engine, folder)
+    module, watcher = train(engine, folder)
     if processes.is_first():
         torch.save(module.model.state_dict(), folder / "weights.pt")
-    return watched.losses
+    return watcher.losses
 
 
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (8,) * 6)
-# Other plans, types and losses, four steps each: sparse blocks lowest, the shared router of a factorized layer, hidden
-# states, labels in other numbers in each window.
+# Other plans, types and losses, four steps each: a sparse block in the lowest layer, the shared router of a factorized
+# layer, hidden states, and windows with different numbers of labels.
 SHORT: dict[str, dict[str, Any]] = {
     "pruned": {"plan": Plan("tiny", (Prune(0, (0, 2, 3)), Factorize(1, RANKS))), "hidden_share": 0.5},
     "bf16": {
@@ -175,7 +177,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "dtype": torch.bfloat16, "precision": "bf16-true", "steps": 2,
     },
     "fine-tuned": {"plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "objective": "finetune", "labels": True},
-    # Losses hardly know the size of a gradient, as AdamW divides by it: moments are compared too.
+    # AdamW divides by the size of a gradient, so losses hardly show it: moments are compared too.
     "accumulated": {
         "plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "steps": 2, "accumulate_grad_batches": 2, "gradient_clip": 1e9,
     },
@@ -186,68 +188,72 @@ SHORT: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MOMENTS = ("accumulated", "clipped", "unequal")
-OF_AN_IMPORT = ("process silent", "process handlers of DeepSpeed", "process variable DS_ACCELERATOR")  # DeepSpeed's
-SHORT_ALONE = ("deepspeed_zero3_offload",)  # engines that are much like another
+# Importing DeepSpeed changes these.
+CHANGED_BY_IMPORT = ("process silent", "process handlers of DeepSpeed", "process variable DS_ACCELERATOR")
+SHORT_ALONE = ("deepspeed_zero3_offload",)  # engines so similar to another that they run only the short cases
 
 
 def moments(folder: Path) -> dict[str, list[float]]:
-    """Norms of AdamW's moments of each parameter, after the second step."""
+    """Norms of AdamW's moments of all parameters after the second step."""
     (state,) = torch.load(folder / "step=2.ckpt", weights_only=True)["optimizer_states"]
     return {
-        name: [float(own[name].norm()) for _, own in sorted(state["state"].items())] for name in full_tensors.MOMENTS
+        name: [float(parameter_state[name].norm()) for _, parameter_state in sorted(state["state"].items())]
+        for name in full_tensors.MOMENTS
     }
 
 
 def short(name: str, strategy: str, folder: Path) -> list[float]:
     """The losses of a few steps."""
-    own = {"steps": 4, "checkpoint_every": 2 if name in MOMENTS else 10, **SHORT[name]}
-    plan, dtype, labels = own.pop("plan"), own.pop("dtype", torch.float32), own.pop("labels", False)
-    precision = own.pop("precision", "auto")
+    case = {"steps": 4, "checkpoint_every": 2 if name in MOMENTS else 10, **SHORT[name]}
+    plan, dtype, labels = case.pop("plan"), case.pop("dtype", torch.float32), case.pop("labels", False)
+    precision = case.pop("precision", "auto")
     model = qwen2_moe(vocab_size=257, max_position_embeddings=256)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers are fp32, as loading has them
-    module = RecoveryModule(apply(model, plan), recovery(**own), tokenizer=byte_tokenizer())
+    module = RecoveryModule(apply(model, plan), recovery(**case), tokenizer=byte_tokenizer())
     module.prepare()
     ids = windows(7, 8)
-    table: Any = ids
+    texts: Any = ids
     if labels:
-        counted = torch.arange(8) < torch.tensor([8, 3, 5, 2, 6, 4, 7])[:, None]
-        table = {"input_ids": ids, "labels": torch.where(counted, ids, torch.full_like(ids, MASKED))}
-    watching = Watching()
+        is_label = torch.arange(8) < torch.tensor([8, 3, 5, 2, 6, 4, 7])[:, None]
+        texts = {"input_ids": ids, "labels": torch.where(is_label, ids, torch.full_like(ids, MASKED))}
+    watcher = Watcher()
     batches = module.settings.steps * module.settings.accumulate_grad_batches
     settings = TrainerConfig(strategy=strategy, precision=precision, progress_bar=False)  # type: ignore[arg-type]
     module.stop_training()
     before = settings_around(module)
-    fit(module, RecoveryData(table, None, 2, batches, seed=3), folder, settings, seed=1, callbacks=[watching])
+    fit(module, RecoveryData(texts, None, 2, batches, seed=3), folder, settings, seed=1, callbacks=[watcher])
     changed = {
         key: pair
         for key, pair in differences(before, settings_around(module)).items()
-        if key not in OF_AN_IMPORT and "device(type='meta'" not in str(pair[1])  # the first process has the weights
+        # Only the first process has the weights.
+        if key not in CHANGED_BY_IMPORT and "device(type='meta'" not in str(pair[1])
     }
     assert not changed, changed
-    assert watching.precisions | {each.dtype for each in module.buffers()} <= {torch.float32, torch.int64}
-    return list(watching.losses.values())
+    assert watcher.precisions | {buffer.dtype for buffer in module.buffers()} <= {torch.float32, torch.int64}
+    return list(watcher.losses.values())
 
 
-def process(rank: int, port: int, folder: Path, names: Sequence[str], where: Path) -> None:
-    """One of the two."""
+def process(rank: int, port: int, folder: Path, names: Sequence[str], task_folder: Path) -> None:
+    """What one of the two processes does."""
     os.environ.update(environment(rank, port))
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     for name in names:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        found = {} if name in SHORT_ALONE else on_two(name, folder / name, TASKS, where)
-        found["taken up"] = taken_up(name, folder / f"{name}-on", folder / "one" / f"step={2 * SAVED}.ckpt")
+        results = {} if name in SHORT_ALONE else train_on_two(name, folder / name, TASKS, task_folder)
+        checkpoint = folder / "one" / f"step={2 * CHECKPOINT_EVERY}.ckpt"
+        results["resumed"] = resume_from_one(name, folder / f"{name}-resumed", checkpoint)
         cases = MOMENTS if name in SHORT_ALONE else SHORT
-        found["short"] = {each: short(each, name, folder / name / each) for each in cases}
-        (folder / f"{name}-{rank}.json").write_text(json.dumps(found))
+        results["short"] = {case: short(case, name, folder / name / case) for case in cases}
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(results))
     faulthandler.cancel_dump_traceback_later()
 
 
 def on_processes(run: Callable[[int, int], None]) -> int:
-    """Fork two processes, each of which is given its rank and a port; the worse of their exit codes."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    """Run a function with a rank and a port in two forks of this process; return the worse exit code."""
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        port = sock.getsockname()[1]
     started = []
     for rank in range(2):
         child = os.fork()
@@ -269,17 +275,17 @@ def on_processes(run: Callable[[int, int], None]) -> int:
 
 
 def environment(rank: int, port: int) -> dict[str, str]:
-    """As torchrun sets it."""
-    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), **both}
+    """The environment variables that torchrun sets."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), **common}
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     for noisy in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    folder, where, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    sys.exit(on_processes(lambda rank, port: process(rank, port, folder, names, where)))
+    folder, task_folder, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    sys.exit(on_processes(lambda rank, port: process(rank, port, folder, names, task_folder)))
 
 
 if __name__ == "__main__":

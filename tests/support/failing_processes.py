@@ -1,4 +1,4 @@
-"""Two processes of which one fails in a way while the other waits for it; run as a script: failing_processes.py WAY."""
+"""Two processes, of which one fails while the other waits for it. A script: failing_processes.py WAY."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(rank: int, port: int) -> None:
             raise ConfigError(["the disk is full"])
         if way == "killed":
             processes.barrier()
-        time.sleep(30)  # it hears of the other without a word of its own
+        time.sleep(30)  # the failure of the other ends this one
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes, of which the first works while the other waits; run as a script: first_works.py."""
+"""Two processes, of which the first works while the other waits. A script: first_works.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(rank: int, port: int) -> None:
     def work() -> dict[str, object]:
         assert (processes.rank(), processes.is_first()) == (0, True) == (rank, not rank)
         with processes.work_alone():
-            alone = processes.world_size(), processes.gather("mine"), processes.run_on_first(processes.is_first)
+            alone = processes.world_size(), processes.gather("value"), processes.run_on_first(processes.is_first)
         try:
             processes.barrier()
         except AssertionError as error:
@@ -27,7 +27,7 @@ def run(rank: int, port: int) -> None:
         raise RuntimeError("the first process would wait for ever")
 
     result = processes.run_on_first(work)
-    assert result == {"alone": (1, ["mine"], True), "refused": True}, result
+    assert result == {"alone": (1, ["value"], True), "refused": True}, result
     assert processes.gather(rank) == [0, 1]
     processes.leave_group()
 

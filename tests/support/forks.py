@@ -1,6 +1,6 @@
-"""Commands as processes of their own without the seconds that imports take: forks of one that has imported everything.
+"""Commands in processes of their own that need no seconds for imports: forks of a process that has imported everything.
 
-For what only a process can show: a command that is killed, an exit code, an output with nothing of the tests in it.
+They show what only a process can show: a command that is killed, an exit code, output without anything from the tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Forks:
-    """A process that waits for commands; each runs in a fork of it, one after the other."""
+    """A process that waits for commands and runs them in forks of itself, one after the other."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -35,7 +35,7 @@ class Forks:
     def run(
         self, script: Path | str, *arguments: str, folder: Path, kill_at: str = "never"
     ) -> subprocess.CompletedProcess[str]:
-        """`python SCRIPT ARGUMENTS` in the folder, killed at a phase of integration/runs.py's `kill_at`."""
+        """Run `python SCRIPT ARGUMENTS` in the folder; `kill_at` is a phase of `support.runs.kill_at`."""
         assert self._server.stdin is not None and self._server.stdout is not None
         streams = [folder / ".stdout", folder / ".stderr"]
         job = {"arguments": [str(script), *arguments], "folder": str(folder), "kill_at": kill_at}
@@ -52,18 +52,18 @@ class Forks:
 
 
 def serve() -> None:
-    """Run the commands that come in, a line of JSON each, and answer each with its exit code."""
+    """Run the commands that arrive as lines of JSON, and answer each with its exit code."""
     import recondense.callbacks.sweep
     import recondense.run.pipeline
     import recondense.run.plan_only  # noqa: F401
     import train  # noqa: F401
-    from support.read_once import leave_imports_to_the_end, read_configs_once
+    from support.read_once import freeze_imported_objects, read_configs_once
     from support.runs import kill_at
     from support.searched import steps_of
 
     read_configs_once()
-    steps_of("cdmoe")  # reads what all commands read
-    leave_imports_to_the_end()
+    steps_of("cdmoe")  # reads the configs that all commands read
+    freeze_imported_objects()
     while line := sys.stdin.readline():
         job = json.loads(line)
         child = os.fork()
@@ -79,7 +79,7 @@ def serve() -> None:
 
 
 def _end(script: str) -> NoReturn:
-    """Run a script and leave as Python does, but for taking down what the server has imported."""
+    """Run a script and exit as Python does, except that imported modules are not torn down."""
     code: Any = 0
     try:
         runpy.run_path(script, run_name="__main__")

@@ -1,4 +1,4 @@
-"""Documents for held-out tasks, and the records that these write."""
+"""Documents for held-out tasks, and the records that the tasks write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that have names and shapes, and take no room on the disk."""
+"""Checkpoints with names and shapes that take no space on the disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 def hollow_weights(path: Path, model: PreTrainedModel) -> None:
-    """A safetensors file in bfloat16 with all tensors of a model; what they hold is a hole in the file."""
+    """Write a safetensors file with all tensors of a model in bfloat16; their data is a hole in the file."""
     header, end = {}, 0
     for name, tensor in model.state_dict().items():
         start, end = end, end + 2 * math.prod(tensor.shape)

@@ -1,4 +1,4 @@
-"""A folder put where huggingface_hub would have downloaded it to."""
+"""A folder in the cache of huggingface_hub, as if it had been downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def in_hub_cache(cache: Path, folder: Path, repository: str, revision: str = "main") -> None:
-    """As if the folder had been uploaded to owner/name and downloaded again.
+    """Copy the folder into the cache as a download of the repository owner/name.
 
     Args:
         cache: huggingface_hub's `HF_HUB_CACHE`.

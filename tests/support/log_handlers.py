@@ -1,4 +1,4 @@
-"""Loggers as they were: a run and Hydra add handlers, which would write to a stream that pytest has closed."""
+"""Restore loggers: a run and Hydra add handlers, which would write to a stream that pytest has closed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def loggers_put_back() -> Iterator[None]:
-    """Handlers, levels and propagation of the root logger and of ours."""
+def restore_loggers() -> Iterator[None]:
+    """Restore handlers, levels and propagation of the root logger and of ours when the context ends."""
     loggers = [logging.getLogger(name) for name in (None, "recondense", "callbacks")]
     before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
     yield

@@ -1,4 +1,4 @@
-"""Losses on whole logits by their definitions, for comparison."""
+"""Losses on full logits by their definitions, for comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Mean next-token negative log-likelihood, nats per predicted token, in fp32.
 
     Args:
-        labels_BS: ids to predict, those of the input; MASKED ones are not predicted and do not count.
+        labels_BS: the ids to predict, which are those of the input; positions with MASKED do not count.
     """
     logits = logits_BSV[:, :-1].flatten(0, 1).float()
     return F.cross_entropy(logits, labels_BS[:, 1:].flatten(), ignore_index=MASKED)
@@ -28,7 +28,7 @@ def forward_kl(
     Args:
         student_BSV, teacher_BSV: logits; the last position counts too: it predicts, though no label follows it.
         temperature: τ > 0.
-        mask_BS: positions that count (bool); None: all.
+        mask_BS: the positions that count (bool); None counts all.
 
     Returns:
         A scalar, nats per token (times τ²).

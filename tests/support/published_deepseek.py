@@ -1,4 +1,4 @@
-"""DeepSeekMoE-16B as it was published: config.json, names of the weights, and the architecture in plain torch."""
+"""DeepSeekMoE-16B as published: its config.json, the names of its weights, and its architecture in plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-# config.json of deepseek-ai/deepseek-moe-16b-base, without what transformers notes of itself.
+# config.json of deepseek-ai/deepseek-moe-16b-base, without the version of transformers.
 PUBLISHED: dict[str, Any] = {
     "architectures": ["DeepseekForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "auto_map": {
@@ -41,12 +41,12 @@ def is_sparse(config: dict[str, Any], layer: int) -> bool:
 def published_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     """Random weights under the names of the published checkpoints."""
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     D, F_ = config["hidden_size"], config["moe_intermediate_size"]
     kv = D * config["num_key_value_heads"] // config["num_attention_heads"]
 
     def add(name: str, *shape: int, mean: float = 0.0, std: float = 0.2) -> None:
-        found[f"{name}.weight"] = mean + std * torch.randn(shape, generator=generator)
+        weights[f"{name}.weight"] = mean + std * torch.randn(shape, generator=generator)
 
     def add_mlp(name: str, width: int) -> None:
         for part, shape in (("gate_proj", (width, D)), ("up_proj", (width, D)), ("down_proj", (D, width))):
@@ -70,12 +70,12 @@ def published_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor
     add("model.norm", D, mean=1.0)
     if not config["tie_word_embeddings"]:
         add("lm_head", config["vocab_size"], D)
-    return found
+    return weights
 
 
 def fused(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """The same weights with each layer's experts in two tensors: (E, 2F, D), gate above up, and (E, D, F)."""
-    found = {name: value for name, value in weights.items() if ".mlp.experts." not in name}
+    tensors = {name: value for name, value in weights.items() if ".mlp.experts." not in name}
     for layer in filter(lambda layer: is_sparse(config, layer), range(config["num_hidden_layers"])):
         name = f"model.layers.{layer}.mlp.experts"
         parts = {
@@ -83,8 +83,8 @@ def fused(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tenso
             for part in ("gate", "up", "down")
         }
         both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
-        found |= {f"{name}.gate_up_proj": torch.stack(both), f"{name}.down_proj": torch.stack(parts["down"])}
-    return found
+        tensors |= {f"{name}.gate_up_proj": torch.stack(both), f"{name}.down_proj": torch.stack(parts["down"])}
+    return tensors
 
 
 def written(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Path:
@@ -95,7 +95,7 @@ def written(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) ->
 
 
 class Reference:
-    """The published architecture, one layer, head, token and expert after the other."""
+    """The published architecture: layer by layer, head by head, token by token, expert by expert."""
 
     def __init__(self, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         self.config, self.weights = config, weights
@@ -108,7 +108,7 @@ class Reference:
         return x / (mean_square + self.config["rms_norm_eps"]).sqrt() * self.weights[f"{name}.weight"]
 
     def rotated(self, x_Sd: Tensor) -> Tensor:
-        """Component i and component i + d/2 are one point in the plane, turned by position · theta^(-2i/d)."""
+        """Rotate components i and i + d/2, as a point in the plane, by the angle position · theta^(-2i/d)."""
         half = x_Sd.shape[-1] // 2
         positions = torch.arange(len(x_Sd)) / (self.config["rope_scaling"] or {"factor": 1.0})["factor"]
         angles = positions[:, None] * self.config["rope_theta"] ** (-torch.arange(half) / half)
@@ -124,10 +124,10 @@ class Reference:
         past = torch.tril(torch.ones(len(x_SD), len(x_SD))).bool()
         outputs = []
         for head in range(heads):
-            mine = slice(head * width, (head + 1) * width)
-            theirs = slice(head * kv_heads // heads * width, (head * kv_heads // heads + 1) * width)
-            scores = self.rotated(q[:, mine]) @ self.rotated(k[:, theirs]).T / width**0.5
-            outputs.append(scores.masked_fill(~past, -torch.inf).softmax(-1) @ v[:, theirs])
+            columns = slice(head * width, (head + 1) * width)
+            kv_columns = slice(head * kv_heads // heads * width, (head * kv_heads // heads + 1) * width)
+            scores = self.rotated(q[:, columns]) @ self.rotated(k[:, kv_columns]).T / width**0.5
+            outputs.append(scores.masked_fill(~past, -torch.inf).softmax(-1) @ v[:, kv_columns])
         return self.linear(torch.cat(outputs, dim=-1), f"{name}.o_proj")
 
     def mlp(self, x: Tensor, name: str) -> Tensor:
@@ -138,11 +138,11 @@ class Reference:
         outputs = []
         for x_D in x_SD:
             probabilities = self.linear(x_D, f"{name}.gate").softmax(-1)
-            chosen = probabilities.argsort(descending=True)[: self.config["num_experts_per_tok"]].tolist()
-            total = sum(probabilities[expert] for expert in chosen)
-            scale = total if self.config["norm_topk_prob"] and len(chosen) > 1 else 1.0
+            selected = probabilities.argsort(descending=True)[: self.config["num_experts_per_tok"]].tolist()
+            total = sum(probabilities[expert] for expert in selected)
+            scale = total if self.config["norm_topk_prob"] and len(selected) > 1 else 1.0
             y_D = torch.zeros_like(x_D)
-            for expert in chosen:
+            for expert in selected:
                 y_D = y_D + probabilities[expert] / scale * self.mlp(x_D, f"{name}.experts.{expert}")
             outputs.append(y_D + (self.mlp(x_D, f"{name}.shared_experts") if self.config["n_shared_experts"] else 0.0))
         return torch.stack(outputs)

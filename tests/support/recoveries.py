@@ -26,7 +26,7 @@ def recovery(**changes: Any) -> RecoveryConfig:
 
 
 def module_of(family: str = "qwen2_moe", layers: tuple[int, ...] = (1, 2), **changes: Any) -> RecoveryModule:
-    """Prepared; a fresh model of the same seed each time."""
+    """A prepared module with a new model of the same seed every time."""
     model = FAMILIES[family]()
     return prepared(model, condense_plan(model, layers), **changes)
 
@@ -34,7 +34,7 @@ def module_of(family: str = "qwen2_moe", layers: tuple[int, ...] = (1, 2), **cha
 def prepared(
     model: Any, plan: Plan, settings: RecoveryConfig | None = None, teacher: Teacher | None = None, **changes: Any
 ) -> RecoveryModule:
-    """A module whose student was made of a model by a plan, and may train."""
+    """A module that is ready to train: its student is the model after the plan."""
     student = apply(model, plan, lambda: recorded(model))
     module = RecoveryModule(student, settings or recovery(**changes), teacher)
     module.prepare()

@@ -1,4 +1,4 @@
-"""Real runs of the pipeline on a tiny folder, for tests: what is run, and a way to kill it at an exact point."""
+"""Real runs of the pipeline on a tiny model and texts, and a way to kill one at an exact point."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from recondense.methods.cdmoe import CDMoE
 from recondense.report.published import CDMOE, PAPER_TASKS
 from recondense.run import pipeline
 from support.corpus import documents
-from support.log_handlers import loggers_put_back
+from support.log_handlers import restore_loggers
 from support.small import byte_tokenizer
 from support.tiny_models import qwen2_moe
 
 ROOT = Path(__file__).resolve().parents[2]
-NORMALISED = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa")  # those for which lm-eval has acc_norm
+NORMALISED = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa")  # tasks for which lm-eval has acc_norm
 
 
 def model_folder(folder: Path, family: Callable[..., Any] = qwen2_moe) -> Path:
-    """A random model of three layers with a byte tokenizer, saved as a hub model is."""
+    """Save a random model of three layers with a byte tokenizer, as models on the hub are saved."""
     tokenizer = byte_tokenizer()
     model = family(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2)
     model.save_pretrained(folder)
@@ -38,7 +38,7 @@ def model_folder(folder: Path, family: Callable[..., Any] = qwen2_moe) -> Path:
 
 
 def text_files(folder: Path) -> dict[str, str]:
-    """A few thousand characters for each split."""
+    """Write a few thousand characters for each split; return the paths by split."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = documents(24, 1500)
     splits = {"calibration": texts[:12], "train": texts[12:20], "validation": texts[20:]}
@@ -50,7 +50,7 @@ def text_files(folder: Path) -> dict[str, str]:
 
 
 def config(model: Path, texts: dict[str, str], output: Path, **recovery: Any) -> Config:
-    """A whole run in seconds: two of three layers condensed, six steps of distillation."""
+    """The config of a complete run of seconds: six steps of distillation."""
     return from_dict(
         {
             "model": {"name": "small", "path": str(model)},
@@ -73,7 +73,7 @@ def config(model: Path, texts: dict[str, str], output: Path, **recovery: Any) ->
 
 
 def arguments(model: Path, texts: dict[str, str], output: Path, run: str, *more: str) -> tuple[str, ...]:
-    """The arguments of a whole run of train.py in seconds, in the folder `output/run`."""
+    """The arguments of train.py for a complete run of seconds in the folder `output/run`."""
     return (
         f"model.path={model}", f"output_dir={output}", f"run_dir={output / run}", "data=texts",
         *(f"data.{split}.path={path}" for split, path in texts.items()),
@@ -87,27 +87,27 @@ def arguments(model: Path, texts: dict[str, str], output: Path, run: str, *more:
 
 @contextmanager
 def one_command() -> Iterator[None]:
-    """Put back what a process that runs one command never does: handlers of loggers, and no progress bars."""
-    with loggers_put_back():
+    """Restore the loggers and progress bars that a command changes, which a process of its own need not do."""
+    with restore_loggers():
         yield
     progress.allow_bars(None)
 
 
 def record_file(folder: Path) -> str:
-    """Short chats; the last one's answer lies beyond any window."""
+    """Write short chats; the answer of the last one lies beyond any window."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "records.jsonl"
     turns = [(f"Open letter {number}.", text[:27]) for number, text in enumerate(documents(20, 60))]
     records = [
-        {"system": "Do.", "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-        for asked, answer in [*turns, ("words " * 100, "no")]
+        {"system": "Do.", "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in [*turns, ("words " * 100, "no")]
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
 def paper_tasks(folder: Path, paper: str = CDMOE) -> Path:
-    """Tasks under the names of a paper's, with the metrics that lm-eval's have and a dozen questions each."""
+    """Write tasks with the names of a paper's tasks, the metrics of lm-eval, and a dozen questions each."""
     folder.mkdir(parents=True)
     for number, name in enumerate(PAPER_TASKS[paper]):
         data = folder / f"{name}.jsonl"
@@ -136,7 +136,7 @@ def paper_tasks(folder: Path, paper: str = CDMOE) -> Path:
 
 
 def paper_sets(folder: Path) -> None:
-    """Few texts and records in the forms of C4, Alpaca and commonsense_170k: files, and as on the hub in `hub`."""
+    """Write a few texts and records like those of C4, Alpaca and commonsense_170k, as files and as hub folders."""
     texts = {split: Path(path).read_text() for split, path in text_files(folder / "texts").items()}
     lines = {"c4": texts["train"] + texts["calibration"], "c4-validation": texts["validation"]}
     rows = {name: [{**json.loads(line), "url": "x"} for line in text.splitlines()] for name, text in lines.items()}
@@ -162,7 +162,7 @@ def paper_sets(folder: Path) -> None:
 
 
 def stages(base: Path) -> list[dict[str, Any]]:
-    """Distillation on texts, adapters on instructions, and the experts once more for an epoch."""
+    """Recovery stages: distillation on texts, adapters on instructions, and an epoch that trains the experts again."""
     data = {"source": "texts", "form": "auto", "train": {"path": record_file(base / "texts")}}
     return [
         {"name": "first", "steps": 3},
@@ -176,25 +176,25 @@ def step() -> CDMoE:
 
 
 def kill_at(phase: str) -> None:
-    """Arrange for this very process to be killed by SIGKILL at a point of its run.
+    """Make this process kill itself with SIGKILL at a point of its run.
 
     Args:
-        phase: "search" after the third write of the search's cache (in the layer search), "recovery" in the fourth
-            optimiser step (one after a checkpoint) of whichever stage has one, "export" when the folder is about to get
-            its final name.
+        phase: "search" after the fourth write of the search's cache (in the layer search), "recovery" in the fourth
+            optimizer step of the first recovery stage that has one (a step after a checkpoint), "export" just before
+            the folder gets its final name, "never" not at all.
     """
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     if phase == "search":
-        writes = {"left": 4}
+        writes = {"remaining": 4}
         write = JsonFolder.__setitem__
 
-        def counted(self: JsonFolder, key: str, value: dict[str, Any]) -> None:
+        def counting_write(self: JsonFolder, key: str, value: dict[str, Any]) -> None:
             write(self, key, value)
-            writes["left"] -= self.folder.parent.name == "search"
-            if not writes["left"]:
+            writes["remaining"] -= self.folder.parent.name == "search"
+            if not writes["remaining"]:
                 die()
 
-        JsonFolder.__setitem__ = counted  # type: ignore[method-assign,assignment]
+        JsonFolder.__setitem__ = counting_write  # type: ignore[method-assign,assignment]
     elif phase == "recovery":
         from recondense.recovery.module import RecoveryModule
 

@@ -1,6 +1,7 @@
-"""Plans as a command would search them, for every method of conf/method; also as a script, one process of two.
+"""Plans as a command would search them, for every method of conf/method.
 
-python searched.py FOLDER RANK     the first process writes FOLDER/<method>.json, those of other tapes beside them
+As a script this is one process of two: `python searched.py FOLDER RANK`. The first writes FOLDER/<method>.json, and
+FOLDER/<method>-<tape>.json for the other tapes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from support.tiny_models import FAMILIES, recorded
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("[!_]*.yaml"))
-# A budget below "everything", as a user would write it, if removed_expert_ratio=0.4 is not one.
+# The small budget of a method, as a user would write it, if it is not removed_expert_ratio=0.4.
 SMALL: dict[str, list[str]] = {
     "cdmoe": ["method.num_experts=2", "method.num_layers=1"],
     "cdmoe_s": ["method.num_layers=[2]"],
@@ -48,12 +49,12 @@ SMALL: dict[str, list[str]] = {
 }
 BUDGETS = {method: SMALL.get(method, ["method.removed_expert_ratio=0.4"]) for method in METHODS}
 
-TAPES = ("on-disk", "without-traces")  # other than in memory with what all sparse layers saw
+TAPES = ("on-disk", "without-traces")  # other than a tape in memory with the traces of all sparse layers
 WITH_OTHER_TAPES = ("cdmoe", "moei2")
 
 
 def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
-    """The steps that a command would run, and the method's settings."""
+    """The steps that a command would run, and the settings of the method."""
     settings = copy.deepcopy(_settings(method, *overrides))
     return build_steps(settings), settings
 
@@ -68,8 +69,8 @@ def _settings(method: str, *overrides: str) -> dict[str, Any]:
 
 
 def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Storage | None = None) -> Plan:
-    """Searched step by step, each step on the model that the previous one left; the model is left as it was."""
-    taped = partial(recorded, model, storage=storage)
+    """Search step by step, each on the model as the previous step leaves it; the model is unchanged afterwards."""
+    record_tape = partial(recorded, model, storage=storage)
     steps, _ = steps_of(method, *overrides)
     facts = families.facts(model.config)
     assert [problem for step in steps for problem in step.check(facts)] == []
@@ -78,11 +79,11 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Sto
     originals: dict[int, Any] = {}
     for index, step in enumerate(steps):
         cache = processes.SharedMapping(JsonFolder(folder / str(index)))
-        chosen, record = step.search(SearchContext(model, partial(taped, split=True), cache, 1 << 30))
-        operations += chosen
+        step_operations, record = step.search(SearchContext(model, partial(record_tape, split=True), cache, 1 << 30))
+        operations += step_operations
         records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:
-            originals = {**apply.execute(model, Plan("tiny", tuple(chosen)), taped), **originals}
+            originals = {**apply.execute(model, Plan("tiny", tuple(step_operations)), record_tape), **originals}
     for layer, block in originals.items():
         views.set_block(model, layer, block)
     return Plan("tiny", tuple(operations), search={"steps": records})

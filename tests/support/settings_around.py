@@ -1,4 +1,4 @@
-"""Everything besides weights that a training could leave changed behind it."""
+"""All settings other than weights that a training could change and not restore."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 def settings_around(module: RecoveryModule) -> dict[str, Any]:
-    """Settings of a module's model, of its original, and of the process, flat: name -> value."""
-    found = {f"process {name}": value for name, value in _of_process().items()}
+    """Settings of a module's model, of its original and of the process, by name."""
+    settings = {f"process {name}": value for name, value in _of_process().items()}
     for name, value in _of_model(module.student.model).items():
-        found[f"student {name}"] = value
+        settings[f"student {name}"] = value
     with module.student.original() as original:
         for name, value in _of_model(original).items():
-            found[f"original {name}"] = value
-    found["module trainer"] = module._trainer
-    return found
+            settings[f"original {name}"] = value
+    settings["module trainer"] = module._trainer
+    return settings
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What is other now: name -> (before, after)."""
+    """The settings that changed: (before, after) by name."""
     missing = "not there"
     pairs = {name: (before.get(name, missing), after.get(name, missing)) for name in {**before, **after}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _of_model(model: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
-        found[name] = value.dtype, value.device, value.requires_grad, value.grad is None
+        settings[name] = value.dtype, value.device, value.requires_grad, value.grad is None
     for name, value in model.named_buffers():
-        found[name] = value.dtype, value.device
+        settings[name] = value.dtype, value.device
     for name, part in model.named_modules():
-        found |= {f"{name}.{key}": value for key, value in _plain(part).items()}
-        found[f"{name} hooks"] = {
+        settings |= {f"{name}.{key}": value for key, value in _plain(part).items()}
+        settings[f"{name} hooks"] = {
             key: len(value) for key, value in vars(part).items() if key.endswith("_hooks") and value
         }
     for name in ("config", "generation_config"):
-        found |= {f"{name}.{key}": value for key, value in _plain(getattr(model, name)).items()}
-        found[name] = copy.deepcopy(getattr(model, name).to_dict())
-    return found
+        settings |= {f"{name}.{key}": value for key, value in _plain(getattr(model, name)).items()}
+        settings[name] = copy.deepcopy(getattr(model, name).to_dict())
+    return settings
 
 
 def _plain(owner: Any) -> dict[str, Any]:
-    """Attributes that are plain values; one that says what the class says is none."""
+    """Attributes that are plain values and differ from those of the class."""
     return {
         name: value
         for name, value in vars(owner).items()
@@ -67,18 +67,18 @@ def _plain(owner: Any) -> dict[str, Any]:
 def _of_process() -> dict[str, Any]:
     states = random_states()
     loggers = {
-        name: each
-        for name, each in logging.root.manager.loggerDict.items()
-        if isinstance(each, logging.Logger) and not name.startswith("torch.")  # its compiler's have handlers when asked
+        name: logger
+        for name, logger in logging.root.manager.loggerDict.items()
+        if isinstance(logger, logging.Logger) and not name.startswith("torch.")  # torch's compiler adds handlers on use
     }
     memory: Any = torch.utils.deterministic
     dynamo: Any = torch._dynamo.config
     return {
         **{f"variable {name}": value for name, value in os.environ.items()},
         **{f"signal {int(number)}": signal.getsignal(number) for number in signal.valid_signals()},
-        **{f"level of {name}": each.level for name, each in loggers.items() if each.level},
-        **{f"handlers of {name}": list(each.handlers) for name, each in loggers.items() if each.handlers},
-        "silent": sorted(name for name, each in loggers.items() if each.disabled or not each.propagate),
+        **{f"level of {name}": logger.level for name, logger in loggers.items() if logger.level},
+        **{f"handlers of {name}": list(logger.handlers) for name, logger in loggers.items() if logger.handlers},
+        "silent": sorted(name for name, logger in loggers.items() if logger.disabled or not logger.propagate),
         **{f"dynamo {name}": value for name, value in dynamo.get_config_copy().items() if isinstance(value, PLAIN)},
         "warnings": list(warnings.filters),
         "torch's generator": states["torch"].tolist(),

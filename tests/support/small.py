@@ -1,4 +1,4 @@
-"""A tokenizer of bytes and a random Qwen2-MoE of two layers, made in milliseconds."""
+"""A byte tokenizer and a random Qwen2-MoE of two layers, both made in milliseconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ END = "<|endoftext|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end-of-text token (id 0)."""
+    """One token for each byte, and an end-of-text token (id 0)."""
     vocabulary = {token: index for index, token in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -19,7 +19,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_model(seed: int = 0) -> Qwen2MoeForCausalLM:
-    """Random weights, spread so widely that the predictions are far from uniform."""
+    """A model whose random weights are so large that its predictions are far from uniform."""
     torch.manual_seed(seed)
     config = Qwen2MoeConfig(
         vocab_size=257,

@@ -17,7 +17,7 @@ from recondense.plan import Plan
 
 
 class Recorder(Logger):
-    """Keeps what is logged."""
+    """Keeps all metrics that are logged."""
 
     def __init__(self) -> None:
         super().__init__()

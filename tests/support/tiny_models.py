@@ -1,4 +1,4 @@
-"""Small random models and texts for tests. Weights are large, so that routing and divergences are not degenerate."""
+"""Small random models and texts. Their weights are large, so that routing and divergences are not degenerate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def qwen2_moe(seed: int = 0, **changes: Any) -> Any:
     return tiny("qwen2_moe", seed, **changes)
 
 
-# Of all families: sizes that are no multiples of each other, so that nothing is transposed unnoticed.
+# Settings of all families. Vocabulary, hidden size and widths differ, so that a transposed tensor is noticed.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": None,
@@ -74,7 +74,7 @@ NOT_OF_A_CONFIG = {"deepseek": ("n_group", "topk_group", "routed_scaling_factor"
 
 
 def tiny(family: str, seed: int = 0, **changes: Any) -> Any:
-    """A random model of a family, three layers, some of its tensors that start constant made random too."""
+    """A random model of a family with three layers; tensors that start constant are random too."""
     torch.manual_seed(seed)
     settings = {**COMMON, **SETTINGS[family], **changes}
     settings = {name: value for name, value in settings.items() if name not in NOT_OF_A_CONFIG.get(family, ())}
@@ -95,19 +95,19 @@ CONSTANT = ("e_score_correction_bias", "gate_up_proj_bias", "down_proj_bias", "r
 
 
 def deepseek_v2(seed: int = 0, **changes: Any) -> Any:
-    """A dense layer, then two sparse ones: six experts, top-2, two shared experts, weights × 1.5, latent attention."""
+    """A dense layer, then two sparse ones: six experts, top-2, weights × 1.5, two shared experts, latent attention."""
     return tiny("deepseek_v2", seed, **changes)
 
 
 # Any: transformers wraps methods of its models in ways that type checkers do not follow.
 EVERY: dict[str, Callable[..., Any]] = {family: partial(tiny, family) for family in SETTINGS}
-# For tests of what does not depend on the family.
 
+# For tests that need no more than two families.
 FAMILIES = {family: EVERY[family] for family in ("qwen2_moe", "deepseek_v2")}
 
 
 def texts(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
-    """Random token ids, one list a text."""
+    """Random token ids, a list for each text."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
@@ -118,7 +118,7 @@ def windows(num: int, length: int, seed: int = 0) -> Tensor:
 
 
 def blocks(ids: list[list[int]], texts_per_block: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """The texts as a Tape takes them."""
+    """The texts in the batches that `Tape.record` takes."""
     return list(CalibrationSet(ids).batches(texts_per_block))
 
 
@@ -135,14 +135,14 @@ def recorded(
 def condense_plan(
     model: PreTrainedModel, layers: Iterable[int], experts: Sequence[int] = (1, 4), shared_gate: float | None = 0.4
 ) -> Plan:
-    """A made-up plan; families without a shared gate get none."""
+    """A plan without a search; families without a shared gate get none."""
     gate = shared_gate if model.config.model_type == "qwen2_moe" else None
     coefficients = tuple(0.3 + 0.1 * position for position in range(len(experts)))
     return Plan("tiny", tuple(Condense(layer, tuple(experts), coefficients, gate) for layer in layers))
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that a module's state dict holds."""
+    """Copies of the tensors of a module's state dict."""
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -152,7 +152,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Fail if the model's modules, weights, mode or hooks are others afterwards."""
+    """Fail if the model's modules, weights, mode or hooks change within the context."""
     before, modules, training = bits(model), list(model.modules()), model.training
     yield
     assert same_bits(before, bits(model))
@@ -164,5 +164,5 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def logits(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
     """(B, S, V)"""
-    found: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
-    return found
+    logits_BSV: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
+    return logits_BSV

@@ -1,7 +1,7 @@
-"""What vLLM asks of a folder, as data, and what it would stumble over.
+"""What vLLM requires of a folder, as data, and the problems that it would have with one.
 
-The rules are those of vLLM 0.32.0, restated; the files named are below vllm/model_executor/models. Whether vLLM itself
-loads the folders is measured by benchmarks/vllm_tokens.py: it has an environment of its own.
+The rules restate those of vLLM 0.32.0; the files are in vllm/model_executor/models. benchmarks/vllm_tokens.py checks
+that vLLM really loads the folders, in an environment of its own.
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ def from_to(config: Config, layer: int) -> bool:
 
 
 def alternating(config: Config) -> bool:
-    """gpt_oss.py looks at no list: layers of even index slide."""
+    """gpt_oss.py ignores `layer_types`: layers of even index have a sliding window."""
     kinds = ("sliding_attention", "full_attention")
     return config["layer_types"] == [kinds[layer % 2] for layer in range(config["num_hidden_layers"])]
 
 
 def yarn(config: Config) -> bool:
-    """gpt_oss.py reads these without asking."""
-    wanted = {"rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
-    return wanted <= set(config["rope_parameters"])
+    """gpt_oss.py reads these without a default."""
+    names = {"rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+    return names <= set(config["rope_parameters"])
 
 
 def grouped(config: Config) -> bool:
-    """deepseek_v2.py always selects by groups: null is no number of them."""
+    """deepseek_v2.py always selects by groups, so their number must not be null."""
     return all(config.get(name, 1) is not None for name in ("n_group", "topk_group"))
 
 
 def corrected(config: Config) -> bool:
-    """deepseek_v2.py has a correction bias and sigmoid scores only where the config says so, whatever the model."""
+    """deepseek_v2.py has a correction bias and sigmoid scores only if the config says so."""
     return config.get("topk_method") == "noaux_tc" and config.get("scoring_func") == "sigmoid"
 
 
 def some_sparse(config: Config) -> bool:
-    """qwen3_moe.py and glm4_moe.py look for an example of an MoE layer."""
+    """qwen3_moe.py and glm4_moe.py need at least one MoE layer."""
     sparse = listed if "mlp_only_layers" in config else after_first
     return any(sparse(config, layer) for layer in range(config["num_hidden_layers"]))
 
@@ -78,16 +78,16 @@ class Rule:
     """How one of vLLM's models reads a folder.
 
     Args:
-        file: where it says so.
+        file: the module that defines it.
         architecture: the name in registry.py.
-        num_experts, expert_width: the config's attributes that it reads.
+        num_experts, expert_width: the names of these settings in the config.
         sparse: which layers have experts.
-        block, router, experts: names of the keys; the experts' are gate, up and down.
-        shared: the shared experts' name, with the config's attribute for their width or their number.
-        attention: names of projections; "latent" for DeepSeek's.
-        biases: projections of the attention that have one; or the attribute that says whether q, k and v have.
-        norms: of queries and keys: "head" by head, "all" heads at once, or the attribute that says whether by head.
-        needs: what must hold of the config, else vLLM computes something else or stops.
+        block, router, experts: names in the keys; those of the experts are gate, up and down.
+        shared: the shared experts' name, and the setting for their width or their number.
+        attention: "grouped", or "latent" for DeepSeek's.
+        biases: the projections of the attention that have one, or the setting that says whether q, k and v have one.
+        norms: of queries and keys: "head" by head, "all" heads at once, or the setting that says whether by head.
+        needs: conditions on the config without which vLLM stops or computes something else.
     """
 
     file: str
@@ -159,7 +159,7 @@ RULES: dict[str, Rule] = {
         needs={"no biases": lambda config: not config.get("use_bias")},
     ),
 }  # fmt: skip
-# What the published configs say and the tiny ones leave out.
+# Settings of the published configs that the tiny ones do not have.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "gpt_oss": {
@@ -174,11 +174,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def expected(config: Config, rule: Rule) -> Keys:
-    """Every key that must be in the folder, with its shape."""
+    """Every key that the folder must have, with its shape."""
     hidden = config["hidden_size"]
-    found: Keys = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    keys: Keys = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     if not config.get("tie_word_embeddings"):
-        found["lm_head.weight"] = (config["vocab_size"], hidden)
+        keys["lm_head.weight"] = (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         parts: Keys = {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
         parts |= {f"self_attn.{name}": size for name, size in attention(config, rule).items()}
@@ -186,8 +186,8 @@ def expected(config: Config, rule: Rule) -> Keys:
             parts |= {f"{rule.block}.{name}": size for name, size in sparse_block(config, rule).items()}
         else:
             parts |= {f"mlp.{name}": size for name, size in dense(hidden, config["intermediate_size"]).items()}
-        found |= {f"model.layers.{layer}.{name}": size for name, size in parts.items()}
-    return found
+        keys |= {f"model.layers.{layer}.{name}": size for name, size in parts.items()}
+    return keys
 
 
 def attention(config: Config, rule: Rule) -> Keys:
@@ -195,16 +195,16 @@ def attention(config: Config, rule: Rule) -> Keys:
     if rule.attention == "latent":
         nope, rope, value = (config[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
         rank, q_rank = config["kv_lora_rank"], config.get("q_lora_rank")
-        found: Keys = {
+        keys: Keys = {
             "kv_a_proj_with_mqa.weight": (rank + rope, hidden),
             "kv_a_layernorm.weight": (rank,),
             "kv_b_proj.weight": (heads * (nope + value), rank),
             "o_proj.weight": (hidden, heads * value),
         }
         if q_rank is None:
-            return {**found, "q_proj.weight": (heads * (nope + rope), hidden)}
+            return {**keys, "q_proj.weight": (heads * (nope + rope), hidden)}
         return {
-            **found,
+            **keys,
             "q_a_proj.weight": (q_rank, hidden),
             "q_a_layernorm.weight": (q_rank,),
             "q_b_proj.weight": (heads * (nope + rope), q_rank),
@@ -212,34 +212,34 @@ def attention(config: Config, rule: Rule) -> Keys:
     size = config.get("head_dim") or hidden // heads
     wide, narrow = heads * size, config["num_key_value_heads"] * size
     rows = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": hidden}
-    found = {f"{name}.weight": (each, wide if name == "o_proj" else hidden) for name, each in rows.items()}
+    keys = {f"{name}.weight": (num_rows, wide if name == "o_proj" else hidden) for name, num_rows in rows.items()}
     biases = (QKV if config.get(rule.biases) else ()) if isinstance(rule.biases, str) else rule.biases
-    found |= {f"{name}.bias": (rows[name],) for name in biases}
+    keys |= {f"{name}.bias": (rows[name],) for name in biases}
     if rule.norms == "all":
-        found |= {"q_norm.weight": (wide,), "k_norm.weight": (narrow,)}
+        keys |= {"q_norm.weight": (wide,), "k_norm.weight": (narrow,)}
     elif rule.norms == "head" or (rule.norms and config.get(rule.norms)):
-        found |= {"q_norm.weight": (size,), "k_norm.weight": (size,)}
-    return {**found, "sinks": (heads,)} if rule.fused else found
+        keys |= {"q_norm.weight": (size,), "k_norm.weight": (size,)}
+    return {**keys, "sinks": (heads,)} if rule.fused else keys
 
 
 def sparse_block(config: Config, rule: Rule) -> Keys:
     hidden, num, width = config["hidden_size"], config[rule.num_experts], config[rule.expert_width]
-    found: Keys = {f"{rule.router}.weight": (num, hidden)}
+    keys: Keys = {f"{rule.router}.weight": (num, hidden)}
     if rule.fused:  # gpt_oss.py: one tensor for all experts, input rows first, biases
         sizes = {"gate_up_proj": (hidden, 2 * width), "down_proj": (width, hidden)}
-        found |= {f"experts.{name}": (num, *size) for name, size in sizes.items()}
-        found |= {f"experts.{name}_bias": (num, size[1]) for name, size in sizes.items()}
-        return {**found, f"{rule.router}.bias": (num,)}
+        keys |= {f"experts.{name}": (num, *size) for name, size in sizes.items()}
+        keys |= {f"experts.{name}_bias": (num, size[1]) for name, size in sizes.items()}
+        return {**keys, f"{rule.router}.bias": (num,)}
     for expert in range(num):
-        found |= {f"experts.{expert}.{name}": size for name, size in dense(hidden, width, rule.experts).items()}
-    if rule.correction:  # ernie45_moe.py squeezes a leading 1
-        one = (1,) if rule.correction == "moe_statics" else ()
-        found[f"{rule.correction}.e_score_correction_bias"] = (*one, num)
+        keys |= {f"experts.{expert}.{name}": size for name, size in dense(hidden, width, rule.experts).items()}
+    if rule.correction:  # ernie45_moe.py squeezes a leading dimension of 1
+        leading = (1,) if rule.correction == "moe_statics" else ()
+        keys[f"{rule.correction}.e_score_correction_bias"] = (*leading, num)
     name, attribute = rule.shared
     if name and config.get(attribute):
         total = config[attribute] * (1 if attribute.endswith("size") else width)
-        found |= {f"{name}.{key}": size for key, size in dense(hidden, total).items()}
-    return {**found, "shared_expert_gate.weight": (1, hidden)} if rule.gated else found
+        keys |= {f"{name}.{key}": size for key, size in dense(hidden, total).items()}
+    return {**keys, "shared_expert_gate.weight": (1, hidden)} if rule.gated else keys
 
 
 def dense(hidden: int, width: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Keys:
@@ -248,53 +248,58 @@ def dense(hidden: int, width: int, names: tuple[str, str, str] = ("gate_proj", "
 
 
 def problems(folder: Path) -> list[str]:
-    """What vLLM's own model of the folder's family would stumble over."""
+    """The problems that vLLM's model of the folder's family would have with the folder."""
     config = settings(folder)
     rule = RULES.get(config["model_type"])
     if rule is None or config["architectures"] != [rule.architecture]:
         return [f"architecture {config['architectures']} of {config['model_type']}"]
-    found = [f"needs {what}" for what, holds in rule.needs.items() if not holds(config)]
-    there: Keys = {}
+    messages = [f"needs {what}" for what, holds in rule.needs.items() if not holds(config)]
+    present: Keys = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            there |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    wanted = expected(config, rule)
-    found += [f"no key {key}" for key in sorted(wanted.keys() - there.keys())]
-    found += [f"unknown key {key}" for key in sorted(there.keys() - wanted.keys())]
-    found += [f"{key}: {there[key]} for {size}" for key, size in wanted.items() if there.get(key, size) != size]
-    return found
+            present |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    required = expected(config, rule)
+    messages += [f"no key {key}" for key in sorted(required.keys() - present.keys())]
+    messages += [f"unknown key {key}" for key in sorted(present.keys() - required.keys())]
+    messages += [
+        f"{key}: {present[key]} for {size}" for key, size in required.items() if present.get(key, size) != size
+    ]
+    return messages
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """The config as vLLM sees it: an object of transformers' class, which knows some attributes by a second name."""
+    """The config as vLLM reads it: an object of transformers' class, in which some settings have a second name."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return {**config.to_dict(), **{name: getattr(config, own) for name, own in config.attribute_map.items()}}
+    return {
+        **config.to_dict(),
+        **{name: getattr(config, attribute) for name, attribute in config.attribute_map.items()},
+    }
 
 
 def backend_problems(folder: Path, base: Any) -> list[str]:
-    """What vLLM's transformers backend (registry.py, transformers/base.py and moe.py) would stumble over.
+    """The problems of vLLM's transformers backend (registry.py, transformers/base.py, moe.py) with a folder.
 
     Args:
-        base: the model without a head that the folder's `AutoModel` names, on the meta device.
+        base: the model without a head that `AutoModel` makes from the folder, on the meta device.
     """
     config = json.loads((folder / "config.json").read_text())
-    made = (folder / "modeling_recondense.py").read_text()
-    names = {each.id for each in ast.walk(ast.parse(made)) if isinstance(each, ast.Name)}
-    found = []
+    source = (folder / "modeling_recondense.py").read_text()
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    messages = []
     for auto in ("AutoConfig", "AutoModel", "AutoModelForCausalLM"):  # the config first; AutoModel is what it builds
         file, _, name = config.get("auto_map", {}).get(auto, "").partition(".")
         if file != "modeling_recondense" or name not in names:
-            found.append(f"auto_map names no {auto}")
+            messages.append(f"auto_map names no {auto}")
     if not (base.is_backend_compatible() or base._can_set_attn_implementation()):
-        found.append("its attention cannot be replaced")
+        messages.append("its attention cannot be replaced")
     for layer, module in enumerate(base.layers):
         if not any("attn" in name for name, _ in module.named_children()):
-            found.append(f"layer {layer} has no attention, so no key-value cache")
-    counts = families.original_facts(base.config).num_experts
-    for name, module in base.named_modules():  # what it replaces by experts of its own, as many as the config says
+            messages.append(f"layer {layer} has no attention, so no key-value cache")
+    num_experts = families.original_facts(base.config).num_experts
+    for name, module in base.named_modules():  # it replaces these by its own experts, as many as the config says
         parameters = list(module.parameters())
-        if name.endswith(".experts") and parameters and all(each.ndim == 3 for each in parameters):
-            own = dict(module.named_parameters())
-            if set(own) != {"gate_up_proj", "down_proj"} or own["down_proj"].shape[0] > counts:
-                found.append(f"{name} would be replaced by {counts} whole experts")
-    return found
+        if name.endswith(".experts") and parameters and all(parameter.ndim == 3 for parameter in parameters):
+            tensors = dict(module.named_parameters())
+            if set(tensors) != {"gate_up_proj", "down_proj"} or tensors["down_proj"].shape[0] > num_experts:
+                messages.append(f"{name} would be replaced by {num_experts} whole experts")
+    return messages
