@@ -1,4 +1,4 @@
-"""A folder that was compressed is a model like any other: compressed again, recovered further, exported, uploaded."""
+"""A compressed folder is a model like any other: it can be compressed again, trained further, exported and uploaded."""
 
 from __future__ import annotations
 
@@ -27,38 +27,41 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(autouse=True)
-def put_back() -> Iterator[None]:
+def as_one_command() -> Iterator[None]:
     with one_command():
         yield
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path, family: str) -> None:
-    """Condensed, then factorized, then trained on as it is: each run starts from what the one before ended with."""
+    """Condensed, then factorized, then trained further: each run starts with the result of the one before."""
     folder, texts, out = (
         model_folder(tmp_path / "model", EVERY[family]),
         text_files(tmp_path / "texts"),
         tmp_path / "out",
     )
     eager = ("model.attention=eager",)
-    ways = {
+    commands = {
         "first": (folder, "method=cdmoe", "method.num_experts=2", "method.num_layers=1", "export.format=bundled"),
         "second": (out / "first" / "model", "method=svd_llm", "method.removed_expert_ratio=0.3"),
         "third": (out / "second" / "model", "method=none", "recovery=finetune"),
     }
-    found: dict[str, Any] = {}
-    for run, (path, *settings) in ways.items():
+    summaries: dict[str, Any] = {}
+    for run, (path, *settings) in commands.items():
         code, err = command(*arguments(path, texts, out, run, *settings, *eager))
         assert code == 0, err
-        found[run] = json.loads((out / run / "summary.json").read_text())
+        summaries[run] = json.loads((out / run / "summary.json").read_text())
     for before, after in (("first", "second"), ("second", "third")):
-        ended, started = found[before]["stages"]["recovered"], found[after]["stages"]["original"]
-        assert started["perplexity"] == pytest.approx(ended["perplexity"], rel=1e-5)
-        assert found[before]["parameters"]["total"]["compressed"] == found[after]["parameters"]["total"]["original"]
-    assert found["second"]["artifacts"]["export_format"] == "bundled"
-    whole = Plan.load(out / "third" / "model" / "plan.json")  # what was done to the model that nobody had compressed
-    assert not whole.operations
-    assert {operation.kind for operation in whole.history.operations} == {"condense", "factorize"}
+        recovered, original = summaries[before]["stages"]["recovered"], summaries[after]["stages"]["original"]
+        assert original["perplexity"] == pytest.approx(recovered["perplexity"], rel=1e-5)
+        assert (
+            summaries[before]["parameters"]["total"]["compressed"]
+            == summaries[after]["parameters"]["total"]["original"]
+        )
+    assert summaries["second"]["artifacts"]["export_format"] == "bundled"
+    plan = Plan.load(out / "third" / "model" / "plan.json")
+    assert not plan.operations
+    assert {operation.kind for operation in plan.history.operations} == {"condense", "factorize"}
     kinds = {layer: shape for layer, shape in _config(out / "third" / "model")["compressed_layers"].items()}
     assert sorted("ranks" if "ranks" in shape else shape["kind"] for shape in kinds.values())[0] == "condensed"
     assert any("ranks" in shape for shape in kinds.values())
@@ -69,7 +72,7 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("family", "form", "num_layers", "way"),
+    ("family", "form", "num_layers", "recovery"),
     [
         ("qwen2_moe", "stock", 2, "finetune"),
         pytest.param("qwen2_moe", "bundled", 2, "finetune", marks=pytest.mark.slow),
@@ -80,24 +83,24 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
     ],
 )
 def test_what_was_condensed_trains_further(
-    command: Command, tmp_path: Path, family: str, form: str, num_layers: object, way: str
+    command: Command, tmp_path: Path, family: str, form: str, num_layers: object, recovery: str
 ) -> None:
-    """Exactly the condensed layers, whether the family's own class holds them or ours."""
+    """Exactly the condensed layers train, whether their class is the family's or ours."""
     folder, texts, out = (
         model_folder(tmp_path / "model", EVERY[family]),
         text_files(tmp_path / "texts"),
         tmp_path / "out",
     )
     first = ("method=cdmoe", "method.num_experts=2", f"method.num_layers={num_layers}", f"export.format={form}")
-    adapters = ("recovery.lora.target=experts",) if way == "lora" else ()
-    ways = {
+    adapters = ("recovery.lora.target=experts",) if recovery == "lora" else ()
+    commands = {
         "first": (folder, *first, "recovery=none"),
-        "second": (out / "first" / "model", "method=none", f"recovery={way}", *adapters),
+        "second": (out / "first" / "model", "method=none", f"recovery={recovery}", *adapters),
     }
-    for run, (path, *settings) in ways.items():
+    for run, (path, *settings) in commands.items():
         code, err = command(*arguments(path, texts, out, run, *settings, "callbacks.profile.enabled=false"))
         assert code == 0, err
-    before, after = (load_file(out / run / "model" / "model.safetensors") for run in ways)
+    before, after = (load_file(out / run / "model" / "model.safetensors") for run in commands)
     assert before.keys() == after.keys()
     condensed = Plan.load(out / "first" / "plan.json").layers
     assert len(condensed) == (num_layers if isinstance(num_layers, int) else len(condensed)) > 0
@@ -109,7 +112,7 @@ def test_what_was_condensed_trains_further(
 def test_a_compressed_model_of_the_hub_has_its_history(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was condensed trains further, and the plan that is exported says all that was done."""
+    """The condensed layers train further, and the exported plan has the complete history."""
     folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
     first = ("method=cdmoe", "method.num_experts=2", "method.num_layers=1", "recovery=none")
     code, err = command(*arguments(folder, texts, out, "first", *first, "callbacks.profile.enabled=false"))
@@ -127,7 +130,7 @@ def test_a_compressed_model_of_the_hub_has_its_history(
 
 
 def test_layers_dropped_twice_are_two(command: Command, tmp_path: Path) -> None:
-    """The layers of a stock folder move up; what was published is looked up by how many are gone."""
+    """A stock folder numbers its layers again; the history has the layers of the published model."""
     folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
     for run in ("first", "second"):
         settings = ("method=block_drop", "method.removed_expert_ratio=0.3", "recovery=none")
@@ -137,12 +140,12 @@ def test_layers_dropped_twice_are_two(command: Command, tmp_path: Path) -> None:
     history = Plan.load(folder / "plan.json").history
     assert len({operation.layer for operation in history.operations}) == 3 - _config(folder)["num_hidden_layers"] == 2
     assert operation_counts(Plan("", history.operations), 6) == {"drop_layer": {"layers": 2}}
-    [left] = {0, 1, 2} - {operation.layer for operation in history.operations}
-    assert history.layers == ((left,) if left else ())
+    [remaining] = {0, 1, 2} - {operation.layer for operation in history.operations}
+    assert history.layers == ((remaining,) if remaining else ())
 
 
 def test_a_model_without_experts_is_refused_before_it_is_loaded(command: Command, tmp_path: Path) -> None:
-    """One that nobody condensed; all of it can train."""
+    """Its layers are dense, but not condensed; the message suggests to train all of it."""
     folder, texts, out = model_folder(tmp_path / "model"), text_files(tmp_path / "texts"), tmp_path / "out"
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"mlp_only_layers": [0, 1, 2]}))
@@ -151,14 +154,14 @@ def test_a_model_without_experts_is_refused_before_it_is_loaded(command: Command
 
 
 def test_a_folder_goes_to_the_hub_on_request(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, dict[str, Any]]] = []
 
     class Api:
         def create_repo(self, repository: str, **settings: Any) -> None:
-            called.append((repository, settings))
+            calls.append((repository, settings))
 
         def upload_folder(self, repo_id: str, folder_path: Path) -> None:
-            called.append((repo_id, {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}))
+            calls.append((repo_id, {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "some token")
@@ -166,13 +169,13 @@ def test_a_folder_goes_to_the_hub_on_request(command: Command, tmp_path: Path, m
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     code, err = command(*arguments(folder, texts, tmp_path / "out", "run", *settings))
     assert code == 0, err
-    (first, made), (second, files) = called
-    assert first == second == "me/mine" and made == {"private": True, "exist_ok": True}
+    (first, created), (second, files) = calls
+    assert first == second == "me/mine" and created == {"private": True, "exist_ok": True}
     written = {path.name for path in (tmp_path / "out" / "run" / "model").iterdir()}
     assert set(files) == written and {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= written
 
 
-def test_what_the_hub_refuses_is_said_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_of_the_hub_is_reported_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Api:
         def create_repo(self, repository: str, **settings: Any) -> None:
             raise OSError("403 Forbidden: not for you.\nand more")
@@ -183,5 +186,5 @@ def test_what_the_hub_refuses_is_said_with_the_remedy(tmp_path: Path, monkeypatc
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config

@@ -1,4 +1,4 @@
-"""Benchmarks run to their end at a size of seconds, and write what they print."""
+"""Benchmarks run to their end with sizes that take seconds, and write the figures that they print."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def genetic(figures: dict[str, Any]) -> None:
         assert case["same_survivors"] and case["same_generations"] == case["generations"] == 3
         assert case["largest_relative_difference"] < 1e-5
     scored = [case["scored"]["block"] for case in figures["cases"].values()]
-    assert scored[0] == 18 > scored[1]  # sets remembered
+    assert scored[0] == 18 > scored[1]  # each set is scored once
 
 
 def low_rank(figures: dict[str, Any]) -> None:
     for cell in figures["cells"]:
-        # Ranks are whole: one of 27 is 0.04.
+        # Ranks are integers: one of 27 is 0.04.
         assert cell["arithmetic"] == pytest.approx(float(cell["ranks"].partition(" ")[0]), abs=0.05)
         assert all(cell[f"{way} 8"]["times_faster"] > 0 for way in ("forward", "backward"))
     assert figures["slower_at_half"] == {"slower": 0, "of": 0, "slowest": None, "failed": False}
@@ -96,16 +96,16 @@ def real_size(figures: dict[str, Any]) -> None:
 
 
 def losses(figures: dict[str, Any]) -> None:
-    found = figures["losses"]["forward_kl"]
-    assert found["memory_ratio"] < 0.9 and max(found["relative_differences"].values()) < 1e-4
+    forward_kl = figures["losses"]["forward_kl"]
+    assert forward_kl["memory_ratio"] < 0.9 and max(forward_kl["relative_differences"].values()) < 1e-4
 
 
 def training(figures: dict[str, Any]) -> None:
-    found, ratios = figures["contestants"], figures["ratios"]
-    assert all(each["tokens_per_second"]["median"] > 0 < each["peak_bytes"] for each in found.values())
-    first = {name: found[name]["losses"][0] for name in ("shared", "model", "two_models", "full_logits")}
+    contestants, ratios = figures["contestants"], figures["ratios"]
+    assert all(one["tokens_per_second"]["median"] > 0 < one["peak_bytes"] for one in contestants.values())
+    first = {name: contestants[name]["losses"][0] for name in ("shared", "model", "two_models", "full_logits")}
     assert len({round(loss, 6) for loss in first.values()}) == 1 and first["shared"] == first["model"]
-    assert found["cached"]["losses"][0] < first["shared"]
+    assert contestants["cached"]["losses"][0] < first["shared"]
     assert ratios["shared largest difference of losses"] < 1e-4
 
 
@@ -115,11 +115,11 @@ CHECKS = {
 
 
 def test_families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One family by two methods; a folder that computes something else is found."""
+    """One family with two methods; a folder with other logits is reported."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench = importlib.import_module("families")
-    alone = next(line for line in bench.ELSEWHERE.splitlines() if line.startswith("assert all(importlib"))
-    monkeypatch.setattr(bench, "ELSEWHERE", bench.ELSEWHERE.replace(alone, 'sys.modules["recondense"] = None'))
+    check = next(line for line in bench.ELSEWHERE.splitlines() if line.startswith("assert all(importlib"))
+    monkeypatch.setattr(bench, "ELSEWHERE", bench.ELSEWHERE.replace(check, 'sys.modules["recondense"] = None'))
     cells = bench.of_family("mixtral", ["cdmoe_s", "reap", "svd_llm"], tmp_path, sys.executable)
     assert "no shared experts" in cells["cdmoe_s"]["refused"] and bench.letters(cells["cdmoe_s"]) == "x"
     assert not any(list(bench.failures(cell)) for cell in cells.values())

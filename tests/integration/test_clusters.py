@@ -1,4 +1,4 @@
-"""Sweeps beside Hydra's own: joblib, submitit, Optuna; and the batch script of a recovery on several machines."""
+"""Sweeps by joblib, submitit and Optuna, and the batch script of a recovery on several machines."""
 
 from __future__ import annotations
 
@@ -98,54 +98,54 @@ def test_a_package_that_is_not_installed(
 
 
 def test_a_jobs_folder_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job composes its config anew, in a process whose command line is another: its record goes to the sweep's."""
+    """A job composes its config in a process with another command line, and still writes to the sweep's folder."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         monkeypatch.setattr("sys.argv", ["train.py", "-m", "seed=0,1"])
         sweep = compose("train", return_hydra_config=True)
         OmegaConf.set_readonly(sweep.hydra, False)
         sweep.hydra.job.config_name = "train"
-        folder = sweep.hydra.sweep.dir  # as the callback asks for it when the sweep starts
+        folder = sweep.hydra.sweep.dir  # as the callback reads it when the sweep starts
         monkeypatch.setattr("sys.argv", ["worker"])
         job = GlobalHydra.instance().config_loader().load_sweep_config(sweep, ["seed=1"])
         assert job.hydra.sweep.dir == folder
         assert compose("train", return_hydra_config=True).hydra.sweep.dir != folder
 
 
-def test_runs_beside_others_have_no_bars(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One at a time, so in this process: joblib's launcher as it is."""
-    seen: list[Config] = []
-    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
+def test_parallel_runs_have_no_progress_bars(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With one job at a time, joblib's launcher runs it in this process."""
+    configs: list[Config] = []
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: configs.append(config) or 1.0)
     words = ("-m", "recovery=none", "method.num_layers=2,4", f"output_dir={tmp_path}/out")
     assert command(*words) == (0, "")
     code, err = command(*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
     assert code == 0, err
-    assert [(each.method["num_layers"], each.trainer.progress_bar) for each in seen] == [
+    assert [(config.method["num_layers"], config.trainer.progress_bar) for config in configs] == [
         *((2, True), (4, True), (2, False), (4, False))
     ]
-    assert seen[0].run_folder() == seen[2].run_folder()
+    assert configs[0].run_folder() == configs[2].run_folder()
 
 
 def test_several_metrics() -> None:
-    found = {"ratios": {"memory": 0.5}, "stages": {"compressed": {"perplexity": 9}, "recovered": {"perplexity": 7.0}}}
-    assert summary.metric(found, ("memory", "perplexity", "gap_closed")) == (0.5, 7.0, None)
-    assert summary.metric(found, "perplexity") == 7.0
+    figures = {"ratios": {"memory": 0.5}, "stages": {"compressed": {"perplexity": 9}, "recovered": {"perplexity": 7.0}}}
+    assert summary.metric(figures, ("memory", "perplexity", "gap_closed")) == (0.5, 7.0, None)
+    assert summary.metric(figures, "perplexity") == 7.0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Optuna 2 asks SQLAlchemy 2 in an old way
-def test_optuna_is_told_both_metrics(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It writes the front of its trials; one that fails ends no other, but the command with a code; again, the same."""
-    errors = {2: OSError(28, "No space left on device"), 1: RuntimeError("boom")}  # the user's to mend, and ours
-    seen: list[tuple[str, float, float]] = []
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Optuna 2 calls SQLAlchemy 2 in a deprecated way
+def test_optuna_gets_both_metrics(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It writes the front of its trials. A failing trial stops no other, but sets the exit code. Again, the same."""
+    errors = {2: OSError(28, "No space left on device"), 1: RuntimeError("boom")}  # a user error, and a defect of ours
+    runs: list[tuple[str, float, float]] = []
 
     def run(config: Config, *rest: Any) -> tuple[float, float]:
         method = config.method
         ratio, name = method["memory_ratio"], str(method["name"])
-        if len(seen) == 3:
-            seen.append((name, 9.0, 9.0))
+        if len(runs) == 3:
+            runs.append((name, 9.0, 9.0))
             raise errors[expected]
-        # A method that is better than the other everywhere, and a step below which nothing is lost.
+        # One method is better everywhere, and the loss no longer grows below a ratio of 0.6.
         loss = (2.0 if name == "reap" else 1.0) / max(ratio, 0.6)
-        seen.append((name, ratio, loss))
+        runs.append((name, ratio, loss))
         return ratio, loss
 
     monkeypatch.setattr(pipeline, "run", run)
@@ -153,8 +153,8 @@ def test_optuna_is_told_both_metrics(command: Command, monkeypatch: pytest.Monke
     expected = 2
     code, err = command(*words)
     assert code == expected and "No space left on device" in err.splitlines()[-1], err
-    first, trials = list(seen), [each for each in seen if each[1] < 9]
-    assert len(seen) == 6 and {each[0] for each in seen} == {"cdmoe", "reap"}
+    first, trials = list(runs), [trial for trial in runs if trial[1] < 9]
+    assert len(runs) == 6 and {name for name, _, _ in runs} == {"cdmoe", "reap"}
     assert all(0.509 <= ratio <= 0.9 for _, ratio, _ in trials)
     [folder] = (tmp_path / "out" / "pareto" / "sweeps").iterdir()
     solutions = yaml.safe_load((folder / "optimization_results.yaml").read_text())["solutions"]
@@ -163,12 +163,12 @@ def test_optuna_is_told_both_metrics(command: Command, monkeypatch: pytest.Monke
         for _, ratio, loss in trials
         if not any(r <= ratio and x <= loss and (r, x) != (ratio, loss) for _, r, x in trials)
     ]
-    assert sorted(tuple(each["values"]) for each in solutions) == sorted(front)
+    assert sorted(tuple(solution["values"]) for solution in solutions) == sorted(front)
     assert len(json.loads((folder / "comparison.json").read_text())) == 6
-    seen.clear()
+    runs.clear()
     expected = 1
     assert command(*words)[0] == expected
-    assert seen == first
+    assert runs == first
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def comparison(base: Path, done: subprocess.CompletedProcess[str]) -> list[dict[
     return rows
 
 
-@pytest.mark.slow  # every process of theirs imports everything
+@pytest.mark.slow  # each of their processes imports everything
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_two_runs_at_once_in_processes_of_their_own(forks: Forks, real: tuple[Path, list[str]], launcher: str) -> None:
     base, words = real
@@ -216,11 +216,12 @@ def test_optuna_on_a_real_model(forks: Forks, real: tuple[Path, list[str]]) -> N
     assert len(rows) == 4
     [path] = base.glob("out/optuna/sweeps/*/optimization_results.yaml")
     measured = {(row["memory_ratio"], row["compressed_perplexity"]) for row in rows}
-    assert {tuple(each["values"]) for each in yaml.safe_load(path.read_text())["solutions"]} <= measured
+    solutions = yaml.safe_load(path.read_text())["solutions"]
+    assert {tuple(solution["values"]) for solution in solutions} <= measured
 
 
 def sbatch_words(folder: Path, *more: str, code: int = 0) -> tuple[list[str], str, int]:
-    """What the script hands to srun, what it does afterwards, and its exit code; SLURM's commands are stand-ins."""
+    """What the script passes to srun and then to scontrol, and its exit code. Scripts stand in for SLURM's commands."""
     commands = {
         "srun": f'printf "%s\\n" "$@" > {folder}/srun; exit {code}',
         "scontrol": f'echo "$@" > {folder}/scontrol',
@@ -249,7 +250,7 @@ def test_the_batch_script_is_a_valid_command(tmp_path: Path) -> None:
     overrides = words[start + 2 :]
     assert {"trainer.num_nodes=2", "trainer.devices=8", "seed=7"} <= set(overrides)
     trainer = next(word.partition("=")[2] for word in overrides if word.startswith("trainer="))
-    if not (ROOT / "conf" / "trainer" / f"{trainer}.yaml").exists():  # then its settings are not there either
+    if not (ROOT / "conf" / "trainer" / f"{trainer}.yaml").exists():  # then it has no settings either
         overrides = [word for word in overrides if not word.startswith("trainer")]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         values: Any = OmegaConf.to_container(compose("train", overrides), resolve=True)
@@ -258,19 +259,19 @@ def test_the_batch_script_is_a_valid_command(tmp_path: Path) -> None:
     assert (config.model.name, config.recovery.objective, config.seed) == ("qwen_moe", "distill", 7)
 
 
-def test_the_batch_script_goes_on_after_a_stop(tmp_path: Path) -> None:
-    """143 is what train.py ends with after a SIGTERM, its checkpoint written; other failures are the user's."""
+def test_the_batch_script_requeues_after_a_stop(tmp_path: Path) -> None:
+    """train.py exits with 143 after a SIGTERM, once its checkpoint is written. Other failures are not requeued."""
     (tmp_path / "stopped").mkdir()
     (tmp_path / "failed").mkdir()
     assert sbatch_words(tmp_path / "stopped", code=143)[1:] == ("requeue 17\n", 143)
     assert sbatch_words(tmp_path / "failed", code=2)[1:] == ("", 2)
 
 
-def test_the_batch_script_asks_for_as_many_processes_as_gpus() -> None:
-    asked = dict(
+def test_the_batch_script_requests_a_process_for_each_gpu() -> None:
+    options = dict(
         line.removeprefix("#SBATCH --").split("=", 1)
         for line in SCRIPT.read_text().splitlines()
         if line.startswith("#SBATCH --") and "=" in line
     )
-    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0

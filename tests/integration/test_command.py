@@ -1,4 +1,4 @@
-"""The command from outside: what it imports before it refuses, how long that takes, and the wheel that brings it."""
+"""The command as users see it: what it imports before it refuses, how long that takes, and the wheel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ print(json.dumps({"code": code, "seconds": used.ru_utime + used.ru_stime, "packa
 
 
 def run(root: Path, folder: Path, *arguments: str) -> tuple[dict[str, Any], str, str]:
-    """A command in a process of its own: its exit code, CPU seconds and imported packages; stdout and stderr."""
+    """Run a command in a process of its own.
+
+    Returns:
+        its exit code, CPU seconds and imported packages; its stdout; its stderr.
+    """
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments],
@@ -55,10 +59,10 @@ def run(root: Path, folder: Path, *arguments: str) -> tuple[dict[str, Any], str,
         (["-m", "seed=0,-1"], "seed=-1: must be at least 0."),
     ],
 )
-def test_what_needs_no_model_is_refused_without_it(
+def test_what_is_wrong_without_a_model_is_refused_without_imports(
     root: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    """In a second and a half on an idle machine; here others may work on the same cores."""
+    """It takes a second and a half on an idle machine; here other processes may use the same cores."""
     report, _, err = run(root, tmp_path, *arguments)
     assert report["code"] == 2 and message in err
     assert HEAVY & set(report["packages"]) == set()
@@ -84,7 +88,7 @@ def test_help_is_a_page_for_people(root: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_need_neither_lightning_nor_pictures(root: Path, tmp_path: Path) -> None:
-    """In five seconds on an idle machine."""
+    """It takes five seconds on an idle machine."""
     report, out, err = run(root, tmp_path, "plan_only=true", "model=mixtral")
     assert report["code"] == 0 and "46,702,792,704" in out, err
     assert (HEAVY - {"torch", "transformers", "accelerate", "scipy", "huggingface_hub"}) & set(
@@ -110,7 +114,7 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_is_one_package(root: Path, wheel: Path) -> None:
-    """With the configs and the callbacks of the repository in it."""
+    """It contains the configs and the callbacks of the repository."""
     assert sorted(path.name.partition("-")[0] for path in wheel.iterdir()) == ["recondense", "recondense"]
     for name in ("conf", "callbacks"):
         names = {path.relative_to(root / name) for path in (root / name).rglob("*") if path.is_file()}

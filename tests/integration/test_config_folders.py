@@ -1,4 +1,4 @@
-"""Configs of one's own, in folders that Hydra is told of: checked like those of conf/, and found by every process."""
+"""A user's own configs, in folders given to Hydra: checked like those of conf/, and found by every process."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from recondense.config.schema import Config
 from recondense.run import pipeline
 
 Command = Callable[..., tuple[int, str]]
-Seen = list[tuple[Config, list[str]]]
+Runs = list[tuple[Config, list[str]]]
 
-MINE = "# @package _global_\ndefaults:\n  - override /recovery: none\nexperiment_name: mine\nseed: 7\n"
+EXPERIMENT = "# @package _global_\ndefaults:\n  - override /recovery: none\nexperiment_name: mine\nseed: 7\n"
 PRIMARY = f"defaults:\n  - train\n  - _self_\nhydra:\n  searchpath:\n    - file://{ROOT}/conf\nmetric: loss\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Holds experiments, and a primary config that begins with the project's."""
+    """A folder with experiments, and a primary config that extends the project's."""
     folder = tmp_path / "my configs"
     (folder / "experiment").mkdir(parents=True)
-    (folder / "experiment" / "mine.yaml").write_text(MINE)
-    (folder / "experiment" / "yours.yaml").write_text(MINE.replace("mine", "yours").replace("7", "8"))
+    (folder / "experiment" / "mine.yaml").write_text(EXPERIMENT)
+    (folder / "experiment" / "yours.yaml").write_text(EXPERIMENT.replace("mine", "yours").replace("7", "8"))
     (folder / "own.yaml").write_text(PRIMARY)
     return folder
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """The runs that a command makes: the config of each, and the command of its other processes."""
-    seen: Seen = []
-    monkeypatch.setattr(
-        pipeline, "run", lambda config, steps, callbacks, again, stages: seen.append((config, again)) or 1.0
-    )
-    return seen
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """The runs that a command starts: their configs, and the commands of their other processes."""
+    runs: Runs = []
+
+    def note(config: Config, steps: Any, callbacks: Any, process_command: list[str], stages: Any) -> float:
+        runs.append((config, process_command))
+        return 1.0
+
+    monkeypatch.setattr(pipeline, "run", note)
+    return runs
 
 
 WAYS: dict[str, Callable[[Path], list[str]]] = {
@@ -54,38 +57,38 @@ WAYS: dict[str, Callable[[Path], list[str]]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_and_its_other_processes(
-    command: Command, seen: Seen, folder: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    command: Command, runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.chdir(folder.parent)
     words = WAYS[way](folder)
     code, err = command(*words)
     assert code == 0, err
-    [(config, again)] = seen
+    [(config, process_command)] = runs
     assert (config.experiment_name, config.seed, config.recovery.name) == ("mine", 7, "none")
-    assert again[1:3] == ["-m", "recondense.run.command_line"]
+    assert process_command[1:3] == ["-m", "recondense.run.command_line"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["worker"])  # a launcher's, of which no process could tell the folder
-    code, err = command(*again[3:])
+    monkeypatch.setattr("sys.argv", ["worker"])  # as a launcher's process, whose command line does not name the folder
+    code, err = command(*process_command[3:])
     assert code == 0, err
-    assert seen[1] == (config, again)
+    assert runs[1] == (config, process_command)
 
 
 @pytest.mark.parametrize("way", ["a relative --config-dir", "hydra.searchpath"])
-def test_a_sweep(command: Command, seen: Seen, folder: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_a_sweep(command: Command, runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.chdir(folder.parent)
     words = [word.replace("experiment=mine", "experiment=mine,yours") for word in WAYS[way](folder)]
     code, err = command("-m", *words)
     assert code == 0, err
-    assert [(config.experiment_name, config.seed) for config, _ in seen] == [("mine", 7), ("yours", 8)]
-    code, err = command(*seen[1][1][3:])
+    assert [(config.experiment_name, config.seed) for config, _ in runs] == [("mine", 7), ("yours", 8)]
+    code, err = command(*runs[1][1][3:])
     assert code == 0, err
-    assert seen[2] == seen[1], "processes of one run start no sweep"
+    assert runs[2] == runs[1], "the other processes of a run do not start a sweep"
 
 
-def test_the_primary_config_decides(command: Command, seen: Seen, folder: Path) -> None:
+def test_the_primary_config_is_used(command: Command, runs: Runs, folder: Path) -> None:
     code, err = command(f"--config-path={folder}", "--config-name=own", "recovery=none")
     assert code == 0, err
-    assert seen[0][0].metric == "loss"
+    assert runs[0][0].metric == "loss"
 
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
@@ -120,15 +123,15 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_wrong_is_refused(command: Command, seen: Seen, folder: Path, tmp_path: Path, kind: str) -> None:
+def test_what_is_wrong_is_refused(command: Command, runs: Runs, folder: Path, tmp_path: Path, kind: str) -> None:
     folder = folder.rename(tmp_path / "configs")
-    (folder / "experiment" / "bad.yaml").write_text(MINE.replace("7", "x"))
-    (folder / "experiment" / "torn.yaml").write_text(MINE + "metric: [a\n")
+    (folder / "experiment" / "bad.yaml").write_text(EXPERIMENT.replace("7", "x"))
+    (folder / "experiment" / "torn.yaml").write_text(EXPERIMENT + "metric: [a\n")
     words, parts = BAD[kind]
     code, err = command(*(word.replace("{}", str(folder)) for word in words))
     assert code == 2 and "Traceback" not in err, err
     assert all(part.replace("{}", str(folder)) in err for part in parts), err
-    assert len(err.splitlines()) == 1 and not seen
+    assert len(err.splitlines()) == 1 and not runs
 
 
 def test_a_relative_config_path_begins_beside_the_script(forks: Forks, tmp_path: Path) -> None:
@@ -141,7 +144,7 @@ def test_a_relative_config_path_begins_beside_the_script(forks: Forks, tmp_path:
     assert f"--config-path={ROOT.parent}/conf: there is no such folder" in done.stderr
 
 
-def test_other_processes_of_a_plain_command(command: Command, seen: Seen) -> None:
+def test_other_processes_of_a_plain_command(command: Command, runs: Runs) -> None:
     assert command("recovery=none", "seed=3")[0] == 0
-    again: list[Any] = seen[0][1]
-    assert again[3:6] == [f"--config-path={ROOT / 'conf'}", "--config-name=train", "recovery=none"]
+    process_command: list[Any] = runs[0][1]
+    assert process_command[3:6] == [f"--config-path={ROOT / 'conf'}", "--config-name=train", "recovery=none"]

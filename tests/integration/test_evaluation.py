@@ -1,4 +1,4 @@
-"""Evaluation of a run and of its exported folder: by the run itself, by train.py alone, by lm-eval's own command."""
+"""Evaluation of a run and of its exported folder: by the run, by train.py on the folder, and by lm-eval's command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(base: Path, output: Path, shared_gate: str) -> dict[str, Any]:
-    """Two of three layers condensed; the paper's tasks and the held-out ones are run before and after."""
+    """Condense two of three layers, and run the paper's tasks and the held-out ones before and after; the summary."""
     settings = config(base / "model", text_files(base / "texts"), output, name="none", objective="none")
     evaluation = EvaluationConfig(
         name="paper_cdmoe",
@@ -56,12 +56,12 @@ def run(base: Path, output: Path, shared_gate: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stock(base: Path) -> dict[str, Any]:
-    found = run(base, base / "stock", "mean")
-    assert found["artifacts"]["export_format"] == "stock"
-    return found
+    summary = run(base, base / "stock", "mean")
+    assert summary["artifacts"]["export_format"] == "stock"
+    return summary
 
 
-def test_means_stand_under_each_stage(stock: dict[str, Any]) -> None:
+def test_every_stage_has_the_mean_of_its_tasks(stock: dict[str, Any]) -> None:
     assert list(stock["stages"]) == ["original", "compressed"]
     for stage in stock["stages"].values():
         scores = [stage["tasks"][task]["acc_norm" if task in NORMALISED else "acc"] for task in PAPER_TASKS[CDMOE]]
@@ -69,8 +69,8 @@ def test_means_stand_under_each_stage(stock: dict[str, Any]) -> None:
     assert stock["published"] == {"rows": []}
 
 
-def alone(command: Command, model: Path, output: Path, *arguments: str) -> dict[str, Any]:
-    """The summary of train.py's evaluation of a folder, with no text at all."""
+def evaluate_folder(command: Command, model: Path, output: Path, *arguments: str) -> dict[str, Any]:
+    """Evaluate a folder with train.py and without any texts; return the summary."""
     with one_command():
         code, err = command(
             "method=none", "recovery=none", f"model.path={model}", f"output_dir={output}", f"run_dir={output / 'run'}",
@@ -78,43 +78,45 @@ def alone(command: Command, model: Path, output: Path, *arguments: str) -> dict[
         )  # fmt: skip
     assert code == 0, err
     assert "calibrating" not in err and ("exporting" in err) == ("export.enabled=true" in arguments)
-    found = json.loads((output / "run" / "summary.json").read_text())
-    assert list(found["stages"]) == ["original"] and "perplexity" not in found["stages"]["original"]
-    assert found["ratios"] == {} and set(found["parameters"]["total"]) == {"original"}
-    return found
+    summary = json.loads((output / "run" / "summary.json").read_text())
+    assert list(summary["stages"]) == ["original"] and "perplexity" not in summary["stages"]["original"]
+    assert summary["ratios"] == {} and set(summary["parameters"]["total"]) == {"original"}
+    return summary
 
 
-def test_a_folder_alone_is_evaluated(stock: dict[str, Any], base: Path, command: Command, tmp_path: Path) -> None:
-    """The exported folder gives the run's own numbers; nothing is calibrated, trained, compared or exported again."""
+def test_evaluation_of_a_folder(stock: dict[str, Any], base: Path, command: Command, tmp_path: Path) -> None:
+    """The exported folder has the numbers of the run; nothing is calibrated, trained, compared or exported."""
     model = base / "stock" / "run" / "model"
-    found = alone(command, model, tmp_path, "evaluation=paper_cdmoe", f"evaluation.include_path={base / 'tasks'}")
+    summary = evaluate_folder(
+        command, model, tmp_path, "evaluation=paper_cdmoe", f"evaluation.include_path={base / 'tasks'}"
+    )
     compressed = stock["stages"]["compressed"]
     for task in PAPER_TASKS[CDMOE]:
-        assert found["stages"]["original"]["tasks"][task] == pytest.approx(compressed["tasks"][task], abs=1e-6), task
-    assert found["stages"]["original"]["task_mean"] == pytest.approx(compressed["task_mean"])
-    assert found["model"] == str(model)
-    assert not (tmp_path / "run" / "model").exists() and found["artifacts"] == {}
-    asked = alone(command, model, tmp_path / "asked", "evaluation=none", "export.enabled=true")
-    assert asked["artifacts"] == {"model": "model", "export_format": "stock"}
+        assert summary["stages"]["original"]["tasks"][task] == pytest.approx(compressed["tasks"][task], abs=1e-6), task
+    assert summary["stages"]["original"]["task_mean"] == pytest.approx(compressed["task_mean"])
+    assert summary["model"] == str(model)
+    assert not (tmp_path / "run" / "model").exists() and summary["artifacts"] == {}
+    exported = evaluate_folder(command, model, tmp_path / "exported", "evaluation=none", "export.enabled=true")
+    assert exported["artifacts"] == {"model": "model", "export_format": "stock"}
 
 
 def test_a_folder_without_moe_layers_is_evaluated_on_local_tasks(
     base: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All layers condensed: a dense model by its config. Every task of the folder is run."""
+    """With all layers condensed, the config is that of a dense model. Every task of the folder is run."""
     settings = config(base / "model", text_files(base / "texts"), tmp_path / "first", name="none", objective="none")
     with one_command():
         pipeline.run(settings, [CDMoE(2, "all")])
-    capsys.readouterr()  # of the first run
+    capsys.readouterr()  # discards the output of the first run
     arguments = ("evaluation=local", f"evaluation.include_path={base / 'tasks'}")
-    found = alone(command, tmp_path / "first" / "run" / "model", tmp_path / "second", *arguments)
-    assert set(found["stages"]["original"]["tasks"]) == set(PAPER_TASKS[CDMOE])
+    summary = evaluate_folder(command, tmp_path / "first" / "run" / "model", tmp_path / "second", *arguments)
+    assert set(summary["stages"]["original"]["tasks"]) == set(PAPER_TASKS[CDMOE])
 
 
 def test_published_rows_of_a_known_model(
     base: Path, stock: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The small model is taken for DeepSeekMoE-16B by its numbers: before, by its plan, and after, by its folder's."""
+    """With these numbers, the small model passes for DeepSeekMoE-16B, and its plan for one of the paper's."""
     values = json.loads((base / "model" / "config.json").read_text())
     small = replace(
         model_named(DEEPSEEK),
@@ -125,16 +127,14 @@ def test_published_rows_of_a_known_model(
     )
     monkeypatch.setattr(published, "MODELS", (small,))
     monkeypatch.setattr("recondense.report.beside_published.MODELS", (small,))
-    found = run(base, tmp_path, "mean")["published"]
-    assert found["model"] == DEEPSEEK
-    assert [row["mean"] for row in found["rows"]] == [61.6, 59.2], (
-        "E(2+0) at three layers is the nearest to E(2+2) at two"
-    )
-    assert [row["same"] for row in found["rows"]] == [True, False]
+    table = run(base, tmp_path, "mean")["published"]
+    assert table["model"] == DEEPSEEK
+    assert [row["mean"] for row in table["rows"]] == [61.6, 59.2], "E(2+0) at three layers is nearest to E(2+2) at two"
+    assert [row["same"] for row in table["rows"]] == [True, False]
 
 
 def lm_eval_command(model: Path, tasks: list[str], folder: Path, output: Path) -> dict[str, dict[str, float]]:
-    """What lm-eval's own command line finds of a folder, in another process."""
+    """The scores of a folder by lm-eval's command line, in another process."""
     done = subprocess.run(
         [
             sys.executable, "-m", "lm_eval", "--model", "hf",
@@ -146,29 +146,29 @@ def lm_eval_command(model: Path, tasks: list[str], folder: Path, output: Path) -
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [path] = output.rglob("results_*.json")
-    found = json.loads(path.read_text())["results"]
+    scores = json.loads(path.read_text())["results"]
     return {
         task: {key.removesuffix(",none"): value for key, value in metrics.items() if key.endswith(",none")}
-        for task, metrics in found.items()
+        for task, metrics in scores.items()
     }
 
 
 def lm_eval_function(model: Path, tasks: list[str], folder: Path, output: Path) -> dict[str, dict[str, float]]:
-    """The same by the function behind it, with an index of these tasks alone: lm-eval's own has 14,000."""
+    """The scores by the function behind that command, with an index of these tasks alone: lm-eval has 14,000."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
+    scores = simple_evaluate(
         "hf", model_args=f"pretrained={model}", tasks=tasks, device="cpu", batch_size=8,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )["results"]  # fmt: skip
     return {
         task: {key.removesuffix(",none"): value for key, value in metrics.items() if key.endswith(",none")}
-        for task, metrics in found.items()
+        for task, metrics in scores.items()
     }
 
 
-def same_numbers(
+def assert_same_scores(
     base: Path, run_folder: Path, summary: dict[str, Any], tmp_path: Path, lm_eval: LmEval = lm_eval_command
 ) -> None:
     tasks = [*PAPER_TASKS[CDMOE], *HELDOUT_TASKS]
@@ -177,60 +177,60 @@ def same_numbers(
     [heldout] = (run_folder.parent / "cache" / "tasks").iterdir()
     for path in heldout.glob("*.yaml"):
         shutil.copy(path, folder)
-    found = lm_eval(run_folder / "model", tasks, folder, tmp_path / "out")
+    scores = lm_eval(run_folder / "model", tasks, folder, tmp_path / "out")
     ours = summary["stages"]["compressed"]["tasks"]
-    assert set(ours) == set(found) == set(tasks)
+    assert set(ours) == set(scores) == set(tasks)
     for task in tasks:
         for metric, value in ours[task].items():
-            # Only a bootstrapped error depends on the number of its samples.
+            # Standard errors are bootstrapped, so they depend on the number of samples.
             tolerance = 1e-5 if not metric.endswith("_stderr") else 1e-4
-            assert found[task][metric] == pytest.approx(value, rel=tolerance), (task, metric)
+            assert scores[task][metric] == pytest.approx(value, rel=tolerance), (task, metric)
     assert ours != summary["stages"]["original"]["tasks"], "another model has other numbers"
 
 
-def test_lm_eval_itself_gives_the_runs_numbers(base: Path, stock: dict[str, Any], tmp_path: Path) -> None:
-    same_numbers(base, base / "stock" / "run", stock, tmp_path, lm_eval_function)
+def test_lm_eval_gives_the_scores_of_the_run(base: Path, stock: dict[str, Any], tmp_path: Path) -> None:
+    assert_same_scores(base, base / "stock" / "run", stock, tmp_path, lm_eval_function)
 
 
 @pytest.mark.slow
-def test_lm_evals_own_command_gives_the_runs_numbers(base: Path, stock: dict[str, Any], tmp_path: Path) -> None:
-    same_numbers(base, base / "stock" / "run", stock, tmp_path)
+def test_the_command_of_lm_eval_gives_the_scores_of_the_run(base: Path, stock: dict[str, Any], tmp_path: Path) -> None:
+    assert_same_scores(base, base / "stock" / "run", stock, tmp_path)
 
 
 @pytest.mark.slow
-def test_lm_evals_own_command_runs_a_bundled_export(base: Path, tmp_path: Path) -> None:
-    found = run(base, tmp_path / "bundled", "token")
-    assert found["artifacts"]["export_format"] == "bundled"
-    same_numbers(base, tmp_path / "bundled" / "run", found, tmp_path)
+def test_the_command_of_lm_eval_runs_a_bundled_export(base: Path, tmp_path: Path) -> None:
+    summary = run(base, tmp_path / "bundled", "token")
+    assert summary["artifacts"]["export_format"] == "bundled"
+    assert_same_scores(base, tmp_path / "bundled" / "run", summary, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_stage_is_measured_with_the_same_experts(
     base: Path, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after a training in mixed precision, which computes fused experts another way."""
-    seen: dict[str, set[str]] = {}
-    trained: set[str] = set()
+    """Also after training in mixed precision, which uses another implementation of fused experts."""
+    implementations: dict[str, set[str]] = {}
+    training_implementations: set[str] = set()
     evaluate, profile, step = Evaluator._evaluate, measure.profile, RecoveryModule.training_step
 
-    def watched_evaluate(self: Evaluator, model: Any, name: str, *rest: Any) -> Any:
-        seen.setdefault(name, set()).add(model.config._experts_implementation)
+    def noting_evaluate(self: Evaluator, model: Any, name: str, *rest: Any) -> Any:
+        implementations.setdefault(name, set()).add(model.config._experts_implementation)
         return evaluate(self, model, name, *rest)
 
-    def watched_profile(model: Any, name: str, *rest: Any) -> Any:
-        seen.setdefault(name, set()).add(model.config._experts_implementation)
+    def noting_profile(model: Any, name: str, *rest: Any) -> Any:
+        implementations.setdefault(name, set()).add(model.config._experts_implementation)
         return profile(model, name, *rest)
 
-    def watched_step(self: RecoveryModule, batch: Any, index: int) -> Any:
-        trained.add(self.model.config._experts_implementation)
+    def noting_step(self: RecoveryModule, batch: Any, index: int) -> Any:
+        training_implementations.add(self.model.config._experts_implementation)
         return step(self, batch, index)
 
-    monkeypatch.setattr(Evaluator, "_evaluate", watched_evaluate)
-    monkeypatch.setattr(measure, "profile", watched_profile)
-    monkeypatch.setattr(RecoveryModule, "training_step", watched_step)
+    monkeypatch.setattr(Evaluator, "_evaluate", noting_evaluate)
+    monkeypatch.setattr(measure, "profile", noting_profile)
+    monkeypatch.setattr(RecoveryModule, "training_step", noting_step)
     settings = config(base / "model", text_files(base / "texts"), tmp_path, steps=2, control=True)
     settings = replace(settings, model=replace(settings.model, dtype=dtype))
     with one_command():
         pipeline.run(settings, [SaliencyPruning("frequency", "uniform", budget=Budget(removed_expert_ratio=0.5))])
-    assert trained == {"eager" if dtype == "bfloat16" else "grouped_mm"}
-    assert seen == {name: {"grouped_mm"} for name in ("original", "compressed", "recovered", "control")}
+    assert training_implementations == {"eager" if dtype == "bfloat16" else "grouped_mm"}
+    assert implementations == {name: {"grouped_mm"} for name in ("original", "compressed", "recovered", "control")}

@@ -1,4 +1,4 @@
-"""Every method of conf/method through train.py to its export; runs that are killed while factors or adapters train."""
+"""Every method of conf/method through train.py to its export, and runs killed while factors or adapters train."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ CASES: list[Case] = [
     *(("qwen2_moe", method) for method in METHODS),
     *(("deepseek_v2", method) for method in ("cdmoe", "moei2", "block_drop")),
 ]
-# More of this model's parameters lie elsewhere: its factors cannot save so much.
+# Routed experts have fewer of this model's parameters, so factors cannot save as much.
 CHANGES = {("deepseek_v2", "moei2"): ("method.memory_ratio=0.8",)}
 IDS = torch.arange(1, 41).reshape(2, 20)
 
-# Runs where recondense cannot be imported: what each folder computes.
+# Runs without recondense: the logits and the number of parameters of every folder.
 ELSEWHERE = """
 import sys
 sys.modules["recondense"] = None
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-found = {}
+results = {}
 ids = torch.load(sys.argv[1], weights_only=True)
 for folder in map(Path, sys.argv[3:]):
     trust = {"trust_remote_code": True} if (folder / "modeling_recondense.py").exists() else {}
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **trust)
     assert not any(info.values()), (folder, info)
     with torch.no_grad():
-        found[str(folder)] = model.eval()(input_ids=ids).logits, sum(each.numel() for each in model.parameters())
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        results[str(folder)] = model.eval()(input_ids=ids).logits, num_parameters
 assert sys.modules["recondense"] is None
-torch.save(found, sys.argv[2])
+torch.save(results, sys.argv[2])
 """
 
 
@@ -63,7 +64,7 @@ def name_of(case: Case) -> str:
 
 
 @pytest.fixture(autouse=True)
-def put_back() -> Iterator[None]:
+def as_one_command() -> Iterator[None]:
     with one_command():
         yield
 
@@ -78,13 +79,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def budget(case: Case) -> dict[str, str]:
-    """What a case is asked to keep to."""
-    given = [*BUDGETS[case[1]], *CHANGES.get(case, ())]
-    return dict(setting.removeprefix("method.").split("=") for setting in given)
+    """The budget of a case: values by setting."""
+    settings = [*BUDGETS[case[1]], *CHANGES.get(case, ())]
+    return dict(setting.removeprefix("method.").split("=") for setting in settings)
 
 
 def finished(command: Command, base: Path, case: Case) -> Path:
-    """The folder of a case's run, which is made if it is not there yet."""
+    """The folder of a case's run; the first call runs it."""
     family, method = case
     folder = base / "out" / name_of(case)
     if not (folder / "summary.json").exists():
@@ -96,7 +97,7 @@ def finished(command: Command, base: Path, case: Case) -> Path:
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """All that a part of summary.json holds, which must be numbers."""
+    """All values of a part of summary.json; fails if one is not a number."""
     for inner in value.values():
         if isinstance(inner, dict):
             yield from numbers(inner)
@@ -106,21 +107,21 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def routed_at_most(case: Case, facts: families.Facts) -> float:
-    """The fraction of the routed experts that a case's budget leaves; what it leaves of whole layers."""
-    asked, method = budget(case), case[1]
+    """The largest fraction of routed experts that may remain under the budget of a case."""
+    limits, method = budget(case), case[1]
     total = len(facts.moe_layers) * facts.num_experts
-    if "removed_expert_ratio" in asked:
-        return 1 - round(float(asked["removed_expert_ratio"]) * total) / total
+    if "removed_expert_ratio" in limits:
+        return 1 - round(float(limits["removed_expert_ratio"]) * total) / total
     if method in ("cdmoe", "cdmoe_s"):  # one layer is condensed
         return 1 - (facts.num_experts - {"cdmoe": 2, "cdmoe_s": 0}[method]) / total
     return 1.0
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_a_run_ends_and_keeps_its_budget(command: Command, base: Path, case: Case) -> None:
+def test_a_run_finishes_and_meets_its_budget(command: Command, base: Path, case: Case) -> None:
     folder = finished(command, base, case)
-    found = json.loads((folder / "summary.json").read_text())
-    stages, ratios, sizes = found["stages"], found["ratios"], found["parameters"]
+    summary = json.loads((folder / "summary.json").read_text())
+    stages, ratios, sizes = summary["stages"], summary["ratios"], summary["parameters"]
     assert all(map(math.isfinite, [*numbers(stages), *numbers(ratios)]))
     if case[1] == "none":
         assert list(stages) == ["original", "recovered"] and set(ratios) == {"routed_expert_parameters"}
@@ -128,27 +129,26 @@ def test_a_run_ends_and_keeps_its_budget(command: Command, base: Path, case: Cas
     refits = any(isinstance(operation, Refit) for operation in Plan.load(folder / "plan.json").operations)
     assert refits == (case[1] not in ("layer_drop", "block_drop"))
     assert list(stages) == ["original", "compressed", *(["refitted"] if refits else []), "recovered"]
-    wanted = {"routed_expert_parameters", "memory", "prefill_speedup", "decode_speedup", "gap_closed"}
-    assert set(ratios) == wanted | ({"refit_gap_closed"} if refits else set())
+    expected = {"routed_expert_parameters", "memory", "prefill_speedup", "decode_speedup", "gap_closed"}
+    assert set(ratios) == expected | ({"refit_gap_closed"} if refits else set())
     assert 0 < ratios["memory"] < 1
     facts = families.facts(FAMILIES[case[0]]().config)
     assert 0 < ratios["routed_expert_parameters"] <= routed_at_most(case, facts) + 1e-9
-    asked = float(budget(case).get("memory_ratio", 1))  # the scales of condensed layers, folded at export, do not count
-    assert sizes["total"]["compressed"] <= asked * sizes["total"]["original"]
+    # An export folds the scales of condensed layers, so they do not count.
+    memory_ratio = float(budget(case).get("memory_ratio", 1))
+    assert sizes["total"]["compressed"] <= memory_ratio * sizes["total"]["original"]
 
 
 @torch.no_grad()
 def student(folder: Path, original: Path) -> tuple[Tensor, Tensor]:
     """Logits of a run's student before and after training, from the original, the plan and the final checkpoint.
 
-    What is solved on calibration data, factors and refits, trains afterwards: the checkpoint holds it.
+    Whitened factors and refits are not computed here: they train afterwards, so the checkpoint has them.
     """
     model = AutoModelForCausalLM.from_pretrained(original).eval()
     operations = Plan.load(folder / "plan.json").operations if (folder / "plan.json").exists() else ()
-    apply.execute(
-        model,
-        Plan("", tuple(replace(each, whitening=False) if isinstance(each, Factorize) else each for each in operations)),
-    )
+    plain = [replace(step, whitening=False) if isinstance(step, Factorize) else step for step in operations]
+    apply.execute(model, Plan("", tuple(plain)))
     before = model(IDS).logits
     state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
     state = {name.removeprefix("model."): value for name, value in state.items()}
@@ -160,26 +160,30 @@ def test_every_export_is_the_student_and_loads_without_recondense(command: Comma
     folders = {case: finished(command, base, case) for case in CASES}
     torch.save(IDS, tmp_path / "ids.pt")
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "ids.pt"), str(tmp_path / "found.pt")]
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "ids.pt"), str(tmp_path / "results.pt")]
         + [str(folder / "model") for folder in folders.values()],
         env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True, text=True, cwd=tmp_path, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    exported = torch.load(tmp_path / "found.pt", weights_only=True)
+    exported = torch.load(tmp_path / "results.pt", weights_only=True)
     for case, folder in folders.items():
         logits, num_parameters = exported[str(folder / "model")]
         before, after = student(folder, base / case[0])
         assert (logits - after).abs().max() < 1e-4, case
-        assert (logits - before).abs().max() > 1e-2, case  # what is far away would be noticed
-        found = json.loads((folder / "summary.json").read_text())
-        assert num_parameters == found["parameters"]["total"]["compressed"], case
+        assert (logits - before).abs().max() > 1e-2, case  # so that other logits would be noticed
+        summary = json.loads((folder / "summary.json").read_text())
+        assert num_parameters == summary["parameters"]["total"]["compressed"], case
 
 
 # ------------------------------------------------------------------------------------------------ interruptions
 
 
-DROPOUT = ("recovery=lora", "recovery.lora.target=attention", "recovery.lora.dropout=0.1")  # random numbers count
+DROPOUT = (
+    "recovery=lora",
+    "recovery.lora.target=attention",
+    "recovery.lora.dropout=0.1",
+)  # so that random numbers matter
 INTERRUPTED = {
     "moei2-dropout": ("method=moei2", *BUDGETS["moei2"], "method.refit=true", *DROPOUT),
     "moei2-lora": ("method=moei2", *BUDGETS["moei2"], "method.refit=true", "recovery=lora"),
@@ -191,8 +195,8 @@ INTERRUPTED = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "moei2-dropout")) for name in INTERRUPTED]
 )
-def test_a_killed_recovery_ends_like_an_undisturbed_one(forks: Forks, base: Path, name: str) -> None:
-    """Undisturbed in one folder, then killed in another, then the same again."""
+def test_a_killed_recovery_ends_like_an_uninterrupted_one(forks: Forks, base: Path, name: str) -> None:
+    """Uninterrupted in one folder; killed and then resumed in another."""
     texts = text_files(base / "texts")
 
     def run(output: str, phase: str = "never") -> subprocess.CompletedProcess[str]:
@@ -200,17 +204,17 @@ def test_a_killed_recovery_ends_like_an_undisturbed_one(forks: Forks, base: Path
         words = arguments(base / "qwen2_moe", texts, base / output, name, *settings)
         return forks.run(ROOT / "train.py", *words, folder=base, kill_at=phase)
 
-    done = [run("calm"), run("killed", "recovery"), run("killed")]
-    log = done[2].stderr
-    assert [each.returncode for each in done] == [0, -signal.SIGKILL, 0], log
+    processes = [run("uninterrupted"), run("killed", "recovery"), run("killed")]
+    log = processes[2].stderr
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL, 0], log
     assert "plan: found in" in log and "resuming from" in log
-    calm, resumed = base / "calm" / name, base / "killed" / name
-    plans = [Plan.load(folder / "plan.json") for folder in (calm, resumed)]
+    folders = base / "uninterrupted" / name, base / "killed" / name
+    plans = [Plan.load(folder / "plan.json") for folder in folders]
     assert plans[0].operations == plans[1].operations
-    stages = [json.loads((folder / "summary.json").read_text())["stages"] for folder in (calm, resumed)]
+    stages = [json.loads((folder / "summary.json").read_text())["stages"] for folder in folders]
     for stage in stages[0]:
         for figure in {"loss", "kl_to_original"} & set(stages[0][stage]):
             assert stages[0][stage][figure] == stages[1][stage][figure], (stage, figure)
     assert stages[0]["recovered"]["loss"] != stages[0]["compressed"]["loss"]
-    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (calm, resumed)]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]

@@ -1,4 +1,4 @@
-"""Every experiment of conf/experiment runs through the real train.py, at a size of seconds."""
+"""Every experiment of conf/experiment runs through the real train.py, with models and texts that take seconds."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ SMOKE = (
 
 
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a process that runs one command never puts back; and a short text in place of the whole library's."""
+def as_one_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore what a command changes, and replace the texts of the standard library by short ones."""
     few = corpus.Corpora(*(documents()[start::3] for start in range(3)))
     monkeypatch.setattr(corpora, "stdlib_corpora", lambda: few)
     monkeypatch.setattr(tiny, "stdlib_corpora", lambda: few)
@@ -58,37 +58,39 @@ def composed(arguments: tuple[str, ...]) -> Config:
 
 
 def stages_of(config: Config) -> list[str]:
-    """What a run of this config measures."""
+    """The result stages of a run of this config."""
     condenses, trains = bool(step_entries(config.method)), config.recovery.objective != "none"
-    wanted = {
+    has_stage = {
         "original": True,
         "compressed": condenses,
         "recovered": trains,
         "control": trains and condenses and config.recovery.control,
     }
-    return [name for name, is_wanted in wanted.items() if is_wanted]
+    return [name for name, has_it in has_stage.items() if has_it]
 
 
 def test_the_demo_has_every_stage() -> None:
-    """So that at least one smoke run below goes the whole way."""
+    """So that at least one smoke run below covers all of them."""
     assert "demo" in EXPERIMENTS
     assert stages_of(composed(("experiment=demo",))) == ["original", "compressed", "recovered", "control"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment(command: Callable[..., tuple[int, str]], tmp_path: Path, name: str) -> None:
-    given = composed((f"experiment={name}",))
-    assert given.model.pretrain and given.data.source == "stdlib", f"{name}: give SMOKE a small stand-in for its inputs"
+    published = composed((f"experiment={name}",))
+    assert published.model.pretrain and published.data.source == "stdlib", (
+        f"{name}: give SMOKE a small stand-in for its inputs"
+    )
     arguments = (f"experiment={name}", *SMOKE, f"output_dir={tmp_path}/out")
     config = composed(arguments)
     code, err = command(*arguments)
     assert code == 0, err
     folder = config.run_folder()
     assert folder.is_relative_to(tmp_path)
-    found = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
 
-    stages = found["stages"]
-    assert list(stages) == stages_of(given)
+    stages = summary["stages"]
+    assert list(stages) == stages_of(published)
     for stage, figures in stages.items():
         assert figures["loss"] > 0, stage
         assert set(figures["tasks"]) == set(config.evaluation.tasks or ()), stage
@@ -97,18 +99,18 @@ def test_experiment(command: Callable[..., tuple[int, str]], tmp_path: Path, nam
         assert stages[stage]["profile"]["decode_tokens_per_second"] > 0
     if "compressed" in stages:
         assert stages["compressed"]["kl_to_original"] > 0
-        ratios = found["ratios"]
+        ratios = summary["ratios"]
         assert set(ratios) >= {"routed_expert_parameters", "memory", "prefill_speedup", "decode_speedup"}
         assert 0 < ratios["routed_expert_parameters"] < 1 and 0 < ratios["memory"] < 1
         assert ("gap_closed" in ratios) == ("recovered" in stages)
         for file in ("plan.json", "plan.png"):
             assert (folder / file).stat().st_size > 0
-    assert found["artifacts"]["export_format"] == "stock"
+    assert summary["artifacts"]["export_format"] == "stock"
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert type(model).__module__.startswith("transformers.")
-    assert model.num_parameters() == found["parameters"]["total"]["compressed"]
+    assert model.num_parameters() == summary["parameters"]["total"]["compressed"]
     with torch.no_grad():
         logits = model(**tokenizer("def run(self):", return_tensors="pt")).logits
     assert torch.isfinite(logits).all()
@@ -116,9 +118,10 @@ def test_experiment(command: Callable[..., tuple[int, str]], tmp_path: Path, nam
 
 
 def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    """Without -m: the experiment says what it sweeps. A method and the control, two budgets, two seeds."""
-    small = [each for each in SMOKE if "num_texts" not in each and "moe_intermediate" not in each]
-    small.append("model.pretrain.config.moe_intermediate_size=96")  # mostly routed experts: both budgets can be met
+    """Without -m, because the experiment defines the sweep: a method and the control, two budgets, two seeds."""
+    small = [setting for setting in SMOKE if "num_texts" not in setting and "moe_intermediate" not in setting]
+    # Routed experts have most of the parameters, so that both budgets can be met.
+    small.append("model.pretrain.config.moe_intermediate_size=96")
     sweep = ["hydra.sweeper.params.method='none,random'", "hydra.sweeper.params.seed='0,1'"]
     arguments = ("experiment=compare", *small, *sweep, "method.refit=true", f"output_dir={tmp_path}/out")
     code, err = command(*arguments)
@@ -126,14 +129,16 @@ def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path)
     (folder,) = (tmp_path / "out" / "compare" / "sweeps").iterdir()
     rows = json.loads((folder / "comparison.json").read_text())
     assert len(rows) == 8 and all(row["status"] == "done" for row in rows)
-    # The control is one line for both budgets.
+    # The control is one row for both budgets.
     entries = [entry for entry in by_seed(rows) if entry["method"] != "none"]
     assert [entry["count"] for entry in entries] == [2] * 2
     for entry in entries:
-        own = [row["recovered_perplexity"] for row in rows if row["settings"].items() >= entry["settings"].items()]
-        mean = sum(own) / 2
+        perplexities = [
+            row["recovered_perplexity"] for row in rows if row["settings"].items() >= entry["settings"].items()
+        ]
+        mean = sum(perplexities) / 2
         assert entry["recovered_perplexity"][0] == pytest.approx(mean)
-        assert entry["recovered_perplexity"][1] == pytest.approx(((own[0] - mean) ** 2 * 2) ** 0.5)
+        assert entry["recovered_perplexity"][1] == pytest.approx(((perplexities[0] - mean) ** 2 * 2) ** 0.5)
         assert entry["memory_ratio"][0] <= float(entry["settings"]["method.memory_ratio"])
         assert "refit_gap_closed" in entry
     budgets = [entry["settings"]["method.memory_ratio"] for entry in entries]
@@ -141,23 +146,24 @@ def test_the_comparison(command: Callable[..., tuple[int, str]], tmp_path: Path)
     control = next(entry for entry in by_seed(rows) if entry["method"] == "none")
     assert control["memory_ratio"] == (1.0, 0.0)
     for row in rows:
-        found = json.loads((Path(row["run_folder"]) / "summary.json").read_text())
-        assert (found["recovery"], found["objective"]) == ("distill", "distill" if found["operations"] else "finetune")
-        refitted = {int(layer): error for layer, error in found.get("refit", {}).items()}
-        assert set(refitted) == ({0, 1} if found["operations"] else set())
+        summary = json.loads((Path(row["run_folder"]) / "summary.json").read_text())
+        assert summary["recovery"] == "distill"
+        assert summary["objective"] == ("distill" if summary["operations"] else "finetune")
+        refitted = {int(layer): error for layer, error in summary.get("refit", {}).items()}
+        assert set(refitted) == ({0, 1} if summary["operations"] else set())
         assert all(0 < error["error_after"] <= error["error_before"] for error in refitted.values())
         assert ("refitted_heldout_next_line" in row) == bool(refitted)
-    words = (folder / "comparison.md").read_text()
+    table = (folder / "comparison.md").read_text()
     assert (
-        "±" in words
-        and re.search(r"next line [01]\.", words)
-        and "refit closes" in words
+        "±" in table
+        and re.search(r"next line [01]\.", table)
+        and "refit closes" in table
         and (folder / "comparison.png").stat().st_size > 0
     )
 
 
-def test_the_comparison_is_of_all_methods() -> None:
-    """But CD-MoE-S, which is cdmoe without its routed experts."""
+def test_the_comparison_has_all_methods() -> None:
+    """Except cdmoe_s, which is cdmoe without routed experts."""
     sweep = OmegaConf.load(ROOT / "conf" / "experiment" / "compare.yaml").hydra.sweeper.params
     compared = sweep.method.split(",")
     assert len(compared) == len(set(compared))
@@ -175,15 +181,15 @@ def test_what_an_experiment_sweeps_is_checked_before_it_runs(
 def test_the_command_line_wins_over_what_an_experiment_sweeps(
     command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen: list[Config] = []
-    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: seen.append(config) or 1.0)
+    configs: list[Config] = []
+    monkeypatch.setattr(pipeline, "run", lambda config, steps, *rest: configs.append(config) or 1.0)
     for multirun in ((), ("-m",)):
-        seen.clear()
+        configs.clear()
         arguments = (*multirun, "experiment=compare", "method=none,reap", "method.memory_ratio=0.7,0.6", "seed=5")
         code, err = command(*arguments, f"output_dir={tmp_path}/out")
         assert code == 0, err
-        assert [(config.method["name"], config.method["memory_ratio"], config.seed) for config in seen] == [
+        assert [(config.method["name"], config.method["memory_ratio"], config.seed) for config in configs] == [
             *(("none", 0.7, 5), ("none", 0.6, 5), ("reap", 0.7, 5), ("reap", 0.6, 5))
         ]
-        assert len({config.run_folder() for config in seen}) == 3, "the control is one run for all budgets"
-        assert all(config.method["refit"] for config in seen)
+        assert len({config.run_folder() for config in configs}) == 3, "the control is one run for all budgets"
+        assert all(config.method["refit"] for config in configs)

@@ -1,4 +1,4 @@
-"""The seven verbs in Python, on the settings of a run: they give the run's numbers."""
+"""The seven verbs in Python, with the settings of a run, give the numbers of the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_notebook_gives_the_numbers_of_a_run(method: str, tmp_path: Path) -> N
         pipeline.run(settings, steps)
     run = tmp_path / "out" / "run"
     summary = json.loads((run / "summary.json").read_text())
-    # A run keeps its texts apart: what it calibrates on is not trained on.
+    # The texts of a run: those of the calibration set are not among the training texts.
     corpora = load_corpora(settings.data, ["calibration", "train", "validation"])
     calibration, train, validation = (getattr(corpora, name) for name in ("calibration", "train", "validation"))
 
@@ -54,11 +54,11 @@ def test_a_notebook_gives_the_numbers_of_a_run(method: str, tmp_path: Path) -> N
     exported, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "condensed", run / "model"))
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
-    again, _ = rc.load(tmp_path / "condensed")
-    assert rc.evaluate(again, tokenizer, validation, sequence_length=32)["loss"] == pytest.approx(recovered["loss"])
+    reloaded, _ = rc.load(tmp_path / "condensed")
+    assert rc.evaluate(reloaded, tokenizer, validation, sequence_length=32)["loss"] == pytest.approx(recovered["loss"])
 
 
-def test_a_notebook_refuses_what_cannot_be(tmp_path: Path) -> None:
+def test_a_notebook_refuses_bad_settings(tmp_path: Path) -> None:
     model, tokenizer = rc.load(model_folder(tmp_path / "model"))
     texts = ["some words and more words " * 4] * 8
     with pytest.raises(rc.UserError, match="dtype=int4"):

@@ -32,18 +32,18 @@ def model_type(name: str) -> str:
 
 
 def supported(name: str) -> Any:
-    """Skips, with the reason, where a model's family is not supported."""
+    """A mark that skips, with the reason, if a model's family is not supported."""
     missing = model_type(name) not in families.FAMILIES
     return pytest.mark.skipif(missing, reason=f"model_type {model_type(name)} is not supported")
 
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Sizes:
-    """Runs a command with plan_only=true, out of reach of the hub; its exit code, stdout, stderr and summary."""
+    """Runs a command with plan_only=true and without network; returns its exit code, stdout, stderr and summary."""
     import train
 
     def refused(*arguments: object, **settings: object) -> None:
-        pytest.fail("the network was asked")
+        pytest.fail("the command used the network or loaded a model")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(offline, "hub_access", refused)
@@ -57,16 +57,16 @@ def sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
                 train.main()
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-        written = capsys.readouterr()
-        found = list(tmp_path.glob("out/default/*-plan_only/summary.json"))
-        return code, written.out, written.err, json.loads(found[0].read_text()) if found else {}
+        output = capsys.readouterr()
+        summaries = list(tmp_path.glob("out/default/*-plan_only/summary.json"))
+        return code, output.out, output.err, json.loads(summaries[0].read_text()) if summaries else {}
 
     return run
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model(name: str, sizes: Sizes, tmp_path: Path) -> None:
-    """Those of a family that is not supported are refused, with the reason."""
+    """A model of a family that is not supported is refused with the reason."""
     experts = ["method.num_experts=2"]
     code, output, errors, summary = sizes(f"model={name}", "method=cdmoe", *experts)
     if model_type(name) not in families.FAMILIES:
@@ -123,13 +123,13 @@ def test_the_published_cuts_of_moei2(
 ) -> None:
     code, output, errors, summary = sizes(f"model={name}", "method=moei2", *settings)
     assert code == 0, errors
-    removed = 1 - summary["ratios"]["routed_expert_parameters"]
-    assert f"{removed:.2%}" == cut.split()[0]
+    removed_ratio = 1 - summary["ratios"]["routed_expert_parameters"]
+    assert f"{removed_ratio:.2%}" == cut.split()[0]
     assert f"{summary['weights_bytes']['compressed'] / 2**30:.2f}" == gibibytes
     assert any(f"{cut} {gibibytes}" in " ".join(line.split()) for line in output.splitlines())
 
 
-def test_a_folder_needs_its_config_alone(sizes: Sizes, tmp_path: Path) -> None:
+def test_a_folder_needs_only_its_config(sizes: Sizes, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(qwen2_moe().config.to_dict()))
@@ -153,7 +153,7 @@ def test_none_changes_nothing(sizes: Sizes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         (("method=cdmoe", "method.num_layers=2"), "which layers and experts: decided by calibration"),
         (("method=cdmoe", "method.num_layers=[0,2]"), "which experts: decided by calibration"),
@@ -162,15 +162,15 @@ def test_none_changes_nothing(sizes: Sizes) -> None:
         (("method=cdmoe_s",), ""),
     ],
 )
-def test_what_calibration_decides(sizes: Sizes, settings: tuple[str, ...], said: str) -> None:
+def test_what_calibration_decides(sizes: Sizes, settings: tuple[str, ...], expected: str) -> None:
     code, output, errors, _ = sizes(*settings)
     assert code == 0, errors
     lines = [line.partition(";")[0] for line in output.splitlines() if "decided by calibration" in line]
-    assert lines == [said] * bool(said)
+    assert lines == [expected] * bool(expected)
 
 
 def test_the_same_command_again(sizes: Sizes, tmp_path: Path) -> None:
-    """And beside it the run itself has its own folder, still empty."""
+    """The run itself would have another folder, which does not exist."""
     first = sizes("method=reap")
     assert sizes("method=reap") == first
     assert [path.name.endswith("-plan_only") for path in tmp_path.glob("out/default/*")] == [True]

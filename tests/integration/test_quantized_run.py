@@ -1,4 +1,4 @@
-"""A whole run of an original that is stored in fewer bits than it computes in."""
+"""A complete run of an original that is stored in fewer bits than it computes with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recondense.run import pipeline
 
 
 def test_a_run_counts_bytes_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both numbers, their ratio, the report's line and the card's, from the files that the run leaves."""
+    """Both sizes and their ratio come from the files; the printed report and the model card say so."""
     torch.manual_seed(0)
     fp8_folder(
         tmp_path / "fp8",
@@ -28,14 +28,14 @@ def test_a_run_counts_bytes_on_disk(tmp_path: Path, capsys: pytest.CaptureFixtur
     settings = replace(settings, recovery=RecoveryConfig(), model=replace(settings.model, dtype="bfloat16"))
     pipeline.run(settings, [CDMoE(num_experts=1, num_layers=1)])
     folder = tmp_path / "out" / "run"
-    found = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     original, compressed = (
-        (each / "model.safetensors").stat().st_size for each in (tmp_path / "fp8", folder / "model")
+        (model_folder / "model.safetensors").stat().st_size for model_folder in (tmp_path / "fp8", folder / "model")
     )
-    assert found["quantization"] == "fp8"
-    assert found["bytes_on_disk"] == {"original": original, "compressed": compressed}
-    assert found["ratios"]["memory"] == compressed / original
-    whole = found["stages"]["original"]["profile"]["weights_bytes"]
-    assert whole > 1.5 * original, "the stages' own bytes are the dequantised model's"
-    for said in (capsys.readouterr().out, (folder / "model" / "README.md").read_text()):
-        assert "counted in bytes on disk" in said and "stored in fp8" in said
+    assert summary["quantization"] == "fp8"
+    assert summary["bytes_on_disk"] == {"original": original, "compressed": compressed}
+    assert summary["ratios"]["memory"] == compressed / original
+    dequantized = summary["stages"]["original"]["profile"]["weights_bytes"]
+    assert dequantized > 1.5 * original, "result stages count the dequantised model"
+    for text in (capsys.readouterr().out, (folder / "model" / "README.md").read_text()):
+        assert "counted in bytes on disk" in text and "stored in fp8" in text

@@ -1,4 +1,4 @@
-"""README and docs tell the truth: their commands are valid, their settings have these defaults, their files exist."""
+"""README and docs are true: their commands are valid, their settings have these defaults, their files exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAGES = {
 }
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON = ("python", "python3", ".venv/bin/python")
-OURS = "recondense"  # an installed package's name of train.py
+OURS = "recondense"  # the command of the installed package, the same as train.py
 # Qwen1.5-MoE-A2.7B as far as checking goes: its layers and experts.
 QWEN = {
     "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
@@ -44,16 +44,16 @@ QWEN = {
 
 
 def commands() -> list[list[str]]:
-    """The words of every command that the pages show, in blocks and in sentences."""
-    shown: list[list[str]] = []
+    """The words of every command on the pages, in code blocks and in sentences."""
+    commands_shown: list[list[str]] = []
     for page in PAGES.values():
         blocks = "\n".join(BLOCK.findall(page)).replace("\\\n", " ").splitlines()
         sentences = re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))
         for line in (line.strip() for line in (*blocks, *sentences)):
             if re.match(r"(make|\S*python3?|recondense(?= \S+=))\s", line):
                 words = shlex.split(line, comments=True)
-                shown += [words] if words not in shown else []
-    return shown
+                commands_shown += [words] if words not in commands_shown else []
+    return commands_shown
 
 
 MAKES = [words[1:] for words in commands() if words[0] == "make"]
@@ -86,7 +86,7 @@ def test_make_target(words: list[str]) -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> dict[str, str]:
-    """Files in place of those that a command names: values by setting."""
+    """Files that replace those that a command names, by setting or by the end of the name."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(QWEN))
@@ -100,7 +100,7 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("words", TRAINS, ids=" ".join)
 def test_train_command(words: list[str], stand_in: dict[str, str], tmp_path: Path) -> None:
-    """With local stand-ins for a model of the hub and for files that only exist in README."""
+    """With local files in place of a model on the hub and of files that exist only in README."""
     arguments = []
     for word in words:
         key, _, value = word.partition("=")
@@ -117,7 +117,7 @@ def test_train_command(words: list[str], stand_in: dict[str, str], tmp_path: Pat
     sweep = ["method=none,cdmoe", "method.memory_ratio=0.673", "seed=0"]  # ninety runs take Hydra a minute to compose
     arguments += sweep if "experiment=compare" in words else []
     validate(get_args_parser().parse_args(arguments))
-    if words == TRAINS[0]:  # that something is checked at all
+    if words == TRAINS[0]:  # so that the check is known to run
         with pytest.raises(ConfigError, match="there is no such setting"):
             validate(get_args_parser().parse_args([*arguments, "method.of_another_name=1"]))
 
@@ -139,7 +139,7 @@ def tree() -> set[str]:
     section = PAGES[Path("docs/design.md")].partition("\n## Files\n")[2].partition("\n## ")[0]
     [block] = BLOCK.findall(section)
     paths: set[str] = set()
-    folders = [(-1, "")]  # that a line stands in, with their indents
+    folders = [(-1, "")]  # the folders that contain the current line, with their indents
     for line in block.splitlines():
         words = line.split()
         names = list(takewhile(lambda word: word.endswith((".py", "/")), words))
@@ -155,14 +155,14 @@ def tree() -> set[str]:
     return paths
 
 
-def test_files_that_the_tree_names_are_there() -> None:
+def test_files_that_the_tree_names_exist() -> None:
     missing = {path for path in tree() if not (ROOT / path).exists()}
-    assert missing - {"outputs/"} == set(), "outputs/ alone is made by the first run"
+    assert missing - {"outputs/"} == set(), "only outputs/ may be missing: the first run makes it"
 
 
 def test_every_module_is_in_the_tree() -> None:
     source = ROOT / "src" / "recondense"
-    # A method is one file and one YAML: it needs no line.
+    # A method needs no line: it is one file and one YAML.
     paths = [path for path in source.rglob("*.py") if path.name != "__init__.py" and path.parent != source / "methods"]
     modules = {path.relative_to(ROOT).as_posix() for path in paths}
     assert len(modules) > 30
@@ -177,7 +177,7 @@ def test_every_top_folder_is_in_the_tree() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_targets_of_links_exist(page: Path) -> None:
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in link]
     assert [link for link in links if link and not (ROOT / page.parent / link).exists()] == []
 
@@ -197,8 +197,8 @@ def _pages(value: Any) -> list[str]:
 PICTURES = ROOT / "docs" / "pictures"
 
 
-def test_pictures_are_what_their_figures_give(forks: Forks, tmp_path: Path) -> None:
-    """The same text with the pinned matplotlib."""
+def test_pictures_are_drawn_from_their_figures(forks: Forks, tmp_path: Path) -> None:
+    """Drawing again gives the same text with the pinned matplotlib."""
     pinned = re.search(r"^matplotlib==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
     if matplotlib.__version__ != pinned[1]:
@@ -231,16 +231,16 @@ def settings(title: str) -> list[tuple[str, str]]:
     """(setting, default) of every row of a table; a row may name several, the later ones by their last part."""
     section = PAGES[Path(TABLES[title][0])].partition(title)[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
-    found: list[tuple[str, str]] = []
+    settings_and_defaults: list[tuple[str, str]] = []
     for names, defaults, _ in rows:
-        vague = "..." in defaults  # the row says that they differ
-        values = [] if vague else [value.strip().strip("`") for value in defaults.split(",")]
+        vary = "..." in defaults  # the defaults depend on another setting
+        values = [] if vary else [value.strip().strip("`") for value in defaults.split(",")]
         first = ""
         for index, name in enumerate(re.findall(r"`([^`]+)`", names)):
             first = first if name.startswith(".") else name
             full = f"{first.rpartition('.')[0]}{name}" if name.startswith(".") else name
-            found.append((full, values[index] if index < len(values) else "..."))
-    return found
+            settings_and_defaults.append((full, values[index] if index < len(values) else "..."))
+    return settings_and_defaults
 
 
 @pytest.mark.parametrize("title", TABLES, ids=lambda title: title.strip("# `\n"))
@@ -264,7 +264,7 @@ def test_settings_have_these_defaults(title: str) -> None:
 
 
 def test_choices_exist() -> None:
-    """What the tables and the text write as group=choice."""
+    """Everything that the pages write as `group=choice`."""
     pairs = re.findall(r"`(model|data|method|recovery|evaluation|experiment)=(\w+)`", "".join(PAGES.values()))
     assert pairs
     assert [pair for pair in pairs if not (ROOT / "conf" / pair[0] / f"{pair[1]}.yaml").is_file()] == []

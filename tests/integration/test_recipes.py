@@ -1,4 +1,4 @@
-"""The papers' recipes: they compose, hold the papers' numbers, and run to their export on tiny models."""
+"""The recipes of the papers compose, have the papers' numbers, and run to their export on tiny models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MOEI2: dict[str, Any] = {
     "method.rank_multiple": 1, "method.whitening": False, "method.ratio": None, "method.memory_ratio": None,
     "method.removed_expert_ratio": None, "method.refit": False, "evaluation.num_fewshot": 0, "evaluation.limit": None,
 }  # fmt: skip
-# Stage by stage. What MoE-I² does not say is LLM-Pruner's, which has its data and epochs: batches of 64, rank 8.
+# By recovery stage. MoE-I² has the data and epochs of LLM-Pruner, and so its other settings: batches of 64, rank 8.
 LM = {
     "objective": "finetune", "trainable": "experts", "steps": 1250, "epochs": None, "batch_size": 8,
     "accumulate_grad_batches": 1, "learning_rate": 1e-5, "schedule": "linear", "warmup_steps": 0, "gradient_clip": 1.0,
@@ -76,7 +76,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "model.path": "mistralai/Mixtral-8x7B-v0.1", "method.average_rank": 2048, "method.search": "exact",
     },
 }  # fmt: skip
-# Of the whole model's memory (CD-MoE), or of the routed experts' parameters (MoE-I²), and the row that is printed.
+# Ratio of the model's memory (CD-MoE) or of the routed experts' parameters (MoE-I²), and the row that is printed.
 SIZES: dict[str, tuple[str, float, str | None]] = {
     "cdmoe_deepseek_e6": ("memory", 0.7242, "cdmoe: shared+6, 9 layers 0.7242 0.725 55.5"),
     "cdmoe_deepseek_e0": ("memory", 0.7295, "cdmoe: shared+0, 8 layers 0.7295 0.731 55.1"),
@@ -110,12 +110,12 @@ def setting(values: Any, name: str) -> Any:
     return values
 
 
-def test_there_is_a_recipe_for_each_published_result() -> None:
+def test_every_published_result_has_a_recipe() -> None:
     assert set(RECIPES) == set(NUMBERS) == set(SIZES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_holds_the_papers_numbers(name: str) -> None:
+def test_a_recipe_has_the_papers_numbers(name: str) -> None:
     config = composed(name)
     values = config.resolved()
     expected = {**{"cdmoe": CDMOE, "moei2": MOEI2}[paper_of(name)], **NUMBERS[name], "experiment_name": name}
@@ -132,15 +132,15 @@ def test_a_recipe_holds_the_papers_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_right(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing is wrong with it on its model's real shapes; the hub would give the config that is recorded here."""
+def test_a_recipe_has_no_problems(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the real shapes of its model, with the recorded config in place of the one on the hub."""
     monkeypatch.setattr(model_and_machine_checks, "_hub_config", lambda path, model: recorded_config(path))
     config = composed(name, f"output_dir={tmp_path}")
     assert run_messages(config, build_steps(config.method)) == []
 
 
-def test_the_hub_is_all_that_a_recipe_needs(command: Callable[..., tuple[int, str]]) -> None:
-    """Out of its reach the model is the one thing that is missing."""
+def test_a_recipe_needs_only_the_hub(command: Callable[..., tuple[int, str]]) -> None:
+    """Without the hub, only the model is missing."""
     code, err = command("experiment=paper/moei2_mixtral")
     assert (code, err.count("\n")) == (2, 1), err
     assert "model.path=mistralai/Mixtral-8x7B-v0.1: there is no such folder here, and the hub" in err
@@ -154,19 +154,19 @@ def test_the_published_sizes(name: str, capsys: pytest.CaptureFixture[str], tmp_
         patch.setattr("sys.argv", ["train.py", f"experiment=paper/{name}", "plan_only=true", f"output_dir={tmp_path}"])
         train.main()
     [path] = tmp_path.glob(f"{name}/*-plan_only/summary.json")
-    found, (key, ratio, line) = json.loads(path.read_text()), SIZES[name]
-    assert round(found["ratios"][key], 4) == pytest.approx(ratio)
+    summary, (key, ratio, line) = json.loads(path.read_text()), SIZES[name]
+    assert round(summary["ratios"][key], 4) == pytest.approx(ratio)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert line is None or any(line in each for each in lines), lines
+    assert line is None or any(line in printed for printed in lines), lines
 
 
 # ------------------------------------------------------------------------------------------------------------ dry runs
 
 FAMILY = {name: str(recorded_values(NUMBERS[name]["model.path"])["model_type"]) for name in RECIPES}
 QUICK = {"cdmoe_deepseek_e6", "moei2_deepseek_v2_lite", "moei2_mixtral"}
-BY_HAND = {"cdmoe_deepseek_e6", "moei2_mixtral"}  # run as their comment says without the hub; the others on cloned sets
+BY_HAND = {"cdmoe_deepseek_e6", "moei2_mixtral"}  # run without the hub, as their comments say; others on cloned sets
 
-# A byte is a token here, so Alpaca's words alone are some 150 of them.
+# A byte is a token here, so Alpaca's prompt alone has about 150 tokens.
 SMALL = (
     "data.calibration.num_samples=8", "data.calibration.max_length=24", "data.validation.num_texts=4",
     "evaluation.perplexity_windows=8", "callbacks.profile.repetitions=1", "callbacks.profile.prompt_length=8",
@@ -193,7 +193,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_the_hub(name: str, base: Path, model: Path) -> list[str]:
-    """The settings that the comment of the recipe's base file names, with the files here."""
+    """The settings in the comment of the recipe's base file, with local files."""
     text = (FOLDER / f"_{paper_of(name)}.yaml").read_text()
     block = re.search(r"^# Without the hub.*?(?=^# evaluation=)", text, re.MULTILINE | re.DOTALL)
     assert block is not None
@@ -201,16 +201,16 @@ def without_the_hub(name: str, base: Path, model: Path) -> list[str]:
     assert words[0].startswith("experiment=paper/") and words[1].startswith("model.path=")
     paths = [re.sub(r"=([\w-]+\.jsonl?)$", rf"={base}/\1", word) for word in words[2:]]
     heldout = ("limit=2", "heldout.num_questions=4", "heldout.num_texts=2")
-    return [f"model.path={model}", *paths, *(f"evaluation.{each}" for each in heldout)]
+    return [f"model.path={model}", *paths, *(f"evaluation.{setting}" for setting in heldout)]
 
 
 def on_cloned_sets(name: str, base: Path, model: Path) -> list[str]:
-    """The hub's data sets as folders, and tasks under the paper's names."""
+    """The settings for data sets of the hub as folders, and for tasks with the names of the paper's."""
     hub, tasks = base / "hub", base / f"{paper_of(name)}-tasks"
     if not tasks.exists():
         paper_tasks(tasks, paper_of(name))
     stage = {"cdmoe": "stages.1.data.dataset={}/commonsense_170k", "moei2": "stages.0.data.dataset={}/alpaca"}
-    sources = (f"data.calibration.sources.{index}.dataset={hub / each}" for index, each in enumerate(("c4", "alpaca")))
+    sources = (f"data.calibration.sources.{index}.dataset={hub / name}" for index, name in enumerate(("c4", "alpaca")))
     return [
         f"model.path={model}", f"data.dataset={hub / 'c4'}", f"recovery.{stage[paper_of(name)].format(hub)}",
         f"evaluation.include_path={tasks}", *(sources if paper_of(name) == "moei2" else ()),
@@ -221,7 +221,7 @@ def on_cloned_sets(name: str, base: Path, model: Path) -> list[str]:
 def finished(
     command: Callable[..., tuple[int, str]], base: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> tuple[str, Config, Path, dict[str, Any]]:
-    """A recipe's name, the config of its dry run, its folder and its summary."""
+    """The name of a recipe, and the config, folder and summary of its dry run."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", base / "cache")
@@ -229,9 +229,9 @@ def finished(
     model = base / FAMILY[name]
     if not model.exists():
         model_folder(model, EVERY[FAMILY[name]])
-    kept = ("method.num_experts=3",) if NUMBERS[name].get("method.num_experts") else ()  # of six experts
+    num_experts = ("method.num_experts=3",) if NUMBERS[name].get("method.num_experts") else ()  # of six experts
     inputs = (without_the_hub if name in BY_HAND else on_cloned_sets)(name, base, model)
-    arguments = (*inputs, *SMALL, *SMALL_OF[paper_of(name)], *kept, f"output_dir={base / 'out'}")
+    arguments = (*inputs, *SMALL, *SMALL_OF[paper_of(name)], *num_experts, f"output_dir={base / 'out'}")
     code, err = command(f"experiment=paper/{name}", *arguments)
     assert code == 0, err
     config = composed(name, *arguments)
@@ -245,50 +245,50 @@ DRY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for n
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("finished", DRY, indirect=True)
 def test_a_recipe_runs_to_its_export(finished: tuple[str, Config, Path, dict[str, Any]]) -> None:
-    name, config, folder, found = finished
-    assert_recovered(name, config, found)
-    assert_measured(name, found)
+    name, config, folder, summary = finished
+    assert_recovered(name, config, summary)
+    assert_measured(name, summary)
 
     plan = Plan.load(folder / "plan.json")
     kinds = {operation.kind for operation in plan.operations}
     assert kinds == ({"condense"} if paper_of(name) == "cdmoe" else {"prune", "factorize"})
     if paper_of(name) == "cdmoe":
-        kept = config.method["num_experts"]
-        assert [len(each.experts) for each in plan.operations if each.kind == "condense"] == [kept, kept]
+        num_experts = config.method["num_experts"]
+        assert [len(step.experts) for step in plan.operations if step.kind == "condense"] == [num_experts, num_experts]
     model, tokenizer = loading.load(folder / "model", ModelConfig(path=str(folder / "model")))
-    assert model.num_parameters() == found["parameters"]["total"]["compressed"]
+    assert model.num_parameters() == summary["parameters"]["total"]["compressed"]
     with torch.no_grad():
         assert torch.isfinite(model(**tokenizer("Is 3 odd?", return_tensors="pt")).logits).all()
 
 
-def assert_recovered(name: str, config: Config, found: dict[str, Any]) -> None:
-    """Every stage ran, with the recipe's learning rate and objective."""
+def assert_recovered(name: str, config: Config, summary: dict[str, Any]) -> None:
+    """Every recovery stage ran, with the learning rate and the objective of the recipe."""
     published = require_stages(composed(name))
-    for stage, ran, done in zip(published, require_stages(config), found["recovery_stages"], strict=True):
+    for stage, ran, done in zip(published, require_stages(config), summary["recovery_stages"], strict=True):
         assert done["name"] == stage.name
         for key in ("objective", "trainable", "learning_rate"):
             assert done[key] == getattr(stage.recovery, key), key
         epochs, batch = ran.recovery.epochs, ran.recovery.batch_size * ran.recovery.accumulate_grad_batches
         assert done["steps"] == (math.ceil(epochs * done["windows"] / batch) if epochs else ran.recovery.steps)
-    last = found["recovery_stages"][-1]
+    last = summary["recovery_stages"][-1]
     assert (last["examples"], last["left_out"]) == ({"cdmoe": 10, "moei2": 12}[paper_of(name)], 0)
     texts = {"train"} if paper_of(name) == "cdmoe" else set()
-    assert set(found["environment"]["data"]) == {"calibration", "validation", f"{last['name']}/train", *texts}
+    assert set(summary["environment"]["data"]) == {"calibration", "validation", f"{last['name']}/train", *texts}
 
 
-def assert_measured(name: str, found: dict[str, Any]) -> None:
-    """Each stage has its figures, and the summary everything that a run leaves."""
+def assert_measured(name: str, summary: dict[str, Any]) -> None:
+    """Every result stage has its figures, and the summary has all other entries."""
     paper = paper_of(name)
-    assert list(found["stages"]) == ["original", "compressed", "recovered"]
-    for stage, figures in found["stages"].items():
+    assert list(summary["stages"]) == ["original", "compressed", "recovered"]
+    for stage, figures in summary["stages"].items():
         assert figures["loss"] > 0 and figures["perplexity"] > 1, stage
-        assert set(figures["tasks"]) == set(found["stages"]["original"]["tasks"]) != set()
+        assert set(figures["tasks"]) == set(summary["stages"]["original"]["tasks"]) != set()
         if name not in BY_HAND:
             assert set(figures["tasks"]) == set(PAPER_TASKS[paper]) and set(figures["task_mean"]) == {paper}
-    assert found["stages"]["original"]["profile"]["weights_bytes"] > 0
-    assert found["stages"]["compressed"]["kl_to_original"] > 0
-    assert found["stages"]["recovered"]["loss"] != found["stages"]["compressed"]["loss"]
-    wanted = {"memory", "routed_expert_parameters", "prefill_speedup", "decode_speedup", "gap_closed"}
-    assert set(found["ratios"]) == wanted and 0 < found["ratios"]["memory"] < 1
-    assert set(found["seconds"]) >= {"calibrate", "search", "apply", "recover", "evaluate", "export"}
-    assert found["artifacts"].keys() >= {"plan", "model", "export_format"}
+    assert summary["stages"]["original"]["profile"]["weights_bytes"] > 0
+    assert summary["stages"]["compressed"]["kl_to_original"] > 0
+    assert summary["stages"]["recovered"]["loss"] != summary["stages"]["compressed"]["loss"]
+    ratios = {"memory", "routed_expert_parameters", "prefill_speedup", "decode_speedup", "gap_closed"}
+    assert set(summary["ratios"]) == ratios and 0 < summary["ratios"]["memory"] < 1
+    assert set(summary["seconds"]) >= {"calibrate", "search", "apply", "recover", "evaluate", "export"}
+    assert summary["artifacts"].keys() >= {"plan", "model", "export_format"}

@@ -1,4 +1,4 @@
-"""Whole runs: the folder and summary that they leave, the export, the second call, a sweep by the real command."""
+"""Complete runs: their folder, summary and export, the same command again, and a sweep by the real command."""
 
 from __future__ import annotations
 
@@ -39,27 +39,29 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(base: Path) -> tuple[Path, dict[str, Any]]:
-    """One run with everything in it."""
+    """The folder and the summary of a run with every stage."""
     settings = config(base / "model", text_files(base / "texts"), base / "out", control=True, steps=12)
     metric = pipeline.run(settings, [step()])
     folder = base / "out" / "run"
-    found = json.loads((folder / "summary.json").read_text())
-    assert metric == found["stages"]["recovered"]["perplexity"]
-    return folder, found
+    summary = json.loads((folder / "summary.json").read_text())
+    assert metric == summary["stages"]["recovered"]["perplexity"]
+    return folder, summary
 
 
-def test_summary_says_what_design_promises(finished: tuple[Path, dict[str, Any]]) -> None:
-    folder, found = finished
-    assert found["schema"] == 1
-    assert list(found["stages"]) == ["original", "compressed", "recovered", "control"]
-    assert set(found["environment"]["data"]) == {"train", "validation", "calibration"}
+def test_the_summary_and_the_folder_are_complete(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = finished
+    assert summary["schema"] == 1
+    assert list(summary["stages"]) == ["original", "compressed", "recovered", "control"]
+    assert set(summary["environment"]["data"]) == {"train", "validation", "calibration"}
     seconds = {"calibrate", "search", "apply", "evaluate", "profile", "recover", "control", "export"}
-    assert set(found["seconds"]) == seconds, "no refit was asked for"
-    stages, ratios = found["stages"], found["ratios"]
-    lost = stages["compressed"]["loss"] - stages["original"]["loss"]
-    assert ratios["gap_closed"] == pytest.approx((stages["compressed"]["loss"] - stages["recovered"]["loss"]) / lost)
+    assert set(summary["seconds"]) == seconds, "without a refit"
+    stages, ratios = summary["stages"], summary["ratios"]
+    loss_increase = stages["compressed"]["loss"] - stages["original"]["loss"]
+    assert ratios["gap_closed"] == pytest.approx(
+        (stages["compressed"]["loss"] - stages["recovered"]["loss"]) / loss_increase
+    )
     assert stages["recovered"]["kl_to_original"] < stages["compressed"]["kl_to_original"]
-    # two of three layers keep two of six experts
+    # Two of three layers retain two of six experts.
     assert ratios["routed_expert_parameters"] == pytest.approx((2 * 2 + 6) / 18)
     assert ratios["memory"] == (
         stages["compressed"]["profile"]["weights_bytes"] / stages["original"]["profile"]["weights_bytes"]
@@ -73,37 +75,39 @@ def test_summary_says_what_design_promises(finished: tuple[Path, dict[str, Any]]
 def test_export_is_the_student_and_loads_without_recondense(
     finished: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path
 ) -> None:
-    """The run's student, made again from what the run left: the original, its plan and its final checkpoint."""
-    folder, found = finished
-    assert found["artifacts"]["export_format"] == "stock"
+    """The student is made again from the original, the plan and the final checkpoint of the run."""
+    folder, summary = finished
+    assert summary["artifacts"]["export_format"] == "stock"
     ids = torch.arange(1, 21).reshape(2, 10)
     torch.save(ids, tmp_path / "io.pt")
     subprocess.run([sys.executable, "-c", LOAD, str(folder / "model"), str(tmp_path / "io.pt")], check=True)
     exported = torch.load(tmp_path / "io.pt")
 
     student = AutoModelForCausalLM.from_pretrained(base / "model").eval()
-    originally = student(ids).logits
+    original = student(ids).logits
     num_parameters = student.num_parameters()
     apply.execute(student, Plan.load(folder / "plan.json"))
     condensed = student(ids).logits
     state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
     assert state and all(name.startswith("model.") for name in state)
-    known = student.load_state_dict({name.removeprefix("model."): value for name, value in state.items()}, strict=False)
-    assert known.unexpected_keys == []
+    loaded = student.load_state_dict(
+        {name.removeprefix("model."): value for name, value in state.items()}, strict=False
+    )
+    assert loaded.unexpected_keys == []
 
     torch.testing.assert_close(exported, student(ids).logits, rtol=0, atol=1e-4)
-    for other in (originally, condensed):  # what is far away would be noticed
+    for other in (original, condensed):  # so that other logits would be noticed
         assert (exported - other).abs().max() > 1e-2
     assert student.num_parameters() < num_parameters
 
 
-def test_the_same_command_again_says_that_all_is_done(
+def test_the_same_command_again_reports_that_all_is_done(
     finished: tuple[Path, dict[str, Any]], base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, found = finished
+    folder, summary = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     settings = config(base / "model", text_files(base / "texts"), base / "out", control=True, steps=12)
-    assert pipeline.run(settings, [step()]) == found["stages"]["recovered"]["perplexity"]
+    assert pipeline.run(settings, [step()]) == summary["stages"]["recovered"]["perplexity"]
     assert "all done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
 

@@ -12,7 +12,7 @@ import pytest
 from support.runs import arguments, model_folder, one_command, record_file, text_files
 
 Command = Callable[..., tuple[int, str]]
-# Lightning says so of every fit into a folder in which something is.
+# Lightning warns about every fit into a folder that is not empty.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
@@ -31,27 +31,27 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: Command, base: Path, name: str, *more: str) -> tuple[Path, dict[str, Any]]:
     quick = ["method.num_experts=2", "method.num_layers=2", "callbacks.profile.enabled=false", "export.enabled=false"]
-    given = arguments(base / "model", text_files(base / "texts"), base, name, "evaluation=none", *quick, *more)
-    code, err = command(*given)
+    words = arguments(base / "model", text_files(base / "texts"), base, name, "evaluation=none", *quick, *more)
+    code, err = command(*words)
     assert code == 0, err
     folder = base / name
     return folder, json.loads((folder / "summary.json").read_text())
 
 
 def test_the_published_two_stages(command: Command, base: Path) -> None:
-    """conf/recovery/two_stage.yaml with local files and few steps; the control trains the same."""
+    """conf/recovery/two_stage.yaml with local files and few steps; the control has the same stages."""
     data = "recovery.stages.1.data"
-    folder, found = run(
+    folder, summary = run(
         command, base, "two", "recovery=two_stage", "recovery.control=true", "recovery.stages.0.steps=3",
         "recovery.stages.0.sequence_length=16", "recovery.stages.0.batch_size=2",
         "+recovery.stages.0.validate_every=2", f"{data}.source=texts", f"{data}.form=chat",
         f"{data}.train.path={record_file(base / 'texts')}",
     )  # fmt: skip
-    lm, sft = found["recovery_stages"]
+    lm, sft = summary["recovery_stages"]
     assert (lm["name"], lm["steps"], lm["learning_rate"], lm["sequence_length"]) == ("lm", 3, 1e-5, 16)
     assert (sft["name"], sft["steps"], sft["learning_rate"], sft["batch_size"]) == ("sft", 2, 5e-5, 16)
     assert (sft["examples"], sft["windows"], sft["left_out"]) == (20, 20, 1)
-    assert found["seconds"]["recover"] >= lm["seconds"] + sft["seconds"] > 0
+    assert summary["seconds"]["recover"] >= lm["seconds"] + sft["seconds"] > 0
     finals = {str(path.relative_to(folder / "checkpoints")) for path in folder.rglob("final.ckpt")}
     assert finals == {"0-lm/final.ckpt", "1-sft/final.ckpt", "control/0-lm/final.ckpt", "control/1-sft/final.ckpt"}
     with (folder / "logs" / "metrics.csv").open(newline="") as file:
@@ -61,16 +61,16 @@ def test_the_published_two_stages(command: Command, base: Path) -> None:
 
 
 def test_records_in_all_three_splits(command: Command, base: Path) -> None:
-    """data=instruct: the method calibrates on chats in their words, the recovery learns their answers."""
+    """data=instruct: the method calibrates on whole chats, and the recovery learns their answers."""
     path, validation = record_file(base / "texts"), base / "validation.json"
     validation.write_text(json.dumps([{"instruction": "Go.", "output": "So be it."}] * 3))
-    folder, found = run(
+    folder, summary = run(
         command, base, "instruct", "data=instruct", "data.source=texts", "recovery=finetune",
         f"data.calibration.path={path}", f"data.train.path={path}", f"data.validation.path={validation}",
         "recovery.validate_every=3", "recovery.steps=3", "data.sequence_length=180",
     )  # fmt: skip
     assert (folder / "checkpoints" / "final.ckpt").exists()
-    [only] = found["recovery_stages"]
-    assert (only["name"], only["steps"], only["left_out"]) == ("recovery", 3, 1)
-    assert only["windows"] < only["examples"] == 10, "ten of the 21 calibrate"
-    assert set(found["environment"]["data"]) == {"train", "validation", "calibration"}
+    [stage] = summary["recovery_stages"]
+    assert (stage["name"], stage["steps"], stage["left_out"]) == ("recovery", 3, 1)
+    assert stage["windows"] < stage["examples"] == 10, "ten of the 21 records calibrate"
+    assert set(summary["environment"]["data"]) == {"train", "validation", "calibration"}

@@ -1,4 +1,4 @@
-"""How a run starts: what it reads is read before the old run goes, and is the same each time it goes on."""
+"""How a run starts: it reads its inputs before it deletes an old run, and resumes only with the same inputs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_overwrite_never_deletes_what_the_run_reads(command: Command, tmp_path: 
     code, err = command(*arguments(out / "half" / "model", texts, out, "half", *half, "overwrite=true"))
     assert code == 2 and f"overwrite=true would delete {out / 'half' / 'model'}. Choose another run_dir." in err
     assert files(out / "half") == before
-    # The weights, then a line of the training text; what is wrong with either is only seen when all of it is read.
+    # Bad weights, then a bad line of the training text: both show only when the whole file is read.
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
@@ -55,21 +55,21 @@ def test_overwrite_never_deletes_what_the_run_reads(command: Command, tmp_path: 
     for model, train in ((broken, texts["train"]), (folder, str(tmp_path / "train.jsonl"))):
         code, err = command(*arguments(model, {**texts, "train": train}, out, "half", *distill))
         assert code == 2, err
-        assert files(out / "half") == before, "the new run cannot begin, so the old one stays"
+        assert files(out / "half") == before, "the new run cannot start, so the old one stays"
     code, err = command(*arguments(folder, texts, out, "half", *distill))
     assert code == 0, err
     assert json.loads((out / "half" / "summary.json").read_text())["recovery"] == "distill"
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of no method that was stopped in its recovery, the first stage of two, and one of a method."""
-    base = tmp_path_factory.mktemp("begun")
+def stopped_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs that stopped in the first of two recovery stages: one without a method, and one with a method."""
+    base = tmp_path_factory.mktemp("stopped")
     model_folder(base / "model")
     text_files(base / "texts")
     paper_tasks(base / "tasks")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(RecoveryModule, "training_step", _stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecoveryModule, "training_step", _stop)
         for name, steps in (("none", []), ("searched", [step()])):
             with pytest.raises(Stop):
                 pipeline.run(_settings(base, name), steps)
@@ -126,52 +126,54 @@ def _other_plan(base: Path) -> None:
         ("searched", _other_text("train"), "the train texts"),
     ],
 )
-def test_a_run_goes_on_with_what_it_began_with(
-    begun: Path, tmp_path: Path, run: str, change: Callable[[Path], None], names: str
+def test_a_run_resumes_only_with_the_same_inputs(
+    stopped_runs: Path, tmp_path: Path, run: str, change: Callable[[Path], None], names: str
 ) -> None:
-    """Other inputs are refused and named, whatever they are used for; with the old ones it goes on."""
-    kept = {name: tmp_path / name for name in ("model", "texts")}
-    for name, path in kept.items():
-        shutil.copytree(begun / name, path)
-    before = files(begun / run / "run")
+    """Other inputs are refused and named, and the files of the run do not change."""
+    copies = {name: tmp_path / name for name in ("model", "texts")}
+    for name, path in copies.items():
+        shutil.copytree(stopped_runs / name, path)
+    before = files(stopped_runs / run / "run")
     steps = [step()] if run == "searched" else []
-    settings = _settings(begun, run)
-    change(begun)
+    settings = _settings(stopped_runs, run)
+    change(stopped_runs)
     try:
         with pytest.raises(UserError) as error:
             pipeline.run(settings, steps)
     finally:
-        for name, path in kept.items():
-            shutil.rmtree(begun / name)
-            shutil.copytree(path, begun / name)
+        for name, path in copies.items():
+            shutil.rmtree(stopped_runs / name)
+            shutil.copytree(path, stopped_runs / name)
     assert str(error.value) == (
-        f"run_dir={begun / run / 'run'}: {names} changed since this run began; overwrite=true starts it anew"
+        f"run_dir={stopped_runs / run / 'run'}: {names} changed since this run began; overwrite=true starts it anew"
     )
-    assert files(begun / run / "run") == before
+    assert files(stopped_runs / run / "run") == before
 
 
-def test_the_other_inputs_are_kept_too(begun: Path) -> None:
-    inputs = json.loads((begun / "searched" / "run" / "inputs.json").read_text())
-    plan = Plan.load(begun / "searched" / "run" / "plan.json")
+def test_the_inputs_of_a_run_are_recorded(stopped_runs: Path) -> None:
+    inputs = json.loads((stopped_runs / "searched" / "run" / "inputs.json").read_text())
+    plan = Plan.load(stopped_runs / "searched" / "run" / "plan.json")
     assert {name: inputs[name] for name in ("weights", "calibration")}.items() <= plan.fingerprint.items()
     assert {"sft/train texts", "calibration texts", "tokenizer"} <= inputs.keys()
 
 
-def test_results_of_unknown_inputs_are_refused(begun: Path, tmp_path: Path) -> None:
-    shutil.copytree(begun / "none", begun / "lost")
-    settings = _settings(begun, "lost")
+def test_results_of_unknown_inputs_are_refused(stopped_runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped_runs / "none", stopped_runs / "lost")
+    settings = _settings(stopped_runs, "lost")
     for content, message in ((None, r"results \(stages.* and no inputs.json"), ("[", "inputs.json: cannot be read")):
-        (begun / "lost" / "run" / "inputs.json").unlink(missing_ok=True)
+        (stopped_runs / "lost" / "run" / "inputs.json").unlink(missing_ok=True)
         if content is not None:
-            (begun / "lost" / "run" / "inputs.json").write_text(content)
+            (stopped_runs / "lost" / "run" / "inputs.json").write_text(content)
         with pytest.raises(UserError, match=message):
             pipeline.run(settings, [])
 
 
-def test_a_teacher_and_task_files_are_inputs(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher is loaded when its stage begins, and compared then."""
+def test_a_teacher_and_task_files_are_inputs(
+    stopped_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher is loaded, and compared with the recorded one, when its stage starts."""
     tasks, teacher = paper_tasks(tmp_path / "tasks"), model_folder(tmp_path / "teacher")
-    settings = _settings(begun, "taught").resolved()
+    settings = _settings(stopped_runs, "taught").resolved()
     settings["recovery"] |= {"objective": "distill", "teacher": "model", "teacher_path": str(teacher), "stages": None}
     settings["evaluation"] |= {"include_path": str(tasks), "tasks": []}
     monkeypatch.setattr(RecoveryModule, "training_step", _stop)
@@ -196,13 +198,13 @@ def test_a_teacher_and_task_files_are_inputs(begun: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("kind", ["field", "empty", "all taken", "too few", "own"])
 def test_texts_are_read_before_the_model(
-    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, embedded: bool
+    stopped_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, embedded: bool
 ) -> None:
-    """Also before the embedded model is trained."""
+    """They are also read before the embedded model is trained."""
     texts = {name: tmp_path / f"{name}.jsonl" for name in ("calibration", "train", "validation", "own")}
     for name, path in texts.items():
         write(path, [f"{name} {number}" for number in range(20)])
-    values = _settings(begun, "unread").resolved()
+    values = _settings(stopped_runs, "unread").resolved()
     for name in ("calibration", "train", "validation"):
         values["data"][name]["path"] = str(texts[name])
     stage = values["recovery"]["stages"][1]
@@ -227,7 +229,7 @@ def test_texts_are_read_before_the_model(
     monkeypatch.setattr(tiny, "ensure", load)
     with pytest.raises(UserError, match=r"data\."):
         pipeline.run(from_dict(values), [step()])
-    assert not (tmp_path / "run" / "config.yaml").exists(), "a run that could not begin leaves nothing that binds it"
+    assert not (tmp_path / "run" / "config.yaml").exists(), "a run that cannot start leaves no config"
 
 
 # ----------------------------------------------------------------------------------------------------- the upload
@@ -236,7 +238,7 @@ def test_texts_are_read_before_the_model(
 def test_the_same_command_tries_an_upload_again(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And does nothing else; what has been uploaded is not uploaded again."""
+    """It does nothing else, and does not upload twice."""
     uploads = []
 
     class Api:
@@ -257,7 +259,7 @@ def test_the_same_command_tries_an_upload_again(
     code, err = command(*push)
     assert code == 2 and "the connection broke" in err and "the same command uploads it" in err
     before = files(out / "run")
-    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("nothing is done anew"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model is loaded again"))
     code, err = command(*push)
     assert code == 2 and "the connection broke" in err
     assert files(out / "run") == before and uploads == []
@@ -271,7 +273,7 @@ def test_the_same_command_tries_an_upload_again(
     assert summary == json.loads(before["summary.json"])
 
 
-def test_an_upload_of_what_is_gone_is_refused(
+def test_an_upload_of_a_deleted_folder_is_refused(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Api:

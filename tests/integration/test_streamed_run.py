@@ -1,4 +1,4 @@
-"""A whole run of a model that is read layer by layer, beside the run of the same model whole in memory."""
+"""A complete run of a model that is streamed layer by layer, and the same run with the whole model in memory."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_streamed_run_decides_measures_and_exports_the_same(base: Path) -> None:
-    found = []
-    for name, streaming in (("whole", False), ("in-layers", True)):
+    results = []
+    for name, streaming in (("in-memory", False), ("streamed", True)):
         folder, summary = run(base, name, streaming, name="none", objective="none")
         quality = {stage: values["perplexity"] for stage, values in summary["stages"].items()}
-        found.append(((folder / "plan.json").read_text(), quality, tensors(folder / "model"), summary))
-    (plan, quality, exported, whole), (other_plan, other_quality, other_exported, streamed) = found
+        results.append(((folder / "plan.json").read_text(), quality, tensors(folder / "model"), summary))
+    (plan, quality, exported, in_memory), (other_plan, other_quality, other_exported, streamed) = results
     assert plan == other_plan and quality == other_quality and set(quality) == {"original", "compressed"}
     assert exported.keys() == other_exported.keys()
     assert all(torch.equal(exported[name], other_exported[name]) for name in exported)
-    assert "memory" not in whole
+    assert "memory" not in in_memory
     memory = streamed["memory"]
     assert 0 < memory["layer_bytes"] < memory["before_bytes"] <= memory["peak_resident_bytes"]
 
@@ -61,28 +61,28 @@ def test_a_streamed_run_decides_measures_and_exports_the_same(base: Path) -> Non
     ],
     ids=["finetune", "cached"],
 )
-def test_peak_memory_is_taken_before_a_recovery_brings_the_model_in(
+def test_peak_memory_is_measured_before_a_recovery_loads_the_model(
     recovery: dict[str, Any], base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And after the teacher was asked: it is streamed, too."""
-    states: list[bool] = []
-    pages: list[Any] = []
-    model_of = pipeline.load
+    """And after the teacher's predictions, which are streamed too."""
+    was_streamed: list[bool] = []
+    models: list[Any] = []
+    load_model = pipeline.load
 
     def load(*args: Any) -> Any:
-        found = model_of(*args)
-        pages.append(found[0])
-        return found
+        loaded = load_model(*args)
+        models.append(loaded[0])
+        return loaded
 
     def peak() -> int:
-        if pages:
-            states.append(layer_store(pages[0]).streamed)
-        return 12345 if pages else 1234
+        if models:
+            was_streamed.append(layer_store(models[0]).streamed)
+        return 12345 if models else 1234
 
     monkeypatch.setattr(pipeline, "load", load)
     monkeypatch.setattr(profiling, "peak_resident_bytes", peak)
     _, summary = run(base, recovery["objective"], True, **recovery)
-    assert states == [True] and not layer_store(pages[0]).streamed
+    assert was_streamed == [True] and not layer_store(models[0]).streamed
     assert summary["memory"]["peak_resident_bytes"] == 12345 and summary["memory"]["before_bytes"] == 1234
     assert "recovered" in summary["stages"]
     assert capsys.readouterr().err.count("peak memory 12") == 1

@@ -1,4 +1,4 @@
-"""Whole runs with predictions on disk and with another model as the teacher."""
+"""Complete runs with predictions on disk, and with another model as the teacher."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ran(base: Path, name: str, steps: Sequence[Any] | None = None, **recovery: Any) -> dict[str, Any]:
-    made = config(base / "model", text_files(base / "texts"), base / "output", **{"steps": 3, **recovery})
+def run(base: Path, name: str, steps: Sequence[Any] | None = None, **recovery: Any) -> dict[str, Any]:
+    settings = config(base / "model", text_files(base / "texts"), base / "output", **{"steps": 3, **recovery})
     folder = base / "output" / name
     with one_command():
-        pipeline.run(replace(made, run_dir=str(folder)), [step()] if steps is None else steps)
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+        pipeline.run(replace(settings, run_dir=str(folder)), [step()] if steps is None else steps)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
 
 
 def test_predictions_on_disk(base: Path) -> None:
-    """Made once for runs that differ in what the teacher does not see, and of the windows that train alone."""
+    """They hold the windows that train alone, and runs that differ only in the training share them."""
     settings: dict[str, Any] = {"teacher": "cached", "teacher_top_k": 16}
-    found = ran(base, "one", **settings)["stages"]
-    assert found["recovered"]["kl_to_original"] != found["compressed"]["kl_to_original"]
-    assert found["recovered"]["loss"] != found["compressed"]["loss"]
+    stages = run(base, "one", **settings)["stages"]
+    assert stages["recovered"]["kl_to_original"] != stages["compressed"]["kl_to_original"]
+    assert stages["recovered"]["loss"] != stages["compressed"]["loss"]
     files = list((base / "output" / "cache" / "teacher").rglob("*.safetensors"))
     with safe_open(files[0], framework="pt") as file:
         assert len(files) == 1 and file.get_slice("ids_TK").get_shape() == [6, 32, 16]  # 3 steps of 2 windows
     before = files[0].stat().st_mtime_ns
-    ran(base, "two", **settings, learning_rate=1e-3)
+    run(base, "two", **settings, learning_rate=1e-3)
     assert list((base / "output" / "cache" / "teacher").rglob("*.safetensors")) == files
     assert files[0].stat().st_mtime_ns == before
 
 
 def test_another_model(base: Path) -> None:
-    """Also for a model of which nothing was taken away."""
+    """Also for a student that is not compressed."""
     other = model_folder(base / "other", lambda **changes: qwen2_moe(seed=3, **changes))
     settings: dict[str, Any] = {"teacher": "model", "teacher_path": str(other)}
-    assert "kl_to_original" in ran(base, "other", **settings)["stages"]["recovered"]
-    ran(base, "whole", [], **settings, trainable="all")
-    ran(base, "itself", [], teacher="cached")
+    assert "kl_to_original" in run(base, "other", **settings)["stages"]["recovered"]
+    run(base, "uncompressed", [], **settings, trainable="all")
+    run(base, "itself", [], teacher="cached")
     logged = {
         name: next((base / "output" / name / "logs").rglob("*.csv")).read_text().splitlines()[0]
-        for name in ("whole", "itself")
+        for name in ("uncompressed", "itself")
     }
-    assert "recovery/kl" in logged["whole"] and "recovery/cross_entropy" not in logged["whole"]
+    assert "recovery/kl" in logged["uncompressed"] and "recovery/cross_entropy" not in logged["uncompressed"]
     assert "recovery/cross_entropy" in logged["itself"] and "recovery/kl" not in logged["itself"]
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_before_anything_is_loaded(base: Path) -> None:
-    made = config(base / "model", text_files(base / "texts"), base / "output" / "refused", teacher="model")
+    base_settings = config(base / "model", text_files(base / "texts"), base / "output" / "refused", teacher="model")
     wider = model_folder(base / "wider", lambda **changes: qwen2_moe(**{**changes, "vocab_size": 300}))
     renamed = model_folder(base / "renamed")
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|extra|>"])
     tokenizer.save_pretrained(renamed)
     for path, reason in ((wider, "gives 300 logits and the student's 257"), (renamed, "'<|extra|>' (id 257 there")):
-        settings = replace(made, recovery=replace(made.recovery, teacher_path=str(path)))
+        settings = replace(base_settings, recovery=replace(base_settings.recovery, teacher_path=str(path)))
         (problem,) = run_messages(settings, [step()])
         assert f"recovery.teacher_path={path}" in problem and reason in problem
-    settings = replace(made, recovery=replace(made.recovery, teacher_path=str(base / "model")))
+    settings = replace(base_settings, recovery=replace(base_settings.recovery, teacher_path=str(base / "model")))
     assert run_messages(settings, [step()]) == []

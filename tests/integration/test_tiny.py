@@ -1,4 +1,4 @@
-"""The embedded model: trained once for its settings, the same bytes every time, also after an interruption."""
+"""The embedded model is trained once for its settings, with the same bytes every time, also after an interruption."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def published() -> dict[str, Any]:
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    """conf/model/tiny_moe.yaml's own settings, shrunk, with changes by dotted name."""
+    """The settings of conf/model/tiny_moe.yaml, shrunk, with changes by name."""
     settings = published()
     settings["config"] |= {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -57,7 +57,7 @@ def ensure(cache: Path, callbacks: Sequence[Callback] = (), **changes: Any) -> P
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """What decides a result: everything but training.json, which holds seconds."""
+    """The files of a model except training.json, which has seconds in it."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "training.json"}
 
 
@@ -79,7 +79,7 @@ def trained(cache: Path) -> Iterator[Path]:
         yield ensure(cache)
 
 
-def test_it_is_a_whole_folder(trained: Path) -> None:
+def test_the_folder_is_complete(trained: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained)
     tokenizer = AutoTokenizer.from_pretrained(trained)
     assert model.config.model_type == "qwen2_moe" and model.config.num_experts == 6
@@ -87,20 +87,20 @@ def test_it_is_a_whole_folder(trained: Path) -> None:
     assert tokenizer.eos_token_id == model.config.eos_token_id
     text = (CORPORA.validation or [])[0][:200]
     assert tokenizer.decode(tokenizer(text).input_ids) == text
-    left = {path.name for path in trained.parent.iterdir()}
-    assert left == {trained.name, f"{trained.name}.lock"}, "no training folder and no partial one"
+    names = {path.name for path in trained.parent.iterdir()}
+    assert names == {trained.name, f"{trained.name}.lock"}, "no training folder and no partial one"
 
 
 def test_twice_gives_equal_bytes(trained: Path, tmp_path: Path) -> None:
-    torch.manual_seed(99)  # the state that a caller happens to be in decides nothing
-    again = ensure(tmp_path / "other")
-    assert again != trained and again.name == trained.name
-    assert content(again) == content(trained)
+    torch.manual_seed(99)  # the caller's random state has no effect
+    other = ensure(tmp_path / "other")
+    assert other != trained and other.name == trained.name
+    assert content(other) == content(trained)
     assert "model.safetensors" in content(trained)
 
 
 def test_training_changed_the_weights(trained: Path, tmp_path: Path) -> None:
-    """So that equal bytes say something of the training, not of the initialisation alone."""
+    """So that equal bytes say something about the training and not only about the initialization."""
     shorter = load_file(ensure(tmp_path, steps=3) / "model.safetensors")
     longer = load_file(trained / "model.safetensors")
     assert shorter.keys() == longer.keys()
@@ -125,10 +125,10 @@ def test_the_second_call_does_not_train(trained: Path, cache: Path, monkeypatch:
 def test_another_setting_is_another_model(
     trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    made: list[Path] = []
-    monkeypatch.setattr(tiny, "_train", lambda model, settings, corpora, folder, *rest: made.append(folder))
+    trained_folders: list[Path] = []
+    monkeypatch.setattr(tiny, "_train", lambda model, settings, corpora, folder, *rest: trained_folders.append(folder))
     other = ensure(cache, **changes)
-    assert made == [other]
+    assert trained_folders == [other]
     assert other.parent == trained.parent and other.name != trained.name
 
 
@@ -146,7 +146,7 @@ def test_other_text_or_version_is_another_model(
 
 
 class StopAt(Callback):
-    """Notes the steps that ran; raises in the middle of the training."""
+    """Notes the steps that ran, and fails after a step."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
@@ -164,7 +164,7 @@ class StopAt(Callback):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")  # what resuming is
 @pytest.mark.parametrize(("stop", "resumes_at"), [(8, 5), (3, 0)], ids=["after a checkpoint", "before the first"])
-def test_an_interrupted_training_goes_on(
+def test_an_interrupted_training_resumes(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, resumes_at: int
 ) -> None:
     settings_of = tiny._recovery
@@ -173,13 +173,13 @@ def test_an_interrupted_training_goes_on(
         ensure(tmp_path, [StopAt(stop)])
     assert not (tmp_path / "models" / trained.name).exists(), "half a model has no name"
     rest = StopAt(None)
-    again = ensure(tmp_path, [rest])
+    resumed = ensure(tmp_path, [rest])
     assert rest.started == list(range(resumes_at, STEPS))
-    assert content(again) == content(trained)
+    assert content(resumed) == content(trained)
 
 
-def test_an_interrupted_save_is_made_again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training is done, the folder was half written: it is written anew, without training."""
+def test_an_interrupted_save_is_repeated(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training is done but the folder was half written: it is written again without training."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left")
@@ -218,7 +218,7 @@ def test_unigram_perplexity_by_hand() -> None:
 
 
 @torch.no_grad()
-def test_expert_loads_are_what_the_routers_select() -> None:
+def test_expert_loads_are_those_of_the_routers() -> None:
     torch.manual_seed(0)
     model = qwen2_moe(initializer_range=0.2).eval()
     windows_NS = torch.randint(model.config.vocab_size, (11, 9))  # two blocks, the second one short
@@ -227,8 +227,8 @@ def test_expert_loads_are_what_the_routers_select() -> None:
     def count(layer: int) -> Any:
         def hook(router: Any, args: tuple[Tensor, ...], output: Any) -> None:
             scores_TE = args[0].reshape(-1, router.weight.shape[1]) @ router.weight.T
-            chosen_TK = scores_TE.topk(model.config.num_experts_per_tok).indices
-            counts[layer] = Counter(chosen_TK.flatten().tolist())
+            index_TK = scores_TE.topk(model.config.num_experts_per_tok).indices
+            counts[layer] = Counter(index_TK.flatten().tolist())
 
         return hook
 
@@ -241,8 +241,8 @@ def test_expert_loads_are_what_the_routers_select() -> None:
     for handle in handles:
         handle.remove()
     expected = {
-        layer: [found[expert] / windows_NS.numel() for expert in range(model.config.num_experts)]
-        for layer, found in counts.items()
+        layer: [count_of[expert] / windows_NS.numel() for expert in range(model.config.num_experts)]
+        for layer, count_of in counts.items()
     }
     assert len(expected) > 1
     before = copy.deepcopy(model.state_dict())
@@ -253,7 +253,7 @@ def test_expert_loads_are_what_the_routers_select() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_embedded_model_has_learned(tmp_path: Path) -> None:
-    """The one in outputs/cache, if these settings and this library's text made it; else it is trained in full."""
+    """The model in outputs/cache, if it has these settings and texts; otherwise it is trained here."""
     model = ModelConfig(name="tiny_moe", dtype="float32", pretrain=published())
     key = files.fingerprint(tiny.VERSION, published(), stdlib_corpora().sha256(), "cpu")
     folder = ROOT / "outputs" / "cache" / "models" / f"tiny_moe-{key}"
