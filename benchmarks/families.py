@@ -1,8 +1,10 @@
-"""Every family × every method × every way to export, loaded where recondense is not: python benchmarks/families.py
+"""Every family × method × export format, loaded without recondense.
 
-For each: a tiny random model made by transformers (of model_type deepseek by recondense's own class), searched and
-compressed by the method, exported, and loaded in an environment that has torch, transformers and safetensors alone.
-Its logits must be the live model's (1e-4, fp32), and so must the tokens that it generates with a key-value cache.
+    python benchmarks/families.py [--families NAME ...] [--methods NAME ...] [--markdown] [--json FILE]
+
+The methods search and compress tiny random models of transformers (of recondense for model_type deepseek). The exported
+folders are loaded in an environment that has torch, transformers and safetensors alone. Their logits must be those of
+the compressed model in memory (within 1e-4, fp32), and so must the tokens that they generate with a key-value cache.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from recondense.surgery import apply  # noqa: E402
 TOLERANCE = 1e-4
 NEW_TOKENS = 8
 PLAIN = ("torch", "transformers", "safetensors")
-# What every family can keep to, of a model with three layers: a third of the experts, as many in each layer.
+# A budget that every family of three layers can meet: a third of the experts, the same number in every layer.
 THIRD = ["method.removed_expert_ratio=0.33333"]
 SMALL = ["method.population=10", "method.parents=4", "method.iterations=10"]
 BUDGETS: dict[str, list[str]] = {
@@ -48,7 +50,7 @@ BUDGETS: dict[str, list[str]] = {
     "cdmoe_moei2": [*THIRD, "method.num_experts=[2]", "method.prune_ratios=[0.34]", "method.kept_ratios=[0.5]", *SMALL],
     "naee": [*THIRD, *SMALL],
 }
-# Published DeepSeek-V2 and V3 select groups of experts first; their small versions do not.
+# The published DeepSeek-V2 and V3 select groups of experts first; the tiny models do not.
 GROUPS = {"n_group": 2, "topk_group": 2}
 MODELS: dict[str, Any] = {
     **EVERY,
@@ -57,7 +59,7 @@ MODELS: dict[str, Any] = {
 }
 LETTERS = {"stock": "S", "bundled": "B", "dense": "D"}
 
-# Runs in the plain environment: what each folder computes, against what it should.
+# Runs in the plain environment: compares the results of every folder with the expected ones.
 ELSEWHERE = """
 import importlib.util, json, sys
 assert all(importlib.util.find_spec(name) is None for name in ("recondense", "lightning", "datasets", "hydra", "peft"))
@@ -66,7 +68,7 @@ import torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 expected = torch.load(sys.argv[1], weights_only=True)
-found = {}
+results = {}
 for name, (ids, logits, tokens) in expected.items():
     folder = Path(sys.argv[1]).parent / name
     trust = {"trust_remote_code": True} if (folder / "modeling_recondense.py").exists() else {}
@@ -74,15 +76,15 @@ for name, (ids, logits, tokens) in expected.items():
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **trust)
         assert not any(info.values()), info
         with torch.no_grad():
-            own = model.eval()(input_ids=ids).logits
-            made = model.generate(
+            actual = model.eval()(input_ids=ids).logits
+            generated = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
                 use_cache=True,
             )
-        found[name] = {"difference": float((own - logits).abs().max()), "tokens": torch.equal(made, tokens)}
+        results[name] = {"difference": float((actual - logits).abs().max()), "tokens": torch.equal(generated, tokens)}
     except Exception as error:
-        found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
-Path(sys.argv[2]).write_text(json.dumps(found))
+        results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+Path(sys.argv[2]).write_text(json.dumps(results))
 """.replace("NEW", str(NEW_TOKENS))
 
 
@@ -94,9 +96,9 @@ def main() -> None:
     started = time.perf_counter()
     for family in args.families:
         with tempfile.TemporaryDirectory() as folder:
-            rows[family] = of_family(family, args.methods, Path(folder), python)
+            rows[family] = check_family(family, args.methods, Path(folder), python)
         wrong = [f"{method} {name}: {why}" for method, cell in rows[family].items() for name, why in failures(cell)]
-        print(f"{family}: {'as the live model' if not wrong else '; '.join(wrong)}", flush=True)
+        print(f"{family}: {'as the model in memory' if not wrong else '; '.join(wrong)}", flush=True)
     checks = [entry for row in rows.values() for cell in row.values() for entry in cell["formats"].values()]
     result = {
         "seconds": time.perf_counter() - started,
@@ -121,8 +123,8 @@ def main() -> None:
 
 
 LEGEND = (
-    "S: as the family's own class; B: with a modeling file; D: low-rank experts multiplied out (S or B then). What "
-    "`auto` writes stands first. x: refused before weights load."
+    "S: stock, the family's own class; B: bundled, with a modeling file; D: dense, low-rank experts multiplied out. "
+    "The first letter is the format that `auto` writes. x: refused before weights are loaded."
 )
 
 
@@ -130,48 +132,50 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--python", help="an interpreter with torch, transformers and safetensors; else one is made")
+    parser.add_argument(
+        "--python", help="an interpreter with torch, transformers and safetensors (default: one is made)"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--markdown", action="store_true", help="print the table as README has it")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/families.md has it")
     parser.add_argument("--json", type=Path, help="write all figures here")
     return parser.parse_args()
 
 
 def plain_environment(folder: Path) -> str:
-    """The interpreter of an environment with the pinned torch, transformers and safetensors alone; made once."""
+    """The interpreter of an environment with only the pinned torch, transformers and safetensors; made once."""
     python = folder / "bin" / "python"
     if not (folder / "made").exists():
-        print(f"making an environment of {', '.join(PLAIN)}: some minutes, once", flush=True)
+        print(f"making an environment of {', '.join(PLAIN)}: some minutes, only once", flush=True)
         venv.create(folder, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *PLAIN], check=True)
         (folder / "made").touch()
     return str(python)
 
 
-def of_family(family: str, methods: list[str], folder: Path, python: str) -> dict[str, Any]:
-    """By method: refused and why, or what each format's folder computes elsewhere."""
+def check_family(family: str, methods: list[str], folder: Path, python: str) -> dict[str, Any]:
+    """The cells of a family, by method: why it is refused, or the results of the folder of every format."""
     cells: dict[str, Any] = {}
     expected: dict[str, Any] = {}
     for method in methods:
-        cells[method] = {"refused": refused(MODELS[family]().config, method), "formats": {}}
+        cells[method] = {"refused": refusal(MODELS[family]().config, method), "formats": {}}
         if not cells[method]["refused"]:
-            expected |= exported(family, method, folder, cells[method]["formats"])
+            expected |= export(family, method, folder, cells[method]["formats"])
     if not expected:
         return cells
     torch.save(expected, folder / "expected.pt")
     environment = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    command = [python, "-c", ELSEWHERE, folder / "expected.pt", folder / "found.json"]
+    command = [python, "-c", ELSEWHERE, folder / "expected.pt", folder / "results.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{python}: {done.stderr[-2000:]}")
-    for name, entry in json.loads((folder / "found.json").read_text(encoding="utf-8")).items():
+    for name, entry in json.loads((folder / "results.json").read_text(encoding="utf-8")).items():
         method, format_ = name.split("-")
         cells[method]["formats"][format_] |= entry
     return cells
 
 
-def refused(config: Any, method: str) -> str:
-    """Why a model of this config is not compressed so, as it is said before weights load; empty if it is."""
+def refusal(config: Any, method: str) -> str:
+    """Why the method refuses a model of this config before weights are loaded; empty if it does not."""
     steps, _ = steps_of(method, *budget(method))
     return "; ".join(problem for step in steps for problem in step.check(families.facts(config)))
 
@@ -181,8 +185,12 @@ def budget(method: str) -> list[str]:
 
 
 @torch.no_grad()
-def exported(family: str, method: str, folder: Path, formats: dict[str, Any]) -> dict[str, Any]:
-    """Folders of a compressed model in every format; what each must compute."""
+def export(family: str, method: str, folder: Path, formats: dict[str, Any]) -> dict[str, Any]:
+    """Export a compressed model in every format.
+
+    Returns:
+        by folder, the ids, and the logits and tokens that the folder must give for them.
+    """
     model = MODELS[family]()
     plan = plan_of(model, method, folder / "search" / method, *budget(method)) if method != "none" else Plan("tiny")
     apply.execute(model, plan, lambda: recorded(model))
@@ -192,30 +200,30 @@ def exported(family: str, method: str, folder: Path, formats: dict[str, Any]) ->
     tokens = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
     )
-    found = {}
+    expected_results = {}
     low_rank = any(shape.get("ranks") for shape in layer_shapes(model).values())
     for format_ in ("auto", "bundled", *(["dense"] if low_rank else [])):
         if format_ == "bundled" and formats["auto"]["kind"] == "bundled":
             continue  # the same folder
         name = f"{method}-{format_}"
         formats[format_] = {"kind": write_folder(model, None, plan, folder / name, "", ExportConfig(format=format_))}
-        found[name] = ids, expected, tokens
-    return found
+        expected_results[name] = ids, expected, tokens
+    return expected_results
 
 
 def failures(cell: dict[str, Any]) -> list[tuple[str, str]]:
-    """(format, what is wrong) of every folder that is not as the live model."""
-    found = []
+    """(format, problem) of every folder that differs from the model in memory."""
+    problems = []
     for name, entry in cell["formats"].items():
         if "error" in entry:
-            found.append((name, entry["error"]))
+            problems.append((name, entry["error"]))
         elif entry["difference"] > TOLERANCE or not entry["tokens"]:
-            found.append((name, f"logits differ by {entry['difference']:.1e}, tokens equal: {entry['tokens']}"))
-    return found
+            problems.append((name, f"logits differ by {entry['difference']:.1e}, tokens equal: {entry['tokens']}"))
+    return problems
 
 
 def letters(cell: dict[str, Any]) -> str:
-    """A cell of the table."""
+    """The letters in a cell of the table."""
     if cell["refused"]:
         return "x"
     if failures(cell):
@@ -224,17 +232,17 @@ def letters(cell: dict[str, Any]) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]], methods: list[str]) -> Table:
-    found = Table(title="family × method × export", title_justify="left", pad_edge=False, show_edge=False)
-    found.add_column("family", style="bold", no_wrap=True)
+    result = Table(title="family × method × export", title_justify="left", pad_edge=False, show_edge=False)
+    result.add_column("family", style="bold", no_wrap=True)
     for method in methods:
-        found.add_column(method.replace("_", "\n"))
+        result.add_column(method.replace("_", "\n"))
     for family, row in rows.items():
-        found.add_row(family, *(letters(row[method]) for method in methods))
-    return found
+        result.add_row(family, *(letters(row[method]) for method in methods))
+    return result
 
 
 def markdown(rows: dict[str, dict[str, Any]], methods: list[str]) -> str:
-    """The table as README has it; methods whose column is another's stand together."""
+    """The table as docs/families.md has it; methods with the same column share it."""
     columns: dict[tuple[str, ...], list[str]] = {}
     for method in methods:
         columns.setdefault(tuple(letters(row[method]) for row in rows.values()), []).append(method)

@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py [--repeats 3] [--hidden-size 64] [--json FILE]
 
-Every point is a random Qwen2-MoE that differs from the base in one size. Searches are timed on a tape in memory, taping
-apart; of the repetitions, which go round all points, the fastest counts. CD-MoE's greedy layer search runs all layers
-above every candidate, so that it grows with the square of the layers: it is shown and not judged.
+Every point is a random Qwen2-MoE that differs from the base in one size. Searches are timed with a tape in memory,
+without the time to record it. Every repetition visits all points, and the fastest counts. CD-MoE's greedy layer search
+reruns all layers above every candidate, so it grows with the square of the layers: it is shown without a limit.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from recondense.methods.search.genetic import Genetic
 from recondense.methods.step import SearchContext
 from recondense.progress import track
 
-BASE = {"tokens": 1024, "layers": 6, "experts": 32, "chosen": 4}
+BASE = {"tokens": 1024, "layers": 6, "experts": 32, "retained": 4}
 SCRATCH = 1 << 28
-LIMITS = {"tokens": 1.1, "layers": 1.1, "experts x chosen": 1.0}
+LIMITS = {"tokens": 1.1, "layers": 1.1, "experts x retained": 1.0}
 POINTS: dict[str, list[dict[str, int]]] = {
     "tokens": [{"tokens": value} for value in (512, 1024, 2048, 4096)],
     "layers": [{"layers": value} for value in (3, 6, 12, 24)],
-    "experts x chosen": [
-        {"experts": experts, "chosen": chosen} for experts, chosen in ((16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
+    "experts x retained": [
+        {"experts": experts, "retained": retained}
+        for experts, retained in ((16, 2), (16, 4), (32, 4), (32, 8), (64, 8))
     ],
 }
 
@@ -52,7 +53,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def subject(sizes: dict[str, int], args: argparse.Namespace) -> tuple[PreTrainedModel, Tape]:
+def make_model(sizes: dict[str, int], args: argparse.Namespace) -> tuple[PreTrainedModel, Tape]:
     """A random model of these sizes, and its tape."""
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
@@ -68,18 +69,18 @@ def subject(sizes: dict[str, int], args: argparse.Namespace) -> tuple[PreTrained
 
 
 def cdmoe(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> None:
-    """Which experts each layer keeps."""
-    CDMoE(sizes["chosen"], "all").search(SearchContext(model, lambda: tape, {}, SCRATCH))
+    """The search for the experts of every layer."""
+    CDMoE(sizes["retained"], "all").search(SearchContext(model, lambda: tape, {}, SCRATCH))
 
 
 def cdmoe_layers(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> float:
-    """Which two layers are condensed: seconds of this part of the search."""
-    _, record = CDMoE(sizes["chosen"], 2).search(SearchContext(model, lambda: tape, {}, SCRATCH))
+    """Seconds of the search for the two layers to condense."""
+    _, record = CDMoE(sizes["retained"], 2).search(SearchContext(model, lambda: tape, {}, SCRATCH))
     return float(record["seconds"]["layer_search"])
 
 
 def moei2(model: PreTrainedModel, tape: Tape, sizes: dict[str, int]) -> None:
-    """Importances, a genetic search of twenty sets in ten generations, reception fields."""
+    """Importances, a genetic search with twenty sets and ten generations, and reception fields."""
     step = InterExpertPruning(genetic=Genetic(population=20, iterations=10, parents=5, search="genetic"))
     step.search(SearchContext(model, lambda: tape, {}, SCRATCH))
 
@@ -90,47 +91,48 @@ SEARCHES: dict[str, tuple[Search, list[str]]] = {
     "moei2": (moei2, ["tokens", "layers"]),
     "cdmoe, two layers": (cdmoe_layers, ["tokens", "layers"]),
 }
-JUDGED = ("cdmoe, experts", "moei2")
+LIMITED = ("cdmoe, experts", "moei2")
 
 
 def slope(sizes: list[float], seconds: list[float]) -> float:
-    """Of the least-squares line through the logarithms."""
+    """The slope of the least-squares line through the logarithms."""
     xs, ys = [math.log(size) for size in sizes], [math.log(second) for second in seconds]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of every search at every point, and the slopes."""
-    made = [(axis, point, BASE | point) for axis, points in POINTS.items() for point in points]
+    """The seconds of every search at every point, and the slopes."""
+    points = [(axis, point) for axis, axis_points in POINTS.items() for point in axis_points]
     best: dict[tuple[str, str, int], float] = {}
     for _ in range(args.repeats):
-        for number, (axis, _, sizes) in enumerate(track(made, "searching")):
-            model, tape = subject(sizes, args)
+        for number, (axis, point) in enumerate(track(points, "searching")):
+            sizes = BASE | point
+            model, tape = make_model(sizes, args)
             for name, (search, axes) in SEARCHES.items():
                 if axis in axes:
-                    said, seconds = timed(lambda run=search, m=model, t=tape, s=sizes: run(m, t, s))
+                    reported, seconds = timed(lambda run=search, m=model, t=tape, s=sizes: run(m, t, s))
                     key = name, axis, number
-                    best[key] = min(best.get(key, math.inf), said or seconds)
+                    best[key] = min(best.get(key, math.inf), reported or seconds)
     rows = []
     for name, (_, axes) in SEARCHES.items():
         for axis in axes:
-            numbers = [number for number, (each, *_) in enumerate(made) if each == axis]
-            sizes = [float(math.prod(made[number][1].values())) for number in numbers]
+            numbers = [number for number, (point_axis, _) in enumerate(points) if point_axis == axis]
+            products = [float(math.prod(points[number][1].values())) for number in numbers]
             seconds = [best[name, axis, number] for number in numbers]
-            limit = LIMITS[axis] if name in JUDGED else None
-            rows.append({"search": name, "axis": axis, "sizes": sizes, "seconds": seconds,
-                         "slope": slope(sizes, seconds), "limit": limit})  # fmt: skip
+            limit = LIMITS[axis] if name in LIMITED else None
+            rows.append({"search": name, "axis": axis, "sizes": products, "seconds": seconds,
+                         "slope": slope(products, seconds), "limit": limit})  # fmt: skip
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """One row a search and axis."""
-    found = Table(title="Growth of the seconds of a search")
+    """A row for each search and axis."""
+    result = Table(title="Growth of the seconds of a search")
     for column in ("search", "with", "sizes", "seconds", "slope", "at most"):
-        found.add_column(column, justify="left" if column in ("search", "with") else "right")
+        result.add_column(column, justify="left" if column in ("search", "with") else "right")
     for row in rows:
-        found.add_row(
+        result.add_row(
             row["search"],
             row["axis"],
             " ".join(f"{size:g}" for size in row["sizes"]),
@@ -138,7 +140,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['slope']:.2f}",
             "" if row["limit"] is None else f"{row['limit']:g}",
         )
-    return found
+    return result
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/inference.py [--batch-sizes 1 4 16] [--device cuda] [--json FILE]
 
-A Qwen2-MoE with random weights, and what is made of it: the upper half of its layers condensed to the shared and four
-routed experts, a quarter of all experts pruned, and the pruned ones factorized. All of them on one backbone, side by
-side, in alternation; speeds are medians. Random weights spread tokens evenly over experts.
+The models are a Qwen2-MoE with random weights and three compressed versions: the upper half of its layers condensed to
+the shared and four routed experts, a quarter of all experts pruned, and the remaining experts factorized too. They
+share one backbone and are timed in turns; speeds are medians. Random weights distribute tokens evenly over experts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 
 def original(args: argparse.Namespace) -> PreTrainedModel:
-    """The model, shared experts as wide as four routed ones."""
+    """The original model; its shared expert is as wide as four routed ones."""
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
         vocab_size=8192, hidden_size=args.hidden_size, num_hidden_layers=args.layers, num_attention_heads=8,
@@ -63,47 +63,48 @@ def original(args: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-def compressed(model: PreTrainedModel, operations: list[Operation]) -> dict[int, nn.Module]:
-    """The blocks that a plan makes; the model is left as it was."""
+def compress(model: PreTrainedModel, operations: list[Operation]) -> dict[int, nn.Module]:
+    """The blocks after a plan, by layer; the model does not change."""
     originals = apply.execute(model, Plan("random", tuple(operations)))
-    made = {layer: views.get_block(model, layer) for layer in originals}
+    blocks = {layer: views.get_block(model, layer) for layer in originals}
     for layer, block in originals.items():
         views.set_block(model, layer, block)
-    return made
+    return blocks
 
 
 def variants(model: PreTrainedModel) -> dict[str, Variant]:
-    """The original, and what is made of it."""
+    """The original and its compressed versions."""
     blocks = views.sparse_blocks(model)
     upper = list(blocks)[len(blocks) // 2 :]
     condense: list[Operation] = [Condense(layer, (0, 1, 2, 3), (0.06,) * 4, 0.5) for layer in upper]
     prune: list[Operation] = [
         Prune.from_dropped(layer, block.num_experts, range(block.num_experts // 4)) for layer, block in blocks.items()
     ]
-    pruned = compressed(model, prune)
+    pruned = compress(model, prune)
     with views.swap_blocks(model, pruned):
         factorize = Decompose(alpha=0.0).outline(model)
-    made = {
-        "upper half condensed": compressed(model, condense),
+    compressed = {
+        "upper half condensed": compress(model, condense),
         "a quarter pruned": pruned,
-        "pruned and factorized": compressed(model, [*prune, *factorize]),
+        "pruned and factorized": compress(model, [*prune, *factorize]),
     }
 
-    def variant(own: dict[int, nn.Module]) -> Variant:
-        return lambda: views.swap_blocks(model, own)
+    def variant(replacements: dict[int, nn.Module]) -> Variant:
+        return lambda: views.swap_blocks(model, replacements)
 
-    return {"original": lambda: nullcontext(model), **{name: variant(own) for name, own in made.items()}}
+    versions = {name: variant(replacements) for name, replacements in compressed.items()}
+    return {"original": lambda: nullcontext(model), **versions}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Profiles of every variant, by batch size."""
     model = original(args)
-    everything = variants(model)
+    all_variants = variants(model)
     return {
         str(batch_size): {
             name: profile.to_dict()
             for name, profile in profile_variants(
-                everything,
+                all_variants,
                 batch_size=batch_size,
                 prompt_length=args.prompt_length,
                 new_tokens=args.new_tokens,
@@ -117,20 +118,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> Table:
-    """A row a variant and batch size; speeds beside the original's."""
-    table = Table("batch", "model", title="Tokens per second, and times the original's")
+def table(figures: dict[str, Any]) -> Table:
+    """A row for each variant and batch size, with speeds relative to the original's."""
+    table = Table("batch", "model", title="Tokens per second, and relative to the original")
     for column in ("weights, MiB", "peak, MiB", *KINDS):
         table.add_column(column, justify="right")
-    for batch_size, profiles in found.items():
+    for batch_size, profiles in figures.items():
         for name, profile in profiles.items():
             speeds = [profile[f"{kind}_tokens_per_second"] for kind in KINDS]
-            before = [profiles["original"][f"{kind}_tokens_per_second"] for kind in KINDS]
+            originals = [profiles["original"][f"{kind}_tokens_per_second"] for kind in KINDS]
             table.add_row(
                 batch_size,
                 name,
                 *(f"{profile[size] / MEBIBYTE:,.0f}" for size in ("weights_bytes", "peak_memory_bytes")),
-                *(f"{speed:,.0f} ({speed / own:.2f}x)" for speed, own in zip(speeds, before, strict=True)),
+                *(f"{speed:,.0f} ({speed / original:.2f}x)" for speed, original in zip(speeds, originals, strict=True)),
             )
         table.add_section()
     return table
@@ -139,9 +140,9 @@ def table(found: dict[str, Any]) -> Table:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    found = measure(args)
-    subjects.console().print(table(found))
-    subjects.write_json(args.json, vars(args), subjects.machine(args.device), {"batch_sizes": found})
+    figures = measure(args)
+    subjects.console().print(table(figures))
+    subjects.write_json(args.json, vars(args), subjects.machine(args.device), {"batch_sizes": figures})
 
 
 if __name__ == "__main__":

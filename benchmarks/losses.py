@@ -1,16 +1,15 @@
-"""Losses over a large vocabulary: in chunks of tokens with the LM head inside, against plain ones on whole logits.
+"""Losses over a large vocabulary: in chunks of tokens with the LM head, compared with plain ones on full logits.
 
     python benchmarks/losses.py [--json FILE] [--tokens 4096] [--vocabulary 151936] [--hidden-size 256]
 
-Each loss and its backward run in a process of their own. Memory is the most that was resident in it above what was
-resident before: hidden states and heads are there, gradients are not (the kernel's high-water mark, put back then).
-The plain losses are the definitions in torch, with autograd. Both sides get the same numbers; the head trains.
+Every loss and its backward run in a process of their own. Memory is the peak of resident memory above what was resident
+before the loss; hidden states and heads exist before, gradients do not. The plain losses are the definitions in torch,
+with autograd. Both sides get the same tensors; the head trains.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import os
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from resident_memory import peak_bytes, reset_peak, resident_bytes
 from torch import Tensor, nn
 
 from recondense.models.decoder import Head
@@ -41,76 +41,69 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ours(kind: Any, mine: Tensor, theirs: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+def ours(kind: Any, student_TD: Tensor, teacher_TD: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """The mean loss, in chunks."""
     with torch.no_grad():
         fixed = Head(head.weight.detach())
-    term: Term = CrossEntropy(labels) if kind == "cross_entropy" else TeacherDivergence(kind, Hidden(theirs, fixed))
-    return sum_in_chunks([(1 / len(mine), term)], mine, Head(head.weight))[0]
+    term: Term = CrossEntropy(labels) if kind == "cross_entropy" else TeacherDivergence(kind, Hidden(teacher_TD, fixed))
+    return sum_in_chunks([(1 / len(student_TD), term)], student_TD, Head(head.weight))[0]
 
 
-def plain(kind: str, mine: Tensor, theirs: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    """The mean loss, on whole logits."""
+def plain(kind: str, student_TD: Tensor, teacher_TD: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """The mean loss, on full logits."""
     if kind == "cross_entropy":
-        return F.cross_entropy(head(mine), labels)
+        return F.cross_entropy(head(student_TD), labels)
     with torch.no_grad():
-        log_p = head(theirs).log_softmax(-1)
-    log_q = head(mine).log_softmax(-1)
+        log_p = head(teacher_TD).log_softmax(-1)
+    log_q = head(student_TD).log_softmax(-1)
     if kind == "js":
         log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
-        return (_kl(log_p, log_m) + _kl(log_q, log_m)) / (2 * len(mine))
-    return (_kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)) / len(mine)
+        return (_kl(log_p, log_m) + _kl(log_q, log_m)) / (2 * len(student_TD))
+    return (_kl(log_p, log_q) if kind == "forward_kl" else _kl(log_q, log_p)) / len(student_TD)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def resident(name: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def one(way: Callable[..., Tensor], kind: str, args: argparse.Namespace, connection: Any) -> None:
-    """A process: one loss and its backward."""
+def measure_here(way: Callable[..., Tensor], kind: str, args: argparse.Namespace, connection: Any) -> None:
+    """Measure one loss and its backward in this process, and send the figures and parts of the gradients."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    mine = torch.randn(args.tokens, args.hidden_size, requires_grad=True)
-    theirs = mine.detach() + 0.3 * torch.randn(args.tokens, args.hidden_size)
+    student_TD = torch.randn(args.tokens, args.hidden_size, requires_grad=True)
+    teacher_TD = student_TD.detach() + 0.3 * torch.randn(args.tokens, args.hidden_size)
     labels = torch.randint(args.vocabulary, (args.tokens,))
     head = nn.Linear(args.hidden_size, args.vocabulary, bias=False)
-    # Once small, so that what the first use loads is not counted.
+    # A small loss first, so that libraries loaded by the first use do not count.
     small = nn.Linear(args.hidden_size, 64, bias=False)
-    way(kind, mine[:8].detach().requires_grad_(True), theirs[:8], small, labels[:8] % 64).backward()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # puts VmHWM back
+    way(kind, student_TD[:8].detach().requires_grad_(True), teacher_TD[:8], small, labels[:8] % 64).backward()
+    reset_peak()
+    before = resident_bytes()
     started = time.perf_counter()
-    loss = way(kind, mine, theirs, head, labels)
+    loss = way(kind, student_TD, teacher_TD, head, labels)
     loss.backward()
     seconds = time.perf_counter() - started
-    peak = resident("VmHWM") - before
-    assert mine.grad is not None and head.weight.grad is not None
-    norms = {"hidden": float(mine.grad.double().norm()), "head": float(head.weight.grad.double().norm())}
-    some = [
-        mine.grad[:: max(1, args.tokens // 64)].clone(),
+    peak = peak_bytes() - before
+    assert student_TD.grad is not None and head.weight.grad is not None
+    norms = {"hidden": float(student_TD.grad.double().norm()), "head": float(head.weight.grad.double().norm())}
+    gradients = [
+        student_TD.grad[:: max(1, args.tokens // 64)].clone(),
         head.weight.grad[:: max(1, args.vocabulary // 256)].clone(),
     ]
     connection.send({"bytes": peak, "seconds": seconds, "loss": float(loss.detach()), "norms": norms})
-    connection.send([each.numpy() for each in some])
+    connection.send([gradient.numpy() for gradient in gradients])
 
 
-def measured(way: Callable[..., Tensor], kind: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
-    """The figures of a process, and parts of its gradients."""
+def measure(way: Callable[..., Tensor], kind: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
+    """Measure in a new process; return the figures and parts of the gradients."""
     context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=one, args=(way, kind, args, theirs), daemon=True)
+    receiver, sender = context.Pipe()
+    process = context.Process(target=measure_here, args=(way, kind, args, sender), daemon=True)
     process.start()
-    theirs.close()
-    found = mine.recv(), mine.recv()
+    sender.close()
+    figures, gradients = receiver.recv(), receiver.recv()
     process.join()
-    return found
+    return figures, gradients
 
 
 def main() -> None:
@@ -123,14 +116,14 @@ def main() -> None:
     result = Table("", "plain, MiB", "in chunks, MiB", "of the plain", "plain, s", "in chunks, s", "same?", title=title)
     figures: dict[str, Any] = {}
     for kind in args.kinds:
-        (whole, gradients), (chunks, own) = measured(plain, kind, args), measured(ours, kind, args)
-        differences = {"loss": abs(chunks["loss"] - whole["loss"]) / abs(whole["loss"])}
-        for name, a, b in zip(("hidden", "head"), gradients, own, strict=True):
+        (full, expected), (chunks, actual) = measure(plain, kind, args), measure(ours, kind, args)
+        differences = {"loss": abs(chunks["loss"] - full["loss"]) / abs(full["loss"])}
+        for name, a, b in zip(("hidden", "head"), expected, actual, strict=True):
             differences[name] = float(abs(a - b).max() / abs(a).max())
-        ratio = chunks["bytes"] / whole["bytes"]
-        figures[kind] = {"plain": whole, "chunked": chunks, "memory_ratio": ratio, "relative_differences": differences}
-        sizes = [f"{each['bytes'] / MIB:.0f}" for each in (whole, chunks)]
-        times = [f"{each['seconds']:.1f}" for each in (whole, chunks)]
+        ratio = chunks["bytes"] / full["bytes"]
+        figures[kind] = {"plain": full, "chunked": chunks, "memory_ratio": ratio, "relative_differences": differences}
+        sizes = [f"{figure['bytes'] / MIB:.0f}" for figure in (full, chunks)]
+        times = [f"{figure['seconds']:.1f}" for figure in (full, chunks)]
         result.add_row(kind, *sizes, f"{ratio:.1%}", *times, f"within {max(differences.values()):.0e} relative")
     subjects.console().print(result)
     subjects.write_json(args.json, vars(args), subjects.machine(), {"losses": figures})

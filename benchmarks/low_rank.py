@@ -1,15 +1,15 @@
-"""Low-rank experts against transformers' fused dense experts: forward, and forward with backward.
+"""Low-rank experts compared with transformers' fused dense experts: forward, and forward with backward.
 
     python benchmarks/low_rank.py [--device cuda] [--shapes 60x2048x1408] [--json FILE]
 
-Both get the same tokens and the same routing, drawn evenly; weights are random, of one dtype, and train in the
-backward. The dense experts run in whichever of transformers' implementations is faster in that cell. Timings alternate
-between the two; a cell is the ratio of medians, dense / low-rank: above 1 the low-rank experts are faster. What is kept
-of the arithmetic is rank·(D + F) / (D·F). "uneven" ranks are those that MoE-I2's formula gives to importances that
-spread 3-fold, in multiples of 1 and of the default.
+Both sides get the same tokens and the same random routing. Weights are random, have one dtype, and all train in the
+backward. The dense experts use the faster of transformers' implementations in every cell. The two sides are timed in
+turns, and a cell is the ratio of medians, dense / low-rank: above 1 the low-rank experts are faster. The retained share
+of the arithmetic is rank·(D + F) / (D·F). "uneven" ranks are those of MoE-I²'s formula for importances that differ by
+up to a factor of 3, in multiples of 1 and of the default.
 
-Ends with exit code 1 if experts of D·F >= 512·352 are less than 0.9 times as fast as dense ones at half the arithmetic
-or less. Smaller ones, whose time goes into calls, are shown only.
+The exit code is 1 if experts with D·F >= 512·352 are less than 0.9 times as fast as dense ones at half the arithmetic
+or less. Smaller experts, whose time goes into calls, are shown without a limit.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from recondense.methods.search import ranks
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.replacement_blocks import GLU
 
-IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm gathers weights for every token
-KEPT = (0.25, 0.5, 0.614, 0.9)  # of the arithmetic
-AT_HALF = 0.505  # of the arithmetic or less: ranks are whole
+IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm copies weights for every token
+RETAINED = (0.25, 0.5, 0.614, 0.9)  # of the arithmetic
+AT_HALF = 0.505  # of the arithmetic, or less: ranks are integers
 JUDGED = 512 * 352  # hidden size x width: smaller experts cost calls, not arithmetic
-NOISE = 0.9  # times as fast: what is slower than that is no matter of noise
+NOISE = 0.9  # times as fast: a slower result is more than noise
 NAMES = ("gate_proj", "up_proj", "down_proj")
-SPREAD = 3.0  # of the uneven importances
+IMPORTANCE_RANGE = 3.0  # the largest uneven importance divided by the smallest
 
 
 def arguments() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each side of a cell")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each side of a cell")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
@@ -67,11 +67,11 @@ def dense_experts(shape: tuple[int, int, int], args: argparse.Namespace) -> Any:
         hidden_size=shape[1], moe_intermediate_size=shape[2], num_experts=shape[0], num_experts_per_tok=args.top_k
     )
     config._experts_implementation = "grouped_mm"
-    return filled(Qwen2MoeExperts(config), args)
+    return fill_randomly(Qwen2MoeExperts(config), args)
 
 
-def filled(module: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """Random weights of the benchmark's dtype on its device, all of which train."""
+def fill_randomly(module: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Give a module random weights of the benchmark's dtype on its device, all of which train."""
     module = module.to(args.device, getattr(torch, args.dtype))
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -79,20 +79,20 @@ def filled(module: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def cases(shape: tuple[int, int, int]) -> dict[str, ranks.Ranks]:
-    """Ranks of each expert, by a name that says what they keep."""
+    """Ranks of all experts, by the share of the arithmetic that they retain."""
     num_experts, hidden_size, width = shape
     multiple = ranks.resolve_multiple("auto", hidden_size, width, 0.5 * ranks.break_even(hidden_size, width))
-    average = {kept: max(1, round(kept * ranks.break_even(hidden_size, width))) for kept in KEPT}
-    found: dict[str, ranks.Ranks] = {f"{kept:g}": [rank] * num_experts for kept, rank in average.items()}
-    importance = [SPREAD ** (j / (num_experts - 1)) for j in range(num_experts)]
+    average = {share: max(1, round(share * ranks.break_even(hidden_size, width))) for share in RETAINED}
+    ranks_by_name: dict[str, ranks.Ranks] = {f"{share:g}": [rank] * num_experts for share, rank in average.items()}
+    importance = [IMPORTANCE_RANGE ** (j / (num_experts - 1)) for j in range(num_experts)]
     for step in sorted({1, multiple}):
-        own = ranks.allocate(importance, average[0.5], hidden_size, width, multiple=step)
-        found[f"0.5 uneven, multiples of {step}"] = own
-    return found
+        uneven = ranks.allocate(importance, average[0.5], hidden_size, width, multiple=step)
+        ranks_by_name[f"0.5 uneven, multiples of {step}"] = uneven
+    return ranks_by_name
 
 
 class Side:
-    """One of two modules to time: its forward, and with it its backward."""
+    """One of the two modules to time: its forward, and its forward with backward."""
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.module, self.inputs = module, inputs
@@ -110,26 +110,28 @@ class Side:
 
 
 def alternate(works: Sequence[Callable[[], None]], seconds: float, device: str) -> list[float]:
-    """Median seconds of each work, run in turn after one round that does not count."""
+    """Median seconds of every work; they run in turns after a warm-up."""
     for work in works:
         work()
     once = sum(timed(work, device)[1] for work in works)
     rounds = max(5, min(200, round(seconds * len(works) / max(once, 1e-9))))
-    found: list[list[float]] = [[] for _ in works]
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
-        for own, work in zip(found, works, strict=True):
-            own.append(timed(work, device)[1])
-    return [statistics.median(own) for own in found]
+        for work_times, work in zip(times, works, strict=True):
+            work_times.append(timed(work, device)[1])
+    return [statistics.median(work_times) for work_times in times]
 
 
 def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every cell of one shape."""
+    """All cells of one shape."""
     generator = torch.Generator().manual_seed(0)
-    dense, found = dense_experts(shape, args), []
+    dense, cells = dense_experts(shape, args), []
     dense_parameters = sum(parameter.numel() for parameter in dense.parameters())
-    for name, own in cases(shape).items():
-        low = filled(LowRankExperts(*shape[1:], dict.fromkeys(NAMES, tuple(own)), GLU(dense.act_fn)), args)
-        cell: dict[str, Any] = {"shape": "x".join(map(str, shape)), "ranks": name, "different": len(set(own))}
+    for name, expert_ranks in cases(shape).items():
+        low = fill_randomly(
+            LowRankExperts(*shape[1:], dict.fromkeys(NAMES, tuple(expert_ranks)), GLU(dense.act_fn)), args
+        )
+        cell: dict[str, Any] = {"shape": "x".join(map(str, shape)), "ranks": name, "different": len(set(expert_ranks))}
         cell["arithmetic"] = sum(parameter.numel() for parameter in low.parameters()) / dense_parameters
         for num_tokens in args.tokens:
             draws_TE = torch.rand(num_tokens, shape[0], generator=generator)
@@ -143,20 +145,20 @@ def measure(shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict[
                     dense.config._experts_implementation = implementation
                     pair = [getattr(Side(module, inputs), way) for module in (dense, low)]
                     times[implementation] = alternate(pair, args.seconds / 2, args.device)
-                best = min(times, key=lambda each: times[each][0])
+                best = min(times, key=lambda implementation: times[implementation][0])
                 cell[f"{way} {num_tokens}"] = {
                     "implementation": best, "dense": times[best][0], "low_rank": times[best][1],
                     "times_faster": times[best][0] / times[best][1],
                 }  # fmt: skip
-        found.append(cell)
-    return found
+        cells.append(cell)
+    return cells
 
 
 def table(cells: Sequence[dict[str, Any]], args: argparse.Namespace) -> Table:
-    """A line a rank, a column a number of tokens; below half the arithmetic what is slower is marked."""
-    found = Table(title=f"dense / low-rank seconds: {cells[0]['shape'].replace('x', ' x ')}", title_justify="left")
-    for title in ("arithmetic kept", *(f"{way}\n{num}" for way in ("forward", "backward") for num in args.tokens)):
-        found.add_column(title, justify="left" if title == "arithmetic kept" else "right")
+    """A line for every case, a column for every number of tokens; slower timings at half the arithmetic are marked."""
+    result = Table(title=f"dense / low-rank seconds: {cells[0]['shape'].replace('x', ' x ')}", title_justify="left")
+    for title in ("arithmetic", *(f"{way}\n{num}" for way in ("forward", "backward") for num in args.tokens)):
+        result.add_column(title, justify="left" if title == "arithmetic" else "right")
     for cell in cells:
         row = [f"{cell['arithmetic']:.3f}{cell['ranks'].lstrip('0123456789.')}"]
         for way in ("forward", "backward"):
@@ -164,15 +166,15 @@ def table(cells: Sequence[dict[str, Any]], args: argparse.Namespace) -> Table:
                 ratio = cell[f"{way} {num}"]["times_faster"]
                 mark = " !" if ratio < 1 and cell["arithmetic"] <= AT_HALF else ""
                 row.append(f"{ratio:.2f}{mark}")
-        found.add_row(*row)
-    return found
+        result.add_row(*row)
+    return result
 
 
 def judge(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How many timings of large enough experts are slower than dense ones at half the arithmetic or less.
 
     Returns:
-        slower, of; the slowest (None without any); failed: it is slower by more than noise.
+        slower, of: how many of how many; slowest: the smallest ratio (None without timings); failed: it is below noise.
     """
     ratios = []
     for cell in cells:
@@ -185,7 +187,7 @@ def judge(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(judged: dict[str, Any]) -> str:
-    """The closing sentence."""
+    """The last sentence of the output."""
     if not judged["of"]:
         return "No experts of 512 x 352 or more were timed at half the arithmetic or less: nothing to judge."
     words = f"{judged['slower']} of {judged['of']} timings at half the arithmetic or less are slower than dense experts"
@@ -204,14 +206,15 @@ def main() -> int:
         "experts are faster than the dense ones; ! marks where they are not at half the arithmetic or less. "
         "backward: forward and backward, all weights training."
     )
-    found = []
+    cells = []
     for shape in args.shapes:
         experts, hidden_size, width = map(int, shape.split("x"))
-        found += (cells := measure((experts, hidden_size, width), args))
-        console.print(table(cells, args))
-    judged = judge(found)
+        shape_cells = measure((experts, hidden_size, width), args)
+        cells += shape_cells
+        console.print(table(shape_cells, args))
+    judged = judge(cells)
     console.print(verdict(judged))
-    figures = {"cells": found, "slower_at_half": judged}
+    figures = {"cells": cells, "slower_at_half": judged}
     subjects.write_json(args.json, vars(args), subjects.machine(args.device), figures)
     return int(judged["failed"])
 

@@ -1,9 +1,9 @@
-"""A search by one process and by two, one thread each: seconds side by side, and whether the plans are the same file.
+"""A search by one process and by two, with one thread each: seconds, and whether the plan files are the same.
 
     python benchmarks/processes.py [--methods cdmoe moei2 reap] [--texts 32] [--repeats 3] [--json FILE]
 
-Every run is a process (or two, over gloo) that makes the same random Qwen2-MoE, waits for its fellow, and then times
-calibration and search; what comes before is not counted. One and two processes take turns.
+Every run is one process, or two over gloo, that make the same random Qwen2-MoE, wait for each other, and then time
+calibration and search. One and two processes take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from recondense.methods.step import SearchContext
 from recondense.plan import Plan
 
 AT_MOST = 0.65  # of one process's seconds
-ONE_PASS = 4  # times as many texts for what goes through them once
+ONE_PASS = 4  # times as many texts for methods that run them once
 STEPS: dict[str, Any] = {
     "cdmoe": lambda: CDMoE(4, 3),
     "moei2": lambda: InterExpertPruning(genetic=Genetic(population=40, iterations=20, parents=10, search="genetic")),
@@ -48,24 +48,24 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(STEPS), choices=list(STEPS))
-    parser.add_argument("--texts", type=int, default=32, help="of random tokens")
-    parser.add_argument("--tokens", type=int, default=128, help="of a text")
+    parser.add_argument("--texts", type=int, default=32, help="calibration texts of random tokens")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a text")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--own", nargs=4, metavar=("METHOD", "RANK", "WORLD", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, metavar=("METHOD", "RANK", "WORLD", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def num_texts(args: argparse.Namespace, method: str) -> int:
-    """More where a run would be shorter than what it takes to get going."""
+    """The number of texts; more for a method whose run would otherwise be too short to time."""
     return args.texts * ONE_PASS if method == "reap" else int(args.texts)
 
 
 def search(args: argparse.Namespace) -> None:
-    """What one of the processes does."""
-    method, folder = args.own[0], Path(args.own[3])
-    rank, world = map(int, args.own[1:3])
+    """Search as one of the processes of a run; the first writes the plan and the seconds."""
+    method, folder = args.worker[0], Path(args.worker[3])
+    rank, world = map(int, args.worker[1:3])
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=world)
@@ -84,14 +84,14 @@ def search(args: argparse.Namespace) -> None:
         (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
-def once(args: argparse.Namespace, method: str, world: int) -> tuple[float, str]:
-    """Seconds, and the plan."""
+def run_once(args: argparse.Namespace, method: str, world: int) -> tuple[float, str]:
+    """Run a search with one or two processes; return its seconds and its plan."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = ["--texts", str(args.texts), "--tokens", str(args.tokens), "--layers", str(args.layers)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         started = [
             subprocess.Popen(
-                [sys.executable, __file__, *sizes, "--own", method, str(rank), str(world), folder], env=env
+                [sys.executable, __file__, *sizes, "--worker", method, str(rank), str(world), folder], env=env
             )
             for rank in range(world)
         ]
@@ -103,7 +103,7 @@ def once(args: argparse.Namespace, method: str, world: int) -> tuple[float, str]
 
 def main() -> None:
     args = arguments()
-    if args.own:
+    if args.worker:
         search(args)
         return
     rows = []
@@ -112,20 +112,20 @@ def main() -> None:
         plans = set()
         for repeat in range(args.repeats):
             for world in (1, 2) if repeat % 2 == 0 else (2, 1):
-                spent, plan = once(args, method, world)
-                seconds[world].append(spent)
+                run_seconds, plan = run_once(args, method, world)
+                seconds[world].append(run_seconds)
                 plans.add(plan)
         one, two = (min(seconds[world]) for world in (1, 2))
         sizes = {"method": method, "texts": num_texts(args, method)}
         rows.append({**sizes, "one": seconds[1], "two": seconds[2], "ratio": two / one, "plans": len(plans)})
-    found = Table(title="Calibration and search, one thread a process")
+    table = Table(title="Calibration and search, one thread a process")
     for column in ("method", "texts", "one process, s", "two, s", "two / one", "plans"):
-        found.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         same = "the same file" if row["plans"] == 1 else f"{row['plans']} different ones"
         fastest = [f"{min(row[name]):.2f}" for name in ("one", "two")]
-        found.add_row(row["method"], str(row["texts"]), *fastest, f"{row['ratio']:.2f}", same)
-    subjects.console().print(found)
+        table.add_row(row["method"], str(row["texts"]), *fastest, f"{row['ratio']:.2f}", same)
+    subjects.console().print(table)
     subjects.write_json(args.json, vars(args), subjects.machine(), {"rows": rows})
     wrong = [row["method"] for row in rows if row["plans"] > 1 or row["ratio"] > AT_MOST]
     if wrong:

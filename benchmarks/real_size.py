@@ -1,12 +1,12 @@
-"""Qwen1.5-MoE-A2.7B at its real size with random weights: how long a method's stages take, and what it saves.
+"""Qwen1.5-MoE-A2.7B at its real size with random weights: the time of a method's stages, and what it saves.
 
     python benchmarks/real_size.py --device cuda --condense 9 [--experts 4] [--json FILE]
     python benchmarks/real_size.py --device cuda --method moei2 [--prune-ratio 0.25] [--average-rank 512]
-    python benchmarks/real_size.py --device cpu --scale tiny          (a smoke test of seconds)
+    python benchmarks/real_size.py --device cpu --scale tiny          (a smoke test that takes seconds)
 
-Random weights give no quality, so only times, bytes and speeds are measured; they do not depend on what the weights are
-(the routing does: random weights spread tokens evenly). The authors' expert search is not run: one of its whole-model
-passes is timed, and multiplied by their number.
+Quality cannot be measured with random weights. Times, bytes and speeds do not depend on the weights, except through the
+routing: random weights distribute tokens evenly. The authors' expert search is not run: one of its passes through the
+whole model is timed and multiplied by their number.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ sys.path.insert(0, str(subjects.ROOT / "tests"))
 from support import brute_force as bf
 
 GIBIBYTE = 2**30
-# 9 layers with E(4+4): from shapes (METHODS.md section 2.8), and the authors' measurements.
+# 9 layers with E(4+4): the memory ratio from shapes, and the authors' measurements.
 ARITHMETIC_RATIO, PUBLISHED_RATIO, PUBLISHED_SPEEDUP = 0.6954, 0.697, 1.30
 
 STAGES = {
@@ -63,21 +63,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--implementation", choices=("grouped_mm", "eager", "batched_mm"), default="grouped_mm")
     parser.add_argument("--condense", type=int, default=9, help="layers to condense")
-    parser.add_argument("--experts", type=int, default=4, help="routed experts that they keep")
+    parser.add_argument("--experts", type=int, default=4, help="routed experts that they retain")
     parser.add_argument(
-        "--prune-ratio", type=float, default=0.25, help="moei2: fraction of the routed experts that goes"
+        "--prune-ratio", type=float, default=0.25, help="moei2: fraction of the routed experts to prune"
     )
-    parser.add_argument("--average-rank", default="auto", help="moei2: of the factors; auto is 512 at real size")
+    parser.add_argument(
+        "--average-rank", default="auto", help="moei2: average rank of the factors; auto is 512 at real size"
+    )
     parser.add_argument("--texts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--texts-file", type=Path, help="jsonl or plain text, with --tokenizer; default: random tokens")
+    parser.add_argument(
+        "--texts-file", type=Path, help="jsonl or plain text, with --tokenizer (default: random tokens)"
+    )
     parser.add_argument("--tokenizer", help="folder or hub id")
     parser.add_argument("--repeats", type=int, default=3, help="timed searches, after a warm-up")
     parser.add_argument("--max-scratch-bytes", default="auto", help="bound on temporary tensors, as in train.py")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="of prefill and decode")
     parser.add_argument("--prompt-length", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=5, help="of prefill and decode, alternating")
+    parser.add_argument("--repetitions", type=int, default=5, help="of prefill and decode, in turns")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     if (args.texts_file is None) != (args.tokenizer is None):
@@ -100,7 +104,7 @@ def texts(args: argparse.Namespace, vocab_size: int) -> CalibrationSet:
 def search(
     model: PreTrainedModel, calibration: CalibrationSet, args: argparse.Namespace
 ) -> tuple[Plan, dict[str, Any]]:
-    """Time taping, expert search and layer search; the plan of the last repetition."""
+    """Time taping, expert search and layer search; return the plan of the last repetition and the figures."""
     step = CDMoE(args.experts, args.condense)
     scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
     seconds: dict[str, list[float]] = {"taping": [], "expert_search": [], "layer_search": []}
@@ -108,20 +112,20 @@ def search(
     def tape(num_texts: int | None = None) -> Tape:
         return Tape.record(model, CalibrationSet(calibration.ids[:num_texts]).batches(TEXTS_PER_BATCH))
 
-    def once(tape: Tape) -> tuple[list[Condense], dict[str, Any]]:
+    def search_once(tape: Tape) -> tuple[list[Condense], dict[str, Any]]:
         return step.search(SearchContext(model, lambda: tape, {}, scratch))
 
-    once(tape(TEXTS_PER_BATCH))  # warms up
+    search_once(tape(TEXTS_PER_BATCH))  # a warm-up
     for _ in range(args.repeats):
         taped, taping = timed(tape, model.device)
-        operations, record = once(taped)
+        operations, record = search_once(taped)
         for name, value in {"taping": taping, **record["seconds"]}.items():
             seconds[name].append(value)
     figures: dict[str, Any] = {name: subjects.spread(values) for name, values in seconds.items()}
     figures["layer_runs"] = record["layer_search"]["layer_runs"]
     figures["tape_bytes"] = taped.nbytes
     del taped
-    figures["peak_tensor_bytes"] = peak_tensor_bytes(lambda: once(tape()), model.device)
+    figures["peak_tensor_bytes"] = peak_tensor_bytes(lambda: search_once(tape()), model.device)
     figures["max_scratch_bytes"] = scratch
     return Plan("qwen", tuple(operations), search=record), figures
 
@@ -129,7 +133,7 @@ def search(
 def stages(
     model: PreTrainedModel, calibration: CalibrationSet, args: argparse.Namespace
 ) -> tuple[Plan, dict[str, Any]]:
-    """MoE-I²: seconds of every stage of the search, each step as `train.py` runs it; the model is left as it was."""
+    """Time every stage of MoE-I²'s search, run as by `train.py`; the model is unchanged afterwards."""
     scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
     seconds: dict[str, float] = {}
     operations: list[Any] = []
@@ -139,10 +143,12 @@ def stages(
         blocks = calibration.batches(TEXTS_PER_BATCH)
         tape, seconds[f"taping before {before}"] = timed(lambda: Tape.record(model, blocks), model.device)
         tapes[:] = [tape]
-        (found, record), _ = timed(lambda: method.search(SearchContext(model, lambda: tape, {}, scratch)), model.device)
+        (step_operations, record), _ = timed(
+            lambda: method.search(SearchContext(model, lambda: tape, {}, scratch)), model.device
+        )
         seconds.update({STAGES.get(name, name): value for name, value in record["seconds"].items()})
-        operations.extend(found)
-        return found
+        operations.extend(step_operations)
+        return step_operations
 
     def both() -> None:
         pruned = Plan("qwen", tuple(step(InterExpertPruning(prune_ratio=args.prune_ratio), "pruning")))
@@ -157,7 +163,7 @@ def stages(
 
 
 def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: int) -> dict[str, Any]:
-    """One whole-model pass of the authors' procedure, LM head included, and how many they would make."""
+    """Seconds of one pass through the whole model as the authors run it, LM head included, and the number of passes."""
     layers = bf.moe_layers(model)
     total = len(bf.block_of(model, layers[0]).experts.down_proj)
     passes = len(layers) * (1 + sum(range(total - num_experts + 1, total + 1)))
@@ -167,13 +173,13 @@ def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: in
 
 
 def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
-    """Seconds of surgery; bytes and speeds before and after, in alternation. The model is left compressed."""
+    """Seconds of surgery, and bytes and speeds before and after, in turns. The model is compressed afterwards."""
     originals, seconds = timed(lambda: apply.execute(model, plan), model.device)
     variants: dict[str, Variant] = {
         "original": lambda: views.swap_blocks(model, originals),
         "compressed": lambda: nullcontext(model),
     }
-    found = {}
+    figures = {}
     for batch_size in args.batch_sizes:
         measured = profile_variants(
             variants,
@@ -186,47 +192,48 @@ def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> tu
             seed=0,
         )
         before, after = measured["original"], measured["compressed"]
-        found[str(batch_size)] = {
+        figures[str(batch_size)] = {
             "original": before.to_dict(),
             "compressed": after.to_dict(),
             "memory_ratio": after.weights_bytes / before.weights_bytes,
             "prefill_speedup": after.prefill_tokens_per_second / before.prefill_tokens_per_second,
             "decode_speedup": after.decode_tokens_per_second / before.decode_tokens_per_second,
         }
-    return seconds, found
+    return seconds, figures
 
 
-def search_table(found: dict[str, Any], theirs: dict[str, Any]) -> Table:
-    """Times of the search."""
+def search_table(figures: dict[str, Any], authors_search: dict[str, Any]) -> Table:
+    """The times of the search."""
     table = Table("search", "median", "min", "max", title="seconds")
     for name in ("taping", "expert_search", "layer_search"):
-        times = found[name]
+        times = figures[name]
         table.add_row(name.replace("_", " "), *(f"{times[key]:.2f}" for key in ("median", "min", "max")))
-    estimate = f"{theirs['passes']} passes of {theirs['pass_seconds']:.2f}: {theirs['estimated_seconds']:,.0f}, not run"
+    passes, seconds = authors_search["passes"], authors_search["pass_seconds"]
+    estimate = f"{passes} passes of {seconds:.2f}: {authors_search['estimated_seconds']:,.0f}, not run"
     table.add_row("authors' expert search", estimate, "", "")
     return table
 
 
-def stage_table(found: dict[str, Any], surgery_seconds: float) -> Table:
-    """Times of MoE-I²'s stages."""
+def stage_table(figures: dict[str, Any], surgery_seconds: float) -> Table:
+    """The times of MoE-I²'s stages."""
     table = Table("stage", "seconds", title="MoE-I²")
-    for name, value in {**found["seconds"], "surgery (pruning, factors)": surgery_seconds}.items():
+    for name, value in {**figures["seconds"], "surgery (pruning, factors)": surgery_seconds}.items():
         table.add_row(name, f"{value:.2f}")
     return table
 
 
-def speed_table(found: dict[str, Any], args: argparse.Namespace) -> Table:
-    """Bytes and speeds, with the published figures where the setting is the published one."""
+def speed_table(figures: dict[str, Any], args: argparse.Namespace) -> Table:
+    """Bytes and speeds, with the published figures if the settings are the published ones."""
     published = args.method == "cdmoe" and args.scale == "real" and (args.condense, args.experts) == (9, 4)
-    title = f"{args.condense} layers condensed, {args.experts} routed experts kept"
+    title = f"{args.condense} layers condensed, {args.experts} routed experts retained"
     if args.method == "moei2":
         title = f"{args.prune_ratio:.0%} of the experts pruned, average rank {args.average_rank}"
     table = Table("batch", "", "original", "compressed", "ratio", "published", title=title)
-    for batch, each in found.items():
-        before, after = each["original"], each["compressed"]
+    for batch, profile in figures.items():
+        before, after = profile["original"], profile["compressed"]
         ratio = f"{PUBLISHED_RATIO} (shapes: {ARITHMETIC_RATIO})" if published else ""
         weights = [f"{side['weights_bytes'] / GIBIBYTE:.3f}" for side in (before, after)]
-        table.add_row(batch, "weights, GiB", *weights, f"{each['memory_ratio']:.4f}", ratio)
+        table.add_row(batch, "weights, GiB", *weights, f"{profile['memory_ratio']:.4f}", ratio)
         peak = [f"{side['peak_memory_bytes'] / GIBIBYTE:.3f}" for side in (before, after)]
         table.add_row(
             "", "peak memory, GiB", *peak, f"{after['peak_memory_bytes'] / before['peak_memory_bytes']:.4f}", ""
@@ -234,7 +241,7 @@ def speed_table(found: dict[str, Any], args: argparse.Namespace) -> Table:
         for kind in ("prefill", "decode"):
             speeds = [f"{side[f'{kind}_tokens_per_second']:,.0f}" for side in (before, after)]
             speedup = f"{PUBLISHED_SPEEDUP:.2f}×" if published and kind == "decode" else ""
-            table.add_row("", f"{kind}, tokens/s", *speeds, f"{each[f'{kind}_speedup']:.2f}×", speedup)
+            table.add_row("", f"{kind}, tokens/s", *speeds, f"{profile[f'{kind}_speedup']:.2f}×", speedup)
     return table
 
 
@@ -254,21 +261,19 @@ def main() -> None:
     )
     figures: dict[str, Any] = {}
     if args.method == "cdmoe":
-        plan, found = search(model, calibration, args)
+        plan, search_figures = search(model, calibration, args)
         figures["authors"] = authors(model, calibration, args.experts)
-        console.print(search_table(found, figures["authors"]))
+        console.print(search_table(search_figures, figures["authors"]))
         surgery_seconds, speeds = profiles(model, plan, args)
     else:
-        plan, found = stages(model, calibration, args)
+        plan, search_figures = stages(model, calibration, args)
         surgery_seconds, speeds = profiles(model, plan, args)
-        console.print(stage_table(found, surgery_seconds))
+        console.print(stage_table(search_figures, surgery_seconds))
     console.print(speed_table(speeds, args))
-    console.print(
-        f"search: tape {found['tape_bytes'] / GIBIBYTE:.2f} GiB, peak {found['peak_tensor_bytes'] / GIBIBYTE:.2f} GiB "
-        "beside the model"
-    )
+    tape, peak = (search_figures[name] / GIBIBYTE for name in ("tape_bytes", "peak_tensor_bytes"))
+    console.print(f"search: tape {tape:.2f} GiB, peak {peak:.2f} GiB without the model")
     layers = [operation.layer for operation in plan.operations]
-    figures |= {"search": found, "surgery_seconds": surgery_seconds, "layers": layers, "profiles": speeds}
+    figures |= {"search": search_figures, "surgery_seconds": surgery_seconds, "layers": layers, "profiles": speeds}
     subjects.write_json(args.json, vars(args), where, figures)
 
 

@@ -1,13 +1,13 @@
-"""CD-MoE's search against the authors' procedure, side by side: time, layer runs, memory, and the plan.
+"""CD-MoE's search compared with the authors' procedure: time, layer runs, memory and the plan.
 
-    python benchmarks/search.py --method moei2      MoE-I²'s genetic search: see search_moei2.py
     python benchmarks/search.py [--json FILE] [--model FOLDER] [--texts 20] [--tokens 96] [--experts 4]
+    python benchmarks/search.py --method moei2      MoE-I²'s genetic search: see search_moei2.py
 
-The authors' procedure (tests/support/brute_force.py) runs the whole model for every candidate. Both sides see the same
-texts in the same batches of 8, in one process, with the same threads. The second half repeats it with more experts: the
-trained model upcycled, every expert and router row copied several times and perturbed so that the copies share the
-tokens.
-Memory is the most bytes of tensors alive at once beside the model, by torch's profiler, in runs that are not timed.
+The authors' procedure (tests/support/brute_force.py) runs the whole model for every candidate. Both sides use the same
+texts in the same batches of 8, in one process with the same threads. The second half repeats the comparison with more
+experts: the trained model is upcycled, with several perturbed copies of every expert and router row.
+
+Memory is the peak of tensor bytes without the model, by torch's profiler, in runs that are not timed.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=20, help="calibration texts, from the standard library")
     parser.add_argument("--tokens", type=int, default=96, help="tokens at which a text is cut")
     parser.add_argument("--experts", type=int, default=4, help="routed experts to choose in every layer")
-    parser.add_argument("--many-experts", type=int, default=60, help="experts of the second half; 0 leaves it out")
-    parser.add_argument("--layers", type=int, help="a quick look: the authors' side searches only this many layers")
+    parser.add_argument("--many-experts", type=int, default=60, help="experts of the second half; 0 skips it")
+    parser.add_argument("--layers", type=int, help="to save time, the authors' side searches only this many layers")
     parser.add_argument("--repeats", type=int, default=6, help="timed repetitions of our side; the authors' runs once")
     parser.add_argument("--shared-gate", choices=("mean", "token"), default="mean")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Sides:
-    """One model and its texts, searched by both sides."""
+    """One model and its texts, which both sides search."""
 
     def __init__(self, model: PreTrainedModel, ids: bf.Ids, args: argparse.Namespace) -> None:
         self.model = model
@@ -79,16 +79,17 @@ class Sides:
         self.scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
 
     def tape(self) -> Tape:
-        """Our hidden states, in the authors' batches."""
+        """Our tape, in the authors' batches."""
         return Tape.record(self.model, bf.batches(self.model, self.ids, bf.BATCH_SIZE))
 
     def ours(
         self, num_layers: int | str, tape: Tape | None = None, cache: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Our search's record: the expert search of all layers, then the layer search if `num_layers` is a number."""
-        taped = self.tape() if tape is None else tape
+        tape = self.tape() if tape is None else tape
         step = CDMoE(self.args.experts, num_layers, self.args.shared_gate)
-        _, record = step.search(SearchContext(self.model, lambda: taped, {} if cache is None else cache, self.scratch))
+        context = SearchContext(self.model, lambda: tape, {} if cache is None else cache, self.scratch)
+        _, record = step.search(context)
         return record
 
     def authors(self, lm_head: bool, layers: list[int], num_experts: int) -> tuple[dict[int, bf.Order], Any]:
@@ -105,10 +106,10 @@ class Sides:
 
 
 def expert_searches(sides: Sides) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Time both expert searches, ours before and after the authors' so that a slow minute meets both."""
+    """Time both expert searches, ours before and after the authors', so that a slow minute affects both."""
     repeats = sides.args.repeats
-    record = sides.ours("all")  # warms up
-    bf.states_after(sides.model, sides.compared, sides.ids)  # likewise
+    record = sides.ours("all")  # a warm-up
+    bf.states_after(sides.model, sides.compared, sides.ids)  # a warm-up
     ours = [timed(lambda: sides.ours("all"))[1] for _ in range((repeats + 1) // 2)]
     scale = len(sides.moe_layers) / len(sides.compared)
     authors = {}
@@ -116,26 +117,28 @@ def expert_searches(sides: Sides) -> tuple[dict[str, Any], dict[str, Any], Any]:
         (orders, stats), seconds = timed(partial(sides.authors, lm_head, sides.compared, sides.args.experts))
         authors[name] = seconds * scale
     ours += [timed(lambda: sides.ours("all"))[1] for _ in range(repeats // 2)]
-    found = record["expert_search"]
-    agreements = [compare(o, found[str(layer)]["order"], found[str(layer)]["js"]) for layer, o in orders.items()]
+    searches = record["expert_search"]
+    agreements = [
+        compare(order, searches[str(layer)]["order"], searches[str(layer)]["js"]) for layer, order in orders.items()
+    ]
     times = subjects.spread(ours)
     figures = {
         "authors_seconds": authors,
         "authors_passes": sum(order.count.passes for order in orders.values()),
-        "authors_layers_run": len(sides.compared),  # fewer than all: the authors' seconds are scaled up
+        "authors_layers_run": len(sides.compared),  # if these are not all, the authors' seconds are scaled up
         "recondense_seconds": times,
         "recondense_taping_seconds": min(timed(sides.tape)[1] for _ in range(3)),
         "speedup": {name: seconds / times["median"] for name, seconds in authors.items()},
-        **agreed(agreements),
+        **summarize(agreements),
     }
-    return figures, found, stats
+    return figures, searches, stats
 
 
-def layer_searches(sides: Sides, found: dict[str, Any], stats: Any) -> dict[str, Any]:
-    """Time both layer searches, all layers to be ordered, on the same experts; count the decoder layers run."""
-    experts = {layer: found[str(layer)]["order"] for layer in sides.moe_layers}
+def layer_searches(sides: Sides, searches: dict[str, Any], stats: Any) -> dict[str, Any]:
+    """Time both layer searches over all layers with the same experts, and count the decoder layers that run."""
+    experts = {layer: searches[str(layer)]["order"] for layer in sides.moe_layers}
     tape, cache = sides.tape(), dict[str, Any]()
-    sides.ours("all", tape, cache)  # from here on the experts are in the cache
+    sides.ours("all", tape, cache)  # fills the cache with the experts
     records = [sides.ours(len(experts), tape, dict(cache)) for _ in range(4)][1:]
     ours = records[0]["layer_search"]
     figures: dict[str, Any] = {
@@ -149,50 +152,52 @@ def layer_searches(sides: Sides, found: dict[str, Any], stats: Any) -> dict[str,
         order, figures["authors_seconds"][name] = timed(partial(search, **settings))
     figures["authors_layer_runs"] = order.count.layer_runs
     figures["layer_run_ratio"] = ours["layer_runs"] / order.count.layer_runs
-    return figures | agreed([compare(order, ours["order"], ours["js"])])
+    return figures | summarize([compare(order, ours["order"], ours["js"])])
 
 
-def agreed(agreements: list[Agreement]) -> dict[str, Any]:
+def summarize(agreements: list[Agreement]) -> dict[str, Any]:
     """Whether the plans are the same, over several orders."""
     return {
-        "same_plan": all(each.same_plan for each in agreements),
-        "identical_orders": sum(each.same_order for each in agreements),
+        "same_plan": all(agreement.same_plan for agreement in agreements),
+        "identical_orders": sum(agreement.same_order for agreement in agreements),
         "compared_orders": len(agreements),
-        "ties": sum(each.num_ties for each in agreements),
-        "largest_relative_difference": max(each.largest_difference for each in agreements),
-        "problems": [problem for each in agreements for problem in each.problems],
+        "ties": sum(agreement.num_ties for agreement in agreements),
+        "largest_relative_difference": max(agreement.largest_difference for agreement in agreements),
+        "problems": [problem for agreement in agreements for problem in agreement.problems],
     }
 
 
 def peaks(sides: Sides) -> dict[str, int]:
-    """Most bytes of tensors alive beside the model. One layer and one expert of the authors' stand for all: each
-    candidate of each layer takes the same."""
+    """Peaks of tensor bytes without the model.
+
+    The authors' side searches one expert of one layer, because every candidate of every layer needs the same memory.
+    """
     work: dict[str, Callable[[], Any]] = {
         name: partial(sides.authors, lm_head, sides.compared[-1:], 1) for name, lm_head in HEADS.items()
     }
     work["recondense"] = partial(sides.ours, len(sides.moe_layers))
-    return {name: peak_tensor_bytes(each, sides.model.device) for name, each in work.items()}
+    return {name: peak_tensor_bytes(search, sides.model.device) for name, search in work.items()}
 
 
 def measure(model: PreTrainedModel, ids: bf.Ids, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one model."""
+    """All figures of one model."""
     sides = Sides(model, ids, args)
-    experts, found, stats = expert_searches(sides)
+    experts, searches, stats = expert_searches(sides)
     return {
         "model": {
             "num_experts": len(stats[sides.moe_layers[0]].selected),
             "moe_layers": len(sides.moe_layers),
             "parameters": model.num_parameters(),
-            "experts_never_selected": sum(count == 0 for each in stats.values() for count in each.selected),
+            "experts_never_selected": sum(count == 0 for statistics in stats.values() for count in statistics.selected),
         },
         "expert_search": experts,
-        "layer_search": layer_searches(sides, found, stats),
+        "layer_search": layer_searches(sides, searches, stats),
         "peak_tensor_bytes": peaks(sides),
     }
 
 
 def table(name: str, case: dict[str, Any]) -> Table:
-    """One model's figures, the authors' beside ours."""
+    """The figures of one model, the authors' and ours."""
     facts, experts, layers = case["model"], case["expert_search"], case["layer_search"]
     size = f"{facts['moe_layers']} MoE layers of {facts['num_experts']} experts, {facts['parameters']:,} parameters"
     result = Table("", "authors', with LM head", "authors', without", "recondense", title=f"{name}: {size}")
@@ -202,26 +207,26 @@ def table(name: str, case: dict[str, Any]) -> Table:
     taping = f"1, and each layer once (taping: {experts['recondense_taping_seconds']:.3f} s)"
     ratio = f"{layers['recondense_layer_runs']} ({layers['layer_run_ratio']:.0%})"
     peak = [f"{value / MEBIBYTE:.1f}" for value in case["peak_tensor_bytes"].values()]
-    result.add_row(f"expert search, s{mark}", *seconds(experts))
+    result.add_row(f"expert search, s{mark}", *time_cells(experts))
     result.add_row("", *speedups, "")
     result.add_row("whole-model passes", *[str(experts["authors_passes"])] * 2, taping)
-    result.add_row("same plan?", "", "", in_words(experts), end_section=True)
-    result.add_row("layer search, s", *seconds(layers))
+    result.add_row("same plan?", "", "", describe(experts), end_section=True)
+    result.add_row("layer search, s", *time_cells(layers))
     result.add_row("decoder layers run", *[str(layers["authors_layer_runs"])] * 2, ratio)
-    result.add_row("same plan?", "", "", in_words(layers), end_section=True)
+    result.add_row("same plan?", "", "", describe(layers), end_section=True)
     result.add_row("peak of tensors, MiB", *peak)
     return result
 
 
-def seconds(figures: dict[str, Any]) -> list[str]:
+def time_cells(figures: dict[str, Any]) -> list[str]:
     """The time cells of a row."""
     ours = figures["recondense_seconds"]
     authors = [f"{value:.2f}" for value in figures["authors_seconds"].values()]
     return [*authors, f"{ours['median']:.3f} ({ours['min']:.3f} to {ours['max']:.3f})"]
 
 
-def in_words(figures: dict[str, Any]) -> str:
-    """Whether the plans are the same."""
+def describe(figures: dict[str, Any]) -> str:
+    """Whether the plans are the same, in words."""
     if not figures["same_plan"]:
         return "NO: " + "; ".join(figures["problems"])
     orders = f"{figures['identical_orders']} of {figures['compared_orders']} orders identical, {figures['ties']} ties"
@@ -247,11 +252,11 @@ def main() -> None:
         f"{len(ids)} texts of {min(map(len, ids))} to {max(map(len, ids))} tokens, {args.experts} experts in every "
         f"layer, shared gate {args.shared_gate}, {args.dtype}, experts {model.config._experts_implementation}, "
         f"{torch.get_num_threads()} threads. Same plan: the same choice wherever scores differ by more than "
-        f"{TOLERANCE:g} relative, equal scores everywhere."
+        f"{TOLERANCE:g} relative, and equal scores everywhere."
     )
     cases = {}
-    for name, each in models.items():
-        cases[name] = measure(each, ids, args)
+    for name, searched_model in models.items():
+        cases[name] = measure(searched_model, ids, args)
         console.print(table(name, cases[name]))
     subjects.write_json(args.json, vars(args), subjects.machine(), {"cases": cases})
     if not all(case[part]["same_plan"] for case in cases.values() for part in ("expert_search", "layer_search")):

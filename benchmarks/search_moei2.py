@@ -1,17 +1,17 @@
-"""MoE-I²'s genetic search of one layer, against the procedure that runs the MoE block for every individual.
+"""MoE-I²'s genetic search of one layer, compared with running the MoE block for every individual.
 
     python benchmarks/search.py --method moei2 [--json FILE] [--iterations 50]
 
-Both sides run the same seeded search and differ in how an individual's error is computed: by
-recondense.methods.search.leave_out, preparation included, or by transformers' own block with the router's rows of
-dropped experts removed. Once without remembering sets that were scored before, once with. Errors are compared to six
-significant digits on both sides, so that rounding does not order sets that are equally good. The block's experts run
-in whichever of transformers' implementations is faster here. Memory is the most bytes of tensors alive at once beside
-the model and its tape.
+Both sides run the same seeded search and compute the error of an individual in different ways: with
+recondense.methods.search.leave_out, preparation included, or with transformers' MoE block without the router's rows of
+dropped experts. They search twice: once scoring every set each time it occurs, and once scoring it only the first time.
+Errors are compared to six significant digits on both sides, so that rounding does not order sets that are equally good.
+The experts of the block use the faster of transformers' implementations. Memory is the peak of tensor bytes without the
+model and its tape.
 
-The block runs 5,000 times without memory and half as often with it: half an hour on one free core. With fewer
-iterations preparation weighs more, and recondense gains less. Other work on the machine makes all of it slower,
-unevenly.
+The block runs 5,000 times if sets are not remembered, and half as often if they are: half an hour on one free core.
+With fewer iterations the preparation weighs more, and recondense gains less. Other work on the machine slows all of it
+down, unevenly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from recondense.progress import progress
 from recondense.run.search_memory import scratch_bytes
 
 Errors = Callable[[Tensor], Tensor]
-IMPLEMENTATIONS = ("grouped_mm", "eager")  # of experts; batched_mm gathers weights for every token
+IMPLEMENTATIONS = ("grouped_mm", "eager")  # of experts; batched_mm copies weights for every token
 
 
 def arguments() -> argparse.Namespace:
@@ -52,7 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=60)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--width", type=int, default=192, help="of an expert, as Qwen3-MoE has 768 of 2048; and shared")
+    parser.add_argument(
+        "--width", type=int, default=192, help="of an expert, routed or shared; Qwen3-MoE has 768 of 2048"
+    )
     parser.add_argument("--texts", type=int, default=16, help="calibration texts of 256 random tokens")
     parser.add_argument("--dropped", type=int, default=15)
     parser.add_argument("--population", type=int, default=100)
@@ -68,7 +70,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def one_layer(args: argparse.Namespace) -> tuple[Any, Tape]:
+def make_layer(args: argparse.Namespace) -> tuple[Any, Tape]:
     """A random Qwen2-MoE of one layer, and its tape."""
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
@@ -84,40 +86,40 @@ def one_layer(args: argparse.Namespace) -> tuple[Any, Tape]:
     return model, Tape.record(model, blocks)
 
 
-def by_running_the_block(model: Any, tape: Tape) -> Errors:
-    """Errors of sets, each by a forward of transformers' MoE block without its experts."""
+def block_errors(model: Any, tape: Tape) -> Errors:
+    """A function that computes the error of every set by running transformers' MoE block without its experts."""
     block = views.sparse_blocks(model)[0]
-    inputs = torch.cat([trace.x_TD for trace in tape.trace(model, 0)])[None]
-    whole = torch.cat([trace.output_TD for trace in tape.trace(model, 0)])[None]
+    inputs_1TD = torch.cat([trace.x_TD for trace in tape.trace(model, 0)])[None]
+    outputs_1TD = torch.cat([trace.output_TD for trace in tape.trace(model, 0)])[None]
 
     @torch.no_grad()
     def errors(dropped_PE: Tensor) -> Tensor:
-        found = []
+        norms = []
         for dropped_E in dropped_PE:
             pruned = views.masked_block(block, (~dropped_E).nonzero().flatten().tolist())
-            found.append((pruned(inputs) - whole).double().norm())
-        return torch.stack(found)
+            norms.append((pruned(inputs_1TD) - outputs_1TD).double().norm())
+        return torch.stack(norms)
 
     return errors
 
 
 def choose_implementation(model: Any, errors: Errors, args: argparse.Namespace) -> dict[str, float]:
-    """Set the block's experts to the implementation that runs it fastest; seconds of a forward in each."""
+    """Set the fastest implementation of the block's experts; return the seconds of a forward with each."""
     names = IMPLEMENTATIONS if args.implementation == "auto" else (args.implementation,)
     dropped_PE = torch.zeros(3, args.experts, dtype=torch.bool)
     dropped_PE[:, : args.dropped] = True
-    found = {}
+    seconds = {}
     for name in names:
         model.set_experts_implementation(name)
         errors(dropped_PE)
-        found[name] = min(timed(lambda: errors(dropped_PE[:1]))[1] for _ in range(5))
-    model.set_experts_implementation(min(found, key=lambda name: found[name]))
-    return found
+        seconds[name] = min(timed(lambda: errors(dropped_PE[:1]))[1] for _ in range(5))
+    model.set_experts_implementation(min(seconds, key=lambda name: seconds[name]))
+    return seconds
 
 
 @dataclass
 class Run:
-    """One search: what it scored, in order, what was best at the end, and seconds."""
+    """One search: the sets that it scored, in order, the best sets at the end, and seconds."""
 
     scored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     best: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
@@ -129,15 +131,15 @@ class Run:
 
 
 def run(prepare: Callable[[], Errors], settings: Genetic, args: argparse.Namespace, title: str) -> Run:
-    """The search with errors by one side, the preparation timed too."""
-    found = Run()
+    """Search with the errors of one side; the time includes its preparation."""
+    result = Run()
 
     def search() -> None:
         errors = prepare()
 
-        def noted(dropped_PE: Tensor) -> Tensor:
+        def noting_errors(dropped_PE: Tensor) -> Tensor:
             values = errors(dropped_PE)
-            found.scored.append((dropped_PE, values))
+            result.scored.append((dropped_PE, values))
             return values
 
         with progress(title, settings.iterations) as bar:
@@ -146,83 +148,86 @@ def run(prepare: Callable[[], Errors], settings: Genetic, args: argparse.Namespa
                 bar.update(generation + 1)
                 bar.note(f"best error {best:.6g}")
 
-            found.best = best_sets(noted, args.experts, args.dropped, settings, args.seed, settings.parents, show)
+            result.best = best_sets(
+                noting_errors, args.experts, args.dropped, settings, args.seed, settings.parents, show
+            )
 
-    _, found.seconds = timed(search)
-    return found
+    _, result.seconds = timed(search)
+    return result
 
 
 def measure(model: Any, tape: Tape, args: argparse.Namespace, memoise: bool) -> dict[str, Any]:
-    """Both searches: seconds, survivors, peak memory. Ours runs before and after the block's."""
+    """Seconds, survivors and peak memory of both searches; ours runs before and after the block's."""
     settings = Genetic(args.population, args.iterations, search="genetic", memoise=memoise)
     settings = replace(settings, parents=max(2, min(settings.parents, args.population // 2)))
     block = views.sparse_blocks(model)[0]
     scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
-    running = by_running_the_block(model, tape)
+    errors_by_block = block_errors(model, tape)
 
     def prepare() -> Errors:
         return LeaveOutScorer.prepare(model, tape, block, args.dropped, scratch).errors
 
-    words = f"{'with' if memoise else 'without'} memory"
-    own = [run(prepare, settings, args, f"recondense, {words}") for _ in range(2)]
-    theirs = run(lambda: running, settings, args, f"block, {words}")
-    own.append(run(prepare, settings, args, f"recondense, {words}"))
-    seconds = statistics.median(each.seconds for each in own)
+    title = f"{'with' if memoise else 'without'} memory"
+    ours = [run(prepare, settings, args, f"recondense, {title}") for _ in range(2)]
+    block_run = run(lambda: errors_by_block, settings, args, f"block, {title}")
+    ours.append(run(prepare, settings, args, f"recondense, {title}"))
+    seconds = statistics.median(search.seconds for search in ours)
     once = replace(settings, iterations=1)  # every later generation takes as much
     return {
-        "seconds": {"ours": subjects.spread([each.seconds for each in own]), "block": theirs.seconds},
+        "seconds": {"ours": subjects.spread([search.seconds for search in ours]), "block": block_run.seconds},
         "preparation_seconds": subjects.spread([timed(prepare)[1] for _ in range(3)]),
-        "times_faster": theirs.seconds / seconds,
-        "scored": {"ours": own[-1].count, "block": theirs.count},
-        "best_error": theirs.best[0][1],
+        "times_faster": block_run.seconds / seconds,
+        "scored": {"ours": ours[-1].count, "block": block_run.count},
+        "best_error": block_run.best[0][1],
         "peak_bytes": {
             "ours": peak_tensor_bytes(lambda: run(prepare, once, args, "memory"), "cpu"),
-            "block": peak_tensor_bytes(lambda: running(theirs.scored[0][0][:2]), "cpu"),
+            "block": peak_tensor_bytes(lambda: errors_by_block(block_run.scored[0][0][:2]), "cpu"),
         },
-        **agreement(own, theirs),
+        **agreement(ours, block_run),
     }
 
 
-def agreement(own: list[Run], theirs: Run) -> dict[str, Any]:
-    """Whether both sides saw the same populations and kept the same sets in every run."""
-    pairs = list(zip(own[-1].scored, theirs.scored, strict=False))
-    same = [mine.shape == other.shape and torch.equal(mine, other) for (mine, _), (other, _) in pairs]
+def agreement(ours: list[Run], block_run: Run) -> dict[str, Any]:
+    """Whether both sides had the same populations and the same survivors in every run."""
+    pairs = list(zip(ours[-1].scored, block_run.scored, strict=False))
+    same = [sets.shape == block_sets.shape and torch.equal(sets, block_sets) for (sets, _), (block_sets, _) in pairs]
     alike = [pair for pair, equal in zip(pairs, same, strict=True) if equal]
+    survivors = [dropped for dropped, _ in block_run.best]
     return {
-        "same_survivors": all([each for each, _ in one.best] == [each for each, _ in theirs.best] for one in own),
-        "survivors": len(theirs.best),
+        "same_survivors": all([dropped for dropped, _ in search.best] == survivors for search in ours),
+        "survivors": len(survivors),
         "same_generations": sum(same),
-        "generations": len(theirs.scored),
+        "generations": len(block_run.scored),
         "largest_relative_difference": max(
-            float(((mine - other).abs() / other).max()) for (_, mine), (_, other) in alike
+            float(((errors - expected).abs() / expected).max()) for (_, errors), (_, expected) in alike
         ),
     }
 
 
 def table(cases: dict[str, dict[str, Any]]) -> Table:
-    """One column a case."""
-    found = Table("", *cases, title="one layer: genetic search for the experts to drop")
+    """A column for each case."""
+    result = Table("", *cases, title="one layer: genetic search for the experts to drop")
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "block for each individual, s": lambda case: f"{case['seconds']['block']:.1f}",
-        "recondense, s": lambda case: in_seconds(case["seconds"]["ours"]),
-        "  of which preparation": lambda case: in_seconds(case["preparation_seconds"]),
+        "recondense, s": lambda case: time_cell(case["seconds"]["ours"]),
+        "  of which preparation": lambda case: time_cell(case["preparation_seconds"]),
         "times faster": lambda case: f"{case['times_faster']:.0f}",
         "sets scored, each side": lambda case: " / ".join(f"{count:,}" for count in case["scored"].values()),
-        "same survivors?": in_words,
+        "same survivors?": describe,
         "peak of tensors, MiB, block": lambda case: f"{case['peak_bytes']['block'] / 2**20:.0f}",
         "peak of tensors, MiB, recondense": lambda case: f"{case['peak_bytes']['ours'] / 2**20:.0f}",
     }
     for title, cell in rows.items():
-        found.add_row(title, *(cell(case) for case in cases.values()))
-    return found
+        result.add_row(title, *(cell(case) for case in cases.values()))
+    return result
 
 
-def in_seconds(times: dict[str, Any]) -> str:
+def time_cell(times: dict[str, Any]) -> str:
     return f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})"
 
 
-def in_words(case: dict[str, Any]) -> str:
-    """Whether both sides found the same."""
+def describe(case: dict[str, Any]) -> str:
+    """Whether both sides have the same survivors, in words."""
     return (
         f"{'yes' if case['same_survivors'] else 'NO'}: the best {case['survivors']}; {case['same_generations']} of "
         f"{case['generations']} generations equal, errors within {case['largest_relative_difference']:.0e} relative"
@@ -233,8 +238,8 @@ def main() -> None:
     """Measure, print, write."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    model, tape = one_layer(args)
-    forward = choose_implementation(model, by_running_the_block(model, tape), args)
+    model, tape = make_layer(args)
+    forward = choose_implementation(model, block_errors(model, tape), args)
     console = subjects.console()
     console.print(
         f"{args.experts} experts of {args.hidden_size} x {args.width}, top-{args.top_k}, {tape.num_tokens:,} tokens, "

@@ -1,10 +1,10 @@
-"""Memory of a compression with model.streaming=true: a random Qwen2-MoE larger than what the run may hold.
+"""Peak memory with model.streaming=true, for a random Qwen2-MoE that is larger than the run's limit of memory.
 
     python benchmarks/streaming.py [--methods cdmoe moei2] [--folder FOLDER] [--layers 20] [--limit 2GB] [--json FILE]
 
-The model is written layer by layer, so that not even making it needs its size. Each method is one `python train.py`, a
-process whose most resident memory the kernel reports, as `/usr/bin/time -v` prints it. Where `--beside` is
-given, the same command runs with model.streaming=false too.
+The model is written layer by layer, so that making it needs little memory too. Each method is one `python train.py`,
+a process whose peak of resident memory the kernel reports, as `/usr/bin/time -v` does. `--beside` runs the same command
+with model.streaming=false too.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=8, help="calibration texts, from the standard library")
     parser.add_argument("--tokens", type=int, default=64, help="tokens at which a text is cut")
     parser.add_argument("--scratch", default="128MiB", help="max_scratch_bytes of the run")
-    parser.add_argument("--limit", default="2GB", help="a run that holds more fails; 0 judges nothing")
-    parser.add_argument("--beside", action="store_true", help="the same without streaming, for comparison")
+    parser.add_argument("--limit", default="2GB", help="of memory: a run with a higher peak fails; 0 is no limit")
+    parser.add_argument("--beside", action="store_true", help="run without streaming too, for comparison")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     return parser.parse_args()
 
 
 def config_of(args: argparse.Namespace) -> Qwen2MoeConfig:
-    """Shared experts of four routed ones' width, as Qwen1.5-MoE has them."""
+    """The config; its shared expert is as wide as four routed ones, as in Qwen1.5-MoE."""
     return Qwen2MoeConfig(
         vocab_size=8192, hidden_size=args.hidden_size, num_hidden_layers=args.layers, num_attention_heads=16,
         num_key_value_heads=16, num_experts=args.experts, num_experts_per_tok=4, moe_intermediate_size=args.width,
@@ -70,13 +70,13 @@ def config_of(args: argparse.Namespace) -> Qwen2MoeConfig:
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    """Of the random model."""
-    found: Path = args.folder / f"model-{args.layers}x{args.experts}x{args.hidden_size}x{args.width}"
-    return found
+    """The folder of the random model."""
+    folder: Path = args.folder / f"model-{args.layers}x{args.experts}x{args.hidden_size}x{args.width}"
+    return folder
 
 
 def write_model(args: argparse.Namespace) -> None:
-    """The random model, in fp32: bf16 is slow on most CPUs."""
+    """Write the random model in fp32, because bf16 is slow on most CPUs."""
     folder = folder_of(args)
     if (folder / "config.json").exists():
         return
@@ -95,22 +95,22 @@ def write_model(args: argparse.Namespace) -> None:
 
 
 def pieces(model: Qwen2MoeForCausalLM) -> Iterator[dict[str, Tensor]]:
-    """Random weights of each decoder layer, then of the rest; norms are 1."""
+    """Random weights of every decoder layer, then of the rest; norms are 1."""
     generator = torch.Generator().manual_seed(0)
     layers = decoder.decoder_layers(model)
-    names = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     prefixes = [decoder.layer_prefix(layer) for layer in range(len(layers))]
-    for own in [*prefixes, ""]:
-        wanted = [name for name in names if name.startswith(own or tuple(prefixes)) == bool(own)]
+    for prefix in [*prefixes, ""]:
+        piece = [name for name in shapes if name.startswith(prefix or tuple(prefixes)) == bool(prefix)]
         yield {
-            name: torch.ones(names[name]) if "norm" in name else torch.randn(names[name], generator=generator) * 0.02
-            for name in wanted
+            name: torch.ones(shapes[name]) if "norm" in name else torch.randn(shapes[name], generator=generator) * 0.02
+            for name in piece
         }
 
 
 def run(folder: Path, method: str, args: argparse.Namespace, streaming: bool) -> dict[str, Any]:
-    """One command, its seconds and its most resident bytes."""
-    out = args.folder / f"{method}-{'streamed' if streaming else 'whole'}"
+    """Run one command; return its seconds, its peak of resident bytes, and figures of its summary."""
+    out = args.folder / f"{method}-{'streamed' if streaming else 'in_memory'}"
     command = [
         *(sys.executable, str(subjects.ROOT / "train.py"), f"model.path={folder}", f"model.streaming={streaming}"),
         *(f"method={method}", *QUICK.get(method, []), "recovery=none", f"max_scratch_bytes={args.scratch}"),
@@ -136,8 +136,8 @@ def run(folder: Path, method: str, args: argparse.Namespace, streaming: bool) ->
 
 
 def table(figures: dict[str, dict[str, Any]], on_disk: int) -> Table:
-    """One row a run."""
-    found = Table(title=f"A Qwen2-MoE of {on_disk / GIGABYTE:.2f} GB on disk")
+    """A row for each run."""
+    result = Table(title=f"A Qwen2-MoE of {on_disk / GIGABYTE:.2f} GB on disk")
     for column in (
         "run",
         "peak memory",
@@ -145,31 +145,31 @@ def table(figures: dict[str, dict[str, Any]], on_disk: int) -> Table:
         "two layers",
         "scratch",
         "seconds",
-        "bytes left",
+        "memory ratio",
         "perplexity",
     ):
-        found.add_column(column, justify="left" if column == "run" else "right")
-    for name, each in figures.items():
-        memory = each["memory"]
-        parts = [memory.get("before_bytes"), 2 * memory.get("layer_bytes", 0), memory.get("scratch_bytes")]
-        found.add_row(
+        result.add_column(column, justify="left" if column == "run" else "right")
+    for name, figure in figures.items():
+        sizes = figure["memory"]
+        parts = [sizes.get("before_bytes"), 2 * sizes.get("layer_bytes", 0), sizes.get("scratch_bytes")]
+        result.add_row(
             name,
-            f"{each['peak_resident_bytes'] / GIGABYTE:.2f} GB",
+            f"{figure['peak_resident_bytes'] / GIGABYTE:.2f} GB",
             *(f"{part / GIGABYTE:.2f} GB" if part else "" for part in parts),
-            f"{each['seconds']:.0f}",
-            f"{each['memory_ratio']:.3f}",
-            " -> ".join(f"{value:.0f}" for value in each["perplexity"].values() if value),
+            f"{figure['seconds']:.0f}",
+            f"{figure['memory_ratio']:.3f}",
+            " -> ".join(f"{value:.0f}" for value in figure["perplexity"].values() if value),
         )
-    return found
+    return result
 
 
 def main() -> None:
     args = arguments()
-    # In a process of its own: the kernel counts what a command's parent held as the command's.
-    maker = multiprocessing.get_context("spawn").Process(target=write_model, args=(args,))
-    maker.start()
-    maker.join()
-    if maker.exitcode:
+    # In a process of its own: the kernel counts the memory of a command's parent as the command's.
+    writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(args,))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
         raise SystemExit("the model could not be written")
     folder = folder_of(args)
     on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -177,13 +177,15 @@ def main() -> None:
     for method in args.methods:
         figures[f"{method}, streamed"] = run(folder, method, args, True)
         if args.beside:
-            figures[f"{method}, whole"] = run(folder, method, args, False)
+            figures[f"{method}, in memory"] = run(folder, method, args, False)
     subjects.console().print(table(figures, on_disk))
     subjects.write_json(args.json, vars(args), subjects.machine(), {"bytes_on_disk": on_disk, "runs": figures})
     limit = parse_bytes(args.limit)
-    above = [name for name, each in figures.items() if "streamed" in name and each["peak_resident_bytes"] > limit > 0]
+    above = [
+        name for name, figure in figures.items() if "streamed" in name and figure["peak_resident_bytes"] > limit > 0
+    ]
     if above:
-        raise SystemExit(f"more than {args.limit} resident: {', '.join(above)}")
+        raise SystemExit(f"more than {args.limit} of resident memory: {', '.join(above)}")
 
 
 if __name__ == "__main__":

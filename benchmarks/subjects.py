@@ -1,4 +1,4 @@
-"""What the benchmarks measure: models (trained, upcycled, random weights at real size), texts, and the machine."""
+"""Models (trained, upcycled, or random at real size), texts and output that benchmarks share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from recondense.run import command_line, tiny
 ROOT = Path(__file__).resolve().parents[1]
 UPCYCLING_NOISE = 0.5  # standard deviations of the weights that are copied
 
-# Qwen/Qwen1.5-MoE-A2.7B, whose parameters are counted before any weight is made.
+# Qwen/Qwen1.5-MoE-A2.7B. Its parameters are counted before weights are made.
 QWEN = {
     "vocab_size": 151936,
     "hidden_size": 2048,
@@ -60,7 +60,7 @@ def default_config() -> Config:
 
 
 def load(folder: Path | None, **settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model from a folder; without one the embedded model, trained now if the cache lacks it.
+    """Load a model from a folder, or the embedded model, which is trained if the cache does not have it.
 
     Args:
         settings: Fields of ModelConfig (dtype, device, experts).
@@ -79,7 +79,7 @@ def standard_library(tokenizer: PreTrainedTokenizerBase, num_texts: int, num_tok
 
 
 def random_texts(vocab_size: int, num_texts: int, num_tokens: int) -> CalibrationSet:
-    """Texts of uniformly drawn tokens."""
+    """Texts of random tokens, all equally likely."""
     generator = torch.Generator().manual_seed(0)
     return CalibrationSet(torch.randint(vocab_size, (num_texts, num_tokens), generator=generator).tolist())
 
@@ -110,7 +110,7 @@ def random_qwen(scale: str, dtype: torch.dtype, device: str, experts: str) -> Pr
 
 @torch.no_grad()
 def upcycle(model: PreTrainedModel, num_experts: int) -> PreTrainedModel:
-    """The same model with more routed experts: expert e is a perturbed copy of expert e mod E, router row included."""
+    """The model with more routed experts: expert e is a perturbed copy of expert e mod E, and so is its router row."""
     config = copy.deepcopy(model.config)
     config.num_experts = num_experts
     larger: PreTrainedModel = cast(Any, Qwen2MoeForCausalLM(cast(Qwen2MoeConfig, config))).to(model.dtype)
@@ -129,7 +129,7 @@ def upcycle(model: PreTrainedModel, num_experts: int) -> PreTrainedModel:
 
 
 def timed(work: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[Any, float]:
-    """The result of `work`, and seconds."""
+    """The result of `work`, and the seconds that it took."""
 
     def wait() -> None:
         if torch.device(device).type == "cuda":
@@ -143,7 +143,7 @@ def timed(work: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Where the figures were taken."""
+    """The machine on which the figures are measured."""
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
@@ -155,14 +155,14 @@ def console() -> Console:
 
 
 def write_json(path: Path | None, settings: dict[str, Any], where: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Write a benchmark's figures where asked."""
+    """Write the figures of a benchmark, if a path is given."""
     if path is not None:
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
         path.write_text(json.dumps({"settings": plain, "machine": where, **figures}, indent=1) + "\n", encoding="utf-8")
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, least and most of repeated timings."""
+    """Median, minimum and maximum of repeated timings."""
     return {
         "median": statistics.median(seconds),
         "min": min(seconds),

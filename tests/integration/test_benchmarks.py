@@ -120,7 +120,7 @@ def test_families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bench = importlib.import_module("families")
     check = next(line for line in bench.ELSEWHERE.splitlines() if line.startswith("assert all(importlib"))
     monkeypatch.setattr(bench, "ELSEWHERE", bench.ELSEWHERE.replace(check, 'sys.modules["recondense"] = None'))
-    cells = bench.of_family("mixtral", ["cdmoe_s", "reap", "svd_llm"], tmp_path, sys.executable)
+    cells = bench.check_family("mixtral", ["cdmoe_s", "reap", "svd_llm"], tmp_path, sys.executable)
     assert "no shared experts" in cells["cdmoe_s"]["refused"] and bench.letters(cells["cdmoe_s"]) == "x"
     assert not any(list(bench.failures(cell)) for cell in cells.values())
     assert [bench.letters(cells[method]) for method in ("reap", "svd_llm")] == ["S B", "B D"]
