@@ -92,14 +92,14 @@ def _planned(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "experts", "computed", "beside"),
+    ("name", "experts", "computed", "published"),
     [
         pytest.param("deepseek_moe", 6, 0.7242, "0.725", marks=supported("deepseek_moe")),
         ("qwen_moe", 4, 0.6954, "0.697"),
     ],
 )
 def test_the_published_memory_of_nine_layers(
-    name: str, experts: int, computed: float, beside: str, sizes: Sizes
+    name: str, experts: int, computed: float, published: str, sizes: Sizes
 ) -> None:
     """CD-MoE's E(2+6) of DeepSeekMoE-16B and E(4+4) of Qwen1.5-MoE."""
     settings = ("method=cdmoe", f"method.num_experts={experts}", "method.num_layers=9")
@@ -107,7 +107,7 @@ def test_the_published_memory_of_nine_layers(
     assert code == 0, errors
     assert round(summary["ratios"]["memory"], 4) == computed
     lines = [" ".join(line.split()) for line in output.splitlines()]
-    assert any(line.startswith(f"cdmoe: shared+{experts}, 9 layers {computed} {beside}") for line in lines)
+    assert any(line.startswith(f"cdmoe: shared+{experts}, 9 layers {computed} {published}") for line in lines)
     assert sum(line.startswith("cdmoe: shared+") for line in lines) >= 10  # E(2+6), E(2+0): 3, 6, 9, 12, 15 layers
 
 
