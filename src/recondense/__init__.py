@@ -3,14 +3,14 @@
     import recondense as rc
 
     model, tokenizer = rc.load("Qwen/Qwen1.5-MoE-A2.7B")                  # hub id or local folder
-    tape = rc.calibrate(model, tokenizer, texts)                          # 100 texts of 256 tokens
+    tape = rc.calibrate(model, tokenizer, texts)                          # 100 texts of 256 tokens by default
     plan = rc.search(tape, rc.CDMoE(num_experts=4, num_layers=9))         # or a list of steps
     student = rc.apply(model, plan, tape)                                 # student.original() is the uncompressed model
     rc.recover(student, tokenizer, train_texts, objective="distill", steps=200)
     print(rc.evaluate(student, tokenizer, validation_texts))              # loss, perplexity, KL to the original
     rc.export(student, tokenizer, "condensed")                            # rc.load("condensed") reads it back
 
-Names are imported when they are first used: importing the package takes no seconds.
+Each name is imported when it is first used, so `import recondense` is fast.
 """
 
 import sys
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The module of each public name, verbs first, in the order of the way of the data.
+# The module of each public name: first the verbs, in the order in which data passes through them.
 _MODULES = {
     "load": "models.loading",
     "calibrate": "calibration.record",
@@ -108,7 +108,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `recondense.export` the verb: importing the folder of that name would put the folder in its place."""
+    """Keep `recondense.export` the function: importing the subpackage of the same name would overwrite it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULES and isinstance(value, ModuleType)):

@@ -1,12 +1,12 @@
-"""Errors that users can mend. Every other exception is a defect and keeps its traceback."""
+"""Errors that users can fix. Every other exception is a bug and keeps its traceback."""
 
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend: an input, a setting or the machine.
+    """Raised for something that the user can fix: an input, a setting or the machine.
 
-    The message says what is wrong and how to mend it. The command prints the message alone and exits with code 2.
+    The message says what is wrong and how to fix it. The command prints only the message and exits with code 2.
     """
 
 
@@ -14,7 +14,7 @@ class ConfigError(UserError):
     """All problems of a command or its config, reported together.
 
     Args:
-        messages: one problem each: what, the value, the limit, the remedy.
+        messages: one per problem. Each says what is wrong, the value, the limit and the remedy.
     """
 
     def __init__(self, messages: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
-"""Files that are written under another name and then renamed; file names, locks and folders that runs share.
+"""Write files under a temporary name and rename them; file names, locks and folders that runs share.
 
-A kill leaves the old file or the new one, never half of one. Importing this module needs the standard library alone.
+A killed process leaves the old file or the new one, never a partial one. Importing this module needs only the standard
+library.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LONGEST_KEY = 120  # some file systems end at 143 bytes, of which a suffix and a name for writing need 23
-# Lower case, because some file systems do not tell case apart; no names of devices of Windows.
+LONGEST_KEY = 120  # some file systems allow 143 bytes; the suffix and the temporary name take 23 of them
+# Lower case, because some file systems ignore case; no device names of Windows.
 PLAIN_KEY = re.compile(rf"(?!(con|prn|aux|nul|com\d|lpt\d)\Z)[a-z0-9][a-z0-9_-]{{0,{LONGEST_KEY - 1}}}")
-MARK = "+"  # before the fingerprint in a name; no plain key has it
+MARK = "+"  # precedes the fingerprint in a name; no plain key contains it
 PARTIAL = ".partial"
 
 log = logging.getLogger(__name__)
 
 
 def fingerprint(*parts: Any) -> str:
-    """Sixteen hexadecimal digits of the sha256 of some JSON values."""
+    """Return sixteen hexadecimal digits of the sha256 of some JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_name(key: str) -> str:
-    """A name without suffix that every file system takes; different keys have different names.
+    """Return a name without suffix that every file system accepts; different keys have different names.
 
-    A short key of lower-case letters, digits, - and _ is its own name. Any other key's name begins like the key and
-    ends in a fingerprint.
+    A short key of lower-case letters, digits, - and _ is used unchanged. For any other key, the name begins like the
+    key and ends in a fingerprint.
     """
     if PLAIN_KEY.fullmatch(key):
         return key
@@ -44,22 +45,23 @@ def file_name(key: str) -> str:
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
-    """Write all of a file at once with `replace_file`; text as UTF-8."""
+    """Write a complete file with `replace_file`; text is encoded as UTF-8."""
     with replace_file(path) as aside:
         aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Replace a file: the caller writes another file, which is synced at the end and takes the place of `path`.
+    """Replace a file: the caller writes a temporary file, which is synced at the end and renamed to `path`.
 
-    An error leaves the old file as it was, and nothing beside it. Several processes may write the same path.
+    After an error the old file is unchanged and the temporary file is removed. Several processes may write the same
+    path.
 
     Args:
-        path: the file; its folder is made if it does not exist.
+        path: the file; its folder is created if it does not exist.
 
     Yields:
-        the path to write.
+        the path of the temporary file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +78,13 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Replace a folder: the caller fills another one, which is synced at the end and takes the place of `folder`.
+    """Replace a folder: the caller fills a temporary one, which is synced at the end and renamed to `folder`.
 
-    An error leaves the old folder as it was, and nothing beside it. No other process may write the same folder.
+    After an error the old folder is unchanged and the temporary one is removed. No other process may write the same
+    folder.
 
     Yields:
-        the folder to fill.
+        the temporary folder.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}{PARTIAL}")
@@ -102,14 +105,14 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove the half-written files of killed processes from a folder that no other process writes now."""
+    """Remove the partial files of killed processes from a folder. No other process may be writing to it."""
     for path in Path(folder).glob(f".*{PARTIAL}"):
         if path.is_file():
             path.unlink(missing_ok=True)
 
 
 def _exchange(aside: Path, folder: Path) -> None:
-    """Rename `aside` to `folder` and remove the old one, which a rename cannot replace unless it is empty."""
+    """Rename `aside` to `folder`. The old folder is moved away first: a rename replaces only an empty folder."""
     before = folder.with_name(f".{folder.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
@@ -124,7 +127,7 @@ def _exchange(aside: Path, folder: Path) -> None:
 
 
 def _create(path: Path) -> int:
-    """Make an empty file and return its mode, which shows the umask: reading that would set it for all threads."""
+    """Create an empty file and return its mode, which shows the umask; `os.umask` would change it for all threads."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return os.fstat(descriptor).st_mode & 0o777
@@ -133,7 +136,7 @@ def _create(path: Path) -> int:
 
 
 def _sync(path: Path, mode: int) -> None:
-    """Wait until a file is on the disk, and set its mode: safetensors makes files that only their owner may read."""
+    """Flush a file to the disk and set its mode: safetensors creates files that only their owner may read."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if os.fstat(file.fileno()).st_mode & 0o777 != mode:
@@ -142,12 +145,13 @@ def _sync(path: Path, mode: int) -> None:
 
 @contextmanager
 def hold_lock(path: Path, doing: str) -> Iterator[None]:
-    """Hold a lock file; wait while another process holds it, and log that.
+    """Hold a lock file. While another process holds it, log a line and wait.
 
     Args:
-        doing: what the other process does, for the log: a verb and its object.
+        path: the lock file.
+        doing: what the other process is doing, for the log: a verb and its object.
     """
-    from filelock import FileLock, Timeout  # here: a plan is read and written without any library
+    from filelock import FileLock, Timeout  # here, so that plans are read and written without any library
 
     lock = FileLock(path)
     try:
@@ -162,9 +166,10 @@ def hold_lock(path: Path, doing: str) -> Iterator[None]:
 
 
 class JsonFolder(MutableMapping[str, dict[str, Any]]):
-    """A folder as a mapping from keys to JSON objects; concurrent runs share it safely.
+    """A folder as a mapping from keys to JSON objects. Concurrent runs can share it.
 
-    A file is named by `file_name`. If that is not the key itself, the file holds {"key": ..., "value": ...}.
+    The file of a key is named by `file_name`. If the name differs from the key, the file contains
+    {"key": ..., "value": ...}.
     """
 
     def __init__(self, folder: Path) -> None:

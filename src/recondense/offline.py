@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, and a context in which the libraries use their caches if not."""
+"""Find out whether the Hugging Face hub can be reached, and make the libraries use their caches if it cannot."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PROBE_SECONDS = 4.0
 
 @contextmanager
 def hub_access(*, offline: bool | None = None) -> Iterator[bool]:
-    """Inside, the Hugging Face libraries look nothing up on the hub if it is out of reach, but use their caches.
+    """Make the Hugging Face libraries use only their caches inside the context if the hub cannot be reached.
 
-    A look-up of an unreachable hub retries for 20 s; a cache answers at once. The libraries read the environment
+    A request to an unreachable hub is retried for 20 s; a cache answers at once. The libraries read the environment
     variable HF_HUB_OFFLINE only when they are imported, into `huggingface_hub.constants.HF_HUB_OFFLINE` (which
-    transformers asks too) and `datasets.config.HF_HUB_OFFLINE`. This sets both, for the whole process, and restores
-    them at the end. A user's HF_HUB_OFFLINE=1 stays in force.
+    transformers uses too) and `datasets.config.HF_HUB_OFFLINE`. This context sets both for the entire process and
+    restores them at the end. If the user has set HF_HUB_OFFLINE=1, the libraries stay offline.
 
     Args:
-        offline: True looks nothing up even if the hub is reachable; None finds out whether it is.
+        offline: True stays offline even if the hub is reachable; None tests whether it is.
 
     Yields:
-        whether the hub may be asked.
+        whether the hub may be used.
     """
     import datasets.config
     import huggingface_hub.constants
@@ -49,7 +49,7 @@ def hub_access(*, offline: bool | None = None) -> Iterator[bool]:
 
 @cache
 def hub_reachable(endpoint: str) -> bool:
-    """Whether the hub's host accepts a connection within PROBE_SECONDS; behind a proxy the answer is yes, unasked."""
+    """Return whether the hub's host accepts a connection within PROBE_SECONDS. Behind a proxy, return True untested."""
     url = urllib.parse.urlsplit(endpoint)
     proxies = urllib.request.getproxies()
     if proxies.get(url.scheme) or proxies.get("all"):
@@ -64,7 +64,7 @@ def hub_reachable(endpoint: str) -> bool:
         except OSError:
             answers.append(False)
 
-    # A thread, because looking a name up has no time limit of its own.
+    # In a thread, because the DNS lookup has no timeout.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)

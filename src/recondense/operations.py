@@ -1,6 +1,6 @@
-"""The operations of a Plan: plain data, one frozen dataclass a kind, checked when made.
+"""The operations of a Plan: plain data, one frozen dataclass per kind, validated on construction.
 
-Expert indices refer to the layer as the operations before this one leave it. The file needs the standard library alone.
+Expert indices refer to the layer after all earlier operations of the plan. This module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from recondense.errors import UserError
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of an expert; the one place where they are listed
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of an expert
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Condense:
 
     Args:
         layer: decoder-layer index.
-        experts: indices of the retained routed experts, in the order of their selection; may be empty.
+        experts: indices of the retained routed experts, in the order in which they were selected; may be empty.
         coefficients: the constant that replaces each retained expert's routing weight.
         shared_gate: the constant that replaces the shared experts' gate. None keeps the gate, if the model has one.
     """
@@ -73,7 +73,7 @@ class Prune:
 
     @classmethod
     def from_dropped(cls, layer: int, num_experts: int, dropped: Collection[int]) -> Prune:
-        """Prune a layer of `num_experts` experts by the dropped ones."""
+        """Make the operation from the dropped experts of a layer with `num_experts` experts."""
         return cls(layer, tuple(expert for expert in range(num_experts) if expert not in dropped))
 
     @classmethod
@@ -87,8 +87,8 @@ class Factorize:
 
     Args:
         layer: decoder-layer index.
-        ranks: by projection, one rank an expert. None keeps the projection of that expert dense.
-        whitening: minimise the error on the calibration activations (arXiv 2403.07378). False is the plain SVD.
+        ranks: for each projection, one rank per expert. None keeps that expert's projection dense.
+        whitening: minimize the error on the calibration activations (arXiv 2403.07378). False uses the plain SVD.
     """
 
     kind: ClassVar[str] = "factorize"
@@ -101,7 +101,8 @@ class Factorize:
         lengths = {name: len(self.ranks.get(name, ())) for name in PROJECTIONS}
         if set(self.ranks) != set(PROJECTIONS) or len(set(lengths.values())) != 1:
             raise UserError(
-                f"factorize, layer {self.layer}: ranks {lengths} must be {', '.join(PROJECTIONS)}, equally many"
+                f"factorize, layer {self.layer}: the numbers of ranks {lengths} must be equal for "
+                f"{', '.join(PROJECTIONS)}"
             )
         too_low = [rank for ranks in self.ranks.values() for rank in ranks if rank is not None and rank < 1]
         if too_low:
@@ -118,12 +119,12 @@ class Factorize:
 
 @dataclass(frozen=True)
 class Merge:
-    """Replace groups of routed experts by their weighted means. The router keeps its rows: a row selects a group.
+    """Replace groups of routed experts by their weighted means. The router keeps its rows; each row selects a group.
 
     Args:
         layer: decoder-layer index.
         groups: a partition of the layer's experts. The first expert of a group is its reference for `align`.
-        weights: the weight of each expert in its group; they sum to 1 within a group.
+        weights: the weight of each expert in its group; the weights of a group sum to 1.
         align: permute the neurons of the other experts to match those of the reference before taking the mean.
     """
 
@@ -158,11 +159,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class Drop:
-    """Remove the MoE block of a decoder layer, or the whole layer. The residual stream passes unchanged.
+    """Remove the MoE block of a decoder layer, or the entire layer. The residual stream passes through unchanged.
 
     Args:
         layer: decoder-layer index.
-        part: "moe", the MoE block, or "layer", the whole decoder layer with its attention.
+        part: "moe" for the MoE block, or "layer" for the entire decoder layer, including its attention.
     """
 
     kind: ClassVar[str] = "drop"
@@ -176,18 +177,18 @@ class Drop:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Drop:
-        part = "layer" if data["part"] == "block" else data["part"]  # "block": the word of earlier plans
+        part = "layer" if data["part"] == "block" else data["part"]  # older plans say "block"
         return cls(layer=int(data["layer"]), part=cast(Any, part))
 
 
 @dataclass(frozen=True)
 class Refit:
-    """Solve weights of a changed layer by ridge least squares on the calibration set, after all other operations.
+    """Solve for weights of a changed layer by ridge least squares on the calibration set, after all other operations.
 
     Args:
         layer: decoder-layer index.
-        what: "down_proj", or "coefficients" of a condensed layer.
-        ridge: strength of the pull towards the present weights, relative to the mean diagonal of the normal matrix.
+        what: "down_proj", or "coefficients" for those of a condensed layer.
+        ridge: penalty on the distance from the current weights, relative to the mean diagonal of the normal matrix.
     """
 
     kind: ClassVar[str] = "refit"

@@ -1,7 +1,7 @@
 """A Plan: the operations that a method decided on, as plain data without tensors.
 
-A Plan fixes choices and shapes. Computed weights are in checkpoints and exports. The file needs the standard library
-alone, so that any tool can read a plan.
+A Plan fixes choices and shapes; computed weights are in checkpoints and exports. This module needs only the standard
+library, so any tool can read a plan.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class History:
-    """All operations on a model, over several runs.
+    """All operations that were applied to a model, over several runs.
 
     Args:
-        operations: in order. Layers have the numbers of the uncompressed model.
-        layers: the number in the uncompressed model of each present decoder layer. Empty: the numbers are the same.
+        operations: in order. Their layer indices are those of the uncompressed model.
+        layers: for each current decoder layer, its index in the uncompressed model. Empty if the indices are the same.
     """
 
     operations: tuple[Operation, ...] = ()
     layers: tuple[int, ...] = ()
 
     def extend(self, operations: Sequence[Operation], kept: Sequence[int]) -> History:
-        """The history after one more run.
+        """Return the history after one more run.
 
         Args:
-            operations: those of the run. Layers have the numbers of the model that the run started from.
-            kept: the decoder layers of that model that the exported model has.
+            operations: the operations of the run. Their layer indices are those of the model that the run started from.
+            kept: the decoder layers of that model that the exported model still has.
         """
         numbered = [replace(operation, layer=self._original_number(operation.layer)) for operation in operations]
         layers = tuple(map(self._original_number, kept))
         return History((*self.operations, *numbered), () if layers == tuple(range(len(layers))) else layers)
 
     def changed_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers of the present model that some operation changed, by their present numbers.
+        """Return the layers of the current model that any operation changed, by their current indices.
 
         Args:
-            num_layers: the number of decoder layers of the present model.
+            num_layers: the number of decoder layers of the current model.
         """
         numbers = {operation.layer for operation in self.operations}
         return tuple(layer for layer in range(num_layers) if self._original_number(layer) in numbers)
 
     @classmethod
     def load(cls, path: str | Path | None) -> History:
-        """Read the history from plan.json in a model's folder; an empty one if there is no plan of ours."""
+        """Read the history from plan.json in a model's folder; return an empty one if there is no such plan."""
         try:
             plan = Plan.load(Path(path, "plan.json")) if path else Plan("")
             return plan.history if plan.history.operations else cls(plan.operations)
-        except (OSError, ValueError, AttributeError, TypeError):  # another tool's file of that name
+        except (OSError, ValueError, AttributeError, TypeError):  # or the file of that name is another tool's
             return cls()
 
     def _original_number(self, layer: int) -> int:
@@ -66,15 +66,15 @@ class History:
 
 @dataclass(frozen=True)
 class Plan:
-    """The operations of all steps of a method.
+    """What a search decided: the operations of all steps of a method.
 
     Args:
         model: the model that the plan was made for (hub id, folder or name).
         operations: in the order in which they were chosen.
         fingerprint: hashes of the weights, the calibration set and the method.
         search: the scores and orders behind the operations; JSON values only.
-        history: the operations of earlier runs on the model. In an exported folder it includes this plan's, or is empty
-            if there were no others.
+        history: the operations of earlier runs on the model. In an exported folder it also includes the operations of
+            this plan, unless there were no earlier runs: then it is empty.
     """
 
     model: str
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The decoder layers that some operation changes, ascending."""
+        """The decoder layers that any operation changes, ascending."""
         return tuple(sorted({operation.layer for operation in self.operations}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,10 +106,11 @@ class Plan:
         """Rebuild a plan from parsed JSON.
 
         Raises:
-            UserError: the schema version or the kind of an operation is unknown, or a key is missing.
+            UserError: the schema version or the kind of an operation is unknown, a key is missing, or an operation is
+                invalid.
         """
         if data.get("schema") != SCHEMA:
-            raise UserError(f"plan: schema {data.get('schema')!r} is not {SCHEMA}, the version that this code reads")
+            raise UserError(f"plan: schema {data.get('schema')!r} is not supported; this version reads schema {SCHEMA}")
         history = data.get("history", {})
         return cls(
             model=str(data.get("model", "")),
@@ -133,7 +134,7 @@ class Plan:
 
 def _to_json(operations: Sequence[Operation]) -> list[dict[str, Any]]:
     entries = [{"kind": operation.kind, **asdict(operation)} for operation in operations]
-    return cast(list[dict[str, Any]], json.loads(json.dumps(entries)))  # lists for tuples, as a file gives them back
+    return cast(list[dict[str, Any]], json.loads(json.dumps(entries)))  # turns tuples into lists, as in a file
 
 
 def _history_to_json(history: History) -> dict[str, Any]:

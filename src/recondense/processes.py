@@ -1,7 +1,7 @@
-"""The processes of one run: which one this is, and what they tell each other. A single one needs no process group.
+"""The processes of one run: their ranks, and the collectives between them. A single process needs no process group.
 
-All processes go the same way through the program and meet at each call here, in the same order. What the first one does
-without the others goes through `run_on_first`, which forbids such calls inside.
+All processes run the same program and make the calls of this module in the same order. Work that only the first process
+does goes through `run_on_first`, which forbids such calls inside.
 """
 
 from __future__ import annotations
@@ -23,57 +23,57 @@ Value = TypeVar("Value")
 
 
 class _Mode(Enum):
-    """How this process stands to the others now."""
+    """Whether the other processes take part in the collectives of this one."""
 
-    TOGETHER = "every process comes to the same calls"
-    FIRST = "the first works and the others wait for its result, so that no call may need them"
-    ALONE = "the first works as a run of one process does"
+    TOGETHER = "every process makes the same calls"
+    FIRST = "the first process works and the others wait for its result, so no collective is allowed"
+    ALONE = "the first process works as if it were the only one"
 
 
-# torch.distributed's group belongs to the process, and so does how the process stands to it.
+# Module state, as torch.distributed's group is: both belong to the process.
 _mode = _Mode.TOGETHER
-_timeout: timedelta | None = None  # of this run's groups; None: torch's own
+_timeout: timedelta | None = None  # of this run's groups; None: torch's default
 
 
 def has_group() -> bool:
-    """Whether there is a process group, even if it has one process."""
-    assert _mode is not _Mode.FIRST, "the other processes wait for this one, and cannot take part"
+    """Return whether there is a process group, even if it has one process."""
+    assert _mode is not _Mode.FIRST, "the other processes are waiting for this one and cannot take part"
     return dist.is_available() and dist.is_initialized() and _mode is not _Mode.ALONE
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if has_group() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0. `run_on_first` allows this question."""
+    """Return the rank of this process, from 0. Allowed inside `run_on_first`."""
     return 0 if _mode is not _Mode.TOGETHER or world_size() == 1 else dist.get_rank()
 
 
 def is_first() -> bool:
-    """Whether this process writes the run's files and prints. `run_on_first` allows this question."""
+    """Return whether this process writes the run's files and prints. Allowed inside `run_on_first`."""
     return rank() == 0
 
 
 def local_world_size() -> int:
-    """The number of processes on this machine, which is the same on every machine."""
+    """Return the number of processes on this machine, which is the same on every machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
 def take_share(items: Sequence[Value]) -> Sequence[Value]:
-    """Take this process's share of some items: every world_size-th, from the rank on."""
+    """Return this process's share of some items: every world_size-th item, starting at its rank."""
     return items[rank() :: world_size()]
 
 
 def barrier() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have reached this call."""
     if world_size() > 1:
         gather(None)
 
 
 def broadcast(value: Value | None) -> Value:
-    """Give all processes the first one's value; the others' values are ignored."""
+    """Send the first process's value to all processes; the values of the others are ignored."""
     if world_size() == 1:
         return value  # type: ignore[return-value]
     box = [value]
@@ -82,7 +82,7 @@ def broadcast(value: Value | None) -> Value:
 
 
 def gather(value: Value) -> list[Value]:
-    """Give all processes the values of all, in the order of ranks; plain data or CPU tensors."""
+    """Return the values of all processes on every process, in order of rank; plain data or CPU tensors."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -91,7 +91,11 @@ def gather(value: Value) -> list[Value]:
 
 
 def gather_to(to: int, value: Value) -> list[Value]:
-    """Give one process the values of all, in the order of ranks; plain data or tensors.
+    """Send the values of all processes to one of them, in order of rank; plain data or tensors.
+
+    Args:
+        to: the rank of the process that receives the values.
+        value: this process's value.
 
     Returns:
         the values on process `to`, an empty list on the others.
@@ -102,7 +106,7 @@ def gather_to(to: int, value: Value) -> list[Value]:
 
 
 def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The means of scalars over all processes, by name."""
+    """Return the means of scalars over all processes, by name."""
     if world_size() == 1:
         return values
     stacked = torch.stack([value.float() for value in values.values()])
@@ -111,25 +115,24 @@ def mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run_on_first(make: Callable[[], Value]) -> Value:
-    """Run a function on the first process, and give its result to all. The others wait.
+    """Run a function on the first process and return its result on all. The other processes wait.
 
     Args:
-        make: may ask for `rank` and `is_first`. It may not ask for the number of processes or call what they call
-            together: that is an AssertionError, also in a run of one process. Work that does so, such as a training,
-            goes into `work_alone`.
+        make: may call `rank` and `is_first`. Calling `world_size` or any collective raises an AssertionError, even in a
+            run of one process. Work that needs them, such as training, goes into `work_alone`.
     """
     together = has_group() and dist.get_world_size() > 1
-    made = None
+    result = None
     if is_first():
         with _in_mode(_Mode.FIRST):
-            made = make()
-    return broadcast(made) if together else made  # type: ignore[return-value]
+            result = make()
+    return broadcast(result) if together else result  # type: ignore[return-value]
 
 
 @contextmanager
 def work_alone() -> Iterator[None]:
-    """Inside, this process is a run of one: collectives need no other. Only within `run_on_first`."""
-    assert _mode is not _Mode.TOGETHER or world_size() == 1, "the other processes do not wait for this one"
+    """Treat this process as the only one inside the context. Only allowed inside `run_on_first`."""
+    assert _mode is not _Mode.TOGETHER or world_size() == 1, "the other processes are not waiting for this one"
     with _in_mode(_Mode.ALONE):
         yield
 
@@ -146,7 +149,7 @@ def _in_mode(mode: _Mode) -> Iterator[None]:
 
 @contextmanager
 def let_first_go_ahead() -> Iterator[None]:
-    """The first process goes through this before the others begin, so that they use what it has downloaded."""
+    """Let the first process finish the context before the others enter it, so that they use what it has downloaded."""
     if not is_first():
         barrier()
     yield
@@ -158,8 +161,8 @@ def join_group(backend: str, timeout: timedelta) -> None:
     """Join the process group that the environment describes, with torchrun's variables.
 
     Args:
-        backend: torch.distributed's name of it.
-        timeout: how long a process waits for another in each call.
+        backend: torch.distributed's name for it, such as "nccl" or "gloo".
+        timeout: how long a process waits for the others in each call.
     """
     global _timeout
     dist.init_process_group(backend, timeout=timeout)
@@ -173,21 +176,21 @@ def leave_group() -> None:
     _group.cache_clear()
     deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
     if deepspeed is not None:
-        deepspeed.cdb = None  # it would use the group that ended
+        deepspeed.cdb = None  # else it would keep using the destroyed group
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_first_to_start() -> bool:
-    """Whether this is the first process, by the launcher's variables; there may be no group yet."""
+    """Return whether this is the first process, by the launcher's variables; works before there is a group."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 class SharedMapping(MutableMapping[str, dict[str, Any]]):
-    """A mapping that the first process keeps: all processes read it together, and only the first one writes.
+    """A mapping on the first process that all processes read together; only the first one writes.
 
     Args:
-        kept: the mapping, which counts on the first process alone.
+        kept: the mapping; the one on the first process is used.
     """
 
     def __init__(self, kept: MutableMapping[str, dict[str, Any]]) -> None:
@@ -216,29 +219,32 @@ class SharedMapping(MutableMapping[str, dict[str, Any]]):
 
 @cache
 def _group() -> dist.ProcessGroup | None:
-    """The group for plain data, which goes over gloo whatever the tensors go over; None: the default group."""
+    """Return the gloo group for plain data, whatever backend the tensors use; None means the default group."""
     if dist.get_backend() == "gloo":
         return None
-    # A new group does not take the timeout of the first.
+    # A new group does not inherit the timeout of the default one.
     return dist.new_group(backend="gloo", timeout=_timeout)  # type: ignore[return-value]
 
 
 def collect(
     tensors: Iterable[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype, to: int
 ) -> Iterator[Tensor]:
-    """Send the tensors of all processes to one of them; item i lies on process i mod world_size (`take_share`).
+    """Send the tensors of all processes to one of them; item i is on process i mod world_size (`take_share`).
 
     Args:
         tensors: this process's items, in order.
-        shapes: of all items.
-        dtype: of all items.
-        to: the process that receives them. The others receive nothing, but must go through the iterator to its end.
+        shapes: the shapes of the items of all processes, in order.
+        dtype: the dtype of all items.
+        to: the rank of the process that receives them.
+
+    Yields:
+        all items in order on process `to`, nothing on the others; they must still exhaust the iterator.
     """
-    mine = iter(tensors)
+    local = iter(tensors)
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
     for index, shape in enumerate(shapes):
         source = index % world_size()
-        tensor = next(mine) if source == rank() else None
+        tensor = next(local) if source == rank() else None
         if rank() == to == source:
             assert tensor is not None
             yield tensor

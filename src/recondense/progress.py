@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line in the log at the start and one at the end."""
+"""Show the progress of long work: a bar on a terminal, elsewhere a log line at the start and one at the end."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ log = logging.getLogger("recondense.progress")
 
 
 class _Screen:
-    """Where bars are shown. A process has one, because a terminal takes one live display at a time."""
+    """The display of this process. There is one, because a terminal shows one live display at a time."""
 
     def __init__(self) -> None:
         self.allowed = True  # False shows no bars
-        self.live: Progress | None = None  # the display that is shown now; a bar within another adds a row to it
+        self.live: Progress | None = None  # the current display; a nested bar adds a row to it
 
 
 _screen = _Screen()
 
 
 def allow_bars(enabled: bool | None) -> None:
-    """Turn the bars of this process off with False, and on again with True or None (still only on a terminal)."""
+    """Turn the bars of this process off (False) or on (True or None); they are only ever shown on a terminal."""
     _screen.allowed = enabled is not False
 
 
 def bars_enabled() -> bool:
-    """Whether a bar that starts now is shown: on a terminal, not turned off, and by the first of several processes."""
+    """Return whether a new bar is shown: on a terminal, if not turned off, and only on the first process."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) or 0)
     return _screen.allowed and rank == 0 and sys.stderr.isatty()
 
 
 class ProgressBar:
-    """One progress bar. `advance` moves it on, `note` shows a few words beside it.
+    """One progress bar. `advance` moves it, `note` shows a few words after it.
 
     Args:
         description: what is being done.
         total: number of units; None if it is not known.
-        display: where the bar is shown; None shows none.
+        display: the display that shows the bar; None shows no bar.
     """
 
     def __init__(self, description: str, total: float | None, display: Progress | None) -> None:
@@ -68,26 +68,26 @@ class ProgressBar:
 
     @property
     def shown(self) -> bool:
-        """Whether the bar is shown. If not, a caller may log lines in its place."""
+        """Whether the bar is shown. If not, a caller may log lines instead."""
         return self._display is not None
 
     def advance(self, amount: float = 1) -> None:
-        """Count `amount` more units as done."""
+        """Add `amount` to the number of completed units."""
         self.update(self.completed + amount)
 
     def update(self, completed: float) -> None:
-        """Set the number of units that are done."""
+        """Set the number of completed units."""
         self.completed = completed
         if self._display is not None and self._task is not None:
             self._display.update(self._task, completed=completed)
 
     def note(self, text: str) -> None:
-        """Replace the words after the bar, for example the loss."""
+        """Set the text after the bar, for example the loss."""
         if self._display is not None and self._task is not None:
             self._display.update(self._task, note=text)
 
     def close(self, *, remove: bool) -> None:
-        """Stop the bar; `remove` takes its row away."""
+        """Stop the bar; `remove` also removes its row."""
         if self._display is None or self._task is None:
             return
         if remove:
@@ -98,13 +98,13 @@ class ProgressBar:
 
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[ProgressBar]:
-    """Show what is being done inside, and how far it is.
+    """Show the progress of the work inside the context.
 
-    On a terminal this is a bar on stderr, below the bar that contains it. Elsewhere two lines are logged: at the start,
-    and at the end with the seconds it took.
+    On a terminal this is a bar on stderr, below any bar that encloses it. Elsewhere two lines are logged: one at the
+    start, and one at the end with the seconds taken.
 
     Args:
-        description: what is being done, a few words.
+        description: what is being done, in a few words.
         total: number of units; None if it is not known.
 
     Yields:
@@ -121,12 +121,12 @@ def progress(description: str, total: float | None = None) -> Iterator[ProgressB
         try:
             yield bar
         finally:
-            bar.close(remove=not outermost)  # a bar within another leaves no row behind: there may be hundreds
+            bar.close(remove=not outermost)  # a nested bar leaves no row behind: there may be hundreds
 
 
 @contextmanager
 def _shown() -> Iterator[tuple[Progress, bool]]:
-    """The live display, and whether it starts here."""
+    """Yield the live display, and whether this call started it."""
     if _screen.live is not None:
         yield _screen.live, False
         return
@@ -139,7 +139,7 @@ def _shown() -> Iterator[tuple[Progress, bool]]:
 
 
 def track(iterable: Iterable[Item], description: str, total: float | None = None) -> Iterator[Item]:
-    """Go through `iterable` behind a progress bar; `total` is its length unless given."""
+    """Iterate over `iterable` with a progress bar; `total` defaults to its length."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with progress(description, total) as bar:

@@ -23,7 +23,7 @@ def run(rank: int, port: int) -> None:
         try:
             processes.barrier()
         except AssertionError as error:
-            return {"alone": alone, "refused": "wait for this one" in str(error)}
+            return {"alone": alone, "refused": "are waiting for this one" in str(error)}
         raise RuntimeError("the first process would wait for ever")
 
     result = processes.run_on_first(work)

@@ -126,7 +126,7 @@ def test_an_earlier_word_for_a_decoder_layer_is_read() -> None:
         (lambda: Prune(1, (3, 0)), "ascending"),
         (lambda: Prune(-1, (0,)), "negative"),
         (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,)}), "down_proj"),
-        (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,), "down_proj": (1, 2)}), "equally many"),
+        (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,), "down_proj": (1, 2)}), "must be equal"),
         (lambda: Factorize(1, {"gate_proj": (0,), "up_proj": (1,), "down_proj": (1,)}), "at least 1"),
         (lambda: Merge(1, ((0,), (2,)), ((1.0,), (1.0,))), "partition the experts"),
         (lambda: Merge(1, ((0, 1),), ((1.0,),)), "one weight for each"),

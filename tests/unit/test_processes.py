@@ -54,5 +54,5 @@ def test_two_processes(forks: Forks, tmp_path: Path) -> None:
 
 def test_working_alone_is_refused_where_others_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world_size", lambda: 2)
-    with pytest.raises(AssertionError, match="do not wait"), processes.work_alone():
+    with pytest.raises(AssertionError, match="are not waiting"), processes.work_alone():
         pass
