@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # Hydra imports this package for every command, and Lightning
 
 
 def callback_maker(config: Config) -> Callable[..., list[Callback]]:
-    """Give `pipeline.run` the function that makes the callbacks of each fit.
+    """Return the function with which `pipeline.run` makes the callbacks of each fit.
 
-    The pipeline itself measures the result stages, in the model's own dtype; the callbacks follow the training.
+    The callbacks only follow the training. The pipeline measures the result stages itself, in the model's own dtype.
     """
 
     def make(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> list[Callback]:
@@ -24,10 +24,10 @@ def callback_maker(config: Config) -> Callable[..., list[Callback]]:
         from recondense.callbacks.profile import ProfileMemoryAndSpeed
         from recondense.callbacks.progress import TrainingProgress
 
-        made: list[Callback] = [TrainingProgress(stage)]
+        callbacks: list[Callback] = [TrainingProgress(stage)]
         evaluation = config.evaluation
         if tasks and evaluation.every_n_steps:
-            made.append(
+            callbacks.append(
                 LmEval(
                     tasks,
                     every_n_steps=evaluation.every_n_steps,
@@ -39,7 +39,7 @@ def callback_maker(config: Config) -> Callable[..., list[Callback]]:
                 )
             )
         if stage != "pretrain" and not stage.startswith("control") and config.callbacks.profile.enabled:
-            made.append(ProfileMemoryAndSpeed(at_start=False, at_end=False))
-        return [*made, GracefulStop()]
+            callbacks.append(ProfileMemoryAndSpeed(at_start=False, at_end=False))
+        return [*callbacks, GracefulStop()]
 
     return make

@@ -1,4 +1,4 @@
-"""Stop at the end of an optimiser step when asked to, with a checkpoint of that step."""
+"""Stop training on a signal: at the end of an optimizer step, with a checkpoint of that step."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(SIGTERMException):
-    """Raised to end the process: a SystemExit whose code is 128 + the signal (143 for SIGTERM, 130 for Ctrl-C)."""
+    """Raised to end the process: a SystemExit with the code 128 + signal number (143 for SIGTERM, 130 for Ctrl-C)."""
 
 
 class GracefulStop(L.Callback):
-    """On SIGTERM or Ctrl-C: finish the optimiser step, save a checkpoint, leave with code 143 or 130.
+    """On SIGTERM or Ctrl-C, finish the optimizer step, save a checkpoint and exit with code 143 or 130.
 
-    Lightning itself saves nothing on SIGTERM, raises in the middle of gradient accumulation too, and exits with code 0;
-    on Ctrl-C it stops in the middle of a step. While training, this callback's handler replaces it. The
-    checkpoint is written by the Trainer's ModelCheckpoint, under the same name as the periodic ones, so resuming finds
-    it like any other. A second signal ends the process at once. With several processes it is enough that one gets the
-    signal. Let it be the last callback in the list: what the others do at that step then belongs to the checkpoint.
+    On SIGTERM, Lightning itself saves nothing, may stop in the middle of gradient accumulation, and exits with code 0.
+    On Ctrl-C it stops in the middle of a step. While training, this callback replaces Lightning's signal handlers. The
+    Trainer's ModelCheckpoint writes the checkpoint under the same name as the periodic ones, so a resumed run finds it
+    like any other. A second signal ends the process at once. If there are several processes, one of them receiving the
+    signal is enough. Put this callback last in the list, so that the checkpoint includes what the other callbacks did
+    at that step.
 
     Args:
-        signals: names of the signals to follow.
+        signals: names of the signals to handle.
     """
 
     def __init__(self, signals: Sequence[str] = ("SIGTERM", "SIGINT")) -> None:
@@ -42,7 +43,7 @@ class GracefulStop(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._received = None
-        # Here, not earlier: the Trainer puts its own handlers in place after `on_fit_start`.
+        # Not earlier: the Trainer installs its own handlers after `on_fit_start`.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in self.signals}
 
@@ -54,11 +55,11 @@ class GracefulStop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._step:  # else gradients are still being accumulated
-            self._stop_if_asked(trainer)
+        if trainer.global_step != self._step:  # otherwise gradients are still being accumulated
+            self._stop_if_signalled(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop_if_asked(trainer)  # the signal came after the last step, in an evaluation perhaps
+        self._stop_if_signalled(trainer)  # the signal may have come after the last step, for example in an evaluation
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -73,23 +74,24 @@ class GracefulStop(L.Callback):
             signal.raise_signal(number)
             return
         self._received = signal.Signals(number)
-        print(f"\n{self._received.name}: finishing this step; once more ends at once", file=sys.stderr, flush=True)
+        text = f"\n{self._received.name}: finishing this step; send it again to end at once"
+        print(text, file=sys.stderr, flush=True)
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        asked = int(self._received or 0)
+    def _stop_if_signalled(self, trainer: L.Trainer) -> None:
+        number = int(self._received or 0)
         if trainer.world_size > 1:
-            numbers = trainer.strategy.reduce(torch.tensor(asked, device=trainer.strategy.root_device), reduce_op="max")
-            asked = int(numbers)
-        if not asked:
+            tensor = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(tensor, reduce_op="max"))
+        if not number:
             return
         path = _save(trainer)
         if trainer.is_global_zero:
-            saved = f"{path} is saved, and the same command resumes there" if path else "no checkpoint is kept"
-            name = signal.Signals(asked).name
+            saved = f"{path} is saved, and the same command resumes there" if path else "no checkpoint was saved"
+            name = signal.Signals(number).name
             print(
                 f"recondense: stopped by {name} after step {trainer.global_step}; {saved}", file=sys.stderr, flush=True
             )
-        raise Stopped(128 + asked)
+        raise Stopped(128 + number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -98,7 +100,7 @@ class GracefulStop(L.Callback):
 
 
 def _save(trainer: L.Trainer) -> str | None:
-    """Have the Trainer's checkpoint callback save now, so that its records (best, last) stay right."""
+    """Save through the Trainer's checkpoint callback, so that its records (best, last) stay correct."""
     checkpoint = trainer.checkpoint_callback
     if not isinstance(checkpoint, ModelCheckpoint):
         return None

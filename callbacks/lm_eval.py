@@ -1,4 +1,4 @@
-"""lm-eval tasks on the live model, every N optimiser steps and at the end of training."""
+"""Run lm-eval tasks on the model while it trains: every N optimizer steps and at the end."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ Results = dict[str, dict[str, float]]
 class LmEval(L.Callback):
     """Evaluate `pl_module.model` with `pl_module.tokenizer`, and log `<stage>/<task>/<metric>`.
 
-    The results are also kept in `pl_module.task_results`, by optimiser step. Training does not notice: the random
-    states, and the mode of every submodule, are put back. Every process evaluates a sharded model; the first alone
-    evaluates an unsharded one. The first logs. Results so far are part of the checkpoint, and an evaluated step is not
-    evaluated again.
+    The results are also kept in `pl_module.task_results`, by optimizer step. Training is not affected: the random
+    states and the mode of every submodule are restored. A sharded model is evaluated by all processes, an unsharded one
+    only by the first, which also logs. The results are saved in checkpoints, so a resumed run does not evaluate a step
+    again.
 
     Args:
-        tasks: names of lm-eval tasks; none switches the callback off.
-        every_n_steps: optimiser steps (not batches) between evaluations; 0 for none while training.
-        at_end: also when training ends, unless its last step was just evaluated.
-        limit: examples of each task; None for all.
-        num_fewshot: examples in the prompt; None for what the task says.
-        batch_size: sequences of one forward.
-        include_path: folder with task files of one's own.
+        tasks: names of lm-eval tasks; None or an empty list disables the callback.
+        every_n_steps: optimizer steps (not batches) between evaluations; 0 evaluates only at the end.
+        at_end: also evaluate when training ends, unless its last step was just evaluated.
+        limit: examples per task; None for all.
+        num_fewshot: examples in the prompt; None for the task's default.
+        batch_size: sequences per forward pass.
+        include_path: a folder with your own task files, or several.
+
+    Raises:
+        UserError: `every_n_steps` is negative.
     """
 
     def __init__(
@@ -58,13 +61,13 @@ class LmEval(L.Callback):
         self._results: dict[int, Results] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._results:  # of the steps before a restart; some engines restore them after `on_fit_start`
+        if self._results:  # from before a restart; some engines restore them only after `on_fit_start`
             _kept_results(pl_module).update(self._results)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # While gradients accumulate, several batches end at the same step; the results tell that it has been seen.
+        # While gradients accumulate, several batches end at the same step; `_evaluate` skips a step with results.
         step = trainer.global_step
         if self.every_n_steps and step and step % self.every_n_steps == 0:
             self._evaluate(trainer, pl_module)
@@ -97,7 +100,7 @@ class LmEval(L.Callback):
         metrics = {
             f"{stage}/{task}/{name}": value for task, scores in results.items() for name, value in scores.items()
         }
-        for logger in trainer.loggers:  # does nothing on other ranks than the first
+        for logger in trainer.loggers:  # they log on the first rank only
             logger.log_metrics(metrics, step=step)
 
     def _run(self, trainer: L.Trainer, module: Any) -> Results:

@@ -1,4 +1,4 @@
-"""The plan of a run, and where its result goes, in the loggers."""
+"""Log a run's plan and the folder of its export."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class PlanLogging(L.Callback):
-    """Log `pl_module.plan` once, as a table and as a picture; at the end, the folder of the export.
+    """Log `pl_module.plan` once, as a table and as a picture, and at the end the folder of the export.
 
-    For a Trainer of one's own: `recondense.run.pipeline` logs the plan itself, also when nothing is trained.
-    Without a plan, or with one that changes nothing, nothing is written.
+    Use it with your own Trainer: `recondense.run.pipeline` logs the plan itself, even if nothing is trained. Nothing is
+    logged without a plan or with an empty one.
 
     Args:
-        folder: where `plan.png` goes; None for the Trainer's default folder.
-        export_folder: where the exported model will be; None when there is none.
+        folder: the folder for `plan.png`; None for the Trainer's default folder.
+        export_folder: the folder of the exported model; None if there is no export.
     """
 
     def __init__(self, folder: str | Path | None = None, export_folder: str | Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Memory and speed: of the live model against the original, and of training itself."""
+"""Measure memory and speed: of the model and its original, and of training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from recondense.models.parameters import resident_bytes, weights_bytes
 
 
 class ProfileMemoryAndSpeed(L.Callback):
-    """Profile `pl_module.model` at the start and the end of fitting, and follow memory and speed while it trains.
+    """Profile `pl_module.model` at the start and the end of fitting, and track memory and speed while it trains.
 
-    Logged: `profile/<variant>/weights_bytes`, `.../peak_memory_bytes`, `.../prefill_tokens_per_second`,
-    `.../decode_tokens_per_second`. The variants are `compressed` (at the start) or `recovered` (at the end), and
-    `original`, in alternation, when the module has a `student` with its original. While training, every N steps:
-    `profile/train_tokens_per_second` (of all processes, without filler), `profile/train_peak_bytes` (on CUDA of tensors
-    since the last time, elsewhere of the whole process since its start), and once `profile/resident_bytes` (student and
-    teacher, shared weights once).
+    At the start and the end, these metrics are logged: `profile/<variant>/weights_bytes`, `.../peak_memory_bytes`,
+    `.../prefill_tokens_per_second` and `.../decode_tokens_per_second`. The variant is `compressed` at the start and
+    `recovered` at the end. If the module has a `student` with its original, the variant `original` is measured
+    alternately with it.
+
+    While training, these metrics are logged every N steps: `profile/train_tokens_per_second` (of all processes, without
+    padding) and `profile/train_peak_bytes` (on CUDA the peak of allocated tensors since the last log, elsewhere that of
+    the process since its start). `profile/resident_bytes` is logged once: the weights of student and teacher, with
+    shared weights counted once.
 
     Args:
         batch_size, prompt_length, new_tokens, repetitions: as for `profiling.profile_variants`.
         at_start, at_end: when to profile.
-        every_n_steps: optimiser steps between figures of training; 0 for none.
-        seed: of the token ids that are fed.
+        every_n_steps: optimizer steps between metrics of training; 0 for none.
+        seed: seed of the random token ids.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class ProfileMemoryAndSpeed(L.Callback):
         self.every_n_steps = every_n_steps
         self.profiles: dict[str, dict[str, Profile]] = {}  # "start" and "end" -> variant -> profile
         self._tokens = torch.zeros((), dtype=torch.int64)
-        self._clock: Clock | None = None  # has a mark before each batch and after it
+        self._clock: Clock | None = None  # marked before and after each batch
         self._logged_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -67,11 +70,11 @@ class ProfileMemoryAndSpeed(L.Callback):
         original = _original(pl_module)
         if original is not None:
             model: Any = pl_module.model
-            apart = weights_bytes(model)
+            separate = weights_bytes(model)
             with original() as teacher:
-                apart += weights_bytes(teacher)
-            text = "student and teacher hold %.1f MB of weights together; they would hold %.1f MB apart"
-            rank_zero_info(text % (resident / 1e6, apart / 1e6))
+                separate += weights_bytes(teacher)
+            text = "student and teacher share weights: %.1f MB together instead of %.1f MB as separate models"
+            rank_zero_info(text % (resident / 1e6, separate / 1e6))
         if self.at_start:
             self._profile(trainer, pl_module, "start", "compressed")
 
@@ -96,7 +99,7 @@ class ProfileMemoryAndSpeed(L.Callback):
         if self._clock is None:
             return
         self._clock.mark()
-        self._tokens += _num_tokens(batch)  # on the device: nothing waits for it here
+        self._tokens += _num_tokens(batch)  # on the device, without synchronizing
         if trainer.global_step < self._logged_step + self.every_n_steps:
             return
         tokens = int(trainer.strategy.reduce(self._tokens, reduce_op="sum"))
@@ -117,7 +120,7 @@ class ProfileMemoryAndSpeed(L.Callback):
         original = _original(pl_module)
         variants: dict[str, Variant] = {} if original is None else {"original": original}
         variants[name] = lambda: nullcontext(model)
-        # Libraries may draw numbers when they run for the first time: the training that follows must not notice.
+        # Libraries may draw random numbers on their first call, which must not change the training that follows.
         with isolate_rng(), trainer.precision_plugin.forward_context():
             profiles = profile_variants(
                 variants, vocab_size=model.config.vocab_size, device=pl_module.device, **self._settings
@@ -130,7 +133,7 @@ class ProfileMemoryAndSpeed(L.Callback):
 
 
 def _original(pl_module: L.LightningModule) -> Variant | None:
-    """Gives contexts that yield the original model; None if the module has no student with its original."""
+    """Return a function whose contexts yield the original model; None without a student that has its original."""
     student = getattr(pl_module, "student", None)
     return student.original if student is not None and student.has_original else None
 
@@ -141,7 +144,7 @@ def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
 
 
 def _num_tokens(batch: Any) -> Tensor | int:
-    """The tokens of a batch but fillers: those that its mask names, or up to the last target of each window."""
+    """Count a batch's tokens without padding: by its mask, or up to the last label of each window."""
     if not isinstance(batch, dict) or "input_ids" not in batch:
         return 0
     if "attention_mask" in batch:
@@ -158,5 +161,5 @@ def _peak(device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    # Linux counts in KiB, macOS in bytes.
+    # Linux reports KiB, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Progress of training: a bar with the loss on a terminal, some lines in the log elsewhere."""
+"""Show the progress of training: a bar with the loss on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 
 class TrainingProgress(L.Callback):
-    """Show optimiser steps and what the module logs with `prog_bar=True`. For `Trainer(enable_progress_bar=False)`.
+    """Show optimizer steps and what the module logs with `prog_bar=True`; for `Trainer(enable_progress_bar=False)`.
 
-    It shares the display of recondense's other progress bars, which a bar of Lightning's would write across.
+    The bar shares the display of recondense's other progress bars; Lightning's own bar would overwrite them.
 
     Args:
         description: what is trained, for example "recover".
-        lines: about how many lines are logged in all where there is no terminal.
+        lines: approximate total number of log lines if there is no terminal.
     """
 
     def __init__(self, description: str = "train", lines: int = 10) -> None:
@@ -58,7 +58,7 @@ class TrainingProgress(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._bar is not None:
-            # The bar has to learn that it was cut short, or it would report that it is done.
+            # Pass the exception on: otherwise the bar would log that the work is done.
             self._stack.__exit__(type(exception), exception, exception.__traceback__)
             self._bar = None
 

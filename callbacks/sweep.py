@@ -1,4 +1,4 @@
-"""A comparison of the runs of a Hydra sweep: table, csv, json and a picture in the sweep's folder."""
+"""Compare the runs of a Hydra sweep: a table, CSV and JSON files and a picture in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from recondense.run.exit_codes import JobFailed, refuse
 
 log = logging.getLogger(__name__)
 
-RECORDS = ".jobs"  # one file a job, written by the process that ran it, which need not be this one
+RECORDS = ".jobs"  # one file per job, written by the process that ran it, which may be another one than this
 
 
 class SweepComparison(Callback):
-    """After `-m`: collect each run's `summary.json` into comparison.csv, comparison.json and comparison.png.
+    """Collect the `summary.json` of each run of a sweep (`-m`) into comparison.csv, comparison.json and comparison.png.
 
-    Several seeds of the same settings are one line of the table, which is also written as comparison.md.
+    Several seeds of the same settings are one line of the table, which is then also written as comparison.md.
 
-    The files grow with every job that ends; the table is printed at the end, and after a failure. Of the settings only
-    those are shown in which the runs differ. A run without a summary is listed with what happened.
+    The files are updated after every job; the table is printed at the end and after a failure. Only settings in which
+    the runs differ are shown. A run without a summary is listed with the reason.
 
-    A job that failed by what the user can mend counts as one that returned None: the sweep continues, its messages
-    are written when it fails and once more at the end, and the process ends with exit code 2.
+    A job that fails with an error that the user can fix counts as one that returned None: the sweep continues, the
+    error is printed when the job fails and again at the end, and the process exits with code 2.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        shutil.rmtree(_folder(config) / RECORDS, ignore_errors=True)  # of an earlier sweep in this folder
+        shutil.rmtree(_folder(config) / RECORDS, ignore_errors=True)  # from an earlier sweep in this folder
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -61,7 +61,7 @@ class SweepComparison(Callback):
             "problems": problems,
         }
         write_aside(_folder(config) / RECORDS / f"{record['number']:06d}.json", json.dumps(record))
-        # Now, not only at the end: when some job failed, Hydra runs the others and then leaves without calling the end.
+        # After every job: if one has failed, Hydra runs the others and then exits without calling `on_multirun_end`.
         _compare(_folder(config), show=failed and not problems)
         if problems:
             print(f"recondense: job {record['number']} of the sweep failed: {what}", file=sys.stderr, flush=True)
@@ -80,7 +80,7 @@ class SweepComparison(Callback):
         ]
         if messages:
             refuse(messages)
-        if any(record["status"] != "done" for record in records):  # a sweeper that continues after a crash: Optuna's
+        if any(record["status"] != "done" for record in records):  # some sweepers, such as Optuna's, survive a crash
             sys.exit(1)
 
 
@@ -101,7 +101,7 @@ def _compare(folder: Path, *, show: bool) -> list[dict[str, Any]]:
 
 
 def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Table and picture as one run of W&B, where the runs of the sweep are logged there too."""
+    """Log the table and the picture as one W&B run, if the runs of the sweep are logged to W&B."""
     if "logger" not in config or config.get("plan_only") or not any(row["status"] == "done" for row in rows):
         return
     from recondense.report import tracking  # late: it imports Lightning
@@ -122,17 +122,17 @@ def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a job: what was swept, what came of it.
+    """Return one row per job, with its swept settings and its results.
 
     Args:
-        records: `number`, `overrides` ("key=value" each), `run_folder`, `status`.
+        records: one per job, with `number`, `overrides` ("key=value" strings), `run_folder` and `status`.
     """
     rows = []
     for record, settings in zip(records, swept_settings([record["overrides"] for record in records]), strict=True):
         row: dict[str, Any] = {"settings": settings, "status": record["status"], "run_folder": record["run_folder"]}
         try:
             text = Path(record["run_folder"], "summary.json").read_text(encoding="utf-8")
-            # A failed job may find the summary of an earlier, complete run: that is not its own.
+            # The folder of a failed job may contain the summary of an earlier, complete run.
             if record["status"] == "done":
                 row.update(sweep_row(json.loads(text)))
         except (OSError, json.JSONDecodeError):
@@ -142,7 +142,7 @@ def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def swept_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """The overrides in which jobs differ; all of them when there is no difference (a sweep of one job)."""
+    """Return the overrides in which the jobs differ; all overrides if they do not differ (a sweep of one job)."""
     jobs = [dict(_split(override) for override in job) for job in overrides]
     keys = list(dict.fromkeys(key for settings in jobs for key in settings))
     differing = [key for key in keys if len({settings.get(key) for settings in jobs}) > 1] or keys
@@ -150,7 +150,10 @@ def swept_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write the three files; the picture only when some run has a size and a perplexity."""
+    """Write comparison.json, comparison.csv and, if any run has a size and a perplexity, comparison.png.
+
+    If there are several seeds, also write comparison.md.
+    """
     from recondense.report.sweep_picture import draw_comparison, draw_sweep  # late: it imports Matplotlib
 
     write_aside(folder / "comparison.json", json.dumps(list(rows), indent=1) + "\n")
@@ -170,7 +173,7 @@ def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def _seeded(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether several seeds of several things were run."""
+    """Return whether the sweep varies the seed and something else."""
     return any("seed" in row["settings"] and len(row["settings"]) > 1 for row in rows)
 
 
