@@ -1,1 +1,1 @@
-"""Calibrate: hidden states of a model on the calibration set."""
+"""Calibrate: record a model's hidden states on the calibration set."""

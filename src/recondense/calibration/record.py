@@ -1,4 +1,4 @@
-"""CALIBRATE: tape a model on calibration texts; those of a run, as its settings say."""
+"""CALIBRATE: record a Tape of a model on calibration texts, given directly or by the settings of a run."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def calibrate(
     storage: Storage | None = None,
     split: bool = False,
 ) -> Tape:
-    """Tape a model on calibration texts: the hidden states (B, S, D) that enter each decoder layer.
+    """Record the hidden states (B, S, D) that enter each decoder layer of a model on calibration texts.
 
     Args:
-        model: a causal LM; left bit-identical.
-        tokenizer: of the model.
-        texts: documents; the first `num_samples` of them count.
-        num_samples: how many texts.
-        max_length: tokens at which a text is cut.
-        storage: where the states go; None: memory.
-        split: the processes of a run share the texts; all must call this.
+        model: a causal LM; it stays bit-identical.
+        tokenizer: the model's tokenizer.
+        texts: documents, of which the first `num_samples` are used.
+        num_samples: number of texts.
+        max_length: maximum number of tokens per text; longer texts are truncated.
+        storage: where the states are kept; None keeps them in memory.
+        split: divide the texts among the processes of a run; all processes must call this function.
 
     Returns:
-        The tape, from which a search reruns anything above a layer without the layers below.
+        The tape. A search uses it to rerun the layers above any point without the layers below it.
 
     Raises:
-        UserError: fewer texts than `num_samples`, a text without a token, or a hidden state that is not finite.
+        UserError: there are fewer texts than `num_samples`, a text has no token, or a hidden state is not finite.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -61,7 +61,7 @@ def calibrate(
 
 
 def retape(tape: Tape) -> Tape:
-    """Tape the same texts, in memory, with the model as it is now."""
+    """Record a new tape of the same texts with the model as it is now, in memory."""
     batches = [(batch.input_ids_BS, batch.mask_BS) for batch in tape.texts.all]
     with progress("calibrating", tape.num_layers) as bar:
         return Tape.record(tape.model, batches, bar.advance)
@@ -76,12 +76,16 @@ def make_recorder(
     timed: Timed = lambda name: nullcontext(),
     split: bool = False,
 ) -> Callable[[], Tape]:
-    """A function that tapes the model on the run's calibration set, as the model is when it is called.
+    """Return a function that records a tape of the run's calibration set, with the model as it is at the call.
 
     Args:
-        folder: of the run; a tape on disk goes there.
+        config: the config of the run.
+        model: the model to record.
+        tokenizer: the model's tokenizer.
+        texts: the texts of the run.
+        folder: the run's folder; a tape on disk is written there.
         timed: measures the time of a named part of the run.
-        split: the processes share the texts; otherwise each tapes all of them.
+        split: divide the texts among the processes; otherwise each process records all of them.
     """
 
     def record() -> Tape:
@@ -101,7 +105,7 @@ def make_recorder(
 
 
 def _storage(config: Config, model: PreTrainedModel, folder: Path) -> Storage:
-    """Where a tape goes; that of a streamed model stays on disk for a run that resumes."""
+    """Return where a tape is kept. The tape of a streamed model stays on disk, for a resumed run."""
     settings, store = config.data.calibration, layer_store(model)
     if settings.tape == "memory" or (settings.tape == "auto" and not store.streamed):
         return Memory()
@@ -112,13 +116,17 @@ def _storage(config: Config, model: PreTrainedModel, folder: Path) -> Storage:
 
 
 def describe_rounding(config: Config, model: PreTrainedModel) -> list[str]:
-    """The type that the tape rounds states to, as part of a search's fingerprint; empty if it does not round."""
+    """Return the dtype to which the tape rounds states, as part of a search's fingerprint; empty without rounding."""
     rounds = config.data.calibration.tape_dtype == "bfloat16" and model.dtype != torch.bfloat16
     return ["tape in bfloat16"] if rounds else []
 
 
 def calibration(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> CalibrationSet:
-    """The run's calibration set."""
+    """Return the calibration set of a run.
+
+    Raises:
+        UserError: there are too few documents, or one has no token.
+    """
     settings = config.data.calibration
     documents = texts.documents("calibration", tokenizer) or []
     return make_calibration_set(documents, tokenizer, settings.num_samples, settings.max_length)

@@ -1,8 +1,8 @@
-"""The Tape: the hidden states entering each decoder layer for the calibration set.
+"""The Tape: the hidden states that enter each decoder layer on the calibration set.
 
-Anything above a layer can be rerun from it without the layers below.
+With a tape, the layers above any point can be rerun without the layers below it.
 
-Legend: B texts of a batch, S their padded length, T real tokens of a batch (padding left out), D hidden size.
+Legend: B texts of a batch, S their padded length, T real tokens of a batch (without padding), D hidden size.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import DiskTensorList, Memory, Storage, TensorList, nbytes
 
 TEXTS_PER_BATCH = 8
-TRACE_BYTES = 1 << 30  # traces of all layers up to this are kept while taping; otherwise a layer is rerun for its trace
+TRACE_BYTES = 1 << 30  # if the traces of all layers fit, they are kept; otherwise a layer is rerun for its trace
 
 
 class Tape:
     """The hidden states of a model on the calibration set.
 
     Args:
-        model: the model that is taped.
+        model: the recorded model.
         texts: the calibration set.
-        storage: where the hidden states go.
+        storage: where the hidden states are kept.
 
     Attributes:
-        states: `states[layer][batch]` (B, S, D) enters decoder layer `layer`, for the batches of this process;
-            `states[num_layers]` leaves the last one, before the final norm.
-        traces: `traces[layer][batch]`, the input and output of each sparse MoE layer; empty if that is more than
+        states: for the batches of this process, `states[layer][batch]` (B, S, D) enters decoder layer `layer`;
+            `states[num_layers]` leaves the last layer, before the final norm.
+        traces: `traces[layer][batch]`, the input and output of each sparse MoE block; empty if they are larger than
             TRACE_BYTES.
         traced: whether all processes keep traces.
-        layer_runs: how many decoder layers have run on all batches so far; a measure of work.
+        layer_runs: number of decoder layers that have run so far, in passes over all batches; a measure of work.
     """
 
     def __init__(self, model: PreTrainedModel, texts: TextBatches, storage: Storage) -> None:
@@ -78,17 +78,21 @@ class Tape:
         storage: Storage | None = None,
         split: bool = False,
     ) -> Tape:
-        """Run the texts through the model once, layer after layer, and keep the states entering each layer.
+        """Run the texts through the model once, layer by layer, and keep the states that enter each layer.
 
         Args:
-            model: a causal LM; left bit-identical.
-            batches: (input_ids (B, S), mask (B, S)) of each batch, padded on the right, texts in order.
+            model: a causal LM; it stays bit-identical.
+            batches: (input_ids (B, S), mask (B, S)) of each batch, padded on the right, with the texts in order.
             advance: called after each decoder layer.
-            storage: where the states go; states that it has from an earlier run are not computed again. None: memory.
-            split: every process takes its share of the batches; all must call this.
+            storage: where the states are kept; states that it has from an earlier run are not computed again. None
+                keeps them in memory.
+            split: divide the batches among the processes; all processes must call this method.
+
+        Returns:
+            The tape.
 
         Raises:
-            UserError: a hidden state that is not finite; the message names the layer.
+            UserError: a hidden state is not finite; the message names the layer.
         """
         device = decoder.device(model)
         texts = (TextBatch(ids_BS.to(device), mask_BS.to(device).bool()) for ids_BS, mask_BS in batches)
@@ -108,14 +112,15 @@ class Tape:
         return tape
 
     def _keep(self, layer: int, states: Iterator[Tensor]) -> None:
-        """Keep the states entering a layer, and check each; states that the storage has already are not computed.
+        """Keep the states that enter a layer and check that they are finite; states that the storage has are reused.
 
-        If processes share the texts, all compute theirs unless all have them. A process without batches has them.
+        If the processes share the texts, the stored states are reused only if every process has its share of them. A
+        process without batches counts as having its share.
         """
         share = f"{processes.rank()}-of-{processes.world_size() if self.texts.split else 1}"
-        shelf = self.storage.tensor_list(f"states-{layer:03d}-{share}")
-        self.states[layer] = shelf
-        on_disk = shelf if isinstance(shelf, DiskTensorList) and shelf.named else None
+        tensors = self.storage.tensor_list(f"states-{layer:03d}-{share}")
+        self.states[layer] = tensors
+        on_disk = tensors if isinstance(tensors, DiskTensorList) and tensors.named else None
         if on_disk is not None:
             finished = on_disk.finished
             if all(self.texts.gather(finished)):
@@ -126,7 +131,7 @@ class Tape:
         finite = True
         for batch, state_BSD in zip(self.texts.local, states, strict=True):
             finite = finite and bool(torch.isfinite(state_BSD[batch.mask_BS]).all())
-            shelf.append(state_BSD)
+            tensors.append(state_BSD)
         if not all(self.texts.gather(finite)):
             where = "the embedding" if layer == 0 else f"decoder layer {layer - 1}"
             raise UserError(
@@ -137,25 +142,35 @@ class Tape:
             on_disk.finish()
 
     def _leaving(self, layer: int, calls: dict[int, dict[str, Any]]) -> Iterator[Tensor]:
-        """The states leaving a layer, batch by batch; keeps a trace if the layer's calls are recorded."""
+        """Yield the states that leave a layer, batch by batch; keep traces if the layer's calls are recorded."""
         for index, batch in enumerate(self.texts.local):
             yield self.run_layer(self.model, layer, index, self.states[layer][index])
             if layer in calls:
                 self.traces.setdefault(layer, []).append(LayerTrace.from_call(calls[layer], batch))
 
     def run_layer(self, model: PreTrainedModel, layer: int, batch: int, hidden_BSD: Tensor) -> Tensor:
-        """One decoder layer on the hidden states of one local batch; (B, S, D) to (B, S, D)."""
+        """Run one decoder layer on the hidden states of one local batch.
+
+        Args:
+            model: the recorded model, possibly with changed blocks.
+            layer: decoder-layer index.
+            batch: index of the local batch, which gives the attention mask and positions.
+            hidden_BSD: the states that enter the layer (B, S, D).
+
+        Returns:
+            The states that leave the layer (B, S, D).
+        """
         self.layer_runs += 1 / len(self.texts.local)
         arguments = self._arguments.get(layer, _inputs(self.texts.local[batch]))
         return forward.run_layer(model, layer, hidden_BSD, arguments)
 
     def real_tokens(self, batch: int, hidden_BSD: Tensor) -> Tensor:
-        """The rows of a local batch's real tokens, (T, D), in text order."""
+        """Return the rows of a local batch's real tokens (T, D), in text order."""
         return hidden_BSD[self.texts.local[batch].mask_BS]
 
     @torch.no_grad()
     def trace(self, model: PreTrainedModel, layer: int) -> Sequence[LayerTrace]:
-        """The input and output of a sparse MoE layer, batch by batch: kept, or from a rerun of the layer."""
+        """Return the trace of a sparse MoE layer for each local batch; the layer is rerun if no trace was kept."""
         if layer in self.traces:
             return self.traces[layer]
         traces = Traces(self.storage)
@@ -166,14 +181,15 @@ class Tape:
         return traces
 
     def excerpt(self, layers: Sequence[int]) -> Tape | None:
-        """A tape of one layer on all texts for each of the first processes; the tape itself if it has all texts.
+        """Give each of the first processes a tape of one layer on all texts.
 
         Args:
-            layers: one for each of the first processes, in the order of ranks; all must call this with the same.
+            layers: one layer for each of the first processes, in order of rank. All processes must call this method
+                with the same layers.
 
         Returns:
-            a tape with the states entering and leaving this process's layer, and its traces; None for the other
-            processes.
+            A tape with the states that enter and leave this process's layer, and its traces; None on the other
+            processes. If the processes do not share the texts, the tape itself.
         """
         if not self.texts.split:
             return self
@@ -198,7 +214,7 @@ class Tape:
         return excerpt
 
     def _traces_on(self, owner: int, layer: int) -> list[LayerTrace]:
-        """The traces of a layer on all batches in text order, on one process; empty on the others."""
+        """Return the traces of a layer on all batches in text order on process `owner`; empty on the others."""
         local = [{name: value.cpu() for name, value in vars(trace).items()} for trace in self.traces.get(layer, [])]
         shares = processes.gather_to(owner, local)
         return [

@@ -1,8 +1,8 @@
-"""The calibration texts in batches, which processes may share, and reductions over them in text order.
+"""The calibration texts in batches, which processes can divide among them, and reductions over them in text order.
 
 Batches have a fixed number of texts, so that results depend neither on memory nor on the number of processes.
 
-Legend: B texts of a batch, S their padded length, C candidates, T real tokens of a batch (padding left out).
+Legend: B texts of a batch, S their padded length, C candidates, T real tokens of a batch (without padding).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from recondense import processes
 
-TOTAL_BYTES = 1 << 25  # of what a process sends at a time for a total
+TOTAL_BYTES = 1 << 25  # the most bytes that a process sends at a time in `TextBatches.total`
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """A few calibration texts, padded on the right: with causal attention no real token sees a pad."""
+    """A few calibration texts, padded on the right, so that with causal attention no real token sees padding."""
 
     input_ids_BS: Tensor
     mask_BS: Tensor
@@ -38,10 +38,11 @@ class TextBatches:
     """All batches of texts, and those of this process.
 
     Args:
-        batches: all of them, the same on every process.
-        split: the processes share the batches in turn; otherwise each process has all of them.
+        batches: all batches, the same on every process.
+        split: deal the batches out to the processes in turn; otherwise each process has all of them.
 
     Attributes:
+        all: all batches.
         local: the batches of this process.
     """
 
@@ -60,21 +61,21 @@ class TextBatches:
         return self.all[0].input_ids_BS.device
 
     def gather(self, value: Value) -> list[Value]:
-        """The value of every process that shares the texts, in the order of ranks; plain data or CPU tensors."""
+        """Return the values of all processes that share the texts, in order of rank; plain data or CPU tensors."""
         return processes.gather(value) if self.split else [value]
 
     def interleave(self, shares: Sequence[Sequence[Value]]) -> list[Value]:
-        """From one value a batch of every process to one a batch, in text order."""
+        """Merge lists with one value per local batch of each process into one list, in text order."""
         return [shares[index % len(shares)][index // len(shares)] for index in range(len(self.all))]
 
     def in_order(self, values: Sequence[Value]) -> list[Value]:
-        """From one value a local batch to one a batch, in text order; plain data or tensors."""
+        """Return the values of all batches in text order, from one value per local batch; plain data or tensors."""
         if not self.split:
             return list(values)
         return self.interleave(self.gather([value.cpu() if isinstance(value, Tensor) else value for value in values]))  # type: ignore[misc]
 
     def total(self, values: Iterable[Tensor]) -> Tensor:
-        """The sum over all batches in text order, from one value a local batch; on the CPU."""
+        """Sum over all batches in text order, from one value per local batch; the sum is on the CPU."""
         on_cpu = (value.cpu() for value in values)
         first = next(on_cpu, None)
         size = 0 if first is None else first.nbytes
@@ -90,13 +91,13 @@ class TextBatches:
         return total
 
     def mean_over_texts(self, values_CT: Iterable[Tensor]) -> Tensor:
-        """The mean over texts of the mean over a text's tokens: each text weighs the same.
+        """Average over the tokens of each text, then over the texts, so that each text has the same weight.
 
         Args:
-            values_CT: one tensor a local batch, (candidates, real tokens).
+            values_CT: one tensor (candidates, real tokens) per local batch.
 
         Returns:
-            (C,) in fp64.
+            The means (C,) in fp64.
         """
         per_text = [
             torch.segment_reduce(values.double().T.contiguous(), "mean", lengths=batch.lengths_B, axis=0)

@@ -1,4 +1,4 @@
-"""Traces: the inputs and outputs of MoE blocks and their routers.
+"""Traces: the inputs and outputs of MoE blocks, and the outputs of their routers.
 
 Legend: T tokens, D hidden size, K top-k.
 """
@@ -20,11 +20,11 @@ from recondense.models.tensor_store import Storage
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """The input and output of one MoE block on one batch of texts; real tokens only, in text order.
+    """The input and output of one MoE block on one batch of texts: real tokens only, in text order.
 
     Args:
-        x_TD: input of the MoE block, after the norm.
-        output_TD: its output, without the residual.
+        x_TD: the input of the MoE block, after the norm.
+        output_TD: the output of the MoE block, without the residual.
         top_k_index_TK: the experts that the router selected.
         top_k_weights_TK: their routing weights.
     """
@@ -36,10 +36,11 @@ class LayerTrace:
 
     @classmethod
     def from_call(cls, call: Mapping[str, Any], batch: TextBatch) -> LayerTrace:
-        """From a call that `record_calls` recorded, on padded texts.
+        """Make a trace from a call on padded texts that `record_calls` has recorded.
 
         Args:
-            call: `x` and `output` (B, S, D) of the block, and what its `router` returned.
+            call: `x` and `output` (B, S, D) of the block, and the return value of its `router`.
+            batch: the texts of the call.
         """
         _, weights, selected = call["router"]
         real_tokens = batch.mask_BS.flatten()
@@ -56,7 +57,7 @@ class LayerTrace:
 
 
 class Traces(Sequence[LayerTrace]):
-    """The traces of one layer, batch by batch, in a storage."""
+    """The traces of one layer, one per batch, in a storage."""
 
     def __init__(self, storage: Storage) -> None:
         self._lists = [storage.tensor_list() for _ in LayerTrace.__dataclass_fields__]
@@ -74,7 +75,11 @@ class Traces(Sequence[LayerTrace]):
 
 @contextmanager
 def record_calls(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, dict[str, Any]]]:
-    """Inside, each forward pass keeps the last call of these layers' blocks and routers, by layer."""
+    """Record the last call of these layers' blocks and routers inside the context.
+
+    Yields:
+        The last call of each layer: `x` and `output` of its block, and the return value of its `router`.
+    """
     calls: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
     handles = []
     for layer, call in calls.items():
