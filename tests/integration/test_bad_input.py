@@ -34,7 +34,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "two budgets": (
         ["method=moei2", "method.memory_ratio=0.6", "method.removed_expert_ratio=0.5"],
-        ["removed_expert_ratio and method.memory_ratio are both given"],
+        ["removed_expert_ratio and method.memory_ratio are both set"],
     ),
     "a rank that saves nothing": (
         ["method=moei2", "method.average_rank=50"],
@@ -60,7 +60,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "no prune ratio": (["method=moei2", "method.prune_ratio=null"], ["method.prune_ratio=null", FINITE]),
     "whitening in words": (["method=moei2", "method.whitening=maybe"], ["method.whitening=maybe", "true or false"]),
     "normalize in words": (["method=moei2", "method.normalize=maybe"], ["method.normalize=maybe", "true or false"]),
-    "search that is no word": (["method=naee", "method.search=3"], ["method.search=3", "expected a text"]),
+    "search that is no word": (["method=naee", "method.search=3"], ["method.search=3", "expected a string"]),
     "one option for a list": (
         ["method=cdmoe_moei2", "method.num_experts=4"],
         ["method.num_experts=4", "expected a list (each a whole number)", "Write method.num_experts=[4]"],
@@ -141,7 +141,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["data=texts", "data.calibration.path=/nowhere.jsonl"],
         ["data.calibration.path=/nowhere.jsonl", "no such file"],
     ),
-    "no calibration text": (["data=texts"], ["data.calibration.path=null", "the method searches on it"]),
+    "no calibration text": (["data=texts"], ["data.calibration.path=null", "the method needs it for its search"]),
     "no training text": (
         ["data=texts", "method=none", "recovery=finetune"],
         ["data.train.path=null", "recovery=finetune trains on it"],
@@ -184,10 +184,10 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "stages of no recovery": (
         ["recovery=none", "recovery.stages=[{name:lm}]"],
-        ["recovery.objective=none: recovery.stages are given"],
+        ["recovery.objective=none: recovery.stages needs an objective"],
     ),
     "no such form": (["data=instruct", "data.form=alpacca"], ["data.form=alpacca", "Did you mean alpaca?"]),
-    "records of the standard library": (["data.form=auto"], ["data.form=auto", "holds no records"]),
+    "records of the standard library": (["data.form=auto"], ["data.form=auto", "has no records"]),
     "hub data without a split to train on": (
         ["data=instruct", "data.splits.train=null", "recovery=finetune"],
         ["data.splits.train=null", "recovery=finetune trains on it", "Name a split of tatsu-lab/alpaca"],
@@ -203,7 +203,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "temperature": (["recovery=distill", "recovery.temperature=0"], ["recovery.temperature=0:", "above 0"]),
     "hidden states of predictions on disk": (
         ["recovery=distill", "recovery.teacher=cached", "recovery.hidden_share=0.25"],
-        ["recovery.hidden_share=0.25", "not hidden states", "recovery.teacher=shared"],
+        ["recovery.hidden_share=0.25", "but no hidden states", "recovery.teacher=shared"],
     ),
     "nothing kept": (["recovery=distill", "recovery.teacher_top_k=0"], ["recovery.teacher_top_k=0", "at least 1"]),
     "another model, which?": (["recovery=distill", "recovery.teacher=model"], ["recovery.teacher_path=null"]),
@@ -213,13 +213,13 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a teacher that nobody asks": (
         ["recovery=distill", "recovery.teacher_path=some/model"],
-        ["recovery.teacher_path=some/model", "recovery.teacher=shared does not read it"],
+        ["recovery.teacher_path=some/model", "recovery.teacher=shared does not use it"],
     ),
     "a divergence": (["recovery=distill", "recovery.divergence=kl"], ["recovery.divergence=kl", "forward_kl"]),
     "share": (["recovery=distill", "recovery.hidden_share=-0.5"], ["recovery.hidden_share=-0.5", "[0, 1]"]),
     "shares together": (
         ["recovery=distill", "recovery.hidden_share=0.6", "recovery.cross_entropy_share=0.6"],
-        ["recovery.hidden_share=0.6", "makes 1.2", "at most 1"],
+        ["recovery.hidden_share=0.6", "the sum is 1.2", "at most 1"],
     ),
     "unknown task": (["evaluation.tasks=[piqqa]"], ["evaluation.tasks", "piqqa", "did you mean piqa"]),
     "no such task folder": (
@@ -272,7 +272,7 @@ def test_no_cuda(command: Command) -> None:
     ("argument", "part"),
     [
         ("model.path=/nowhere/at/all", "there is no such folder"),
-        ("model.path=[a,b]", "expected a text"),
+        ("model.path=[a,b]", "expected a string"),
         ("model.path=/a(b", "is no setting"),
         ("model.path=~/x", "'model.path=\"~/x\"'"),
         ("model.pth=/a", "Did you mean model.path?"),

@@ -1,1 +1,1 @@
-"""What a run is: its settings, checked and resolved."""
+"""The settings of a run: types, checks and resolution."""

@@ -1,4 +1,4 @@
-"""What a config alone tells to be wrong: settings that contradict each other, and local files that are missing."""
+"""Problems that show from the config alone: settings that contradict each other, and missing local files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from recondense.config.problems import Problem
 from recondense.config.schema import Config, DataConfig, RecoveryConfig
 from recondense.config.stages import Stage
 
-ADAPTER = "adapter_config.json"  # transformers puts the adapter that it describes into the model beside it
+ADAPTER = "adapter_config.json"  # if a model's folder has one, transformers loads the adapter into the model
 HOLDS_ADAPTER = (
-    f"it holds a PEFT adapter ({ADAPTER}), which would be measured and not exported; merge it first, by "
-    "`merge_and_unload()` of the peft model, and save what that returns in a folder of its own"
+    f"it holds a PEFT adapter ({ADAPTER}), which would be measured but not exported; merge it first with the peft "
+    "model's `merge_and_unload()`, and save the result in another folder"
 )
 
 
 def check_config(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
-    """Problems of a config that show without a model.
+    """Yield the problems of a config that show without a model.
 
     Args:
-        stages: of the recovery, resolved.
+        config: the config of the run.
+        stages: the resolved stages of the recovery.
     """
     yield from _check_model(config)
     yield from _check_method(config)
@@ -45,17 +46,18 @@ def _check_model(config: Config) -> Iterator[Problem]:
 
 
 def check_folder(path: str, setting: str, tokenizer: str | None = None, *, weights: bool = True) -> Iterator[Problem]:
-    """Problems of a local folder with a model; of a hub id, none can be seen from here.
+    """Yield the problems of a local folder with a model. Hub ids are not checked here.
 
     Args:
-        setting: that names the folder.
-        tokenizer: the setting that may name another folder with a tokenizer; None: no tokenizer is needed.
+        path: the folder or hub id.
+        setting: the setting that names the folder.
+        tokenizer: the setting that can name another folder with a tokenizer; None if no tokenizer is needed.
         weights: whether weights are needed.
     """
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-            yield Problem(setting, "there is no such folder; give a folder with config.json, or a hub id.", path)
+            yield Problem(setting, "there is no such folder; give a folder with a config.json, or a hub id.", path)
         return
     names = {entry.name for entry in folder.iterdir()}
     if ADAPTER in names:
@@ -90,20 +92,22 @@ def _check_method(config: Config) -> Iterator[Problem]:
 
 
 def _check_data(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
-    """Splits that the run needs and that have no file; `corpora.check_texts` looks into the files."""
+    """Yield the splits that the run needs and that have no file; `corpora.check_texts` reads the files."""
     needs = {}
     if step_entries(config.method) and config.data.calibration.sources is None:
-        needs["calibration"] = "the method searches on it"
+        needs["calibration"] = "the method needs it for its search"
     if config.recovery.objective != "none" and not all(stage.own_texts for stage in stages):
-        needs["train"] = f"recovery={config.recovery.name} trains on it (or recovery=none)"
+        needs["train"] = f"recovery={config.recovery.name} trains on it (otherwise set recovery=none)"
     yield from _check_splits(config.data, "data", needs)
 
 
 def _check_splits(data: DataConfig, where: str, needs: Mapping[str, str]) -> Iterator[Problem]:
-    """Splits that are needed and missing, and records where there are none.
+    """Yield the missing splits, and a form of records for a source that has no records.
 
     Args:
-        needs: what each split is needed for.
+        data: the settings of the data.
+        where: the dotted name of `data` in the config.
+        needs: for each split that is needed, the reason.
     """
     for split, why in needs.items():
         if data.source == "texts" and getattr(data, split).path is None:
@@ -113,18 +117,19 @@ def _check_splits(data: DataConfig, where: str, needs: Mapping[str, str]) -> Ite
     if data.source == "stdlib" and data.form is not None:
         yield Problem(
             f"{where}.form",
-            "the standard library holds no records. Use form=null, or source=texts or hub.",
+            "the standard library has no records. Use form=null, or source=texts or hub.",
             data.form,
         )
 
 
 def _check_stages(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
-    """What is wrong with the stages of the recovery and not with the recovery itself."""
+    """Yield the problems of the recovery's stages, except those that the recovery itself has."""
     recovery = config.recovery
     if recovery.stages is None:
         return
     if recovery.objective == "none":
-        yield Problem("recovery.objective", "recovery.stages are given; set them to null, or an objective.", "none")
+        text = "recovery.stages needs an objective. Set recovery.objective, or recovery.stages=null."
+        yield Problem("recovery.objective", text, "none")
         return
     known = set(check_recovery(recovery, "recovery"))
     for stage in stages:
@@ -135,7 +140,7 @@ def _check_stages(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
             why = f"stage {stage.name} trains on it"
             yield from _check_splits(stage.data, f"{stage.where}.data", {"train": why})
         if stage.recovery.objective == "none":
-            yield Problem(f"{stage.where}.objective", "a stage trains; leave it out instead.", "none")
+            yield Problem(f"{stage.where}.objective", "a stage must train. Remove the stage instead.", "none")
         if stage.recovery.trainable == "all" != recovery.trainable and step_entries(config.method):
             yield _trains_all(stage.where)
 
@@ -146,12 +151,12 @@ def _trains_all(where: str) -> Problem:
 
 
 def _check_streaming(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
-    """What a model larger than memory cannot do, and a tape in memory."""
+    """Yield settings that do not work with model.streaming=true, and a tape_dtype for a tape in memory."""
     tape, dtype = config.data.calibration.tape, config.data.calibration.tape_dtype
     if dtype != "auto" and tape != "disk" and not (tape == "auto" and config.model.streaming):
         yield Problem(
             "data.calibration.tape_dtype",
-            "only a tape on disk has one. Use data.calibration.tape=disk, or data.calibration.tape_dtype=auto.",
+            "is only for a tape on disk. Use data.calibration.tape=disk, or data.calibration.tape_dtype=auto.",
             dtype,
         )
     if not config.model.streaming or config.recovery.objective == "none":
@@ -160,24 +165,25 @@ def _check_streaming(config: Config, stages: Sequence[Stage]) -> Iterator[Proble
         if stage.recovery.objective == "distill" and stage.recovery.teacher == "shared":
             yield Problem(
                 f"{stage.where}.teacher",
-                "with model.streaming=true the original is never completely in memory, so no student can share it. Use "
-                f"{stage.where}.teacher=cached, which runs it once, or recovery=finetune.",
+                "with model.streaming=true the original is never completely in memory, so the student cannot share its "
+                f"weights. Use {stage.where}.teacher=cached, which runs the original once, or recovery=finetune.",
                 "shared",
             )
     if config.recovery.control:
         yield Problem(
             "recovery.control",
-            "trains the original, which with model.streaming=true is never completely in memory. Use "
+            "trains the original, which is never completely in memory with model.streaming=true. Use "
             "recovery.control=false.",
             True,
         )
 
 
 def check_recovery(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
-    """Settings of one training that contradict each other.
+    """Yield the settings of one training that contradict each other.
 
     Args:
-        where: its name in the config.
+        recovery: the settings of a recovery or of one of its stages.
+        where: the dotted name of `recovery` in the config.
     """
     if recovery.objective == "none":
         return
@@ -190,7 +196,7 @@ def check_recovery(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
     if (total := recovery.cross_entropy_share + recovery.hidden_share) > 1:
         yield Problem(
             f"{where}.hidden_share",
-            f"with {where}.cross_entropy_share={recovery.cross_entropy_share} that makes {total:g}, and must be at "
+            f"with {where}.cross_entropy_share={recovery.cross_entropy_share} the sum is {total:g}, and must be at "
             "most 1; the rest is the share of the divergence from the teacher.",
             recovery.hidden_share,
         )
@@ -199,17 +205,17 @@ def check_recovery(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
     if (lora := recovery.lora).dropout and recovery.trainable == "lora" and lora.target != "attention":
         yield Problem(
             f"{where}.lora.dropout",
-            f"adapters of experts have no dropout, and {where}.lora.target={lora.target}. Use "
+            f"with {where}.lora.target={lora.target} there are adapters of experts, which do not support dropout. Use "
             f"{where}.lora.target=attention or {where}.lora.dropout=0.",
             lora.dropout,
         )
 
 
 def _check_teacher(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
-    """Where a distillation's predictions come from."""
+    """Yield the problems of the teacher of a distillation."""
     why = {
-        "cached": f"{where}.teacher=cached keeps predictions on disk, not hidden states",
-        "model": f"the layers of {where}.teacher=model need not be the student's",
+        "cached": f"{where}.teacher=cached keeps predictions on disk, but no hidden states",
+        "model": f"the layers of {where}.teacher=model may not correspond to the student's",
     }
     if recovery.hidden_share and recovery.teacher in why:
         yield Problem(
@@ -220,15 +226,13 @@ def _check_teacher(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
     if recovery.teacher != "model":
         return
     if recovery.teacher_path is None:
-        yield Problem(
-            f"{where}.teacher_path", f"{where}.teacher=model learns from it. Give a folder or a hub id.", None
-        )
+        yield Problem(f"{where}.teacher_path", f"{where}.teacher=model needs it. Give a folder or a hub id.", None)
     else:
         yield from check_folder(recovery.teacher_path, f"{where}.teacher_path")
 
 
 def _check_name_and_teacher(recovery: RecoveryConfig) -> Iterator[Problem]:
-    """A recovery called lora that trains something else, and a teacher that no stage asks."""
+    """Yield the problem of recovery=lora that trains no adapters, and that of a teacher that is not used."""
     if recovery.objective == "none":
         return
     if recovery.name == "lora" and recovery.trainable != "lora":
@@ -242,7 +246,7 @@ def _check_name_and_teacher(recovery: RecoveryConfig) -> Iterator[Problem]:
     if distils and recovery.teacher_path is not None:
         yield Problem(
             "recovery.teacher_path",
-            f"recovery.teacher={recovery.teacher} does not read it. Use recovery.teacher=model, or "
+            f"recovery.teacher={recovery.teacher} does not use it. Use recovery.teacher=model, or "
             "recovery.teacher_path=null.",
             recovery.teacher_path,
         )
@@ -252,20 +256,21 @@ def _check_evaluation(config: Config) -> Iterator[Problem]:
     evaluation = config.evaluation
     for index, task in enumerate(evaluation.tasks or ()):
         if not task.strip():
-            text = "an empty name; name an lm-eval task, or write evaluation.tasks=null."
+            text = "the name is empty. Name an lm-eval task, or set evaluation.tasks=null."
             yield Problem(f"evaluation.tasks[{index}]", text, task)
     folder = evaluation.include_path
     if folder is not None and not Path(folder).is_dir():
-        yield Problem("evaluation.include_path", "there is no such folder; it holds task YAMLs.", folder)
+        text = "there is no such folder. Give a folder with lm-eval task YAMLs."
+        yield Problem("evaluation.include_path", text, folder)
     elif folder is not None and not task_files(folder):
-        text = "the folder has no task YAML (*.yaml). Give one that has."
+        text = "the folder has no task YAML (*.yaml). Give a folder that has one."
         yield Problem("evaluation.include_path", text, folder)
     if config.recovery.trainable == "all" and config.recovery.objective != "none" and step_entries(config.method):
         yield _trains_all("recovery")
 
 
 def task_files(folder: str | Path) -> list[Path]:
-    """The YAML files of a folder of lm-eval tasks, and of the folders in it."""
+    """Return the YAML files of a folder of lm-eval tasks and its subfolders."""
     return sorted(Path(folder).rglob("*.yaml"))
 
 
@@ -275,9 +280,9 @@ def _check_cpu(config: Config) -> Iterator[Problem]:
 
 
 def check_on_cpu(config: Config) -> Iterator[Problem]:
-    """Settings that do not suit a CPU."""
+    """Yield the settings that do not work well on a CPU."""
     if config.model.experts == "batched_mm":
-        text = "some 60 times slower than the others on a CPU. Use auto, grouped_mm or eager."
+        text = "is about 60 times slower than the others on a CPU. Use auto, grouped_mm or eager."
         yield Problem("model.experts", text, "batched_mm")
     if config.model.attention == "flash_attention_2":
-        yield Problem("model.attention", "runs on CUDA only. Use sdpa or eager.", "flash_attention_2")
+        yield Problem("model.attention", "needs CUDA. Use sdpa or eager.", "flash_attention_2")

@@ -1,4 +1,4 @@
-"""From a method's settings to those of its steps; conf/method/cdmoe.yaml has one step, conf/method/moei2.yaml two."""
+"""Resolve a method's settings into those of its steps; conf/method/cdmoe.yaml has one step, moei2.yaml two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OF_THE_METHOD = ("name", "_target_", "steps", "refit")  # settings that no step 
 
 
 def step_entries(method: Mapping[str, Any]) -> list[Any]:
-    """The entries of `steps`, or else the `_target_` beside the method's settings."""
+    """Return the entries of `steps`, or the method's `_target_` as the only entry."""
     steps = method.get("steps")
     if steps is None:
         return [method["_target_"]] if "_target_" in method else []
@@ -23,14 +23,15 @@ def step_entries(method: Mapping[str, Any]) -> list[Any]:
 
 
 def step_arguments(method: Mapping[str, Any], problems: list[Problem]) -> list[tuple[str, dict[str, Any]]]:
-    """The arguments that the method's steps are made from, each with the name of its place in the config.
+    """Return the arguments of the method's steps, each with the dotted name of the step in the config.
 
-    The name of a class takes those of the method's settings that the class has. A mapping with `_target_` has settings
-    of its own. If the default of a step's field is a dataclass, its settings stand beside the step's.
+    A step given by the name of a class takes the settings of the method that the class has. A step given as a mapping
+    with `_target_` has its own settings. If the default of a step's field is a dataclass, the fields of that dataclass
+    are settings on the same level as the step's other settings.
 
     Args:
-        method: the settings of conf/method/*.yaml, resolved.
-        problems: takes the problems of the steps; a step with problems is left out.
+        method: the resolved settings of conf/method/*.yaml.
+        problems: the problems of the steps are appended to it; a step with problems is not returned.
     """
     entries = step_entries(method)
     settings = {name: value for name, value in method.items() if name not in OF_THE_METHOD}
@@ -59,7 +60,13 @@ def step_arguments(method: Mapping[str, Any], problems: list[Problem]) -> list[t
 
 
 def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequence[str]) -> list[Problem]:
-    """The problems of settings that no step has."""
+    """Return the problems of settings that no step has.
+
+    Args:
+        prefix: the dotted name of `settings` in the config.
+        settings: the settings by name.
+        targets: the class names of the steps that can have the settings; nothing is checked without any.
+    """
     known = {name for target in targets for name in _settings_of(target)}
     return [
         Problem(f"{prefix}.{name}", f"there is no such setting. {suggestion(name, known, prefix=f'{prefix}.')}")
@@ -69,7 +76,7 @@ def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequenc
 
 
 def _class(path: str) -> Any:
-    """The class of a dotted name; None where there is none, which instantiating reports."""
+    """Return the class of a dotted name; None if there is none, which is reported when the step is instantiated."""
     module, _, leaf = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), leaf, None)
@@ -78,11 +85,11 @@ def _class(path: str) -> Any:
 
 
 def _settings_of(path: str) -> list[str]:
-    """The names of the settings of a step's class."""
+    """Return the names of the settings of a step's class."""
     target = _class(path)
     try:
         arguments = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # no class, or one of C that does not say
+    except (TypeError, ValueError):  # not a class, or a C class without a signature
         return []
     parts = _parts(target)
     names = [name for name in arguments if name not in parts]
@@ -90,7 +97,7 @@ def _settings_of(path: str) -> list[str]:
 
 
 def _parts(target: Any) -> dict[str, Any]:
-    """The fields of a step whose settings stand beside its own, with their defaults."""
+    """Return the defaults of those fields of a step that are dataclasses, by name."""
     if not is_dataclass(target):
         return {}
     defaults = {field.name: field.default for field in fields(target)}
@@ -102,22 +109,24 @@ def _names(part: Any) -> list[str]:
 
 
 def _grouped(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a step as arguments of its class: those of a part are made into that part."""
+    """Return the settings of a step as arguments of its class; settings of a nested dataclass become that dataclass."""
     grouped = dict(values)
     for name, default in _parts(_class(path)).items():
-        given = {setting: grouped.pop(setting) for setting in _names(default) if setting in grouped}
-        if given:
+        changes = {setting: grouped.pop(setting) for setting in _names(default) if setting in grouped}
+        if changes:
             kind = type(default)
-            rest = {field.name: getattr(default, field.name) for field in fields(default)}
-            grouped[name] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **rest, **given}
+            defaults = {field.name: getattr(default, field.name) for field in fields(default)}
+            grouped[name] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **defaults, **changes}
     return grouped
 
 
 def _wrong_types(path: str, values: Mapping[str, Any], prefix: str) -> list[Problem]:
-    """The problems of values that the fields of a step cannot hold: instantiating would not notice.
+    """Return the problems of values whose types do not match a step's annotations; a dataclass does not check them.
 
     Args:
-        prefix: stands before the names of the settings in messages.
+        path: the dotted name of the step's class.
+        values: the settings of the step by name.
+        prefix: the dotted name of `values` in the config.
     """
     target = _class(path)
     if not isinstance(target, type) or not is_dataclass(target):
@@ -130,11 +139,11 @@ def _wrong_types(path: str, values: Mapping[str, Any], prefix: str) -> list[Prob
         for kind, names in kinds:
             plain = {name: values[name] for name in names if name in values and not _is_instance(values[name])}
             problems += type_problems(get_type_hints(kind, include_extras=True), plain, f"{prefix}.{{}}".format)
-    except (NameError, TypeError, AttributeError):  # somebody's annotations that only a type checker can resolve
+    except (NameError, TypeError, AttributeError):  # annotations that only a type checker can resolve
         return []
     return problems
 
 
 def _is_instance(value: Any) -> bool:
-    """True for a mapping that is instantiated, which only its class can check."""
+    """Return whether a value is a mapping that Hydra instantiates; only its class can check it."""
     return isinstance(value, Mapping) and "_target_" in value

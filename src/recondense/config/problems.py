@@ -1,4 +1,4 @@
-"""What is wrong with a setting, as data: the setting, its value, and one sentence with the limit and the remedy."""
+"""Problems of settings as data: the setting, its value, and the limit and remedy in words."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NOT_SHOWN = object()  # the value of a problem whose text says it, or that has none
+NOT_SHOWN = object()  # the value of a problem that has none, or whose text contains it
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem of a setting.
 
     Args:
-        setting: dotted name in the config; empty if the text names it.
+        setting: the dotted name in the config; empty if the text names the setting.
         text: the limit and the remedy.
-        value: as the user wrote it.
+        value: the value as the user wrote it.
     """
 
     setting: str
@@ -31,12 +31,12 @@ class Problem:
 
 
 def render(problems: Iterable[Problem]) -> list[str]:
-    """The messages of some problems, each once."""
+    """Return the messages of some problems, without duplicates."""
     return list(dict.fromkeys(map(str, problems)))
 
 
 def show(value: Any) -> str:
-    """A value as YAML has it; a text that YAML would read as something else is shown in quotes."""
+    """Return a value as YAML; a string that YAML would read as another type is quoted."""
     if isinstance(value, str):
         return repr(value) if reads_as_other(value) else value
     if isinstance(value, Mapping):
@@ -47,7 +47,7 @@ def show(value: Any) -> str:
 
 
 def reads_as_other(text: str) -> bool:
-    """Whether YAML reads a text, unless it is quoted, as a number, a truth value or null."""
+    """Return whether YAML reads an unquoted text as a number, a boolean or null."""
     if text.strip().lower() in ("", "null", "true", "false"):
         return True
     try:
@@ -57,11 +57,15 @@ def reads_as_other(text: str) -> bool:
 
 
 def suggestion(word: str, choices: Iterable[str], *, prefix: str = "", most: int = 8) -> str:
-    """`Did you mean x? Choices: x, y.`: the first where something is near, the second where it helps.
+    """Return a suggestion such as `Did you mean x? Choices: x, y.`
+
+    The question is left out if no choice is similar to the word.
 
     Args:
-        prefix: stands before the name that is suggested.
-        most: longer lists of choices are shown only where nothing is near.
+        word: the word that the user wrote.
+        choices: the valid words.
+        prefix: is put before the suggested name.
+        most: a longer list of choices is shown only if no choice is similar.
     """
     choices = sorted(choices)
     near = nearest(word, choices)
@@ -72,5 +76,5 @@ def suggestion(word: str, choices: Iterable[str], *, prefix: str = "", most: int
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that a misspelt word resembles."""
+    """Return the choice that is most similar to a misspelt word; None if none is similar enough."""
     return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)), None)

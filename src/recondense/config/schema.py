@@ -1,6 +1,6 @@
 """The settings of a run: frozen dataclasses with the type and the range of every setting.
 
-A dataclass refuses wrong values when it is made. `read` makes all from plain containers and reports all problems.
+The constructors reject invalid values. `read` builds a Config from plain containers and reports all problems together.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from recondense.config.types import (
 from recondense.config.validation import validated
 from recondense.errors import ConfigError
 
-WORK = "work"  # what a run keeps on disk while it works
+WORK = "work"  # the subfolder for a run's temporary files
 FORBID = ConfigDict(extra="forbid")
-Free = Mapping[str, Any]  # a mapping whose keys belong to somebody else: a method's settings, a model's config
+Free = Mapping[str, Any]  # a mapping whose keys are not known here: a method's settings, a model's config
 Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records
 Figure = Literal["perplexity", "loss", "kl_to_original", "gap_closed"]
 Ratio = Literal["memory", "routed_expert_parameters", "prefill_speedup", "decode_speedup"]
@@ -68,21 +68,21 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class SourceConfig:
-    """One of several sources that a calibration set is mixed from: a local file, or a split of a hub dataset."""
+    """One of the sources that are mixed into a calibration set: a local file, or a split of a hub dataset."""
 
     path: LocalPath | None = None
     dataset: LocalPath | None = None
     subset: str | None = None
     split: str = "train"
     streaming: Switch = False
-    weight: Annotated[Number, Field(gt=0, description="leave the source out instead")] = 1.0
+    weight: Annotated[Number, Field(gt=0, description="remove the source instead")] = 1.0
     text_field: str = "text"
     form: Form | None = None
 
 
 @dataclass(frozen=True, config=FORBID)
 class CalibrationConfig:
-    """The texts that a search works on."""
+    """The calibration texts of a search."""
 
     path: LocalPath | None = None
     num_samples: Count = 100
@@ -94,7 +94,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class SplitConfig:
-    """A split in a local file, and how many of its documents count."""
+    """The local file of a split, and how many of its documents are used."""
 
     path: LocalPath | None = None
     num_texts: Count | None = None
@@ -102,7 +102,7 @@ class SplitConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class SplitNames:
-    """The names of a hub data set's splits; null: there is none."""
+    """The names of a hub dataset's splits; None if there is no such split."""
 
     train: str | None = None
     validation: str | None = None
@@ -145,7 +145,7 @@ class RecoveryConfig:
     name: str = "none"
     objective: Literal["none", "finetune", "distill"] = "none"
     steps: Count = 1250
-    epochs: Annotated[Number, Field(gt=0, description="null trains for steps")] | None = None
+    epochs: Annotated[Number, Field(gt=0, description="null trains for a number of steps")] | None = None
     batch_size: Count = 8
     accumulate_grad_batches: Count = 1
     learning_rate: Positive = 1e-5
@@ -157,7 +157,7 @@ class RecoveryConfig:
     trainable: Literal["experts", "all", "lora"] = "experts"
     lora: LoraSettings = field(default_factory=LoraSettings)
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
-    temperature: Annotated[Number, Field(gt=0, description="1.0 leaves the distributions as they are")] = 1.0
+    temperature: Annotated[Number, Field(gt=0, description="1.0 does not change the distributions")] = 1.0
     teacher: Literal["shared", "cached", "model"] = "shared"
     teacher_top_k: Count = 64
     teacher_path: LocalPath | None = None
@@ -173,7 +173,7 @@ class RecoveryConfig:
 
     @property
     def needs_experts(self) -> bool:
-        """Whether nothing would train in a model that has no experts left."""
+        """Whether only experts are trained, so that nothing would train in a model without experts."""
         return self.trainable == "experts" or (self.trainable, self.lora.target) == ("lora", "experts")
 
 
@@ -188,7 +188,7 @@ class HeldoutConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class EvaluationConfig:
-    """The figures that are taken of each result stage."""
+    """What is measured at each result stage."""
 
     name: str = "none"
     tasks: tuple[str, ...] | None = None
@@ -203,7 +203,7 @@ class EvaluationConfig:
 
     @property
     def reads_validation(self) -> bool:
-        """Whether the validation text is needed: for perplexity, or for tasks, some of which are made from it."""
+        """Whether the validation text is needed: for perplexity, or for tasks, which may be made from it."""
         return self.perplexity_windows != 0 or bool(self.tasks)
 
 
@@ -220,7 +220,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class CallbacksConfig:
-    """Settings of callbacks/."""
+    """The settings of the callbacks."""
 
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
@@ -241,12 +241,12 @@ class TrainerConfig:
 
     @property
     def shards(self) -> bool:
-        """Whether each process holds a part of the weights, so that a forward pass needs all of them."""
+        """Whether each process holds only a part of the weights, so that a forward pass needs all processes."""
         return self.strategy == "fsdp2" or self.strategy.startswith("deepspeed_zero3")
 
     @property
     def deepspeed(self) -> bool:
-        """Whether DeepSpeed trains."""
+        """Whether DeepSpeed is used for training."""
         return self.strategy.startswith("deepspeed")
 
 
@@ -263,7 +263,7 @@ class WandbConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class LoggerConfig:
-    """Where the figures of a training go."""
+    """Where metrics are logged."""
 
     csv: Switch = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -271,7 +271,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class ExportConfig:
-    """The folder that other programs load; enabled=auto: where the run changed the model."""
+    """The exported Hugging Face folder. With enabled="auto", it is written if the run changed the model."""
 
     enabled: Switch | Literal["auto"] = "auto"
     format: Literal["auto", "stock", "bundled", "dense"] = "auto"
@@ -283,7 +283,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, config=FORBID)
 class Config:
-    """One run."""
+    """All settings of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Free = field(default_factory=lambda: {"name": "none", "steps": []})
@@ -305,41 +305,44 @@ class Config:
     metric: Metric | tuple[Metric, ...] = field(default="perplexity", metadata=NO_RESULT)
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain JSON values."""
+        """Return all settings as plain JSON values."""
         return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a result depends on, as plain JSON values."""
+        """Return the settings that a result depends on, as plain JSON values."""
         settings: dict[str, Any] = json.loads(json.dumps(identity_of(self)))
-        if not step_entries(self.method):  # a budget, or any other setting, means nothing to no step
+        if not step_entries(self.method):  # without a step, no other setting of the method has an effect
             settings["method"] = {"name": self.method.get("name", "none"), "steps": []}
         return settings
 
     def run_hash(self) -> str:
-        """Eight hexadecimal digits that name the run: equal for configs that can only give equal results."""
+        """Return eight hexadecimal digits that name the run; configs that must give equal results have equal hashes."""
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def run_folder(self) -> Path:
-        """`run_dir`, or `<output_dir>/<experiment_name>/<hash>`; of plan_only one beside it, for it holds no run."""
+        """Return `run_dir`, or `<output_dir>/<experiment_name>/<hash>`.
+
+        With plan_only=true the name ends in -plan_only, because that folder does not contain a run.
+        """
         folder = Path(self.run_dir) if self.run_dir else Path(self.output_dir, self.experiment_name, self.run_hash())
         return Path(f"{folder}-plan_only") if self.plan_only else folder
 
     def to_yaml(self) -> str:
-        """The text of config.yaml in a run's folder; `from_dict` reads it back."""
+        """Return the text of config.yaml in a run's folder; `from_dict` reads it back."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
 
 def read(values: Free) -> tuple[Config, list[Problem]]:
-    """A config and its problems. The default takes the place of a wrong value, so that the rest can be checked."""
+    """Return a config and its problems. Invalid values are replaced by defaults, so that the rest can be checked."""
     return validated(Config, values)
 
 
 def from_dict(values: Free) -> Config:
-    """A config from plain containers.
+    """Return a config from plain containers.
 
     Raises:
-        ConfigError: unknown names, values of a wrong type or out of range, all of them.
+        ConfigError: there are unknown names, or values of a wrong type or out of range; it reports all of them.
     """
     config, problems = read(values)
     if problems:

@@ -1,4 +1,4 @@
-"""The stages of a recovery, resolved: what a stage does not say comes from the recovery and from the run's data."""
+"""Resolve the stages of a recovery: settings that a stage does not have come from the recovery and the run's data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from recondense.config.validation import validated
 from recondense.errors import ConfigError
 
 LONGEST_NAME = 64
-NAME = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")  # part of a folder's name, and of those of metrics
+NAME = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")  # part of the names of a folder and of metrics
 TAKEN = ("control", "pretrain", "recovery")  # names of the other fits of a run
-OF_ALL = ("stages", "control")  # settings that no stage has
+OF_ALL = ("stages", "control")  # settings of the recovery that a stage cannot have
 Stages = tuple["Stage", ...]
 
 
@@ -24,11 +24,12 @@ class Stage:
     """One fit of a recovery.
 
     Args:
-        name: prefix of its metrics; `recovery` where there are no stages.
-        where: its name in the config, for messages.
-        folder: of its checkpoints, within the run's.
-        data: the texts that it trains on.
-        own_texts: whether its documents are others than the run's.
+        name: the prefix of the stage's metrics; `recovery` if the recovery lists no stages.
+        where: the dotted name of the stage in the config, for messages.
+        folder: the folder of the stage's checkpoints, relative to the run's folder.
+        recovery: the resolved settings of the training.
+        data: the texts that the stage trains on.
+        own_texts: whether the stage trains on other documents than the run's.
     """
 
     name: str
@@ -40,10 +41,10 @@ class Stage:
 
 
 def require_stages(config: Config) -> Stages:
-    """The stages in order; the recovery itself is the only one where it lists none.
+    """Return the stages in order. A recovery that lists no stages is a single stage.
 
     Raises:
-        ConfigError: a stage that cannot be read.
+        ConfigError: the settings of a stage are invalid.
     """
     stages, problems = resolve_stages(config)
     if problems:
@@ -52,7 +53,7 @@ def require_stages(config: Config) -> Stages:
 
 
 def resolve_stages(config: Config) -> tuple[Stages, list[Problem]]:
-    """The stages, and what is wrong with them; the recovery's setting takes the place of a wrong one."""
+    """Return the stages and their problems. An invalid setting is replaced by that of the recovery."""
     if config.recovery.stages is None:
         return (Stage("recovery", "recovery", "checkpoints", config.recovery, config.data),), []
     problems: list[Problem] = []
@@ -63,13 +64,13 @@ def resolve_stages(config: Config) -> tuple[Stages, list[Problem]]:
         stage = _resolve(config, index, values, problems)
         if not NAME.fullmatch(stage.name) or stage.name in TAKEN:
             limit = (
-                f"must be a word of at most {LONGEST_NAME} letters, digits, - and _ that begins with a letter, and "
-                f"none of {', '.join(TAKEN)}."
+                f"must begin with a letter, have at most {LONGEST_NAME} letters, digits, - and _, and be none of "
+                f"{', '.join(TAKEN)}."
             )
             problems.append(Problem(f"{stage.where}.name", limit, stage.name))
         elif stage.name in [other.name for other in stages]:
             problems.append(
-                Problem(f"{stage.where}.name", "another stage has that name; give each its own.", stage.name)
+                Problem(f"{stage.where}.name", "another stage has this name. Names must be unique.", stage.name)
             )
         stages.append(stage)
     return tuple(stages), problems
@@ -77,20 +78,20 @@ def resolve_stages(config: Config) -> tuple[Stages, list[Problem]]:
 
 def _resolve(config: Config, index: int, values: Mapping[str, Any], problems: list[Problem]) -> Stage:
     where = f"recovery.stages[{index}]"
-    given = {key: value for key, value in values.items() if key not in ("data", "sequence_length", *OF_ALL)}
+    changes = {key: value for key, value in values.items() if key not in ("data", "sequence_length", *OF_ALL)}
     for name in OF_ALL:
         if name in values:
             problems.append(
                 Problem(f"{where}.{name}", f"belongs to the recovery, not to a stage; set recovery.{name}.")
             )
-    if given.get("steps") is not None and given.get("epochs") is not None:
-        both = f"steps={given['steps']} and epochs={given['epochs']} are both given; set one of them."
+    if changes.get("steps") is not None and changes.get("epochs") is not None:
+        both = f"steps={changes['steps']} and epochs={changes['epochs']} are both set; set only one of them."
         problems.append(Problem(where, both))
     base = {key: value for key, value in asdict(config.recovery).items() if key not in OF_ALL}
-    if "steps" in given and given.get("epochs") is None:
+    if "steps" in changes and changes.get("epochs") is None:
         base["epochs"] = None
-    base["name"] = given.get("objective", config.recovery.objective)
-    recovery, mistakes = validated(RecoveryConfig, _over(base, given), where)
+    base["name"] = changes.get("objective", config.recovery.objective)
+    recovery, mistakes = validated(RecoveryConfig, _merge(base, changes), where)
     problems += mistakes
     data = _resolve_data(config, values.get("data"), recovery.name, f"{where}.data", problems)
     if "sequence_length" in values:
@@ -109,7 +110,7 @@ def _resolve(config: Config, index: int, values: Mapping[str, Any], problems: li
 
 
 def _resolve_data(config: Config, values: Any, name: str, where: str, problems: list[Problem]) -> DataConfig:
-    """A stage's data: the run's, the run's with changes, or (where it names a source) data of its own."""
+    """Return a stage's data: the run's data, possibly with changes, or separate data if the stage names a source."""
     if values is None:
         return config.data
     if not isinstance(values, Mapping):
@@ -117,40 +118,40 @@ def _resolve_data(config: Config, values: Any, name: str, where: str, problems: 
         problems.append(Problem(where, f"expected a group of settings, such as {example}.", values))
         return config.data
     if "calibration" in values:
-        searched = "a stage trains; the run's data.calibration is what the method searches on."
-        problems.append(Problem(f"{where}.calibration", searched))
+        text = "a stage only trains and has no calibration set; set data.calibration of the run."
+        problems.append(Problem(f"{where}.calibration", text))
         values = {key: value for key, value in values.items() if key != "calibration"}
     if "source" in values:
         base: dict[str, Any] = {"name": name, "sequence_length": config.data.sequence_length}
     else:
         if "dataset" in values:
-            others = "other settings of it would be the run's; give source too."
-            problems.append(Problem(f"{where}.dataset", others, values["dataset"]))
+            text = "the other settings would be those of the run's dataset; set source too."
+            problems.append(Problem(f"{where}.dataset", text, values["dataset"]))
         base = {key: value for key, value in asdict(config.data).items() if key != "calibration"}
-    data, mistakes = validated(DataConfig, _over(base, values), where)
+    data, mistakes = validated(DataConfig, _merge(base, values), where)
     problems += mistakes
     return replace(data, calibration=CalibrationConfig() if "source" in values else config.data.calibration)
 
 
 def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
-    """The same settings for a model that is its own original: next-token training in place of distillation.
+    """Return the settings for an uncompressed model: next-token training instead of distillation from the original.
 
-    Distillation from another model stays.
+    Distillation from another model is unchanged.
     """
     if recovery.objective != "distill" or recovery.teacher == "model":
         return recovery
     return replace(recovery, objective="finetune")
 
 
-def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over others, group by group."""
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge changes into settings, recursively."""
     merged = dict(base)
-    for key, value in given.items():
+    for key, value in changes.items():
         before = merged.get(key)
-        merged[key] = _over(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = _merge(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
 def control_settings(recovery: RecoveryConfig) -> RecoveryConfig:
-    """The same steps on the original, by next-token training: what training alone brings."""
+    """Return the settings of the control: next-token training of the original, for the same number of steps."""
     return replace(recovery, name="control", objective="finetune", trainable="experts", control=False)

@@ -1,6 +1,6 @@
-"""The types of settings. No text passes for a number, no number for a truth value, and every number is finite.
+"""The types of settings. Strings are not accepted as numbers, nor numbers as booleans, and every number is finite.
 
-A description ends what a message says of the limit.
+The `description` of a type is appended to the limit in messages.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ BYTES = TypeAdapter(ByteSize)
 
 
 def parse_bytes(text: int | str) -> int:
-    """Bytes in 1048576, "512MiB" or "2 GB".
+    """Parse a number of bytes such as 1048576, "512MiB" or "2 GB".
 
     Raises:
-        UserError: neither a number nor a number with a unit.
+        UserError: the text is neither a number nor a number with a unit.
     """
     try:
         if isinstance(text, bool):
@@ -46,7 +46,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Share = Annotated[Number, Field(ge=0, le=1, description="it is a share of the loss")]
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a hub id, which has no ~
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a hub id, which is not changed
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 ScratchBytes = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_enough_scratch)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="write auto, cpu, cuda or cuda:N")]
@@ -54,5 +54,6 @@ Devices = Annotated[
     Count | Literal["auto"], Field(description="it is the number of processes on each machine; auto: one per GPU")
 ]
 Repository = Annotated[
-    str, Field(pattern=r"^[\w.-]+/[\w.-]+$", description="is no repository of the hub; write owner/name, or null")
+    str,
+    Field(pattern=r"^[\w.-]+/[\w.-]+$", description="is not a repository of the hub; write owner/name, or null"),
 ]

@@ -1,4 +1,4 @@
-"""Plain containers to dataclasses by pydantic: types, ranges and unknown names, all problems together in our words."""
+"""Validate plain containers with pydantic: types, ranges and unknown names, all problems together, in plain words."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from recondense.config.problems import Problem, reads_as_other, show, suggestion
 from recondense.config.types import Number, Switch, Whole
 
 Group = TypeVar("Group")
-Place = tuple[str | int, ...]  # keys and indices on the way to a value
+Place = tuple[str | int, ...]  # the keys and indices that lead to a value
 STRICT: dict[Any, Any] = {int: Whole, float: Number, bool: Switch}
-NAMES = {int: "a whole number", float: "a finite number", str: "a text"}
-LISTS = (tuple, list, Sequence)  # origins of annotations
+NAMES = {int: "a whole number", float: "a finite number", str: "a string"}
+LISTS = (tuple, list, Sequence)  # origins of the annotations of lists
 UNKNOWN = "unexpected_keyword_argument"
 BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def validated(kind: type[Group], values: Any, where: str = "") -> tuple[Group, list[Problem]]:
-    """An instance of a dataclass and what is wrong; the default takes the place of a wrong value.
+    """Return an instance of a dataclass, and the problems of its values; invalid values are replaced by defaults.
 
     Args:
+        kind: the dataclass.
         values: plain containers.
-        where: dotted name of `values` in the config.
+        where: the dotted name of `values` in the config.
     """
     if not isinstance(values, Mapping):
         return kind(), [Problem(where, "expected a group of settings.", values)]
@@ -44,17 +45,18 @@ def validated(kind: type[Group], values: Any, where: str = "") -> tuple[Group, l
 
 
 def type_problems(hints: Mapping[str, Any], values: Mapping[str, Any], name_of: Callable[[str], str]) -> list[Problem]:
-    """Values that are not of the types of their annotations.
+    """Return the problems of values that do not match their annotations.
 
     Args:
-        hints: annotations by name. One that pydantic does not know accepts everything.
-        name_of: what the config calls a name.
+        hints: annotations by name. An annotation that pydantic does not know accepts every value.
+        values: values by name.
+        name_of: returns the dotted name in the config for a name.
     """
     problems = []
     for name, value in values.items():
         try:
             adapter = TypeAdapter(_strict(hints[name]), config=ConfigDict(arbitrary_types_allowed=True))
-        except Exception:  # whatever somebody's annotation means to pydantic
+        except Exception:  # an annotation that pydantic cannot handle may raise anything
             continue
         try:
             adapter.validate_python(value)
@@ -71,11 +73,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 @dataclass(frozen=True)
 class _Mistake:
-    """All that pydantic says of one value.
+    """All errors that pydantic reports for one value.
 
     Args:
-        hint: the annotation of the value; of an unknown setting, that of its group.
-        errors: of a union there is one for each option.
+        place: where the value is.
+        value: the invalid value.
+        hint: the annotation of the value; for an unknown setting, the annotation of its group.
+        errors: pydantic's errors; a union has one for each member.
     """
 
     place: Place
@@ -106,13 +110,16 @@ class _Mistake:
         expected = f"expected {_join(_alternatives(self.hint))}"
         if isinstance(self.value, str) and str not in options and reads_as_other(self.value):
             variable = name.rpartition(".")[2].rstrip("]0123456789[").upper()
-            return f"{expected}, not a text. Write ${{oc.decode:${{oc.env:{variable}}}}} for one of the environment."
+            return (
+                f"{expected}, not a string. To read a value from the environment, write "
+                f"${{oc.decode:${{oc.env:{variable}}}}}."
+            )
         listed = any(_fits(option, [self.value]) for option in options if get_origin(option) in LISTS)
         return f"{expected}." + (f" Write {name}=[{show(self.value)}]." if listed else "")
 
 
 def _mistakes(error: ValidationError, hint: Any, values: Any) -> list[_Mistake]:
-    """The errors by value, in the order of the settings."""
+    """Group the errors by value, in the order of the settings."""
     errors: dict[Place, list[Mapping[str, Any]]] = {}
     for entry in error.errors(include_url=False):
         errors.setdefault(_place(entry["loc"], values), []).append(entry)
@@ -130,7 +137,7 @@ def _mistakes(error: ValidationError, hint: Any, values: Any) -> list[_Mistake]:
 
 
 def _place(location: Sequence[str | int], values: Any) -> Place:
-    """Where a value stands; pydantic's locations name the options of unions too, and entries that are missing."""
+    """Return the place of a value. Pydantic's locations also contain members of unions and missing entries."""
     place: list[str | int] = []
     for part in location:
         known = range(len(values)) if isinstance(values, list | tuple) else values
@@ -141,24 +148,24 @@ def _place(location: Sequence[str | int], values: Any) -> Place:
 
 
 def _key(place: Place) -> Place:
-    """The setting that holds a value: of an entry of a list, the list."""
+    """Return the place of the setting that contains a value; for an entry of a list, that of the list."""
     while isinstance(place[-1], int):
         place = place[:-1]
     return place
 
 
 def _without(values: Any, places: Sequence[Place]) -> Any:
-    """Plain containers without the settings at some places."""
+    """Return a copy of plain containers without the settings at some places."""
     if not places:
         return values
-    gone = {place[0] for place in places if len(place) == 1}
+    removed = {place[0] for place in places if len(place) == 1}
     rest = {
         part: [place[1:] for place in places if place[0] == part and len(place) > 1]
         for place in places
         for part in place[:1]
     }
     if isinstance(values, Mapping):
-        return {key: _without(value, rest.get(key, [])) for key, value in values.items() if key not in gone}
+        return {key: _without(value, rest.get(key, [])) for key, value in values.items() if key not in removed}
     return [_without(value, rest.get(index, [])) for index, value in enumerate(values)]
 
 
@@ -172,7 +179,7 @@ def _name(where: str, place: Place) -> str:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone, as plain types; None is left out."""
+    """Return the members of a union without None, or the annotation itself, as plain types."""
     if get_origin(hint) is Annotated:
         return _options(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
@@ -181,7 +188,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _annotations(hint: Any) -> Iterator[Any]:
-    """What stands beside the types in an annotation, in all members of a union."""
+    """Yield the metadata of an annotation, including that of all members of a union."""
     if get_origin(hint) is Annotated:
         inner, *beside = get_args(hint)
         yield from _annotations(inner)
@@ -199,7 +206,7 @@ def _description(hint: Any) -> str | None:
 
 
 def _hint_at(hint: Any, place: Place) -> Any:
-    """The annotation of what stands at a place of a value; Any where the place is somebody else's."""
+    """Return the annotation for a place in a value; Any if the dataclasses do not describe it."""
     for part in place:
         for option in _options(hint):
             if is_dataclass(option) and isinstance(part, str):
@@ -215,7 +222,7 @@ def _hint_at(hint: Any, place: Place) -> Any:
 
 
 def _strict(hint: Any) -> Any:
-    """The same without conversions from one plain type to another."""
+    """Return an annotation without conversions from one plain type to another."""
     if hint in STRICT:
         return STRICT[hint]
     origin, arguments = get_origin(hint), get_args(hint)
@@ -237,7 +244,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _is_choice(option: Any) -> bool:
-    """Whether an option is one of several words, or a list of such."""
+    """Return whether a member of a union is a Literal, or a list of Literals."""
     return get_origin(option) is Literal or (get_origin(option) in LISTS and all(map(_is_choice, get_args(option)[:1])))
 
 
@@ -246,7 +253,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _alternatives(hint: Any) -> list[str]:
-    """What a value may be, in words."""
+    """Return the types and words that a value may be, in words."""
     words: list[str] = []
     for option in _options(hint):
         if get_origin(option) is Literal:
@@ -265,7 +272,7 @@ def _join(words: Sequence[str]) -> str:
 
 
 def _interval(hint: Any) -> str:
-    """The range of a number, in words."""
+    """Return the range of a number in words."""
     bounds = {type(entry): entry for entry in _annotations(hint) if isinstance(entry, Ge | Gt | Le | Lt)}
     lower: Any = bounds.get(Ge) or bounds.get(Gt)
     upper: Any = bounds.get(Le) or bounds.get(Lt)

@@ -138,10 +138,10 @@ def test_all_wrong_types_of_a_step_are_reported(method: dict[str, Any], name: st
         f"{name}.whole=true: expected a whole number.",
         f"{name}.number=abc: expected a finite number.",
         f"{name}.several=0.5: expected a list (each a finite number). Write {name}.several=[0.5].",
-        f"{name}.word=2.5: expected a whole number, a text or a list (each a whole number).",
+        f"{name}.word=2.5: expected a whole number, a string or a list (each a whole number).",
         f"{name}.kind=othr: there is no such choice. Did you mean other? Choices: one, other.",
         f"{name}.switch=maybe: expected true or false.",
-        f"{name}.search=3: expected a text.",
+        f"{name}.search=3: expected a string.",
     )
     assert problems(method) == expected
 

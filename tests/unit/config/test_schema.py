@@ -74,7 +74,7 @@ def test_all_wrong_values_are_reported_together() -> None:
         "recovery.schedule=liner: there is no such choice. Did you mean linear? Choices: constant, cosine, linear.",
         "data.calibration.num_sample: there is no such setting. Did you mean data.calibration.num_samples? "
         "Choices: max_length, num_samples, path, sources, tape, tape_dtype.",
-        "evaluation.tasks=piqa: expected a list (each a text). Write evaluation.tasks=[piqa].",
+        "evaluation.tasks=piqa: expected a list (each a string). Write evaluation.tasks=[piqa].",
         "evaluation.limit=all: expected a whole number.",
         "seed=one: expected a whole number.",
         "sed: there is no such setting. Did you mean seed?",
@@ -211,7 +211,7 @@ def test_suggestions() -> None:
         ({"export": {"enabled": "maybe"}}, "export.enabled=maybe: expected true, false or auto."),
         ({"export": {"max_shard_size": True}}, "export.max_shard_size=true: True is not a number of bytes"),
         ({"evaluation": {"limit": 0}}, "evaluation.limit=0: must be at least 1."),
-        ({"evaluation": {"tasks": ["piqa", " "]}}, "evaluation.tasks[1]=' ': an empty name"),
+        ({"evaluation": {"tasks": ["piqa", " "]}}, "evaluation.tasks[1]=' ': the name is empty"),
         ({"max_scratch_bytes": 1}, "max_scratch_bytes=1: must be at least 16MiB"),
         ({"max_scratch_bytes": "-1"}, "max_scratch_bytes='-1': '-1' is not a number of bytes"),
         (lora(rank=0), "recovery.lora.rank=0: must be at least 1."),
@@ -220,7 +220,7 @@ def test_suggestions() -> None:
         (lora(dropout=-0.1, target="attention"), "recovery.lora.dropout=-0.1: must be in [0, 1)."),
         (
             lora(dropout=0.1),
-            "recovery.lora.dropout=0.1: adapters of experts have no dropout, and recovery.lora.target=both.",
+            "recovery.lora.dropout=0.1: with recovery.lora.target=both there are adapters of experts",
         ),
         (lora("experts"), "recovery.trainable=experts: recovery=lora trains adapters. Use recovery.trainable=lora"),
     ],
@@ -250,10 +250,14 @@ def test_valid_values(values: dict[str, Any]) -> None:
     [
         (
             "3",
-            "'3': expected a whole number, not a text. Write ${oc.decode:${oc.env:STEPS}} for one of the environment.",
+            "'3': expected a whole number, not a string. To read a value from the environment, write "
+            "${oc.decode:${oc.env:STEPS}}.",
         ),
-        ("true", "'true': expected a whole number, not a text. Write ${oc.decode:${oc.env:STEPS}} for one of the"),
-        ("", "'': expected a whole number, not a text."),
+        (
+            "true",
+            "'true': expected a whole number, not a string. To read a value from the environment, write ${oc.decode:",
+        ),
+        ("", "'': expected a whole number, not a string."),
         ("many", "many: expected a whole number."),
         (None, "null: expected a whole number."),
         ([1, "a"], "[1, a]: expected a whole number."),

@@ -158,7 +158,7 @@ def test_one_budget_decides() -> None:
     both = {"memory_ratio": 0.99, "removed_expert_ratio": 0.4}
     budget = replace(Combined.budget, **both)  # type: ignore[arg-type]
     assert budget.settings() == {"removed_expert_ratio": 0.4, "memory_ratio": None}
-    with pytest.raises(ValueError, match="both given"):
+    with pytest.raises(ValueError, match="both set"):
         Combined(budget=Budget(**both))  # type: ignore[arg-type]
     model = qwen2_moe()
     before = sizes(model)["routed_experts"]

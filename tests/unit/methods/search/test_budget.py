@@ -93,7 +93,7 @@ def test_two_ratios() -> None:
     assert Budget(**both, yields="memory_ratio").settings() == {**both, "memory_ratio": None}
     assert Budget(0.5, yields="removed_expert_ratio").settings() == {**both, "memory_ratio": None}
     problems = Budget(**both).problems()
-    assert problems == ["method.removed_expert_ratio and method.memory_ratio are both given: set one to null"]
+    assert problems == ["method.removed_expert_ratio and method.memory_ratio are both set; set one of them to null"]
     for step in (CDMoE, InterExpertPruning, NAEE, Decompose):
         with pytest.raises(ValueError, match=f"^{problems[0]}$"):
             step(budget=Budget(**both))  # type: ignore[arg-type]
