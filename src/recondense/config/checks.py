@@ -92,7 +92,7 @@ def _check_method(config: Config) -> Iterator[Problem]:
 
 
 def _check_data(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
-    """Yield the splits that the run needs and that have no file; `corpora.check_texts` reads the files."""
+    """Yield the splits that the run needs and that have no file; `corpora.check_paths` reads the files."""
     needs = {}
     if step_entries(config.method) and config.data.calibration.sources is None:
         needs["calibration"] = "the method needs it for its search"

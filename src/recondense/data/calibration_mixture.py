@@ -1,4 +1,4 @@
-"""A calibration set that is mixed from several sources, each with a weight."""
+"""Mix the documents of a calibration set from several sources, each with a weight."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from recondense.data.hub import HubSplit, read_split
 from recondense.data.text_files import TextFile
 from recondense.errors import UserError
 
-SETTING = "data.calibration.sources"  # what the config calls the sources; only the run itself has a calibration set
+SETTING = "data.calibration.sources"  # recovery stages have no calibration set, so there is one name
 
 
 def mix_sources(data: DataConfig) -> list[str]:
-    """The first documents of each source, `data.calibration.num_samples` in all, interleaved evenly.
+    """Return the first documents of each source, `data.calibration.num_samples` in all, interleaved evenly.
 
     Raises:
-        UserError: a source that cannot be read, or has too few documents.
+        UserError: a source cannot be read or has too few documents.
     """
     sources = data.calibration.sources
     assert sources is not None
@@ -32,9 +32,9 @@ def mix_sources(data: DataConfig) -> list[str]:
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to weights that add up to `total`: the largest remainders are rounded up.
+    """Split `total` into whole numbers in proportion to the weights. The largest remainders are rounded up.
 
-    Of equal remainders the first is rounded up first.
+    If remainders are equal, the first is rounded up first.
     """
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
@@ -45,13 +45,13 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def interleave(groups: Sequence[Sequence[Any]]) -> list[Any]:
-    """All entries, each group's in order and evenly apart: the j-th of n stands at the share (j + ½)/n."""
+    """Merge groups, keeping their order and spacing each evenly: entry j of n is placed at (j + ½)/n of the result."""
     places = [((j + 0.5) / len(group), index, j) for index, group in enumerate(groups) for j in range(len(group))]
     return [groups[index][j] for _, index, j in sorted(places)]
 
 
 def _read(source: SourceConfig, count: int, name: str) -> list[str]:
-    """The first `count` documents of a source; `name` is what the config calls it."""
+    """Return the first `count` documents of a source; `name` is its name in the config."""
     if source.path is not None:
         texts = [text for _, text in _file_of(source, name).read(count)]
     else:
@@ -77,13 +77,13 @@ def _file_of(source: SourceConfig, name: str) -> TextFile:
 
 def _too_few(number: int, count: int) -> str:
     return (
-        f"has {number} texts, but {count} are its share; lower its weight or data.calibration.num_samples, or give "
+        f"has {number} texts, but its share is {count}; lower its weight or data.calibration.num_samples, or give "
         "more texts."
     )
 
 
 def check_sources(data: DataConfig) -> Iterator[Problem]:
-    """Problems of the sources that show without a model."""
+    """Yield the problems of the sources that show without a model."""
     sources, num_samples = data.calibration.sources, data.calibration.num_samples
     if sources is None:
         return
@@ -91,15 +91,15 @@ def check_sources(data: DataConfig) -> Iterator[Problem]:
         yield Problem(SETTING, "name at least one source, or set it to null.", [])
         return
     if (path := data.calibration.path) is not None:
-        yield Problem("data.calibration.path", f"{SETTING} is given too; set one of them to null.", path)
+        yield Problem("data.calibration.path", f"{SETTING} is set too; set one of them to null.", path)
     counts = shares(num_samples, [source.weight for source in sources])
     for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
         name = f"{SETTING}[{index}]"
         if not count:
-            text = f"none of data.calibration.num_samples={num_samples} texts would come from it; raise either."
+            text = f"no text of data.calibration.num_samples={num_samples} would come from it; raise one of them."
             yield Problem(f"{name}.weight", text, source.weight)
         elif (source.path is None) == (source.dataset is None):
-            yield Problem(name, "give either path (a local file) or dataset (a name of the hub).")
+            yield Problem(name, "set either path (a local file) or dataset (a name on the hub).")
         elif source.path is not None:
             file = _file_of(source, name)
             texts, problems = file.check(count)

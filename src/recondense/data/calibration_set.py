@@ -1,4 +1,4 @@
-"""The calibration set: token ids of texts, cut at one length.
+"""The calibration set: token ids of texts, truncated to a maximum length.
 
 Legend: B texts of a batch, S tokens.
 """
@@ -19,7 +19,7 @@ from recondense.errors import UserError
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids of the calibration texts, in order; cut, not packed."""
+    """Token ids of the calibration texts, in order. They are truncated, not packed."""
 
     ids: list[list[int]]
 
@@ -31,20 +31,20 @@ class CalibrationSet:
         return sum(map(len, self.ids))
 
     def fingerprint(self) -> str:
-        """sha256 of the ids."""
+        """Return the SHA-256 of the ids."""
         sha256 = hashlib.sha256()
         for ids in self.ids:
             sha256.update(len(ids).to_bytes(8, "big") + np.asarray(ids, dtype="<i8").tobytes())
         return sha256.hexdigest()
 
     def batches(self, texts_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Fixed batches of texts, in order.
+        """Yield the texts in order, in batches of a fixed size.
 
         Args:
             texts_per_batch: B; the last batch may have fewer texts.
 
         Yields:
-            input_ids_BS (int64, padded on the right with 0) and mask_BS (bool, True for a token).
+            input_ids_BS (int64, padded on the right with 0) and mask_BS (bool, True for tokens, False for padding).
         """
         for start in range(0, len(self.ids), texts_per_batch):
             batch = self.ids[start : start + texts_per_batch]
@@ -73,10 +73,10 @@ def require_samples(texts: Sequence[str], num_samples: int) -> None:
 def make_calibration_set(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
 ) -> CalibrationSet:
-    """Tokenise the first `num_samples` texts with the tokenizer's special tokens, each cut at `max_length` tokens.
+    """Tokenize the first `num_samples` texts with special tokens, each truncated to `max_length` tokens.
 
     Raises:
-        UserError: fewer texts than `num_samples`, or a text with no token but special ones.
+        UserError: there are fewer texts than `num_samples`, or a text has only special tokens.
     """
     require_samples(texts, num_samples)
     encoded = tokenizer(
@@ -92,7 +92,7 @@ def make_calibration_set(
     if empty:
         shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
         raise UserError(
-            f"calibration set: {len(empty)} of {num_samples} texts are shorter than one token (index from 0: {shown}); "
-            "remove them."
+            f"calibration set: {len(empty)} of {num_samples} texts have no token (indices from 0: {shown}); remove "
+            "them."
         )
     return CalibrationSet([list(ids) for ids in encoded["input_ids"]])

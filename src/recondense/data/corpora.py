@@ -1,6 +1,7 @@
-"""Reads the splits of a run: from Python's standard library, local files, or a data set of the hub.
+"""Read the splits of a run from Python's standard library, local files, or a dataset on the hub.
 
-No document is in two splits. Needs no torch, so that a config can be checked before anything heavy is imported.
+No training document is in another split. This module does not import torch, so a config is checked before anything
+slow is imported.
 """
 
 from __future__ import annotations
@@ -19,23 +20,22 @@ from recondense.errors import UserError
 
 
 def load_corpora(data: DataConfig, splits: Iterable[str] = SPLITS, where: str = "data") -> Corpora:
-    """Read the splits that are both asked for and configured.
+    """Read the requested splits that are configured.
 
-    The training documents leave out the calibration set's, whatever source it has: a model must not be trained on what
-    its search has seen. Validation documents that a calibration source holds too stay: validation texts are measured as
-    they were given, and training leaves them out as well. `num_texts` counts the documents that remain.
+    Documents of the calibration and validation sets are removed from the training documents: a model must not be
+    trained on the texts of its search or its evaluation. Validation documents that are also in a calibration source are
+    kept. `num_texts` limits the number of documents that remain.
 
     Args:
-        data: what to read.
-        splits: which splits; a split that is not asked for is not read, so nothing is downloaded for it.
-        where: what the config calls `data`, for messages.
+        data: the settings of the data.
+        splits: the splits to read. Nothing is downloaded for other splits.
+        where: the dotted name of `data` in the config, for messages.
 
     Returns:
-        the documents of each split; of `calibration`, the first `data.calibration.num_samples` count.
+        The documents of each split. Of `calibration`, only the first `data.calibration.num_samples` are used.
 
     Raises:
-        UserError: a file, split or field that is missing, empty or unreadable, with the remedy.
-        UserError: the hub cannot be reached.
+        UserError: a file, split or field is missing, empty or unreadable, or the hub cannot be reached.
     """
     names = set(splits)
     if data.calibration.sources is None or not names & {"calibration", "train"}:
@@ -46,24 +46,25 @@ def load_corpora(data: DataConfig, splits: Iterable[str] = SPLITS, where: str = 
     return replace(corpora, calibration=calibration if "calibration" in names else None)
 
 
-def _load(data: DataConfig, splits: set[str], apart: Sequence[str], where: str) -> Corpora:
-    """Read splits from the source that `data` names; `apart`: documents that the training texts may not have."""
+def _load(data: DataConfig, splits: set[str], excluded: Sequence[str], where: str) -> Corpora:
+    """Read splits from the source that `data` names, without the `excluded` documents in the training texts."""
     if data.source == "stdlib":
         corpora = stdlib_corpora()
-        taken = set(apart)
-        corpora = replace(corpora, train=[text for text in corpora.train or [] if text not in taken])
+        used = set(excluded)
+        corpora = replace(corpora, train=[text for text in corpora.train or [] if text not in used])
         limits = {"train": data.train.num_texts, "validation": data.validation.num_texts, "calibration": None}
         return Corpora(**{split: getattr(corpora, split)[: limits[split]] for split in SPLITS if split in splits})
     if data.source == "texts":
-        return _load_files(data, splits, apart, where)
-    return Corpora(**hub_corpora(data, splits, apart, where))
+        return _load_files(data, splits, excluded, where)
+    return Corpora(**hub_corpora(data, splits, excluded, where))
 
 
 def check_paths(data: DataConfig, where: str = "data") -> Iterator[Problem]:
-    """Problems of the configured text sources that show without a model.
+    """Yield the problems of the configured text sources that show without a model.
 
     Args:
-        where: what the config calls `data`, for messages.
+        data: the settings of the data.
+        where: the dotted name of `data` in the config, for messages.
     """
     yield from check_sources(data)
     if data.source == "texts":
@@ -74,32 +75,32 @@ def check_paths(data: DataConfig, where: str = "data") -> Iterator[Problem]:
 
 
 def _file_of(data: DataConfig, split: str, where: str) -> TextFile | None:
-    """The file of a split; None if the config names none."""
+    """Return the file of a split; None if the config names no file."""
     path = getattr(data, split).path
     if path is None:
         return None
-    group = "data" if split == "calibration" else where  # only the run itself has a calibration set
+    group = "data" if split == "calibration" else where  # recovery stages have no calibration set
     return TextFile(path, data.text_field, data.form, where=where, setting=f"{group}.{split}.path")
 
 
-def _load_files(data: DataConfig, splits: set[str], apart: Sequence[str], where: str) -> Corpora:
+def _load_files(data: DataConfig, splits: set[str], excluded: Sequence[str], where: str) -> Corpora:
     texts: dict[str, list[str] | None] = dict.fromkeys(SPLITS)
     for split in SPLITS:
-        needed = split in splits or "train" in splits  # which leaves out the others' texts
+        needed = split in splits or "train" in splits  # training excludes the texts of the other splits
         file = _file_of(data, split, where) if needed else None
         if file is not None:
-            # An empty text stays in the calibration set, where it is an error.
+            # The calibration set keeps empty texts, so that they are reported as errors.
             texts[split] = [text for _, text in file.read(keep_empty=split == "calibration")]
     if texts["validation"] is not None:
         texts["validation"] = texts["validation"][: data.validation.num_texts]
     if texts["train"] is not None:
         calibration = (texts["calibration"] or [])[: data.calibration.num_samples]
-        taken = {*calibration, *(texts["validation"] or []), *apart}
-        texts["train"] = [text for text in texts["train"] if text not in taken][: data.train.num_texts]
+        used = {*calibration, *(texts["validation"] or []), *excluded}
+        texts["train"] = [text for text in texts["train"] if text not in used][: data.train.num_texts]
         if not texts["train"]:
             raise UserError(
-                f"{where}.train.path={data.train.path}: all of its texts are calibration or validation "
-                "texts; give another file."
+                f"{where}.train.path={data.train.path}: all of its texts are also calibration or validation texts; "
+                "give another file."
             )
     return Corpora(**{split: texts[split] if split in splits else None for split in SPLITS})
 
@@ -108,7 +109,7 @@ def _check_file(data: DataConfig, split: str, where: str) -> Iterator[Problem]:
     file = _file_of(data, split, where)
     if file is None:
         return
-    # The calibration file is read to its end, it decides the search; of the others the first document must be readable.
+    # The calibration file is read completely, because it decides the search; of other files, only the first document.
     calibrates = split == "calibration"
     texts, problems = file.check(None if calibrates else 1, keep_empty=calibrates)
     yield from problems
@@ -124,14 +125,14 @@ def _check_calibration(file: TextFile, texts: Sequence[tuple[int, str]], num_sam
         )
     for number, text in texts[:num_samples]:
         if not text:
-            yield file.problem(f"line {number} is an empty text, shorter than one token; remove it.")
+            yield file.problem(f"the text of line {number} is empty; remove it.")
 
 
 def _check_hub(data: DataConfig, where: str) -> Iterator[Problem]:
     if not data.dataset:
-        yield Problem(f"{where}.dataset", f"data={data.name} comes from the hub: name the data set (owner/name).", None)
+        yield Problem(f"{where}.dataset", f"data={data.name} comes from the hub; name the dataset (owner/name).", None)
         return
     for split in ("train", "validation"):
         if data.streaming and getattr(data.splits, split) and getattr(data, split).num_texts is None:
-            text = f"{where}.streaming=true would read the whole split; set a number of texts."
+            text = f"{where}.streaming=true would read the entire split; set a number of texts."
             yield Problem(f"{where}.{split}.num_texts", text, None)

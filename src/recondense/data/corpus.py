@@ -11,14 +11,14 @@ SPLITS = ("train", "validation", "calibration")
 
 @dataclass(frozen=True)
 class Corpora:
-    """Documents of each split, texts or `Record`s; None for a split that is not configured or was not asked for."""
+    """The documents of each split, texts or `Record`s. A split that is not configured or was not requested is None."""
 
     train: list[str] | None = None
     validation: list[str] | None = None
     calibration: list[str] | None = None
 
     def sha256(self) -> dict[str, str]:
-        """The hash of every split's documents, in their order; absent splits are left out."""
+        """Return the SHA-256 of each split's documents, in order; absent splits are left out."""
         return {split: _digest(texts) for split in SPLITS if (texts := getattr(self, split)) is not None}
 
 

@@ -1,4 +1,4 @@
-"""Supervised examples as token ids with labels. Several share a window, and none attends to another.
+"""Supervised examples as token ids with labels. Several can share a window without attending to each other.
 
 Legend: N windows, B windows of a batch, S tokens, V vocabulary, D hidden size.
 """
@@ -23,13 +23,13 @@ from recondense.errors import UserError
 from recondense.progress import track
 
 log = logging.getLogger(__name__)
-TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
-MANY = 20_000  # more records than this take long enough for a progress bar
+TEXTS_PER_CALL = 64  # fast tokenizers process the texts of a call in parallel
+MANY = 20_000  # with more records than this, a progress bar is shown
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each whether it is to be predicted; the first never is."""
+    """Token ids, and for each whether it is a target of the loss. The first token never is."""
 
     ids: list[int]
     targets: list[bool]
@@ -40,8 +40,10 @@ class Examples:
     """The examples of some records.
 
     Args:
-        left_out: number of records without an example: their answer lies beyond the window, or their chat was refused.
-        cut: number of records that lost their end.
+        kept: the examples, in the order of their records.
+        left_out: number of records without an example: the answer begins after the window, or the chat template
+            rejected the chat.
+        cut: number of records that were truncated.
     """
 
     kept: list[Example]
@@ -52,13 +54,16 @@ class Examples:
 def make_examples(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "records"
 ) -> Examples:
-    """Tokenise records, each cut at `length` tokens.
+    """Tokenize records, each truncated to `length` tokens.
 
     Args:
-        name: what the records are, for messages.
+        records: the records.
+        tokenizer: the model's tokenizer.
+        length: maximum number of tokens per example.
+        name: a name for the records in messages.
 
     Raises:
-        UserError: no record has an answer within `length` tokens; a chat template that does not tell answers apart.
+        UserError: no record has an answer within `length` tokens, or the answers of a rendered chat cannot be located.
     """
     lead = leading_tokens(tokenizer)
     kept, left_out, cut, why = [], 0, 0, ""
@@ -77,44 +82,45 @@ def make_examples(
             cut += long
             kept.append(example)
     if left_out:
-        reason = f"the chat template refuses a chat ({why}), or " if why else ""
-        log.info("%s: %d of %d left out: %sthe answer lies beyond the window", name, left_out, len(records), reason)
+        reason = f"the chat template rejects the chat ({why}), or " if why else ""
+        text = "%s: %d of %d are left out: %sthe answer begins after the window"
+        log.info(text, name, left_out, len(records), reason)
     if not kept:
         raise UserError(
             f"{name}: none of {len(records)} has an answer within data.sequence_length={length} tokens"
-            f"{f' that the chat template takes ({why})' if why else ''}; raise it or give other records."
+            f"{f' and is accepted by the chat template ({why})' if why else ''}; raise it or give other records."
         )
     return Examples(kept, left_out, cut)
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text: none, or the one that begins it."""
+    """Return the special tokens that the tokenizer puts before a text, such as a BOS token; may be empty."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
     return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
 
 
-# Ids, targets, and whether special tokens are among them; in place of that, why the chat was refused.
+# Token ids, targets, and whether the ids include special tokens, or the reason why the chat was rejected.
 Tokenized = tuple[list[int], list[bool], bool | str]
 
 
 def _tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Tokenized]]:
     starts: Any = range(0, len(records), TEXTS_PER_CALL)
     if len(records) > MANY:
-        starts = track(starts, f"tokenising {name}")
+        starts = track(starts, f"tokenizing {name}")
     for start in starts:
         texts: list[MarkedText] = []
-        refused: list[Tokenized] = []
+        rejected: list[Tokenized] = []
         for record in records[start : start + TEXTS_PER_CALL]:
             try:
                 texts.append(mark_answers(record, tokenizer))
             except RefusedChat as error:
-                refused.append(([], [], str(error)))
-        yield [*(_by_offsets if tokenizer.is_fast else _by_pieces)(texts, tokenizer), *refused]
+                rejected.append(([], [], str(error)))
+        yield [*(_by_offsets if tokenizer.is_fast else _by_pieces)(texts, tokenizer), *rejected]
 
 
 def _by_offsets(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
-    """Tokenise whole texts; a token is a target if it begins within an answer, leading spaces aside."""
+    """Tokenize complete texts. A token is a target if it begins within an answer, ignoring leading spaces."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -132,14 +138,14 @@ def _by_offsets(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase)
 
 
 def _is_target(text: str, start: int, end: int, answers: Sequence[tuple[int, int]]) -> bool:
-    # Many tokenizers put a space and the word after it into one token, which then counts as the word's.
+    # Many tokenizers join a space and the following word into one token, which then counts as part of the word.
     while start < end - 1 and text[start] == " ":
         start += 1
     return any(first <= start < last for first, last in answers)
 
 
 def _by_pieces(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) -> list[Tokenized]:
-    """Tokenise prompts and answers one by one, for tokenizers that do not tell the place of a token."""
+    """Tokenize prompts and answers separately, for tokenizers that do not return character offsets."""
     tokenized: list[Tokenized] = []
     for text in texts:
         ids: list[int] = []
@@ -154,16 +160,18 @@ def _by_pieces(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) 
 
 
 def make_windows(examples: Sequence[Example], length: int, filler: int, together: bool = True) -> dict[str, Tensor]:
-    """Put examples into windows and fill the windows up; no example is split.
+    """Pack examples into padded windows without splitting them.
 
     Args:
-        length: tokens of a window.
-        filler: the id that fills a window up. It follows all examples, so that none attends to it.
-        together: put several examples into a window if they fit (best fit, longest first); else one a window, in order.
+        examples: the examples.
+        length: tokens per window.
+        filler: the padding id. Padding comes after all examples, so that none attends to it.
+        together: put several examples into a window if they fit (best fit, longest first); otherwise one per window, in
+            order.
 
     Returns:
-        input_ids and labels, (N, length) int64; labels are ids or MASKED. With `together` also position_ids, which
-        begin at 0 with each example: transformers' masks separate such sequences.
+        input_ids and labels (N, length), int64; a label is an id or MASKED. With `together` also position_ids, which
+        restart at 0 for each example; transformers' masks then separate the examples.
     """
     groups = _best_fit(examples, length) if together else [[example] for example in examples]
     input_ids_NS = torch.full((len(groups), length), filler, dtype=torch.long)
@@ -176,7 +184,7 @@ def make_windows(examples: Sequence[Example], length: int, filler: int, together
             ids = torch.tensor(example.ids)
             input_ids_NS[row, start:end] = ids
             labels_NS[row, start:end] = ids.where(torch.tensor(example.targets), MASKED)
-            # The last example's positions run on into the filler, which would count as one more sequence otherwise.
+            # The last example's positions continue through the padding, which would otherwise be another sequence.
             positions_NS[row, start:] = torch.arange(length - start)
             start = end
     windows = {"input_ids": input_ids_NS, "labels": labels_NS}
@@ -184,9 +192,9 @@ def make_windows(examples: Sequence[Example], length: int, filler: int, together
 
 
 def _best_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Groups of examples for one window each: longest first, an example goes where it leaves the least room."""
+    """Group examples into windows: longest first, each goes where it leaves the least free space."""
     groups: list[list[Example]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens that are free, window), ascending
+    rooms: list[tuple[int, int]] = []  # (free tokens, window), ascending
     for example in sorted(examples, key=lambda example: -len(example.ids)):
         size = len(example.ids)
         at = bisect_left(rooms, (size, -1))

@@ -1,4 +1,4 @@
-"""Documents of a data set on the Hugging Face hub, or of a local folder in its form."""
+"""Read documents of a dataset on the Hugging Face hub, or of a local copy of one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from recondense.errors import UserError
 from recondense.offline import hub_access
 from recondense.progress import track
 
-# Splits of the same name are dealt out in this order, so that no document is in two of them.
+# If several splits of a run have the same name on the hub, they take its documents in this order.
 ORDER = ("calibration", "validation", "train")
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """A split of a data set, and what the config calls it.
+    """A split of a dataset, and its names in the config.
 
     Args:
-        dataset, subset, split: the hub's names.
-        streaming: read rows as they are needed, not the whole split.
+        dataset, subset, split: the names on the hub.
+        streaming: read rows as they are needed instead of the entire split.
         text_field: the field of a row that is a document; not used with `form`.
-        form: of the rows, which are records then (see records.py).
-        where: the group of these settings, for messages.
+        form: the form of the rows if they are records (see records.py); None if they are texts.
+        where: the dotted name of these settings in the config, for messages.
         setting: the setting that names the split, for messages.
     """
 
@@ -42,7 +42,7 @@ class HubSplit:
     setting: str
 
     def documents(self) -> Iterator[str]:
-        """Documents that are not empty. Rows in WikiText's form, one line each, are joined to articles."""
+        """Yield the documents that are not empty. The rows of WikiText, one per line, are joined into articles."""
         rows = self._rows()
         first = next((row for row in rows if row.strip()), None)
         if first is None:
@@ -54,7 +54,7 @@ class HubSplit:
             yield from (row for row in rows if row.strip())
 
     def _rows(self) -> Iterator[str]:
-        """The text field of every row, or every row as a record."""
+        """Yield the text field of every row, or every row as a `Record`."""
         with self._explained():
             import datasets
 
@@ -80,7 +80,7 @@ class HubSplit:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say in one sentence what went wrong with the hub."""
+        """Turn errors of the hub and of the dataset into a UserError."""
         name = f"{self.where}.dataset={self.dataset}" + (f" ({self.subset})" if self.subset else "")
         try:
             yield
@@ -94,16 +94,16 @@ class HubSplit:
             if not _is_network_error(error):
                 raise
             raise UserError(
-                f"{name}: the hub cannot be reached and the cache does not hold it; check the network, or use "
+                f"{name}: the hub cannot be reached and the dataset is not in the cache; check the network, or use "
                 "data=texts with local files."
             ) from error
 
 
 def read_split(split: HubSplit, count: int) -> list[str]:
-    """The first documents of a split.
+    """Return the first `count` documents of a split.
 
     Raises:
-        UserError: the data set, subset, split or field does not exist, the split has no document, or the hub cannot be
+        UserError: the dataset, subset, split or field does not exist, the split has no document, or the hub cannot be
             reached.
     """
     with hub_access():
@@ -111,37 +111,38 @@ def read_split(split: HubSplit, count: int) -> list[str]:
 
 
 def hub_corpora(
-    data: DataConfig, splits: set[str], apart: Iterable[str] = (), where: str = "data"
+    data: DataConfig, splits: set[str], excluded: Iterable[str] = (), where: str = "data"
 ) -> dict[str, list[str]]:
-    """Splits of a data set, as documents.
+    """Return the documents of a dataset's splits.
 
-    The calibration set is the first `num_samples` documents of its split that are not empty; the other splits skip it.
-    Rows in WikiText's form (one line each) are joined to articles; elsewhere a row is a document, and with `data.form`
-    a `Record`.
+    The calibration set is the first `num_samples` documents of its split that are not empty; the other splits skip
+    them. The rows of WikiText (one per line) are joined into articles; otherwise each row is a document, with
+    `data.form` a `Record`.
 
     Args:
+        data: the settings of the data.
         splits: the splits to return.
-        apart: documents that the training texts may not have.
-        where: what the config calls `data`, for messages.
+        excluded: documents that are removed from the training texts.
+        where: the dotted name of `data` in the config, for messages.
 
     Raises:
-        UserError: the data set, subset, split or field does not exist, or too little is left for a split.
-        UserError: the hub cannot be reached.
+        UserError: the dataset, subset, split or field does not exist, no document remains for a split, or the hub
+            cannot be reached.
     """
     counts = {"calibration": data.calibration.num_samples}
     counts |= {split: getattr(data, split).num_texts for split in ("validation", "train")}
     streams: dict[str, Iterator[str]] = {}
     documents: dict[str, list[str]] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     with hub_access():
         for name in _needed(data, splits):
             split = _split_of(data, name, where)
             stream = streams.setdefault(split.split, split.documents())
             if name == "train":
-                taken.update(apart)
-            documents[name] = _take(split, (text for text in stream if text not in taken), counts[name], name)
+                used.update(excluded)
+            documents[name] = _take(split, (text for text in stream if text not in used), counts[name], name)
             if name == "calibration":
-                taken.update(documents[name])
+                used.update(documents[name])
     return {name: texts for name, texts in documents.items() if name in splits}
 
 
@@ -159,7 +160,7 @@ def _split_of(data: DataConfig, name: str, where: str) -> HubSplit:
 
 
 def _take(split: HubSplit, documents: Iterator[str], count: int | None, name: str) -> list[str]:
-    """The first documents of a split, or all that are there.
+    """Return the first `count` documents of a split, or as many as there are.
 
     Raises:
         UserError: there is none.
@@ -167,14 +168,14 @@ def _take(split: HubSplit, documents: Iterator[str], count: int | None, name: st
     texts = list(track(islice(documents, count), f"reading {split.dataset} ({name})", count))
     if not texts:
         raise UserError(
-            f"{split.setting}={split.split}: {split.dataset} has no text left for it; choose another split, or fewer "
-            "texts for the splits before it."
+            f"{split.setting}={split.split}: {split.dataset} has no more texts for it; choose another split, or fewer "
+            "texts for the splits that are read before."
         )
     return texts
 
 
 def _needed(data: DataConfig, splits: set[str]) -> list[str]:
-    """The configured splits that must be read, in order: those asked for, and those whose documents these leave out."""
+    """Return the splits that must be read, in order: the requested ones, and those that they exclude."""
     configured = [split for split in ORDER if getattr(data.splits, split)]
     return [
         split
@@ -189,7 +190,7 @@ def _needed(data: DataConfig, splits: set[str]) -> list[str]:
 
 
 def _is_network_error(error: Exception) -> bool:
-    """Whether an error comes from the connection; the HTTP libraries' errors are no OSError."""
+    """Return whether an error comes from the connection; errors of the HTTP libraries are not OSErrors."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {
         "httpx",
         "httpcore",

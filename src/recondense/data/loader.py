@@ -14,25 +14,25 @@ from recondense import processes
 from recondense.data.labels import target_mask
 from recondense.errors import UserError
 
-# Columns with a row a window: input_ids (N, S), and what else the model or a loss needs.
+# Columns with one row per window: input_ids (N, S), and whatever else the model or the loss needs.
 Table = Mapping[str, Tensor]
 
 
 def to_table(windows: Tensor | Table) -> Table:
-    """Windows as a table; ids alone (N, S) become its only column."""
+    """Return windows as a table; a tensor of ids (N, S) becomes its only column."""
     return {"input_ids": windows} if isinstance(windows, Tensor) else windows
 
 
 def num_rows(table: Table) -> int:
-    """The number of windows, N."""
+    """Return the number of windows, N."""
     return len(table["input_ids"])
 
 
 class Windows:
     """Batches of windows, in order; the last batch may be smaller.
 
-    Each of several processes takes its part of every batch. A process without a part of the last one gets a window with
-    the mark `idle`, so that all processes do the same.
+    If there are several processes, each takes its part of every batch. If the last batch has no part for a process,
+    that process gets a window marked `idle`, so that all processes do the same work.
     """
 
     def __init__(self, windows: Tensor | Table, batch_size: int) -> None:
@@ -55,15 +55,19 @@ def _rows_of_this_process(rows: Sequence[int]) -> list[int]:
 
 
 class ShuffledWindows:
-    """`num_batches` batches in a shuffled order that depends on (seed, position) alone.
+    """`num_batches` batches in a shuffled order that depends only on the seed and the position.
 
     Sample i is window permutation_e[i mod N] of epoch e = i div N; permutation_e is seeded by (seed, e). A batch may
-    cross the end of an epoch. The state is the position, which moves on as batches are taken.
+    cross the end of an epoch. The state is the position of the next batch.
 
     Args:
-        in_flight: the number of batches that were taken and not yet trained on. A state that is saved in the middle of
-            a step leaves them out, so that they are repeated.
-        accumulate: batches of an optimiser step.
+        table: the windows.
+        batch_size: windows per batch, over all processes.
+        num_batches: number of batches.
+        seed: the seed of the order.
+        in_flight: returns the number of batches that were taken but not yet trained on. A state that is saved in the
+            middle of a step does not count them, so that they are repeated.
+        accumulate: batches per optimizer step.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class ShuffledWindows:
         self._permutation: tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None = None
 
     def __len__(self) -> int:
-        # All batches, also after a resume: Lightning adds the batches that were done to those that it fetches.
+        # All batches, even after a resume: Lightning adds the completed batches to those that it fetches.
         return self.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -96,9 +100,10 @@ class ShuffledWindows:
             yield batch
 
     def batch(self, position: int) -> dict[str, Tensor]:
-        """The batch at a position, counted from 0; each of several processes takes its part of it.
+        """Return this process's part of the batch at a position, counted from 0.
 
-        Labels make the parts of an optimiser step different in size; `weight` is then the weight of this part.
+        With labels, the parts of an optimizer step have different numbers of targets; `weight` is then the weight of
+        this part.
         """
         rows = _rows_of_this_process(self._rows(position, position + 1))
         batch = {name: column[rows] for name, column in self.table.items()}
@@ -107,24 +112,24 @@ class ShuffledWindows:
         return batch
 
     def _weight(self, position: int, rows: Sequence[int]) -> Tensor:
-        """The numbers of predicted tokens that weigh a part, as `RecoveryModule.losses` takes them, (3,) int64."""
+        """Return the numbers of targets that give a part its weight (3,), int64; see `RecoveryModule.losses`."""
         in_epoch = position % self.num_batches
         first = position - in_epoch % self.accumulate
-        end = min(first + self.accumulate, position - in_epoch + self.num_batches)  # an epoch ends its last step
+        end = min(first + self.accumulate, position - in_epoch + self.num_batches)  # the end of an epoch ends a step
         part, batch, step = (
-            target_mask(self.table["labels"][some]).sum()
-            for some in (rows, self._rows(position, position + 1), self._rows(first, end))
+            target_mask(self.table["labels"][indices]).sum()
+            for indices in (rows, self._rows(position, position + 1), self._rows(first, end))
         )
         batches = end - first
         return torch.stack([part * processes.world_size() * batches, batch * batches, step.clamp_min(1)])
 
     def used_windows(self) -> list[int]:
-        """The indices of the windows that are in some batch, ascending."""
-        samples = min(self.batch_size * self.num_batches, num_rows(self.table))  # an epoch holds each once
+        """Return the indices of the windows that occur in a batch, ascending."""
+        samples = min(self.batch_size * self.num_batches, num_rows(self.table))  # an epoch has each window once
         return sorted(self._window_index(sample) for sample in range(samples))
 
     def _rows(self, first: int, end: int) -> list[int]:
-        """The indices of the windows of the batches from position `first` to before `leave_group`."""
+        """Return the indices of the windows of the batches at positions `first` to `end - 1`."""
         return [self._window_index(sample) for sample in range(first * self.batch_size, end * self.batch_size)]
 
     def _window_index(self, sample: int) -> int:
@@ -147,13 +152,13 @@ class RecoveryData(LightningDataModule):
 
     Args:
         train: training windows: ids (N, S), or a table with labels and positions.
-        validation: validation windows; None for no validation (give the Trainer limit_val_batches=0).
-        batch_size: windows of a batch.
-        num_batches: batches of one fit (optimiser steps × accumulated batches); windows repeat as often as needed.
-        seed: of the order.
+        validation: validation windows; None for no validation (then give the Trainer limit_val_batches=0).
+        batch_size: windows per batch, over all processes.
+        num_batches: batches per fit (optimizer steps × accumulated batches); windows repeat as often as needed.
+        seed: the seed of the order.
 
     Raises:
-        UserError: no training window.
+        UserError: there is no training window.
     """
 
     def __init__(
@@ -183,7 +188,7 @@ class RecoveryData(LightningDataModule):
         return [] if self.validation is None else Windows(self.validation, self.batch_size)
 
     def _in_flight(self) -> int:
-        """The number of batches that the trainer has taken and not trained on: 1 in the middle of a step, else 0."""
+        """Return the number of batches that the trainer has taken but not trained on: 1 within a step, else 0."""
         if self.trainer is None:
             return 0
         current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current

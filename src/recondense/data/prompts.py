@@ -1,4 +1,4 @@
-"""Records as text with their answers marked: by a tokenizer's chat template, or in Alpaca's prompts."""
+"""Render records as text and mark their answers, with the tokenizer's chat template or Alpaca's prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from recondense.data.records import Record
 from recondense.errors import UserError
 
-# As in github.com/tatsu-lab/stanford_alpaca and in the text field of its data set on the hub: an answer begins a line.
+# As in github.com/tatsu-lab/stanford_alpaca and in the text field of its dataset on the hub: an answer begins a line.
 TASK = "Below is an instruction that describes a task"
 COMPLETES = "Write a response that appropriately completes the request."
 PROMPT = f"{TASK}. {COMPLETES}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
@@ -21,20 +21,21 @@ PROMPT_WITH_INPUT = (
     f"{TASK}, paired with an input that provides further context. {COMPLETES}\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # how a chat template itself marks what assistants say
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a chat template's own mark of the assistant's messages
 
 
 class RefusedChat(UserError):
-    """A chat that the tokenizer's template does not take, such as one that an assistant opens."""
+    """Raised for a chat that the tokenizer's template rejects, such as one that begins with the assistant."""
 
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A text and the places of its answers.
+    """A text and the positions of its answers.
 
     Args:
-        answers: ranges of characters, ascending; the end of a turn is part of its answer.
-        complete: whether a chat template has written the special tokens, so that none are to be added before the text.
+        text: the text.
+        answers: character ranges, ascending. An answer includes the token that ends its turn.
+        complete: whether the text already has its special tokens, because a chat template has written them.
     """
 
     text: str
@@ -43,18 +44,18 @@ class MarkedText:
 
 
 def render_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Documents as plain text; a record becomes the text that a model would be trained on."""
+    """Return documents as plain text; a record becomes the text that the model would be trained on."""
     return [
         mark_answers(document, tokenizer).text if isinstance(document, Record) else document for document in documents
     ]
 
 
 def mark_answers(record: Record, tokenizer: PreTrainedTokenizerBase) -> MarkedText:
-    """Render a record as text, each answer with the token that ends it.
+    """Render a record as text and mark each answer, including the token that ends it.
 
     Raises:
-        RefusedChat: the tokenizer's chat template refuses the chat.
-        UserError: the chat template does not tell answers apart.
+        RefusedChat: the tokenizer's chat template rejects the chat.
+        UserError: the answers cannot be located in the rendered chat.
     """
     values = record.values
     if "messages" not in values:
@@ -66,7 +67,7 @@ def mark_answers(record: Record, tokenizer: PreTrainedTokenizerBase) -> MarkedTe
 
 
 def _join_turns(turns: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> MarkedText:
-    """Join prompts and answers, each answer with the end-of-text token (none if the tokenizer has none)."""
+    """Join prompts and answers; each answer ends with the end-of-text token, if the tokenizer has one."""
     text, answers = "", []
     for prompt, answer in turns:
         start = len(text) + len(prompt)
@@ -76,9 +77,9 @@ def _join_turns(turns: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizer
 
 
 def _chat_to_turns(messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """Prompts and answers of a chat, in Alpaca's words.
+    """Return the prompts and answers of a chat in Alpaca's format.
 
-    A system message takes the place of the first sentences; what a user says is an instruction.
+    A system message replaces Alpaca's opening sentences; a user's message becomes an instruction.
     """
     turns: list[tuple[str, str]] = []
     prompt = "" if messages[0]["role"] == "system" else f"{TASK}. {COMPLETES}\n\n"
@@ -116,7 +117,14 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBa
 def _generation_blocks(
     messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Render a chat with a template that has generation blocks; the text, and the blocks' ranges of characters."""
+    """Render a chat with a template that has generation blocks.
+
+    Returns:
+        The text, and the character ranges of the blocks.
+
+    Raises:
+        UserError: no block was rendered.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
@@ -128,17 +136,19 @@ def _generation_blocks(
     )
     text, ranges = rendered[0][0], [(start, end) for start, end in rendered[1][0] if end > start]
     if not ranges:
-        raise UserError("the tokenizer's chat template marks nothing that the assistant says; use another one")
+        raise UserError("the tokenizer's chat template does not mark the assistant's messages; use another one")
     return text, ranges
 
 
 def _answers_by_prefixes(
     messages: Sequence[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """Ranges of the answers: an answer is what it adds to the rendered chat before it with the prompt to answer.
+    """Return the character ranges of the answers.
+
+    An answer is the text that its message adds to the chat rendered up to it, including the generation prompt.
 
     Raises:
-        UserError: the template renders earlier turns in another way once there are later ones.
+        UserError: the template changes earlier turns when later ones are added.
     """
     answers = []
     for index, message in enumerate(messages):
@@ -150,8 +160,8 @@ def _answers_by_prefixes(
         until = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer)
         if start is None or not text.startswith(until):
             raise UserError(
-                "the tokenizer's chat template rewrites earlier turns of a chat, so that what the assistant says "
-                "cannot be told apart; give the tokenizer a template with {% generation %} blocks"
+                "the tokenizer's chat template changes earlier turns of a chat, so the assistant's messages cannot be "
+                "located; give the tokenizer a template with {% generation %} blocks"
             )
         answers.append((start, len(until)))
     return answers

@@ -1,7 +1,7 @@
-"""Records of supervised fine-tuning: the forms in which they are published, brought to two of them.
+"""Records of supervised fine-tuning, converted from their published forms into one of two.
 
-A record becomes an instruction with its answer (Alpaca's three fields) or a chat (`messages`), and is kept as JSON: a
-document among a corpus's documents. This module needs no torch, so that files are checked before that is imported.
+A record becomes an instruction with its answer (Alpaca's three fields) or a chat (`messages`). It is kept as JSON, so
+that it is a document like any other. This module does not import torch, so files are checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from recondense.errors import UserError
 
 FORMS = ("alpaca", "chat", "commonsense")
-# Names of speakers in ShareGPT and in chat templates, and their roles here.
+# The role of each speaker's name in ShareGPT and in chat templates.
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
@@ -23,7 +23,7 @@ ROLES = {
 
 
 class Record(str):
-    """A record as JSON; a `str`, so that corpora hash, compare and count it like any document."""
+    """A record as JSON. It is a `str`, so that corpora hash, compare and count it like any other document."""
 
     __slots__ = ()
 
@@ -35,32 +35,32 @@ class Record(str):
 
 
 def read_record(values: Any, form: str) -> Record:
-    """Bring a published record to one of the two forms that are kept.
+    """Convert a published record into an instruction with its answer, or a chat.
 
     Args:
         values: the record's fields.
-        form: one of FORMS, or auto: the form that its fields tell.
+        form: one of FORMS, or "auto" to detect the form from the fields.
 
     Raises:
-        UserError: it is not of that form, or has no answer. The message is a clause; the caller puts the record's place
-            in its file before it.
+        UserError: the record does not have this form, or has no answer. The message is a clause without a subject; the
+            caller adds the record's position in its file.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"is a {type(values).__name__}, not an object with fields")
+        raise UserError(f"is of type {type(values).__name__}, not an object with fields")
     values = _unwrap(values)
     form = detect_form(values) if form == "auto" else form
     try:
         record = {"alpaca": _alpaca, "chat": _chat, "commonsense": _commonsense}[form](values)
     except KeyError as error:
-        raise UserError(f"is no {form} record: it has no {error.args[0]!r} ({_fields(values)})") from None
+        raise UserError(f"is not a record of form {form}: it has no {error.args[0]!r} ({_fields(values)})") from None
     return Record(json.dumps(record, ensure_ascii=False))
 
 
 def detect_form(values: Mapping[str, Any]) -> str:
-    """The form of a record, from its fields.
+    """Detect the form of a record from its fields.
 
     Raises:
-        UserError: no known form has such fields.
+        UserError: no known form has these fields.
     """
     values = _unwrap(values)
     if "messages" in values or "conversations" in values:
@@ -73,7 +73,7 @@ def detect_form(values: Mapping[str, Any]) -> str:
 
 
 def _unwrap(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a record; it may lie in the only field of another one, as in cais/mmlu's auxiliary_train."""
+    """Return the fields of a record, which may be nested in a single field, as in cais/mmlu's auxiliary_train."""
     inner = next(iter(values.values())) if len(values) == 1 else None
     return inner if isinstance(inner, Mapping) else values
 
@@ -85,15 +85,15 @@ def _fields(values: Mapping[str, Any]) -> str:
 def _text(values: Mapping[str, Any], name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
-        raise UserError(f"its {name!r} is a {type(value).__name__}, not a text")
+        raise UserError(f"has a field {name!r} that is of type {type(value).__name__}, not a string")
     return value
 
 
 def _texts(values: Any, what: str) -> list[str]:
-    """Options as texts; some may be numbers."""
+    """Return options, which may be numbers, as strings."""
     listed = isinstance(values, Sequence) and not isinstance(values, str)
     if not listed or not all(isinstance(value, str | int | float) for value in values):
-        raise UserError(f"its {what} are no list of texts")
+        raise UserError(f"has {what} that are not a list of strings")
     return [str(value) for value in values]
 
 
@@ -101,18 +101,18 @@ def _texts(values: Any, what: str) -> list[str]:
 
 
 def _alpaca(values: Mapping[str, Any]) -> dict[str, Any]:
-    given = _text(values, "input") if values.get("input") is not None else ""
-    return _prompted(_text(values, "instruction"), _text(values, "output"), given)
+    context = _text(values, "input") if values.get("input") is not None else ""
+    return _prompted(_text(values, "instruction"), _text(values, "output"), context)
 
 
-def _prompted(instruction: str, output: str, given: str = "") -> dict[str, Any]:
-    return {"instruction": instruction, "input": given, "output": output}
+def _prompted(instruction: str, output: str, context: str = "") -> dict[str, Any]:
+    return {"instruction": instruction, "input": context, "output": output}
 
 
 def _chat(values: Mapping[str, Any]) -> dict[str, Any]:
     turns = values["messages" if values.get("messages") is not None else "conversations"]
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise UserError("its messages are no list")
+        raise UserError("has messages that are not a list")
     messages = [_turn(turn) for turn in turns]
     system = values.get("system")
     if isinstance(system, str) and system and not any(turn["role"] == "system" for turn in messages):
@@ -120,28 +120,28 @@ def _chat(values: Mapping[str, Any]) -> dict[str, Any]:
     last = max((index for index, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
     if last < 0:
         raise UserError("has no message of an assistant")
-    return {"messages": messages[: last + 1]}  # what nobody answers teaches nothing
+    return {"messages": messages[: last + 1]}  # messages after the last answer are not needed
 
 
 def _turn(turn: Any) -> dict[str, str]:
     if not isinstance(turn, Mapping):
-        raise UserError(f"a message is a {type(turn).__name__}, not an object with role and content")
+        raise UserError(f"has a message of type {type(turn).__name__}, not an object with role and content")
     names = ("role", "content") if "role" in turn else ("from", "value")
-    who, said = turn[names[0]], turn[names[1]]
-    if not isinstance(who, str) or who not in ROLES:
-        raise UserError(f"nobody is called {who!r} in a chat; the roles are {', '.join(ROLES)}")
-    if isinstance(said, Sequence) and not isinstance(said, str):  # parts, of which text is one kind
-        texts = [part["text"] for part in said if isinstance(part, Mapping) and part.get("type") == "text"]
-        said = "".join(_texts(texts, "parts"))
-    if not isinstance(said, str):
-        raise UserError(f"what {who!r} says is a {type(said).__name__}, not a text")
-    return {"role": ROLES[who], "content": said}
+    role, content = turn[names[0]], turn[names[1]]
+    if not isinstance(role, str) or role not in ROLES:
+        raise UserError(f"has the unknown role {role!r}; the roles are {', '.join(ROLES)}")
+    if isinstance(content, Sequence) and not isinstance(content, str):  # parts of several types; keep the texts
+        texts = [part["text"] for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        content = "".join(_texts(texts, "parts"))
+    if not isinstance(content, str):
+        raise UserError(f"has a message of {role!r} that is of type {type(content).__name__}, not a string")
+    return {"role": ROLES[role], "content": content}
 
 
 # --------------------------------------------------------------------------------------- commonsense questions
 #
-# The instructions are commonsense_170k's word for word (LLM-Adapters, arXiv 2304.01933), with their quirks: a question
-# of ARC from the hub gives the same record as in that set.
+# The instructions are copied verbatim from commonsense_170k (LLM-Adapters, arXiv 2304.01933), with their quirks: a
+# question of ARC from the hub gives the same record as in that dataset.
 
 CHOOSE = "Please choose the correct answer to the question: {}"
 
@@ -150,25 +150,30 @@ def _commonsense(values: Mapping[str, Any]) -> dict[str, Any]:
     for fields, read in QUESTIONS:
         if fields <= values.keys():
             return read(values)
-    raise UserError(f"is no commonsense question ({_fields(values)})")
+    raise UserError(f"is not a commonsense question ({_fields(values)})")
 
 
-def _listed(head: str, word: str, options: Sequence[str], chosen: int, between: str = " ", end: str = "\n\n") -> Any:
-    """An instruction with numbered options, and the number that is right.
+def _listed(head: str, word: str, options: Sequence[str], correct: int, between: str = " ", end: str = "\n\n") -> Any:
+    """Return an instruction with numbered options, and the number of the correct one as its answer.
 
     Args:
-        chosen: from 0.
+        head: the question.
+        word: what an option is called, such as "answer".
+        options: the texts of the options.
+        correct: the index of the correct option, from 0.
+        between: the text between two options.
+        end: the text after the options.
     """
-    if not 0 <= chosen < len(options):
-        raise UserError(f"has no answer among its {len(options)} options")
+    if not 0 <= correct < len(options):
+        raise UserError(f"has no correct answer among its {len(options)} options")
     shown = between.join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
     names = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
     instruction = f"{head}\n\n{shown}{end}Answer format: {names}"
-    return _prompted(instruction, f"the correct answer is {word}{chosen + 1}")
+    return _prompted(instruction, f"the correct answer is {word}{correct + 1}")
 
 
 def _number(values: Mapping[str, Any], name: str) -> int:
-    """A label as an int, from a number or digits; -1 for any other text: published test sets have no labels."""
+    """Return a label as an int, from a number or digits; -1 for anything else, as in test sets without labels."""
     try:
         return int(values[name])
     except (TypeError, ValueError):
@@ -203,31 +208,31 @@ def _siqa(values: Mapping[str, Any]) -> dict[str, Any]:
 def _boolq(values: Mapping[str, Any]) -> dict[str, Any]:
     answer = values["answer"] if "answer" in values else values["label"]
     if answer not in (True, False):
-        raise UserError("has no answer: neither true nor false")
+        raise UserError("has an answer that is neither true nor false")
     question = _text(values, "question").removesuffix("?")
     head = f"Please answer the following question with true or false, question: {question}?"
     return _prompted(f"{head}\n\nAnswer format: true/false", f"the correct answer is {str(bool(answer)).lower()}")
 
 
 def _multiple_choice(values: Mapping[str, Any]) -> dict[str, Any]:
-    """ARC, OpenBookQA, CommonsenseQA, MMLU, and sets with such fields."""
+    """Convert a question of ARC, OpenBookQA, CommonsenseQA, MMLU, or a dataset with the same fields."""
     question: Any = values["question_stem" if "question_stem" in values else "question"]
     options: Any = values.get("choices", values.get("options"))
-    if isinstance(question, Mapping):  # as AI2 publishes ARC itself
+    if isinstance(question, Mapping):  # as in AI2's own release of ARC
         question, options = question["stem"], question["choices"]
     question = _text({"question": question}, "question")
     labels, texts = _options(options)
     answer = values["answerKey"] if "answerKey" in values else values["answer"]
     if isinstance(answer, str):
         matches = [names.index(answer) for names in (labels, texts) if answer in names]
-        chosen = matches[0] if matches else _number({"answer": answer}, "answer")
+        correct = matches[0] if matches else _number({"answer": answer}, "answer")
     else:
-        chosen = _number({"answer": answer}, "answer")
-    return _listed(CHOOSE.format(question), "answer", texts, chosen)
+        correct = _number({"answer": answer}, "answer")
+    return _listed(CHOOSE.format(question), "answer", texts, correct)
 
 
 def _options(options: Any) -> tuple[list[str], list[str]]:
-    """Labels and texts of options: two lists, a list of pairs, a mapping, or texts alone (labelled A, B, ...)."""
+    """Return the labels and texts of options, given as two lists, a list of pairs, a mapping, or texts (A, B, ...)."""
     if isinstance(options, Mapping) and {"text", "label"} <= options.keys():
         return _texts(options["label"], "labels"), _texts(options["text"], "options")
     if isinstance(options, Mapping):
@@ -243,7 +248,7 @@ def _question(values: Mapping[str, Any]) -> dict[str, Any]:
     return _prompted(_text(values, "question"), _text(values, "answer"))
 
 
-# The fields that tell a data set; more fields come before fewer.
+# The fields that identify a dataset; the more specific sets of fields come first.
 QUESTIONS = (
     (frozenset({"goal", "sol1", "sol2", "label"}), _piqa),
     (frozenset({"ctx", "endings", "label"}), _hellaswag),

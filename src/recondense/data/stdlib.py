@@ -1,4 +1,4 @@
-"""Python's standard library as a corpus, for runs that download nothing."""
+"""Use Python's standard library as a corpus, for runs that download nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from recondense.data.corpus import SPLITS, Corpora
 from recondense.errors import UserError
 
-# Not prose in Python: tests, generated tables, installed packages.
+# Tests, generated tables and installed packages, which are not typical Python text.
 EXCLUDED_FOLDERS = frozenset(
     [
         "__pycache__",
@@ -26,19 +26,20 @@ EXCLUDED_FOLDERS = frozenset(
         "turtledemo",
     ]
 )
-# A calibration document: longer than 256 tokens of most tokenizers, so that cutting it at max_length leaves full texts.
+# The length of a calibration document: more than 256 tokens of most tokenizers, so that truncated texts are full.
 CHUNK_CHARACTERS = 2000
 
 
 def stdlib_corpora() -> Corpora:
-    """The running interpreter's standard library: a document is a module; a hash of its dotted name gives its split.
+    """Return the running interpreter's standard library. A document is a module.
 
-    About 90% of the modules train, 5% validate, 5% calibrate, the same ones on every machine. There are fewer
-    calibration modules than a calibration set needs, so they are cut into pieces of some 2,000 characters, taken in
-    turns: every module's first piece, then every module's second piece, and so on.
+    A hash of the module's dotted name decides its split: about 90% of the modules are for training, 5% for validation
+    and 5% for calibration, the same ones on every machine. A calibration set needs more texts than there are modules
+    for it, so these are cut into pieces of about 2,000 characters: first every module's first piece, then every
+    module's second piece, and so on.
 
     Raises:
-        UserError: the interpreter's library has no readable sources.
+        UserError: a split is empty, because the interpreter's library has too few readable sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -48,14 +49,14 @@ def stdlib_corpora() -> Corpora:
     if not all(splits.values()):
         sizes = ", ".join(f"{split} {len(texts)}" for split, texts in splits.items())
         raise UserError(
-            f"data=stdlib: {root} has too few Python sources ({sizes}); use an interpreter that ships its library's "
-            "sources, or data=texts with files of your own."
+            f"data=stdlib: {root} has too few Python sources ({sizes}); use an interpreter that comes with the sources "
+            "of its library, or data=texts with your own files."
         )
     return Corpora(**splits)
 
 
 def _modules(root: Path) -> Iterator[tuple[str, str]]:
-    """(dotted name, source) of every module below `root`."""
+    """Yield (dotted name, source) of every module below `root`."""
     for folder, names, files in os.walk(root):
         names[:] = [name for name in names if name not in EXCLUDED_FOLDERS and not _is_configuration(name)]
         for file in files:
@@ -71,18 +72,18 @@ def _modules(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _is_configuration(name: str) -> bool:
-    """Whether a file or folder describes this build of the interpreter, and so differs between machines."""
+    """Return whether a file or folder describes this build of the interpreter, and so differs between machines."""
     return name.startswith(("_sysconfigdata", "config-"))
 
 
 def _split_of(name: str) -> str:
-    """The split of a module, by its dotted name alone."""
+    """Return the split of a module; it depends only on the dotted name."""
     bucket = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20
     return {0: "validation", 1: "calibration"}.get(bucket, "train")
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut a text at line ends into pieces of at least CHUNK_CHARACTERS; a shorter rest is dropped unless it is all."""
+    """Cut a text at line ends into pieces of at least CHUNK_CHARACTERS; drop a shorter rest, except of a short text."""
     pieces, lines, size = [], [], 0
     for line in text.splitlines(keepends=True):
         lines.append(line)

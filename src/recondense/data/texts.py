@@ -1,4 +1,4 @@
-"""The texts of a run and their windows, each made once."""
+"""The texts of a run and their token windows."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Texts:
 
     Args:
         corpora: the run's documents.
-        stage_corpora: documents of recovery stages that do not train on the run's, by the stage's name.
-        counts: how many supervised examples were kept, left out and cut, by stage and split; `training` fills it.
+        stage_corpora: the documents of recovery stages that do not train on the run's documents, by the stage's name.
+        counts: the numbers of supervised examples that were kept, left out and truncated, by stage and split;
+            `training_windows` fills it.
     """
 
     corpora: Corpora
@@ -38,14 +39,15 @@ class Texts:
 
     @classmethod
     def read(cls, config: Config, stages: Sequence[Stage], calibrates: bool) -> Texts:
-        """Read the splits that a run needs. Nothing is tokenised, so that this can be done before weights load.
+        """Read the splits that a run needs. Nothing is tokenized, so this is done before weights are loaded.
 
         Args:
-            stages: of the recovery; those without an objective read nothing.
+            config: the config of the run.
+            stages: the stages of the recovery; stages without an objective read nothing.
             calibrates: whether the run needs its calibration set.
 
         Raises:
-            UserError: texts that cannot be read, or too few of them.
+            UserError: texts cannot be read, or there are too few of them.
         """
         stages = [stage for stage in stages if stage.recovery.objective != "none"]
         shared = [stage for stage in stages if not stage.own_texts]
@@ -60,25 +62,27 @@ class Texts:
         return cls(corpora, stage_corpora)
 
     def sha256(self) -> dict[str, str]:
-        """The hash of every split; a recovery stage's splits are named <stage>/<split>."""
+        """Return the SHA-256 of every split; the splits of a recovery stage are named <stage>/<split>."""
         hashes = self.corpora.sha256()
         for name, corpora in self.stage_corpora.items():
             hashes |= {f"{name}/{split}": sha for split, sha in corpora.sha256().items()}
         return hashes
 
     def documents(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-        """The run's documents of a split as plain texts; None if it has none."""
+        """Return the run's documents of a split as plain texts; None if there is no such split."""
         texts = getattr(self.corpora, split)
         return None if texts is None else render_documents(texts, tokenizer)
 
     def windows(self, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor | None:
-        """Packed windows of one of the run's splits.
+        """Return the packed windows of one of the run's splits.
 
         Args:
-            length: tokens of a window.
+            split: the name of the split.
+            tokenizer: the model's tokenizer.
+            length: tokens per window.
 
         Returns:
-            ids (N, length), int64; None if the run has no such text.
+            ids (N, length), int64; None if the run has no such split.
         """
         if (split, length) not in self._windows:
             texts = self.documents(split, tokenizer)
@@ -87,10 +91,10 @@ class Texts:
         return self._windows[split, length]
 
     def training_windows(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Table | None:
-        """Windows of a recovery stage: records with the labels of their answers, or packed texts.
+        """Return the windows of a recovery stage: records with the labels of their answers, or packed texts.
 
         Returns:
-            a table of windows; None if the stage has no such text.
+            A table of windows; None if the stage has no such split.
         """
         assert tokenizer is not None
         if (stage.name, split) not in self._training:
@@ -126,6 +130,6 @@ class Texts:
 
 
 def _read_stage(stage: Stage) -> Corpora:
-    """The documents of a recovery stage that does not train on the run's."""
+    """Read the documents of a recovery stage that does not train on the run's documents."""
     splits = ["train", "validation"] if stage.recovery.validate_every else ["train"]
     return load_corpora(stage.data, splits, where=f"{stage.where}.data")

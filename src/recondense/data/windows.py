@@ -1,4 +1,4 @@
-"""Texts packed into windows of token ids.
+"""Pack texts into windows of token ids.
 
 Legend: N windows, S tokens of a window.
 """
@@ -16,18 +16,19 @@ from transformers import PreTrainedTokenizerBase
 from recondense.errors import UserError
 from recondense.progress import track
 
-TEXTS_PER_CALL = 64  # fast tokenizers work on a batch's texts in parallel
-SLOW_CHARACTERS = 20_000_000  # packing more than this takes long enough for a progress bar
+TEXTS_PER_CALL = 64  # fast tokenizers process the texts of a call in parallel
+SLOW_CHARACTERS = 20_000_000  # with more characters than this, a progress bar is shown
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "text") -> Tensor:
-    """Join documents with the end-of-text token and cut them into windows; the tail is dropped.
+    """Join documents with the end-of-text token and cut them into windows; the incomplete last window is dropped.
 
     Args:
         texts: documents.
-        tokenizer: without its special tokens, except for one eos token after every document (none if it has none).
-        length: S, tokens of a window.
-        name: what the texts are, for messages.
+        tokenizer: the model's tokenizer. Its only special token in the windows is the end-of-text token after each
+            document, if it has one.
+        length: S, tokens per window.
+        name: a name for the texts in messages.
 
     Returns:
         ids (N, S), int64.
@@ -39,13 +40,13 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, 
     parts: list[np.ndarray[Any, np.dtype[np.int64]]] = [np.empty(0, dtype=np.int64)]
     starts: Any = range(0, len(texts), TEXTS_PER_CALL)
     if sum(map(len, texts)) > SLOW_CHARACTERS:
-        starts = track(starts, f"tokenising {name}")
+        starts = track(starts, f"tokenizing {name}")
     for start in starts:
         encoded = tokenizer(
             list(texts[start : start + TEXTS_PER_CALL]),
             add_special_tokens=False,
             return_attention_mask=False,
-            verbose=False,  # no warning of a document that is longer than the model's context
+            verbose=False,  # no warning if a document is longer than the model's context
         )
         parts += [np.asarray([*ids, *end], dtype=np.int64) for ids in encoded["input_ids"]]
     ids = np.concatenate(parts)

@@ -37,7 +37,7 @@ def test_the_fingerprint_depends_on_ids_and_on_where_texts_end() -> None:
 def test_too_few_or_empty_calibration_texts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_samples=3: there are 2 calibration texts; lower it"):
         make_calibration_set(["a", "b"], byte_tokenizer(), 3, 8)
-    with pytest.raises(ValueError, match=r"2 of 4 texts are shorter than one token \(index from 0: 1, 3\)"):
+    with pytest.raises(ValueError, match=r"2 of 4 texts have no token \(indices from 0: 1, 3\)"):
         make_calibration_set(["a", "", "b", ""], byte_tokenizer(), 4, 8)
 
 
@@ -49,5 +49,5 @@ def test_a_special_token_alone_is_no_text() -> None:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     assert make_calibration_set(["ab"], tokenizer, 1, 8).ids[0][0] == 0
-    with pytest.raises(ValueError, match="shorter than one token"):
+    with pytest.raises(ValueError, match="texts have no token"):
         make_calibration_set([""], tokenizer, 1, 8)

@@ -64,7 +64,7 @@ def test_training_texts_leave_out_the_other_splits(tmp_path: Path) -> None:
     assert load_corpora(texts_config(calibration=path, train=path), ["train"]).train == ["three", "four"]
     assert load_corpora(texts_config(calibration=path)).train is None
     all_taken = write_jsonl(tmp_path / "two.jsonl", ["one", "two"])
-    with pytest.raises(ValueError, match="all of its texts are calibration or validation texts"):
+    with pytest.raises(ValueError, match="all of its texts are also calibration or validation texts"):
         load_corpora(texts_config(calibration=path, train=all_taken))
 
 
@@ -76,9 +76,9 @@ def test_problems_of_files_are_all_reported(tmp_path: Path) -> None:
     missing = tmp_path / "missing.txt"
     problems = check_paths(texts_config(calibration=empty, train=folder, validation=missing))
     assert problems == [
-        f"data.train.path={folder}: is a folder; a file is needed.",
+        f"data.train.path={folder}: is a folder; give a file.",
         f"data.validation.path={missing}: there is no such file.",
-        f"data.calibration.path={empty}: the file has no text; give one with at least one document.",
+        f"data.calibration.path={empty}: the file has no text; give a file with at least one document.",
     ]
     assert check_paths(DataConfig()) == []
 
@@ -86,10 +86,10 @@ def test_problems_of_files_are_all_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"body": "b"}\n', r"line 2 has no text under 'text' \(its keys: body\); set data.text_field"),
-        (b'{"text": "a"}\n\n[1]\n', "line 3 has no text under 'text' .a list."),
+        (b'{"text": "a"}\n{"body": "b"}\n', r"line 2 has no text in 'text' \(its keys: body\); set data.text_field"),
+        (b'{"text": "a"}\n\n[1]\n', "line 3 has no text in 'text' .a list."),
         (b'{"text": 1}\n', "line 1 has no text"),
-        (b'{"text": "a"}\noops\n', "line 2 is not JSON .*; write one object a line"),
+        (b'{"text": "a"}\noops\n', "line 2 is not JSON .*; write one object per line"),
         (b'{"text": "\xff"}\n', "is not UTF-8 text .byte 10"),
     ],
 )
@@ -107,7 +107,7 @@ def test_calibration_files_that_are_too_short(tmp_path: Path) -> None:
     problems = check_paths(texts_config(calibration=path))
     assert len(problems) == 2
     assert "has 1 texts, but data.calibration.num_samples=2; lower num_samples" in problems[0]
-    assert "line 1 is an empty text, shorter than one token" in problems[1]
+    assert "the text of line 1 is empty; remove it" in problems[1]
     with pytest.raises(ValueError, match="the file has no text"):
         load_corpora(texts_config(validation=path))
     with pytest.raises(ValueError, match="there is no such file"):
@@ -180,12 +180,12 @@ def test_mistakes_in_hub_settings_are_explained(dataset: Path) -> None:
         load_corpora(replace(hub_config(dataset), splits=SplitNames(train="tran")))
     with pytest.raises(ValueError, match=r"no field 'body' \(fields: text\); set data.text_field"):
         load_corpora(replace(hub_config(dataset), text_field="body"))
-    with pytest.raises(ValueError, match="no text left for it"):
+    with pytest.raises(ValueError, match="no more texts for it"):
         load_corpora(replace(hub_config(dataset), calibration=CalibrationConfig(num_samples=10)))
     with pytest.raises(ValueError, match=r"BuilderConfig 'xx' not found.*data\.subset"):
         load_corpora(replace(hub_config(dataset), subset="xx"))
-    assert "would read the whole split" in check_paths(hub_config(dataset, train=None))[0]
-    assert "name the data set" in check_paths(replace(hub_config(dataset), dataset=None))[0]
+    assert "would read the entire split" in check_paths(hub_config(dataset, train=None))[0]
+    assert "name the dataset" in check_paths(replace(hub_config(dataset), dataset=None))[0]
 
 
 def test_a_missing_network_is_reported_in_one_sentence_and_soon(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_messages_name_settings_as_the_config_does(dataset: Path, tmp_path: Path
     path = tmp_path / "of data.form and data.text_field.jsonl"
     write_jsonl(path, ["a"], field="body")
     where = "recovery.stages[1].data"
-    expected = f"{where}.train.path={path}: line 1 has no text under 'text' (its keys: body); set {where}.text_field."
+    expected = f"{where}.train.path={path}: line 1 has no text in 'text' (its keys: body); set {where}.text_field."
     config = texts_config(train=path)
     assert check_paths(config, where) == [expected]
     with pytest.raises(UserError) as caught:
@@ -226,7 +226,7 @@ def test_messages_name_settings_as_the_config_does(dataset: Path, tmp_path: Path
     assert check_paths(replace(hub_config(dataset), dataset=None), where)[0].startswith(f"{where}.dataset=null: ")
     source = CalibrationConfig(num_samples=1, sources=(SourceConfig(path=str(path)),))
     name = "data.calibration.sources[0]"
-    expected = f"{name}.path={path}: line 1 has no text under 'text' (its keys: body); set {name}.text_field."
+    expected = f"{name}.path={path}: line 1 has no text in 'text' (its keys: body); set {name}.text_field."
     assert check_paths(DataConfig(calibration=source)) == [expected]
     with pytest.raises(UserError) as caught:
         load_corpora(DataConfig(calibration=source), ["calibration"])
@@ -353,14 +353,16 @@ def test_sources_that_are_refused(tmp_path: Path, dataset: Path) -> None:
     name = "data.calibration.sources"
     assert problems() == [f"{name}=[]: name at least one source, or set it to null."]
     assert problems(SourceConfig(path="/nowhere")) == [f"{name}[0].path=/nowhere: there is no such file."]
-    assert f"{name}[0]: give either path" in problems(SourceConfig())[0]
-    assert f"{name}[0]: give either path" in problems(SourceConfig(path=path, dataset="x"))[0]
-    assert f"{name}[1].weight=0.01: none of" in problems(SourceConfig(dataset="x"), SourceConfig(path, weight=0.01))[0]
-    assert "has 2 texts, but 4 are its share; lower its weight" in problems(SourceConfig(path))[0]
+    assert f"{name}[0]: set either path" in problems(SourceConfig())[0]
+    assert f"{name}[0]: set either path" in problems(SourceConfig(path=path, dataset="x"))[0]
+    assert (
+        f"{name}[1].weight=0.01: no text of" in problems(SourceConfig(dataset="x"), SourceConfig(path, weight=0.01))[0]
+    )
+    assert "has 2 texts, but its share is 4; lower its weight" in problems(SourceConfig(path))[0]
     assert f"set {name}[0].text_field." in problems(SourceConfig(path, text_field="body"))[0]
     assert "set one of them to null" in problems(SourceConfig(dataset="x"), path=path)[0]
     short = CalibrationConfig(num_samples=50, sources=(SourceConfig(dataset=str(dataset)),))
-    with pytest.raises(ValueError, match=r"sources\[0\] has 7 texts, but 50 are its share"):
+    with pytest.raises(ValueError, match=r"sources\[0\] has 7 texts, but its share is 50"):
         load_corpora(DataConfig(calibration=short), ["calibration"])
     missing = CalibrationConfig(num_samples=5, sources=(SourceConfig(dataset=str(dataset), split="tran"),))
     with pytest.raises(ValueError, match=r"^data.calibration.sources\[0\].dataset=.*Check data.calibration.sources"):

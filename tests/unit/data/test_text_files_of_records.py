@@ -48,9 +48,13 @@ def test_a_byte_order_mark_and_an_enclosing_field_are_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "form", "message"),
     [
-        ('{"body": 1}', "auto", "line 1 has no known form .*; mend it, or set data.form"),
-        (f"{json.dumps(ALPACA[0])}\n[1]", "auto", "line 2 is a list"),
-        (json.dumps([ALPACA[0], {"messages": CHAT}]), "auto", "record 2 is no alpaca record: it has no 'instruction'"),
+        ('{"body": 1}', "auto", "line 1 has no known form .*; fix it, or set data.form"),
+        (f"{json.dumps(ALPACA[0])}\n[1]", "auto", "line 2 is of type list"),
+        (
+            json.dumps([ALPACA[0], {"messages": CHAT}]),
+            "auto",
+            "record 2 is not a record of form alpaca: it has no 'instruction'",
+        ),
         ("[1", "auto", r"is not JSON \(line 1: "),
         ("{", "alpaca", "line 1 is not JSON"),
     ],
