@@ -235,7 +235,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "padding beyond all": (["export.max_padding=1.5"], ["export.max_padding=1.5", "[0, 1]"]),
     "stock where it cannot be": (
         ["method=moei2", "export.format=stock"],
-        ["export.format=stock", "low-rank experts", "no config of qwen2_moe says", "export.format=auto"],
+        ["export.format=stock", "low-rank experts", "a config of qwen2_moe cannot express", "export.format=auto"],
     ),
     "repository that is none": (["export.push_to_hub=mine"], ["export.push_to_hub=mine", "owner/name"]),
     "push by nobody": (["export.push_to_hub=me/mine"], ["no token", "hf auth login"]),

@@ -257,7 +257,7 @@ def test_the_same_command_tries_an_upload_again(
     settings = ("method=cdmoe", "method.num_experts=2", "recovery=none", "export.push_to_hub=me/mine")
     push = arguments(folder, texts, out, "run", *settings, "callbacks.profile.enabled=false")
     code, err = command(*push)
-    assert code == 2 and "the connection broke" in err and "the same command uploads it" in err
+    assert code == 2 and "the connection broke" in err and "run the same command again" in err
     before = files(out / "run")
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model is loaded again"))
     code, err = command(*push)
@@ -288,4 +288,4 @@ def test_an_upload_of_a_deleted_folder_is_refused(
     assert command(*push)[0] == 2
     shutil.rmtree(out / "run" / "model")
     code, err = command(*push)
-    assert code == 2 and f"{out / 'run' / 'model'} is no longer there; overwrite=true makes it again" in err
+    assert code == 2 and f"{out / 'run' / 'model'} no longer exists; run again with overwrite=true" in err

@@ -111,7 +111,7 @@ def read_split(split: HubSplit, count: int) -> list[str]:
 
 
 def hub_corpora(
-    data: DataConfig, splits: set[str], excluded: Iterable[str] = (), where: str = "data"
+    data: DataConfig, splits: set[str], apart: Iterable[str] = (), where: str = "data"
 ) -> dict[str, list[str]]:
     """Return the documents of a dataset's splits.
 
@@ -122,7 +122,7 @@ def hub_corpora(
     Args:
         data: the settings of the data.
         splits: the splits to return.
-        excluded: documents that are removed from the training texts.
+        apart: documents that are removed from the training texts.
         where: the dotted name of `data` in the config, for messages.
 
     Raises:
@@ -139,7 +139,7 @@ def hub_corpora(
             split = _split_of(data, name, where)
             stream = streams.setdefault(split.split, split.documents())
             if name == "train":
-                used.update(excluded)
+                used.update(apart)
             documents[name] = _take(split, (text for text in stream if text not in used), counts[name], name)
             if name == "calibration":
                 used.update(documents[name])

@@ -1,1 +1,1 @@
-"""Evaluate: perplexity, lm-eval tasks, memory and speed."""
+"""Evaluate: measure perplexity, lm-eval tasks, memory and speed."""

@@ -1,4 +1,4 @@
-"""Two lm-eval tasks made from held-out documents: perplexity, and a multiple choice of the line that comes next."""
+"""Make two lm-eval tasks from held-out documents: perplexity, and multiple choice of the next line."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ NEXT_LINE = "heldout_next_line"
 HELDOUT_TASKS = (PERPLEXITY, NEXT_LINE)
 
 MAX_CHARACTERS = 3000  # of a perplexity document
-CONTEXT_LINES = 8  # that a question shows
+CONTEXT_LINES = 8  # lines that a question shows
 WRAP = 100  # characters; longer lines (prose) are broken between words
-SHORTEST = 12  # characters of a line worth guessing
+SHORTEST = 12  # characters; shorter lines are not used as choices
 WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A line that a question can ask for or offer.
+    """A line that can be a choice of a question.
 
     Args:
-        document, index: its place.
-        text: without indentation.
+        document: index of the line's document.
+        index: index of the line in its document.
+        text: the line without indentation.
     """
 
     document: int
@@ -51,36 +52,39 @@ def write_heldout_tasks(
     num_texts: int = 20,
     seed: int = 0,
 ) -> list[str]:
-    """Write the two tasks as lm-eval YAML files with their data beside them; equal arguments write equal bytes.
+    """Write the two tasks as lm-eval YAML files, with their data beside them. Equal arguments write equal bytes.
 
-    heldout_perplexity: log-likelihood of `num_texts` documents, each cut at 3,000 characters. It is per byte, because
-    a word of source text is anything between blanks.
-    heldout_next_line: shows 8 lines, and `num_choices` lines of which one follows them; the others come from other
-    documents. Lines qualify if they have 12 characters and two words, and occur once in all documents. The metric that
-    tells most is acc_mutual_info. It ranks by ln P(line | lines before) - ln P(line), so that short and common lines
-    have no advantage (a weak model's acc and acc_norm are near chance).
+    heldout_perplexity measures the log-likelihood of `num_texts` documents, each cut at 3,000 characters. It is
+    normalized per byte, because words are not well defined in source code.
+
+    heldout_next_line shows 8 lines and `num_choices` candidates for the next line. One follows in the document, the
+    others come from other documents. A candidate has at least 12 characters and two words, and occurs only once in all
+    documents. The most informative metric is acc_mutual_info. It ranks by ln P(line | context) - ln P(line), so that
+    short and common lines have no advantage (acc and acc_norm of a weak model are near chance).
 
     Args:
-        folder: where to write; pass it to `run_tasks` as `include_path`.
+        folder: the folder to write to; pass it to `run_tasks` as `include_path`.
         texts: held-out documents, at least two.
-        num_questions: at most; there are fewer if the texts have fewer lines.
-        seed: of the selection.
+        num_choices: number of candidates per question.
+        num_questions: maximum number of questions; there are fewer if the texts have too few lines.
+        num_texts: maximum number of documents for the perplexity.
+        seed: the seed of the selection.
 
     Returns:
-        the names of the tasks.
+        The names of the tasks.
 
     Raises:
-        UserError: the texts are too few to ask a single question.
+        UserError: the texts are too few for a single question.
     """
     rng = random.Random(seed)
     documents = [text for text in texts if text.strip()]
-    chosen = sorted(rng.sample(range(len(documents)), min(num_texts, len(documents))))
-    rolling = [{"text": _cut(documents[index])} for index in chosen]
+    indices = sorted(rng.sample(range(len(documents)), min(num_texts, len(documents))))
+    rolling = [{"text": _cut(documents[index])} for index in indices]
     questions = _questions([_lines(text) for text in documents], num_choices, num_questions, rng)
     if not questions:
         raise UserError(
             f"evaluation: {len(documents)} held-out texts have too few lines for one question of {NEXT_LINE} with "
-            f"{num_choices} choices; give more validation text, or take the task out of evaluation.tasks."
+            f"{num_choices} choices; give more validation text, or remove the task from evaluation.tasks."
         )
     _write(folder, PERPLEXITY, rolling, _perplexity_task())
     _write(folder, NEXT_LINE, questions, _next_line_task())
@@ -91,10 +95,10 @@ def _questions(
     documents: Sequence[Sequence[str]], num_choices: int, num_questions: int, rng: random.Random
 ) -> list[dict[str, Any]]:
     candidates = _candidates(documents)
-    asked = [line for line in candidates if line.index >= CONTEXT_LINES]
-    rng.shuffle(asked)
+    answers = [line for line in candidates if line.index >= CONTEXT_LINES]
+    rng.shuffle(answers)
     questions: list[dict[str, Any]] = []
-    for line in asked:
+    for line in answers:
         if len(questions) == num_questions:
             break
         others = _draw_others(line, candidates, num_choices - 1, rng)
@@ -115,20 +119,20 @@ def _questions(
 
 
 def _candidates(documents: Sequence[Sequence[str]]) -> list[_Line]:
-    """The lines that qualify, in order: of some length, and different from all others."""
-    lines_of_length = [
+    """Return the lines that can be choices, in order: long enough, and different from all others."""
+    long_lines = [
         _Line(number, index, line.strip())
         for number, lines in enumerate(documents)
         for index, line in enumerate(lines)
         if len(line.strip()) >= SHORTEST and len(set(WORD.findall(line))) >= 2
     ]
-    counts = Counter(line.text for line in lines_of_length)
-    return [line for line in lines_of_length if counts[line.text] == 1]
+    counts = Counter(line.text for line in long_lines)
+    return [line for line in long_lines if counts[line.text] == 1]
 
 
 def _draw_others(line: _Line, candidates: Sequence[_Line], count: int, rng: random.Random) -> list[_Line] | None:
-    """`count` different lines of other documents; None if a bounded number of draws does not give as many."""
-    drawn: dict[_Line, None] = {}  # in the order of the draws
+    """Draw `count` different lines of other documents; return None if 100 draws per line do not suffice."""
+    drawn: dict[_Line, None] = {}  # in the order in which they were drawn
     for _ in range(100 * count):
         other = candidates[rng.randrange(len(candidates))]
         if other.document != line.document:
@@ -139,7 +143,7 @@ def _draw_others(line: _Line, candidates: Sequence[_Line], count: int, rng: rand
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text without blank ones; long lines are wrapped."""
+    """Return the lines of a text without blank ones; long lines are wrapped."""
     lines: list[str] = []
     for line in text.expandtabs().splitlines():
         line = line.rstrip()
@@ -151,7 +155,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    """The beginning of a text, up to the end of a line if there is one."""
+    """Return the beginning of a text, up to MAX_CHARACTERS and if possible to the end of a line."""
     if len(text) <= MAX_CHARACTERS:
         return text
     end = text.rfind("\n", 1, MAX_CHARACTERS)
@@ -187,7 +191,7 @@ def _write(folder: Path, task: str, records: Iterable[dict[str, Any]], settings:
     config = {
         "task": task,
         "dataset_path": "json",
-        # The user's cache is neither needed nor filled.
+        # A separate cache: the user's is not needed and not filled.
         "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder.absolute() / "cache")},
         "test_split": "test",
         "num_fewshot": 0,
@@ -198,6 +202,6 @@ def _write(folder: Path, task: str, records: Iterable[dict[str, Any]], settings:
 
 
 def _write_changed(path: Path, text: str) -> None:
-    """Write a file unless it has that text already: the cache of `datasets` goes by the time of the last change."""
+    """Write a file unless it already has this text: the cache of `datasets` depends on the modification time."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_aside(path, text)

@@ -1,4 +1,4 @@
-"""Runs lm-eval's tasks on the live model: quietly, without needless look-ups, and without changing the model."""
+"""Run lm-eval tasks on a model in memory, without lm-eval's output, needless requests, or changes to the model."""
 
 from __future__ import annotations
 
@@ -41,22 +41,24 @@ def run_tasks(
     include_path: IncludePath = None,
     description: str = "lm-eval",
 ) -> dict[str, dict[str, float]]:
-    """Run lm-eval tasks on the live model. Weights, mode, tokenizer and random states stay as they are.
+    """Run lm-eval tasks on a model in memory. Its weights and mode, the tokenizer and random states do not change.
 
     Args:
-        tasks: names of tasks, groups or tags, lm-eval's or those in `include_path`.
-        limit: examples of each task; a number below 1 is a fraction.
-        num_fewshot: examples in the prompt, but for tasks that fix them at 0; None leaves every task its number.
-        batch_size: sequences of a forward pass.
-        include_path: folders with further task files.
-        description: shown as progress.
+        model: a causal LM.
+        tokenizer: the model's tokenizer.
+        tasks: names of tasks, groups or tags of lm-eval or of `include_path`.
+        limit: maximum number of examples per task; a number below 1 is a fraction. None for all.
+        num_fewshot: examples in the prompt, except for tasks that fix it at 0; None for each task's default.
+        batch_size: sequences per forward pass.
+        include_path: folders with more task files.
+        description: the description of the progress bar.
 
     Returns:
-        the metrics and standard errors that are numbers, by task: a tag gives each of its tasks, a group its mean.
+        For each task, its numeric metrics and standard errors. A tag is reported as its tasks, a group as one entry.
 
     Raises:
-        UserError: an unknown task, with the nearest names.
-        UserError: a task's data is not cached and the hub cannot be reached.
+        UserError: a task is unknown (the message suggests similar names), or its data is not cached and the hub cannot
+            be reached.
     """
     problems = check_tasks(tasks, include_path)
     if problems:
@@ -76,22 +78,22 @@ def run_tasks(
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
             log_samples=False,
         )
-    assert results is not None, "lm-eval has results on the first process alone"
+    assert results is not None, "lm-eval returns results on the first process only"
     metrics = {**results["results"], **results.get("groups", {})}
     return {name: _numbers(metrics[name]) for name in _reported(manager, tasks) if name in metrics}
 
 
 def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -> list[Problem]:
-    """Problems of task names. Reading lm-eval's index takes seconds, so it is read only if needed.
+    """Return the problems of task names. Reading lm-eval's index takes seconds, so it is read only if needed.
 
     Args:
-        tasks: names of tasks; None for all that `include_path` defines.
-        include_path: folders with further task files.
+        tasks: names of tasks; None for all tasks that `include_path` defines.
+        include_path: folders with more task files.
     """
     problems = _check_folders(include_path)
     if tasks is None:
         if not problems and not folder_tasks(include_path):
-            text = "none of its YAML files defines a task; one that does has a line `task: <name>`."
+            text = "none of its YAML files defines a task; a task file has a line `task: <name>`."
             problems.append(Problem("evaluation.include_path", text, include_path))
         return problems
     local = _local_tasks(include_path).all_tasks if include_path is not None else ()
@@ -102,23 +104,23 @@ def check_tasks(tasks: Sequence[str] | None, include_path: IncludePath = None) -
     for task in dict.fromkeys(unknown):
         if task not in known:
             near = difflib.get_close_matches(task, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them."
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists all tasks."
             problems.append(Problem("evaluation.tasks", f"lm-eval has no task {task!r}; {hint}"))
     return problems
 
 
 def folder_tasks(include_path: IncludePath) -> list[str]:
-    """The names of the tasks that the YAML files of folders define, without groups and tags."""
+    """Return the names of the tasks that the YAML files in some folders define, without groups and tags."""
     return list(_local_tasks(include_path).all_subtasks)
 
 
 def _check_folders(include_path: IncludePath) -> list[Problem]:
-    """Problems of task files that are no YAML; lm-eval's index leaves them out without a word."""
+    """Return the problems of task files that are not valid YAML; lm-eval's index skips them silently."""
     problems = []
     for path in (path for folder in _folders(include_path) for path in sorted(Path(folder).rglob("*.yaml"))):
         try:
             check_yaml(path)
-        except Exception as error:  # whatever a parser, or a file that it includes, raises
+        except Exception as error:  # a parser, or a file that it includes, may raise anything
             text = f"{path} cannot be read: {' '.join(str(error).split())}"
             problems.append(Problem("evaluation.include_path", text))
     return problems
@@ -131,14 +133,14 @@ def _folders(include_path: IncludePath) -> tuple[str, ...]:
 
 
 def _manager(tasks: Sequence[str], include_path: IncludePath) -> Any:
-    """An index that has the tasks: that of the folders alone if they define all of them, which is read sooner."""
+    """Return an index with the tasks: that of the folders if they define all of them, because it is read faster."""
     local = _local_tasks(include_path)
     # A group in these folders may be made of lm-eval's tasks.
     return local if set(tasks) <= set(local.all_subtasks) else _all_tasks(_folders(include_path))
 
 
 def _on_disk(manager: Any, tasks: Sequence[str]) -> bool:
-    """Whether all tasks read files of this machine, so that there is nothing to look up on the hub."""
+    """Return whether all tasks read local files, so that nothing is requested from the hub."""
     for task in tasks:
         settings = task_settings(manager, task)
         if settings.get("dataset_path") not in FILE_FORMATS or "://" in str(settings.get("dataset_kwargs")):
@@ -147,7 +149,7 @@ def _on_disk(manager: Any, tasks: Sequence[str]) -> bool:
 
 
 def _local_tasks(include_path: IncludePath) -> Any:
-    """An index of the tasks in some folders, without lm-eval's."""
+    """Return an index of the tasks in some folders, without lm-eval's."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(_folders(include_path)), include_defaults=False)
@@ -155,12 +157,12 @@ def _local_tasks(include_path: IncludePath) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _all_tasks(folders: tuple[str, ...]) -> Any:
-    """An index with lm-eval's 14,000 tasks too. It takes ten seconds to read, so that is done if needed, and once."""
+    """Return an index that includes lm-eval's 14,000 tasks; cached, because reading it takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # no warning of a task in the folders that replaces one of lm-eval's
+    logger.setLevel(logging.ERROR)  # no warning if a task in the folders replaces one of lm-eval's
     try:
         return TaskManager(include_path=list(folders))
     finally:
@@ -179,8 +181,8 @@ def _load(manager: Any, tasks: Sequence[str]) -> Any:
         reason = str(error).splitlines()[0].rstrip(".")
         if isinstance(error, ConnectionError) or "OfflineMode" in reason or "offline" in reason:
             raise UserError(
-                f"evaluation.tasks={','.join(tasks)}: {reason}; the hub cannot be reached and the cache does not hold "
-                "their data: check the network, or use evaluation=heldout or evaluation=none."
+                f"evaluation.tasks={','.join(tasks)}: {reason}; the hub cannot be reached and their data is not in the "
+                "cache: check the network, or use evaluation=heldout or evaluation=none."
             ) from error
         raise
 
@@ -201,7 +203,7 @@ def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batc
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return HFLM(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a padding token
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval adds a padding token to it
         batch_size=batch_size,
         softmax_dtype="float32",
         mixed_precision_dtype=autocast,
@@ -209,7 +211,7 @@ def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batc
 
 
 def _reported(manager: Any, tasks: Sequence[str]) -> list[str]:
-    """The names to report: a tag stands for its tasks."""
+    """Return the names to report, with each tag replaced by its tasks."""
     names: list[str] = []
     for task in tasks:
         names += tasks_of_tag(manager, task) or [task]
@@ -217,7 +219,7 @@ def _reported(manager: Any, tasks: Sequence[str]) -> list[str]:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """lm-eval's metrics under short names: "acc,none" is acc, and that of another filter is acc_<filter>."""
+    """Return lm-eval's metrics under short names: "acc,none" becomes acc, and "acc,<filter>" becomes acc_<filter>."""
     numbers = {}
     for key, value in metrics.items():
         name, _, filter_name = key.partition(",")
@@ -228,8 +230,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Inside, lm-eval's seeds; the generators are restored, so that an evaluation does not change a training."""
-    from lightning.pytorch.utilities.seed import isolate_rng  # late: seconds, which refusing a command should not take
+    """Set lm-eval's seeds inside the context and restore the generators, so that training is not affected."""
+    from lightning.pytorch.utilities.seed import isolate_rng  # here, because a refused command should not import it
 
     with isolate_rng(include_cuda=torch.cuda.is_available()):
         random.seed(0)
@@ -240,7 +242,7 @@ def _seeded() -> Iterator[None]:
 
 @contextmanager
 def _quiet(description: str) -> Iterator[None]:
-    """Inside, the libraries show no bars and log errors alone; our bar counts requests to the model."""
+    """Silence the libraries' bars and warnings inside the context, and show one bar that counts model requests."""
     import datasets
 
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Uses of lm-eval beyond its documented functions, in one place; docs/private_apis.md lists the names."""
+"""All uses of lm-eval beyond its documented functions; docs/private_apis.md lists the names."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ NO_PROCESSES = "DISABLE_MULTIPROC"
 
 
 def check_yaml(path: Path) -> None:
-    """Read a task file as lm-eval's index does, which leaves out a file that fails; here the error is raised."""
+    """Read a task file like lm-eval's index, but raise the errors that the index ignores."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     load_yaml(path, resolve_func=False)
 
 
 def task_settings(manager: Any, task: str) -> dict[str, Any]:
-    """The settings that a task's file has; empty for a task without a file."""
+    """Return the settings in a task's file; empty for a task without a file."""
     return manager.task_index[task].cfg or {}
 
 
 def tasks_of_tag(manager: Any, name: str) -> list[str] | None:
-    """The tasks of a tag, sorted; None if the name is not that of a tag."""
+    """Return the tasks of a tag, sorted; None if the name is not a tag."""
     entry = manager.task_index[name]
     return sorted(entry.tags) if entry.kind.name == "TAG" else None
 
 
 @contextmanager
 def requests_shown(bar: ProgressBar) -> Iterator[None]:
-    """Inside, lm-eval's bars give way to ours, which counts requests to the model, and it starts no processes."""
+    """Replace lm-eval's bars by `bar`, which counts model requests, and keep lm-eval from starting processes."""
     requests = _Requests(bar)
     with ExitStack() as stack:
         for name in MODULES_WITH_BARS:
             stack.enter_context(_attribute(importlib.import_module(name), "tqdm", requests))
-        stack.enter_context(_variable(NO_PROCESSES, "1"))  # a process per core would stand beside torch's threads
+        stack.enter_context(_variable(NO_PROCESSES, "1"))  # a process per core would compete with torch's threads
         yield
 
 
 class _Requests:
-    """Takes the place of tqdm in lm-eval: counts requests to the model; loops over other things show nothing."""
+    """A replacement for tqdm in lm-eval. It counts model requests; loops over other things show nothing."""
 
     def __init__(self, bar: ProgressBar) -> None:
         self.bar = bar
@@ -67,7 +67,7 @@ class _Requests:
 
 @contextmanager
 def _attribute(target: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute that is there, and restore it."""
+    """Set an existing attribute inside the context."""
     before = getattr(target, name)
     setattr(target, name, value)
     try:
@@ -78,7 +78,7 @@ def _attribute(target: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable, and restore it."""
+    """Set an environment variable inside the context."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

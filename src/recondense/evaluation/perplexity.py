@@ -1,6 +1,7 @@
-"""Perplexity of a model on packed windows, and its divergence from the original.
+"""EVALUATE: the perplexity of a model on packed windows, and its divergence from the original.
 
-Shapes: M windows, B windows of a batch, S tokens of a window, T predicted tokens, V vocabulary.
+Shapes: M windows, B windows of a batch, S tokens of a window, T predicted tokens, C tokens of a chunk, D hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from recondense.progress import ProgressBar, progress
 from recondense.recovery.losses import chunks
 from recondense.surgery.student import Student
 
-CHUNK_ELEMENTS = 2**22  # logits that are computed at a time: 16 MiB in fp32
-FAR = 60.0  # nats; a logit that differs by more is too large for exp in fp32
+CHUNK_ELEMENTS = 2**22  # logits computed at a time: 16 MiB in fp32
+FAR = 60.0  # nats; a larger difference between logits is too large for exp in fp32
 
 
 def evaluate(
@@ -40,17 +41,17 @@ def evaluate(
     """Measure a student, or any causal LM, on texts.
 
     Args:
-        student: from `execute` or `recover`. A model has no original to be compared with.
-        tokenizer: of the model.
+        student: a student returned by `apply`, or a model. A model has no original to compare with.
+        tokenizer: the model's tokenizer.
         texts: documents; they are packed into windows of `sequence_length` tokens.
-        sequence_length: tokens of a window.
-        batch_size: windows of a forward pass.
+        sequence_length: tokens per window.
+        batch_size: windows per forward pass.
 
     Returns:
-        loss (nats per token), perplexity, and of a student kl_to_original (nats per token).
+        loss (nats per token), perplexity, and for a student kl_to_original (nats per token).
 
     Raises:
-        UserError: fewer tokens than one window has, or a loss that is not finite.
+        UserError: the texts have fewer tokens than one window, or the loss is not finite.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -70,24 +71,24 @@ def perplexity(
     reference: Callable[[], AbstractContextManager[Any]] | None = None,
     description: str | None = None,
 ) -> dict[str, float]:
-    """The mean loss over the predicted tokens of all windows, and the divergence from the original.
+    """Measure the mean loss over the predicted tokens of all windows, and the divergence from the original.
 
     loss = −mean_t log q_t(target),  kl_to_original = mean_t Σ_v p_t(v) (log p_t(v) − log q_t(v)),
-    with q the model's and p the original's next-token distribution. Both are summed in fp64 over tokens.
+    where q is the model's next-token distribution and p the original's. Both are summed over tokens in fp64.
 
     Args:
-        model: runs on its device, in the precision that the caller's autocast sets; its mode is restored.
-        windows_MS: ids; every token of a window but the first is predicted.
-        batch_size: B, windows of a forward pass.
-        reference: makes a context that yields the original, or inside which `model` is it. Both have the same head.
-        description: shown as progress; None shows none.
+        model: a causal LM. It runs on its device, in the precision of the caller's autocast; its mode is restored.
+        windows_MS: ids; every token of a window except the first is predicted.
+        batch_size: B, windows per forward pass.
+        reference: makes a context that yields the original, or None if `model` itself is the original inside it. Model
+            and original must have the same head.
+        description: the description of the progress bar; None shows no bar.
 
     Returns:
         loss (nats), perplexity, and kl_to_original (nats) if `reference` is given.
 
     Raises:
-        UserError: no window, or windows of one token.
-        UserError: the loss is not finite.
+        UserError: there is no window with two tokens, or the loss is not finite.
     """
     if windows_MS.ndim != 2 or windows_MS.shape[0] == 0 or windows_MS.shape[1] < 2:
         raise UserError(
@@ -105,7 +106,7 @@ def perplexity(
     count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
     loss, divergence = (sums / count).tolist()
     if not math.isfinite(loss):
-        raise UserError(f"perplexity: the mean loss over {count} tokens is {loss}; the model's logits are not finite.")
+        raise UserError(f"perplexity: the mean loss over {count} tokens is {loss}: the model's logits are not finite.")
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     return figures if reference is None else {**figures, "kl_to_original": divergence}
 
@@ -113,9 +114,9 @@ def perplexity(
 def _pairs(
     model: PreTrainedModel, batches: Sequence[Tensor], reference: Callable[[], AbstractContextManager[Any]] | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The states before the head, (B, S, D), of the model and of the original, for each batch.
+    """Yield the hidden states before the head (B, S, D) of the model and of the original, for each batch.
 
-    A model that is larger than memory computes all batches first, layer by layer.
+    A streamed model first computes those of all batches, layer by layer.
     """
     states = _run_streamed(model, batches)
     original_states = None
@@ -135,7 +136,7 @@ def _pairs(
 
 
 def _run_streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> TensorList | None:
-    """The states before the head of all batches, layer by layer; None for a model that is in memory."""
+    """Compute the hidden states before the head of all batches, layer by layer; None for a model in memory."""
     if not layer_store(model).streamed:
         return None
     with progress("layer by layer", len(decoder.decoder_layers(model))) as bar:
@@ -148,7 +149,7 @@ def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
 
 
 def _sums(hidden_BSD: Tensor, original_BSD: Tensor | None, ids_BS: Tensor, head: Head) -> Tensor:
-    """The summed loss and divergence of a batch, (2,) fp64, from the logits of a few tokens at a time."""
+    """Return the summed loss and divergence of a batch (2,), fp64, computed from the logits of a chunk at a time."""
     sums = torch.zeros(2, dtype=torch.float64, device=ids_BS.device)
     hidden_TD, labels_T = hidden_BSD[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten()
     original_TD = None if original_BSD is None else original_BSD[:, :-1].flatten(0, 1)
@@ -162,18 +163,18 @@ def _sums(hidden_BSD: Tensor, original_BSD: Tensor | None, ids_BS: Tensor, head:
 
 
 def kl_divergence(original_TV: Tensor, logits_TV: Tensor) -> Tensor:
-    """KL(softmax(original) ‖ softmax(logits)) without cancellation, and never negative.
+    """Compute KL(softmax(original) ‖ softmax(logits)) without cancellation; the result is never negative.
 
     KL = ln E_p[exp e] = ln(1 + E_p[exp(e) − 1 − e]),  e = d − E_p[d],  d = logits − original,  p = softmax(original)
 
-    Every term of the mean is at least 0, so fp32 keeps its digits even if the two are close. Rows in which some e is
-    too large for exp follow the definition, in fp64.
+    Every term of the mean is at least 0, so fp32 keeps its precision even if the distributions are close. Rows in which
+    any e is too large for exp are computed by the definition in fp64.
 
     Args:
-        original_TV, logits_TV: logits, fp32.
+        original_TV, logits_TV: logits (T, V), fp32.
 
     Returns:
-        the divergence of each token, (T,), in nats.
+        The divergence of each token (T,), in nats.
     """
     p_TV = original_TV.softmax(-1)
     e_TV = logits_TV - original_TV

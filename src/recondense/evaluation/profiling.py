@@ -1,6 +1,6 @@
-"""Parameters, bytes, prefill and decode speed of one model in several variants, measured side by side.
+"""Measure memory, prefill speed and decode speed of variants of a model side by side.
 
-Shapes: B batch, P prompt tokens, N new tokens.
+Shapes: B batch, T tokens of a sequence, prompt and new ones.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Variant = Callable[[], AbstractContextManager[nn.Module]]
 class Profile:
     """Memory and speed of one variant of a model.
 
-    `peak_memory_bytes` is the variant's weights plus the peak of tensor memory during one prefill and decode, counted
-    from their start: key-value cache, activations and logits. It leaves out tensors that do not belong to the variant
-    (the other variant's weights, optimiser states) and memory that is not a tensor's (libraries, Python).
+    `peak_memory_bytes` is the variant's weights plus the peak of the tensors that one prefill and decode allocate:
+    key-value cache, activations and logits. It excludes tensors that do not belong to the variant (weights of another
+    variant, optimizer states) and memory outside tensors (libraries, Python).
     """
 
     weights_bytes: int
@@ -43,14 +43,14 @@ class Profile:
     decode_tokens_per_second: float
 
     def to_dict(self) -> dict[str, int | float]:
-        """The four numbers, as `summary.json` keeps them."""
+        """Return the four numbers, as in `summary.json`."""
         return asdict(self)
 
 
 def peak_resident_bytes() -> int:
-    """The peak of this process's resident memory in bytes, mapped files included.
+    """Return the peak resident memory of this process in bytes, including mapped files.
 
-    If the kernel does not tell it apart, the memory of the process that started this one counts too.
+    On systems without /proc, the memory of the process that started this one may be included.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -72,25 +72,29 @@ def profile_variants(
     device: torch.device | str,
     seed: int,
 ) -> dict[str, Profile]:
-    """Measure variants of a model in alternation, so that a slow minute of the machine slows all of them alike.
+    """Measure variants of a model alternately, so that a temporary slowdown of the machine affects all of them.
 
-    Each variant runs once to warm up and once with its memory followed. Then every repetition runs each variant once,
-    in the given order and in the reverse order by turns; a speed is the median over repetitions. One run is a forward
-    pass of the prompt (logits of the last position alone) and `new_tokens` forward passes of one token with the cache.
+    Each variant runs once to warm up and once to measure its memory. Then every repetition runs each variant once,
+    alternating between the given and the reverse order; the speed is the median over repetitions. One run is a forward
+    pass of the prompt (with logits of the last position only) and `new_tokens` forward passes of one token each, with
+    the key-value cache.
 
     Args:
-        variants: name -> function that makes a context, which yields the model in that variant. The variants may be one
-            module with other blocks inside the context, so weights are counted inside it.
-        batch_size: B, sequences at a time.
-        prompt_length: P, tokens of a sequence in the prefill.
-        new_tokens: N, tokens of a sequence in the decode.
-        repetitions: timed runs of each variant.
+        variants: for each name, a function that makes a context that yields the model in that variant. The variants
+            can be one module with different blocks inside the context, so weights are counted inside it.
+        batch_size: B, number of sequences.
+        prompt_length: tokens per sequence in the prefill.
+        new_tokens: tokens per sequence in the decode.
+        repetitions: timed runs per variant.
         vocab_size: token ids are drawn uniformly below it; all variants see the same ids.
-        device: where the model is.
-        seed: of the token ids. The global random state does not change.
+        device: the device of the model.
+        seed: the seed of the token ids. The global random state does not change.
 
     Returns:
-        name -> Profile, in the order of `variants`; bytes, and tokens per second over the whole batch.
+        A Profile for each name, in the order of `variants`. Speeds are tokens per second over the entire batch.
+
+    Raises:
+        UserError: a size or `repetitions` is below 1.
     """
     _check(batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens, repetitions=repetitions)
     device = torch.device(device)
@@ -110,7 +114,7 @@ def profile_variants(
 
 
 def _memory(variant: Variant, ids_BT: Tensor, prompt_length: int) -> tuple[int, int]:
-    """Bytes of a variant's weights, and the peak of its other tensors; it has run once before."""
+    """Return the bytes of a variant's weights, and the peak bytes of its other tensors after a warm-up run."""
     with variant() as model, eval_mode(model):
         _generate(model, ids_BT, prompt_length)
         return weights_bytes(model), peak_tensor_bytes(partial(_generate, model, ids_BT, prompt_length), ids_BT.device)
@@ -119,7 +123,7 @@ def _memory(variant: Variant, ids_BT: Tensor, prompt_length: int) -> tuple[int, 
 def _seconds(
     variants: Mapping[str, Variant], ids_BT: Tensor, prompt_length: int, repetitions: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of the prefill and of the decode, by variant, for each repetition."""
+    """Return for each variant the seconds of the prefill and of the decode in each repetition."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for repetition in range(repetitions):
         for name in list(variants)[:: 1 if repetition % 2 == 0 else -1]:
@@ -135,10 +139,10 @@ def _check(**counts: int) -> None:
 
 
 def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> int:
-    """The peak of tensor memory in bytes while `work` runs, above the memory that was allocated at its start.
+    """Return the peak bytes of tensors while `work` runs, above the bytes that were allocated at its start.
 
-    CUDA's allocator keeps that figure. A CPU's does not, so the profiler reports every allocation and release, and
-    their running sum is followed. Releases of older tensors lower the sum; the result is never below zero.
+    CUDA's allocator records this peak. The CPU's does not, so it is the maximum of the running sum of all allocations
+    and releases that the profiler reports. Releases of older tensors lower the sum; the result is never below zero.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -163,7 +167,7 @@ def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> in
         for event in results.events()
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
-    # The sort is stable: changes at the same nanosecond stay in the order in which they were reported.
+    # The sort is stable, so changes in the same nanosecond keep the order in which they were reported.
     changes.sort(key=lambda change: change[0])
     peak = current = 0
     for _, size in changes:
@@ -174,7 +178,7 @@ def peak_tensor_bytes(work: Callable[[], Any], device: torch.device | str) -> in
 
 @torch.inference_mode()
 def _generate(model: nn.Module, ids_BT: Tensor, prompt_length: int) -> tuple[float, float]:
-    """Run one prefill and decode, and return their seconds. All variants see the same tokens, and do the same work."""
+    """Run one prefill and decode, and return their seconds. All variants process the same tokens."""
     clock = Clock(ids_BT.device)
     output = model(input_ids=ids_BT[:, :prompt_length], use_cache=True, logits_to_keep=1)
     clock.mark()
@@ -191,7 +195,7 @@ def _generate(model: nn.Module, ids_BT: Tensor, prompt_length: int) -> tuple[flo
 
 
 class Clock:
-    """Times between marks: by events of the stream on CUDA, where the host runs ahead, else by the host's clock."""
+    """Measure the time between marks: with stream events on CUDA, where the host runs ahead, else the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -201,7 +205,7 @@ class Clock:
         self.mark()
 
     def mark(self) -> None:
-        """Mark this moment."""
+        """Record the current time."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -210,7 +214,7 @@ class Clock:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """The seconds between every two marks that follow each other."""
+        """Return the seconds between consecutive marks."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -220,10 +224,10 @@ class Clock:
 
 @contextmanager
 def _native_stderr_silenced() -> Iterator[None]:
-    """Inside, file descriptor 2 is silent: the profiler's library writes a line there, which no setting turns off."""
+    """Silence file descriptor 2 inside the context: the profiler's library writes a line that no setting disables."""
     try:
         saved = os.dup(2)
-    except OSError:  # the process was started without it
+    except OSError:  # the process was started without stderr
         yield
         return
     sink = os.open(os.devnull, os.O_WRONLY)

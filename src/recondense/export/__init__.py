@@ -1,1 +1,1 @@
-"""Export: a Hugging Face folder."""
+"""Export: write a student as a Hugging Face folder."""

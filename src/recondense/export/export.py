@@ -1,4 +1,4 @@
-"""EXPORT: a student as a Hugging Face folder."""
+"""EXPORT: write a student as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ def export(
     card: str | Callable[[Path], str] | None = None,
     history: History | None = None,
 ) -> str:
-    """Write a student to a folder that `load`, and transformers alone, read back.
+    """Write a student to a folder that can be read by `load`, or by transformers without recondense.
 
     Args:
-        student: from `execute` or `recover`; it is not changed.
-        tokenizer: saved beside the weights; None: none.
-        folder: replaced if it exists; written aside, then renamed.
-        settings: layout and size of the shards.
-        card: text of README.md, or a function that makes it from the folder once the weights are written. None: a line
-            that names the plan.
-        history: what was done to the model before this plan. None: what the folder says that the model came from.
+        student: a student returned by `apply`; it is not changed.
+        tokenizer: saved beside the weights; None saves no tokenizer.
+        folder: the folder to write; an existing folder is replaced after all files are written.
+        settings: format and shard size; None for the defaults.
+        card: the beginning of README.md, or a function that makes it from the folder after the weights are written.
+            None: a short text that refers to the plan.
+        history: the operations that were applied to the model before this plan. None reads them from the folder from
+            which the model was loaded.
 
     Returns:
-        "stock" if the family's own class holds the student, else "bundled": the folder carries its class.
+        "stock" if the folder loads as the family's own class, or "bundled" if it has its own modeling file.
 
     Raises:
-        UserError: the settings ask for a layout that cannot hold the student.
+        UserError: `settings` ask for a format that cannot express the student.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -51,6 +52,6 @@ def export(
     if history is None:
         history = History.load(student.model.config.name_or_path)
     if card is None:
-        card = f"# {student.plan.model}, compressed by recondense\n\nWhat was decided is in `plan.json`.\n"
+        card = f"# {student.plan.model}, compressed by recondense\n\nThe operations are in `plan.json`.\n"
     plan = replace(student.plan, history=history)
     return write_folder(student.model, tokenizer, plan, Path(folder), card, settings)

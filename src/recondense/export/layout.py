@@ -1,4 +1,4 @@
-"""Whether a family's config can express a compressed model, and how."""
+"""Find out whether and how a family's config can express a compressed model."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from recondense.models.low_rank import LowRankExperts
 from recondense.models.parameters import count_parameters
 from recondense.models.replacement_blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 
-NARROWEST = 16  # width of dense layers if all of them are zeros: kernels want rows of some bytes
-# What no stock config says, by its key in a layer's shape.
+NARROWEST = 16  # width of dense layers if all of them are zero: kernels need rows of a few bytes
+# Features that no stock config can express, by their key in a layer's shape.
 INEXPRESSIBLE = {"token_gate": "a gate per token", "merged": "merged experts", "ranks": "low-rank experts"}
-Shapes = Mapping[int, Mapping[str, Any]]  # by `layer_shapes`
+Shapes = Mapping[int, Mapping[str, Any]]  # made by `layer_shapes`
 
 
 class NotStock(UserError):
-    """The family's class cannot hold the model; the message says why."""
+    """The family's class cannot express the model; the message says why."""
 
 
 @dataclass(frozen=True)
 class Stock:
-    """How the family's class holds a compressed model.
+    """How the family's class expresses a compressed model.
 
     Args:
-        updates: of its config.
-        width: of every dense layer; narrower ones are padded with zeros. None without dense layers.
-        padding: number of parameters that padding adds.
+        updates: changed values of the family's config.
+        width: the width of every dense layer; narrower ones are padded with zeros. None without dense layers.
+        padding: number of parameters that the padding adds.
     """
 
     updates: dict[str, Any] = field(default_factory=dict)
@@ -41,12 +41,13 @@ class Stock:
 
 
 def choose_layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig) -> Stock | None:
-    """How the family's class holds the model; None if the folder is to be a bundle.
+    """Return how the family's class expresses the model; None if the folder should be a bundle.
 
-    A model that transformers' class can hold and vLLM's cannot becomes a bundle too, unless stock is asked for.
+    A model that the class in transformers can express but the one in vLLM cannot becomes a bundle too, unless
+    `settings.format` is "stock".
 
     Raises:
-        NotStock: `settings.format` is stock, and the class cannot hold the model.
+        NotStock: `settings.format` is "stock", and the class cannot express the model.
     """
     if settings.format == "bundled":
         return None
@@ -62,13 +63,15 @@ def choose_layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig
 
 
 def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> Stock:
-    """How the family's class holds a model with these layers.
+    """Return how the family's class expresses a model with these layers.
 
     Args:
-        max_padding: how much zeros may add, as a fraction of the model's parameters.
+        model: the compressed model.
+        shapes: the changed layers, made by `layer_shapes`.
+        max_padding: the most parameters that padding may add, as a fraction of the model's parameters.
 
     Raises:
-        NotStock: it cannot, or only with more padding.
+        NotStock: the class cannot express the model, or only with more padding.
     """
     if not shapes:
         return Stock()
@@ -76,11 +79,12 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
     for layer, shape in shapes.items():
         for key, what in INEXPRESSIBLE.items():
             if shape.get(key):
-                raise NotStock(f"layer {layer} has {what}, which no config of {name} says")
+                raise NotStock(f"layer {layer} has {what}, which a config of {name} cannot express")
     sparse = {layer: shape["num_experts"] for layer, shape in shapes.items() if shape["kind"] == "sparse"}
     counts = {block.num_experts for block in views.sparse_blocks(model).values()}
     if len(counts) > 1:
-        raise NotStock(f"its layers have {min(counts)} to {max(counts)} experts; a config of {name} says one number")
+        text = f"its layers have {min(counts)} to {max(counts)} experts, but a config of {name} has one number for all"
+        raise NotStock(text)
     skipped = skipped_layers(shapes)
     new_widths = {layer: width for layer, shape in shapes.items() if (width := _dense_width(shape)) is not None}
     dense_widths = families.dense_widths(model.config)
@@ -93,36 +97,39 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
         model.config, new_widths, skipped, counts.pop() if sparse else None, width if new_widths else None
     )
     if updates is None:
-        raise NotStock(f"its sparse and dense layers are mixed in a way that no config of {name} says")
+        raise NotStock(f"its sparse and dense layers are mixed in a way that a config of {name} cannot express")
     if width is None or not new_widths:
         return Stock(updates, width)
     padding = sum(width - narrow for narrow in widths) * 3 * model.config.hidden_size
     total = count_parameters(model)
     if padding > max_padding * total:
         raise NotStock(
-            f"its dense layers are {min(widths)} to {width} wide and a config of {name} says one width: zeros would "
-            f"add {padding / total:.1%} (export.max_padding={max_padding:g})"
+            f"its dense layers are {min(widths)} to {width} wide, but a config of {name} has one width for all: zeros "
+            f"would add {padding / total:.1%} of the parameters (export.max_padding={max_padding:g})"
         )
     return Stock(updates, width, padding)
 
 
 def skipped_layers(shapes: Shapes) -> list[int]:
-    """The decoder layers that were dropped as a whole."""
+    """Return the decoder layers that were dropped entirely."""
     return [layer for layer, shape in shapes.items() if shape["kind"] == "skipped"]
 
 
 def _dense_width(shape: Mapping[str, Any]) -> int | None:
-    """The width of a layer that has become dense; None for any other layer."""
+    """Return the width of a layer that has become dense; None for any other layer."""
     if shape["kind"] == "zeros":
         return 0
     return shape["shared_width"] + shape["routed_width"] if shape["kind"] == "condensed" else None
 
 
 def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[int, dict[str, Any]]:
-    """The shape of each layer that is not as the family's config says: JSON values, arguments of `compressed.reshape`.
+    """Return the shape of each layer that differs from the family's config, as arguments of `reshape`.
+
+    See `compressed_classes.reshape`. The shapes are JSON values.
 
     Args:
-        multiplied: describe low-rank experts as they are when they are multiplied out.
+        model: the compressed model.
+        multiplied: describe low-rank experts as if they were multiplied out.
     """
     shapes: dict[int, dict[str, Any]] = {}
     num_experts = families.original_facts(model.config).num_experts

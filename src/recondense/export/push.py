@@ -1,4 +1,4 @@
-"""Uploads an exported folder to the Hugging Face hub."""
+"""Upload an exported folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
     """Upload a folder to the hub.
 
     Args:
+        folder: the exported folder; it is not changed.
         repository: owner/name; created if it does not exist.
         private: whether a repository that is created is private.
 
     Raises:
-        UserError: the folder does not exist, the hub refuses, or the hub cannot be reached. The folder stays.
+        UserError: the folder does not exist, or the hub cannot be reached or refuses the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     if not folder.is_dir():
-        raise UserError(f"export.push_to_hub={repository}: {folder} is no longer there; overwrite=true makes it again.")
+        text = f"{folder} no longer exists; run again with overwrite=true to export it again."
+        raise UserError(f"export.push_to_hub={repository}: {text}")
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
@@ -29,6 +31,6 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"export.push_to_hub={repository}: {reason}. The export is in {folder}: the same command uploads "
-            f"it, or `hf upload {repository} {folder}`."
+            f"export.push_to_hub={repository}: {reason}. The export is in {folder}. To upload it, run the same command "
+            f"again, or `hf upload {repository} {folder}`."
         ) from error

@@ -1,4 +1,4 @@
-"""Writes weights as safetensors shards of a bounded size, piece by piece, so that memory holds no second model."""
+"""Write weights as safetensors shards of a bounded size, one piece at a time, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ INDEX = "model.safetensors.index.json"
 
 
 class ShardWriter:
-    """Collects tensors until a shard is full, and writes it; memory holds one shard at a time.
+    """Collect tensors and write them whenever a shard is full; at most one shard is in memory.
 
     Args:
-        folder: where the files go. A single file is `model.safetensors`; several are numbered and have an index.
-        max_shard_size: bytes of a shard; a larger tensor gets a shard of its own.
+        folder: the folder to write to. A single file is named `model.safetensors`; several are numbered and have an
+            index.
+        max_shard_size: maximum bytes per shard; a larger tensor gets its own shard.
     """
 
     def __init__(self, folder: Path, max_shard_size: int) -> None:
@@ -37,7 +38,7 @@ class ShardWriter:
         for name, tensor in tensors.items():
             if self._held and self._held_bytes + tensor.nbytes > self.max_shard_size:
                 self._flush()
-            # A part of a larger tensor is copied: holding it would keep all of the larger one in memory.
+            # A part of a larger tensor is copied, because a view would keep the larger one in memory.
             is_part = tensor.untyped_storage().nbytes() != tensor.nbytes
             self._held[name] = tensor.detach().clone() if is_part else tensor.detach().contiguous()
             self._held_bytes += tensor.nbytes
@@ -45,7 +46,7 @@ class ShardWriter:
             self._parameters += tensor.numel()
 
     def finish(self) -> None:
-        """Write the last shard, give the files their names, and write the index."""
+        """Write the last shard, give the files their final names, and write the index."""
         self._flush()
         count = len(self._names)
         if count == 1:

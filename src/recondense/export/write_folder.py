@@ -1,7 +1,7 @@
-"""Writes a model as a Hugging Face folder that loads without recondense.
+"""Write a model as a Hugging Face folder that loads without recondense.
 
-`stock` uses the family's config and class, if these can express the compressed layers. Otherwise the folder is
-`bundled`: it has one self-contained modeling file (trust_remote_code=True). `dense` multiplies low-rank experts out.
+The format `stock` uses the family's config and class, if they can express the compressed layers. A `bundled` folder has
+one self-contained modeling file (trust_remote_code=True). `dense` multiplies out low-rank experts first.
 """
 
 from __future__ import annotations
@@ -54,24 +54,26 @@ def write_folder(
     card: str | Callable[[Path], str],
     settings: ExportConfig | None = None,
 ) -> str:
-    """Write a model, its tokenizer, its plan and a README; the model itself does not change.
+    """Write a model, its tokenizer, its plan and a README. The model itself does not change.
 
-    Scales are folded into down_proj. Layer after layer goes to disk, so that at most a shard and a layer are copied;
-    the shards of a model larger than memory are smaller than a layer.
+    Scales are folded into down_proj. Layers are written one after another, so that at most one shard and one layer are
+    copied. The shards of a streamed model are smaller than a layer.
 
     Args:
-        model: the student, its plan applied.
-        plan: of this run, with the history of the model that the run started from.
-        folder: replaced if it exists; written aside, then renamed.
-        card: the beginning of README.md, or a function that makes it from the folder once the weights are written. The
-            code that loads the folder follows.
+        model: the compressed model.
+        tokenizer: the tokenizer to save; None saves none.
+        plan: the plan of this run, with the history of the model that the run started from.
+        folder: the folder to write; an existing folder is replaced after all files are written.
+        card: the beginning of README.md, or a function that makes it from the folder after the weights are written. The
+            code that loads the folder is appended.
+        settings: format and shard size; None for the defaults.
 
     Returns:
         "stock" or "bundled".
 
     Raises:
-        NotStock: `settings.format` is stock, and the family's class cannot hold the model.
-        AssertionError: the written weights do not fit the written config; nothing of them remains.
+        NotStock: `settings.format` is "stock", and the family's class cannot express the model.
+        AssertionError: the written weights do not match the written config; the files are removed.
     """
     settings = settings or ExportConfig()
     shapes = layer_shapes(model, multiplied=settings.format == "dense")
@@ -79,7 +81,7 @@ def write_folder(
     skipped = skipped_layers(shapes) if stock is not None else []
     retained = [layer for layer in range(len(decoder.decoder_layers(model))) if layer not in skipped]
     history = plan.history.extend(plan.operations, retained)
-    if history != History(plan.operations):  # the operations alone say it otherwise
+    if history != History(plan.operations):  # otherwise the plan's operations are the complete history
         plan = replace(plan, history=history)
     with replace_folder(folder) as aside:
         _write_weights(model, shapes, stock, aside, settings)
@@ -95,7 +97,7 @@ def write_folder(
 
 
 def _verify(folder: Path) -> None:
-    """Check that the written names and shapes are those of the class that will load them.
+    """Check that the written names and shapes match the class that will load them.
 
     Raises:
         AssertionError: they differ.
@@ -104,27 +106,28 @@ def _verify(folder: Path) -> None:
     outline = classes.empty_model(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
     difference = str(headers.compare(outline, headers.list_files(folder)))
     if difference:
-        raise AssertionError(f"the export is not what {type(outline).__name__} loads: {difference}")
+        raise AssertionError(f"the export does not match {type(outline).__name__}: {difference}")
 
 
 def _loading_code(folder: Path) -> str:
-    """The end of a folder's README.md: the code that loads it."""
+    """Return the end of a folder's README.md: the code that loads it."""
     code = (folder / f"{MODELING_FILE}.py").exists()
     return (
         "\n## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{", trust_remote_code=True" * code})\n```\n'
-        + f"\nThe model's class is in `{MODELING_FILE}.py`, which needs torch and transformers alone.\n"
+        + f"\nThe model's class is in `{MODELING_FILE}.py`, which needs only torch and transformers.\n"
         * code
     )
 
 
 def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Iterator[dict[str, Tensor]]:
-    """The exported weights under their names on disk: each decoder layer in several parts, then all other weights.
+    """Yield the exported weights by their names on disk: each decoder layer in several parts, then all other weights.
 
     Args:
-        shapes: of the layers that the family's config does not describe, by `layer_shapes`. Low-rank experts of a layer
-            without ranks there are multiplied out.
-        stock: how the family's class holds the model; None for a bundle.
+        model: the compressed model.
+        shapes: the changed layers, made by `layer_shapes`. Low-rank experts are multiplied out if their layer has no
+            ranks in it.
+        stock: how the family's class expresses the model; None for a bundle.
     """
     skipped = skipped_layers(shapes) if stock is not None else []
     for layer, module in enumerate(decoder.decoder_layers(model)):
@@ -139,7 +142,7 @@ def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Itera
             old, new = decoder.layer_prefix(layer), decoder.layer_prefix(exported_index)
             renamed = {new + name.removeprefix(old): tensor for name, tensor in state.items()}
             del state
-            experts = [name for name in renamed if ".experts." in name]  # most of a layer, so they go one by one
+            experts = [name for name in renamed if ".experts." in name]  # most of a layer, so each is a separate piece
             yield revert_weight_conversion(model, {n: tensor for n, tensor in renamed.items() if n not in experts})
             for name in experts:
                 yield revert_weight_conversion(model, {name: renamed.pop(name)})
@@ -153,9 +156,9 @@ def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Itera
 def _fold_and_multiply(
     model: PreTrainedModel, layer: int, state: dict[str, Tensor], shapes: Shapes
 ) -> dict[str, Tensor]:
-    """A layer's state with its scale folded into a copy of down_proj.
+    """Return a layer's state dict with the scale folded into a copy of down_proj.
 
-    Its low-rank experts are multiplied out unless `shapes` gives it ranks.
+    Low-rank experts are multiplied out, unless `shapes` has ranks for the layer.
     """
     block, name = views.get_block(model, layer), views.block_name(layer)
     if isinstance(block, CondensedMoE) and block.scale is not None:
@@ -173,7 +176,7 @@ def _fold_and_multiply(
 
 
 def _pad_dense(model: PreTrainedModel, layer: int, state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The state of a dense layer, padded with zeros up to a width; that of any other layer unchanged."""
+    """Return the state dict of a dense layer, padded with zeros to `width`; other layers are unchanged."""
     block, name = views.get_block(model, layer), views.block_name(layer)
     hidden_size = model.config.hidden_size
     if isinstance(block, Zeros):
@@ -201,7 +204,7 @@ def _write_weights(
     with torch.no_grad():
         for piece in pieces(model, shapes, stock):
             writer.add(piece)
-            piece.clear()  # or its tensors would stay until the next piece is made
+            piece.clear()  # otherwise its tensors would stay in memory until the next piece is made
     writer.finish()
 
 
@@ -217,7 +220,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
     stock_config.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # Its published name; transformers may write another one alone.
+    # The published name of this setting; transformers may write it only under another name.
     config[family.num_experts] = getattr(stock_config, family.num_experts)
     if stock is not None and not family.carried:
         write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -234,31 +237,31 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
     config["auto_map"] = {
         "AutoConfig": f"{MODELING_FILE}.{names[0]}",
         "AutoModelForCausalLM": f"{MODELING_FILE}.{names[1]}",
-        "AutoModel": f"{MODELING_FILE}.{names[2]}",  # vLLM's transformers backend puts its head on this one
+        "AutoModel": f"{MODELING_FILE}.{names[2]}",  # vLLM's transformers backend adds its head to this class
     }
     write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _bundle_source(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
-    """The source of a bundle's modeling file."""
+    """Return the source of a bundle's modeling file."""
     source = _concatenate(
         replacement_blocks, expert_products, low_rank, *([deepseek] if family.carried else []), compressed_classes
     )
     family_classes = ", ".join((config_class, model_class, base_class))
-    imported = "register()" if family.carried else f"from transformers import {family_classes}  # noqa: E402"
+    imports = "register()" if family.carried else f"from transformers import {family_classes}  # noqa: E402"
     entries = f"router_entries={family.router_entries!r}, expert_entries={family.expert_entries!r}"
-    made = "CompressedConfig, CompressedForCausalLM, CompressedModel"
-    return f"{source}\n\n{imported}\n\n{made} = compressed_classes({family_classes}, {entries})\n"
+    names = "CompressedConfig, CompressedForCausalLM, CompressedModel"
+    return f"{source}\n\n{imports}\n\n{names} = compressed_classes({family_classes}, {entries})\n"
 
 
 def _family_config(config: PretrainedConfig, config_class: type[PretrainedConfig]) -> PretrainedConfig:
-    """A copy in the family's class, without our folders' entries and without a quantization that was undone."""
+    """Return a copy as the family's class, without entries of exported folders and without the quantization."""
     values = {name: value for name, value in config.to_dict().items() if name not in NOT_KEPT}
     return config_class.from_dict(values)
 
 
 def _concatenate(*parts: Any) -> str:
-    """The sources of modules as one file that imports none of them."""
+    """Return the sources of modules joined into one file, without the imports of recondense."""
     texts = [Path(part.__file__).read_text(encoding="utf-8") for part in parts]
     first, *others = (RECONDENSE_IMPORT.sub("", text) for text in texts)
     future = "from __future__ import annotations\n"
