@@ -56,7 +56,7 @@ FACTORIZING = ("moei2", "svd_llm")
 def test_cdmoe_s_is_refused_without_shared_experts(family: str) -> None:
     """From the config alone, before weights are loaded."""
     problems = [problem for step in steps_of("cdmoe_s")[0] for problem in step.check(families.facts(config(family)))]
-    assert problems == ["method.num_experts=0 leaves nothing of a layer: this model has no shared experts"]
+    assert problems == ["method.num_experts=0 would leave the layers empty: this model has no shared experts"]
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)

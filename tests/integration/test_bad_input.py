@@ -38,7 +38,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a rank that saves nothing": (
         ["method=moei2", "method.average_rank=50"],
-        ["method.average_rank=50", "below 42.67", "null factorizes nothing"],
+        ["method.average_rank=50", "below 42.67", "use null to factorize nothing"],
     ),
     "nothing asked of the factors": (
         ["method=svd_llm", "method.removed_expert_ratio=null"],
@@ -148,7 +148,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "share beside a budget": (
         ["method=svd_llm", "method.ratio=0.5"],
-        ["method.ratio=0.5", "method.removed_expert_ratio=0.25", "set one to null"],
+        ["method.ratio=0.5", "method.removed_expert_ratio=0.25", "set one of them to null"],
     ),
     "rank beside a budget": (
         ["method=moei2", "method.memory_ratio=0.7", "method.average_rank=20"],

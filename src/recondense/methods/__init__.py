@@ -1,1 +1,1 @@
-"""Methods decide: each looks at a model and its Tape and returns operations, plain data. One paper, one file."""
+"""Methods decide what to do with a model: each reads a Tape and returns operations, plain data. One file per paper."""

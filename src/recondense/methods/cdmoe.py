@@ -1,4 +1,4 @@
-"""CD-MoE: which experts of which layers a condensed model retains (arXiv 2412.00069)."""
+"""CD-MoE: decide which layers to condense and which of their experts to retain (arXiv 2412.00069)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from recondense.operations import Condense
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The meaning of `num_layers`.
+    """The parsed setting `num_layers`.
 
     Args:
-        layers: the layers to choose from; None: all MoE layers.
-        count: how many of them the layer search chooses; None: all are condensed, without a search.
+        layers: the layers to choose from; None for all MoE layers.
+        count: the number of layers that the layer search chooses; None condenses all of them, without a search.
     """
 
     layers: tuple[int, ...] | None
@@ -34,22 +34,22 @@ class LayerChoice:
 
 
 def read_num_layers(num_layers: object) -> LayerChoice:
-    """Read the setting: a number, a list of decoder-layer indices, or "all".
+    """Parse the setting: a number, a list of decoder-layer indices, or "all".
 
     Raises:
-        UserError: it is none of these, or names no layer, or one twice.
+        UserError: the setting is none of these, or the list is empty or names a layer twice.
     """
     if num_layers == "all":
         return LayerChoice(None, None)
     if _is_int(num_layers):
         count = cast(int, num_layers)
         if count < 1:
-            raise UserError(f"method.num_layers={count} must be at least 1; method=none leaves the model as it is")
+            raise UserError(f"method.num_layers={count} must be at least 1; use method=none to condense no layer")
         return LayerChoice(None, count)
     if isinstance(num_layers, str) or not isinstance(num_layers, Sequence) or not all(map(_is_int, num_layers)):
         raise UserError(f"method.num_layers={num_layers} must be a number, a list of layers, or all")
     if not num_layers:
-        raise UserError("method.num_layers=[] names no layer; method=none leaves the model as it is")
+        raise UserError("method.num_layers=[] names no layer; use method=none to condense no layer")
     if len(set(num_layers)) < len(num_layers):
         raise UserError(f"method.num_layers={list(num_layers)} names a layer twice")
     return LayerChoice(tuple(num_layers), None)
@@ -57,16 +57,17 @@ def read_num_layers(num_layers: object) -> LayerChoice:
 
 @dataclass(frozen=True)
 class CDMoE:
-    """Condense MoE layers. Experts are chosen by greedy Jensen-Shannon divergence, then layers likewise.
+    """Condense MoE layers. A greedy search by Jensen-Shannon divergence chooses first the experts, then the layers.
 
     Args:
-        num_experts: routed experts that a condensed layer retains; 0 retains the shared experts alone (CD-MoE-S).
+        num_experts: routed experts that a condensed layer retains; 0 retains only the shared experts (CD-MoE-S).
         num_layers: the number of layers to condense (greedy layer search), a list of decoder-layer indices, or "all".
-        shared_gate: "mean" replaces the shared experts' gate by its mean over the calibration tokens (the authors'
-            code). "token" keeps the gate.
-        expert_search: "greedy" (the paper), or "routing_weight": the largest coefficients, which are the mean routing
-            weights of an expert over the tokens that selected it (an ablation in the paper).
-        budget: in place of num_layers: the fewest layers that keep it.
+        shared_gate: "mean" replaces the shared experts' gate by its mean over the calibration tokens, as in the
+            authors' code. "token" keeps the gate.
+        expert_search: "greedy" as in the paper, or "routing_weight" to retain the experts with the largest
+            coefficients, an ablation in the paper. The coefficient of an expert is its mean routing weight over the
+            tokens that select it.
+        budget: a budget instead of `num_layers`; the fewest layers that meet it are condensed.
 
     Raises:
         UserError: a setting is outside its range.
@@ -89,7 +90,7 @@ class CDMoE:
         problems = self.budget.problems(required=False)
         if self.budget.is_given and self.num_layers != "all":
             problems.append(
-                f"method.num_layers={self.num_layers}: a budget decides how many layers are condensed; leave it at all"
+                f"method.num_layers={self.num_layers}: a budget decides the number of layers; set num_layers to all"
             )
         if not _is_int(self.num_experts) or self.num_experts < 0:
             problems.append(f"method.num_experts={self.num_experts} must be a whole number of at least 0")
@@ -108,10 +109,10 @@ class CDMoE:
         problems = []
         if self.num_experts > facts.num_experts:
             problems.append(
-                f"method.num_experts={self.num_experts}: the model has {facts.num_experts} routed experts a layer"
+                f"method.num_experts={self.num_experts}: the model has {facts.num_experts} routed experts per layer"
             )
         if self.num_experts == 0 and facts.shared_width == 0:
-            problems.append("method.num_experts=0 leaves nothing of a layer: this model has no shared experts")
+            problems.append("method.num_experts=0 would leave the layers empty: this model has no shared experts")
         choice = read_num_layers(self.num_layers)
         if choice.count is not None and choice.count > len(facts.moe_layers):
             problems.append(f"method.num_layers={choice.count}: the model has {len(facts.moe_layers)} MoE layers")
@@ -119,7 +120,7 @@ class CDMoE:
             if layer not in facts.moe_layers:
                 nearest = min(facts.moe_layers, key=lambda moe_layer: abs(moe_layer - layer))
                 problems.append(
-                    f"method.num_layers: layer {layer} is not a MoE layer of this model, whose MoE layers are "
+                    f"method.num_layers: layer {layer} is not a MoE layer. The MoE layers of this model are "
                     f"{_ranges(facts.moe_layers)} (did you mean {nearest}?)"
                 )
         return problems
@@ -133,23 +134,25 @@ class CDMoE:
         return [self.outline_layer(blocks[layer]) for layer in layers[:count]]
 
     def outline_layer(self, block: SparseBlock) -> Condense:
-        """The operation on one layer, with the first experts and made-up coefficients."""
+        """Return an operation of the right size for one layer, with the first experts and placeholder coefficients."""
         constant = self.shared_gate == "mean" and block.shared_expert_gate is not None
         experts = tuple(range(self.num_experts))
         return Condense(block.layer, experts, (1.0,) * len(experts), 1.0 if constant else None)
 
     def saved_parameters(self, block: SparseBlock, routed: bool) -> int:
-        """The parameters that a layer loses: experts, router, and the shared experts' gate if it turns constant.
+        """Return the number of parameters that condensing removes from a layer.
+
+        They are those of the dropped experts, of the router, and of the shared experts' gate if it becomes a constant.
 
         Args:
             block: the layer.
-            routed: count those of routed experts alone.
+            routed: count only the parameters of routed experts.
         """
         weights = block.weights
         _, hidden_size, expert_width = weights.down_EDF.shape
         retained = self.num_experts * 3 * hidden_size * expert_width
         if weights.biases() and self.num_experts:
-            retained += self.num_experts * 2 * expert_width + hidden_size  # the biases of down_proj become one
+            retained += self.num_experts * 2 * expert_width + hidden_size  # the biases of down_proj are merged
         experts = count_parameters(block.experts) - retained
         gate = block.shared_expert_gate if self.shared_gate == "mean" else None
         others = [block.router] if gate is None else [block.router, gate]
@@ -159,7 +162,7 @@ class CDMoE:
         """Decide what to condense; see `Step.search`.
 
         Raises:
-            UserError: the budget cannot be kept, or fewer experts were ever selected than are to be retained.
+            UserError: the budget cannot be met, or fewer than `num_experts` experts of a layer are ever selected.
         """
         started = time.perf_counter()
         search = CondenseSearch(context, self.num_experts, self.shared_gate, self.expert_search)
@@ -182,7 +185,7 @@ class CDMoE:
         }
 
     def _layers(self, model: PreTrainedModel) -> tuple[list[int], int | None]:
-        """The layers to choose from, and how many the layer search chooses; None: all are condensed."""
+        """Return the layers to choose from, and how many the layer search chooses; None condenses all of them."""
         moe_layers = list(views.sparse_blocks(model))
         if self.budget.is_given:
             return moe_layers, self._fewest_layers(model)
@@ -190,7 +193,7 @@ class CDMoE:
         return (moe_layers if choice.layers is None else list(choice.layers)), choice.count
 
     def _fewest_layers(self, model: PreTrainedModel) -> int:
-        """The fewest layers whose condensing keeps the budget; all MoE layers of a model are alike."""
+        """Return the smallest number of layers to condense that meets the budget; all MoE layers have equal sizes."""
         block = next(iter(views.sparse_blocks(model).values()))
         need = self.budget.expert_parameters_to_remove(model)
         saved = self.saved_parameters(block, routed=self.budget.removed_expert_ratio is not None)
@@ -198,9 +201,9 @@ class CDMoE:
         if need > most * saved:
             reachable = self.budget.strictest_ratio(model, most * saved)
             raise UserError(
-                f"method: the budget asks for {need:,} parameters less, but condensing all {most} MoE layers to "
-                f"{self.num_experts} experts saves {most * saved:,}: {reachable} at best; set it within that or lower "
-                "method.num_experts"
+                f"method: the budget requires removing {need:,} parameters, but condensing all {most} MoE layers to "
+                f"{self.num_experts} experts removes only {most * saved:,}. The strictest possible budget is "
+                f"{reachable}; relax the budget or lower method.num_experts"
             )
         return max(1, -(-need // saved)) if need else 1
 
@@ -210,7 +213,7 @@ def _is_int(value: object) -> bool:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """Ascending indices in words: 1 to 26, or 0, 2, 4."""
+    """Return ascending indices in words, such as "1 to 26" or "0, 2, 4"."""
     if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]} to {layers[-1]}"
     return ", ".join(map(str, layers))

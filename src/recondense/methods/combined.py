@@ -1,9 +1,10 @@
 """CD-MoE and MoE-I² in one run: condense some layers, prune and factorize others, within one budget.
 
-Each layer has a few options: condensed, pruned, factorized, pruned then factorized, each at a few strengths. All are
-tried on the model as it is. The damage of an option is the divergence of the final hidden state. The choice is the one
-with the least sum of damages for the parameters that must go. The damage of several layers together is not the sum of
-the single ones, so it is measured again around the choice, and the choice that measures least is kept.
+Each layer has several options: condense, prune, factorize, or prune and then factorize, each at a few strengths. Every
+option is first tried on the unchanged model. The damage of an option is the divergence of the final hidden state from
+the original's. The search chooses one option per layer, with the least sum of damages among the choices that meet the
+budget. The damage of several changed layers is not the sum of their single damages. Therefore the damages are measured
+again with the chosen options in the other layers, and of all choices the one with the least measured damage is kept.
 """
 
 from __future__ import annotations
@@ -41,31 +42,32 @@ BUDGET = Budget(yields="memory_ratio")  # conf/method/cdmoe_moei2.yaml has a def
 
 @dataclass(frozen=True)
 class Combined:
-    """Choose for every MoE layer between condensing, pruning, factorizing and nothing, by damage per parameter saved.
+    """For every MoE layer, choose whether to condense, prune or factorize it, by damage per parameter saved.
 
     Args:
         budget: the parameters to remove.
-        num_experts: routed experts that a condensed layer retains; one option for each number. Shared experts stay.
-        prune_ratios: fractions of a layer's experts to drop, besides 0.
-        kept_ratios: fractions of a retained expert's parameters that its factors keep, besides 1.
-        rounds: how often the damages are measured: first for each layer alone, then around the choice so far.
-        alpha: how much more rank important experts get (MoE-I²).
+        num_experts: numbers of routed experts that a condensed layer retains; each is one option.
+        prune_ratios: fractions of a layer's experts to drop, in addition to 0.
+        kept_ratios: parameters of the factors as fractions of a retained expert's parameters, in addition to 1.
+        rounds: number of measurements of the damages: the first for each layer alone, the others around the choice so
+            far.
+        alpha: how strongly the rank of an expert depends on its importance (MoE-I²).
         rank_multiple: as in `Decompose`.
         shared_gate, expert_search: as in `CDMoE`.
-        normalize: of the importance, as in `InterExpertPruning`.
-        genetic, seed: of the search for the experts to drop.
+        normalize: whether to normalize the importance, as in `InterExpertPruning`.
+        genetic, seed: the settings and the seed of the search for the experts to drop.
 
     Raises:
         UserError: a setting is outside its range.
 
     Reference: arXiv 2412.00069, section 3 (condensing); arXiv 2411.01016, section 3 (pruning and decomposition). The
-    combination is this project's own.
+    combination is not from a paper.
     """
 
     condenses: ClassVar[bool] = True
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
-    left_open: ClassVar[str] = "what is done to each layer; all of it together keeps the budget"
+    left_open: ClassVar[str] = "what is done to each layer; the total meets the budget"
 
     budget: Budget = BUDGET
     num_experts: Sequence[int] = (4,)
@@ -86,10 +88,10 @@ class Combined:
             problems.append(f"method.alpha={self.alpha} must be at least 0")
         if not (self.num_experts or self.prune_ratios or self.kept_ratios):
             problems.append(
-                "method.num_experts, prune_ratios and kept_ratios are all empty: there is nothing to choose"
+                "method.num_experts, prune_ratios and kept_ratios are all empty: there is no option to choose"
             )
         try:
-            CDMoE(1, "all", self.shared_gate, self.expert_search)  # has the checks of these two settings
+            CDMoE(1, "all", self.shared_gate, self.expert_search)  # checks these two settings
         except UserError as error:
             problems += str(error).splitlines()
         for name in ("prune_ratios", "kept_ratios"):
@@ -117,18 +119,18 @@ class Combined:
             if count > facts.num_experts
         ]
         if 0 in self.num_experts and facts.shared_width == 0:
-            problems.append("method.num_experts: 0 leaves nothing of a layer: this model has no shared experts")
+            problems.append("method.num_experts: 0 would leave the layers empty: this model has no shared experts")
         cap = break_even(facts.hidden_size, facts.expert_width)
         least = min(self.kept_ratios, default=1.0) * cap
         if self.rank_multiple != "auto" and int(self.rank_multiple) > least:
             problems.append(
-                f"method.rank_multiple={self.rank_multiple}: must be at most {least:.4g}, the average rank "
-                f"of the least of method.kept_ratios={list(self.kept_ratios)}"
+                f"method.rank_multiple={self.rank_multiple}: must be at most {least:.4g}, the average rank for the "
+                f"smallest of method.kept_ratios={list(self.kept_ratios)}"
             )
         if facts.num_groups > 1:
             problems.append(
-                f"method=cdmoe_moei2: the router selects among {facts.num_groups} groups of experts, which pruning "
-                "must leave equal; this search does not. Use method=cdmoe or svd_llm."
+                f"method=cdmoe_moei2: the router selects among {facts.num_groups} groups of experts. Pruning must keep "
+                "the groups equally large, which this search does not. Use method=cdmoe or svd_llm."
             )
         for ratio in self.prune_ratios:
             retained = facts.num_experts - round(ratio * facts.num_experts)
@@ -143,13 +145,16 @@ class Combined:
         lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios", "kept_ratios")}
         names = ("alpha", "rank_multiple", "shared_gate", "expert_search", "normalize")
         genetic = self.genetic.key()
-        if self.genetic.search == "auto":  # earlier versions had no other
+        if self.genetic.search == "auto":  # the only kind in earlier versions, whose cache stays valid
             del genetic["search_kind"]
         settings = {**lists, **{name: getattr(self, name) for name in names}, **genetic, "seed": self.seed}
         return {"method": "cdmoe_moei2", "version": 3, **settings}
 
     def outline(self, model: PreTrainedModel) -> list[Operation]:
-        """See `Step.outline`. The damages are made up: as much for every parameter saved. One mix of many."""
+        """Return operations of the final sizes, see `Step.outline`.
+
+        The damages are placeholders, equal for every parameter saved, so this is one of many possible choices.
+        """
         options = Options.build(self._option_settings, model, MadeUpChoices())
         self._check_reach(options, model)
         damages = {layer: [float(option.saved) for option in listed] for layer, listed in options.by_layer.items()}
@@ -159,13 +164,13 @@ class Combined:
         """Decide what to do with every layer; see `Step.search`.
 
         Raises:
-            UserError: the budget asks for more than the options can save.
+            UserError: the options cannot save as many parameters as the budget requires.
         """
         started = time.perf_counter()
         model = context.model
         choices = SearchedChoices(context, self.genetic, self.seed, self.normalize)
         options = Options.build(self._option_settings, model, choices)
-        self._check_reach(options, model)  # before anything is measured
+        self._check_reach(options, model)  # before the damages are measured
         damage = Damage(model, context.tape())
         seconds = {"options": time.perf_counter() - started}
         rounds: list[Record] = []
@@ -192,20 +197,20 @@ class Combined:
         }
 
     def _check_reach(self, options: Options, model: PreTrainedModel) -> None:
-        """Refuse a budget that no choice keeps.
+        """Check that some choice meets the budget.
 
         Raises:
-            UserError: says how much the options can save.
+            UserError: none does; the message says how much the options can save.
         """
         most = sum(map(max, self._saved(options)))
         if self.budget.expert_parameters_to_remove(model) > most:
             raise UserError(
-                "method: the budget asks for more than condensing, pruning and factorizing can save; the strongest "
-                f"options of all layers give {self.budget.strictest_ratio(model, most)}"
+                "method: the budget requires more than condensing, pruning and factorizing can save; the strongest "
+                f"options of all layers reach {self.budget.strictest_ratio(model, most)}"
             )
 
     def _saved(self, options: Options) -> list[list[int]]:
-        """The parameters that each option of each layer saves, as the budget counts them."""
+        """Return the number of parameters that each option of each layer saves, as the budget counts them."""
         routed = self.budget.removed_expert_ratio is not None
         return [
             [option.saved_routed if routed else option.saved for option in listed]
@@ -213,12 +218,12 @@ class Combined:
         ]
 
     def _choose(self, options: Options, damages: dict[int, list[float]], model: PreTrainedModel) -> dict[int, Option]:
-        """Choose the least damage for the budget, then use the rest of the budget for higher ranks."""
+        """Choose the options with the least damage that meet the budget, then raise ranks with what remains of it."""
         need = self.budget.expert_parameters_to_remove(model)
         layers, saved = list(options.by_layer), self._saved(options)
-        chosen = least_damage(saved, [damages[layer] for layer in layers], need)
-        spare = sum(savings[index] for savings, index in zip(saved, chosen, strict=True)) - need
-        choice = {layer: options.by_layer[layer][index] for layer, index in zip(layers, chosen, strict=True)}
+        indices = least_damage(saved, [damages[layer] for layer in layers], need)
+        spare = sum(savings[index] for savings, index in zip(saved, indices, strict=True)) - need
+        choice = {layer: options.by_layer[layer][index] for layer, index in zip(layers, indices, strict=True)}
         return options.widen(choice, spare)
 
 
@@ -227,16 +232,19 @@ def _operations(choice: dict[int, Option]) -> list[Operation]:
 
 
 def _fingerprint(choice: dict[int, Option]) -> str:
-    """The hash of a choice; layers without an operation do not count."""
+    """Return the hash of a choice; layers without an operation do not change it."""
     return fingerprint(Plan("", tuple(_operations(choice))).to_dict()["operations"])
 
 
 def _measure(damage: Damage, options: Options, title: str, cache: Cache, around: str) -> dict[int, list[float]]:
-    """Measure the damage of each option of each layer, with the present choice in all other layers.
+    """Measure the damage of each option of each layer, with the current choice in all other layers.
 
     Args:
+        damage: measures the changes.
+        options: the options of all layers.
+        title: the description of the progress bar.
         cache: earlier measurements; written after every layer.
-        around: names the present choice in the cache.
+        around: the name of the current choice in the cache.
     """
     damages: dict[int, list[float]] = {}
     blocks = OptionBlocks()
@@ -256,7 +264,7 @@ def _measure(damage: Damage, options: Options, title: str, cache: Cache, around:
 
 
 def _blocks(model: PreTrainedModel, options: Options, choice: dict[int, Option]) -> dict[int, nn.Module]:
-    """The changed blocks of a choice, by layer."""
+    """Make the changed blocks of a choice, by layer."""
     changed: dict[int, nn.Module] = {}
     blocks = OptionBlocks()
     for layer, option in choice.items():

@@ -1,6 +1,6 @@
-"""Intra-expert decomposition: a rank for every routed expert (MoE-I², arXiv 2411.01016, section 3.2).
+"""Intra-expert decomposition: decide the rank of every routed expert (MoE-I², arXiv 2411.01016, section 3.2).
 
-With uniform importances, whitening and no pruning before it, this is SVD-LLM (arXiv 2403.07378) on experts.
+With uniform importances, whitening and no earlier pruning, this is SVD-LLM (arXiv 2403.07378) applied to experts.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from recondense.operations import PROJECTIONS, Factorize
 
 @dataclass(frozen=True)
 class Decompose:
-    """Factorize every routed expert of the sparse layers, each at its own rank.
+    """Factorize every routed expert of the sparse layers, each with its own rank.
 
-    The average rank follows from the first of these that is given: `budget`, `ratio`, `average_rank`.
+    The average rank is determined by the first of these that is set: `budget`, `ratio`, `average_rank`.
 
     Args:
-        average_rank: R_a. "auto" keeps 0.614 of an expert's parameters, the paper's share. None without the other two:
-            nothing is factorized.
-        ratio: fraction of the experts' present parameters to keep.
-        budget: of the whole model. Parameters that earlier steps removed count.
-        alpha: how much more rank important experts get; 0 gives all the same.
-        rank_multiple: ranks are multiples of this; 1 rounds nothing. "auto": see `ranks.multiple_of`.
-        whitening: minimise the error on the calibration activations.
+        average_rank: R_a. "auto" keeps 0.614 of an expert's parameters, as in the paper. None factorizes nothing if
+            `budget` and `ratio` are not set either.
+        ratio: fraction of the experts' current parameters to keep.
+        budget: the budget of the entire method; parameters that earlier steps removed count towards it.
+        alpha: how strongly the rank of an expert depends on its importance; 0 gives all experts the same rank.
+        rank_multiple: ranks are rounded to multiples of this; 1 does not round. "auto": see `ranks.resolve_multiple`.
+        whitening: minimize the error on the calibration activations.
         importance: "layer_output", "lm_loss", or "uniform".
         normalize: see `expert_importance`.
-        required: one of the three must be given.
+        required: whether `budget`, `ratio` or `average_rank` must be set.
 
     Raises:
         UserError: a setting is outside its range.
@@ -70,11 +70,12 @@ class Decompose:
         if self.ratio is not None and not 0 < self.ratio <= 1:
             problems.append(f"method.ratio={self.ratio} must be above 0 and at most 1")
         if self.ratio is not None and self.budget.is_given:
-            given = ", ".join(f"method.{name}={value}" for name, value in self.budget.settings().items() if value)
-            problems.append(f"method.ratio={self.ratio} and {given} are both given: set one to null")
+            budget = ", ".join(f"method.{name}={value}" for name, value in self.budget.settings().items() if value)
+            problems.append(f"method.ratio={self.ratio} and {budget} are both set; set one of them to null")
         if isinstance(rank, int) and self._by_share:
             problems.append(
-                f"method.average_rank={rank}: a budget or method.ratio gives the ranks; leave it at its default"
+                f"method.average_rank={rank}: a budget or method.ratio determines the ranks; leave average_rank at its "
+                "default"
             )
         problems += ranks.multiple_problems(self.rank_multiple)
         if self.alpha > 0 and self.importance == "uniform":
@@ -90,7 +91,7 @@ class Decompose:
 
     @property
     def _by_share(self) -> bool:
-        """True if a budget or a ratio gives the average rank."""
+        """Whether a budget or a ratio determines the average rank."""
         return self.budget.is_given or self.ratio is not None
 
     @property
@@ -104,7 +105,7 @@ class Decompose:
         if facts.num_groups > 1 and self.alpha and self.importance != "uniform":
             problems.append(
                 f"method.importance={self.importance}: the router selects among {facts.num_groups} groups of experts, "
-                "where the loss without one expert is not known; use method.alpha=0"
+                "for which the loss without one expert cannot be computed; use method.alpha=0"
             )
         automatic = ranks.automatic_rank(facts.hidden_size, facts.expert_width)
         average = automatic if self.average_rank == "auto" else self.average_rank
@@ -113,11 +114,11 @@ class Decompose:
             problems.append(
                 f"method.average_rank={shown}: must be at least method.rank_multiple={least} and below {cap:.4g}, the "
                 f"rank at which the factors of an expert of {facts.hidden_size} x {facts.expert_width} have as many "
-                "parameters as the expert; null factorizes nothing"
+                "parameters as the expert; use null to factorize nothing"
             )
         if least >= cap:
             problems.append(
-                f"method.rank_multiple={least}: must be below {cap:.4g}, the rank from which factors save nothing"
+                f"method.rank_multiple={least}: must be below {cap:.4g}; from that rank on, factors save no parameters"
             )
         return problems
 
@@ -127,10 +128,10 @@ class Decompose:
     @property
     def left_open(self) -> str:
         even = not self.alpha or self.importance == "uniform"
-        return "" if even else "the ranks of single experts; not their mean"
+        return "" if even else "the ranks of single experts, but not their mean"
 
     def outline(self, model: PreTrainedModel) -> list[Factorize]:
-        """See `Step.outline`. All experts are equally important."""
+        """Return operations of the final sizes, see `Step.outline`. All experts count as equally important."""
         blocks = views.sparse_blocks(model)
         if not blocks or self._does_nothing:
             return []
@@ -141,7 +142,7 @@ class Decompose:
         """Decide the ranks; see `Step.search`.
 
         Raises:
-            UserError: the least rank everywhere exceeds the budget.
+            UserError: even the lowest rank for all experts exceeds the budget.
         """
         started = time.perf_counter()
         model = context.model
@@ -169,7 +170,7 @@ class Decompose:
         }
 
     def _operations(self, layer_ranks: dict[int, ranks.Ranks]) -> list[Factorize]:
-        """One operation for each layer in which not all experts stay dense."""
+        """Return one operation for each layer, except layers in which all experts stay dense."""
         return [
             Factorize(layer, dict.fromkeys(PROJECTIONS, tuple(values)), self.whitening)
             for layer, values in layer_ranks.items()
@@ -179,7 +180,7 @@ class Decompose:
     def _ranks(
         self, model: PreTrainedModel, importance: Mapping[int, Sequence[float]], hidden_size: int, expert_width: int
     ) -> tuple[int, float, dict[int, ranks.Ranks]]:
-        """The multiple that ranks are rounded to, their average, and the ranks of each layer."""
+        """Return the multiple to which ranks are rounded, their average, and the ranks of each layer."""
         shape = hidden_size, expert_width
         num_experts = sum(map(len, importance.values()))
         dense = ranks.parameters([None] * num_experts, *shape)
@@ -202,7 +203,7 @@ class Decompose:
         least = ranks.parameters([multiple] * num_experts, *shape)
         if kept < least and self.budget.is_given:
             raise UserError(
-                f"method: the budget asks for more than factors can save; rank {multiple} for every expert gives "
+                f"method: the budget requires more than factors can save; rank {multiple} for every expert reaches "
                 f"{self.budget.strictest_ratio(model, dense - least)}"
             )
         return multiple, *ranks.allocate_budget(importance, kept, *shape, self.alpha, multiple)
@@ -217,6 +218,6 @@ class Decompose:
 
 
 def _shape(blocks: Mapping[int, views.SparseBlock]) -> tuple[int, int]:
-    """Hidden size and width of a routed expert."""
+    """Return the hidden size and the width of a routed expert."""
     _, hidden_size, expert_width = next(iter(blocks.values())).weights.down_EDF.shape
     return hidden_size, expert_width

@@ -1,4 +1,4 @@
-"""Layer drop and block drop: remove the parts that change the residual stream least (arXiv 2406.02500, section 3).
+"""Layer drop and block drop: decide which layers change the residual stream least (arXiv 2406.02500, section 3).
 
 Legend: T tokens, D hidden size.
 """
@@ -29,12 +29,13 @@ from recondense.operations import Drop
 class Dropping:
     """Drop the MoE blocks (layer drop) or the decoder layers (block drop) that change the residual stream least.
 
-    The similarity of a part is the mean cosine between the residual stream before and after it, over calibration
-    tokens. One pass decides, as in the paper. The most similar parts go, the fewest that keep the budget.
+    The similarity of a part is the mean cosine similarity between the residual stream before and after it, over the
+    calibration tokens. As in the paper, it is measured once. The parts with the largest similarity are dropped, as many
+    as the budget requires.
 
     Args:
-        part: "moe" drops MoE blocks, "layer" drops decoder layers that have one. The first layer of an attention type
-            stays: a cache counts the tokens by it.
+        part: "moe" drops MoE blocks, "layer" drops decoder layers that have a MoE block. The first layer of each
+            attention type is kept, because the key-value cache counts tokens with it.
         budget: the parameters to remove.
 
     Raises:
@@ -60,7 +61,10 @@ class Dropping:
 
     def check(self, facts: Facts) -> list[str]:
         if self.part == "layer" and facts.moe_layers == (0,):
-            return ["method=block_drop: the only MoE layer is the first decoder layer, which cannot go; use layer_drop"]
+            return [
+                "method=block_drop: the only MoE layer is the first decoder layer, which cannot be dropped; use "
+                "method=layer_drop"
+            ]
         return []
 
     def key(self) -> Record:
@@ -70,10 +74,10 @@ class Dropping:
         return self._drops(model, dict.fromkeys(self._layers(model), 0.0))
 
     def search(self, context: SearchContext) -> tuple[list[Drop], Record]:
-        """Decide which layers lose the part; see `Step.search`.
+        """Decide in which layers to drop the part; see `Step.search`.
 
         Raises:
-            UserError: not even dropping all of them keeps the budget.
+            UserError: dropping the part in all layers does not meet the budget.
         """
         started = time.perf_counter()
         names = {layer: f"similarity-{layer:03d}" for layer in self._layers(context.model)}
@@ -91,23 +95,23 @@ class Dropping:
         }
 
     def _layers(self, model: PreTrainedModel) -> list[int]:
-        """The layers that can lose the part.
+        """Return the layers in which the part can be dropped.
 
         Raises:
-            UserError: not even dropping all of them keeps the budget.
+            UserError: dropping the part in all of them does not meet the budget.
         """
         kept = decoder.cache_layers(model.config) if self.part == "layer" else set()
         layers = [layer for layer in views.sparse_blocks(model) if layer not in kept]
         most = sum(self._size(model, layer) for layer in layers)
         if self.budget.expert_parameters_to_remove(model) > most:
             raise UserError(
-                f"method: the budget asks for more than dropping layers can save; all {len(layers)} that can go give "
-                f"{self.budget.strictest_ratio(model, most)}"
+                f"method: the budget requires more than dropping layers can save; all {len(layers)} layers that can be "
+                f"dropped reach {self.budget.strictest_ratio(model, most)}"
             )
         return layers
 
     def _drops(self, model: PreTrainedModel, similarity: Mapping[int, float]) -> list[Drop]:
-        """Drop the fewest layers that keep the budget, the most similar first."""
+        """Drop as few layers as the budget allows, those with the largest similarity first."""
         operations: list[Drop] = []
         need = self.budget.expert_parameters_to_remove(model)
         for layer in sorted(similarity, key=lambda layer: (-similarity[layer], layer)):
@@ -120,7 +124,7 @@ class Dropping:
 
     @torch.no_grad()
     def _similarity(self, model: PreTrainedModel, tape: Tape, layer: int) -> float:
-        """The mean cosine between the residual stream before and after the part."""
+        """Compute the mean cosine similarity between the residual stream before and after the part."""
         totals = []
         for index, trace in enumerate(tape.trace(model, layer)):
             after_TD = tape.real_tokens(index, tape.states[layer + 1][index]).float()
@@ -132,7 +136,7 @@ class Dropping:
         return float(tape.texts.total(totals)) / tape.num_tokens
 
     def _size(self, model: PreTrainedModel, layer: int) -> int:
-        """The parameters that go with the part of a layer, as the budget counts them."""
+        """Return the number of parameters that dropping the part of a layer removes, as the budget counts them."""
         if self.budget.removed_expert_ratio is not None:
             return count_parameters(views.sparse_blocks(model)[layer].experts)
         if self.part == "layer":

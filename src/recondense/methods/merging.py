@@ -1,4 +1,4 @@
-"""Merge similar experts, weighted by how often they are used: MC-SMoE's grouping and HC-SMoE's clustering.
+"""Decide which similar experts to merge: MC-SMoE's grouping and HC-SMoE's clustering.
 
 Legend: T tokens, E routed experts, D hidden size.
 """
@@ -32,20 +32,20 @@ from recondense.operations import Merge
 
 @dataclass(frozen=True)
 class Merging:
-    """Merge experts into groups. A group computes the weighted mean of its experts; the router keeps its rows.
+    """Merge experts in groups, weighted by how often they are selected. The router keeps its rows.
 
     Args:
-        grouping: "router_logits" (MC-SMoE): the most used experts of all layers are dominant. Every other expert joins
-            the dominant one of its layer with the most similar router logits, and its neurons are permuted to match.
-            "expert_outputs" (HC-SMoE): average-linkage clustering of the mean outputs over all calibration tokens, with
-            the same number of groups in every layer.
+        grouping: "router_logits" (MC-SMoE): the most frequently selected experts of all layers are dominant. Every
+            other expert joins the dominant expert of its layer with the most similar router logits, and its neurons are
+            permuted to match. "expert_outputs" (HC-SMoE): average-linkage clustering of the experts' mean outputs over
+            all calibration tokens, with the same number of groups in every layer.
         budget: the parameters to remove.
 
     Raises:
         UserError: a setting is outside its range.
 
-    Reference: MC-SMoE, arXiv 2310.01334, section 3.2 (its merging, not its compression after it); HC-SMoE, arXiv
-    2410.08589, section 3.
+    Reference: MC-SMoE, arXiv 2310.01334, section 3.2 (only the merging, without the compression that follows); HC-SMoE,
+    arXiv 2410.08589, section 3.
     """
 
     condenses: ClassVar[bool] = False
@@ -67,8 +67,8 @@ class Merging:
         ratio = self.budget.removed_expert_ratio
         if ratio is not None and ratio > most:
             return [
-                f"method.removed_expert_ratio={ratio}: one of {facts.num_experts} experts a layer "
-                f"stays at least: at most {most:.4g} can go"
+                f"method.removed_expert_ratio={ratio}: must be at most {most:.4g}, because at least one of the "
+                f"{facts.num_experts} experts of a layer remains"
             ]
         return []
 
@@ -77,7 +77,7 @@ class Merging:
 
     @property
     def left_open(self) -> str:
-        return "how many groups each layer keeps; not their total" if self.grouping == "router_logits" else ""
+        return "how many groups each layer has, but not their total" if self.grouping == "router_logits" else ""
 
     def outline(self, model: PreTrainedModel) -> list[Merge]:
         experts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
@@ -93,7 +93,7 @@ class Merging:
         """Decide the groups; see `Step.search`.
 
         Raises:
-            UserError: more experts are to go than can.
+            UserError: the budget requires removing more experts than possible.
         """
         started = time.perf_counter()
         blocks = views.sparse_blocks(context.model)
@@ -119,9 +119,9 @@ class Merging:
 
     @torch.no_grad()
     def _features(self, block: SparseBlock, tape: Tape, traces: Sequence[LayerTrace]) -> Record:
-        """The counts of selections, and the rows that experts are compared by.
+        """Return how often each expert is selected, and for each expert a row of features to compare it by.
 
-        A row is an expert's similarity of router logits to all experts (E, E), or its mean output (E, D).
+        The rows are the similarities of its router logits to those of all experts (E, E), or its mean output (E, D).
         """
         counts_E, _ = routing_totals(tape, traces, block.num_experts)
         if self.grouping == "router_logits":
@@ -138,16 +138,16 @@ class Merging:
         return {"counts": counts_E.double().tolist(), "features": features.tolist()}
 
     def _numbers(self, counts: dict[int, list[float]], num_dropped: int) -> dict[int, int]:
-        """The number of groups of each layer.
+        """Return the number of groups of each layer.
 
         Raises:
-            UserError: more experts are to go than can.
+            UserError: more experts should be removed than possible.
         """
         experts = {layer: len(values) for layer, values in counts.items()}
         even = _even(experts, num_dropped)
         if self.grouping == "expert_outputs":
             return even
-        # The most used expert of each layer, then the most used of all: frequencies compare across layers.
+        # The most selected expert of each layer, then the most selected ones of all layers.
         dominant = {layer: 1 for layer in counts}
         ranked = sorted(
             ((value, layer) for layer, values in counts.items() for value in sorted(values, reverse=True)[1:]),
@@ -167,7 +167,7 @@ class Merging:
                 groups[nearest].append(expert)
             partition = list(groups.values())
         else:
-            # Exactly this number of groups: a cut by height would join equal ones further.
+            # Cut to exactly this number of groups: a cut by height would also join groups at equal distances.
             labels = cut_tree(linkage(features.numpy(), "average"), n_clusters=number)[:, 0]
             partition = [[expert for expert in order if labels[expert] == label] for label in sorted(set(labels))]
         partition.sort()
@@ -181,15 +181,15 @@ def _gram(logits_TE: Tensor) -> Tensor:
 
 
 def _even(experts: dict[int, int], num_dropped: int) -> dict[int, int]:
-    """The number of groups of each layer, if every layer loses the same number of experts.
+    """Return the number of groups of each layer if every layer loses the same number of experts.
 
     Raises:
-        UserError: more are to go than can.
+        UserError: more experts should be removed than possible.
     """
     return {layer: experts[layer] - number for layer, number in drop_uniformly(num_dropped, experts, 1).items()}
 
 
 def _shares(counts: Sequence[float]) -> tuple[float, ...]:
-    """Frequencies as weights; equal weights if none of the experts was ever selected."""
+    """Return weights in proportion to the counts; equal weights if no expert was ever selected."""
     total = sum(counts)
     return tuple(value / total for value in counts) if total else tuple(1 / len(counts) for _ in counts)

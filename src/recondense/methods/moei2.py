@@ -1,7 +1,7 @@
-"""MoE-I², first stage: which experts a model loses (arXiv 2411.01016, section 3.1).
+"""MoE-I², first stage: decide which experts to prune (arXiv 2411.01016, section 3.1).
 
-Importance of experts and layers, a non-uniform number of experts to drop in each layer, candidates by a genetic search
-in each layer, and the block-wise KT-reception field that chooses among them. The second stage is `Decompose`.
+The importance of its experts decides how many experts each layer loses. A genetic search finds candidate sets of
+experts in each layer, and the block-wise KT-reception field chooses among them. The second stage is `Decompose`.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from recondense.models.families import Facts
 from recondense.operations import Prune
 from recondense.progress import progress
 
-MOST_COMBINATIONS = 10_000  # of a group's candidates; each is a run of decoder layers
+MOST_COMBINATIONS = 10_000  # of the candidates of a group of layers; each combination runs these layers
 Candidates = dict[int, list[tuple[ExpertSet, float]]]  # by layer: sets of experts to drop with their errors, best first
 
 
 @dataclass(frozen=True)
 class InterExpertPruning:
-    """Prune experts non-uniformly over layers, by a genetic search and KT-reception fields.
+    """Prune experts non-uniformly over the layers, by a genetic search and KT-reception fields.
 
     Args:
         prune_ratio: fraction of all routed experts to drop.
-        budget: of the whole method. If it asks for less than prune_ratio, fewer experts go.
-        importance: the loss behind an expert's importance: "layer_output" or "lm_loss".
+        budget: the budget of the entire method. If it requires less than `prune_ratio`, fewer experts are dropped.
+        importance: the loss that defines an expert's importance: "layer_output" or "lm_loss".
         normalize: see `expert_importance`.
-        genetic, seed: of the search for candidates.
-        num_candidates: K, the number of sets to keep for each layer.
+        genetic, seed: the settings and the seed of the search for candidates.
+        num_candidates: K, the number of candidate sets per layer.
         block_size: T, the number of MoE layers in a group of the reception field.
 
     Raises:
@@ -53,7 +53,7 @@ class InterExpertPruning:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
-    left_open: ClassVar[str] = "how many experts each layer loses; not their total"
+    left_open: ClassVar[str] = "how many experts each layer loses, but not their total"
 
     prune_ratio: float = 0.25
     budget: Budget = NO_BUDGET
@@ -82,18 +82,19 @@ class InterExpertPruning:
         most = len(facts.moe_layers) * (facts.num_experts - facts.top_k)
         if round(self.prune_ratio * total) > most:
             problems.append(
-                f"method.prune_ratio={self.prune_ratio}: {facts.num_experts} experts a layer, of which each token "
-                f"selects {facts.top_k}: at most {most / total:.4g} can go"
+                f"method.prune_ratio={self.prune_ratio}: must be at most {most / total:.4g}, because each token "
+                f"selects {facts.top_k} of the {facts.num_experts} experts of a layer"
             )
         if round(self.prune_ratio * total) < 1:
-            problems.append(f"method.prune_ratio={self.prune_ratio}: not one of {total} experts would go")
-        if not self.budget.is_given:  # of an average layer; a budget may ask for fewer
+            problems.append(f"method.prune_ratio={self.prune_ratio}: none of the {total} experts would be pruned")
+        if not self.budget.is_given:  # for an average layer; a budget may require fewer
             problems += self.genetic.refuse_too_many(facts.num_experts, round(self.prune_ratio * facts.num_experts))
         runs = self.num_candidates**self.block_size
         if runs > MOST_COMBINATIONS:
             problems.append(
                 f"method.num_candidates={self.num_candidates} and method.block_size={self.block_size}: "
-                f"{runs:,} combinations for each group of layers; at most {MOST_COMBINATIONS:,} are tried"
+                f"there would be {runs:,} combinations for each group of layers, but at most {MOST_COMBINATIONS:,} are "
+                "supported; lower one of them"
             )
         return problems
 
@@ -104,7 +105,7 @@ class InterExpertPruning:
         return {"method": "moei2", "version": 2, **settings}
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
-        """See `Step.outline`. All layers are equally important."""
+        """Return operations of the final sizes, see `Step.outline`. All layers count as equally important."""
         blocks = views.sparse_blocks(model)
         numbers = self.numbers(model, dict.fromkeys(blocks, 1.0))
         return [
@@ -114,11 +115,11 @@ class InterExpertPruning:
         ]
 
     def numbers(self, model: PreTrainedModel, importance: Mapping[int, float]) -> dict[int, int]:
-        """The number of experts that each layer loses.
+        """Return the number of experts that each layer loses.
 
         Args:
-            model: as the steps before left it.
-            importance: of each sparse layer.
+            model: the model after the earlier steps.
+            importance: the importance of each sparse layer.
         """
         blocks = views.sparse_blocks(model)
         if not blocks:
@@ -130,10 +131,10 @@ class InterExpertPruning:
         return drop_by_importance(total, importance, experts, next(iter(blocks.values())).routing.top_k)
 
     def search(self, context: SearchContext) -> tuple[list[Prune], Record]:
-        """Decide which experts go; see `Step.search`.
+        """Decide which experts to prune; see `Step.search`.
 
         Raises:
-            UserError: more experts are to go than can.
+            UserError: more experts should be pruned than possible.
         """
         started = time.perf_counter()
         blocks = views.sparse_blocks(context.model)
@@ -185,17 +186,17 @@ class InterExpertPruning:
 
 
 def _prunes(groups: list[Group], candidates: Candidates, num_experts: Mapping[int, int]) -> list[Prune]:
-    """The operations of the chosen candidates, in layer order."""
-    chosen = {
+    """Return the operations of the chosen candidates, in layer order."""
+    sets = {
         layer: candidates[layer][place][0]
         for group in groups
         for layer, place in zip(group.layers, group.choice, strict=True)
     }
-    return [Prune.from_dropped(layer, num_experts[layer], dropped) for layer, dropped in chosen.items() if dropped]
+    return [Prune.from_dropped(layer, num_experts[layer], dropped) for layer, dropped in sets.items() if dropped]
 
 
 def _field_name(candidates: Candidates) -> str:
-    """The name of the reception field in the cache: it depends on the number of experts that each layer loses."""
+    """Return the name of the reception field in the cache, made of the numbers of experts that the layers lose."""
     return "blocks-" + "-".join(str(len(sets[0][0])) for sets in candidates.values())
 
 
@@ -208,10 +209,10 @@ def _from_json(entry: Record) -> Group:
 
 
 def refuse_groups(facts: Facts) -> list[str]:
-    """The problem of a model whose experts cannot be pruned one by one, as a sentence; empty if there is none."""
+    """Return a problem if the model's router selects groups, whose experts cannot be pruned one by one."""
     if facts.num_groups == 1:
         return []
     return [
-        f"the router selects among {facts.num_groups} groups of experts, which pruning would have to leave equal; this "
-        "search does not. Use method=cdmoe or method=svd_llm."
+        f"the router selects among {facts.num_groups} groups of experts. Pruning must keep the groups equally large, "
+        "which this search does not. Use method=cdmoe or method=svd_llm."
     ]

@@ -1,4 +1,4 @@
-"""NAEE: in every layer drop the set of experts that changes the layer's output least (arXiv 2402.14800)."""
+"""NAEE: in every layer, prune the set of experts that changes the layer's output least (arXiv 2402.14800)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from recondense.operations import Prune
 
 @dataclass(frozen=True)
 class NAEE:
-    """Prune the same number of experts in every layer, by the least Frobenius distance of the layer's output.
+    """Prune the same number of experts in every layer, with the least change of the layer's output (Frobenius norm).
 
-    The paper tries all sets, which is possible for Mixtral's eight experts. For more, the genetic search of MoE-I²
-    minimises the same error. `search: exact` insists on all sets.
+    The paper tries all sets, which is possible for Mixtral's eight experts. If there are many sets, the genetic search
+    of MoE-I² minimizes the same error. `search: exact` always tries all sets.
 
     Args:
         budget: the parameters to remove.
-        genetic, seed: of the search.
+        genetic, seed: the settings and the seed of the search.
 
     Raises:
         UserError: a setting is outside its range.
@@ -71,16 +71,16 @@ class NAEE:
         return [Prune.from_dropped(layer, experts[layer], range(number)) for layer, number in numbers.items() if number]
 
     def _numbers(self, model: PreTrainedModel, experts: Mapping[int, int]) -> dict[int, int]:
-        """The number of experts that each layer loses."""
+        """Return the number of experts that each layer loses."""
         blocks = views.sparse_blocks(model)
         floor = next(iter(blocks.values())).routing.top_k if blocks else 0
         return drop_uniformly(self.budget.experts_to_drop(model), experts, floor)
 
     def search(self, context: SearchContext) -> tuple[list[Prune], Record]:
-        """Decide which experts go; see `Step.search`.
+        """Decide which experts to prune; see `Step.search`.
 
         Raises:
-            UserError: more experts are to go than can.
+            UserError: the budget requires pruning more experts than possible.
         """
         started = time.perf_counter()
         blocks = views.sparse_blocks(context.model)

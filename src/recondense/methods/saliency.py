@@ -1,4 +1,4 @@
-"""Prune the routed experts of least saliency. Each expert is scored on its own.
+"""Prune the routed experts with the least saliency. Each expert is scored independently of the others.
 
 Legend: T tokens, t tokens that select one expert, E routed experts, K top-k, D hidden size.
 """
@@ -41,16 +41,17 @@ SALIENCIES = {
 
 @dataclass(frozen=True)
 class SaliencyPruning:
-    """Drop the experts of least saliency.
+    """Prune the experts with the least saliency.
 
     Args:
         saliency: one of `SALIENCIES`. "frequency" and "routing_weight" are common baselines (arXiv 2402.14800, section
             4; arXiv 2412.00069, ablations). "reap" divides by the number of tokens that select an expert, so that rare
-            but strong experts stay; "expert_drop" does not.
-        allocation: "uniform" drops the same number in every layer. "global" drops the least salient experts of all
-            layers, but leaves top_k in each. If the router selects groups first, every group loses the same number.
+            but strong experts are retained; "expert_drop" does not.
+        allocation: "uniform" prunes the same number of experts in every layer. "global" prunes the least salient
+            experts of all layers, but retains at least top_k in each. If the router selects groups first, every group
+            loses the same number.
         budget: the parameters to remove.
-        seed: of "random".
+        seed: the seed for "random".
 
     Raises:
         UserError: a setting is outside its range.
@@ -85,17 +86,17 @@ class SaliencyPruning:
 
     @property
     def left_open(self) -> str:
-        return "how many experts each layer loses; not their total" if self.allocation == "global" else ""
+        return "how many experts each layer loses, but not their total" if self.allocation == "global" else ""
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         counts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
         return self._prunes(model, {layer: [0.0] * count for layer, count in counts.items()}, everywhere=True)
 
     def search(self, context: SearchContext) -> tuple[list[Prune], Record]:
-        """Decide which experts go; see `Step.search`.
+        """Decide which experts to prune; see `Step.search`.
 
         Raises:
-            UserError: more experts are to go than can.
+            UserError: the budget requires pruning more experts than possible.
         """
         started = time.perf_counter()
         model = context.model
@@ -121,11 +122,12 @@ class SaliencyPruning:
         }
 
     def _prunes(self, model: PreTrainedModel, scores: Mapping[int, list[float]], everywhere: bool) -> list[Prune]:
-        """Drop as many experts as the budget asks for, by their scores.
+        """Prune as many experts as the budget requires, by their scores.
 
         Args:
-            scores: of each expert, by layer.
-            everywhere: drop the same number in every layer.
+            model: the model after the earlier steps.
+            scores: the score of each expert, by layer.
+            everywhere: prune the same number in every layer.
         """
         blocks = views.sparse_blocks(model)
         if not blocks:
@@ -157,20 +159,20 @@ class SaliencyPruning:
 
 
 def refuse_too_much(budget: Budget, facts: Facts) -> list[str]:
-    """The problem of a budget that leaves fewer experts than a token selects, as a sentence; empty if there is none."""
+    """Return a problem if the budget would leave fewer experts than a token selects."""
     ratio = budget.removed_expert_ratio
     most = 1 - facts.min_experts / facts.num_experts
     if ratio is None or ratio <= most + 1e-9:
         return []
-    groups = "" if facts.num_groups == 1 else f" out of {facts.top_groups} of {facts.num_groups} groups"
+    groups = "" if facts.num_groups == 1 else f", from {facts.top_groups} of {facts.num_groups} groups"
     return [
-        f"method.removed_expert_ratio={ratio}: {facts.num_experts} experts a layer, of which each token "
-        f"selects {facts.top_k}{groups}: at most {most:.4g} can go"
+        f"method.removed_expert_ratio={ratio}: must be at most {most:.4g}, because each token selects {facts.top_k} of "
+        f"the {facts.num_experts} experts of a layer{groups}"
     ]
 
 
 def _rows(values: list[float], num_groups: int) -> list[list[int]]:
-    """Experts to drop together, one of each group so that groups stay equal; the least salient row first."""
+    """Return rows of experts to prune together, one from each group so that groups stay equal; least salient first."""
     size = len(values) // num_groups
     groups = [sorted(range(first, first + size), key=lambda e: (values[e], e)) for first in range(0, len(values), size)]
     return [list(row) for row in zip(*groups, strict=True)]
@@ -181,19 +183,19 @@ def _weighted_norms(block: SparseBlock, trace: LayerTrace) -> Tensor:
     """Compute Σ weight·‖E(x)‖₂ over the tokens of a text batch that select each expert; (E,) in fp64."""
     norms = []
     for expert in range(block.num_experts):
-        chosen_TK = trace.top_k_index_TK == expert
-        rows = chosen_TK.any(dim=1)
-        weight_t = (trace.top_k_weights_TK * chosen_TK).sum(dim=1)[rows].double()
+        selected_TK = trace.top_k_index_TK == expert
+        rows = selected_TK.any(dim=1)
+        weight_t = (trace.top_k_weights_TK * selected_TK).sum(dim=1)[rows].double()
         norm_t = expert_outputs(trace.x_TD[rows], block.weights, [expert])[0].double().norm(dim=1)
         norms.append((weight_t * norm_t).sum())
     return torch.stack(norms)
 
 
 def _least(scores: Mapping[int, list[float]], number: int, floor: int, everywhere: bool) -> dict[int, set[int]]:
-    """Choose the experts of least saliency, the lowest index first among equals.
+    """Choose the experts with the least saliency; among equals, the lowest index first.
 
     Raises:
-        UserError: the layers cannot lose so many.
+        UserError: the layers cannot lose as many experts.
     """
     room = drop_uniformly(number, {layer: len(values) for layer, values in scores.items()}, floor)
     if not everywhere:

@@ -1,6 +1,6 @@
-"""The protocol of a method's steps: everything that the rest of the package knows of a method.
+"""The protocol of a method's steps: everything that the rest of the package knows about a method.
 
-A step holds settings alone. A method is a file with such a class, and a YAML in conf/method that names it.
+A step has only settings. A method is a file with such a class, and a YAML in conf/method that names the class.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from recondense.methods.search.budget import Budget
 from recondense.models.families import Facts
 from recondense.operations import Operation
 
-Record = dict[str, Any]  # JSON values: keys are texts, and tuples are lists
+Record = dict[str, Any]  # JSON values: string keys, and lists instead of tuples
 Cache = MutableMapping[str, Record]
 
 
 @dataclass(frozen=True)
 class SearchContext:
-    """What a search works on.
+    """The inputs of a search.
 
     Args:
-        model: the causal LM as the steps before left it. A search leaves it bit-identical.
+        model: the causal LM after the earlier steps. A search leaves it bit-identical.
         tape: returns the hidden states on the calibration set. A search calls it only if the cache lacks something.
         cache: partial results of earlier searches with the same weights, calibration set and `Step.key`. A search
-            writes to it as it goes, so that it can resume.
+            writes to it while it works, so that it can resume.
         max_scratch_bytes: bound on temporary tensors. The result does not depend on it.
     """
 
@@ -41,58 +41,61 @@ class SearchContext:
 class Step(Protocol):
     """One step of a method: its settings, and the search that turns them into operations.
 
-    Implementations are frozen dataclasses. A field whose default is itself a dataclass, such as a `Budget`, takes its
-    settings from beside the step's own in the YAML. A constructor raises UserError for settings outside their range,
-    with all problems in one message, one a line.
+    Implementations are frozen dataclasses. If the default of a field is itself a dataclass, such as a `Budget`, its
+    settings are on the same level as the step's other settings in the YAML. A constructor raises UserError for settings
+    outside their range, with all problems in one message, one per line.
     """
 
     @property
     def budget(self) -> Budget:
-        """How much the step has to remove."""
+        """How much the step must remove."""
 
     @property
     def condenses(self) -> bool:
-        """True if some operations may be `Condense`."""
+        """Whether operations of the step may be `Condense`."""
 
     @property
     def removes_layers(self) -> bool:
-        """True if MoE blocks or decoder layers go with all they hold, not only routed experts and routers."""
+        """Whether the step may remove entire MoE blocks or decoder layers, not only routed experts and routers."""
 
     @property
     def needs_whole_experts(self) -> bool:
-        """True if the experts of the model must not be factorized already."""
+        """Whether the step needs experts that are not yet factorized."""
 
     @property
     def left_open(self) -> str:
-        """Which sizes in `outline` the calibration set may change, in words; empty if none."""
+        """The sizes in `outline` that depend on the calibration set, in words; empty if there are none."""
 
     def check(self, facts: Facts) -> list[str]:
-        """List the problems of these settings on a model, as sentences.
+        """Return the problems of these settings for a model, as sentences.
 
         Args:
-            facts: read from the model's config.
+            facts: facts about the model, read from its config.
         """
 
     def key(self) -> dict[str, Any]:
-        """The settings that a cached result depends on; JSON values. Budgets are not among them."""
+        """Return the settings on which a cached result depends, as JSON values. Budgets are not among them."""
 
     def outline(self, model: PreTrainedModel) -> Sequence[Operation]:
-        """Operations of the sizes that the search will reach, from shapes alone. Which experts and layers is made up.
+        """Return operations of the sizes that the search will reach, with placeholders for the experts and layers.
 
         Args:
-            model: may be on the meta device.
+            model: the model; it may be on the meta device, because only shapes are used.
 
         Raises:
-            UserError: the budget cannot be kept.
+            UserError: the budget cannot be met.
         """
 
     def search(self, context: SearchContext) -> tuple[Sequence[Operation], Record]:
         """Decide the operations.
 
+        Args:
+            context: the model, its tape and the cache.
+
         Returns:
-            the operations in the order in which they were chosen, and what decided them, for plan.json. Two entries of
-            the record are logged and not kept: `seconds` by part of the search, and `reused`, in words.
+            The operations in the order in which they were chosen, and the record for plan.json that explains them. Two
+            entries of the record are only logged: `seconds`, by part of the search, and `reused`, in words.
 
         Raises:
-            UserError: the budget cannot be kept, or the calibration set does not suffice.
+            UserError: the budget cannot be met, or the calibration set is too small.
         """

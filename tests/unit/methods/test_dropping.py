@@ -53,7 +53,9 @@ def test_the_similarities_are_cosines_of_hidden_states(family: str) -> None:
     _, record = search(Dropping("layer", budget=Budget(removed_expert_ratio=0.4)), model)
     blocks = {str(layer): cosine(hidden[layer - 1], hidden[layer]) for layer in layers if layer}
     assert record["similarity"] == pytest.approx(blocks, abs=1e-4)
-    with pytest.raises(ValueError, match=r"dropping layers can save; all .* that can go give memory_ratio="):
+    with pytest.raises(
+        ValueError, match=r"dropping layers can save; all .* layers that can be dropped reach memory_ratio="
+    ):
         Dropping("layer", budget=Budget(memory_ratio=0.01)).search(
             SearchContext(model, lambda: recorded(model), {}, 1 << 30)
         )

@@ -100,4 +100,4 @@ def test_every_group_loses_equally_many_of_its_least_salient_experts(saliency: s
     apply.execute(model, Plan("tiny", tuple(operations)))
     assert torch.isfinite(logits(model, windows(2, 9))).all()
     [problem] = SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.6)).check(families.facts(model.config))
-    assert "selects 2 out of 1 of 2 groups: at most 0.5 can go" in problem
+    assert "at most 0.5, because each token selects 2 of the 8 experts of a layer, from 1 of 2 groups" in problem

@@ -1,4 +1,4 @@
-"""How many experts each layer loses: the same number in all layers, or fewer in important layers. Totals are exact."""
+"""Decide how many experts each layer loses: equally many, or fewer in important layers. Totals are met exactly."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from recondense.errors import UserError
 
 
 def drop_uniformly(total: int, num_experts: Mapping[int, int], floor: int) -> dict[int, int]:
-    """Drop the same number in every layer. The first layers lose the remainder, one expert each.
+    """Drop the same number of experts in every layer. The first layers lose one more if the total is not divisible.
 
     Args:
-        total: experts to drop in all layers together.
-        num_experts: the present number of experts, by layer.
+        total: number of experts to drop in all layers together.
+        num_experts: the current number of experts, by layer.
         floor: the fewest experts that a layer retains.
 
     Returns:
-        the number to drop, by layer.
+        The number of experts to drop, by layer.
 
     Raises:
-        UserError: the layers cannot lose so many.
+        UserError: the layers cannot lose as many experts.
     """
     return _distribute(total, dict.fromkeys(num_experts, 1.0), num_experts, floor)
 
@@ -30,20 +30,23 @@ def drop_by_importance(
 ) -> dict[int, int]:
     """Drop fewer experts in important layers: the share of layer i is proportional to E_i / I_i.
 
-    Shares are rounded down. A layer never falls below the floor; the other layers lose what it cannot. The remainder
-    goes to the largest fractions, to the lowest layer among equals.
+    If a layer's share would leave fewer than `floor` experts, the other layers lose the difference. Shares are rounded
+    down, and the remainder goes to the largest fractions; among equals, to the lowest layer.
 
     Args:
         total, num_experts, floor: as in `drop_uniformly`.
-        importance: I_i by layer, >= 0. A layer of importance 0 loses all that it may before others lose any.
+        importance: I_i by layer, >= 0. A layer of importance 0 loses as many as possible before others lose any.
+
+    Returns:
+        The number of experts to drop, by layer.
 
     Raises:
-        UserError: the layers cannot lose so many.
+        UserError: the layers cannot lose as many experts.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.1; the paper gives no formula.
     """
     largest = max(importance.values(), default=1.0) or 1.0
-    least = largest * 1e-12  # in place of 0
+    least = largest * 1e-12  # replaces 0
     shares = {layer: num_experts[layer] / max(importance[layer], least) for layer in num_experts}
     return _distribute(total, shares, num_experts, floor)
 
@@ -52,12 +55,12 @@ def _distribute(total: int, shares: Mapping[int, float], num_experts: Mapping[in
     room = {layer: max(0, count - floor) for layer, count in num_experts.items()}
     if total > sum(room.values()):
         raise UserError(
-            f"{total} experts are to be dropped, but {len(room)} layers of {sorted(set(num_experts.values()))} experts "
-            f"can lose {sum(room.values())} at most: each must retain {floor}"
+            f"{total} experts should be dropped, but the {len(room)} layers of {sorted(set(num_experts.values()))} "
+            f"experts can lose at most {sum(room.values())}: each must retain {floor}"
         )
     exact: dict[int, float] = {}
     remaining, open_layers = float(total), set(room)
-    while open_layers:  # layers that would lose more than they can are filled first
+    while open_layers:  # first assign layers whose share exceeds what they can lose
         weight = sum(shares[layer] for layer in open_layers)
         full = {layer for layer in open_layers if remaining * shares[layer] / weight >= room[layer]}
         for layer in full or open_layers:

@@ -1,4 +1,4 @@
-"""The budget of a method: how many parameters, or whole experts, it has to remove."""
+"""The budget of a method: how many parameters, or entire experts, it must remove."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from recondense.models.parameters import count_parameters, routed_parameters
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a model has to go, compared with the uncompressed model. At most one of the two ratios counts.
+    """How much of the uncompressed model a method must remove. At most one of the two ratios is used.
 
-    The unit is a parameter, which is the same as bytes if all weights have one type. The scale of a condensed layer is
-    folded at export and does not count.
+    Sizes are counted in parameters, which are proportional to bytes if all weights have the same dtype. The scale of a
+    condensed layer does not count, because it is folded into other weights at export.
 
     Args:
         removed_expert_ratio: fraction of the routed experts' parameters to remove.
-        memory_ratio: parameters of the whole compressed model / of the original, an upper bound.
-        yields: the ratio that has a default in the method's YAML. It does not count if the other one is given. None:
-            giving both is a problem.
+        memory_ratio: upper bound on the parameters of the compressed model / those of the original.
+        yields: the ratio that has a default in the method's YAML; it is ignored if the other one is set too. None makes
+            it a problem if both are set.
     """
 
     removed_expert_ratio: float | None = None
@@ -44,7 +44,7 @@ class Budget:
         """List the problems of the two ratios, as sentences.
 
         Args:
-            required: one of them must be given.
+            required: whether one of them must be set.
         """
         if required and not self.is_given:
             return ["method.removed_expert_ratio and method.memory_ratio are both null: set one of them"]
@@ -55,20 +55,21 @@ class Budget:
             and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1)
         ]
         if self.removed_expert_ratio is not None and self.memory_ratio is not None:
-            problems.append("method.removed_expert_ratio and method.memory_ratio are both given: set one to null")
+            problems.append("method.removed_expert_ratio and method.memory_ratio are both set; set one of them to null")
         return problems
 
     def settings(self) -> dict[str, float | None]:
-        """The two ratios by name."""
+        """Return the two ratios by name."""
         return {"removed_expert_ratio": self.removed_expert_ratio, "memory_ratio": self.memory_ratio}
 
     def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True) -> int:
-        """The number of whole experts that still have to go from the model.
+        """Return the number of experts that must still be dropped from the model.
 
-        removed_expert_ratio r drops round(r·L·E) experts of L layers. memory_ratio drops the fewest that keep it.
+        removed_expert_ratio r drops round(r·L·E) experts of L layers. memory_ratio drops as few as meet it.
 
         Args:
-            router_rows: an expert takes its row in the router along. Merged experts do not.
+            model: the model after the earlier steps.
+            router_rows: whether dropping an expert also removes its row in the router; merging experts does not.
         """
         counts = parameters.parameter_counts(model.config)
         expert = counts.expert
@@ -80,15 +81,15 @@ class Budget:
         return max(0, math.ceil(self.expert_parameters_to_remove(model) / size))
 
     def experts_at_most(self, model: PreTrainedModel) -> int:
-        """The number of whole experts that may go from the model without removing more than the budget asks for."""
+        """Return the largest number of experts that can be dropped without removing more than the budget requires."""
         counts = parameters.parameter_counts(model.config)
         size = counts.expert + (counts.router_row if self.memory_ratio is not None else 0)
         return self.expert_parameters_to_remove(model) // size
 
     def expert_parameters_to_remove(self, model: PreTrainedModel) -> int:
-        """The number of parameters that still have to go from the model.
+        """Return the number of parameters that must still be removed from the model.
 
-        removed_expert_ratio counts those of routed experts, memory_ratio counts all.
+        removed_expert_ratio counts the parameters of routed experts, memory_ratio counts all parameters.
         """
         counts = parameters.parameter_counts(model.config)
         if self.removed_expert_ratio is not None:
@@ -98,10 +99,11 @@ class Budget:
         return max(0, count_parameters(model) - math.floor(self.memory_ratio * counts.total))
 
     def strictest_ratio(self, model: PreTrainedModel, removable: int) -> str:
-        """The strictest ratio that a model can keep, as `name=value`, rounded so that it can.
+        """Return the strictest ratio that the model can meet, as `name=value`, rounded to a value that it meets.
 
         Args:
-            removable: the parameters that can still go from the model, counted as in `expert_parameters_to_remove`.
+            model: the model after the earlier steps.
+            removable: the number of parameters that can still be removed, counted as in `expert_parameters_to_remove`.
         """
         counts = parameters.parameter_counts(model.config)
         if self.removed_expert_ratio is not None:

@@ -1,4 +1,4 @@
-"""Scores of candidates for the retained experts of one condensed layer, against the original model on a Tape.
+"""Score candidates for the retained experts of a condensed layer against the original model, on a Tape.
 
 Legend: C candidates, T real tokens of a text batch, D hidden size, E routed experts, n experts.
 """
@@ -22,22 +22,21 @@ from recondense.models.replacement_blocks import expert_outputs
 from recondense.models.tensor_store import nbytes
 from recondense.models.views import SparseBlock
 
-SCORE_TEMPORARIES = 6  # fp32 tensors of a chunk's size that scoring holds at once
-APART_ABOVE = 1e-4  # JS of the shared experts alone, above which a layer is scored by the shorter computation
-CPU_CHUNK = 2**18  # elements: larger chunks leave a CPU's cache and take longer
+SCORE_TEMPORARIES = 6  # fp32 tensors of a chunk's size that exist at once while scoring
+APART_ABOVE = 1e-4  # if the JS of the shared experts alone is above this, the shorter computation is precise enough
+CPU_CHUNK = 2**18  # elements; larger chunks do not fit into a CPU's cache and take longer
 
 
 class LayerScorer:
-    """Scores candidates of one MoE layer: JS between the original's hidden state after the layer and a candidate's.
+    """Scores candidates of one MoE layer: the JS between the hidden states after the original and the candidate layer.
 
-    A candidate's hidden state differs from the original's by g·Shared(x) + Σ w̄_i·E_i(x) - MoE(x). This is computed
-    directly, never as the difference of two hidden states. Made by `prepare`.
+    A candidate's hidden state differs from the original's by g·Shared(x) + Σ w̄_i·E_i(x) - MoE(x). This difference is
+    computed directly, never by subtracting two hidden states. Use `prepare` to make a scorer.
 
     Attributes:
-        coefficients: w̄_i, the mean routing weight of each expert over the tokens that selected it; None if no token
-            did.
+        coefficients: w̄_i, the mean routing weight of each expert over the tokens that select it; None if no token does.
         gate_mean: the mean of the shared experts' gate over all tokens; None without a gate.
-        js_shared_only: the score of the shared experts alone.
+        js_shared_only: the score with only the shared experts.
     """
 
     def __init__(self, tape: Tape, block: SparseBlock, norm: nn.Module | None, max_scratch_bytes: int) -> None:
@@ -49,9 +48,9 @@ class LayerScorer:
         self.coefficients: list[float | None] = []
         self.gate_mean: float | None = None
         self.js_shared_only = math.nan
-        # One entry a text batch:
+        # One entry per text batch:
         self.x = tape.storage.tensor_list()
-        self.differences = tape.storage.tensor_list()  # g·Shared(x) + Σ w̄_i·E_i(x) - MoE(x) of the experts added so far
+        self.differences = tape.storage.tensor_list()  # g·Shared(x) + Σ w̄_i·E_i(x) - MoE(x), experts added so far
         self.hidden = tape.storage.tensor_list()
         self._references: dict[int, Reference] = {}
         self._held: dict[int, Tensor] = {}  # outputs of all experts
@@ -62,11 +61,11 @@ class LayerScorer:
     def prepare(
         cls, model: PreTrainedModel, tape: Tape, block: SparseBlock, mean_gate: bool, max_scratch_bytes: int
     ) -> LayerScorer:
-        """Compute the coefficients and the outputs of the shared experts, and score those alone.
+        """Compute the coefficients and the outputs of the shared experts, and score the shared experts alone.
 
         Args:
-            model: as it was taped; left bit-identical.
-            tape: its hidden states on all texts around the layer.
+            model: the recorded model; it stays bit-identical.
+            tape: its hidden states before and after the layer, on all texts.
             block: the layer.
             mean_gate: replace the shared experts' gate by its mean over the calibration tokens.
             max_scratch_bytes: bound on temporary tensors.
@@ -76,9 +75,9 @@ class LayerScorer:
         traces = tape.trace(model, block.layer)
         scorer._count(traces)
         gates = [_shared_gate(block, trace.x_TD) for trace in traces]
-        given = [gate_T1 for gate_T1 in gates if gate_T1 is not None]
-        if given:
-            scorer.gate_mean = float(torch.cat(given).double().mean())
+        present = [gate_T1 for gate_T1 in gates if gate_T1 is not None]
+        if present:
+            scorer.gate_mean = float(torch.cat(present).double().mean())
         constant = scorer.gate_mean if mean_gate else None
         for index, (trace, gate_T1) in enumerate(zip(traces, gates, strict=True)):
             shared_TD = torch.zeros_like(trace.output_TD, dtype=torch.float32)
@@ -101,7 +100,7 @@ class LayerScorer:
         ]
 
     def statistics(self) -> dict[str, Any]:
-        """The routing statistics that the plan keeps: JSON values, one entry a routed expert."""
+        """Return the routing statistics for the plan: JSON values, one entry per routed expert."""
         return {
             "coefficients": self.coefficients,
             "selected": self.counts_E.tolist(),
@@ -110,7 +109,7 @@ class LayerScorer:
         }
 
     def add(self, expert: int) -> None:
-        """Retain an expert. Every later candidate contains it."""
+        """Add an expert to all later candidates."""
         weight = self.coefficients[expert]
         assert weight is not None
         for index in range(len(self.x)):
@@ -118,11 +117,11 @@ class LayerScorer:
             self.differences[index] = self.differences[index] + added_TD
 
     def score(self, candidates: Sequence[int | None]) -> Tensor:
-        """Compute the JS with one more expert retained, for each candidate; (C,) in fp64. None adds no expert."""
+        """Compute the JS (C,), fp64, with each candidate retained in addition. The candidate None adds no expert."""
         return self.tape.texts.mean_over_texts(self._score_batch(index, candidates) for index in range(len(self.x)))
 
     def _score_batch(self, index: int, candidates: Sequence[int | None]) -> Tensor:
-        """JS (C, T) of one text batch."""
+        """Compute the JS (C, T) of one text batch."""
         difference_TD = self.differences[index]
         js_CT = difference_TD.new_empty(len(candidates), difference_TD.shape[0], dtype=torch.float32)
         batch = self._reference(index), difference_TD, None if self.norm is None else self.hidden[index]
@@ -135,7 +134,7 @@ class LayerScorer:
         return js_CT
 
     def _reference(self, index: int) -> Reference:
-        """The original's side for one text batch; not kept if the tape is on disk, where it can be computed again."""
+        """Return the original's part of the divergence for a text batch; kept in memory unless the tape is on disk."""
         if index in self._references:
             return self._references[index]
         hidden_TD = self.hidden[index]
@@ -153,7 +152,7 @@ class LayerScorer:
         experts: list[int],
         outputs_CTD: Tensor | None,
     ) -> Tensor:
-        """JS (C, rows) with each of some experts added; without experts, with none added."""
+        """Compute the JS (C, rows) with each of the experts added, or without an added expert if there are none."""
         reference = Reference(*(tensor[rows] for tensor in batch))
         difference_TD = differences_TD[rows]
         if outputs_CTD is None:
@@ -168,7 +167,7 @@ class LayerScorer:
         return js_from_difference(reference, difference_CTD, self._apart)
 
     def _outputs(self, index: int, experts: list[int]) -> Tensor:
-        """Outputs of consecutive experts for the tokens of a text batch, (n, T, D); kept if all batches' fit."""
+        """Compute the outputs (n, T, D) of consecutive experts for a text batch; kept if those of all batches fit."""
         block = self.block
         if not self._holds_outputs:
             return expert_outputs(self.x[index], block.weights, experts)
@@ -177,10 +176,10 @@ class LayerScorer:
         return self._held[index][experts[0] : experts[-1] + 1]  # a view
 
     def _chunks(self, difference_TD: Tensor, candidates: Sequence[int | None]) -> tuple[list[slice], list[slice]]:
-        """Cut candidates into groups of consecutive experts, and tokens into chunks.
+        """Split the candidates into groups of consecutive experts, and the tokens into chunks.
 
-        Temporaries then fit half the scratch bound. The other half is for experts' outputs. Every row is scored on its
-        own: its bits do not depend on the chunk.
+        Temporaries then fit into half of the scratch bound; the other half is for the experts' outputs. Each row is
+        scored independently, so its bits do not depend on the chunk.
         """
         num_tokens, width = difference_TD.shape
         elements = self.max_scratch_bytes // (2 * 4 * SCORE_TEMPORARIES)
@@ -199,7 +198,7 @@ class LayerScorer:
 
 
 def _shared_gate(block: SparseBlock, x_TD: Tensor) -> Tensor | None:
-    """The sigmoid of the shared experts' gate, (T, 1) in fp32; None without a gate."""
+    """Compute the sigmoid of the shared experts' gate (T, 1), fp32; None without a gate."""
     if block.shared_expert_gate is None:
         return None
     return torch.sigmoid(block.shared_expert_gate(x_TD).float())

@@ -1,8 +1,8 @@
 """CD-MoE's greedy searches: the order of the experts of each layer, and the order of the layers (arXiv 2412.00069).
 
-The expert search treats each MoE layer on its own. A layer's output before the final norm is linear in its experts'
-outputs, so one pass over the calibration set gives every candidate's difference from the original. The layer search
-reruns only the layers above a candidate. A prefix of an order is the result for a smaller number.
+The expert search treats each MoE layer independently. A layer's output is linear in its experts' outputs, so one pass
+over the calibration set gives every candidate's difference from the original. The layer search reruns only the layers
+above a candidate. A prefix of an order is the result for a smaller number.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 from recondense.progress import progress
 
-BY_EXPERT = ("order", "js", "candidates")  # entries of a layer's record that grow by one value an expert
+BY_EXPERT = ("order", "js", "candidates")  # entries of a layer's record that have one value per retained expert
 
 
 def condensed_block(block: SparseBlock, operation: Condense) -> CondensedMoE:
-    """Make the condensed block of an operation, beside the original."""
+    """Make the condensed block of an operation, without changing the original."""
     weights = block.weights
     token_gate = operation.shared_gate is None
     condensed = CondensedMoE.make_empty(weights, len(operation.experts), token_gate, pair=block.pair)
@@ -38,14 +38,14 @@ def condensed_block(block: SparseBlock, operation: Condense) -> CondensedMoE:
 
 
 class CondenseSearch:
-    """Searches experts and layers to condense.
+    """Searches for the experts to retain and the layers to condense.
 
     Args:
         context: the model, its tape and the cache.
         num_experts, shared_gate, expert_search: as in `CDMoE`.
 
     Attributes:
-        records: by layer, the order of the experts as far as `num_experts`, with scores and routing statistics.
+        records: for each layer, the order of the first `num_experts` experts, with scores and routing statistics.
     """
 
     def __init__(self, context: SearchContext, num_experts: int, shared_gate: str, expert_search: str) -> None:
@@ -55,21 +55,21 @@ class CondenseSearch:
         self.expert_search = expert_search
         self.blocks = views.sparse_blocks(context.model)
         self.records: dict[int, Record] = {}
-        self._counts: dict[str, tuple[int, int]] = {}  # what: out of the cache, in all
+        self._counts: dict[str, tuple[int, int]] = {}  # by what was searched: results from the cache, all results
 
     def describe_reuse(self) -> str:
-        """Say how much came out of the cache, in words; empty if nothing did."""
+        """Describe in words how many results came from the cache; empty if none did."""
         return " and ".join(f"{cached} of {total} {name}" for name, (cached, total) in self._counts.items() if cached)
 
     def search_experts(self, layers: Sequence[int], allow_too_few: bool = False) -> None:
-        """Search the order of each layer's experts, or read it from the cache, into `records`.
+        """Search for the order of each layer's experts, or read it from the cache, and store it in `records`.
 
         Args:
             layers: decoder-layer indices.
-            allow_too_few: leave a layer without an order if too few of its experts were ever selected; see `problem`.
+            allow_too_few: accept layers in which too few experts are ever selected; they get no order, see `problem`.
 
         Raises:
-            UserError: too few experts of a layer were ever selected on the calibration set.
+            UserError: too few experts of a layer are ever selected on the calibration set.
         """
 
         def complete(record: Record) -> bool:
@@ -86,12 +86,12 @@ class CondenseSearch:
             }
 
     def problem(self, layer: int) -> str:
-        """Why there is no operation for a layer that was searched; empty if there is one."""
+        """Return why there is no operation for a searched layer; empty if there is one."""
         problem = self._too_few(self.records[layer])
         return f"layer {layer}: {problem}" if problem else ""
 
     def operation(self, layer: int) -> Condense:
-        """The operation that condenses a layer that was searched."""
+        """Return the operation that condenses a searched layer."""
         record = self.records[layer]
         gate = record["shared_gate_mean"] if self.mean_gate else None
         coefficients = tuple(record["coefficients"][expert] for expert in record["order"])
@@ -99,12 +99,16 @@ class CondenseSearch:
 
     @torch.no_grad()
     def search_layers(self, operations: dict[int, Condense], count: int) -> Record:
-        """Search the first `count` layers of the greedy order, or read them from the cache.
+        """Search for the first `count` layers of the greedy order, or read them from the cache.
 
         Args:
             operations: the operation of each layer to choose from.
+            count: number of layers to choose.
+
+        Returns:
+            The order of the layers, the scores of all candidates, and the number of layer runs.
         """
-        name = f"layers-{self.num_experts:03d}"  # an order for each number of experts
+        name = f"layers-{self.num_experts:03d}"  # one order for each number of experts
         record = self.context.cache.get(name) or {"order": [], "js": [], "candidates": [], "layer_runs": 0}
         cached = min(count, len(record["order"]))
         self._counts["layers of the layer order"] = cached, count
@@ -118,7 +122,7 @@ class CondenseSearch:
         if available >= self.num_experts:
             return ""
         return (
-            f"{available} of {len(coefficients)} routed experts were ever selected on the calibration set, but "
+            f"the calibration set selects only {available} of {len(coefficients)} routed experts, but "
             f"method.num_experts={self.num_experts}; use more or longer calibration texts "
             "(data.calibration.num_samples, data.calibration.max_length) or retain fewer experts"
         )
@@ -156,7 +160,7 @@ class CondenseSearch:
         return record
 
     def _extend_layer_order(self, record: Record, name: str, operations: dict[int, Condense], count: int) -> None:
-        """Add layers to the order until it has `count`; the cache gets it after every layer."""
+        """Add layers to the order until it has `count`; write it to the cache after every layer."""
         tape = self.context.tape()
         blocks = {layer: self._condense(operation) for layer, operation in operations.items()}
         damage = Damage(self.context.model, tape)
@@ -181,7 +185,7 @@ class CondenseSearch:
 
 
 def _append(record: Record, candidates: Sequence[int], scores: Sequence[float], best: int) -> None:
-    """Add the best candidate to the order, with the scores of all."""
+    """Append the best candidate to the order, with the scores of all candidates."""
     record["order"].append(candidates[best])
     record["js"].append(scores[best])
     record["candidates"].append([list(pair) for pair in zip(candidates, scores, strict=True)])

@@ -1,4 +1,4 @@
-"""The damage of changed layers: the divergence of the model's final hidden state from the original's on a Tape.
+"""Measure the damage of changed layers: the divergence of the final hidden state from the original's, on a Tape.
 
 Legend: B texts of a batch, S their padded length, T real tokens of a batch, D hidden size.
 """
@@ -19,10 +19,10 @@ from recondense.models.tensor_store import TensorList
 
 
 class Damage:
-    """Jensen-Shannon divergence after the final norm, for any changed blocks.
+    """Measures the Jensen-Shannon divergence after the final norm for any changed blocks.
 
     Args:
-        model: as it was taped. Blocks are swapped in while measuring and out again.
+        model: the recorded model. Changed blocks are in it only while it runs.
         tape: its hidden states.
 
     Reference: the layer search of CD-MoE, arXiv 2412.00069, section 3.3.
@@ -35,23 +35,23 @@ class Damage:
         self._references: dict[int, Reference] = {}
 
     def put(self, blocks: Mapping[int, nn.Module]) -> None:
-        """Put blocks into the model, by layer, for all later measurements. Other layers keep theirs."""
+        """Use these blocks, by layer, in all later measurements. The blocks of other layers do not change."""
         self._rerun.put(blocks)
 
     def replace(self, blocks: Mapping[int, nn.Module]) -> float:
-        """Put these blocks into the original model for all later measurements; return their damage together."""
+        """Use these blocks in the otherwise original model in all later measurements, and return their total damage."""
         self._rerun.reset()
         self._rerun.put(blocks)
         self._rerun.final_states([])
         return self.score(self._rerun.states[-1])
 
     def measure(self, changes: Sequence[Change]) -> list[float]:
-        """The damage under each change, with the present blocks in all other layers."""
+        """Return the damage of each change, with the current blocks in all other layers."""
         return [self.score(final) for final in self._rerun.final_states(changes)]
 
     @torch.no_grad()
     def score(self, final: TensorList) -> float:
-        """The divergence of the states (B, S, D) that leave the last layer, one for each text batch."""
+        """Compute the mean divergence of the states that leave the last layer, given as (B, S, D) per text batch."""
         js = []
         for index, hidden_BSD in enumerate(final):
             reference = self._reference(index)
@@ -59,7 +59,7 @@ class Damage:
         return float(self.tape.texts.mean_over_texts(js)[0])
 
     def _reference(self, index: int) -> Reference:
-        """The original's side for one text batch; not kept if the tape is on disk, where it can be computed again."""
+        """Return the original's part of the divergence for a text batch; kept in memory unless the tape is on disk."""
         if index in self._references:
             return self._references[index]
         reference = Reference.prepare(self._normed(index, self.tape.states[-1][index]))
@@ -68,6 +68,6 @@ class Damage:
         return reference
 
     def _normed(self, index: int, hidden_BSD: Tensor) -> Tensor:
-        """The real tokens after the final norm, (T, D) in fp32."""
+        """Apply the final norm to the real tokens; (T, D), fp32."""
         normed_TD: Tensor = decoder.final_norm(self.model)(self.tape.real_tokens(index, hidden_BSD))
         return normed_TD.float()

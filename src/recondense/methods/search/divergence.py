@@ -11,30 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPSILON = 1e-10  # what CD-MoE's code adds to both arguments of each KL
-# Both keep arithmetic out of the denormal range, where a CPU is ten times slower. Neither changes a result:
-LOWEST = -70.0  # the least logit minus its row's largest: e^-70 is 1e-21 of the 1e-10 that is added to it
-NOTHING = 1e-15  # a smaller |q'/p' - 1| counts as 0: the divergence has its square
-DIRECT_ABOVE = 8.0  # a row in which some logit moves further is scored in fp64
+EPSILON = 1e-10  # CD-MoE's code adds this to both arguments of each KL
+# The next two avoid denormal numbers, with which a CPU is ten times slower. They do not change results.
+LOWEST = -70.0  # lower bound on a logit minus its row's largest: e^-70 is negligible beside EPSILON
+NOTHING = 1e-15  # a smaller |q'/p' - 1| is set to 0: the divergence depends on its square
+DIRECT_ABOVE = 8.0  # rows in which any logit changes by more than this are scored in fp64
 
 
 def jensen_shannon(reference_TD: Tensor, difference_CTD: Tensor, apart: bool = False) -> Tensor:
-    """Jensen-Shannon divergence between softmax(reference) and softmax(reference + difference), without cancellation.
+    """Compute the Jensen-Shannon divergence of softmax(reference + difference) from softmax(reference).
 
     JS = ½ Σ_D [p' ln(p'/m) + q' ln(q'/m)],  p' = p + 1e-10, q' = q + 1e-10, m = (p' + q')/2
 
-    With δ = (q' - p')/(q' + p') this is ½ Σ_D m·g(δ), g(δ) = δ·ln(q'/p') + ln(1 - δ²) ≥ 0: no term is the small
-    difference of large ones, so fp32 keeps its digits however close p and q are. A softmax ignores a shift, so the
-    difference is measured from its value at the reference's largest dimension: an outlier dimension adds no noise.
+    With δ = (q' - p')/(q' + p') this is ½ Σ_D m·g(δ), g(δ) = δ·ln(q'/p') + ln(1 - δ²) ≥ 0. No term is a small
+    difference of large numbers, so fp32 keeps its precision no matter how close p and q are. A softmax does not change
+    if all logits are shifted, so the difference is taken relative to its value at the reference's largest dimension;
+    an outlier dimension then adds no noise.
 
     Args:
-        reference_TD: hidden states of the original model, taken as logits over the hidden dimension.
-        difference_CTD: candidate minus original, best computed directly and not by subtraction. Overwritten.
-        apart: use a shorter computation, for distributions that lie apart (a mean JS above about 1e-4). The relative
-            error of a row grows as they approach: 1e-5 at differences of 0.01.
+        reference_TD: hidden states of the original model, used as logits over the hidden dimension.
+        difference_CTD: candidate minus original, ideally computed directly and not by subtraction. Overwritten.
+        apart: use a shorter computation for distributions that differ clearly (a mean JS above about 1e-4). The
+            relative error of a row grows as they approach each other: it is 1e-5 at differences of 0.01.
 
     Returns:
-        (C, T) in nats.
+        The divergence (C, T) in nats.
 
     Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.2.
     """
@@ -43,12 +44,12 @@ def jensen_shannon(reference_TD: Tensor, difference_CTD: Tensor, apart: bool = F
 
 
 class Reference(NamedTuple):
-    """The original's side of a divergence, computed once for many candidates.
+    """The original's part of a divergence, computed once for many candidates.
 
     Args:
         logits_TD: hidden states, fp32.
-        shifted_TD: the logits minus the largest of their row.
-        p_TD: their softmax.
+        shifted_TD: the logits minus the largest logit of their row.
+        p_TD: the softmax of the logits.
         weight_TD: p' = p + 1e-10.
         inverse_TD: 1 / p'.
         largest_T1: the index of each row's largest logit.
@@ -63,7 +64,7 @@ class Reference(NamedTuple):
 
     @classmethod
     def prepare(cls, logits_TD: Tensor) -> Reference:
-        """Compute the parts from the logits (T, D)."""
+        """Compute the reference from the logits (T, D)."""
         highest_T1, largest_T1 = logits_TD.max(dim=-1, keepdim=True)
         shifted_TD = logits_TD - highest_T1
         p_TD = torch.softmax(shifted_TD.clamp(min=LOWEST), dim=-1)
@@ -95,7 +96,7 @@ def _js_close(reference: Reference, d_CTD: Tensor) -> Tensor:
 
 
 def _from_ratio(ratio: Tensor, weight_TD: Tensor) -> Tensor:
-    """Compute ¼ Σ p' (2 + r) g(r/(2 + r)) with r = q'/p' - 1; overwrites r."""
+    """Compute ¼ Σ p' (2 + r) g(r/(2 + r)) with r = q'/p' - 1; r is overwritten."""
     total = ratio + 2  # (p' + q')/p'
     terms = ratio.log1p()
     delta = ratio.div_(total)
@@ -106,9 +107,10 @@ def _from_ratio(ratio: Tensor, weight_TD: Tensor) -> Tensor:
 def _js_apart(reference: Reference, d_CTD: Tensor) -> Tensor:
     """Compute ½ Σ p' [u ln u - (1 + u) ln((1 + u)/2)] with u = q'/p': the same sum with fewer operations."""
     logits_CTD = d_CTD.add_(reference.shifted_TD)
-    logits_CTD = logits_CTD.sub_(logits_CTD.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)  # the largest may be another
+    # Another dimension than the reference's may be the largest.
+    logits_CTD = logits_CTD.sub_(logits_CTD.amax(dim=-1, keepdim=True)).clamp_(min=LOWEST)
     u_CTD = torch.softmax(logits_CTD, dim=-1).add_(EPSILON).mul_(reference.inverse_TD)
-    half_CTD = torch.add(u_CTD.new_tensor(-0.5), u_CTD, alpha=0.5).log1p_()  # ln((1 + u)/2), exact where u is near 1
+    half_CTD = torch.add(u_CTD.new_tensor(-0.5), u_CTD, alpha=0.5).log1p_()  # ln((1 + u)/2), exact for u near 1
     terms_CTD = u_CTD.log().sub_(half_CTD).mul_(u_CTD).sub_(half_CTD)
     return terms_CTD.mul_(reference.weight_TD).sum(dim=-1) / 2
 

@@ -1,4 +1,4 @@
-"""The sets of experts to drop that change a layer's output least, for each layer on its own."""
+"""Find the sets of experts whose removal changes a layer's output least, for each layer independently."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def search_expert_sets(
     """Find the best sets of experts to drop in each layer, or read them from the cache.
 
     Args:
-        search: has the model, its tape and the cache.
+        search: the layer-wise search, with the model, its tape and the cache.
         blocks: the layers.
-        numbers: how many experts each layer loses. A layer that loses none needs no search.
-        genetic: settings of the search.
-        seed: of all layers; see `layer_seed`.
-        title: shown with the progress.
+        numbers: the number of experts that each layer loses. A layer that loses none needs no search.
+        genetic: the settings of the search.
+        seed: the common seed of all layers; see `layer_seed`.
+        title: the description of the progress bar.
         num_best: the number of sets to return for each layer.
         relative: divide errors by ‖F(X)‖_F of the layer.
 
     Returns:
-        (set, error ‖F(X) − F^{−S}(X)‖_F of the MoE layer), best first, by layer.
+        For each layer, pairs (set, error ‖F(X) − F^{−S}(X)‖_F of the MoE block), best first.
     """
 
     def work(task: LayerTask) -> Record:

@@ -1,4 +1,4 @@
-"""Which experts of a layer to drop: a seeded genetic search over sets of one size, or all sets if they are few.
+"""Find the best sets of experts to drop: a seeded genetic search over sets of a given size, or all sets if few.
 
 Legend: P sets, E routed experts.
 """
@@ -19,23 +19,23 @@ from recondense.errors import UserError
 
 Errors = Callable[[Tensor], Tensor]
 ExpertSet = tuple[int, ...]
-DIGITS = 6  # significant digits of errors that count: the last ones differ between ways to compute them
+DIGITS = 6  # errors are rounded to this many digits: the others depend on how they are computed
 CHUNK = 1024  # sets that an exact search scores at once
-MOST_SETS = 10**7  # the most sets that an exact search tries: about an hour
+MOST_SETS = 10**7  # the most sets that an exact search tries, which takes about an hour
 
 
 @dataclass(frozen=True)
 class Genetic:
-    """Settings of the search.
+    """The settings of the search.
 
     Args:
         population: number of sets in a generation.
         iterations: number of generations.
         parents: number of the best sets that stay in the next generation and have children.
-        mutation: probability that a child exchanges one of its experts for another.
+        mutation: probability that one expert of a child is exchanged for another.
         search: "genetic", "exact" (all sets), or "auto": exact if there are at most `enumerate_below` sets.
-        enumerate_below: this many sets take as long as the default population and iterations.
-        memoise: score no set twice.
+        enumerate_below: the default is as many sets as the default population and iterations score.
+        memoise: never score a set twice.
     """
 
     population: int = 100
@@ -55,8 +55,8 @@ class Genetic:
         ]
         if self.parents >= self.population:
             problems.append(
-                f"method.parents={self.parents} must be below method.population={self.population}: the rest of a "
-                "generation are their children"
+                f"method.parents={self.parents} must be below method.population={self.population}: the other sets of a "
+                "generation are children of the parents"
             )
         if not 0 <= self.mutation <= 1:
             problems.append(f"method.mutation={self.mutation} must lie between 0 and 1")
@@ -65,18 +65,18 @@ class Genetic:
         return problems
 
     def key(self) -> dict[str, Any]:
-        """The settings that decide the result."""
+        """Return the settings that affect the result, as JSON values."""
         names = ("population", "iterations", "parents", "mutation")
         return {**{name: getattr(self, name) for name in names}, "search_kind": self.search}
 
     def refuse_too_many(self, num_experts: int, num_dropped: int) -> list[str]:
-        """The problem of an exact search over more than MOST_SETS sets, as a sentence; empty if there is none."""
+        """Return a problem if an exact search would try more than MOST_SETS sets."""
         number = math.comb(num_experts, num_dropped)
         if self.search != "exact" or number <= MOST_SETS:
             return []
         return [
-            f"method.search=exact: there are {number:.3g} sets of {num_dropped} of {num_experts} experts, and at most "
-            f"{MOST_SETS:,} are tried; use genetic or auto"
+            f"method.search=exact: there are {number:.3g} sets of {num_dropped} of {num_experts} experts, but at most "
+            f"{MOST_SETS:,} can be tried; use genetic or auto"
         ]
 
 
@@ -84,7 +84,7 @@ GENETIC = Genetic()
 
 
 def layer_seed(seed: int, layer: int) -> int:
-    """The seed of one layer. Its result does not depend on the search of other layers."""
+    """Return the seed of one layer, so that its result does not depend on the other layers."""
     return seed * 1_000_003 + layer
 
 
@@ -104,17 +104,17 @@ def best_sets(
     Args:
         errors: returns the error of each row of a bool tensor (P, E) of dropped experts.
         num_experts: E.
-        num_dropped: size of a set.
-        settings: of the search.
-        seed: the same seed gives the same sets.
-        num_best: the number of sets to return, if there are so many.
+        num_dropped: the size of a set.
+        settings: the settings of the search.
+        seed: the seed of the search.
+        num_best: the maximum number of sets to return.
         advance: called after each generation with its number and the least error so far.
 
     Returns:
-        (set, error) with ascending sets, best first; the lexicographically first among equals.
+        Pairs (set, error), best first; equal errors in lexicographic order. A set is ascending.
 
     Raises:
-        UserError: an exact search has more than MOST_SETS sets.
+        UserError: an exact search would try more than MOST_SETS sets.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.1.
     """
@@ -136,7 +136,7 @@ def _evolve(
     draw: random.Random,
     advance: Callable[[int, float], None],
 ) -> list[tuple[ExpertSet, float]]:
-    """All sets that the genetic search scored, best first."""
+    """Return all sets that the genetic search scored, best first."""
     size = min(settings.population, math.comb(num_experts, num_dropped))
     population = _first_population(size, num_experts, num_dropped, draw)
     known: dict[ExpertSet, float] = {}
@@ -152,7 +152,7 @@ def _evolve(
 
 
 def _first_population(size: int, num_experts: int, num_dropped: int, draw: random.Random) -> list[ExpertSet]:
-    """Draw distinct sets, all equally likely."""
+    """Draw distinct sets with equal probabilities."""
     population: dict[ExpertSet, None] = {}
     while len(population) < size:
         population[tuple(sorted(draw.sample(range(num_experts), num_dropped)))] = None

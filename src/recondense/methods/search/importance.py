@@ -1,4 +1,4 @@
-"""How much each routed expert matters: the calibration loss with only that expert removed (MoE-I², section 3.1).
+"""The importance of each routed expert: the calibration loss with only that expert removed (MoE-I², section 3.1).
 
 Legend: B texts of a batch, S their padded length, T real tokens, D hidden size, E routed experts.
 """
@@ -24,7 +24,7 @@ from recondense.models.views import SparseBlock
 from recondense.progress import progress
 
 KINDS = ("layer_output", "lm_loss")
-LOGIT_BYTES = 12  # one logit: as the head returns it, in fp32, and its logarithmic softmax
+LOGIT_BYTES = 12  # per logit: as returned by the head, in fp32, and as log softmax
 
 
 def expert_importances(
@@ -34,16 +34,16 @@ def expert_importances(
     normalize: bool,
     title: str,
 ) -> dict[int, list[float]]:
-    """Compute `expert_importance` of some layers, or read it from the cache.
+    """Compute the `expert_importance` of some layers, or read it from the cache.
 
     Args:
-        search: has the model, its tape and the cache.
+        search: the layer-wise search, with the model, its tape and the cache.
         blocks: the layers.
         kind, normalize: as in `expert_importance`.
-        title: shown with the progress.
+        title: the description of the progress bar.
 
     Returns:
-        E values a layer.
+        E values for each layer.
     """
     model, scratch = search.context.model, search.context.max_scratch_bytes
     names = {layer: f"importance-{layer:03d}" for layer in blocks}
@@ -62,7 +62,7 @@ def expert_importances(
 def _search_losses(
     search: LayerwiseSearch, names: Mapping[int, str], blocks: Mapping[int, SparseBlock], normalize: bool, title: str
 ) -> dict[int, Record]:
-    """Records of lm_loss. All processes run each layer's experts up to the top together, on their own texts."""
+    """Return the records of lm_loss. All processes work on the same layer, each on its share of the texts."""
     context = search.context
     records: dict[int, Record] = {}
     with progress(f"{title}: the loss without each expert", len(names)) as bar:
@@ -81,22 +81,22 @@ def _search_losses(
 def expert_importance(
     model: PreTrainedModel, tape: Tape, block: SparseBlock, kind: str, normalize: bool, max_scratch_bytes: int
 ) -> list[float]:
-    """Compute I_j of each expert of one layer: the loss on the calibration set if only expert j is missing.
+    """Compute I_j of each expert of one layer: the loss on the calibration set if only expert j is removed.
 
-    The logit of expert j is −∞ before the softmax. If the layer has only top_k experts, nothing is selected instead.
-    The paper leaves open which loss it means; both kinds are readings of it.
+    The logit of expert j is set to −∞ before the softmax. If the layer has only top_k experts, no other expert is
+    selected instead. The paper does not say which loss it means; both kinds are interpretations of it.
 
     Args:
-        model: as it was taped; left bit-identical.
+        model: the recorded model; it stays bit-identical.
         tape: its hidden states.
         block: the layer.
-        kind: "layer_output": ‖F(X) − F^{−j}(X)‖_F of the MoE layer. "lm_loss": the model's next-token loss, the mean
-            over all predicted tokens; only this layer and those above run again. A layer with only top_k experts is
-            measured by its output in either case, because its router cannot do without one.
-        normalize: divide a layer_output by ‖F(X)‖_F: residual streams grow with depth, and so do raw norms. Subtract
-            the model's own loss from an lm_loss, not below 0: otherwise all importances are nearly equal. If no expert
-            is missed, the importance of the layer is then 0.
-        max_scratch_bytes: bound on temporaries of scoring, logits included.
+        kind: "layer_output" is ‖F(X) − F^{−j}(X)‖_F of the MoE block. "lm_loss" is the model's next-token loss, the
+            mean over all predicted tokens; only this layer and the layers above it run again. A layer with only top_k
+            experts always uses "layer_output", because its router cannot run with fewer.
+        normalize: for "layer_output", divide by ‖F(X)‖_F, because norms grow with depth as the residual stream does.
+            For "lm_loss", subtract the loss of the full model, but not below 0; otherwise all importances are nearly
+            equal. If no expert's removal increases the loss, all importances of the layer are then 0.
+        max_scratch_bytes: bound on temporary tensors, including logits.
 
     Returns:
         E values.
@@ -115,7 +115,7 @@ def _uses_loss(kind: str, block: SparseBlock) -> bool:
 def _output_changes(
     model: PreTrainedModel, tape: Tape, block: SparseBlock, normalize: bool, max_scratch_bytes: int
 ) -> list[float]:
-    """The change of the layer's output without each expert."""
+    """Compute the change of the layer's output without each expert."""
     if block.num_experts == 1:
         return [1.0]
     scorer = LeaveOutScorer.prepare(model, tape, block, 1, max_scratch_bytes, least_retained=1)
@@ -127,7 +127,7 @@ def _output_changes(
 def _losses(
     model: PreTrainedModel, tape: Tape, block: SparseBlock, normalize: bool, max_scratch_bytes: int
 ) -> list[float]:
-    """The mean next-token loss in nats without each expert; as many experts at a time as the tape has layers."""
+    """Compute the mean next-token loss (nats) without each expert, for as many experts at once as there are layers."""
     everything = range(block.num_experts)
 
     def without(expert: int) -> nn.Module:
@@ -144,7 +144,7 @@ def _losses(
 
 
 def _mean_loss(model: PreTrainedModel, tape: Tape, final: TensorList, max_scratch_bytes: int) -> float:
-    """From the states leaving the last layer; summed over text batches in their order."""
+    """Compute the mean next-token loss from the states that leave the last layer; summed in text order."""
     parts = tape.texts.in_order(
         [
             (
@@ -160,7 +160,7 @@ def _mean_loss(model: PreTrainedModel, tape: Tape, final: TensorList, max_scratc
 def _next_token_loss(
     model: PreTrainedModel, hidden_BSD: Tensor, input_ids_BS: Tensor, mask_BS: Tensor, max_scratch_bytes: int
 ) -> float:
-    """The sum of the losses of all real tokens but each text's first; logits of a few tokens at a time."""
+    """Sum the losses of all real tokens except each text's first, computing the logits of a few tokens at a time."""
     head = cast(nn.Linear, model.get_output_embeddings())
     predicted_BS = mask_BS[:, 1:]
     normed_TD = decoder.final_norm(model)(hidden_BSD)[:, :-1][predicted_BS]

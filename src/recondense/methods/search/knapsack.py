@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option a layer, with the least damage for the parameters that must be saved."""
+"""The multiple-choice knapsack problem: one option per layer, with the least damage for the required savings."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import numpy as np
 
 from recondense.errors import UserError
 
-CELLS = 20_000  # units that the need is divided into; the saving of each layer is rounded down to whole units
+CELLS = 20_000  # the need is divided into this many units; the saving of each layer is rounded down to entire units
 
 
 def least_damage(saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float]], need: int) -> list[int]:
-    """Choose the options that together save enough at the least sum of damages.
+    """Choose one option per layer so that together they save enough with the least sum of damages.
 
-    minimise `Σ_i damage[i][o_i]` subject to `Σ_i saved[i][o_i] >= need`
+    minimize `Σ_i damage[i][o_i]` subject to `Σ_i saved[i][o_i] >= need`
 
-    Dynamic programming over units of need / CELLS. Savings are rounded down, so a choice never saves less than `need`.
-    A choice that saves less than one unit a layer above `need` may be missed.
+    Solved by dynamic programming over units of need / CELLS parameters. Savings are rounded down, so a choice never
+    saves less than `need`. The best choice may be missed if it exceeds `need` by less than one unit per layer.
 
     Args:
-        saved: parameters that each option of each layer saves.
+        saved: the parameters that each option of each layer saves.
         damage: the damage of each option of each layer.
-        need: parameters to save.
+        need: the number of parameters to save.
 
     Returns:
-        the index of each layer's option. The earlier option wins a tie.
+        The index of the option of each layer; among equals, the first one.
 
     Raises:
-        UserError: the strongest options save less than `need`.
+        UserError: all options together cannot save `need` parameters.
     """
     most = sum(map(max, saved))
     if most < need:
-        raise UserError(f"{need:,} parameters are to be saved, but these options save at most {most:,}")
+        raise UserError(f"{need:,} parameters must be saved, but the options save at most {most:,}")
     if need <= 0:
         return [min(range(len(damages)), key=lambda option: (damages[option], option)) for damages in damage]
     unit = max(1, need // CELLS)
     target = -(-need // unit)
-    # least[u]: the least damage with which the layers so far save at least u units
+    # least[u]: the least damage for which the layers so far save at least u units
     least = np.full(target + 1, np.inf)
     least[0] = 0.0
     choices = []
@@ -50,7 +50,7 @@ def least_damage(saved: Sequence[Sequence[int]], damage: Sequence[Sequence[float
             best[better], choice[better] = reached[better], option
         least = best
         choices.append(choice)
-    if not np.isfinite(least[target]):  # within the rounding of the most that can be saved
+    if not np.isfinite(least[target]):  # only because of the rounding: the options with the largest savings suffice
         return [max(range(len(savings)), key=lambda option: (savings[option], -option)) for savings in saved]
     options, remaining = [], target
     for savings, choice in zip(reversed(saved), reversed(choices), strict=True):

@@ -1,9 +1,9 @@
-"""The block-wise KT-reception field: which candidate of each layer goes best with those of its neighbours.
+"""The block-wise KT-reception field: choose the candidates of neighbouring layers together.
 
-T consecutive MoE layers, with any dense layers between them, are a group (the paper's block). All combinations of their
-K candidates run through whole decoder layers (attention, norms and residual included), on the states under the layers
-pruned so far. The combination that comes nearest to the original's hidden state at the end of the group is kept, and
-the next group starts from there.
+T consecutive MoE layers, with any dense layers between them, form a group (the paper calls it a block). All
+combinations of their K candidates run through the complete decoder layers of the group (including attention, norms and
+residuals), starting from the states that the pruned layers below produce. The combination whose hidden state at the end
+of the group is closest to the original's is chosen, and the next group starts from its states.
 
 Legend: B texts of a batch, S their padded length, T real tokens of a batch, D hidden size.
 
@@ -31,10 +31,10 @@ class Group:
     """The decision for one group of layers.
 
     Args:
-        layers: its MoE layers.
+        layers: the MoE layers of the group.
         choice: the index of each layer's candidate.
-        error: ‖pruned − original‖_F of the hidden state leaving the last layer, over the original's norm.
-        combinations: how many were tried.
+        error: ‖pruned − original‖_F / ‖original‖_F of the hidden states that leave the last layer.
+        combinations: the number of combinations that were tried.
     """
 
     layers: tuple[int, ...]
@@ -52,21 +52,21 @@ def reception_field(
     known: Sequence[Group] = (),
     on_decision: Callable[[list[Group]], None] = lambda groups: None,
 ) -> list[Group]:
-    """Choose one candidate a layer, group after group.
+    """Choose one candidate per layer, one group after another.
 
-    Combinations share prefixes: a group takes K + K² + … + K^T runs of a MoE layer, not T·K^T. Dense layers between MoE
-    layers run with the MoE layer before them.
+    Combinations share prefixes, so a group takes K + K² + … + K^T runs of a MoE layer instead of T·K^T. Dense layers
+    between MoE layers run with the MoE layer before them.
 
     Args:
-        model: as it was taped; left bit-identical.
+        model: the recorded model; it stays bit-identical.
         tape: its hidden states.
-        candidates: the sets of experts to drop, by MoE layer. An empty set leaves the layer as it is.
+        candidates: the sets of experts to drop, by MoE layer. An empty set does not change the layer.
         group_size: T.
-        known: the first groups, decided in an earlier run. Their states are computed again, nothing is tried.
+        known: the first groups, decided in an earlier run. Only their states are computed again.
         on_decision: called after each group with all groups so far.
 
     Returns:
-        the groups in order. The first combination wins a tie.
+        The groups in order. Among equal errors, the first combination is chosen.
     """
     layers = sorted(candidates)
     states = tape.states[layers[0]] if layers else tape.storage.tensor_list()
@@ -95,36 +95,40 @@ def _errors(
     stretches: Sequence[tuple[int, int]],
     states: TensorList,
 ) -> tuple[dict[tuple[int, ...], float], float]:
-    """The squared error of every combination of a group, and the squared norm of the original's states.
+    """Compute the squared error of every combination of a group, and the squared norm of the original's states.
 
-    All combinations go through a layer before the next one is needed: its weights are read once, and K^(T-1) states of
-    one layer are held.
+    All combinations run through a layer before the next layer is needed, so that its weights are read once. K^(T-1)
+    lists of states are in memory.
 
     Args:
-        stretches: for each MoE layer of the group, its index and that of the next MoE layer.
+        model: the recorded model.
+        tape: its hidden states.
+        candidates: the sets of experts to drop, by MoE layer.
+        stretches: for each MoE layer of the group, its index, and that of the next MoE layer or of the group's end.
+        states: the states that enter the group.
     """
     live: dict[tuple[int, ...], TensorList] = {(): states}
     for layer, end in stretches[:-1]:
         live = {
-            (*chosen, place): _run_layer(model, tape, before, layer, dropped)
-            for chosen, before in live.items()
+            (*choice, place): _run_layer(model, tape, before, layer, dropped)
+            for choice, before in live.items()
             for place, dropped in enumerate(candidates[layer])
         }
         for dense in range(layer + 1, end):
-            for chosen in live:  # one after the other in place: no second copy of all of them
-                live[chosen] = _run_layer(model, tape, live[chosen], dense)
+            for choice in live:  # replaced one by one, so that there is no second copy of all states
+                live[choice] = _run_layer(model, tape, live[choice], dense)
     layer, end = stretches[-1]
     assert end == layer + 1  # nothing follows the last MoE layer of a group
     errors: dict[tuple[int, ...], float] = {}
-    for chosen, before in live.items():
+    for choice, before in live.items():
         for place, dropped in enumerate(candidates[layer]):
             after = _run_layer(model, tape, before, layer, dropped)
-            errors[*chosen, place] = _squared_norm(tape, after, tape.states[end])
+            errors[*choice, place] = _squared_norm(tape, after, tape.states[end])
     return errors, _squared_norm(tape, tape.states[end])
 
 
 def _squared_norm(tape: Tape, states: TensorList, others: TensorList | None = None) -> float:
-    """‖states − others‖² over the real tokens, summed over text batches in their order."""
+    """Compute ‖states − others‖² over the real tokens, summed over the text batches in order."""
     sums = []
     for index, hidden_BSD in enumerate(states):
         difference_TD = tape.real_tokens(index, hidden_BSD).double()
@@ -137,7 +141,7 @@ def _squared_norm(tape: Tape, states: TensorList, others: TensorList | None = No
 def _run_stretch(
     model: PreTrainedModel, tape: Tape, states: TensorList, layer: int, end: int, dropped: ExpertSet
 ) -> TensorList:
-    """All texts from the input of a MoE layer, with some experts dropped, to the input of layer `leave_group`."""
+    """Run all texts from the input of a MoE layer, with some experts dropped, to the input of layer `end`."""
     states = _run_layer(model, tape, states, layer, dropped)
     for dense in range(layer + 1, end):
         states = _run_layer(model, tape, states, dense)
@@ -147,7 +151,7 @@ def _run_stretch(
 def _run_layer(
     model: PreTrainedModel, tape: Tape, states: TensorList, layer: int, dropped: ExpertSet = ()
 ) -> TensorList:
-    """All texts through one decoder layer, without the dropped experts."""
+    """Run all texts through one decoder layer, without the dropped experts."""
     outputs = tape.storage.tensor_list()
     with layer_store(model).resident(layer):
         blocks = {}

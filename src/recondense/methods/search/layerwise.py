@@ -1,4 +1,4 @@
-"""Searches that treat each layer on its own: layers in the cache are read, all processes search the others."""
+"""Searches that treat each layer independently: layers in the cache are read, and all processes search the others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from recondense.progress import ProgressBar, progress
 
 @dataclass(frozen=True)
 class LayerTask:
-    """One layer to search; its weights are in memory.
+    """One layer to search. Its weights are in memory.
 
     Args:
         layer: decoder-layer index.
-        tape: the states around the layer, of all texts or of this process's texts.
-        cached: the layer's record in the cache, if it is not complete.
-        bar: takes notes on the progress within the layer.
+        tape: the states before and after the layer, of all texts or of this process's texts.
+        cached: the layer's record in the cache, if it is incomplete.
+        bar: the progress bar, for notes on the progress within the layer.
     """
 
     layer: int
@@ -35,13 +35,13 @@ Work = Callable[[LayerTask], Record]
 
 
 class LayerwiseSearch:
-    """Makes one record a layer, and keeps each in the cache.
+    """Makes one record per layer, and keeps the records in the cache.
 
     Args:
         context: the model, its tape and the cache.
 
     Attributes:
-        reused: the number of records that came out of the cache so far.
+        reused: the number of records that came from the cache so far.
     """
 
     def __init__(self, context: SearchContext) -> None:
@@ -55,21 +55,21 @@ class LayerwiseSearch:
         title: str,
         complete: Callable[[Record], bool] = lambda record: True,
     ) -> dict[int, Record]:
-        """Search each layer in one process, on all texts. Every process searches another layer.
+        """Search each layer in one process, on all texts. Different processes search different layers.
 
         Args:
             names: the name of each layer's record in the cache.
-            work: searches one layer; `LayerTask.tape` has the states of all texts around this layer alone.
-            title: shown with the progress.
-            complete: tells whether a cached record has all that is asked for.
+            work: searches one layer; `LayerTask.tape` has the states of all texts, but only around this layer.
+            title: the description of the progress bar.
+            complete: returns whether a cached record is complete.
 
         Returns:
-            the records by layer.
+            The records by layer.
         """
         records, missing = self._read(names, complete)
         with self._progress(title, names, missing) as bar:
             tape = self.context.tape() if missing else None
-            # If every process has all texts, each of them searches all layers.
+            # If every process has all texts, every process searches all layers.
             together = processes.world_size() if tape is not None and tape.texts.split else 1
             for first in range(0, len(missing), together):
                 assert tape is not None
@@ -84,16 +84,16 @@ class LayerwiseSearch:
         return {layer: records[layer] for layer in names}
 
     def per_text(self, names: Mapping[int, str], work: Work, title: str) -> dict[int, Record]:
-        """Search every layer in all processes, each on its own texts. For records that are sums over texts.
+        """Search every layer in all processes, each on its own texts. This is for records that are sums over texts.
 
         Args:
             names: the name of each layer's record in the cache.
             work: searches one layer; `LayerTask.tape` has this process's texts. `tape.texts.total` and
-                `tape.texts.in_order` put together what all processes computed.
-            title: shown with the progress.
+                `tape.texts.in_order` combine the results of all processes.
+            title: the description of the progress bar.
 
         Returns:
-            the records by layer.
+            The records by layer.
         """
         records, missing = self._read(names)
         with self._progress(title, names, missing) as bar:
@@ -109,7 +109,7 @@ class LayerwiseSearch:
     def _read(
         self, names: Mapping[int, str], complete: Callable[[Record], bool] = lambda record: True
     ) -> tuple[dict[int, Record], list[int]]:
-        """The cached records, and the layers whose records are missing or not complete."""
+        """Return the cached records, and the layers whose records are missing or incomplete."""
         cached = {layer: self.context.cache.get(name) for layer, name in names.items()}
         missing = [layer for layer, record in cached.items() if record is None or not complete(record)]
         self.reused += len(names) - len(missing)
@@ -124,7 +124,7 @@ class LayerwiseSearch:
     def _share(
         self, tape: Tape, tasks: Sequence[tuple[int, Record | None]], work: Work, bar: ProgressBar
     ) -> list[tuple[Record | None, UserError | None]]:
-        """Search one layer a process; all processes get all records and errors."""
+        """Search one layer per process, and return the records and errors of all processes on each of them."""
         excerpt = tape.excerpt([layer for layer, _ in tasks]) if tape.texts.split else tape
         outcome: tuple[Record | None, UserError | None] = None, None
         if excerpt is not None:
@@ -132,6 +132,6 @@ class LayerwiseSearch:
             try:
                 with layer_store(self.context.model).resident(layer):
                     outcome = work(LayerTask(layer, excerpt, cached, bar)), None
-            except UserError as error:  # raised by all processes together
+            except UserError as error:  # to be raised by all processes together
                 outcome = None, error
         return processes.gather(outcome)[: len(tasks)] if tape.texts.split else [outcome]

@@ -1,13 +1,14 @@
-"""How much a sparse layer's output changes on the calibration tokens without any set of its experts.
+"""Compute how much a sparse layer's output changes on the calibration tokens without a given set of its experts.
 
-With a set S dropped, its logits are −∞ before the softmax (for a sigmoid router its scores before the selection). The
-layer's output changes by Σ_e (w_e(S) − w_e)·E_e(x): the shared experts cancel. With d the difference of the weights and
-G_t the Gram matrix of the token's expert outputs, the squared change is Σ_t dᵀ G_t d. A token can only select its first
-M = K + (most experts dropped) experts in the order of selection. So G_t is M × M, is computed once, and no expert
-output is kept. If a softmax router corrects its scores for the selection, the order depends on S, and M = E.
+If a set S is dropped, its logits are −∞ before the softmax (for a sigmoid router, its scores before the selection). The
+layer's output changes by Σ_e (w_e(S) − w_e)·E_e(x); the shared experts cancel. With d the difference of the weights and
+G_t the Gram matrix of the token's expert outputs, the squared change is Σ_t dᵀ G_t d. Whatever is dropped, a token
+selects among the first M = K + (most experts dropped) experts in its order of selection. So G_t is M × M and is
+computed once, and no expert output is kept. If a softmax router corrects its scores for the selection, the order
+depends on S, and M = E.
 
 Legend: P sets (a population), T tokens, t tokens of one expert, S = T·M rows, E routed experts, K top-k, M experts that
-a token can come to select, D hidden size.
+a token may select, D hidden size.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ from recondense.models.replacement_blocks import RemappedRouter, expert_outputs
 from recondense.models.tensor_store import Storage
 from recondense.models.views import SparseBlock
 
-TEMPORARIES = 6  # tensors (T, M, P) that scoring a chunk holds at once
-# The largest temporary: sums must not depend on how much memory is free. On a CPU a larger one leaves its cache.
+TEMPORARIES = 6  # tensors (T, M, P) that exist at once while a chunk is scored
+# The largest temporary. It is fixed, because sums must not depend on the free memory, and on a CPU it fits the cache.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
-GRAM_TOKENS = {"cpu": 256, "cuda": 4096}  # tokens whose expert outputs are held together
-STEEP = 60.0  # nats between a token's logits: above it exponentials relative to the largest leave fp32's range
+GRAM_TOKENS = {"cpu": 256, "cuda": 4096}  # tokens whose expert outputs are in memory together
+STEEP = 60.0  # nats; if a token's logits differ by more, exponentials relative to the largest exceed fp32's range
 
 
 class LeaveOutScorer:
-    """Scores sets of dropped experts of one layer, a whole population at once. Made by `prepare`.
+    """Scores sets of dropped experts of one layer, a population at a time. Use `prepare` to make a scorer.
 
-    If logits are equal, or sigmoids round to the same score, this takes the order of torch.topk over M, and the router
-    that over K.
+    If logits are equal, or sigmoids round to the same score, the scorer breaks ties in the order of torch.topk over M
+    experts, while the router uses the order over K.
 
     Attributes:
         block: the layer.
-        max_dropped: the most experts of a set.
-        max_scratch_bytes: bound on temporaries. The Gram matrices (4·T·M² bytes) are kept if they fit half of it, and
-            computed again for each population otherwise. The other half is for scoring, or for the outputs of
-            GRAM_TOKENS tokens, of fewer if they do not fit.
+        max_dropped: the largest number of experts in a set.
+        max_scratch_bytes: bound on temporaries. The Gram matrices (4·T·M² bytes) are kept if they fit into half of it;
+            otherwise they are computed again for each population. The other half is for scoring, or for the outputs of
+            up to GRAM_TOKENS tokens.
         num_candidates: M.
         num_tokens: T of all texts.
-        output_norm: ‖F(X)‖_F of the MoE layer's output.
+        output_norm: ‖F(X)‖_F of the MoE block's output.
     """
 
     def __init__(self, block: SparseBlock, max_dropped: int, max_scratch_bytes: int, storage: Storage) -> None:
@@ -56,7 +57,7 @@ class LeaveOutScorer:
         self.num_candidates = min(block.num_experts, most)
         self.num_tokens = 0
         self.output_norm = 0.0
-        # One entry a text batch:
+        # One entry per text batch:
         self._x = storage.tensor_list()
         self._logits = storage.tensor_list()
         self._index = storage.tensor_list()
@@ -77,13 +78,13 @@ class LeaveOutScorer:
         """Route the calibration tokens and compute the Gram matrices.
 
         Args:
-            model: as it was taped; left bit-identical.
+            model: the recorded model; it stays bit-identical.
             tape: its hidden states.
             block: the layer. Its router must not select among groups.
-            max_dropped: the most experts of a set.
-            max_scratch_bytes: see `max_scratch_bytes` above.
-            least_retained: the fewest experts that a set leaves; None: top_k, as any router needs. With fewer than
-                top_k a token selects all that remain.
+            max_dropped: the largest number of experts in a set.
+            max_scratch_bytes: bound on temporaries; see the attribute.
+            least_retained: the fewest experts that must remain; None for top_k, the number that a router needs. If
+                fewer than top_k remain, a token selects all of them.
 
         Raises:
             UserError: too few experts would remain, the router selects among groups, or experts are merged.
@@ -108,16 +109,16 @@ class LeaveOutScorer:
 
     @torch.no_grad()
     def errors(self, dropped_PE: Tensor) -> Tensor:
-        """Compute ‖F(X) − F^{−S}(X)‖_F of the MoE layer over all calibration tokens, for each set S.
+        """Compute ‖F(X) − F^{−S}(X)‖_F of the MoE block over all calibration tokens, for each set S.
 
         Args:
-            dropped_PE: bool, one row a set of at most `max_dropped` experts.
+            dropped_PE: bool; each row is a set of at most `max_dropped` experts.
 
         Returns:
-            (P,) in fp64. The other sets and the scratch size change a value by rounding only (1e-6 relative).
+            The errors (P,), fp64. They depend on the other sets and the scratch size only by rounding (1e-6 relative).
 
         Raises:
-            UserError: an expert's output overflows.
+            UserError: an expert's output is not finite.
         """
         assert int(dropped_PE.sum(dim=1).max()) <= self.max_dropped
         retained_EP = (~dropped_PE).T.contiguous().to(self._x[0].device)
@@ -134,18 +135,18 @@ class LeaveOutScorer:
                 total_P += squares_TP.double().sum(dim=0)
         if not bool(torch.isfinite(total_P).all()):
             raise UserError(
-                f"layer {self.block.layer}: outputs of some experts on the calibration tokens are NaN or infinite; "
+                f"layer {self.block.layer}: some experts' outputs on the calibration tokens are NaN or infinite; "
                 "check the weights of that layer, or use model.dtype=float32 if the model overflows in half precision"
             )
         return total_P.clamp_min(0).sqrt().cpu()
 
     def _change(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
-        """The change of the routing weights of each token's candidates without each set, (T, M, P)."""
+        """Compute the change of the routing weights of each token's candidates without each set (T, M, P)."""
         everything_E1 = torch.ones_like(retained_EP[:, :1])
         return self._weights(index, part, retained_EP) - self._weights(index, part, everything_E1)
 
     def _candidates(self, logits_TE: Tensor) -> Tensor:
-        """The experts that a token can come to select, in the order of selection, (T, M)."""
+        """Return the experts that a token may select (T, M), in the order of selection."""
         if not self._one_order:
             return torch.arange(logits_TE.shape[1], device=logits_TE.device).expand_as(logits_TE)
         if self._correction_E is not None:
@@ -153,16 +154,16 @@ class LeaveOutScorer:
         return logits_TE.topk(self.num_candidates, dim=1).indices
 
     def _weights(self, index: int, part: slice, retained_EP: Tensor) -> Tensor:
-        """The routing weights of each token's candidates with each set retained, (T, M, P).
+        """Compute the routing weights (T, M, P) of each token's candidates with each set retained.
 
-        Scores over the retained experts, the top_k of them, then the family's normalisation and scale.
+        They are the top_k of the scores over the retained experts, with the family's normalization and scale.
         """
         routing = self.block.routing
         index_TM, logits_TE = self._index[index][part], self._logits[index][part]
         keep_TMP = retained_EP[index_TM]
         if routing.score == "sigmoid":
             scores_TMP = torch.sigmoid(logits_TE).gather(1, index_TM).unsqueeze(-1)
-        elif self._steep[index]:  # relative to the largest retained logit, which differs from set to set
+        elif self._steep[index]:  # relative to the largest retained logit, which depends on the set
             scores_TEP = logits_TE.unsqueeze(-1).masked_fill(~retained_EP, -torch.inf).softmax(dim=1)
             scores_TMP = scores_TEP.gather(1, index_TM.unsqueeze(-1).expand_as(keep_TMP))
         else:
@@ -182,7 +183,7 @@ class LeaveOutScorer:
         return weights_TMP.mul_(routing.scale)
 
     def _selected(self, scores_TMP: Tensor, keep_TMP: Tensor, index_TM: Tensor) -> Tensor:
-        """Whether a candidate is among the top_k of corrected scores, (T, M, P); computed anew for each set."""
+        """Return whether a candidate is among the top_k of the corrected scores (T, M, P), for each set separately."""
         assert self._correction_E is not None
         choice_TMP = (scores_TMP + self._correction_E[index_TM].unsqueeze(-1)).masked_fill(~keep_TMP, -torch.inf)
         best_TKP = choice_TMP.topk(min(self.block.routing.top_k, choice_TMP.shape[1]), dim=1).indices
@@ -190,7 +191,7 @@ class LeaveOutScorer:
 
     @torch.no_grad()
     def _gram(self, index: int) -> Tensor:
-        """The Gram matrices of the outputs of each token's candidates, (T, M, M) in fp32."""
+        """Compute the Gram matrices (T, M, M), fp32, of the outputs of each token's candidates."""
         x_TD, index_TM = self._x[index], self._index[index]
         fitting = self.max_scratch_bytes // 2 // (4 * self.num_candidates * x_TD.shape[1])
         rows = max(1, min(GRAM_TOKENS[x_TD.device.type], fitting))
@@ -198,7 +199,7 @@ class LeaveOutScorer:
         return torch.cat([self._gram_of(x_TD[part], index_TM[part]) for part in parts])
 
     def _gram_of(self, x_TD: Tensor, index_TM: Tensor) -> Tensor:
-        """As `_gram`, for a few tokens. Tokens are grouped by expert: one wait for the device for all experts."""
+        """Compute the Gram matrices of a few tokens, grouped by expert so that the device is synchronized only once."""
         order = index_TM.flatten().argsort(stable=True)
         counts = torch.bincount(index_TM.flatten(), minlength=self.block.num_experts).tolist()
         outputs_SD = x_TD.new_empty(index_TM.numel(), x_TD.shape[1], dtype=torch.float32)
@@ -221,6 +222,6 @@ def _check_block(block: SparseBlock, max_dropped: int, least_retained: int) -> N
         raise UserError(f"layer {block.layer}: the router selects among {routing.num_groups} groups of experts")
     if isinstance(block.router, RemappedRouter):
         raise UserError(
-            f"layer {block.layer}: its experts were merged, so that dropping one alone has no meaning; prune "
+            f"layer {block.layer}: its experts are merged, so the effect of dropping one cannot be computed; prune "
             "before merging, or set importance: uniform"
         )

@@ -1,4 +1,4 @@
-"""The block that a layer has under an option, to try it before anything is decided."""
+"""Make the block of a layer for each of its options, to measure the options before one is chosen."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from recondense.operations import Condense, Factorize, Operation, Prune
 
 
 class OptionBlocks:
-    """Makes blocks of one layer after another. Factors are kept until `release`, for options of the same layer."""
+    """Makes the blocks of one layer after another. Factors are kept until `release`, for other options of the layer."""
 
     def __init__(self) -> None:
         self._factors: dict[tuple[int, int, str], Factors] = {}
 
     def make(self, block: SparseBlock, operations: Sequence[Operation]) -> nn.Module | None:
-        """Make the block after some operations. Unchanged experts are not copied. None: the original block."""
+        """Make the block after some operations, without copying unchanged experts; None is the original block."""
         retained = tuple(range(block.num_experts))
         module: nn.Module | None = None
         for operation in operations:
@@ -43,7 +43,7 @@ class OptionBlocks:
         return module
 
     def release(self) -> None:
-        """Free the factors of the layer that was tried."""
+        """Free the factors of the current layer."""
         self._factors.clear()
 
     def _factorize(self, block: SparseBlock, retained: tuple[int, ...], operation: Factorize) -> LowRankExperts:

@@ -1,4 +1,4 @@
-"""The experts behind the options of `search.options`: searched, or made up if only sizes are asked for."""
+"""Choose the experts for the options of options.py: by a search, or placeholders if only the sizes matter."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 
 Blocks = Mapping[int, SparseBlock]
-Numbers = Mapping[int, Sequence[int]]  # how many experts the options of each layer drop
+Numbers = Mapping[int, Sequence[int]]  # by layer: the numbers of experts that its options drop
 
 
 class Choices(Protocol):
-    """Which experts the options of a layer condense to or drop."""
+    """Chooses the experts that the options of a layer retain or drop."""
 
     def prepare(self, blocks: Blocks, condensing: Sequence[CDMoE], numbers: Numbers) -> None:
-        """Search everything that the other methods will be asked for."""
+        """Search for everything that the other methods return."""
 
     def importance(self, block: SparseBlock) -> list[float]:
-        """The importance of each expert."""
+        """Return the importance of each expert."""
 
     def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense | None:
-        """The operation that condenses the layer; None if there is none, see `problem`."""
+        """Return the operation that condenses the layer; None if it cannot be condensed, see `problem`."""
 
     def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
-        """Why the layer cannot be condensed; empty if it can."""
+        """Return why the layer cannot be condensed; empty if it can."""
 
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
-        """The experts to drop if the layer loses `number` experts."""
+        """Return the experts to drop if the layer loses `number` experts."""
 
 
 class MadeUpChoices:
-    """Choices for sizes alone: all experts are equally important, and the first ones are retained or dropped."""
+    """Placeholder choices of the right sizes: all experts are equally important; the first are retained or dropped."""
 
     def prepare(self, blocks: Blocks, condensing: Sequence[CDMoE], numbers: Numbers) -> None:
         pass
@@ -58,12 +58,12 @@ class MadeUpChoices:
 
 
 class SearchedChoices:
-    """Choices by the searches of CD-MoE and MoE-I².
+    """Choices made by the searches of CD-MoE and MoE-I².
 
     Args:
         context: the model, its tape and the cache.
-        genetic, seed: of the search for the experts to drop.
-        normalize: of the importance, see `expert_importance`.
+        genetic, seed: the settings and the seed of the search for the experts to drop.
+        normalize: whether to normalize the importance; see `expert_importance`.
     """
 
     def __init__(self, context: SearchContext, genetic: Genetic, seed: int, normalize: bool) -> None:

@@ -1,4 +1,4 @@
-"""What may be done to each MoE layer: condensing, pruning, factorizing and both, each at a few strengths."""
+"""The options of each MoE layer: to condense, prune, factorize, or prune and factorize it, at a few strengths each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recondense.operations import PROJECTIONS, Factorize, Operation, Prune
 
 @dataclass(frozen=True)
 class OptionSettings:
-    """Which options a layer has; the fields are those of `Combined`."""
+    """The settings that determine the options of a layer; the fields are those of `Combined`."""
 
     num_experts: Sequence[int]
     prune_ratios: Sequence[float]
@@ -31,13 +31,13 @@ class OptionSettings:
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that may be done to one layer.
+    """One option of one layer.
 
     Args:
-        name: in words.
-        operations: none leaves the layer alone.
-        saved: parameters that it saves, of the whole model.
-        saved_routed: parameters that it saves, of the routed experts.
+        name: a description in words.
+        operations: the operations; empty if the option does not change the layer.
+        saved: the number of parameters that the option saves.
+        saved_routed: the number of routed experts' parameters that the option saves.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Option:
 
 
 class Options:
-    """Every option of every MoE layer. Made by `build`.
+    """The options of all MoE layers. Use `build` to make them.
 
     Attributes:
         blocks: the layers.
-        importance: of each expert, by layer.
-        by_layer: the options of each layer; the first leaves it as it is.
-        problems: why a layer lacks an option, by layer.
+        importance: the importance of each expert, by layer.
+        by_layer: the options of each layer; the first one does not change it.
+        problems: the reasons why a layer lacks an option, by layer.
     """
 
     def __init__(self, settings: OptionSettings, blocks: Mapping[int, SparseBlock]) -> None:
@@ -74,9 +74,9 @@ class Options:
         """Collect the options of all layers.
 
         Args:
-            settings: which options there are.
-            model: left bit-identical.
-            choices: which experts they retain or drop.
+            settings: the settings of the options.
+            model: the model; it stays bit-identical.
+            choices: chooses the experts that the options retain or drop.
         """
         options = cls(settings, views.sparse_blocks(model))
         condensing = [
@@ -94,11 +94,14 @@ class Options:
         return options
 
     def widen(self, choice: dict[int, Option], spare: int) -> dict[int, Option]:
-        """Use the rest of a budget for higher ranks, spread as evenly as steps of ranks allow.
+        """Raise ranks until the rest of a budget is used, as evenly over the layers as the steps of ranks allow.
 
         Args:
-            choice: one option a layer.
-            spare: parameters.
+            choice: one option per layer.
+            spare: the number of parameters that may be added.
+
+        Returns:
+            The choice with higher ranks.
         """
         factorized = {layer: option.factorize for layer, option in choice.items() if option.factorize is not None}
         if not factorized or spare <= 0:
@@ -122,7 +125,7 @@ class Options:
         return widened
 
     def records(self) -> dict[str, Any]:
-        """Every option with its savings, for the plan."""
+        """Return all options with their savings, as JSON values for the plan."""
         options = {
             str(layer): [[option.name, option.saved, option.saved_routed] for option in layer_options]
             for layer, layer_options in self.by_layer.items()
@@ -132,12 +135,12 @@ class Options:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """Hidden size and width of a routed expert."""
+        """The hidden size and the width of a routed expert."""
         _, hidden_size, expert_width = next(iter(self.blocks.values())).weights.down_EDF.shape
         return hidden_size, expert_width
 
     def _numbers(self, layer: int) -> list[int]:
-        """How many experts the options of a layer drop."""
+        """Return the numbers of experts that the options of a layer drop."""
         block = self.blocks[layer]
         most = block.num_experts - block.routing.top_k
         return [min(round(ratio * block.num_experts), most) for ratio in (0.0, *self.settings.prune_ratios)]
@@ -167,7 +170,7 @@ class Options:
         return list({option.name: option for option in options}.values())
 
     def _factorize(self, layer: int, earlier: tuple[Operation, ...], allocated: ranks.Ranks) -> Option:
-        """The option to factorize a layer after its earlier operations."""
+        """Return the option that factorizes a layer after its earlier operations."""
         low = [rank for rank in allocated if rank is not None]
         saved = ranks.parameters([None] * len(allocated), *self._shape) - ranks.parameters(allocated, *self._shape)
         name = f"{len(allocated)} experts, mean rank {sum(low) / max(1, len(low)):.4g}"
@@ -183,7 +186,7 @@ class Options:
         return Option(name, operations, routed + dropped * parameters.router_row_size(block), routed)
 
     def _retained_importance(self, layer: int, operations: Sequence[Operation]) -> list[float]:
-        """The importance of the experts that remain after some operations."""
+        """Return the importance of the experts that remain after some operations."""
         values = self.importance[layer]
         for operation in operations:
             if isinstance(operation, Prune):

@@ -1,4 +1,4 @@
-"""Ranks of factorized experts: the formula of MoE-I², its cap, and ranks for a parameter budget.
+"""Allocate the ranks of factorized experts: MoE-I²'s formula, its upper bound, and ranks for a parameter budget.
 
 Legend: D hidden size, F expert width, M' retained experts of a layer, R_a average rank.
 """
@@ -10,30 +10,33 @@ from collections.abc import Callable, Mapping, Sequence
 
 from recondense.errors import UserError
 
-AUTO_KEPT = 0.614  # what R_a = 512 keeps of a 2048 x 1408 expert (METHODS: 512·3456 / 2,883,584)
+AUTO_KEPT = 0.614  # the fraction that the paper's R_a = 512 keeps of a 2048 x 1408 expert: 512·3456 / 2,883,584
 EPSILON = 1e-9
 
-Ranks = list[int | None]  # one an expert; None: dense
+Ranks = list[int | None]  # one per expert; None for a dense expert
 
 
 def break_even(hidden_size: int, expert_width: int) -> float:
-    """The rank at which the two factors have as many parameters as the weight, D·F / (D + F)."""
+    """Return D·F / (D + F), the rank at which the two factors have as many parameters as the weight."""
     return hidden_size * expert_width / (hidden_size + expert_width)
 
 
 def automatic_rank(hidden_size: int, expert_width: int) -> int:
-    """The average rank that keeps 0.614 of an expert's parameters, the paper's share."""
+    """Return the average rank that keeps 0.614 of an expert's parameters, the fraction used in the paper."""
     return max(1, int(AUTO_KEPT * break_even(hidden_size, expert_width)))
 
 
 def resolve_multiple(setting: int | str, hidden_size: int, expert_width: int, average_rank: float) -> int:
-    """Resolve `rank_multiple`. "auto" is the largest power of two within a 16th of the average rank (32 for 512).
+    """Resolve `rank_multiple`. "auto" is the largest power of two up to a 16th of the average rank (32 for 512).
 
-    A layer then has a handful of different ranks. Experts of one rank are computed by one grouped product, which needs
-    rows at multiples of 16 bytes. Above a 24th of the break-even rank a larger multiple gains nothing.
+    A layer then has only a few different ranks. Experts of equal rank are computed by one grouped product, which needs
+    rows at multiples of 16 bytes. A multiple above a 24th of the break-even rank has no further advantage, so that is
+    another upper bound.
 
     Args:
         setting: a multiple, or "auto".
+        hidden_size: D.
+        expert_width: F.
         average_rank: R_a, or the average rank that a budget allows.
     """
     if setting != "auto":
@@ -58,23 +61,26 @@ def allocate(
     multiple: int = 1,
     epsilon: float = EPSILON,
 ) -> Ranks:
-    """Give every retained expert of a layer a rank, the same for its three projections; None stays dense.
+    """Allocate a rank to every retained expert of a layer, the same for its three projections; None stays dense.
 
     R_j = floor( (I_j + ε)^α / Σ_j (I_j + ε)^α · R_a · M' )
 
     The remainder of R_a·M' after rounding down goes to the largest fractions, so that the layer's total is met. A rank
-    at or above the break-even saves nothing: that expert stays dense, and the rest of its share of the layer's
-    R_a·M'·(D + F) parameters goes to the others by the same formula, then step by step. No rank is below one multiple;
-    the largest ranks pay for that.
+    at or above the break-even saves nothing. Such an expert stays dense, and what remains of its share of the layer's
+    R_a·M'·(D + F) parameters is distributed to the other experts, first by the same formula and then in single steps.
+    No rank is below one multiple; the largest ranks are lowered in return.
 
     Args:
         importance: I_j of the layer's retained experts, >= 0.
-        average_rank: R_a, >= 1; need not be whole.
+        average_rank: R_a, >= 1; need not be an integer.
         hidden_size: D.
         expert_width: F.
         alpha: α; 0 gives all experts the same rank.
         multiple: ranks are rounded to multiples of this.
         epsilon: ε.
+
+    Returns:
+        One rank per expert.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.2.
     """
@@ -91,9 +97,9 @@ def allocate(
 
 
 def _lower(ranks: Ranks, importance: Sequence[float], shape: tuple[int, int], multiple: int) -> bool:
-    """Lower the largest rank by one multiple, in place; False if no rank can be lowered.
+    """Lower the largest rank by one multiple, in place; return False if no rank can be lowered.
 
-    If all ranks are at one multiple, the least important dense expert becomes low-rank.
+    If no rank is above one multiple, the least important dense expert becomes low-rank.
     """
     largest = max(range(len(ranks)), key=lambda j: (ranks[j] or 0, -j))
     dense = [j for j, rank in enumerate(ranks) if rank is None]
@@ -110,10 +116,10 @@ def _lower(ranks: Ranks, importance: Sequence[float], shape: tuple[int, int], mu
 def _exact(
     importance: Sequence[float], average_rank: float, hidden_size: int, expert_width: int, alpha: float, epsilon: float
 ) -> list[float | None]:
-    """The formula before rounding; None at or above the break-even."""
+    """Compute the formula before rounding; None at or above the break-even."""
     cap = break_even(hidden_size, expert_width)
     shares = [(value + epsilon) ** alpha for value in importance]
-    budget = average_rank * len(shares)  # in ranks; a dense expert takes `cap` of them
+    budget = average_rank * len(shares)  # in ranks; a dense expert counts as `cap`
     low = set(range(len(shares)))
     exact: list[float | None] = [None] * len(shares)
     while low:
@@ -131,7 +137,7 @@ def _exact(
 
 
 def parameters(ranks: Sequence[int | None], hidden_size: int, expert_width: int) -> int:
-    """The parameters of all three projections of experts of these ranks."""
+    """Return the number of parameters of all three projections of experts with these ranks."""
     dense, rank_unit = 3 * hidden_size * expert_width, 3 * (hidden_size + expert_width)
     return sum(dense if rank is None else rank * rank_unit for rank in ranks)
 
@@ -145,19 +151,19 @@ def allocate_budget(
     multiple: int = 1,
     epsilon: float = EPSILON,
 ) -> tuple[float, dict[int, Ranks]]:
-    """Find the largest average rank, the same for all layers, that keeps a budget. Single steps then fill it up.
+    """Find the largest average rank, common to all layers, that meets a budget; single steps then use up the rest.
 
     Args:
-        importance: that of the retained experts, by layer.
-        budget: parameters that all experts may have together.
+        importance: the importance of the retained experts, by layer.
+        budget: the number of parameters that all experts may have together.
         hidden_size, expert_width, alpha, multiple, epsilon: as in `allocate`.
 
     Returns:
-        the average rank, and the ranks by layer. The rest of the budget is less than one step (`multiple`) of one
-        expert, unless all experts are dense.
+        The average rank, and the ranks by layer. The unused rest of the budget is smaller than one step (`multiple`) of
+        one expert, unless all experts are dense.
 
     Raises:
-        UserError: the least rank everywhere exceeds the budget.
+        UserError: even the lowest rank for all experts exceeds the budget.
     """
     shape = hidden_size, expert_width
 
@@ -189,14 +195,14 @@ def _size(ranks: Mapping[int, Ranks], shape: tuple[int, int]) -> int:
 def _largest_average(
     allocate_all: Callable[[float], Mapping[int, Ranks]], budget: int, shape: tuple[int, int], multiple: int
 ) -> float:
-    """The largest average rank, up to the break-even, whose ranks keep a budget; by bisection.
+    """Find the largest average rank, up to the break-even, whose ranks meet a budget, by bisection.
 
     Raises:
-        UserError: the least rank everywhere exceeds the budget.
+        UserError: even the lowest rank for all experts exceeds the budget.
     """
     low, high = 0.0, break_even(*shape)
     if (least := _size(allocate_all(low), shape)) > budget:
-        raise UserError(f"the experts may keep {budget:,} parameters, but rank {multiple} everywhere has {least:,}")
+        raise UserError(f"the experts may have {budget:,} parameters, but with rank {multiple} they have {least:,}")
     if _size(allocate_all(high), shape) <= budget:
         return high
     for _ in range(60):
@@ -212,11 +218,19 @@ def _fill_up(
     shape: tuple[int, int],
     multiple: int,
 ) -> dict[int, Ranks]:
-    """Raise ranks by single steps, the largest fractions first, until `spare` is used. The last step makes one dense.
+    """Raise ranks in single steps, the largest fractions first, until `spare` is used up.
+
+    A step that would reach the break-even makes the expert dense.
 
     Args:
-        fractions: (rank - exact rank, layer, position) of the ranks that may rise.
-        spare: parameters.
+        ranks: the ranks by layer; changed in place.
+        fractions: (rank - exact rank, layer, position) of the ranks that may be raised.
+        spare: the number of parameters that may be added.
+        shape: D and F.
+        multiple: the size of a step.
+
+    Returns:
+        The ranks.
     """
     unit, cap = 3 * sum(shape), break_even(*shape)
     order, raised = sorted(fractions), True

@@ -1,4 +1,4 @@
-"""Reruns from a changed layer to the top of the model, of many changes at a time, on the states of a Tape.
+"""Rerun a model from a changed layer upwards, for many changes at a time, on the states of a Tape.
 
 Legend: B texts of a batch, S their padded length, D hidden size.
 """
@@ -25,7 +25,8 @@ class Change:
 
     Args:
         layer: decoder-layer index.
-        block: makes the block; called when the layer has its weights. None: the original block.
+        block: makes the block; called while the layer's weights are in memory. If it returns None, the original block
+            is used.
     """
 
     layer: int
@@ -33,14 +34,14 @@ class Change:
 
 
 class Rerun:
-    """A model with other blocks in some layers, and the states that enter its layers then.
+    """A model with replaced blocks in some layers, and the states that enter its layers.
 
-    Nothing below a changed layer runs again. All changes go through a layer before the next layer is needed, so that
-    each layer's weights are read once for all changes. In memory beside the tape: the states under the present blocks,
-    and one layer's states for each change.
+    Layers below a changed layer never run again. All changes run through a layer before the next layer is needed, so
+    that each layer's weights are read once for all changes. Apart from the tape, the states with the current blocks are
+    in memory, and the states of one layer for each change.
 
     Args:
-        model: as it was taped. Blocks are swapped in while it runs and out again.
+        model: the recorded model. Replaced blocks are in it only while it runs.
         tape: its hidden states.
     """
 
@@ -49,21 +50,21 @@ class Rerun:
         self.tape = tape
         self.blocks: dict[int, nn.Module] = {}
         self.states: list[TensorList] = list(tape.states)
-        self._valid = tape.num_layers  # the states up to this layer are those under the present blocks
+        self._valid = tape.num_layers  # the states up to this layer are valid for the current blocks
 
     def put(self, blocks: Mapping[int, nn.Module]) -> None:
-        """Put blocks into the model, by layer. Other layers keep theirs."""
+        """Use these blocks, by layer. The blocks of other layers do not change."""
         self.blocks |= blocks
         self._valid = min([self._valid, *blocks])
 
     def reset(self) -> None:
-        """Put all original blocks back."""
+        """Use the original blocks in all layers again."""
         self.blocks = {}
         self.states, self._valid = list(self.tape.states), self.tape.num_layers
 
     @torch.no_grad()
     def final_states(self, changes: Sequence[Change]) -> list[TensorList]:
-        """Compute the states (B, S, D) that leave the last layer under each change, one shelf of batches a change."""
+        """Compute the states that leave the last layer with each change: one list of (B, S, D) batches per change."""
         live: dict[int, TensorList] = {}
         lowest = min([self._valid, *(change.layer for change in changes)])
         with eval_mode(self.model):
@@ -81,7 +82,7 @@ class Rerun:
         return [live[number] for number in range(len(changes))]
 
     def _run_layer(self, layer: int, block: nn.Module | None, states: TensorList) -> TensorList:
-        """All texts through one layer with a block in it; None: the original one."""
+        """Run all texts through one layer with a replaced block; None uses the original one."""
         outputs = self.tape.storage.tensor_list()
         with views.swap_blocks(self.model, {} if block is None else {layer: block}), eval_mode(self.model):
             for index, hidden_BSD in enumerate(states):

@@ -1,4 +1,4 @@
-"""Totals of a router's decisions on the calibration set.
+"""Sum up a router's decisions on the calibration set.
 
 Legend: T tokens, E routed experts, K top-k.
 """
@@ -15,20 +15,20 @@ from recondense.calibration.trace import LayerTrace
 
 
 def routing_totals(tape: Tape, traces: Sequence[LayerTrace], num_experts: int) -> tuple[Tensor, Tensor]:
-    """Count how often each expert is selected and sum its routing weights, over all texts.
+    """Count how often each expert is selected, and sum its routing weights, over all texts.
 
     Args:
-        tape: adds up over the processes.
-        traces: those of this process's texts.
+        tape: the tape that the traces belong to.
+        traces: the traces of this process's texts.
         num_experts: E.
 
     Returns:
-        counts (E,) in int64 and sums of weights (E,) in fp64, on the CPU.
+        Counts (E,), int64, and sums of routing weights (E,), fp64, over the texts of all processes; on the CPU.
     """
     counts, sums = [], []
     for trace in traces:
         index_TK = trace.top_k_index_TK
-        # An expert stands at most once in a token's top-k: a dense (T, E) holds all weights, and its sum has one order.
+        # An expert occurs at most once in a token's top-k, so a dense (T, E) has all weights, summed in a fixed order.
         weights_TE = trace.top_k_weights_TK.new_zeros(index_TK.shape[0], num_experts, dtype=torch.float64)
         weights_TE.scatter_(1, index_TK, trace.top_k_weights_TK.double())
         sums.append(weights_TE.sum(dim=0))
