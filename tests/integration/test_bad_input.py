@@ -20,7 +20,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "sizes of what is not recorded": (
         ["plan_only=true", "model.path=Qwen/Qwen9"],
-        ["model.path=Qwen/Qwen9", "looks nothing up", "openai/gpt-oss-20b", "config.json"],
+        ["model.path=Qwen/Qwen9", "does not use the hub", "openai/gpt-oss-20b", "config.json"],
     ),
     "sizes, perhaps": (["plan_only=maybe"], ["plan_only=maybe", "true or false"]),
     "sizes beyond a budget": (

@@ -59,7 +59,7 @@ def test_groups_stay_equal() -> None:
     _, pruned_weights, table = views.pruned_router(view, retained)(hidden(model))
     assert torch.equal(pruned_weights, weights) and torch.equal(table, index)
     for wrong in ([0, 1, 2, 3], [0, 3]):
-        with pytest.raises(ValueError, match="equal and at least 2"):
+        with pytest.raises(ValueError, match="the same number, at least 2"):
             views.pruned_router(view, wrong)
 
 

@@ -1,1 +1,1 @@
-"""Load: a model, views of its MoE blocks, and where its weights are."""
+"""Load: models, views of their MoE blocks, and the storage of their weights."""

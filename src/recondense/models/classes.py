@@ -1,4 +1,4 @@
-"""Model classes: models without weights, the classes of a family and of its compressed models."""
+"""Model classes: the classes of a family and of its compressed models, and models without weights."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from recondense.models.families import FAMILIES, family_name, family_of
 
 
 def on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that a config describes, without weights.
+    """Make the model that a config describes on the meta device, without weights.
 
     Raises:
-        UserError: as `family_of`.
+        UserError: the family is not supported.
     """
     family_of(config)
     return empty_model(config, dtype)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that a config describes, of any family, without weights."""
+    """Make the model that a config describes without weights; the family need not be supported."""
     register_model_type(config.model_type)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
@@ -41,9 +41,9 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
 
 @cache
 def register_model_type(model_type: str) -> None:
-    """Tell transformers' Auto classes a model type that is recondense's own: `deepseek`, or a compressed family.
+    """Register `deepseek` or a compressed family with transformers' Auto classes; ignore any other model type.
 
-    Any other model type is left as it is. Folders of these types then load without remote code.
+    Folders of these types then load without remote code.
     """
     if model_type.removeprefix(PREFIX) == deepseek.DeepseekConfig.model_type:
         deepseek.register()
@@ -61,23 +61,23 @@ def register_model_type(model_type: str) -> None:
 
 
 def model_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    """The class of the causal LM for a config class."""
+    """Return the causal LM class for a config class."""
     return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
 
 
 def base_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    """The class of the model without a head for a config class."""
+    """Return the class of the model without head for a config class."""
     return cast(type[PreTrainedModel], MODEL_MAPPING[config_class])
 
 
 def has_attention(config: PretrainedConfig, name: str) -> bool:
-    """Whether the model of a config supports an attention implementation."""
+    """Return whether the model of a config supports an attention implementation."""
     flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(name)
     return flag is None or bool(getattr(family_classes(config)[1], flag))
 
 
 def family_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    """The family's own config class and causal LM, also for the config of a compressed model."""
+    """Return the family's own config class and causal LM class, even for the config of a compressed model."""
     register_model_type(config.model_type)
     config_class = type(AutoConfig.for_model(family_name(config.model_type)))
     return config_class, model_class_of(config_class)

@@ -1,6 +1,7 @@
-"""The classes that compressed folders are loaded into: a family's own class with other shapes in some layers.
+"""The classes of compressed models: a family's own classes with different shapes in some layers.
 
-Imports torch and transformers, `blocks` and `low_rank`: together with those it is the modeling file of exports.
+This file imports only torch, transformers, `replacement_blocks` and `low_rank`. Together they become the modeling file
+of exports.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from recondense.models.replacement_blocks import (
     select_experts,
 )
 
-# A model_type of its own: a stock one would load the stock class with missing weights.
+# Compressed models have their own model_type, because the stock one would load the stock class with missing weights.
 PREFIX = "recondense_"
 
 
@@ -36,20 +37,23 @@ def compressed_classes(
     router_entries: Sequence[str],
     expert_entries: Sequence[str],
 ) -> tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
-    """Config, causal LM and its base of a family, with layers as `config.compressed_layers` describes them.
+    """Make the config class, causal LM class and base class of a family's compressed models.
+
+    The layers of a model have the shapes in `config.compressed_layers`.
 
     Args:
-        config_class, model_class, base_class: the family's own; the base has no head.
-        router_entries, expert_entries: tensors of a router and of an experts module with an entry for each expert.
+        config_class, model_class, base_class: the family's own classes; the base class has no head.
+        router_entries, expert_entries: names of the tensors of a router and of an experts module that have one entry
+            per expert.
 
     Returns:
-        classes named CompressedConfig, CompressedForCausalLM and CompressedModel, whose checkpoints have the family's
-        key names. vLLM adds a head of its own to the last.
+        Classes named CompressedConfig, CompressedForCausalLM and CompressedModel. Their checkpoints use the family's
+        key names. CompressedModel is for vLLM, which adds its own head.
     """
     name = PREFIX + config_class.model_type
     mapping = get_checkpoint_conversion_mapping(config_class.model_type) or []
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
-    # transformers looks for its decorator in the source of the class, and the experts are not in this source.
+    # transformers searches the source file of a class for its decorator, but the experts are defined elsewhere.
     can_set_experts = classmethod(lambda cls: bool(model_class._can_set_experts_implementation()))
 
     class CompressedConfig(config_class):  # type: ignore[valid-type,misc]
@@ -84,7 +88,7 @@ class _KeptExperts(LowRankExperts):
     """Low-rank experts that vLLM does not replace.
 
     vLLM 0.32 (transformers/moe.py) replaces every child named `experts` whose parameters are all 3-D by its own
-    experts, and then loads none of the factors, without an error. An empty vector among the parameters prevents that.
+    experts, and then silently loads none of the factors. An additional empty vector among the parameters prevents that.
     """
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -105,10 +109,20 @@ def reshape(
     merged: bool = False,
     **widths: Any,
 ) -> None:
-    """Give a decoder layer of the uncompressed model the shape that `export.layer_shapes` describes, without weights.
+    """Change a decoder layer of the uncompressed model to a compressed shape, without filling in weights.
 
     Args:
-        router_entries, expert_entries: as of `compressed_classes`.
+        layers: the decoder layers of the model.
+        index: the layer to change.
+        hidden_size: D.
+        router_entries, expert_entries: as for `compressed_classes`.
+        kind: "sparse", "condensed", "zeros" or "skipped". This and the following arguments are one entry of
+            `config.compressed_layers`; `export/layout.py` writes them.
+        num_experts: the number of routed experts of a sparse layer.
+        router_rows: the number of rows of its router.
+        ranks: the ranks of its low-rank experts; None for dense ones.
+        merged: whether several rows of its router can select the same expert.
+        widths: `shared_width`, `routed_width` and `token_gate` of a condensed layer.
     """
     layer: Any = layers[index]
     if kind == "skipped":
@@ -135,25 +149,25 @@ def reshape(
 
 
 def router_name(block: nn.Module) -> str:
-    """The attribute of a sparse block that is its router."""
+    """Return the name of a sparse block's attribute that is its router."""
     return "gate" if hasattr(block, "gate") else "router"
 
 
 def returns_pair(block: nn.Module) -> bool:
-    """Whether a block returns its router's scores besides its output, as that of gpt_oss does."""
+    """Return whether a block returns its output together with its router's scores, like that of gpt_oss."""
     return hasattr(block, "router") or bool(getattr(block, "pair", False))
 
 
 def glu_of(experts: Any) -> Glu:
-    """The gated activation of fused experts."""
+    """Return the gated activation of fused experts."""
     return ClampedGLU(experts.alpha, experts.limit) if hasattr(experts, "alpha") else GLU(experts.act_fn)
 
 
 def has_bias(experts: nn.Module) -> bool:
-    """Whether the projections of fused experts have biases."""
+    """Return whether the projections of fused experts have biases."""
     return hasattr(experts, "gate_up_proj_bias")
 
 
 def expert_width(experts: Any) -> int:
-    """F of fused experts; down_proj is (E, D, F), or (E, F, D) if it is stored transposed."""
+    """Return F of fused experts; down_proj is (E, D, F), or (E, F, D) if it is stored transposed."""
     return int(experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2])

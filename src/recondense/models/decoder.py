@@ -20,7 +20,7 @@ from recondense.models.replacement_blocks import SkippedLayer
 
 
 def cache_layers(config: PretrainedConfig) -> set[int]:
-    """Decoder layers whose cache gives the length for all layers of their attention type: the first of each type."""
+    """Return the first decoder layer of each attention type; transformers reads the cached length from these layers."""
     types = getattr(config, "layer_types", None) or ["full_attention"]
     return {0, *(types.index(kind) for kind in set(types))}
 
@@ -34,17 +34,17 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The causal LM without its head."""
+    """Return the causal LM without its head."""
     return model.model  # type: ignore[return-value]
 
 
 def device(model: PreTrainedModel) -> torch.device:
-    """The device that the model computes on: that of its embedding."""
+    """Return the device on which the model computes, that of its embedding."""
     return model.get_input_embeddings().weight.device  # type: ignore[return-value,union-attr]
 
 
 class _Recorder(nn.Module):
-    """Takes the place of a decoder layer, and keeps its arguments."""
+    """Replaces a decoder layer and records its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,18 +52,22 @@ class _Recorder(nn.Module):
         self.hidden_states: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert not args, "a decoder layer is called with more than its hidden states by position"
+        assert not args, "a decoder layer is called with more positional arguments than its hidden states"
         self.arguments, self.hidden_states = kwargs, hidden_states
         return hidden_states
 
 
 def arguments_of_layers(model: PreTrainedModel, arguments: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Tensor]:
-    """The arguments of each decoder layer besides hidden states, and the states entering the first, (B, S, D).
+    """Return the arguments of each decoder layer, and the hidden states (B, S, D) that enter the first layer.
 
-    No layer runs. If the model gets token ids alone, the layers' arguments depend on the shape of the ids only.
+    No layer is run. If the model gets only token ids, the layers' arguments depend only on the shape of the ids.
 
     Args:
-        arguments: of the model.
+        model: the causal LM.
+        arguments: the arguments of the model.
+
+    Returns:
+        For each layer, its arguments except the hidden states; and the hidden states that enter the first layer.
     """
     layers = decoder_layers(model)
     recorders = [_Recorder() for _ in layers]
@@ -78,9 +82,9 @@ def arguments_of_layers(model: PreTrainedModel, arguments: Mapping[str, Any]) ->
 
 @contextmanager
 def bypass_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Inside, the model returns the hidden states after the final norm in place of logits.
+    """Make the model return the hidden states after the final norm instead of logits, inside the context.
 
-    Callers still call the whole model: engines that shard it have their hooks on it.
+    Callers still call the causal LM itself, because engines that shard it have their hooks on it.
     """
     head = model.lm_head
     model.lm_head = nn.Identity()
@@ -92,10 +96,10 @@ def bypass_head(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def lm_head(model: PreTrainedModel) -> Iterator[Head]:
-    """The unsharded weights of the LM head, for use inside.
+    """Yield the unsharded weights of the LM head, for use inside the context.
 
-    FSDP2 has them in the root unit, which is gathered for a whole step. ZeRO-3 gathers a weight when a module's
-    attribute is read, and releases it with the root.
+    FSDP2 keeps them in the root unit, which is gathered for the entire step. ZeRO-3 gathers a weight when the attribute
+    of its module is read, and releases it with the root.
     """
     head: Any = model.lm_head
     yield Head(head.weight, head.bias)
@@ -103,7 +107,7 @@ def lm_head(model: PreTrainedModel) -> Iterator[Head]:
 
 @contextmanager
 def checkpoint_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
-    """Inside, decoder layers in training keep their inputs only, and backward computes the rest again."""
+    """Use activation checkpointing inside the context: layers keep only their inputs and recompute the rest."""
     if enabled:
         model.activation_checkpointing_enable()
     try:
@@ -111,12 +115,12 @@ def checkpoint_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[
     finally:
         if enabled:
             model.activation_checkpointing_disable()
-            model.disable_input_require_grads()  # transformers does so for peft's models alone
+            model.disable_input_require_grads()  # transformers does this only for models of peft
 
 
 @contextmanager
 def compile_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
-    """Inside, decoder layers are compiled, each for every block that it holds."""
+    """Compile the decoder layers with torch.compile inside the context."""
     if not enabled:
         yield
         return
@@ -124,8 +128,8 @@ def compile_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[Non
     for layer in layers:
         layer.compile()
     try:
-        # The compiler sees one piece of code in all layers. It needs a version for the teacher's blocks and for the
-        # student's, with gradients and without: more than it keeps by default.
+        # All layers share one code object. It needs a compiled version for the student's and the teacher's blocks, with
+        # and without gradients, which is more than the compiler keeps by default.
         with torch._dynamo.config.patch(recompile_limit=8 + 8 * len(layers)):
             yield
     finally:
@@ -134,13 +138,13 @@ def compile_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[Non
 
 
 def is_random_in_training(config: PretrainedConfig) -> bool:
-    """Whether a model computes at random in training: dropout, or noise on its routers."""
+    """Return whether a model's forward pass is random in training, by dropout or by noise on its routers."""
     values = config.to_dict()
     return any(bool(values[name]) for name in values if "dropout" in name or "jitter" in name)
 
 
 def packed_masks(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor) -> dict[str, Any] | None:
-    """Attention masks that keep packed examples apart, by attention type; None if transformers makes them itself."""
+    """Make attention masks that separate packed examples, by attention type; None if transformers makes them itself."""
     if not family_of(model.config).needs_packed_masks:
         return None
     shape = torch.empty(*input_ids_BS.shape, 0, dtype=model.dtype, device=input_ids_BS.device)
@@ -158,7 +162,7 @@ def packed_masks(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: 
 
 
 def attention_linears(model: PreTrainedModel) -> list[str]:
-    """The names of all Linear layers of the attention."""
+    """Return the names of all Linear layers in the attention of all decoder layers."""
     return [
         f"model.layers.{index}.self_attn.{name}"
         for index, layer in enumerate(decoder_layers(model))
@@ -169,17 +173,17 @@ def attention_linears(model: PreTrainedModel) -> list[str]:
 
 
 def layers_prefix() -> str:
-    """The state-dict prefix of all decoder layers, with the last dot."""
+    """Return the state-dict prefix of all decoder layers, including the last dot."""
     return "model.layers."
 
 
 def layer_prefix(layer: int) -> str:
-    """The state-dict prefix of a decoder layer, with the last dot."""
+    """Return the state-dict prefix of a decoder layer, including the last dot."""
     return f"model.layers.{layer}."
 
 
 def disable_router_loss(model: PreTrainedModel) -> None:
-    """Switch off the router's auxiliary loss: transformers' forward fails on it once no routed layer is left."""
+    """Switch off the router's auxiliary loss, with which transformers' forward fails if no routed layer remains."""
     model.config.output_router_logits = False
 
 
@@ -190,5 +194,5 @@ class Head(NamedTuple):
     bias_V: Tensor | None = None
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """(T, V), in the head's dtype."""
+        """Compute the logits (T, V) of hidden states (T, D), in the head's dtype."""
         return F.linear(hidden_TD, self.weight_VD, self.bias_V)

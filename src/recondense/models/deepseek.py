@@ -1,9 +1,11 @@
-"""DeepSeekMoE-16B, model_type `deepseek`, which transformers 5 lacks: config and model, built of transformers' parts.
+"""DeepSeekMoE-16B (model_type `deepseek`), which transformers 5 does not have: its config and model.
 
-It has Llama's attention, norms and rotary embedding, Qwen2-MoE's fused experts and router, and DeepSeek-V2's forward
-passes. It lacks the load-balancing loss of the published training code, as DeepSeek-V2 and V3 do in transformers.
+The model is composed of parts of transformers: Llama's attention, norms and rotary embedding, Qwen2-MoE's fused experts
+and router, and DeepSeek-V2's forward passes. Like DeepSeek-V2 and V3 in transformers, it does not have the
+load-balancing loss of the published training code.
 
-Imports torch and transformers alone: this file is bundled into exports, after others that postpone annotations.
+This file imports only torch and transformers, because it is bundled into exports. There it follows files that postpone
+the evaluation of annotations.
 
 Legend: B batch, S sequence, T = B·S tokens, D hidden size, F expert width, E routed experts, K top-k.
 
@@ -40,21 +42,22 @@ from transformers.utils.output_capturing import OutputRecorder
 
 
 class DeepseekConfig(LlamaConfig):
-    """The config; defaults are those of deepseek-moe-16b-base.
+    """The config. Its defaults are those of deepseek-moe-16b-base.
 
     Args:
         intermediate_size: width of the dense layers.
         moe_intermediate_size: F.
         n_routed_experts: E; None for a model without sparse layers.
-        n_shared_experts: the shared experts are one MLP of this many times F rows; None or 0 for none.
-        first_k_dense_replace: layers below this one are dense.
-        moe_layer_freq: the other layers are sparse if it divides their index, and dense otherwise.
+        n_shared_experts: number of shared experts, which are one MLP with this many times F rows; None or 0 for none.
+        first_k_dense_replace: number of dense layers before the first sparse layer.
+        moe_layer_freq: the other layers are sparse if their index is divisible by it, and dense otherwise.
         norm_topk_prob: divide the selected experts' weights by their sum.
-        scoring_func: softmax.
+        scoring_func: must be "softmax".
         aux_loss_alpha, seq_aux: settings of the published training code; not used here.
 
     Raises:
-        ValueError: another scoring function, or a hidden size that is no multiple of the number of attention heads.
+        ValueError: the scoring function is not softmax, or the hidden size is not divisible by the number of attention
+            heads.
     """
 
     model_type = "deepseek"
@@ -88,11 +91,12 @@ class DeepseekConfig(LlamaConfig):
     def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]
         if self.scoring_func != "softmax":
             raise ValueError(
-                f"scoring_func={self.scoring_func!r}: model_type deepseek routes by softmax alone; set it to 'softmax' "
-                "if the model was trained so, else model_type to that of its architecture (sigmoid: deepseek_v3)"
+                f"scoring_func={self.scoring_func!r}: model_type deepseek supports only softmax; set scoring_func to "
+                "'softmax' if the model was trained with it, otherwise set model_type to that of its architecture "
+                "(sigmoid: deepseek_v3)"
             )
-        # The published code is for transformers 4, and exports do not carry it.
-        code = str((kwargs.get("auto_map") or {}).get("AutoConfig"))  # with "owner/name--" before it if from the hub
+        # The published code is for transformers 4, and exports do not include it.
+        code = str((kwargs.get("auto_map") or {}).get("AutoConfig"))  # preceded by "owner/name--" if from the hub
         if code.rpartition("--")[2].startswith("configuration_deepseek."):
             del kwargs["auto_map"]
         super().__post_init__(**kwargs)
@@ -100,9 +104,10 @@ class DeepseekConfig(LlamaConfig):
 
 
 class DeepseekTopkRouter(Qwen2MoeTopKRouter):
-    """p = softmax(W x) over all E; the K largest, divided by their sum if `norm_topk_prob` and K > 1.
+    """p = softmax(W x) over all E experts; selects the K largest.
 
-    Maps x (B, S, D) or (T, D) to logits (T, E), top_k_weights (T, K), top_k_index (T, K). The softmax is fp32.
+    The weights are divided by their sum if `norm_topk_prob` is set and K > 1. Maps x (B, S, D) or (T, D) to logits
+    (T, E), top_k_weights (T, K) and top_k_index (T, K). The softmax is computed in fp32.
     """
 
     def __init__(self, config: DeepseekConfig) -> None:
@@ -131,7 +136,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
     """Llama's layer; its MLP is a `DeepseekMoE` in sparse layers."""
 
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
-        nn.Module.__init__(self)  # Llama's own would make a dense MLP first
+        nn.Module.__init__(self)  # Llama's constructor would first make a dense MLP
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config, layer_idx)
         sparse = (
@@ -145,7 +150,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
 
 
 class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
-    """What transformers supports for the model; weights are initialized as those of Qwen2-MoE."""
+    """The features that transformers supports for the model. Weights are initialized like those of Qwen2-MoE."""
 
     config_class = DeepseekConfig
     _no_split_modules = ["DeepseekDecoderLayer"]
@@ -157,11 +162,11 @@ class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for its decorator in the source of the class; Qwen2MoeExperts has it
+        return True  # transformers searches the source of this class for its decorator, which Qwen2MoeExperts has
 
 
 class DeepseekModel(DeepseekPreTrainedModel):
-    """Embedding, decoder layers, final norm."""
+    """The model without head: embedding, decoder layers and final norm."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
@@ -178,7 +183,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
-    """The model with its head."""
+    """The causal LM."""
 
     _tied_weights_keys = DeepseekV2ForCausalLM._tied_weights_keys
     _tp_plan = DeepseekV2ForCausalLM._tp_plan
@@ -196,9 +201,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Register `deepseek` with the Auto classes and with the conversion of per-expert weights, once.
+    """Register `deepseek` with the Auto classes and with the conversion of per-expert weights.
 
-    A class that has the name already keeps it: that of a loaded export, or transformers' own, should it get the model.
+    If the name is already registered, by a loaded export or by a later transformers, it is not changed.
     """
     name = DeepseekConfig.model_type
     if get_checkpoint_conversion_mapping(name) is None:

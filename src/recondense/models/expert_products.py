@@ -1,4 +1,4 @@
-"""The products of which low-rank experts are made. Imports torch alone: it is bundled into exports.
+"""The products that low-rank experts compute. This file imports only torch, because it is bundled into exports.
 
 Legend: T tokens, K top-k, S = T·K routed tokens sorted by expert, P tokens of the busiest expert, D hidden size, n
 experts of a bucket, O and I output and input features.
@@ -25,14 +25,17 @@ def run_expert(
     linear: Linear,
     biases: Biases = None,
 ) -> Tensor:
-    """An expert's output.
+    """Compute an expert's output.
 
     Args:
-        x: its tokens.
-        weights: the right factors of gate and up, their left factors, the right and the left factor of down. A dense
-            projection has its weight in the factor that is never None, and None in the other.
-        gate_rows: rows of the first weight that belong to gate.
+        x: the expert's tokens.
+        weights: the right factors of gate and up in one tensor, the left factor of gate, that of up, and the right and
+            left factors of down. A dense projection has its weight in the place of the right factor for gate and up and
+            of the left factor for down, and None in the place of the other factor.
+        gate_rows: number of rows of the first weight that belong to gate.
+        glu: the gated activation.
         linear: multiplies rows by a weight.
+        biases: the biases of gate, up and down; None if there are none.
     """
     *_, down_right, down_left = weights
     assert down_left is not None
@@ -49,7 +52,7 @@ def run_inner(
     linear: Linear,
     biases: Biases,
 ) -> Tensor:
-    """The input of an expert's down projection; arguments as of `run_expert`."""
+    """Compute the input of an expert's down projection; the arguments are those of `run_expert`."""
     gate_up, gate_left, up_left, *_ = weights
     assert gate_up is not None
     inner = linear(x, gate_up)
@@ -66,9 +69,12 @@ def stack_padded(factors: Sequence[Tensor]) -> Tensor:
 
 
 def is_groupable(x_SD: Tensor, weights: Sequence[Tensor | None]) -> bool:
-    """Whether torch's grouped product takes these: rows and addresses at multiples of 16 bytes, Ampere or a CPU."""
+    """Return whether torch's grouped product supports these tensors.
+
+    It needs rows and addresses at multiples of 16 bytes, and a CPU or a GPU of the Ampere generation or later.
+    """
     if torch.compiler.is_compiling() and x_SD.dtype != torch.bfloat16:
-        return False  # dynamo traces the grouped product for bfloat16 only
+        return False  # dynamo traces the grouped product only for bfloat16
     if not hasattr(nn.functional, "grouped_mm") or x_SD.dtype not in (torch.float32, torch.bfloat16):
         return False
     if x_SD.is_cuda and (x_SD.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x_SD.device) < (8, 0)):
@@ -89,7 +95,7 @@ def batched_linear(x_nPI: Tensor, weight_nOI: Tensor) -> Tensor:
 
 
 class Dispatch(torch.autograd.Function):
-    """Copy each token for each of its experts, in the order of experts; the adjoint sums in a fixed order."""
+    """Copy each token for each of its experts, sorted by expert; the backward pass sums in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_S: Tensor, back_S: Tensor, top_k: int) -> Tensor:
@@ -102,7 +108,7 @@ class Dispatch(torch.autograd.Function):
 
 
 def reduces_gradients() -> bool:
-    """Whether gradients are reduced over processes: every weight must get one, in the same order everywhere."""
+    """Return whether gradients are reduced over processes, so that every weight must get one, in a common order."""
     return torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -120,7 +126,7 @@ class Combine(torch.autograd.Function):
 
 
 class Scatter(torch.autograd.Function):
-    """Put rows at their places among zeros; the adjoint of `Gather`."""
+    """Write rows to their places in a tensor of zeros; the adjoint of `Gather`."""
 
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, places_S: Tensor, num: int) -> Tensor:

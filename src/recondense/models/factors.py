@@ -1,4 +1,4 @@
-"""Low-rank factors of a weight: the best of each rank, for the weight itself or for its outputs on activations.
+"""Low-rank factors of a weight that are optimal for every rank, for the weight itself or its outputs on activations.
 
 Legend: O output features, I input features, R rank, n = min(O, I).
 """
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-4  # added to a singular second moment, relative to its mean diagonal
-SINGULAR = 1e-9  # least pivot of a regular second moment, relative to its mean diagonal
+SINGULAR = 1e-9  # a second moment with a smaller pivot, relative to its mean diagonal, counts as singular
 
 
 class Factors(NamedTuple):
-    """W ≈ left_OR · right_RI: the first R columns and rows are the best factors of rank R, for every R up to n.
+    """W ≈ left_OR · right_RI: for every R up to n, the first R columns and rows are the best factors of rank R.
 
     Args:
-        left_On: columns u_i √σ_i.
-        right_nI: rows √σ_i v_i.
+        left_On: the columns u_i √σ_i.
+        right_nI: the rows √σ_i v_i.
     """
 
     left_On: Tensor
@@ -28,18 +28,18 @@ class Factors(NamedTuple):
 
 @torch.no_grad()
 def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = RIDGE) -> Factors:
-    """Factors of every rank at once that minimize ‖W − W'‖_F, or ‖(W − W')X‖_F with a second moment.
+    """Compute factors for all ranks at once that minimize ‖W − W'‖_F, or ‖(W − W')X‖_F given a second moment.
 
     W' = U_R U_Rᵀ W, with U the eigenvectors of W M Wᵀ, largest first, M = XXᵀ (M = 1 is the plain SVD). For M = SSᵀ
     this is the truncated SVD of WS times S⁻¹. Both factors of a rank-one term get the same norm.
 
     Args:
-        weight_OI: in any dtype; computed in fp64.
+        weight_OI: the weight, in any dtype; the computation is in fp64.
         moment_II: Σ x xᵀ over the weight's inputs; None for the plain SVD.
-        ridge: added to a singular moment (of fewer inputs than features), relative to its mean diagonal.
+        ridge: added to a singular moment (from fewer inputs than features), relative to its mean diagonal.
 
     Returns:
-        factors in fp32, n = min(O, I).
+        The factors in fp32, with n = min(O, I).
 
     Reference: MoE-I², arXiv 2411.01016, section 3.2 (plain); SVD-LLM, arXiv 2403.07378, section 3.1 (whitened).
     """
@@ -53,7 +53,7 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
         norms = left_On.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         return Factors((left_On / norms.sqrt()).float(), (right_nI * norms.sqrt()[:, None]).float())
     if moment_II is not None and num_outputs > num_inputs:
-        # The same with the smaller eigenproblem: M = LLᵀ, V of (WL)ᵀ(WL), W' = W L V Vᵀ L⁻¹.
+        # The same result from a smaller eigenproblem: M = LLᵀ, V of (WL)ᵀ(WL), W' = W L V Vᵀ L⁻¹.
         lower_II = torch.linalg.cholesky(regularize(moment_II, ridge))
         product = weight @ lower_II
         _, vectors_II = torch.linalg.eigh(product.T @ product)
@@ -71,7 +71,7 @@ def factors(weight_OI: Tensor, moment_II: Tensor | None = None, ridge: float = R
 
 
 def regularize(moment_II: Tensor, ridge: float) -> Tensor:
-    """A second moment in fp64, with a ridge if it is singular; the identity if it is zero."""
+    """Return a second moment in fp64, plus a ridge if it is singular; return the identity if it is zero."""
     moment = moment_II.double()
     mean = moment.diagonal().mean()
     identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)

@@ -1,7 +1,7 @@
-"""The table of families: what their configs say of MoE layers, before any weight is loaded.
+"""The table of families: how to read the MoE layers of a model from its config, before weights are loaded.
 
-A family is a model_type of transformers whose experts are fused and whose blocks' output is added to the residual
-stream as it is.
+A family is a model_type of transformers whose routed experts are fused and whose blocks' output is added to the
+residual stream unchanged.
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ class Facts:
     """The MoE layers of a model, as its config describes them.
 
     Args:
+        model_type: the model_type of the config.
+        num_layers: number of decoder layers.
         moe_layers: decoder-layer indices of the sparse layers, ascending.
-        num_experts: routed experts of a sparse layer; the smallest number if the layers of a compressed model differ.
-        expert_width: F, rows of one routed expert.
-        shared_width: rows of all shared experts together, 0 without any.
+        num_experts: routed experts per sparse layer; the smallest number if the layers of a compressed model differ.
+        top_k: number of experts that a token selects.
+        hidden_size: D.
+        expert_width: F, the rows of one routed expert.
+        shared_width: the rows of all shared experts together; 0 without shared experts.
         shared_gate: whether the shared experts have a gate per token.
-        factorized: the sparse layers whose experts are low-rank already.
+        num_groups: number of groups of experts; 1 if the router does not select groups.
+        top_groups: number of groups from which experts are selected.
+        factorized: the sparse layers whose experts are already low-rank.
     """
 
     model_type: str
@@ -62,22 +68,24 @@ class Facts:
 
 @dataclass(frozen=True)
 class Family:
-    """The names of one model_type, and what differs between families.
+    """The names of one model_type, and the differences between families.
 
     Args:
-        num_experts: the config's name for the number of routed experts.
-        pattern: which layers are sparse.
-        routing: how the router makes weights.
-        expert_width: the config's name for F.
-        shared_width: rows of all shared experts together.
-        shared_expert: the sparse block's attribute with the shared experts.
-        shared_expert_gate: its attribute with their gate.
-        router_entries: tensors of the router with an entry for each expert.
-        expert_entries: tensors of the experts module with an entry for each expert.
-        carried: the model class is recondense's own, so that even stock exports carry a modeling file.
-        needs_packed_masks: transformers 5.23 makes the attention masks without the positions, so packed examples would
-            attend to each other; the model takes one mask for each attention type instead.
-        needs_sparse: the class of vLLM 0.32 loads no model without MoE layers; that of transformers does.
+        num_experts: the name in the config of the number of routed experts.
+        pattern: how the config says which layers are sparse.
+        routing: reads the routing from the config.
+        expert_width: the name in the config of F.
+        shared_width: reads the rows of all shared experts together from the config.
+        shared_expert: the attribute of the sparse block that has the shared experts; None without shared experts.
+        shared_expert_gate: the attribute of the sparse block that has their gate; None without a gate.
+        router_entries: names of the router's tensors that have one entry per expert.
+        expert_entries: names of the experts module's tensors that have one entry per expert.
+        carried: whether the model class is in recondense and not in transformers, so that even stock exports include a
+            modeling file.
+        needs_packed_masks: whether the model needs one attention mask for each attention type to separate packed
+            examples, because transformers 5.23 makes its masks without the positions.
+        needs_sparse: whether the class in vLLM 0.32 cannot load a model without MoE layers; the one in transformers
+            can.
     """
 
     num_experts: str
@@ -144,24 +152,24 @@ FAMILIES: dict[str, Family] = {
         shared_expert="shared_experts",
         router_entries=("weight", "moe_statics.e_score_correction_bias"),
     ),
-    # Families that only combine what is above.
+    # Families that only combine the entries above.
     "dots1": _V3,
     "solar_open": replace(_V3, pattern=EVERY),
     "glm4_moe_lite": replace(_V3, pattern=TYPES, needs_sparse=True),
     "mellum": Family("num_experts", TYPES, read_plain),
 }
 
-# Config entries that are lists with one value for each decoder layer. The length alone does not tell: eos_token_id may
-# be as long by chance.
+# Config entries that are lists with one value per decoder layer. They are named, because another list, such as
+# eos_token_id, may have the same length by chance.
 PER_LAYER = ("layer_types", "mlp_layer_types")
 BIASED = ("mlp_bias", "use_bias")  # config entries for biases of shared experts and dense layers: not supported
 
 
 def family_name(model_type: object) -> str:
-    """The family of a model_type, compressed or not.
+    """Return the name of the family of a model_type, compressed or not.
 
     Raises:
-        UserError: a model_type that is not supported.
+        UserError: the model_type is not supported.
     """
     name = str(model_type).removeprefix(PREFIX)
     if name not in FAMILIES:
@@ -172,24 +180,24 @@ def family_name(model_type: object) -> str:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a config.
+    """Return the family of a config.
 
     Raises:
-        UserError: a model_type that is not supported.
+        UserError: the model_type is not supported.
     """
     return FAMILIES[family_name(config.model_type)]
 
 
 def compressed_layers(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
-    """The shapes of compressed layers, by decoder-layer index; empty for a family's own config."""
+    """Return the shapes of compressed layers, by decoder-layer index; empty for a family's own config."""
     return {int(layer): shape for layer, shape in (getattr(config, "compressed_layers", None) or {}).items()}
 
 
 def original_facts(config: PretrainedConfig) -> Facts:
-    """Facts of the family's own model, without `compressed_layers`; it may have no MoE layers.
+    """Return the facts of the uncompressed model, ignoring `compressed_layers`; it may have no MoE layers.
 
     Raises:
-        UserError: an unsupported model_type, or biases in the shared experts.
+        UserError: the model_type is not supported, or the shared experts have biases.
     """
     family = family_of(config)
     biased = [name for name in BIASED if getattr(config, name, False)]
@@ -213,10 +221,10 @@ def original_facts(config: PretrainedConfig) -> Facts:
 
 
 def facts(config: PretrainedConfig) -> Facts:
-    """The MoE layers that the config describes; those of a compressed model as they are now.
+    """Return the MoE layers that a config describes; for a compressed model, its remaining sparse layers.
 
     Raises:
-        UserError: as `original_facts`; a model without MoE layers.
+        UserError: the model_type is not supported, the shared experts have biases, or the model has no MoE layers.
     """
     original = original_facts(config)
     shapes = {layer: shape for layer, shape in compressed_layers(config).items() if layer in original.moe_layers}
@@ -224,7 +232,7 @@ def facts(config: PretrainedConfig) -> Facts:
     if not sparse:
         raise UserError(
             f"the model ({original.model_type}, {original.num_layers} layers) has no MoE layers: there is nothing to "
-            "condense"
+            "compress"
         )
     return replace(
         original,
@@ -241,13 +249,14 @@ def stock_updates(
     num_experts: int | None,
     width: int | None = None,
 ) -> dict[str, Any] | None:
-    """Config updates that give the family's own class these layers; None if the class cannot have them.
+    """Return the config updates with which the family's own class has these layers; None if it cannot have them.
 
     Args:
-        dense: decoder layers with an MLP in place of their MoE block.
-        skipped: removed decoder layers; those after them move up.
-        num_experts: of every sparse layer, if that changed.
-        width: of all dense layers, if that changed.
+        config: the config of the model.
+        dense: decoder layers with an MLP instead of their MoE block.
+        skipped: removed decoder layers; the layers after them are renumbered.
+        num_experts: number of experts of every sparse layer; None if unchanged.
+        width: width of all dense layers; None if unchanged.
     """
     family = family_of(config)
     sparse = family.pattern.read(config)
@@ -273,9 +282,9 @@ def stock_updates(
 
 
 def _is_usual(config: PretrainedConfig, types: Sequence[str]) -> bool:
-    """Whether the attention types are the family's default for this number of layers.
+    """Return whether the attention types are the family's default for this number of layers.
 
-    vLLM 0.32 assumes the default (gpt_oss: every other layer slides) and ignores `layer_types`.
+    vLLM 0.32 assumes the default (gpt_oss: sliding attention in every other layer) and ignores `layer_types`.
     """
     if len(set(types)) < 2:
         return True
@@ -284,6 +293,6 @@ def _is_usual(config: PretrainedConfig, types: Sequence[str]) -> bool:
 
 
 def dense_widths(config: PretrainedConfig) -> Mapping[int, int]:
-    """The widths of the family's own dense layers, by decoder-layer index."""
+    """Return the widths of the family's own dense layers, by decoder-layer index."""
     sparse = family_of(config).pattern.read(config)
     return {layer: config.intermediate_size for layer, is_sparse in enumerate(sparse) if not is_sparse}

@@ -1,4 +1,4 @@
-"""Forward passes up to the final norm, of a model in memory or layer by layer."""
+"""Forward passes up to the final norm, of a model in memory or one layer at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from recondense.models import decoder
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import TensorList
 
-SHAPES = 8  # of batches whose masks and positions are kept
+SHAPES = 8  # number of batch shapes whose masks and positions are kept
 
 
 def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None) -> dict[str, Any]:
-    """The arguments of the model with which the examples packed in one window do not attend to each other.
+    """Return arguments for the model with which examples packed into one window do not attend to each other.
 
-    Flash attention tells examples apart in a single row only, so the rows of a batch become one: the positions of every
-    row begin at 0. Other implementations do it in every row. Models that do not do it get their masks ready made.
+    Flash attention separates examples only within a single row, so the rows of a batch are joined into one; positions
+    restart at 0 in each row. Other implementations separate examples in every row, if necessary with explicit masks.
+
+    Args:
+        model: the causal LM.
+        input_ids_BS: token ids.
+        position_ids_BS: positions, which restart at 0 for each example; None if nothing is packed.
     """
     if position_ids_BS is None:
         return {"input_ids": input_ids_BS}
@@ -34,15 +39,16 @@ def model_inputs(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: 
 
 
 def run(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Any:
-    """The model's output, with hidden states after the final norm in place of logits."""
+    """Run the model; the `logits` of its output are the hidden states after the final norm."""
     with decoder.bypass_head(model):
         return model(**arguments)
 
 
 class LayerArguments:
-    """The arguments of decoder layers besides hidden states, kept by the shape of a batch: masks, positions, rotary.
+    """The arguments of decoder layers except hidden states, such as masks and positions, cached by batch shape.
 
-    Batches of one shape have the same ones if they are token ids alone; those of other batches are made on every call.
+    Batches of equal shape have the same arguments if they contain only token ids. For other batches, the arguments are
+    computed at every call.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -50,15 +56,15 @@ class LayerArguments:
         self._by_shape: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
     def enter(self, batch: Mapping[str, Any]) -> Tensor:
-        """The hidden states entering the first decoder layer, (B, S, D).
+        """Return the hidden states (B, S, D) that enter the first decoder layer.
 
         Args:
-            batch: arguments of the model.
+            batch: the arguments of the model.
         """
         return self._make(batch)[1]
 
     def get(self, layer: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of one decoder layer for a batch."""
+        """Return the arguments of one decoder layer for a batch."""
         arguments = self._by_shape.get(tuple(batch["input_ids"].shape)) if _has_only_ids(batch) else None
         return (self._make(batch)[0] if arguments is None else arguments)[layer]
 
@@ -77,7 +83,7 @@ def _has_only_ids(batch: Mapping[str, Any]) -> bool:
 
 
 def run_layer(model: PreTrainedModel, layer: int, hidden_BSD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """One decoder layer, its weights in memory; (B, S, D) to (B, S, D)."""
+    """Run one decoder layer, loading its weights if necessary; (B, S, D) to (B, S, D)."""
     with layer_store(model).resident(layer):
         output = decoder.decoder_layers(model)[layer](hidden_BSD, **arguments)
     return output[0] if isinstance(output, tuple) else output
@@ -87,14 +93,15 @@ def run_layer(model: PreTrainedModel, layer: int, hidden_BSD: Tensor, arguments:
 def layer_by_layer(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], advance: Callable[[], None] = lambda: None
 ) -> TensorList:
-    """The hidden states that `run` gives for some batches; each decoder layer's weights are read once.
+    """Run some batches through the model one layer at a time, so that each layer's weights are read only once.
 
     Args:
-        batches: arguments of the model, input_ids among them.
+        model: the causal LM.
+        batches: the arguments of the model for each batch, including input_ids.
         advance: called after each decoder layer.
 
     Returns:
-        hidden states after the final norm (B, S, D), one a batch.
+        The hidden states after the final norm (B, S, D), one tensor per batch.
     """
     storage, arguments = layer_store(model).tensor_storage(), LayerArguments(model)
     states = storage.tensor_list()

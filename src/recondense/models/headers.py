@@ -1,4 +1,4 @@
-"""Reads the headers of safetensors files: whether they hold the model of a config, before a weight is read."""
+"""Read the headers of safetensors files, to compare a checkpoint with the model of a config before weights are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from recondense.errors import UserError
 from recondense.models import quantized
 
-GIT_LFS = b"version https://git-lfs"  # how a file begins that Git did not fetch
+GIT_LFS = b"version https://git-lfs"  # the beginning of a file that Git LFS has not downloaded
 Shape = tuple[int, ...]
 
 
@@ -34,8 +34,11 @@ class StoredTensor(NamedTuple):
     """One tensor of a checkpoint.
 
     Args:
-        dtype: the name that safetensors has for it.
-        pattern: the pattern of transformers' conversions that matches its name; None if no pattern does.
+        path: the file.
+        key: the name of the tensor in the file.
+        shape: its shape.
+        dtype: its dtype, as named by safetensors.
+        pattern: the pattern of transformers' conversions that matches the name; None if none does.
     """
 
     path: str
@@ -47,12 +50,12 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the files of a checkpoint differ from the model that its config describes.
+    """The differences between the files of a checkpoint and the model that its config describes.
 
     Args:
-        missing: weights that no file has; tied weights need to be stored once only.
-        unexpected: names that the files have and the model does not, converted to the model's naming.
-        misshapen: name, shape in the files and shape in the model.
+        missing: names of weights that are in no file; of tied weights, only one must be stored.
+        unexpected: names in the files that the model does not have, converted to the model's naming.
+        misshapen: for each weight of another shape, its name, its shape in the files and its shape in the model.
     """
 
     missing: tuple[str, ...] = ()
@@ -61,7 +64,7 @@ class Comparison:
 
     @property
     def problem(self) -> str:
-        """Why the model cannot be loaded, one sentence; empty if it can. Unexpected tensors alone do no harm."""
+        """Why the model cannot be loaded, as a sentence; empty if it can. Unexpected tensors are no problem."""
         if self.missing:
             return missing_weights(self.missing, self.unexpected)
         if not self.misshapen:
@@ -71,34 +74,34 @@ class Comparison:
         others = f", and {_weights(more)} more {'differ' if more > 1 else 'differs'}" if more else ""
         return (
             f"{name} has the shape {stored} in the checkpoint and {expected} by its config{others}; use the "
-            "config.json and the files of one and the same model"
+            "config.json and the files of the same model"
         )
 
     def __str__(self) -> str:
-        """All differences, for the author of the files."""
+        """Return all differences in words, for the author of the files."""
         misshapen = [f"{name} is {stored}, not {expected}" for name, stored, expected in self.misshapen]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "other shapes": misshapen}
         return "; ".join(f"{len(names)} {what}: {_shown(names)}" for what, names in parts.items() if names)
 
 
 def missing_weights(missing: Sequence[str], unexpected: Collection[str]) -> str:
-    """One sentence: how many weights a checkpoint lacks, three of their names, and the remedy.
+    """Return a sentence with the number of weights that a checkpoint lacks, three of their names, and the remedy.
 
-    If the names of the files differ by a prefix, the remedy says so.
+    If the names in the files differ from the model's only by a prefix, the remedy says so.
 
     Args:
-        missing: names that the model has and the files have not.
-        unexpected: names that the files have and the model has not.
+        missing: names that the model has but the files do not.
+        unexpected: names that the files have but the model does not.
     """
-    remedy = "download or convert it again, or set config.json right; without them the model would be partly random"
+    remedy = "download or convert it again, or fix config.json; without them the model would be partly random"
     if (prefixes := _prefixes(missing, unexpected)) is not None:
-        theirs, ours = prefixes
-        if not ours:
-            remedy = f"its names begin with {theirs!r}, which is too much: rename them without it"
-        elif not theirs:
-            remedy = f"its names lack the prefix {ours!r}: rename them with it"
+        stored, expected = prefixes
+        if not expected:
+            remedy = f"its names have the additional prefix {stored!r}: rename them without it"
+        elif not stored:
+            remedy = f"its names lack the prefix {expected!r}: rename them with it"
         else:
-            remedy = f"its names begin with {theirs!r} and not with {ours!r}: rename them"
+            remedy = f"its names begin with {stored!r} instead of {expected!r}: rename them"
     return (
         f"the checkpoint lacks {_weights(len(missing))} of the model that its config describes ({_shown(missing)}); "
         f"{remedy}"
@@ -114,8 +117,8 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _prefixes(missing: Sequence[str], unexpected: Collection[str]) -> tuple[str, str] | None:
-    """The prefix of unexpected names and that of missing ones, if they differ in it alone; None if most do not."""
-    by_end: dict[str, str] = {}  # from each end of a missing name to what precedes it
+    """Return the prefixes of the unexpected and the missing names, if most differ only by a prefix; otherwise None."""
+    by_end: dict[str, str] = {}  # from each ending of a missing name to the text before it
     for name in missing:
         parts = name.split(".")
         by_end |= {".".join(parts[first:]): ".".join(parts[:first]) for first in range(max(1, len(parts) - 1))}
@@ -126,14 +129,15 @@ def _prefixes(missing: Sequence[str], unexpected: Collection[str]) -> tuple[str,
             if (end := ".".join(parts[first:])) in by_end:
                 counts[".".join(parts[:first]), by_end[end]] += 1
                 break
-    (theirs, ours), count = counts.most_common(1)[0] if counts else (("", ""), 0)
-    if 2 * count < len(missing) or not (theirs or ours) or re.search(r"\d", theirs + ours):  # another layer's
+    (stored, expected), count = counts.most_common(1)[0] if counts else (("", ""), 0)
+    # A prefix with a digit belongs to another layer.
+    if 2 * count < len(missing) or not (stored or expected) or re.search(r"\d", stored + expected):
         return None
-    return theirs and f"{theirs}.", ours and f"{ours}."
+    return stored and f"{stored}.", expected and f"{expected}."
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads from a local folder; empty if it has no weights.
+    """Return the safetensors files that transformers reads from a local folder; empty if it has no weights.
 
     Raises:
         UserError: the index is damaged, or names files that are missing.
@@ -146,18 +150,18 @@ def list_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index.name} is no index of safetensors files; download or copy it again") from error
+        raise UserError(f"{index.name} is not an index of safetensors files; download or copy it again") from error
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(
-            f"{index.name} names {len(absent)} files that are not there ({_shown(absent)}); download or copy them"
+            f"{index.name} names {len(absent)} files that do not exist ({_shown(absent)}); download or copy them"
         )
     return [folder / name for name in names]
 
 
 @contextmanager
 def open_safetensors(path: str | Path) -> Iterator[Any]:
-    """Opens a safetensors file, without mapping it if safetensors can: maps count as resident memory."""
+    """Open a safetensors file without memory-mapping it, if possible: mapped pages count as resident memory."""
     try:
         file = safe_open(path, framework="pt", backend="pread")
     except TypeError:
@@ -167,10 +171,10 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
 
 
 def read_headers(files: Sequence[str | Path]) -> Iterator[StoredTensor]:
-    """All tensors of some files, without patterns; reads the headers only.
+    """Yield all tensors of some files, without patterns; only the headers are read.
 
     Raises:
-        UserError: a file is cut short, or is not a safetensors file.
+        UserError: a file is truncated or is not a safetensors file.
     """
     for path in files:
         try:
@@ -182,7 +186,7 @@ def read_headers(files: Sequence[str | Path]) -> Iterator[StoredTensor]:
             name = Path(path).name
             with Path(path).open("rb") as raw:
                 if raw.read(len(GIT_LFS)) == GIT_LFS:
-                    raise UserError(f"{name} is a Git LFS pointer and no weights; run `git lfs pull`") from error
+                    raise UserError(f"{name} is a Git LFS pointer, not the weights; run `git lfs pull`") from error
             raise UserError(f"{name} cannot be read ({error}); download or copy it again") from error
 
 
@@ -190,7 +194,7 @@ class Names:
     """Maps the tensors of a checkpoint to the weights of a model, by transformers' conversions.
 
     Args:
-        model: with or without weights.
+        model: the model, with or without weights.
         mapping: the conversions.
     """
 
@@ -202,26 +206,29 @@ class Names:
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
 
     def group_by_weight(self, tensors: Sequence[StoredTensor]) -> dict[str, list[StoredTensor]]:
-        """The tensors that make up each weight, in the order in which they are put together."""
-        made: dict[str, list[StoredTensor]] = {}
+        """Return the tensors that make up each weight, in the order in which they are combined."""
+        groups: dict[str, list[StoredTensor]] = {}
         latest = {tensor.key: tensor for tensor in tensors}
         for key in sorted(latest, key=dot_natural_key):
             name, pattern = self._name(key, self._renamings, self._converters)
             if name not in self._state and key in self._state:
                 name, pattern = self._name(key, [], [])
-            made.setdefault(name, []).append(latest[key]._replace(pattern=pattern))
+            groups.setdefault(name, []).append(latest[key]._replace(pattern=pattern))
             first, *others = self._by_pattern[pattern].target_patterns if pattern else [""]
             for other in others:  # one tensor may be split into several weights
-                made.setdefault(name.replace(first, other), [])
-        return made
+                groups.setdefault(name.replace(first, other), [])
+        return groups
 
     def _name(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         return rename_source_key(key, renamings, converters, self._prefix, self._state)
 
     def parts_of_stack(self, tensors: Sequence[StoredTensor]) -> dict[str, list[StoredTensor]] | None:
-        """The tensors of single experts that transformers stacks into one weight, by pattern; None if it does not.
+        """Return the single experts' tensors that transformers stacks into one weight, by pattern.
 
-        Several patterns, as gate and up, lie side by side in the stack.
+        Tensors of several patterns, such as gate and up, are concatenated in the stack.
+
+        Returns:
+            The tensors by pattern; None if the weight is not such a stack.
         """
         converter = self._by_pattern.get(tensors[0].pattern or "") if tensors else None
         if converter is None:
@@ -234,19 +241,21 @@ class Names:
 
 
 def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | None = None) -> Comparison:
-    """Compare the files of a checkpoint with a model: missing, unexpected and misshapen weights.
+    """Compare the files of a checkpoint with a model, and find missing, unexpected and misshapen weights.
 
     Args:
-        model: with or without weights.
-        method: the files' quantization, as `quantized.method_of` gives it. Shapes of quantized files are not compared.
+        model: the model, with or without weights.
+        files: the safetensors files.
+        method: the quantization of the files, as returned by `quantized.method_of`. Shapes of quantized files are not
+            compared.
 
     Raises:
         UserError: a file cannot be read.
     """
     tensors = list(read_headers(files))
     names = Names(model, get_model_conversion_mapping(model))
-    whole = [tensor._replace(key=quantized.weight_name(tensor.key, method)) for tensor in tensors]
-    stored = names.group_by_weight(whole)
+    renamed = [tensor._replace(key=quantized.weight_name(tensor.key, method)) for tensor in tensors]
+    stored = names.group_by_weight(renamed)
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = set(_untied(model, [name for name in state if name not in stored]))
     lacking: list[str] = []
@@ -257,13 +266,13 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
         parts = names.parts_of_stack(stored.get(name, []))
         if parts is not None:
             lacking += (absent := _absent_experts(parts, shape[0]))
-            held = None if absent or method or len(shape) != 3 else _stacked(parts, shape)
+            stored_shape = None if absent or method or len(shape) != 3 else _stacked(parts, shape)
         elif method or not stored.get(name) or stored[name][0].pattern is not None:
             continue
         else:
-            held = stored[name][-1].shape
-        if held is not None and held != shape:
-            misshapen.append((name, held, shape))
+            stored_shape = stored[name][-1].shape
+        if stored_shape is not None and stored_shape != shape:
+            misshapen.append((name, stored_shape, shape))
     unexpected = [name for name in stored if name not in state]
     keys = {tensor.key for tensor in tensors}
     lacking += [name for tensor in tensors for name in quantized.missing_scales(tensor.key, tensor.dtype, method, keys)]
@@ -271,7 +280,7 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
 
 
 def _untied(model: PreTrainedModel, missing: Sequence[str]) -> list[str]:
-    """The missing weights that the model needs: not tied to a stored one, and not of a kind that it does without."""
+    """Return the missing weights that the model needs: those not tied to a stored weight and not optional."""
     groups: dict[Any, set[str]] = {}
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
@@ -284,7 +293,7 @@ def _untied(model: PreTrainedModel, missing: Sequence[str]) -> list[str]:
 
 
 def _absent_experts(parts: Mapping[str, Sequence[StoredTensor]], num_experts: int) -> list[str]:
-    """The names in the files of the experts that a stack lacks."""
+    """Return the names, as in the files, of the experts that a stack lacks."""
     absent = []
     for pattern, tensors in parts.items():
         numbers = {_number(tensor.key)[1] for tensor in tensors}
@@ -296,13 +305,13 @@ def _absent_experts(parts: Mapping[str, Sequence[StoredTensor]], num_experts: in
 
 
 def _number(key: str) -> tuple[str, int, str]:
-    """What precedes an expert's number in a name, the number, and what follows it."""
+    """Split a name into the text before the expert's number, the number, and the text after it."""
     *_, last = re.finditer(r"(?<=\.)\d+(?=\.)", key)
     return key[: last.start()], int(last.group()), key[last.end() :]
 
 
 def _stacked(parts: Mapping[str, Sequence[StoredTensor]], expected: Shape) -> Shape:
-    """The shape of a complete stack of experts; if they do not fit together, one that differs from the expected."""
+    """Return the shape of a complete stack of experts; if the experts do not match, any shape other than `expected`."""
     kinds = [{tensor.shape for tensor in tensors} for tensors in parts.values()]
     rows, columns = expected[1] // len(kinds), expected[2]
     odd = [shape for shapes in kinds if len(shapes) > 1 for shape in sorted(shapes) if shape != (rows, columns)]

@@ -1,4 +1,4 @@
-"""Hooks on a model and its evaluation mode, for the time of a context."""
+"""Contexts that set a model's evaluation mode or hooks on its modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; after, every submodule is in its own mode again."""
+    """Set the model to evaluation mode inside the context, and restore the mode of every submodule afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -23,7 +23,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs of some modules in the forward pass inside, in the order of the modules."""
+    """Capture the outputs of some modules in the forward pass inside the context.
+
+    Yields:
+        A list that is filled at the end of the context, in the order of the modules.
+    """
     by_number: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
 
@@ -44,7 +48,11 @@ def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The hidden states entering a module in the forward pass inside."""
+    """Capture the hidden states that enter a module in the forward pass inside the context.
+
+    Yields:
+        A list to which the states are appended.
+    """
     inputs: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which decoder layers of a family are sparse, as its configs say it."""
+"""Patterns of sparse layers: how the configs of a family say which decoder layers are sparse."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import PretrainedConfig
 
 
 class Pattern(NamedTuple):
-    """How configs say which decoder layers are sparse.
+    """How a config says which decoder layers are sparse.
 
     Args:
-        read: gives for each layer whether it is sparse.
-        write: gives the config updates for a choice of sparse layers; None if the family's class has no such model.
+        read: returns for each layer whether it is sparse.
+        write: returns the config updates for given sparse layers; None if a config cannot express them.
     """
 
     read: Callable[[PretrainedConfig], list[bool]]
@@ -21,7 +21,7 @@ class Pattern(NamedTuple):
 
 
 def _dense_first(sparse: Sequence[bool]) -> int | None:
-    """How many dense layers precede the sparse ones; None if one follows a sparse layer."""
+    """Return the number of dense layers before the sparse ones; None if a dense layer follows a sparse one."""
     first = list(sparse).index(True) if any(sparse) else len(sparse)
     return first if all(sparse[first:]) else None
 

@@ -1,6 +1,6 @@
-"""Where the weights of a model's decoder layers are: in memory, or on disk until a layer is used.
+"""Layer stores: they keep the weights of a model's decoder layers in memory, or on disk until a layer is used.
 
-Every model has one layer store; callers ask for it: `layer_store(model).resident(layer)`.
+Every model has one layer store: `with layer_store(model).resident(layer): ...`
 """
 
 from __future__ import annotations
@@ -18,68 +18,70 @@ ATTRIBUTE = "_recondense_layer_store"  # of a model
 
 
 class LayerStore(Protocol):
-    """Where the weights of a model's decoder layers are.
+    """Keeps the weights of a model's decoder layers.
 
     Attributes:
         streamed: whether a layer's weights are read from disk when the layer is used.
-        context: what blocks depend on besides the plan: the model's weights and the calibration set. A store does not
-            load back what another context offloaded.
+        context: identifies what blocks depend on besides the plan: the model's weights and the calibration set. A store
+            does not load back blocks that were offloaded in another context.
     """
 
     streamed: bool
     context: str
 
     def resident(self, layer: int) -> AbstractContextManager[None]:
-        """Inside, the weights of one decoder layer are in memory, with the block that is in it now."""
+        """Keep the weights of one decoder layer, with its current block, in memory inside the context."""
         ...
 
     def offload(self, block: nn.Module, key: str | None = None, notes: Mapping[str, float] | None = None) -> nn.Module:
         """Write a block's weights to disk, to be read whenever its layer is used.
 
         Args:
-            key: the file stays under this name; None: the file is deleted with the block.
-            notes: a few numbers to keep with the weights.
+            block: the block.
+            key: a name under which the file stays; None deletes the file together with the block.
+            notes: a few numbers to save with the weights.
 
         Returns:
-            a block that computes the same; the given one if the model is in memory.
+            A block that computes the same; `block` itself if the model is in memory.
         """
         ...
 
     def load_back(self, key: str, make_block: Callable[[], nn.Module]) -> nn.Module | None:
-        """The block that this process or an earlier one offloaded under a key; None if there is none.
+        """Return the block that this or an earlier process offloaded under a key; None if there is none.
 
         Args:
-            make_block: makes a block of its shape, with any weights or none.
+            key: the name of the file.
+            make_block: makes a block of the same shape, with or without weights.
         """
         ...
 
     def is_offloaded(self, key: str) -> bool:
-        """Whether `load_back` has a block for this key."""
+        """Return whether `load_back` has a block for this key."""
         ...
 
     def notes(self, key: str) -> dict[str, float]:
-        """The numbers that were kept with a block; empty if there are none."""
+        """Return the numbers that were saved with a block; empty if there are none."""
         ...
 
     def layer_keys(self, layer: int) -> list[str]:
-        """The keys of a decoder layer and of its block; empty text for weights of the checkpoint."""
+        """Return the keys of a decoder layer and of its block; the key of weights in the checkpoint is empty."""
         ...
 
     def fingerprint(self) -> str:
-        """A fingerprint of the context and of the keys of all layers; empty if the model is in memory."""
+        """Return a fingerprint of the context and of the keys of all layers; empty if the model is in memory."""
         ...
 
     def tensor_storage(self) -> Storage:
-        """Where hidden states of a pass through the whole model go."""
+        """Return the storage for hidden states of a pass through all layers."""
         ...
 
     def load_all(self) -> None:
-        """Load every layer for good, and freeze the model; its store is `InMemory` from then on."""
+        """Load all layers permanently and freeze the model. From then on its store is `InMemory`."""
         ...
 
 
 class InMemory:
-    """The store of a model whose weights are all in memory: there is nothing to load or to keep."""
+    """The store of a model whose weights are all in memory. It never loads or offloads anything."""
 
     streamed = False
 
@@ -115,11 +117,11 @@ class InMemory:
 
 
 def layer_store(model: PreTrainedModel) -> LayerStore:
-    """The layer store of a model; a model that was not loaded with another one is in memory."""
+    """Return the layer store of a model; the default is `InMemory`."""
     store: LayerStore = model.__dict__.setdefault(ATTRIBUTE, InMemory())
     return store
 
 
 def set_layer_store(model: PreTrainedModel, store: LayerStore) -> None:
-    """Give a model another layer store."""
+    """Set the layer store of a model."""
     model.__dict__[ATTRIBUTE] = store

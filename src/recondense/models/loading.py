@@ -1,4 +1,4 @@
-"""Loads a Hugging Face causal LM and its tokenizer, from the hub or from a local folder; safetensors only."""
+"""LOAD: a Hugging Face causal LM and its tokenizer, from the hub or a local folder; safetensors only."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ from recondense.progress import progress
 log = logging.getLogger(__name__)
 
 HASH_BYTES = 1 << 26
-CALL_STATE = ("truncation", "padding")  # of a fast tokenizer: set by its last call
-IRRELEVANT = ("_name_or_path", "architectures", "transformers_version")  # of a config: they change no result
+CALL_STATE = ("truncation", "padding")  # entries of a fast tokenizer that depend on its last call
+IRRELEVANT = ("_name_or_path", "architectures", "transformers_version")  # config entries that do not affect results
 
 
 def load(
     path: str | Path, settings: ModelConfig | None = None, offload_folder: Path | None = None, **changes: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer; weights stored in MXFP4 or FP8 are dequantised.
+    """Load a causal LM and its tokenizer. Weights stored in MXFP4 or FP8 are dequantized.
 
     Args:
-        path: hub id or folder.
-        settings: dtype, device, attention and experts implementation, and so on. None: those of conf/model.
-        offload_folder: stream the model: a decoder layer is read when it is used, and the blocks that surgery makes
-            are offloaded to this folder. None: load the whole model.
-        changes: other values for settings, by name: revision, tokenizer, dtype, device, attention, experts,
-            trust_remote_code.
+        path: a hub id or a folder.
+        settings: dtype, device, implementations of attention and experts, and other settings. None uses the defaults in
+            conf/model.
+        offload_folder: stream the model: read each decoder layer when it is used, and offload the blocks that surgery
+            makes to this folder. None loads the entire model.
+        changes: settings to change, by name: revision, tokenizer, dtype, device, attention, experts, trust_remote_code.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: a setting that does not exist; weights that are missing, not those of the config, or not
-            safetensors; a folder with an adapter; a hub id that is not in the cache while the hub cannot be reached.
+        UserError: a setting does not exist; the weights are missing, do not match the config, or are not safetensors;
+            the folder has an adapter; or the model is not in the cache and the hub cannot be reached.
 
     Example:
         >>> model, tokenizer = rc.load(folder, dtype="bfloat16")
@@ -72,7 +72,7 @@ def load(
     if changes:
         settings = from_dict({"model": {**asdict(settings), **changes}}).model
     model, tokenizer = _load_both(path, settings, offload_folder)
-    # auto never takes batched_mm, which is some 60 times slower on a CPU
+    # auto never uses batched_mm, which is about 60 times slower on a CPU.
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     decoder.disable_router_loss(model)
     if offload_folder is None:
@@ -85,7 +85,7 @@ def load(
 def _load_both(
     path: str | Path, settings: ModelConfig, offload_folder: Path | None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model as `_load_model` gives it, and the tokenizer; what is wrong with the files is a UserError."""
+    """Load the model and the tokenizer, and turn problems with the files into a UserError."""
     if model_file(path, ADAPTER, settings.revision) is not None:
         raise UserError(f"model.path={path}: {HOLDS_ADAPTER}")
     try:
@@ -93,7 +93,7 @@ def _load_both(
             model = _load_model(settings, path, offload_folder)
             tokenizer = AutoTokenizer.from_pretrained(
                 settings.tokenizer or path,
-                # The model's revision is none of another repository.
+                # The revision is that of the model's repository, not of another one with the tokenizer.
                 revision=settings.revision if settings.tokenizer is None else None,
                 trust_remote_code=settings.trust_remote_code,
             )
@@ -101,16 +101,16 @@ def _load_both(
         if Path(path).is_dir() or not isinstance(error, OSError):
             raise UserError(f"model.path={path}: {error}") from error
         raise UserError(
-            f"model.path={path}: there is no such folder, and the hub cannot be reached or has no such model, nor is "
-            "it in the cache; give model.path a local folder, or connect to the network."
+            f"model.path={path}: there is no such folder, the model is not in the cache, and the hub cannot be reached "
+            "or has no such model; set model.path to a local folder, or connect to the network."
         ) from error
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers made one up
-        raise UserError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder that has one")
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' default without a tokenizer
+        raise UserError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder or hub id that has one")
     return model, tokenizer
 
 
 def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | None) -> Any:
-    """The model in its dtype; on the CPU unless it is streamed."""
+    """Load the model in its dtype, on the CPU unless it is streamed."""
     values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
     classes.register_model_type(values.get("model_type", ""))
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -131,17 +131,18 @@ def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | 
         raise UserError(headers.missing_weights(missing, info["unexpected_keys"]))
     if (method := quantized.method_of(values)) is not None:
         quantized.finish_dequantization(model, arguments["dtype"])
-        log.info("%s is stored in %s: dequantised to %s", path, method, arguments["dtype"])
+        log.info("%s is stored in %s: dequantized to %s", path, method, arguments["dtype"])
     return model
 
 
 @contextmanager
 def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None) -> Iterator[None]:
-    """Inside, transformers refuses files that do not hold the model, by their headers, before it reads a weight.
+    """Make transformers check the headers of the files before it reads weights, inside the context.
 
     Args:
-        values: config.json of the model.
-        offload_folder: as of `load`. For a streamed model transformers loads only what is outside the decoder layers.
+        values: the contents of the model's config.json.
+        offload_folder: as for `load`. For a streamed model, transformers loads only the weights outside the decoder
+            layers.
     """
     load_all = PreTrainedModel._load_pretrained_model
     reading = partial(quantized.fp8_by_blocks, values)
@@ -150,7 +151,7 @@ def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None) -> 
         inside = decoder.layers_prefix()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.startswith(inside):
-                tensor._is_hf_initialized = True  # transformers initializes the others at random
+                tensor._is_hf_initialized = True  # otherwise transformers would initialize it at random
         store = Streamed(model, files, load_config, folder, reading)
         set_layer_store(model, store)
         return store.load_outside_layers()
@@ -170,7 +171,7 @@ def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None) -> 
 
 
 def choose_device(settings: ModelConfig) -> torch.device:
-    """The device that the settings name; of several processes, each has the GPU of its number.
+    """Return the device that the settings name. With several processes, each uses the GPU of its local rank.
 
     auto is a GPU if there is one, otherwise the CPU.
     """
@@ -182,9 +183,9 @@ def choose_device(settings: ModelConfig) -> torch.device:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the config and of every weight's name, dtype, shape and bytes, 16 hexadecimal digits.
+    """Return a hash (16 hexadecimal digits) of the config and of every weight's name, dtype, shape and bytes.
 
-    Weights are parameters and persistent buffers: correction biases of routers are buffers.
+    Weights are parameters and persistent buffers, because correction biases of routers are buffers.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in IRRELEVANT}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -201,7 +202,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that a tokenizer's ids and chats depend on, 16 hexadecimal digits."""
+    """Return a hash (16 hexadecimal digits) of everything that affects a tokenizer's ids and rendered chats."""
     vocabulary: Any = sorted(tokenizer.get_vocab().items(), key=str)
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
@@ -218,7 +219,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _digests(module: nn.Module, selected: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
-    """The dtype, shape and hash of each weight with a selected name; of tied ones once."""
+    """Return the dtype, shape and hash of each weight with a selected name; tied weights are listed once."""
     parameters = dict(module.named_parameters())
     buffers = {name for name, _ in module.named_buffers()} & module.state_dict().keys()
     digests = {}

@@ -1,7 +1,7 @@
-"""Routed experts whose projections are products of two factors. Imports torch alone: it is bundled into exports.
+"""Routed experts whose projections are products of two factors. This file imports only torch: it is part of exports.
 
-Legend: T tokens, K top-k, S = T·K routed tokens sorted by expert, t those of one expert, P those of the busiest, D
-hidden size, F expert width, E experts, n those of one bucket, R rank, O and I output and input features.
+Legend: T tokens, K top-k, S = T·K routed tokens sorted by expert, t tokens of one expert, P tokens of the busiest
+expert, D hidden size, F expert width, E experts, n experts of one bucket, R rank, O and I output and input features.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from recondense.models.expert_products import (
 
 Ranks = Mapping[str, Sequence[int | None]]
 
-# Bounds below which calls cost more than arithmetic on a CPU (benchmarks/low_rank.py).
+# Below these bounds, the overhead of calls exceeds the time of the arithmetic on a CPU (benchmarks/low_rank.py).
 SMALL = 2**15  # weights of an expert that multiply its input: D times the ranks of gate and up
-FEW = 2**22  # multiplications of the busiest expert by those weights
-PADDING = 2**20  # multiplications of an average expert by zeros
+FEW = 2**22  # multiplications of the busiest expert by these weights
+PADDING = 2**20  # multiplications of an average expert by padding
 
 
 class LowRankExperts(nn.Module):
@@ -44,16 +44,17 @@ class LowRankExperts(nn.Module):
 
     E_e(x) = down( glu(gate x, up x) ),  each projection W = left · right (+ bias), or dense
 
-    Experts of equal ranks form a bucket. Its factors are 3-D tensors of exactly their size, without padding. If the
-    ranks are multiples of 16 bytes, a bucket is one grouped product; otherwise each expert is a product. On a CPU a
-    bucket of small experts with few tokens is one batched product, and with very few tokens all buckets are one.
+    Experts of equal ranks form a bucket, whose factors are 3-D tensors without padding. If the ranks are multiples of
+    16 bytes, a bucket is computed as one grouped product; otherwise each expert is a separate product. On a CPU, a
+    bucket of small experts with few tokens is one batched product, and with very few tokens all buckets together are
+    one.
 
     Args:
         hidden_size: D.
         expert_width: F.
-        ranks: one rank an expert for each of gate_proj, up_proj and down_proj; None is dense.
+        ranks: for each of gate_proj, up_proj and down_proj, one rank per expert; None for a dense projection.
         glu: the family's gated activation.
-        bias: the projections have biases.
+        bias: whether the projections have biases.
 
     Reference: MoE-I², arXiv 2411.01016, section 3.2.
     """
@@ -77,11 +78,20 @@ class LowRankExperts(nn.Module):
         self._places: dict[torch.device, Tensor] = {}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Σ_k top_k_weights · E_{top_k_index}(x): (T, D), (T, K), (T, K) to (T, D); only routed tokens are computed."""
+        """Compute Σ_k top_k_weights · E_{top_k_index}(x).
+
+        Args:
+            hidden_states: x (T, D).
+            top_k_index: the selected experts (T, K).
+            top_k_weights: their routing weights (T, K).
+
+        Returns:
+            The weighted sum (T, D).
+        """
         if not top_k_index.numel():
             return torch.zeros_like(hidden_states)
         buckets, kind = cast("list[_Bucket]", list(self.buckets)), hidden_states.device.type
-        dtype = next(buckets[0].parameters()).dtype  # an adapter would compute a weight that is asked for by name
+        dtype = next(buckets[0].parameters()).dtype  # not by name: an adapter would compute that weight
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         x_TD, top_k = hidden_states.to(dtype), top_k_index.shape[1]
@@ -96,7 +106,7 @@ class LowRankExperts(nn.Module):
         counts_on_device, counts_on_host = counts_E.split(sizes), iter(counts_E.tolist())  # type: ignore[no-untyped-call]
         counts = [list(islice(counts_on_host, size)) for size in sizes]
         x_SD = Dispatch.apply(x_TD, order_S, back_S, top_k)
-        # One split: its backward is one concatenation, while that of each slice is as large as all of x_SD.
+        # A single split: its backward is one concatenation, while that of every slice would be as large as x_SD.
         parts = x_SD.split([sum(bucket_counts) for bucket_counts in counts])  # type: ignore[no-untyped-call]
         y_SD = torch.cat(
             [
@@ -110,14 +120,14 @@ class LowRankExperts(nn.Module):
         return y_TD.to(hidden_states.dtype)
 
     def _row_by_row(self, x_TD: Tensor, place_S: Tensor, top_k: int) -> Tensor:
-        """Outputs (S, D), neither sorted nor weighted; each row has a copy of its expert, ranks padded with zeros."""
+        """Compute the unweighted outputs (S, D) in token order, each row with a zero-padded copy of its expert."""
         buckets = cast("list[_Bucket]", list(self.buckets))
         if len(buckets) == 1:
             weights = [w.index_select(0, place_S) for w in buckets[0].weights() if w is not None]
             gate_rows = buckets[0].gate_rows
         else:
             experts = [self._in_bucket[place] for place in place_S.tolist()]
-            # Converted here, as autocast does not convert the inputs of stack.
+            # Converted here, because autocast does not convert the inputs of stack.
             factors = [tuple(w.to(x_TD.dtype) for w in buckets[b].factors(e)) for b, e in experts]
             gate, gate_left, up, up_left, down_right, down_left = map(stack_padded, zip(*factors, strict=True))
             weights = [torch.cat((gate, up), dim=1), gate_left, up_left, down_right, down_left]
@@ -130,12 +140,12 @@ class LowRankExperts(nn.Module):
         return run_expert(x_S1D, weights, gate_rows, self.glu, batched_linear, biases).squeeze(1)
 
     def place_of(self, expert: int) -> tuple[_Bucket, int]:
-        """The bucket that an expert is in, and its position there."""
+        """Return the bucket of an expert, and the expert's position in it."""
         bucket, position = self._in_bucket[self._place[expert]]
         return cast(_Bucket, self.buckets[bucket]), position
 
     def _table(self, device: torch.device) -> Tensor:
-        """Each expert's place in the order of the buckets; not a buffer, since it follows from the ranks."""
+        """Return each expert's place in the order of the buckets; not a buffer, because the ranks determine it."""
         if device not in self._places:
             self._places[device] = torch.tensor(self._place, device=device)
         return self._places[device]
@@ -151,15 +161,15 @@ class LowRankExperts(nn.Module):
         factors: Callable[[int, str], tuple[Tensor, Tensor]],
         biases: Mapping[str, Tensor] | None = None,
     ) -> LowRankExperts:
-        """Copy in the factors, cut to their ranks, or the weight of a dense projection.
+        """Copy in the factors, truncated to their ranks, or the weights of dense projections.
 
         Args:
-            weights: gives gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert, by name.
-            factors: gives (left (O, >= R), right (>= R, I)) of an expert's projection.
-            biases: of the three projections, (E, F), (E, F) and (E, D), if there are any.
+            weights: returns gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert, by name.
+            factors: returns (left (O, >= R), right (>= R, I)) of an expert's projection.
+            biases: the biases of the three projections (E, F), (E, F) and (E, D), by name; None if there are none.
 
         Returns:
-            itself.
+            The module itself.
         """
         for experts, bucket in zip(self.experts_of, self.buckets, strict=True):
             assert isinstance(bucket, _Bucket)
@@ -175,7 +185,7 @@ class LowRankExperts(nn.Module):
 
 
 class _Bucket(nn.Module):
-    """Experts of equal ranks. gate and up share their input, so their right factors are one tensor."""
+    """Experts of equal ranks. The right factors of gate and up are one tensor, because both have the same input."""
 
     def __init__(
         self, num_experts: int, hidden_size: int, expert_width: int, ranks: Sequence[int | None], bias: bool
@@ -187,7 +197,7 @@ class _Bucket(nn.Module):
         up_rows = expert_width if self.up_rank is None else self.up_rank
         self.gate_rows, self._size = gate_rows, hidden_size * (gate_rows + up_rows)
         self.small = None not in ranks and self._size <= SMALL
-        self.gate_up_right = empty_parameter(num_experts, gate_rows + up_rows, hidden_size)  # dense ones whole
+        self.gate_up_right = empty_parameter(num_experts, gate_rows + up_rows, hidden_size)  # or dense weights
         self.gate_left = None if self.gate_rank is None else empty_parameter(num_experts, expert_width, gate_rows)
         self.up_left = None if self.up_rank is None else empty_parameter(num_experts, expert_width, up_rows)
         if self.down_rank is None:
@@ -201,17 +211,20 @@ class _Bucket(nn.Module):
         self.down_proj_bias = empty_parameter(num_experts, hidden_size) if bias else None
 
     def forward(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, glu: Glu) -> Tensor:
-        """Unweighted outputs (S, D) of tokens that are sorted by expert.
+        """Compute the unweighted outputs (S, D) of tokens that are sorted by expert.
 
         Args:
-            counts: how many tokens each expert has; counts_n: the same on the device.
+            x_SD: the tokens.
+            counts: the number of tokens of each expert.
+            counts_n: the same numbers on the device.
+            glu: the gated activation.
         """
         if x_SD.device.type == "cpu" and self._pads(counts):
             return self._padded(x_SD, counts, counts_n, glu)
         weights, biases = self.weights(), self.biases()
         if len(counts) - counts.count(0) == 1:
             busy = next(e for e, count in enumerate(counts) if count)
-            # The backward of squeeze is a view, that of an index a tensor of zeros.
+            # The backward of squeeze is a view, while that of indexing allocates zeros.
             one = [w if w is None else w.squeeze(0) if len(w) == 1 else w[busy] for w in weights]
             bias = None if biases is None else [b[busy] for b in biases]
             return run_expert(x_SD, one, self.gate_rows, glu, nn.functional.linear, bias)
@@ -226,9 +239,9 @@ class _Bucket(nn.Module):
         return self._one_by_one(x_SD, counts, glu)
 
     def _one_by_one(self, x_SD: Tensor, counts: list[int], glu: Glu) -> Tensor:
-        """As `forward`, one expert after another."""
+        """Compute `forward` one expert after another."""
         biases, none = self.biases(), (None,) * self.num_experts
-        # All are unbound at once, so that backward stacks gradients instead of adding zeros.
+        # Unbind all at once, so that the backward pass stacks gradients instead of adding zeros.
         weights_n = zip(*(none if w is None else w.unbind(0) for w in self.weights()), strict=True)
         biases_n = none if biases is None else list(zip(*(b.unbind(0) for b in biases), strict=True))
         outputs = []
@@ -238,17 +251,17 @@ class _Bucket(nn.Module):
         return torch.cat(outputs)
 
     def idle(self, x_TD: Tensor, glu: Glu) -> Tensor:
-        """Outputs (0, D) of no token, which give every weight a gradient of zeros.
+        """Return an empty output (0, D) through which every weight gets a gradient of zeros.
 
-        Processes reduce gradients together, in the order in which backward makes them. So a process without tokens for
-        these experts needs gradients too, in the same order.
+        Processes reduce gradients together, in the order in which the backward pass produces them. So a process without
+        tokens for these experts must produce gradients too, in the same order.
         """
         counts = [1] + [0] * (self.num_experts - 1)
         row_1D = x_TD.new_zeros(1, x_TD.shape[1])
         return self(row_1D, counts, torch.tensor(counts, device=x_TD.device), glu)[:0]  # type: ignore[no-any-return]
 
     def _padded(self, x_SD: Tensor, counts: list[int], counts_n: Tensor, glu: Glu) -> Tensor:
-        """As `forward`, one batched product with every expert's tokens padded to those of the busiest."""
+        """Compute `forward` as one batched product, with the tokens of each expert padded to those of the busiest."""
         most = max(counts)
         shift_n = torch.arange(0, most * len(counts), most) - (counts_n.cumsum(0) - counts_n)
         places_S = torch.arange(len(x_SD)) + shift_n.repeat_interleave(counts_n, output_size=len(x_SD))
@@ -259,29 +272,29 @@ class _Bucket(nn.Module):
         return cast(Tensor, Gather.apply(y_nPD.flatten(0, 1), places_S))
 
     def _pads(self, counts: list[int]) -> bool:
-        """Whether one padded product costs less than a product for each expert."""
+        """Return whether one padded product is faster than a product for each expert."""
         most, mean = max(counts), sum(counts) / len(counts)
         return len(counts) >= 4 and self.small and most * self._size <= FEW and (most - mean) * self._size <= PADDING
 
     def weights(self) -> tuple[Tensor | None, ...]:
-        """The weights in the order in which `run_expert` takes them; None for the other factor of dense projections."""
+        """Return the weights in the order of `run_expert`; None in the place of a dense projection's other factor."""
         return self.gate_up_right, self.gate_left, self.up_left, self.down_right, self.down_left
 
     def biases(self) -> Biases:
-        """The biases of gate (n, F), up (n, F) and down (n, D); None if the family has none."""
+        """Return the biases of gate (n, F), up (n, F) and down (n, D); None if the family has none."""
         if self.gate_proj_bias is None or self.up_proj_bias is None or self.down_proj_bias is None:
             return None
         return self.gate_proj_bias, self.up_proj_bias, self.down_proj_bias
 
     def inner(self, x_tD: Tensor, position: int, glu: Glu) -> Tensor:
-        """The input of an expert's down projection, (t, F)."""
+        """Compute the input of an expert's down projection (t, F)."""
         weights = [None if w is None else w[position] for w in self.weights()]
         biases = self.biases()
         bias = None if biases is None else [b[position] for b in biases]
         return run_inner(x_tD, weights, self.gate_rows, glu, nn.functional.linear, bias)
 
     def projection(self, position: int, name: str) -> Tensor:
-        """An expert's projection multiplied out, (O, I)."""
+        """Multiply out an expert's projection (O, I)."""
         if name == "down_proj":
             outer, inner = self.down_left[position], None if self.down_right is None else self.down_right[position]
         else:
@@ -291,12 +304,12 @@ class _Bucket(nn.Module):
         return outer if inner is None else outer.float() @ inner.float()
 
     def factors(self, position: int) -> tuple[Tensor, ...]:
-        """An expert's right (R, I) and left (O, R) factors of gate, up and down; none is dense."""
+        """Return an expert's right (R, I) and left (O, R) factors of gate, up and down. None of them may be dense."""
         gate_up, gate_left, up_left, down_right, down_left = (w[position] for w in self.weights() if w is not None)
         return gate_up[: self.gate_rows], gate_left, gate_up[self.gate_rows :], up_left, down_right, down_left
 
     def fill(self, position: int, name: str, left_OR: Tensor, right_RI: Tensor) -> None:
-        """Copy the factors of an expert's projection, cut to its rank."""
+        """Copy in the factors of an expert's projection, truncated to its rank."""
         if name == "down_proj":
             assert self.down_right is not None
             rank = self.down_right.shape[1]
@@ -309,14 +322,14 @@ class _Bucket(nn.Module):
         target[position].copy_(left_OR[:, : target.shape[2]])
 
     def fill_dense(self, position: int, name: str, weight: Tensor) -> None:
-        """Copy an expert's dense projection."""
+        """Copy in an expert's dense projection."""
         if name == "down_proj":
             self.down_left[position].copy_(weight)
         else:
             self.gate_up_right[position, self._part(name)[0]].copy_(weight)
 
     def _part(self, name: str) -> tuple[slice, Tensor | None]:
-        """The rows of gate_up_right that belong to gate_proj or up_proj, and its left factor."""
+        """Return the rows of gate_up_right that belong to gate_proj or up_proj, and its left factor."""
         if name == "gate_proj":
             return slice(0, self.gate_rows), self.gate_left
         return slice(self.gate_rows, None), self.up_left

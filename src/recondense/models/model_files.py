@@ -1,4 +1,4 @@
-"""Files of a model folder, local or on the hub; its history of earlier compressions."""
+"""Find files of a model, local or on the hub, and read its history of earlier compressions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from recondense.plan import History
 
 
 def model_file(path: str | Path, name: str, revision: str | None = None) -> Path | None:
-    """The path of a model's file, downloaded if the model is a hub id; None if the model has no such file.
+    """Return the local path of a model's file; None if the model has no such file.
 
-    If the hub cannot be reached, only the cache is searched.
+    If the model is a hub id, the file is downloaded. If the hub cannot be reached, only the cache is searched.
+
+    Args:
+        path: a folder or a hub id.
+        name: the name of the file.
+        revision: the revision on the hub; None for the main branch.
     """
     if Path(path).is_dir():
         file = Path(path) / name
@@ -25,12 +30,12 @@ def model_file(path: str | Path, name: str, revision: str | None = None) -> Path
     with hub_access() as online:
         try:
             cached = cached_file(str(path), name, revision=revision, local_files_only=not online, **quiet)
-        except OSError:  # no such repository or revision: loading it raises the error
+        except OSError:  # no such repository or revision: loading the model raises the error later
             return None
     return None if cached is None else Path(cached)
 
 
 def read_history(model: ModelConfig) -> History:
-    """The compressions that made the model a run starts from; empty without a plan.json beside it."""
+    """Return the earlier compressions of the model that a run starts from; empty without a plan.json beside it."""
     plan = None if model.path is None else model_file(model.path, "plan.json", model.revision)
     return History.load(None if plan is None else plan.parent)

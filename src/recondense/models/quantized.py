@@ -1,4 +1,4 @@
-"""Published weights that are quantized (gpt-oss: MXFP4, DeepSeek-V3: FP8): dequantizes them, and counts their bytes."""
+"""Dequantize published weights (gpt-oss: MXFP4, DeepSeek-V3: FP8), and count their bytes."""
 
 from __future__ import annotations
 
@@ -39,17 +39,18 @@ class StoredWeights:
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """The quantization method that a config.json names, "mxfp4", "fp8" or another; None if it names none."""
+    """Return the quantization method in a config.json ("mxfp4", "fp8" or another); None if there is none."""
     stored = config.get("quantization_config")
     return str(stored.get("quant_method") or "a format without a name") if stored else None
 
 
 def check(config: Mapping[str, Any], setting: str = "model.path", path: str | None = None) -> list[Problem]:
-    """Why the quantized weights of a config.json cannot be read; empty if they can.
+    """Return a problem if the quantized weights of a config.json cannot be read.
 
     Args:
+        config: the contents of config.json.
         setting: the setting that names the model.
-        path: its value.
+        path: the value of the setting.
     """
     method = method_of(config)
     if method == "fp8" and not config["quantization_config"].get("weight_block_size"):
@@ -57,30 +58,30 @@ def check(config: Mapping[str, Any], setting: str = "model.path", path: str | No
     if method in (None, "mxfp4", "fp8"):
         return []
     text = (
-        f"its weights are stored in {method}, which is not read (mxfp4 and fp8 with weight_block_size are); use the "
-        "model in bf16, fp16 or fp32, or dequantise it first with the tool that made it."
+        f"its weights are stored in {method}, which is not supported (mxfp4 and fp8 with weight_block_size are); use "
+        "the model in bf16, fp16 or fp32, or dequantize it first with the tool that quantized it."
     )
     return [Problem(setting, text, path)]
 
 
 def weight_name(key: str, method: str | None) -> str:
-    """The name that a stored tensor has in checkpoints that are not quantized."""
+    """Return the name that a stored tensor would have in an unquantized checkpoint."""
     return key.removesuffix("_blocks") if method == "mxfp4" else key
 
 
 def missing_scales(key: str, dtype: str, method: str | None, keys: Collection[str]) -> list[str]:
-    """The name of a quantized tensor's scales if the checkpoint lacks them; empty otherwise.
+    """Return the name of a quantized tensor's scales if the checkpoint lacks them; otherwise an empty list.
 
     Args:
         key: the tensor's name.
-        dtype: the name that safetensors has for its dtype.
-        method: as `method_of` gives it.
-        keys: names of all tensors of the checkpoint.
+        dtype: its dtype, as named by safetensors.
+        method: the quantization method, as returned by `method_of`.
+        keys: the names of all tensors of the checkpoint.
     """
     names: list[str] = []
     if method == "mxfp4" and key.endswith("_blocks"):
         names = [f"{key.removesuffix('_blocks')}_scales"]
-    elif method == "fp8" and dtype in ("F8_E4M3", "F8_E5M2"):  # transformers would take the numbers for the weights
+    elif method == "fp8" and dtype in ("F8_E4M3", "F8_E5M2"):  # transformers would use the numbers without scales
         stem = key.removesuffix("weight")
         names = [f"{key}_scale_inv", f"{stem}scale", f"{stem}qscale_weight"]
     return [] if any(name in keys for name in names) else names[:1]
@@ -88,17 +89,17 @@ def missing_scales(key: str, dtype: str, method: str | None, keys: Collection[st
 
 @contextmanager
 def loading_arguments(config: Mapping[str, Any], dtype: torch.dtype | str) -> Iterator[dict[str, Any]]:
-    """Arguments with which `from_pretrained` dequantizes the weights of a config inside the context.
+    """Yield arguments with which `from_pretrained` dequantizes weights inside the context.
 
     Args:
-        config: config.json of a model.
-        dtype: the dtype to load in; "auto" is that of the config, or bf16 if that has fewer bits.
+        config: the contents of a model's config.json.
+        dtype: the dtype of the loaded weights; "auto" is the config's dtype, or bf16 if that has fewer bits.
 
     Yields:
         `dtype`, and `quantization_config` if the weights are quantized.
 
     Raises:
-        UserError: the problem that `check` gives.
+        UserError: the quantization method is not supported.
     """
     if problems := check(config):
         raise UserError(problems[0])
@@ -119,7 +120,7 @@ def loading_arguments(config: Mapping[str, Any], dtype: torch.dtype | str) -> It
 
 @contextmanager
 def fp8_by_blocks(config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers dequantizes FP8 weights by the block size that the config gives."""
+    """Make transformers dequantize FP8 weights with the config's block size inside the context."""
     if method_of(config) != "fp8":
         yield
         return
@@ -133,13 +134,14 @@ def fp8_by_blocks(config: Mapping[str, Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def finish_dequantization(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make a dequantized model an ordinary one: in one dtype, and saved without quantization.
+    """Turn a dequantized model into an ordinary one, with a single dtype and without quantization when it is saved.
 
-    transformers leaves what was never quantized in the file's dtype, and would quantize the model again when it is
-    saved.
+    After loading, tensors that were never quantized have the file's dtype, and transformers would quantize the model
+    again when saving it.
 
     Args:
-        dtype: the dtype that was asked for; tensors that transformers keeps in fp32 stay so.
+        model: the loaded model.
+        dtype: the requested dtype; tensors that transformers keeps in fp32 are not changed.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float32):
@@ -151,21 +153,21 @@ def finish_dequantization(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _dequantize_by_blocks(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """transformers' dequantization of FP8, with blocks of the size that the config gives.
+    """Return transformers' FP8 dequantization, changed to use the config's block size.
 
-    transformers 5.17 to 5.23 divide a weight evenly by its number of scales. That is wrong, or an error, if the last
-    block is smaller (576 rows in blocks of 128: kv_a_proj_with_mqa of DeepSeek-V3).
+    transformers 5.17 to 5.23 divide a weight evenly by its number of scales. If the last block is smaller, that gives
+    wrong values or an error (576 rows in blocks of 128: kv_a_proj_with_mqa of DeepSeek-V3).
     """
 
     def dequantize(
         op: Fp8Dequantize, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """W = q ⊙ (scale of its block): (…, O, I) from (…, O, I) and (…, ⌈O/o⌉, ⌈I/i⌉) in blocks of (o, i)."""
+        """Compute W = q ⊙ (scale of its block): (…, O, I) from (…, O, I) and (…, ⌈O/o⌉, ⌈I/i⌉), blocks of (o, i)."""
         rows, columns = quantized.shape[-2:]
         high, wide = op.hf_quantizer.quantization_config.weight_block_size
         fp8 = quantized.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
         if not fp8 or scales.dtype == torch.uint8 or scales.shape[-2:] != (-(-rows // high), -(-columns // wide)):
-            return original(op, quantized, scales, output_dtype=output_dtype)  # not in the blocks of the config
+            return original(op, quantized, scales, output_dtype=output_dtype)  # not stored in the config's blocks
         expanded = scales.float().repeat_interleave(high, dim=-2).narrow(-2, 0, rows)
         expanded = expanded.repeat_interleave(wide, dim=-1).narrow(-1, 0, columns)
         return (quantized.float() * expanded).to(output_dtype or torch.bfloat16)
@@ -174,10 +176,11 @@ def _dequantize_by_blocks(original: Callable[..., Tensor]) -> Callable[..., Tens
 
 
 def stored_weights(path: str | Path, revision: str | None = None) -> StoredWeights | None:
-    """The quantized weights of a model on disk; None if they are not quantized, or their files cannot be found.
+    """Return the method and size of a model's quantized weights; None if unquantized, or the files are not found.
 
     Args:
         path: a folder, or a hub id whose files are in the cache.
+        revision: the revision on the hub.
     """
     config = _file(path, "config.json", revision)
     method = None if config is None else method_of(json.loads(config.read_text(encoding="utf-8")))
@@ -186,13 +189,11 @@ def stored_weights(path: str | Path, revision: str | None = None) -> StoredWeigh
 
 
 def bytes_on_disk(path: str | Path, revision: str | None = None) -> int | None:
-    """Bytes of the safetensors files that hold a model's weights.
+    """Return the total size in bytes of a model's safetensors files; None if they cannot be found.
 
     Args:
         path: a folder, or a hub id whose files are in the cache.
-
-    Returns:
-        None if they cannot be found.
+        revision: the revision on the hub.
     """
     index = _file(path, INDEX, revision)
     names = [SINGLE]
@@ -204,7 +205,7 @@ def bytes_on_disk(path: str | Path, revision: str | None = None) -> int | None:
 
 
 def _file(path: str | Path, name: str, revision: str | None) -> Path | None:
-    """A file of a model, in its folder or in the hub's cache."""
+    """Return the path of a model's file, in its folder or in the hub's cache; None if it is not there."""
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
@@ -213,31 +214,35 @@ def _file(path: str | Path, name: str, revision: str | None) -> Path | None:
 
 
 BytesOf = Callable[[nn.Module], int]
-MXFP4_BITS = 4 + 8 / 32  # an exponent for every 32 numbers
+MXFP4_BITS = 4 + 8 / 32  # bits per number, with an exponent for every 32 numbers
 
 
 def quantization(config: PretrainedConfig) -> dict[str, Any]:
-    """The quantization settings of a config; empty if it has none."""
+    """Return the quantization settings of a config; empty if it has none."""
     settings = getattr(config, "quantization_config", None) or {}
     return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
 
 
 def byte_counter(model: PreTrainedModel, quantized: Mapping[str, Any]) -> BytesOf:
-    """A function that counts the bytes that a part of a model takes in its checkpoint.
+    """Return a function that counts the bytes of a part of a model as stored in its checkpoint.
 
-    FP8 stores one byte a weight and 4 bytes a block, in the experts and in all Linear layers but the head. MXFP4
-    stores 4 bits a weight and a byte for every 32, in the experts. All else is stored in its own dtype.
+    FP8 stores one byte per weight and 4 bytes per block, in the experts and in all Linear layers except the head. MXFP4
+    stores 4 bits per weight and one byte per 32 weights, in the experts. All other weights are stored in their dtype.
+
+    Args:
+        model: the model, with or without weights.
+        quantized: the quantization settings of its config; empty if it is not quantized.
 
     Raises:
-        UserError: another quantization method.
+        UserError: the quantization method is neither FP8 nor MXFP4.
     """
     if not quantized:
         return weights_bytes
     method = quantized.get("quant_method")
     if method not in ("fp8", "mxfp4"):
         raise UserError(
-            f"model.path: the checkpoint is quantised by {method}, whose bytes are not known here (fp8 and mxfp4 are); "
-            "model.dtype=bfloat16 counts it dequantised"
+            f"model.path: the checkpoint is quantized with {method}, whose size is not known (only fp8 and mxfp4 are); "
+            "use model.dtype=bfloat16 to count the dequantized weights"
         )
     head = model.get_output_embeddings()
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
@@ -256,7 +261,7 @@ def byte_counter(model: PreTrainedModel, quantized: Mapping[str, Any]) -> BytesO
 
 
 def _fp8_bytes(weight: torch.Tensor, block_size: Sequence[int] | None) -> int:
-    """Bytes of a weight and its scales; without a block size there is one scale a matrix."""
+    """Return the bytes of a weight and its scales; without a block size there is one scale per matrix."""
     *stack, rows, columns = weight.shape
     high, wide = block_size or (rows, columns)
     return weight.numel() + 4 * math.prod(stack) * -(-rows // high) * -(-columns // wide)

@@ -1,4 +1,4 @@
-"""The blocks of compressed models. Imports torch alone: this file is bundled into exports.
+"""The blocks of compressed models. This file imports only torch, because it is bundled into exports.
 
 Legend: B batch, S sequence, T tokens, D hidden size, F expert width, W width of a condensed layer, E routed experts of
 the original layer, n retained ones, K top-k.
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class GLU:
-    """act(gate) ⊙ up, the gated activation of most families."""
+    """The gated activation of most families, act(gate) ⊙ up."""
 
     act_fn: Callable[[Tensor], Tensor]
 
@@ -28,7 +28,7 @@ class GLU:
 
 @dataclass(frozen=True)
 class ClampedGLU:
-    """(clamp(up) + 1) ⊙ g·σ(αg), g = min(gate, limit); that of gpt-oss, arXiv 2508.10925."""
+    """The gated activation of gpt-oss (arXiv 2508.10925), (clamp(up) + 1) ⊙ g·σ(αg) with g = min(gate, limit)."""
 
     alpha: float
     limit: float
@@ -42,17 +42,17 @@ Glu = Callable[[Tensor, Tensor], Tensor]
 
 
 class MoEWeights(NamedTuple):
-    """The weights of a sparse MoE block, in the same orientation for every family; views, never copies.
+    """The weights of a sparse MoE block, in the same orientation for every family. They are views, never copies.
 
     Args:
-        gate_up_EHD: fused gate and up weights of the routed experts, (E, 2F, D); see `halves`.
-        down_EDF: their down weights, (E, D, F).
+        gate_up_EHD: fused gate and up weights of the routed experts (E, 2F, D); see `halves`.
+        down_EDF: down weights of the routed experts (E, D, F).
         glu: the gated activation.
-        interleaved: rows of gate and up alternate; otherwise the first F rows are gate_proj.
-        gate_up_bias_EH: (E, 2F), or None.
-        down_bias_ED: (E, D), or None.
-        shared: gate_proj (Ws, D), up_proj (Ws, D), down_proj (D, Ws) of the shared experts, or None.
-        shared_gate: (1, D), the weight of the shared experts' gate, or None.
+        interleaved: whether rows of gate and up alternate; otherwise the first F rows are gate_proj.
+        gate_up_bias_EH: biases (E, 2F), or None.
+        down_bias_ED: biases (E, D), or None.
+        shared: gate_proj (Ws, D), up_proj (Ws, D) and down_proj (D, Ws) of the shared experts, or None.
+        shared_gate: the weight (1, D) of the shared experts' gate, or None.
     """
 
     gate_up_EHD: Tensor
@@ -65,7 +65,7 @@ class MoEWeights(NamedTuple):
     shared_gate: Tensor | None = None
 
     def halves(self, both: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Split a tensor with 2F entries along a dimension in its gate and its up part; views."""
+        """Split a tensor with 2F entries along a dimension into views of its gate part and its up part."""
         if self.interleaved:
             gate, up = both.unflatten(dim, (-1, 2)).unbind(dim + 1 if dim >= 0 else dim)
         else:
@@ -73,12 +73,12 @@ class MoEWeights(NamedTuple):
         return gate, up
 
     def projections(self, expert: int) -> dict[str, Tensor]:
-        """gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert."""
+        """Return gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert, by name."""
         gate_FD, up_FD = self.halves(self.gate_up_EHD[expert], 0)
         return {"gate_proj": gate_FD, "up_proj": up_FD, "down_proj": self.down_EDF[expert]}
 
     def biases(self) -> dict[str, Tensor]:
-        """The biases of gate_proj (E, F), up_proj (E, F) and down_proj (E, D); empty if the family has none."""
+        """Return the biases of gate_proj (E, F), up_proj (E, F) and down_proj (E, D); empty if the family has none."""
         if self.gate_up_bias_EH is None or self.down_bias_ED is None:
             return {}
         gate_EF, up_EF = self.halves(self.gate_up_bias_EH, 1)
@@ -86,22 +86,22 @@ class MoEWeights(NamedTuple):
 
 
 class CondensedMoE(nn.Module):
-    """A condensed MoE layer: shared experts and a few routed experts as one wide SwiGLU, active for every token.
+    """A condensed MoE layer: the shared experts and a few routed experts as one wide SwiGLU, active for every token.
 
     y = W_down [ scale ⊙ glu(W_gate x, W_up x) ],  scale = shared gate on the shared rows, w̄_i on expert i's rows
 
-    The scale stays outside the weights while training: if it were folded into W_down, AdamW's steps would be 1/w̄ times
-    larger. If the experts have biases, the bias of W_down is Σ w̄_i·b_i.
+    The scale stays outside the weights while training, because if it were folded into W_down, AdamW's steps would
+    effectively be 1/w̄ times larger. If the experts have biases, the bias of W_down is Σ w̄_i·b_i.
 
     Args:
         hidden_size: D.
-        shared_width: rows of the shared experts, 0 if the family has none.
-        routed_width: rows of the retained routed experts together, n·F.
+        shared_width: rows of the shared experts; 0 without shared experts.
+        routed_width: n·F, the rows of the retained routed experts together.
         glu: the family's gated activation.
-        token_gate: keep the shared experts' gate per token, sigmoid(W_g x), in place of a constant.
-        scaled: hold the scale buffer; False once it has been folded into W_down.
-        bias: the three projections have biases.
-        pair: return (y, None), for families whose blocks return their router's scores too.
+        token_gate: keep the shared experts' gate per token, sigmoid(W_g x), instead of a constant.
+        scaled: have the scale as a buffer; False if it is folded into W_down.
+        bias: whether the three projections have biases.
+        pair: return (y, None), for families whose blocks also return their router's scores.
 
     Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.
     """
@@ -131,11 +131,11 @@ class CondensedMoE(nn.Module):
 
     @property
     def routed_width(self) -> int:
-        """Rows that came from routed experts."""
+        """The number of rows that came from routed experts."""
         return self.down_proj.in_features - self.shared_width
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CondensedMoE:
-        """Move and convert, but keep the scale in fp32: Lightning's bf16-true converts all of a module."""
+        """Move and convert the module, but keep the scale in fp32: Lightning's bf16-true converts everything."""
         scale = self.scale
         super()._apply(fn, recurse)
         if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
@@ -148,7 +148,7 @@ class CondensedMoE(nn.Module):
         if self.shared_expert_gate is not None:
             parts.append(torch.sigmoid(self.shared_expert_gate(hidden_states)))
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-            # Computed again in backward: of the tensors of width W, only the two projections' outputs are kept.
+            # Recomputed in the backward pass: of the tensors of width W, only the outputs of two projections are kept.
             inner = checkpoint(self._inner, *parts, use_reentrant=False, preserve_rng_state=False)
         else:
             inner = self._inner(*parts)
@@ -156,10 +156,10 @@ class CondensedMoE(nn.Module):
         return (output, None) if self.pair else output
 
     def _inner(self, gate: Tensor, up: Tensor, token_gate: Tensor | None = None) -> Tensor:
-        """The input of the down projection, (…, W)."""
+        """Compute the input of the down projection (…, W)."""
         inner = self.glu(gate, up)
         if self.scale is not None:
-            inner = (inner * self.scale).to(inner.dtype)  # the scale keeps fp32: rounding it would be a bias
+            inner = (inner * self.scale).to(inner.dtype)  # rounding the scale would give a systematic error
         if token_gate is not None:
             shared, routed = inner.split((self.shared_width, inner.shape[-1] - self.shared_width), dim=-1)
             inner = torch.cat((token_gate * shared, routed), dim=-1)
@@ -167,7 +167,7 @@ class CondensedMoE(nn.Module):
 
     @classmethod
     def make_empty(cls, weights: MoEWeights, num_experts: int, token_gate: bool, pair: bool = False) -> CondensedMoE:
-        """An unfilled block of the right shape, on the device and in the dtype of the weights (also meta)."""
+        """Make a block of the right shape without filling it, on the device and in the dtype of the weights."""
         _, hidden_size, expert_width = weights.down_EDF.shape
         with torch.device(weights.down_EDF.device):
             layer = cls(
@@ -185,15 +185,16 @@ class CondensedMoE(nn.Module):
     def fill(
         self, weights: MoEWeights, experts: Sequence[int], coefficients: Sequence[float], shared_gate: float | None
     ) -> CondensedMoE:
-        """Copy in the shared experts' rows, then those of the retained experts in order, and set the scales.
+        """Copy in the rows of the shared experts, then those of the retained experts in order, and set the scales.
 
         Args:
+            weights: the weights of the sparse block.
             experts: the retained experts.
-            coefficients: replace their routing weights, in the order of experts.
+            coefficients: the constants that replace their routing weights, in the order of `experts`.
             shared_gate: the constant on the shared rows; None for 1.
 
         Returns:
-            itself.
+            The module itself.
         """
         gates, ups, downs = ([weight] for weight in weights.shared) if weights.shared else ([], [], [])
         for expert in experts:
@@ -220,7 +221,7 @@ class CondensedMoE(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Multiply the scale into down_proj, in fp32, and drop it; the function stays the same."""
+        """Multiply the scale into down_proj (in fp32) and remove it. The block still computes the same function."""
         if self.scale is not None:
             weight = self.down_proj.weight
             weight.copy_((weight.float() * self.scale.float()).to(weight.dtype))
@@ -228,16 +229,18 @@ class CondensedMoE(nn.Module):
 
 
 def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) -> Tensor:
-    """Outputs of some routed experts for all tokens, unweighted.
+    """Compute the unweighted outputs of some routed experts for all tokens.
 
-    Each expert is a product of the same shape, so its output has the same bits whatever other experts are computed.
+    Each expert is a product of the same shape, so its output has the same bits no matter which other experts are
+    computed.
 
     Args:
         x_TD: tokens.
+        weights: the weights of the sparse block.
         experts: indices of n experts.
 
     Returns:
-        (n, T, D) in the dtype of x.
+        The outputs (n, T, D) in the dtype of x.
     """
     output_nTD = x_TD.new_empty(len(experts), *x_TD.shape)
     for position, expert in enumerate(experts):
@@ -248,18 +251,20 @@ def expert_outputs(x_TD: Tensor, weights: MoEWeights, experts: Sequence[int]) ->
 
 
 def expert_inner(x_TD: Tensor, weights: MoEWeights, expert: int) -> Tensor:
-    """The input of an expert's down projection, glu(gate x, up x): (T, F)."""
+    """Compute the input of an expert's down projection, glu(gate x, up x) (T, F)."""
     bias_H = None if weights.gate_up_bias_EH is None else weights.gate_up_bias_EH[expert]
     both_TH = nn.functional.linear(x_TD, weights.gate_up_EHD[expert], bias_H)
     return weights.glu(*weights.halves(both_TH, -1))
 
 
 class RemappedRouter(nn.Module):
-    """A router whose rows share experts, or have some of the experts only: merged experts, and trials of pruning.
+    """A router with a table that maps its rows to experts.
+
+    Rows can share an expert (merged experts), or the rows can belong to some of the experts (trials of pruning).
 
     Args:
         router: returns (logits, top_k_weights, top_k_index).
-        table: the expert of each of the router's rows.
+        table: the expert of each row of the router.
     """
 
     table: Tensor
@@ -270,16 +275,16 @@ class RemappedRouter(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The router's output, with experts from the table in top_k_index (T, K)."""
+        """Return the router's output with the experts from the table as top_k_index (T, K)."""
         logits, top_k_weights, top_k_index = self.router(hidden_states)
         return logits, top_k_weights, self.table[top_k_index]
 
 
 class Zeros(nn.Module):
-    """Replaces a removed MoE block or MLP; adds nothing to the residual stream.
+    """Replaces a removed MoE block or MLP. It adds nothing to the residual stream.
 
     Args:
-        pair: as of `CondensedMoE`.
+        pair: as in `CondensedMoE`.
     """
 
     def __init__(self, pair: bool = False) -> None:
@@ -292,14 +297,14 @@ class Zeros(nn.Module):
 
 
 class SkippedLayer(nn.Module):
-    """Replaces a removed decoder layer; returns the residual stream as it is, and caches nothing."""
+    """Replaces a removed decoder layer. It returns the residual stream unchanged and does not use the cache."""
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A new module that shares every parameter, buffer and child with the given one; without its hooks."""
+    """Return a new module that shares all parameters, buffers and children of a module, but not its hooks."""
     twin = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[name] = dict(module.__dict__[name])
@@ -309,17 +314,17 @@ def shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def select_experts(module: nn.Module, index: Sequence[int], num_experts: int, names: Sequence[str]) -> nn.Module:
-    """A router or an experts module with some of the experts, in new tensors.
+    """Return a copy of a router or an experts module with only some of its experts.
 
     Args:
-        module: shares its other tensors and children with the result.
+        module: a router or an experts module. Tensors and children without an entry per expert are shared.
         index: the n experts to retain.
-        num_experts: E, of the module.
-        names: parameters and buffers of the module, and of its children, with an entry for each expert. The entries
-            are along the first dimension of size E.
+        num_experts: E of the module.
+        names: names of the parameters and buffers of the module and its children that have one entry per expert, along
+            the first dimension of size E. They are copied.
 
     Returns:
-        a module of the same class; its attributes that count experts are n.
+        A module of the same class. Its attributes that count experts are n.
     """
     twin = shallow_copy(module)
     for name in names:

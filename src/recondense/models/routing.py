@@ -1,4 +1,4 @@
-"""How the routers of the families make weights of their logits, as their configs say it."""
+"""Read from a config how a family's router turns logits into routing weights."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-DEEPSEEK_V3_LEAST_SUM = 1e-20  # a constant of its modeling file
+DEEPSEEK_V3_LEAST_SUM = 1e-20  # a constant in the modeling file of DeepSeek-V3
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router makes weights of its logits: it scores all experts and selects the top_k of them.
+    """How a router turns logits into routing weights: it scores all experts and selects top_k of them.
 
     Args:
-        top_k: selected experts a token.
+        top_k: number of experts that a token selects.
         normalize: divide the selected weights by their sum.
-        scale: multiply the weights by this, after that.
-        score: a softmax over all experts, or a sigmoid for each. A softmax over the selected logits alone is `softmax`
-            with `normalize`.
-        num_groups: experts are in this many groups of equal size.
-        top_groups: experts are selected from the best groups only, this many.
-        least_sum: for softmax, the least sum that weights are divided by; for sigmoid, added to the sum. A correction
-            bias may select experts whose weights are all close to 0.
+        scale: factor for the weights, after the normalization.
+        score: a softmax over all experts, or a sigmoid for each expert. A softmax over only the selected logits is the
+            same as `softmax` with `normalize`.
+        num_groups: number of groups of experts, of equal size.
+        top_groups: number of best groups from which experts are selected.
+        least_sum: for softmax, the lower bound on the sum by which weights are divided; for sigmoid, it is added to the
+            sum. It matters because a correction bias may select experts whose weights are all close to 0.
     """
 
     top_k: int
@@ -41,7 +41,10 @@ class Routing:
 
 
 def min_experts(top_k: int, num_groups: int, top_groups: int) -> int:
-    """The fewest experts to route among: top_k; of groups, two each at least, and top_k in the selected groups."""
+    """Return the fewest experts that a layer can route among.
+
+    That is top_k. If the router selects groups, each group needs two experts, and the selected groups top_k together.
+    """
     return top_k if num_groups == 1 else num_groups * max(2, -(-top_k // top_groups))
 
 
@@ -50,7 +53,7 @@ def read_plain(config: PretrainedConfig) -> Routing:
 
 
 def read_deepseek(config: PretrainedConfig) -> Routing:
-    """With one expert a token, weights are not normalized."""
+    """Read the routing of `deepseek`, which does not normalize weights if a token selects only one expert."""
     routing = read_plain(config)
     return replace(routing, normalize=routing.normalize and routing.top_k > 1)
 
@@ -60,7 +63,10 @@ def read_normalized(config: PretrainedConfig) -> Routing:
 
 
 def read_deepseek_v2(config: PretrainedConfig) -> Routing:
-    """transformers ignores `norm_topk_prob`; it ignores groups unless the method is group_limited_greedy."""
+    """Read the routing of `deepseek_v2` as transformers computes it.
+
+    transformers ignores `norm_topk_prob`, and ignores groups unless topk_method is group_limited_greedy.
+    """
     routing = Routing(config.num_experts_per_tok, normalize=False, scale=float(config.routed_scaling_factor))
     if config.topk_method != "group_limited_greedy":
         return routing

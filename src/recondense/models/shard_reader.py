@@ -1,4 +1,4 @@
-"""Reads weights from a checkpoint's safetensors files as transformers would load them."""
+"""Read weights from a checkpoint's safetensors files as transformers would load them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from recondense.models.headers import Names, StoredTensor, open_safetensors, rea
 from recondense.models.replacement_blocks import shallow_copy
 
 State = dict[str, Tensor]
-ALIGNMENT = 64  # bytes, of what torch allocates
+ALIGNMENT = 64  # bytes; torch's allocations have this alignment
 
 
 def align(tensor: Tensor) -> Tensor:
-    """The tensor at an address on which a CPU's products do not depend; a copy if it was not there.
+    """Return a tensor at an aligned address; a copy if the given one is not aligned.
 
-    Products of MKL differ in the last bit with the alignment, and safetensors reads tensors at any address.
+    MKL's products depend in the last bit on the alignment, and safetensors reads tensors to any address.
     """
     return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT else tensor
 
@@ -32,10 +32,10 @@ class ShardReader:
     """Reads the weights of a checkpoint by their names in the model.
 
     Args:
-        model: without any weights yet.
+        model: a model that does not have any weights yet.
         files: the safetensors files of the checkpoint.
-        load_config: how transformers would read them: conversions, dtypes, quantization.
-        reading: a context in which transformers reads the weights as they are stored.
+        load_config: transformers' settings for loading: conversions, dtypes, quantization.
+        reading: makes a context in which transformers reads the stored weights correctly.
     """
 
     def __init__(
@@ -49,22 +49,22 @@ class ShardReader:
         self._dtype = model.dtype
         self._load_config = load_config
         self._reading = reading
-        # transformers reads into a copy, so that it does not matter which blocks are in the model.
+        # transformers loads into a copy, so that the blocks that are currently in the model do not matter.
         self._twin = copy.deepcopy(model)
         self._names = Names(self._twin, load_config.weight_mapping or [])
         self._stored = self._names.group_by_weight(list(read_headers(files)))
 
     def __contains__(self, name: str) -> bool:
-        """Whether the checkpoint has a weight of the model."""
+        """Return whether the checkpoint has a weight of the model."""
         return name in self._stored
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Some weights, one after the other, so that at most one is held twice."""
+        """Yield weights one after another with their names, so that at most one is in memory twice."""
         for name in names:
             yield name, self._read(name)
 
     def load(self, model: PreTrainedModel, selected: Callable[[str], bool]) -> tuple[Any, Any]:
-        """Read the weights with selected names into a model; returns what transformers' own loading returns."""
+        """Read the weights with selected names into a model, and return what transformers' own loading returns."""
         tensors = [tensor for name, parts in self._stored.items() if selected(name) for tensor in parts]
         with ExitStack() as stack:
             files = {path: stack.enter_context(open_safetensors(path)) for path in {tensor.path for tensor in tensors}}
@@ -76,7 +76,7 @@ class ShardReader:
     def _read(self, name: str) -> Tensor:
         tensors, leaf = _holder(self._twin, name)
         parts = self._names.parts_of_stack(self._stored[name])
-        # Only transformers can dequantize what is stored in few bits.
+        # Quantized weights can only be read by transformers.
         if parts is not None and self._load_config.hf_quantizer is None:
             return self._read_stack(tensors[leaf], list(parts.values()))
         self.load(self._twin, lambda other: other == name)
@@ -88,7 +88,7 @@ class ShardReader:
         return align(tensor)
 
     def _read_stack(self, like: Tensor, parts: Sequence[Sequence[StoredTensor]]) -> Tensor:
-        """A stack of experts (E, rows of all parts, columns), each tensor read into its place: none is held twice."""
+        """Read a stack of experts (E, rows of all parts, columns), each tensor directly into its place."""
         stack_ERC = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         with ExitStack() as stack:
             paths = {tensor.path for part in parts for tensor in part}
@@ -107,7 +107,7 @@ class ShardReader:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Hides transformers' progress bars; it shows one a call, which here is one weight."""
+    """Hide transformers' progress bars inside the context; there would be one for each weight."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -118,7 +118,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def swap_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> State:
-    """Put tensors into a module by their names, and return those that were there."""
+    """Replace tensors of a module by name, and return the previous ones."""
     before: State = {}
     for name, tensor in state.items():
         tensors, leaf = _holder(module, name)
@@ -129,14 +129,14 @@ def swap_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> State:
 
 
 def _holder(module: nn.Module, name: str) -> tuple[Any, str]:
-    """The dictionary in which the submodules of a module keep the tensor of this name, and its name there."""
+    """Return the dictionary of the submodule that has the tensor with this name, and the tensor's key in it."""
     path, _, leaf = name.rpartition(".")
     parent = module.get_submodule(path)
     return (parent._parameters if leaf in parent._parameters else parent._buffers), leaf
 
 
 def empty_twin(block: nn.Module) -> nn.Module:
-    """A block of the same structure whose parameters and persistent buffers are on the meta device."""
+    """Return a copy of a block whose parameters and persistent buffers are on the meta device."""
     twin = shallow_copy(block)
     for name, child in block._modules.items():
         twin._modules[name] = None if child is None else empty_twin(child)
@@ -149,7 +149,7 @@ def empty_twin(block: nn.Module) -> nn.Module:
 
 
 def unalias(state: State) -> State:
-    """Copy tensors that share a storage, or are part of one: safetensors writes neither."""
+    """Copy tensors that share a storage or are part of a larger one, because safetensors cannot write them."""
     seen: set[int] = set()
     copies: State = {}
     for name, tensor in state.items():

@@ -1,7 +1,8 @@
-"""A model larger than memory: the weights of a decoder layer are read when it is used, and released for the next one.
+"""Stream a model larger than memory: read a decoder layer's weights when it is used, and release them for the next one.
 
-What lies outside the decoder layers (embedding, final norm, head) stays in memory. A layer is read in two units, its
-MoE block (or dense MLP) and the rest. Each comes from the checkpoint's shards or from a file that `offload` wrote.
+The weights outside the decoder layers (embedding, final norm, head) stay in memory. A layer is read as two units: its
+MoE block (or dense MLP), and everything else. A unit comes from the checkpoint's shards or from a file that `offload`
+wrote.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from recondense.models.layer_store import InMemory, set_layer_store
 from recondense.models.shard_reader import ShardReader, State, align, empty_twin, swap_tensors, unalias
 from recondense.models.tensor_store import Disk, Storage
 
-NOTES = "notes"  # key of an offloaded file's metadata
+NOTES = "notes"  # a key in the metadata of an offloaded file
 
 
 class Streamed:
-    """The layer store of a model larger than memory.
+    """The layer store of a streamed model.
 
-    It reads a layer for `resident`, and keeps it until another one is used.
+    `resident` reads a layer, which stays in memory until another layer is used.
 
     Args:
-        model: its decoder layers have no weights, all else is loaded.
+        model: the model. Its decoder layers do not have weights.
         shard_files: the safetensors files of the checkpoint.
-        load_config: how transformers would read them: conversions, dtypes, quantization.
-        folder: for offloaded blocks; made when the first one is written.
-        reading: a context in which transformers reads the weights as they are stored.
+        load_config: transformers' settings for loading: conversions, dtypes, quantization.
+        folder: the folder for offloaded blocks; it is created when the first one is written.
+        reading: makes a context in which transformers reads the stored weights correctly.
     """
 
     streamed = True
@@ -57,12 +58,12 @@ class Streamed:
     ) -> None:
         self.folder = folder
         self.context = ""
-        self._model_ref = weakref.ref(model)  # the model holds its store
+        self._model_ref = weakref.ref(model)  # weak, because the model refers to its store
         self._numbers = count()
         self._shards = ShardReader(model, shard_files, load_config, reading)
         self._sources: weakref.WeakKeyDictionary[nn.Module, Callable[[], State]] = weakref.WeakKeyDictionary()
         self._keys: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self._loaded: dict[nn.Module, State] = {}  # units, with their tensors of the meta device
+        self._loaded: dict[nn.Module, State] = {}  # loaded units, with the meta tensors that they had before
         self._users: Counter[nn.Module] = Counter()
         for layer, module in enumerate(decoder.decoder_layers(model)):
             layer_prefix, block_prefix = decoder.layer_prefix(layer), f"{views.block_name(layer)}."
@@ -74,7 +75,7 @@ class Streamed:
             )
 
     def __deepcopy__(self, memo: object) -> NoReturn:
-        raise TypeError("a streamed model cannot be copied: load_all() its weights before")
+        raise TypeError("a streamed model cannot be copied; call load_all() of its layer store first")
 
     @property
     def _model(self) -> PreTrainedModel:
@@ -83,14 +84,14 @@ class Streamed:
         return model
 
     def load_outside_layers(self) -> tuple[Any, Any]:
-        """Read what lies outside the decoder layers; returns what transformers' own loading returns."""
+        """Read the weights outside the decoder layers, and return what transformers' own loading returns."""
         info, index = self._shards.load(self._model, lambda name: not name.startswith(decoder.layers_prefix()))
         info.missing_keys = {name for name in info.missing_keys if name not in self._shards}
         return info, index
 
     @contextmanager
     def resident(self, layer: int) -> Iterator[None]:
-        """See `LayerStore`. Before a layer is read, those that nobody uses are released."""
+        """Keep a layer in memory inside the context, see `LayerStore`; layers not in use are released first."""
         units = dict.fromkeys(self._units(layer))
         known = [unit for unit in units if unit in self._sources]
         for unit in [unit for unit in self._loaded if unit not in known and not self._users[unit]]:
@@ -108,7 +109,7 @@ class Streamed:
             for unit in known:
                 self._users[unit] -= 1
                 if not self._users[unit]:
-                    del self._users[unit]  # the counter would keep the module alive
+                    del self._users[unit]  # otherwise the counter would keep the module alive
 
     def offload(self, block: nn.Module, key: str | None = None, notes: Mapping[str, float] | None = None) -> nn.Module:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in block.state_dict().items()}
@@ -136,7 +137,7 @@ class Streamed:
         return notes
 
     def layer_keys(self, layer: int) -> list[str]:
-        """See `LayerStore`; a unit that never was offloaded is known by its class."""
+        """Return the keys of a layer's units, see `LayerStore`; a new unit without a key is identified by its class."""
         return [
             self._keys.get(unit, "" if unit in self._sources else type(unit).__name__) for unit in self._units(layer)
         ]
@@ -151,12 +152,12 @@ class Streamed:
     def load_all(self) -> None:
         for layer in range(len(decoder.decoder_layers(self._model))):
             with self.resident(layer):
-                self._loaded.clear()  # so that they are never released
+                self._loaded.clear()  # so that the layer is never released
         self._model.requires_grad_(False)
         set_layer_store(self._model, InMemory())
 
     def _units(self, layer: int) -> list[nn.Module]:
-        """The two modules of a layer that are read one by one; twice the same where the whole layer is removed."""
+        """Return the two modules of a layer that are read separately; for a removed layer both are the same."""
         return [decoder.decoder_layers(self._model)[layer], views.get_block(self._model, layer)]
 
     def _shard_source(self, names: Sequence[str], prefix: str) -> Callable[[], State]:
@@ -165,17 +166,19 @@ class Streamed:
     def _release(self, unit: nn.Module) -> None:
         swap_tensors(unit, self._loaded.pop(unit))
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)  # glibc keeps what tensors of a few megabytes took
+            trim(0)  # otherwise glibc keeps the memory of freed tensors of a few megabytes
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{files.file_name(key)}.safetensors"
 
     def _offloaded(self, block: nn.Module, path: Path, key: str, meta_device: torch.device) -> nn.Module:
-        """A block without weights that is read from a file.
+        """Return a block without weights whose weights are read from a file when its layer is used.
 
         Args:
-            block: its shape, and where its weights belong.
-            meta_device: where they belong if the block is on the meta device.
+            block: a block of the same shape; its device is that of the weights.
+            path: the file.
+            key: the key of the block.
+            meta_device: the device of the weights if `block` is on the meta device.
         """
         device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
         twin = empty_twin(block)

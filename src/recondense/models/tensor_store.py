@@ -1,4 +1,4 @@
-"""Lists of tensors, written once and read many times: in memory, or in files on disk."""
+"""Lists of tensors that are written once and read many times, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recondense.files import file_name, write_aside
 
 
 class TensorList(Protocol):
-    """A list of tensors: Python's own, or a `DiskTensorList`."""
+    """A list of tensors: a Python list, or a `DiskTensorList`."""
 
     def append(self, tensor: Tensor, /) -> None: ...
 
@@ -33,28 +33,28 @@ class TensorList(Protocol):
 
 
 class Storage(Protocol):
-    """Where tensors are kept: makes lists for them."""
+    """Makes tensor lists in memory or on disk."""
 
     def tensor_list(self, name: str | None = None) -> TensorList:
-        """An empty list, or the finished one of this name."""
+        """Return an empty list, or the finished list of this name."""
         ...
 
 
 class Memory:
-    """Keeps tensors in memory, as they are."""
+    """Keeps tensors in memory, without copying them."""
 
     def tensor_list(self, name: str | None = None) -> TensorList:
         return []
 
 
 class Disk:
-    """Keeps tensors in files of a folder.
+    """Keeps tensors in files in a folder.
 
     Args:
-        folder: made if it does not exist.
-        dtype: named lists keep floating-point tensors in it; None: in their own.
-        device: where tensors go when they are read.
-        keeps: files of named lists stay, for later runs.
+        folder: the folder; it is created if it does not exist.
+        dtype: the dtype in which named lists store floating-point tensors; None stores them unchanged.
+        device: the device to which tensors are read.
+        keeps: whether the files of named lists stay, for later runs.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Disk:
 
 
 class DiskTensorList:
-    """Tensors one after another in a file. Reading maps the file, copies one tensor and unmaps the file.
+    """A list of tensors in a file. Reading maps the file, copies one tensor and unmaps the file.
 
     Args:
-        file: open for reading and writing; a temporary one is deleted with the list.
-        path: the name of a file that stays; None for a temporary one.
-        dtype: floating-point tensors are kept in it, and read in the dtype that they had.
-        device: where tensors go when they are read.
+        file: a file, open for reading and writing; a temporary file is deleted together with the list.
+        path: the path of a file that stays, without suffix; None for a temporary file.
+        dtype: the dtype in which floating-point tensors are stored; they are read in their original dtype.
+        device: the device to which tensors are read.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class DiskTensorList:
 
     @classmethod
     def at(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskTensorList:
-        """The finished list at a path, or an empty one that gets this path."""
+        """Return the finished list at a path, or an empty list that will be written there."""
         index = path.with_suffix(".json")
         if not index.exists():
             return cls(path.with_suffix(".bin").open("w+b"), path, dtype, device)
@@ -114,16 +114,16 @@ class DiskTensorList:
 
     @property
     def named(self) -> bool:
-        """Whether its file stays."""
+        """Whether the file stays after the list is gone."""
         return self._path is not None
 
     @property
     def finished(self) -> bool:
-        """Whether its file is complete."""
+        """Whether the file is complete."""
         return self._path is not None and self._path.with_suffix(".json").exists()
 
     def start_anew(self) -> None:
-        """Empty a finished list, to fill it again."""
+        """Empty a finished list, so that it can be filled again."""
         assert self._path is not None
         self._path.with_suffix(".json").unlink()
         self._file = self._path.with_suffix(".bin").open("w+b")
@@ -181,7 +181,7 @@ class DiskTensorList:
 
 
 def nbytes(tensors: TensorList) -> int:
-    """Bytes of all tensors of a list."""
+    """Return the total bytes of the tensors in a list."""
     return tensors.nbytes if isinstance(tensors, DiskTensorList) else sum(tensor.nbytes for tensor in tensors)
 
 

@@ -1,4 +1,4 @@
-"""Views of MoE blocks: the routers and experts of every family under the same names.
+"""Views of MoE blocks, which give the routers and experts of every family the same names.
 
 Legend: E routed experts, D hidden size, F expert width.
 """
@@ -34,7 +34,7 @@ from recondense.operations import PROJECTIONS
 
 @dataclass(frozen=True)
 class SparseBlock:
-    """A view of one sparse MoE block; it holds the block's own modules and tensors, never copies."""
+    """A view of one sparse MoE block. It refers to the block's own modules and tensors, never to copies."""
 
     layer: int
     module: nn.Module
@@ -47,13 +47,13 @@ class SparseBlock:
 
     @property
     def weights(self) -> MoEWeights:
-        """The weights of experts and shared experts; gate_up (E, 2F, D), down (E, D, F).
+        """The weights of the routed and shared experts: gate_up (E, 2F, D), down (E, D, F).
 
         Raises:
             UserError: the experts are factorized.
         """
         if not hasattr(self.experts, "gate_up_proj"):
-            raise UserError(f"layer {self.layer}: its experts are factorized; do this before factorizing")
+            raise UserError(f"layer {self.layer}: its experts are already factorized; put this step before factorizing")
         shared, experts = self.shared_expert, cast(Any, self.experts)
         transposed, bias = getattr(experts, "is_transposed", False), has_bias(experts)
         return MoEWeights(
@@ -72,33 +72,34 @@ class SparseBlock:
         return int(self.experts.num_experts)  # type: ignore[arg-type]
 
     def require_experts(self, experts: Sequence[int], kind: str) -> None:
-        """Refuse experts that the layer does not have.
+        """Check that the layer has some experts.
 
         Args:
-            experts: their indices.
-            kind: of the operation that names them.
+            experts: the indices of the experts.
+            kind: the kind of the operation that names them.
 
         Raises:
-            UserError: naming the missing ones.
+            UserError: some do not exist; the message names them.
         """
         missing = [expert for expert in experts if expert >= self.num_experts]
         if missing:
             raise UserError(
-                f"plan: {kind} layer {self.layer}: it has {self.num_experts} routed experts; the plan retains {missing}"
+                f"plan: {kind}, layer {self.layer}: the plan retains experts {missing}, but the layer has "
+                f"{self.num_experts} routed experts"
             )
 
     def select_experts(self, index: Sequence[int]) -> nn.Module:
-        """The experts module with some experts only, in fresh tensors."""
+        """Return a copy of the experts module with only some of the experts."""
         return select_experts(self.experts, index, self.num_experts, self.family.expert_entries)
 
     @property
     def pair(self) -> bool:
-        """Whether the block returns its router's scores besides its output."""
+        """Whether the block returns its output together with its router's scores."""
         return returns_pair(self.module)
 
     @property
     def correction_E(self) -> Tensor | None:
-        """The correction bias (E,): added to the scores that select the top_k, not to the weights; None without one."""
+        """The correction bias (E,), which is added to the scores for the selection only; None without one."""
         bias: Any = getattr(self.router, "e_score_correction_bias", None)
         if bias is None and hasattr(self.router, "moe_statics"):
             bias = cast(Any, self.router.moe_statics).e_score_correction_bias
@@ -107,7 +108,7 @@ class SparseBlock:
 
 @contextmanager
 def eager_experts(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
-    """Inside, fused experts are computed one after another."""
+    """Compute fused experts one after another inside the context."""
     before = model.get_experts_implementation()
     if enabled:
         model.set_experts_implementation("eager")
@@ -119,24 +120,24 @@ def eager_experts(model: PreTrainedModel, enabled: bool = True) -> Iterator[None
 
 
 def selects_experts(name: str) -> bool:
-    """Whether a parameter of this name is a correction bias: it selects experts, and enters no output."""
+    """Return whether a parameter of this name is a correction bias, which affects only the selection of experts."""
     return name.endswith("e_score_correction_bias")
 
 
 def is_norm_or_bias(module: nn.Module, name: str) -> bool:
-    """Whether a parameter of this name in a module is a norm's weight or a bias; correction biases are biases."""
+    """Return whether a parameter of this name in a module is a norm's weight or a bias, including correction biases."""
     parent, _, leaf = name.rpartition(".")
     return leaf.endswith("bias") or "norm" in type(module.get_submodule(parent)).__name__.lower()
 
 
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The block that surgery changes in a decoder layer: its MoE block or MLP; `SkippedLayer` for a removed layer."""
+    """Return the MoE block or MLP of a decoder layer, which surgery changes; `SkippedLayer` for a removed layer."""
     decoder_layer = decoder_layers(model)[layer]
     return decoder_layer if isinstance(decoder_layer, SkippedLayer) else decoder_layer.mlp  # type: ignore[return-value]
 
 
 def set_block(model: PreTrainedModel, layer: int, block: nn.Module) -> None:
-    """Put a block into a decoder layer; a decoder layer, or `SkippedLayer`, in place of the layer itself."""
+    """Set the MoE block or MLP of a decoder layer. If `block` is a decoder layer, it replaces the layer itself."""
     if _is_decoder_layer(block):
         decoder_layers(model)[layer] = block
     else:
@@ -152,12 +153,12 @@ def is_sparse(block: nn.Module) -> bool:
 
 
 def block_output(returned: Any) -> Tensor:
-    """The hidden states that a block returned, without the router's scores that some families return besides."""
+    """Return the hidden states from a block's return value, without the router's scores of some families."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 
 def replace_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Module | None = None) -> nn.Module:
-    """A sparse block with another router or other experts; it shares everything else with the given one."""
+    """Return a copy of a sparse block with another router or other experts; everything else is shared."""
     twin = shallow_copy(block)
     if router is not None:
         setattr(twin, router_name(twin), router)
@@ -167,18 +168,19 @@ def replace_parts(block: nn.Module, router: nn.Module | None = None, experts: nn
 
 
 def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
-    """The router with the rows of the retained experts only.
+    """Return a copy of the router with only the rows of the retained experts.
 
     Raises:
-        UserError: fewer experts than top_k; merged experts; groups of unequal size, or of fewer than two experts.
+        UserError: fewer than top_k experts are retained; the experts are merged; or the groups would have different
+            sizes or fewer than two experts.
     """
     routing, num_experts = block.routing, block.num_experts
     if isinstance(block.router, RemappedRouter):
-        raise UserError(f"layer {block.layer}: its experts are merged, so they cannot be pruned any more")
+        raise UserError(f"layer {block.layer}: its experts are merged and can no longer be pruned")
     if len(retained) < routing.top_k:
         raise UserError(
-            f"layer {block.layer}: {len(retained)} experts retained, but each token selects {routing.top_k}; retain at "
-            "least as many"
+            f"layer {block.layer}: {len(retained)} experts are retained, but each token selects {routing.top_k}; "
+            "retain at least as many"
         )
     if routing.num_groups > 1:
         size = num_experts // routing.num_groups
@@ -186,23 +188,23 @@ def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
         if len(set(sizes)) > 1 or sizes[0] < 2:
             raise UserError(
                 f"layer {block.layer}: the router selects {routing.top_groups} of {routing.num_groups} groups first; "
-                f"pruning would leave groups of {sizes} experts, which must be equal and at least 2"
+                f"pruning would leave groups of {sizes} experts, but all groups need the same number, at least 2"
             )
     return select_experts(block.router, retained, num_experts, block.family.router_entries)
 
 
 def masked_block(block: SparseBlock, retained: Sequence[int]) -> nn.Module:
-    """A block that computes what the pruned block would, and shares the experts: for trials.
+    """Return a block that computes the same as the pruned block but shares the experts, for trials.
 
     Raises:
-        UserError: as `pruned_router`.
+        UserError: the experts cannot be pruned; see `pruned_router`.
     """
     table = torch.as_tensor(retained, device=next(block.experts.parameters()).device)
     return replace_parts(block.module, router=RemappedRouter(pruned_router(block, retained), table))
 
 
 def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
-    """Routed and shared experts of a sparse layer, by their names within its block; empty for other layers."""
+    """Return the routed and shared experts of a sparse layer by their names in its block; empty for other layers."""
     if not is_sparse(get_block(model, layer)):
         return {}
     block = sparse_view(model, layer, get_block(model, layer))
@@ -213,12 +215,12 @@ def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
 
 
 def block_name(layer: int) -> str:
-    """The state-dict name of a decoder layer's MoE block or MLP."""
+    """Return the state-dict name of a decoder layer's MoE block or MLP."""
     return f"model.layers.{layer}.mlp"
 
 
 def sparse_view(model: PreTrainedModel, layer: int, module: nn.Module) -> SparseBlock:
-    """The view of a sparse block that is in this layer of the model, or was."""
+    """Return a view of a sparse block that belongs or belonged to this layer of the model."""
     family = family_of(model.config)
     return SparseBlock(
         layer=layer,
@@ -233,14 +235,14 @@ def sparse_view(model: PreTrainedModel, layer: int, module: nn.Module) -> Sparse
 
 
 def sparse_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
-    """Views of the layers that are sparse now, by decoder-layer index, ascending."""
+    """Return views of the current sparse layers by decoder-layer index, ascending."""
     blocks = {layer: get_block(model, layer) for layer in range(len(decoder_layers(model)))}
     return {layer: sparse_view(model, layer, block) for layer, block in blocks.items() if is_sparse(block)}
 
 
 @contextmanager
 def swap_blocks(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator[PreTrainedModel]:
-    """Inside, the model has these blocks or decoder layers in place of its own; no weight is copied."""
+    """Replace blocks or decoder layers of the model inside the context; no weight is copied."""
     before = {
         layer: decoder_layers(model)[layer] if _is_decoder_layer(block) else get_block(model, layer)
         for layer, block in blocks.items()
@@ -255,16 +257,20 @@ def swap_blocks(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iter
 
 
 def is_dense(block: nn.Module) -> bool:
-    """Whether this is the MLP of one of the family's own dense layers."""
+    """Return whether a block is the MLP of one of the family's own dense layers."""
     ours = isinstance(block, (CondensedMoE, Zeros))
     return not ours and not is_sparse(block) and all(hasattr(block, name) for name in PROJECTIONS)
 
 
 def multiply_factors(experts: LowRankExperts, *, transposed: bool) -> dict[str, Tensor]:
-    """The parameters of a family's fused experts from those of low-rank ones, by name, in the factors' dtype.
+    """Multiply out low-rank experts into the parameters of the family's fused experts, by name.
 
     Args:
-        transposed: gpt_oss's orientation: transposed, gate and up interleaved.
+        experts: the low-rank experts.
+        transposed: whether the family stores the weights transposed, with gate and up interleaved, like gpt_oss.
+
+    Returns:
+        gate_up_proj, down_proj and any biases, in the factors' dtype.
     """
     number, width, hidden_size = experts.num_experts, experts.intermediate_dim, experts.hidden_dim
     like = next(experts.parameters())

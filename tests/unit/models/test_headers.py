@@ -277,7 +277,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     first.write_bytes(original)
     second.unlink()
     [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
-    assert f"index.json names 1 files that are not there ({second.name})" in problem
+    assert f"index.json names 1 files that do not exist ({second.name})" in problem
 
 
 def test_a_config_that_describes_no_model(tmp_path: Path) -> None:

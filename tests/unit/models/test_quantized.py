@@ -136,7 +136,7 @@ def test_load_reports_dequantising_and_gives_a_plain_model(tmp_path: Path, caplo
 @pytest.mark.parametrize("how", [{"quant_method": "awq", "bits": 4}, {"quant_method": "fp8"}, {"bits": 4}])
 def test_other_formats_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
     tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": "qwen2_moe", "quantization_config": how}))
-    with pytest.raises(ValueError, match=r"model\.path=.*stored in .*dequantise it first"):
+    with pytest.raises(ValueError, match=r"model\.path=.*stored in .*dequantize it first"):
         loading.load(tmp_path, ModelConfig(device="cpu"))
 
 

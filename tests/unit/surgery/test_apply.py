@@ -111,7 +111,10 @@ def test_an_empty_plan_does_nothing() -> None:
         ((Condense(1, (0,), (0.1,)), Condense(1, (2,), (0.1,))), r"condense layer 1.*\[2\]"),
         ((Condense(0, (0,), (0.1,)),), r"condense layer 0, but the sparse MoE layers are \[1, 2\]"),
         ((Condense(3, (0,), (0.1,)),), "condense layer 3"),
-        ((Condense(2, (0, 6, 9), (0.1, 0.1, 0.1)),), r"6 routed experts; the plan retains \[6, 9\]"),
+        (
+            (Condense(2, (0, 6, 9), (0.1, 0.1, 0.1)),),
+            r"the plan retains experts \[6, 9\], but the layer has 6 routed experts",
+        ),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(operations: tuple[Condense, ...], message: str) -> None:

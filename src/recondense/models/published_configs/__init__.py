@@ -1,7 +1,7 @@
-"""The configurations of published checkpoints, kept as data: their shapes are known without the hub.
+"""The configs of published checkpoints as data files, so that their shapes are known without the hub.
 
-Each `<owner>/<name>.json` has the values of config.json at that hub id, without auto_map and versions. The dtype of
-unquantized weights is added if it is missing there.
+Each `<owner>/<name>.json` has the values of config.json at that hub id, without auto_map and versions. If it lacks the
+dtype of unquantized weights, the dtype is added.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ FOLDER = Path(__file__).parent
 
 
 def recorded_ids() -> tuple[str, ...]:
-    """The hub ids of the checkpoints whose configuration is here."""
+    """Return the hub ids of the checkpoints whose configs are recorded."""
     return tuple(path.relative_to(FOLDER).as_posix().removesuffix(".json") for path in sorted(FOLDER.glob("*/*.json")))
 
 
 def recorded_values(hub_id: str) -> dict[str, Any]:
-    """The values of a published config.json.
+    """Return the values of a published config.json.
 
     Raises:
-        UserError: there is none of this id here.
+        UserError: no config is recorded for this id.
     """
     if hub_id not in recorded_ids():
         raise UserError(
-            f"plan_only looks nothing up, and has no configuration of {hub_id}. Give model.path a folder with its "
-            f"config.json, or one of {', '.join(recorded_ids())}"
+            f"plan_only does not use the hub, and no config of {hub_id} is recorded. Set model.path to a folder with "
+            f"its config.json, or to one of {', '.join(recorded_ids())}"
         )
     return cast(dict[str, Any], json.loads((FOLDER / f"{hub_id}.json").read_text(encoding="utf-8")))
 
 
 def recorded_config(hub_id: str) -> PretrainedConfig:
-    """The config of a published checkpoint.
+    """Return the config of a published checkpoint.
 
     Raises:
-        UserError: there is none of this id here, or its family is not supported.
+        UserError: no config is recorded for this id, or its family is not supported.
     """
     values = recorded_values(hub_id)
     model_type = values["model_type"]

@@ -142,7 +142,7 @@ def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
         return step.search(SearchContext(model, lambda: recorded(model), cache, 1 << 30))
 
     cache: dict[str, Any] = {}
-    with pytest.raises(ValueError, match=f"strictest possible budget is {name}=") as error:
+    with pytest.raises(ValueError, match=rf"strictest possible budget is {name}=") as error:
         search(strict)
     reported = re.search(rf"{name}=([\d.]+) at best", str(error.value))
     assert reported is not None
@@ -154,7 +154,7 @@ def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
 
 def test_cdmoe_that_retains_every_expert_removes_none() -> None:
     model = qwen2_moe()
-    with pytest.raises(ValueError, match="removes only 0. The strictest possible budget is removed_expert_ratio=0"):
+    with pytest.raises(ValueError, match=r"removes only 0\. The strictest possible budget is removed_expert_ratio=0;"):
         CDMoE(num_experts=6, budget=Budget(removed_expert_ratio=0.2)).search(
             SearchContext(model, lambda: recorded(model), {}, 1 << 30)
         )
