@@ -1,1 +1,1 @@
-"""Apply: change the model as a plan says. One operation, one file."""
+"""Apply: change a model according to a plan. One file per operation."""

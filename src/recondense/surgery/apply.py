@@ -1,7 +1,8 @@
-"""Surgery executes a Plan on a model and never decides. One operation, one file.
+"""Surgery executes a Plan on a model and makes no decisions. Each operation is in its own file.
 
-`restructure` makes the shapes from the plan alone, on the meta device too. `execute` computes the weights as well; each
-operation works on what the one before it left. `refit` solves weights on the calibration set, last.
+`restructure` changes only the shapes; it needs no weights and also works on the meta device. `execute` also computes
+the weights; each operation works on the result of the one before it. `refit` comes last and solves for weights on the
+calibration set.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ Record = Callable[[], "Tape"]
 
 
 def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
-    """Put blocks of the plan's shapes in place of the original ones. Their weights mean nothing.
+    """Replace the original blocks by blocks of the plan's shapes, with undefined weights.
 
     Args:
-        model: changed in place; may lie on the meta device.
+        model: the model; it is changed in place, and may be on the meta device.
         plan: the operations.
 
     Returns:
-        The original blocks by decoder-layer index; a decoder layer where the plan removes all of it.
+        The original blocks by decoder-layer index. If the plan removes an entire decoder layer, that layer.
 
     Raises:
-        UserError: an operation on a layer that is not sparse (any more), or on experts that do not exist.
+        UserError: an operation names a layer that is not (or no longer) sparse, or experts that do not exist.
     """
     originals: dict[int, nn.Module] = {}
     with _restore_on_error(model, originals):
@@ -50,29 +51,31 @@ def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
 
 
 def execute(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> dict[int, nn.Module]:
-    """Execute a plan, all but its refits. Several operations on one layer follow each other.
+    """Execute a plan except its refits. Several operations on the same layer are executed in order.
 
     Args:
-        model: changed in place.
+        model: the model; it is changed in place.
         plan: the operations.
-        record: tapes the model on the calibration set as it is when called; factorizing with whitening needs it.
+        record: records a tape of the model on the calibration set, with the model as it is at the call. Factorizing
+            with whitening needs it.
 
     Returns:
-        The original blocks, as `restructure`.
+        The original blocks, as for `restructure`.
 
     Raises:
-        UserError: as `restructure`; an operation that needs calibration data, and no `record`.
+        UserError: an operation does not fit the model, see `restructure`; or it needs calibration data, and `record` is
+            None.
     """
     originals: dict[int, nn.Module] = {}
     with _restore_on_error(model, originals):
         for whitened, group in groupby(structural_operations(plan), _needs_tape):
             operations = list(group)
             if whitened and record is None:
-                raise UserError("plan: factorize with whitening needs the calibration set; none was given")
+                raise UserError("plan: factorize with whitening needs the calibration set, but there is no tape")
             names = _block_names(model, operations, layer_store(model).fingerprint() if whitened else "")
             tape = None
             if whitened and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
-                tape = record()  # of the model before any of the group
+                tape = record()  # before any operation of this group
             for operation, name in zip(operations, names, strict=True):
                 _exchange(model, operation.layer, _make_block(model, operation, tape, name), originals)
     decoder.disable_router_loss(model)
@@ -82,22 +85,24 @@ def execute(model: PreTrainedModel, plan: Plan, record: Record | None = None) ->
 def refit(
     model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record
 ) -> dict[int, dict[str, float]]:
-    """Execute a plan's refits, layer after layer.
+    """Execute a plan's refits, one layer after another.
 
     Args:
-        originals: what `execute` returned.
-        record: tapes the model on the calibration set as it is when called.
+        model: the compressed model; it is changed in place.
+        plan: the operations.
+        originals: the return value of `execute`.
+        record: records a tape of the model on the calibration set, with the model as it is at the call.
 
     Returns:
-        By layer, the error of its output on the calibration set before and after, relative to the original's. Empty if
-        the plan has no refit.
+        For each refitted layer, the relative errors of its output before and after, see `refit_layers`. Empty if the
+        plan has no refit.
     """
     operations = [operation for operation in plan.operations if isinstance(operation, Refit)]
     return refit_layers(model, operations, originals, record) if operations else {}
 
 
 def structural_operations(plan: Plan) -> list[Operation]:
-    """The operations that change shapes, in order."""
+    """Return the operations that change shapes, in order."""
     return [operation for operation in plan.operations if not isinstance(operation, Refit)]
 
 
@@ -106,7 +111,7 @@ def _needs_tape(operation: Operation) -> bool:
 
 
 def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
-    """The block that an operation makes of a layer as it is now, with weights that mean nothing."""
+    """Make the block that results from an operation on the current block of a layer, with undefined weights."""
     block = _require_sparse(model, operation)
     match operation:
         case Condense():
@@ -123,7 +128,7 @@ def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
 
 
 def _make_block(model: PreTrainedModel, operation: Operation, tape: Tape | None, name: str) -> nn.Module:
-    """The block that an operation makes, with its weights. A streamed model's is offloaded, and made only once."""
+    """Make the block that results from an operation. For a streamed model, it is offloaded, and computed only once."""
     if isinstance(operation, Drop):
         return _shape_block(model, operation)
     store = layer_store(model)
@@ -135,7 +140,7 @@ def _make_block(model: PreTrainedModel, operation: Operation, tape: Tape | None,
 
 
 def _block_names(model: PreTrainedModel, operations: Sequence[Operation], context: str) -> list[str]:
-    """Keys under which blocks are offloaded: from the layer's block before, the operation, and the context."""
+    """Return the keys of offloaded blocks, made from the layer's previous block, the operation and the context."""
     store = layer_store(model)
     if not store.streamed:
         return [""] * len(operations)
@@ -150,7 +155,7 @@ def _block_names(model: PreTrainedModel, operations: Sequence[Operation], contex
 
 
 def _compute_block(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
-    """`_shape_block`, with its weights."""
+    """Make the block of `_shape_block` and compute its weights."""
     before = _require_sparse(model, operation)
     after = _shape_block(model, operation)
     if isinstance(operation, Condense):
@@ -169,16 +174,14 @@ def _compute_block(model: PreTrainedModel, operation: Operation, tape: Tape | No
 def _require_sparse(model: PreTrainedModel, operation: Operation) -> views.SparseBlock:
     blocks = views.sparse_blocks(model)
     if operation.layer not in blocks:
-        raise UserError(
-            f"plan: {operation.kind} layer {operation.layer}, but the sparse MoE layers are {sorted(blocks)}"
-        )
+        raise UserError(f"plan: {operation.kind}, layer {operation.layer}: the sparse MoE layers are {sorted(blocks)}")
     return blocks[operation.layer]
 
 
 def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: dict[int, nn.Module]) -> None:
-    """Put a block in place, and keep the layer's block from before any operation."""
+    """Set the block of a layer, and remember the layer's original block."""
     if isinstance(block, replacement_blocks.SkippedLayer):
-        if layer in originals:  # the decoder layer gets its own block back before it goes as a whole
+        if layer in originals:  # the decoder layer gets its original block back before it is removed
             views.set_block(model, layer, originals[layer])
         originals[layer] = decoder.decoder_layers(model)[layer]
     else:
@@ -188,7 +191,7 @@ def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: d
 
 @contextmanager
 def _restore_on_error(model: PreTrainedModel, originals: dict[int, nn.Module]) -> Iterator[None]:
-    """A plan that turns out wrong half-way leaves the model as it was."""
+    """Restore the original blocks if an error occurs inside the context."""
     try:
         with torch.no_grad():
             yield

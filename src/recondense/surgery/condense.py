@@ -10,10 +10,12 @@ from recondense.operations import Condense
 
 
 def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
-    """The condensed layer without its weights: shared rows, then F rows an expert; a token gate if shared_gate is None.
+    """Make the condensed block without its weights: the shared rows, then F rows per expert.
+
+    If `operation.shared_gate` is None, the block has a gate per token.
 
     Raises:
-        UserError: experts that do not exist.
+        UserError: the operation names experts that do not exist.
     """
     block.require_experts(operation.experts, operation.kind)
     token_gate = operation.shared_gate is None
@@ -21,6 +23,6 @@ def restructure(block: SparseBlock, operation: Condense) -> CondensedMoE:
 
 
 def fill(layer: nn.Module, before: SparseBlock, operation: Condense) -> None:
-    """Copy the retained rows of the layer as it was, and set the scales."""
+    """Copy the retained rows of the previous block, and set the scales."""
     assert isinstance(layer, CondensedMoE)
     layer.fill(before.weights, operation.experts, operation.coefficients, operation.shared_gate)

@@ -1,4 +1,4 @@
-"""Remove a feed-forward block or a whole decoder layer (arXiv 2406.02500, section 3: layer drop and block drop)."""
+"""Remove a MoE block or an entire decoder layer (arXiv 2406.02500, section 3: layer drop and block drop)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from recondense.operations import Drop
 
 
 def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
-    """The module that takes the place of the removed part.
+    """Return the module that replaces the removed part.
 
     Raises:
-        UserError: a whole layer that must stay, see `decoder.cache_layers`.
+        UserError: the operation removes a decoder layer that must stay, see `decoder.cache_layers`.
     """
     if operation.part == "moe":
         return Zeros(pair=compressed_classes.returns_pair(views.get_block(model, operation.layer)))
     if operation.layer in decoder.cache_layers(model.config):
         raise UserError(
-            f"plan: drop layer {operation.layer}: the key-value cache counts tokens by this decoder layer, so it "
-            "cannot be removed whole; part=moe can"
+            f"plan: drop, layer {operation.layer}: the key-value cache counts tokens with this decoder layer, so only "
+            "its MoE block can be removed (part=moe)"
         )
     return SkippedLayer()

@@ -1,4 +1,4 @@
-"""Factorize routed experts: projections become products of two factors (MoE-I², arXiv 2411.01016, section 3.2)."""
+"""Factorize routed experts: replace projections by products of two factors (MoE-I², arXiv 2411.01016, section 3.2)."""
 
 from __future__ import annotations
 
@@ -21,30 +21,36 @@ Moments = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def restructure(block: SparseBlock, operation: Factorize) -> LowRankExperts:
-    """Factors of the operation's ranks, without their values, on the device and in the dtype of the experts.
+    """Make low-rank experts with the operation's ranks without filling them, on the experts' device and in their dtype.
 
     Raises:
-        UserError: ranks for another number of experts, or above full rank; experts that are factorized already.
+        UserError: the ranks are for another number of experts or above the full rank, or the experts are already
+            factorized.
     """
     weights = block.weights
     num_experts, hidden_size, expert_width = weights.down_EDF.shape
     num_ranks = len(operation.ranks["gate_proj"])
     full = min(hidden_size, expert_width)
     if num_ranks != num_experts:
-        raise UserError(f"plan: factorize layer {block.layer}: ranks for {num_ranks} experts, but it has {num_experts}")
+        raise UserError(
+            f"plan: factorize, layer {block.layer}: there are ranks for {num_ranks} experts, but the layer has "
+            f"{num_experts}"
+        )
     high = [rank for ranks in operation.ranks.values() for rank in ranks if rank is not None and rank > full]
     if high:
-        raise UserError(f"plan: factorize layer {block.layer}: ranks {high} are above the full rank {full}")
+        raise UserError(f"plan: factorize, layer {block.layer}: ranks {high} are above the full rank {full}")
     with torch.device(weights.down_EDF.device):
         experts = LowRankExperts(hidden_size, expert_width, operation.ranks, weights.glu, bool(weights.biases()))
     return experts.to(weights.down_EDF.dtype)
 
 
 def fill(experts: LowRankExperts, before: SparseBlock, moments: Moments | None = None) -> None:
-    """Compute the factors of the experts as they were.
+    """Compute the factors of the previous experts.
 
     Args:
-        moments: second moments of the projections' inputs, by which the weights are whitened; None: no whitening.
+        experts: the low-rank experts to fill.
+        before: the previous block.
+        moments: second moments of the projections' inputs, used for whitening; None for no whitening.
     """
     weights = before.weights
 
@@ -58,11 +64,18 @@ def fill(experts: LowRankExperts, before: SparseBlock, moments: Moments | None =
 
 
 def second_moments(block: SparseBlock, traces: Sequence[LayerTrace]) -> Moments:
-    """Second moments of each expert's inputs on the calibration set: Σ x xᵀ and Σ h hᵀ over the tokens routed to it.
+    """Compute second moments of each expert's inputs on the calibration set.
+
+    They are Σ x xᵀ and Σ h hᵀ over the tokens that are routed to the expert, with h the input of its down projection.
+
+    Args:
+        block: the layer.
+        traces: the traces of the layer on the calibration set.
 
     Returns:
-        A function of the expert index. It gives (D, D) for gate_proj and up_proj and (F, F) for down_proj, in fp64, of
-        one expert at a time: all experts together would take E·(D² + F²) numbers.
+        A function of the expert index that returns the moments (D, D) for gate_proj and up_proj and (F, F) for
+        down_proj, in fp64. They are computed for one expert at a time, because all experts together would need
+        E·(D² + F²) numbers.
 
     Reference: SVD-LLM, arXiv 2403.07378, section 3.1.
     """

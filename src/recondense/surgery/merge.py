@@ -16,19 +16,20 @@ from recondense.operations import PROJECTIONS, Merge
 
 
 def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
-    """A block with one expert a group, for now with the weights of the group's first. The router keeps all its rows.
+    """Make a block with one expert per group, which at first has the weights of the group's first expert.
 
-    A token that selects two experts of a group goes through the merged expert with the sum of their weights.
+    The router keeps all its rows. If a token selects two experts of a group, the merged expert counts twice, with the
+    sum of both routing weights.
 
     Raises:
-        UserError: the groups divide another number of experts; factorized or merged experts.
+        UserError: the groups are for another number of experts, or the experts are already factorized or merged.
     """
     num_grouped = sum(len(group) for group in operation.groups)
     if num_grouped != block.num_experts or isinstance(block.router, RemappedRouter):
-        merged = ", merged already" if isinstance(block.router, RemappedRouter) else ""
+        merged = ", which are already merged" if isinstance(block.router, RemappedRouter) else ""
         raise UserError(
-            f"plan: merge layer {operation.layer}: it has {block.num_experts} routed experts{merged}; the groups part "
-            f"{num_grouped}"
+            f"plan: merge, layer {operation.layer}: the groups have {num_grouped} experts, but the layer has "
+            f"{block.num_experts} routed experts{merged}"
         )
     assert block.weights is not None  # raises for factorized experts
     table = [0] * block.num_experts
@@ -44,7 +45,7 @@ def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
 
 @torch.no_grad()
 def fill(merged: SparseBlock, before: SparseBlock, operation: Merge) -> None:
-    """Write the weighted mean of each group, summed in fp32."""
+    """Compute the weighted mean of each group, summed in fp32, and write it to the merged block."""
     weights, target = before.weights, merged.weights
     for position, (group, shares) in enumerate(zip(operation.groups, operation.weights, strict=True)):
         first = _expert_tensors(weights, group[0])
@@ -60,32 +61,32 @@ def fill(merged: SparseBlock, before: SparseBlock, operation: Merge) -> None:
 
 
 def _expert_tensors(weights: MoEWeights, expert: int) -> dict[str, Tensor]:
-    """Weights and biases of an expert by name; views."""
+    """Return views of the weights and biases of an expert, by name."""
     biases = {f"{name}_bias": bias[expert] for name, bias in weights.biases().items()}
     return {**weights.projections(expert), **biases}
 
 
-ROWS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1, "gate_proj_bias": 0, "up_proj_bias": 0}  # where neurons lie
+ROWS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1, "gate_proj_bias": 0, "up_proj_bias": 0}  # dimension of neurons
 
 
 def align(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other expert with its F rows permuted so that they are most like the reference's.
+    """Permute the neurons of an expert so that they match those of a reference expert as well as possible.
 
-    The permutation maximises the sum of inner products of gate rows, up rows and down columns (weight matching).
+    The permutation maximizes the sum of inner products of gate rows, up rows and down columns (weight matching).
 
     Args:
-        reference, other: gate_proj (F, D), up_proj (F, D), down_proj (D, F) of an expert, and its biases if it has any.
+        reference, other: gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert, and any biases.
 
     Returns:
-        The other's weights, permuted; they compute the same function.
+        The permuted weights of `other`, which compute the same function.
 
     Reference: MC-SMoE, arXiv 2310.01334, section 3.1; Git Re-Basin, arXiv 2209.04836, section 3.2.
     """
     width = other["down_proj"].shape[1]
     gain_FF = torch.zeros(width, width, dtype=torch.float64)
     for name in PROJECTIONS:
-        mine, theirs = (expert[name].movedim(ROWS[name], 0).double() for expert in (reference, other))
-        gain_FF += (mine @ theirs.T).cpu()
+        reference_FD, other_FD = (expert[name].movedim(ROWS[name], 0).double() for expert in (reference, other))
+        gain_FF += (reference_FD @ other_FD.T).cpu()
     _, order = linear_sum_assignment(gain_FF.numpy(), maximize=True)
     index = torch.as_tensor(order, device=other["down_proj"].device)
     return {name: tensor.index_select(ROWS[name], index) if name in ROWS else tensor for name, tensor in other.items()}

@@ -11,10 +11,11 @@ from recondense.operations import Prune
 
 
 def restructure(block: SparseBlock, operation: Prune) -> nn.Module:
-    """The pruned block with its weights: rows of the block's own tensors, copied.
+    """Make the pruned block with its weights, which are copies of rows of the previous block's tensors.
 
     Raises:
-        UserError: experts that do not exist, fewer than top_k, factorized or merged experts, unequal groups.
+        UserError: the operation names experts that do not exist or retains fewer than top_k; the experts are factorized
+            or merged; or the groups of experts would have different sizes.
     """
     block.require_experts(operation.retained, operation.kind)
     assert block.weights is not None  # raises for factorized experts

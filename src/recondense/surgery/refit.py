@@ -1,11 +1,11 @@
-"""Refit: solve the output weights of changed layers by ridge least squares on the calibration set, without a gradient.
+"""Refit: solve for the output weights of changed layers by ridge least squares on the calibration set.
 
-Layers are refitted one after another, on the compressed model's own states. The target of a layer is the original's
-hidden state leaving it, less the compressed model's residual before its block. So a layer also makes up for what the
-layers below it lost.
+Layers are refitted one after another, on the states of the compressed model. The target of a layer is the original's
+hidden state after the layer, minus the compressed model's residual before its block. So a layer also compensates for
+the errors of the layers below it.
 
 A block's output is linear in its down projections: y = Σ_u H_u W_uᵀ + rest. A unit u is an expert, with H_u its inner
-activations times the routing weights, or a whole condensed layer. Normal equations are summed over batches of texts.
+activations times the routing weights, or an entire condensed layer. Normal equations are summed over text batches.
 
 Legend: T tokens, t tokens of a unit, D hidden size, F expert width, n inputs of a unit, U units.
 """
@@ -34,9 +34,9 @@ from recondense.models.replacement_blocks import CondensedMoE, expert_inner
 from recondense.models.tensor_store import TensorList
 from recondense.operations import Refit
 
-SWEEPS = 3  # over the units of a layer that are too many to be solved together
-NORMAL_BYTES = 20  # of an entry of the normal matrix: in fp64, in its factors, and in fp32 for one batch of texts
-LEAST_COLUMNS = 1024  # are solved together, however small the layer
+SWEEPS = 3  # passes over the units of a layer if they are too many to be solved together
+NORMAL_BYTES = 20  # per entry of the normal matrix: in fp64, in its factors, and in fp32 for one text batch
+LEAST_COLUMNS = 1024  # this many are always solved together, however small the layer is
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Unit:
     """One linear part of a block.
 
     Args:
-        weight_Dn: its weights, changed in place.
-        features: maps x_TD to the rows of the unit's tokens and H (t, n), in fp32.
+        weight_Dn: the weights of the unit, which are changed in place.
+        features: maps x_TD to the rows of the unit's tokens and their features H (t, n), fp32.
     """
 
     weight_Dn: Tensor
@@ -59,22 +59,24 @@ def refit_layers(
     originals: Mapping[int, nn.Module],
     record: Callable[[], Tape],
 ) -> dict[int, dict[str, float]]:
-    """Refit layers in place, lowest first.
+    """Refit layers in place, from the lowest to the highest.
 
     The units of a layer are solved together if their normal matrix and its factors are no larger than twice the
-    original layer's weights in fp32. Otherwise parts of that size are solved one after another, several times over.
-    This depends on shapes alone, so the result does not depend on the memory at hand.
+    original layer's weights in fp32. Otherwise parts of that size are solved one after another, in several passes. This
+    depends only on shapes, so the result does not depend on the available memory.
 
     Args:
-        operations: the layers, and what to refit of each.
+        model: the compressed model.
+        operations: the layers, and what to refit in each.
         originals: the uncompressed blocks that surgery replaced.
-        record: tapes the model as it is when called.
+        record: records a tape of the model as it is at the call.
 
     Returns:
-        By layer, ‖target − output‖_F / ‖target‖_F before and after. Weights that would not lower it are not changed.
+        For each layer, ‖target − output‖_F / ‖target‖_F before and after. If the error would not become smaller, the
+        layer's weights are not changed.
 
     Raises:
-        UserError: coefficients of a layer that is not condensed; a layer whose block was removed.
+        UserError: coefficients should be refitted in a layer that is not condensed, or a layer's block was removed.
     """
     with views.swap_blocks(model, originals):
         tape = record()
@@ -95,7 +97,7 @@ def refit_layers(
 
 
 def most_columns(original: nn.Module) -> int:
-    """The most inputs of a block's units that are solved for at once."""
+    """Return the maximum number of inputs of a block's units that are solved for together."""
     layer_bytes = 2 * 4 * count_parameters(original)
     return max(LEAST_COLUMNS, math.isqrt(layer_bytes // NORMAL_BYTES))
 
@@ -103,7 +105,7 @@ def most_columns(original: nn.Module) -> int:
 def _refit_once(
     model: PreTrainedModel, tape: Tape, operation: Refit, states: TensorList, columns: int
 ) -> dict[str, float]:
-    """Refit a layer. A streamed model's refitted block is offloaded, and solved only once."""
+    """Refit a layer. For a streamed model, the refitted block is offloaded, and computed only once."""
     layer, store = operation.layer, layer_store(model)
     name = f"refit-{layer:03d}-{fingerprint(store.fingerprint(), asdict(operation))}"
     errors = store.notes(name)
@@ -134,7 +136,7 @@ def _refit_layer(
     before = error()
     if operation.what == "coefficients":
         if not isinstance(block, CondensedMoE):
-            raise UserError(f"plan: refit layer {layer}: only a condensed layer has coefficients, and it is none")
+            raise UserError(f"plan: refit, layer {layer}: the layer is not condensed, so it has no coefficients")
         assert block.scale is not None
         weights = [block.scale]
         saved = [block.scale.clone()]
@@ -153,7 +155,7 @@ def _refit_layer(
 
 
 def units_of(model: PreTrainedModel, layer: int) -> list[Unit]:
-    """The linear parts of a layer's block that a refit may change.
+    """Return the linear parts of a layer's block that a refit may change.
 
     Raises:
         UserError: the plan removed the block.
@@ -162,7 +164,7 @@ def units_of(model: PreTrainedModel, layer: int) -> list[Unit]:
     if isinstance(block, CondensedMoE):
         return [_condensed_unit(block)]
     if not views.is_sparse(block):
-        raise UserError(f"plan: refit layer {layer}: the plan removed its block")
+        raise UserError(f"plan: refit, layer {layer}: the plan removes its block")
     view = views.sparse_view(model, layer, block)
     return [_expert_unit(view, expert) for expert in range(view.num_experts)]
 
@@ -186,9 +188,9 @@ def _expert_unit(view: views.SparseBlock, expert: int) -> Unit:
 
     def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
         _, weights_TK, index_TK = view.router(x_TD)
-        chosen_TK = index_TK == expert
-        rows = chosen_TK.any(dim=1).nonzero().flatten()
-        weight_t1 = (weights_TK * chosen_TK).sum(dim=1)[rows, None].float()
+        selected_TK = index_TK == expert
+        rows = selected_TK.any(dim=1).nonzero().flatten()
+        weight_t1 = (weights_TK * selected_TK).sum(dim=1)[rows, None].float()
         inner_tF = _inner(view, expert, x_TD[rows])
         return rows, weight_t1 * (inner_tF if right is None else inner_tF @ right.T).float()
 
@@ -196,7 +198,7 @@ def _expert_unit(view: views.SparseBlock, expert: int) -> Unit:
 
 
 def _inner(view: views.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
-    """What enters the down projection of one expert."""
+    """Compute the input of one expert's down projection."""
     experts = view.experts
     if not isinstance(experts, LowRankExperts):
         return expert_inner(x_tD, view.weights, expert)
@@ -213,11 +215,16 @@ def _solve(
     ridge: float,
     columns: int,
 ) -> None:
-    """Add to the weights the ridge solution for the residual: min ‖R − HΔᵀ‖² + λ‖Δ‖².
+    """Add the ridge solution for the residual to the weights: min ‖R − HΔᵀ‖² + λ‖Δ‖².
 
     Args:
-        residuals: an empty shelf for them.
-        columns: the most that are solved together.
+        block: the block of the layer.
+        units: the linear parts of the block.
+        inputs: the inputs of the block (T, D), per text batch.
+        targets: the targets of the block (T, D), per text batch.
+        residuals: an empty list for the residuals.
+        ridge: λ, relative to the mean diagonal of the normal matrix.
+        columns: the maximum number of columns that are solved together.
     """
     for x_TD, target_TD in zip(inputs, targets, strict=True):
         residuals.append(target_TD - views.block_output(block(x_TD[None]))[0].float())
@@ -231,7 +238,7 @@ def _solve(
 
 
 def _split(unit: Unit, columns: int) -> list[Unit]:
-    """A unit as several units of at most so many columns; they share the tokens."""
+    """Split a unit into units of at most `columns` columns with the same tokens."""
 
     def select(part: slice) -> Unit:
         def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,20 +259,20 @@ def _solve_together(units: Sequence[Unit], inputs: TensorList, residuals: Tensor
     right = torch.zeros(sum(widths), weight_Dn.shape[0], dtype=torch.float64, device=weight_Dn.device)
     for x_TD, residual_TD in zip(inputs, residuals, strict=True):
         h_Tn = _stack_features(units, widths, x_TD)
-        gram += h_Tn.T @ h_Tn  # added in fp64
+        gram += h_Tn.T @ h_Tn  # accumulated in fp64
         right += h_Tn.T @ residual_TD
     gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
     delta_nD = torch.linalg.solve(gram, right).float()
     for unit, change_nD in zip(units, delta_nD.split(widths), strict=True):
         old_Dn = unit.weight_Dn.clone()
         unit.weight_Dn.add_(change_nD.T.to(old_Dn.dtype))
-        change_nD.copy_((unit.weight_Dn.float() - old_Dn.float()).T)  # the change as the weights' dtype rounds it
+        change_nD.copy_((unit.weight_Dn.float() - old_Dn.float()).T)  # the change as rounded by the weights' dtype
     for index, x_TD in enumerate(inputs):
         residuals[index] = residuals[index] - _stack_features(units, widths, x_TD) @ delta_nD
 
 
 def _stack_features(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) -> Tensor:
-    """The features of some units side by side, (T, Σn) in fp32; zero for tokens that do not reach a unit."""
+    """Concatenate the features of some units (T, Σn), fp32; they are zero for tokens that do not reach a unit."""
     h_Tn = x_TD.new_zeros(len(x_TD), sum(widths), dtype=torch.float32)
     for unit, part in zip(units, h_Tn.split(list(widths), dim=1), strict=True):
         rows, features_tn = unit.features(x_TD)
@@ -274,9 +281,9 @@ def _stack_features(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) 
 
 
 def _solve_coefficients(block: CondensedMoE, inputs: TensorList, targets: TensorList, ridge: float) -> None:
-    """Scale the shared part and each retained expert by one number, by least squares."""
+    """Solve for the scale of the shared part and of each retained expert by least squares."""
     assert block.scale is not None
-    # Neighbouring rows of the same scale are one part. A part's new scale is its old one times the solution.
+    # Adjacent rows with the same scale are one part. The solution is a factor for a part's scale.
     bounds = [0, *((block.scale[1:] != block.scale[:-1]).nonzero().flatten() + 1).tolist(), len(block.scale)]
     if block.shared_width and block.shared_width not in bounds:
         bounds = sorted({*bounds, block.shared_width})
@@ -300,7 +307,7 @@ def _solve_coefficients(block: CondensedMoE, inputs: TensorList, targets: Tensor
 def _inputs_and_targets(
     model: PreTrainedModel, tape: Tape, layer: int, states: TensorList
 ) -> tuple[TensorList, TensorList]:
-    """The inputs of the layer's block in the compressed model, and what it should add to the residual: both (T, D)."""
+    """Return the inputs of the layer's block in the compressed model and the targets of its output, both (T, D)."""
     block = views.get_block(model, layer)
     inputs, targets = tape.storage.tensor_list(), tape.storage.tensor_list()
     for index, state in enumerate(states):
@@ -314,7 +321,7 @@ def _inputs_and_targets(
 
 @contextmanager
 def _record_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The inputs of a module in the passes that run inside."""
+    """Record the inputs of a module in the forward passes inside the context."""
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
@@ -325,7 +332,7 @@ def _record_input(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _record_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of a module in the passes that run inside."""
+    """Record the outputs of a module in the forward passes inside the context."""
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _, args, output: outputs.append(views.block_output(output)))
     try:

@@ -1,4 +1,4 @@
-"""A Student: a compressed model and its original, on one backbone."""
+"""APPLY: execute a plan. The result is a Student, a compressed model and its original on a shared backbone."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Record = Callable[[], Tape]
 
 
 class Footprint(NamedTuple):
-    """Bytes in memory.
+    """The bytes of memory that a student uses.
 
     Args:
         student: the compressed model.
-        with_original: the student and its original on one backbone, shared weights once.
-        apart: the two as separate models.
+        with_original: the student and its original, with shared weights counted once.
+        apart: student and original as separate models.
     """
 
     student: int
@@ -41,28 +41,29 @@ class Footprint(NamedTuple):
 
 
 class Additions(Protocol):
-    """Parts that a training puts into a model for its duration, such as adapters."""
+    """Modules that are added to a model during training, such as adapters."""
 
     def disable(self) -> AbstractContextManager[None]:
-        """A context in which the model computes as if they were not there."""
+        """Return a context in which the model computes without them."""
 
 
 class Student:
-    """A compressed model and its original, on one backbone.
+    """A compressed model and its original on a shared backbone.
 
-    Attention, norms, embeddings, head and unchanged layers exist once. The student keeps beside the model only what the
-    original has to itself: the blocks that surgery replaced, and the weights that training replaced.
+    Attention, norms, embeddings, head and unchanged layers exist only once. In addition to the model, the student keeps
+    only the weights that the original alone uses: the blocks that surgery replaced, and the weights that training
+    replaced.
 
-    `execute` makes a student. Its weights are frozen until a recovery trains some of them.
+    `apply` makes a student. All its weights are frozen until a recovery trains some of them.
 
     Args:
-        model: the compressed model. Inside `original()` the same object is the uncompressed one.
-        plan: the plan that it was compressed by.
-        originals: the replaced blocks by decoder-layer index; a decoder layer where the plan removed all of it. None or
-            empty: the model has no original apart from itself. They are frozen here.
+        model: the compressed model. Inside `original()` the same object is the uncompressed model.
+        plan: the plan by which the model was compressed.
+        originals: the replaced blocks by decoder-layer index, or the decoder layer itself if the plan removed it
+            entirely. They are frozen. None or empty if the model is its own original.
 
     Attributes:
-        additions: parts that a training has put in, such as adapters. `original()` disables them.
+        additions: modules that were added for training, such as adapters. `original()` disables them.
     """
 
     def __init__(self, model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module] | None = None) -> None:
@@ -77,26 +78,26 @@ class Student:
 
     @property
     def originals(self) -> dict[int, nn.Module]:
-        """The original's blocks by decoder-layer index; empty while they are offloaded and once they are released."""
+        """The original's blocks by decoder-layer index; empty while they are offloaded and after their release."""
         return {} if self._offloaded else self._originals
 
     @property
     def has_original(self) -> bool:
-        """Whether there is an original to compare with: the plan changed something, and the original is in memory."""
+        """Whether there is an original to compare with: the plan changed the model, and the original is in memory."""
         return bool(self.originals)
 
     def original(self) -> AbstractContextManager[PreTrainedModel]:
-        """A context in which `model` is the uncompressed model. No weight is copied.
+        """Return a context in which `model` is the uncompressed model. No weight is copied.
 
-        If the plan changes nothing, it is the model as it is. An original that was released or is offloaded cannot be
-        asked: an AssertionError.
+        If the plan changes nothing, that is the model itself. If the original was released or is offloaded, this raises
+        an AssertionError.
 
         Example:
             >>> with student.original() as model:
             ...     logits = model(input_ids).logits
         """
         released = not self._originals and bool(surgery.structural_operations(self.plan))
-        assert not self._offloaded and not released, "the original was released"
+        assert not self._offloaded and not released, "the original was released or is offloaded"
         return self._swap()
 
     @contextmanager
@@ -115,20 +116,20 @@ class Student:
                     module._parameters[name] = parameter
 
     def refit(self, record: Record) -> dict[int, dict[str, float]]:
-        """Execute the plan's refits: solve output weights by least squares on the calibration set.
+        """Execute the plan's refits: solve for output weights by least squares on the calibration set.
 
         Args:
-            record: tapes the model on the calibration set as it is when called.
+            record: records a tape of the model on the calibration set, with the model as it is at the call.
 
         Returns:
-            By layer, ‖target − output‖ / ‖target‖ of its output before and after. Empty if the plan has no refit.
+            For each refitted layer, ‖target − output‖ / ‖target‖ before and after. Empty if the plan has no refit.
         """
         return surgery.refit(self.model, self.plan, self._originals, record)
 
     def give_own_copies(self, layers: Sequence[int]) -> None:
-        """Copy the experts of some layers that the original uses too, so that training does not change the original.
+        """Copy the experts of some layers if the original uses them too, so that training does not change the original.
 
-        Experts that only the student uses are left alone. All other weights stay shared.
+        Experts that only the student uses are not copied. All other weights stay shared.
 
         Args:
             layers: decoder-layer indices.
@@ -150,10 +151,11 @@ class Student:
             self._originals[layer] = original
 
     def replace_weights(self, replacements: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
-        """Replace weights of the model. The original keeps those that it uses.
+        """Replace weights of the model. The original keeps the previous weights that it uses.
 
         Args:
-            replacements: a module of the model, the name of its parameter, and the new weight; taken one at a time.
+            replacements: triples of a module of the model, the name of its parameter, and the new weight; they are
+                taken from the iterable one at a time.
         """
         used: set[int] = set()
         if self._originals:
@@ -167,29 +169,29 @@ class Student:
                 self._kept.append((module, name, before))
 
     def kept_weights(self) -> list[nn.Parameter]:
-        """The weights that only the original uses since `replace_weights`."""
+        """Return the weights that only the original uses after `replace_weights`."""
         return [weight for _, _, weight in self._kept]
 
     def changed_layers(self) -> set[int]:
-        """Decoder layers in which student and original differ, not counting `additions`."""
+        """Return the decoder layers in which student and original differ, apart from `additions`."""
         modules = {id(module) for module, _, _ in self._kept}
         layers = enumerate(decoder.decoder_layers(self.model))
         replaced = {layer for layer, module in layers if any(id(inner) in modules for inner in module.modules())}
         return replaced | set(self._originals)
 
     def release_original(self) -> None:
-        """Free the memory of everything that only the original uses. There is no original any more."""
+        """Free everything that only the original uses. Afterwards the student has no original."""
         self._originals, self._kept = {}, []
 
     @contextmanager
     def offload_original(self, path: Path) -> Iterator[None]:
-        """Inside, the blocks that only the original has lie in a file and `original()` must not be called.
+        """Offload the weights that only the original uses to a file inside the context.
 
-        After, they are loaded back. Where an engine has moved the model's weights to another process meanwhile, the
-        original is released instead.
+        `original()` must not be called inside it. At the end the weights are loaded back. If an engine has moved the
+        model's weights to another process in the meantime, the original is released instead.
 
         Args:
-            path: the safetensors file; it is deleted at the end.
+            path: the safetensors file, which is deleted at the end.
         """
         assert self.has_original
         used = {id(parameter) for parameter in (*self.model.parameters(), *self.kept_weights())}
@@ -218,7 +220,7 @@ class Student:
             path.unlink()
 
     def footprint(self) -> Footprint:
-        """Bytes in memory of the student, of the student with its original, and of the two apart."""
+        """Return the bytes of memory of the student, of student and original, and of both as separate models."""
         student = resident_bytes(self.model)
         together = resident_bytes(self.model, *self.originals.values(), nn.ParameterList(self.kept_weights()))
         with self.original() as model:
@@ -226,21 +228,21 @@ class Student:
 
 
 def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None, *, refit: bool = True) -> Student:
-    """Compress a model in place: execute a plan.
+    """Execute a plan: compress a model in place.
 
     Args:
-        model: a causal LM of a known family; afterwards it is the compressed model.
+        model: a causal LM of a supported family. It becomes the compressed model.
         plan: the operations, from a search or from `Plan.load`.
-        tape: of the model on the calibration set, whose texts are taped again as the model changes; or a function that
-            does so. Plans that whiten or refit need it.
-        refit: execute the plan's refits too. Otherwise `Student.refit` does so later.
+        tape: a tape of the model on the calibration set, whose texts are recorded again when the model has changed; or
+            a function that records a tape of the current model. Plans that whiten or refit need it.
+        refit: whether to execute the plan's refits. Otherwise `Student.refit` does so later.
 
     Returns:
         The student: the model, the plan, and the original blocks that surgery replaced.
 
     Raises:
-        UserError: an operation does not fit the model; then the model is as it was. The plan needs the calibration set
-            and there is no `tape`.
+        UserError: an operation does not fit the model, or the plan needs the calibration set and `tape` is None. Unless
+            a refit has failed, the model is then unchanged.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -254,7 +256,7 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
     record = partial(retape, tape) if isinstance(tape, Tape) else tape
     needs_tape = refit and any(isinstance(operation, Refit) for operation in plan.operations)
     if needs_tape and record is None:
-        raise UserError("plan: refit needs the calibration set; none was given")
+        raise UserError("plan: refit needs the calibration set, but there is no tape")
     student = Student(model, plan, surgery.execute(model, plan, record))
     model.requires_grad_(False)
     if needs_tape and record is not None:

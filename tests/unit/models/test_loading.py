@@ -134,7 +134,7 @@ def test_a_compressed_folder_is_compressed_again(family: str, tmp_path: Path) ->
     facts = families.facts(again.config)
     assert facts.moe_layers == sparse_layers == tuple(views.sparse_blocks(again)) and 1 not in sparse_layers
     assert (facts.num_experts, facts.factorized) == (6, ())
-    with pytest.raises(ValueError, match="condense layer 1, but the sparse MoE layers are"):
+    with pytest.raises(ValueError, match="condense, layer 1: the sparse MoE layers are"):
         apply.execute(again, first)
 
     second = Plan("tiny", tuple(Factorize(layer, TO_FOUR, whitening=True) for layer in sparse_layers))

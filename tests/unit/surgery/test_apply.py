@@ -108,9 +108,9 @@ def test_an_empty_plan_does_nothing() -> None:
 @pytest.mark.parametrize(
     ("operations", "message"),
     [
-        ((Condense(1, (0,), (0.1,)), Condense(1, (2,), (0.1,))), r"condense layer 1.*\[2\]"),
-        ((Condense(0, (0,), (0.1,)),), r"condense layer 0, but the sparse MoE layers are \[1, 2\]"),
-        ((Condense(3, (0,), (0.1,)),), "condense layer 3"),
+        ((Condense(1, (0,), (0.1,)), Condense(1, (2,), (0.1,))), r"condense, layer 1.*\[2\]"),
+        ((Condense(0, (0,), (0.1,)),), r"condense, layer 0: the sparse MoE layers are \[1, 2\]"),
+        ((Condense(3, (0,), (0.1,)),), "condense, layer 3"),
         (
             (Condense(2, (0, 6, 9), (0.1, 0.1, 0.1)),),
             r"the plan retains experts \[6, 9\], but the layer has 6 routed experts",
@@ -127,7 +127,7 @@ def test_a_plan_that_does_not_fit_leaves_the_model_unchanged() -> None:
     """Its first operation fits, but the model must not be left half changed, with unfilled weights."""
     model, ids = qwen2_moe(), windows(2, 9)
     before = logits(model, ids)
-    with pytest.raises(ValueError, match="condense layer 9"):
+    with pytest.raises(ValueError, match="condense, layer 9"):
         apply.execute(model, Plan("tiny", (Condense(1, (0,), (0.1,)), Condense(9, (0,), (0.1,)))))
     assert not any(isinstance(module, CondensedMoE) for module in model.modules())
     assert torch.equal(logits(model, ids), before)
