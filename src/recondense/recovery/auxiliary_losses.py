@@ -1,4 +1,4 @@
-"""Losses of training other than those of predictions, which are in chunked_losses.py.
+"""Auxiliary losses of training; the losses of predictions are in losses.py.
 
 Legend: B batch, S sequence, T tokens, D hidden size, E routed experts.
 """
@@ -13,11 +13,17 @@ from torch import Tensor
 
 
 def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
-    """Mean over layers of E·Σ_e f_e·P_e: share of the top-k choices times mean probability; 1 when balanced.
+    """Compute the load-balancing loss, the mean over layers of E·Σ_e f_e·P_e.
+
+    f_e is the fraction of the top-k choices that select expert e, and P_e its mean probability. The loss is 1 if the
+    load is balanced.
 
     Args:
-        router_logits: (T, E) of each sparse layer. Each layer is balanced on its own.
-        top_k: experts that a token selects.
+        router_logits: the logits (T, E) of each sparse layer. Each layer is balanced independently.
+        top_k: number of experts that a token selects.
+
+    Returns:
+        The loss, a scalar.
 
     Reference: Switch Transformers, arXiv 2101.03961, section 2.2, for top-k routing.
     """
@@ -25,8 +31,8 @@ def load_balancing(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     for logits_TE in router_logits:
         p_TE = torch.softmax(logits_TE.float(), dim=-1)
         num_experts = p_TE.shape[-1]
-        chosen = torch.topk(p_TE.detach(), top_k, dim=-1).indices.flatten()
-        share_E = torch.bincount(chosen, minlength=num_experts) / chosen.numel()
+        selected = torch.topk(p_TE.detach(), top_k, dim=-1).indices.flatten()
+        share_E = torch.bincount(selected, minlength=num_experts) / selected.numel()
         losses.append(num_experts * (share_E * p_TE.mean(dim=0)).sum())
     return torch.stack(losses).mean()
 
@@ -37,16 +43,20 @@ def feature_matching(
     mask_BS: Tensor | None = None,
     mean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda values: values,
 ) -> Tensor:
-    """Mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖².
+    """Compute the mean over layers of ‖h_student - h_teacher‖² / ‖h_teacher‖².
 
     Args:
-        student, teacher: hidden states (B, S, D) of each layer.
-        mask_BS: positions that count (bool); None: all. The states may have all rows of the batch in one.
-        mean: the mean over the processes that share a batch; the mean of their results is that of the whole batch.
+        student, teacher: hidden states (B, S, D) or (1, B·S, D) of each layer.
+        mask_BS: the positions that count (bool); None for all.
+        mean: averages values over the processes that share a batch, so that the mean of the processes' results is the
+            loss of the entire batch.
+
+    Returns:
+        The loss, a scalar.
     """
     if mask_BS is not None:
         student, teacher = ([h.flatten(0, 1)[mask_BS.flatten()] for h in states] for states in (student, teacher))
     errors = [F.mse_loss(m.float(), t.float(), reduction="sum") for m, t in zip(student, teacher, strict=True)]
-    norms = torch.stack([theirs.float().square().sum() for theirs in teacher])
+    norms = torch.stack([states.float().square().sum() for states in teacher])
     least = 1e-12 * max(1, teacher[0].numel())
     return (torch.stack(errors) / mean({"norms": norms})["norms"].clamp_min(least)).mean()

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: what they hold, and how they are written and read."""
+"""Checkpoints of training: their contents, and how they are written and read."""
 
 from __future__ import annotations
 
@@ -22,50 +22,51 @@ FINAL = "final.ckpt"
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The part of a module's state that trains: unsharded, on the CPU. Empty in all processes but the first."""
+    """Return a module's trained parameters by name, unsharded, on the CPU; empty on all processes except the first."""
     state = {}
     for name, value in module.named_parameters():
         if value.requires_grad:
             full = full_tensors.full_tensor(value)
             if processes.is_first():
-                state[name] = full.cpu()  # all of them together would take much of a GPU
+                state[name] = full.cpu()  # together they would need too much of a GPU's memory
     return state
 
 
 def check_checkpoint(content: Mapping[str, Any], module: nn.Module, plan: Plan) -> None:
-    """Refuse a checkpoint that was made under another plan. One of this plan holds all that trains.
+    """Check that a checkpoint belongs to a plan.
 
     Raises:
-        UserError: it was made under another.
+        UserError: it belongs to another plan.
+        AssertionError: a trained parameter is missing.
     """
     if Plan.from_dict(content["plan"]).operations != plan.operations:
-        raise UserError("the checkpoint belongs to another plan; start anew in another folder or overwrite=true")
+        raise UserError("the checkpoint belongs to another plan; use another folder, or overwrite=true")
     names = {name for name, value in module.named_parameters() if value.requires_grad}
     missing = names - content["state_dict"].keys()
     assert not missing, f"not in the checkpoint: {sorted(missing)}"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The periodic checkpoint of the latest step."""
+    """Return the periodic checkpoint of the latest step; None if there is none."""
     steps = {int(path.stem.removeprefix("step=")): path for path in folder.glob("step=*.ckpt") if "-" not in path.stem}
     return steps[max(steps)] if steps else None
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """torch.save, complete or not at all."""
+    """Save a checkpoint with torch.save, so that the file is complete or does not exist."""
     with replace_file(path) as aside, aside.open("wb") as file:
-        torch.save(content, file)  # given the path it would write the name into the file
+        torch.save(content, file)  # given a path, it would write the temporary name into the file
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, in the CPU's memory.
+    """Read a checkpoint into CPU memory.
 
     Raises:
         UserError: the file is damaged.
     """
     damaged = UserError(
-        f"{path} is damaged: it is not a complete checkpoint. Delete this file: the same command resumes from the "
-        "checkpoint before it, or trains anew"
+        f"{path} is damaged: it is not a complete checkpoint. Delete this file; the same command then resumes from the "
+        "previous checkpoint, or trains from the start"
     )
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
@@ -80,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class AsideCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, then renames it: Lightning's own writes elsewhere and may copy."""
+    """Writes a checkpoint under a temporary name in its folder and renames it; Lightning's own IO may copy it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         save_checkpoint(checkpoint, Path(path))
@@ -90,10 +91,10 @@ class AsideCheckpointIO(TorchCheckpointIO):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Saves at the end of optimiser steps only: gradients accumulated so far are in no checkpoint.
+    """Saves only at the end of optimizer steps, because accumulated gradients are not part of a checkpoint.
 
-    Lightning would save again in the middle of the first step after a resume, when global_step is still that of the
-    checkpoint it came from.
+    After a resume, Lightning's own callback would save in the middle of the first step, when global_step is still that
+    of the checkpoint.
     """
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

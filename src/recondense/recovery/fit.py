@@ -1,4 +1,4 @@
-"""Fit one stage: a Lightning Trainer around a RecoveryModule, with checkpoints at intervals and an exact resume."""
+"""Fit one stage with a Lightning Trainer, with periodic checkpoints and exact resume."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import keep_trained_weights, refuse_rounding, resolve_precision
 from recondense.recovery.random_states import random_states, set_random_states
 
-SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # variables that `seed_everything` sets
+SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # environment variables set by `seed_everything`
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +53,27 @@ def fit(
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
 ) -> Path:
-    """Train a stage to its end. It resumes from the newest checkpoint in a folder; a finished training is only read.
+    """Train a stage to the end. It resumes from the newest checkpoint in the folder; a finished stage is only loaded.
 
-    All processes call it together. An engine that shards leaves the module without weights in all but the first.
-    Besides weights everything is afterwards as it was, however the fit ends. Once the stage is trained its adapters are
-    merged.
+    All processes must call this together. With an engine that shards weights, the module has weights only on the first
+    process afterwards. Apart from the weights, the state of the process is restored however the fit ends. After
+    training, the stage's adapters are merged.
 
     Args:
-        module: the stage; its model gets the trained weights, and is left frozen and in evaluation mode.
+        module: the stage. Its model gets the trained weights, and is frozen and in evaluation mode afterwards.
         data: training and validation windows.
-        folder: of checkpoints. `final.ckpt` is there when the training is done.
+        folder: the folder of checkpoints. A finished training has a `final.ckpt`.
         trainer: engine, precision and devices.
-        seed: of everything that is drawn while training.
-        callbacks, loggers: of the Trainer.
+        seed: the seed of all random numbers in training.
+        callbacks, loggers: callbacks and loggers of the Trainer.
 
     Returns:
-        The final checkpoint.
+        The path of the final checkpoint.
 
     Raises:
-        UserError: a checkpoint is damaged or belongs to another plan, or the precision would round weights.
+        UserError: a checkpoint is damaged or belongs to another plan, the precision would round weights, or there is
+            nothing to train.
+        KeyboardInterrupt: the training was interrupted before its end.
     """
     final = folder / FINAL
     with _restore_process():
@@ -98,7 +100,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Training:
-    """Where and how a stage is trained."""
+    """The arguments of `fit` that do not depend on the stage."""
 
     folder: Path
     trainer: TrainerConfig
@@ -107,7 +109,7 @@ class _Training:
 
 
 def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> None:
-    """Train the module, or the twin that an engine takes over, and write `final.ckpt`."""
+    """Train the module or its twin, and write `final.ckpt`."""
     settings, device = training.trainer, module.training_device
     assert device is not None
     if processes.is_first():
@@ -117,7 +119,7 @@ def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> N
     newest = processes.broadcast(newest_checkpoint(training.folder))
     if newest is not None and processes.is_first():
         log.info("%s: resuming from %s", module.stage, newest)
-    # DeepSpeed keeps copies in fp32 of its own.
+    # DeepSpeed keeps its own copies in fp32.
     in_fp32 = nullcontext() if settings.deepspeed else keep_trained_weights(module.model, precision)
     with in_fp32, _move_back(module, device):
         trained = _choose_trained(module, settings)
@@ -139,7 +141,7 @@ def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> N
 
 @contextmanager
 def _move_back(module: RecoveryModule, device: torch.device) -> Iterator[None]:
-    """After, a module is on a device again: Lightning leaves every module on the CPU."""
+    """Move a module back to its device after the context, because Lightning moves it to the CPU."""
     try:
         yield
     finally:
@@ -148,12 +150,12 @@ def _move_back(module: RecoveryModule, device: torch.device) -> Iterator[None]:
 
 
 def _choose_trained(module: RecoveryModule, settings: TrainerConfig) -> RecoveryModule:
-    """The module that the Trainer gets: this one, or a twin of it."""
+    """Return the module for the Trainer: this one, or a twin of it."""
     if not (settings.shards or settings.deepspeed):
         return module
     if settings.shards:
         if processes.is_first():
-            module.to("cpu")  # its home, so that GPUs hold shards alone
+            module.to("cpu")  # so that GPUs have only shards
         else:
             twin_module.release_weights(module)
     twin = twin_module.make_twin(module, module.objects_to_share(), empty=settings.shards)
@@ -163,7 +165,7 @@ def _choose_trained(module: RecoveryModule, settings: TrainerConfig) -> Recovery
 
 
 def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
-    """Shard block by block, student and original apart, so that a pass unshards only the weights that it uses."""
+    """Shard block by block, student and original separately, so that a pass unshards only the weights that it uses."""
     layers = list(decoder.decoder_layers(twin.model))
     originals = {int(layer): block for layer, block in twin.originals.items()}
     blocks = {layer: views.get_block(twin.model, layer) for layer in originals}
@@ -179,7 +181,7 @@ def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
 
 
 def _outermost(module: nn.Module, members: set[int]) -> Iterator[nn.Module]:
-    """The modules inside it whose id is among the members, but none within another."""
+    """Yield the outermost submodules whose ids are among `members`."""
     for child in module.children():
         if id(child) in members:
             yield child
@@ -219,7 +221,7 @@ def _make_trainer(module: RecoveryModule, training: _Training, precision: str, d
 
 @contextmanager
 def _deterministic_algorithms(needed: bool) -> Iterator[None]:
-    """Deterministic algorithms inside: on a CPU they cost nothing, and a killed run resumes bit for bit."""
+    """Use deterministic algorithms inside the context: free on a CPU, and a killed run then resumes bit for bit."""
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = memory.fill_uninitialized_memory
@@ -235,7 +237,7 @@ def _deterministic_algorithms(needed: bool) -> Iterator[None]:
 
 @contextmanager
 def _restore_process() -> Iterator[None]:
-    """After, random states and Lightning's seeds are as before, and gradients are on or off as before."""
+    """Restore random states, Lightning's seeds and the gradient mode after the context."""
     states, grad = random_states(), torch.is_grad_enabled()
     seeds = {name: os.environ.get(name) for name in SEEDS}
     try:

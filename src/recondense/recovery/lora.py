@@ -1,7 +1,7 @@
-"""LoRA adapters on attention, on experts or on both. They can be disabled, and merged into the weights.
+"""LoRA adapters on attention, experts or both. They can be disabled, and merged into the weights.
 
-Linear layers get adapters from peft. The experts' weights are three-dimensional parameters, which low-rank experts read
-without a forward of their own, where peft would hang its adapters. They get the same update as a parametrization.
+Linear layers get adapters from peft. The experts' weights are three-dimensional parameters without a module whose
+forward peft could wrap. They get the same update as a parametrization.
 
 Legend: n experts, O and I output and input features, r rank.
 """
@@ -26,9 +26,9 @@ from recondense.surgery.student import Student
 
 
 class LoraUpdate(nn.Module):
-    """W + (alpha / r)·B A for each expert of a weight (n, O, I); B starts at 0.
+    """W + (alpha / r)·B A for each expert of a weight (n, O, I). B is initialized to 0.
 
-    The rank r is that of the settings, or the full rank if it is less.
+    The rank r is that of the settings, or the full rank if that is lower.
 
     Args:
         weight_nOI: the weight.
@@ -45,12 +45,12 @@ class LoraUpdate(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(num_experts, rank, num_inputs, **options))
         self.lora_B = nn.Parameter(torch.zeros(num_experts, num_outputs, rank, **options))
         for matrix_rI in self.lora_A:
-            nn.init.kaiming_uniform_(matrix_rI, a=5**0.5)  # as peft does
+            nn.init.kaiming_uniform_(matrix_rI, a=5**0.5)  # as in peft
         self.scale = settings.alpha / rank
         self.active = True
 
     def forward(self, weight_nOI: Tensor) -> Tensor:
-        """The weight to use in place of the stored one."""
+        """Return the updated weight, or the stored one if the update is disabled."""
         if not self.active:
             return weight_nOI
         return weight_nOI + (self.scale * torch.bmm(self.lora_B, self.lora_A)).to(weight_nOI.dtype)
@@ -61,9 +61,9 @@ class Adapters:
     """The adapters in a student's model.
 
     Args:
-        student: whose model they are in.
-        linears: peft's layers, by the name of the Linear that each wraps.
-        updates: (module, name of its parameter, the update).
+        student: the student.
+        linears: peft's layers, by the name of the Linear layer that each wraps.
+        updates: triples of a module, the name of its parameter, and the update.
     """
 
     student: Student
@@ -71,14 +71,14 @@ class Adapters:
     updates: list[tuple[nn.Module, str, LoraUpdate]] = field(default_factory=list)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Their weights, which train."""
+        """Return the weights of the adapters, which are trained."""
         layers = self.linears.values()
         matrices = [value for layer in layers for name, value in layer.named_parameters() if "lora_" in name]
         return [*matrices, *(value for *_, update in self.updates for value in update.parameters())]
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Inside, the model computes what it would without adapters."""
+        """Disable the adapters inside the context."""
         self._switch(False)
         try:
             yield
@@ -87,18 +87,18 @@ class Adapters:
 
     def _switch(self, on: bool) -> None:
         for layer in self.linears.values():
-            layer._disable_adapters = not on  # enable_adapters would change requires_grad as well
+            layer._disable_adapters = not on  # `enable_adapters` would also change requires_grad
         for *_, update in self.updates:
             update.active = on
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put plain modules with merged weights in place of adapters. The original keeps the weights as they were."""
+        """Replace the adapters by plain modules with merged weights. The original keeps its weights."""
         self.student.replace_weights(self._take_out())
         self.student.additions = None
 
     def _take_out(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-        """Remove one adapter after another: the module as it was before, the name of its weight, the merged weight."""
+        """Remove the adapters one by one; yield the plain module, the name of its weight, and the merged weight."""
         model = self.student.model
         for name, layer in self.linears.items():
             base: Any = layer.get_base_layer()
@@ -113,22 +113,23 @@ class Adapters:
 
 
 def cache_updates(adapters: Adapters | None) -> AbstractContextManager[None]:
-    """A context in which each updated weight is computed once, however often it is read.
+    """Return a context in which each updated weight is computed only once.
 
-    It must hold one pass with adapters or one pass without, not both: computed weights stay until it ends.
+    Weights are cached until the context ends. So it must not contain both a pass with adapters and one without.
     """
     return parametrize.cached() if adapters is not None else nullcontext()
 
 
 def inject(student: Student, layers: Sequence[int], settings: LoraSettings) -> Adapters:
-    """Put adapters into a student's model. Inside `student.original()` they are disabled.
+    """Add adapters to a student's model. They are disabled inside `student.original()`.
 
     Args:
-        layers: whose experts get adapters; attention gets them in every decoder layer.
-        settings: rank, alpha, dropout (of linear layers alone), and which parts get adapters.
+        student: the student. All other weights of its model are frozen.
+        layers: the decoder layers whose experts get adapters. Attention gets them in every decoder layer.
+        settings: rank, alpha, dropout (only of Linear layers), and which parts get adapters.
 
     Returns:
-        The adapters; everything else of the model is frozen.
+        The adapters.
     """
     model = student.model
     model.requires_grad_(False)
@@ -136,7 +137,7 @@ def inject(student: Student, layers: Sequence[int], settings: LoraSettings) -> A
     linears = decoder.attention_linears(model) if settings.target != "experts" else []
     experts = trainable.trainable_modules(model, layers) if settings.target != "attention" else {}
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)  # the same start for every run of a plan
+        torch.manual_seed(0)  # the same initialization in every run
         for name, module in experts.items():
             linears += _update_experts(name, module, settings, adapters)
         for name in linears:
@@ -146,7 +147,7 @@ def inject(student: Student, layers: Sequence[int], settings: LoraSettings) -> A
 
 
 def _update_experts(name: str, module: nn.Module, settings: LoraSettings, adapters: Adapters) -> list[str]:
-    """Register updates of the experts' weights in a module; the names of the Linear layers in it."""
+    """Register updates of the experts' weights in a module, and return the names of its Linear layers."""
     linears = []
     for inner, part in list(module.named_modules()):
         if isinstance(part, nn.Linear):
@@ -161,8 +162,8 @@ def _update_experts(name: str, module: nn.Module, settings: LoraSettings, adapte
 
 
 def _wrap_linear(name: str, settings: LoraSettings, adapters: Adapters) -> None:
-    """Put peft's layer around one Linear layer."""
-    # peft's own injection rewrites targets by model type, for models whose experts it knows; here the names are exact.
+    """Wrap one Linear layer in peft's layer."""
+    # Not with peft's own injection, which changes the targets of model types whose experts it knows.
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout)
     model = adapters.student.model
     parent, _, leaf = name.rpartition(".")

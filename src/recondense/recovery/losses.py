@@ -1,7 +1,7 @@
-"""Losses over a large vocabulary in chunks of tokens, with the LM head inside: no (T, V) tensor ever exists.
+"""Losses over a large vocabulary, computed from hidden states in chunks of tokens: no (T, V) tensor ever exists.
 
-Every loss here has a gradient in closed form with respect to the logits. A chunk's logits give the loss and its
-gradient at once, and are freed. Backward only scales the gradient with respect to the hidden states, (T, D).
+The gradient of every loss with respect to the logits has a closed form. The loss and its gradient are computed together
+from a chunk's logits, which are then freed. The backward pass only scales the gradient of the hidden states (T, D).
 
 Legend: T tokens, C tokens of a chunk, V vocabulary, D hidden size, K kept predictions of a teacher.
 """
@@ -24,19 +24,19 @@ from recondense.models.decoder import Head
 
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
 LN2 = 0.6931471805599453
-# Bytes of a chunk's logits in fp32; a few tensors of this size exist at a time. Small chunks fit a CPU's caches. A GPU
-# reads the head's weights once a chunk, which must not take longer than the products.
+# Bytes of a chunk's logits in fp32; a few tensors of this size exist at a time. On a CPU, small chunks fit the caches.
+# On a GPU, reading the head's weights once per chunk must not take longer than the products.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-LEAST_ROWS = 32  # tokens of a chunk, whatever the vocabulary: fewer make the products slow
+LEAST_ROWS = 32  # minimum number of tokens in a chunk; with fewer, the products are slow
 
 
 class TopK(NamedTuple):
-    """A teacher's K likeliest tokens and the mass of the rest.
+    """A teacher's K most likely tokens, and the total probability of all others.
 
     Args:
-        ids_TK: the tokens.
+        ids_TK: the ids of the tokens.
         logits_TK: their logits, at temperature 1.
-        rest_T: logsumexp of all other logits at the temperature.
+        rest_T: logsumexp of all other logits, at the temperature of the distillation.
     """
 
     ids_TK: Tensor
@@ -45,28 +45,28 @@ class TopK(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """A teacher's final hidden states and its head, which makes logits a chunk at a time."""
+    """A teacher's final hidden states and its head, from which logits are computed one chunk at a time."""
 
     hidden_TD: Tensor
     head: Head
 
 
 class Term(Protocol):
-    """A loss of logits."""
+    """A loss as a function of logits."""
 
     def __call__(self, logits_CV: Tensor, rows: slice, grad: bool) -> tuple[Tensor, Tensor | None]:
-        """Loss of each row (C,), and its gradient with respect to the logits (C, V), a tensor of its own.
+        """Compute the loss of each row (C,), and its gradient with respect to the logits (C, V).
 
         Args:
-            logits_CV: fp32; not overwritten.
-            rows: their places among the T tokens.
-            grad: whether to return the gradient.
+            logits_CV: logits in fp32; they are not overwritten.
+            rows: the positions of the rows among the T tokens.
+            grad: whether to return the gradient, as a new tensor.
         """
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Negative log-likelihood of labels; rows whose label is MASKED cost nothing."""
+    """Negative log-likelihood of labels; the loss is 0 for rows whose label is MASKED."""
 
     labels_T: Tensor
 
@@ -85,16 +85,17 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class TeacherDivergence:
-    """τ²·D(teacher, student) over the vocabulary at temperature τ, D one of KL(t‖s), KL(s‖t) and Jensen-Shannon.
+    """τ²·D(teacher, student) over the vocabulary at temperature τ, with D = KL(t‖s), KL(s‖t) or Jensen-Shannon.
 
-    If only the teacher's top K predictions are known, D is taken over K + 1 outcomes: the known tokens, and any other
-    token. That is a lower bound of the full D (data processing). Forward KL lacks
-    r·KL(teacher's rest ‖ student's rest), r the teacher's mass outside the known tokens, both rests normalised.
+    If only the teacher's top K predictions are known, D is computed over K + 1 outcomes: the known tokens, and any
+    other token. That is a lower bound of the full D (data-processing inequality). For the forward KL the difference is
+    r·KL(teacher's rest ‖ student's rest), where r is the teacher's probability of all other tokens, and both rests are
+    normalized.
 
     Args:
         kind: the divergence.
         teacher: hidden states and a head, or the top K predictions.
-        temperature: τ > 0. τ² keeps the size of the gradient (Hinton et al., arXiv 1503.02531, section 2.1).
+        temperature: τ > 0. The factor τ² keeps the size of the gradient (Hinton et al., arXiv 1503.02531, section 2.1).
     """
 
     kind: Divergence
@@ -125,17 +126,23 @@ class TeacherDivergence:
         loss_C, grad_CK = diverge_(self.kind, torch.cat([student_CK, rest_C1.log()], -1), log_p_CK, grad)
         if grad_CK is None:
             return loss_C, None
-        grad_CV = others_CV.mul_(grad_CK[:, -1:] / rest_C1)  # the rest's logit is the logsumexp of its own
+        grad_CV = others_CV.mul_(grad_CK[:, -1:] / rest_C1)  # the rest's logit is the logsumexp of its tokens' logits
         return loss_C, grad_CV.scatter_(-1, ids_CK, grad_CK[:, :-1])
 
 
 def diverge_(kind: Divergence, log_q: Tensor, log_p: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Divergence of each row of log-probabilities, and its gradient with respect to the logits behind q.
+    """Compute the divergence of each row, and its gradient with respect to the logits of q.
 
-    KL(p‖q): q - p.  KL(q‖p): q·(ln q/p - KL).  JS = ½KL(p‖m) + ½KL(q‖m), m = (p + q)/2: ½q·(ln q/m - KL(q‖m)).
+    The gradients are q - p for KL(p‖q), q·(ln q/p - KL) for KL(q‖p), and ½q·(ln q/m - KL(q‖m)) for
+    JS = ½KL(p‖m) + ½KL(q‖m), m = (p + q)/2.
 
     Args:
-        log_q, log_p: the student's and the teacher's; both are overwritten.
+        kind: the divergence.
+        log_q, log_p: log-probabilities (C, V) of the student and the teacher. Both are overwritten.
+        grad: whether to return the gradient.
+
+    Returns:
+        The divergences (C,), and the gradient (C, V) or None.
     """
     if kind == "forward_kl":
         p = log_p.exp()
@@ -148,26 +155,26 @@ def diverge_(kind: Divergence, log_q: Tensor, log_p: Tensor, grad: bool) -> tupl
         return loss.squeeze(-1), ratio.sub_(loss).mul_(q) if grad else None
     log_m = torch.logaddexp(log_q, log_p).sub_(LN2)
     p = log_p.exp()
-    theirs = log_p.sub_(log_m).mul_(p).sum(-1)
+    kl_p = log_p.sub_(log_m).mul_(p).sum(-1)
     ratio = log_q.sub_(log_m)
-    mine = (q * ratio).sum(-1, keepdim=True)
-    loss = (theirs + mine.squeeze(-1)) / 2
-    return loss, ratio.sub_(mine).mul_(q).mul_(0.5) if grad else None
+    kl_q = (q * ratio).sum(-1, keepdim=True)
+    loss = (kl_p + kl_q.squeeze(-1)) / 2
+    return loss, ratio.sub_(kl_q).mul_(q).mul_(0.5) if grad else None
 
 
 def sum_in_chunks(
     terms: Sequence[tuple[float, Term]], hidden_TD: Tensor, head: Head, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Σ_i weight_i · Σ_t term_i(head(hidden_t)), without ever holding the logits of more than a chunk of tokens.
+    """Compute Σ_i weight_i · Σ_t term_i(head(hidden_t)) with the logits of only one chunk of tokens in memory.
 
     Args:
-        terms: weights and losses.
+        terms: pairs of a weight and a loss.
         hidden_TD: final hidden states.
-        head: gets gradients if its weights require them.
-        rows: tokens of a chunk; None: as many as `chunk_rows` says.
+        head: the LM head; it gets gradients if its weights require them.
+        rows: tokens per chunk; None uses `chunk_rows`.
 
     Returns:
-        The weighted sum, a scalar in fp32, and the sum of each term without its weight (fp32, without gradient).
+        The weighted sum, a scalar in fp32, and the unweighted sum of each term (fp32, without gradient).
     """
     (first, term), *others = terms
     parts = [hidden_TD, *(part for part in head if part is not None)]
@@ -181,19 +188,19 @@ def sum_in_chunks(
 
 
 def chunk_rows(weight_VD: Tensor) -> int:
-    """The number of tokens whose logits in fp32 make a chunk that suits the device."""
+    """Return the number of tokens per chunk that suits the device, for logits in fp32."""
     chunk_bytes = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cpu"])
     return max(LEAST_ROWS, chunk_bytes // (4 * weight_VD.shape[0]))
 
 
 def chunks(num_tokens: int, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` tokens, in order."""
+    """Yield slices of at most `rows` tokens, in order."""
     for start in range(0, num_tokens, rows):
         yield slice(start, min(start + rows, num_tokens))
 
 
 class _Chunked(torch.autograd.Function):
-    """The gradient is made in forward, with the chunk's logits; backward scales it."""
+    """Computes the gradient in the forward pass, from the chunk's logits; the backward pass scales it."""
 
     @staticmethod
     def forward(
@@ -209,7 +216,7 @@ class _Chunked(torch.autograd.Function):
         needs = [grad and needs_grad for needs_grad in ctx.needs_input_grad[:3]]
         sums = torch.zeros(len(terms), dtype=torch.float64, device=hidden_TD.device)
         d_hidden = torch.empty_like(hidden_TD) if needs[0] else None
-        # Summed over many chunks: in fp32 whatever the weights are.
+        # Summed over many chunks, so in fp32 regardless of the weights' dtype.
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs[1] else None
         d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs[2] and bias_V is not None else None
         for part in chunks(len(hidden_TD), rows):
@@ -218,7 +225,7 @@ class _Chunked(torch.autograd.Function):
             sums += losses
             if d_CV is None:
                 continue
-            d_CV = d_CV.to(logits_CV.dtype)  # as autograd hands it on
+            d_CV = d_CV.to(logits_CV.dtype)  # as autograd would do
             if d_hidden is not None:
                 d_hidden[part] = d_CV @ weight_VD
             if d_weight is not None:
@@ -243,7 +250,7 @@ class _Chunked(torch.autograd.Function):
 def _chunk_gradient(
     logits_CV: Tensor, terms: Sequence[tuple[float, Term]], part: slice, grad: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The weighted gradient of a chunk (C, V), and the sum of each term."""
+    """Compute the weighted gradient (C, V) of a chunk, and the sum of each term."""
     total: Tensor | None = None
     losses = []
     for weight, term in terms:
@@ -257,12 +264,14 @@ def _chunk_gradient(
 
 @torch.no_grad()
 def top_k(hidden_TD: Tensor, head: Head, k: int, temperature: float, rows: int | None = None) -> TopK:
-    """The K likeliest tokens of each position, their logits as the head gives them, and the mass of the rest.
+    """Compute the K most likely tokens of each position with their logits, and the logsumexp of all other logits.
 
     Args:
+        hidden_TD: final hidden states.
+        head: the LM head.
         k: K, below V.
-        temperature: at which the logsumexp of the other logits is taken.
-        rows: tokens of a chunk; None: as many as `chunk_rows` says.
+        temperature: the temperature for the logsumexp of the other logits.
+        rows: tokens per chunk; None uses `chunk_rows`.
     """
     parts: list[TopK] = []
     for part in chunks(len(hidden_TD), rows or chunk_rows(head.weight_VD)):
@@ -276,7 +285,7 @@ def top_k(hidden_TD: Tensor, head: Head, k: int, temperature: float, rows: int |
 
 @cache
 def _liger() -> Any:
-    """Liger's module; None if it is not installed."""
+    """Return Liger's module; None if it is not installed."""
     try:
         return importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
     except ImportError:
@@ -284,12 +293,12 @@ def _liger() -> Any:
 
 
 def can_use_liger(hidden_TD: Tensor) -> bool:
-    """Whether Liger's kernel is installed and can take these hidden states."""
+    """Return whether Liger's kernel is installed and supports these hidden states."""
     return hidden_TD.device.type == "cuda" and _liger() is not None
 
 
 def liger_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
-    """Σ_t -log softmax(W h_t + b)[label_t] over labels that are not MASKED, a scalar in fp32."""
+    """Compute Σ_t -log softmax(W h_t + b)[label_t] over labels that are not MASKED, a scalar in fp32."""
     loss = _liger().LigerFusedLinearCrossEntropyLoss(ignore_index=MASKED, reduction="sum")
     total: Tensor = loss(weight_VD, hidden_TD, labels_T, bias_V)
     return total.float()

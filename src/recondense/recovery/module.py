@@ -1,4 +1,4 @@
-"""The LightningModule of one stage of a recovery."""
+"""The LightningModule of one recovery stage."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ from recondense.surgery.student import Student
 class RecoveryModule(L.LightningModule):
     """One stage of training a student, for any Lightning Trainer.
 
-    `setup` makes the student if it is still to be made, once, however often Lightning calls it, and unfreezes the part
-    that the settings name. Checkpoints hold the trained weights, not the frozen rest. Each stage has its own module.
+    `setup` makes the student if necessary (only once, however often Lightning calls it) and unfreezes the part that the
+    settings name. Checkpoints contain the trained weights, but not the frozen ones. Each stage has its own module.
 
     Args:
         student: the student, or a function that makes it.
-        settings: objective, optimiser and schedule; an objective other than "none".
-        teacher: whose predictions are learnt and measured in validation; None: the original on the student's backbone.
-        tokenizer: for callbacks that evaluate.
-        stage: prefix of logged metrics.
-        layers: decoder layers whose experts train; None: the layers of the plan.
-        router_auxiliary_loss: weight of the router's load-balancing loss; for training a sparse model from scratch.
-        training_device: where it trains; None: where the model lies.
+        settings: objective, optimizer and schedule. The objective must not be "none".
+        teacher: the teacher, from whose predictions the student learns and to which validation compares it; None for
+            the original on the student's backbone.
+        tokenizer: a tokenizer for callbacks that evaluate.
+        stage: the prefix of logged metrics.
+        layers: decoder layers whose experts are trained; None for the layers of the plan.
+        router_auxiliary_loss: the weight of the router's load-balancing loss, for training a sparse model from scratch.
+        training_device: the device for training; None for the device of the model.
 
     Attributes:
-        model: the student's model, from `setup` on. Its parameters are the module's.
-        originals: blocks of the original, by decoder layer, from `setup` on. Nothing in them trains.
-        part: the trained part of the student, from `setup` on.
-        task_results: lm-eval results by optimiser step, as a callback measures them.
+        model: the student's model, set in `setup`. Its parameters are those of the module.
+        originals: the blocks of the original by decoder layer, set in `setup`. They are not trained.
+        part: the trained part of the student, set in `setup`.
+        task_results: lm-eval results by optimizer step, set by a callback.
 
     Example:
         >>> module = RecoveryModule(lambda: apply(model, search(model)), RecoveryConfig(objective="distill", steps=200))
@@ -79,14 +80,14 @@ class RecoveryModule(L.LightningModule):
         self.training_device = training_device
         self.part: TrainedPart | None = None
         self.task_results: dict[int, dict[str, dict[str, float]]] = {}
-        self.strict_loading = False  # checkpoints hold the trained weights alone
-        self.shard: Callable[[], None] | None = None  # set by an engine that shards the weights
+        self.strict_loading = False  # checkpoints contain only the trained weights
+        self.shard: Callable[[], None] | None = None  # set if an engine shards the weights
         self._source = student
         self._teacher = teacher
         self._layers = layers
         self._router_auxiliary_loss = router_auxiliary_loss
-        self._random_states: dict[str, Any] | None = None  # of the checkpoint that is resumed
-        self._sums: dict[str, Tensor] = {}  # losses of the batches of a step so far
+        self._random_states: dict[str, Any] | None = None  # from the checkpoint that is resumed
+        self._sums: dict[str, Tensor] = {}  # summed losses of the current step's batches so far
 
     @property
     def student(self) -> Student:
@@ -95,7 +96,7 @@ class RecoveryModule(L.LightningModule):
 
     @property
     def plan(self) -> Plan | None:
-        """The student's plan; None while the student is still to be made."""
+        """The student's plan; None before the student is made."""
         return self._source.plan if isinstance(self._source, Student) else None
 
     @property
@@ -103,10 +104,10 @@ class RecoveryModule(L.LightningModule):
         return OriginalTeacher(self.student) if self._teacher is None else self._teacher
 
     def prepare(self) -> None:
-        """Make the student if it is still to be made, and unfreeze the part that trains. `setup` calls it.
+        """Make the student if necessary, and unfreeze the part that is trained. `setup` calls this method.
 
         Raises:
-            UserError: there is nothing to train, or all weights are to train though the original shares them.
+            UserError: there is nothing to train, or the settings train all weights although the original shares them.
         """
         if not isinstance(self._source, Student):
             self._source = self._source()
@@ -119,33 +120,33 @@ class RecoveryModule(L.LightningModule):
         self.part.unfreeze()
 
     def stop_training(self) -> None:
-        """Freeze everything, in evaluation mode, without gradients and Trainer. `prepare` lets it train again."""
+        """Freeze all weights, set evaluation mode, and drop gradients and Trainer. `prepare` undoes this."""
         self.model.requires_grad_(False)
         self.zero_grad()
         self.eval()
         self.trainer = None
 
     def merge_adapters(self) -> None:
-        """Merge the stage's adapters into the weights, if it has any. The stage is over then."""
+        """Merge the stage's adapters, if any, into the weights. The stage cannot be trained further afterwards."""
         assert self.part is not None
         self.part.merge_adapters()
 
     @property
     def adapters(self) -> lora.Adapters | None:
-        """The LoRA adapters that train now."""
+        """The LoRA adapters that are being trained; None if there are none."""
         return None if self.part is None else self.part.adapters
 
     def objects_to_share(self) -> list[object]:
-        """The objects that a copy of this module, which an engine trains, has in common with it."""
+        """Return the objects that a twin of this module shares with it, see `twin.make_twin`."""
         return [self.tokenizer, self.plan, self.task_results, *self.student.kept_weights()]
 
     def sparse_modules(self) -> list[nn.Module]:
-        """MoE blocks, the original's among them: which of their weights run depends on the tokens."""
+        """Return all MoE blocks, including the original's. In them the tokens decide which weights are used."""
         blocks = [views.get_block(self.model, layer) for layer in range(len(decoder.decoder_layers(self.model)))]
         return [block for block in (*blocks, *self.originals.values()) if views.is_sparse(block)]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Logits (B, S, V) of the student."""
+        """Compute the student's logits (B, S, V) for token ids (B, S)."""
         with lora.cache_updates(self.adapters):
             arguments = shared_passes.forward_arguments(self.model, input_ids, position_ids)
             logits: Tensor = self.model(**arguments).logits
@@ -159,13 +160,14 @@ class RecoveryModule(L.LightningModule):
         window: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The objective (`loss`) and its parts, nats per token, for token ids (B, S).
+        """Compute the objective (`loss`) and its parts, in nats per token.
 
         Args:
-            labels: ids where they are to be predicted, MASKED elsewhere; None: each token but the first is predicted.
-            position_ids: begin at 0 with each example of a window; None: a window is one text.
-            window: numbers of the windows, under which a teacher on disk keeps its predictions.
-            weight: of this part of an optimiser step, as `objective.training_losses` takes it.
+            input_ids: token ids (B, S).
+            labels: ids (B, S) of the targets, MASKED elsewhere; None if every token except the first is a target.
+            position_ids: positions (B, S), which restart at 0 for each example; None if a window is one text.
+            window: the numbers (B,) of the windows, by which a teacher on disk finds its predictions.
+            weight: the weight of this part of an optimizer step (3,), see `objective.training_losses`.
         """
         distill = self.settings.objective == "distill"
         tokens = CountedTokens.select(input_ids, labels, last=distill)
@@ -174,7 +176,7 @@ class RecoveryModule(L.LightningModule):
         inputs = PassInputs(arguments, tokens, window)
         layers = self.student.plan.layers if distill and self.settings.hidden_share else ()
         answer = self.teacher.teach(inputs, layers) if distill else TeacherOutput()
-        output, states = self._run_student(inputs, answer, layers)  # last: the teacher's pass knows no adapters
+        output, states = self._run_student(inputs, answer, layers)  # last: the teacher runs without adapters
         student = StudentOutput(tokens.select_rows(output.logits), states)
         mask_BS = None if labels is None else target_mask(labels)
         with decoder.lm_head(self.model) as head:
@@ -197,7 +199,7 @@ class RecoveryModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         self.prepare()
         if stage == "fit":
-            self.train()  # transformers hands models out in evaluation mode
+            self.train()  # transformers returns models in evaluation mode
 
     def configure_model(self) -> None:
         shard, self.shard = self.shard, None
@@ -210,7 +212,7 @@ class RecoveryModule(L.LightningModule):
         return losses["loss"]
 
     def _log_step(self, losses: Mapping[str, Tensor], batch_index: int) -> None:
-        """Log the means over the batches of an optimiser step; in the middle of it over those so far."""
+        """Log the mean losses over the batches of an optimizer step so far."""
         number = batch_index % self.trainer.accumulate_grad_batches
         self._sums = {name: value + self._sums.get(name, 0) if number else value for name, value in losses.items()}
         means = {name: value / (number + 1) for name, value in self._sums.items()}
@@ -226,8 +228,8 @@ class RecoveryModule(L.LightningModule):
         output, _ = self._run_student(inputs, answer)
         with decoder.lm_head(self.model) as head:
             losses = objective.validation_losses(tokens.select_rows(output.logits), head, tokens, answer)
-        # A batch counts by its predictions. A process that has run out of windows computes one with the others, and it
-        # does not count. Sizes are averaged as whole numbers, so they are given as multiples.
+        # A batch is weighted by its number of predictions. A process without windows left runs one with the others,
+        # with weight 0. Lightning averages sizes as integers, so they are multiplied by the number of processes.
         size, several = len(ids) if labels is None else tokens.num_labels, processes.world_size()
         counts: dict[str, Any] = {"batch_size": 0 if "idle" in batch else size * several, "sync_dist": several > 1}
         self.log(f"{self.stage}/validation_loss", losses["loss"], prog_bar=True, **counts)
@@ -235,7 +237,7 @@ class RecoveryModule(L.LightningModule):
             self.log(f"{self.stage}/validation_kl", losses["kl"], **counts)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, as an optimiser takes them."""
+        """Return the trained parameters as parameter groups for an optimizer."""
         return parameter_groups(self, self.settings.weight_decay)
 
     def configure_optimizers(self) -> Any:
@@ -247,7 +249,7 @@ class RecoveryModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """By norm. Lightning refuses a fused AdamW under mixed precision, which may unscale; bf16 has no scale."""
+        """Clip by norm. Lightning refuses to do so with a fused AdamW in mixed precision, but bf16 is not scaled."""
         if gradient_clip_val and not isinstance(self.trainer.strategy, deepspeed.Zero):  # DeepSpeed clips itself
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
@@ -266,12 +268,12 @@ class RecoveryModule(L.LightningModule):
         self._random_states = states[min(processes.rank(), len(states) - 1)]
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        if self._random_states is not None:  # here, after Lightning and data loaders have drawn their own numbers
+        if self._random_states is not None:  # now that Lightning and the data loaders have drawn their random numbers
             set_random_states(self._random_states)
             self._random_states = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecoveryModule:
-        """Move and convert as any module; tensors in another precision than the model's keep theirs."""
+        """Move and convert like any module, but keep tensors that have another dtype than the model."""
         if "model" not in self._modules:
             return super()._apply(fn, recurse)  # type: ignore[return-value]
         unusual = UnusualPrecisions(self, self.model.dtype)

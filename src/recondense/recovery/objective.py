@@ -1,6 +1,6 @@
-"""The objective of a recovery: pure functions from a student's states and a teacher's answer to losses.
+"""The objective of a recovery: pure functions that compute losses from a student's states and a teacher's output.
 
-Shapes: B windows of a batch, S tokens of a window, T tokens that count, D hidden size, E routed experts.
+Shapes: B windows of a batch, S tokens of a window, T tokens that count, D hidden size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ METRICS = {"forward_kl": "kl", "reverse_kl": "reverse_kl", "js": "js"}  # names 
 
 
 class StudentOutput(NamedTuple):
-    """A student's answer to a batch.
+    """A student's output for a batch.
 
     Args:
-        hidden_TD: its final hidden states, of which the head makes logits, at the tokens that count.
-        states: its hidden states (B, S, D) after the same layers as the teacher's.
+        hidden_TD: the final hidden states of the tokens that count; the head computes logits from them.
+        states: the hidden states (B, S, D) after the same layers as the teacher's.
     """
 
     hidden_TD: Tensor
@@ -44,25 +44,30 @@ def training_losses(
     weight: Tensor | None = None,
     mean: Callable[[Losses], Losses] = lambda values: values,
 ) -> Losses:
-    """The objective (`loss`) and its parts, nats per token.
+    """Compute the objective (`loss`) and its parts, in nats per token.
 
-    Without a target of the teacher it is cross-entropy. With one it is
-    (1 − a − b)·divergence + a·cross-entropy + b·hidden, with a `cross_entropy_share` and b `hidden_share`.
+    Without a teacher's target, the objective is the cross-entropy. Otherwise it is
+    (1 − a − b)·divergence + a·cross-entropy + b·hidden, where a is `cross_entropy_share` and b `hidden_share`.
 
     Args:
-        head: of the student.
-        mask_BS: positions whose hidden states are compared (bool); None: all.
-        weight: predicted tokens (3,), if an optimiser step has several parts (batches, processes) of unequal sizes: of
-            this part × parts of the step, of this batch × batches of the step, of the step. The mean of the parts'
-            losses is then the mean over the tokens of the step. Whole numbers: training in bf16 would round others.
-        mean: the mean over the processes that share a batch.
+        student: the student's output.
+        head: the student's head.
+        tokens: the tokens that count.
+        teacher: the teacher's output.
+        settings: the settings of the objective.
+        mask_BS: the positions whose hidden states are compared (bool); None for all.
+        weight: three numbers of targets (3,), needed if the parts of an optimizer step (batches, processes) have
+            different sizes: those of this part × parts of the step, those of this batch × batches of the step, and
+            those of the step. The mean of the parts' losses is then the mean over the targets of the step. They are
+            integers, because training in bf16 would round other numbers.
+        mean: averages values over the processes that share a batch.
     """
     losses = prediction_losses(student.hidden_TD, head, tokens, teacher, settings)
     of_part, of_batch = (1.0, 1.0) if weight is None else weight[:2].float() / weight[2].float()
     if weight is not None:
         losses = {name: of_part * value for name, value in losses.items()}
     if settings.hidden_share and teacher.target is not None:
-        # Relative to the teacher's states of this batch: those of a step's later batches are not known yet.
+        # Relative to the teacher's states of this batch, because those of the step's later batches are not known yet.
         losses["hidden"] = of_batch * feature_matching(student.states, teacher.states, mask_BS, mean)
         losses["loss"] = losses["loss"] + settings.hidden_share * losses["hidden"]
     return losses
@@ -71,7 +76,7 @@ def training_losses(
 def prediction_losses(
     hidden_TD: Tensor, head: Head, tokens: CountedTokens, teacher: TeacherOutput, settings: RecoveryConfig
 ) -> Losses:
-    """The losses of the student's predictions. Each is a mean over the tokens that it counts; `loss` is their sum."""
+    """Compute each loss as a mean over its tokens, and their weighted sum `loss`."""
     terms: dict[str, tuple[float, int, Term]] = {}
     entropy = CrossEntropy(tokens.labels_T)
     if teacher.target is None:
@@ -92,7 +97,7 @@ def prediction_losses(
 
 
 def validation_losses(hidden_TD: Tensor, head: Head, tokens: CountedTokens, teacher: TeacherOutput) -> Losses:
-    """Cross-entropy (`loss`) and, with a teacher, forward KL from it (`kl`), at temperature 1, nats per token."""
+    """Compute cross-entropy (`loss`) and, with a teacher, forward KL (`kl`) at temperature 1, in nats per token."""
     terms: list[tuple[float, Term]] = [(1.0, CrossEntropy(tokens.labels_T))]
     if teacher.target is not None:
         terms.append((1.0, TeacherDivergence("forward_kl", teacher.target)))

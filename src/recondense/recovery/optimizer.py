@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, and its schedule."""
+"""Make AdamW and its learning-rate schedule for the trained parameters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from recondense.recovery.engines import full_tensors
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of a module that train, as an optimiser takes them.
+    """Return a module's trained parameters as parameter groups for an optimizer.
 
-    Norms and biases are not decayed, whatever their shape.
+    Norms and biases have no weight decay, whatever their shape.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -29,7 +29,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: RecoveryConfig) -> dict[str, Any]:
-    """AdamW and its schedule, as Lightning's `configure_optimizers` returns them."""
+    """Make AdamW and its schedule in the form that Lightning's `configure_optimizers` returns."""
     optimizer = torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,

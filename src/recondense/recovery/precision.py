@@ -1,4 +1,4 @@
-"""The precision of a training: of its computations and of the trained weights."""
+"""The precision of training: of the computation and of the trained weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from recondense.models.low_rank import LowRankExperts
 
 
 def resolve_precision(trainer: TrainerConfig, dtype: torch.dtype) -> str:
-    """Lightning's precision.
+    """Return Lightning's precision.
 
-    `auto`: a model in half precision computes in bf16, and its trained weights are kept in fp32.
+    With "auto", a model in half precision computes in bf16, and its trained weights are kept in fp32.
     """
     if trainer.precision == "auto":
         return "32-true" if dtype == torch.float32 else "bf16-mixed"
@@ -26,30 +26,30 @@ def resolve_precision(trainer: TrainerConfig, dtype: torch.dtype) -> str:
 
 
 def refuse_rounding(trainer: TrainerConfig, precision: str, dtype: torch.dtype) -> None:
-    """Refuse a precision that would round the weights of a model that is not in bf16.
+    """Check that the precision does not round the weights of a model that is not in bf16.
 
     Raises:
-        UserError: naming a precision that would not.
+        UserError: it does; the message names a precision that does not.
     """
     if dtype == torch.bfloat16 or not (precision == "bf16-true" or (trainer.deepspeed and precision == "bf16-mixed")):
         return
     instead = "trainer.precision=32-true" if trainer.deepspeed else "trainer.precision=bf16-mixed"
     raise UserError(
-        f"trainer.precision={precision} would round all weights of a {dtype} model, frozen ones included; use "
+        f"trainer.precision={precision} would round all weights of a {dtype} model, including frozen ones; use "
         f"{instead}, or model.dtype=bfloat16"
     )
 
 
 @contextmanager
 def keep_trained_weights(model: PreTrainedModel, precision: str) -> Iterator[None]:
-    """Inside, trained weights are in fp32 under mixed precision: AdamW's small steps would vanish in bf16."""
+    """Keep trained weights in fp32 inside the context in mixed precision; in bf16, AdamW's small steps would vanish."""
     dtypes = {name: value.dtype for name, value in model.named_parameters() if value.requires_grad}
     eager = False
     if precision.endswith("mixed"):
         _convert(model, dict.fromkeys(dtypes, torch.float32))
         blocks = views.sparse_blocks(model).values()
         fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
-        # Autocast does not cover transformers' grouped products.
+        # Autocast does not support transformers' grouped products.
         eager = any(block.weights.down_EDF.dtype == torch.float32 for block in fused)
     try:
         with views.eager_experts(model, eager):
@@ -59,21 +59,21 @@ def keep_trained_weights(model: PreTrainedModel, precision: str) -> Iterator[Non
 
 
 def _convert(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Convert some of a model's parameters, by name."""
+    """Convert some of a model's parameters to other dtypes, by name."""
     for name, value in model.named_parameters():
         if name in dtypes:
             value.data = value.data.to(dtypes[name])
 
 
 class UnusualPrecisions:
-    """Tensors of a model that loading left in another precision than the model's.
+    """The tensors of a model that have another dtype than the model, such as routers of some families in fp32.
 
-    bf16-true converts whole modules. Rounded rotary frequencies would turn far positions by another angle, and some
-    families' routers are in fp32.
+    bf16-true converts all tensors of a module. Rounded rotary frequencies, for example, would give wrong angles for
+    distant positions.
 
     Args:
-        module: that is about to be moved or converted; `restore` undoes the conversion of these tensors.
-        dtype: the model's usual one.
+        module: a module that will be moved or converted; `restore` undoes the conversion of these tensors.
+        dtype: the dtype of the model.
     """
 
     def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -85,7 +85,7 @@ class UnusualPrecisions:
         ]
 
     def restore(self) -> None:
-        """Give buffers and frozen parameters their precision back, on their new device."""
+        """Restore the dtypes of buffers and frozen parameters, on their new device."""
         for part, buffers in self._buffers:
             for name, before in buffers.items():
                 after = part._buffers.get(name)

@@ -1,4 +1,4 @@
-"""The states of all random number generators of a process."""
+"""Save and restore the states of all random number generators of a process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """States of all generators, in types that load without pickle."""
+    """Return the states of all generators, as types that can be loaded without pickle."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, state, gauss = random.getstate()
     return {
@@ -23,7 +23,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put all generators back to saved states."""
+    """Restore the states of all generators."""
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -30,24 +30,24 @@ def recover(
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Student:
-    """Train the experts of the layers that the plan changed, or what else the settings name.
+    """Train a student: by default the experts of the layers that the plan changed.
 
     Args:
-        student: from `execute`; trained in place. Its original stays as it was.
-        tokenizer: of the model.
+        student: a student returned by `apply`; it is trained in place. Its original does not change.
+        tokenizer: the model's tokenizer.
         texts: documents; they are packed into windows of `sequence_length` tokens.
-        objective: "distill" (learn the original's predictions) or "finetune" (predict the next token).
-        steps: optimiser steps. A step takes `batch_size` windows; they are seen again as often as needed.
-        sequence_length: tokens of a window.
-        seed: of the order of the windows.
-        folder: of checkpoints, from which the same call resumes. None: a temporary one.
-        settings: of the recovery, as in conf/recovery: batch_size, learning_rate, trainable and so on.
+        objective: "distill" to learn the original's predictions, or "finetune" to predict the next token.
+        steps: number of optimizer steps, each on `batch_size` windows. Windows repeat as often as needed.
+        sequence_length: tokens per window.
+        seed: the seed of the order of the windows.
+        folder: a folder for checkpoints, from which the same call resumes. None uses a temporary folder.
+        settings: other settings of conf/recovery, such as batch_size, learning_rate or trainable.
 
     Returns:
         The student.
 
     Raises:
-        UserError: a setting that does not exist or suit; too little text; nothing to train.
+        UserError: a setting does not exist or is invalid, there is too little text, or there is nothing to train.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -73,4 +73,4 @@ def recover(
 def _refuse_settings_of_runs(settings: dict[str, Any]) -> None:
     for name in ("stages", "epochs", "control", "teacher", "validate_every"):
         if settings.get(name) not in (None, False, 0, "shared"):
-            raise UserError(f"recovery.{name}={settings[name]}: recover cannot do that, a run of train.py can")
+            raise UserError(f"recovery.{name}={settings[name]}: `recover` does not support this; use train.py")

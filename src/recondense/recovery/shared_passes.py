@@ -1,4 +1,4 @@
-"""Passes of a training step up to the final norm: which tokens count, and what student and teacher compute once.
+"""The forward passes of a training step up to the final norm, with the computation that student and teacher share.
 
 Shapes: B windows of a batch, S tokens of a window, T tokens that count, D hidden size.
 """
@@ -25,9 +25,9 @@ class CountedTokens(NamedTuple):
     """The tokens of a batch that count in a loss.
 
     Args:
-        index_T: their positions in the flattened batch; None: all.
-        labels_T: the label of each; MASKED where nothing is known.
-        num_labels: the number of known labels.
+        index_T: their positions in the flattened batch; None for all positions.
+        labels_T: the label of each token; MASKED if it has none.
+        num_labels: the number of tokens with a label.
     """
 
     index_T: Tensor | None
@@ -36,10 +36,12 @@ class CountedTokens(NamedTuple):
 
     @classmethod
     def select(cls, input_ids_BS: Tensor, labels_BS: Tensor | None, last: bool) -> CountedTokens:
-        """Tokens before a label that is not MASKED; without labels, tokens before another token.
+        """Select the tokens whose next label is not MASKED; without labels, the tokens that are followed by another.
 
         Args:
-            last: without labels, the last token of each window counts too. It predicts, though nothing follows it.
+            input_ids_BS: token ids.
+            labels_BS: labels; None if every token is the label of the one before it.
+            last: without labels, also select the last token of each window. It has a prediction, but no label.
         """
         batch, length = input_ids_BS.shape
         next_BS = next_labels(input_ids_BS if labels_BS is None else labels_BS)
@@ -52,19 +54,19 @@ class CountedTokens(NamedTuple):
         return len(self.labels_T)
 
     def select_rows(self, states: Tensor) -> Tensor:
-        """The rows of (B, S, ...) or (1, B·S, ...) that count, (T, ...)."""
+        """Return the rows (T, ...) of a tensor (B, S, ...) or (1, B·S, ...) that count."""
         flat = states.flatten(0, 1)
         return flat if self.index_T is None else flat[self.index_T.to(flat.device)]
 
 
 @dataclass(frozen=True)
 class PassInputs:
-    """A batch as student and teacher get it.
+    """A batch for student and teacher.
 
     Args:
-        arguments: of the model's forward.
-        tokens: those that count.
-        window_B: numbers of the windows, under which a teacher on disk keeps its predictions; None: not known.
+        arguments: the arguments of the model's forward pass.
+        tokens: the tokens that count.
+        window_B: the numbers of the windows, by which a teacher on disk finds its predictions; None if unknown.
     """
 
     arguments: Mapping[str, Any]
@@ -80,23 +82,26 @@ class PassInputs:
 def forward_arguments(
     model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None, router_logits: bool = False
 ) -> dict[str, Any]:
-    """Arguments of a forward pass in training.
+    """Return the arguments of a forward pass in training.
 
     Args:
-        position_ids_BS: begin at 0 with each example of a window; None: a window is one text.
-        router_logits: the model hands out its routers' logits too.
+        model: the causal LM.
+        input_ids_BS: token ids.
+        position_ids_BS: positions, which restart at 0 for each example; None if a window is one text.
+        router_logits: whether the model also returns its routers' logits.
     """
     arguments = {**model_inputs(model, input_ids_BS, position_ids_BS), "use_cache": False}
     return {**arguments, "output_router_logits": True} if router_logits else arguments
 
 
 def first_unshared_layer(model: PreTrainedModel, changed: set[int]) -> int:
-    """The lowest decoder layer that the student does not share with its original, or 0.
+    """Return the first decoder layer that student and original do not share; 0 if no layer is shared.
 
-    Nothing below it trains, so both compute the same hidden states there.
+    Below it nothing is trained, so both compute the same hidden states there.
 
     Args:
-        changed: layers in which the two differ.
+        model: the student's model.
+        changed: the layers in which student and original differ.
     """
     if decoder.is_random_in_training(model.config):
         return 0
@@ -108,9 +113,9 @@ def first_unshared_layer(model: PreTrainedModel, changed: set[int]) -> int:
 
 
 def record_states(model: PreTrainedModel, layers: Sequence[int]) -> AbstractContextManager[list[Tensor]]:
-    """A context that records hidden states (B, S, D) after some layers, after the final norm for the last layer.
+    """Return a context that records the hidden states (B, S, D) after some layers; for the last layer, after the norm.
 
-    transformers' own `hidden_states` are the same, but lack those of removed layers.
+    They are the same as transformers' own `hidden_states`, which lack those of removed layers.
     """
     if not layers:
         return nullcontext([])
@@ -120,7 +125,7 @@ def record_states(model: PreTrainedModel, layers: Sequence[int]) -> AbstractCont
 
 @contextmanager
 def record_entering(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
-    """The hidden states that enter a layer in the pass that runs inside; none for the first layer."""
+    """Record the hidden states that enter a layer in the pass inside the context; none for the first layer."""
     if layer == 0:
         yield []
         return
@@ -135,16 +140,17 @@ def run_from(
     arguments: Mapping[str, Any],
     layers: Sequence[int] = (),
 ) -> tuple[Any, Sequence[Tensor]]:
-    """Run a model up to the final norm, beginning at a decoder layer.
+    """Run a model up to the final norm, starting at a decoder layer.
 
     Args:
-        first: the layer.
-        entering: the hidden states that enter it; none: the model runs as a whole.
-        arguments: of the whole model.
-        layers: hidden states after these are recorded.
+        model: the causal LM.
+        first: the layer to start at.
+        entering: the hidden states that enter it; if empty, the entire model is run.
+        arguments: the arguments of the model.
+        layers: the layers after which hidden states are recorded.
 
     Returns:
-        The model's output with final hidden states as its logits, and the recorded states.
+        The model's output, whose `logits` are the final hidden states, and the recorded states.
     """
     with record_states(model, layers) as states:
         if not entering:
@@ -156,9 +162,10 @@ def run_from(
 
 @contextmanager
 def require_input_gradient(model: PreTrainedModel, needed: bool) -> Iterator[None]:
-    """Inside, the input of the lowest layer that trains requires a gradient, though nothing uses it.
+    """Make the input of the lowest trained layer require a gradient inside the context.
 
-    ZeRO-3 frees the weights of a leaf module before their gradients come if its input has none.
+    Nothing uses this gradient. But without it, ZeRO-3 would free the weights of a leaf module before their gradients
+    are computed.
     """
     layers = decoder.decoder_layers(model)
     lowest = next((layer for layer in layers if any(p.requires_grad for p in layer.parameters())), None)

@@ -1,7 +1,7 @@
-"""A teacher's predictions on disk: the likeliest tokens of every position of the training windows, made once.
+"""A teacher's predictions on disk: the most likely tokens at every position of the training windows, computed once.
 
-A folder holds safetensors files of a fixed number of windows each, written aside and renamed. A run that was killed
-resumes at the first missing file. Files are memory-mapped: training reads the rows of a batch's windows alone.
+A folder has safetensors files with a fixed number of windows each. A killed run resumes at the first missing file.
+Files are memory-mapped, so training reads only the rows of a batch's windows.
 
 Shapes: N windows, B windows of a batch, S tokens of a window, K kept predictions, V vocabulary.
 """
@@ -34,17 +34,17 @@ from recondense.recovery.shared_passes import PassInputs
 from recondense.recovery.teachers import TeacherOutput
 
 WINDOWS_PER_FILE = 64
-FILES_PER_READING = 64  # made each time that the weights of a streamed teacher are read
-SMALL_VOCABULARY = 2**16  # ids of a vocabulary up to this size take two bytes
+FILES_PER_READING = 64  # number of files written each time the weights of a streamed teacher are read
+SMALL_VOCABULARY = 2**16  # up to this size, an id takes two bytes
 
 
 class CachedTeacher:
-    """A teacher of which the predictions for N windows are on disk.
+    """A teacher whose predictions for N windows are on disk.
 
     Args:
-        folder: of the files.
+        folder: the folder of the files.
         num_windows: N.
-        windows_per_file: windows of every file but the last.
+        windows_per_file: windows per file; the last file may have fewer.
     """
 
     answers_any_text = False
@@ -59,8 +59,8 @@ class CachedTeacher:
         return self  # copies of a student read the same files
 
     def teach(self, inputs: PassInputs, layers: Sequence[int] = ()) -> TeacherOutput:
-        assert inputs.window_B is not None, "a teacher on disk is asked by the numbers of windows"
-        assert not layers, "hidden states are not on disk"
+        assert inputs.window_B is not None, "a teacher on disk needs the numbers of the windows"
+        assert not layers, "a teacher on disk has no hidden states"
         columns = self.read(inputs.window_B.tolist())
         return TeacherOutput(TopK(*(inputs.tokens.select_rows(column).to(inputs.device) for column in columns)))
 
@@ -72,15 +72,15 @@ class CachedTeacher:
 
     @property
     def missing(self) -> list[int]:
-        """Indices of the files that do not exist yet."""
+        """The indices of the files that do not exist yet."""
         return [index for index, path in enumerate(self.files) if not path.exists()]
 
     def rows_of(self, index: int) -> range:
-        """The windows of a file."""
+        """Return the numbers of the windows in a file."""
         return range(index * self.windows_per_file, min((index + 1) * self.windows_per_file, self.num_windows))
 
     def read(self, windows: Sequence[int]) -> TopK:
-        """The predictions for some windows: ids and logits (B, S, K), the rest (B, S)."""
+        """Read the predictions for some windows: ids and logits (B, S, K), and the rest (B, S)."""
         rows: list[list[Tensor]] = []
         files = self.files
         for window in windows:
@@ -91,20 +91,20 @@ class CachedTeacher:
         return TopK(ids.to(torch.int64), logits, rest)
 
     def write(self, index: int, kept: TopK) -> None:
-        """Write one file, aside, then rename it."""
+        """Write the predictions of one file, under a temporary name that is then changed."""
         with replace_file(self.files[index]) as aside:
             save_file({name: column.contiguous() for name, column in kept._asdict().items()}, aside)
 
 
 def cache_key(weights: str, windows: Table, k: int, temperature: float, precision: str) -> str:
-    """The name of a folder of predictions: a fingerprint of everything they depend on.
+    """Return the name of a folder of predictions, a fingerprint of everything on which they depend.
 
     Args:
         weights: the fingerprint of the teacher's weights.
         windows: the ids, and positions if there are any.
-        k: predictions kept for a token.
-        temperature: at which the logsumexp of the other logits is taken.
-        precision: in which the teacher computes.
+        k: number of predictions per position.
+        temperature: the temperature for the logsumexp of the other logits.
+        precision: the precision in which the teacher computes.
     """
     digest = hashlib.sha256()
     for name in ("input_ids", "position_ids"):
@@ -124,23 +124,26 @@ def keep_predictions(
     autocast: AbstractContextManager[Any],
     windows_per_file: int = WINDOWS_PER_FILE,
 ) -> CachedTeacher:
-    """Run the teacher over the windows whose predictions are not on disk yet.
+    """Run the teacher on the windows whose predictions are not on disk yet.
 
     Args:
-        original: a context in which the model is the teacher.
+        original: makes a context that yields the teacher.
         windows: N windows.
-        folder: of the files.
+        folder: the folder of the files.
         k: K, at most V - 1.
-        temperature: at which the logsumexp of the other logits is taken.
-        batch_size: windows of a pass.
-        autocast: the precision of its passes.
-        windows_per_file: windows of every file but the last.
+        temperature: the temperature for the logsumexp of the other logits.
+        batch_size: windows per forward pass.
+        autocast: a context that sets the precision of the passes.
+        windows_per_file: windows per file; the last file may have fewer.
+
+    Returns:
+        The teacher, with all predictions on disk.
     """
     teacher = CachedTeacher(folder, num_rows(windows), windows_per_file)
     if not teacher.missing:
         return teacher
     folder.mkdir(parents=True, exist_ok=True)
-    with hold_lock(folder / ".lock", "asks the same teacher"):
+    with hold_lock(folder / ".lock", "runs the same teacher"):
         remove_partial(folder)
         total = sum(len(teacher.rows_of(index)) for index in teacher.missing)
         with progress("the teacher's predictions", total) as bar, original() as model, eval_mode(model), autocast:
@@ -167,7 +170,7 @@ def _batches(windows: Table, rows: range, batch_size: int) -> list[Table]:
 
 @torch.no_grad()
 def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor]:
-    """The final hidden states (B, S, D) of each batch."""
+    """Yield the final hidden states (B, S, D) of each batch."""
 
     def inputs(batch: Table) -> dict[str, Any]:
         moved = {name: batch[name].to(decoder.device(model)) for name in ("input_ids", "position_ids") if name in batch}
@@ -183,7 +186,7 @@ def _states(model: PreTrainedModel, batches: Sequence[Table]) -> Iterator[Tensor
 
 @torch.no_grad()
 def _predictions(model: PreTrainedModel, hidden_BSD: Tensor, k: int, temperature: float) -> TopK:
-    """The predictions for one batch, on the CPU. Logits keep the dtype of the head, so that none is rounded."""
+    """Compute the predictions for one batch, on the CPU. Logits keep the dtype of the head, so they are not rounded."""
     with decoder.lm_head(model) as head:
         vocabulary = len(head.weight_VD)
         kept = top_k(hidden_BSD.flatten(0, 1), head, min(k, vocabulary - 1), temperature)

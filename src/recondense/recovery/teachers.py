@@ -1,4 +1,4 @@
-"""Teachers: the original on the student's backbone, or another model. teacher_cache.py has predictions on disk."""
+"""Teachers: the original on the student's backbone, or another model; predictions on disk are in teacher_cache.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recondense.recovery.losses import Hidden, TopK
 from recondense.recovery.shared_passes import PassInputs, first_unshared_layer, record_entering, record_states
 from recondense.surgery.student import Student
 
-# Texts that two tokenizers of one vocabulary may still cut differently.
+# Texts that two tokenizers with the same vocabulary may still split differently.
 PROBES = (
     "Hello world",
     "  two spaces\n\n\tand a tab",
@@ -28,13 +28,13 @@ PROBES = (
 
 
 class TeacherOutput(NamedTuple):
-    """A teacher's answer to a batch.
+    """A teacher's output for a batch.
 
     Args:
-        target: its predictions; None: there is no teacher.
-        states: its hidden states (B, S, D) after the layers that were asked for.
-        layer: the first decoder layer that the student does not share with it.
-        entering: the hidden states that enter this layer, where the student may begin; empty: it may not.
+        target: the teacher's predictions; None without a teacher.
+        states: the teacher's hidden states (B, S, D) after the requested layers.
+        layer: the first decoder layer that student and teacher do not share.
+        entering: the hidden states that enter this layer, at which the student can start; empty if it cannot.
     """
 
     target: Hidden | TopK | None = None
@@ -48,20 +48,21 @@ class Teacher(Protocol):
 
     @property
     def answers_any_text(self) -> bool:
-        """Whether it can be asked about texts other than the training windows, such as validation windows."""
+        """Whether the teacher has predictions for other texts than the training windows, such as validation windows."""
 
     def teach(self, inputs: PassInputs, layers: Sequence[int] = ()) -> TeacherOutput:
-        """Its answer to a batch, computed without dropout and without gradients.
+        """Compute the teacher's output for a batch, without dropout and without gradients.
 
         Args:
-            layers: decoder layers after which hidden states are part of the answer.
+            inputs: the batch.
+            layers: the decoder layers after which hidden states are returned.
         """
 
 
 class OriginalTeacher:
     """The original, on the backbone that it shares with the student.
 
-    Layers below the first difference run once for both.
+    The layers below the first different one run only once for both.
     """
 
     def __init__(self, student: Student) -> None:
@@ -87,15 +88,15 @@ class OriginalTeacher:
 
 
 class OtherTeacher:
-    """Another model with the student's tokenizer, frozen. It is not part of the student's module or checkpoints.
+    """Another, frozen model with the student's tokenizer. It is not part of the student's module or checkpoints.
 
     Args:
         model: the causal LM, on the student's device.
         student: the model that learns from it.
-        name: what the user calls the teacher, for the message.
+        name: the teacher's name in the settings, for messages.
 
     Raises:
-        UserError: its head gives logits of another width than the student's.
+        UserError: the vocabulary size of the head differs from the student's.
     """
 
     answers_any_text = True
@@ -107,13 +108,13 @@ class OtherTeacher:
                 widths.append(len(head.weight_VD))
         if widths[0] != widths[1]:
             raise UserError(
-                f"recovery.teacher_path={name}: its head gives {widths[0]} logits and the student's {widths[1]}; a "
-                "teacher needs the student's vocabulary"
+                f"recovery.teacher_path={name}: its head has {widths[0]} logits, but the student's has {widths[1]}; a "
+                "teacher must have the student's vocabulary"
             )
         self.model = model.requires_grad_(False).eval()
 
     def __deepcopy__(self, memo: Any) -> OtherTeacher:
-        return self  # copies of a student ask the same teacher
+        return self  # copies of a student use the same teacher
 
     @torch.no_grad()
     def teach(self, inputs: PassInputs, layers: Sequence[int] = ()) -> TeacherOutput:
@@ -125,15 +126,15 @@ class OtherTeacher:
 
 
 def require_same_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a teacher whose token ids mean something else.
+    """Check that a teacher's token ids mean the same as the student's.
 
     Args:
         theirs: the teacher's tokenizer.
         ours: the student's tokenizer.
-        name: what the user calls the teacher.
+        name: the teacher's name in the settings.
 
     Raises:
-        UserError: another vocabulary, or texts that get other ids.
+        UserError: the vocabularies differ, or some texts get different ids.
     """
     our_ids, their_ids = ours.get_vocab(), theirs.get_vocab()
     differing = [token for token in {**our_ids, **their_ids} if our_ids.get(token) != their_ids.get(token)]
@@ -141,8 +142,8 @@ def require_same_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTok
     if differing:
         token = min(differing)
         reason = (
-            f"{len(differing)} tokens have other ids or exist in one of the two only, as {token!r} (id "
-            f"{their_ids.get(token)} there, {our_ids.get(token)} here)"
+            f"{len(differing)} tokens have different ids or exist in only one of the two, such as {token!r} (teacher's "
+            f"id {their_ids.get(token)}, student's id {our_ids.get(token)})"
         )
     else:
         texts = [text for text in PROBES if theirs(text)["input_ids"] != ours(text)["input_ids"]]

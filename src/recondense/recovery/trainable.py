@@ -1,4 +1,4 @@
-"""Which parameters a recovery trains."""
+"""Select the parameters that a recovery trains."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from recondense.surgery.student import Student
 
 
 def trainable_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, nn.Module]:
-    """The routed and shared experts of some layers by their names in the model; no router, no gate.
+    """Return the routed and shared experts of some layers by their names in the model, without routers and gates.
 
-    A condensed layer, and a dense layer of the family's own class, has its projections in their place.
+    For a condensed layer, or a dense layer of the family, return its projections.
     """
     modules: dict[str, nn.Module] = {}
     for layer in layers:
@@ -34,7 +34,7 @@ def trainable_modules(model: PreTrainedModel, layers: Sequence[int]) -> dict[str
 
 
 def trainable_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
-    """Layers among `layers` with trainable experts. If there is none, all layers with experts."""
+    """Return those of `layers` that have trainable experts. If there are none, return all layers with experts."""
     named = [layer for layer in layers if trainable_modules(model, [layer])]
     blocks = {layer: get_block(model, layer) for layer in range(len(decoder_layers(model)))}
     return named or [
@@ -43,15 +43,16 @@ def trainable_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]
 
 
 def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainable: str) -> dict[str, nn.Parameter]:
-    """The parameters that a recovery trains, by name in the model.
+    """Return the parameters that a recovery trains, by name in the model.
 
     Args:
-        layers: "experts" trains shared and retained experts of these layers, dense layers included. If there is none,
-            or if all of them were dropped, it trains those of all MoE layers.
-        trainable: "experts" or "all". Neither contains a router's correction bias, which no gradient reaches.
+        model: the causal LM.
+        layers: the layers for "experts". If none of them has experts, all MoE layers are used.
+        trainable: "experts" for the shared and retained experts of the layers, including dense layers, or "all". A
+            router's correction bias is never included, because it gets no gradient.
 
     Returns:
-        Parameters by name. Routers, gates and the scales of condensed layers are never among the experts.
+        Parameters by name. Routers, gates and the scales of condensed layers do not count as experts.
     """
     if trainable == "all":
         return {name: value for name, value in model.named_parameters() if not views.selects_experts(name)}
@@ -63,13 +64,15 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
 
 
 def check_trainable(student: Student, layers: Sequence[int], settings: RecoveryConfig) -> None:
-    """Refuse a recovery that has nothing to train, or would change the original with the student.
+    """Check that a recovery has something to train and does not change the original.
 
     Args:
-        layers: whose experts are to train.
+        student: the student.
+        layers: the layers whose experts should be trained.
+        settings: the settings of the recovery.
 
     Raises:
-        UserError: saying which.
+        UserError: there is nothing to train, or the original would change with the student.
     """
     if settings.trainable == "all" and student.plan.operations:
         raise UserError(
@@ -78,5 +81,6 @@ def check_trainable(student: Student, layers: Sequence[int], settings: RecoveryC
         )
     if settings.needs_experts and not trainable_parameters(student.model, layers, "experts"):
         raise UserError(
-            "recovery: no experts are left to train, all MoE layers were removed; use recovery=none or remove less"
+            "recovery: there are no experts to train, because all MoE layers were removed; use recovery=none, or "
+            "remove less"
         )

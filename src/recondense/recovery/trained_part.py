@@ -1,4 +1,4 @@
-"""The part of a student that one stage trains: its experts, adapters, or all of it."""
+"""The part of a student that one stage trains: its experts, adapters, or all weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from recondense.surgery.student import Student
 
 @dataclass
 class TrainedPart:
-    """The part of a student that a stage trains. `join_group` makes one.
+    """The part of a student that a stage trains. Use `begin` to make one.
 
     Args:
-        student: everything else of it is frozen.
-        settings: of the stage.
-        layers: decoder layers whose experts train.
-        adapters: that were put in for the stage; None: it trains weights of the model itself.
+        student: the student. All its other weights are frozen.
+        settings: the settings of the stage.
+        layers: decoder layers whose experts are trained.
+        adapters: the adapters of the stage; None if it trains weights of the model itself.
     """
 
     student: Student
@@ -30,13 +30,15 @@ class TrainedPart:
 
     @classmethod
     def begin(cls, student: Student, settings: RecoveryConfig, layers: Sequence[int] | None) -> TrainedPart:
-        """Freeze a student, give it own copies of the experts that will train, or put adapters in.
+        """Freeze a student and prepare its trained part: copy the experts that the original shares, or add adapters.
 
         Args:
-            layers: decoder layers whose experts train; None: the layers of the student's plan.
+            student: the student.
+            settings: the settings of the stage.
+            layers: decoder layers whose experts are trained; None for the layers of the student's plan.
 
         Raises:
-            UserError: there is nothing to train, or all weights are to train though the original shares them.
+            UserError: there is nothing to train, or the settings train all weights although the original shares them.
         """
         model = student.model
         layers = student.plan.layers if layers is None else layers
@@ -51,7 +53,7 @@ class TrainedPart:
         return part
 
     def unfreeze(self) -> None:
-        """Let the part train."""
+        """Unfreeze the part."""
         for parameter in self._parameters():
             parameter.requires_grad_(True)
 
@@ -62,7 +64,7 @@ class TrainedPart:
         return list(trainable.trainable_parameters(self.student.model, self.layers, self.settings.trainable).values())
 
     def merge_adapters(self) -> None:
-        """Merge the adapters into the weights, if there are any, and end the stage."""
+        """Merge any adapters into the weights. The stage cannot be trained further afterwards."""
         if self.adapters is not None:
             self.adapters.merge()
             self.adapters = None

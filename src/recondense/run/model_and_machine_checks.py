@@ -24,7 +24,7 @@ from recondense.run.resolved import Run
 
 
 def preflight(run: Run) -> Iterator[Problem]:
-    """Problems of a run that show without its weights."""
+    """Yield problems of a run that show without its weights."""
     config = run.config
     yield from _check_refit(run)
     if not config.plan_only:
@@ -48,7 +48,7 @@ def _check_refit(run: Run) -> Iterator[Problem]:
 
 
 def _check_model(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """What the original and the teachers lack.
+    """Yield what the original and the teachers lack.
 
     Args:
         planned: the config of the original.
@@ -68,7 +68,7 @@ def _check_model(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
 
 
 def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """What the method cannot do to this model, or the recovery."""
+    """Yield what the method cannot do to this model, or the recovery."""
     if not run.steps:
         families.original_facts(planned)  # or its error
         yield from _check_experts_train(run, planned)
@@ -83,7 +83,7 @@ def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
 
 
 def _check_weights(setting: str, path: str, model: ModelConfig, planned: PretrainedConfig) -> Iterator[Problem]:
-    """What the files of a local folder lack, by their headers; those of hub ids are looked at when they are loaded.
+    """Yield what the files of a local folder lack, by their headers; those of hub ids are looked at when they are loaded.
 
     Args:
         setting: that names the folder.
@@ -110,7 +110,7 @@ def _check_weights(setting: str, path: str, model: ModelConfig, planned: Pretrai
 
 
 def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Experts that are to train, of a model that has none and of which recondense condensed no layer."""
+    """Yield experts that are to train, of a model that has none and of which recondense condensed no layer."""
     from recondense.recovery import trainable
 
     stages = [stage for stage in run.stages if stage.recovery.needs_experts]
@@ -121,7 +121,7 @@ def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Proble
 
 
 def _check_teachers(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Local teachers that cannot be loaded or lack the student's vocabulary; hub ids are looked at when loaded."""
+    """Yield local teachers that cannot be loaded or lack the student's vocabulary; hub ids are looked at when loaded."""
     recoveries = [stage.recovery for stage in run.stages]
     paths = {item.teacher_path for item in recoveries if (item.objective, item.teacher) == ("distill", "model")}
     for path in sorted(path for path in paths if path is not None and Path(path).is_dir()):
@@ -145,7 +145,7 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
     student = model.tokenizer or model.path
     if size != planned.vocab_size:
         text = (
-            f"its head gives {size} logits and the student's {planned.vocab_size}; a teacher needs the student's "
+            f"its head has {size} logits, but the student's has {planned.vocab_size}; a teacher needs the student's "
             "vocabulary."
         )
         yield Problem("recovery.teacher_path", text, path)
@@ -155,7 +155,7 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
-    """A folder whose experts were factorized, given to a method that needs full ones."""
+    """Yield a folder whose experts were factorized, given to a method that needs full ones."""
     if facts.factorized and any(step.needs_whole_experts for step in steps):
         layers = ", ".join(map(str, facts.factorized[:6])) + (", ..." if len(facts.factorized) > 6 else "")
         text = (
@@ -166,7 +166,7 @@ def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Pr
 
 
 def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Why the family's own class can never hold what this method makes, where it is asked to."""
+    """Yield why the family's own class can never hold what this method makes, where it is asked to."""
     export = run.config.export
     if export.format != "stock" or export.enabled is False or not run.steps:
         return
@@ -182,7 +182,7 @@ def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
 
 
 def _check_budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[Problem]:
-    """Sizes that no method reaches which takes only routed experts and routers away; a dropped layer is more."""
+    """Return sizes that no method reaches which takes only routed experts and routers away; a dropped layer is more."""
     ratios = [step.budget.memory_ratio for step in steps if step.budget.memory_ratio]
     if not ratios or any(step.removes_layers for step in steps):
         return []
@@ -197,7 +197,7 @@ def _check_budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[Pro
 
 
 def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedConfig:
-    """The config of the model that a run starts from, without its weights.
+    """Return the config of the model that a run starts from, without its weights.
 
     Args:
         plan_only: of a hub id, what is recorded here; the hub is not asked.
@@ -222,7 +222,7 @@ def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedCon
 
 
 def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
-    """The config of the model that is trained on first use."""
+    """Return the config of the model that is trained on first use."""
     try:
         from transformers import Qwen2MoeConfig
 
@@ -232,7 +232,7 @@ def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
 
 
 def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
-    """The config of a hub id, from the cache when the hub is out of reach."""
+    """Return the config of a hub id, from the cache when the hub is out of reach."""
     with hub_access() as online:
         where: dict[str, Any] = {"revision": model.revision, "local_files_only": not online}
         try:
@@ -251,7 +251,7 @@ def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
 
 
 def _check_machine(config: Config) -> Iterator[Problem]:
-    """What this machine cannot do."""
+    """Yield what this machine cannot do."""
     device = config.model.device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, _, index = device.partition(":")
@@ -264,7 +264,7 @@ def _check_machine(config: Config) -> Iterator[Problem]:
 
 
 def _check_processes(run: Run) -> Iterator[Problem]:
-    """What is wrong with the processes of the run and with what trains on them."""
+    """Yield what is wrong with the processes of the run and with what trains on them."""
     from recondense.run import launching
 
     trainer, device = run.config.trainer, run.config.model.device
@@ -285,7 +285,7 @@ def _check_processes(run: Run) -> Iterator[Problem]:
 
 
 def _check_rounding(config: Config, planned: PretrainedConfig) -> Iterator[Problem]:
-    """A precision in which DeepSpeed would round the weights that are frozen."""
+    """Yield a precision in which DeepSpeed would round the weights that are frozen."""
     trainer = config.trainer
     dtype = config.model.dtype if config.model.dtype != "auto" else str(planned.dtype).rpartition(".")[2]
     if not trainer.deepspeed or config.recovery.objective == "none":
@@ -301,7 +301,7 @@ def _check_rounding(config: Config, planned: PretrainedConfig) -> Iterator[Probl
 
 
 def _check_tasks(evaluation: EvaluationConfig) -> Iterator[Problem]:
-    """Unknown lm-eval tasks; its import takes seconds, so only where some are named."""
+    """Yield unknown lm-eval tasks; its import takes seconds, so only where some are named."""
     if evaluation.tasks or (evaluation.include_path is not None and evaluation.tasks is None):
         from recondense.evaluation.lm_eval import check_tasks
 

@@ -312,7 +312,7 @@ def test_hidden_states_are_compared_at_the_same_layers_where_some_were_removed(d
 def test_a_recovery_without_anything_to_train_is_refused(changes: dict[str, Any]) -> None:
     model = FAMILIES["qwen2_moe"]()
     plan = Plan("qwen2_moe", tuple(Drop(layer, "moe") for layer in range(3)))
-    with pytest.raises(ValueError, match="no experts are left to train"):
+    with pytest.raises(ValueError, match="there are no experts to train"):
         prepared(model, plan, **changes)
 
 

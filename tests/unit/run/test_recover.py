@@ -72,7 +72,7 @@ def test_a_stage_of_experts_after_adapters_does_not_change_the_original(tmp_path
 def test_a_stage_without_anything_to_train_is_refused(changes: dict[str, Any]) -> None:
     plan = Plan("qwen2_moe", tuple(Drop(layer, "moe") for layer in range(3)))
     student = apply(qwen2_moe(), plan)
-    with pytest.raises(ValueError, match="no experts are left to train"):
+    with pytest.raises(ValueError, match="there are no experts to train"):
         prepare_student(student, [stage(recovery()), stage(recovery(**changes))])
     prepare_student(student, [stage(recovery(objective="none"))])
 

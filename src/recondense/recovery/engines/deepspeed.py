@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 2 and 3."""
+"""DeepSpeed ZeRO, stages 2 and 3."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from recondense.recovery.engines.full_tensors import MOMENTS, PlainCheckpoints, 
 
 
 class Zero(PlainCheckpoints, DeepSpeedStrategy):
-    """Lightning's DeepSpeed. Checkpoints are those of one process, and it runs on CPUs too.
+    """Lightning's DeepSpeed strategy. Checkpoints are the same as those of one process, and it also runs on CPUs.
 
-    On CPUs it shows that a recovery works before GPUs are paid for; it is not meant for training there.
+    Running on CPUs is meant for tests of a recovery, not for training.
 
     Args:
-        leaves: MoE blocks. ZeRO-3 unshards each as one: processes whose tokens reach different experts would otherwise
-            wait for each other.
+        leaves: MoE blocks, each of which ZeRO-3 unshards as a unit. Otherwise processes whose tokens are routed to
+            different experts would wait for each other forever.
     """
 
     def __init__(self, *args: Any, leaves: Iterable[nn.Module] = (), **kwargs: Any) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Importing DeepSpeed sets a level, and so does Lightning.
+        # Keep the logging level: both the import of DeepSpeed and Lightning would change it.
         kwargs.setdefault("logging_level", logging.getLogger("DeepSpeed").level or logging.WARNING)
         super().__init__(*args, **kwargs)
         self._leaves = list(leaves)
@@ -37,20 +37,20 @@ class Zero(PlainCheckpoints, DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         device = super().root_device
-        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed asks for an index
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed needs an index
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning has divided the loss by the batches of a step; DeepSpeed would once more.
+        # Lightning has already divided the loss by the number of batches per step; DeepSpeed must not do so again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own allows GPUs only
+        DDPStrategy.setup_environment(self)  # that of DeepSpeedStrategy only allows GPUs
 
     def setup_distributed(self) -> None:
         import deepspeed.ops
 
         if self.root_device.type == "cpu":
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would have to be compiled
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -64,7 +64,7 @@ class Zero(PlainCheckpoints, DeepSpeedStrategy):
         yield
 
     def partition(self, parameter: nn.Parameter) -> None:
-        """Shard a parameter of the first process, and keep this process's shard."""
+        """Shard the first process's parameter over all processes."""
         import deepspeed
 
         holder = nn.ParameterList([parameter])
@@ -123,6 +123,6 @@ class Zero(PlainCheckpoints, DeepSpeedStrategy):
         return getattr(optimizer, "_optimizer", optimizer).optimizer
 
     def _groups(self) -> list[list[nn.Parameter]]:
-        """The parameters of the module's optimiser, group by group; DeepSpeed's has flat partitions of them."""
+        """Return the parameters of the module's optimizer by group; DeepSpeed's optimizer has only flat partitions."""
         assert self.lightning_module is not None
         return [group["params"] for group in self.lightning_module.parameter_groups()]  # type: ignore[operator,union-attr]

@@ -1,4 +1,4 @@
-"""FSDP2: each process holds a part of every weight."""
+"""FSDP2: every weight is sharded over the processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from recondense.recovery.engines.full_tensors import PlainCheckpoints, full_tens
 
 
 class Sharded(PlainCheckpoints, ModelParallelStrategy):
-    """Lightning's FSDP2. Steps run in the module's forward, and checkpoints are those of one process."""
+    """Lightning's FSDP2 strategy. Steps run in the module's forward; checkpoints are as for one process."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        # The module itself is the root unit: weights in no other unit are unsharded for the whole of a step.
+        # The module itself is the root unit, so weights in no other unit are unsharded during the entire step.
         with self.precision_plugin.train_step_context():
             return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Sharded tensors to full ones, and checkpoints of one form for all engines."""
+"""Unshard tensors, and give the checkpoints of all engines the same form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """A parameter unsharded, in the highest precision that the engine keeps. All processes call it together."""
+    """Return an unsharded parameter in the highest precision that the engine keeps. All processes must call this."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
@@ -27,25 +27,25 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def num_dimensions(parameter: Tensor) -> int:
-    """The dimensions of an unsharded parameter; under ZeRO-3 the parameter itself is empty."""
+    """Return the number of dimensions of the unsharded parameter; under ZeRO-3 the parameter itself is empty."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def to_first_process(tensor: Tensor) -> Tensor | None:
-    """A tensor in the first process's memory; None in the others, which need not have it."""
+    """Return a tensor in CPU memory on the first process, and None on the others, which do not need it."""
     return tensor.cpu() if processes.is_first() else None
 
 
 def shard_like(full: Tensor, mesh: DeviceMesh, like: Tensor) -> DTensor:
-    """Shard the first process's tensor as another is sharded."""
+    """Shard the first process's tensor in the same way as another tensor."""
     assert isinstance(like, DTensor)
     return distribute_tensor(full, mesh, like.placements)
 
 
 class PlainCheckpoints(Strategy):
-    """Checkpoints in the form of a single process: Lightning's plain ones, without the module's weights.
+    """Writes the same checkpoints as a single process: Lightning's plain ones, without the module's weights.
 
-    The module puts the trained weights in itself.
+    The module itself adds the trained weights.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The engine that trains a module on several processes, and the arguments that Lightning's Trainer gets for it."""
+"""Arguments for Lightning's Trainer: the processes, and the engine that trains a module on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recondense.recovery.engines.fsdp2 import Sharded
 
 
 class StartedProcesses(ClusterEnvironment):
-    """The processes are started already: Lightning starts none."""
+    """Tells Lightning that the processes are already started."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -59,11 +59,12 @@ class StartedProcesses(ClusterEnvironment):
 
 
 def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Iterable[nn.Module]) -> dict[str, Any]:
-    """Arguments of Lightning's Trainer about processes and engine; without a process group, one device.
+    """Return the arguments of Lightning's Trainer for processes and engine; without a process group, one device.
 
     Args:
-        device: where this process computes.
-        leaves: MoE blocks; the tokens decide which of their experts run.
+        settings: the settings of the trainer.
+        device: the device of this process.
+        leaves: MoE blocks, in which the tokens decide which experts run.
     """
     gpu = device.type == "cuda"
     if not processes.has_group():
@@ -71,7 +72,7 @@ def trainer_arguments(settings: TrainerConfig, device: torch.device, leaves: Ite
     here = processes.local_world_size()
     return {
         "accelerator": "gpu" if gpu else "cpu",
-        # a single process on a GPU of its choice, else on the GPU of its number
+        # a single process uses the GPU of its settings, several processes use the GPU of their local rank
         "devices": [device.index or 0] if gpu and processes.world_size() == 1 else here,
         "num_nodes": processes.world_size() // here,
         "strategy": _strategy(settings, gpu, leaves),
@@ -84,14 +85,14 @@ def _strategy(settings: TrainerConfig, gpu: bool, leaves: Iterable[nn.Module]) -
         return Sharded(data_parallel_size=processes.world_size(), tensor_parallel_size=1, timeout=timeout)
     if settings.deepspeed:
         return Zero(config=zero_config(settings.strategy, gpu), timeout=timeout, leaves=leaves)
-    # Buffers are equal and stay so; unused experts give zeros (see low_rank.py), so no parameter lacks a gradient.
+    # Buffers are equal and do not change. Unused experts get zero gradients (see low_rank.py), so none is missing.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPStrategy(timeout=timeout, **{buffers: False})  # type: ignore[arg-type]
 
 
 def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's settings. The optimiser is the module's, torch's AdamW, even if its states lie in CPU memory."""
+    """Return DeepSpeed's settings. The optimizer is torch's AdamW, even if its states are in CPU memory."""
     zero: dict[str, Any] = {
         "stage": 2 if strategy == "deepspeed_zero2" else 3,
         "contiguous_gradients": True,
@@ -102,18 +103,18 @@ def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu", "pin_memory": gpu}
     return {
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # which would be compiled
+        "zero_force_ds_cpu_optimizer": False,  # it would have to be compiled
         "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,  # only its reports use it
+        "train_micro_batch_size_per_gpu": 1,  # used only in DeepSpeed's reports
         "steps_per_print": 10**9,
     }
 
 
 def needs_all_processes(strategy: Strategy) -> bool:
-    """Whether a forward pass of the trained module needs all processes, because its weights are sharded."""
+    """Return whether a forward pass of the trained module needs all processes, because its weights are sharded."""
     return isinstance(strategy, Sharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
 
 
 def has_leaves(strategy: Strategy) -> bool:
-    """Whether a strategy unshards some modules as one: ZeRO-3's leaves."""
+    """Return whether a strategy unshards some modules as a unit (ZeRO-3's leaves)."""
     return isinstance(strategy, Zero) and strategy.zero_stage_3

@@ -1,7 +1,7 @@
-"""A module's twin, which FSDP2 and ZeRO train; under FSDP2 and ZeRO-3 its weights are sharded.
+"""The twin of a module: FSDP2 and ZeRO train it in the module's place. Under FSDP2 and ZeRO-3 its weights are sharded.
 
-The module itself stays in the first process's memory, its home, and gets the trained weights from the last checkpoint.
-The other processes keep no weights.
+The module itself stays in the memory of the first process. After training it gets the trained weights from the last
+checkpoint. The other processes keep no weights of the module.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 def make_twin(module: Module, shared: Iterable[object], empty: bool) -> Module:
-    """Copy a module's structure. The parameters are new, on the module's memory or on the meta device.
+    """Copy a module's structure. The parameters are new objects that share the module's memory or are on the meta
+    device.
 
     Args:
-        shared: objects that the twin has in common with the module.
-        empty: the twin's parameters have no memory yet.
+        module: the module.
+        shared: objects that are not copied; the twin refers to the same objects as the module.
+        empty: whether the twin's parameters are on the meta device.
     """
     memo: dict[int, Any] = {id(item): item for item in shared}
     for parameter in module.parameters():
@@ -39,7 +41,7 @@ def make_twin(module: Module, shared: Iterable[object], empty: bool) -> Module:
 
 
 def release_weights(module: nn.Module) -> None:
-    """Free the memory of a module's parameters; names, shapes and types stay."""
+    """Free the memory of a module's parameters; their names, shapes and dtypes do not change."""
     empty: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -51,19 +53,20 @@ def release_weights(module: nn.Module) -> None:
 
 
 def is_hollow(module: nn.Module) -> bool:
-    """Whether the weights lie in another process."""
+    """Return whether the weights are in another process's memory."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
 def shard(twin: LightningModule, home: nn.Module, units: Sequence[nn.Module]) -> None:
-    """Shard the first process's weights over all processes, into an empty twin. Called in `configure_model`.
+    """Shard the first process's weights over all processes, into an empty twin. Must be called in `configure_model`.
 
-    One parameter at a time is unsharded, on each process.
+    On each process, only one parameter at a time is unsharded.
 
     Args:
-        home: the module; its parameters have memory in the first process only.
-        units: modules that are unsharded one at a time, in the order of a forward pass. The rest of the twin is one
-            more unit.
+        twin: the empty twin.
+        home: the original module, whose parameters have memory only in the first process.
+        units: modules that are unsharded as units, in the order of a forward pass. The rest of the twin is another
+            unit.
     """
     weights = dict(home.named_parameters())
     if isinstance(twin.trainer.strategy, Zero):
@@ -77,21 +80,21 @@ def shard(twin: LightningModule, home: nn.Module, units: Sequence[nn.Module]) ->
     for unit in units:
         fully_shard(unit, mesh=mesh)
     fully_shard(twin, mesh=mesh)
-    _materialise(twin, device)
+    _materialize(twin, device)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             parameter.copy_(shard_like(_on_device(weights[name], device), mesh, parameter))
 
 
 def _on_device(weight: Tensor, device: torch.device) -> Tensor:
-    """The first process's weight on its device; on another process, empty memory of its shape."""
+    """Return the first process's weight on the device; on other processes, an uninitialized tensor of its shape."""
     return (
         torch.empty(weight.shape, dtype=weight.dtype, device=device) if weight.is_meta else weight.detach().to(device)
     )
 
 
-def _materialise(module: nn.Module, device: torch.device) -> None:
-    """Allocate an empty module's shards; its buffers have memory already."""
+def _materialize(module: nn.Module, device: torch.device) -> None:
+    """Allocate the shards of an empty module; its buffers already have memory."""
     buffers = [(part, name, value) for part in module.modules() for name, value in part._buffers.items()]
     module.to_empty(device=device)
     for part, name, value in buffers:
@@ -99,12 +102,14 @@ def _materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def prefetch_backwards(root: nn.Module, units: Sequence[nn.Module]) -> None:
-    """Let a backward pass unshard in the order of the student, whatever passes went before.
+    """Make the backward pass unshard units in the order of the student's layers.
 
-    FSDP2's own order is that of all passes since the last backward. It would unshard the teacher's units as well.
+    By default, FSDP2 uses the order of all forward passes since the last backward pass, and would also unshard the
+    teacher's units.
 
     Args:
-        units: those that a backward pass reaches, in its order.
+        root: the root unit.
+        units: the units that a backward pass reaches, in its order.
     """
     chain = [root, *units]
     for unit, following in zip(chain, [*chain[1:], chain[-1]], strict=True):
@@ -114,9 +119,9 @@ def prefetch_backwards(root: nn.Module, units: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def unshard_root(module: nn.Module) -> Iterator[None]:
-    """Inside, weights in no unit (embeddings, head) can be used outside a training or validation step.
+    """Unshard the weights of FSDP2's root unit (embeddings, head) inside the context, for use outside a step.
 
-    ZeRO-3 unshards what is used by itself.
+    ZeRO-3 unshards weights automatically when they are used.
     """
     if not isinstance(module, FSDPModule):
         yield
