@@ -1,8 +1,9 @@
-"""A run's scores beside those that the papers published: means over a paper's tasks, and the rows nearest to a run.
+"""Comparison of a run's scores with published ones: the mean over each paper's tasks, and the nearest published rows.
 
-Mean: of each task acc_norm where lm-eval has it (arc_challenge, arc_easy, hellaswag, openbookqa, piqa), else acc
-(boolq, mmlu, rte, winogrande); every task weighs the same. CD-MoE's scores of DeepSeekMoE-16B, task by task, are
-those: 77.4 on HellaSwag and 44.2 on OpenBookQA are acc_norm. MoE-I² does not say; the same is assumed.
+The mean is over acc_norm for the tasks where lm-eval reports it (arc_challenge, arc_easy, hellaswag, openbookqa, piqa)
+and over acc for the others (boolq, mmlu, rte, winogrande), with equal weights. CD-MoE's scores per task for
+DeepSeekMoE-16B agree with this: 77.4 on HellaSwag and 44.2 on OpenBookQA are acc_norm. MoE-I² does not name its
+metric; it is assumed to be the same.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ from recondense.report.published import (
     published_model,
 )
 
-KINDS = {"drop_moe": "layer_drop", "drop_layer": "block_drop", "merge": "msmoe"}  # operations, and the papers' words
-# The ratio of a paper's rows, and its heading: of the whole model's bytes, or of the routed experts' parameters.
+KINDS = {"drop_moe": "layer_drop", "drop_layer": "block_drop", "merge": "msmoe"}  # operation: method in `published`
+# Paper: (ratio that its rows state, heading of the column). CD-MoE states the share of the model's bytes that remains,
+# MoE-I² the share of the routed experts' parameters that was removed.
 RATIOS = {CDMOE: ("memory_ratio", "memory\nratio"), MOEI2: ("removed_expert_ratio", "experts'\ncut")}
-SAME_CUT = 0.005  # of the routed experts' parameters
+SAME_CUT = 0.005  # maximum difference of `removed_expert_ratio` between equal settings
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What was done to a model, in the terms of a published row.
+    """A compression setting in the terms of a published row.
 
     Args:
-        method: as in `Result`; None: nothing that either paper did.
-        removed_expert_ratio: share of the routed experts' parameters that is gone.
+        method: as in `Result`; None if neither paper has a result for such a compression.
+        num_layers: layers that were condensed, dropped or merged.
+        num_experts: routed experts retained in each condensed layer.
+        removed_expert_ratio: share of the routed experts' parameters that was removed.
     """
 
     method: str | None
@@ -45,10 +49,10 @@ class Setting:
 
 
 def task_means(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean over the tasks of each paper, between 0 and 1; a paper of which a task is missing is absent.
+    """Return the mean score over each paper's tasks, between 0 and 1. Papers with missing tasks are absent.
 
     Args:
-        tasks: metrics of each task, as `tasks.run_tasks` gives them.
+        tasks: metrics of each task, as returned by `lm_eval.run_tasks`.
     """
     scores = {name: metrics.get("acc_norm", metrics.get("acc")) for name, metrics in tasks.items()}
     means = {}
@@ -60,10 +64,14 @@ def task_means(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def recognise(model_type: str, hidden_size: int, num_layers: int, num_experts: int, compressed: bool) -> Model | None:
-    """Find the published model that a config is, or was before it was compressed.
+    """Find the published model that has a config's sizes, or had them before it was compressed; None if there is none.
 
     Args:
-        compressed: the folder has a plan: it may have lost experts and layers, but no more than there were.
+        model_type: the family's `model_type`.
+        hidden_size: width of the hidden states.
+        num_layers: decoder layers.
+        num_experts: routed experts per layer.
+        compressed: whether the folder has a plan. If so, a model with more layers or experts matches too.
     """
     exact = published_model(model_type, hidden_size, num_layers, num_experts)
     if exact is not None or not compressed:
@@ -76,19 +84,20 @@ def recognise(model_type: str, hidden_size: int, num_layers: int, num_experts: i
 
 
 def setting_of(operations: Mapping[str, Mapping[str, float]], removed_expert_ratio: float) -> Setting:
-    """What a plan did, in the terms of a published row.
+    """Return the setting of a plan in the terms of a published row.
 
     Args:
-        operations: `summary.operation_counts`.
-        removed_expert_ratio: of the whole plan; experts in condensed layers count as retained.
+        operations: as returned by `summary.operation_counts`.
+        removed_expert_ratio: share of the routed experts' parameters that the plan removes; the experts of condensed
+            layers count as retained.
     """
     kinds = set(operations) - {"refit"}
     if not kinds:
         return Setting("original")
     if kinds == {"condense"}:
         counts = operations["condense"]
-        layers, kept = int(counts["layers"]), counts["retained"] / counts["layers"]
-        return Setting("cdmoe", layers, int(kept)) if kept == int(kept) else Setting(None)
+        layers, retained = int(counts["layers"]), counts["retained"] / counts["layers"]
+        return Setting("cdmoe", layers, int(retained)) if retained == int(retained) else Setting(None)
     if "prune" in kinds and kinds <= {"prune", "factorize"}:
         return Setting("moei2", removed_expert_ratio=removed_expert_ratio)
     if len(kinds) == 1 and (method := KINDS.get(kinds.pop())) is not None:
@@ -98,19 +107,19 @@ def setting_of(operations: Mapping[str, Mapping[str, float]], removed_expert_rat
 
 
 def nearest_rows(model: Model, paper: str, setting: Setting) -> list[Result]:
-    """The original's row, and those of the same setting, before and after fine-tuning, or else of the nearest one."""
+    """Return the original's row, and all rows of the setting that is nearest to the given one."""
     rows = list(find(model.name, paper=paper, method="original"))
     if setting.method in (None, "original"):
         return rows
-    done = find(model.name, paper=paper, method=setting.method)
-    nearest = min(done, key=lambda row: _distance(row, setting), default=None)
+    candidates = find(model.name, paper=paper, method=setting.method)
+    nearest = min(candidates, key=lambda row: _distance(row, setting), default=None)
     if nearest is None:
         return rows
-    return rows + [row for row in done if _distance(row, setting) == _distance(nearest, setting)]
+    return rows + [row for row in candidates if _distance(row, setting) == _distance(nearest, setting)]
 
 
 def is_same(row: Result, setting: Setting) -> bool:
-    """Whether a row's setting is the run's."""
+    """Return whether a row has a setting; the removed shares of experts may differ by up to `SAME_CUT`."""
     if row.method == "original":
         return True
     experts, layers, cut = _distance(row, setting)
@@ -118,24 +127,26 @@ def is_same(row: Result, setting: Setting) -> bool:
 
 
 def _distance(row: Result, setting: Setting) -> tuple[float, float, float]:
-    """How far a row's setting is: experts kept first, then layers, then what was cut."""
+    """Return the differences in retained experts, layers and removed share, to be compared in this order."""
 
-    def apart(one: float | None, other: float | None) -> float:
+    def difference(one: float | None, other: float | None) -> float:
         return 0.0 if one is None or other is None else abs(one - other)
 
     return (
-        apart(row.num_experts, setting.num_experts),
-        apart(row.num_layers, setting.num_layers),
-        apart(row.removed_expert_ratio, setting.removed_expert_ratio),
+        difference(row.num_experts, setting.num_experts),
+        difference(row.num_layers, setting.num_layers),
+        difference(row.removed_expert_ratio, setting.removed_expert_ratio),
     )
 
 
 def published_rows(model: Model | None, setting: Setting, papers: list[str], differs: list[str]) -> dict[str, Any]:
-    """The published rows that `summary.json` keeps, as JSON values; `rows` is empty for an unknown model.
+    """Return the entry `published` of `summary.json`, as JSON values. Its `rows` is empty for an unknown model.
 
     Args:
-        papers: whose means the run has.
-        differs: settings of the evaluation that no paper has, as texts.
+        model: the published model, if the run's model is one.
+        setting: the run's setting.
+        papers: papers whose task mean the run has measured.
+        differs: evaluation settings that differ from the papers', as `name=value`.
     """
     published: dict[str, Any] = {"model": model.name} if model is not None else {}
     if differs:
@@ -154,13 +165,14 @@ def published_rows(model: Model | None, setting: Setting, papers: list[str], dif
 
 
 def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """For each paper whose tasks were run: the mean of each stage, then the published rows.
+    """Return a table for each paper whose tasks were run: the mean of each stage, then the published rows.
 
     Args:
-        summary: as `summary.json` holds it.
+        summary: content of `summary.json`.
 
     Returns:
-        title, headings and rows of texts; a figure that is not known is a dash, a column without any is left out.
+        For each table its title, headings and rows of cells. An unknown figure is a dash; a column without figures is
+        omitted.
     """
     texts = []
     for paper, title in PAPER_TITLES.items():
@@ -169,28 +181,28 @@ def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
         for name, stage in summary.get("stages", {}).items():
             if paper in stage.get("task_mean", {}):
                 earlier = summary.get("published", {}).get("earlier", False)
-                # The run's own ratio is to what it was given, which was compressed before.
+                # The ratio of this run is relative to its input. If that was compressed earlier, it is not comparable.
                 ratio = None if earlier or name in ("original", "control") else _ratio_of(summary, key)
                 mean = f"{100 * stage['task_mean'][paper]:.2f}"
-                called = "as given" if earlier and name == "original" else name
-                rows.append([f"this run: {called}", mean, _or_dash(ratio, "{:.4f}"), "-", ""])
+                label = "input" if earlier and name == "original" else name
+                rows.append([f"this run: {label}", mean, _or_dash(ratio, "{:.4f}"), "-", ""])
         if not rows:
             continue
         for row in summary.get("published", {}).get("rows", ()):
             if row["paper"] == paper:
-                words = f"published: {row['setting']}{'' if row['same'] else ' (the nearest)'}"
+                words = f"published: {row['setting']}{'' if row['same'] else ' (nearest)'}"
                 figures = [_or_dash(row.get(key), "{:.4g}"), _or_dash(row.get("speedup"), "{:.2f}x")]
                 source = "; ".join(row[part] for part in ("source", "note") if part in row)
                 rows.append([words, f"{row['mean']:.2f}", *figures, source])
         headings = ["", "mean, %", heading, "speed", "source"]
-        told = [index for index, cells in enumerate(zip(*rows, strict=True)) if not set(cells) <= {"-", ""}]
-        shown = [[row[index] for index in told] for row in [headings, *rows]]
+        used = [index for index, cells in enumerate(zip(*rows, strict=True)) if not set(cells) <= {"-", ""}]
+        shown = [[row[index] for index in used] for row in [headings, *rows]]
         texts.append((f"mean of the {len(PAPER_TASKS[paper])} tasks of {title}", shown[0], shown[1:]))
     return texts
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """Lines that say why the published rows cannot be compared, or that there are none."""
+    """Return notes for the reader: that there are no published rows, or which settings differ from the papers'."""
     published = summary.get("published")
     if published is None:
         return []
@@ -201,12 +213,12 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _ratio_of(summary: Mapping[str, Any], key: str) -> float | None:
-    """This run's figure of the kind that a paper's rows have."""
+    """Return this run's value of the ratio that a paper's rows state (`RATIOS`)."""
     ratios: Mapping[str, float] = summary.get("ratios", {})
     if key == "memory_ratio":
         return ratios.get("memory")
-    kept = ratios.get("routed_expert_parameters")
-    return None if kept is None else 1 - kept
+    retained = ratios.get("routed_expert_parameters")
+    return None if retained is None else 1 - retained
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""The runs of a sweep as a table; runs that differ by their seed alone are one line of mean and standard deviation."""
+"""Table of the runs of a sweep. Runs that differ only in their seed share a row of means and standard deviations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from recondense.report.sweep_table import sweep_row
 from recondense.report.tables import format_bytes, format_number
 
 BUDGET = "method.memory_ratio"
-PLACES = ("run_dir", "output_dir", "cache_dir", "overwrite")  # settings that say where, not what
-CONTROL = "none"  # the method without steps: what a recovery makes of it is the original trained further
-# Key of a row, title (broken at the line's end in a terminal), form.
+PLACES = ("run_dir", "output_dir", "cache_dir", "overwrite")  # settings of paths, which do not distinguish runs
+CONTROL = "none"  # the method without steps; with a recovery, it trains the original further
+# Key of a row: (title with line breaks for a terminal, format function).
 COLUMNS: dict[str, tuple[str, Any]] = {
     "weights_bytes": ("weights", format_bytes),
     "memory_ratio": ("memory\nratio", "{:.3f}".format),
@@ -35,9 +35,9 @@ SECONDS: dict[str, tuple[str, Any]] = {
     "refit_seconds": ("refit\n(s)", "{:.0f}".format),
     "recover_seconds": ("recover\n(s)", "{:.0f}".format),
 }
-IN_WORDS = "weights_bytes"  # not in the tables: the memory ratio says it
+IN_WORDS = "weights_bytes"  # not in the tables, because the memory ratio expresses it
 FOLLOWS = ("refit_gap_closed", "gap_closed")
-# Word of a column, title of a panel.
+# Stage: (word in a column's title, title of a panel).
 STAGES = {
     "compressed": ("before", "compressed"),
     "refitted": ("refit", "refitted, not trained"),
@@ -46,18 +46,18 @@ STAGES = {
 
 
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """The figures of finished runs side by side.
+    """Return the figures of finished runs for a comparison.
 
     Args:
-        folders: of runs.
+        folders: folders of finished runs.
 
     Returns:
-        A row a run, in the order of the folders: `run_folder`, `settings` (in which the runs differ, by dotted name),
-        `status`, and figures: perplexities, bytes, parameters, ratios and seconds. What was not measured is absent.
-        `sweep_table.sweep_table` prints rows.
+        One row per run, in the order of the folders, with `run_folder`, `settings` (those in which the runs differ, by
+        dotted name), `status`, and the figures: perplexities, sizes in bytes, numbers of parameters, ratios, and
+        durations in seconds. Figures that were not measured are absent. `sweep_table.sweep_table` prints the rows.
 
     Raises:
-        UserError: a folder that holds no finished run.
+        UserError: a folder contains no finished run.
 
     Example:
         >>> rows = rc.compare([first_run, second_run])
@@ -70,7 +70,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             configs.append(_flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
         except FileNotFoundError as error:
-            raise UserError(f"{folder}: holds no finished run ({Path(error.filename).name} is missing)") from None
+            raise UserError(f"{folder} contains no finished run ({Path(error.filename).name} is missing)") from None
         rows.append({"run_folder": str(folder), "settings": {}, "status": "done", **sweep_row(summary)})
     for name in dict.fromkeys(name for config in configs for name in config):
         values = [config.get(name) for config in configs]
@@ -81,7 +81,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
+    """Return settings by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -89,18 +89,19 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for all runs that differ by `seed` alone.
+    """Return one entry for each group of runs that differ only in `seed`.
 
-    Jobs that are one and the same run (a budget means nothing to method=none) count once, with the settings they share.
+    Jobs that resulted in the same run (method=none ignores the budget) count once, with the settings they share.
 
     Args:
-        rows: as for `report.sweep_table`.
+        rows: rows of `sweep_table.sweep_row`, with `settings` and `status`.
 
     Returns:
-        entries with `settings` (without the seed), `method`, `jobs`, `count` of those that ended, `status` (of the
-        first that failed, or "done"), and for each figure (mean, sample standard deviation; None for a single run).
-        The seconds of a search are the largest, without deviation.
-        Largest budget first, then by perplexity, those without any last.
+        Entries with `settings` (without the seed), `method`, `jobs` (number of runs), `count` (number of finished
+        runs), `status` (of the first run that failed, or "done"), and for each figure a tuple of its mean and sample
+        standard deviation (None for a single run). `search_seconds` has the maximum instead of the mean and no
+        deviation. The largest budget comes first; entries of one budget are sorted by perplexity, those without any
+        last.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
     for row in _distinct(rows):
@@ -118,7 +119,7 @@ def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for name in [*columns(rows), *dict.fromkeys(key for row in rows for key in row if key.startswith("original_"))]:
             values = [float(row[name]) for row in members if name in row]
             if values and name == "search_seconds":
-                entry[name] = max(values), None  # the others found its plan in the cache
+                entry[name] = max(values), None  # the other runs took its result from the cache
             elif values:
                 entry[name] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
         entries.append(entry)
@@ -126,7 +127,7 @@ def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
-    """Title and form of the figures that some row or entry has: `COLUMNS`, tasks, `SECONDS`."""
+    """Return title and format function of each figure that occurs in a row or entry: `COLUMNS`, tasks, `SECONDS`."""
     names = dict.fromkeys(name for row in rows for name in row)
     shown = {name: column for name, column in COLUMNS.items() if name in names}
     for task in _tasks(names):
@@ -138,7 +139,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
 
 
 def _tasks(names: Iterable[str]) -> list[str]:
-    """The tasks that some stage has a score of."""
+    """Return the tasks that have a score in some stage."""
     parts = [name.partition("_") for name in names if name not in COLUMNS]
     return list(dict.fromkeys(task for stage, _, task in parts if stage in STAGES))
 
@@ -148,13 +149,13 @@ def _words(task: str) -> str:
 
 
 def _sampling_error(rows: Sequence[Mapping[str, Any]], task: str) -> float:
-    """Standard error of the original's score: how far it depends on which questions were asked; 0 where unknown."""
+    """Return the standard error of the original's score, due to the choice of questions; 0 if unknown."""
     values = [row[f"original_{task}_error"] for row in rows if f"original_{task}_error" in row]
     return max((value[0] if isinstance(value, tuple) else float(value) for value in values), default=0.0)
 
 
 def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Each run once; of the settings those in which its jobs agree."""
+    """Return each run once, with the settings in which its jobs agree."""
     runs: dict[Any, Mapping[str, Any]] = {}
     for number, row in enumerate(rows):
         key = row["run_folder"] if row["status"] == "done" and "run_folder" in row else number
@@ -182,7 +183,7 @@ def last_perplexity(entry: Mapping[str, Any]) -> float:
 
 
 def comparison_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    """The entries of `by_seed` for a terminal, a section a budget: the mean, below it the standard deviation."""
+    """Return a table of the entries of `by_seed` for a terminal: one section per budget, deviations below means."""
     without = _left_out(entries)
     header, body = comparison_cells(entries, without=without)
     table = Table(
@@ -206,7 +207,7 @@ def comparison_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def comparison_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The same as a Markdown table, narrower, with its caption as a list."""
+    """Return the entries of `by_seed` as a Markdown table without the refit's seconds, with its caption as a list."""
     without = [*_left_out(entries), "refit_seconds"]
     header, body = comparison_cells(entries, without=without)
     rule = ["---", *["---:"] * (len(header) - 1)]
@@ -216,19 +217,20 @@ def comparison_markdown(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def caption(entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()) -> list[str]:
-    """What the figures of a comparison mean, and what failed: lines.
+    """Return lines that explain the figures of a comparison and list the runs that failed.
 
     Args:
-        without: the figures that the table leaves out.
+        entries: as returned by `by_seed`.
+        without: figures that the table omits.
     """
     shown = set(columns(entries)) - set(without)
     count = entries[0]["count"] if "n" in without else "n"
-    runs = "One run each." if count == 1 else f"{count} runs each; without ±, all gave the same to the digits shown."
+    runs = "One run each." if count == 1 else f"{count} runs each; without ±, all runs have the same rounded value."
     lines = [
         runs,
-        "The seed changes the order of the training text and what a method draws at random. Model, calibration texts "
-        "and validation windows are fixed: before and refit of a method without randomness have no spread by "
-        "construction.",
+        "The seed changes the order of the training text and the random choices of a method. The model, the "
+        "calibration texts and the validation windows are fixed, so figures without training or random choices have "
+        "no deviation.",
         *_original_words(entries),
         *filter(None, (_task_words(entries, task) for task in _tasks(shown))),
     ]
@@ -236,25 +238,27 @@ def caption(entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()
     words = []
     if trained:
         refitted = any("refitted_perplexity" in entry for entry in entries)
-        words += [f"Before and after recovery{', which starts from the refitted model' if refitted else ''}."]
+        words += [
+            "Before and after refer to recovery" + (", which starts from the refitted model." if refitted else ".")
+        ]
     if trained and any(entry["method"] == CONTROL for entry in entries):
-        words += [f"{CONTROL}: the original trained further for the same steps, on the next token."]
+        words += [f"{CONTROL} is the original, trained further for the same steps on the next token."]
     if shown & set(FOLLOWS):
-        words += ["Closes: share of the loss that compression added."]
+        words += ["Closes is the share of the loss added by compression that a stage removes."]
     lines += [" ".join(words)] if words else []
     if any(BUDGET in entry["settings"] for entry in entries) and "memory_ratio" in shown:
-        lines += ["Methods that remove or condense whole layers land at or below the budget: see the memory ratio."]
+        lines += ["Methods that remove or condense entire layers can end below the budget; see the memory ratio."]
     if "search_seconds" in shown:
         lines += [
-            "Seconds are without evaluation of the stages. Search (calibrate, search, apply): the longest of the "
-            "seeds; others may find it in the cache. What serves all budgets (expert searches, importances, damages) "
-            "is not counted again."
+            "Seconds exclude the evaluation of the stages. Search (calibrate, search, apply) is the longest of all "
+            "seeds, because other seeds may use the cached result. Work that serves all budgets (expert searches, "
+            "importances, damages) is counted once."
         ]
     return lines + [f"{_name(entry)}: {entry['status']}" for entry in entries if entry["status"] != "done"]
 
 
 def _original_words(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The original's figures, as far as all entries have them in common."""
+    """Return a line with the original's figures that are the same in all entries; no line if there are none."""
     perplexity, size = (common_level(entries, f"original_{what}") for what in ("perplexity", "weights_bytes"))
     words = [] if perplexity is None else [f"perplexity {format_number(perplexity)}"]
     for task in _tasks(columns(entries)):
@@ -266,18 +270,20 @@ def _original_words(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _task_words(entries: Sequence[Mapping[str, Any]], task: str) -> str:
-    """How far the scores of a task can be told apart; nothing where its standard error is unknown."""
+    """Return a sentence on which differences in a task's scores are significant; "" if the error is unknown."""
     error = _sampling_error(entries, task)
-    spreads = [
+    deviations = [
         entry[f"{stage}_{task}"][1] or 0.0 for entry in entries for stage in STAGES if f"{stage}_{task}" in entry
     ]
-    if not error or not spreads:
+    if not error or not deviations:
         return ""
-    larger = f", larger than the spread over seeds (at most {max(spreads):.3f})" if error > max(spreads) else ""
+    larger = (
+        f", larger than the deviation over seeds (at most {max(deviations):.3f})" if error > max(deviations) else ""
+    )
     return (
-        f"{_words(task).capitalize()}: the draw of the questions is worth about {error:.2f} (standard error){larger}. "
-        f"Scores closer than {2 * 2**0.5 * error:.2f} (two standard errors of a difference of independent samples) "
-        "cannot be told apart."
+        f"{_words(task).capitalize()}: the choice of questions causes a standard error of about {error:.2f}{larger}. "
+        f"Differences below {2 * 2**0.5 * error:.2f} (two standard errors of a difference between independent "
+        "samples) are not significant."
     )
 
 
@@ -296,7 +302,7 @@ def comparison_cells(
 
 
 def _left_out(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What makes a table wide and says little: "n" where all entries have as many runs, tasks between two others."""
+    """Return the columns to omit: the sizes, "n" if it is the same for all entries, and the tasks of the refitted stage."""
     counts = ["n"] if len({(entry["count"], entry["status"]) for entry in entries}) == 1 else []
     trained = any("recovered_perplexity" in entry for entry in entries)
     tasks = [name for name in columns(entries) if name.startswith("refitted_") and name not in COLUMNS]
@@ -308,7 +314,7 @@ def _name(entry: Mapping[str, Any]) -> str:
 
 
 def _mean(value: tuple[float, float | None] | None, form: Any) -> str:
-    """The mean, and the deviation with as many decimals."""
+    """Return the mean, and the deviation with as many decimals."""
     if value is None:
         return "-"
     mean, deviation = value
@@ -324,6 +330,6 @@ def _mean(value: tuple[float, float | None] | None, form: Any) -> str:
 
 
 def common_level(entries: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """The figure that all entries have in common; None where they differ or lack it."""
+    """Return the figure that all entries have in common; None where they differ or lack it."""
     levels = {round(entry[key][0], 9) for entry in entries if key in entry}
     return levels.pop() if len(levels) == 1 else None

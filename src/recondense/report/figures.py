@@ -1,4 +1,4 @@
-"""The canvas, the palette and the files of all pictures."""
+"""Canvas, palette and file formats of all pictures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# Okabe and Ito's colours, which are told apart without colour vision. Marks differ in shape as well.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The markers also differ in shape.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#444444")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
 DASHES = ("-", "--", ":")
-SCALE = "viridis"  # of numbers
-# What matplotlib writes into an SVG and nobody sees: comments, line breaks and indents, names, rotations by nothing.
+SCALE = "viridis"  # colour map for numbers
+# Invisible parts of matplotlib's SVG: comments, line breaks and indentation, names, rotations by zero.
 NEEDLESS_SVG = {
     r"<!--.*?-->": "",
     r"\s*\n\s*(?=[^<\s])": " ",
@@ -30,7 +30,7 @@ NEEDLESS_SVG = {
 
 
 def start_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that no window belongs to."""
+    """Return an empty figure without a window; width and height are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,7 +40,7 @@ def start_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure aside, then rename it: as SVG if the file's name ends in .svg, else as PNG."""
+    """Write a figure atomically and return its path: SVG if the file's name ends in .svg, else PNG."""
     path, data = Path(path), io.BytesIO()
     if path.suffix == ".svg":
         write_aside(path, _svg(figure))
@@ -51,11 +51,11 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as a small SVG: the same text whenever it is drawn, and a class in place of each repeated style."""
+    """Return the figure as a compact, reproducible SVG, with CSS classes for repeated styles."""
     from matplotlib import rc_context
 
     data = io.StringIO()
-    fonts = ["DejaVu Sans", "Verdana", "sans-serif"]  # alike in width
+    fonts = ["DejaVu Sans", "Verdana", "sans-serif"]  # of similar width
     with rc_context({"svg.hashsalt": "recondense", "svg.fonttype": "none", "font.sans-serif": fonts}):
         figure.savefig(data, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = data.getvalue()

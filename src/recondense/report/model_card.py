@@ -1,4 +1,4 @@
-"""README.md of an exported folder."""
+"""The README.md of an exported folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recondense.report.tables import disk_line, format_bytes, format_number, pla
 
 
 def model_card(summary: Mapping[str, Any]) -> str:
-    """README.md of an export, with the run's figures."""
+    """Return the text of an exported folder's README.md, with the run's figures."""
     stages = summary["stages"]
     lines = [
         "---",
@@ -19,7 +19,7 @@ def model_card(summary: Mapping[str, Any]) -> str:
         "",
         f"# {summary['model']}, {summary['method']}, recovery {recovery_words(summary)}",
         "",
-        f"Made by recondense: {plan_line(summary.get('operations', {}))}. What was decided is in `plan.json`.",
+        f"Compressed by recondense: {plan_line(summary.get('operations', {}))}. `plan.json` lists all operations.",
         "",
         "| | " + " | ".join(stages) + " |",
         "|---|" + "---:|" * len(stages),

@@ -1,4 +1,4 @@
-"""Pictures of a plan: what becomes of every layer and expert."""
+"""Pictures of a plan: the outcome of every layer and expert."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-# A colour bar of 50 colours or more would be an image inside of an SVG.
+# With 50 colours or more, matplotlib embeds the colour bar in the SVG as a bitmap.
 HEAT_COLOURS = 48
-MOST_NUMBERED = 24  # experts of a layer up to which each has its number on the axis
+MOST_NUMBERED = 24  # maximum number of experts per layer for which the axis numbers each of them
 HATCHES = {"dropped": "xxx", "removed": "///", "skipped": "---"}
-# By outcome of an expert: colour, words of the legend.
+# Outcome of an expert: (colour, text of the legend).
 OUTCOMES = {
     "kept": ("#DDDDDD", "kept"),
     "dense": (PURPLE, "kept dense in a factorized layer"),
     "condensed": (ORANGE, "condensed: always active; number: order of selection"),
     "dropped": ("white", "dropped"),
     "removed": ("white", "feed-forward block removed"),
-    "skipped": ("white", "whole layer removed"),
+    "skipped": ("white", "layer removed"),
     "merged": (SKY, "merged; number: its group"),
 }
-Outcome = tuple[str, int | None]  # key of OUTCOMES or "factorized", and a number to write on the expert
+Outcome = tuple[str, int | None]  # key of OUTCOMES or "factorized", and the number to draw on the expert
 
 
 def draw_plan(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], path: Path) -> Path:
-    """Draw the picture that suits a plan: its searches if it only condenses, else the outcomes of its operations.
+    """Draw a plan: its searches (`draw_searches`) if it only condenses, else the outcomes (`draw_outcomes`).
 
     Args:
         plan: `Plan.to_dict()`, with operations.
-        num_experts: routed experts of a layer of the uncompressed model.
+        num_experts: routed experts per layer of the uncompressed model.
         layers: MoE layers of the uncompressed model.
-        path: the file; SVG by its name, else PNG.
+        path: the file; SVG if its name ends in .svg, else PNG.
 
     Returns:
         `path`.
@@ -52,15 +52,15 @@ def draw_plan(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], 
 
 
 def draw_searches(plan: Mapping[str, Any], path: Path) -> Path:
-    """Draw which experts stay, how much the router used each, and what each greedy step brought.
+    """Draw the retained experts, the routing weights of all experts, and the divergence after each greedy step.
 
-    Left: the order in which layers were chosen. Middle: layers by experts. The colour is the mean routing weight over
-    all calibration tokens, the numbers are the order in which retained experts were chosen. Right: the Jensen-Shannon
-    divergence of the layer's output after each step, on a logarithmic axis.
+    Left: the order in which the layers were selected. Middle: one row per layer and one column per expert. The colour
+    is the mean routing weight over all calibration tokens, and the numbers are the order in which the retained experts
+    were selected. Right: the Jensen-Shannon divergence of the layer's output after each step, on a logarithmic axis.
 
     Args:
-        plan: `Plan.to_dict()`; sections of its `search` that are missing are left blank.
-        path: the file.
+        plan: `Plan.to_dict()`; parts whose section of `search` is missing remain blank.
+        path: the file; SVG if its name ends in .svg, else PNG.
 
     Returns:
         `path`.
@@ -106,7 +106,7 @@ def _draw_experts(
     operations: Mapping[int, Mapping[str, Any]],
     font_size: float,
 ) -> ScalarMappable | None:
-    """The map of experts; returns its colours when any routing weight is known, for a colour bar."""
+    """Draw the layers by experts; return the colours for a colour bar, or None if no routing weight is known."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
@@ -117,7 +117,7 @@ def _draw_experts(
         weights_LE[row, : len(values)] = values
     known = weights_LE[np.isfinite(weights_LE)]
     top = float(known.max()) if known.size and known.max() > 0 else 1.0
-    # A few experts take most of the weight: on a linear scale all others would be one colour.
+    # A few experts have most of the weight, so on a linear scale all others would have the same colour.
     edges = np.arange(num_experts + 1) - 0.5, np.arange(len(layers) + 1) - 0.5
     colours = colormaps["cividis"].resampled(HEAT_COLOURS)
     cells = axes.pcolormesh(*edges, weights_LE, cmap=colours, norm=PowerNorm(0.5, 0.0, top))
@@ -134,7 +134,7 @@ def _draw_experts(
 
 
 def _mark_retained(axes: Axes, expert: int, row: int, order: int, colour: str, font_size: float) -> None:
-    """A frame around a retained expert, with the place in the order of selection."""
+    """Draw a frame around a retained expert, with its place in the order of selection."""
     from matplotlib.patches import Rectangle
 
     box = (expert - 0.43, row - 0.43), 0.86, 0.86
@@ -150,12 +150,12 @@ def _number_experts(axes: Axes, num_experts: int, font_size: float) -> None:
     axes.xaxis.set_label_position("top")
 
 
-def _mark_order(axes: Axes, layers: Sequence[int], chosen: Sequence[int], font_size: float) -> None:
-    """On the left, the place of each layer in the order of selection."""
+def _mark_order(axes: Axes, layers: Sequence[int], selected: Sequence[int], font_size: float) -> None:
+    """Write the place of each layer in the order of selection on the left."""
     centred: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
     for text, offset in (("order", -33), ("layer", -10)):
         axes.annotate(text, (0, 1), xytext=(offset, 3), xycoords="axes fraction", fontsize=7, va="bottom", **centred)
-    order = {layer: place for place, layer in enumerate(chosen, start=1)}
+    order = {layer: place for place, layer in enumerate(selected, start=1)}
     for row, layer in enumerate(layers):
         if layer in order:
             axes.annotate(
@@ -171,7 +171,7 @@ def _mark_order(axes: Axes, layers: Sequence[int], chosen: Sequence[int], font_s
 
 
 def _draw_curves(figure: Figure, grid: Any, layers: Sequence[int], curves: Mapping[int, Mapping[int, float]]) -> None:
-    """The divergences on the right, and below them what the marks are."""
+    """Draw the divergences on the right, and below them the legend of their markers."""
     side = figure.add_subplot(grid[0, 1])
     _draw_divergences(side, layers, curves)
     below = figure.add_subplot(grid[1, 1])
@@ -231,7 +231,7 @@ def _draw_divergences(axes: Axes, layers: Sequence[int], curves: Mapping[int, Ma
 
 
 def _divergences(record: Mapping[str, Any]) -> dict[int, float]:
-    """Divergence by number of retained routed experts; 0 is the shared experts alone."""
+    """Return the divergence by number of retained routed experts; 0 stands for only the shared experts."""
     curve = {step: float(value) for step, value in enumerate(record.get("js", ()), start=1)}
     if record.get("js_shared_only") is not None:
         curve[0] = float(record["js_shared_only"])
@@ -242,13 +242,13 @@ def _divergences(record: Mapping[str, Any]) -> dict[int, float]:
 
 
 def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], path: Path) -> Path:
-    """Draw layers by experts: dropped, merged into which group, condensed, factorized at which rank.
+    """Draw the outcome of each expert in each layer: dropped, merged (its group), condensed or factorized (its rank).
 
     Args:
         plan: `Plan.to_dict()`.
-        num_experts: routed experts of a layer of the uncompressed model.
-        layers: its MoE layers.
-        path: the file.
+        num_experts: routed experts per layer of the uncompressed model.
+        layers: MoE layers of the uncompressed model.
+        path: the file; SVG if its name ends in .svg, else PNG.
 
     Returns:
         `path`.
@@ -260,7 +260,7 @@ def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[in
     rows = [outcomes_of(layer, plan["operations"], num_experts) for layer in layers]
     ranks = [rank for row in rows for kind, rank in row if kind == "factorized" and rank is not None]
     cell = min(0.4, max(0.2, 9.0 / num_experts))
-    width = max(7.4, cell * num_experts + (2.2 if ranks else 1.2))  # the legend's three columns
+    width = max(7.4, cell * num_experts + (2.2 if ranks else 1.2))  # 7.4 inches fit the legend's three columns
     figure = start_figure(width, max(2.6, cell * len(layers) + 1.9))
     axes = figure.add_subplot()
     norm = Normalize(min(ranks, default=0), max([*ranks, min(ranks, default=0) + 1]))
@@ -283,7 +283,7 @@ def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[in
         bar = figure.colorbar(ScalarMappable(norm, SCALE), ax=axes, shrink=0.8, pad=0.02, ticks=ticks)
         bar.set_label("rank of a factorized expert", fontsize=8)
         bar.ax.tick_params(labelsize=7)
-    axes.set_title(f"what the plan makes of {plan.get('model') or 'the model'}", fontsize=10)
+    axes.set_title(f"outcome of each expert of {plan.get('model') or 'the model'}", fontsize=10)
     return save_figure(figure, path)
 
 
@@ -313,14 +313,15 @@ def _draw_outcome(axes: Axes, expert: int, row: int, outcome: Outcome, norm: Any
 
 
 def outcomes_of(layer: int, operations: Sequence[Mapping[str, Any]], num_experts: int) -> list[Outcome]:
-    """The outcome of each expert that a layer had at first.
+    """Return the outcome of each expert of an uncompressed layer.
 
     Args:
-        operations: of the plan, as JSON values.
-        num_experts: of the uncompressed layer.
+        layer: index of the layer.
+        operations: operations of the plan, as JSON values.
+        num_experts: routed experts of the uncompressed layer.
     """
     outcomes: list[Outcome] = [("kept", None)] * num_experts
-    # The experts of the layer at first that make up each expert of the layer now.
+    # For each expert after the operations so far, the experts of the uncompressed layer of which it consists.
     parts: list[tuple[int, ...]] = [(expert,) for expert in range(num_experts)]
     for operation in (entry for entry in operations if entry["layer"] == layer):
         kind = operation["kind"]

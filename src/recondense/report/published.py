@@ -1,8 +1,8 @@
-"""What the two papers published: their models, the tasks they average, and every row of their tables as plain data.
+"""Published results of the two papers: their models, the tasks they average, and every row of their tables.
 
-CD-MoE: Condense, Don't Just Prune (arXiv 2412.00069). Its memory ratios are of the whole model's bytes.
-MoE-I²: Inter-Expert Pruning and Intra-Expert Low-Rank Decomposition (arXiv 2411.01016). Its cuts are of the routed
-experts' parameters. The two are never put into one field.
+CD-MoE: Condense, Don't Just Prune (arXiv 2412.00069). It states memory ratios: the share of the model's bytes that
+remains. MoE-I²: Inter-Expert Pruning and Intra-Expert Low-Rank Decomposition (arXiv 2411.01016). It states the share
+of the routed experts' parameters that was removed. The two have separate fields.
 
 Scores are percentages: means of lm-eval's zero-shot accuracies over the paper's tasks (`PAPER_TASKS`).
 """
@@ -21,14 +21,18 @@ PAPER_TASKS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the papers: what its Hugging Face config says, and parameters counted from it.
+    """A model that the papers compress: sizes from its Hugging Face config, and the number of its parameters.
 
     Args:
-        name: how the rows below call it.
-        num_layers: decoder layers; num_moe_layers of them have routed experts.
-        num_experts: routed experts of a layer.
-        expert_width: of a routed expert.
-        total_parameters, routed_expert_parameters: of the whole model.
+        name: key of the model in `Result.model`.
+        title: name for readers.
+        model_type: `model_type` of the config.
+        hidden_size: width of the hidden states.
+        num_layers: decoder layers.
+        num_moe_layers: decoder layers with routed experts.
+        num_experts: routed experts per layer.
+        expert_width: intermediate width of a routed expert.
+        total_parameters, routed_expert_parameters: number of parameters of all layers together.
     """
 
     name: str
@@ -44,7 +48,7 @@ class Model:
 
 
 DEEPSEEK, QWEN, V2_LITE, MIXTRAL = "deepseek_moe_16b", "qwen1.5_moe_a2.7b", "deepseek_v2_lite", "mixtral_8x7b"
-# The average rank with which the paper's share of a model is met (arXiv 2411.01016).
+# The average rank that removes the share of parameters stated in the paper (arXiv 2411.01016).
 AVERAGE_RANKS = {V2_LITE: 512, MIXTRAL: 2048}
 MODELS: tuple[Model, ...] = (
     Model(DEEPSEEK, "DeepSeekMoE-16B", "deepseek", 2048, 28, 27, 64, 1408, 16_375_728_128, 14_948_499_456),
@@ -56,25 +60,25 @@ MODELS: tuple[Model, ...] = (
 
 @dataclass(frozen=True)
 class Result:
-    """One row of a published table; None: the row does not say, or it does not apply.
+    """One row of a published table. A field is None if the table does not state it or it does not apply.
 
     Args:
         paper: key of `PAPER_TASKS`.
         model: `Model.name`.
         method: original, cdmoe, moei2, or a baseline of the paper (layer_drop, block_drop, msmoe).
-        mean: over the paper's tasks, in percent.
-        source: arXiv id and the table.
+        mean: mean score over the paper's tasks, in percent.
+        source: arXiv id and title of the table.
         num_layers: layers that were condensed, dropped or merged.
-        num_experts: routed experts kept in each condensed layer, beside the shared ones; 0 for E(2+0).
+        num_experts: routed experts retained in each condensed layer, in addition to the shared ones; 0 for E(2+0).
         pruned_ratio: share of the routed experts that were pruned.
         removed_expert_ratio: share of the routed experts' parameters that were removed (MoE-I²).
-        memory_ratio: compressed / original bytes of the whole model, as measured by the authors (CD-MoE).
-        memory_gb: of the whole model, as the paper states it (MoE-I²).
-        speedup: compressed / original.
-        fine_tuned: after the paper's recovery (CD-MoE: its two stages; MoE-I²: LoRA).
-        tasks: the row's score of each task, in percent, where the table gives them.
-        variant: what an ablation changed; empty for the method as published.
-        note: what a reader of the row must know.
+        memory_ratio: compressed / original bytes of the model, as measured by the authors (CD-MoE).
+        memory_gb: size of the model in GB, as stated in the paper (MoE-I²).
+        speedup: speed, compressed / original.
+        fine_tuned: whether the score is after the paper's recovery (CD-MoE: its two stages; MoE-I²: LoRA).
+        tasks: score of each task in percent, if the table states them.
+        variant: the change that an ablation made; empty for the method as published.
+        note: a remark for readers of the row.
     """
 
     paper: str
@@ -96,7 +100,7 @@ class Result:
 
     @property
     def settings(self) -> dict[str, float | None] | None:
-        """The settings of recondense's method that come to this row's sizes; None where the row has no such sizes."""
+        """Settings of recondense's method that reproduce this row's sizes; None if no settings do."""
         if self.method == "cdmoe" and self.memory_ratio is not None and not self.fine_tuned:
             return {"num_experts": self.num_experts, "num_layers": self.num_layers}
         if self.method == "moei2" and self.pruned_ratio is not None:
@@ -106,7 +110,7 @@ class Result:
 
     @property
     def setting(self) -> str:
-        """What was done, in a few words."""
+        """Short description of the compression, such as "cdmoe: shared+6, 9 layers"."""
         if self.method == "original":
             return "original"
         words = []
@@ -133,7 +137,7 @@ def _per_task(*scores: float) -> tuple[tuple[str, float], ...]:
 
 
 def _by_layers(model: str, experts: int, *rows: tuple[float, float, float]) -> tuple[Result, ...]:
-    """Rows (mean, memory ratio, speed-up) at 3, 6, 9, 12 and 15 condensed layers."""
+    """Return results with 3, 6, 9, 12 and 15 condensed layers, from rows of (mean, memory ratio, speed-up)."""
     return tuple(
         Result(CDMOE, model, "cdmoe", mean, _LAYERS, layers, experts, memory_ratio=memory, speedup=speed)
         for layers, (mean, memory, speed) in zip((3, 6, 9, 12, 15), rows, strict=True)
@@ -141,7 +145,7 @@ def _by_layers(model: str, experts: int, *rows: tuple[float, float, float]) -> t
 
 
 def _ablation(source: str, *rows: tuple[str, float]) -> tuple[Result, ...]:
-    """Rows of DeepSeekMoE-16B at nine layers E(2+6)."""
+    """Return results of DeepSeekMoE-16B with nine layers condensed to E(2+6), from rows of (variant, mean)."""
     return tuple(Result(CDMOE, DEEPSEEK, "cdmoe", mean, source, 9, 6, variant=variant) for variant, mean in rows)
 
 
@@ -220,20 +224,22 @@ RESULTS: tuple[Result, ...] = (
 
 
 def model_named(name: str) -> Model:
-    """The facts of a published model.
+    """Return the published model with a given `Model.name`.
 
     Raises:
-        KeyError: no such model.
+        KeyError: there is no such model.
     """
     return {model.name: model for model in MODELS}[name]
 
 
 def published_model(model_type: str, hidden_size: int, num_layers: int, num_experts: int) -> Model | None:
-    """The published model that a Hugging Face config is, by its plain numbers; None if it is none of them.
+    """Return the published model with exactly these sizes; None if there is none.
 
     Args:
+        model_type: `model_type` of the Hugging Face config.
+        hidden_size: width of the hidden states.
         num_layers: decoder layers.
-        num_experts: routed experts of a layer.
+        num_experts: routed experts per layer.
     """
     shape = (model_type, hidden_size, num_layers, num_experts)
     for model in MODELS:
@@ -253,21 +259,23 @@ def find(
     fine_tuned: bool | None = None,
     ablations: bool = False,
 ) -> tuple[Result, ...]:
-    """Rows of a model in the tables' order; an argument that is None is not asked for.
+    """Return the rows of a model in the order of the tables. Arguments that are None do not restrict the rows.
 
     Args:
-        removed_expert_ratio: to be met within half a percent of the routed experts' parameters.
-        ablations: whether rows of ablations count; they are not the method as published.
+        model: `Model.name`.
+        paper, method, num_layers, num_experts, fine_tuned: required values of the fields of `Result`.
+        removed_expert_ratio: required share of removed parameters, with a tolerance of 0.005.
+        ablations: whether to include rows of ablations, which are not the method as published.
     """
     fields = {"paper": paper, "method": method, "num_layers": num_layers, "num_experts": num_experts}
     fields |= {"fine_tuned": fine_tuned}
-    asked = {name: value for name, value in fields.items() if value is not None}
+    required = {name: value for name, value in fields.items() if value is not None}
     return tuple(
         row
         for row in RESULTS
         if row.model == model
         and (ablations or not row.variant)
-        and all(getattr(row, name) == value for name, value in asked.items())
+        and all(getattr(row, name) == value for name, value in required.items())
         and (
             removed_expert_ratio is None
             or (row.removed_expert_ratio is not None and abs(row.removed_expert_ratio - removed_expert_ratio) <= 0.005)

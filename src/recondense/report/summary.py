@@ -1,4 +1,4 @@
-"""summary.json: the machine-readable result of a run. `Summary` is its schema."""
+"""The machine-readable result of a run, summary.json, with the schema `Summary`."""
 
 from __future__ import annotations
 
@@ -42,26 +42,28 @@ Sizes = Mapping[str, Mapping[str, int]]  # `parameters.sizes` of the original an
 
 @dataclass
 class Summary:
-    """What summary.json says. The fields are its keys; one that is None is absent, for it was not measured.
+    """Content of summary.json. The fields are its keys; a field that is None was not measured and is absent.
 
     Args:
-        model, method, recovery: names of what ran.
-        objective: of the training that ran, which need not be the config's: an uncompressed model has no teacher.
-        seed: of the run.
-        environment: what the result depends on besides its config.
-        parameters: numbers of all parameters and of the routed experts', by stage.
+        model, method, recovery: names of the model, the method and the recovery.
+        objective: objective of the training that ran. It differs from the config's if the model is uncompressed and
+            therefore has no teacher.
+        seed: seed of the run.
+        environment: what the result depends on besides its config (`environment`).
+        parameters: number of all parameters (`total`) and of the routed experts' (`routed_experts`), by stage.
         operations: `operation_counts` of the plan.
-        refit: by layer, relative error of its output before and after a refit.
-        plan_only: true where nothing ran and the sizes come from shapes alone.
-        weights_bytes: of plan_only, by stage.
+        refit: for each refitted layer, the relative error of its output before and after the refit.
+        plan_only: true if nothing ran and the sizes were computed from shapes.
+        weights_bytes: size of the weights by stage, in bytes; only with plan_only.
         stages: figures of each result stage: perplexity, loss and kl_to_original (nats), tasks, profile.
-        published: results that a paper published of the same model, beside this run's.
-        ratios: compressed / original of memory, routed-expert parameters and speed; the share of the loss regained.
-        seconds: of each part of the run.
-        artifacts: files in the run's folder, and the repository that an export was uploaded to.
-        recovery_stages: what each recovery stage was.
-        quantization, bytes_on_disk: of an original that is stored in fewer bits than it computes in.
-        memory: bytes that make up the peak of a run with a streamed model.
+        published: published results of the same model, for comparison.
+        ratios: compressed / original for memory, routed-expert parameters and speed; and the shares of the added loss
+            that the refit and all stages together remove.
+        seconds: duration of each part of the run.
+        artifacts: files in the run's folder, and the repository to which an export was uploaded.
+        recovery_stages: description of each recovery stage.
+        quantization, bytes_on_disk: format and sizes of an original that is stored in fewer bits than it computes in.
+        memory: the parts, in bytes, of the peak memory of a run with a streamed model.
     """
 
     model: str
@@ -89,14 +91,18 @@ class Summary:
     def of_plan(
         cls, config: Config, objective: str, plan: Plan, sizes: Sizes, model: PreTrainedModel, data: Mapping[str, str]
     ) -> Summary:
-        """The summary before anything is measured.
+        """Return the summary of a plan, without any measured figures.
 
         Args:
-            objective: of the training that runs.
+            config: settings of the run.
+            objective: objective of the training that runs.
+            plan: the plan.
+            sizes: parameters of the original and of the compressed model.
+            model: the model, for its config, device and dtype.
             data: sha256 of each split.
         """
         operations: dict[str, dict[str, float]] = {}
-        if plan.operations:  # a model without MoE layers can be measured all the same
+        if plan.operations:  # a model without MoE layers has no facts about experts, but can be measured
             operations = operation_counts(plan, families.facts(model.config).num_experts)
         return cls(
             model=name_of(config.model),
@@ -120,10 +126,14 @@ class Summary:
         data: Mapping[str, str],
         measured: Mapping[str, Mapping[str, Any]],
     ) -> Summary:
-        """The summary of what a run measured.
+        """Return the summary of a run with its measured figures.
 
         Args:
-            objective: of the training that ran.
+            config: settings of the run.
+            objective: objective of the training that ran.
+            plan: the plan.
+            sizes: parameters of the original and of the compressed model.
+            model: the model, for its config, device and dtype.
             data: sha256 of each split.
             measured: the figures of each result stage.
         """
@@ -135,7 +145,7 @@ class Summary:
         if (first := next(profiles, None)) is not None:
             stages["original"]["profile"] = first
         published = published_beside(config, plan, sizes, model.config, stages)
-        if not plan.operations and config.recovery.objective == "none":  # only measured: there is nothing to compare
+        if not plan.operations and config.recovery.objective == "none":  # the run only evaluates the original
             sizes = {"original": sizes["original"]}
         summary = cls.of_plan(config, objective, plan, sizes, model, data)
         summary.stages = stages
@@ -145,44 +155,47 @@ class Summary:
         return summary
 
     def count_bytes_on_disk(self, original: StoredWeights, compressed: int) -> None:
-        """Let `memory` count bytes on disk, for the original is stored in fewer bits than it computes in.
+        """Compute the ratio `memory` from bytes on disk, for an original stored in fewer bits than it computes in.
 
         Args:
-            compressed: bytes of the compressed weights as they are exported.
+            original: size and format of the original's files.
+            compressed: size in bytes of the exported compressed weights.
         """
         self.quantization = original.method
         self.bytes_on_disk = {"original": original.num_bytes, "compressed": compressed}
         self.ratios["memory"] = compressed / original.num_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of summary.json."""
+        """Return the content of summary.json."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {"schema": SCHEMA, **{name: value for name, value in values.items() if value is not None}}
 
 
 def add_upload(summary: Mapping[str, Any], repository: str) -> dict[str, Any]:
-    """The content of summary.json after an upload of the export to the hub."""
+    """Return the content of summary.json with the hub repository to which the export was uploaded."""
     return {**summary, "artifacts": {**summary["artifacts"], "hub": repository}}
 
 
 def name_of(model: ModelConfig) -> str:
-    """What to call a model: the entry's name, or the path that was given in place of the built-in one's."""
+    """Return the name of a model: the config's name, or the path if one replaces the built-in model."""
     return model.name if model.path is None or model.pretrain is None else model.path
 
 
 def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]]:
-    """How many layers each kind of operation changes, and how many experts or which ranks it leaves there.
+    """Return how many layers each kind of operation changes, and the resulting numbers of experts or ranks.
 
     Args:
-        num_experts: routed experts in a layer of the uncompressed model.
+        plan: the plan.
+        num_experts: routed experts per layer of the uncompressed model.
 
     Returns:
-        by kind (`drop_moe` and `drop_layer` apart): layers; retained, of; groups, of; lowest, highest and mean rank.
+        For each kind (drop is split into `drop_moe` and `drop_layer`): `layers`; `retained` and `of` (experts, for
+        prune and condense); `groups` and `of` (for merge); `lowest`, `highest` and `mean` rank (for factorize).
     """
     counts: dict[str, dict[str, float]] = {}
     layers: dict[str, set[int]] = {}
     ranks: list[int] = []
-    num_now: dict[int, int] = {}  # experts by layer, after the operations so far
+    num_now: dict[int, int] = {}  # number of experts by layer, after the operations so far
     for operation in plan.operations:
         name = f"drop_{operation.part}" if isinstance(operation, Drop) else operation.kind
         count = counts.setdefault(name, {"layers": 0})
@@ -209,11 +222,13 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
 def published_beside(
     config: Config, plan: Plan, sizes: Sizes, model: PretrainedConfig, stages: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """What was published on this model and setting; None where no paper's mean was measured.
+    """Return published results of this model and setting; None if the run did not measure any paper's tasks.
 
     Args:
-        plan: of this run; a folder that was compressed before has one of its own, which comes first.
-        model: its config.
+        config: settings of the run.
+        plan: plan of this run. The plan of a folder that was compressed earlier is prepended.
+        sizes: parameters of the original and of the compressed model.
+        model: config of the model.
         stages: figures of each result stage.
     """
     measured = [name for name in PAPER_TASKS if any(name in stage.get("task_mean", {}) for stage in stages.values())]
@@ -241,10 +256,11 @@ def published_beside(
 
 
 def ratios(stages: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
-    """compressed / original of memory, routed-expert parameters and speed, and the share of the lost loss regained.
+    """Return compressed / original for memory, parameters and speed, and the shares of the added loss removed.
 
     Args:
         stages: figures of each result stage.
+        sizes: parameters of the original and of the compressed model.
     """
     values = {}
     if "compressed" in sizes and sizes["original"]["routed_experts"]:
@@ -267,9 +283,10 @@ def ratios(stages: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
 
 
 def environment(model: PreTrainedModel, data: Mapping[str, str]) -> dict[str, Any]:
-    """What a result depends on besides its config.
+    """Return what a result depends on besides its config: versions, device, dtype, threads and data.
 
     Args:
+        model: the model.
         data: sha256 of each split.
     """
     device = model.device
@@ -285,7 +302,12 @@ def environment(model: PreTrainedModel, data: Mapping[str, str]) -> dict[str, An
 
 
 def metric(summary: Mapping[str, Any], name: str | Sequence[str]) -> Any:
-    """The figure that a sweep compares: a ratio, or the last stage's; a tuple for several. None: not measured."""
+    """Return a figure that a sweep compares: a ratio, or that of the last stage that has it; None if not measured.
+
+    Args:
+        summary: content of `summary.json`.
+        name: name of the figure; for several names, the result is a tuple.
+    """
     if not isinstance(name, str):
         return tuple(metric(summary, part) for part in name)
     if name in summary["ratios"]:
@@ -297,17 +319,17 @@ def metric(summary: Mapping[str, Any], name: str | Sequence[str]) -> Any:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this code lies in; None where it is installed, even below some repository."""
+    """Return the commit of the checkout that contains this code; None if the package is installed elsewhere."""
     package = Path(__file__).resolve().parents[1]
     command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
-    # Hooks of git run with variables that name another repository than the folder's.
+    # Git sets variables for its hooks that may name a different repository.
     variables = {name: value for name, value in os.environ.items() if name not in GIT_HOOK_VARIABLES}
     try:
-        done = subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=10, env=variables)
+        result = subprocess.run(command, cwd=package, capture_output=True, text=True, timeout=10, env=variables)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    top, _, commit = done.stdout.strip().rpartition("\n")
-    return commit if done.returncode == 0 and Path(top, "src", "recondense").resolve() == package else None
+    top, _, commit = result.stdout.strip().rpartition("\n")
+    return commit if result.returncode == 0 and Path(top, "src", "recondense").resolve() == package else None
 
 
 def _version(package: str) -> str | None:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def draw_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw perplexity against bytes: one line a method before recovery (dashed), one after it.
+    """Draw perplexity against size, with two lines per method: before recovery (dashed) and after it.
 
     Args:
-        rows: as for `report.sweep_table`; without measured bytes, parameters are the horizontal axis.
-        path: the file; SVG by its name, else PNG.
+        rows: as for `sweep_table.sweep_table`. If no size in bytes was measured, the x-axis shows parameters.
+        path: the file; SVG if its name ends in .svg, else PNG.
 
     Returns:
-        `path`, or None if no run has both a size and a perplexity.
+        `path`, or None if no run has both a size and a perplexity. In that case nothing is written.
     """
     size = "weights_bytes" if any("weights_bytes" in row for row in rows) else "total_parameters"
     figure = start_figure(7.2, 4.8)
@@ -71,7 +71,7 @@ def _mark_original(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _annotate(rows: Sequence[Mapping[str, Any]], size: str, axes: Axes, *, below: bool) -> None:
-    """Write at each run what was swept: not the method, which the line says, nor seeds, which lie on each other."""
+    """Label each run with its settings, except the method (shown by the line) and the seed (the points coincide)."""
     for row in rows:
         values = [row[key] for key in ("compressed_perplexity", "recovered_perplexity") if key in row]
         settings = {key: value for key, value in row.get("settings", {}).items() if key not in ("method", "seed")}
@@ -89,19 +89,19 @@ def _annotate(rows: Sequence[Mapping[str, Any]], size: str, axes: Axes, *, below
 
 
 def draw_comparison(entries: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Draw perplexity against bytes, a line a method, before and after recovery side by side.
+    """Draw perplexity against bytes with one line per method and one panel per stage.
 
-    Bars are standard deviations. Horizontal lines are the original, and the control: the original trained further.
+    Bars are standard deviations. Horizontal lines show the original and the control (the original trained further).
 
     Args:
-        entries: `comparison.by_seed`.
-        path: the file; SVG by its name, else PNG.
+        entries: as returned by `comparison.by_seed`.
+        path: the file; SVG if its name ends in .svg, else PNG.
 
     Returns:
-        `path`, or None without a method that compresses.
+        `path`, or None if no method compresses. In that case nothing is written.
     """
     shown = [entry for entry in entries if "weights_bytes" in entry and "compressed_perplexity" in entry]
-    # From best to worst at the end, which is also the order of the lines' ends.
+    # Sorted by the last perplexity at the smaller sizes, so the legend has the order of the lines' left ends.
     ranked = sorted(shown, key=lambda entry: (entry["weights_bytes"][0] > _middle(shown), last_perplexity(entry)))
     methods = list(dict.fromkeys(entry["method"] for entry in ranked))
     if not methods:
@@ -147,7 +147,7 @@ def _middle(entries: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _look(index: int) -> dict[str, Any]:
-    """A colour, a mark and dashes that no other of 21 methods has together."""
+    """Return a combination of colour, marker and dashes that is unique among 21 methods."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
@@ -188,9 +188,9 @@ def _draw_levels(axes: Axes, original: float | None, control: Sequence[Mapping[s
 
 
 def _stretch(axes: Axes, entries: Sequence[Mapping[str, Any]], original: float) -> None:
-    """Perplexities that span more than half of the lowest: the axis is linear near the original's, then logarithmic.
+    """Make the axis linear near the original's perplexity and logarithmic above, if the range is large.
 
-    A logarithmic axis alone would press all good methods together under a bad one.
+    On a purely logarithmic axis, one bad method would compress all good ones into a narrow band.
     """
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -217,7 +217,7 @@ def _stretch(axes: Axes, entries: Sequence[Mapping[str, Any]], original: float) 
 
 
 def _round(low: float, value: float, high: float) -> float:
-    """The number of the fewest digits between two bounds, near a value."""
+    """Return a value rounded to the fewest digits that stay between two bounds."""
     for digits in range(1, 6):
         candidate = float(f"{value:.{digits}g}")
         if low <= candidate <= high:

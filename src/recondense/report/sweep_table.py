@@ -1,4 +1,4 @@
-"""The table of a sweep: a row for each run, with the settings in which runs differ."""
+"""The table of a sweep: one row per run, with the settings in which the runs differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recondense.report.tables import find_figure, format_bytes, format_number, m
 
 
 def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of a comparison of runs; what a run has not measured is absent."""
+    """Return a run's row for a comparison: the figures of its `summary.json`, without those not measured."""
     final = "recovered" if "recovered" in summary.get("stages", {}) else "compressed"
     measured = "compressed" in summary.get("parameters", {}).get("total", {})
     paths = {
@@ -45,7 +45,7 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of the run, and of its search, refit and recovery without their evaluation."""
+    """Return the duration of the run, and of its search, refit and recovery without evaluation."""
     seconds, stages = summary.get("seconds", {}), summary.get("stages", {})
     if not seconds:
         return {}
@@ -58,10 +58,10 @@ def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows: the runs of a sweep with the settings in which they differ; columns that no run has are left out.
+    """Return a table with one row per run of a sweep. Columns without any figure are omitted.
 
     Args:
-        rows: `sweep_row` of each run, with `settings` (mapping) and `status` ("done", or what happened instead).
+        rows: `sweep_row` of each run, with `settings` (mapping) and `status` ("done" or the reason of the failure).
     """
     columns: dict[str, tuple[str, Any]] = {
         "compressed_perplexity": ("perplexity\ncompr.", format_number),

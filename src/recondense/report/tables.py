@@ -13,15 +13,15 @@ from rich.table import Table
 from recondense.report import beside_published
 
 STAGES = ("original", "compressed", "refitted", "recovered", "control")  # result stages, in the order of a run
-MAX_TASK_COLUMNS = 3  # more tasks than that get a table of their own
-# The figure of a task that is shown, in the order of preference.
+MAX_TASK_COLUMNS = 3  # more tasks are shown in a separate table
+# The metric that is shown for a task, in order of preference.
 MAIN_METRICS = (
     "acc_mutual_info", "acc_norm", "acc", "exact_match", "mc2", "bleu", "f1", "byte_perplexity", "word_perplexity"
 )  # fmt: skip
 
 
 def print_report(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print everything that `summary.json` has to say: stages, tasks (apart when there are many), ratios."""
+    """Print the content of `summary.json`: stages, tasks (in a separate table if there are many), and ratios."""
     console = console or _console()
     table = stage_table(summary)
     tasks = main_metrics(summary)
@@ -40,20 +40,20 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
 
 
 def disk_line(summary: Mapping[str, Any]) -> str:
-    """A line that says what the memory ratio counts if the original is stored in fewer bits than it computes in."""
+    """Return a line that explains the memory ratio of an original stored in fewer bits than it computes in."""
     sizes = {name: format_bytes(size) for name, size in summary["bytes_on_disk"].items()}
     return (
-        f"counted in bytes on disk: {sizes['compressed']} of {sizes['original']}, for the original is stored in "
-        f"{summary['quantization']} and was dequantised on loading; weights and peak memory are those of the "
-        "dequantised model"
+        f"counted in bytes on disk ({sizes['compressed']} of {sizes['original']}), because the original is stored in "
+        f"{summary['quantization']} and was dequantized on loading; weights and peak memory are those of the "
+        "dequantized model"
     )
 
 
 def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
-    """The errors before and after a refit, in one line.
+    """Return a line with the errors before and after a refit.
 
     Args:
-        errors: by layer, `error_before` and `error_after`.
+        errors: `error_before` and `error_after` of each layer.
     """
     sides = []
     for key in ("error_before", "error_after"):
@@ -61,27 +61,27 @@ def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
         spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
         sides.append(f"{sum(values) / len(values):.3f}{spread}")
     layers = "1 layer" if len(errors) == 1 else f"mean and range of {len(errors)} layers"
-    return f"error of a layer's output, relative to the original's: {' -> '.join(sides)}, {layers}"
+    return f"relative error of a layer's output, before -> after: {' -> '.join(sides)}, {layers}"
 
 
 def recovery_words(summary: Mapping[str, Any]) -> str:
-    """The recovery, and its objective if the name does not say it: method=none has no teacher to distil from."""
+    """Return the recovery's name, and the objective if it differs (method=none has no teacher for distillation)."""
     name, objective = summary.get("recovery", "?"), summary.get("objective")
     return str(name) if objective in (None, name) else f"{name} (objective: {objective})"
 
 
 def title_of(summary: Mapping[str, Any]) -> str:
-    """The title of a run: the model, and what was done to it."""
+    """Return the title of a run: the model, the method and the recovery."""
     method, recovery = summary.get("method", "?"), recovery_words(summary)
-    done = "as it is" if (method, recovery) == ("none", "none") else f"{method} + {recovery}"
-    return f"{summary.get('model', 'model')}: {done}"
+    changes = "unchanged" if (method, recovery) == ("none", "none") else f"{method} + {recovery}"
+    return f"{summary.get('model', 'model')}: {changes}"
 
 
 def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
-    """A plan in one line.
+    """Return a plan in one line.
 
     Args:
-        operations: `summary.operation_counts`.
+        operations: as returned by `summary.operation_counts`.
     """
     words = {
         "prune": "{layers} pruned ({retained} of {of} experts stay)",
@@ -89,7 +89,7 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
         "merge": "{layers} merged ({of} experts into {groups})",
         "factorize": "{layers} factorized",
         "drop_moe": "{layers} without their feed-forward block",
-        "drop_layer": "{layers} removed whole",
+        "drop_layer": "{layers} removed",
         "refit": "{layers} refitted",
     }
     parts = []
@@ -103,7 +103,7 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def print_tables(tables: Iterable[Table], console: Console | None = None) -> None:
-    """Print tables to stdout, each after an empty line."""
+    """Print tables, each after an empty line; to stdout if no console is given."""
     console = console or _console()
     for table in tables:
         console.print()
@@ -111,9 +111,13 @@ def print_tables(tables: Iterable[Table], console: Console | None = None) -> Non
 
 
 def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table:
-    """Rows: original, compressed, refitted, recovered and the control; columns: quality, then cost.
+    """Return a table with one row per result stage; the columns show quality, then cost.
 
-    Below a figure stands its ratio to the original model's. Columns that no stage has are left out.
+    Below each figure is its ratio to the original model's. Columns without any figure are omitted.
+
+    Args:
+        summary: content of `summary.json`.
+        with_tasks: whether to show the tasks.
     """
     stages = _present_stages(summary)
     original = stages.get("original", {})
@@ -141,7 +145,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
     for title, _, _ in columns:
         table.add_column(title, justify="right", overflow="fold")
     for name, stage in stages.items():
-        # Memory and speed are compared with the original as it was measured in alternation with this stage.
+        # Memory and speed are compared with the original's profile that was measured in alternation with this stage.
         beside = {**original, "profile": stage.get("original_profile") or original.get("profile")}
         base = original if name == "original" else beside
         cells = [_cell(find_figure(stage, path), find_figure(base, path), form, path) for _, path, form in columns]
@@ -150,7 +154,7 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
 
 
 def task_table(summary: Mapping[str, Any]) -> Table:
-    """Rows: tasks by their main metric; columns: stages, each with its standard error where known."""
+    """Return a table with one row per task and one column per stage: main metric and, if known, its standard error."""
     stages = _present_stages(summary)
     table = plain_table("tasks")
     table.add_column("task", style="bold", overflow="fold")
@@ -171,7 +175,7 @@ def task_table(summary: Mapping[str, Any]) -> Table:
 
 
 def published_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """For each paper whose tasks were run: the mean of each stage, then the published rows."""
+    """Return a table for each paper whose tasks were run: the mean of each stage, then the published rows."""
     tables = []
     for title, headings, rows in beside_published.tables(summary):
         table = plain_table(title)
@@ -185,14 +189,14 @@ def published_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def ratios_table(summary: Mapping[str, Any]) -> Table:
-    """The ratios of a run, each with the way in which it counts, then parameters and seconds."""
+    """Return a table of a run's ratios with their meanings, then parameters and seconds."""
     meanings = {
         "memory": f"bytes {'on disk' if summary.get('bytes_on_disk') else 'of weights'}, compressed / original",
         "routed_expert_parameters": "retained / original",
         "prefill_speedup": "prefill, compressed / original",
         "decode_speedup": "decode, compressed / original",
-        "refit_gap_closed": "share of the lost loss that the refit brought back, before any training",
-        "gap_closed": "share of the lost loss brought back in all",
+        "refit_gap_closed": "share of the added loss that the refit removes, before any training",
+        "gap_closed": "share of the added loss that all stages remove",
     }
     table = plain_table("ratios, sizes, times")
     table.add_column("figure", style="bold")
@@ -214,7 +218,7 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
 
 
 def format_bytes(size: float) -> str:
-    """1234567 -> "1.23 MB" (decimal units, three digits)."""
+    """Return a size in decimal units with three digits: 1234567 becomes "1.23 MB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5 or unit == "TB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:#.3g} {unit}".replace(". ", " ")
@@ -223,7 +227,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """About four digits, thousands separated, no exponent unless the number is tiny."""
+    """Return a number with about four digits, thousands separators, and an exponent only below 0.001."""
     if value != 0 and abs(value) < 0.001:
         return f"{value:.1e}"
     digits = 4 if abs(value) < 1 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
@@ -231,29 +235,29 @@ def format_number(value: float) -> str:
 
 
 def _console() -> Console:
-    # A file or a pipe has no width of its own: there the tables are as wide as they need to be.
+    # A file or a pipe has no width, so tables are printed at a fixed width.
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _cell(value: Any, original: Any, form: Any, path: tuple[str, ...]) -> str:
     if value is None:
         return ""
-    # No ratio for what has no original to be compared with: the original itself, or a divergence from it.
+    # The original and a divergence from it have no ratio.
     if not original or value is original or path[-1] == "kl_to_original":
         return str(form(value))
     return f"{form(value)}\n[dim]{value / original:.2f}x[/dim]"
 
 
 def main_metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(task, metric) for every task of any stage."""
-    chosen: dict[str, str] = {}
+    """Return (task, main metric) for every task of any stage."""
+    main: dict[str, str] = {}
     for stage in _present_stages(summary).values():
         for task, metrics in stage.get("tasks", {}).items():
             names = [name for name in metrics if not name.endswith("_stderr")]
             best = next((name for name in MAIN_METRICS if name in names), names[0] if names else None)
             if best is not None:
-                chosen.setdefault(task, best)
-    return list(chosen.items())
+                main.setdefault(task, best)
+    return list(main.items())
 
 
 def _present_stages(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -262,6 +266,7 @@ def _present_stages(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def find_figure(values: Any, path: Sequence[str]) -> Any:
+    """Return the value at a path of keys in nested mappings; None if a key is missing."""
     for key in path:
         if not isinstance(values, Mapping) or key not in values:
             return None
@@ -270,7 +275,7 @@ def find_figure(values: Any, path: Sequence[str]) -> Any:
 
 
 def plain_table(title: str) -> Table:
-    """An empty table in the style of all of them."""
+    """Return an empty table in the style that all tables share."""
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
     )

@@ -1,4 +1,4 @@
-"""Loggers of a run: one csv file that grows over restarts, and Weights & Biases that never gets in the way."""
+"""Loggers of a run: one csv file across restarts, and Weights & Biases, whose errors never stop a run."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ def make_loggers(
     run_id: str | None = None,
     job_type: str | None = None,
 ) -> list[Logger]:
-    """The loggers that the settings ask for, with all their files below `run_folder/logs`.
+    """Return the loggers that the settings request. All their files are below `run_folder/logs`.
 
     Args:
         settings: csv on or off; mode, project, entity, name and tags of W&B.
-        run_folder: the run's folder. It also keeps the id of the W&B run, so a resumed run logs to the same one.
-        resolved_config: plain containers; becomes the config of the W&B run.
-        run_id: id of the W&B run, instead of the kept one; and its job_type.
+        run_folder: the run's folder. It also stores the id of the W&B run, so a resumed run logs to the same one.
+        resolved_config: config of the W&B run, as plain containers.
+        run_id: id of the W&B run; None for the stored one.
+        job_type: job type of the W&B run.
 
     Returns:
-        csv first. W&B is left out when it is disabled or does not start; that is a warning, not an error.
+        The csv logger first. W&B is missing if it is disabled or does not start; the latter is logged as a warning.
     """
     folder = Path(run_folder) / "logs"
     loggers: list[Logger] = []
@@ -48,28 +49,29 @@ def make_loggers(
         loggers.append(AppendingCSVLogger(folder / "metrics.csv"))
     mode = wandb_mode(settings.wandb.mode)
     if mode != "disabled" and _is_first_rank():
-        names = {"id": run_id or _kept_id(folder), "job_type": job_type}
+        names = {"id": run_id or _stored_id(folder), "job_type": job_type}
         loggers += _start_wandb(settings.wandb, mode, folder, resolved_config, names)
     return loggers
 
 
 def wandb_mode(mode: str) -> str:
-    """`online`, `offline` or `disabled`: what was asked for, as far as it goes without a prompt.
+    """Return the mode to use, `online`, `offline` or `disabled`, such that W&B never prompts for a login.
 
-    `auto` follows the variable WANDB_MODE, else is online with a login (WANDB_API_KEY or netrc) and offline without.
+    `auto` follows the variable WANDB_MODE. Without it, the mode is `online` if there is a login (WANDB_API_KEY or
+    netrc), else `offline`. `online` without a login becomes `offline`, with a warning.
     """
     if mode == "auto":
         variable = os.environ.get("WANDB_MODE", "").lower()
         mode = {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(variable, "")
         return mode or ("online" if _has_login() else "offline")
     if mode == "online" and not _has_login():
-        log.warning("W&B: no login (WANDB_API_KEY or `wandb login`), so this run is logged offline")
+        log.warning("W&B: there is no login (WANDB_API_KEY or `wandb login`), so this run is logged offline")
         return "offline"
     return mode
 
 
 def log_summary(loggers: Sequence[Logger], summary: Mapping[str, Any]) -> None:
-    """Hand the figures of a run to its loggers: summary metrics in W&B, one last row in the csv file."""
+    """Log the figures of a run: as summary metrics in W&B, and as the last row of the csv file."""
     metrics = flatten_summary(summary)
     for logger in loggers:
         if isinstance(logger, QuietWandbLogger):
@@ -80,15 +82,16 @@ def log_summary(loggers: Sequence[Logger], summary: Mapping[str, Any]) -> None:
 
 
 def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of `summary.json` under fixed names.
+    """Return the numbers of `summary.json` under fixed names.
 
-    `original/perplexity`, `compressed/<task>/<metric>`, `recovered/decode_tokens_per_second`, `ratios/memory`,
-    `parameters/routed_experts/compressed`, `refit/<layer>/error_after`, `seconds/search`. What is not known is absent.
+    Examples are `original/perplexity`, `compressed/<task>/<metric>`, `recovered/decode_tokens_per_second`,
+    `ratios/memory`, `parameters/routed_experts/compressed`, `refit/<layer>/error_after`, and `seconds/search`.
+    Figures that were not measured are absent.
     """
     metrics: dict[str, float] = {}
     for stage, values in summary.get("stages", {}).items():
         for key, value in values.items():
-            # Tasks and profile are levels of the file, not of a metric's name.
+            # `tasks` and `profile` are levels of the file that do not occur in the names of metrics.
             metrics.update(_numbers(value, stage if key in ("tasks", "profile") else f"{stage}/{key}"))
     for section in ("ratios", "parameters", "bytes_on_disk", "refit", "seconds"):
         metrics.update(_numbers(summary.get(section, {}), section))
@@ -96,7 +99,7 @@ def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def log_plan(loggers: Sequence[Logger], plan: Mapping[str, Any], picture: Path | None) -> None:
-    """Log a plan to W&B as a table (one row an operation) and as a picture. The csv file has no place for either."""
+    """Log a plan to W&B as a table (one row per operation) and as a picture. The csv logger ignores both."""
     rows = [_plan_row(number, operation) for number, operation in enumerate(plan.get("operations", ()), start=1)]
     if not rows:
         return
@@ -110,14 +113,14 @@ def log_plan(loggers: Sequence[Logger], plan: Mapping[str, Any], picture: Path |
 
 
 def log_export(loggers: Sequence[Logger], folder: Path) -> None:
-    """Note in the W&B run where the exported model is."""
+    """Record the folder of the exported model in the W&B run."""
     for logger in loggers:
         if isinstance(logger, QuietWandbLogger):
             logger.attempt(logger.experiment.summary.update, {"artifacts/model": str(folder)})
 
 
 def finish_loggers(loggers: Sequence[Logger]) -> None:
-    """Write what is left and close the W&B run, so that the next run of a sweep starts its own."""
+    """Write all pending rows and close the W&B run, so that the next run of a sweep starts a new one."""
     for logger in loggers:
         logger.save()
         if isinstance(logger, QuietWandbLogger):
@@ -125,15 +128,15 @@ def finish_loggers(loggers: Sequence[Logger]) -> None:
 
 
 class AppendingCSVLogger(Logger):
-    """Metrics in one csv file that later starts of the run add to.
+    """Logger that writes metrics to one csv file, to which later starts of the run append.
 
-    Lightning's own csv logger deletes the file of an earlier start. Here every row says which `start` it is from (0, 1,
-    ...): a run that was killed repeats the steps since its last checkpoint, and of two rows with one step and metric
-    the later start counts.
+    Lightning's csv logger deletes the file of an earlier start. Here the column `start` (0, 1, ...) tells from which
+    start a row is. A run that was killed repeats the steps since its last checkpoint; if two rows have the same step
+    and metric, the later start is the valid one.
 
     Args:
         path: the csv file.
-        flush_every: rows that may be lost by a kill.
+        flush_every: number of rows to collect before writing them; a kill loses at most that many.
     """
 
     def __init__(self, path: Path, flush_every: int = 20) -> None:
@@ -160,7 +163,7 @@ class AppendingCSVLogger(Logger):
         return str(self.path.parent)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's folder has config.yaml."""
+        """Do nothing, because config.yaml in the run's folder already has the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -198,19 +201,19 @@ class AppendingCSVLogger(Logger):
         if not self.path.exists():
             return []
         content = self.path.read_text(encoding="utf-8")
-        if not content.endswith("\n"):  # killed while adding a line: that line does not count
+        if not content.endswith("\n"):  # the process was killed while writing the last line, which is discarded
             content = content[: content.rfind("\n") + 1]
             write_aside(self.path, content)
         return list(csv.DictReader(io.StringIO(content)))
 
 
 class QuietWandbLogger(WandbLogger):
-    """Lightning's W&B logger, except that an error of W&B is a warning, once, and ends the logging, not the run."""
+    """Lightning's W&B logger, except that an error of W&B only stops the logging, with a warning."""
 
     broken = False
 
     def attempt(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Do something with W&B, unless it has failed before."""
+        """Call an action of W&B, unless one has failed before."""
         if self.broken or not _is_first_rank():
             return
         try:
@@ -223,7 +226,7 @@ class QuietWandbLogger(WandbLogger):
         self.attempt(super().log_metrics, metrics, step)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved config is the config of the W&B run."""
+        """Do nothing, because the W&B run already has the resolved config."""
 
 
 def _start_wandb(
@@ -241,11 +244,11 @@ def _start_wandb(
                 tags=list(settings.tags) or None,
                 dir=str(folder),
                 **names,
-                # Offline there is nothing to resume from: the next start of this id is joined to it by `wandb sync`.
+                # An offline run cannot be resumed; `wandb sync` joins the starts that share an id.
                 resume="allow" if attempt == "online" else None,
                 mode=attempt,  # type: ignore[arg-type]
                 config=dict(resolved_config),
-                reinit="create_new",  # neither take over nor end a run that someone else has open in this process
+                reinit="create_new",  # neither reuse nor end another W&B run that is open in this process
                 save_code=False,
                 settings=wandb.Settings(silent=True, console="off", init_timeout=60),
             )
@@ -260,7 +263,7 @@ def _start_wandb(
     return []
 
 
-def _kept_id(folder: Path) -> str:
+def _stored_id(folder: Path) -> str:
     path = folder / "run_id"
     if not path.exists():
         write_aside(path, secrets.token_hex(4))
@@ -301,5 +304,5 @@ def _plan_row(number: int, operation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(values: Sequence[Any]) -> str:
-    """Numbers as one text, lists within in brackets."""
+    """Return numbers as one text, with nested lists in parentheses."""
     return " ".join(f"({_cell(value)})" if isinstance(value, (list, tuple)) else f"{value:.4g}" for value in values)

@@ -219,13 +219,13 @@ def test_the_table_of_seeds_and_what_failed(tmp_path: Path) -> None:
 def test_the_caption_says_which_differences_matter() -> None:
     entries = by_seed([row for row in comparison() if row["method"] != "block_drop"])
     words = "\n".join(caption(entries, without=["n"]))
-    assert "2 runs each" in words and "no spread by construction" in words
+    assert "2 runs each" in words and "have no deviation" in words
     assert "Original: perplexity 8.00, task 0.590 (standard error 0.049)." in words
-    assert "about 0.05 (standard error), larger than the spread over seeds (at most 0.007)" in words
-    assert "closer than 0.14" in words
-    assert "at or below the budget" in words and "not counted again" in words
-    assert "Closes: " in words and "Closes: " in comparison_markdown(entries)
-    assert "Closes: " not in "\n".join(caption(entries, without=["gap_closed", "refit_gap_closed"])), "no such column"
+    assert "standard error of about 0.05, larger than the deviation over seeds (at most 0.007)" in words
+    assert "Differences below 0.14" in words
+    assert "below the budget" in words and "is counted once" in words
+    assert "Closes is " in words and "Closes is " in comparison_markdown(entries)
+    assert "Closes is " not in "\n".join(caption(entries, without=["gap_closed", "refit_gap_closed"])), "no such column"
     steady = [{**entry, "recovered_task": (0.6, 0.07)} for entry in entries]
     assert "larger than" not in "\n".join(caption(steady))
     bare = by_seed([seeded("reap", "0.5", 0, recovered_perplexity=3.0)])

@@ -161,7 +161,7 @@ def test_a_cut_of_the_experts_is_no_memory_ratio() -> None:
 
 def test_the_nearest_setting_is_marked() -> None:
     [(_, _, rows)] = tables(summary(CDMOE, QWEN, Setting("cdmoe", 8, 4)))
-    assert rows[-1][0] == "published: cdmoe: shared+4, 9 layers (the nearest)"
+    assert rows[-1][0] == "published: cdmoe: shared+4, 9 layers (nearest)"
 
 
 def test_what_cannot_be_compared_is_noted_in_a_line() -> None:

@@ -326,7 +326,7 @@ def test_the_report_and_the_model_card_describe_the_plan(tmp_path: Path) -> None
     line = plan_line(counts)
     for words in (
         "2 layers pruned (7 of 12 experts stay)", "1 layer condensed (2 of 3 experts", "6 experts into 3",
-        "2 layers factorized (ranks 5-20, mean 9.8)", "1 layer removed whole", "1 layer refitted",
+        "2 layers factorized (ranks 5-20, mean 9.8)", "1 layer removed", "1 layer refitted",
     ):  # fmt: skip
         assert words in line
     with (tmp_path / "out").open("w") as file:
