@@ -302,7 +302,7 @@ def comparison_cells(
 
 
 def _left_out(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns to omit: the sizes, "n" if it is the same for all entries, and the tasks of the refitted stage."""
+    """Return the columns to omit: sizes, "n" if it is the same for all entries, and tasks of the refitted stage."""
     counts = ["n"] if len({(entry["count"], entry["status"]) for entry in entries}) == 1 else []
     trained = any("recovered_perplexity" in entry for entry in entries)
     tasks = [name for name in columns(entries) if name.startswith("refitted_") and name not in COLUMNS]

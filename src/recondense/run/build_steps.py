@@ -14,7 +14,7 @@ from recondense.errors import ConfigError, UserError
 
 
 def build_steps(method: Mapping[str, Any]) -> list[Any]:
-    """The method's steps, in order.
+    """Return the method's steps, in order.
 
     Raises:
         ConfigError: classes that do not exist, settings that no step has, values of a wrong type, and values that a

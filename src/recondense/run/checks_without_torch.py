@@ -19,7 +19,7 @@ from recondense.run.resolved import Run
 
 
 def check_quickly(run: Run) -> Iterator[Problem]:
-    """Problems that the config and the files it names tell, without a model."""
+    """Yield problems that the config and the files it names tell, without a model."""
     yield from check_config(run.config, run.stages)
     if not run.config.plan_only:
         yield from _check_packages(run.config)
@@ -37,14 +37,14 @@ def _check_texts(run: Run) -> Iterator[Problem]:
 
 
 def _check_packages(config: Config) -> Iterator[Problem]:
-    """An engine that is an extra and is not installed."""
+    """Yield an engine that is an extra and is not installed."""
     if config.trainer.deepspeed and importlib.util.find_spec("deepspeed") is None:
         text = "DeepSpeed is not installed. pip install 'recondense[deepspeed]' brings it."
         yield Problem("trainer.strategy", text, config.trainer.strategy)
 
 
 def _check_token(config: Config) -> Iterator[Problem]:
-    """An upload that nobody is logged in for."""
+    """Yield an upload that nobody is logged in for."""
     if config.export.push_to_hub is None or config.export.enabled is False:
         return
     from huggingface_hub import get_token  # late: few commands need it
@@ -55,7 +55,7 @@ def _check_token(config: Config) -> Iterator[Problem]:
 
 
 def check_run_folder(config: Config, stored: Config | None) -> Iterator[Problem]:
-    """Problems of the run's folder.
+    """Yield problems of the run's folder.
 
     Args:
         stored: the config that the folder holds, None without any.
@@ -83,7 +83,7 @@ def check_run_folder(config: Config, stored: Config | None) -> Iterator[Problem]
 
 
 def stored_config(folder: Path) -> Config | None:
-    """The config that a run's folder holds; None if what it holds is not recondense's."""
+    """Return the config that a run's folder holds; None if what it holds is not recondense's."""
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -95,7 +95,7 @@ def stored_config(folder: Path) -> Config | None:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[str]:
-    """Dotted names of the settings in which two resolved configs differ."""
+    """Return dotted names of the settings in which two resolved configs differ."""
     names = []
     for key in [*one, *(key for key in other if key not in one)]:
         mine, theirs = one.get(key), other.get(key)

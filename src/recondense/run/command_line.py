@@ -49,7 +49,7 @@ Overrides = tuple[str, ...]
 
 
 def command_hash() -> str:
-    """Names a sweep's folder: the same command finds the same folder."""
+    """Return names a sweep's folder: the same command finds the same folder."""
     arguments = sorted(argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun"))
     return hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
 
@@ -81,7 +81,7 @@ def main(folder: Path | None = None) -> None:
 
 
 def make_job(runs: Mapping[Overrides, Run]) -> Callable[[DictConfig], Any]:
-    """The function that Hydra calls for each run; its value is what a sweep compares.
+    """Return the function that Hydra calls for each run; its value is what a sweep compares.
 
     Args:
         runs: those that are resolved already. A sweeper may choose others, which are read from Hydra's config.
@@ -152,7 +152,7 @@ def _runs(
     loader: ConfigLoader,
     problems: list[Problem],
 ) -> dict[Overrides, Run]:
-    """The runs of a command without the steps of their methods; what is wrong with them goes to `problems`.
+    """Return the runs of a command without the steps of their methods; what is wrong with them goes to `problems`.
 
     Args:
         settings: of Hydra's `launcher` and `sweeper`.
@@ -176,7 +176,7 @@ def _runs(
 
 
 def _check_together(runs: Sequence[Run]) -> Iterator[Problem]:
-    """What several runs of one command would do to each other."""
+    """Yield what several runs of one command would do to each other."""
     yield from overwritten_inputs([run.config for run in runs])
     folders: dict[Path, str] = {}
     for config in (run.config for run in runs):
@@ -185,7 +185,7 @@ def _check_together(runs: Sequence[Run]) -> Iterator[Problem]:
 
 
 def _with_steps(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
-    """The runs with the steps of their methods, checked on their models.
+    """Return the runs with the steps of their methods, checked on their models.
 
     Raises:
         ConfigError: everything that is wrong.
@@ -220,7 +220,7 @@ def _check_on_models(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Over
 
 
 def _hydra(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, dict[str, Any]]:
-    """Whether the command is a sweep (an experiment may say so of itself), and its launcher and sweeper."""
+    """Return whether the command is a sweep (an experiment may say so of itself), and its launcher and sweeper."""
     chosen = [text for text in overrides if text.startswith(("experiment=", "hydra.", "hydra/"))]
     nothing: dict[str, Any] = {"launcher": {}, "sweeper": {}}
     if not chosen and not multirun:
@@ -239,7 +239,7 @@ def _hydra(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, d
 def _jobs(
     given: Sequence[str], settings: Mapping[str, Any], multirun: bool, loader: ConfigLoader, problems: list[Problem]
 ) -> list[tuple[Overrides, list[str]]]:
-    """The overrides of every run of a command, and those of Hydra itself.
+    """Return the overrides of every run of a command, and those of Hydra itself.
 
     Any value of an interval may come: its ends stand for all.
     """
@@ -275,7 +275,7 @@ def _jobs(
 
 
 def child_command(context: Any) -> list[str]:
-    """The command of another process of a run.
+    """Return the command of another process of a run.
 
     Args:
         context: the run's `hydra` config; of one of a sweep its own.

@@ -44,7 +44,7 @@ All settings: docs/configuration.md, and the comments in conf/.\
 
 
 def help_page(folder: Path, program: str = "recondense") -> str:
-    """The page.
+    """Return the page.
 
     Args:
         folder: with the configs.
@@ -55,7 +55,7 @@ def help_page(folder: Path, program: str = "recondense") -> str:
 
 
 def _group(folder: Path, group: str, width: int) -> str:
-    """A heading, and a line for each choice."""
+    """Return a heading, and a line for each choice."""
     lines = [f"{group}: {GROUPS[group]}"]
     paths = sorted((folder / group).rglob("[!_]*.yaml"))
     names = [path.relative_to(folder / group).with_suffix("").as_posix() for path in paths]
@@ -68,7 +68,7 @@ def _group(folder: Path, group: str, width: int) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    """The first sentence of a YAML's first comment."""
+    """Return the first sentence of a YAML's first comment."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
     comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.removeprefix("#").strip() for line in comment).partition(". ")[0].rstrip(".")

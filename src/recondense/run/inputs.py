@@ -26,7 +26,7 @@ TASK_FILES = (".yaml", ".py", ".json", ".jsonl", ".csv", ".txt", ".parquet")
 def inputs_of(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, calibrates: bool
 ) -> dict[str, str]:
-    """Fingerprints by what they are of: `weights`, `tokenizer`, each split's texts, the `calibration` set and files.
+    """Return fingerprints by what they are of: `weights`, `tokenizer`, each split's texts, the `calibration` set and files.
 
     Args:
         calibrates: whether the run has a calibration set; its tokens are an input too.
@@ -70,7 +70,7 @@ def keep_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
 
 
 def _kept(folder: Path) -> dict[str, str]:
-    """The content of inputs.json; empty before the run has begun."""
+    """Return the content of inputs.json; empty before the run has begun."""
     path = folder / INPUTS
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -86,12 +86,12 @@ def _kept(folder: Path) -> dict[str, str]:
 
 
 def task_files_fingerprint(folder: Path) -> str:
-    """Sixteen hexadecimal digits of all files of a task folder that can change a result."""
+    """Return sixteen hexadecimal digits of all files of a task folder that can change a result."""
     return fingerprint([[str(path.relative_to(folder)), _sha256(path)] for path in deciding_files(folder)])
 
 
 def deciding_files(folder: Path) -> list[Path]:
-    """Files of a task folder that can change a result: tasks, their functions and data, but not a cache of the data."""
+    """Return files of a task folder that can change a result: tasks, their functions and data, but not a cache of the data."""
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in TASK_FILES]
     return [path for path in files if "cache" not in path.relative_to(folder).parts]
 

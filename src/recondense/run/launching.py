@@ -64,7 +64,7 @@ class Peer(SystemExit):
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """The program that started this process together with others, if any has."""
+    """Return the program that started this process together with others, if any has."""
     if TorchElasticEnvironment.detect() or "LOCAL_WORLD_SIZE" in os.environ:  # the second: by this module
         return TorchElasticEnvironment()
     if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:  # srun, not a batch script by itself
@@ -73,7 +73,7 @@ def cluster_environment() -> ClusterEnvironment | None:
 
 
 def plan_processes(settings: TrainerConfig, gpu: bool) -> Processes:
-    """The number of processes that the settings stand for here.
+    """Return the number of processes that the settings stand for here.
 
     Args:
         gpu: whether each computes on a GPU of its own.
@@ -137,7 +137,7 @@ def start_processes(settings: TrainerConfig, gpu: bool, command: Sequence[str] |
 
 
 def _environment(planned: Processes) -> dict[str, str]:
-    """The variables of this process; a first one's where it starts the others."""
+    """Return the variables of this process; a first one's where it starts the others."""
     cluster = cluster_environment() or LightningEnvironment()
     node = cluster.node_rank()
     rank = cluster.global_rank() if planned.running else node * planned.on_node
@@ -272,7 +272,7 @@ class _Watch:
                 os._exit(code)
 
     def _failed(self) -> int | None:
-        """The exit code of another process that has failed."""
+        """Return the exit code of another process that has failed."""
         try:
             with self._lock:
                 if not self._over.is_set() and self.store.check([FAILED]):
@@ -290,7 +290,7 @@ class _Watch:
 
 
 def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str, int]) -> list[Problem]:
-    """What is wrong with the processes of a run.
+    """Return what is wrong with the processes of a run.
 
     Args:
         gpu: whether each computes on a GPU of its own.
@@ -312,7 +312,7 @@ def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str
 
 
 def check_sweep() -> list[Problem]:
-    """What speaks against several runs of this command."""
+    """Return what speaks against several runs of this command."""
     cluster = cluster_environment()
     if cluster is None or cluster.world_size() == 1:
         return []

@@ -33,7 +33,7 @@ def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path])
 
 
 def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
-    """The model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
+    """Return the model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
     settings = config.model
     path = settings.path or processes.run_on_first(lambda: _train_embedded(config, callbacks))
     pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None

@@ -65,7 +65,7 @@ class Evaluator:
     def of_run(
         cls, config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts, inputs: Mapping[str, str], timed: Timed
     ) -> Evaluator:
-        """The evaluator of a run. Held-out tasks are written to the cache folder here.
+        """Return the evaluator of a run. Held-out tasks are written to the cache folder here.
 
         Args:
             inputs: fingerprints of what the run depends on, by name.
@@ -87,7 +87,7 @@ class Evaluator:
         )
 
     def tasks_of(self, stage: str) -> Sequence[str]:
-        """The tasks of a result stage; evaluation.at_end=false leaves those after the compressed one without any."""
+        """Return the tasks of a result stage; evaluation.at_end=false leaves those after the compressed one without any."""
         return self.tasks if self.settings.at_end or stage in ("original", "compressed") else []
 
     def evaluate(self, model: PreTrainedModel, stage: str, reference: Reference | None = None) -> Figures:
@@ -118,7 +118,7 @@ class Evaluator:
         return self.cache[key]
 
     def _key(self, model: PreTrainedModel, stage: str, computes: Sequence[str]) -> str:
-        """A fingerprint of all that decides the figures of a model."""
+        """Return a fingerprint of all that decides the figures of a model."""
         tasks, settings = list(self.tasks_of(stage)), self.settings
         attention, experts, tokenizer = self.identity
         return fingerprint(
@@ -225,7 +225,7 @@ class ResultStages:
 
 
 def computed_with(student: Student) -> list[str]:
-    """Fingerprints of all that a student computes with: weights, operations, and buffers."""
+    """Return fingerprints of all that a student computes with: weights, operations, and buffers."""
     model = student.model
     buffers = {
         key: buffer.double().tolist()
@@ -278,7 +278,7 @@ def _validation_windows(config: Config, tokenizer: PreTrainedTokenizerBase, text
 
 
 def _run_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> tuple[list[str], list[Path]]:
-    """The tasks of a run and the folders of their files; held-out ones are written here."""
+    """Return the tasks of a run and the folders of their files; held-out ones are written here."""
     evaluation = config.evaluation
     folders = [Path(evaluation.include_path)] if evaluation.include_path else []
     tasks = list(folder_tasks(folders) if folders and evaluation.tasks is None else evaluation.tasks or ())

@@ -16,7 +16,7 @@ from recondense.run.sizes import Sizes, compare
 
 
 def plan_only(path: str | Path, steps: Step | Sequence[Step]) -> Sizes:
-    """Sizes of a model before and after a method, without weights and without texts.
+    """Return sizes of a model before and after a method, without weights and without texts.
 
     Args:
         path: a local folder with config.json, or one of the hub ids whose configs the package has.

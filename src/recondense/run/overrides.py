@@ -22,7 +22,7 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLE
 def compose_run(
     name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]
 ) -> dict[str, Any] | None:
-    """The composed values of one run; overrides that cannot be placed become problems and are left out."""
+    """Return the composed values of one run; overrides that cannot be placed become problems and are left out."""
     try:
         config = compose(name, overrides)
     except COMPOSE_ERRORS:
@@ -63,7 +63,7 @@ def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, pro
 
 
 def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Exception) -> tuple[Problem, str | None]:
-    """Why an override cannot be placed, and the one that was probably meant."""
+    """Return why an override cannot be placed, and the one that was probably meant."""
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
     if key in (*list_groups(loader), *(f"hydra/{group}" for group in loader.list_groups("hydra"))):
@@ -78,13 +78,13 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, in a line; where a YAML is broken stands in the last of several."""
+    """Return what an error says, in a line; where a YAML is broken stands in the last of several."""
     lines = str(error).splitlines()
     return " ".join(" ".join(lines if isinstance(error, yaml.YAMLError) else lines[:1]).split())
 
 
 def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
-    """Where a setting of that name stands, or which ones stand beside it."""
+    """Return where a setting of that name stands, or which ones stand beside it."""
     parent, _, leaf = key.rpartition(".")
     names = list(_names(config))
     elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
@@ -99,7 +99,7 @@ def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
 
 
 def _names(config: DictConfig, path: str = "") -> Iterator[str]:
-    """Dotted names of all settings."""
+    """Yield dotted names of all settings."""
     for key in map(str, config):
         node = None if OmegaConf.is_interpolation(config, key) or OmegaConf.is_missing(config, key) else config[key]
         if isinstance(node, DictConfig):
@@ -109,7 +109,7 @@ def _names(config: DictConfig, path: str = "") -> Iterator[str]:
 
 
 def _choices(group: str, loader: ConfigLoader) -> list[str]:
-    """A group's files and those of the folders in it, as folder/name; one that starts with _ is a part of others."""
+    """Return a group's files and those of the folders in it, as folder/name; one that starts with _ is a part of others."""
     names = [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
     return names + [
         f"{folder}/{name}" for folder in loader.list_groups(group) for name in _choices(f"{group}/{folder}", loader)

@@ -264,13 +264,13 @@ class _Stages:
         return make_recorder(self.config, self.model, self.tokenizer, self.texts, self.folder, self.record.timed)()
 
     def _trained_layers(self, plan: Plan) -> Sequence[int] | None:
-        """Layers whose experts train: None, those of the plan; without operations, those of an earlier run's."""
+        """Return layers whose experts train: None, those of the plan; without operations, those of an earlier run's."""
         if plan.operations:
             return None
         return read_history(self.config.model).changed_layers(len(decoder.decoder_layers(self.model)))
 
     def _callbacks(self, stage: str, *, with_tasks: bool) -> Sequence[Callback]:
-        """The callbacks of a fit; tasks are evaluated while the student trains, not while the control does."""
+        """Return the callbacks of a fit; tasks are evaluated while the student trains, not while the control does."""
         tasks, include_path = (self.evaluator.tasks, self.evaluator.include_path) if with_tasks else ((), ())
         return self.callbacks(stage, tasks, include_path)
 

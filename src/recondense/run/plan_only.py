@@ -34,7 +34,7 @@ GIB = 2**30
 
 
 def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tuple[Result, Sizes]]:
-    """The settings of this very model that the paper of a method publishes, each with its sizes; empty without any.
+    """Return the settings of this very model that the paper of a method publishes, each with its sizes; empty without any.
 
     Args:
         model: on the meta device, as it is published.
@@ -56,7 +56,7 @@ def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tupl
 
 
 def _with(step: Any, settings: Mapping[str, Any]) -> Any:
-    """A step of the same class with those of the settings that it has, and no others."""
+    """Return a step of the same class with those of the settings that it has, and no others."""
     return type(step)(**{field.name: settings[field.name] for field in fields(step) if field.name in settings})
 
 
@@ -94,7 +94,7 @@ def _print_sizes(run: Run, folder: Path) -> None:
 
 
 def weights_dtype(planned: PretrainedConfig, dtype: str) -> torch.dtype:
-    """The type of a model's weights.
+    """Return the type of a model's weights.
 
     Args:
         planned: the model's config; it decides where `dtype` is auto, and float32 where it says nothing.
@@ -105,7 +105,7 @@ def weights_dtype(planned: PretrainedConfig, dtype: str) -> torch.dtype:
 
 
 def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
-    """The summary of a run without what is measured; `plan_only` tells the two apart."""
+    """Return the summary of a run without what is measured; `plan_only` tells the two apart."""
     operations = (*sizes.operations, *plan_refits(sizes.operations, config.method.get("refit", False)))
     sides = {"original": sizes.before, "compressed": sizes.after}
     counted = {
@@ -127,7 +127,7 @@ def _notes(
     dtype: torch.dtype,
     planned: PretrainedConfig,
 ) -> list[str]:
-    """Remarks on the figures."""
+    """Return remarks on the figures."""
     notes = []
     chosen = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
     given = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
@@ -174,7 +174,7 @@ def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> T
 
 
 def layer_table(sizes: Sizes) -> Table:
-    """One row for layers of the same outcome: experts, ranks and bytes of one of them."""
+    """Return one row for layers of the same outcome: experts, ranks and bytes of one of them."""
     table = tables.plain_table("decoder layers")
     table.add_column("layers", style="bold", overflow="fold")
     table.add_column("outcome")
@@ -196,7 +196,7 @@ def layer_table(sizes: Sizes) -> Table:
 
 
 def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
-    """The published figures of this model beside those that the same settings have here."""
+    """Return the published figures of this model beside those that the same settings have here."""
     condensing = rows[0][0].paper == CDMOE
     what = "memory, compressed / original" if condensing else "routed experts' parameters that go"
     table = tables.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {what}")
@@ -217,7 +217,7 @@ def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """Ascending indices in words: 0, 3-9."""
+    """Return ascending indices in words: 0, 3-9."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

@@ -31,11 +31,11 @@ class RunRecord:
         self._nested = 0.0  # seconds of the parts timed within the one that is timed now
 
     def has(self, stage: str) -> bool:
-        """Whether a result stage has been measured."""
+        """Return whether a result stage has been measured."""
         return stage in self._shared
 
     def figures(self, stage: str) -> Figures:
-        """The figures of a result stage."""
+        """Return the figures of a result stage."""
         return self._shared[stage]
 
     def keep(self, stage: str, figures: Figures) -> None:

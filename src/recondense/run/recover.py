@@ -104,7 +104,7 @@ class Recovery:
     loggers: Sequence[Logger]
 
     def keep_predictions(self, student: Student) -> dict[str, CachedTeacher]:
-        """The original's predictions on disk for the stages that learn from them, by stage. Missing ones are made."""
+        """Return the original's predictions on disk for the stages that learn from them, by stage. Missing ones are made."""
         teachers: dict[str, CachedTeacher] = {}
         for stage in self.stages:
             cached = stage.recovery.objective == "distill" and stage.recovery.teacher == "cached"
@@ -192,7 +192,7 @@ class Recovery:
             return keep_predictions(student.original, windows, folder, k, temperature, settings.batch_size, autocast)
 
     def _load_teacher(self, stage: Stage, student: Student) -> Teacher | None:
-        """Another model that a stage learns from; None if it learns from the original or from none."""
+        """Return another model that a stage learns from; None if it learns from the original or from none."""
         settings = stage.recovery
         if settings.objective != "distill" or settings.teacher != "model":
             return None
@@ -208,7 +208,7 @@ class Recovery:
         return OtherTeacher(model, student.model, path)
 
     def _load_data(self, stage: Stage) -> tuple[RecoveryData, RecoveryConfig]:
-        """The windows of a stage, and its settings with its epochs as steps."""
+        """Return the windows of a stage, and its settings with its epochs as steps."""
         settings = stage.recovery
         train = self.texts.training_windows(stage, "train", self.tokenizer)
         assert train is not None
@@ -243,12 +243,12 @@ def load_streamed(student: Student) -> None:
 
 
 def _asks_original(settings: RecoveryConfig) -> bool:
-    """Whether a training computes what the original predicts."""
+    """Return whether a training computes what the original predicts."""
     return settings.teacher == "shared" if settings.objective == "distill" else settings.validate_every > 0
 
 
 def with_steps(settings: RecoveryConfig, num_windows: int, where: str = "recovery") -> RecoveryConfig:
-    """Settings whose steps show every window `epochs` times; the last step may show some once more.
+    """Return settings whose steps show every window `epochs` times; the last step may show some once more.
 
     Args:
         num_windows: in the training text.

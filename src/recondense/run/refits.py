@@ -11,7 +11,7 @@ RIDGE = 1e-2  # relative to the mean diagonal: a pull towards the weights as the
 
 
 def plan_refits(operations: Sequence[Operation], refit: bool | str) -> list[Refit]:
-    """A refit of every layer that operations changed and left, lowest first.
+    """Return a refit of every layer that operations changed and left, lowest first.
 
     Args:
         refit: `method.refit`: false, true (down_proj), or coefficients (of condensed layers only).

@@ -26,7 +26,7 @@ class Run:
 
 
 def resolve(values: Mapping[str, Any]) -> Run:
-    """A run from the plain containers of its config.
+    """Return a run from the plain containers of its config.
 
     Raises:
         ConfigError: everything that is wrong with the config alone, or with the method's steps.

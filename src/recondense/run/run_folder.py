@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
-    """Inputs of runs that lie in what `overwrite=true` deletes, or that contain it.
+    """Return inputs of runs that lie in what `overwrite=true` deletes, or that contain it.
 
     Links are followed: a path is lost as well when a link that leads to it is deleted.
 
@@ -64,7 +64,7 @@ def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
 
 
 def input_paths(config: Config) -> list[Setting]:
-    """Settings that name what the run reads on this machine; those that name something of the hub are left out."""
+    """Return settings that name what the run reads on this machine; those that name something of the hub are left out."""
     recovery = config.recovery
     settings = [
         ("model.path", config.model.path),
@@ -93,7 +93,7 @@ def _data_paths(data: DataConfig, where: str) -> list[tuple[str, str | None]]:
 
 
 def _identities(path: str) -> Iterator[tuple[int, int]]:
-    """Identities of all that lies on the way to a path, and on the way to each target of a link inside a folder."""
+    """Yield identities of all that lies on the way to a path, and on the way to each target of a link inside a folder."""
     links = [
         os.path.join(folder, name)
         for folder, folders, files in os.walk(os.path.expanduser(path))
@@ -105,7 +105,7 @@ def _identities(path: str) -> Iterator[tuple[int, int]]:
 
 
 def _way(path: str) -> Iterator[Path]:
-    """Every folder, file and link on the way to a path, links before what they lead to."""
+    """Yield every folder, file and link on the way to a path, links before what they lead to."""
     rest = [*reversed((Path.cwd() / path).parts)]
     here, links = Path(rest.pop()), 0
     while rest:

@@ -81,7 +81,7 @@ def find_plan(
     folder: Path,
     timed: Timed = lambda name: nullcontext(),
 ) -> Plan:
-    """The run's plan: from its folder, or searched with all that the cache knows.
+    """Return the run's plan: from its folder, or searched with all that the cache knows.
 
     Args:
         steps: of the method, in order.
@@ -178,6 +178,6 @@ def search_step(
 
 
 def _evidence(records: Sequence[Record]) -> Record:
-    """What plan.json says of the search; not how long it took and what the cache had, for the plan is the same."""
+    """Return what plan.json says of the search; not how long it took and what the cache had, for the plan is the same."""
     kept = [{name: value for name, value in r.items() if name not in ("reused", "seconds")} for r in records]
     return kept[0] if len(kept) == 1 else {"steps": kept}

@@ -13,7 +13,7 @@ from recondense.models.parameters import largest_layer_bytes
 
 
 def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel | None = None) -> int:
-    """The bound on temporary tensors: as configured, or a quarter of the memory that is free now, for all processes.
+    """Return the bound on temporary tensors: as configured, or a quarter of the memory that is free now, for all processes.
 
     For a model larger than memory, as much as its largest decoder layer.
     """

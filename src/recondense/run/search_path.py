@@ -66,7 +66,7 @@ def initialize_hydra(name: str, args: Namespace) -> Iterator[ConfigLoader]:
 
 
 def same_configs(hydra: Any) -> list[str]:
-    """The arguments by which another process composes from the primary config and the folders of this run.
+    """Return the arguments by which another process composes from the primary config and the folders of this run.
 
     Options come first: Hydra's parser wants the overrides in one piece.
 
@@ -88,7 +88,7 @@ def _add(search_path: ConfigSearchPath, provider: str, path: str) -> None:
 
 
 def _sources(search_path: ConfigSearchPath, name: str, overrides: Sequence[str]) -> list[ConfigSource]:
-    """What Hydra reads configs from, with what hydra.searchpath adds, in the primary config or in an override."""
+    """Return what Hydra reads configs from, with what hydra.searchpath adds, in the primary config or in an override."""
     loader = ConfigLoaderImpl(search_path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of a folder that is not there

@@ -134,7 +134,7 @@ def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
 
 
 def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | None, int]]:
-    """Routed experts (None: no router and none kept) and bytes of every decoder layer."""
+    """Return routed experts (None: no router and none kept) and bytes of every decoder layer."""
     sizes: dict[int, tuple[int | None, int]] = {}
     sparse = views.sparse_blocks(model)
     width = families.facts(model.config).expert_width

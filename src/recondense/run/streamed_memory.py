@@ -48,6 +48,6 @@ class StreamedMemory:
             log.warning("peak memory is above the bound of %s; please report this", format_bytes(bound))
 
     def to_dict(self) -> dict[str, int]:
-        """The parts, and first the peak if it was taken."""
+        """Return the parts, and first the peak if it was taken."""
         peak = {} if self._peak is None else {"peak_resident_bytes": self._peak}
         return {**peak, **self._parts}

@@ -21,7 +21,7 @@ DIRECTIONS = ("minimize", "maximize")
 
 
 def missing_plugin(config: str) -> Problem | None:
-    """Why a config (group/name) is not there, if that is because its plugin is not installed."""
+    """Return why a config (group/name) is not there, if that is because its plugin is not installed."""
     for choices, package in PLUGINS.values():
         if config in choices:
             group, _, name = config.rpartition("/")
@@ -36,17 +36,17 @@ def find_plugin(target: str) -> str | None:
 
 
 def runs_side_by_side(launcher: str) -> bool:
-    """Whether a launcher (its `_target_`) starts the runs of a sweep at the same time, or where nobody looks on."""
+    """Return whether a launcher (its `_target_`) starts the runs of a sweep at the same time, or where nobody looks on."""
     return find_plugin(launcher) is not None
 
 
 def takes_intervals(hydra: Mapping[str, Any]) -> bool:
-    """Whether the sweeper chooses values between two ends."""
+    """Return whether the sweeper chooses values between two ends."""
     return find_plugin(str(hydra["sweeper"].get("_target_"))) == "hydra_optuna_sweeper"
 
 
 def check_plugins(hydra: Mapping[str, Any], multirun: bool) -> list[Problem]:
-    """Problems of the launcher and the sweeper.
+    """Return problems of the launcher and the sweeper.
 
     Args:
         hydra: `launcher` and `sweeper`, the settings of each.

@@ -44,7 +44,7 @@ EVALUATION_BATCH = 16
 
 
 def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: Sequence[Callback] = ()) -> Path:
-    """The folder of the trained model; trains it if it is not there.
+    """Return the folder of the trained model; trains it if it is not there.
 
     Args:
         model: its `pretrain` holds the architecture and the training.
@@ -106,7 +106,7 @@ def _train(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with one special token, the end of text."""
+    """Return a byte-level BPE with one special token, the end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -147,7 +147,7 @@ def unigram_perplexity(train_NS: Tensor, validation_MS: Tensor, vocab_size: int)
 
 
 def expert_loads(model: PreTrainedModel, windows_NS: Tensor) -> dict[int, list[float]]:
-    """The share of tokens that select each routed expert, by layer; a dead expert has 0."""
+    """Return the share of tokens that select each routed expert, by layer; a dead expert has 0."""
     tape = Tape.record(model, [(windows_NS, torch.ones_like(windows_NS))])
     loads = {}
     for layer, block in views.sparse_blocks(model).items():

@@ -15,7 +15,7 @@ from recondense.report.summary import add_upload
 
 
 def missing_upload(settings: ExportConfig, summary: Mapping[str, Any]) -> str | None:
-    """The repository that is to have the exported folder, if summary.json does not say that it has."""
+    """Return the repository that is to have the exported folder, if summary.json does not say that it has."""
     repository, artifacts = settings.push_to_hub, summary["artifacts"]
     return repository if "model" in artifacts and artifacts.get("hub") != repository else None
 
