@@ -48,7 +48,8 @@ def evaluate(
         batch_size: windows per forward pass.
 
     Returns:
-        loss (nats per token), perplexity, and for a student kl_to_original (nats per token).
+        loss (nats per token), perplexity, and kl_to_original (nats per token) for a student that has its original: its
+        plan changed something, and the original was not released.
 
     Raises:
         UserError: the texts have fewer tokens than one window, or the loss is not finite.
@@ -61,7 +62,8 @@ def evaluate(
     windows_NS = pack(texts, tokenizer, sequence_length)
     if isinstance(student, PreTrainedModel):
         return perplexity(student, windows_NS, batch_size)
-    return perplexity(student.model, windows_NS, batch_size, student.original)
+    reference = student.original if student.has_original else None
+    return perplexity(student.model, windows_NS, batch_size, reference)
 
 
 def perplexity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from recondense.config.schema import ExportConfig
+from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
-from recondense.plan import History
+from recondense.models.layer_store import layer_store
 from recondense.surgery.student import Student
 
 
@@ -21,25 +23,25 @@ def export(
     settings: ExportConfig | None = None,
     *,
     card: str | Callable[[Path], str] | None = None,
-    history: History | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Write a student to a folder that can be read by `load`, or by transformers without recondense.
 
     Args:
         student: a student returned by `apply`; it is not changed.
         tokenizer: saved beside the weights; None saves no tokenizer.
-        folder: the folder to write; an existing folder is replaced after all files are written.
+        folder: the folder to write. An earlier export is replaced after all files are written.
         settings: format and shard size; None for the defaults.
         card: the beginning of README.md, or a function that makes it from the folder after the weights are written.
             None: a short text that refers to the plan.
-        history: the operations that were applied to the model before this plan. None reads them from the folder from
-            which the model was loaded.
+        overwrite: replace a folder that holds other files than an export.
 
     Returns:
         "stock" if the folder loads as the family's own class, or "bundled" if it has its own modeling file.
 
     Raises:
-        UserError: `settings` ask for a format that cannot express the student.
+        UserError: `settings` ask for a format that cannot express the student; the folder holds other files, or the
+            weights that a streamed model is still reading.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -49,9 +51,20 @@ def export(
         'stock'
         >>> condensed, tokenizer = rc.load(output)
     """
-    if history is None:
-        history = History.load(student.model.config.name_or_path)
+    folder = Path(folder).resolve()
+    _check_folder(folder, student, overwrite)
     if card is None:
         card = f"# {student.plan.model}, compressed by recondense\n\nThe operations are in `plan.json`.\n"
-    plan = replace(student.plan, history=history)
-    return write_folder(student.model, tokenizer, plan, Path(folder), card, settings)
+    plan = replace(student.plan, history=student.history)
+    return write_folder(student.model, tokenizer, plan, folder, card, settings)
+
+
+def _check_folder(folder: Path, student: Student, overwrite: bool) -> None:
+    """Refuse a folder whose replacement would lose something."""
+    source = Path(student.model.config.name_or_path).resolve()
+    if layer_store(student.model).streamed and source.is_dir() and folder in (source, *source.parents):
+        raise UserError(f"{folder}: the model is streamed from this folder; export to another one")
+    if overwrite or not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not {"plan.json", "config.json"} <= set(os.listdir(folder))):
+        raise UserError(f"{folder}: holds other files than an export; choose another folder, or set overwrite=True")

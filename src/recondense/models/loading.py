@@ -7,8 +7,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import classes, decoder, headers, quantized, shard_reader
 from recondense.models.layer_store import layer_store, set_layer_store
-from recondense.models.model_files import model_file
+from recondense.models.model_files import keep_history, model_file
 from recondense.models.streaming import Streamed
+from recondense.offline import hub_access
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def load(
     # auto never uses batched_mm, which is about 60 times slower on a CPU.
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     decoder.disable_router_loss(model)
+    keep_history(model, replace(settings, path=str(path)))
     if offload_folder is None:
         model.to(choose_device(settings))
     for parameter in model.parameters():
@@ -89,7 +91,9 @@ def _load_both(
     if model_file(path, ADAPTER, settings.revision) is not None:
         raise UserError(f"model.path={path}: {HOLDS_ADAPTER}")
     try:
-        with progress(f"loading {path}"):
+        # Otherwise each look-up on an unreachable hub is repeated for 20 s, even of a file that is in the cache.
+        local = Path(path).is_dir() and (settings.tokenizer is None or Path(settings.tokenizer).is_dir())
+        with progress(f"loading {path}"), nullcontext() if local else hub_access():
             model = _load_model(settings, path, offload_folder)
             tokenizer = AutoTokenizer.from_pretrained(
                 settings.tokenizer or path,

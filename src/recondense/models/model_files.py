@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from recondense.config.schema import ModelConfig
 from recondense.offline import hub_access
 from recondense.plan import History
+
+ATTRIBUTE = "_recondense_history"  # of a model that `load` has loaded
 
 
 def model_file(path: str | Path, name: str, revision: str | None = None) -> Path | None:
@@ -39,3 +43,16 @@ def read_history(model: ModelConfig) -> History:
     """Return the earlier compressions of the model that a run starts from; empty without a plan.json beside it."""
     plan = None if model.path is None else model_file(model.path, "plan.json", model.revision)
     return History.load(None if plan is None else plan.parent)
+
+
+def keep_history(model: PreTrainedModel, settings: ModelConfig) -> None:
+    """Keep the history of a model with it. An export may replace the folder that the model was loaded from."""
+    model.__dict__[ATTRIBUTE] = read_history(settings)
+
+
+def history_of(model: PreTrainedModel) -> History:
+    """Return the compressions that made a model before it was loaded, by `load` or by transformers."""
+    if ATTRIBUTE not in model.__dict__:
+        keep_history(model, ModelConfig(path=model.config.name_or_path or None))
+    history: History = model.__dict__[ATTRIBUTE]
+    return history

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recondense.config.schema import TrainerConfig, from_dict
+from recondense.config.checks import check_recovery
+from recondense.config.problems import render
+from recondense.config.schema import RecoveryConfig, TrainerConfig, from_dict
 from recondense.data.loader import RecoveryData
 from recondense.data.windows import pack
-from recondense.errors import UserError
+from recondense.errors import ConfigError, UserError
+from recondense.files import JsonFolder, fingerprint
+from recondense.models.layer_store import layer_store
+from recondense.models.loading import weights_fingerprint
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.surgery.student import Student
@@ -47,7 +54,8 @@ def recover(
         The student.
 
     Raises:
-        UserError: a setting does not exist or is invalid, there is too little text, or there is nothing to train.
+        UserError: a setting does not exist or is invalid, there is too little text, or there is nothing to train; the
+            folder has another call's checkpoints; a streamed model is to be distilled.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -58,19 +66,63 @@ def recover(
         >>> rc.evaluate(student, tokenizer, texts, sequence_length=32)["kl_to_original"] < before["kl_to_original"]
         True
     """
-    values = {"name": objective, "objective": objective, "steps": steps, "checkpoint_every": steps, **settings}
-    recovery = from_dict({"recovery": values}).recovery
-    _refuse_settings_of_runs(settings)
+    recovery = _read_settings({"objective": objective, "steps": steps, **settings})
     windows_NS = pack(texts, tokenizer, sequence_length, "the training text")
-    batches = recovery.steps * recovery.accumulate_grad_batches
-    data = RecoveryData(windows_NS, None, recovery.batch_size, batches, seed)
+    _check_folder(folder, student, recovery, windows_NS, seed)
+    _load_streamed(student, recovery)
+    data = RecoveryData(windows_NS, None, recovery.batch_size, recovery.steps * recovery.accumulate_grad_batches, seed)
     module = RecoveryModule(student, recovery, tokenizer=tokenizer)
     with TemporaryDirectory() as temporary:
-        fit(module, data, Path(folder or temporary), TrainerConfig(), seed)
+        fit(module, data, Path(folder or temporary, "checkpoints"), TrainerConfig(), seed)
     return student
 
 
-def _refuse_settings_of_runs(settings: dict[str, Any]) -> None:
-    for name in ("stages", "epochs", "control", "teacher", "validate_every"):
+def _read_settings(settings: dict[str, Any]) -> RecoveryConfig:
+    """Return the settings of a recovery, which contradict neither each other nor this call."""
+    for name in ("stages", "epochs", "control", "teacher", "teacher_path", "validate_every"):
         if settings.get(name) not in (None, False, 0, "shared"):
             raise UserError(f"recovery.{name}={settings[name]}: `recover` does not support this; use train.py")
+    if settings["objective"] == "none":
+        raise UserError("recovery.objective=none: there is nothing to train. Use distill or finetune")
+    values = {"name": settings["objective"], "checkpoint_every": settings["steps"], **settings}
+    recovery = from_dict({"recovery": values}).recovery
+    if problems := render(check_recovery(recovery, "recovery")):
+        raise ConfigError(problems)
+    return recovery
+
+
+def _load_streamed(student: Student, recovery: RecoveryConfig) -> None:
+    """Load the weights of a streamed model: a training needs all of them in memory."""
+    if not layer_store(student.model).streamed:
+        return
+    if recovery.objective == "distill":
+        raise UserError("objective=distill: the original of a streamed model is not in memory. Use finetune")
+    student.load_into_memory()
+
+
+def _check_folder(
+    folder: str | Path | None, student: Student, recovery: RecoveryConfig, windows_NS: Tensor, seed: int
+) -> None:
+    """Keep in the folder what its checkpoints depend on. Of the student's weights, the original's stand for all.
+
+    Raises:
+        UserError: the folder has the checkpoints of another call.
+    """
+    if folder is None:
+        return
+    weights = ""
+    if student.has_original:
+        with student.original() as model:
+            weights = weights_fingerprint(model)
+    call = {
+        "model": weights,
+        "plan": fingerprint(student.plan.to_dict()["operations"]),
+        "settings": fingerprint(asdict(recovery)),
+        "texts": fingerprint(windows_NS.tolist()),
+        "seed": str(seed),
+    }
+    earlier = JsonFolder(Path(folder)).setdefault("call", call)
+    if differences := [name for name, value in call.items() if earlier.get(name) != value]:
+        raise UserError(
+            f"{folder}: holds the training of a call with another {' and '.join(differences)}; give another folder"
+        )

@@ -13,14 +13,15 @@ from recondense.models.quantized import byte_counter, quantization
 from recondense.run.model_and_machine_checks import planned_config
 from recondense.run.plan_only import weights_dtype
 from recondense.run.sizes import Sizes, compare
+from recondense.run.steps import as_steps
 
 
-def plan_only(path: str | Path, steps: Step | Sequence[Step]) -> Sizes:
+def plan_only(path: str | Path, steps: Step | Sequence[Step] | str) -> Sizes:
     """Return sizes of a model before and after a method, without weights and without texts.
 
     Args:
         path: a local folder with config.json, or one of the hub ids whose configs the package has.
-        steps: a step of a method, or several.
+        steps: a step of a method, several, or the name of a method in conf/method.
 
     Returns:
         Parameters and bytes of the whole model before and after, and of each decoder layer.
@@ -33,10 +34,10 @@ def plan_only(path: str | Path, steps: Step | Sequence[Step]) -> Sizes:
         >>> f"{sizes.after.weights_bytes / sizes.before.weights_bytes:.3f}"
         '0.695'
     """
-    steps = list(steps) if isinstance(steps, Sequence) else [steps]
+    steps = as_steps(steps)
     planned = planned_config(ModelConfig(path=str(path)), plan_only=True)
     facts = families.facts(planned)
-    if problems := [problem for step in steps for problem in step.check(facts)]:  # type: ignore[attr-defined]
+    if problems := [problem for step in steps for problem in step.check(facts)]:
         raise UserError("\n".join(problems))
     model = classes.on_meta(planned, weights_dtype(planned, "auto"))
     return compare(model, steps, byte_counter(model, quantization(planned)))

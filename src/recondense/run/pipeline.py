@@ -30,7 +30,7 @@ from recondense.export.layout import choose_layout, layer_shapes
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_store import layer_store
-from recondense.models.model_files import read_history
+from recondense.models.model_files import history_of
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.report import model_card, tables, tracking
@@ -42,7 +42,7 @@ from recondense.run.load import MakeCallbacks, load, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.process_settings import configure_process
 from recondense.run.record import RunRecord
-from recondense.run.recover import Recovery, load_streamed, prepare_student
+from recondense.run.recover import Recovery, prepare_student
 from recondense.run.resolved import Run
 from recondense.run.search import find_plan
 from recondense.run.streamed_memory import StreamedMemory
@@ -251,7 +251,7 @@ class _Stages:
         cached = recovery.keep_predictions(student)
         if self.memory is not None:
             self.memory.take_peak()
-            load_streamed(student)
+            student.load_into_memory()
         descriptions = recovery.recover(student, cached)
         self.results.measure("recovered", student, original=self._load_original if self.memory is not None else None)
         if config.recovery.control and plan.operations and not self.record.has("control"):
@@ -267,7 +267,7 @@ class _Stages:
         """Return layers whose experts train: None, those of the plan; without operations, those of an earlier run's."""
         if plan.operations:
             return None
-        return read_history(self.config.model).changed_layers(len(decoder.decoder_layers(self.model)))
+        return history_of(self.model).changed_layers(len(decoder.decoder_layers(self.model)))
 
     def _callbacks(self, stage: str, *, with_tasks: bool) -> Sequence[Callback]:
         """Return the callbacks of a fit; tasks are evaluated while the student trains, not while the control does."""
@@ -313,8 +313,7 @@ class _Stages:
             return model_card.model_card(summary.to_dict())
 
         with self.record.timed("export"), progress("exporting"):
-            history = read_history(self.config.model)
-            kind = export(student, self.tokenizer, folder, self.config.export, card=card, history=history)
+            kind = export(student, self.tokenizer, folder, self.config.export, card=card)
         log.info("exported: %s (%s)", folder, kind)
         summary.artifacts |= {"model": "model", "export_format": kind}
         tracking.log_export(self.loggers, folder)

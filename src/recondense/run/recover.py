@@ -21,9 +21,7 @@ from recondense.data.loader import RecoveryData, ShuffledWindows, num_rows
 from recondense.data.texts import Texts
 from recondense.errors import UserError
 from recondense.models import loading
-from recondense.models.layer_store import layer_store
 from recondense.plan import Plan
-from recondense.progress import progress
 from recondense.recovery import trainable
 from recondense.recovery.checkpoints import FINAL
 from recondense.recovery.fit import fit
@@ -233,13 +231,6 @@ class Recovery:
             **self.texts.counts.get((stage.name, "train"), {}),
             "seconds": self.record.recovery_seconds[stage.name],
         }
-
-
-def load_streamed(student: Student) -> None:
-    """Bring a student whose model is larger than memory into memory as a whole. Its original is released."""
-    student.release_original()
-    with progress("loading the compressed model"):
-        layer_store(student.model).load_all()
 
 
 def _asks_original(settings: RecoveryConfig) -> bool:

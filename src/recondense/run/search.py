@@ -25,7 +25,9 @@ from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.run.refits import plan_refits
 from recondense.run.search_memory import scratch_bytes
+from recondense.run.steps import as_steps
 from recondense.surgery import apply
+from recondense.surgery.student import require_uncompressed
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +35,13 @@ log = logging.getLogger(__name__)
 Decided = tuple[Sequence[Operation], Record]
 
 
-def search(tape: Tape, steps: Step | Sequence[Step], *, refit: bool | str = False) -> Plan:
-    """Decide what to compress. The model is left bit-identical; `execute` executes the plan.
+def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str = False) -> Plan:
+    """Decide what to compress. The model is left bit-identical; `apply` executes the plan.
 
     Args:
         tape: of the model, from `calibrate`.
-        steps: a step of a method, or several: each sees the model as the steps before leave it.
+        steps: a step of a method; several, each of which sees the model as the steps before leave it; or the name of a
+            method in conf/method, such as "moei2", with its default settings.
         refit: end with a least-squares refit of every changed layer: False; True (down_proj); or "coefficients" (of
             condensed layers only).
 
@@ -46,7 +49,8 @@ def search(tape: Tape, steps: Step | Sequence[Step], *, refit: bool | str = Fals
         The operations in the order in which they were chosen, and the scores that decided them.
 
     Raises:
-        UserError: a step does not suit the model, or its budget cannot be kept; all problems in one message.
+        UserError: a step does not suit the model, or its budget cannot be kept; all problems in one message. The model
+            was compressed after it was taped.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -55,8 +59,9 @@ def search(tape: Tape, steps: Step | Sequence[Step], *, refit: bool | str = Fals
         >>> [operation.kind for operation in plan.operations]
         ['condense']
     """
-    steps = list(steps) if isinstance(steps, Sequence) else [steps]
+    steps = as_steps(steps)
     model = tape.model
+    require_uncompressed(model)
     facts = families.facts(model.config)
     if problems := [problem for step in steps for problem in step.check(facts)]:
         raise UserError("\n".join(problems))

@@ -43,7 +43,7 @@ def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
         UserError: an operation names a layer that is not (or no longer) sparse, or experts that do not exist.
     """
     originals: dict[int, nn.Module] = {}
-    with _restore_on_error(model, originals):
+    with restore_on_error(model, originals), torch.no_grad():
         for operation in structural_operations(plan):
             _exchange(model, operation.layer, _shape_block(model, operation), originals)
     decoder.disable_router_loss(model)
@@ -67,7 +67,7 @@ def execute(model: PreTrainedModel, plan: Plan, record: Record | None = None) ->
             None.
     """
     originals: dict[int, nn.Module] = {}
-    with _restore_on_error(model, originals):
+    with restore_on_error(model, originals), torch.no_grad():
         for whitened, group in groupby(structural_operations(plan), _needs_tape):
             operations = list(group)
             if whitened and record is None:
@@ -98,6 +98,9 @@ def refit(
         plan has no refit.
     """
     operations = [operation for operation in plan.operations if isinstance(operation, Refit)]
+    for operation in operations:
+        if operation.layer not in originals:  # its weights are the original's own
+            raise UserError(f"plan: refit layer {operation.layer}, but nothing else in the plan changes this layer")
     return refit_layers(model, operations, originals, record) if operations else {}
 
 
@@ -190,11 +193,10 @@ def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: d
 
 
 @contextmanager
-def _restore_on_error(model: PreTrainedModel, originals: dict[int, nn.Module]) -> Iterator[None]:
+def restore_on_error(model: PreTrainedModel, originals: Mapping[int, nn.Module]) -> Iterator[None]:
     """Restore the original blocks if an error occurs inside the context."""
     try:
-        with torch.no_grad():
-            yield
+        yield
     except BaseException:
         for layer, block in originals.items():
             views.set_block(model, layer, block)

@@ -18,12 +18,16 @@ from recondense.calibration.record import retape
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.models import decoder, views
+from recondense.models.layer_store import layer_store
+from recondense.models.model_files import history_of
 from recondense.models.parameters import resident_bytes
 from recondense.operations import Refit
-from recondense.plan import Plan
+from recondense.plan import History, Plan
+from recondense.progress import progress
 from recondense.surgery import apply as surgery
 
 Record = Callable[[], Tape]
+COMPRESSED = "_recondense_compressed"  # attribute of a model that `apply` has compressed
 
 
 class Footprint(NamedTuple):
@@ -63,12 +67,14 @@ class Student:
             entirely. They are frozen. None or empty if the model is its own original.
 
     Attributes:
+        history: the compressions before this plan, which made the model that was loaded; empty if there were none.
         additions: modules that were added for training, such as adapters. `original()` disables them.
     """
 
     def __init__(self, model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module] | None = None) -> None:
         self.model = model
         self.plan = plan
+        self.history = History()
         self.additions: Additions | None = None
         self._originals = dict(originals or {})
         self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -183,6 +189,12 @@ class Student:
         """Free everything that only the original uses. Afterwards the student has no original."""
         self._originals, self._kept = {}, []
 
+    def load_into_memory(self) -> None:
+        """Load the weights of a streamed model into memory permanently. Its original is released."""
+        self.release_original()
+        with progress("loading the compressed model"):
+            layer_store(self.model).load_all()
+
     @contextmanager
     def offload_original(self, path: Path) -> Iterator[None]:
         """Offload the weights that only the original uses to a file inside the context.
@@ -231,7 +243,7 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
     """Execute a plan: compress a model in place.
 
     Args:
-        model: a causal LM of a supported family. It becomes the compressed model.
+        model: a causal LM of a supported family, as it was loaded. It becomes the compressed model.
         plan: the operations, from a search or from `Plan.load`.
         tape: a tape of the model on the calibration set, whose texts are recorded again when the model has changed; or
             a function that records a tape of the current model. Plans that whiten or refit need it.
@@ -241,8 +253,8 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
         The student: the model, the plan, and the original blocks that surgery replaced.
 
     Raises:
-        UserError: an operation does not fit the model, or the plan needs the calibration set and `tape` is None. Unless
-            a refit has failed, the model is then unchanged.
+        UserError: an operation does not fit the model, or the plan needs the calibration set and `tape` is None. The
+            model is then unchanged. Or the model was compressed before, or the tape is of another model.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -253,12 +265,31 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
         >>> student.plan.layers
         (0, 1, 2)
     """
+    require_uncompressed(model)
+    if isinstance(tape, Tape) and tape.model is not model:
+        raise UserError("the tape is of another model; calibrate the model that the plan is applied to")
     record = partial(retape, tape) if isinstance(tape, Tape) else tape
     needs_tape = refit and any(isinstance(operation, Refit) for operation in plan.operations)
     if needs_tape and record is None:
         raise UserError("plan: refit needs the calibration set, but there is no tape")
     student = Student(model, plan, surgery.execute(model, plan, record))
-    model.requires_grad_(False)
     if needs_tape and record is not None:
-        student.refit(record)
+        with surgery.restore_on_error(model, student.originals):
+            student.refit(record)
+    model.requires_grad_(False)
+    model.__dict__[COMPRESSED] = True
+    student.history = history_of(model)
     return student
+
+
+def require_uncompressed(model: PreTrainedModel) -> None:
+    """Refuse a model that `apply` has compressed since it was loaded: its config still describes the original.
+
+    Raises:
+        UserError: it was compressed.
+    """
+    if model.__dict__.get(COMPRESSED):
+        raise UserError(
+            "the model has been compressed since it was loaded. Search all steps together, as a list, or export the "
+            "student and load the exported folder"
+        )
