@@ -74,3 +74,18 @@ def test_records_in_all_three_splits(command: Command, base: Path) -> None:
     assert (stage["name"], stage["steps"], stage["left_out"]) == ("recovery", 3, 1)
     assert stage["windows"] < stage["examples"] == 10, "ten of the 21 records calibrate"
     assert set(summary["environment"]["data"]) == {"train", "validation", "calibration"}
+
+
+def test_two_stages_of_adapters_on_a_dropped_layer(command: Command, base: Path) -> None:
+    """Both put adapters on weights that the student and its original share."""
+    stages = "recovery.stages=[{name: a, steps: 2},{name: b, steps: 2, objective: finetune, validate_every: 1}]"
+    settings = arguments(
+        base / "model", text_files(base / "texts"), base, "adapters", "method=layer_drop", "recovery=lora", stages,
+        "method.removed_expert_ratio=0.3", "callbacks.profile.enabled=false", "export.enabled=false",
+        "recovery.objective=distill",
+    )  # fmt: skip
+    code, err = command(*settings)
+    assert code == 0, err
+    summary = json.loads((base / "adapters" / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["recovery_stages"]] == ["a", "b"]
+    assert summary["stages"]["recovered"]["loss"] != summary["stages"]["compressed"]["loss"]

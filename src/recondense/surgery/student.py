@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from recondense.calibration.record import retape
@@ -111,14 +112,15 @@ class Student:
         with ExitStack() as stack:
             if self.additions is not None:
                 stack.enter_context(self.additions.disable())
-            trained = [(module, name, module._parameters[name]) for module, name, _ in self._kept]
+            places = [_stored_at(module, name) for module, name, _ in self._kept]
+            trained = [module._parameters[name] for module, name in places]
             stack.enter_context(views.swap_blocks(self.model, self._originals))
-            for module, name, weight in self._kept:
+            for (module, name), (_, _, weight) in zip(places, self._kept, strict=True):
                 module._parameters[name] = weight
             try:
                 yield self.model
             finally:
-                for module, name, parameter in trained:
+                for (module, name), parameter in zip(places, trained, strict=True):
                     module._parameters[name] = parameter
 
     def refit(self, record: Record) -> dict[int, dict[str, float]]:
@@ -237,6 +239,13 @@ class Student:
         together = resident_bytes(self.model, *self.originals.values(), nn.ParameterList(self.kept_weights()))
         with self.original() as model:
             return Footprint(student, together, student + resident_bytes(model))
+
+
+def _stored_at(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that stores a parameter, and its name there. Adapters on a weight move it into their own."""
+    if parametrize.is_parametrized(module, name):
+        return getattr(module.parametrizations, name), "original"
+    return module, name
 
 
 def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None, *, refit: bool = True) -> Student:

@@ -89,6 +89,32 @@ def test_adapters(name: str, family: str, target: Any) -> None:
         torch.testing.assert_close(logits(module.model, IDS), live, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["prune", "drop moe", "drop layer"])
+@pytest.mark.parametrize("objective", ["finetune", "distill"])
+def test_a_second_stage_keeps_the_original(objective: Any, name: str, family: str) -> None:
+    """The adapters of both stages are on weights that student and original share; the original keeps its own."""
+    expected = logits(FAMILIES[family](), IDS)
+    first = prepared(family, name, objective=objective, lora=LoraSettings(target="both"))
+    steps(first)
+    first.merge_adapters()
+    before = logits(first.model, IDS)
+    second = RecoveryModule(first.student, first.settings)
+    second.prepare()
+    assert torch.equal(logits(second.model, IDS), before)
+    steps(second)
+    live = logits(second.model, IDS)
+    assert not torch.equal(live, before)
+    for _ in range(2):
+        with second.student.original() as original:
+            assert torch.equal(logits(original, IDS), expected)
+        assert torch.equal(logits(second.model, IDS), live)
+    second.merge_adapters()
+    torch.testing.assert_close(logits(second.model, IDS), live, rtol=1e-4, atol=1e-4)
+    with second.student.original() as original:
+        assert torch.equal(logits(original, IDS), expected)
+
+
 def _plain(name: str, family: str) -> Any:
     model = FAMILIES[family]()
     return apply(model, Plan("tiny", PLANS[name]), lambda: recorded(model)).model
