@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def fit(
 
     All processes must call this together. With an engine that shards weights, the module has weights only on the first
     process afterwards. Apart from the weights, the state of the process is restored however the fit ends. After
-    training, the stage's adapters are merged.
+    training, the stage's adapters are merged. A fit that fails removes them; the next one resumes from a checkpoint.
 
     Args:
         module: the stage. Its model gets the trained weights, and is frozen and in evaluation mode afterwards.
@@ -79,7 +80,7 @@ def fit(
     with _restore_process():
         L.seed_everything(seed, verbose=False)
         module.prepare()
-        try:
+        with _stop_training(module, data):
             if processes.broadcast(final.exists()):
                 if processes.is_first():
                     log.info("%s: already trained, in %s", module.stage, final)
@@ -91,11 +92,22 @@ def fit(
                 check_checkpoint(content, module, module.student.plan)
                 unknown = module.load_state_dict(content["state_dict"], strict=False).unexpected_keys
                 assert not unknown, unknown
-        finally:
-            module.stop_training()
-            data.trainer = None
     module.merge_adapters()
     return final
+
+
+@contextmanager
+def _stop_training(module: RecoveryModule, data: RecoveryData) -> Iterator[None]:
+    """Freeze the module after the context. If the fit fails, remove its adapters."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        module.stop_training()
+        data.trainer = None
+        if not done:
+            module.remove_adapters()
 
 
 @dataclass(frozen=True)
@@ -237,14 +249,16 @@ def _deterministic_algorithms(needed: bool) -> Iterator[None]:
 
 @contextmanager
 def _restore_process() -> Iterator[None]:
-    """Restore random states, Lightning's seeds and the gradient mode after the context."""
-    states, grad = random_states(), torch.is_grad_enabled()
+    """Restore random states, Lightning's seeds, the gradient mode and the handler of Ctrl-C after the context."""
+    states, grad, on_interrupt = random_states(), torch.is_grad_enabled(), signal.getsignal(signal.SIGINT)
     seeds = {name: os.environ.get(name) for name in SEEDS}
     try:
         yield
     finally:
         set_random_states(states)
         torch.set_grad_enabled(grad)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN is not on_interrupt:  # as Lightning leaves it after Ctrl-C
+            signal.signal(signal.SIGINT, on_interrupt)
         for name, value in seeds.items():
             os.environ.pop(name, None)
             if value is not None:

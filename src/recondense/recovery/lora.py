@@ -97,19 +97,31 @@ class Adapters:
         self.student.replace_weights(self._take_out())
         self.student.additions = None
 
+    def remove(self) -> None:
+        """Remove the adapters without merging them: the model has its modules and weights from before `inject` again."""
+        for name in self.linears:
+            self._unwrap(name)
+        for module, name, _ in self.updates:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        self.student.additions = None
+
     def _take_out(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         """Remove the adapters one by one; yield the plain module, the name of its weight, and the merged weight."""
-        model = self.student.model
         for name, layer in self.linears.items():
-            base: Any = layer.get_base_layer()
-            delta = layer.get_delta_weight("default").to(base.weight.dtype)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, base)
-            yield base, "weight", nn.Parameter(base.weight + delta, requires_grad=False)
+            delta = layer.get_delta_weight("default")
+            base = self._unwrap(name)
+            yield base, "weight", nn.Parameter(base.weight + delta.to(base.weight.dtype), requires_grad=False)
         for module, name, _ in self.updates:
             merged = getattr(module, name).detach().clone()
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             yield module, name, nn.Parameter(merged, requires_grad=False)
+
+    def _unwrap(self, name: str) -> Any:
+        """Put a Linear layer back in the place of peft's layer around it, and return it."""
+        base = self.linears[name].get_base_layer()
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.student.model.get_submodule(parent), leaf, base)
+        return base
 
 
 def cache_updates(adapters: Adapters | None) -> AbstractContextManager[None]:
@@ -136,12 +148,16 @@ def inject(student: Student, layers: Sequence[int], settings: LoraSettings) -> A
     adapters = Adapters(student)
     linears = decoder.attention_linears(model) if settings.target != "experts" else []
     experts = trainable.trainable_modules(model, layers) if settings.target != "attention" else {}
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)  # the same initialization in every run
-        for name, module in experts.items():
-            linears += _update_experts(name, module, settings, adapters)
-        for name in linears:
-            _wrap_linear(name, settings, adapters)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)  # the same initialization in every run
+            for name, module in experts.items():
+                linears += _update_experts(name, module, settings, adapters)
+            for name in linears:
+                _wrap_linear(name, settings, adapters)
+    except BaseException:  # such as too little memory
+        adapters.remove()
+        raise
     student.additions = adapters
     return adapters
 

@@ -131,6 +131,13 @@ class RecoveryModule(L.LightningModule):
         assert self.part is not None
         self.part.merge_adapters()
 
+    def remove_adapters(self) -> None:
+        """Take the stage's adapters out without merging them, if it has any. `prepare` begins the stage again."""
+        if self.adapters is not None:
+            assert self.part is not None
+            self.part.remove_adapters()
+            self.part = None
+
     @property
     def adapters(self) -> lora.Adapters | None:
         """The LoRA adapters that are being trained; None if there are none."""

@@ -68,3 +68,9 @@ class TrainedPart:
         if self.adapters is not None:
             self.adapters.merge()
             self.adapters = None
+
+    def remove_adapters(self) -> None:
+        """Take the adapters out without merging them, if there are any."""
+        if self.adapters is not None:
+            self.adapters.remove()
+            self.adapters = None

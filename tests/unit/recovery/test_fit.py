@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,20 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from support.recoveries import QUIET, data, module_of, prepared, trained
+from support.recoveries import QUIET, data, module_of, prepared, recovery, trained
 from support.tiny_models import EVERY, FAMILIES, bits, condense_plan, logits, qwen2_moe, same_bits, windows
 from torch.overrides import TorchFunctionMode
 
 from recondense.config.schema import RecoveryConfig, TrainerConfig
 from recondense.errors import UserError
-from recondense.operations import Condense, Factorize, Prune
+from recondense.operations import Condense, Drop, Factorize, Prune
 from recondense.plan import Plan
 from recondense.recovery.checkpoints import FINAL, newest_checkpoint
 from recondense.recovery.fit import fit
+from recondense.recovery.lora import LoraUpdate
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import keep_trained_weights, resolve_precision
+from recondense.surgery.student import apply
 
 # Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -70,12 +73,12 @@ def test_steps_are_those_of_adamw() -> None:
 class StopAt(L.Callback):
     """Fails before the given batch, counted from 0."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, error: type[BaseException] = RuntimeError) -> None:
+        self.batch, self.error = batch, error
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
         if batch_index == self.batch:
-            raise RuntimeError("killed")
+            raise self.error("killed")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,54 @@ def test_resumes_exactly(tmp_path: Path, accumulate: int, every: int, stops: lis
     torch.rand(17)  # a resumed run starts with other states of the generators
     fit(module, data(module), tmp_path / "killed", QUIET, seed=1)
     assert same_bits(trained(module), trained(undisturbed))
+
+
+LORA: dict[str, Any] = {"trainable": "lora", "steps": 6, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("same_module", [True, False])
+@pytest.mark.parametrize(("error", "raised"), [(RuntimeError, RuntimeError), (KeyboardInterrupt, SystemExit)])
+def test_an_interrupted_fit_leaves_no_adapters(
+    tmp_path: Path, error: type[BaseException], raised: type[BaseException], same_module: bool
+) -> None:
+    """The student is as it was, to the bit, and the next fit resumes the adapters from the newest checkpoint."""
+    model, ids = qwen2_moe(), windows(2, 8)
+    student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)), Drop(2, "moe"))))
+    before, state, parts = logits(model, ids), bits(model), [type(part) for part in model.modules()]
+    module, on_interrupt = RecoveryModule(student, recovery(**LORA)), signal.getsignal(signal.SIGINT)
+    for stop in (1, 5):
+        with pytest.raises(raised):
+            fit(module, data(module), tmp_path / "cut", QUIET, seed=1, callbacks=[StopAt(stop, error)])
+        assert student.additions is None and module.adapters is None
+        assert [type(part) for part in model.modules()] == parts and same_bits(bits(model), state)
+        assert torch.equal(logits(model, ids), before) and not any(p.requires_grad for p in model.parameters())
+        assert signal.getsignal(signal.SIGINT) is on_interrupt
+        if not same_module:
+            module = RecoveryModule(student, recovery(**LORA))
+    newest = newest_checkpoint(tmp_path / "cut")
+    assert newest is not None and newest.name == "step=4.ckpt"
+    fit(module, data(module), tmp_path / "cut", QUIET, seed=1)
+    again = qwen2_moe()
+    whole = RecoveryModule(apply(again, student.plan), recovery(**LORA))
+    fit(whole, data(whole), tmp_path / "whole", QUIET, seed=1)
+    assert not torch.equal(logits(model, ids), before) and same_bits(trained(module), trained(whole))
+
+
+def test_adapters_that_cannot_all_be_made_leave_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = qwen2_moe()
+    student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)),)))
+    state, made = bits(model), LoraUpdate.__init__
+
+    def fails(update: LoraUpdate, weight: torch.Tensor, settings: Any) -> None:
+        if weight.shape[1] == model.config.hidden_size:  # down_proj, the second one
+            raise torch.OutOfMemoryError
+        made(update, weight, settings)
+
+    monkeypatch.setattr(LoraUpdate, "__init__", fails)
+    module = RecoveryModule(student, recovery(**LORA))
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(module, data(module), tmp_path, QUIET, seed=1)
+    assert student.additions is None and same_bits(bits(model), state)
 
 
 def test_random_states_are_part_of_a_resume(tmp_path: Path) -> None:
@@ -316,9 +367,9 @@ def test_mixed_precision_computes_experts_in_half_precision(kind: str) -> None:
         "prune": [Prune(layer, (0, 1, 2, 4)) for layer in range(3)],
         "factorize": [Factorize(layer, dict.fromkeys(PROJECTIONS, (8,) * 6)) for layer in range(3)],
     }
-    recovery = RecoveryConfig(objective="finetune", trainable="lora" if kind == "lora" else "experts")
+    settings = RecoveryConfig(objective="finetune", trainable="lora" if kind == "lora" else "experts")
     plan = Plan("tiny", tuple(operations["prune" if kind == "lora" else kind]))
-    module = prepared(model, plan, recovery)
+    module = prepared(model, plan, settings)
     seen: list[torch.dtype] = []
 
     class Products(TorchFunctionMode):
