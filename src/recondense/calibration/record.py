@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -25,7 +25,7 @@ Timed = Callable[[str], AbstractContextManager[None]]
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Iterable[str],
     num_samples: int = 100,
     max_length: int = 256,
     *,
@@ -47,7 +47,8 @@ def calibrate(
         The tape. A search uses it to rerun the layers above any point without the layers below it.
 
     Raises:
-        UserError: there are fewer texts than `num_samples`, a text has no token, or a hidden state is not finite.
+        UserError: there are fewer texts than `num_samples`, a text has no token, `texts` is one text, or a hidden state
+            is not finite.
 
     Example:
         >>> model, tokenizer = rc.load(folder)

@@ -6,7 +6,7 @@ Legend: B texts of a batch, S tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recondense.data.arguments import list_texts, require_number
 from recondense.errors import UserError
 
 
@@ -71,16 +72,19 @@ def require_samples(texts: Sequence[str], num_samples: int) -> None:
 
 
 def make_calibration_set(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_length: int
 ) -> CalibrationSet:
     """Tokenize the first `num_samples` texts with special tokens, each truncated to `max_length` tokens.
 
     Raises:
-        UserError: there are fewer texts than `num_samples`, or a text has only special tokens.
+        UserError: there are fewer texts than `num_samples`, a text has only special tokens, or `texts` is one text.
     """
-    require_samples(texts, num_samples)
+    require_number("num_samples", num_samples, 1)
+    require_number("max_length", max_length, 1)
+    documents = list_texts(texts)
+    require_samples(documents, num_samples)
     encoded = tokenizer(
-        list(texts[:num_samples]),
+        documents[:num_samples],
         truncation=True,
         max_length=max_length,
         padding=False,

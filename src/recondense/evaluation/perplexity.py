@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recondense.data.arguments import require_number
 from recondense.data.windows import pack
 from recondense.errors import UserError
 from recondense.models import decoder, forward
@@ -34,7 +35,7 @@ FAR = 60.0  # nats; a larger difference between logits is too large for exp in f
 def evaluate(
     student: Student | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Iterable[str],
     sequence_length: int = 256,
     batch_size: int = 8,
 ) -> dict[str, float]:
@@ -52,13 +53,14 @@ def evaluate(
         plan changed something, and the original was not released.
 
     Raises:
-        UserError: the texts have fewer tokens than one window, or the loss is not finite.
+        UserError: the texts have fewer tokens than one window, `texts` is one text, or the loss is not finite.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
         >>> sorted(rc.evaluate(model, tokenizer, texts, sequence_length=32))
         ['loss', 'perplexity']
     """
+    require_number("batch_size", batch_size, 1)
     windows_NS = pack(texts, tokenizer, sequence_length)
     if isinstance(student, PreTrainedModel):
         return perplexity(student, windows_NS, batch_size)
@@ -123,8 +125,8 @@ def _pairs(
     states = _run_streamed(model, batches)
     original_states = None
     if reference is not None:
-        with reference() as original:
-            original_states = _run_streamed(original or model, batches)
+        with _evaluated(model, reference) as original:
+            original_states = _run_streamed(original, batches)
     for index, ids_BS in enumerate(batches):
         hidden_BSD = _hidden(model, ids_BS) if states is None else states[index]
         if reference is None:
@@ -132,9 +134,20 @@ def _pairs(
         elif original_states is not None:
             yield hidden_BSD, original_states[index]
         else:
-            with reference() as original:
-                original_BSD = _hidden(original or model, ids_BS)
+            with _evaluated(model, reference) as original:
+                original_BSD = _hidden(original, ids_BS)
             yield hidden_BSD, original_BSD
+
+
+@contextmanager
+def _evaluated(
+    model: PreTrainedModel, reference: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[PreTrainedModel]:
+    """Inside is the original in evaluation mode. Blocks of its own keep theirs when `model` is set to it."""
+    with reference() as original:
+        original = original or model
+        with eval_mode(original):
+            yield original
 
 
 def _run_streamed(model: PreTrainedModel, batches: Sequence[Tensor]) -> TensorList | None:

@@ -9,11 +9,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.small import small_model
+from support.tiny_models import EVERY
 from torch import nn
 from transformers import Qwen2MoeForCausalLM
 
 from recondense.errors import UserError
 from recondense.evaluation.perplexity import kl_divergence, perplexity
+from recondense.operations import Prune
+from recondense.plan import Plan
+from recondense.surgery.student import apply
 
 WINDOWS = torch.randint(1, 257, (5, 16), generator=torch.Generator().manual_seed(0))
 
@@ -94,6 +98,19 @@ def test_modes_of_modules_are_restored(model: Qwen2MoeForCausalLM) -> None:
     perplexity(model, WINDOWS[:1], 1)
     assert [module.training for module in model.modules()] == before and any(before) and not all(before)
     model.eval()
+
+
+def test_an_original_in_training_mode_is_measured_in_evaluation_mode() -> None:
+    """A Trainer leaves it so; router noise would then give other figures at each call."""
+    model = EVERY["mixtral"](router_jitter_noise=0.3)
+    student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)),)))
+    expected = perplexity(model, WINDOWS % 50, 2, student.original)
+    model.train()
+    for block in student.originals.values():
+        block.train()
+    for _ in range(2):
+        assert perplexity(model, WINDOWS % 50, 2, student.original) == expected
+    assert model.training and all(block.training for block in student.originals.values())
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 1), (8,)])
