@@ -18,6 +18,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -52,7 +53,7 @@ def load(
     Args:
         path: a hub id or a folder.
         settings: dtype, device, implementations of attention and experts, and other settings. None uses the defaults in
-            conf/model.
+            conf/model, and eager attention in a family that lacks sdpa, unless `changes` names one.
         offload_folder: stream the model: read each decoder layer when it is used, and offload the blocks that surgery
             makes to this folder. None loads the entire model.
         changes: settings to change, by name: revision, tokenizer, dtype, device, attention, experts, trust_remote_code.
@@ -61,18 +62,20 @@ def load(
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: a setting does not exist; the weights are missing, do not match the config, or are not safetensors;
-            the folder has an adapter; or the model is not in the cache and the hub cannot be reached.
+        UserError: a setting does not exist; the family lacks the attention; the weights are missing, do not match the
+            config, or are not safetensors; the folder has an adapter; or the model is not in the cache and the hub
+            cannot be reached.
 
     Example:
         >>> model, tokenizer = rc.load(folder, dtype="bfloat16")
         >>> model.dtype
         torch.bfloat16
     """
+    by_family = settings is None and "attention" not in changes
     settings = settings or ModelConfig()
     if changes:
         settings = from_dict({"model": {**asdict(settings), **changes}}).model
-    model, tokenizer = _load_both(path, settings, offload_folder)
+    model, tokenizer = _load_both(path, settings, None if by_family else settings.attention, offload_folder)
     # auto never uses batched_mm, which is about 60 times slower on a CPU.
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     decoder.disable_router_loss(model)
@@ -85,7 +88,7 @@ def load(
 
 
 def _load_both(
-    path: str | Path, settings: ModelConfig, offload_folder: Path | None
+    path: str | Path, settings: ModelConfig, attention: str | None, offload_folder: Path | None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer, and turn problems with the files into a UserError."""
     if model_file(path, ADAPTER, settings.revision) is not None:
@@ -94,14 +97,14 @@ def _load_both(
         # Otherwise each look-up on an unreachable hub is repeated for 20 s, even of a file that is in the cache.
         local = Path(path).is_dir() and (settings.tokenizer is None or Path(settings.tokenizer).is_dir())
         with progress(f"loading {path}"), nullcontext() if local else hub_access():
-            model = _load_model(settings, path, offload_folder)
+            model = _load_model(settings, attention, path, offload_folder)
             tokenizer = AutoTokenizer.from_pretrained(
                 settings.tokenizer or path,
                 # The revision is that of the model's repository, not of another one with the tokenizer.
                 revision=settings.revision if settings.tokenizer is None else None,
                 trust_remote_code=settings.trust_remote_code,
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # a package may be missing
         if Path(path).is_dir() or not isinstance(error, OSError):
             raise UserError(f"model.path={path}: {error}") from error
         raise UserError(
@@ -113,10 +116,20 @@ def _load_both(
     return model, tokenizer
 
 
-def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | None) -> Any:
-    """Load the model in its dtype, on the CPU unless it is streamed."""
+def _load_model(settings: ModelConfig, attention: str | None, path: str | Path, offload_folder: Path | None) -> Any:
+    """Load the model in its dtype, on the CPU unless it is streamed.
+
+    Args:
+        attention: the attention that the caller named. None uses that of the settings, or eager if the family lacks it.
+    """
     values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
     classes.register_model_type(values.get("model_type", ""))
+    if not _has_attention(values, settings):
+        if attention is not None:
+            raise UserError(
+                f"attention={attention}: model_type {values['model_type']} has no such attention; use eager"
+            )
+        settings = replace(settings, attention="eager")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with quantized.loading_arguments(values, dtype) as arguments, _checked_loading(values, offload_folder):
         if offload_folder is not None:
@@ -137,6 +150,16 @@ def _load_model(settings: ModelConfig, path: str | Path, offload_folder: Path | 
         quantized.finish_dequantization(model, arguments["dtype"])
         log.info("%s is stored in %s: dequantized to %s", path, method, arguments["dtype"])
     return model
+
+
+def _has_attention(values: Mapping[str, Any], settings: ModelConfig) -> bool:
+    """Return whether the model of a config.json supports the settings' attention; True if it cannot be known before."""
+    if settings.trust_remote_code and "auto_map" in values:
+        return True
+    try:
+        return classes.has_attention(AutoConfig.for_model(values.get("model_type", "")), settings.attention)
+    except (KeyError, ValueError):  # transformers does not know the model type, and says so when it loads the model
+        return True
 
 
 @contextmanager

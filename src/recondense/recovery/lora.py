@@ -98,7 +98,7 @@ class Adapters:
         self.student.additions = None
 
     def remove(self) -> None:
-        """Remove the adapters without merging them: the model has its modules and weights from before `inject` again."""
+        """Remove the adapters without merging them. The model has its modules and weights from before `inject`."""
         for name in self.linears:
             self._unwrap(name)
         for module, name, _ in self.updates:

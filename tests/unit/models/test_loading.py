@@ -14,6 +14,7 @@ from support.small import byte_tokenizer
 from support.tiny_models import EVERY, bits, logits, recorded, same_bits, tiny, windows
 
 from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
+from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
 from recondense.models import families, loading, parameters, views
 from recondense.models.parameters import count_parameters
@@ -91,6 +92,33 @@ def test_low_rank_experts_multiplied_out_are_those_of_the_family(family: str, tm
     again = load(tmp_path / "out", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     assert count_parameters(again) == count_parameters(EVERY[family]())
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(("family", "expected"), [("gpt_oss", "eager"), ("qwen2_moe", "sdpa")])
+def test_the_default_attention_is_one_that_the_family_has(
+    family: str, expected: str, compressed: bool, tmp_path: Path
+) -> None:
+    model, operations = EVERY[family](), (Condense(1, (3, 0), (0.4, 0.2), None),) if compressed else ()
+    plan = Plan("tiny", operations)
+    apply.execute(model, plan)
+    written(model, plan, tmp_path, BUNDLED if compressed else ExportConfig())
+    for changes in ({}, {"dtype": "float32"}):
+        assert loading.load(tmp_path, **changes)[0].config._attn_implementation == expected
+    assert loading.load(tmp_path, attention="eager")[0].config._attn_implementation == "eager"
+    if expected == "eager":
+        for settings in ({"attention": "sdpa"}, {"settings": ModelConfig(attention="sdpa")}):
+            with pytest.raises(UserError, match=r"attention=sdpa: .*gpt_oss lacks it; use attention=eager"):
+                loading.load(tmp_path, **settings)
+
+
+def test_a_package_that_an_attention_lacks_is_named(tmp_path: Path) -> None:
+    written(EVERY["qwen2_moe"](), Plan("tiny"), tmp_path, ExportConfig())
+    with pytest.raises(UserError, match=r"FlashAttention2 .* package .* installed"):
+        loading.load(tmp_path, attention="flash_attention_2")
 
 
 # ---------------------------------------------------------------------------------------------- compressed folders
