@@ -7,6 +7,7 @@ library, so any tool can read a plan.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class History:
         try:
             plan = Plan.load(Path(path, "plan.json")) if path else Plan("")
             return plan.history if plan.history.operations else cls(plan.operations)
-        except (OSError, ValueError, AttributeError, TypeError):  # or the file of that name is another tool's
+        except UserError:  # or the file of that name is another tool's
             return cls()
 
     def _original_number(self, layer: int) -> int:
@@ -106,30 +107,55 @@ class Plan:
         """Rebuild a plan from parsed JSON.
 
         Raises:
-            UserError: the schema version or the kind of an operation is unknown, a key is missing, or an operation is
-                invalid.
+            UserError: the schema version or the kind of an operation is unknown, a key is missing, or a value has the
+                wrong type or is invalid.
         """
+        _check_types(data, "the plan", operations=list, fingerprint=dict, search=dict, history=dict)
         if data.get("schema") != SCHEMA:
             raise UserError(f"plan: schema {data.get('schema')!r} is not supported; this version reads schema {SCHEMA}")
         history = data.get("history", {})
+        _check_types(history, "the history", operations=list, layers=list)
+        try:
+            layers = tuple(map(operator.index, history.get("layers", ())))
+        except TypeError:
+            raise UserError(f"plan: layers of the history are not whole numbers: {history['layers']}") from None
         return cls(
             model=str(data.get("model", "")),
             operations=_from_json(data.get("operations", ())),
             fingerprint=dict(data.get("fingerprint", {})),
             search=dict(data.get("search", {})),
-            history=History(_from_json(history.get("operations", ())), tuple(history.get("layers", ()))),
+            history=History(_from_json(history.get("operations", ())), layers),
         )
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        return cls.from_dict(json.loads(text))
+        """Rebuild a plan from JSON.
+
+        Raises:
+            UserError: it is not JSON, or not a plan.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"plan: it is not JSON, or is cut off: {error}") from error
+        return cls.from_dict(data)
 
     def save(self, path: Path) -> None:
         write_aside(path, self.to_json() + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            UserError: the file cannot be read, or it is not a plan; the message names the path.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: the plan cannot be read: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def _to_json(operations: Sequence[Operation]) -> list[dict[str, Any]]:
@@ -144,11 +170,29 @@ def _history_to_json(history: History) -> dict[str, Any]:
 def _from_json(entries: Sequence[Mapping[str, Any]]) -> tuple[Operation, ...]:
     operations = []
     for entry in entries:
+        _check_types(entry, "an operation", kind=str)
         kind = entry.get("kind")
         if kind not in OPERATIONS:
             raise UserError(f"plan: unknown kind of operation {kind!r}; known: {', '.join(OPERATIONS)}")
         try:
             operations.append(OPERATIONS[kind].from_dict(entry))
+        except UserError:
+            raise
         except KeyError as missing:
             raise UserError(f"plan: a {kind} operation lacks {missing}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"plan: a {kind} operation has a value of the wrong type: {error} in {entry}") from error
     return tuple(operations)
+
+
+def _check_types(data: Any, name: str, **types: type) -> None:
+    """Check that a part of a plan is an object of JSON, and the types of those of its values that it has.
+
+    Raises:
+        UserError: naming the part or the value.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"plan: {name} must be an object of JSON, but it is {str(data)[:80]}")
+    for key, expected in types.items():
+        if key in data and not isinstance(data[key], expected):
+            raise UserError(f"plan: {key} of {name} must be a {expected.__name__}, but it is {str(data[key])[:80]!r}")

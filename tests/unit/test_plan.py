@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from recondense.errors import UserError
 from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Prune, Refit
 from recondense.plan import History, Plan
 
@@ -83,6 +84,45 @@ OPERATION = PLAN.to_dict()["operations"][0]
 def test_invalid_data_is_refused(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan.from_dict(data)
+
+
+FILES: dict[str, tuple[str, str]] = {
+    "a list": ("[1]", r"the plan must be an object of JSON, but it is \[1\]"),
+    "null": ("null", "the plan must be an object"),
+    "empty": ("", "not JSON, or is cut off"),
+    "cut": (PLAN.to_json()[:-40], "not JSON, or is cut off"),
+    "deep": ("[" * 100_000, "not JSON"),
+    "a word as operations": (json.dumps(plan_data(operations="condense")), "operations of the plan must be a list"),
+    "a number as an operation": (json.dumps(plan_data(operations=[3])), "an operation must be an object"),
+    "a kind that is no word": (json.dumps(plan_data(operations=[{**OPERATION, "kind": [1]}])), "kind of an operation"),
+    "a layer": (json.dumps(plan_data(operations=[{**OPERATION, "layer": "a"}])), "condense operation .* 'a'"),
+    "experts": (json.dumps(plan_data(operations=[{**OPERATION, "experts": 3}])), "condense operation .* wrong type"),
+    "ranks": (json.dumps(plan_data(operations=[{"kind": "factorize", "layer": 1, "ranks": [1]}])), "factorize .* wrong"),
+    "infinity": (json.dumps(plan_data(operations=[{**OPERATION, "layer": float("inf")}])), "condense .* wrong type"),
+    "negative": (json.dumps(plan_data(operations=[{**OPERATION, "layer": -1}])), "layer -1 is negative"),
+    "search": (json.dumps(plan_data(search=[1])), "search of the plan must be a dict"),
+    "fingerprint": (json.dumps(plan_data(fingerprint="abc")), "fingerprint of the plan must be a dict"),
+    "history": (json.dumps(plan_data(history=[])), "history of the plan must be a dict"),
+    "layers": (json.dumps(plan_data(history={"operations": [], "layers": ["a"]})), "layers of the history are not whole"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_plan_is_named(name: str, tmp_path: Path) -> None:
+    text, message = FILES[name]
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"other\.json: .*{message}"):
+        Plan.load(path)
+    path.rename(tmp_path / "plan.json")
+    assert History.load(tmp_path) == History()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "none.json", tmp_path, tmp_path / "binary.json"):
+        with pytest.raises(UserError, match=rf"{path.name}: the plan cannot be read"):
+            Plan.load(path)
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:

@@ -126,9 +126,7 @@ def _load_model(settings: ModelConfig, attention: str | None, path: str | Path, 
     classes.register_model_type(values.get("model_type", ""))
     if not _has_attention(values, settings):
         if attention is not None:
-            raise UserError(
-                f"attention={attention}: model_type {values['model_type']} has no such attention; use eager"
-            )
+            raise UserError(f"attention={attention}: model_type {values['model_type']} lacks it; use attention=eager")
         settings = replace(settings, attention="eager")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with quantized.loading_arguments(values, dtype) as arguments, _checked_loading(values, offload_folder):
