@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.published_models import model_named
 from support.runs import NORMALISED, config, model_folder, one_command, paper_tasks, text_files
 
 from recondense.config.schema import EvaluationConfig, HeldoutConfig
@@ -22,7 +23,7 @@ from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search.budget import Budget
 from recondense.recovery.module import RecoveryModule
 from recondense.report import published
-from recondense.report.published import CDMOE, DEEPSEEK, PAPER_TASKS, model_named
+from recondense.report.published import CDMOE, DEEPSEEK, PAPER_TASKS
 from recondense.run import measure, pipeline
 from recondense.run.measure import Evaluator
 

@@ -86,6 +86,7 @@ def test_invalid_data_is_refused(data: dict[str, Any], message: str) -> None:
         Plan.from_dict(data)
 
 
+FACTORIZE = {"kind": "factorize", "layer": 1}
 FILES: dict[str, tuple[str, str]] = {
     "a list": ("[1]", r"the plan must be an object of JSON, but it is \[1\]"),
     "null": ("null", "the plan must be an object"),
@@ -97,13 +98,13 @@ FILES: dict[str, tuple[str, str]] = {
     "a kind that is no word": (json.dumps(plan_data(operations=[{**OPERATION, "kind": [1]}])), "kind of an operation"),
     "a layer": (json.dumps(plan_data(operations=[{**OPERATION, "layer": "a"}])), "condense operation .* 'a'"),
     "experts": (json.dumps(plan_data(operations=[{**OPERATION, "experts": 3}])), "condense operation .* wrong type"),
-    "ranks": (json.dumps(plan_data(operations=[{"kind": "factorize", "layer": 1, "ranks": [1]}])), "factorize .* wrong"),
+    "ranks": (json.dumps(plan_data(operations=[{**FACTORIZE, "ranks": [1]}])), "factorize .* wrong"),
     "infinity": (json.dumps(plan_data(operations=[{**OPERATION, "layer": float("inf")}])), "condense .* wrong type"),
     "negative": (json.dumps(plan_data(operations=[{**OPERATION, "layer": -1}])), "layer -1 is negative"),
     "search": (json.dumps(plan_data(search=[1])), "search of the plan must be a dict"),
     "fingerprint": (json.dumps(plan_data(fingerprint="abc")), "fingerprint of the plan must be a dict"),
     "history": (json.dumps(plan_data(history=[])), "history of the plan must be a dict"),
-    "layers": (json.dumps(plan_data(history={"operations": [], "layers": ["a"]})), "layers of the history are not whole"),
+    "layers": (json.dumps(plan_data(history={"operations": [], "layers": ["a"]})), "layers of the history are not"),
 }
 
 

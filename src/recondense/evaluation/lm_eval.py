@@ -21,6 +21,7 @@ from recondense.config.problems import Problem, render
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.evaluation.lm_eval_internals import check_yaml, requests_shown, task_settings, tasks_of_tag
+from recondense.models import decoder
 from recondense.models.hooks import eval_mode
 from recondense.offline import hub_access
 from recondense.progress import progress
@@ -199,7 +200,7 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
 def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    device: str = model.get_input_embeddings().weight.device.type  # type: ignore[union-attr,assignment]
+    device = decoder.device(model).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return HFLM(
         pretrained=model,

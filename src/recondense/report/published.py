@@ -223,15 +223,6 @@ RESULTS: tuple[Result, ...] = (
 )
 
 
-def model_named(name: str) -> Model:
-    """Return the published model with a given `Model.name`.
-
-    Raises:
-        KeyError: there is no such model.
-    """
-    return {model.name: model for model in MODELS}[name]
-
-
 def published_model(model_type: str, hidden_size: int, num_layers: int, num_experts: int) -> Model | None:
     """Return the published model with exactly these sizes; None if there is none.
 

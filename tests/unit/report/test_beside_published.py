@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.published_models import model_named
 
 from recondense.report.beside_published import (
     Setting,
@@ -27,7 +28,6 @@ from recondense.report.published import (
     QWEN,
     RESULTS,
     V2_LITE,
-    model_named,
 )
 from recondense.report.tables import print_report
 from recondense.report.tracking import flatten_summary

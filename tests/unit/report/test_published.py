@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.published_models import model_named
 
 from recondense.report.published import (
     CDMOE,
@@ -16,7 +17,6 @@ from recondense.report.published import (
     V2_LITE,
     Result,
     find,
-    model_named,
     published_model,
 )
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.calibration.trace import LayerTrace
-from recondense.methods.search.divergence import Reference, js_from_difference
+from recondense.methods.search.divergence import Reference, jensen_shannon
 from recondense.methods.search.routing import routing_totals
 from recondense.models import decoder
 from recondense.models.replacement_blocks import expert_outputs
@@ -164,7 +164,7 @@ class LayerScorer:
         if self.norm is not None:
             assert hidden_TD is not None
             difference_CTD = self.norm(difference_CTD.add_(hidden_TD[rows])) - reference.logits_TD
-        return js_from_difference(reference, difference_CTD, self._apart)
+        return jensen_shannon(reference, difference_CTD, self._apart)
 
     def _outputs(self, index: int, experts: list[int]) -> Tensor:
         """Compute the outputs (n, T, D) of consecutive experts for a text batch; kept if those of all batches fit."""

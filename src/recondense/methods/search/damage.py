@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
-from recondense.methods.search.divergence import Reference, js_from_difference
+from recondense.methods.search.divergence import Reference, jensen_shannon
 from recondense.methods.search.rerun import Change, Rerun
 from recondense.models import decoder
 from recondense.models.tensor_store import TensorList
@@ -55,7 +55,7 @@ class Damage:
         js = []
         for index, hidden_BSD in enumerate(final):
             reference = self._reference(index)
-            js.append(js_from_difference(reference, (self._normed(index, hidden_BSD) - reference.logits_TD)[None]))
+            js.append(jensen_shannon(reference, (self._normed(index, hidden_BSD) - reference.logits_TD)[None]))
         return float(self.tape.texts.mean_over_texts(js)[0])
 
     def _reference(self, index: int) -> Reference:

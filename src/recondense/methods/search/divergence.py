@@ -18,31 +18,6 @@ NOTHING = 1e-15  # a smaller |q'/p' - 1| is set to 0: the divergence depends on 
 DIRECT_ABOVE = 8.0  # rows in which any logit changes by more than this are scored in fp64
 
 
-def jensen_shannon(reference_TD: Tensor, difference_CTD: Tensor, apart: bool = False) -> Tensor:
-    """Compute the Jensen-Shannon divergence of softmax(reference + difference) from softmax(reference).
-
-    JS = ½ Σ_D [p' ln(p'/m) + q' ln(q'/m)],  p' = p + 1e-10, q' = q + 1e-10, m = (p' + q')/2
-
-    With δ = (q' - p')/(q' + p') this is ½ Σ_D m·g(δ), g(δ) = δ·ln(q'/p') + ln(1 - δ²) ≥ 0. No term is a small
-    difference of large numbers, so fp32 keeps its precision no matter how close p and q are. A softmax does not change
-    if all logits are shifted, so the difference is taken relative to its value at the reference's largest dimension;
-    an outlier dimension then adds no noise.
-
-    Args:
-        reference_TD: hidden states of the original model, used as logits over the hidden dimension.
-        difference_CTD: candidate minus original, ideally computed directly and not by subtraction. Overwritten.
-        apart: use a shorter computation for distributions that differ clearly (a mean JS above about 1e-4). The
-            relative error of a row grows as they approach each other: it is 1e-5 at differences of 0.01.
-
-    Returns:
-        The divergence (C, T) in nats.
-
-    Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.2.
-    """
-    reference_TD = reference_TD.float()
-    return js_from_difference(Reference.prepare(reference_TD), difference_CTD, apart)
-
-
 class Reference(NamedTuple):
     """The original's part of a divergence, computed once for many candidates.
 
@@ -72,8 +47,27 @@ class Reference(NamedTuple):
         return cls(logits_TD, shifted_TD, p_TD, weight_TD, 1 / weight_TD, largest_T1)
 
 
-def js_from_difference(reference: Reference, difference_CTD: Tensor, apart: bool = False) -> Tensor:
-    """Compute `jensen_shannon` from a prepared reference."""
+def jensen_shannon(reference: Reference, difference_CTD: Tensor, apart: bool = False) -> Tensor:
+    """Compute the Jensen-Shannon divergence of softmax(reference + difference) from softmax(reference).
+
+    JS = ½ Σ_D [p' ln(p'/m) + q' ln(q'/m)],  p' = p + 1e-10, q' = q + 1e-10, m = (p' + q')/2
+
+    With δ = (q' - p')/(q' + p') this is ½ Σ_D m·g(δ), g(δ) = δ·ln(q'/p') + ln(1 - δ²) ≥ 0. No term is a small
+    difference of large numbers, so fp32 keeps its precision no matter how close p and q are. A softmax does not change
+    if all logits are shifted, so the difference is taken relative to its value at the reference's largest dimension;
+    an outlier dimension then adds no noise.
+
+    Args:
+        reference: prepared from hidden states of the original model, used as logits over the hidden dimension.
+        difference_CTD: candidate minus original, ideally computed directly and not by subtraction. Overwritten.
+        apart: use a shorter computation for distributions that differ clearly (a mean JS above about 1e-4). The
+            relative error of a row grows as they approach each other: it is 1e-5 at differences of 0.01.
+
+    Returns:
+        The divergence (C, T) in nats.
+
+    Reference: Condense, Don't Just Prune, arXiv 2412.00069, section 3.2.
+    """
     return _js_apart(reference, difference_CTD.float()) if apart else _js_close(reference, difference_CTD.float())
 
 

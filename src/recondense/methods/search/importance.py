@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +47,10 @@ def expert_importances(
     model, scratch = search.context.model, search.context.max_scratch_bytes
     names = {layer: f"importance-{layer:03d}" for layer in blocks}
     by_loss = {layer: name for layer, name in names.items() if _uses_loss(kind, blocks[layer])}
-    records = _search_losses(search, by_loss, blocks, normalize, title) if by_loss else {}
+    records = _search_losses(search, by_loss, blocks, kind, normalize, title) if by_loss else {}
 
     def work(task: LayerTask) -> Record:
-        return {"importance": _output_changes(model, task.tape, blocks[task.layer], normalize, scratch)}
+        return {"importance": expert_importance(model, task.tape, blocks[task.layer], kind, normalize, scratch)}
 
     by_output = {layer: name for layer, name in names.items() if layer not in by_loss}
     if by_output:
@@ -60,7 +59,12 @@ def expert_importances(
 
 
 def _search_losses(
-    search: LayerwiseSearch, names: Mapping[int, str], blocks: Mapping[int, SparseBlock], normalize: bool, title: str
+    search: LayerwiseSearch,
+    names: Mapping[int, str],
+    blocks: Mapping[int, SparseBlock],
+    kind: str,
+    normalize: bool,
+    title: str,
 ) -> dict[int, Record]:
     """Return the records of lm_loss. All processes work on the same layer, each on its share of the texts."""
     context = search.context
@@ -69,7 +73,8 @@ def _search_losses(
         for layer, name in names.items():
             cached = context.cache.get(name)
             if cached is None:
-                values = _losses(context.model, context.tape(), blocks[layer], normalize, context.max_scratch_bytes)
+                tape, scratch = context.tape(), context.max_scratch_bytes
+                values = expert_importance(context.model, tape, blocks[layer], kind, normalize, scratch)
                 context.cache[name] = cached = {"importance": values}
             else:
                 search.reused += 1
@@ -161,10 +166,12 @@ def _next_token_loss(
     model: PreTrainedModel, hidden_BSD: Tensor, input_ids_BS: Tensor, mask_BS: Tensor, max_scratch_bytes: int
 ) -> float:
     """Sum the losses of all real tokens except each text's first, computing the logits of a few tokens at a time."""
-    head = cast(nn.Linear, model.get_output_embeddings())
     predicted_BS = mask_BS[:, 1:]
     normed_TD = decoder.final_norm(model)(hidden_BSD)[:, :-1][predicted_BS]
-    rows = max(1, max_scratch_bytes // (LOGIT_BYTES * head.weight.shape[0]))
-    parts = zip(normed_TD.split(rows), input_ids_BS[:, 1:][predicted_BS].split(rows), strict=True)
-    losses = (nn.functional.cross_entropy(head(x_TD).float(), ids_T, reduction="none") for x_TD, ids_T in parts)
-    return sum(float(loss_T.double().sum()) for loss_T in losses)
+    with decoder.lm_head(model) as head:
+        rows = max(1, max_scratch_bytes // (LOGIT_BYTES * len(head.weight_VD)))
+        parts = zip(normed_TD.split(rows), input_ids_BS[:, 1:][predicted_BS].split(rows), strict=True)
+        losses = (
+            nn.functional.cross_entropy(head.logits(x_TD).float(), ids_T, reduction="none") for x_TD, ids_T in parts
+        )
+        return sum(float(loss_T.double().sum()) for loss_T in losses)

@@ -11,7 +11,12 @@ import torch
 from scipy.spatial.distance import jensenshannon  # type: ignore[import-untyped]
 from torch import Tensor
 
-from recondense.methods.search.divergence import jensen_shannon
+from recondense.methods.search.divergence import Reference, jensen_shannon
+
+
+def js(reference_TD: Tensor, difference_CTD: Tensor, apart: bool = False) -> Tensor:
+    return jensen_shannon(Reference.prepare(reference_TD.float()), difference_CTD, apart)
+
 
 SCALES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0)
 
@@ -54,7 +59,7 @@ def test_jensen_shannon_keeps_its_digits(outlier: float, scale: float) -> None:
     reference_TD = states(outlier)
     difference_TD = torch.randn(reference_TD.shape) * scale
     expected = js_in_many_digits(reference_TD, difference_TD)
-    divergences = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
+    divergences = js(reference_TD, difference_TD.unsqueeze(0))[0]
     assert divergences.dtype == torch.float32
     for actual, exact in zip(divergences.tolist(), expected, strict=True):
         assert abs(actual - exact) <= 1e-4 * exact + 1e-38, (actual, float(exact))
@@ -68,15 +73,15 @@ def test_jensen_shannon_of_one_far_and_unlikely_dimension() -> None:
     difference_TD[:, 3] = 12.0
     expected = js_in_many_digits(reference_TD, difference_TD)
     assert float(expected[0]) < 1e-12
-    divergences = jensen_shannon(reference_TD, difference_TD.unsqueeze(0))[0]
+    divergences = js(reference_TD, difference_TD.unsqueeze(0))[0]
     for actual, exact in zip(divergences.tolist(), expected, strict=True):
         assert abs(actual - exact) <= 1e-4 * exact, (actual, float(exact))
 
 
 def test_jensen_shannon_is_zero_without_a_difference_and_ln2_at_most() -> None:
     reference_TD = states(0.0)
-    assert jensen_shannon(reference_TD, torch.zeros(1, *reference_TD.shape)).eq(0).all()
-    apart = jensen_shannon(torch.tensor([[200.0, 0.0]]), torch.tensor([[[-400.0, 0.0]]]))
+    assert js(reference_TD, torch.zeros(1, *reference_TD.shape)).eq(0).all()
+    apart = js(torch.tensor([[200.0, 0.0]]), torch.tensor([[[-400.0, 0.0]]]))
     assert apart.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
@@ -86,20 +91,18 @@ def test_jensen_shannon_equals_scipys(scale: float) -> None:
     difference_CTD = torch.randn(3, *reference_TD.shape) * scale
     p = reference_TD.double().softmax(-1).expand_as(difference_CTD).numpy()
     q = (reference_TD + difference_CTD).double().softmax(-1).numpy()
-    np.testing.assert_allclose(
-        jensen_shannon(reference_TD, difference_CTD), jensenshannon(p, q, axis=-1) ** 2, rtol=2e-5
-    )
+    np.testing.assert_allclose(js(reference_TD, difference_CTD), jensenshannon(p, q, axis=-1) ** 2, rtol=2e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
 def test_a_shift_of_all_dimensions_changes_nothing(scale: float) -> None:
     reference_TD = states(30.0)
     difference_TD = (torch.randn(reference_TD.shape) * scale * 1024).round() / 1024  # so that adding 64 is exact
-    plain = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0))
+    plain = js(reference_TD, difference_TD.clone().unsqueeze(0))
     for shift in (64.0, -16.0):
-        assert torch.equal(plain, jensen_shannon(reference_TD, (difference_TD + shift).unsqueeze(0)))
-    moved = jensen_shannon((reference_TD * 1024).round() / 1024 + 8, difference_TD.clone().unsqueeze(0))
-    still = jensen_shannon((reference_TD * 1024).round() / 1024, difference_TD.clone().unsqueeze(0))
+        assert torch.equal(plain, js(reference_TD, (difference_TD + shift).unsqueeze(0)))
+    moved = js((reference_TD * 1024).round() / 1024 + 8, difference_TD.clone().unsqueeze(0))
+    still = js((reference_TD * 1024).round() / 1024, difference_TD.clone().unsqueeze(0))
     torch.testing.assert_close(moved, still, rtol=1e-5, atol=0)
 
 
@@ -108,10 +111,10 @@ def test_jensen_shannon_is_symmetric(step: float) -> None:
     """JS(p, q) = JS(q, p), for numbers with exact sums; a tiny change counts as much in both directions."""
     reference_TD = (states(0.0) * 256).round() / 256
     difference_TD = torch.randint(-3, 4, reference_TD.shape) * step
-    there = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0))
-    back = jensen_shannon(reference_TD + difference_TD, -difference_TD.unsqueeze(0))
+    there = js(reference_TD, difference_TD.clone().unsqueeze(0))
+    back = js(reference_TD + difference_TD, -difference_TD.unsqueeze(0))
     torch.testing.assert_close(there, back, rtol=1e-5, atol=0)
-    away = jensen_shannon(reference_TD, -difference_TD.unsqueeze(0))
+    away = js(reference_TD, -difference_TD.unsqueeze(0))
     torch.testing.assert_close(there, away, rtol=2 * step, atol=0)
 
 
@@ -122,14 +125,14 @@ def test_chunks_give_the_same_bits(width: int, apart: bool) -> None:
     torch.manual_seed(0)
     reference_TD, difference_CTD = torch.randn(21, width), torch.randn(24, 21, width) * 0.1
     difference_CTD[3, 4] *= 200  # one candidate that is far away
-    together = jensen_shannon(reference_TD, difference_CTD.clone(), apart)
+    together = js(reference_TD, difference_CTD.clone(), apart)
     for group in (1, 2, 7):
-        parts = [jensen_shannon(reference_TD, part.clone(), apart) for part in difference_CTD.split(group)]
+        parts = [js(reference_TD, part.clone(), apart) for part in difference_CTD.split(group)]
         difference = (torch.cat(parts) - together).abs().max().item()
         assert torch.equal(torch.cat(parts), together), f"groups of {group} candidates differ by {difference:.2g}"
     for rows in (1, 4):
         slices = [slice(row, row + rows) for row in range(0, 21, rows)]
-        parts = [jensen_shannon(reference_TD[tokens], difference_CTD[:, tokens].clone(), apart) for tokens in slices]
+        parts = [js(reference_TD[tokens], difference_CTD[:, tokens].clone(), apart) for tokens in slices]
         difference = (torch.cat(parts, dim=1) - together).abs().max().item()
         assert torch.equal(torch.cat(parts, dim=1), together), f"{rows} tokens at a time differ by {difference:.2g}"
 
@@ -140,7 +143,7 @@ def test_the_shorter_computation_for_distributions_that_are_far_apart(outlier: f
     reference_TD = states(outlier)
     difference_TD = torch.randn(reference_TD.shape) * scale
     expected = [float(true) for true in js_in_many_digits(reference_TD, difference_TD)]
-    divergences = jensen_shannon(reference_TD, difference_TD.unsqueeze(0), apart=True)[0]
+    divergences = js(reference_TD, difference_TD.unsqueeze(0), apart=True)[0]
     np.testing.assert_allclose(divergences, expected, rtol=1e-4)
 
 
@@ -154,6 +157,6 @@ def test_the_largest_dimension_may_fall_below_all_others(apart: bool, fall: floa
     difference_TD[::2, 3] -= 1.5 * fall
     difference_TD[::4, 7] += 2 * fall
     expected = [float(true) for true in js_in_many_digits(reference_TD, difference_TD)]
-    divergences = jensen_shannon(reference_TD, difference_TD.clone().unsqueeze(0), apart=apart)[0]
+    divergences = js(reference_TD, difference_TD.clone().unsqueeze(0), apart=apart)[0]
     np.testing.assert_allclose(divergences[::2], expected[::2], rtol=1e-4)
     np.testing.assert_allclose(divergences, expected, rtol=1e-4, atol=1e-9)
