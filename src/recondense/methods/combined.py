@@ -144,10 +144,7 @@ class Combined:
     def key(self) -> Record:
         lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios", "kept_ratios")}
         names = ("alpha", "rank_multiple", "shared_gate", "expert_search", "normalize")
-        genetic = self.genetic.key()
-        if self.genetic.search == "auto":  # the only kind in earlier versions, whose cache stays valid
-            del genetic["search_kind"]
-        settings = {**lists, **{name: getattr(self, name) for name in names}, **genetic, "seed": self.seed}
+        settings = {**lists, **{name: getattr(self, name) for name in names}, **self.genetic.key(), "seed": self.seed}
         return {"method": "cdmoe_moei2", "version": 3, **settings}
 
     def outline(self, model: PreTrainedModel) -> list[Operation]:

@@ -180,3 +180,10 @@ def test_invalid_settings_are_refused_together() -> None:
             genetic=Genetic(population=0, iterations=0),
         )
     assert len(str(error.value).splitlines()) == 8
+
+
+@pytest.mark.parametrize("kind", ["auto", "genetic", "exact"])
+def test_the_key_names_the_kind_of_search(kind: str) -> None:
+    genetic = Genetic(search=kind)
+    assert Combined(genetic=genetic).key().items() >= genetic.key().items()
+    assert genetic.key()["search_kind"] == kind
