@@ -228,7 +228,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "local tasks of no folder": (
         ["evaluation=local"],
-        ["evaluation.include_path: must be given (evaluation=local)", "`include_path: ???`"],
+        ["evaluation.include_path: must be set (evaluation=local)", "`include_path: ???`"],
     ),
     "export that is no choice": (["export.enabled=maybe"], ["export.enabled=maybe", "true, false or auto"]),
     "format that is no choice": (["export.format=stok"], ["export.format=stok", "Did you mean stock?"]),
@@ -273,7 +273,7 @@ def test_no_cuda(command: Command) -> None:
     [
         ("model.path=/nowhere/at/all", "there is no such folder"),
         ("model.path=[a,b]", "expected a string"),
-        ("model.path=/a(b", "is no setting"),
+        ("model.path=/a(b", "is not a setting"),
         ("model.path=~/x", "'model.path=\"~/x\"'"),
         ("model.pth=/a", "Did you mean model.path?"),
     ],

@@ -177,7 +177,7 @@ def add_upload(summary: Mapping[str, Any], repository: str) -> dict[str, Any]:
 
 
 def name_of(model: ModelConfig) -> str:
-    """Return the name of a model: the config's name, or the path if one replaces the built-in model."""
+    """Return the name of a model: the config's name, or the path if one replaces the embedded model."""
     return model.name if model.path is None or model.pretrain is None else model.path
 
 

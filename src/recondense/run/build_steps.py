@@ -1,4 +1,4 @@
-"""The steps of a method, made from its settings."""
+"""Creation of a method's steps from its settings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from recondense.errors import ConfigError, UserError
 def build_steps(method: Mapping[str, Any]) -> list[Any]:
     """Return the method's steps, in order.
 
+    Args:
+        method: settings of the method, as in conf/method.
+
     Raises:
-        ConfigError: classes that do not exist, settings that no step has, values of a wrong type, and values that a
-            step refuses.
+        ConfigError: a class does not exist, no step has a given setting, or a value has the wrong type or is refused by
+            its step. The error lists all problems.
     """
     problems: list[Problem] = []
     steps = []

@@ -1,4 +1,4 @@
-"""Checks of a run that take no seconds: they import neither torch nor transformers."""
+"""Fast checks of a run, which import neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recondense.run.resolved import Run
 
 
 def check_quickly(run: Run) -> Iterator[Problem]:
-    """Yield problems that the config and the files it names tell, without a model."""
+    """Yield the problems that show in the config and in the files it names, without a model."""
     yield from check_config(run.config, run.stages)
     if not run.config.plan_only:
         yield from _check_packages(run.config)
@@ -37,17 +37,17 @@ def _check_texts(run: Run) -> Iterator[Problem]:
 
 
 def _check_packages(config: Config) -> Iterator[Problem]:
-    """Yield an engine that is an extra and is not installed."""
+    """Yield a problem if the engine needs a package that is not installed."""
     if config.trainer.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        text = "DeepSpeed is not installed. pip install 'recondense[deepspeed]' brings it."
+        text = "DeepSpeed is not installed. Install it with pip install 'recondense[deepspeed]'."
         yield Problem("trainer.strategy", text, config.trainer.strategy)
 
 
 def _check_token(config: Config) -> Iterator[Problem]:
-    """Yield an upload that nobody is logged in for."""
+    """Yield a problem if an upload is requested but there is no token for the hub."""
     if config.export.push_to_hub is None or config.export.enabled is False:
         return
-    from huggingface_hub import get_token  # late: few commands need it
+    from huggingface_hub import get_token  # late, because few commands need it
 
     if get_token() is None:
         text = "there is no token for the hub; run `hf auth login`, or set HF_TOKEN."
@@ -55,10 +55,11 @@ def _check_token(config: Config) -> Iterator[Problem]:
 
 
 def check_run_folder(config: Config, stored: Config | None) -> Iterator[Problem]:
-    """Yield problems of the run's folder.
+    """Yield the problems of the run's folder.
 
     Args:
-        stored: the config that the folder holds, None without any.
+        config: settings of the run.
+        stored: config of an earlier run in the folder; None if there is none.
     """
     folder = config.run_folder()
     if folder.is_file():
@@ -68,22 +69,22 @@ def check_run_folder(config: Config, stored: Config | None) -> Iterator[Problem]
             names = differences(stored.identity(), config.identity())
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             text = (
-                f"the folder holds a run with another config (different: {shown}). Choose another run_dir, or "
-                "overwrite=true to start anew there."
+                f"the folder contains a run with another config (different: {shown}). Choose another run_dir, or set "
+                "overwrite=true to replace that run."
             )
             yield Problem("run_dir", text, folder)
     elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        text = "the folder is not empty and holds no run of recondense. Choose another run_dir."
+        text = "the folder is not empty and contains no run of recondense. Choose another run_dir."
         yield Problem("run_dir", text, folder)
     else:
         parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            text = f"{parent} cannot be written to. Choose another output_dir or run_dir."
+            text = f"{parent} is not writable. Choose another output_dir or run_dir."
             yield Problem("run_dir", text, folder)
 
 
 def stored_config(folder: Path) -> Config | None:
-    """Return the config that a run's folder holds; None if what it holds is not recondense's."""
+    """Return the config stored in a run's folder; None if there is no valid config of recondense."""
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -95,13 +96,18 @@ def stored_config(folder: Path) -> Config | None:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[str]:
-    """Return dotted names of the settings in which two resolved configs differ."""
+    """Return the dotted names of the settings in which two resolved configs differ.
+
+    Args:
+        one, other: the configs, as plain containers.
+        path: dotted name of the section that they are.
+    """
     names = []
     for key in [*one, *(key for key in other if key not in one)]:
-        mine, theirs = one.get(key), other.get(key)
+        value, other_value = one.get(key), other.get(key)
         where = f"{path}.{key}" if path else str(key)
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            names += differences(mine, theirs, where)
-        elif mine != theirs:
+        if isinstance(value, Mapping) and isinstance(other_value, Mapping):
+            names += differences(value, other_value, where)
+        elif value != other_value:
             names.append(where)
     return names

@@ -1,7 +1,7 @@
-"""The command: composed and checked before Hydra runs it. All that is wrong is reported together, with exit code 2.
+"""The command. Its config is composed and checked before Hydra runs it; all problems are reported with exit code 2.
 
-Hydra itself stops at the first override that it cannot place. Here the config is composed without that override, and
-the rest is checked too. An unknown choice is checked as the choice that it resembles.
+Hydra stops at the first override that it cannot apply. This module leaves that override out and checks the rest as
+well. If the choice of a group is unknown, it checks the most similar choice.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from recondense.run.run_folder import overwritten_inputs
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
 
 NO_RUN = ("hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
-NAME = "train"  # of the primary config
+NAME = "train"  # name of the primary config
 Overrides = tuple[str, ...]
 
 
 def command_hash() -> str:
-    """Return names a sweep's folder: the same command finds the same folder."""
+    """Return a hash of the command, which names a sweep's folder: the same command uses the same folder again."""
     arguments = sorted(argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun"))
     return hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
 
 
-# Cached in the config, which jobs in processes of other commands (joblib's, submitit's) are handed.
+# The config caches the hash, because jobs of joblib and submitit run in processes with another command.
 OmegaConf.register_new_resolver("command_hash", command_hash, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)
-# DeepSpeed warns where there is no GPU. Its import sets its logger's level anew; a filter stays.
+# DeepSpeed warns if there is no GPU. Its import resets its logger's level, but keeps filters.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
@@ -65,7 +65,7 @@ def main(folder: Path | None = None) -> None:
     """Check the command, then run it.
 
     Args:
-        folder: where a relative --config-path begins; None: in the current folder.
+        folder: folder to which a relative --config-path refers; None for the current folder.
     """
     first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
     with exit_codes(silent=not first):
@@ -73,7 +73,8 @@ def main(folder: Path | None = None) -> None:
         if args.help:
             print(help_page(CONFIGS))
             return
-        if args.config_path is not None and "://" not in args.config_path:  # Hydra would begin beside this file
+        # Hydra resolves a relative path from the folder of this file.
+        if args.config_path is not None and "://" not in args.config_path:
             sys.argv.append(f"--config-path={os.path.abspath(Path(folder or '', args.config_path))}")
             args = get_args_parser().parse_args()
         job = make_job(validate(args))
@@ -81,10 +82,10 @@ def main(folder: Path | None = None) -> None:
 
 
 def make_job(runs: Mapping[Overrides, Run]) -> Callable[[DictConfig], Any]:
-    """Return the function that Hydra calls for each run; its value is what a sweep compares.
+    """Return the function that Hydra calls for each run. It returns the metric that a sweep compares.
 
     Args:
-        runs: those that are resolved already. A sweeper may choose others, which are read from Hydra's config.
+        runs: runs that are already resolved. Others, which a sweeper may choose, are resolved from Hydra's config.
     """
 
     def job(settings: DictConfig) -> Any:
@@ -99,10 +100,14 @@ def make_job(runs: Mapping[Overrides, Run]) -> Callable[[DictConfig], Any]:
 
 
 def start(run: Run, context: Any) -> Any:
-    """Run the pipeline, or print sizes alone.
+    """Run the pipeline, or with `plan_only` print sizes.
 
     Args:
+        run: the resolved run.
         context: the run's `hydra` config.
+
+    Returns:
+        the metric that a sweep compares; None with `plan_only`.
     """
     if run.config.plan_only:
         from recondense.run.plan_only import plan_only
@@ -112,24 +117,24 @@ def start(run: Run, context: Any) -> Any:
     from recondense.run import pipeline
 
     config = run.config
-    if sweeping.runs_side_by_side(context.launcher["_target_"]):  # their progress bars would fight for one line
+    if sweeping.runs_side_by_side(context.launcher["_target_"]):  # their progress bars would overwrite each other
         config = replace(config, trainer=replace(config.trainer, progress_bar=False))
     return pipeline.run(config, run.steps, callbacks.callback_maker(config), child_command(context), run.stages)
 
 
 def validate(args: Namespace) -> dict[Overrides, Run]:
-    """Check a command before anything runs, every run of a sweep included.
+    """Check a command before anything runs, including every run of a sweep.
 
-    What imports torch is checked last, and only if nothing else is wrong.
+    Checks that import torch come last and run only if no other check finds a problem.
 
     Args:
-        args: the command line, parsed by Hydra's own parser.
+        args: the command line, parsed by Hydra's parser.
 
     Returns:
-        the runs, resolved, by the overrides from which Hydra composes each.
+        the resolved runs, by the overrides from which Hydra composes them.
 
     Raises:
-        ConfigError: everything that is wrong.
+        ConfigError: the command has problems; the error lists all of them.
     """
     if any(getattr(args, option) for option in NO_RUN):
         return {}
@@ -152,14 +157,19 @@ def _runs(
     loader: ConfigLoader,
     problems: list[Problem],
 ) -> dict[Overrides, Run]:
-    """Return the runs of a command without the steps of their methods; what is wrong with them goes to `problems`.
+    """Return the runs of a command, without the steps of their methods, and append their problems to `problems`.
 
     Args:
-        settings: of Hydra's `launcher` and `sweeper`.
+        name: name of the primary config.
+        args: the command line.
+        settings: settings of Hydra's `launcher` and `sweeper`.
+        multirun: whether the command is a sweep.
+        loader: Hydra's loader of configs.
+        problems: list to which problems are appended.
     """
     runs: dict[Overrides, Run] = {}
-    for overrides, of_hydra in _jobs(args.overrides, settings, multirun, loader, problems):
-        values = compose_run(name, [*of_hydra, *overrides], loader, problems)
+    for overrides, hydra_overrides in _jobs(args.overrides, settings, multirun, loader, problems):
+        values = compose_run(name, [*hydra_overrides, *overrides], loader, problems)
         if values is None:
             continue
         config, mistakes = read(values)
@@ -176,21 +186,23 @@ def _runs(
 
 
 def _check_together(runs: Sequence[Run]) -> Iterator[Problem]:
-    """Yield what several runs of one command would do to each other."""
+    """Yield conflicts between the runs of one command."""
     yield from overwritten_inputs([run.config for run in runs])
     folders: dict[Path, str] = {}
     for config in (run.config for run in runs):
         if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
-            yield Problem("run_dir", "several runs of the sweep would share it. Set run_dir=null.", config.run_dir)
+            yield Problem(
+                "run_dir", "several runs of the sweep would use this folder. Set run_dir=null.", config.run_dir
+            )
 
 
 def _with_steps(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
-    """Return the runs with the steps of their methods, checked on their models.
+    """Return the runs with the steps of their methods, after the checks that need their models.
 
     Raises:
-        ConfigError: everything that is wrong.
+        ConfigError: the runs have problems; the error lists all of them.
     """
-    gc.disable()  # what imports make stays, and looking through it again and again takes a tenth of their time
+    gc.disable()  # scanning the objects of imported modules, which stay alive, takes a tenth of the import time
     try:
         return _check_on_models(runs, multirun)
     finally:
@@ -199,7 +211,9 @@ def _with_steps(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides
 
 
 def _check_on_models(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
-    from recondense.run.model_and_machine_checks import preflight  # it imports torch, and launching Lightning
+    from recondense.run.model_and_machine_checks import (
+        preflight,
+    )  # late: imports torch, and `launching` imports Lightning
 
     messages: list[str] = []
     if multirun and not all(run.config.plan_only for run in runs.values()):
@@ -220,69 +234,69 @@ def _check_on_models(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Over
 
 
 def _hydra(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, dict[str, Any]]:
-    """Return whether the command is a sweep (an experiment may say so of itself), and its launcher and sweeper."""
-    chosen = [text for text in overrides if text.startswith(("experiment=", "hydra.", "hydra/"))]
-    nothing: dict[str, Any] = {"launcher": {}, "sweeper": {}}
-    if not chosen and not multirun:
-        return False, nothing
+    """Return whether the command is a sweep, which an experiment can set, and the settings of launcher and sweeper."""
+    relevant = [text for text in overrides if text.startswith(("experiment=", "hydra.", "hydra/"))]
+    empty: dict[str, Any] = {"launcher": {}, "sweeper": {}}
+    if not relevant and not multirun:
+        return False, empty
     try:
-        hydra = compose(name, chosen, return_hydra_config=True).hydra
+        hydra = compose(name, relevant, return_hydra_config=True).hydra
     except COMPOSE_ERRORS as error:
         if problem := sweeping.missing_plugin(str(getattr(error, "missing_cfg_file", ""))):
-            raise ConfigError(render([problem])) from None  # nothing of an experiment that needs it can be composed
-        return multirun, nothing  # reported where the jobs are composed
+            raise ConfigError(render([problem])) from None  # without the plugin, the config cannot be composed
+        return multirun, empty  # `compose_run` reports the error
     multirun = multirun or str(hydra.mode).endswith("MULTIRUN")
     parts = {part: OmegaConf.to_container(hydra[part], enum_to_str=True) for part in ("launcher", "sweeper")}
     return multirun, cast(dict[str, Any], parts)
 
 
 def _jobs(
-    given: Sequence[str], settings: Mapping[str, Any], multirun: bool, loader: ConfigLoader, problems: list[Problem]
+    overrides: Sequence[str], settings: Mapping[str, Any], multirun: bool, loader: ConfigLoader, problems: list[Problem]
 ) -> list[tuple[Overrides, list[str]]]:
-    """Return the overrides of every run of a command, and those of Hydra itself.
+    """Return for each run of a command its overrides, and the overrides of Hydra's own settings.
 
-    Any value of an interval may come: its ends stand for all.
+    Of an interval, only the two ends are checked, because the sweeper can choose any value between them.
     """
     swept = [f"{key}={value}" for key, value in (settings["sweeper"].get("params") or {}).items() if multirun]
     intervals = multirun and sweeping.takes_intervals(settings)
     parser = OverridesParser.create(config_loader=loader)
     parsed: list[Override] = []
-    for text in (*swept, *given):
+    for text in (*swept, *overrides):
         try:
             override = parser.parse_override(text)
         except (OverrideParseException, HydraException):
             key, _, value = text.partition("=")
             quoted = f"'{key}=\"{value}\"'" if value.startswith("~") else "key='\"a, b\"'"
-            remedy = f"is no setting. Write key=value, and quote special characters: {quoted}."
+            remedy = f"is not a setting. Write key=value, and quote special characters: {quoted}."
             problems.append(Problem(text, remedy))
             continue
         if intervals and override.is_interval_sweep():
             ends = cast(IntervalSweep, override.value())
             override = parser.parse_override(f"{override.get_key_element()}={ends.start},{ends.end}")
         if override.is_interval_sweep():
-            problems.append(Problem(text, "only Optuna chooses from an interval. Add -m hydra/sweeper=optuna."))
+            problems.append(Problem(text, "only Optuna can sweep an interval. Add -m hydra/sweeper=optuna."))
             continue
         if override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
             hint = "" if key in list_groups(loader) else f", or write a list: '{key}=[{values}]'"
-            problems.append(Problem(text, f"several values for one run. Add -m to run each{hint}."))
+            problems.append(Problem(text, f"one run cannot have several values. Add -m to run each{hint}."))
             continue
         parsed.append(override)
-    of_hydra = [str(override.input_line) for override in parsed if override.is_hydra_override()]
+    hydra_overrides = [str(override.input_line) for override in parsed if override.is_hydra_override()]
     parsed = [override for override in parsed if not override.is_hydra_override()]
     jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [[str(line.input_line) for line in parsed]]
-    return [(tuple(job), of_hydra) for job in jobs]
+    return [(tuple(job), hydra_overrides) for job in jobs]
 
 
 def child_command(context: Any) -> list[str]:
-    """Return the command of another process of a run.
+    """Return the command that starts a further process of a run.
 
     Args:
-        context: the run's `hydra` config; of one of a sweep its own.
+        context: the run's `hydra` config; for a run of a sweep, the config of this run.
     """
-    # An experiment may be a sweep by its own settings.
-    alone = "hydra.mode=RUN", "hydra/sweeper=basic", "hydra/launcher=basic"
-    return [sys.executable, "-m", __name__, *same_configs(context), *context.overrides.task, *alone]
+    # An experiment can make the command a sweep; these overrides make it a single run.
+    single_run = "hydra.mode=RUN", "hydra/sweeper=basic", "hydra/launcher=basic"
+    return [sys.executable, "-m", __name__, *same_configs(context), *context.overrides.task, *single_run]
 
 
 if __name__ == "__main__":

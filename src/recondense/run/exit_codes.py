@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and messages without a traceback for what the user can mend."""
+"""Exit codes of the command, and messages without a traceback for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from recondense.errors import ConfigError, UserError
 
 
 class Reported(SystemExit):
-    """The end of the process, after its reason was written."""
+    """End of the process after its reason has been printed."""
 
 
 class JobFailed(Exception):
-    """What the user can mend in one job of a sweep; callbacks/sweep.py keeps it from ending the others."""
+    """An error of one job of a sweep that the user can fix; callbacks/sweep.py lets the other jobs continue."""
 
     def __init__(self, messages: Sequence[str]) -> None:
         self.messages = tuple(messages)
@@ -27,11 +27,14 @@ class JobFailed(Exception):
 
 @contextmanager
 def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
-    """2 and the message alone for what the user can mend, 130 or 143 for Ctrl-C or SIGTERM; a traceback for all else.
+    """End the process with the exit code of an error that the code inside raises.
+
+    The exit code is 2, with only a message, for errors that the user can fix (`UserError`, `OSError`), 130 for Ctrl-C,
+    and 143 for SIGTERM. Other errors keep their traceback.
 
     Args:
-        silent: without the message: another process writes the same.
-        sweep: in a job of a sweep: what the user can mend is raised as `JobFailed` and does not end the process.
+        sweep: whether the code is a job of a sweep. If so, errors that the user can fix are raised as `JobFailed`.
+        silent: whether to omit the message, because another process prints the same one.
     """
     try:
         with _sigterm_exits():
@@ -50,7 +53,7 @@ def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         _stopped(130)
     except SystemExit as error:
-        # Lightning turns Ctrl-C into exit code 1 after its own clean-up; our callback leaves with 128 + the signal.
+        # Lightning turns Ctrl-C into exit code 1 after its clean-up; graceful_stop.py exits with 128 + the signal.
         if error.code in (130, 143) or isinstance(error.__context__, KeyboardInterrupt):
             _stopped(143 if error.code == 143 else 130, silent=type(error) is not SystemExit)
         raise
@@ -58,7 +61,7 @@ def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM ends the process like an error does, with clean-up; callbacks/graceful_stop.py takes over in a fit."""
+    """Let SIGTERM end the process with clean-up, like an error. In a fit, callbacks/graceful_stop.py handles it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,7 +73,7 @@ def _sigterm_exits() -> Iterator[None]:
 
 
 def refuse(messages: Sequence[str]) -> NoReturn:
-    """Write the messages and end the process with exit code 2."""
+    """Print the messages and end the process with exit code 2."""
     lines = [f"recondense: {messages[0]}"]
     if len(messages) > 1:
         lines = [f"recondense: {len(messages)} problems", *(f"{i:2}. {text}" for i, text in enumerate(messages, 1))]
@@ -79,8 +82,8 @@ def refuse(messages: Sequence[str]) -> NoReturn:
 
 
 def _stopped(code: int, *, silent: bool = False) -> NoReturn:
-    """End the process; `silent`: whoever stopped it has said so."""
+    """End the process, with a message unless `silent`."""
     if not silent:
-        what = "stopped by SIGTERM" if code == 143 else "interrupted"
-        print(f"recondense: {what}. The same command resumes where this run stopped.", file=sys.stderr)
+        reason = "stopped by SIGTERM" if code == 143 else "interrupted"
+        print(f"recondense: {reason}. The same command resumes where this run stopped.", file=sys.stderr)
     raise Reported(code) from None

@@ -1,4 +1,4 @@
-"""The page of --help: what the command does, examples, and the choices of every group."""
+"""The page that --help prints: what the command does, examples, and the choices of every group."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import textwrap
 from pathlib import Path
 
 GROUPS = {
-    "model": "what is compressed",
-    "method": "how",
-    "recovery": "how quality is recovered",
+    "model": "the model to compress",
+    "method": "how to compress it",
+    "recovery": "how to recover its quality",
     "data": "texts for calibration, training and validation",
-    "evaluation": "what is measured beside size and speed",
-    "experiment": "settings of all groups under one name",
+    "evaluation": "what to measure in addition to size and speed",
+    "experiment": "settings of several groups under one name",
     "trainer": "processes and engines",
-    "export": "the folder that other programs load",
-    "logger": "where figures go",
-    "callbacks": "what follows a training",
+    "export": "the folder for other programs",
+    "logger": "where to log figures",
+    "callbacks": "what to do during a training",
 }
 PAGE = """\
-Condense a Mixture-of-Experts language model, then recover what was lost.
+Compress a Mixture-of-Experts language model, then recover its quality.
 
-A command loads a model, decides from calibration texts what to remove, removes it, trains what remains, measures the
-original, the compressed and the recovered model, and exports the result as a Hugging Face folder. The same command
-finds its own folder again: it resumes what is unfinished, and prints what is done.
+The command loads a model, decides from calibration texts what to remove, removes it, and trains the rest. It evaluates
+the original, the compressed and the recovered model, and exports the result as a Hugging Face folder. If you repeat a
+command, it resumes an unfinished run or prints the results of a finished one.
 
 Usage: {program} [group=choice] [setting=value] [-m]
 
 Examples:
-  {program} experiment=demo                         a small model, trained here: nothing is downloaded
+  {program} experiment=demo                         a small model that is trained first, without a download
   {program} model=qwen_moe method=cdmoe             a published setting
-  {program} model=mixtral plan_only=true            the sizes that it would have, without weights
-  {program} model.path=FOLDER recovery=none         your own model, compressed and measured
-  {program} -m method.num_layers=2,4,6 seed=0,1     a sweep: one search, six students, a table
+  {program} model=mixtral plan_only=true            only the sizes, computed without weights
+  {program} model.path=FOLDER recovery=none         your own model, compressed and evaluated
+  {program} -m method.num_layers=2,4,6 seed=0,1     a sweep: one search, six runs, one table
 
-Every setting of conf/ can be set: a word of a group chooses a file of it, `group.setting=value` changes one setting.
-Add --cfg job to print all settings of a command, --info for where they come from, --hydra-help for Hydra's own options.
+`group=choice` selects a file of conf/, and `group.setting=value` changes one setting. Add --cfg job to print all
+settings of a command, --info to print where they come from, and --hydra-help to print the options of Hydra.
 
 {groups}
 All settings: docs/configuration.md, and the comments in conf/.\
@@ -44,18 +44,18 @@ All settings: docs/configuration.md, and the comments in conf/.\
 
 
 def help_page(folder: Path, program: str = "recondense") -> str:
-    """Return the page.
+    """Return the help page, wrapped to the terminal's width.
 
     Args:
-        folder: with the configs.
-        program: the word that starts the command.
+        folder: folder of the configs.
+        program: name of the command, for the examples.
     """
     width = min(shutil.get_terminal_size((120, 40)).columns, 120)
     return PAGE.format(program=program, groups="\n".join(_group(folder, group, width) for group in GROUPS))
 
 
 def _group(folder: Path, group: str, width: int) -> str:
-    """Return a heading, and a line for each choice."""
+    """Return the heading of a group and a line for each of its choices."""
     lines = [f"{group}: {GROUPS[group]}"]
     paths = sorted((folder / group).rglob("[!_]*.yaml"))
     names = [path.relative_to(folder / group).with_suffix("").as_posix() for path in paths]
@@ -68,7 +68,7 @@ def _group(folder: Path, group: str, width: int) -> str:
 
 
 def _first_comment(path: Path) -> str:
-    """Return the first sentence of a YAML's first comment."""
+    """Return the first sentence of the first comment in a YAML file."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
     comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.removeprefix("#").strip() for line in comment).partition(". ")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Fingerprints of all that a run reads besides its config: kept when it begins, and compared when it resumes."""
+"""Fingerprints of a run's inputs besides its config: stored when the run starts, and compared when it resumes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ TASK_FILES = (".yaml", ".py", ".json", ".jsonl", ".csv", ".txt", ".parquet")
 def inputs_of(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, calibrates: bool
 ) -> dict[str, str]:
-    """Return fingerprints by what they are of: `weights`, `tokenizer`, each split's texts, the `calibration` set and files.
+    """Return the fingerprints of a run's inputs by name.
+
+    The names are `weights`, `tokenizer`, `<split> texts`, `calibration`, `plan.json of the model`, and `task files`.
 
     Args:
-        calibrates: whether the run has a calibration set; its tokens are an input too.
+        config: settings of the run.
+        model: the model before compression.
+        tokenizer: the model's tokenizer.
+        texts: texts of all splits.
+        calibrates: whether the run has a calibration set. Its tokens are then an input too.
     """
     inputs = {"weights": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
     inputs |= {f"{split} texts": sha256 for split, sha256 in texts.sha256().items()}
     if calibrates:
         inputs["calibration"] = calibration(config, tokenizer, texts).fingerprint()
-    if config.model.path is not None:  # says which layers train that were compressed before
+    if config.model.path is not None:  # the plan of an earlier run determines which layers are trained
         history = Plan("", history=read_history(config.model))
         inputs["plan.json of the model"] = fingerprint(history.to_dict())
     if config.evaluation.include_path is not None:
@@ -44,54 +50,58 @@ def inputs_of(
 
 
 def keep_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
-    """Keep the inputs of a run in its folder; those that are kept there already must be the same.
+    """Store the inputs of a run in its folder, after comparing them with those stored by earlier calls.
 
-    All processes come here together.
+    All processes must call this function together.
 
     Args:
-        folder: of the run.
-        inputs: fingerprints by name. What is only loaded later is kept by a later call.
+        folder: the run's folder.
+        inputs: fingerprints by name. Inputs that are loaded later are stored by a later call.
 
     Raises:
-        UserError: inputs that changed since the run began; a folder that does not say what its results were made of.
+        UserError: an input changed since the run began, or the folder has results but no record of their inputs.
     """
-    known = processes.broadcast(_kept(folder) if processes.is_first() else None)
+    known = processes.broadcast(_stored(folder) if processes.is_first() else None)
     changed = [name for name, value in inputs.items() if known.get(name, value) != value]
-    if len(changed) > 1 and "calibration" in changed:  # which is what a tokenizer makes of texts
+    if len(changed) > 1 and "calibration" in changed:  # it follows from the tokenizer and the texts
         changed.remove("calibration")
     if changed:
         *names, last = (f"the {name}" for name in changed)
         raise UserError(
             f"run_dir={folder}: {', '.join(names)}{' and ' if names else ''}{last} changed since this run began; "
-            "overwrite=true starts it anew"
+            "use overwrite=true to start over"
         )
     if processes.is_first() and not known.keys() >= inputs.keys():
         write_aside(folder / INPUTS, json.dumps({**known, **inputs}, indent=1) + "\n")
 
 
-def _kept(folder: Path) -> dict[str, str]:
-    """Return the content of inputs.json; empty before the run has begun."""
+def _stored(folder: Path) -> dict[str, str]:
+    """Return the content of inputs.json; empty before the run has begun.
+
+    Raises:
+        UserError: the file is damaged, or missing although there are results.
+    """
     path = folder / INPUTS
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         if results := [name for name in RESULTS if (folder / name).exists()]:
             raise UserError(
-                f"run_dir={folder}: holds results ({', '.join(results)}) and no {INPUTS}, which says what they were "
-                "made of; overwrite=true starts it anew"
+                f"run_dir={folder}: the folder contains results ({', '.join(results)}) but no {INPUTS}, which records "
+                "the inputs of the run; use overwrite=true to start over"
             ) from None
         return {}
     except (ValueError, TypeError):
-        raise UserError(f"{path}: cannot be read as JSON; overwrite=true starts the run anew") from None
+        raise UserError(f"{path} is not valid JSON; use overwrite=true to start over") from None
 
 
 def task_files_fingerprint(folder: Path) -> str:
-    """Return sixteen hexadecimal digits of all files of a task folder that can change a result."""
+    """Return a fingerprint (16 hexadecimal digits) of the files of a task folder that can change a result."""
     return fingerprint([[str(path.relative_to(folder)), _sha256(path)] for path in deciding_files(folder)])
 
 
 def deciding_files(folder: Path) -> list[Path]:
-    """Return files of a task folder that can change a result: tasks, their functions and data, but not a cache of the data."""
+    """Return the files of a task folder that can change a result: tasks, functions and data, but no caches."""
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in TASK_FILES]
     return [path for path in files if "cache" not in path.relative_to(folder).parts]
 

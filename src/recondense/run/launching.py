@@ -1,7 +1,7 @@
 """The processes of a run, started by torchrun, by SLURM or by this process. They end together.
 
-Each process finds in its environment what torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR
-and MASTER_PORT.
+The environment of each process has the variables that torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from recondense.config.problems import Problem
 from recondense.config.schema import TrainerConfig
 from recondense.errors import UserError
 
-POLL = 0.3  # seconds between looks at the others
-GRACE = 5.0  # seconds in which a process may come to an error of its own after another's
-FAILED = "failed"  # in the store: "rank:exit code" of the first to fail
-NOTICED = "noticed"  # in the store: how many of the others know
+POLL = 0.3  # seconds between checks of the other processes
+GRACE = 5.0  # seconds during which a process may raise its own error after another one failed
+FAILED = "failed"  # key in the store: "rank:exit code" of the first process that failed
+NOTICED = "noticed"  # key in the store: number of other processes that have noticed the failure
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes a run has.
+    """The number of processes of a run.
 
     Args:
-        on_node: of each machine.
+        on_node: processes per machine.
         nodes: machines.
-        running: they run already.
+        running: whether all processes have been started already.
     """
 
     on_node: int
@@ -60,33 +60,35 @@ class Processes:
 
 
 class Peer(SystemExit):
-    """The end of a process because of what happened in another, which has said so."""
+    """End of a process because another one failed, which has reported the reason."""
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """Return the program that started this process together with others, if any has."""
-    if TorchElasticEnvironment.detect() or "LOCAL_WORLD_SIZE" in os.environ:  # the second: by this module
+    """Return the launcher that started this process together with others; None if there is none."""
+    # This module sets LOCAL_WORLD_SIZE for the processes it starts.
+    if TorchElasticEnvironment.detect() or "LOCAL_WORLD_SIZE" in os.environ:
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:  # srun, not a batch script by itself
+    if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:  # set by srun, not by a batch script alone
         return SLURMEnvironment()
     return None
 
 
 def plan_processes(settings: TrainerConfig, gpu: bool) -> Processes:
-    """Return the number of processes that the settings stand for here.
+    """Return the number of processes that the settings request on this machine.
 
     Args:
-        gpu: whether each computes on a GPU of its own.
+        settings: settings of the trainer.
+        gpu: whether each process uses its own GPU.
 
     Raises:
-        UserError: another number than was started.
+        UserError: a different number was started, or the address of the first machine is unknown.
     """
     cluster = cluster_environment()
     if cluster is None:
         if settings.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
             raise UserError(
-                f"trainer.num_nodes={settings.num_nodes}: nothing says where the other machines are; start with "
-                "torchrun or srun on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
+                f"trainer.num_nodes={settings.num_nodes}: the address of the first machine is unknown; use torchrun or "
+                "srun on each machine, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
             )
         on_node = (torch.cuda.device_count() if gpu else 1) if settings.devices == "auto" else int(settings.devices)
         return Processes(max(on_node, 1), settings.num_nodes)
@@ -95,23 +97,25 @@ def plan_processes(settings: TrainerConfig, gpu: bool) -> Processes:
     if on_node * settings.num_nodes != size:
         raise UserError(
             f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
-            "started; use trainer.devices=auto (as trainer=ddp has it) and the number of machines, or start as many."
+            "started; use trainer.devices=auto (the default of trainer=ddp) and the correct trainer.num_nodes, or "
+            f"start {on_node * settings.num_nodes} processes."
         )
     return Processes(on_node, settings.num_nodes, running=True)
 
 
 @contextmanager
 def start_processes(settings: TrainerConfig, gpu: bool, command: Sequence[str] | None = None) -> Iterator[None]:
-    """Inside, all processes of the run do the same; one that fails ends the others.
+    """Start the processes of a run, which all execute the code inside. If one fails, the others end too.
 
-    A run of one process has no process group, unless its engine needs one.
+    A run with one process has no process group unless its engine needs one.
 
     Args:
-        gpu: whether each computes on a GPU of its own.
-        command: starts a further process; None: what started this one.
+        settings: settings of the trainer.
+        gpu: whether each process uses its own GPU.
+        command: command that starts a further process; None for the command that started this one.
 
     Raises:
-        UserError: as `choose_layout`.
+        UserError: as for `plan_processes`.
         Peer: another process failed.
     """
     planned = plan_processes(settings, gpu)
@@ -137,7 +141,7 @@ def start_processes(settings: TrainerConfig, gpu: bool, command: Sequence[str] |
 
 
 def _environment(planned: Processes) -> dict[str, str]:
-    """Return the variables of this process; a first one's where it starts the others."""
+    """Return the environment variables of this process; if it starts the others, those of the first process."""
     cluster = cluster_environment() or LightningEnvironment()
     node = cluster.node_rank()
     rank = cluster.global_rank() if planned.running else node * planned.on_node
@@ -168,7 +172,7 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
         torch.set_num_threads(max(1, threads // here))
     if gpu:
         torch.cuda.set_device(local)
-    timeout = timedelta(hours=settings.timeout_hours)  # the first evaluates alone while the others wait
+    timeout = timedelta(hours=settings.timeout_hours)  # the other processes wait while the first one evaluates
     with _meeting(children):
         processes.join_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout)
     watch = _Watch.start(children)
@@ -187,14 +191,14 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
 
 @contextmanager
 def _meeting(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Ends this process when one that it started ends before all have met: it would wait for it, for hours."""
+    """End this process if one that it started ends before all have joined the group; it would wait for hours."""
     met = threading.Event()
 
     def follow() -> None:
         while not met.wait(POLL):
             code = next((child.returncode for child in children if child.poll() is not None), None)
             if code is not None and not met.is_set():
-                log.error("a process of this run ended with exit code %d before it had begun", code)
+                log.error("a process of this run ended with exit code %d before it joined the others", code)
                 for child in children:
                     child.kill()
                 logging.shutdown()
@@ -208,7 +212,7 @@ def _meeting(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _exit_code(error: BaseException) -> int:
-    """About that of a process which the error ends."""
+    """Return the approximate exit code of a process that an error ends."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
@@ -218,11 +222,12 @@ def _exit_code(error: BaseException) -> int:
 
 @dataclass
 class _Watch:
-    """A thread that ends this process when another has failed: it may wait for that one in a collective, for hours.
+    """A thread that ends this process after another one failed, because a collective would wait for that one for hours.
 
     Args:
-        store: shared by all processes, over a connection of the thread's own.
+        store: store shared by all processes, over a separate connection.
         children: processes that this one started.
+        code: exit code of the first process that failed.
     """
 
     store: dist.Store
@@ -241,20 +246,20 @@ class _Watch:
         return watch
 
     def tell(self, code: int) -> bool:
-        """Let the others end with this exit code; whether this process is the first to fail, and should say why."""
+        """Report a failure, so the others end with its exit code. Return whether this process failed first."""
         self._over.set()
-        mine = f"{processes.rank()}:{code}"
+        report = f"{processes.rank()}:{code}"
         try:
             with self._lock:
-                first = self.store.compare_set(FAILED, "", mine).decode()
+                first = self.store.compare_set(FAILED, "", report).decode()
                 self.code = int(first.partition(":")[2])
-                if first != mine:
+                if first != report:
                     self.store.add(NOTICED, 1)
-                elif processes.rank() == 0:  # whose end ends the store
-                    self._until(lambda: self.store.add(NOTICED, 0) >= dist.get_world_size() - 1)
-        except RuntimeError:  # the first process is gone, and with it the store
+                elif processes.rank() == 0:  # the store ends with this process
+                    self._wait_until(lambda: self.store.add(NOTICED, 0) >= dist.get_world_size() - 1)
+        except RuntimeError:  # the first process has ended, and the store with it
             return False
-        return first == mine
+        return first == report
 
     def stop(self) -> None:
         self._over.set()
@@ -272,7 +277,7 @@ class _Watch:
                 os._exit(code)
 
     def _failed(self) -> int | None:
-        """Return the exit code of another process that has failed."""
+        """Return the exit code of another process that has failed; None if none has."""
         try:
             with self._lock:
                 if not self._over.is_set() and self.store.check([FAILED]):
@@ -283,27 +288,26 @@ class _Watch:
         dead = [code for code in (child.poll() for child in self.children) if code]
         return dead[0] if dead and dead[0] > 0 else (1 if dead else None)
 
-    def _until(self, met: Callable[[], bool]) -> None:
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 2 * GRACE
-        while not met() and time.monotonic() < end:
+        while not condition() and time.monotonic() < end:
             time.sleep(POLL)
 
 
 def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str, int]) -> list[Problem]:
-    """Return what is wrong with the processes of a run.
+    """Return the problems of a run's processes.
 
     Args:
-        gpu: whether each computes on a GPU of its own.
-        batch_sizes: windows of a step, by the name of the setting.
+        settings: settings of the trainer.
+        gpu: whether each process uses its own GPU.
+        batch_sizes: windows per batch, by the name of the setting.
     """
     try:
         planned = plan_processes(settings, gpu)
     except UserError as error:
         return [Problem("", str(error))]
     size = planned.world_size
-    unequal = (
-        f"each of {size} processes takes an equal part of it. Use a multiple of {size}, or another trainer.devices."
-    )
+    unequal = f"each of {size} processes needs an equal part. Use a multiple of {size}, or another trainer.devices."
     problems = [Problem(name, unequal, batch) for name, batch in batch_sizes.items() if batch % size]
     if gpu and not planned.running and planned.on_node > torch.cuda.device_count():
         text = f"this machine has {torch.cuda.device_count()} CUDA devices."
@@ -312,12 +316,12 @@ def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str
 
 
 def check_sweep() -> list[Problem]:
-    """Return what speaks against several runs of this command."""
+    """Return a problem if several processes were started for a sweep."""
     cluster = cluster_environment()
     if cluster is None or cluster.world_size() == 1:
         return []
     text = (
-        f"{cluster.world_size()} processes were started for a sweep, whose runs follow one another and start their "
-        "own. Start it by itself: python train.py -m trainer=ddp trainer.devices=N."
+        f"{cluster.world_size()} processes were started for a sweep, but each run of a sweep starts its own processes. "
+        "Start the sweep in one process: python train.py -m trainer=ddp trainer.devices=N."
     )
     return [Problem("-m", text)]

@@ -1,4 +1,4 @@
-"""The model that a run starts from."""
+"""Loading of the model that a run starts from."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from recondense.run import tiny
 
 
 class MakeCallbacks(Protocol):
-    """Gives the Lightning callbacks of a fit.
+    """A function that returns the Lightning callbacks of a fit.
 
     Args:
-        stage: name of the fit: pretrain, recovery or a recovery stage's own, control or control/<recovery stage>.
+        stage: name of the fit: pretrain, recovery, control, <recovery stage>, or control/<recovery stage>.
         tasks: names of the run's lm-eval tasks.
-        include_path: folders with files of tasks.
+        include_path: folders with task files.
     """
 
     def __call__(self, stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]: ...
 
 
 def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]:
-    """Give a fit no callbacks."""
+    """Return no callbacks."""
     return ()
 
 
 def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
-    """Return the model and tokenizer of a config; the embedded default is trained first if the cache lacks it."""
+    """Return the model and tokenizer of a config. The embedded model is trained first if the cache does not have it."""
     settings = config.model
     path = settings.path or processes.run_on_first(lambda: _train_embedded(config, callbacks))
     pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None
-    with processes.let_first_go_ahead() if settings.path else nullcontext():  # a hub id is downloaded once
+    with processes.let_first_go_ahead() if settings.path else nullcontext():  # it downloads the model
         return loading.load(path, settings, pages)
 
 

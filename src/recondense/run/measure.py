@@ -1,4 +1,4 @@
-"""What a run measures of a model: perplexity, divergence from the original, lm-eval tasks, memory and speed."""
+"""Measurements of a run: perplexity, divergence from the original, lm-eval tasks, memory and speed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)
 
-Reference = Callable[[], AbstractContextManager[Any]]  # gives a context in which a model is the original
-PACKAGES = ("torch", "transformers", "lm-eval", "datasets")  # whose versions decide a figure
+Reference = Callable[[], AbstractContextManager[Any]]  # returns a context that yields the original
+PACKAGES = ("torch", "transformers", "lm-eval", "datasets")  # packages whose versions can change a figure
 
 
 @dataclass
@@ -41,15 +41,15 @@ class Evaluator:
     """Measures the quality of models on the texts and tasks of one run.
 
     Args:
-        settings: batch size, and the settings of tasks.
-        tokenizer: of all models.
-        windows_NS: validation windows; None: perplexity is not measured.
+        settings: batch size, and settings of the tasks.
+        tokenizer: tokenizer of all models.
+        windows_NS: ids (N, S) of the validation windows; None to omit perplexity.
         tasks: names of lm-eval tasks.
-        include_path: folders with files of tasks.
-        cache: results by a fingerprint of all that decides them; all runs share it.
-        identity: what decides a result besides weights, texts and tasks: attention and experts implementation, and the
-            tokenizer's fingerprint.
-        timed: counts the seconds of an evaluation.
+        include_path: folders with task files.
+        cache: results by a fingerprint of everything that determines them; all runs share it.
+        identity: attention implementation, experts implementation and the tokenizer's fingerprint, which determine a
+            result in addition to weights, texts and tasks.
+        timed: context manager that counts the seconds of an evaluation.
     """
 
     settings: EvaluationConfig
@@ -65,15 +65,19 @@ class Evaluator:
     def of_run(
         cls, config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts, inputs: Mapping[str, str], timed: Timed
     ) -> Evaluator:
-        """Return the evaluator of a run. Held-out tasks are written to the cache folder here.
+        """Return the evaluator of a run, after writing the held-out tasks to the cache folder.
 
         Args:
-            inputs: fingerprints of what the run depends on, by name.
+            config: settings of the run.
+            tokenizer: tokenizer of the model.
+            texts: texts of all splits.
+            inputs: fingerprints of the run's inputs, by name.
+            timed: context manager that counts the seconds of a part of the run.
         """
         with processes.let_first_go_ahead():
             tasks, include_path = _run_tasks(config, tokenizer, texts)
         if config.model.streaming and tasks:
-            log.info("model.streaming: lm-eval needs a whole model; %s left out", ", ".join(tasks))
+            log.info("model.streaming: lm-eval cannot evaluate a streamed model; skipped: %s", ", ".join(tasks))
             tasks = []
         return cls(
             config.evaluation,
@@ -87,19 +91,20 @@ class Evaluator:
         )
 
     def tasks_of(self, stage: str) -> Sequence[str]:
-        """Return the tasks of a result stage; evaluation.at_end=false leaves those after the compressed one without any."""
+        """Return the tasks of a result stage; with evaluation.at_end=false, stages after `compressed` have none."""
         return self.tasks if self.settings.at_end or stage in ("original", "compressed") else []
 
     def evaluate(self, model: PreTrainedModel, stage: str, reference: Reference | None = None) -> Figures:
-        """Perplexity and tasks of a model as it is now, on the first process; all processes receive them.
+        """Measure perplexity and tasks of a model on the first process, and return the figures in all processes.
 
         Args:
-            model: in its present state.
-            stage: the result stage, which decides the tasks.
-            reference: gives a context in which `model` is the original; None: nothing to compare with.
+            model: the model.
+            stage: the result stage, which determines the tasks.
+            reference: returns a context in which `model` is the original; None to omit kl_to_original.
 
         Returns:
-            loss and kl_to_original (nats), perplexity, and by task its metrics; absent where not measured.
+            loss and kl_to_original (nats per token), perplexity, and the metrics of each task in `tasks`. Figures that
+            were not measured are absent.
         """
         with self.timed("evaluate"):
             return processes.run_on_first(lambda: self._evaluate(model, stage, reference))
@@ -107,10 +112,11 @@ class Evaluator:
     def evaluate_once(
         self, model: PreTrainedModel, stage: str, reference: Reference | None, computes: Sequence[str]
     ) -> Figures:
-        """As `evaluate`; equal models, originals and texts are evaluated once for all runs.
+        """Call `evaluate`, or return the cached figures of an equal model, original and texts from any run.
 
         Args:
-            computes: fingerprints of all that the model and its original compute with.
+            model, stage, reference: as for `evaluate`.
+            computes: fingerprints of everything that determines the outputs of the model and its original.
         """
         key = self._key(model, stage, computes)
         if key not in self.cache:
@@ -118,7 +124,7 @@ class Evaluator:
         return self.cache[key]
 
     def _key(self, model: PreTrainedModel, stage: str, computes: Sequence[str]) -> str:
-        """Return a fingerprint of all that decides the figures of a model."""
+        """Return a fingerprint of everything that determines the figures of a model."""
         tasks, settings = list(self.tasks_of(stage)), self.settings
         attention, experts, tokenizer = self.identity
         return fingerprint(
@@ -130,7 +136,7 @@ class Evaluator:
             str(model.device),
             attention,
             experts,
-            [] if self.windows_NS is None else self.windows_NS.tolist(),  # the tokenizer decides them
+            [] if self.windows_NS is None else self.windows_NS.tolist(),  # they depend on the tokenizer
             [version(name) for name in PACKAGES],
         )
 
@@ -155,13 +161,13 @@ class Evaluator:
 
 
 class ResultStages:
-    """The result stages of a run: original, compressed, refitted, recovered, control. Each is measured once.
+    """Measures the result stages of a run once: original, compressed, refitted, recovered, control.
 
     Args:
-        config: of the run.
-        model: is measured as it is at the time.
+        config: settings of the run.
+        model: the model, which is measured in its current state.
         evaluator: measures quality.
-        record: keeps the figures.
+        record: stores the figures.
     """
 
     def __init__(self, config: Config, model: PreTrainedModel, evaluator: Evaluator, record: RunRecord) -> None:
@@ -171,13 +177,13 @@ class ResultStages:
         self.record = record
 
     def measure_original(self) -> None:
-        """Measure the quality of the model as it was loaded."""
+        """Measure the quality of the model as loaded."""
         if not self.record.has("original"):
             computes = [self.record.inputs["weights"]]
             self.record.keep("original", self.evaluator.evaluate_once(self.model, "original", None, computes))
 
     def profile_original(self) -> None:
-        """Measure memory and speed of the original alone, for a run without a compressed stage."""
+        """Measure memory and speed of the original, for a run without a compressed stage."""
         figures = self.record.figures("original")
         if "profile" not in figures:
             profiles = self._profile("original", {"original": lambda: nullcontext(self.model)})
@@ -192,14 +198,15 @@ class ResultStages:
         profiled: bool = True,
         original: Reference | None = None,
     ) -> None:
-        """Measure the student as it is now, and beside it its original.
+        """Measure the student in its current state, and for comparison memory and speed of its original.
 
         Args:
             stage: name of the result stage.
-            untrained: nothing was trained since the plan was executed. Then the quality is the same for all runs that
-                differ in their recovery alone.
-            profiled: whether memory and speed are measured too.
-            original: gives a context that yields the original, for a student that has released its own.
+            student: the student.
+            untrained: whether nothing has been trained since the plan was applied. The quality is then the same for all
+                runs that differ only in their recovery, and cached.
+            profiled: whether to measure memory and speed too.
+            original: returns a context that yields the original, for a student that has released it.
         """
         if self.record.has(stage):
             return
@@ -225,12 +232,12 @@ class ResultStages:
 
 
 def computed_with(student: Student) -> list[str]:
-    """Return fingerprints of all that a student computes with: weights, operations, and buffers."""
+    """Return fingerprints of everything that determines a student's outputs: weights, operations, and buffers."""
     model = student.model
     buffers = {
         key: buffer.double().tolist()
         for key, buffer in model.named_buffers()
-        if buffer.device.type != "meta"  # a streamed layer's are among the weights
+        if buffer.device.type != "meta"  # `weights_fingerprint` includes the buffers of streamed layers
     }
     return [weights_fingerprint(model), fingerprint(student.plan.to_dict()["operations"], buffers)]
 
@@ -238,16 +245,17 @@ def computed_with(student: Student) -> list[str]:
 def profile(
     model: PreTrainedModel, stage: str, variants: Mapping[str, Reference], config: Config
 ) -> dict[str, Figures]:
-    """Memory and speed of variants of one model.
+    """Measure memory and speed of variants of one model.
 
     Args:
-        model: which all variants are.
-        stage: shown as progress.
-        variants: by name, a function that gives a context in which the model is that variant.
-        config: of the run. A streamed model, whose speed is the disk's, has its bytes counted alone.
+        model: the model.
+        stage: name of the result stage, for the progress bar.
+        variants: for each name, a function that returns a context in which the model is that variant.
+        config: settings of the run. For a streamed model, whose speed depends on the disk, only the bytes of its
+            weights are counted.
 
     Returns:
-        by variant: bytes of its weights, peak bytes, tokens per second.
+        For each variant, the bytes of its weights, its peak memory in bytes, and its speed in tokens per second.
     """
     settings = config.callbacks.profile
     if not settings.enabled or config.model.streaming:
@@ -278,7 +286,7 @@ def _validation_windows(config: Config, tokenizer: PreTrainedTokenizerBase, text
 
 
 def _run_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> tuple[list[str], list[Path]]:
-    """Return the tasks of a run and the folders of their files; held-out ones are written here."""
+    """Return the tasks of a run and the folders of their files, after writing the held-out tasks."""
     evaluation = config.evaluation
     folders = [Path(evaluation.include_path)] if evaluation.include_path else []
     tasks = list(folder_tasks(folders) if folders and evaluation.tasks is None else evaluation.tasks or ())
@@ -286,7 +294,7 @@ def _run_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts)
     if not heldout:
         return tasks, folders
     if (validation := texts.documents("validation", tokenizer)) is None:
-        log.warning("no validation text: perplexity and %s are left out", ", ".join(heldout))
+        log.warning("there is no validation text, so these are not measured: perplexity, %s", ", ".join(heldout))
         return [task for task in tasks if task not in heldout], folders
     settings = evaluation.heldout
     sizes = {} if settings is None else vars(settings)

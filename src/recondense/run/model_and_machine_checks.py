@@ -1,4 +1,4 @@
-"""Checks of a run that need its model's config or this machine, and so torch and transformers; weights are not read."""
+"""Checks of a run that need torch and transformers: of the model's config and of this machine, without weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from recondense.run.resolved import Run
 
 
 def preflight(run: Run) -> Iterator[Problem]:
-    """Yield problems of a run that show without its weights."""
+    """Yield the problems of a run that can be found without its weights."""
     config = run.config
     yield from _check_refit(run)
     if not config.plan_only:
@@ -34,7 +34,7 @@ def preflight(run: Run) -> Iterator[Problem]:
     try:
         planned = planned_config(config.model, config.plan_only)
         yield from _check_model(run, planned)
-        if run.steps or config.recovery.objective != "none":  # what is only measured needs no MoE layer
+        if run.steps or config.recovery.objective != "none":  # an evaluation needs no MoE layer
             yield from _check_steps(run, planned)
     except UserError as error:
         yield Problem("", str(error))
@@ -43,15 +43,16 @@ def preflight(run: Run) -> Iterator[Problem]:
 def _check_refit(run: Run) -> Iterator[Problem]:
     method = run.config.method
     if method.get("refit") == "coefficients" and not any(step.condenses for step in run.steps):
-        text = f"method={method.get('name')} condenses no layer, so there are none. Use method.refit=true or false."
+        text = f"method={method.get('name')} condenses no layers. Use method.refit=true or false."
         yield Problem("method.refit", text, "coefficients")
 
 
 def _check_model(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield what the original and the teachers lack.
+    """Yield problems of the original's files and settings, and of the teachers.
 
     Args:
-        planned: the config of the original.
+        run: the run.
+        planned: config of the original.
     """
     config = run.config
     unreadable = quantized.check(planned.to_dict(), "model.path", config.model.path)
@@ -61,45 +62,47 @@ def _check_model(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     if not unreadable and config.model.path is not None:
         yield from _check_weights("model.path", config.model.path, config.model, planned)
     if not classes.has_attention(planned, config.model.attention):
-        text = f"model_type {planned.model_type} has no such attention. Use eager."
+        text = f"model_type {planned.model_type} does not support it. Use eager."
         yield Problem("model.attention", text, config.model.attention)
     yield from _check_rounding(config, planned)
     yield from _check_teachers(run, planned)
 
 
 def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield what the method cannot do to this model, or the recovery."""
+    """Yield problems of the method, or of the recovery, with this model."""
     if not run.steps:
-        families.original_facts(planned)  # or its error
+        families.original_facts(planned)  # raises an error for an unknown family
         yield from _check_experts_train(run, planned)
         return
     facts = families.facts(planned)
     yield from _check_low_rank(run.steps, facts)
-    refused = [Problem("", text) for step in run.steps for text in step.check(facts)]
-    refused += _check_budgets(run.steps, planned)
-    yield from refused
-    if not refused:
+    problems = [Problem("", text) for step in run.steps for text in step.check(facts)]
+    problems += _check_budgets(run.steps, planned)
+    yield from problems
+    if not problems:
         yield from _check_stock(run, planned)
 
 
 def _check_weights(setting: str, path: str, model: ModelConfig, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield what the files of a local folder lack, by their headers; those of hub ids are looked at when they are loaded.
+    """Yield the weights missing from a local folder, read from the headers of its files. Hub ids are not checked.
 
     Args:
-        setting: that names the folder.
-        planned: the folder's config.
+        setting: name of the setting with the folder.
+        path: folder or hub id.
+        model: settings of the model.
+        planned: config of the model.
 
     Raises:
-        UserError: a config from which no model can be made.
+        UserError: no model can be created from the config.
     """
-    if not Path(path).is_dir() or model.trust_remote_code:  # which class remote code has shows when it is loaded
+    if not Path(path).is_dir() or model.trust_remote_code:  # remote code defines its class only when it is loaded
         return
     from recondense.models import headers
 
     try:
         outline = classes.empty_model(planned)
-    except Exception as error:  # whatever a class says to values that it cannot take
-        raise UserError(f"{setting}={path}: no model can be made as config.json says: {error}.") from error
+    except Exception as error:  # model classes raise arbitrary errors for invalid values
+        raise UserError(f"{setting}={path}: no model can be created from config.json: {error}.") from error
     try:
         files = headers.list_files(Path(path))
         problem = headers.compare(outline, files, quantized.method_of(planned.to_dict())).problem if files else ""
@@ -110,7 +113,7 @@ def _check_weights(setting: str, path: str, model: ModelConfig, planned: Pretrai
 
 
 def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield experts that are to train, of a model that has none and of which recondense condensed no layer."""
+    """Yield stages that train experts although the model has neither experts nor layers that recondense condensed."""
     from recondense.recovery import trainable
 
     stages = [stage for stage in run.stages if stage.recovery.needs_experts]
@@ -121,7 +124,7 @@ def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Proble
 
 
 def _check_teachers(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield local teachers that cannot be loaded or lack the student's vocabulary; hub ids are looked at when loaded."""
+    """Yield problems of local teachers: files or a different vocabulary. Hub ids are checked when they are loaded."""
     recoveries = [stage.recovery for stage in run.stages]
     paths = {item.teacher_path for item in recoveries if (item.objective, item.teacher) == ("distill", "model")}
     for path in sorted(path for path in paths if path is not None and Path(path).is_dir()):
@@ -129,7 +132,7 @@ def _check_teachers(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
             yield from _check_teacher(path, run.config.model, planned)
         except UserError as error:
             yield Problem("", str(error))
-        except (OSError, ValueError):  # a folder without a config is of the quick checks
+        except (OSError, ValueError):  # the fast checks report a folder without a config
             continue
 
 
@@ -150,23 +153,23 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
         )
         yield Problem("recovery.teacher_path", text, path)
     elif student is not None and Path(student).is_dir():
-        theirs, ours = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (path, student))
-        require_same_vocabulary(theirs, ours, path)
+        tokenizers = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (path, student))
+        require_same_vocabulary(*tokenizers, path)
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
-    """Yield a folder whose experts were factorized, given to a method that needs full ones."""
+    """Yield a problem if the method needs full experts but those of the model were factorized."""
     if facts.factorized and any(step.needs_whole_experts for step in steps):
         layers = ", ".join(map(str, facts.factorized[:6])) + (", ..." if len(facts.factorized) > 6 else "")
         text = (
-            f"the experts of layers {layers} are low-rank already, and this method needs full ones. Use "
+            f"the experts of layers {layers} are already low-rank, but this method needs full ones. Use "
             "method=layer_drop or block_drop, or compress a folder that was exported with export.format=dense."
         )
         yield Problem("model.path", text)
 
 
 def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield why the family's own class can never hold what this method makes, where it is asked to."""
+    """Yield a problem if export.format=stock and the family's class cannot represent the compressed model."""
     export = run.config.export
     if export.format != "stock" or export.enabled is False or not run.steps:
         return
@@ -182,7 +185,7 @@ def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
 
 
 def _check_budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[Problem]:
-    """Return sizes that no method reaches which takes only routed experts and routers away; a dropped layer is more."""
+    """Return budgets that cannot be met by removing all routed experts and routers, unless a step removes layers."""
     ratios = [step.budget.memory_ratio for step in steps if step.budget.memory_ratio]
     if not ratios or any(step.removes_layers for step in steps):
         return []
@@ -190,20 +193,22 @@ def _check_budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[Pro
     routers = len(facts.moe_layers) * (facts.hidden_size + counts.router_row * facts.num_experts)
     rest = (counts.total - counts.routed_experts - routers) / counts.total
     text = (
-        f"without any of its routed experts the model still has {rest:.4g} of its size; ask for more, or use "
+        f"without any routed experts, the model still has {rest:.4g} of its size; use a larger ratio, or "
         "method=layer_drop or block_drop"
     )
     return [Problem("method.memory_ratio", text, ratio) for ratio in dict.fromkeys(ratios) if ratio <= rest]
 
 
 def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedConfig:
-    """Return the config of the model that a run starts from, without its weights.
+    """Return the config of the model that a run starts from.
 
     Args:
-        plan_only: of a hub id, what is recorded here; the hub is not asked.
+        model: settings of the model.
+        plan_only: whether to use the package's copy of a hub id's config, without access to the hub.
 
     Raises:
-        UserError: a config that transformers cannot read or does not know; a hub id that is unknown or out of reach.
+        UserError: transformers cannot read the config or does not know the model type, or the hub id is unknown or
+            cannot be reached.
     """
     if model.path is None:
         return _pretrain_config(dict(model.pretrain or {}))
@@ -222,7 +227,7 @@ def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedCon
 
 
 def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
-    """Return the config of the model that is trained on first use."""
+    """Return the config of the embedded model, which is trained on first use."""
     try:
         from transformers import Qwen2MoeConfig
 
@@ -232,7 +237,7 @@ def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
 
 
 def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
-    """Return the config of a hub id, from the cache when the hub is out of reach."""
+    """Return the config of a hub id, from the cache if the hub cannot be reached."""
     with hub_access() as online:
         where: dict[str, Any] = {"revision": model.revision, "local_files_only": not online}
         try:
@@ -242,16 +247,16 @@ def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
         except OSError as error:
             if model_file(path, ADAPTER, model.revision) is not None:
                 raise UserError(f"{HOLDS_ADAPTER}.") from error
-            why = (
-                "has no such model (or not for you)"
+            reason = (
+                "has no such model, or you have no access to it"
                 if online
-                else "cannot be reached and has left nothing in the cache"
+                else "cannot be reached, and its cache does not have the model"
             )
-            raise UserError(f"there is no such folder here, and the hub {why}.") from error
+            raise UserError(f"there is no such folder here, and the hub {reason}.") from error
 
 
 def _check_machine(config: Config) -> Iterator[Problem]:
-    """Yield what this machine cannot do."""
+    """Yield settings that this machine does not support."""
     device = config.model.device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, _, index = device.partition(":")
@@ -264,7 +269,7 @@ def _check_machine(config: Config) -> Iterator[Problem]:
 
 
 def _check_processes(run: Run) -> Iterator[Problem]:
-    """Yield what is wrong with the processes of the run and with what trains on them."""
+    """Yield problems of the run's processes, and of trainings that cannot run on several processes."""
     from recondense.run import launching
 
     trainer, device = run.config.trainer, run.config.model.device
@@ -274,25 +279,25 @@ def _check_processes(run: Run) -> Iterator[Problem]:
     problems = launching.check_processes(trainer, gpu, batch_sizes)
     yield from problems
     if not problems and ":" in device and launching.plan_processes(trainer, gpu).world_size > 1:
-        yield Problem("model.device", "each process has a GPU of its own. Use auto.", device)
+        yield Problem("model.device", "each process uses its own GPU. Use auto.", device)
     for stage in stages:
         if trainer.shards and stage.recovery.trainable == "lora":
             text = (
-                f"adapters are merged into unsharded weights, and trainer={trainer.strategy} leaves a part of them to "
-                "each process. Use trainer=ddp or deepspeed_zero2, or trainable=experts."
+                f"adapters can only be merged into unsharded weights, but trainer={trainer.strategy} shards them. Use "
+                "trainer=ddp or deepspeed_zero2, or trainable=experts."
             )
             yield Problem(f"{stage.where}.trainable", text, "lora")
 
 
 def _check_rounding(config: Config, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield a precision in which DeepSpeed would round the weights that are frozen."""
+    """Yield a problem if DeepSpeed would round frozen weights, or train in fp16."""
     trainer = config.trainer
     dtype = config.model.dtype if config.model.dtype != "auto" else str(planned.dtype).rpartition(".")[2]
     if not trainer.deepspeed or config.recovery.objective == "none":
         return
     if trainer.precision.startswith("bf16") and dtype != "bfloat16":
         text = (
-            f"DeepSpeed would round all weights of a model in {dtype}, the original's too. Use "
+            f"DeepSpeed would round all weights of a model in {dtype}, including the original's. Use "
             "trainer.precision=32-true, or model.dtype=bfloat16."
         )
         yield Problem("trainer.precision", text, trainer.precision)
@@ -301,7 +306,7 @@ def _check_rounding(config: Config, planned: PretrainedConfig) -> Iterator[Probl
 
 
 def _check_tasks(evaluation: EvaluationConfig) -> Iterator[Problem]:
-    """Yield unknown lm-eval tasks; its import takes seconds, so only where some are named."""
+    """Yield unknown lm-eval tasks. lm-eval is imported only if tasks are named, because that takes seconds."""
     if evaluation.tasks or (evaluation.include_path is not None and evaluation.tasks is None):
         from recondense.evaluation.lm_eval import check_tasks
 

@@ -1,4 +1,4 @@
-"""`plan_only` in Python: what a method makes of a model's sizes, from its config alone."""
+"""`plan_only` in Python: a model's sizes before and after a method, computed from its config."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from recondense.run.steps import as_steps
 
 
 def plan_only(path: str | Path, steps: Step | Sequence[Step] | str) -> Sizes:
-    """Return sizes of a model before and after a method, without weights and without texts.
+    """Return the sizes of a model before and after a method, computed without weights or texts.
 
     Args:
-        path: a local folder with config.json, or one of the hub ids whose configs the package has.
-        steps: a step of a method, several, or the name of a method in conf/method.
+        path: a local folder with config.json, or one of the hub ids whose configs are part of the package.
+        steps: one step of a method, several, or the name of a method in conf/method.
 
     Returns:
-        Parameters and bytes of the whole model before and after, and of each decoder layer.
+        Parameters and bytes of the model before and after, and of each decoder layer.
 
     Raises:
-        UserError: a model that is unknown, or that a step does not suit; a budget that the method cannot keep.
+        UserError: the model is unknown, a step does not suit it, or the method cannot meet its budget.
 
     Example:
         >>> sizes = rc.plan_only("Qwen/Qwen1.5-MoE-A2.7B", rc.CDMoE(num_experts=4, num_layers=9))

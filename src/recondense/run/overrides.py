@@ -1,4 +1,4 @@
-"""Explains overrides that Hydra cannot place."""
+"""Composition of a run's config, with explanations for overrides that Hydra cannot apply."""
 
 from __future__ import annotations
 
@@ -16,13 +16,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recondense.config.problems import Problem, nearest, suggestion
 
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError)  # what Hydra raises for overrides
+COMPOSE_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    yaml.YAMLError,
+)  # errors that Hydra raises for overrides
 
 
 def compose_run(
     name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]
 ) -> dict[str, Any] | None:
-    """Return the composed values of one run; overrides that cannot be placed become problems and are left out."""
+    """Return the composed values of one run, as plain containers; None if they cannot be composed.
+
+    Args:
+        name: name of the primary config.
+        overrides: overrides of the run. Those that cannot be applied are left out.
+        loader: Hydra's loader of configs.
+        problems: list to which problems are appended.
+    """
     try:
         config = compose(name, overrides)
     except COMPOSE_ERRORS:
@@ -35,9 +47,7 @@ def compose_run(
     for key in sorted(OmegaConf.missing_keys(config)):
         group, _, leaf = key.rpartition(".")
         choice = f" ({group}={config[group].get('name')})" if group in list_groups(loader) else ""
-        problems.append(
-            Problem(key, f"must be given{choice}; the comment beside `{leaf}: ???` in conf/ says what it is.")
-        )
+        problems.append(Problem(key, f"must be set{choice}; see the comment on `{leaf}: ???` in conf/."))
         OmegaConf.update(config, key, None)
     try:
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -47,23 +57,23 @@ def compose_run(
 
 
 def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]) -> DictConfig:
-    config, kept = compose(name, []), list[str]()
+    config, accepted = compose(name, []), list[str]()
     groups = set(list_groups(loader))
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].lstrip("+~") not in groups):
         try:
-            config = compose(name, [*kept, text])
-            kept.append(text)
+            config = compose(name, [*accepted, text])
+            accepted.append(text)
         except COMPOSE_ERRORS as error:
             problem, instead = _explain(text, config, loader, error)
             problems.append(problem)
             if instead is not None:
-                kept.append(instead)
-                config = compose(name, kept)
+                accepted.append(instead)
+                config = compose(name, accepted)
     return config
 
 
 def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Exception) -> tuple[Problem, str | None]:
-    """Return why an override cannot be placed, and the one that was probably meant."""
+    """Return why an override cannot be applied, and the override that was probably meant."""
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
     if key in (*list_groups(loader), *(f"hydra/{group}" for group in loader.list_groups("hydra"))):
@@ -78,13 +88,13 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
 
 
 def _reason(error: BaseException) -> str:
-    """Return what an error says, in a line; where a YAML is broken stands in the last of several."""
+    """Return an error's first line; for an error in a YAML file all lines, because the last one has the position."""
     lines = str(error).splitlines()
     return " ".join(" ".join(lines if isinstance(error, yaml.YAMLError) else lines[:1]).split())
 
 
 def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
-    """Return where a setting of that name stands, or which ones stand beside it."""
+    """Return a suggestion for an unknown setting: the same name in another section, or a similar name in its own."""
     parent, _, leaf = key.rpartition(".")
     names = list(_names(config))
     elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
@@ -99,7 +109,7 @@ def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
 
 
 def _names(config: DictConfig, path: str = "") -> Iterator[str]:
-    """Yield dotted names of all settings."""
+    """Yield the dotted names of all settings."""
     for key in map(str, config):
         node = None if OmegaConf.is_interpolation(config, key) or OmegaConf.is_missing(config, key) else config[key]
         if isinstance(node, DictConfig):
@@ -109,7 +119,7 @@ def _names(config: DictConfig, path: str = "") -> Iterator[str]:
 
 
 def _choices(group: str, loader: ConfigLoader) -> list[str]:
-    """Return a group's files and those of the folders in it, as folder/name; one that starts with _ is a part of others."""
+    """Return a group's choices, as folder/name for files in subfolders; files that start with _ are not choices."""
     names = [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
     return names + [
         f"{folder}/{name}" for folder in loader.list_groups(group) for name in _choices(f"{group}/{folder}", loader)

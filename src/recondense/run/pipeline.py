@@ -1,6 +1,6 @@
 """The stages of a run: load, measure, search, apply, refit, recover, measure, export.
 
-Each stage is one verb of the public API. The run adds reuse of what its folder has, logging and timing.
+Each stage is one verb of the public API. The run adds logging, timing, and the reuse of results in its folder.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ def run(
     command: Sequence[str] | None = None,
     stages: Stages | None = None,
 ) -> Any:
-    """Run a config, or finish it: the same config finds its folder again and resumes there.
+    """Run a config, or resume it: the same config uses the same folder again.
 
-    Of several processes the first writes, prints and evaluates.
+    If the run has several processes, only the first one writes, prints and evaluates.
 
     Args:
-        config: of the run; not of one of sizes alone.
-        steps: of the method, in order.
-        callbacks: makes those of each Lightning Trainer.
-        command: starts another process of this run; None: the command that started this one.
-        stages: of the recovery, if they are resolved already.
+        config: settings of the run, without `plan_only`.
+        steps: steps of the method, in order.
+        callbacks: returns the callbacks of each Lightning Trainer.
+        command: command that starts a further process of this run; None for the command that started this one.
+        stages: stages of the recovery, if they are already resolved.
 
     Returns:
-        the metric that a sweep compares, None if this run does not measure it; a tuple for several.
+        the metric that a sweep compares, as a tuple if there are several; None if this run does not measure it.
 
     Raises:
-        ConfigError: another process works in the folder.
-        UserError, OSError: what the user can mend; the message says how.
+        ConfigError: another process is working in the folder.
+        UserError, OSError: an error that the user can fix; the message says how.
     """
     resolved = Run(config, require_stages(config) if stages is None else stages, steps)
     folder = config.run_folder()
@@ -87,20 +87,20 @@ def run(
 
 
 def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
-    """Run the stages that are not done, print the results and upload them; `run` says what it returns."""
+    """Run the unfinished stages, print the results and upload them. Return the same as `run`."""
     config = run.config
     path = folder / "summary.json"
-    done = processes.broadcast(path.exists() and not config.overwrite)
-    if not done:
+    finished = processes.broadcast(path.exists() and not config.overwrite)
+    if not finished:
         _start(run, callbacks, folder)
     if not processes.is_first():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
     shutil.rmtree(folder / WORK, ignore_errors=True)
     repository = missing_upload(config.export, summary)
-    if done:
-        state = "done but for the upload" if repository else "all done"
-        print(f"{state}: {folder} holds this run; overwrite=true starts it anew")
+    if finished:
+        state = "all done except for the upload" if repository else "all done"
+        print(f"{state}: this run is in {folder}; use overwrite=true to start over")
     tables.print_report(summary)
     print(f"\nresults: {folder}")
     if repository:
@@ -109,7 +109,7 @@ def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
 
 
 def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
-    """Read all inputs, run the stages, and write summary.json. The folder stays as it was until all inputs are read."""
+    """Read all inputs, run the stages, and write summary.json. The folder is not changed before all inputs are read."""
     config, calibrates = run.config, bool(run.steps)
     with processes.let_first_go_ahead():
         texts = Texts.read(config, run.stages, calibrates)
@@ -135,12 +135,18 @@ def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
 
 
 class _Stages:
-    """The stages of one run on a model that is loaded. Each keeps its result in the folder and finds it there again.
+    """The stages of one run with a loaded model. Each stores its result in the run's folder and reuses it there.
 
     Args:
-        run: resolved.
-        inputs: fingerprints of all that the run reads, by name.
-        memory: of a streamed model; None for any other.
+        run: the resolved run.
+        callbacks: returns the callbacks of each Lightning Trainer.
+        folder: the run's folder.
+        model: the model.
+        tokenizer: the model's tokenizer.
+        texts: texts of all splits.
+        inputs: fingerprints of the run's inputs, by name.
+        loggers: loggers of the figures.
+        memory: peak memory of a streamed model; None for other models.
     """
 
     def __init__(
@@ -173,7 +179,7 @@ class _Stages:
         """Run all stages.
 
         Returns:
-            what summary.json says; None in all processes but the first.
+            the content of summary.json; None in all processes except the first.
         """
         self.results.measure_original()
         sizes = {"original": parameters.sizes(self.model)}
@@ -192,7 +198,7 @@ class _Stages:
         return processes.run_on_first(lambda: self.collect(student, sizes, recovery_stages))
 
     def search(self) -> Plan:
-        """Search the plan, or find it; draw it and log it."""
+        """Search the plan, or load it; draw it and log it."""
         with self.record.timed("search"):
             plan = find_plan(
                 self.config,
@@ -211,14 +217,14 @@ class _Stages:
         return plan
 
     def apply(self, plan: Plan, stages: Sequence[Stage]) -> Student:
-        """Apply the plan, all but its refits, and give the student weights of its own where it will train.
+        """Apply the plan without its refits, and give the student its own copies of the weights that will be trained.
 
         Raises:
-            UserError: an export that the compressed model does not allow; said before anything is trained.
+            UserError: the compressed model cannot be exported in the requested format. This is checked before training.
         """
         config, model = self.config, self.model
         if stages != list(self.stages):
-            log.info("nothing was compressed, so there is nothing to distil: next-token training in its place")
+            log.info("the model is not compressed, so next-token training replaces the distillation")
         with self.record.timed("apply"):
             student = apply(model, plan, self._tape, refit=False)
             prepare_student(student, stages, self._trained_layers(plan))
@@ -227,17 +233,17 @@ class _Stages:
         return student
 
     def refit(self, student: Student) -> None:
-        """Execute the plan's refits, if it has any, and measure the model."""
+        """Execute the plan's refits, if there are any, and measure the model."""
         if any(operation.kind == "refit" for operation in student.plan.operations):
             with self.record.timed("refit"):
                 self.record.keep_refit(student.refit(self._tape))
             self.results.measure("refitted", student, untrained=True)
 
     def recover(self, student: Student, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-        """Train the student, and the control beside it; measure both.
+        """Train the student and, if requested, the control; measure both.
 
         Returns:
-            a description of each recovery stage, for summary.json; empty without a recovery.
+            a description of each recovery stage for summary.json; empty without a recovery.
         """
         config, model, plan = self.config, self.model, student.plan
         if config.recovery.objective == "none":
@@ -260,31 +266,37 @@ class _Stages:
         return descriptions
 
     def _tape(self) -> Tape:
-        """Tape the model on the calibration set, as it is now."""
+        """Record a tape of the model in its current state on the calibration set."""
         return make_recorder(self.config, self.model, self.tokenizer, self.texts, self.folder, self.record.timed)()
 
     def _trained_layers(self, plan: Plan) -> Sequence[int] | None:
-        """Return layers whose experts train: None, those of the plan; without operations, those of an earlier run's."""
+        """Return the layers whose experts are trained; None for those of the plan. An empty plan uses earlier plans."""
         if plan.operations:
             return None
         return history_of(self.model).changed_layers(len(decoder.decoder_layers(self.model)))
 
     def _callbacks(self, stage: str, *, with_tasks: bool) -> Sequence[Callback]:
-        """Return the callbacks of a fit; tasks are evaluated while the student trains, not while the control does."""
+        """Return the callbacks of a fit. Tasks are evaluated during the student's fits, but not the control's."""
         tasks, include_path = (self.evaluator.tasks, self.evaluator.include_path) if with_tasks else ((), ())
         return self.callbacks(stage, tasks, include_path)
 
     @contextmanager
     def _load_original(self) -> Iterator[Any]:
-        """A context with the original from its checkpoint, after the compressed model has taken its place."""
-        with processes.work_alone():  # the first process alone evaluates
+        """Yield the original, loaded from its checkpoint, because the compressed model has replaced it."""
+        with processes.work_alone():  # only the first process evaluates
             original, _ = load(self.config, self.callbacks)
         yield original
 
     def collect(
         self, student: Student, sizes: Mapping[str, Mapping[str, int]], recovery_stages: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Export the student, and put together what summary.json says of the run."""
+        """Export the student, and return the content of summary.json.
+
+        Args:
+            student: the student after all stages.
+            sizes: parameters of the original and of the compressed model.
+            recovery_stages: description of each recovery stage.
+        """
         config, model, record, plan = self.config, self.model, self.record, student.plan
         objective = (config.recovery if plan.operations else without_teacher(config.recovery)).objective
         summary = Summary.of_run(config, objective, plan, sizes, model, self.texts.sha256(), record.stages)
@@ -298,7 +310,7 @@ class _Stages:
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
             self._export(student, summary, stored)
         if self.memory is not None:
-            if layer_store(model).streamed:  # no recovery has brought it into memory
+            if layer_store(model).streamed:  # no recovery has loaded it into memory
                 self.memory.take_peak()
             summary.memory = self.memory.to_dict()
         summary.seconds = record.seconds
@@ -320,11 +332,11 @@ class _Stages:
 
 
 def _log_footprint(student: Student) -> None:
-    """Log the bytes of a student and its original on one backbone, and of two models apart."""
+    """Log the bytes of a student and its original on one shared backbone, and of two separate models."""
     if student.has_original and processes.is_first():
         footprint = student.footprint()
         sizes = footprint.with_original, footprint.student, footprint.apart
         log.info(
-            "student and teacher on one backbone: %s resident (the student alone %s; two whole models %s)",
+            "student and teacher share a backbone: %s in memory (only the student: %s; two separate models: %s)",
             *map(tables.format_bytes, sizes),
         )

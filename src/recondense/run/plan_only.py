@@ -1,4 +1,4 @@
-"""`plan_only=true`: the sizes of the model that a run would make, printed and written as summary.json."""
+"""`plan_only=true`: the sizes of the compressed model, printed and written to summary.json without a run."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ GIB = 2**30
 
 
 def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tuple[Result, Sizes]]:
-    """Return the settings of this very model that the paper of a method publishes, each with its sizes; empty without any.
+    """Return the published results of a model and method with the sizes of the same settings; empty if there are none.
 
     Args:
-        model: on the meta device, as it is published.
-        steps: of the command; the first one's method is looked for.
+        model: the model on the meta device, uncompressed.
+        steps: steps of the command. The first one determines the method.
     """
     facts = families.facts(model.config)
     known = published_model(facts.model_type, facts.hidden_size, facts.num_layers, facts.num_experts)
@@ -47,7 +47,7 @@ def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tupl
     rows: dict[tuple[Any, ...], Result] = {}
     for row in find(known.name, method=steps[0].key()["method"]):
         if row.settings is not None:
-            rows.setdefault(tuple(row.settings.values()), row)  # some rows stand in two tables
+            rows.setdefault(tuple(row.settings.values()), row)  # some settings occur in two tables
     order = lambda row: (-(row.num_experts or 0), row.num_layers or 0, row.removed_expert_ratio or 0)  # noqa: E731
     return [
         (row, compare(model, [_with(step, row.settings or {}) for step in steps]))
@@ -56,16 +56,16 @@ def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tupl
 
 
 def _with(step: Any, settings: Mapping[str, Any]) -> Any:
-    """Return a step of the same class with those of the settings that it has, and no others."""
+    """Return a step of the same class with the given settings, without those that the class does not have."""
     return type(step)(**{field.name: settings[field.name] for field in fields(step) if field.name in settings})
 
 
 def plan_only(run: Run) -> None:
-    """Print the sizes of a run and write summary.json: no stages, for nothing was measured.
+    """Print the sizes of a run and write summary.json, without stages, because nothing is measured.
 
     Raises:
-        ConfigError: another process works in the folder.
-        UserError: a budget that the method cannot keep; a quantisation whose bytes are not known.
+        ConfigError: another process is working in the folder.
+        UserError: the method cannot meet its budget, or the bytes of the quantization format are unknown.
     """
     if not processes.is_first_to_start():
         return
@@ -94,10 +94,11 @@ def _print_sizes(run: Run, folder: Path) -> None:
 
 
 def weights_dtype(planned: PretrainedConfig, dtype: str) -> torch.dtype:
-    """Return the type of a model's weights.
+    """Return the data type of a model's weights.
 
     Args:
-        planned: the model's config; it decides where `dtype` is auto, and float32 where it says nothing.
+        planned: config of the model.
+        dtype: name of a type, or auto for the type in the config (float32 if there is none).
     """
     if dtype != "auto":
         return getattr(torch, dtype)
@@ -105,7 +106,7 @@ def weights_dtype(planned: PretrainedConfig, dtype: str) -> torch.dtype:
 
 
 def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
-    """Return the summary of a run without what is measured; `plan_only` tells the two apart."""
+    """Return the summary of a run without measured figures, marked by its key `plan_only`."""
     operations = (*sizes.operations, *plan_refits(sizes.operations, config.method.get("refit", False)))
     sides = {"original": sizes.before, "compressed": sizes.after}
     counted = {
@@ -127,37 +128,44 @@ def _notes(
     dtype: torch.dtype,
     planned: PretrainedConfig,
 ) -> list[str]:
-    """Return remarks on the figures."""
+    """Return notes on the figures."""
     notes = []
-    chosen = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
-    given = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
-    some = bool(chosen) and not {operation.layer for operation in chosen} >= set(families.facts(planned).moe_layers)
-    picked = any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in chosen)
-    words = ["layers"] * (some and not given) + ["experts"] * picked
+    operations = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
+    listed = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
+    moe_layers = set(families.facts(planned).moe_layers)
+    selects_layers = bool(operations) and not {operation.layer for operation in operations} >= moe_layers
+    selects_experts = any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in operations)
+    words = ["layers"] * (selects_layers and not listed) + ["experts"] * selects_experts
     if words:
-        notes.append(f"which {' and '.join(words)}: decided by calibration; the first ones stand in for them here")
-    notes += [f"decided by calibration too: {step.left_open}" for step in steps if step.left_open]
+        notes.append(f"which {' and '.join(words)}: decided by calibration; these sizes assume the first ones")
+    notes += [f"also decided by calibration: {step.left_open}" for step in steps if step.left_open]
     if quantized:
         name = str(dtype).removeprefix("torch.")
         notes.append(
-            f"the checkpoint is stored in {quantized['quant_method']} and dequantised on loading: the sizes before are "
-            f"bytes on disk, those after are {name}; model.dtype={name} counts both in it, where the ratio is "
-            f"{sizes.after.total / sizes.before.total:.4f}"
+            f"the checkpoint is stored in {quantized['quant_method']} and dequantized on loading: the sizes before are "
+            f"bytes on disk, and those after are in {name}; with model.dtype={name}, both are in {name} and the ratio "
+            f"is {sizes.after.total / sizes.before.total:.4f}"
         )
     elif not isinstance(planned.dtype, torch.dtype) and dtype == torch.float32:
-        notes.append("the config names no type of weights; float32 is counted")
+        notes.append("the config has no data type for the weights, so the sizes assume float32")
     return notes
 
 
 def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> Table:
-    """Rows: parameters and bytes; columns: before, after, ratio."""
-    table = tables.plain_table(f"{result['model']}: {result['method']}, from shapes alone")
+    """Return a table of parameters and bytes: before, after, and their ratio.
+
+    Args:
+        result: content of summary.json.
+        quantized: whether the original is stored in a quantized format.
+        dtype: data type of the compressed weights.
+    """
+    table = tables.plain_table(f"{result['model']}: {result['method']}, computed from shapes")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="right" if name else "left", style=None if name else "bold")
     names = {
         "total": "parameters",
         "routed_experts": "of routed experts",
-        "active_per_token": "active for a token",
+        "active_per_token": "active per token",
     }
     for key, name in names.items():
         before, after = (result["parameters"][key][side] for side in ("original", "compressed"))
@@ -165,7 +173,7 @@ def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> T
     before, after = result["weights_bytes"]["original"], result["weights_bytes"]["compressed"]
     name = "memory (weights)" if not quantized else "bytes as stored"
     table.add_row(name, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
-    if quantized:  # what is dequantised takes more bytes without any change
+    if quantized:  # dequantized weights need more bytes even if nothing is compressed
         size = dtype.itemsize
         before, after = (result["parameters"]["total"][side] * size for side in ("original", "compressed"))
         words = f"memory, both {str(dtype).removeprefix('torch.')}"
@@ -174,11 +182,11 @@ def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> T
 
 
 def layer_table(sizes: Sizes) -> Table:
-    """Return one row for layers of the same outcome: experts, ranks and bytes of one of them."""
+    """Return a table with one row per group of equal layers: outcome, experts, ranks, and bytes of one layer."""
     table = tables.plain_table("decoder layers")
     table.add_column("layers", style="bold", overflow="fold")
     table.add_column("outcome")
-    for name in ("experts", "ranks", "bytes of one", "ratio"):
+    for name in ("experts", "ranks", "bytes per layer", "ratio"):
         table.add_column(name, justify="right")
     groups: dict[LayerSize, list[int]] = {}
     for layer, size in sizes.layers.items():
@@ -186,7 +194,7 @@ def layer_table(sizes: Sizes) -> Table:
     for size, layers in groups.items():
         table.add_row(
             f"{ranges(layers)} ({len(layers)})",
-            size.outcome or ("as it is" if size.experts_before is not None else "dense, as it is"),
+            size.outcome or ("unchanged" if size.experts_before is not None else "dense, unchanged"),
             _experts(size),
             "" if size.ranks is None else "-".join(map(str, sorted({*size.ranks}))),
             f"{tables.format_bytes(size.bytes_before)} -> {tables.format_bytes(size.bytes_after)}",
@@ -196,12 +204,16 @@ def layer_table(sizes: Sizes) -> Table:
 
 
 def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
-    """Return the published figures of this model beside those that the same settings have here."""
+    """Return a table that compares published figures with those computed for the same settings.
+
+    Args:
+        rows: as returned by `beside_published`.
+    """
     condensing = rows[0][0].paper == CDMOE
-    what = "memory, compressed / original" if condensing else "routed experts' parameters that go"
-    table = tables.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {what}")
+    figure = "memory, compressed / original" if condensing else "removed parameters of routed experts"
+    table = tables.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {figure}")
     table.add_column("setting", style="bold")
-    gibibytes = () if condensing else ("GiB here", "GB published")
+    gibibytes = () if condensing else ("GiB from shapes", "GB published")
     for name in ("from shapes", "published", *gibibytes, "mean score"):
         table.add_column(name, justify="right")
     for row, sizes in rows:
@@ -217,7 +229,7 @@ def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """Return ascending indices in words: 0, 3-9."""
+    """Return ascending indices as text with ranges, such as "0, 3-9"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

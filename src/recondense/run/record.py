@@ -1,4 +1,4 @@
-"""What a run keeps on disk while it works: the figures of its result stages, seconds, and errors of a refit."""
+"""Intermediate results of a run on disk: figures of its result stages, seconds, and errors of a refit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Figures = dict[str, Any]  # of one result stage: loss, perplexity, kl_to_origina
 
 
 class RunRecord:
-    """The folder `stages` of a run. A restarted run finds there what it measured before.
+    """The folder `stages` of a run, with which a restarted run reuses earlier measurements.
 
-    All processes read it together; the first one writes.
+    All processes must read it together; only the first one writes.
 
     Args:
-        folder: of the run.
-        inputs: fingerprints of what the run depends on, by name.
+        folder: the run's folder.
+        inputs: fingerprints of the run's inputs, by name.
     """
 
     def __init__(self, folder: Path, inputs: Mapping[str, str]) -> None:
         self.inputs = dict(inputs)
-        self._kept = JsonFolder(folder / "stages")
-        self._shared = processes.SharedMapping(self._kept)
-        self._nested = 0.0  # seconds of the parts timed within the one that is timed now
+        self._stored = JsonFolder(folder / "stages")
+        self._shared = processes.SharedMapping(self._stored)
+        self._nested = 0.0  # seconds of the parts inside the one that is being timed
 
     def has(self, stage: str) -> bool:
         """Return whether a result stage has been measured."""
@@ -39,22 +39,22 @@ class RunRecord:
         return self._shared[stage]
 
     def keep(self, stage: str, figures: Figures) -> None:
-        """Keep the figures of a result stage."""
+        """Store the figures of a result stage."""
         self._shared[stage] = figures
 
     @property
     def stages(self) -> Mapping[str, Figures]:
-        """The figures of every result stage that was measured; of the first process."""
-        return self._kept
+        """Figures of every measured result stage. Only the first process may read them."""
+        return self._stored
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part of the run so far, restarts included."""
-        return dict(self._kept.get("seconds", {}))
+        """Seconds of each part of the run so far, including earlier starts."""
+        return dict(self._stored.get("seconds", {}))
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Count the time inside as seconds of `part`, less the time of parts within it."""
+        """Add the time of the code inside to the seconds of `part`, without the time of nested parts."""
         started, outer, self._nested = time.perf_counter(), self._nested, 0.0
         try:
             yield
@@ -62,17 +62,17 @@ class RunRecord:
             spent = time.perf_counter() - started
             if processes.is_first():
                 seconds = self.seconds
-                self._kept["seconds"] = {**seconds, part: seconds.get(part, 0.0) + spent - self._nested}
+                self._stored["seconds"] = {**seconds, part: seconds.get(part, 0.0) + spent - self._nested}
             self._nested = outer + spent
 
     @property
     def recovery_seconds(self) -> dict[str, float]:
-        """Seconds of each recovery stage so far, restarts included."""
-        return dict(self._kept.get("recovery_seconds", {}))
+        """Seconds of each recovery stage so far, including earlier starts."""
+        return dict(self._stored.get("recovery_seconds", {}))
 
     @contextmanager
     def timed_recovery(self, stage: str) -> Iterator[None]:
-        """Count the time inside as seconds of a recovery stage."""
+        """Add the time of the code inside to the seconds of a recovery stage."""
         started = time.perf_counter()
         try:
             yield
@@ -82,11 +82,11 @@ class RunRecord:
             self._shared["recovery_seconds"] = {**seconds, stage: seconds.get(stage, 0.0) + spent}
 
     def keep_refit(self, errors: Mapping[int, Mapping[str, float]]) -> None:
-        """Keep the errors of each refitted layer; a restarted run keeps those of its first start."""
+        """Store the errors of each refitted layer, unless an earlier start of the run has stored them."""
         if errors and processes.is_first():
-            self._kept.setdefault("refit", {str(layer): dict(error) for layer, error in errors.items()})
+            self._stored.setdefault("refit", {str(layer): dict(error) for layer, error in errors.items()})
 
     @property
     def refit_errors(self) -> dict[str, dict[str, float]]:
-        """By layer: error of its output before and after the refit, relative to the original's; empty without one."""
-        return self._kept.get("refit", {})
+        """For each refitted layer, the relative error of its output before and after; empty without a refit."""
+        return self._stored.get("refit", {})

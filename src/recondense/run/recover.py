@@ -1,4 +1,4 @@
-"""The trainings of a run: the recovery, stage by stage, and the control beside it."""
+"""The trainings of a run: the recovery, stage by stage, and the control."""
 
 from __future__ import annotations
 
@@ -32,18 +32,21 @@ from recondense.recovery.teachers import OtherTeacher, Teacher, require_same_voc
 from recondense.run.inputs import keep_inputs
 from recondense.surgery.student import Student
 
-TEACHER_COLUMNS = ("input_ids", "position_ids")  # of the training windows: all that a teacher's predictions depend on
+TEACHER_COLUMNS = (
+    "input_ids",
+    "position_ids",
+)  # columns of the training windows that determine a teacher's predictions
 DESCRIBED = ("objective", "trainable", "steps", "batch_size", "accumulate_grad_batches", "learning_rate")
 
 
 class MakeCallbacks(Protocol):
-    """Makes the Lightning callbacks of a training by its name, with the run's tasks or without."""
+    """A function that returns the Lightning callbacks of a training, with or without the run's tasks."""
 
     def __call__(self, stage: str, *, with_tasks: bool) -> Sequence[Callback]: ...
 
 
 class Record(Protocol):
-    """Where the seconds of a run are counted, and fingerprints of its inputs are kept."""
+    """The seconds of a run's parts, and the fingerprints of its inputs."""
 
     @property
     def inputs(self) -> Mapping[str, str]: ...
@@ -57,21 +60,23 @@ class Record(Protocol):
 
 
 def prepare_student(student: Student, stages: Sequence[Stage], layers: Sequence[int] | None = None) -> None:
-    """Check that every stage has something to train, and give the student own copies of all that will train.
+    """Check that every stage has something to train, and give the student its own copies of everything it trains.
 
-    The original then shares nothing that trains, whatever the order of the stages.
+    After that, the original shares no trained weights, regardless of the order of the stages.
 
     Args:
-        layers: decoder layers whose experts train; None: the layers of the plan.
+        student: the student.
+        stages: stages of the recovery.
+        layers: decoder layers whose experts are trained; None for the layers of the plan.
 
     Raises:
-        UserError: a stage has nothing to train, or would change the original with the student.
+        UserError: a stage has nothing to train, or would change the original together with the student.
     """
     layers = student.plan.layers if layers is None else layers
     recoveries = [stage.recovery for stage in stages if stage.recovery.objective != "none"]
     for settings in recoveries:
         trainable.check_trainable(student, layers, settings)
-    # A control trains the original's experts afterwards: not the student's with them.
+    # The control trains the original's experts later, which must not change the student's.
     if any(settings.trainable == "experts" or settings.control for settings in recoveries):
         student.give_own_copies(trainable.trainable_layers(student.model, layers))
 
@@ -81,13 +86,16 @@ class Recovery:
     """The trainings of a run.
 
     Args:
-        stages: of the recovery, in order, resolved.
-        layers: decoder layers whose experts train; None: the layers of the plan.
-        folder: of the run.
-        tokenizer: of the model.
-        device: where the model computes. An engine may leave its weights elsewhere.
+        config: settings of the run.
+        stages: resolved stages of the recovery, in order.
+        layers: decoder layers whose experts are trained; None for the layers of the plan.
+        folder: the run's folder.
+        texts: texts of all splits.
+        tokenizer: tokenizer of the model.
+        device: device on which the model computes. An engine may leave its weights on another one.
         record: counts seconds.
-        callbacks: makes the Lightning callbacks of each training.
+        callbacks: returns the Lightning callbacks of each training.
+        loggers: loggers of the trainings.
     """
 
     config: Config
@@ -102,7 +110,7 @@ class Recovery:
     loggers: Sequence[Logger]
 
     def keep_predictions(self, student: Student) -> dict[str, CachedTeacher]:
-        """Return the original's predictions on disk for the stages that learn from them, by stage. Missing ones are made."""
+        """Return the original's predictions on disk for each stage with a cached teacher. Missing ones are computed."""
         teachers: dict[str, CachedTeacher] = {}
         for stage in self.stages:
             cached = stage.recovery.objective == "distill" and stage.recovery.teacher == "cached"
@@ -113,14 +121,14 @@ class Recovery:
         return teachers
 
     def recover(self, student: Student, cached: Mapping[str, CachedTeacher]) -> list[dict[str, Any]]:
-        """Train the student, one stage after another. Stages that are done already are read.
+        """Train the student, one stage after the other. The results of finished stages are loaded.
 
         Args:
-            student: its model must be in memory as a whole.
-            cached: teachers on disk by stage, from `keep_predictions`.
+            student: the student, whose model must not be streamed.
+            cached: cached teachers by stage, from `keep_predictions`.
 
         Returns:
-            A description of each stage, for summary.json; empty in all processes but the first.
+            A description of each stage for summary.json; empty in all processes except the first.
         """
         descriptions = []
         with self._free_original(student):
@@ -143,7 +151,7 @@ class Recovery:
 
     @contextmanager
     def train_control(self, student: Student) -> Iterator[None]:
-        """Inside, the model is the original trained further for the same steps: its experts in the plan's layers."""
+        """Train the original's experts in the plan's layers for the same steps; inside, the model is this control."""
         with student.original() as model:
             control = Student(model, Plan(model=student.plan.model))
             with self.record.timed("control"):
@@ -167,12 +175,12 @@ class Recovery:
         fit(module, data, folder, self.config.trainer, self.config.seed, callbacks, self.loggers)
 
     def _free_original(self, student: Student) -> AbstractContextManager[None]:
-        """Inside, the original takes no memory, if no training asks it."""
+        """Return a context in which the original uses no memory, if no training needs it."""
         trainer = self.config.trainer
-        asked = any(_asks_original(stage.recovery) for stage in self.stages)
-        if asked or not student.has_original or (trainer.shards and self.config.recovery.control):
+        needed = any(_needs_original(stage.recovery) for stage in self.stages)
+        if needed or not student.has_original or (trainer.shards and self.config.recovery.control):
             return nullcontext()
-        if trainer.shards and not processes.is_first():  # the engine takes this process's weights anyway
+        if trainer.shards and not processes.is_first():  # the engine removes this process's weights anyway
             student.release_original()
             return nullcontext()
         return student.offload_original(self.folder / WORK / f"original-{processes.rank()}.safetensors")
@@ -190,15 +198,15 @@ class Recovery:
             return keep_predictions(student.original, windows, folder, k, temperature, settings.batch_size, autocast)
 
     def _load_teacher(self, stage: Stage, student: Student) -> Teacher | None:
-        """Return another model that a stage learns from; None if it learns from the original or from none."""
+        """Return the separate model that teaches a stage; None if the teacher is the original or there is none."""
         settings = stage.recovery
         if settings.objective != "distill" or settings.teacher != "model":
             return None
         path = str(settings.teacher_path)
-        of_model = replace(self.config.model, path=path, revision=settings.teacher_revision, tokenizer=None)
+        teacher = replace(self.config.model, path=path, revision=settings.teacher_revision, tokenizer=None)
         try:
-            with processes.let_first_go_ahead():  # a hub id is downloaded once
-                model, tokenizer = loading.load(path, of_model)
+            with processes.let_first_go_ahead():  # it downloads the model
+                model, tokenizer = loading.load(path, teacher)
         except UserError as error:
             raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
         require_same_vocabulary(tokenizer, self.tokenizer, path)
@@ -206,7 +214,7 @@ class Recovery:
         return OtherTeacher(model, student.model, path)
 
     def _load_data(self, stage: Stage) -> tuple[RecoveryData, RecoveryConfig]:
-        """Return the windows of a stage, and its settings with its epochs as steps."""
+        """Return the windows of a stage, and its settings with epochs converted to steps."""
         settings = stage.recovery
         train = self.texts.training_windows(stage, "train", self.tokenizer)
         assert train is not None
@@ -233,20 +241,21 @@ class Recovery:
         }
 
 
-def _asks_original(settings: RecoveryConfig) -> bool:
-    """Return whether a training computes what the original predicts."""
+def _needs_original(settings: RecoveryConfig) -> bool:
+    """Return whether a training computes the original's predictions."""
     return settings.teacher == "shared" if settings.objective == "distill" else settings.validate_every > 0
 
 
 def with_steps(settings: RecoveryConfig, num_windows: int, where: str = "recovery") -> RecoveryConfig:
-    """Return settings whose steps show every window `epochs` times; the last step may show some once more.
+    """Return settings with `epochs` converted to steps, rounded up so that every window is used `epochs` times.
 
     Args:
-        num_windows: in the training text.
-        where: what the config calls the settings, for the message.
+        settings: settings of the training; without `epochs`, they are returned unchanged.
+        num_windows: number of training windows.
+        where: name of the settings' section, for the error message.
 
     Raises:
-        UserError: a warm-up that is not over by then.
+        UserError: the warm-up is not shorter than the training.
     """
     if settings.epochs is None:
         return settings
@@ -254,6 +263,7 @@ def with_steps(settings: RecoveryConfig, num_windows: int, where: str = "recover
     if settings.warmup_steps >= steps:
         raise UserError(
             f"{where}.warmup_steps={settings.warmup_steps}: {where}.epochs={settings.epochs:g} of {num_windows} "
-            f"windows are {steps} steps, and the learning rate would never reach its peak; lower it or train for longer"
+            f"windows take {steps} steps, so the learning rate would never reach its maximum; use fewer warm-up steps "
+            "or more epochs"
         )
     return replace(settings, steps=steps)

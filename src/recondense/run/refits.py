@@ -1,4 +1,4 @@
-"""The refits that follow a method, by its setting `refit`."""
+"""The refits that the setting `method.refit` adds to a plan."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 from recondense.operations import Condense, Drop, Operation, Refit
 
-RIDGE = 1e-2  # relative to the mean diagonal: a pull towards the weights as they are
+RIDGE = 1e-2  # regularization towards the current weights, relative to the mean of the diagonal
 
 
 def plan_refits(operations: Sequence[Operation], refit: bool | str) -> list[Refit]:
-    """Return a refit of every layer that operations changed and left, lowest first.
+    """Return a refit for every layer that operations change but do not drop, in ascending order.
 
     Args:
-        refit: `method.refit`: false, true (down_proj), or coefficients (of condensed layers only).
+        operations: operations of the plan.
+        refit: value of `method.refit`: false, true (down_proj), or coefficients (only of condensed layers).
     """
     if not refit:
         return []

@@ -1,4 +1,4 @@
-"""A run as its command says it: composed, read and resolved once."""
+"""A run whose settings are composed, validated and resolved."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from recondense.run.build_steps import build_steps
 
 @dataclass(frozen=True)
 class Run:
-    """One run, resolved.
+    """A resolved run.
 
     Args:
-        stages: of its recovery, in order.
-        steps: of its method, in order.
+        config: settings of the run.
+        stages: stages of the recovery, in order.
+        steps: steps of the method, in order.
     """
 
     config: Config
@@ -29,7 +30,7 @@ def resolve(values: Mapping[str, Any]) -> Run:
     """Return a run from the plain containers of its config.
 
     Raises:
-        ConfigError: everything that is wrong with the config alone, or with the method's steps.
+        ConfigError: the config or the method's steps have problems; the error lists all of them.
     """
     config = from_dict(values)
     return Run(config, require_stages(config), build_steps(config.method))

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, what may not lie in it, and how a run starts anew there."""
+"""The folder of a run: its contents, its lock, and how `overwrite=true` replaces the results in it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ CONFIG = "config.yaml"
 INPUTS = "inputs.json"
 RESULTS = (INPUTS, "plan.json", "plan.png", "summary.json", "stages", "checkpoints", "logs", "model", WORK)
 CONTENTS = (CONFIG, *RESULTS)  # overwrite=true deletes these and nothing else
-MOVED = ".moved"  # results of the old run while they are moved away; `repair` moves them back
+MOVED = ".moved"  # results of the old run while they are being moved; `repair` moves them back
 DELETED = ".deleted"  # all results of the old run; `repair` deletes them
-MOST_LINKS = 40  # that lead to one path; the limit of Linux
+MOST_LINKS = 40  # maximum number of links to follow for one path, as in Linux
 Setting = tuple[str, str]  # name and path
 
 log = logging.getLogger(__name__)
 
 
 def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
-    """Return inputs of runs that lie in what `overwrite=true` deletes, or that contain it.
+    """Return a problem for each input that `overwrite=true` would delete, entirely or in part.
 
-    Links are followed: a path is lost as well when a link that leads to it is deleted.
+    Links are followed: deleting a link on the path to an input counts as deleting the input.
 
     Args:
-        configs: of all runs of a command; one may delete what another reads.
+        configs: configs of all runs of a command, because one run may delete the input of another.
     """
     deleted: dict[tuple[int, int], Path] = {}
     around: dict[tuple[int, int], Path] = {}
@@ -52,19 +52,19 @@ def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
         lost = next((deleted[place] for place in _identities(path) if place in deleted), None)
         target = _identity(Path(os.path.realpath(os.path.expanduser(path))))
         if lost is not None:
-            text = f"the run reads it, and overwrite=true would delete {lost}. Choose another run_dir."
+            text = f"this is an input of the run, and overwrite=true would delete {lost}. Choose another run_dir."
             problems.append(Problem(name, text, path))
         elif target in around and os.path.isdir(os.path.expanduser(path)):
             text = (
-                f"the run reads it, and overwrite=true would delete a part of it, the run in {around[target]}. Choose "
-                "another run_dir."
+                f"this is an input of the run, and overwrite=true would delete a part of it, the run in "
+                f"{around[target]}. Choose another run_dir."
             )
             problems.append(Problem(name, text, path))
     return problems
 
 
 def input_paths(config: Config) -> list[Setting]:
-    """Return settings that name what the run reads on this machine; those that name something of the hub are left out."""
+    """Return the settings that name existing local inputs of a run. Hub ids are left out."""
     recovery = config.recovery
     settings = [
         ("model.path", config.model.path),
@@ -93,7 +93,7 @@ def _data_paths(data: DataConfig, where: str) -> list[tuple[str, str | None]]:
 
 
 def _identities(path: str) -> Iterator[tuple[int, int]]:
-    """Yield identities of all that lies on the way to a path, and on the way to each target of a link inside a folder."""
+    """Yield identities of everything on the way to a path, and on the way to the targets of all links below it."""
     links = [
         os.path.join(folder, name)
         for folder, folders, files in os.walk(os.path.expanduser(path))
@@ -105,7 +105,7 @@ def _identities(path: str) -> Iterator[tuple[int, int]]:
 
 
 def _way(path: str) -> Iterator[Path]:
-    """Yield every folder, file and link on the way to a path, links before what they lead to."""
+    """Yield every folder, file and link on the way to a path, each link before its target."""
     rest = [*reversed((Path.cwd() / path).parts)]
     here, links = Path(rest.pop()), 0
     while rest:
@@ -114,12 +114,12 @@ def _way(path: str) -> Iterator[Path]:
         yield here
         if os.path.islink(here) and links < MOST_LINKS:
             links += 1
-            rest += reversed(Path(os.readlink(here)).parts)  # the root among them takes the place of all before it
+            rest += reversed(Path(os.readlink(here)).parts)  # an absolute target replaces the path so far
             here = here.parent
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and number of a file, folder or link; the same whatever it is called."""
+    """Return the device and inode of a file, folder or link, which do not depend on its name; None if it is missing."""
     try:
         status = path.lstat()
     except OSError:
@@ -129,16 +129,16 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def lock_folder(folder: Path, *, resumes: bool) -> Iterator[None]:
-    """Inside, no other run works in a folder. All processes of a run come here together.
+    """Lock a run's folder against other runs. All processes of the run must call this function together.
 
     Args:
-        folder: of the run; made if it is not there, and repaired after a kill.
-        resumes: whether what lies there is used; then a line of the log says so.
+        folder: the run's folder. It is created if necessary, and repaired after a kill.
+        resumes: whether the run uses results in the folder. If there are any, this is logged.
 
     Raises:
-        ConfigError: another run works in it.
+        ConfigError: another run is working in the folder.
     """
-    from recondense import processes  # late: it imports torch, and a command is checked without
+    from recondense import processes  # late: imports torch, which the fast checks do not need
 
     if not processes.is_first():
         processes.barrier()
@@ -150,7 +150,7 @@ def lock_folder(folder: Path, *, resumes: bool) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            [f"run folder {folder}: another process is working in it; wait for it or set run_dir"]
+            [f"run folder {folder}: another process is working in it; wait until it ends, or set another run_dir"]
         ) from None
     try:
         repair(folder)
@@ -163,9 +163,9 @@ def lock_folder(folder: Path, *, resumes: bool) -> Iterator[None]:
 
 
 def begin(config: Config, folder: Path) -> None:
-    """Write the run's config; `overwrite=true` deletes what an earlier run left.
+    """Write the run's config; with `overwrite=true`, first delete the results of an earlier run.
 
-    Call it when the model and the texts have been read, so that a run that cannot begin deletes nothing.
+    Call this function after reading the model and the texts, so that a run that cannot begin deletes nothing.
     """
     if config.overwrite:
         _delete_results(folder)
@@ -174,9 +174,9 @@ def begin(config: Config, folder: Path) -> None:
 
 
 def _delete_results(folder: Path) -> None:
-    """Delete all results, or none where that fails: they go into a folder first, which is renamed when it has them all.
+    """Delete all results, or none if that fails: they are moved to a folder, which is renamed once it has all of them.
 
-    The old config stays until the new one replaces it: a folder without one would be taken for somebody else's.
+    The old config remains until the new one replaces it, because a folder without a config is refused as foreign.
     """
     repair(folder)
     (folder / MOVED).mkdir()
@@ -190,7 +190,7 @@ def _delete_results(folder: Path) -> None:
 
 
 def repair(folder: Path) -> None:
-    """Finish what a kill interrupted: results that were not all moved away come back, others are deleted."""
+    """Finish an interrupted deletion: restore the results if not all had been moved, else delete them."""
     if (folder / MOVED).is_dir():
         for path in (folder / MOVED).iterdir():
             os.rename(path, folder / path.name)

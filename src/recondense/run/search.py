@@ -1,4 +1,4 @@
-"""SEARCH: the steps of a method decide a plan. A run's search is made once, cached, and reused."""
+"""The verb `search`: the steps of a method decide a plan. The searches of runs are cached and reused."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ Decided = tuple[Sequence[Operation], Record]
 
 
 def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str = False) -> Plan:
-    """Decide what to compress. The model is left bit-identical; `apply` executes the plan.
+    """Decide what to compress. The model is not changed; `apply` applies the plan.
 
     Args:
-        tape: of the model, from `calibrate`.
-        steps: a step of a method; several, each of which sees the model as the steps before leave it; or the name of a
+        tape: tape of the model, from `calibrate`.
+        steps: one step of a method; several, where each step sees the model after the earlier steps; or the name of a
             method in conf/method, such as "moei2", with its default settings.
-        refit: end with a least-squares refit of every changed layer: False; True (down_proj); or "coefficients" (of
-            condensed layers only).
+        refit: whether the plan ends with a least-squares refit of every changed layer: False, True (for down_proj), or
+            "coefficients" (only of condensed layers).
 
     Returns:
-        The operations in the order in which they were chosen, and the scores that decided them.
+        The operations in the order of their selection, and the scores that decided them.
 
     Raises:
-        UserError: a step does not suit the model, or its budget cannot be kept; all problems in one message. The model
-            was compressed after it was taped.
+        UserError: a step does not suit the model or cannot meet its budget; the message lists the problems of all
+            steps. Or the model was compressed after the tape was recorded.
 
     Example:
         >>> model, tokenizer = rc.load(folder)
@@ -86,13 +86,17 @@ def find_plan(
     folder: Path,
     timed: Timed = lambda name: nullcontext(),
 ) -> Plan:
-    """Return the run's plan: from its folder, or searched with all that the cache knows.
+    """Return the run's plan from its folder, or search it with the cached results of other runs.
 
     Args:
-        steps: of the method, in order.
+        config: settings of the run.
+        steps: steps of the method, in order.
+        model: the model.
+        tokenizer: the model's tokenizer.
+        texts: texts of all splits.
         inputs: fingerprints of the model's `weights` and of its `calibration` set.
-        folder: of the run; plan.json is written there.
-        timed: counts the time of a part of the run.
+        folder: the run's folder, to which plan.json is written.
+        timed: context manager that counts the seconds of a part of the run.
     """
     path = folder / "plan.json"
     name = str(config.model.path or config.model.name)
@@ -102,7 +106,7 @@ def find_plan(
     layer_store(model).context = fingerprint(decided_by)
     plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
     if plan is not None:
-        log.info("plan: found in %s", path)
+        log.info("plan: loaded from %s", path)
         return plan
     record_split = make_recorder(config, model, tokenizer, texts, folder, timed, split=True)
     record_unsplit = make_recorder(config, model, tokenizer, texts, folder, timed)
@@ -126,25 +130,27 @@ def _search_steps(
     search_one: Callable[[Step, Sequence[Operation]], Decided],
     record: Callable[[], Tape],
 ) -> tuple[list[Operation], list[Record]]:
-    """Search step by step; each sees the model as the ones before left it. The model is left as it was.
+    """Search the steps in order; each sees the model after the earlier ones. Afterwards the model is restored.
 
     Args:
-        search_one: searches a step, given the operations before it.
-        record: tapes the model as it is when called.
+        model: the model.
+        steps: steps of the method.
+        search_one: searches one step, given the operations of the earlier steps.
+        record: records a tape of the model in its current state.
 
     Returns:
-        The operations of all steps, and what decided each step.
+        The operations of all steps, and for each step the scores that decided them.
     """
     operations: list[Operation] = []
     records: list[Record] = []
     originals: dict[int, nn.Module] = {}
     try:
         for index, step in enumerate(steps):
-            chosen, decided_by = search_one(step, operations)
-            operations += chosen
+            new, decided_by = search_one(step, operations)
+            operations += new
             records.append(decided_by)
             if index < len(steps) - 1:
-                originals = {**apply.execute(model, Plan("", tuple(chosen)), record), **originals}
+                originals = {**apply.execute(model, Plan("", tuple(new)), record), **originals}
     finally:
         for layer, block in originals.items():
             views.set_block(model, layer, block)
@@ -159,18 +165,21 @@ def search_step(
     decided_by: Mapping[str, str],
     before: Sequence[Operation],
 ) -> Decided:
-    """Search one step of a run, with all that the cache knows; other runs may use the cache at the same time.
+    """Search one step of a run with the cached results of other runs, which may use the cache at the same time.
 
     Args:
-        record: tapes the model as it is when called.
+        config: settings of the run.
+        step: the step.
+        model: the model after the earlier steps.
+        record: records a tape of the model in its current state.
         decided_by: fingerprints of the model's weights and of the calibration set.
-        before: operations of the steps before.
+        before: operations of the earlier steps.
     """
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
     key = fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *describe_rounding(config, model))
     folder = Path(config.cache_dir) / "search" / key
     folder.mkdir(parents=True, exist_ok=True)
-    lock = hold_lock(folder / ".lock", "searches the same") if processes.is_first() else nullcontext()
+    lock = hold_lock(folder / ".lock", "runs the same search") if processes.is_first() else nullcontext()
     with lock:
         scratch = scratch_bytes(config, decoder.device(model), model)
         known = processes.SharedMapping(JsonFolder(folder))
@@ -183,6 +192,6 @@ def search_step(
 
 
 def _evidence(records: Sequence[Record]) -> Record:
-    """Return what plan.json says of the search; not how long it took and what the cache had, for the plan is the same."""
-    kept = [{name: value for name, value in r.items() if name not in ("reused", "seconds")} for r in records]
-    return kept[0] if len(kept) == 1 else {"steps": kept}
+    """Return the search's entry in plan.json, without seconds and reuse, which do not determine the plan."""
+    steps = [{name: value for name, value in r.items() if name not in ("reused", "seconds")} for r in records]
+    return steps[0] if len(steps) == 1 else {"steps": steps}

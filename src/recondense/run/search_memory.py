@@ -1,4 +1,4 @@
-"""The memory that a search may take for temporary tensors."""
+"""The memory that a search may use for temporary tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from recondense.models.parameters import largest_layer_bytes
 
 
 def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel | None = None) -> int:
-    """Return the bound on temporary tensors: as configured, or a quarter of the memory that is free now, for all processes.
+    """Return the maximum bytes of temporary tensors, which is the same in all processes.
 
-    For a model larger than memory, as much as its largest decoder layer.
+    The bound is the configured one or, with `auto`, a quarter of the free memory. For a streamed model, `auto` is the
+    size of the largest decoder layer.
+
+    Args:
+        config: settings of the run.
+        device: device of the tensors.
+        model: the model; None if it is not streamed.
     """
     if config.max_scratch_bytes != "auto":
         return config.max_scratch_bytes

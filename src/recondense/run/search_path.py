@@ -1,6 +1,6 @@
-"""Where Hydra finds the configs of a command: conf/, --config-path, --config-dir and hydra.searchpath.
+"""The folders in which Hydra finds the configs of a command: conf/, --config-path, --config-dir, hydra.searchpath.
 
-`hydra.main` decides that when it starts. Here a command is given the same folders before, to be checked.
+`hydra.main` determines them when it starts. This module uses the same folders earlier, to check a command.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from recondense.errors import ConfigError
 
 CONFIGS = (Path(__file__).parents[1] / "conf").resolve()  # a link in the repository, a folder in a wheel
 SETTING = "hydra.searchpath"
-OPTIONS = {"main": "--config-path", "command-line": "--config-dir"}  # by Hydra's names of who gave a folder
+OPTIONS = {"main": "--config-path", "command-line": "--config-dir"}  # Hydra's name of a folder's provider: the option
 
 
 @contextmanager
 def initialize_hydra(name: str, args: Namespace) -> Iterator[ConfigLoader]:
-    """Inside, `compose` and the loader that this gives see the configs that `hydra.main` would.
+    """Initialize Hydra, so that `compose` and the yielded loader use the same configs as `hydra.main`.
 
     Args:
-        name: of the primary config.
-        args: the command line, parsed by Hydra's own parser; --config-path is absolute.
+        name: name of the primary config.
+        args: the command line, parsed by Hydra's parser; --config-path is absolute.
 
     Raises:
-        ConfigError: folders that are not there.
+        ConfigError: a folder does not exist.
     """
     version.setbase("1.3")
     folder = str(CONFIGS) if args.config_path is None else args.config_path
@@ -48,13 +48,13 @@ def initialize_hydra(name: str, args: Namespace) -> Iterator[ConfigLoader]:
     if args.config_dir is not None:
         _add(search_path, "command-line", f"file://{os.path.abspath(args.config_dir)}")
     sources = _sources(search_path, name, [text for text in args.overrides if text.startswith(f"{SETTING}=")])
-    given = [source for source in sources if source.provider in OPTIONS or source.provider.startswith(SETTING)]
-    missing = [source for source in given if not source.available()]
+    requested = [source for source in sources if source.provider in OPTIONS or source.provider.startswith(SETTING)]
+    missing = [source for source in requested if not source.available()]
     if missing:
         raise ConfigError(
             f"{OPTIONS.get(source.provider, SETTING)}={source.path}: there is no such folder." for source in missing
         )
-    for source in given:
+    for source in requested:
         if source.provider not in OPTIONS:
             _add(search_path, source.provider, f"{source.scheme()}://{source.path}")
     before = get_gh_backup()
@@ -66,9 +66,9 @@ def initialize_hydra(name: str, args: Namespace) -> Iterator[ConfigLoader]:
 
 
 def same_configs(hydra: Any) -> list[str]:
-    """Return the arguments by which another process composes from the primary config and the folders of this run.
+    """Return the arguments with which another process uses the primary config and the folders of this run.
 
-    Options come first: Hydra's parser wants the overrides in one piece.
+    The options come first, because Hydra's parser requires contiguous overrides.
 
     Args:
         hydra: the run's `hydra` config.
@@ -83,17 +83,17 @@ def same_configs(hydra: Any) -> list[str]:
 
 
 def _add(search_path: ConfigSearchPath, provider: str, path: str) -> None:
-    """The last of all but the schemas, which Hydra wants at the end."""
+    """Add a folder after all others, but before the schemas, which Hydra requires at the end."""
     search_path.prepend(provider, path, SearchPathQuery(provider="schema"))
 
 
 def _sources(search_path: ConfigSearchPath, name: str, overrides: Sequence[str]) -> list[ConfigSource]:
-    """Return what Hydra reads configs from, with what hydra.searchpath adds, in the primary config or in an override."""
+    """Return Hydra's sources of configs, including hydra.searchpath of the primary config or of an override."""
     loader = ConfigLoaderImpl(search_path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a folder that is not there
+        with warnings.catch_warnings(action="ignore"):  # Hydra warns about missing folders
             return loader._parse_overrides_and_create_caching_repo(name, list(overrides))[1].get_sources()
     except OverrideParseException:
-        return loader.get_sources()  # reported with all that is no override
+        return loader.get_sources()  # the command line reports the invalid override later
     except HydraException as error:
         raise ConfigError([" ".join([*overrides, f"{error}"])]) from None

@@ -1,4 +1,4 @@
-"""The sizes of a model before and after a method, from shapes alone: on the meta device, without weights or texts."""
+"""The sizes of a model before and after a method, computed from shapes on the meta device, without weights or texts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class Size:
     """The size of a model.
 
     Args:
-        total: parameters, tied ones once.
-        routed_experts: those of routed experts; in condensed layers, of the retained ones.
-        active: parameters that are used for a token: all but the routed experts that its router leaves out. Experts of
-            different ranks count with their mean. Merged experts are an upper bound: two choices may be one group.
-        weights_bytes: of parameters and persistent buffers, as they are stored.
+        total: number of parameters; tied parameters count once.
+        routed_experts: number of parameters of routed experts; in condensed layers, of the retained ones.
+        active: number of parameters used per token: all except the routed experts that are not selected. Experts of
+            different ranks count with their mean. For merged experts this is an upper bound, because two of the
+            selected experts may be in one group.
+        weights_bytes: size in bytes of parameters and persistent buffers, as stored.
     """
 
     total: int
@@ -44,11 +45,11 @@ class LayerSize:
     """The size of one decoder layer before and after.
 
     Args:
-        outcome: in words; empty where nothing is done.
-        experts_before, experts_after: routed experts; None if the original layer has no router.
-        always_active: the retained experts are active for every token.
-        ranks: lowest and highest of its factors, None without any.
-        bytes_before, bytes_after: of the decoder layer with its attention, as stored.
+        outcome: the changes in words; empty if there are none.
+        experts_before, experts_after: number of routed experts; None if the original layer has no router.
+        always_active: whether the retained experts are active for every token.
+        ranks: lowest and highest rank of the factors; None without factors.
+        bytes_before, bytes_after: size of the decoder layer with its attention, as stored.
     """
 
     outcome: str
@@ -62,11 +63,12 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Before and after.
+    """The sizes of a model before and after a method.
 
     Args:
-        operations: of the right shapes; their choices are made up.
-        layers: by decoder-layer index.
+        before, after: sizes of the model.
+        operations: operations with the correct shapes, but arbitrary choices of layers and experts.
+        layers: sizes of each decoder layer, by index.
     """
 
     before: Size
@@ -76,15 +78,15 @@ class Sizes:
 
 
 def compare(model: PreTrainedModel, steps: Sequence[Step], bytes_of: BytesOf = weights_bytes) -> Sizes:
-    """Compute a model's sizes before and after a method. The model is left as it was.
+    """Compute a model's sizes before and after a method. The model is restored afterwards.
 
     Args:
-        model: on the meta device.
-        steps: of the method, in order. A step sees the shapes that the one before left.
-        bytes_of: bytes of the original's parts. Changed parts are stored in the model's own type.
+        model: the model on the meta device.
+        steps: steps of the method, in order. Each step sees the shapes after the earlier ones.
+        bytes_of: returns the bytes of a part of the original. Changed parts are stored in the model's data type.
 
     Raises:
-        UserError: a budget that the method cannot keep.
+        UserError: the method cannot meet its budget.
     """
     before, original = _size(model, bytes_of), _layers(model, bytes_of)
     with outlined(model, steps) as operations:
@@ -106,14 +108,14 @@ def compare(model: PreTrainedModel, steps: Sequence[Step], bytes_of: BytesOf = w
 
 @contextmanager
 def outlined(model: PreTrainedModel, steps: Sequence[Step]) -> Iterator[list[Operation]]:
-    """Inside, the model has the shapes of the compressed model, as an export has them."""
+    """Give the model the shapes of the exported compressed model until the context ends; yield the operations."""
     operations: list[Operation] = []
     originals: dict[int, nn.Module] = {}
     try:
         for step in steps:
-            chosen = step.outline(model)
-            originals = {**apply.restructure(model, Plan("", tuple(chosen))), **originals}
-            operations += chosen
+            new = step.outline(model)
+            originals = {**apply.restructure(model, Plan("", tuple(new))), **originals}
+            operations += new
         for layer in originals:
             block = views.get_block(model, layer)
             if isinstance(block, CondensedMoE):
@@ -134,7 +136,7 @@ def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
 
 
 def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | None, int]]:
-    """Return routed experts (None: no router and none kept) and bytes of every decoder layer."""
+    """Return the number of routed experts (None if a layer never had a router) and the bytes of each decoder layer."""
     sizes: dict[int, tuple[int | None, int]] = {}
     sparse = views.sparse_blocks(model)
     width = families.facts(model.config).expert_width
@@ -155,8 +157,8 @@ def _outcome(layer: int, operations: Sequence[Operation]) -> str:
     words = []
     for operation in operations:
         if operation.layer == layer:
-            layer_goes = isinstance(operation, Drop) and operation.part == "layer"
-            words.append(WORDS.get(operation.kind) or ("removed whole" if layer_goes else "without its MoE block"))
+            drops_layer = isinstance(operation, Drop) and operation.part == "layer"
+            words.append(WORDS.get(operation.kind) or ("removed" if drops_layer else "without its MoE block"))
     return ", ".join(words)
 
 

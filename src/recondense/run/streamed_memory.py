@@ -1,4 +1,4 @@
-"""Memory of a run whose model is larger than memory: how much it may take, and how much it took."""
+"""Memory of a run with a streamed model: the expected bound, and the measured peak."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recondense.models import decoder, parameters
 from recondense.report.tables import format_bytes
 from recondense.run.search_memory import scratch_bytes
 
-SLACK = 300 * 2**20  # of memory: libraries that are loaded later, the allocator, a batch of texts
+SLACK = 300 * 2**20  # bytes for libraries that are imported later, the allocator, and a batch of texts
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,9 @@ class StreamedMemory:
     """The parts of the peak memory of a run with a streamed model, in bytes.
 
     Args:
-        before_bytes: resident bytes at most before the model was loaded.
+        config: settings of the run.
+        model: the streamed model.
+        before_bytes: peak of the resident bytes before the model was loaded.
     """
 
     def __init__(self, config: Config, model: PreTrainedModel, before_bytes: int) -> None:
@@ -34,20 +36,20 @@ class StreamedMemory:
         self._peak: int | None = None
 
     def take_peak(self) -> None:
-        """Read the peak of this process and log it; warn where it is above the sum of its parts."""
+        """Read the peak memory of this process and log it, with a warning if it exceeds the bound."""
         self._peak = profiling.peak_resident_bytes()
         parts = self._parts
         bound = parts["before_bytes"] + parts["outside_layers_bytes"] + 2 * parts["layer_bytes"]
         bound += parts["scratch_bytes"] + SLACK
         shown = {name: format_bytes(size) for name, size in self.to_dict().items()}
         log.info(
-            "peak memory %s: %s before the model, %s outside its layers, two layers of %s, scratch %s, and tokens",
+            "peak memory %s: %s before loading, %s outside the layers, two layers of %s, scratch %s, and tokens",
             *(shown[f"{name}_bytes"] for name in ("peak_resident", "before", "outside_layers", "layer", "scratch")),
         )
         if self._peak > bound:
-            log.warning("peak memory is above the bound of %s; please report this", format_bytes(bound))
+            log.warning("the peak memory exceeds the expected bound of %s; please report this", format_bytes(bound))
 
     def to_dict(self) -> dict[str, int]:
-        """Return the parts, and first the peak if it was taken."""
+        """Return the peak, if it was read, and the parts, in bytes."""
         peak = {} if self._peak is None else {"peak_resident_bytes": self._peak}
         return {**peak, **self._parts}

@@ -1,4 +1,4 @@
-"""What runs a sweep beside Hydra's own launcher and sweeper: whether it is installed, and whether its settings fit."""
+"""Checks of the launchers and sweepers that are plugins of Hydra: their installation and their settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from recondense.config.problems import Problem
 
-# Module of a plugin: the choices that it brings, and the package that brings it.
+# Module of a plugin: (the choices that it adds, its package).
 PLUGINS = {
     "hydra_joblib_launcher": (("hydra/launcher/joblib",), "hydra-joblib-launcher"),
     "hydra_submitit_launcher": (
@@ -21,35 +21,35 @@ DIRECTIONS = ("minimize", "maximize")
 
 
 def missing_plugin(config: str) -> Problem | None:
-    """Return why a config (group/name) is not there, if that is because its plugin is not installed."""
+    """Return a problem if a config (group/name) is missing because its plugin is not installed, else None."""
     for choices, package in PLUGINS.values():
         if config in choices:
             group, _, name = config.rpartition("/")
-            text = f"{package} is not installed. pip install 'recondense[cluster]' brings it."
+            text = f"{package} is not installed. Install it with pip install 'recondense[cluster]'."
             return Problem(group, text, name)
     return None
 
 
 def find_plugin(target: str) -> str | None:
-    """Which of the plugins a `_target_` is of; None: Hydra's own."""
+    """Return the module of the plugin that defines a `_target_`; None if Hydra itself does."""
     return next((name for name in PLUGINS if name in target.split(".")), None)
 
 
 def runs_side_by_side(launcher: str) -> bool:
-    """Return whether a launcher (its `_target_`) starts the runs of a sweep at the same time, or where nobody looks on."""
+    """Return whether a launcher, by its `_target_`, runs jobs in parallel or without a terminal."""
     return find_plugin(launcher) is not None
 
 
 def takes_intervals(hydra: Mapping[str, Any]) -> bool:
-    """Return whether the sweeper chooses values between two ends."""
+    """Return whether the sweeper accepts intervals."""
     return find_plugin(str(hydra["sweeper"].get("_target_"))) == "hydra_optuna_sweeper"
 
 
 def check_plugins(hydra: Mapping[str, Any], multirun: bool) -> list[Problem]:
-    """Return problems of the launcher and the sweeper.
+    """Return the problems of the launcher and the sweeper.
 
     Args:
-        hydra: `launcher` and `sweeper`, the settings of each.
+        hydra: settings of Hydra's `launcher` and `sweeper`.
         multirun: whether the command is a sweep.
     """
     problems: list[Problem] = []
@@ -57,10 +57,10 @@ def check_plugins(hydra: Mapping[str, Any], multirun: bool) -> list[Problem]:
         name = find_plugin(str(hydra[part].get("_target_")))
         if name is None:
             continue
-        if not _installed(f"hydra_plugins.{name}"):  # conf/hydra/launcher/submitit.yaml is ours
+        if not _installed(f"hydra_plugins.{name}"):  # conf/hydra/launcher/submitit.yaml exists without the plugin
             problems += filter(None, [missing_plugin(PLUGINS[name][0][0])])
         if not multirun:
-            text = f"{PLUGINS[name][1]} is for sweeps, and this command is one run. Add -m."
+            text = f"{PLUGINS[name][1]} is for sweeps, but this command is one run. Add -m."
             problems.append(Problem(f"hydra/{part}", text))
     directions = _directions(hydra)
     wrong = [word for word in directions if word not in DIRECTIONS]
@@ -68,27 +68,27 @@ def check_plugins(hydra: Mapping[str, Any], multirun: bool) -> list[Problem]:
 
 
 def check_metric(hydra: Mapping[str, Any], metric: str | Sequence[str]) -> list[Problem]:
-    """That Optuna is told a direction for each metric that a run returns."""
+    """Return a problem if the number of Optuna's directions differs from the number of metrics."""
     directions, metrics = _directions(hydra), [metric] if isinstance(metric, str) else list(metric)
     if not directions or len(directions) == len(metrics):
         return []
     text = (
-        f"{len(metrics)} for hydra.sweeper.direction=[{','.join(directions)}]. Give one direction, minimize or "
+        f"{len(metrics)} metrics, but hydra.sweeper.direction=[{','.join(directions)}]. Set one direction, minimize or "
         "maximize, for each metric."
     )
     return [Problem("metric", text, metrics)]
 
 
 def _directions(hydra: Mapping[str, Any]) -> list[str]:
-    """Of Optuna; none of other sweepers."""
+    """Return Optuna's directions; an empty list for other sweepers."""
     if not takes_intervals(hydra):
         return []
-    given = hydra["sweeper"].get("direction", "minimize")
-    return [str(word) for word in ([given] if isinstance(given, str) else given)]
+    directions = hydra["sweeper"].get("direction", "minimize")
+    return [str(word) for word in ([directions] if isinstance(directions, str) else directions)]
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # there is no plugin at all
+    except ModuleNotFoundError:  # no plugin is installed
         return False

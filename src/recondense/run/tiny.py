@@ -1,7 +1,7 @@
-"""The embedded default: a small Qwen2-MoE with its own tokenizer, trained on first use on the standard library's text.
+"""The embedded model: a small Qwen2-MoE with its own tokenizer, trained on the standard library's text on first use.
 
-It is made by the same Lightning code that recovers models, kept below the cache by a fingerprint of all that decides
-it, and made new when any of that changes.
+The Lightning code that recovers models also trains this one. The cache stores it under a fingerprint of everything
+that determines it, so a change of any of that leads to a new training.
 """
 
 from __future__ import annotations
@@ -38,24 +38,26 @@ from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.surgery.student import Student
 
-VERSION = 1  # raise when a change here makes another model of the same settings
+VERSION = 1  # increment when a change of this file leads to a different model for the same settings
 END_OF_TEXT = "<|endoftext|>"
 EVALUATION_BATCH = 16
 
 
 def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: Sequence[Callback] = ()) -> Path:
-    """Return the folder of the trained model; trains it if it is not there.
+    """Return the folder of the embedded model, after training it if the cache does not have it.
 
     Args:
-        model: its `pretrain` holds the architecture and the training.
-        cache: what it is kept below.
+        model: settings of the model; `pretrain` has the architecture and the training.
+        cache: the cache folder.
+        trainer: settings of the trainer.
+        callbacks: Lightning callbacks of the training.
 
     Returns:
-        a Hugging Face folder, with training.json beside the weights.
+        A Hugging Face folder that also has training.json, a report of the training.
     """
     settings = dict(model.pretrain or {})
     corpora = stdlib_corpora()
-    # the run's own settings make no other model
+    # The model must not depend on these settings of the run.
     trainer = replace(trainer, precision="32-true", deterministic=True, strategy="auto")
     decides = VERSION, settings, corpora.sha256(), choose_device(model).type
     folder = cache / "models" / f"tiny_moe-{fingerprint(*decides)}"
@@ -106,7 +108,13 @@ def _train(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE with one special token, the end of text."""
+    """Train a byte-level BPE tokenizer with one special token, the end of text.
+
+    Args:
+        texts: documents for the training.
+        vocab_size: number of tokens.
+        max_length: maximum sequence length of the model.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -140,14 +148,20 @@ def _recovery(settings: dict[str, Any]) -> RecoveryConfig:
 
 
 def unigram_perplexity(train_NS: Tensor, validation_MS: Tensor, vocab_size: int) -> float:
-    """Perplexity of token frequencies (add-one smoothing) on the predicted tokens of the validation windows."""
+    """Return the perplexity of token frequencies (with add-one smoothing) on the validation windows.
+
+    Args:
+        train_NS: training windows, from which tokens are counted.
+        validation_MS: validation windows; their first tokens are not predicted.
+        vocab_size: number of tokens.
+    """
     counts_V = torch.bincount(train_NS.flatten(), minlength=vocab_size).double() + 1
     log_p_V = (counts_V / counts_V.sum()).log()
     return math.exp(-float(log_p_V[validation_MS[:, 1:]].mean()))
 
 
 def expert_loads(model: PreTrainedModel, windows_NS: Tensor) -> dict[int, list[float]]:
-    """Return the share of tokens that select each routed expert, by layer; a dead expert has 0."""
+    """Return for each layer the share of tokens that select each routed expert; 0 for an unused expert."""
     tape = Tape.record(model, [(windows_NS, torch.ones_like(windows_NS))])
     loads = {}
     for layer, block in views.sparse_blocks(model).items():

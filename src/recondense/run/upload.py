@@ -1,4 +1,4 @@
-"""The upload of a run's export to the hub, tried again by the same command until it works."""
+"""The upload of a run's export to the hub. Repeating the command retries a failed upload."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from recondense.report.summary import add_upload
 
 
 def missing_upload(settings: ExportConfig, summary: Mapping[str, Any]) -> str | None:
-    """Return the repository that is to have the exported folder, if summary.json does not say that it has."""
+    """Return the repository to which the export must still be uploaded, according to summary.json; None if none."""
     repository, artifacts = settings.push_to_hub, summary["artifacts"]
     return repository if "model" in artifacts and artifacts.get("hub") != repository else None
 
 
 def upload(repository: str, folder: Path, summary: Mapping[str, Any], *, private: bool) -> None:
-    """Upload the exported folder, then say so in summary.json.
+    """Upload the exported folder, then record this in summary.json.
 
     Args:
-        repository: of the hub.
-        folder: of the run.
-        private: whether a new repository is.
+        repository: repository of the hub.
+        folder: the run's folder.
+        summary: content of summary.json.
+        private: whether to create a new repository as private.
     """
     with progress(f"pushing to {repository}"):
         push_folder(folder / "model", repository, private)

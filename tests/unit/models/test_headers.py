@@ -284,7 +284,7 @@ def test_a_config_that_describes_no_model(tmp_path: Path) -> None:
     folder = save(tmp_path / "model")
     set_config(folder, pad_token_id=97)
     [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
-    assert problem.startswith(f"model.path={folder}: no model can be made as config.json says: ")
+    assert problem.startswith(f"model.path={folder}: no model can be created from config.json: ")
 
 
 # ---------------------------------------------------------------------------------------------- adapters

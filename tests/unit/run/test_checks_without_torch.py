@@ -55,4 +55,6 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert list(check_quickly(run)) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     [problem] = check_quickly(run)
-    assert str(problem).startswith("trainer.strategy=deepspeed_zero2: DeepSpeed is not installed. pip install")
+    assert str(problem).startswith(
+        "trainer.strategy=deepspeed_zero2: DeepSpeed is not installed. Install it with pip install"
+    )

@@ -31,7 +31,7 @@ def test_processes_of_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -
     assert launching.plan_processes(TrainerConfig(), gpu=False).world_size == 1
     assert launching.plan_processes(auto, gpu=False).world_size == 1
     nodes = TrainerConfig(devices=3, num_nodes=2)
-    with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: nothing says where the other machines are"):
+    with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: the address of the first machine is unknown"):
         launching.plan_processes(nodes, gpu=False)
     with monkeypatch.context() as patch:
         patch.setenv("MASTER_ADDR", "10.0.0.1")
@@ -66,8 +66,8 @@ def test_the_timeout_of_plain_data_is_that_of_the_run(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("trainer", "recovery", "message"),
     [
-        ({"devices": 3}, {"batch_size": 8}, "recovery.batch_size=8: each of 3 processes takes an equal part"),
-        ({"strategy": "fsdp2"}, {"trainable": "lora"}, "recovery.trainable=lora: adapters are merged"),
+        ({"devices": 3}, {"batch_size": 8}, "recovery.batch_size=8: each of 3 processes needs an equal part"),
+        ({"strategy": "fsdp2"}, {"trainable": "lora"}, "recovery.trainable=lora: adapters can only be merged"),
         (
             {"strategy": "deepspeed_zero3", "precision": "bf16-mixed"}, {},
             "trainer.precision=bf16-mixed: DeepSpeed would round all weights of a model in float32",

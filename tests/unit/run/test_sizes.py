@@ -122,7 +122,7 @@ def test_equal_layers_are_one_row() -> None:
     table = layer_table(compare(meta_model(), [CDMoE(num_experts=2, num_layers=2)]))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert [row[:4] for row in rows] == [
-        ("0-1 (2)", "condensed", "6 -> 2 always active", ""), ("2 (1)", "as it is", "6", ""),
+        ("0-1 (2)", "condensed", "6 -> 2 always active", ""), ("2 (1)", "unchanged", "6", ""),
     ]  # fmt: skip
 
 
