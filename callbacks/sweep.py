@@ -27,7 +27,7 @@ from recondense.run.exit_codes import JobFailed, refuse
 
 log = logging.getLogger(__name__)
 
-RECORDS = ".jobs"  # one file per job, written by the process that ran it, which may be another one than this
+RECORDS = ".jobs"  # one file per job, written by the process that ran it, which may not be this one
 
 
 class SweepComparison(Callback):

@@ -1,7 +1,7 @@
 """The processes of one run: their ranks, and the collectives between them. A single process needs no process group.
 
-All processes run the same program and make the calls of this module in the same order. Work that only the first process
-does goes through `run_on_first`, which forbids such calls inside.
+All processes run the same program and make the calls of this module in the same order. Work of only the
+first process uses `run_on_first`, which forbids such calls inside.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def run_on_first(make: Callable[[], Value]) -> Value:
 
     Args:
         make: may call `rank` and `is_first`. Calling `world_size` or any collective raises an AssertionError, even in a
-            run of one process. Work that needs them, such as training, goes into `work_alone`.
+            run of one process. Work that needs them, such as training, must use `work_alone`.
     """
     together = has_group() and dist.get_world_size() > 1
     result = None

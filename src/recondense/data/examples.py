@@ -192,7 +192,7 @@ def make_windows(examples: Sequence[Example], length: int, filler: int, together
 
 
 def _best_fit(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Group examples into windows: longest first, each goes where it leaves the least free space."""
+    """Group examples into windows: longest first, each into the window in which it leaves the least free space."""
     groups: list[list[Example]] = []
     rooms: list[tuple[int, int]] = []  # (free tokens, window), ascending
     for example in sorted(examples, key=lambda example: -len(example.ids)):

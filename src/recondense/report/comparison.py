@@ -290,7 +290,12 @@ def _task_words(entries: Sequence[Mapping[str, Any]], task: str) -> str:
 def comparison_cells(
     entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table, as texts; `without` some figures ("n": the number of runs)."""
+    """Return the header and the rows of the table, as texts.
+
+    Args:
+        entries: as returned by `by_seed`.
+        without: keys of figures to omit; "n" stands for the number of runs.
+    """
     shown = {name: column for name, column in columns(entries).items() if name not in without}
     header = ["run", *([] if "n" in without else ["n"]), *(title for title, _ in shown.values())]
     body = []
@@ -322,7 +327,7 @@ def _mean(value: tuple[float, float | None] | None, form: Any) -> str:
     if not deviation:
         return shown
     number = shown.rstrip("%").replace(",", "")
-    if not number.replace(".", "").replace("-", "").isdigit():  # with a unit of its own
+    if not number.replace(".", "").replace("-", "").isdigit():  # the text has a unit
         return f"{shown} ± {form(deviation)}"
     unit = "%" if shown.endswith("%") else ""
     spread = f"{deviation * (100 if unit else 1):.{len(number.partition('.')[2])}f}"

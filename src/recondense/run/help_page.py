@@ -20,7 +20,7 @@ GROUPS = {
     "callbacks": "what to do during a training",
 }
 PAGE = """\
-Compress a Mixture-of-Experts language model, then recover its quality.
+Condense a Mixture-of-Experts language model, then recover what was lost.
 
 The command loads a model, decides from calibration texts what to remove, removes it, and trains the rest. It evaluates
 the original, the compressed and the recovered model, and exports the result as a Hugging Face folder. If you repeat a
