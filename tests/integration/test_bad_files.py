@@ -92,7 +92,7 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     ),
     "another quantisation": (
         lambda f: (f.model(quantization_config={"quant_method": "awq", "bits": 4}),),
-        ["stored in awq", "mxfp4 and fp8", "dequantise it first"],
+        ["stored in awq", "mxfp4 and fp8", "dequantize it first"],
     ),
     "fp8 without blocks": (
         lambda f: (f.model(quantization_config={"quant_method": "fp8"}),),
@@ -100,15 +100,15 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     ),
     "experts that are low-rank already": (
         lambda f: (f.model(model_type="recondense_qwen2_moe", compressed_layers={"2": LOW_RANK}), "method=reap"),
-        ["experts of layers 2 are low-rank already", "layer_drop", "export.format=dense"],
+        ["experts of layers 2 are already low-rank", "layer_drop", "export.format=dense"],
     ),
     "attention that a family lacks": (
         lambda f: (f.model(model_type="gpt_oss", num_local_experts=6, head_dim=8), "method.num_experts=2"),
-        ["model.attention=sdpa", "gpt_oss has no such attention", "eager"],
+        ["model.attention=sdpa", "gpt_oss does not support it", "eager"],
     ),
     "condensed layers that a family cannot say": (
         lambda f: (f.model(model_type="mixtral", num_local_experts=6), "method.num_experts=2", "export.format=stock"),
-        ["export.format=stock", "no config of mixtral says"],
+        ["export.format=stock", "a config of mixtral cannot express"],
     ),
     "no weights": (lambda f: (f.model(("tokenizer.json",)),), ["no weights (*.safetensors)"]),
     "no tokenizer": (lambda f: (f.model(("model.safetensors",)),), ["no tokenizer", "model.tokenizer"]),
@@ -125,7 +125,7 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     ),
     "calibration that is no UTF-8": (lambda f: f.calibration(b"\xff\xfe\x00", "texts.txt"), ["not UTF-8"]),
     "too few texts": (lambda f: f.calibration(LINE), ["has 1 texts", "num_samples=2"]),
-    "text below one token": (lambda f: f.calibration(LINE + '{"text": ""}\n'), ["line 2", "shorter than one token"]),
+    "text below one token": (lambda f: f.calibration(LINE + '{"text": ""}\n'), ["line 2", "texts have no token"]),
     "folder without task files": (
         lambda f: ("evaluation=local", f"evaluation.include_path={f.task_folder({})}"),
         ["tasks: the folder has no task YAML (*.yaml)"],
@@ -152,7 +152,7 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     ),
     "folder of something else": (
         lambda f: (f"run_dir={f.foreign_folder()}",),
-        ["foreign", "holds no run of recondense"],
+        ["foreign", "contains no run of recondense"],
     ),
 }
 
@@ -185,7 +185,7 @@ def test_a_foreign_folder_is_never_overwritten(command: Command, tmp_path: Path,
     folder.mkdir()
     (folder / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     code, err = command(f"run_dir={folder}", "recovery=none", "overwrite=true")
-    assert_refused(code, err, ["not empty", "holds no run of recondense"])
+    assert_refused(code, err, ["not empty", "contains no run of recondense"])
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 

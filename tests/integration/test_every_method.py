@@ -207,7 +207,7 @@ def test_a_killed_recovery_ends_like_an_uninterrupted_one(forks: Forks, base: Pa
     processes = [run("uninterrupted"), run("killed", "recovery"), run("killed")]
     log = processes[2].stderr
     assert [process.returncode for process in processes] == [0, -signal.SIGKILL, 0], log
-    assert "plan: found in" in log and "resuming from" in log
+    assert "plan: loaded from" in log and "resuming from" in log
     folders = base / "uninterrupted" / name, base / "killed" / name
     plans = [Plan.load(folder / "plan.json") for folder in folders]
     assert plans[0].operations == plans[1].operations

@@ -128,7 +128,7 @@ def test_a_sweep_continues_after_a_user_error(forks: Forks, root: Path, tmp_path
     rows = json.loads(table.read_text())
     assert [row["settings"] for row in rows] == [{"method.num_experts": number} for number in "162"]
     assert [row["status"].partition(":")[0] for row in rows] == ["done", "failed", "done"]
-    assert "routed experts were ever selected" in rows[1]["status"]
+    assert "the calibration set selects only" in rows[1]["status"]
     assert rows[2]["compressed_perplexity"] > 0
     assert "comparison" in out and "DeepSpeed" not in out and "accelerator" not in out + err
 

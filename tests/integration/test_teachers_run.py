@@ -71,7 +71,10 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_anything_is_loaded(
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|extra|>"])
     tokenizer.save_pretrained(renamed)
-    for path, reason in ((wider, "gives 300 logits and the student's 257"), (renamed, "'<|extra|>' (id 257 there")):
+    for path, reason in (
+        (wider, "has 300 logits, but the student's has 257"),
+        (renamed, "'<|extra|>' (teacher's id 257"),
+    ):
         settings = replace(base_settings, recovery=replace(base_settings.recovery, teacher_path=str(path)))
         (problem,) = run_messages(settings, [step()])
         assert f"recovery.teacher_path={path}" in problem and reason in problem

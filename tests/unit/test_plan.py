@@ -70,7 +70,7 @@ OPERATION = PLAN.to_dict()["operations"][0]
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (plan_data(schema=2), "schema 2 is not 1"),
+        (plan_data(schema=2), "schema 2 is not supported"),
         ({}, "schema None"),
         (plan_data(operations=[{**OPERATION, "kind": "shrink"}]), "'shrink'.*condense"),
         (plan_data(operations=[{"layer": 1}]), "unknown kind of operation None"),

@@ -32,7 +32,7 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 )
 def test_what_needs_the_others_is_refused_while_they_wait(call: Callable[[], Any]) -> None:
     """Also in a run of one process, so that every run shows the mistake."""
-    with pytest.raises(AssertionError, match="wait for this one"):
+    with pytest.raises(AssertionError, match="are waiting for this one"):
         processes.run_on_first(call)
     assert processes.world_size() == 1  # afterwards it works again
 

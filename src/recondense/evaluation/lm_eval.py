@@ -61,8 +61,7 @@ def run_tasks(
         UserError: a task is unknown (the message suggests similar names), or its data is not cached and the hub cannot
             be reached.
     """
-    problems = check_tasks(tasks, include_path)
-    if problems:
+    if problems := check_tasks(tasks, include_path):
         raise UserError("\n".join(render(problems)))
     manager = _manager(tasks, include_path)
     offline = True if _on_disk(manager, tasks) else None

@@ -61,7 +61,7 @@ def export(
 
 def _check_folder(folder: Path, student: Student, overwrite: bool) -> None:
     """Refuse a folder whose replacement would lose something."""
-    source = Path(student.model.config.name_or_path).resolve()
+    source = Path(student.model.config.name_or_path or "").resolve()
     if layer_store(student.model).streamed and source.is_dir() and folder in (source, *source.parents):
         raise UserError(f"{folder}: the model is streamed from this folder; export to another one")
     if overwrite or not folder.exists():

@@ -37,9 +37,7 @@ def compressed_classes(
     router_entries: Sequence[str],
     expert_entries: Sequence[str],
 ) -> tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
-    """Make the config class, causal LM class and base class of a family's compressed models.
-
-    The layers of a model have the shapes in `config.compressed_layers`.
+    """Make the classes of a family's compressed models, whose layers have the shapes in `config.compressed_layers`.
 
     Args:
         config_class, model_class, base_class: the family's own classes; the base class has no head.

@@ -201,6 +201,13 @@ def _outermost(module: nn.Module, members: set[int]) -> Iterator[nn.Module]:
             yield from _outermost(child, members)
 
 
+def _sparse_modules(module: RecoveryModule) -> list[nn.Module]:
+    """Return all MoE blocks, including the original's. In them the tokens decide which weights are used."""
+    layers = range(len(decoder.decoder_layers(module.model)))
+    blocks = [views.get_block(module.model, layer) for layer in layers]
+    return [block for block in (*blocks, *module.originals.values()) if views.is_sparse(block)]
+
+
 def _make_trainer(module: RecoveryModule, training: _Training, precision: str, device: torch.device) -> L.Trainer:
     settings = module.settings
     checkpoints = StepCheckpoint(
@@ -211,7 +218,7 @@ def _make_trainer(module: RecoveryModule, training: _Training, precision: str, d
     )
     validate_every = settings.validate_every
     return L.Trainer(
-        **trainer_module.trainer_arguments(training.trainer, device, module.sparse_modules()),
+        **trainer_module.trainer_arguments(training.trainer, device, _sparse_modules(module)),
         precision=precision,  # type: ignore[arg-type]
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate_grad_batches,

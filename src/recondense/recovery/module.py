@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense import processes
 from recondense.config.schema import RecoveryConfig
 from recondense.data.labels import target_mask
-from recondense.models import decoder, families, views
+from recondense.models import decoder, families
 from recondense.plan import Plan
 from recondense.recovery import lora, objective, shared_passes
 from recondense.recovery.auxiliary_losses import load_balancing
@@ -38,8 +38,7 @@ class RecoveryModule(L.LightningModule):
     Args:
         student: the student, or a function that makes it.
         settings: objective, optimizer and schedule. The objective must not be "none".
-        teacher: the teacher, from whose predictions the student learns and to which validation compares it; None for
-            the original on the student's backbone.
+        teacher: what the student is trained on and compared with; None for the original on the student's backbone.
         tokenizer: a tokenizer for callbacks that evaluate.
         stage: the prefix of logged metrics.
         layers: decoder layers whose experts are trained; None for the layers of the plan.
@@ -53,7 +52,7 @@ class RecoveryModule(L.LightningModule):
         task_results: lm-eval results by optimizer step, set by a callback.
 
     Example:
-        >>> module = RecoveryModule(lambda: apply(model, search(model)), RecoveryConfig(objective="distill", steps=200))
+        >>> module = RecoveryModule(lambda: apply(model, plan, tape), RecoveryConfig(objective="distill", steps=200))
         >>> lightning.Trainer(max_steps=200).fit(module, datamodule=data)
     """
 
@@ -133,8 +132,7 @@ class RecoveryModule(L.LightningModule):
 
     def remove_adapters(self) -> None:
         """Take the stage's adapters out without merging them, if it has any. `prepare` begins the stage again."""
-        if self.adapters is not None:
-            assert self.part is not None
+        if self.part is not None and self.part.adapters is not None:
             self.part.remove_adapters()
             self.part = None
 
@@ -146,11 +144,6 @@ class RecoveryModule(L.LightningModule):
     def objects_to_share(self) -> list[object]:
         """Return the objects that a twin of this module shares with it, see `twin.make_twin`."""
         return [self.tokenizer, self.plan, self.task_results, *self.student.kept_weights()]
-
-    def sparse_modules(self) -> list[nn.Module]:
-        """Return all MoE blocks, including the original's. In them the tokens decide which weights are used."""
-        blocks = [views.get_block(self.model, layer) for layer in range(len(decoder.decoder_layers(self.model)))]
-        return [block for block in (*blocks, *self.originals.values()) if views.is_sparse(block)]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Compute the student's logits (B, S, V) for token ids (B, S)."""
@@ -186,10 +179,9 @@ class RecoveryModule(L.LightningModule):
         output, states = self._run_student(inputs, answer, layers)  # last: the teacher runs without adapters
         student = StudentOutput(tokens.select_rows(output.logits), states)
         mask_BS = None if labels is None else target_mask(labels)
+        options: Any = {"mask_BS": mask_BS, "weight": weight, "mean": processes.mean}
         with decoder.lm_head(self.model) as head:
-            losses = objective.training_losses(
-                student, head, tokens, answer, self.settings, mask_BS=mask_BS, weight=weight, mean=processes.mean
-            )
+            losses = objective.training_losses(student, head, tokens, answer, self.settings, **options)
         if self._router_auxiliary_loss and not distill:
             top_k = families.facts(self.model.config).top_k
             losses["load_balancing"] = load_balancing(output.router_logits, top_k)

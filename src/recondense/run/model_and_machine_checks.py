@@ -153,8 +153,8 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
         )
         yield Problem("recovery.teacher_path", text, path)
     elif student is not None and Path(student).is_dir():
-        tokenizers = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (path, student))
-        require_same_vocabulary(*tokenizers, path)
+        theirs, ours = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (path, student))
+        require_same_vocabulary(theirs, ours, path)
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:

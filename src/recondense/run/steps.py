@@ -26,7 +26,7 @@ def as_steps(steps: Step | Sequence[Step] | str) -> list[Step]:
     """
     if isinstance(steps, str):
         return build_steps(_method_settings(steps))
-    listed = list(steps) if isinstance(steps, Sequence) else [steps]
+    listed = list(cast(Sequence[Step], steps)) if isinstance(steps, Sequence) else [steps]
     if not listed:
         raise UserError("there is no step to search; name a method, or give one of its steps")
     return listed

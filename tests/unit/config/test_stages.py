@@ -149,5 +149,5 @@ def test_epochs_become_steps() -> None:
     ]
     assert counts == [13, 25, 7]
     assert with_steps(recovery(epochs=0.001, warmup_steps=0), 10).steps == 1
-    with pytest.raises(ValueError, match=r"here.warmup_steps=3: here.epochs=1 of 5 windows are 3 steps"):
+    with pytest.raises(ValueError, match=r"here.warmup_steps=3: here.epochs=1 of 5 windows take 3 steps"):
         with_steps(recovery(epochs=1, warmup_steps=3), 5, "here")

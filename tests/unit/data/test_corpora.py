@@ -269,7 +269,9 @@ def test_records_of_the_hub(dataset: Path, streaming: bool, inside: bool) -> Non
     assert corpora.train is not None and corpora.calibration is not None
     assert [text.values["instruction"].partition("\n")[0][-2:] for text in corpora.train] == ["2?", "3?", "4?"]  # type: ignore[attr-defined]
     assert corpora.validation == [read_record(QUESTION, "commonsense")]
-    with pytest.raises(ValueError, match=r"split 'train': row 0 \(from 0\) is no alpaca record.*data.form=alpaca"):
+    with pytest.raises(
+        ValueError, match=r"split 'train': row 0 \(from 0\) is not a record of form alpaca.*form=alpaca"
+    ):
         load_corpora(replace(config, form="alpaca"))
 
 

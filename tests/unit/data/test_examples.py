@@ -236,7 +236,7 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(caplog: pyte
         examples = make_examples(records, tokenizer, size + 4, "the records")
     assert [sum(example.targets) for example in examples.kept] == [4, 4]
     assert (examples.left_out, examples.cut) == (1, 1)
-    assert "the records: 1 of 3 left out" in caplog.text
+    assert "the records: 1 of 3 are left out" in caplog.text
     with pytest.raises(ValueError, match=r"none of 3 has an answer within data.sequence_length=20"):
         make_examples(records, tokenizer, 20)
 

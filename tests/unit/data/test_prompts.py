@@ -125,5 +125,5 @@ def test_chats_that_the_template_refuses_are_counted(caplog: pytest.LogCaptureFi
 
 
 def test_a_template_that_forgets_turns_is_refused() -> None:
-    with pytest.raises(ValueError, match="rewrites earlier turns of a chat"):
+    with pytest.raises(ValueError, match="changes earlier turns of a chat"):
         mark_answers(read_record({"messages": CHAT}, "chat"), chat_tokenizer(FORGETFUL))

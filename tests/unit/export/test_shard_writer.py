@@ -43,7 +43,7 @@ class Living(TorchDispatchMode):
 
 
 EXPORTS: dict[str, tuple[str, tuple[Operation, ...], ExportConfig]] = {
-    "as it is": ("qwen2_moe", (), ExportConfig()),
+    "unchanged": ("qwen2_moe", (), ExportConfig()),
     "gpt_oss": ("gpt_oss", (), ExportConfig()),
     "condensed": ("qwen2_moe", tuple(Condense(layer, (3, 0), (0.4, 0.2), 0.5) for layer in range(8)), ExportConfig()),
     "multiplied out": (

@@ -52,7 +52,7 @@ def test_an_export_that_would_not_load_gets_no_name(
         return (dict(change(*item) for item in piece.items()) for piece in pieces(*args))
 
     monkeypatch.setattr(export_module, "pieces", change_pieces)
-    with pytest.raises(AssertionError, match=f"the export is not what .* loads: .*{message}"):
+    with pytest.raises(AssertionError, match=f"the export does not match .*: .*{message}"):
         write_folder(model, None, plan, tmp_path / "out", "after", ExportConfig(format=form))
     assert (tmp_path / "out" / "README.md").read_text() == before
     shutil.rmtree(tmp_path / "out")

@@ -33,7 +33,7 @@ def test_layers_that_cannot_be_searched() -> None:
     step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
     originals = apply.execute(model, Plan("tiny", (merged,)))
-    with pytest.raises(ValueError, match="layer 1: its experts were merged"):
+    with pytest.raises(ValueError, match="layer 1: its experts are merged"):
         step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     for layer, block in originals.items():
         views.set_block(model, layer, block)
@@ -67,8 +67,8 @@ def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="both null"):
         Decompose(average_rank=None, required=True)
     assert "combinations" in InterExpertPruning(num_candidates=200, block_size=6).check(facts)[0]
-    assert "not one of 18" in InterExpertPruning(prune_ratio=0.01).check(facts)[0]
-    with pytest.raises(ValueError, match="both given"):
+    assert "none of the 18" in InterExpertPruning(prune_ratio=0.01).check(facts)[0]
+    with pytest.raises(ValueError, match="both set"):
         InterExpertPruning(budget=Budget(memory_ratio=0.5, removed_expert_ratio=0.5))
     with pytest.raises(ValueError, match=r"below method\.population=20"):
         InterExpertPruning(genetic=Genetic(population=20, parents=20))

@@ -167,11 +167,11 @@ SHORT = "lm_head.weight"
 BAD: dict[str, tuple[Callable[[State], State], str]] = {
     "a prefix too much": (
         rename_prefix("", "module."),
-        r"lacks 51 weights .*\(model\.embed_tokens\.weight, .*, \.\.\.\); its names begin with 'module\.', which",
+        r"lacks 51 weights .*\(model\.embed_tokens\.weight, .*, \.\.\.\); its names .* additional prefix 'module\.'",
     ),
     "another prefix": (
         rename_prefix("model.", "transformer."),
-        r"lacks 50 weights .*; its names begin with 'transformer\.' and not with 'model\.'",
+        r"lacks 50 weights .*; its names begin with 'transformer\.' instead of 'model\.'",
     ),
     "the head": (remove_keys(SHORT), r"lacks 1 weight .*\(lm_head\.weight\); download"),
     "the embedding": (remove_keys("embed_tokens.weight"), r"lacks 1 weight .*\(model\.embed_tokens\.weight\)"),
@@ -265,7 +265,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     first, second, *_ = headers.list_files(folder)
     original = first.read_bytes()
     for content, message in (
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer and no weights; run"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer, not the weights; run"),
         (original[: len(original) // 2], r"cannot be read \(.*\); download or copy it again"),
         (b"", "cannot be read"),
     ):

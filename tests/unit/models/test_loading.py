@@ -105,7 +105,7 @@ def test_the_default_attention_is_one_that_the_family_has(
     model, operations = EVERY[family](), (Condense(1, (3, 0), (0.4, 0.2), None),) if compressed else ()
     plan = Plan("tiny", operations)
     apply.execute(model, plan)
-    written(model, plan, tmp_path, BUNDLED if compressed else ExportConfig())
+    write(model, plan, tmp_path, BUNDLED if compressed else ExportConfig())
     for changes in ({}, {"dtype": "float32"}):
         assert loading.load(tmp_path, **changes)[0].config._attn_implementation == expected
     assert loading.load(tmp_path, attention="eager")[0].config._attn_implementation == "eager"
@@ -116,7 +116,7 @@ def test_the_default_attention_is_one_that_the_family_has(
 
 
 def test_a_package_that_an_attention_lacks_is_named(tmp_path: Path) -> None:
-    written(EVERY["qwen2_moe"](), Plan("tiny"), tmp_path, ExportConfig())
+    write(EVERY["qwen2_moe"](), Plan("tiny"), tmp_path, ExportConfig())
     with pytest.raises(UserError, match=r"FlashAttention2 .* package .* installed"):
         loading.load(tmp_path, attention="flash_attention_2")
 

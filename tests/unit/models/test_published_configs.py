@@ -75,5 +75,5 @@ def test_a_family_that_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_id_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no configuration of Qwen/Qwen9.*openai/gpt-oss-20b"):
+    with pytest.raises(ValueError, match=r"no config of Qwen/Qwen9.*openai/gpt-oss-20b"):
         recorded_config("Qwen/Qwen9")

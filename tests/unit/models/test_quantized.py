@@ -116,8 +116,8 @@ def test_load_reports_dequantising_and_gives_a_plain_model(tmp_path: Path, caplo
     with caplog.at_level(logging.INFO, "recondense"):
         model, tokenizer = loading.load(tmp_path / "fp8", ModelConfig(device="cpu", dtype="auto"))
     assert model.dtype == torch.bfloat16
-    assert [record.message for record in caplog.records if "dequantised" in record.message] == [
-        f"{tmp_path / 'fp8'} is stored in fp8: dequantised to torch.bfloat16"
+    assert [record.message for record in caplog.records if "dequantized" in record.message] == [
+        f"{tmp_path / 'fp8'} is stored in fp8: dequantized to torch.bfloat16"
     ]
     in_fp32, _ = loading.load(tmp_path / "fp8", ModelConfig(device="cpu", dtype="float32"))
     assert {parameter.dtype for parameter in in_fp32.parameters()} == {torch.float32}

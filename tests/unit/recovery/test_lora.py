@@ -95,7 +95,7 @@ def test_adapters(name: str, family: str, target: Any) -> None:
 def test_a_second_stage_keeps_the_original(objective: Any, name: str, family: str) -> None:
     """The adapters of both stages are on weights that student and original share; the original keeps its own."""
     expected = logits(FAMILIES[family](), IDS)
-    first = prepared(family, name, objective=objective, lora=LoraSettings(target="both"))
+    first = prepare(family, name, objective=objective, lora=LoraSettings(target="both"))
     steps(first)
     first.merge_adapters()
     before = logits(first.model, IDS)

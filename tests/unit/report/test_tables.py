@@ -96,7 +96,7 @@ def test_a_model_that_was_only_measured_is_shown_alone() -> None:
         "seconds": {"search": 0.001, "evaluate": 2.0},
     }
     shown = text(stage_table(report)) + text(ratios_table(report))
-    assert "/models/mine: as it is" in shown and "1,500,000" in shown and "seconds: evaluate" in shown
+    assert "/models/mine: unchanged" in shown and "1,500,000" in shown and "seconds: evaluate" in shown
     for absent in ("compressed", "1.00x", "none + none", " of ", "seconds: search"):
         assert absent not in shown, absent
     assert sweep_row(report)["total_parameters"] == 1_500_000

@@ -54,7 +54,7 @@ def test_bytes_of_an_fp8_checkpoint() -> None:
 
 
 def test_another_quantization_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"quantised by awq.*fp8 and mxfp4.*model\.dtype=bfloat16"):
+    with pytest.raises(ValueError, match=r"quantized with awq.*fp8 and mxfp4.*model\.dtype=bfloat16"):
         byte_counter(meta_model(), {"quant_method": "awq"})
 
 
@@ -110,7 +110,7 @@ def test_outcomes_of_layers() -> None:
         (None, None), (6, 6), (6, 1),
     ]  # fmt: skip
     assert layers[1].ranks == (3, 3) and layers[2].always_active
-    for part, words in (("moe", "without its MoE block"), ("layer", "removed whole")):
+    for part, words in (("moe", "without its MoE block"), ("layer", "removed")):
         dropped = compare(model, [Dropping(part, budget=Budget(removed_expert_ratio=0.5))]).layers[1]  # type: ignore[arg-type]
         assert (dropped.outcome, dropped.experts_after) == (words, 0)
     assert dropped.bytes_after == 0
