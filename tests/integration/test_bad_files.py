@@ -110,6 +110,10 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
         lambda f: (f.model(model_type="mixtral", num_local_experts=6), "method.num_experts=2", "export.format=stock"),
         ["export.format=stock", "a config of mixtral cannot express"],
     ),
+    "more experts for a token than there are": (
+        lambda f: (f.model(num_experts_per_tok=9), "method=reap"),
+        ["recondense: model.path=", "the config says that each token selects 9 of the 6 experts of a layer."],
+    ),
     "no weights": (lambda f: (f.model(("tokenizer.json",)),), ["no weights (*.safetensors)"]),
     "no tokenizer": (lambda f: (f.model(("model.safetensors",)),), ["no tokenizer", "model.tokenizer"]),
     "dense layer of a model": (
@@ -125,7 +129,7 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     ),
     "calibration that is no UTF-8": (lambda f: f.calibration(b"\xff\xfe\x00", "texts.txt"), ["not UTF-8"]),
     "too few texts": (lambda f: f.calibration(LINE), ["has 1 texts", "num_samples=2"]),
-    "text below one token": (lambda f: f.calibration(LINE + '{"text": ""}\n'), ["line 2", "texts have no token"]),
+    "text below one token": (lambda f: f.calibration(LINE + '{"text": ""}\n'), ["the text of line 2 is empty"]),
     "folder without task files": (
         lambda f: ("evaluation=local", f"evaluation.include_path={f.task_folder({})}"),
         ["tasks: the folder has no task YAML (*.yaml)"],
@@ -148,7 +152,7 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     ),
     "records of another form": (
         lambda f: ("data=instruct", "data.source=texts", "data.form=chat", f"data.calibration.path={f.text(LINE)}"),
-        ["line 1 is no chat record", "its fields: text", "set data.form"],
+        ["line 1 is not a record of form chat", "its fields: text", "set data.form"],
     ),
     "folder of something else": (
         lambda f: (f"run_dir={f.foreign_folder()}",),

@@ -109,6 +109,26 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["experiment=paper/_moei2x", "evaluation=none"],
         ["no such experiment", "Did you mean paper/moei2_"],
     ),
+    "group that is there already": (
+        ["+experiment=demo"],
+        ["recondense: +experiment=demo: + adds a group, and experiment is there already. Write experiment=demo."],
+    ),
+    "setting that is there already": (
+        ["+seed=3"],
+        ["recondense: +seed=3: + adds a setting, and seed is there already. Write seed=3."],
+    ),
+    "class that is none of steps": (
+        ["method=none", "method.steps=[{_target_:collections.OrderedDict}]"],
+        ["method.steps[0]=collections.OrderedDict: is not a step of a method: it has no budget, ", "methods.step.Step"],
+    ),
+    "folder that cannot be made": (
+        ["run_dir=/proc/foo", "plan_only=true"],
+        ["run_dir=/proc/foo-plan_only: cannot be written to (", "Choose another output_dir or run_dir."],
+    ),
+    "experts of the built-in model": (
+        ["model.pretrain.config.num_experts_per_tok=99"],
+        ["model.pretrain.config: the config says that each token selects 99 of the 16 experts"],
+    ),
     "no choice": (["logger=null"], ["logger=null", "Choices: default"]),
     "unknown setting": (["recovery.stepz=3"], ["recovery.stepz", "no such setting", "Did you mean recovery.steps?"]),
     "setting of another group": (["num_experts=3"], ["num_experts", "no such setting", "method.num_experts"]),
@@ -245,6 +265,22 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "scratch too small": (["max_scratch_bytes=1MiB"], ["max_scratch_bytes=1MiB", "at least 16MiB"]),
     "sweep without -m": (["method.num_layers=2,4"], ["method.num_layers=2,4", "Add -m", "method.num_layers=[2,4]"]),
     "one bad run of a sweep": (["-m", "method.num_layers=2,9"], ["method.num_layers=9", "6 MoE layers"]),
+    "every bad file of a sweep": (
+        ["-m", "data=texts", "data.calibration.path=/nope1,/nope2"],
+        ["2 problems", "data.calibration.path=/nope1:", "data.calibration.path=/nope2:"],
+    ),
+    "every bad limit of a sweep": (
+        ["-m", "recovery=finetune", "recovery.steps=5", "recovery.warmup_steps=6,7"],
+        ["2 problems", "recovery.warmup_steps=6:", "recovery.warmup_steps=7:"],
+    ),
+    "every bad model of a sweep": (
+        ["-m", "model.path=./nowhere1,./nowhere2"],
+        ["2 problems", "model.path=./nowhere1:", "model.path=./nowhere2:"],
+    ),
+    "variable that is not set": (
+        ["seed=${oc.env:RECONDENSE_ABSENT}", "recovery.steps=${foo}"],
+        ["2 problems", "Environment variable 'RECONDENSE_ABSENT' not found", "Interpolation key 'foo' not found"],
+    ),
     "sweep into one folder": (
         ["-m", "method.num_layers=2,4", "run_dir=/nowhere/run"],
         ["run_dir=/nowhere/run", "several runs", "run_dir=null"],
@@ -261,6 +297,30 @@ SLOW = ("unknown task", "recipe without its folder")
 def test_bad_command(command: Command, kind: str) -> None:
     arguments, parts = BAD_SETTINGS[kind]
     assert_refused(*command(*without_recovery(arguments)), parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--cfg", "job", "method=foo"], ["recondense: method=foo: there is no such method. Choices: "]),
+        (["--cfg", "all", "recovery.stepz=4", "metod=x"], ["2 problems", "Did you mean recovery.steps?"]),
+        (["--info", "config", "method=cdmoee"], ["Did you mean cdmoe?"]),
+        (["--cfg", "job", "--resolve", "seed=${foo}"], ["seed=${foo}: cannot be resolved"]),
+        (["--cfg", "job", "-m"], ["recondense: --multirun --cfg: only one of these options"]),
+        (["--resolve"], ["recondense: --resolve: is only for --cfg."]),
+    ],
+)
+def test_what_only_shows_settings_is_refused_alike(command: Command, words: list[str], parts: list[str]) -> None:
+    assert_refused(*command(*words), parts)
+
+
+def test_wrong_and_missing_values_are_shown(command: Command) -> None:
+    assert command("--cfg", "job", "evaluation=local", "seed=${foo}", "recovery.steps=many") == (0, "")
+
+
+def test_overrides_before_and_after_options(command: Command) -> None:
+    code, err = command("method=reap", "-m", "method.memory_ratio=0.05,0.06", "--config-name=train", "recovery=none")
+    assert_refused(code, err, ["recondense: 2 problems", "method.memory_ratio=0.05", "method.memory_ratio=0.06"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -297,15 +357,63 @@ def test_problems_are_reported_together(command: Command) -> None:
         assert part in err
 
 
-def test_problems_with_the_model_are_reported_if_there_are_no_others(command: Command) -> None:
-    words = ("method.num_experts=99", "method.memory_ratio=0.01", "trainer.num_nodes=2", "recovery=none")
-    code, err = command(*words)
-    assert_refused(
-        code, err, ["recondense: 3 problems", "method.num_experts=99", "method.memory_ratio=0.01", "num_nodes=2"]
-    )
-    code, err = command(*words, "seed=-1")
-    assert_refused(code, err, ["recondense: seed=-1: must be at least 0."])
+WRONG_FOR_THE_MODEL = ("method.num_experts=99", "method.memory_ratio=0.01", "trainer.num_nodes=2", "recovery=none")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], []),
+        (["seed=-1"], ["seed=-1"]),
+        (["data=texts", "data.calibration.path=/nowhere.jsonl"], ["/nowhere.jsonl: there is no such file"]),
+        (["run_dir=/proc"], ["run_dir=/proc: the folder is not empty"]),
+        (["model.experts=batched_mm", "model.device=cpu"], ["60 times slower"]),
+    ],
+)
+def test_what_needs_the_model_is_reported_with_all_else(command: Command, words: list[str], parts: list[str]) -> None:
+    code, err = command(*WRONG_FOR_THE_MODEL, *words)
+    expected = ["method.num_experts=99", "method.memory_ratio=0.01", "num_nodes=2", *parts]
+    assert_refused(code, err, [f"recondense: {len(expected)} problems", *expected])
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [("recovery.stepz=4", "no such setting"), ("recovery.steps=many", "a whole number"), ("data=foo", "no such data")],
+)
+def test_a_wrong_name_or_type_comes_first(command: Command, word: str, part: str) -> None:
+    """What is meant is not known, so that nothing of it can be checked on a model."""
+    code, err = command(*WRONG_FOR_THE_MODEL, word)
+    assert_refused(code, err, [f"recondense: {word.partition('=')[0]}", part])
     assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["model.path=/nowhere", "method.memory_ratio=0.01", "method.num_layers=2"], ["/nowhere", "a budget decides"]),
+        (["method.refit=all", "trainer.num_nodes=2"], ["method.refit=all", "num_nodes=2"]),
+        (["method.steps=3", "trainer.num_nodes=2"], ["method.steps=3", "num_nodes=2"]),
+        (["evaluation.include_path=/nowhere", "trainer.num_nodes=2"], ["include_path=/nowhere", "num_nodes=2"]),
+        (
+            ["recovery=finetune", "recovery.batch_size=0", "trainer.devices=3", "method.num_experts=99"],
+            ["recovery.batch_size=0", "method.num_experts=99"],
+        ),
+        (
+            ["recovery=distill", "recovery.teacher=model", "recovery.teacher_path=./nowhere", "method.num_experts=99"],
+            ["recovery.teacher_path=./nowhere", "method.num_experts=99"],
+        ),
+        (
+            ["recovery=distill", "recovery.steps=-1", "trainer.devices=3", "method.num_experts=99"],
+            ["recovery.steps=-1", "recovery.batch_size=4: each of 3 processes", "method.num_experts=99"],
+        ),
+        (["method=moei2", "seed=-1", "method.parents=100"], ["seed=-1", "below method.population=100"]),
+    ],
+)
+def test_nothing_is_said_of_what_stands_in_place_of_a_wrong_value(
+    command: Command, words: list[str], parts: list[str]
+) -> None:
+    code, err = command(*without_recovery(tuple(words)))
+    assert_refused(code, err, [f"recondense: {len(parts)} problems", *parts])
 
 
 @pytest.mark.parametrize("setting", ["seed=x", "method.normalize=maybe"])

@@ -54,12 +54,12 @@ def run(root: Path, folder: Path, *arguments: str) -> tuple[dict[str, Any], str,
         (["method=foo"], "method=foo: there is no such method. Choices: block_drop, cdmoe,"),
         (["recovery.stepz=3"], "Did you mean recovery.steps?"),
         (["recovery.steps=many", "seed=-1"], "seed=-1: must be at least 0."),
-        (["model.path=/nowhere/at/all"], "there is no such folder"),
-        (["data=texts", "data.calibration.path=/nowhere.jsonl"], "/nowhere.jsonl: there is no such file"),
-        (["-m", "seed=0,-1"], "seed=-1: must be at least 0."),
+        (["model.path=/nowhere/at/all", "method=cdmoee"], "there is no such folder"),
+        (["data=texts", "data.calibration.path=/nowhere.jsonl", "seed=x"], "/nowhere.jsonl: there is no such file"),
+        (["-m", "seed=0,x,-1"], "seed=-1: must be at least 0."),
     ],
 )
-def test_what_is_wrong_without_a_model_is_refused_without_imports(
+def test_a_wrong_name_or_type_is_refused_without_torch(
     root: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     """It takes a second and a half on an idle machine; here other processes may use the same cores."""
@@ -85,6 +85,29 @@ def test_help_is_a_page_for_people(root: Path, tmp_path: Path) -> None:
         if group in groups:
             [line] = [line for line in lines if line.startswith(f"  {'/'.join(name)} ")][:1]
             assert len(line.split()) > 2, f"{path} has no comment at its head"
+
+
+def test_help_says_how_it_was_called(root: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, root / "train.py", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("\n  python train.py ") == 5 and "\n  recondense " not in done.stdout
+
+
+@pytest.mark.parametrize("words", ["--help", "plan_only=true model=mixtral", "seed=x"])
+def test_a_reader_that_leaves_ends_nothing(root: Path, tmp_path: Path, words: str) -> None:
+    """As `head` does: no traceback, the exit code of the command, and all that it writes is written."""
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as closed:
+        done = subprocess.run(
+            [sys.executable, root / "train.py", *words.split()],
+            cwd=tmp_path, env=environment, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=200, check=False,
+        )  # fmt: skip
+    assert done.returncode == (2 if words == "seed=x" else 0) and len(done.stderr.splitlines()) == (words == "seed=x")
+    assert len(list(tmp_path.glob("outputs/default/*-plan_only/summary.json"))) == words.startswith("plan_only")
 
 
 def test_sizes_need_neither_lightning_nor_pictures(root: Path, tmp_path: Path) -> None:

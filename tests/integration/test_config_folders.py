@@ -65,10 +65,10 @@ def test_a_run_and_its_other_processes(
     assert code == 0, err
     [(config, process_command)] = runs
     assert (config.experiment_name, config.seed, config.recovery.name) == ("mine", 7, "none")
-    assert process_command[1:3] == ["-m", "recondense.run.command_line"]
+    assert process_command[1:4] == ["-P", "-m", "recondense.run.command_line"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["worker"])  # as a launcher's process, whose command line does not name the folder
-    code, err = command(*process_command[3:])
+    code, err = command(*process_command[4:])
     assert code == 0, err
     assert runs[1] == (config, process_command)
 
@@ -80,7 +80,7 @@ def test_a_sweep(command: Command, runs: Runs, folder: Path, monkeypatch: pytest
     code, err = command("-m", *words)
     assert code == 0, err
     assert [(config.experiment_name, config.seed) for config, _ in runs] == [("mine", 7), ("yours", 8)]
-    code, err = command(*runs[1][1][3:])
+    code, err = command(*runs[1][1][4:])
     assert code == 0, err
     assert runs[2] == runs[1], "the other processes of a run do not start a sweep"
 
@@ -147,4 +147,4 @@ def test_a_relative_config_path_begins_beside_the_script(forks: Forks, tmp_path:
 def test_other_processes_of_a_plain_command(command: Command, runs: Runs) -> None:
     assert command("recovery=none", "seed=3")[0] == 0
     process_command: list[Any] = runs[0][1]
-    assert process_command[3:6] == [f"--config-path={ROOT / 'conf'}", "--config-name=train", "recovery=none"]
+    assert process_command[4:7] == [f"--config-path={ROOT / 'conf'}", "--config-name=train", "recovery=none"]

@@ -180,9 +180,14 @@ def assert_same_export(base: Path, name: str) -> None:
 
 
 def test_a_run_starts_its_own_processes(one: tuple[Path, Any], forks: Forks) -> None:
+    """Also with a step that only the script's own folder has."""
     base, train_arguments = one
-    script = ROOT / "train.py"
-    done = forks.run(script, *train_arguments("two", "trainer=ddp", "trainer.devices=2"), folder=base)
+    (base / "program").mkdir()
+    script = shutil.copy(ROOT / "train.py", base / "program" / "train.py")
+    own_step = "from recondense.methods.cdmoe import CDMoE\n\n\nclass OwnStep(CDMoE):\n    pass\n"
+    (base / "program" / "own_step.py").write_text(own_step)
+    words = ("trainer=ddp", "trainer.devices=2", "method._target_=own_step.OwnStep")
+    done = forks.run(script, *train_arguments("two", *words), folder=base)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_export(base, "two")
     assert done.stdout.count("results:") == 1 and done.stderr.count("recovery: step 6 of 6") == 1

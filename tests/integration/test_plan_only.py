@@ -174,3 +174,10 @@ def test_the_same_command_again(sizes: Sizes, tmp_path: Path) -> None:
     first = sizes("method=reap")
     assert sizes("method=reap") == first
     assert [path.name.endswith("-plan_only") for path in tmp_path.glob("out/default/*")] == [True]
+
+
+def test_sizes_of_one_model_are_composed_once(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra would compose again, which takes a part of a second."""
+    monkeypatch.setattr("hydra.main", lambda **_: pytest.fail("Hydra is asked again"))
+    code, output, errors, _ = sizes("model=tiny_moe")
+    assert code == 0 and "sizes: " in output, errors

@@ -41,8 +41,10 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.path is None and model.pretrain is None:
         yield Problem("model.path", f"model={model.name} is not built in: give a local folder or a hub id.", None)
     if model.path is not None:
-        without_tokenizer = None if model.tokenizer or config.plan_only else "model.tokenizer"
-        yield from check_folder(model.path, "model.path", without_tokenizer, weights=not config.plan_only)
+        remedy = (
+            None if model.tokenizer or config.plan_only else "Set model.tokenizer to a folder or hub id that has one."
+        )
+        yield from check_folder(model.path, "model.path", remedy, weights=not config.plan_only)
 
 
 def check_folder(path: str, setting: str, tokenizer: str | None = None, *, weights: bool = True) -> Iterator[Problem]:
@@ -51,7 +53,7 @@ def check_folder(path: str, setting: str, tokenizer: str | None = None, *, weigh
     Args:
         path: the folder or hub id.
         setting: the setting that names the folder.
-        tokenizer: the setting that can name another folder with a tokenizer; None if no tokenizer is needed.
+        tokenizer: what to do about a missing tokenizer, in a sentence; None if no tokenizer is needed.
         weights: whether weights are needed.
     """
     folder = Path(path)
@@ -75,9 +77,7 @@ def check_folder(path: str, setting: str, tokenizer: str | None = None, *, weigh
             )
         yield Problem(setting, text, path)
     if tokenizer and not any("tokenizer" in name or name.startswith("vocab") for name in names):
-        yield Problem(
-            setting, f"the folder has no tokenizer; set {tokenizer} to a folder or hub id that has one.", path
-        )
+        yield Problem(setting, f"the folder has no tokenizer. {tokenizer}", path)
 
 
 def _check_method(config: Config) -> Iterator[Problem]:
@@ -228,7 +228,8 @@ def _check_teacher(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
     if recovery.teacher_path is None:
         yield Problem(f"{where}.teacher_path", f"{where}.teacher=model needs it. Give a folder or a hub id.", None)
     else:
-        yield from check_folder(recovery.teacher_path, f"{where}.teacher_path")
+        remedy = "Save the tokenizer there too: it must be the student's."
+        yield from check_folder(recovery.teacher_path, f"{where}.teacher_path", remedy)
 
 
 def _check_name_and_teacher(recovery: RecoveryConfig) -> Iterator[Problem]:
@@ -259,7 +260,10 @@ def _check_evaluation(config: Config) -> Iterator[Problem]:
             text = "the name is empty. Name an lm-eval task, or set evaluation.tasks=null."
             yield Problem(f"evaluation.tasks[{index}]", text, task)
     folder = evaluation.include_path
-    if folder is not None and not Path(folder).is_dir():
+    if folder is None and evaluation.name == "local":
+        text = "evaluation=local reads the tasks of a folder. Give a folder with lm-eval task YAMLs."
+        yield Problem("evaluation.include_path", text, None)
+    elif folder is not None and not Path(folder).is_dir():
         text = "there is no such folder. Give a folder with lm-eval task YAMLs."
         yield Problem("evaluation.include_path", text, folder)
     elif folder is not None and not task_files(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -35,7 +36,7 @@ def step_arguments(method: Mapping[str, Any], problems: list[Problem]) -> list[t
     """
     entries = step_entries(method)
     settings = {name: value for name, value in method.items() if name not in OF_THE_METHOD}
-    if all(isinstance(entry, str) and _class(entry) for entry in entries):
+    if all(isinstance(entry, str) and isinstance(_class(entry), type) for entry in entries):
         problems += _unknown_settings("method", settings, entries)
     steps = []
     for index, entry in enumerate(entries):
@@ -52,11 +53,30 @@ def step_arguments(method: Mapping[str, Any], problems: list[Problem]) -> list[t
             text = "expected a class's name, or settings with a _target_; see conf/method/moei2.yaml."
             problems.append(Problem(where, text, entry))
             continue
-        mistakes += _wrong_types(target, values, prefix)
+        mistakes += _wrong_target(where, target) or _wrong_types(target, values, prefix)
         problems += mistakes
         if not mistakes:
             steps.append((where, {"_target_": target, **_grouped(target, values)}))
     return steps
+
+
+def _wrong_target(where: str, target: str) -> list[Problem]:
+    """Return the problem of a name that is not that of a class, if its module can be imported."""
+    module, _, leaf = target.rpartition(".")
+    found = _class(target)
+    if found is not None:
+        text = "is not a class. Name the class of a step, such as recondense.methods.cdmoe.CDMoE."
+        return [] if isinstance(found, type) else [Problem(where, text, target)]
+    names = vars(sys.modules[module]) if module in sys.modules else {}
+    classes = [name for name, value in names.items() if _is_public(module, value)]
+    if not classes:  # Hydra says why nothing can be imported
+        return []
+    return [Problem(where, f"{module} has no such class. {suggestion(leaf, classes, prefix=f'{module}.')}", target)]
+
+
+def _is_public(module: str, value: Any) -> bool:
+    """Return whether a value is a class of a module that other modules may use."""
+    return isinstance(value, type) and value.__module__ == module and not value.__name__.startswith("_")
 
 
 def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequence[str]) -> list[Problem]:
@@ -68,11 +88,13 @@ def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequenc
         targets: the class names of the steps that can have the settings; nothing is checked without any.
     """
     known = {name for target in targets for name in _settings_of(target)}
-    return [
-        Problem(f"{prefix}.{name}", f"there is no such setting. {suggestion(name, known, prefix=f'{prefix}.')}")
-        for name in settings
-        if targets and not name.startswith("_") and name not in known
-    ]
+    choices = {*known, "refit"} if known and prefix == "method" else known
+    problems = []
+    for name in settings:
+        if targets and not name.startswith("_") and name not in known:
+            hint = suggestion(name, choices, prefix=f"{prefix}.")
+            problems.append(Problem(f"{prefix}.{name}", f"there is no such setting. {hint}".rstrip()))
+    return problems
 
 
 def _class(path: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 NOT_SHOWN = object()  # the value of a problem that has none, or whose text contains it
@@ -19,11 +19,13 @@ class Problem:
         setting: the dotted name in the config; empty if the text names the setting.
         text: the limit and the remedy.
         value: the value as the user wrote it.
+        of_value: whether the setting is known and its value has the right type, so that the rest can still be checked.
     """
 
     setting: str
     text: str
     value: Any = NOT_SHOWN
+    of_value: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         value = "" if self.value is NOT_SHOWN else f"={show(self.value)}"
@@ -59,7 +61,7 @@ def reads_as_other(text: str) -> bool:
 def suggestion(word: str, choices: Iterable[str], *, prefix: str = "", most: int = 8) -> str:
     """Return a suggestion such as `Did you mean x? Choices: x, y.`
 
-    The question is left out if no choice is similar to the word.
+    The question is left out if no choice is similar to the word; without any choice the text is empty.
 
     Args:
         word: the word that the user wrote.
@@ -70,7 +72,7 @@ def suggestion(word: str, choices: Iterable[str], *, prefix: str = "", most: int
     choices = sorted(choices)
     near = nearest(word, choices)
     parts = [] if near is None else [f"Did you mean {prefix}{near}?"]
-    if near is None or len(choices) <= most:
+    if choices and (near is None or len(choices) <= most):
         parts.append(f"Choices: {', '.join(choices)}.")
     return " ".join(parts)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from recondense.config.problems import Problem, render
+from recondense.config.problems import Problem, render, suggestion
 from recondense.config.schema import CalibrationConfig, Config, DataConfig, RecoveryConfig
 from recondense.config.validation import validated
 from recondense.errors import ConfigError
@@ -16,6 +16,12 @@ LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")  # part of the names of a folder and of metrics
 TAKEN = ("control", "pretrain", "recovery")  # names of the other fits of a run
 OF_ALL = ("stages", "control")  # settings of the recovery that a stage cannot have
+STAGE_SETTINGS = (
+    *(field.name for field in fields(RecoveryConfig) if field.name not in OF_ALL),
+    "data",
+    "sequence_length",
+)
+DATA_SETTINGS = tuple(field.name for field in fields(DataConfig) if field.name != "calibration")
 Stages = tuple["Stage", ...]
 
 
@@ -58,7 +64,7 @@ def resolve_stages(config: Config) -> tuple[Stages, list[Problem]]:
         return (Stage("recovery", "recovery", "checkpoints", config.recovery, config.data),), []
     problems: list[Problem] = []
     if not config.recovery.stages:
-        problems.append(Problem("recovery.stages", "name at least one stage, or set it to null.", []))
+        problems.append(Problem("recovery.stages", "name at least one stage, or set it to null.", [], True))
     stages: list[Stage] = []
     for index, values in enumerate(config.recovery.stages):
         stage = _resolve(config, index, values, problems)
@@ -67,17 +73,17 @@ def resolve_stages(config: Config) -> tuple[Stages, list[Problem]]:
                 f"must begin with a letter, have at most {LONGEST_NAME} letters, digits, - and _, and be none of "
                 f"{', '.join(TAKEN)}."
             )
-            problems.append(Problem(f"{stage.where}.name", limit, stage.name))
+            problems.append(Problem(f"{stage.where}.name", limit, stage.name, True))
         elif stage.name in [other.name for other in stages]:
-            problems.append(
-                Problem(f"{stage.where}.name", "another stage has this name. Names must be unique.", stage.name)
-            )
+            text = "another stage has this name. Names must be unique."
+            problems.append(Problem(f"{stage.where}.name", text, stage.name, True))
         stages.append(stage)
     return tuple(stages), problems
 
 
 def _resolve(config: Config, index: int, values: Mapping[str, Any], problems: list[Problem]) -> Stage:
     where = f"recovery.stages[{index}]"
+    values = _without_unknown(values, STAGE_SETTINGS, OF_ALL, where, problems)
     changes = {key: value for key, value in values.items() if key not in ("data", "sequence_length", *OF_ALL)}
     for name in OF_ALL:
         if name in values:
@@ -86,7 +92,7 @@ def _resolve(config: Config, index: int, values: Mapping[str, Any], problems: li
             )
     if changes.get("steps") is not None and changes.get("epochs") is not None:
         both = f"steps={changes['steps']} and epochs={changes['epochs']} are both set; set only one of them."
-        problems.append(Problem(where, both))
+        problems.append(Problem(where, both, of_value=True))
     base = {key: value for key, value in asdict(config.recovery).items() if key not in OF_ALL}
     if "steps" in changes and changes.get("epochs") is None:
         base["epochs"] = None
@@ -121,16 +127,36 @@ def _resolve_data(config: Config, values: Any, name: str, where: str, problems: 
         text = "a stage only trains and has no calibration set; set data.calibration of the run."
         problems.append(Problem(f"{where}.calibration", text))
         values = {key: value for key, value in values.items() if key != "calibration"}
+    values = _without_unknown(values, DATA_SETTINGS, (), where, problems)
     if "source" in values:
         base: dict[str, Any] = {"name": name, "sequence_length": config.data.sequence_length}
     else:
         if "dataset" in values:
             text = "the other settings would be those of the run's dataset; set source too."
-            problems.append(Problem(f"{where}.dataset", text, values["dataset"]))
+            problems.append(Problem(f"{where}.dataset", text, values["dataset"], True))
         base = {key: value for key, value in asdict(config.data).items() if key != "calibration"}
     data, mistakes = validated(DataConfig, _merge(base, values), where)
     problems += mistakes
     return replace(data, calibration=CalibrationConfig() if "source" in values else config.data.calibration)
+
+
+def _without_unknown(
+    values: Mapping[str, Any], settings: Sequence[str], refused: Sequence[str], where: str, problems: list[Problem]
+) -> dict[str, Any]:
+    """Return the values whose names are known; the others become problems.
+
+    Args:
+        values: of a stage, or of its data.
+        settings: the names that they can have.
+        refused: other names, which have problems of their own.
+        where: the dotted name of `values` in the config.
+        problems: the problems of unknown names are appended to it.
+    """
+    known = {key: value for key, value in values.items() if key in (*settings, *refused)}
+    for key in map(str, values.keys() - known.keys()):
+        text = f"there is no such setting. {suggestion(key, settings, prefix=f'{where}.')}"
+        problems.append(Problem(f"{where}.{key}", text))
+    return known
 
 
 def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:

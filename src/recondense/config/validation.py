@@ -94,7 +94,8 @@ class _Mistake:
             choices = [field.name for option in _options(self.hint) if is_dataclass(option) for field in fields(option)]
             hint = suggestion(leaf, choices, prefix=name.removesuffix(leaf))
             return Problem(name, f"there is no such setting. {hint}")
-        return Problem(name, self._text(name, by_type), self.value)
+        of_value = not by_type.keys().isdisjoint((*BOUNDS, "value_error", "string_pattern_mismatch"))
+        return Problem(name, self._text(name, by_type), self.value, of_value)
 
     def _text(self, name: str, by_type: Mapping[str, Mapping[str, Any]]) -> str:
         if "value_error" in by_type:

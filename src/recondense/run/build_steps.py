@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -37,3 +37,23 @@ def build_steps(method: Mapping[str, Any]) -> list[Any]:
     if problems:
         raise ConfigError(render(problems))
     return steps
+
+
+def check_steps(method: Mapping[str, Any], steps: Sequence[Any]) -> list[Problem]:
+    """Return the problems of objects that are not steps, because they lack what `recondense.methods.step.Step` has.
+
+    Args:
+        method: the settings from which the steps were made.
+        steps: the steps, in order.
+    """
+    from recondense.methods.step import Step  # late: it imports torch
+
+    members = [name for name in vars(Step) if not name.startswith("_")]
+    problems = []
+    for index, step in enumerate(steps):
+        missing = [name for name in members if not hasattr(step, name)]
+        if missing:
+            where = "method._target_" if method.get("steps") is None else f"method.steps[{index}]"
+            text = f"is not a step of a method: it has no {', '.join(missing)}; see recondense.methods.step.Step."
+            problems.append(Problem(where, text, f"{type(step).__module__}.{type(step).__qualname__}"))
+    return problems

@@ -13,19 +13,14 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
-from hydra import compose
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,16 +31,18 @@ from recondense.errors import ConfigError
 from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly
-from recondense.run.exit_codes import exit_codes
+from recondense.run.closed_pipes import survive_closed_pipes
+from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.help_page import help_page
-from recondense.run.overrides import COMPOSE_ERRORS, compose_run, list_groups
+from recondense.run.jobs import Overrides, read_sweep, split_jobs
+from recondense.run.options import check_options, options_first
+from recondense.run.overrides import compose_run, place, resolve_values
 from recondense.run.resolved import Run, resolve
 from recondense.run.run_folder import overwritten_inputs
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
 
-NO_RUN = ("hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")
 NAME = "train"  # name of the primary config
-Overrides = tuple[str, ...]
 
 
 def command_hash() -> str:
@@ -65,20 +62,33 @@ def main(folder: Path | None = None) -> None:
     """Check the command, then run it.
 
     Args:
-        folder: folder to which a relative --config-path refers; None for the current folder.
+        folder: folder of the script that calls this, to which a relative --config-path refers; None for the command
+            `recondense`.
     """
-    first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-    with exit_codes(silent=not first):
+    with survive_closed_pipes(), exit_codes(silent=another_says_it()):
+        sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
         args = get_args_parser().parse_args()
         if args.help:
-            print(help_page(CONFIGS))
+            print(help_page(CONFIGS, "recondense" if folder is None else f"python {Path(sys.argv[0]).name}"))
             return
         # Hydra resolves a relative path from the folder of this file.
         if args.config_path is not None and "://" not in args.config_path:
             sys.argv.append(f"--config-path={os.path.abspath(Path(folder or '', args.config_path))}")
             args = get_args_parser().parse_args()
-        job = make_job(validate(args))
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=NAME)(job)()
+        runs = validate(args)
+        if (run := _only_sizes(args, runs)) is not None:
+            start(run, None)
+            return
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=NAME)(make_job(runs))()
+
+
+def _only_sizes(args: Namespace, runs: Mapping[Overrides, Run]) -> Run | None:
+    """Return the run of a command that prints sizes once, for which Hydra need not compose a second time."""
+    hydra_overrides = [text for text in args.overrides if text.lstrip("+~").startswith(("hydra", "experiment"))]
+    if len(runs) != 1 or args.multirun or hydra_overrides:  # those may make a sweep of it, or log otherwise
+        return None
+    [run] = runs.values()
+    return run if run.config.plan_only else None
 
 
 def make_job(runs: Mapping[Overrides, Run]) -> Callable[[DictConfig], Any]:
@@ -104,7 +114,7 @@ def start(run: Run, context: Any) -> Any:
 
     Args:
         run: the resolved run.
-        context: the run's `hydra` config.
+        context: the run's `hydra` config; None with `plan_only`.
 
     Returns:
         the metric that a sweep compares; None with `plan_only`.
@@ -125,7 +135,7 @@ def start(run: Run, context: Any) -> Any:
 def validate(args: Namespace) -> dict[Overrides, Run]:
     """Check a command before anything runs, including every run of a sweep.
 
-    Checks that import torch come last and run only if no other check finds a problem.
+    Checks that import torch come last, and run only if all names are known and all values have the right type.
 
     Args:
         args: the command line, parsed by Hydra's parser.
@@ -136,28 +146,59 @@ def validate(args: Namespace) -> dict[Overrides, Run]:
     Raises:
         ConfigError: the command has problems; the error lists all of them.
     """
-    if any(getattr(args, option) for option in NO_RUN):
+    check_options(args)
+    if any(getattr(args, option) for option in NO_CONFIG):
         return {}
     problems: list[Problem] = []
     name = args.config_name or NAME
     with initialize_hydra(name, args) as loader:
-        multirun, settings = _hydra(name, args.overrides, args.multirun)
+        if args.cfg or args.info:
+            _check_names(name, args, loader)
+            return {}
+        multirun, settings = read_sweep(name, args.overrides, args.multirun)
         problems += sweeping.check_plugins(settings, multirun)
-        runs = _runs(name, args, settings, multirun, loader, problems)
+        checked = _check_runs(name, args, settings, multirun, loader, problems)
+    if not all(problem.of_value for problem in problems):
+        raise ConfigError(render(problems))
+    return _with_steps(checked, multirun, problems)
+
+
+def _check_names(name: str, args: Namespace, loader: ConfigLoader) -> None:
+    """Check what --cfg and --info show, which may have values that are missing or wrong.
+
+    Raises:
+        ConfigError: overrides that cannot be placed; with --resolve also interpolations that cannot be resolved.
+    """
+    problems: list[Problem] = []
+    for overrides, hydra_overrides in split_jobs(args.overrides, {"sweeper": {}}, False, loader, problems):
+        config = place(name, [*hydra_overrides, *overrides], loader, problems)
+        if config is not None and args.resolve:
+            resolve_values(config, problems)
     if problems:
         raise ConfigError(render(problems))
-    return _with_steps(runs, multirun)
 
 
-def _runs(
+@dataclass(frozen=True)
+class _Checked:
+    """A run without the steps of its method.
+
+    Args:
+        wrong: names of its settings with a problem; `run` has defaults in their place, or values that cannot be used.
+    """
+
+    run: Run
+    wrong: frozenset[str]
+
+
+def _check_runs(
     name: str,
     args: Namespace,
     settings: Mapping[str, Any],
     multirun: bool,
     loader: ConfigLoader,
     problems: list[Problem],
-) -> dict[Overrides, Run]:
-    """Return the runs of a command, without the steps of their methods, and append their problems to `problems`.
+) -> dict[Overrides, _Checked]:
+    """Return the runs of a command, checked without torch, and append their problems to `problems`.
 
     Args:
         name: name of the primary config.
@@ -167,27 +208,34 @@ def _runs(
         loader: Hydra's loader of configs.
         problems: list to which problems are appended.
     """
-    runs: dict[Overrides, Run] = {}
-    for overrides, hydra_overrides in _jobs(args.overrides, settings, multirun, loader, problems):
-        values = compose_run(name, [*hydra_overrides, *overrides], loader, problems)
+    checked: dict[Overrides, _Checked] = {}
+    for overrides, hydra_overrides in split_jobs(args.overrides, settings, multirun, loader, problems):
+        run_problems: list[Problem] = []  # another run may have another value of the same setting
+        values = compose_run(name, [*hydra_overrides, *overrides], loader, run_problems)
         if values is None:
+            problems += run_problems
             continue
         config, mistakes = read(values)
         stages, wrong_stages = resolve_stages(config)
         run = Run(config, stages)
-        problems += [*mistakes, *wrong_stages]
-        places = {problem.setting for problem in problems}
-        problems += (problem for problem in check_quickly(run) if problem.setting not in places)
+        of_values = (replace(problem, of_value=True) for problem in check_quickly(run))
+        for more in (mistakes, wrong_stages, of_values):
+            wrong = {problem.setting for problem in run_problems}
+            run_problems += [problem for problem in more if problem.setting not in wrong]
         if multirun:
-            problems += sweeping.check_metric(settings, config.metric)
-        runs[overrides] = run
-    problems += _check_together(list(runs.values()))
-    return runs
+            run_problems += (
+                replace(problem, of_value=True) for problem in sweeping.check_metric(settings, config.metric)
+            )
+        problems += run_problems
+        checked[overrides] = _Checked(run, frozenset(problem.setting for problem in run_problems))
+    together = _check_together([item.run for item in checked.values()])
+    problems += (replace(problem, of_value=True) for problem in together)
+    return checked
 
 
 def _check_together(runs: Sequence[Run]) -> Iterator[Problem]:
     """Yield conflicts between the runs of one command."""
-    yield from overwritten_inputs([run.config for run in runs])
+    yield from overwritten_inputs(runs)
     folders: dict[Path, str] = {}
     for config in (run.config for run in runs):
         if folders.setdefault(config.run_folder(), config.run_hash()) != config.run_hash():
@@ -196,96 +244,49 @@ def _check_together(runs: Sequence[Run]) -> Iterator[Problem]:
             )
 
 
-def _with_steps(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
+def _with_steps(
+    checked: Mapping[Overrides, _Checked], multirun: bool, problems: Sequence[Problem]
+) -> dict[Overrides, Run]:
     """Return the runs with the steps of their methods, after the checks that need their models.
+
+    Args:
+        problems: what is wrong already.
 
     Raises:
         ConfigError: the runs have problems; the error lists all of them.
     """
     gc.disable()  # scanning the objects of imported modules, which stay alive, takes a tenth of the import time
     try:
-        return _check_on_models(runs, multirun)
+        return _check_on_models(checked, multirun, problems)
     finally:
         gc.freeze()
         gc.enable()
 
 
-def _check_on_models(runs: Mapping[Overrides, Run], multirun: bool) -> dict[Overrides, Run]:
-    from recondense.run.model_and_machine_checks import (
-        preflight,
-    )  # late: imports torch, and `launching` imports Lightning
+def _check_on_models(
+    checked: Mapping[Overrides, _Checked], multirun: bool, problems: Sequence[Problem]
+) -> dict[Overrides, Run]:
+    from recondense.run.model_and_machine_checks import preflight  # late: imports torch; `launching` imports Lightning
 
-    messages: list[str] = []
-    if multirun and not all(run.config.plan_only for run in runs.values()):
+    messages = render(problems)
+    if multirun and not all(item.run.config.plan_only for item in checked.values()):
         from recondense.run.launching import check_sweep
 
         messages += render(check_sweep())
     complete: dict[Overrides, Run] = {}
-    for overrides, run in runs.items():
-        try:
-            complete[overrides] = replace(run, steps=build_steps(run.config.method))
-        except ConfigError as error:
-            messages += error.messages
-            continue
-        messages += render(preflight(complete[overrides]))
+    for overrides, item in checked.items():
+        run, wrong = item.run, item.wrong
+        if not any(setting.partition(".")[0] == "method" for setting in wrong):
+            try:
+                run = replace(run, steps=build_steps(run.config.method))
+            except ConfigError as error:
+                messages += error.messages
+                wrong = wrong | {"method"}
+        messages += render(preflight(run, wrong))
+        complete[overrides] = run
     if messages:
         raise ConfigError(dict.fromkeys(messages))
     return complete
-
-
-def _hydra(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, dict[str, Any]]:
-    """Return whether the command is a sweep, which an experiment can set, and the settings of launcher and sweeper."""
-    relevant = [text for text in overrides if text.startswith(("experiment=", "hydra.", "hydra/"))]
-    empty: dict[str, Any] = {"launcher": {}, "sweeper": {}}
-    if not relevant and not multirun:
-        return False, empty
-    try:
-        hydra = compose(name, relevant, return_hydra_config=True).hydra
-    except COMPOSE_ERRORS as error:
-        if problem := sweeping.missing_plugin(str(getattr(error, "missing_cfg_file", ""))):
-            raise ConfigError(render([problem])) from None  # without the plugin, the config cannot be composed
-        return multirun, empty  # `compose_run` reports the error
-    multirun = multirun or str(hydra.mode).endswith("MULTIRUN")
-    parts = {part: OmegaConf.to_container(hydra[part], enum_to_str=True) for part in ("launcher", "sweeper")}
-    return multirun, cast(dict[str, Any], parts)
-
-
-def _jobs(
-    overrides: Sequence[str], settings: Mapping[str, Any], multirun: bool, loader: ConfigLoader, problems: list[Problem]
-) -> list[tuple[Overrides, list[str]]]:
-    """Return for each run of a command its overrides, and the overrides of Hydra's own settings.
-
-    Of an interval, only the two ends are checked, because the sweeper can choose any value between them.
-    """
-    swept = [f"{key}={value}" for key, value in (settings["sweeper"].get("params") or {}).items() if multirun]
-    intervals = multirun and sweeping.takes_intervals(settings)
-    parser = OverridesParser.create(config_loader=loader)
-    parsed: list[Override] = []
-    for text in (*swept, *overrides):
-        try:
-            override = parser.parse_override(text)
-        except (OverrideParseException, HydraException):
-            key, _, value = text.partition("=")
-            quoted = f"'{key}=\"{value}\"'" if value.startswith("~") else "key='\"a, b\"'"
-            remedy = f"is not a setting. Write key=value, and quote special characters: {quoted}."
-            problems.append(Problem(text, remedy))
-            continue
-        if intervals and override.is_interval_sweep():
-            ends = cast(IntervalSweep, override.value())
-            override = parser.parse_override(f"{override.get_key_element()}={ends.start},{ends.end}")
-        if override.is_interval_sweep():
-            problems.append(Problem(text, "only Optuna can sweep an interval. Add -m hydra/sweeper=optuna."))
-            continue
-        if override.is_sweep_override() and not multirun:
-            key, _, values = text.partition("=")
-            hint = "" if key in list_groups(loader) else f", or write a list: '{key}=[{values}]'"
-            problems.append(Problem(text, f"one run cannot have several values. Add -m to run each{hint}."))
-            continue
-        parsed.append(override)
-    hydra_overrides = [str(override.input_line) for override in parsed if override.is_hydra_override()]
-    parsed = [override for override in parsed if not override.is_hydra_override()]
-    jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [[str(line.input_line) for line in parsed]]
-    return [(tuple(job), hydra_overrides) for job in jobs]
 
 
 def child_command(context: Any) -> list[str]:
@@ -295,8 +296,9 @@ def child_command(context: Any) -> list[str]:
         context: the run's `hydra` config; for a run of a sweep, the config of this run.
     """
     # An experiment can make the command a sweep; these overrides make it a single run.
+    # -P: the process imports from the folders of this one, and not from the current folder first.
     single_run = "hydra.mode=RUN", "hydra/sweeper=basic", "hydra/launcher=basic"
-    return [sys.executable, "-m", __name__, *same_configs(context), *context.overrides.task, *single_run]
+    return [sys.executable, "-P", "-m", __name__, *same_configs(context), *context.overrides.task, *single_run]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,16 @@ class JobFailed(Exception):
         super().__init__(" ".join(self.messages))
 
 
+def another_says_it() -> bool:
+    """Return whether torchrun or srun started the same command in another process of this machine, which reports too.
+
+    A process that a run started is alone in what it finds: its run was checked before.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ.get("LOCAL_RANK") or 0) > 0
+    return "RANK" not in os.environ and int(os.environ.get("SLURM_LOCALID") or 0) > 0
+
+
 @contextmanager
 def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
     """End the process with the exit code of an error that the code inside raises.

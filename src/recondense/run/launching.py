@@ -157,9 +157,12 @@ def _environment(planned: Processes) -> dict[str, str]:
 
 
 def _start(planned: Processes, command: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+    """Start the other processes of this machine. They import from the folders of this one, its script's among them."""
     first = int(os.environ["RANK"])
+    folders = os.pathsep.join(dict.fromkeys(map(os.path.abspath, sys.path)))
+    environment = {**os.environ, "PYTHONPATH": folders}
     return [
-        subprocess.Popen(list(command), env={**os.environ, "RANK": str(first + number), "LOCAL_RANK": str(number)})
+        subprocess.Popen(list(command), env={**environment, "RANK": str(first + number), "LOCAL_RANK": str(number)})
         for number in range(1, planned.on_node)
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from recondense.config.checks import ADAPTER, HOLDS_ADAPTER, check_on_cpu
-from recondense.config.problems import Problem
+from recondense.config.problems import NOT_SHOWN, Problem
 from recondense.config.schema import Config, EvaluationConfig, ModelConfig
 from recondense.errors import UserError
 from recondense.methods.step import Step
@@ -20,24 +20,58 @@ from recondense.models import classes, families, parameters, quantized
 from recondense.models.model_files import model_file, read_history
 from recondense.models.published_configs import recorded_config
 from recondense.offline import hub_access
+from recondense.run.build_steps import check_steps
 from recondense.run.resolved import Run
 
 
-def preflight(run: Run) -> Iterator[Problem]:
-    """Yield the problems of a run that can be found without its weights."""
+def preflight(run: Run, wrong: Collection[str] = ()) -> Iterator[Problem]:
+    """Yield the problems of a run that can be found without its weights.
+
+    Args:
+        run: the run.
+        wrong: names of settings with known problems. What depends on them is not checked, because the run has defaults
+            in their place. If the method is among them, the run has no steps.
+    """
+    yield from (problem for problem in _check(run, wrong) if problem.setting not in wrong)
+
+
+def _check(run: Run, wrong: Collection[str]) -> Iterator[Problem]:
     config = run.config
-    yield from _check_refit(run)
+    groups = {setting.partition(".")[0] for setting in wrong}
+    if foreign := check_steps(config.method, run.steps):
+        yield from foreign
+        groups.add("method")
+    if "method" not in groups:
+        yield from _check_refit(run)
     if not config.plan_only:
         yield from _check_machine(config)
-        yield from _check_tasks(config.evaluation)
+        yield from _check_tasks(config.evaluation) if "evaluation" not in groups else ()
         yield from _check_processes(run)
+    if "model" in wrong or any(setting.startswith(("model.path", "model.pretrain")) for setting in wrong):
+        return
     try:
         planned = planned_config(config.model, config.plan_only)
-        yield from _check_model(run, planned)
-        if run.steps or config.recovery.objective != "none":  # an evaluation needs no MoE layer
+        if more_than_all := _check_top_k(config.model, planned):
+            yield from more_than_all
+            return
+        yield from _check_model(run, planned, teachers="recovery" not in groups)
+        steps_or_training = run.steps or config.recovery.objective != "none"  # an evaluation needs no MoE layer
+        if "method" not in groups and steps_or_training:
             yield from _check_steps(run, planned)
     except UserError as error:
         yield Problem("", str(error))
+
+
+def _check_top_k(model: ModelConfig, planned: PretrainedConfig) -> list[Problem]:
+    """Return a router that would select more experts than there are."""
+    try:
+        facts = families.original_facts(planned)
+    except UserError:  # reported if a method or a recovery needs what it says
+        return []
+    if not facts.moe_layers or facts.top_k <= facts.num_experts:
+        return []
+    text = f"the config says that each token selects {facts.top_k} of the {facts.num_experts} experts of a layer."
+    return [Problem("model.pretrain.config" if model.path is None else "model.path", text, model.path or NOT_SHOWN)]
 
 
 def _check_refit(run: Run) -> Iterator[Problem]:
@@ -47,12 +81,13 @@ def _check_refit(run: Run) -> Iterator[Problem]:
         yield Problem("method.refit", text, "coefficients")
 
 
-def _check_model(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
+def _check_model(run: Run, planned: PretrainedConfig, *, teachers: bool) -> Iterator[Problem]:
     """Yield problems of the original's files and settings, and of the teachers.
 
     Args:
         run: the run.
         planned: config of the original.
+        teachers: whether the teachers are checked.
     """
     config = run.config
     unreadable = quantized.check(planned.to_dict(), "model.path", config.model.path)
@@ -65,7 +100,8 @@ def _check_model(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
         text = f"model_type {planned.model_type} does not support it. Use eager."
         yield Problem("model.attention", text, config.model.attention)
     yield from _check_rounding(config, planned)
-    yield from _check_teachers(run, planned)
+    if teachers:
+        yield from _check_teachers(run, planned)
 
 
 def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:

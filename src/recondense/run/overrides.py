@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import yaml
@@ -31,29 +32,67 @@ def compose_run(
 
     Args:
         name: name of the primary config.
-        overrides: overrides of the run. Those that cannot be applied are left out.
+        overrides: overrides of the run. Those that cannot be applied or resolved are left out.
         loader: Hydra's loader of configs.
         problems: list to which problems are appended.
     """
+    config = place(name, overrides, loader, problems)
+    if config is None:
+        return None
+    as_written = cast(dict[str, Any], OmegaConf.to_container(config))
+    for key in sorted(_missing(as_written)):
+        group, _, leaf = key.rpartition(".")
+        choice = f" ({group}={as_written[group].get('name')})" if group in list_groups(loader) else ""
+        problems.append(Problem(key, f"must be set{choice}; see the comment on `{leaf}: ???` in conf/."))
+        OmegaConf.update(config, key, None)
+    return resolve_values(config, problems)
+
+
+def place(name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]) -> DictConfig | None:
+    """Return the composed config. Overrides that cannot be applied become problems and are left out."""
     try:
-        config = compose(name, overrides)
+        return compose(name, overrides)
     except COMPOSE_ERRORS:
         try:
             compose(name, [])
         except COMPOSE_ERRORS as error:
             problems.append(Problem("--config-name", _reason(error), name))
             return None
-        config = _compose_stepwise(name, overrides, loader, problems)
-    for key in sorted(OmegaConf.missing_keys(config)):
-        group, _, leaf = key.rpartition(".")
-        choice = f" ({group}={config[group].get('name')})" if group in list_groups(loader) else ""
-        problems.append(Problem(key, f"must be set{choice}; see the comment on `{leaf}: ???` in conf/."))
-        OmegaConf.update(config, key, None)
-    try:
-        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:
-        problems.append(Problem("", f"the config cannot be resolved: {str(error).splitlines()[0]}"))
-        return None
+        return _compose_stepwise(name, overrides, loader, problems)
+
+
+def _missing(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yield the dotted names of the settings that are `???`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _missing(value, f"{path}{key}.")
+        elif value == "???":
+            yield f"{path}{key}"
+
+
+def resolve_values(config: DictConfig, problems: list[Problem]) -> dict[str, Any] | None:
+    """Return the values with their interpolations resolved. One that cannot be resolved becomes a problem, and null."""
+    written = config.copy()
+    while True:
+        try:
+            return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        except OmegaConfBaseException as error:
+            key, reason = str(error.full_key or ""), _reason(error)
+            reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason).strip('"').rstrip(".")
+            text = f"cannot be resolved: {reason}."
+            if not key or key in [problem.setting for problem in problems]:
+                problems.append(Problem(key, text if key else f"the config {text}"))
+                return None
+            problems.append(Problem(key, text, _written(written, key)))
+            OmegaConf.update(config, key, None)
+
+
+def _written(config: DictConfig, key: str) -> Any:
+    """Return a setting's value without resolving it."""
+    value: Any = OmegaConf.to_container(config)
+    for part in re.findall(r"[^.\[\]]+", key):
+        value = value[int(part) if isinstance(value, list) else part]
+    return value
 
 
 def _compose_stepwise(name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]) -> DictConfig:
@@ -82,9 +121,21 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
         if word not in options:
             near = nearest(word, options)
             return Problem(text, f"there is no such {key}. {suggestion(word, options)}"), near and f"{key}={near}"
-    elif OmegaConf.select(config, key, default=None) is None:
+        if override.is_add() and not override.is_force_add():
+            return Problem(text, f"+ adds a group, and {key} is there already. Write {text[1:]}."), text[1:]
+    elif not _has(config, key):
         return Problem(key, f"there is no such setting. {_suggest_key(key, config, loader)}"), None
+    elif override.is_add() and not override.is_force_add():
+        return Problem(text, f"+ adds a setting, and {key} is there already. Write {text[1:]}."), text[1:]
     return Problem(text, _reason(error.__cause__ or error)), None
+
+
+def _has(config: DictConfig, key: str) -> bool:
+    """Return whether there is a setting of that name whose value is not null, resolved or not."""
+    try:
+        return OmegaConf.select(config, key, default=None) is not None
+    except OmegaConfBaseException:  # an interpolation that cannot be resolved
+        return True
 
 
 def _reason(error: BaseException) -> str:
@@ -100,7 +151,7 @@ def _suggest_key(key: str, config: DictConfig, loader: ConfigLoader) -> str:
     elsewhere = [name for name in names if name.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"Did you mean {' or '.join(elsewhere[:3])}?"
-    beside = OmegaConf.select(config, parent) if parent else config
+    beside = OmegaConf.select(config, parent) if parent and _has(config, parent) else None if parent else config
     if isinstance(beside, DictConfig):
         choices = {str(name) for name in beside} | (set() if parent else set(list_groups(loader)))
         return suggestion(leaf, choices, prefix=parent and f"{parent}.")

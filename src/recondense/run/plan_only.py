@@ -1,4 +1,4 @@
-"""`plan_only=true`: the sizes of the compressed model, printed and written to summary.json without a run."""
+"""`plan_only=true`: the sizes of the compressed model, written to summary.json and printed without a run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _with(step: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def plan_only(run: Run) -> None:
-    """Print the sizes of a run and write summary.json, without stages, because nothing is measured.
+    """Write the sizes of a run to summary.json and print them. There are no stages, because nothing is measured.
 
     Raises:
         ConfigError: another process is working in the folder.
@@ -72,10 +72,10 @@ def plan_only(run: Run) -> None:
     folder = run.config.run_folder()
     with run_folder.lock_folder(folder, resumes=False):
         run_folder.begin(run.config, folder)
-        _print_sizes(run, folder)
+        _write_and_print(run, folder)
 
 
-def _print_sizes(run: Run, folder: Path) -> None:
+def _write_and_print(run: Run, folder: Path) -> None:
     config, steps = run.config, run.steps
     planned = planned_config(config.model, plan_only=True)
     dtype = weights_dtype(planned, config.model.dtype)
@@ -83,13 +83,13 @@ def _print_sizes(run: Run, folder: Path) -> None:
     model = classes.on_meta(planned, dtype)
     sizes = compare(model, steps, byte_counter(model, quantized))
     result = _summary(config, model, sizes)
+    write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     rows = beside_published(model, steps)
     own_tables = [size_table(result, bool(quantized), dtype), layer_table(sizes)]
     print_tables([*own_tables, *([published_table(rows)] if rows else [])])
     print(f"\nplan: {plan_line(result['operations'])}")
     for note in _notes(steps, sizes, quantized, dtype, planned):
         print(note)
-    write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"\nsizes: {folder / 'summary.json'}")
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from recondense.config.problems import Problem
+from recondense.config.problems import Problem, render
 from recondense.config.schema import WORK, Config, DataConfig
-from recondense.config.stages import resolve_stages
 from recondense.errors import ConfigError
 from recondense.files import write_aside
+from recondense.run.resolved import Run
 
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"
@@ -29,17 +29,17 @@ Setting = tuple[str, str]  # name and path
 log = logging.getLogger(__name__)
 
 
-def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
+def overwritten_inputs(runs: Sequence[Run]) -> list[Problem]:
     """Return a problem for each input that `overwrite=true` would delete, entirely or in part.
 
     Links are followed: deleting a link on the path to an input counts as deleting the input.
 
     Args:
-        configs: configs of all runs of a command, because one run may delete the input of another.
+        runs: all runs of a command, because one run may delete the input of another.
     """
     deleted: dict[tuple[int, int], Path] = {}
     around: dict[tuple[int, int], Path] = {}
-    for folder in dict.fromkeys(config.run_folder() for config in configs if config.overwrite):
+    for folder in dict.fromkeys(run.config.run_folder() for run in runs if run.config.overwrite):
         places = {place: identity for name in CONTENTS if (identity := _identity(place := folder / name))}
         deleted |= {identity: place for place, identity in places.items()}
         if places:
@@ -48,7 +48,7 @@ def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
     if not deleted:
         return []
     problems = []
-    for name, path in dict.fromkeys(setting for config in configs for setting in input_paths(config)):
+    for name, path in dict.fromkeys(setting for run in runs for setting in input_paths(run)):
         lost = next((deleted[place] for place in _identities(path) if place in deleted), None)
         target = _identity(Path(os.path.realpath(os.path.expanduser(path))))
         if lost is not None:
@@ -63,9 +63,9 @@ def overwritten_inputs(configs: Sequence[Config]) -> list[Problem]:
     return problems
 
 
-def input_paths(config: Config) -> list[Setting]:
+def input_paths(run: Run) -> list[Setting]:
     """Return the settings that name existing local inputs of a run. Hub ids are left out."""
-    recovery = config.recovery
+    config, recovery = run.config, run.config.recovery
     settings = [
         ("model.path", config.model.path),
         ("model.tokenizer", config.model.tokenizer),
@@ -74,7 +74,7 @@ def input_paths(config: Config) -> list[Setting]:
         ("cache_dir", config.cache_dir),
         *_data_paths(config.data, "data"),
     ]
-    for stage in resolve_stages(config)[0] if recovery.stages else ():
+    for stage in run.stages if recovery.stages else ():
         if stage.recovery.teacher_path != recovery.teacher_path:
             settings.append((f"{stage.where}.teacher_path", stage.recovery.teacher_path))
         if stage.own_texts:
@@ -136,7 +136,7 @@ def lock_folder(folder: Path, *, resumes: bool) -> Iterator[None]:
         resumes: whether the run uses results in the folder. If there are any, this is logged.
 
     Raises:
-        ConfigError: another run is working in the folder.
+        ConfigError: another run is working in the folder, or the folder cannot be created.
     """
     from recondense import processes  # late: imports torch, which the fast checks do not need
 
@@ -144,14 +144,17 @@ def lock_folder(folder: Path, *, resumes: bool) -> Iterator[None]:
         processes.barrier()
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ConfigError(
             [f"run folder {folder}: another process is working in it; wait until it ends, or set another run_dir"]
         ) from None
+    except OSError as error:
+        text = f"cannot be written to ({error.strerror}). Choose another output_dir or run_dir."
+        raise ConfigError(render([Problem("run_dir", text, folder)])) from error
     try:
         repair(folder)
         if resumes and (folder / CONFIG).exists():

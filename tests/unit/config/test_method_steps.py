@@ -155,3 +155,25 @@ def test_a_step_that_does_not_exist_is_the_only_problem(target: str) -> None:
     ):
         [problem] = problems({**method, "whole": 2, "hole": 3})
         assert problem.startswith(f"{where}{target}: ")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (f"{__name__}.Othr", f"{__name__} has no such class. Did you mean {__name__}.Other? Choices: Empty, "),
+        (f"{__name__}.pytest", "is not a class. Name the class of a step"),
+        ("os.getcwd", "is not a class. Name the class of a step, such as recondense.methods.cdmoe.CDMoE."),
+    ],
+)
+def test_a_name_that_is_not_that_of_a_class(target: str, message: str) -> None:
+    [problem] = problems({"_target_": target, "whole": 2})
+    assert problem.startswith(f"method._target_={target}: {message}")
+
+
+def test_no_choices_are_none() -> None:
+    target = f"{__name__}.Empty"
+    assert problems({"_target_": target, "whole": 2}) == ("method.whole: there is no such setting.",)
+
+
+class Empty:
+    """A class without settings."""

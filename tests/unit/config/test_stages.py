@@ -87,6 +87,9 @@ def test_data_with_a_source_stands_alone_and_without_one_changes_the_data_of_the
     ("stages", "parts"),
     [
         ([{"name": "a", "step": 3}], ["recovery.stages[0].step: there is no such setting", "recovery.stages[0].steps"]),
+        ([{"name": "a", "sequence_lenght": 1}], ["Did you mean recovery.stages[0].sequence_length?"]),
+        ([{"name": "a", "dta": {}}], ["Did you mean recovery.stages[0].data?"]),
+        ([{"name": "a", "data": {"calibratoin": {}}}], ["recovery.stages[0].data.calibratoin: there is no such"]),
         ([{"name": "a", "steps": "x"}], ["recovery.stages[0].steps=x: expected a whole number"]),
         ([{"name": "a", "control": True}], ["recovery.stages[0].control: belongs to the recovery, not to a stage"]),
         ([{"name": "a", "steps": 1, "epochs": 2}], ["recovery.stages[0]: steps=1 and epochs=2 are both set"]),
@@ -151,3 +154,15 @@ def test_epochs_become_steps() -> None:
     assert with_steps(recovery(epochs=0.001, warmup_steps=0), 10).steps == 1
     with pytest.raises(ValueError, match=r"here.warmup_steps=3: here.epochs=1 of 5 windows take 3 steps"):
         with_steps(recovery(epochs=1, warmup_steps=3), 5, "here")
+
+
+@pytest.mark.parametrize("where", ["", "data."])
+def test_choices_are_those_that_a_stage_can_have(where: str) -> None:
+    wrong: dict[str, Any] = {"zzz": 1}
+    stage = {"name": "a", **({"data": wrong} if where else wrong)}
+    recovery = {"name": "finetune", "objective": "finetune", "stages": [stage]}
+    [problem] = resolve_stages(from_dict({"recovery": recovery}))[1]
+    choices = problem.text.partition("Choices: ")[2].rstrip(".").split(", ")
+    assert problem.setting == f"recovery.stages[0].{where}zzz"
+    assert {"sequence_length", "data"} - ({"data"} if where else set()) <= set(choices)
+    assert not {"stages", "control", "calibration"} & set(choices)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +44,18 @@ def test_processes_of_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="4 processes were started; use"):
         launching.plan_processes(TrainerConfig(), gpu=False)
     assert "-m: 4 processes" in str(launching.check_sweep()[0])
+
+
+def test_other_processes_import_from_the_same_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of train.py's folder too, wherever the command is run; nothing of another folder comes before them."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "own_step.py").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "beside")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("RANK", "0")
+    [child] = launching._start(launching.Processes(2, 1), [sys.executable, "-c", "import own_step, recondense"])
+    assert child.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize("backend", ["gloo", "cpu:gloo"])

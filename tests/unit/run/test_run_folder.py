@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from recondense import files
-from recondense.config.problems import render
+from recondense.config.problems import Problem, render
 from recondense.config.schema import Config, from_dict
+from recondense.config.stages import require_stages
 from recondense.run import run_folder
+from recondense.run.resolved import Run
 from recondense.run.run_folder import CONTENTS, begin, overwritten_inputs, repair
 
 
@@ -34,6 +36,10 @@ def folder(tmp_path: Path) -> Path:
 def config(folder: Path, **settings: Any) -> Config:
     cache = {"cache_dir": str(folder.parent / "cache")}
     return from_dict({"run_dir": str(folder), "overwrite": True, **cache, **settings})
+
+
+def overwritten(configs: Sequence[Config]) -> list[Problem]:
+    return overwritten_inputs([Run(config, require_stages(config)) for config in configs])
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -71,15 +77,15 @@ def test_inputs_that_would_be_deleted_are_reported(
     folder: Path, name: str, settings: Callable[[str], dict[str, Any]]
 ) -> None:
     inside = folder / "model"
-    [problem] = render(overwritten_inputs([config(folder, **settings(str(inside)))]))
+    [problem] = render(overwritten([config(folder, **settings(str(inside)))]))
     assert problem.startswith(f"{name}={inside}: ") and f"would delete {inside}." in problem
     around = str(folder.parent)
-    [problem] = render(overwritten_inputs([config(folder, **settings(around))]))
+    [problem] = render(overwritten([config(folder, **settings(around))]))
     assert problem.startswith(f"{name}={around}: ") and f"the run in {folder}." in problem
     for path in (folder / "mine.jsonl", folder.parent / "mine.jsonl", folder.parent / "run-2"):  # nothing deletes these
         path.touch()
-        assert overwritten_inputs([config(folder, **settings(str(path)))]) == []
-    assert overwritten_inputs([replace(config(folder, **settings(str(inside))), overwrite=False)]) == []
+        assert overwritten([config(folder, **settings(str(path)))]) == []
+    assert overwritten([replace(config(folder, **settings(str(inside))), overwrite=False)]) == []
 
 
 def test_links_and_homes_are_followed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,16 +105,16 @@ def test_links_and_homes_are_followed(folder: Path, tmp_path: Path, monkeypatch:
         *("~/model", "run/model/file", "run/../run/model", tmp_path / "to-link", tmp_path / "hub"),
         *(folder / "work" / "link", tmp_path / "again", tmp_path / "to-run" / "model"),
     ):
-        assert len(overwritten_inputs([config(folder, **data(dataset=str(path)))])) == 1, path
-        assert len(overwritten_inputs([config(tmp_path / "to-run", **data(dataset=str(path)))])) == 1, path
+        assert len(overwritten([config(folder, **data(dataset=str(path)))])) == 1, path
+        assert len(overwritten([config(tmp_path / "to-run", **data(dataset=str(path)))])) == 1, path
     for path in (tmp_path / "elsewhere", tmp_path / "loop", "owner/name", ""):
-        assert overwritten_inputs([config(folder, **data(dataset=str(path)))]) == [], path
+        assert overwritten([config(folder, **data(dataset=str(path)))]) == [], path
 
 
 def test_no_run_of_a_sweep_deletes_what_another_reads(folder: Path) -> None:
     reader = config(folder.parent / "run-2", model={"path": str(folder / "model")})
-    assert overwritten_inputs([reader]) == []
-    assert len(overwritten_inputs([reader, config(folder)])) == 1
+    assert overwritten([reader]) == []
+    assert len(overwritten([reader, config(folder)])) == 1
 
 
 def test_a_new_start_deletes_only_the_files_of_the_run(folder: Path) -> None:

@@ -1,0 +1,56 @@
+"""Problems that the config and the folders it names tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checks import config_messages
+
+from recondense.config.schema import from_dict
+
+BUILT_IN = {"model": {"pretrain": {}}}
+
+
+def messages(**values: Any) -> list[str]:
+    return config_messages(from_dict(BUILT_IN | values))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of a model, with what is looked for."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_local_tasks_need_their_folder(tmp_path: Path) -> None:
+    local = {"name": "local", "tasks": None}
+    assert messages(evaluation=local) == [
+        "evaluation.include_path=null: evaluation=local reads the tasks of a folder. Give a folder with lm-eval task "
+        "YAMLs."
+    ]
+    (tmp_path / "one.yaml").touch()
+    assert messages(evaluation={**local, "include_path": str(tmp_path)}) == []
+
+
+def test_a_teacher_has_a_tokenizer_of_its_own(folder: Path) -> None:
+    recovery = {"name": "distill", "objective": "distill", "teacher": "model", "teacher_path": str(folder)}
+    assert messages(recovery=recovery) == []
+    (folder / "tokenizer.json").unlink()
+    assert messages(recovery=recovery) == [
+        f"recovery.teacher_path={folder}: the folder has no tokenizer. Save the tokenizer there too: it must be the "
+        "student's."
+    ]
+    (folder / "config.json").unlink()
+    [problem] = messages(recovery=recovery)
+    assert "no config.json" in problem
+
+
+def test_a_model_has_one_unless_another_folder_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    [problem] = messages(model={"path": str(folder)})
+    assert problem.endswith("the folder has no tokenizer. Set model.tokenizer to a folder or hub id that has one.")
+    assert messages(model={"path": str(folder), "tokenizer": "some/model"}) == []
+    assert messages(model={"path": str(folder)}, plan_only=True) == []
