@@ -18,6 +18,7 @@ from recondense.methods.cdmoe import CDMoE
 from recondense.methods.naee import NAEE
 from recondense.methods.search.budget import Budget
 from recondense.run.build_steps import build_steps
+from recondense.run.help_page import help_page
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/[!_]*.yaml") if path.parent.name != "hydra")
@@ -87,6 +88,12 @@ def test_steps_of_the_command_line_take_the_place_of_a_methods_own(method: str) 
 @pytest.mark.parametrize("path", sorted(CONF.glob("method/*.yaml")), ids=lambda path: path.stem)
 def test_a_setting_of_a_method_is_written_once(path: Path) -> None:
     assert "${method." not in path.read_text(encoding="utf-8")
+
+
+def test_a_choice_fits_its_line_of_the_help_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = help_page(CONF).splitlines()
+    assert [line for line in lines if line.endswith("...") or len(line) > 120] == []
 
 
 def test_demo() -> None:
