@@ -1,4 +1,4 @@
-"""Pages of the site that are not in docs/: README, CONTRIBUTING, CHANGELOG, and the API reference.
+"""Files of the site that are not in docs/: README, CONTRIBUTING, CHANGELOG, the API reference, and a script for the search.
 
 The reference has a section for each folder of src/recondense and a page for each module. A new module needs no change
 here.
@@ -28,6 +28,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, name in AT_THE_TOP.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
     files.append(File.generated(config, "LICENSE", abs_src_path=str(ROOT / "LICENSE")))
+    script = ROOT / "docs" / "site" / "iframe-worker.js"
+    files.append(File.generated(config, "assets/iframe-worker.js", abs_src_path=str(script)))
     config.nav = [*(config.nav or ()), {"API reference": list(_reference(PACKAGE, files, config))}]
     return files
 
