@@ -21,9 +21,10 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from support.forks import Forks
 from support.hollow import hollow_weights
-from support.runs import ROOT
+from support.runs import ROOT, model_folder, text_files
 from transformers import AutoConfig
 
+import recondense as rc
 from recondense.errors import ConfigError
 from recondense.models.classes import on_meta
 from recondense.run.command_line import validate
@@ -129,6 +130,27 @@ def test_benchmark(forks: Forks, words: list[str], tmp_path: Path) -> None:
     done = forks.run(ROOT / script, "--help", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert set(options) <= set(re.findall(r"--[\w-]+", done.stdout))
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_own_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/recovery.md runs, with few steps on a tiny model."""
+    section = PAGES[Path("docs/recovery.md")].partition("\n## In your own Trainer\n")[2].partition("\n## ")[0]
+    [code] = BLOCK.findall(section)
+    assert code.count("steps=200") == 1 and code.count("256") == 3
+    code = code.replace("steps=200", "steps=2").replace(" 256,", " 32,").replace("speed()", "speed(prompt_length=8)")
+    monkeypatch.chdir(tmp_path)
+    paths = text_files(tmp_path / "texts")
+    texts = {
+        split: [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
+        for split, path in paths.items()
+    }
+    model, tokenizer = rc.load(model_folder(tmp_path / "model"))
+    tape = rc.calibrate(model, tokenizer, texts["calibration"], num_samples=4, max_length=16)
+    names: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "tape": tape, "train_texts": texts["train"]}
+    names |= {"plan": rc.search(tape, rc.CDMoE(num_experts=2)), "validation_texts": texts["validation"]}
+    exec(code, names)
+    assert names["trainer"].global_step == 2 and (tmp_path / "condensed" / "config.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------- the files
