@@ -1,4 +1,4 @@
-"""Files of the site that are not in docs/: README, CONTRIBUTING, CHANGELOG, the API reference, and a script for the search.
+"""Files of the site that are not in docs/: README, CONTRIBUTING, CHANGELOG, the API reference, a script for the search.
 
 The reference has a section for each folder of src/recondense and a page for each module. A new module needs no change
 here.

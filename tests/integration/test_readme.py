@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -22,12 +23,18 @@ from omegaconf import OmegaConf
 from support.forks import Forks
 from support.hollow import hollow_weights
 from support.runs import ROOT, model_folder, text_files
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 import recondense as rc
+from recondense.config.schema import ModelConfig
 from recondense.errors import ConfigError
 from recondense.models.classes import on_meta
+from recondense.models.parameters import weights_bytes
+from recondense.plan import Plan
+from recondense.recovery.trainable import trainable_parameters
 from recondense.run.command_line import validate
+from recondense.run.model_and_machine_checks import planned_config
+from recondense.surgery.apply import restructure
 
 PAGES = {
     path.relative_to(ROOT): path.read_text(encoding="utf-8")
@@ -283,6 +290,31 @@ def test_settings_have_these_defaults(title: str) -> None:
         if default not in ("...", shown):
             wrong.append(f"{name}: {page} says {default}, it is {value}")
     assert wrong == []
+
+
+def test_memory_of_a_run() -> None:
+    """The table of docs/larger_than_memory.md follows from shapes, by the arithmetic that stands below it."""
+    section = PAGES[Path("docs/larger_than_memory.md")].partition("\n## How much memory a run needs\n")[2]
+    rows = [re.findall(r"[^|]+", line) for line in section.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if "=" not in row[0]]
+    assert len(rows) == 9
+    for name, *figures in rows:
+        model = on_meta(published_config(name.strip(" `")), torch.bfloat16)
+        original = weights_bytes(model)
+        tape = 100 * 256 * model.config.hidden_size * 2 * (model.config.num_hidden_layers + 1)
+        plan = Plan("", tuple(rc.CDMoE(num_experts=4, num_layers=9).outline(model)))
+        restructure(model, plan)
+        compressed = weights_bytes(model)
+        trained = sum(value.numel() for value in trainable_parameters(model, plan.layers, "experts").values())
+        sizes = [original + tape, original + 16 * trained, compressed + 14 * trained]
+        shown = [f"{original / 1e9:.1f} GB", f"{compressed / 1e9:.1f} GB", f"{trained / 1e9:.3f} billion"]
+        assert [figure.strip() for figure in figures] == [*shown, *(f"{size / 1e9:.0f} GB" for size in sizes)], name
+
+
+def published_config(name: str) -> PreTrainedConfig:
+    """The config of a `model=` entry, without the hub."""
+    entry = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text(encoding="utf-8"))["model"]
+    return planned_config(ModelConfig(name=name, path=entry["path"]), plan_only=True)
 
 
 def test_choices_exist() -> None:
