@@ -76,7 +76,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("verb", [name for name in rc.__all__ if inspect.isfunction(getattr(rc, name))])
 def test_the_example_of_a_verb_runs(verb: str, names: dict[str, Any]) -> None:
     function = getattr(rc, verb)
-    for part in ("Args:", "Returns:", "Raises:", "Example:"):
+    for part in ("Args:", "Returns:", "Raises:", "Examples:"):
         assert part in str(function.__doc__), f"{verb}: {part}"
     [example] = doctest.DocTestFinder(recurse=False).find(function, verb, globs=dict(names))
     report: list[str] = []

@@ -50,7 +50,7 @@ def calibrate(
         UserError: there are fewer texts than `num_samples`, a text has no token, `texts` is one text, or a hidden state
             is not finite.
 
-    Example:
+    Examples:
         >>> model, tokenizer = rc.load(folder)
         >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
         >>> tape.num_layers == model.config.num_hidden_layers

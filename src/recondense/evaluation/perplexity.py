@@ -55,7 +55,7 @@ def evaluate(
     Raises:
         UserError: the texts have fewer tokens than one window, `texts` is one text, or the loss is not finite.
 
-    Example:
+    Examples:
         >>> model, tokenizer = rc.load(folder)
         >>> sorted(rc.evaluate(model, tokenizer, texts, sequence_length=32))
         ['loss', 'perplexity']

@@ -43,7 +43,7 @@ def export(
         UserError: `settings` ask for a format that cannot express the student; the folder holds other files, or the
             weights that a streamed model is still reading.
 
-    Example:
+    Examples:
         >>> model, tokenizer = rc.load(folder)
         >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
         >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)

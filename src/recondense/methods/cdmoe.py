@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recondense.errors import UserError
 from recondense.methods.search.budget import NO_BUDGET, Budget
-from recondense.methods.search.condense_search import CondenseSearch
+from recondense.methods.search.cdmoe_search import CondenseSearch
 from recondense.methods.step import Record, SearchContext
 from recondense.models import views
 from recondense.models.families import Facts

@@ -66,7 +66,7 @@ def load(
             config, or are not safetensors; the folder has an adapter; or the model is not in the cache and the hub
             cannot be reached.
 
-    Example:
+    Examples:
         >>> model, tokenizer = rc.load(folder, dtype="bfloat16")
         >>> model.dtype
         torch.bfloat16

@@ -51,7 +51,7 @@ class RecoveryModule(L.LightningModule):
         part: the trained part of the student, set in `setup`.
         task_results: lm-eval results by optimizer step, set by a callback.
 
-    Example:
+    Examples:
         >>> module = RecoveryModule(lambda: apply(model, plan, tape), RecoveryConfig(objective="distill", steps=200))
         >>> lightning.Trainer(max_steps=200).fit(module, datamodule=data)
     """

@@ -57,7 +57,7 @@ def recover(
         UserError: a setting does not exist or is invalid, there is too little text, or there is nothing to train; the
             folder has another call's checkpoints; a streamed model is to be distilled.
 
-    Example:
+    Examples:
         >>> model, tokenizer = rc.load(folder)
         >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
         >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)

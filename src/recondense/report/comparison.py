@@ -59,7 +59,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     Raises:
         UserError: a folder contains no finished run.
 
-    Example:
+    Examples:
         >>> rows = rc.compare([first_run, second_run])
         >>> [row["settings"] for row in rows]
         [{'recovery.steps': '2'}, {'recovery.steps': '4'}]

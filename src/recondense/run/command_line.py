@@ -36,10 +36,10 @@ from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.help_page import help_page
 from recondense.run.jobs import Overrides, read_sweep, split_jobs
 from recondense.run.options import check_options, options_first
-from recondense.run.overrides import compose_run, place, resolve_values
 from recondense.run.resolved import Run, resolve
 from recondense.run.run_folder import overwritten_inputs
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
+from recondense.run.unknown_overrides import compose_run, place, resolve_values
 
 NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")
 NAME = "train"  # name of the primary config

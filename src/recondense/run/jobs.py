@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from recondense.config.problems import Problem, render
 from recondense.errors import ConfigError
 from recondense.run import sweeping
-from recondense.run.overrides import COMPOSE_ERRORS, list_groups
+from recondense.run.unknown_overrides import COMPOSE_ERRORS, list_groups
 
 Overrides = tuple[str, ...]
 

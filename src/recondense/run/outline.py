@@ -29,7 +29,7 @@ def plan_only(path: str | Path, steps: Step | Sequence[Step] | str) -> Sizes:
     Raises:
         UserError: the model is unknown, a step does not suit it, or the method cannot meet its budget.
 
-    Example:
+    Examples:
         >>> sizes = rc.plan_only("Qwen/Qwen1.5-MoE-A2.7B", rc.CDMoE(num_experts=4, num_layers=9))
         >>> f"{sizes.after.weights_bytes / sizes.before.weights_bytes:.3f}"
         '0.695'

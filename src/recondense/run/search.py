@@ -52,7 +52,7 @@ def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str 
         UserError: a step does not suit the model or cannot meet its budget; the message lists the problems of all
             steps. Or the model was compressed after the tape was recorded.
 
-    Example:
+    Examples:
         >>> model, tokenizer = rc.load(folder)
         >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
         >>> plan = rc.search(tape, rc.CDMoE(num_experts=2, num_layers=1))

@@ -99,7 +99,7 @@ class Student:
         If the plan changes nothing, that is the model itself. If the original was released or is offloaded, this raises
         an AssertionError.
 
-        Example:
+        Examples:
             >>> with student.original() as model:
             ...     logits = model(input_ids).logits
         """
@@ -265,7 +265,7 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
         UserError: an operation does not fit the model, or the plan needs the calibration set and `tape` is None. The
             model is then unchanged. Or the model was compressed before, or the tape is of another model.
 
-    Example:
+    Examples:
         >>> model, tokenizer = rc.load(folder)
         >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
         >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recondense.methods.search import ranks
-from recondense.methods.search.condense_search import condensed_block
+from recondense.methods.search.cdmoe_search import condensed_block
 from recondense.models import views
 from recondense.models.factors import Factors, factors
 from recondense.models.low_rank import LowRankExperts

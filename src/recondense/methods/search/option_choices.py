@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from recondense.methods.cdmoe import CDMoE
-from recondense.methods.search.condense_search import CondenseSearch
+from recondense.methods.search.cdmoe_search import CondenseSearch
 from recondense.methods.search.expert_sets import search_expert_sets
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.search.importance import expert_importances

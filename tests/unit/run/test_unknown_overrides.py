@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from recondense.config.problems import Problem, render
-from recondense.run.overrides import compose_run
 from recondense.run.search_path import initialize_hydra
+from recondense.run.unknown_overrides import compose_run
 
 
 def composed(*overrides: str) -> tuple[dict[str, Any] | None, list[str]]:
