@@ -30,7 +30,7 @@ from support.searched import METHODS, plan_of, steps_of  # noqa: E402
 from support.tiny_models import EVERY, logits, recorded, tiny, windows  # noqa: E402
 
 from recondense.config.schema import ExportConfig  # noqa: E402
-from recondense.export.layout import layer_shapes  # noqa: E402
+from recondense.export.stock_or_bundled import layer_shapes  # noqa: E402
 from recondense.export.write_folder import write_folder  # noqa: E402
 from recondense.models import families  # noqa: E402
 from recondense.plan import Plan  # noqa: E402

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from recondense.plan import Plan
     from recondense.recovery.recover import recover
     from recondense.report.comparison import compare
-    from recondense.run.outline import plan_only
+    from recondense.run.plan_only import plan_only
     from recondense.run.search import search
     from recondense.surgery.student import Student, apply
 
@@ -52,7 +52,7 @@ _MODULES = {
     "recover": "recovery.recover",
     "evaluate": "evaluation.perplexity",
     "export": "export.export",
-    "plan_only": "run.outline",
+    "plan_only": "run.plan_only",
     "compare": "report.comparison",
     "Plan": "plan",
     "CDMoE": "methods.cdmoe",

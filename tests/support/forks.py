@@ -55,7 +55,7 @@ def serve() -> None:
     """Run the commands that arrive as lines of JSON, and answer each with its exit code."""
     import recondense.callbacks.sweep
     import recondense.run.pipeline
-    import recondense.run.plan_only  # noqa: F401
+    import recondense.run.print_sizes  # noqa: F401
     import train  # noqa: F401
     from support.read_once import freeze_imported_objects, read_configs_once
     from support.runs import kill_at

@@ -20,8 +20,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.core_model_loading import revert_weight_conversion
 
 from recondense.config.schema import ExportConfig
-from recondense.export.layout import Shapes, Stock, choose_layout, layer_shapes, skipped_layers
 from recondense.export.shard_writer import ShardWriter
+from recondense.export.stock_or_bundled import Shapes, Stock, choose_layout, layer_shapes, skipped_layers
 from recondense.files import replace_folder, write_aside
 from recondense.models import (
     classes,

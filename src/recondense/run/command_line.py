@@ -120,9 +120,9 @@ def start(run: Run, context: Any) -> Any:
         the metric that a sweep compares; None with `plan_only`.
     """
     if run.config.plan_only:
-        from recondense.run.plan_only import plan_only
+        from recondense.run.print_sizes import print_sizes
 
-        return plan_only(run)
+        return print_sizes(run)
     from recondense import callbacks
     from recondense.run import pipeline
 

@@ -209,7 +209,7 @@ def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     export = run.config.export
     if export.format != "stock" or export.enabled is False or not run.steps:
         return
-    from recondense.export.layout import choose_layout, layer_shapes
+    from recondense.export.stock_or_bundled import choose_layout, layer_shapes
     from recondense.run.sizes import outlined
 
     model = classes.on_meta(planned)

@@ -26,7 +26,7 @@ from recondense.config.stages import Stage, Stages, require_stages, without_teac
 from recondense.data.texts import Texts
 from recondense.evaluation import profiling
 from recondense.export.export import export
-from recondense.export.layout import choose_layout, layer_shapes
+from recondense.export.stock_or_bundled import choose_layout, layer_shapes
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_store import layer_store

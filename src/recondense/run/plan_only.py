@@ -1,252 +1,43 @@
-"""`plan_only=true`: the sizes of the compressed model, written to summary.json and printed without a run."""
+"""`plan_only` in Python: a model's sizes before and after a method, computed from its config."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.table import Table
-from transformers import PretrainedConfig, PreTrainedModel
-
-from recondense import processes
-from recondense.config.schema import Config
-from recondense.files import write_aside
+from recondense.config.schema import ModelConfig
+from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.models import classes, families
 from recondense.models.quantized import byte_counter, quantization
-from recondense.operations import Drop, Factorize
-from recondense.plan import Plan
-from recondense.report import tables
-from recondense.report.published import CDMOE, PAPER_TITLES, Result, find, published_model
-from recondense.report.summary import Summary, ratios
-from recondense.report.tables import plan_line, print_tables
-from recondense.run import run_folder
 from recondense.run.model_and_machine_checks import planned_config
-from recondense.run.refits import plan_refits
-from recondense.run.resolved import Run
-from recondense.run.sizes import LayerSize, Sizes, compare
-
-GIB = 2**30
+from recondense.run.print_sizes import weights_dtype
+from recondense.run.sizes import Sizes, compare
+from recondense.run.steps import as_steps
 
 
-def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tuple[Result, Sizes]]:
-    """Return the published results of a model and method with the sizes of the same settings; empty if there are none.
+def plan_only(path: str | Path, steps: Step | Sequence[Step] | str) -> Sizes:
+    """Return the sizes of a model before and after a method, computed without weights or texts.
 
     Args:
-        model: the model on the meta device, uncompressed.
-        steps: steps of the command. The first one determines the method.
-    """
-    facts = families.facts(model.config)
-    known = published_model(facts.model_type, facts.hidden_size, facts.num_layers, facts.num_experts)
-    if known is None or not steps:
-        return []
-    rows: dict[tuple[Any, ...], Result] = {}
-    for row in find(known.name, method=steps[0].key()["method"]):
-        if row.settings is not None:
-            rows.setdefault(tuple(row.settings.values()), row)  # some settings occur in two tables
-    order = lambda row: (-(row.num_experts or 0), row.num_layers or 0, row.removed_expert_ratio or 0)  # noqa: E731
-    return [
-        (row, compare(model, [_with(step, row.settings or {}) for step in steps]))
-        for row in sorted(rows.values(), key=order)
-    ]
+        path: a local folder with config.json, or one of the hub ids whose configs are part of the package.
+        steps: one step of a method, several, or the name of a method in conf/method.
 
-
-def _with(step: Any, settings: Mapping[str, Any]) -> Any:
-    """Return a step of the same class with the given settings, without those that the class does not have."""
-    return type(step)(**{field.name: settings[field.name] for field in fields(step) if field.name in settings})
-
-
-def plan_only(run: Run) -> None:
-    """Write the sizes of a run to summary.json and print them. There are no stages, because nothing is measured.
+    Returns:
+        Parameters and bytes of the model before and after, and of each decoder layer.
 
     Raises:
-        ConfigError: another process is working in the folder.
-        UserError: the method cannot meet its budget, or the bytes of the quantization format are unknown.
+        UserError: the model is unknown, a step does not suit it, or the method cannot meet its budget.
+
+    Examples:
+        >>> sizes = rc.plan_only("Qwen/Qwen1.5-MoE-A2.7B", rc.CDMoE(num_experts=4, num_layers=9))
+        >>> f"{sizes.after.weights_bytes / sizes.before.weights_bytes:.3f}"
+        '0.695'
     """
-    if not processes.is_first_to_start():
-        return
-    folder = run.config.run_folder()
-    with run_folder.lock_folder(folder, resumes=False):
-        run_folder.begin(run.config, folder)
-        _write_and_print(run, folder)
-
-
-def _write_and_print(run: Run, folder: Path) -> None:
-    config, steps = run.config, run.steps
-    planned = planned_config(config.model, plan_only=True)
-    dtype = weights_dtype(planned, config.model.dtype)
-    quantized = quantization(planned) if config.model.dtype == "auto" else {}
-    model = classes.on_meta(planned, dtype)
-    sizes = compare(model, steps, byte_counter(model, quantized))
-    result = _summary(config, model, sizes)
-    write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    rows = beside_published(model, steps)
-    own_tables = [size_table(result, bool(quantized), dtype), layer_table(sizes)]
-    print_tables([*own_tables, *([published_table(rows)] if rows else [])])
-    print(f"\nplan: {plan_line(result['operations'])}")
-    for note in _notes(steps, sizes, quantized, dtype, planned):
-        print(note)
-    print(f"\nsizes: {folder / 'summary.json'}")
-
-
-def weights_dtype(planned: PretrainedConfig, dtype: str) -> torch.dtype:
-    """Return the data type of a model's weights.
-
-    Args:
-        planned: config of the model.
-        dtype: name of a type, or auto for the type in the config (float32 if there is none).
-    """
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return planned.dtype if isinstance(planned.dtype, torch.dtype) else torch.float32
-
-
-def _summary(config: Config, model: Any, sizes: Sizes) -> dict[str, Any]:
-    """Return the summary of a run without measured figures, marked by its key `plan_only`."""
-    operations = (*sizes.operations, *plan_refits(sizes.operations, config.method.get("refit", False)))
-    sides = {"original": sizes.before, "compressed": sizes.after}
-    counted = {
-        name: {"total": size.total, "routed_experts": size.routed_experts, "active_per_token": size.active}
-        for name, size in sides.items()
-    }
-    summary = Summary.of_plan(config, config.recovery.objective, Plan("", operations), counted, model, {})
-    summary.plan_only = True
-    summary.weights_bytes = {name: size.weights_bytes for name, size in sides.items()}
-    memory = sizes.after.weights_bytes / sizes.before.weights_bytes
-    summary.ratios = {"memory": memory, **ratios({}, counted)}
-    return summary.to_dict()
-
-
-def _notes(
-    steps: Sequence[Step],
-    sizes: Sizes,
-    quantized: dict[str, Any],
-    dtype: torch.dtype,
-    planned: PretrainedConfig,
-) -> list[str]:
-    """Return notes on the figures."""
-    notes = []
-    operations = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
-    listed = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
-    moe_layers = set(families.facts(planned).moe_layers)
-    selects_layers = bool(operations) and not {operation.layer for operation in operations} >= moe_layers
-    selects_experts = any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in operations)
-    words = ["layers"] * (selects_layers and not listed) + ["experts"] * selects_experts
-    if words:
-        notes.append(f"which {' and '.join(words)}: decided by calibration; these sizes assume the first ones")
-    notes += [f"also decided by calibration: {step.left_open}" for step in steps if step.left_open]
-    if quantized:
-        name = str(dtype).removeprefix("torch.")
-        notes.append(
-            f"the checkpoint is stored in {quantized['quant_method']} and dequantized on loading: the sizes before are "
-            f"bytes on disk, and those after are in {name}; with model.dtype={name}, both are in {name} and the ratio "
-            f"is {sizes.after.total / sizes.before.total:.4f}"
-        )
-    elif not isinstance(planned.dtype, torch.dtype) and dtype == torch.float32:
-        notes.append("the config has no data type for the weights, so the sizes assume float32")
-    return notes
-
-
-def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> Table:
-    """Return a table of parameters and bytes: before, after, and their ratio.
-
-    Args:
-        result: content of summary.json.
-        quantized: whether the original is stored in a quantized format.
-        dtype: data type of the compressed weights.
-    """
-    table = tables.plain_table(f"{result['model']}: {result['method']}, computed from shapes")
-    for name in ("", "before", "after", "ratio"):
-        table.add_column(name, justify="right" if name else "left", style=None if name else "bold")
-    names = {
-        "total": "parameters",
-        "routed_experts": "of routed experts",
-        "active_per_token": "active per token",
-    }
-    for key, name in names.items():
-        before, after = (result["parameters"][key][side] for side in ("original", "compressed"))
-        table.add_row(name, f"{before:,}", f"{after:,}", _ratio(after, before))
-    before, after = result["weights_bytes"]["original"], result["weights_bytes"]["compressed"]
-    name = "memory (weights)" if not quantized else "bytes as stored"
-    table.add_row(name, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
-    if quantized:  # dequantized weights need more bytes even if nothing is compressed
-        size = dtype.itemsize
-        before, after = (result["parameters"]["total"][side] * size for side in ("original", "compressed"))
-        words = f"memory, both {str(dtype).removeprefix('torch.')}"
-        table.add_row(words, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
-    return table
-
-
-def layer_table(sizes: Sizes) -> Table:
-    """Return a table with one row per group of equal layers: outcome, experts, ranks, and bytes of one layer."""
-    table = tables.plain_table("decoder layers")
-    table.add_column("layers", style="bold", overflow="fold")
-    table.add_column("outcome")
-    for name in ("experts", "ranks", "bytes per layer", "ratio"):
-        table.add_column(name, justify="right")
-    groups: dict[LayerSize, list[int]] = {}
-    for layer, size in sizes.layers.items():
-        groups.setdefault(size, []).append(layer)
-    for size, layers in groups.items():
-        table.add_row(
-            f"{ranges(layers)} ({len(layers)})",
-            size.outcome or ("unchanged" if size.experts_before is not None else "dense, unchanged"),
-            _experts(size),
-            "" if size.ranks is None else "-".join(map(str, sorted({*size.ranks}))),
-            f"{tables.format_bytes(size.bytes_before)} -> {tables.format_bytes(size.bytes_after)}",
-            _ratio(size.bytes_after, size.bytes_before),
-        )
-    return table
-
-
-def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
-    """Return a table that compares published figures with those computed for the same settings.
-
-    Args:
-        rows: as returned by `beside_published`.
-    """
-    condensing = rows[0][0].paper == CDMOE
-    figure = "memory, compressed / original" if condensing else "removed parameters of routed experts"
-    table = tables.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {figure}")
-    table.add_column("setting", style="bold")
-    gibibytes = () if condensing else ("GiB from shapes", "GB published")
-    for name in ("from shapes", "published", *gibibytes, "mean score"):
-        table.add_column(name, justify="right")
-    for row, sizes in rows:
-        if condensing:
-            ratio = sizes.after.weights_bytes / sizes.before.weights_bytes
-            cells = [f"{ratio:.4f}", f"{row.memory_ratio:.3f}"]
-        else:
-            cut = 1 - sizes.after.routed_experts / sizes.before.routed_experts
-            memory = "" if row.memory_gb is None else f"{row.memory_gb:.2f}"
-            cells = [f"{cut:.2%}", f"{row.removed_expert_ratio:.2%}", f"{sizes.after.weights_bytes / GIB:.2f}", memory]
-        table.add_row(row.setting, *cells, f"{row.mean}")
-    return table
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """Return ascending indices as text with ranges, such as "0, 3-9"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def _experts(size: LayerSize) -> str:
-    if size.experts_before is None:
-        return ""
-    if not size.outcome:
-        return f"{size.experts_before}"
-    active = " always active" if size.always_active and size.experts_after else ""
-    return f"{size.experts_before} -> {size.experts_after}{active}"
-
-
-def _ratio(after: float, before: float) -> str:
-    return f"{after / before:.4f}" if before else ""
+    steps = as_steps(steps)
+    planned = planned_config(ModelConfig(path=str(path)), plan_only=True)
+    facts = families.facts(planned)
+    if problems := [problem for step in steps for problem in step.check(facts)]:
+        raise UserError("\n".join(problems))
+    model = classes.on_meta(planned, weights_dtype(planned, "auto"))
+    return compare(model, steps, byte_counter(model, quantization(planned)))

@@ -20,7 +20,7 @@ from recondense.models import classes, views
 from recondense.models.parameters import weights_bytes
 from recondense.models.published_configs import recorded_config
 from recondense.models.quantized import byte_counter, quantization
-from recondense.run.plan_only import layer_table, ranges, weights_dtype
+from recondense.run.print_sizes import layer_table, ranges, weights_dtype
 from recondense.run.sizes import compare, outlined
 
 
