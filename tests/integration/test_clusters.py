@@ -55,7 +55,7 @@ BAD: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "metrics without directions": (
         (*OPTUNA, "seed=0,1", "metric=[memory,perplexity]"),
-        ["metric=[memory, perplexity]: 2 for hydra.sweeper.direction=[minimize]"],
+        ["metric=[memory, perplexity]: 2 metrics, but hydra.sweeper.direction=[minimize]"],
     ),
     "no direction": (
         (*OPTUNA, "seed=0,1", "hydra.sweeper.direction=down"),

@@ -146,7 +146,7 @@ def test_a_run_resumes_only_with_the_same_inputs(
             shutil.rmtree(stopped_runs / name)
             shutil.copytree(path, stopped_runs / name)
     assert str(error.value) == (
-        f"run_dir={stopped_runs / run / 'run'}: {names} changed since this run began; overwrite=true starts it anew"
+        f"run_dir={stopped_runs / run / 'run'}: {names} changed since this run began; use overwrite=true to start over"
     )
     assert files(stopped_runs / run / "run") == before
 
@@ -161,7 +161,7 @@ def test_the_inputs_of_a_run_are_recorded(stopped_runs: Path) -> None:
 def test_results_of_unknown_inputs_are_refused(stopped_runs: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped_runs / "none", stopped_runs / "lost")
     settings = _settings(stopped_runs, "lost")
-    for content, message in ((None, r"results \(stages.* and no inputs.json"), ("[", "inputs.json: cannot be read")):
+    for content, message in ((None, r"results \(stages.* but no inputs.json"), ("[", "inputs.json is not valid JSON")):
         (stopped_runs / "lost" / "run" / "inputs.json").unlink(missing_ok=True)
         if content is not None:
             (stopped_runs / "lost" / "run" / "inputs.json").write_text(content)

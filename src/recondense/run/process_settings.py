@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 
 import torch
@@ -15,12 +16,20 @@ from recondense.progress import allow_bars
 NOISY = ("DeepSpeed", "lightning.pytorch", "lightning.fabric", "transformers.tokenization_utils_base")
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Write to `sys.stderr` as it is at the time: a command replaces it while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def configure_process(settings: TrainerConfig) -> None:
     """Let the first process log and show progress bars, and the others log only errors; set the number of threads."""
     allow_bars(None if settings.progress_bar and processes.is_first() else False)
     for logger in map(logging.getLogger, ("recondense", "callbacks")):
         if not logger.handlers:
-            logger.addHandler(logging.StreamHandler())
+            logger.addHandler(_StderrHandler())
             logger.setLevel(logging.INFO)
             logger.propagate = False  # Hydra's root handler would print every line twice
         if not processes.is_first():
