@@ -28,7 +28,7 @@ from support.plain_moe import (
 from support.tiny_models import EVERY, logits, windows
 from torch import Tensor
 
-from recondense.models import families, parameters, views
+from recondense.models import decoder, families, parameters, views
 from recondense.models.routing import Routing
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
@@ -40,6 +40,35 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 # ---------------------------------------------------------------------------------------------- what a family is
+
+
+def test_every_family_is_tested() -> None:
+    """A row without a tiny model or without its routing would pass all other tests."""
+    assert set(families.FAMILIES) == set(EVERY) == set(ROUTING)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_the_block_adds_its_output_unchanged(family: str) -> None:
+    """No norm and no multiplier lies between the MoE block and the residual stream."""
+    model = EVERY[family]()
+    for layer in families.facts(model.config).moe_layers:
+        module = decoder.decoder_layers(model)[layer]
+        norm = next(child for name, child in module.named_children() if "post_attention" in name)
+        calls: dict[str, Tensor] = {}
+        hooks = [
+            norm.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.update(residual=inputs[0])),
+            views.get_block(model, layer).register_forward_hook(partial(_keep_output, calls, "added")),
+            module.register_forward_hook(partial(_keep_output, calls, "output")),
+        ]
+        logits(model, IDS)
+        for hook in hooks:
+            hook.remove()
+        expected = calls["residual"] + calls["added"].view_as(calls["residual"])
+        torch.testing.assert_close(calls["output"], expected, rtol=0, atol=1e-6)
+
+
+def _keep_output(calls: dict[str, Tensor], name: str, module: Any, inputs: Any, output: Any) -> None:
+    calls[name] = output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("family", EVERY)
