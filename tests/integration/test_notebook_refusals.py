@@ -8,6 +8,8 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from support.hub_cache import in_hub_cache
 from support.runs import model_folder
 from support.tiny_models import bits, same_bits
@@ -69,7 +71,7 @@ def test_a_compressed_model_is_compressed_again_from_its_folder(source: Path, tm
 def test_a_compressed_model_of_the_hub_brings_its_history(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the cache, while the hub cannot be reached: that is found out once, and each file is looked up once."""
+    """From the cache, while the hub cannot be reached: no look-up is tried again for long."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(offline, "hub_reachable", lambda endpoint: False)
     model, tokenizer = rc.load(source)
@@ -150,7 +152,7 @@ def test_a_streamed_model_is_not_exported_over_itself(source: Path, tmp_path: Pa
     ("changes", "name"),
     [
         ({"objective": "finetune"}, "settings"), ({"steps": 4}, "settings"), ({"trainable": "lora"}, "settings"),
-        ({"seed": 1}, "seed"), ({"sequence_length": 8}, "texts"), ({"texts": TEXTS[:8]}, "texts"),
+        ({"seed": 1}, "seed"), ({"sequence_length": 8}, "sequence_length"), ({"texts": TEXTS[:8]}, "texts"),
         ({"plan": rc.Plan("tiny", (Prune(1, (0, 2)),))}, "plan"), ({"weights": 1}, "model"),
     ],
 )  # fmt: skip
@@ -166,7 +168,7 @@ def test_a_folder_of_checkpoints_is_of_one_call(
 
     first = bits(recover().model)
     assert same_bits(bits(recover().model), first), "it resumes, here at the end"
-    with pytest.raises(rc.UserError, match=f"another {name}; give another folder"):
+    with pytest.raises(rc.UserError, match=rf"another {name}.*\. Use another folder"):
         recover(**changes)
     assert same_bits(bits(recover().model), first)
 
@@ -201,3 +203,57 @@ def test_settings_of_a_recovery_that_contradict_each_other(
     student = rc.apply(model, PLAN)
     with pytest.raises(rc.UserError, match=message):
         rc.recover(student, tokenizer, TEXTS, **{**SETTINGS, **settings})
+
+
+def test_the_same_call_in_one_session_changes_nothing(source: Path, tmp_path: Path) -> None:
+    """Adapters are not merged twice, and a released original does not make it another call."""
+    for name, changes in (("experts", {}), ("lora", {"trainable": "lora"})):
+        model, tokenizer = rc.load(source)
+        student = rc.apply(model, PLAN)
+        rc.recover(student, tokenizer, TEXTS, folder=tmp_path / name, **SETTINGS, **changes)
+        trained = bits(model)
+        student.release_original()
+        rc.recover(student, tokenizer, TEXTS, folder=tmp_path / name, **SETTINGS, **changes)
+        assert same_bits(bits(model), trained)
+        with pytest.raises(rc.UserError, match="another seed"):
+            rc.recover(student, tokenizer, TEXTS, folder=tmp_path / name, seed=1, **SETTINGS, **changes)
+
+
+def test_a_call_that_has_saved_nothing_may_be_corrected(source: Path, tmp_path: Path) -> None:
+    model, tokenizer = rc.load(source)
+    student = rc.apply(model, PLAN)
+    with pytest.raises(rc.UserError, match="trainable"):
+        rc.recover(student, tokenizer, TEXTS, folder=tmp_path / "new", trainable="all", **SETTINGS)
+    rc.recover(student, tokenizer, TEXTS, folder=tmp_path / "new", **SETTINGS)
+
+
+def test_models_without_a_change_are_told_apart(source: Path, tmp_path: Path) -> None:
+    for scale in (1.0, 0.5):
+        model, tokenizer = rc.load(source)
+        model.get_output_embeddings().weight.data.mul_(scale)
+        student = rc.apply(model, rc.Plan("tiny"))
+        call = {"objective": "finetune", "folder": tmp_path / "new", **SETTINGS}
+        if scale == 1:
+            rc.recover(student, tokenizer, TEXTS, **call)
+        else:
+            with pytest.raises(rc.UserError, match="another model"):
+                rc.recover(student, tokenizer, TEXTS, **call)
+
+
+def test_the_original_may_be_searched_inside_its_context(source: Path) -> None:
+    model, tokenizer = rc.load(source)
+    tape = calibrate(model, tokenizer)
+    rc.search(tape, rc.CDMoE(num_experts=2, num_layers=[2]))
+    assert rc.apply(model, rc.Plan("tiny")).model is model
+    plan = rc.search(tape, rc.CDMoE(num_experts=2, num_layers=[2]))
+    student = rc.apply(model, PLAN)
+    with student.original():
+        assert rc.search(tape, rc.CDMoE(num_experts=2, num_layers=[2])) == plan
+    with pytest.raises(rc.UserError, match="has been compressed"):
+        rc.search(tape, rc.CDMoE(num_experts=2, num_layers=[2]))
+
+
+def test_a_method_is_found_by_its_name_within_another_program_of_hydra(source: Path, tmp_path: Path) -> None:
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert rc.plan_only(source, "cdmoe_s").after.routed_experts == 0
+        assert GlobalHydra.instance().is_initialized()

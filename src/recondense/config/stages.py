@@ -153,7 +153,7 @@ def _without_unknown(
         problems: the problems of unknown names are appended to it.
     """
     known = {key: value for key, value in values.items() if key in (*settings, *refused)}
-    for key in map(str, values.keys() - known.keys()):
+    for key in (str(key) for key in values if key not in known):
         text = f"there is no such setting. {suggestion(key, settings, prefix=f'{where}.')}"
         problems.append(Problem(f"{where}.{key}", text))
     return known

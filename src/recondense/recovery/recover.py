@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,6 @@ from recondense.data.windows import pack
 from recondense.errors import ConfigError, UserError
 from recondense.files import JsonFolder, fingerprint
 from recondense.models.layer_store import layer_store
-from recondense.models.loading import weights_fingerprint
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.surgery.student import Student
@@ -68,13 +68,27 @@ def recover(
     """
     recovery = _read_settings({"objective": objective, "steps": steps, **settings})
     windows_NS = pack(texts, tokenizer, sequence_length, "the training text")
-    _check_folder(folder, student, recovery, windows_NS, seed)
-    _load_streamed(student, recovery)
-    data = RecoveryData(windows_NS, None, recovery.batch_size, recovery.steps * recovery.accumulate_grad_batches, seed)
-    module = RecoveryModule(student, recovery, tokenizer=tokenizer)
-    with TemporaryDirectory() as temporary:
-        fit(module, data, Path(folder or temporary, "checkpoints"), TrainerConfig(), seed)
+    _refuse_streamed(student, recovery)
+    if folder is None:
+        with TemporaryDirectory() as temporary:
+            _train(student, tokenizer, recovery, windows_NS, seed, Path(temporary))
+    elif (checkpoints := _begin(Path(folder), student, recovery, windows_NS, seed)) not in student.trainings:
+        _train(student, tokenizer, recovery, windows_NS, seed, checkpoints)
+        student.trainings.add(checkpoints)  # loading them once more would undo what comes after
     return student
+
+
+def _train(
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    recovery: RecoveryConfig,
+    windows_NS: Tensor,
+    seed: int,
+    checkpoints: Path,
+) -> None:
+    student.load_into_memory()
+    data = RecoveryData(windows_NS, None, recovery.batch_size, recovery.steps * recovery.accumulate_grad_batches, seed)
+    fit(RecoveryModule(student, recovery, tokenizer=tokenizer), data, checkpoints, TrainerConfig(), seed)
 
 
 def _read_settings(settings: dict[str, Any]) -> RecoveryConfig:
@@ -91,38 +105,33 @@ def _read_settings(settings: dict[str, Any]) -> RecoveryConfig:
     return recovery
 
 
-def _load_streamed(student: Student, recovery: RecoveryConfig) -> None:
-    """Load the weights of a streamed model: a training needs all of them in memory."""
-    if not layer_store(student.model).streamed:
-        return
-    if recovery.objective == "distill":
+def _refuse_streamed(student: Student, recovery: RecoveryConfig) -> None:
+    """Refuse to distill a streamed model: its original would not be in memory."""
+    if layer_store(student.model).streamed and recovery.objective == "distill":
         raise UserError("objective=distill: the original of a streamed model is not in memory. Use finetune")
-    student.load_into_memory()
 
 
-def _check_folder(
-    folder: str | Path | None, student: Student, recovery: RecoveryConfig, windows_NS: Tensor, seed: int
-) -> None:
-    """Keep in the folder what its checkpoints depend on. Of the student's weights, the original's stand for all.
+def _begin(folder: Path, student: Student, recovery: RecoveryConfig, windows_NS: Tensor, seed: int) -> Path:
+    """Return the folder of the checkpoints, after a comparison of this call with the one that began them.
 
     Raises:
-        UserError: the folder has the checkpoints of another call.
+        UserError: the checkpoints belong to another call.
     """
-    if folder is None:
-        return
-    weights = ""
-    if student.has_original:
-        with student.original() as model:
-            weights = weights_fingerprint(model)
     call = {
-        "model": weights,
+        "model": student.original_fingerprint(),
         "plan": fingerprint(student.plan.to_dict()["operations"]),
         "settings": fingerprint(asdict(recovery)),
-        "texts": fingerprint(windows_NS.tolist()),
+        "texts": sha256(windows_NS.numpy().tobytes()).hexdigest()[:16],
+        "sequence_length": str(windows_NS.shape[1]),
         "seed": str(seed),
     }
-    earlier = JsonFolder(Path(folder)).setdefault("call", call)
+    checkpoints, calls = folder.resolve() / "checkpoints", JsonFolder(folder)
+    if not any(checkpoints.glob("*.ckpt")):
+        calls["call"] = call
+    earlier = calls.setdefault("call", call)
     if differences := [name for name, value in call.items() if earlier.get(name) != value]:
         raise UserError(
-            f"{folder}: holds the training of a call with another {' and '.join(differences)}; give another folder"
+            f"{folder}: contains the training of a call with another {' and another '.join(differences)}. Use another "
+            "folder"
         )
+    return checkpoints

@@ -39,10 +39,11 @@ def _dropping(name: str) -> Iterator[None]:
     before: TextIO = getattr(sys, name)
     with suppress(BrokenPipeError):
         before.flush()
-    raw = io.BufferedWriter(_Dropping(before.fileno(), "w", closefd=False))
-    stream = io.TextIOWrapper(
-        raw, before.encoding, before.errors, line_buffering=name == "stderr", write_through=name == "stderr"
-    )
+    raw: Any = _Dropping(before.fileno(), "w", closefd=False)
+    unbuffered: bool = before.write_through  # type: ignore[attr-defined]
+    buffer = raw if unbuffered else io.BufferedWriter(raw)
+    options: Any = {"line_buffering": before.line_buffering, "write_through": unbuffered}
+    stream = io.TextIOWrapper(buffer, before.encoding, before.errors, **options)
     setattr(sys, name, stream)
     try:
         yield

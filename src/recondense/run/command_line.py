@@ -85,7 +85,8 @@ def main(folder: Path | None = None) -> None:
 def _only_sizes(args: Namespace, runs: Mapping[Overrides, Run]) -> Run | None:
     """Return the run of a command that prints sizes once, for which Hydra need not compose a second time."""
     hydra_overrides = [text for text in args.overrides if text.lstrip("+~").startswith(("hydra", "experiment"))]
-    if len(runs) != 1 or args.multirun or hydra_overrides:  # those may make a sweep of it, or log otherwise
+    own_configs = args.config_name or args.config_path or args.config_dir
+    if len(runs) != 1 or args.multirun or hydra_overrides or own_configs:  # those may make it a sweep, or log otherwise
         return None
     [run] = runs.values()
     return run if run.config.plan_only else None

@@ -180,12 +180,14 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
     classes.register_model_type(str(PretrainedConfig.get_config_dict(path)[0].get("model_type")))
     teacher = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     yield from _check_weights("recovery.teacher_path", path, model, teacher)
+    if not classes.has_attention(teacher, model.attention):
+        text = f"model_type {teacher.model_type} of recovery.teacher_path={path} does not support it. Use eager."
+        yield Problem("model.attention", text, model.attention)
     size = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     student = model.tokenizer or model.path
     if size != planned.vocab_size:
         text = (
-            f"its head has {size} logits, but the student's has {planned.vocab_size}; a teacher needs the student's "
-            "vocabulary."
+            f"its head has {size} logits, but the student's has {planned.vocab_size}. The vocabulary must be the same."
         )
         yield Problem("recovery.teacher_path", text, path)
     elif student is not None and Path(student).is_dir():

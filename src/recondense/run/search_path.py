@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import version
+from hydra import initialize_config_dir, version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
@@ -29,6 +29,18 @@ from recondense.errors import ConfigError
 CONFIGS = (Path(__file__).parents[1] / "conf").resolve()  # a link in the repository, a folder in a wheel
 SETTING = "hydra.searchpath"
 OPTIONS = {"main": "--config-path", "command-line": "--config-dir"}  # Hydra's name of a folder's provider: the option
+
+
+@contextmanager
+def compose_from_package() -> Iterator[None]:
+    """Let `compose` read conf/ inside the context, also in a program that uses Hydra itself."""
+    before = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            yield
+    finally:
+        restore_gh_from_backup(before)
 
 
 @contextmanager

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import OmegaConf
 
 from recondense.config.problems import suggestion
 from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.run.build_steps import build_steps
-from recondense.run.search_path import CONFIGS
+from recondense.run.search_path import CONFIGS, compose_from_package
 
 
 def as_steps(steps: Step | Sequence[Step] | str) -> list[Step]:
@@ -37,6 +37,6 @@ def _method_settings(name: str) -> dict[str, Any]:
     names = [path.stem for path in (CONFIGS / "method").glob("[!_]*.yaml") if path.stem != "none"]
     if name not in names:
         raise UserError(f"method={name}: there is no such method. {suggestion(name, names, most=len(names))}")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with compose_from_package():
         config = compose("train", [f"method={name}"])
     return cast(dict[str, Any], OmegaConf.to_container(config.method, resolve=True))

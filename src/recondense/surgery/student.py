@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,6 +20,7 @@ from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.models import decoder, views
 from recondense.models.layer_store import layer_store
+from recondense.models.loading import weights_fingerprint
 from recondense.models.model_files import history_of
 from recondense.models.parameters import resident_bytes
 from recondense.operations import Refit
@@ -69,6 +70,7 @@ class Student:
 
     Attributes:
         history: the compressions before this plan, which made the model that was loaded; empty if there were none.
+        trainings: folders of checkpoints from which this student has been trained to the end.
         additions: modules that were added for training, such as adapters. `original()` disables them.
     """
 
@@ -76,6 +78,8 @@ class Student:
         self.model = model
         self.plan = plan
         self.history = History()
+        self.trainings: set[Path] = set()
+        self._fingerprint: str | None = None
         self.additions: Additions | None = None
         self._originals = dict(originals or {})
         self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -115,6 +119,7 @@ class Student:
             places = [_stored_at(module, name) for module, name, _ in self._kept]
             trained = [module._parameters[name] for module, name in places]
             stack.enter_context(views.swap_blocks(self.model, self._originals))
+            compressed = self.model.__dict__.pop(COMPRESSED, False)
             for (module, name), (_, _, weight) in zip(places, self._kept, strict=True):
                 module._parameters[name] = weight
             try:
@@ -122,6 +127,8 @@ class Student:
             finally:
                 for (module, name), parameter in zip(places, trained, strict=True):
                     module._parameters[name] = parameter
+                if compressed:
+                    self.model.__dict__[COMPRESSED] = True
 
     def refit(self, record: Record) -> dict[int, dict[str, float]]:
         """Execute the plan's refits: solve for output weights by least squares on the calibration set.
@@ -191,8 +198,20 @@ class Student:
         """Free everything that only the original uses. Afterwards the student has no original."""
         self._originals, self._kept = {}, []
 
+    def original_fingerprint(self) -> str:
+        """Return a hash of the original's weights, or of the model's without an original. It is computed only once."""
+        if self._fingerprint is None:
+            with self.original() if self.has_original else nullcontext(self.model) as model:
+                self._fingerprint = weights_fingerprint(model)
+        return self._fingerprint
+
     def load_into_memory(self) -> None:
-        """Load the weights of a streamed model into memory permanently. Its original is released."""
+        """Load the weights of a streamed model into memory permanently, and release its original.
+
+        Other models are unchanged.
+        """
+        if not layer_store(self.model).streamed:
+            return
         self.release_original()
         with progress("loading the compressed model"):
             layer_store(self.model).load_all()
@@ -286,7 +305,8 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
         with surgery.restore_on_error(model, student.originals):
             student.refit(record)
     model.requires_grad_(False)
-    model.__dict__[COMPRESSED] = True
+    if plan.operations:
+        model.__dict__[COMPRESSED] = True
     student.history = history_of(model)
     return student
 

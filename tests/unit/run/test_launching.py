@@ -47,7 +47,7 @@ def test_processes_of_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_other_processes_import_from_the_same_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Those of train.py's folder too, wherever the command is run; nothing of another folder comes before them."""
+    """Those of train.py's folder too, wherever the command is run."""
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "own_step.py").touch()
     (tmp_path / "here").mkdir()
