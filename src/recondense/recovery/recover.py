@@ -74,7 +74,6 @@ def recover(
             _train(student, tokenizer, recovery, windows_NS, seed, Path(temporary))
     elif (checkpoints := _begin(Path(folder), student, recovery, windows_NS, seed)) not in student.trainings:
         _train(student, tokenizer, recovery, windows_NS, seed, checkpoints)
-        student.trainings.add(checkpoints)  # loading them once more would undo what comes after
     return student
 
 
@@ -89,6 +88,7 @@ def _train(
     student.load_into_memory()
     data = RecoveryData(windows_NS, None, recovery.batch_size, recovery.steps * recovery.accumulate_grad_batches, seed)
     fit(RecoveryModule(student, recovery, tokenizer=tokenizer), data, checkpoints, TrainerConfig(), seed)
+    student.trainings.add(checkpoints)  # loading them once more would undo what comes after
 
 
 def _read_settings(settings: dict[str, Any]) -> RecoveryConfig:

@@ -186,9 +186,7 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
     size = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     student = model.tokenizer or model.path
     if size != planned.vocab_size:
-        text = (
-            f"its head has {size} logits, but the student's has {planned.vocab_size}. The vocabulary must be the same."
-        )
+        text = f"its head has {size} logits, but the student's has {planned.vocab_size}. Both need the same vocabulary."
         yield Problem("recovery.teacher_path", text, path)
     elif student is not None and Path(student).is_dir():
         theirs, ours = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (path, student))
