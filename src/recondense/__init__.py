@@ -4,7 +4,7 @@
 
     model, tokenizer = rc.load("Qwen/Qwen1.5-MoE-A2.7B")                  # hub id or local folder
     tape = rc.calibrate(model, tokenizer, texts)                          # 100 texts of 256 tokens by default
-    plan = rc.search(tape, rc.CDMoE(num_experts=4, num_layers=9))         # or a list of steps
+    plan = rc.search(tape, rc.CDMoE(num_experts=4, num_layers=9))         # or a list, or the name of a method
     student = rc.apply(model, plan, tape)                                 # student.original() is the uncompressed model
     rc.recover(student, tokenizer, train_texts, objective="distill", steps=200)
     print(rc.evaluate(student, tokenizer, validation_texts))              # loss, perplexity, KL to the original
