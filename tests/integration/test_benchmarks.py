@@ -35,7 +35,7 @@ RUNS = {
         *("--threads", "1", "--show-only"),
     ],
 }
-SLOW = ("training",)  # starts eight processes
+SLOW = ("training", "losses")  # eight processes; a vocabulary that is large enough to tell memory
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RUNS])

@@ -195,6 +195,7 @@ def test_a_run_starts_its_own_processes(one: tuple[Path, Any], forks: Forks) -> 
     assert first_cell == "0", "one process writes the log"
 
 
+@pytest.mark.slow  # twenty seconds, most of them imports
 def test_a_run_of_torchrun(one: tuple[Path, Any]) -> None:
     base, train_arguments = one
     done = subprocess.run(

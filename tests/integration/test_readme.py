@@ -106,7 +106,13 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     return {"model.path": str(model), ".jsonl": str(tmp_path / "texts.jsonl"), ".txt": str(tmp_path / "texts.txt")}
 
 
-@pytest.mark.parametrize("words", TRAINS, ids=" ".join)
+def _mark(words: list[str]) -> Any:
+    """The papers' evaluations read lm-eval's list of tasks, which takes ten seconds and more."""
+    slow = any(word.startswith("evaluation=paper") for word in words)
+    return pytest.param(words, id=" ".join(words), marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("words", [_mark(words) for words in TRAINS])
 def test_train_command(words: list[str], stand_in: dict[str, str], tmp_path: Path) -> None:
     """With local files in place of a model on the hub and of files that exist only in README."""
     arguments = []

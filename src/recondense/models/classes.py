@@ -73,7 +73,9 @@ def base_class_of(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]
 def has_attention(config: PretrainedConfig, name: str) -> bool:
     """Return whether the model of a config supports an attention implementation."""
     flag = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}.get(name)
-    return flag is None or bool(getattr(family_classes(config)[1], flag))
+    known = str(config.model_type).removeprefix(PREFIX) in FAMILIES  # a teacher may be of another family
+    model_class = family_classes(config)[1] if known else model_class_of(type(config))
+    return flag is None or bool(getattr(model_class, flag))
 
 
 def family_classes(config: PretrainedConfig) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
