@@ -13,6 +13,7 @@ from recondense.config.schema import ExportConfig
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
 from recondense.models.layer_store import layer_store
+from recondense.models.model_files import history_of
 from recondense.surgery.student import Student
 
 
@@ -55,7 +56,7 @@ def export(
     _check_folder(folder, student, overwrite)
     if card is None:
         card = f"# {student.plan.model}, compressed by recondense\n\nThe operations are in `plan.json`.\n"
-    plan = replace(student.plan, history=student.history)
+    plan = replace(student.plan, history=history_of(student.model))
     return write_folder(student.model, tokenizer, plan, folder, card, settings)
 
 

@@ -21,10 +21,9 @@ from recondense.errors import UserError
 from recondense.models import decoder, views
 from recondense.models.layer_store import layer_store
 from recondense.models.loading import weights_fingerprint
-from recondense.models.model_files import history_of
 from recondense.models.parameters import resident_bytes
 from recondense.operations import Refit
-from recondense.plan import History, Plan
+from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.surgery import apply as surgery
 
@@ -69,7 +68,6 @@ class Student:
             entirely. They are frozen. None or empty if the model is its own original.
 
     Attributes:
-        history: the compressions before this plan, which made the model that was loaded; empty if there were none.
         trainings: folders of checkpoints from which this student has been trained to the end.
         additions: modules that were added for training, such as adapters. `original()` disables them.
     """
@@ -77,7 +75,6 @@ class Student:
     def __init__(self, model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module] | None = None) -> None:
         self.model = model
         self.plan = plan
-        self.history = History()
         self.trainings: set[Path] = set()
         self._fingerprint: str | None = None
         self.additions: Additions | None = None
@@ -208,7 +205,7 @@ class Student:
     def load_into_memory(self) -> None:
         """Load the weights of a streamed model into memory permanently, and release its original.
 
-        Other models are unchanged.
+        A model that is in memory already is not changed.
         """
         if not layer_store(self.model).streamed:
             return
@@ -307,7 +304,6 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
     model.requires_grad_(False)
     if plan.operations:
         model.__dict__[COMPRESSED] = True
-    student.history = history_of(model)
     return student
 
 
