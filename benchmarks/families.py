@@ -30,11 +30,11 @@ from support.searched import METHODS, plan_of, steps_of  # noqa: E402
 from support.tiny_models import EVERY, logits, recorded, tiny, windows  # noqa: E402
 
 from recondense.config.schema import ExportConfig  # noqa: E402
-from recondense.export.stock_or_bundled import layer_shapes  # noqa: E402
 from recondense.export.write_folder import write_folder  # noqa: E402
 from recondense.models import families  # noqa: E402
+from recondense.models.layer_shapes import layer_shapes  # noqa: E402
 from recondense.plan import Plan  # noqa: E402
-from recondense.surgery import apply  # noqa: E402
+from recondense.surgery import execute  # noqa: E402
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 8
@@ -193,7 +193,7 @@ def export(family: str, method: str, folder: Path, formats: dict[str, Any]) -> d
     """
     model = MODELS[family]()
     plan = plan_of(model, method, folder / "search" / method, *budget(method)) if method != "none" else Plan("tiny")
-    apply.execute(model, plan, lambda: recorded(model))
+    execute.execute(model, plan, lambda: recorded(model))
     ids = windows(2, 12, seed=7)
     expected = logits(model, ids)
     assert bool(torch.isfinite(expected).all()), (family, method)

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from recondense.evaluation.profiling import Variant, profile_variants
 from recondense.methods.decompose import Decompose
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.operations import Condense, Operation, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 MEBIBYTE = 2**20
 KINDS = ("prefill", "decode")
@@ -65,23 +65,23 @@ def original(args: argparse.Namespace) -> PreTrainedModel:
 
 def compress(model: PreTrainedModel, operations: list[Operation]) -> dict[int, nn.Module]:
     """The blocks after a plan, by layer; the model does not change."""
-    originals = apply.execute(model, Plan("random", tuple(operations)))
-    blocks = {layer: views.get_block(model, layer) for layer in originals}
+    originals = execute.execute(model, Plan("random", tuple(operations)))
+    blocks = {layer: moe_blocks.get_block(model, layer) for layer in originals}
     for layer, block in originals.items():
-        views.set_block(model, layer, block)
+        moe_blocks.set_block(model, layer, block)
     return blocks
 
 
 def variants(model: PreTrainedModel) -> dict[str, Variant]:
     """The original and its compressed versions."""
-    blocks = views.sparse_blocks(model)
+    blocks = moe_blocks.sparse_blocks(model)
     upper = list(blocks)[len(blocks) // 2 :]
     condense: list[Operation] = [Condense(layer, (0, 1, 2, 3), (0.06,) * 4, 0.5) for layer in upper]
     prune: list[Operation] = [
         Prune.from_dropped(layer, block.num_experts, range(block.num_experts // 4)) for layer, block in blocks.items()
     ]
     pruned = compress(model, prune)
-    with views.swap_blocks(model, pruned):
+    with moe_blocks.swap_blocks(model, pruned):
         factorize = Decompose(alpha=0.0).outline(model)
     compressed = {
         "upper half condensed": compress(model, condense),
@@ -90,7 +90,7 @@ def variants(model: PreTrainedModel) -> dict[str, Variant]:
     }
 
     def variant(replacements: dict[int, nn.Module]) -> Variant:
-        return lambda: views.swap_blocks(model, replacements)
+        return lambda: moe_blocks.swap_blocks(model, replacements)
 
     versions = {name: variant(replacements) for name, replacements in compressed.items()}
     return {"original": lambda: nullcontext(model), **versions}

@@ -33,11 +33,11 @@ from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.step import SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.operations import Condense
 from recondense.plan import Plan
 from recondense.run.search_memory import scratch_bytes
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
 from support import brute_force as bf
@@ -152,10 +152,10 @@ def stages(
 
     def both() -> None:
         pruned = Plan("qwen", tuple(step(InterExpertPruning(prune_ratio=args.prune_ratio), "pruning")))
-        originals, seconds["pruning"] = timed(lambda: apply.execute(model, pruned), model.device)
+        originals, seconds["pruning"] = timed(lambda: execute.execute(model, pruned), model.device)
         step(Decompose(average_rank=args.average_rank), "factorizing")
         for layer, block in originals.items():
-            views.set_block(model, layer, block)
+            moe_blocks.set_block(model, layer, block)
 
     peak = peak_tensor_bytes(both, model.device)
     figures = {"seconds": seconds, "tape_bytes": tapes[0].nbytes, "peak_tensor_bytes": peak}
@@ -174,9 +174,9 @@ def authors(model: PreTrainedModel, calibration: CalibrationSet, num_experts: in
 
 def profiles(model: PreTrainedModel, plan: Plan, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
     """Seconds of surgery, and bytes and speeds before and after, in turns. The model is compressed afterwards."""
-    originals, seconds = timed(lambda: apply.execute(model, plan), model.device)
+    originals, seconds = timed(lambda: execute.execute(model, plan), model.device)
     variants: dict[str, Variant] = {
-        "original": lambda: views.swap_blocks(model, originals),
+        "original": lambda: moe_blocks.swap_blocks(model, originals),
         "compressed": lambda: nullcontext(model),
     }
     figures = {}

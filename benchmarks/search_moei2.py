@@ -37,7 +37,7 @@ from recondense.config.types import parse_bytes
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.methods.search.genetic import Genetic, best_sets
 from recondense.methods.search.leave_out import LeaveOutScorer
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.progress import progress
 from recondense.run.search_memory import scratch_bytes
 
@@ -88,7 +88,7 @@ def make_layer(args: argparse.Namespace) -> tuple[Any, Tape]:
 
 def block_errors(model: Any, tape: Tape) -> Errors:
     """A function that computes the error of every set by running transformers' MoE block without its experts."""
-    block = views.sparse_blocks(model)[0]
+    block = moe_blocks.sparse_blocks(model)[0]
     inputs_1TD = torch.cat([trace.x_TD for trace in tape.trace(model, 0)])[None]
     outputs_1TD = torch.cat([trace.output_TD for trace in tape.trace(model, 0)])[None]
 
@@ -96,7 +96,7 @@ def block_errors(model: Any, tape: Tape) -> Errors:
     def errors(dropped_PE: Tensor) -> Tensor:
         norms = []
         for dropped_E in dropped_PE:
-            pruned = views.masked_block(block, (~dropped_E).nonzero().flatten().tolist())
+            pruned = moe_blocks.masked_block(block, (~dropped_E).nonzero().flatten().tolist())
             norms.append((pruned(inputs_1TD) - outputs_1TD).double().norm())
         return torch.stack(norms)
 
@@ -160,7 +160,7 @@ def measure(model: Any, tape: Tape, args: argparse.Namespace, memoise: bool) -> 
     """Seconds, survivors and peak memory of both searches; ours runs before and after the block's."""
     settings = Genetic(args.population, args.iterations, search="genetic", memoise=memoise)
     settings = replace(settings, parents=max(2, min(settings.parents, args.population // 2)))
-    block = views.sparse_blocks(model)[0]
+    block = moe_blocks.sparse_blocks(model)[0]
     scratch = scratch_bytes(Config(max_scratch_bytes=args.max_scratch_bytes), model.device)
     errors_by_block = block_errors(model, tape)
 

@@ -24,7 +24,7 @@ from recondense.data.labels import MASKED
 from recondense.data.loader import RecoveryData, ShuffledWindows
 from recondense.data.stdlib import stdlib_corpora
 from recondense.data.windows import pack
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.hooks import eval_mode
 from recondense.models.parameters import weights_bytes
 from recondense.operations import Condense
@@ -36,7 +36,7 @@ from recondense.recovery.teacher_cache import keep_predictions
 from recondense.recovery.teachers import OtherTeacher, Teacher
 from recondense.recovery.trainable import trainable_parameters
 from recondense.run.tiny import train_tokenizer
-from recondense.surgery import apply
+from recondense.surgery import execute
 from recondense.surgery import student as student_module
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
@@ -141,7 +141,7 @@ def run_recovery(name: str, args: argparse.Namespace, data: dict[str, Any], turn
 def run_trainer(packed: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:
     """Fine-tune the condensed model with transformers' Trainer; the original is not in memory."""
     model = build_model(args)
-    apply.execute(model, make_plan(args))
+    execute.execute(model, make_plan(args))
     freeze_all_but_experts(model, args)
 
     class Counting(transformers.Trainer):
@@ -184,11 +184,11 @@ def freeze_all_but_experts(model: PreTrainedModel, args: argparse.Namespace) -> 
 def run_plain_loop(shared: bool, args: argparse.Namespace, data: dict[str, Any], turns: Turns, folder: Path) -> None:
     """Distil with full logits in a plain loop. The teacher is a second model, or shares the student's backbone."""
     student = build_model(args)
-    originals = apply.execute(student, make_plan(args))
+    originals = execute.execute(student, make_plan(args))
     trained = freeze_all_but_experts(student, args)
     teacher = student if shared else build_model(args).requires_grad_(False)
     if shared:
-        active: Callable[[], Any] = partial(views.swap_blocks, student, originals)
+        active: Callable[[], Any] = partial(moe_blocks.swap_blocks, student, originals)
     else:
         originals, active = {}, nullcontext
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

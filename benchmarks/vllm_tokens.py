@@ -47,7 +47,7 @@ from recondense.export.write_folder import write_folder
 from recondense.models import families
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 LENGTHS = (5, 9, 14)  # of the prompts
 NEW_TOKENS = 16
@@ -153,7 +153,7 @@ def export(family: str, variant: str, root: Path) -> tuple[Path, str]:
     """Export a model; return its folder and whether it is stock or bundled."""
     model, operations = tiny(family), variants(family)[variant]
     plan = Plan("tiny", operations)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     folder = root / f"{family}-{variant.replace(' ', '_').replace(',', '')}"
     return folder, write_folder(model, byte_tokenizer(), plan, folder, "")
 

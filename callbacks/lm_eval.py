@@ -87,10 +87,10 @@ class LmEval(L.Callback):
         if not self.tasks or step in self._results:
             return
         from recondense.recovery.engines import trainer as trainer_module
-        from recondense.recovery.engines import twin
+        from recondense.recovery.engines import training_copy
 
         if trainer_module.needs_all_processes(trainer.strategy):
-            with twin.unshard_root(pl_module):
+            with training_copy.unshard_root(pl_module):
                 results = self._run(trainer, pl_module)
         else:
             results = processes.run_on_first(lambda: self._run(trainer, pl_module))

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recondense.calibration.record import calibrate
+    from recondense.calibration.calibrate import calibrate
     from recondense.calibration.tape import Tape
     from recondense.errors import UserError
     from recondense.evaluation.perplexity import evaluate
@@ -39,16 +39,17 @@ if TYPE_CHECKING:
     from recondense.report.comparison import compare
     from recondense.run.plan_only import plan_only
     from recondense.run.search import search
-    from recondense.surgery.student import Student, apply
+    from recondense.surgery.apply import apply
+    from recondense.surgery.student import Student
 
 __version__ = "0.1.0"
 
 # The module of each public name: first the verbs, in the order in which data passes through them.
 _MODULES = {
     "load": "models.loading",
-    "calibrate": "calibration.record",
+    "calibrate": "calibration.calibrate",
     "search": "run.search",
-    "apply": "surgery.student",
+    "apply": "surgery.apply",
     "recover": "recovery.recover",
     "evaluate": "evaluation.perplexity",
     "export": "export.export",

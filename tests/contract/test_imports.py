@@ -135,9 +135,10 @@ def test_the_walk_sees_imports(tmp_path: Path) -> None:
     file.write_text(
         "import recondense.plan\ndef f():\n    from recondense.run import pipeline\n"
         "    from recondense.callbacks.sweep import X\n"
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from recondense.models.views import SparseBlock\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from recondense.models.moe_blocks import SparseBlock\n"
     )
-    assert imported(file) == {"plan": 1, "run.pipeline": 3, "callbacks.sweep": 4, "models.views": 7}
+    assert imported(file) == {"plan": 1, "run.pipeline": 3, "callbacks.sweep": 4, "models.moe_blocks": 7}
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,16 @@ from transformers import AutoModelForCausalLM
 
 from recondense.config.schema import RecoveryConfig
 from recondense.export.write_folder import write_folder
-from recondense.models import classes, decoder, families, parameters, views
+from recondense.models import decoder, families, model_classes, moe_blocks, parameters
+from recondense.models.layer_shapes import differs_from_config
 from recondense.models.parameters import sizes, weights_bytes
 from recondense.operations import Factorize
 from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.trainable import trainable_parameters
 from recondense.run.sizes import compare
-from recondense.surgery import apply
-from recondense.surgery import student as student_module
+from recondense.surgery import execute
+from recondense.surgery.apply import apply
 
 FIRST = next(iter(FAMILIES))
 IDS = windows(3, 11)
@@ -86,7 +87,7 @@ def test_the_numbers_of_layers_and_experts_are_those_of_the_settings(
     facts = families.facts(model.config)
     before = sizes(model)
     plan = plan_of(model, method, tmp_path, *overrides)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     num_layers = settings.get("num_layers", 0)
     layers = facts.moe_layers if num_layers == "all" else num_layers if isinstance(num_layers, list) else None
     assert plan.layers == tuple(layers) if layers is not None else len(plan.layers) == num_layers
@@ -97,7 +98,7 @@ def test_the_numbers_of_layers_and_experts_are_those_of_the_settings(
     merged_biases = facts.hidden_size * (num_experts - 1) if family == "gpt_oss" else 0
     removed = len(plan.layers) * ((facts.num_experts - num_experts) * expert + merged_biases)
     assert before["routed_experts"] - sizes(model)["routed_experts"] == removed
-    assert set(condensed_layers(model)) | set(views.sparse_blocks(model)) == set(facts.moe_layers)
+    assert set(condensed_layers(model)) | set(moe_blocks.sparse_blocks(model)) == set(facts.moe_layers)
 
 
 @pytest.mark.parametrize(("method", "family"), PRODUCT)
@@ -105,8 +106,8 @@ def test_the_outline_has_the_sizes_that_the_search_reaches(method: str, family: 
     """From shapes alone: no weights, no calibration set. Layer by layer, unless the step leaves the layers open."""
     steps, _ = steps_of(method, *BUDGETS[method])
     model = EVERY[family]()
-    meta = classes.on_meta(model.config, torch.float32)
-    apply.restructure(model, plan_of(model, method, tmp_path, *BUDGETS[method]))
+    meta = model_classes.on_meta(model.config, torch.float32)
+    execute.restructure(model, plan_of(model, method, tmp_path, *BUDGETS[method]))
     comparison = compare(meta, steps)
     reached, outlined = sizes(model), [size.bytes_after for size in comparison.layers.values()]
     searched = [weights_bytes(layer) - scale_bytes(layer) for layer in decoder.decoder_layers(model)]
@@ -135,7 +136,7 @@ def least_removal(steps: list[Any], plan: Plan, model: Any) -> int:
     counts = parameters.parameter_counts(model.config)
     if any(step.condenses or step.removes_layers for step in steps):
         layers = decoder.decoder_layers(model)
-        return max(parameters.count_parameters(layers[layer]) for layer in views.sparse_blocks(model))
+        return max(parameters.count_parameters(layers[layer]) for layer in moe_blocks.sparse_blocks(model))
     if "factorize" in kinds:
         return 3 * (32 + 16)  # a rank of one in one expert
     return counts.expert + (counts.router_row if "merge" not in kinds else 0)
@@ -161,7 +162,7 @@ def test_the_budget_is_met_as_closely_as_the_method_can(
         return
     plan = plan_of(model, method, tmp_path, *overrides)
     unit = least_removal(steps_of(method, *overrides)[0], plan, model)
-    apply.execute(model, plan, lambda: recorded(model))
+    execute.execute(model, plan, lambda: recorded(model))
     after = sizes(model)
     if budget == "memory_ratio":
         limit, reached = int(ratio * before["total"]), after["total"]
@@ -248,7 +249,7 @@ def test_logits_are_finite_and_change_only_if_the_plan_does_something(method: st
     model = EVERY[family]()
     before = logits(model, IDS)
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
-    apply.execute(model, plan, lambda: recorded(model))
+    execute.execute(model, plan, lambda: recorded(model))
     after = logits(model, IDS)
     assert bool(after.isfinite().all())
     assert torch.equal(after, before) == (not plan.operations)
@@ -259,19 +260,21 @@ def test_export_then_load_gives_equal_logits(method: str, family: str, tmp_path:
     """With recondense installed; tests/unit/export loads folders without it."""
     model = EVERY[family]()
     plan = plan_of(model, method, tmp_path / "cache", *BUDGETS[method])
-    apply.execute(model, plan, lambda: recorded(model))
+    execute.execute(model, plan, lambda: recorded(model))
+    assert differs_from_config(model) == bool(plan.operations)
     kind = write_folder(model, None, plan, tmp_path / "out", "")
     assert Plan.load(tmp_path / "out" / "plan.json") == plan
     model_type = json.loads((tmp_path / "out" / "config.json").read_text())["model_type"]
     assert model_type == (family if kind == "stock" else f"recondense_{family}")
-    classes.register_model_type(model_type)
+    model_classes.register_model_type(model_type)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not differs_from_config(loaded)
     if kind == "bundled":  # the plan alone gives the same shapes
         shaped = EVERY[family](seed=5)
-        apply.restructure(shaped, plan)
+        execute.restructure(shaped, plan)
         for block in condensed_layers(shaped).values():
             block.fold()
-        shapes = [{name: value.shape for name, value in twin.state_dict().items()} for twin in (loaded, shaped)]
+        shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (loaded, shaped)]
         assert shapes[0] == shapes[1]
     torch.testing.assert_close(logits(loaded.eval(), IDS), logits(model, IDS), rtol=0, atol=1e-4)
 
@@ -282,7 +285,7 @@ def test_only_named_parameters_receive_gradients(method: str, family: str, tmp_p
     plan = plan_of(model, method, tmp_path, *BUDGETS[method])
     objective = cast(Any, "distill" if plan.operations else "finetune")
     recovery = RecoveryConfig(name="x", objective=objective, steps=1)
-    student = student_module.apply(model, plan, lambda: recorded(model))
+    student = apply(model, plan, lambda: recorded(model))
     module = RecoveryModule(student, recovery)
     module.prepare()
     before = bits(module.originals)
@@ -306,7 +309,7 @@ def test_only_named_parameters_receive_gradients(method: str, family: str, tmp_p
 def test_an_empty_plan_is_bit_identical(family: str) -> None:
     model = EVERY[family]()
     before, expected = bits(model), logits(model, IDS)
-    student = student_module.apply(model, Plan("tiny"))
+    student = apply(model, Plan("tiny"))
     assert not student.has_original and same_bits(bits(model), before)
     assert torch.equal(logits(model, IDS), expected)
 
@@ -318,8 +321,8 @@ def test_full_rank_equals_the_original(family: str, whitening: bool) -> None:
     model = EVERY[family]()
     before = logits(model, IDS)
     full = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
-    operations = tuple(Factorize(layer, full, whitening) for layer in views.sparse_blocks(model))
-    apply.execute(model, Plan("tiny", operations), lambda: recorded(model))
+    operations = tuple(Factorize(layer, full, whitening) for layer in moe_blocks.sparse_blocks(model))
+    execute.execute(model, Plan("tiny", operations), lambda: recorded(model))
     assert not torch.equal(logits(model, IDS), before)  # so the factors were used
     torch.testing.assert_close(logits(model, IDS), before, rtol=1e-3, atol=1e-3)
 
@@ -342,10 +345,10 @@ def test_condensing_to_all_experts_under_constant_routing_changes_nothing(
     top_k = {"num_experts_per_tok": 6}
     model = EVERY[family](**top_k)
     with torch.no_grad():
-        for block in views.sparse_blocks(model).values():
+        for block in moe_blocks.sparse_blocks(model).values():
             block.router.weight.zero_()  # type: ignore[operator]
     before = logits(model, IDS)
     overrides = ["method.num_experts=6", "method.shared_gate=token"]
     plan = plan_of(model, method, tmp_path, *overrides)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     torch.testing.assert_close(logits(model, IDS), before, rtol=1e-4, atol=1e-4)

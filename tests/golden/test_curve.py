@@ -24,7 +24,7 @@ from recondense.methods.step import SearchContext
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
-from recondense.surgery.student import apply
+from recondense.surgery.apply import apply
 
 TOLERANCE = 1e-4  # relative
 LAYERS = [2, 1, 0]

@@ -18,14 +18,14 @@ from recondense.methods.decompose import Decompose
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.step import SearchContext
-from recondense.models import families, loading, views
+from recondense.models import families, loading, moe_blocks
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.replacement_blocks import GLU
 from recondense.operations import Refit
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
-from recondense.surgery import apply
+from recondense.surgery import execute
 from recondense.surgery import student as student_module
 
 pytestmark = pytest.mark.gpu
@@ -130,13 +130,13 @@ def moei2(model: Any) -> tuple[Plan, dict[str, Any], dict[int, dict[str, float]]
 
     step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     pruned, record = step.search(SearchContext(model, tape, {}, 1 << 30))
-    originals = apply.execute(model, Plan("tiny", tuple(pruned)))
+    originals = execute.execute(model, Plan("tiny", tuple(pruned)))
     ranks, _ = Decompose(average_rank=4, whitening=True).search(SearchContext(model, tape, {}, 1 << 30))
     for layer, block in originals.items():
-        views.set_block(model, layer, block)
+        moe_blocks.set_block(model, layer, block)
     plan = Plan("tiny", (*pruned, *ranks, *(Refit(factorized.layer, "down_proj", 1e-2) for factorized in ranks)))
-    originals = apply.execute(model, plan, tape)
-    return plan, record["expert_importance"], apply.refit(model, plan, originals, tape)
+    originals = execute.execute(model, plan, tape)
+    return plan, record["expert_importance"], execute.refit(model, plan, originals, tape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

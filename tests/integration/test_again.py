@@ -18,7 +18,7 @@ from support.tiny_models import EVERY, logits
 from recondense.config.schema import ModelConfig
 from recondense.errors import UserError
 from recondense.export import push
-from recondense.models import families, loading, views
+from recondense.models import families, loading, moe_blocks
 from recondense.operations import PROJECTIONS
 from recondense.plan import Plan
 from recondense.report.summary import operation_counts
@@ -66,7 +66,7 @@ def test_compressed_again_and_recovered_further(command: Command, tmp_path: Path
     assert sorted("ranks" if "ranks" in shape else shape["kind"] for shape in kinds.values())[0] == "condensed"
     assert any("ranks" in shape for shape in kinds.values())
     model, _ = loading.load(out / "third" / "model", ModelConfig(attention="eager"))
-    assert families.facts(model.config).factorized == tuple(views.sparse_blocks(model))
+    assert families.facts(model.config).factorized == tuple(moe_blocks.sparse_blocks(model))
     ids = torch.arange(1, 41).reshape(2, 20)
     assert torch.isfinite(logits(model, ids)).all()
 

@@ -240,16 +240,16 @@ def test_a_control_runs_on_the_device_of_the_recovery(complete_runs: Path) -> No
         assert devices == {"recovery": "cpu", "control": "cpu"}
 
 
-def test_a_twin_is_no_second_copy() -> None:
-    """ZeRO-2's twin shares the module's memory and an empty twin has none; both have their own parameter objects."""
-    from recondense.recovery.engines import twin as twin_module
+def test_the_copy_that_is_trained_needs_no_second_memory() -> None:
+    """ZeRO-2's copy shares the module's memory and an empty copy has none; both have their own parameter objects."""
+    from recondense.recovery.engines import training_copy
 
     module = engine_runs.module_of()
-    twin: RecoveryModule = twin_module.make_twin(module, module.objects_to_share(), empty=False)
-    parameters, twin_parameters = dict(module.named_parameters()), dict(twin.named_parameters())
-    assert parameters.keys() == twin_parameters.keys() and twin.tokenizer is module.tokenizer
+    module_copy: RecoveryModule = training_copy.make_copy(module, module.objects_to_share(), empty=False)
+    parameters, copy_parameters = dict(module.named_parameters()), dict(module_copy.named_parameters())
+    assert parameters.keys() == copy_parameters.keys() and module_copy.tokenizer is module.tokenizer
     for name, value in parameters.items():
-        assert twin_parameters[name] is not value and twin_parameters[name].data_ptr() == value.data_ptr()
-        assert twin_parameters[name].requires_grad == value.requires_grad
-    empty: RecoveryModule = twin_module.make_twin(module, module.objects_to_share(), empty=True)
+        assert copy_parameters[name] is not value and copy_parameters[name].data_ptr() == value.data_ptr()
+        assert copy_parameters[name].requires_grad == value.requires_grad
+    empty: RecoveryModule = training_copy.make_copy(module, module.objects_to_share(), empty=True)
     assert all(value.is_meta for value in empty.parameters()) and not any(b.is_meta for b in empty.buffers())

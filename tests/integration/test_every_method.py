@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from recondense.models import families
 from recondense.operations import Factorize, Refit
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 Command = Callable[..., tuple[int, str]]
 Case = tuple[str, str]  # family, method
@@ -148,7 +148,7 @@ def student(folder: Path, original: Path) -> tuple[Tensor, Tensor]:
     model = AutoModelForCausalLM.from_pretrained(original).eval()
     operations = Plan.load(folder / "plan.json").operations if (folder / "plan.json").exists() else ()
     plain = [replace(step, whitening=False) if isinstance(step, Factorize) else step for step in operations]
-    apply.execute(model, Plan("", tuple(plain)))
+    execute.execute(model, Plan("", tuple(plain)))
     before = model(IDS).logits
     state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
     state = {name.removeprefix("model."): value for name, value in state.items()}

@@ -28,13 +28,13 @@ from transformers import AutoConfig, PreTrainedConfig
 import recondense as rc
 from recondense.config.schema import ModelConfig
 from recondense.errors import ConfigError
-from recondense.models.classes import on_meta
+from recondense.models.model_classes import on_meta
 from recondense.models.parameters import weights_bytes
 from recondense.plan import Plan
 from recondense.recovery.trainable import trainable_parameters
 from recondense.run.command_line import validate
 from recondense.run.model_and_machine_checks import planned_config
-from recondense.surgery.apply import restructure
+from recondense.surgery.execute import restructure
 
 PAGES = {
     path.relative_to(ROOT): path.read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from recondense.plan import Plan
 from recondense.run import pipeline
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 LOAD = """
 import sys
@@ -86,7 +86,7 @@ def test_export_is_the_student_and_loads_without_recondense(
     student = AutoModelForCausalLM.from_pretrained(base / "model").eval()
     original = student(ids).logits
     num_parameters = student.num_parameters()
-    apply.execute(student, Plan.load(folder / "plan.json"))
+    execute.execute(student, Plan.load(folder / "plan.json"))
     condensed = student(ids).logits
     state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
     assert state and all(name.startswith("model.") for name in state)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 
 
 def without_experts(block: nn.Module, dropped: Collection[int]) -> nn.Module:
@@ -37,7 +37,7 @@ def without_experts(block: nn.Module, dropped: Collection[int]) -> nn.Module:
 @torch.no_grad()
 def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float:
     """Frobenius norm of the change of the MoE layer's output over all real tokens, in fp64."""
-    block = views.get_block(model, layer)
+    block = moe_blocks.get_block(model, layer)
     other = without_experts(block, dropped)
     total = 0.0
     for trace in tape.trace(model, layer):
@@ -49,8 +49,10 @@ def change(model: Any, tape: Any, layer: int, dropped: Collection[int]) -> float
 @contextmanager
 def pruned(model: Any, dropped: Mapping[int, Collection[int]]) -> Iterator[None]:
     """Drop experts of a model within the context; the experts are given by layer."""
-    blocks = {layer: without_experts(views.get_block(model, layer), sets) for layer, sets in dropped.items() if sets}
-    with views.swap_blocks(model, blocks):
+    blocks = {
+        layer: without_experts(moe_blocks.get_block(model, layer), sets) for layer, sets in dropped.items() if sets
+    }
+    with moe_blocks.swap_blocks(model, blocks):
         yield
 
 

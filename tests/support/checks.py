@@ -11,7 +11,7 @@ from recondense.config.schema import Config
 from recondense.config.stages import resolve_stages
 from recondense.run.checks_without_torch import check_quickly
 from recondense.run.model_and_machine_checks import preflight
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
 
 
 def config_messages(config: Config) -> list[str]:

@@ -33,10 +33,10 @@ from recondense.data.loader import RecoveryData
 from recondense.models.low_rank import LowRankExperts
 from recondense.operations import Condense, Factorize, Prune
 from recondense.plan import Plan
-from recondense.recovery.engines import deepspeed, full_tensors, twin
+from recondense.recovery.engines import deepspeed, full_tensors, training_copy
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
-from recondense.surgery.student import apply
+from recondense.surgery.apply import apply
 from support.recoveries import recovery
 from support.settings_around import differences, settings_around
 from support.small import byte_tokenizer
@@ -134,7 +134,7 @@ def train_on_two(engine: str, folder: Path, tasks: tuple[str, ...], task_folder:
     """Train with an engine, killed once and resumed; return the results of this process."""
     _, before = train(engine, folder, KILLED_AT, tasks, task_folder)
     module, after = train(engine, folder, tasks=tasks, task_folder=task_folder)
-    hollow = twin.is_hollow(module)
+    hollow = training_copy.is_empty(module)
     if not hollow:
         torch.save(module.model.state_dict(), folder / f"weights-{processes.rank()}.pt")
     return {

@@ -11,7 +11,7 @@ from recondense.data.loader import RecoveryData
 from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teachers import Teacher
-from recondense.surgery.student import apply
+from recondense.surgery.apply import apply
 from support.tiny_models import FAMILIES, condense_plan, recorded, windows
 
 QUIET = TrainerConfig(progress_bar=False)

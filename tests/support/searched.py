@@ -24,11 +24,11 @@ from recondense.calibration.tape import TRACE_BYTES
 from recondense.config.schema import read
 from recondense.files import JsonFolder
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.models.tensor_store import Disk, Storage
 from recondense.plan import Plan
 from recondense.run.build_steps import build_steps
-from recondense.surgery import apply
+from recondense.surgery import execute
 from support.read_once import read_configs_once
 from support.tiny_models import FAMILIES, recorded
 
@@ -83,9 +83,9 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Sto
         operations += step_operations
         records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:
-            originals = {**apply.execute(model, Plan("tiny", tuple(step_operations)), record_tape), **originals}
+            originals = {**execute.execute(model, Plan("tiny", tuple(step_operations)), record_tape), **originals}
     for layer, block in originals.items():
-        views.set_block(model, layer, block)
+        moe_blocks.set_block(model, layer, block)
     return Plan("tiny", tuple(operations), search={"steps": records})
 
 

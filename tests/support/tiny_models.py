@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.data.calibration_set import CalibrationSet
-from recondense.models import classes
+from recondense.models import model_classes
 from recondense.models.tensor_store import Storage
 from recondense.operations import Condense
 from recondense.plan import Plan
@@ -78,7 +78,7 @@ def tiny(family: str, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     settings = {**COMMON, **SETTINGS[family], **changes}
     settings = {name: value for name, value in settings.items() if name not in NOT_OF_A_CONFIG.get(family, ())}
-    classes.register_model_type(family)
+    model_classes.register_model_type(family)
     config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager" if family == "gpt_oss" else "sdpa"

@@ -10,11 +10,11 @@ import torch
 from support.brute_force_moei2 import without_experts
 from support.tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
 
-from recondense.models import decoder, families, parameters, views
+from recondense.models import decoder, families, moe_blocks, parameters
 from recondense.models.replacement_blocks import SkippedLayer, Zeros
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 IDS = windows(3, 11)
 RANKS = {"gate_proj": (3, 5, None, 2), "up_proj": (3, 5, None, 2), "down_proj": (3, 5, None, 2)}
@@ -32,35 +32,35 @@ def hidden(model: Any) -> torch.Tensor:
 @torch.no_grad()
 def test_pruning_gives_the_block_without_those_experts(make: Any, retained: tuple[int, ...]) -> None:
     model = make()
-    block = views.get_block(model, 2)
+    block = moe_blocks.get_block(model, 2)
     expected = without_experts(block, [expert for expert in range(6) if expert not in retained])(hidden(model))
-    tried = views.masked_block(views.sparse_blocks(model)[2], retained)(hidden(model))
+    tried = moe_blocks.masked_block(moe_blocks.sparse_blocks(model)[2], retained)(hidden(model))
     torch.testing.assert_close(tried, expected, rtol=1e-5, atol=1e-5)
-    apply.execute(model, Plan("tiny", (Prune(2, retained),)))
-    pruned = views.get_block(model, 2)
+    execute.execute(model, Plan("tiny", (Prune(2, retained),)))
+    pruned = moe_blocks.get_block(model, 2)
     torch.testing.assert_close(pruned(hidden(model)), expected, rtol=1e-5, atol=1e-5)
-    assert views.sparse_blocks(model)[2].weights.down_EDF.shape[0] == len(retained)
+    assert moe_blocks.sparse_blocks(model)[2].weights.down_EDF.shape[0] == len(retained)
     assert not torch.equal(expected, block(hidden(model)))
 
 
 @torch.no_grad()
 def test_groups_stay_equal() -> None:
     model = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy")
-    block = views.get_block(model, 2)
-    view = views.sparse_blocks(model)[2]
+    block = moe_blocks.get_block(model, 2)
+    view = moe_blocks.sparse_blocks(model)[2]
     assert view.routing.num_groups == 2 and families.facts(model.config).num_groups == 2
     # transformers gives groups a score of 0 where it masks, so the reference is its router of four experts.
     small = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy", n_routed_experts=4)
-    reference: Any = views.get_block(small, 2)
+    reference: Any = moe_blocks.get_block(small, 2)
     retained = [0, 2, 4, 5]
     original: Any = block
     reference.gate.weight.copy_(original.gate.weight[retained])
     _, weights, index = reference.gate(hidden(model))
-    _, pruned_weights, table = views.pruned_router(view, retained)(hidden(model))
+    _, pruned_weights, table = moe_blocks.pruned_router(view, retained)(hidden(model))
     assert torch.equal(pruned_weights, weights) and torch.equal(table, index)
     for wrong in ([0, 1, 2, 3], [0, 3]):
         with pytest.raises(ValueError, match="the same number, at least 2"):
-            views.pruned_router(view, wrong)
+            moe_blocks.pruned_router(view, wrong)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,19 +68,19 @@ def test_groups_stay_equal() -> None:
 def test_merging_replaces_every_expert_by_the_mean_of_its_group(family: str) -> None:
     model = FAMILIES[family]()
     groups, weights = ((3, 0), (1,), (5, 2, 4)), ((0.75, 0.25), (1.0,), (0.5, 0.5, 0.0))
-    reference: Any = copy.deepcopy(views.get_block(model, 1))
+    reference: Any = copy.deepcopy(moe_blocks.get_block(model, 1))
     for name in ("gate_up_proj", "down_proj"):
-        projection = getattr(views.get_block(model, 1).experts, name)
+        projection = getattr(moe_blocks.get_block(model, 1).experts, name)
         for group, shares in zip(groups, weights, strict=True):
             mean = sum(share * projection[expert] for expert, share in zip(group, shares, strict=True))
             for expert in group:
                 getattr(reference.experts, name)[expert] = mean
-    apply.execute(model, Plan("tiny", (Merge(1, groups, weights),)))
-    merged: Any = views.get_block(model, 1)
+    execute.execute(model, Plan("tiny", (Merge(1, groups, weights),)))
+    merged: Any = moe_blocks.get_block(model, 1)
     torch.testing.assert_close(merged(hidden(model)), reference(hidden(model)), rtol=1e-5, atol=1e-5)
     assert merged.experts.down_proj.shape[0] == 3
     with pytest.raises(ValueError, match="merged"):
-        apply.execute(model, Plan("tiny", (Prune(1, (0, 1)),)))
+        execute.execute(model, Plan("tiny", (Prune(1, (0, 1)),)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,11 +92,11 @@ def test_a_dropped_block_or_layer_adds_nothing(family: str, part: Any) -> None:
     for name, parameter in layer.named_parameters():
         if (name.endswith("o_proj.weight") and part == "layer") or "down_proj" in name:
             parameter.zero_()
-    originals = apply.execute(model, Plan("tiny", (Drop(1, part),)))
-    assert isinstance(views.get_block(model, 1), Zeros if part == "moe" else SkippedLayer)
+    originals = execute.execute(model, Plan("tiny", (Drop(1, part),)))
+    assert isinstance(moe_blocks.get_block(model, 1), Zeros if part == "moe" else SkippedLayer)
     torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
     before = logits(FAMILIES[family](), IDS)
-    with views.swap_blocks(model, originals):
+    with moe_blocks.swap_blocks(model, originals):
         assert torch.equal(logits(model, IDS), before)
     torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-5, atol=1e-5)
 
@@ -108,18 +108,18 @@ def test_the_first_layer_of_an_attention_type_cannot_be_dropped() -> None:
     types = model.config.layer_types
     assert decoder.cache_layers(model.config) == {0, 1} == {types.index(kind) for kind in set(types)}
     with pytest.raises(ValueError, match="layer 1: the key-value cache"):
-        apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
+        execute.execute(model, Plan("tiny", (Drop(1, "layer"),)))
 
 
 @torch.no_grad()
 def test_generation_without_a_layer_uses_the_cache_correctly() -> None:
     model = qwen2_moe()
-    apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
+    execute.execute(model, Plan("tiny", (Drop(1, "layer"),)))
     with_cache = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
     without = model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(with_cache, without)
     with pytest.raises(ValueError, match="cache counts tokens"):
-        apply.execute(model, Plan("tiny", (Drop(0, "layer"),)))
+        execute.execute(model, Plan("tiny", (Drop(0, "layer"),)))
 
 
 PLANS: dict[str, tuple[Operation, ...]] = {
@@ -141,22 +141,22 @@ def test_restructured_models_take_the_weights_of_the_operation(family: str, name
     plan = Plan("tiny", PLANS[name])
     model = FAMILIES[family]()
     before, untouched = bits(model), logits(model, IDS)
-    originals = apply.execute(model, plan, lambda: recorded(model))
+    originals = execute.execute(model, plan, lambda: recorded(model))
     applied = logits(model, IDS)
-    with views.swap_blocks(model, originals):
+    with moe_blocks.swap_blocks(model, originals):
         assert torch.equal(logits(model, IDS), untouched)
 
     shaped = FAMILIES[family]()
-    replaced = apply.restructure(shaped, plan)
+    replaced = execute.restructure(shaped, plan)
     shaped.load_state_dict(model.state_dict())
     assert torch.equal(logits(shaped, IDS), applied)
     for layer, block in replaced.items():
-        views.set_block(shaped, layer, block)
+        moe_blocks.set_block(shaped, layer, block)
     assert same_bits(bits(shaped), before)
 
     with torch.device("meta"):
         empty: Any = type(shaped)(shaped.config)
-    apply.restructure(empty, plan)
+    execute.restructure(empty, plan)
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
@@ -165,12 +165,12 @@ def test_a_plan_that_fails_half_way_leaves_the_model_unchanged() -> None:
     before = bits(model)
     for wrong in (Prune(1, (0,)), Prune(1, (0, 1, 9)), Factorize(1, RANKS)):
         with pytest.raises(ValueError, match="layer 1"):
-            apply.execute(model, Plan("tiny", (Drop(2, "layer"), Drop(0, "moe"), wrong)))
+            execute.execute(model, Plan("tiny", (Drop(2, "layer"), Drop(0, "moe"), wrong)))
         assert same_bits(bits(model), before) and not any(
             isinstance(module, Zeros | SkippedLayer) for module in model.modules()
         )
     with pytest.raises(ValueError, match="needs the calibration set"):
-        apply.execute(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
+        execute.execute(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
 
 
 def test_counts_of_the_original_model_from_its_config() -> None:
@@ -178,7 +178,7 @@ def test_counts_of_the_original_model_from_its_config() -> None:
         model = make()
         counts = parameters.parameter_counts(model.config)
         assert counts.total == sum(parameter.numel() for parameter in model.parameters())
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         routed = sum(p.numel() for block in blocks.values() for p in block.experts.parameters())
         assert counts.routed_experts == routed
         assert counts.expert == routed // (6 * len(blocks)) and counts.router_row == 32

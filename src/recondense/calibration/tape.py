@@ -18,7 +18,7 @@ from recondense import processes
 from recondense.calibration.text_batches import TextBatch, TextBatches
 from recondense.calibration.trace import LayerTrace, Traces, record_calls
 from recondense.errors import UserError
-from recondense.models import decoder, forward, views
+from recondense.models import decoder, forward, moe_blocks
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import DiskTensorList, Memory, Storage, TensorList, nbytes
@@ -97,7 +97,7 @@ class Tape:
         device = decoder.device(model)
         texts = (TextBatch(ids_BS.to(device), mask_BS.to(device).bool()) for ids_BS, mask_BS in batches)
         tape = cls(model, TextBatches(texts, split), storage or Memory())
-        sparse = views.sparse_blocks(model)
+        sparse = moe_blocks.sparse_blocks(model)
         room = TRACE_BYTES if isinstance(tape.storage, Memory) else -1
         with eval_mode(model):
             tape._keep(0, (tape._arguments.enter(_inputs(batch)) for batch in tape.texts.local))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recondense.calibration.text_batches import TextBatch
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.tensor_store import Storage
 
 
@@ -83,10 +83,10 @@ def record_calls(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict
     calls: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
     handles = []
     for layer, call in calls.items():
-        sparse = views.sparse_blocks(model)[layer]
+        sparse = moe_blocks.sparse_blocks(model)[layer]
 
         def keep(module: nn.Module, args: Any, output: Any, call: dict[str, Any] = call) -> None:
-            call.update(x=args[0], output=views.block_output(output))
+            call.update(x=args[0], output=moe_blocks.block_output(output))
 
         def keep_router(module: nn.Module, args: Any, output: Any, call: dict[str, Any] = call) -> None:
             call.update(router=output)

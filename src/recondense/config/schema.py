@@ -16,9 +16,9 @@ import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from recondense.config.identity import NO_RESULT, identity_of
 from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem, render
+from recondense.config.run_identity import NO_RESULT, identity_of
 from recondense.config.types import (
     BelowOne,
     Bytes,

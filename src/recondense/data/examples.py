@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recondense.data.instruction_records import Record
 from recondense.data.labels import MASKED
 from recondense.data.prompts import MarkedText, RefusedChat, mark_answers
-from recondense.data.records import Record
 from recondense.errors import UserError
 from recondense.progress import track
 

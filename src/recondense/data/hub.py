@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import Any
 
 from recondense.config.schema import DataConfig
-from recondense.data.records import detect_form, read_record
+from recondense.data.instruction_records import detect_form, read_record
 from recondense.data.text_files import is_article, split_documents
 from recondense.errors import UserError
 from recondense.offline import hub_access
@@ -27,7 +27,7 @@ class HubSplit:
         dataset, subset, split: the names on the hub.
         streaming: read rows as they are needed instead of the entire split.
         text_field: the field of a row that is a document; not used with `form`.
-        form: the form of the rows if they are records (see records.py); None if they are texts.
+        form: the form of the rows if they are records (see instruction_records.py); None if they are texts.
         where: the dotted name of these settings in the config, for messages.
         setting: the setting that names the split, for messages.
     """

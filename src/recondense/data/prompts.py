@@ -10,7 +10,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from recondense.data.records import Record
+from recondense.data.instruction_records import Record
 from recondense.errors import UserError
 
 # As in github.com/tatsu-lab/stanford_alpaca and in the text field of its dataset on the hub: an answer begins a line.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recondense.config.problems import Problem
-from recondense.data.records import detect_form, read_record
+from recondense.data.instruction_records import detect_form, read_record
 from recondense.errors import UserError
 
 ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
@@ -85,8 +85,9 @@ def read_texts(
     Args:
         path: the file.
         text_field: the field of a JSON object that is a document; not used with `form`.
-        form: the form of the file's records (see records.py), which are one per line or all in one JSON list; "auto"
-            for the form of the first record. Each document is then a `Record`. In a list, its number counts records.
+        form: the form of the file's records (see instruction_records.py), which are one per line or all in one JSON
+            list; "auto" for the form of the first record. Each document is then a `Record`. In a list, its number
+            counts records.
         where: the dotted name in the config of the group with text_field and form, for messages.
 
     Raises:

@@ -14,9 +14,9 @@ from recondense.data.calibration_set import require_samples
 from recondense.data.corpora import load_corpora
 from recondense.data.corpus import Corpora
 from recondense.data.examples import make_examples, make_windows
+from recondense.data.instruction_records import Record
 from recondense.data.loader import Table
 from recondense.data.prompts import render_documents
-from recondense.data.records import Record
 from recondense.data.windows import pack
 
 

@@ -10,15 +10,13 @@ from transformers import PreTrainedModel
 
 from recondense.config.schema import ExportConfig
 from recondense.errors import UserError
-from recondense.models import decoder, families, views
-from recondense.models.low_rank import LowRankExperts
+from recondense.models import families, moe_blocks
+from recondense.models.layer_shapes import Shapes
 from recondense.models.parameters import count_parameters
-from recondense.models.replacement_blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 
 NARROWEST = 16  # width of dense layers if all of them are zero: kernels need rows of a few bytes
 # Features that no stock config can express, by their key in a layer's shape.
 INEXPRESSIBLE = {"token_gate": "a gate per token", "merged": "merged experts", "ranks": "low-rank experts"}
-Shapes = Mapping[int, Mapping[str, Any]]  # made by `layer_shapes`
 
 
 class NotStock(UserError):
@@ -57,7 +55,7 @@ def choose_layout(model: PreTrainedModel, shapes: Shapes, settings: ExportConfig
         if settings.format == "stock":
             raise NotStock(f"export.format=stock: {error}; use export.format=auto or bundled") from None
         return None
-    if settings.format == "stock" or not shapes or views.sparse_blocks(model):
+    if settings.format == "stock" or not shapes or moe_blocks.sparse_blocks(model):
         return stock
     return None if families.family_of(model.config).needs_sparse else stock
 
@@ -81,7 +79,7 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
             if shape.get(key):
                 raise NotStock(f"layer {layer} has {what}, which a config of {name} cannot express")
     sparse = {layer: shape["num_experts"] for layer, shape in shapes.items() if shape["kind"] == "sparse"}
-    counts = {block.num_experts for block in views.sparse_blocks(model).values()}
+    counts = {block.num_experts for block in moe_blocks.sparse_blocks(model).values()}
     if len(counts) > 1:
         text = f"its layers have {min(counts)} to {max(counts)} experts, but a config of {name} has one number for all"
         raise NotStock(text)
@@ -120,50 +118,3 @@ def _dense_width(shape: Mapping[str, Any]) -> int | None:
     if shape["kind"] == "zeros":
         return 0
     return shape["shared_width"] + shape["routed_width"] if shape["kind"] == "condensed" else None
-
-
-def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[int, dict[str, Any]]:
-    """Return the shape of each layer that differs from the family's config, as arguments of `reshape`.
-
-    See `compressed_classes.reshape`. The shapes are JSON values.
-
-    Args:
-        model: the compressed model.
-        multiplied: describe low-rank experts as if they were multiplied out.
-    """
-    shapes: dict[int, dict[str, Any]] = {}
-    num_experts = families.original_facts(model.config).num_experts
-    for layer in range(len(decoder.decoder_layers(model))):
-        block = views.get_block(model, layer)
-        if isinstance(block, SkippedLayer):
-            shapes[layer] = {"kind": "skipped"}
-        elif isinstance(block, Zeros):
-            shapes[layer] = {"kind": "zeros"}
-        elif isinstance(block, CondensedMoE):
-            shapes[layer] = {
-                "kind": "condensed",
-                "shared_width": block.shared_width,
-                "routed_width": block.routed_width,
-                "token_gate": block.shared_expert_gate is not None,
-            }
-        elif views.is_sparse(block):
-            shape = _sparse_shape(views.sparse_view(model, layer, block))
-            if multiplied:
-                shape.pop("ranks", None)
-            if shape != {"kind": "sparse", "num_experts": num_experts, "router_rows": num_experts}:
-                shapes[layer] = shape
-    return shapes
-
-
-def _sparse_shape(block: views.SparseBlock) -> dict[str, Any]:
-    router = block.router
-    shape: dict[str, Any] = {
-        "kind": "sparse",
-        "num_experts": block.num_experts,
-        "router_rows": len(router.table) if isinstance(router, RemappedRouter) else block.num_experts,
-    }
-    if isinstance(router, RemappedRouter):
-        shape["merged"] = True
-    if isinstance(block.experts, LowRankExperts):
-        shape["ranks"] = {name: list(ranks) for name, ranks in block.experts.ranks.items()}
-    return shape

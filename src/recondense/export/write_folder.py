@@ -21,10 +21,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from recondense.config.schema import ExportConfig
 from recondense.export.shard_writer import ShardWriter
-from recondense.export.stock_or_bundled import Shapes, Stock, choose_layout, layer_shapes, skipped_layers
+from recondense.export.stock_or_bundled import Stock, choose_layout, skipped_layers
 from recondense.files import replace_folder, write_aside
 from recondense.models import (
-    classes,
     compressed_classes,
     decoder,
     deepseek,
@@ -32,9 +31,11 @@ from recondense.models import (
     families,
     headers,
     low_rank,
+    model_classes,
+    moe_blocks,
     replacement_blocks,
-    views,
 )
+from recondense.models.layer_shapes import Shapes, layer_shapes
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.parameters import largest_layer_bytes
@@ -102,8 +103,8 @@ def _verify(folder: Path) -> None:
     Raises:
         AssertionError: they differ.
     """
-    classes.register_model_type(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    outline = classes.empty_model(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+    model_classes.register_model_type(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    outline = model_classes.empty_model(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
     difference = str(headers.compare(outline, headers.list_files(folder)))
     if difference:
         raise AssertionError(f"the export does not match {type(outline).__name__}: {difference}")
@@ -160,30 +161,30 @@ def _fold_and_multiply(
 
     Low-rank experts are multiplied out, unless `shapes` has ranks for the layer.
     """
-    block, name = views.get_block(model, layer), views.block_name(layer)
+    block, name = moe_blocks.get_block(model, layer), moe_blocks.block_name(layer)
     if isinstance(block, CondensedMoE) and block.scale is not None:
         down = block.down_proj.weight
         folded = (down.float() * block.scale.float()).to(down.dtype)
         state = {**state, f"{name}.down_proj.weight": folded}
         del state[f"{name}.scale"]
-    if views.is_sparse(block):
-        experts = views.sparse_view(model, layer, block).experts
+    if moe_blocks.is_sparse(block):
+        experts = moe_blocks.sparse_view(model, layer, block).experts
         if isinstance(experts, LowRankExperts) and not shapes.get(layer, {}).get("ranks"):
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.experts.")}
-            full = views.multiply_factors(experts, transposed=compressed_classes.returns_pair(block))
+            full = moe_blocks.multiply_factors(experts, transposed=compressed_classes.returns_pair(block))
             state |= {f"{name}.experts.{key}": tensor for key, tensor in full.items()}
     return state
 
 
 def _pad_dense(model: PreTrainedModel, layer: int, state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
     """Return the state dict of a dense layer, padded with zeros to `width`; other layers are unchanged."""
-    block, name = views.get_block(model, layer), views.block_name(layer)
+    block, name = moe_blocks.get_block(model, layer), moe_blocks.block_name(layer)
     hidden_size = model.config.hidden_size
     if isinstance(block, Zeros):
         kind: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         empty = {"gate_proj": (0, hidden_size), "up_proj": (0, hidden_size), "down_proj": (hidden_size, 0)}
         state = {**state, **{f"{name}.{key}.weight": torch.zeros(*size, **kind) for key, size in empty.items()}}
-    elif views.is_sparse(block):
+    elif moe_blocks.is_sparse(block):
         return state
     padded = dict(state)
     for key in ("gate_proj", "up_proj"):
@@ -210,7 +211,7 @@ def _write_weights(
 
 def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, folder: Path) -> None:
     """Write config.json, and the modeling file if one is needed."""
-    config_class, model_class = classes.family_classes(model.config)
+    config_class, model_class = model_classes.family_classes(model.config)
     family = families.family_of(model.config)
     stock_config = _family_config(model.config, config_class)
     for name, value in (stock.updates if stock is not None else {}).items():
@@ -225,7 +226,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
     if stock is not None and not family.carried:
         write_aside(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
-    names = config_class.__name__, model_class.__name__, classes.base_class_of(config_class).__name__
+    names = config_class.__name__, model_class.__name__, model_classes.base_class_of(config_class).__name__
     if stock is None:
         config["model_type"] = compressed_classes.PREFIX + config["model_type"]
         config["architectures"] = ["CompressedForCausalLM"]

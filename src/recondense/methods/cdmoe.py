@@ -13,10 +13,10 @@ from recondense.errors import UserError
 from recondense.methods.search.budget import NO_BUDGET, Budget
 from recondense.methods.search.cdmoe_search import CondenseSearch
 from recondense.methods.step import Record, SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.families import Facts
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.parameters import count_parameters
-from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 
 
@@ -129,7 +129,7 @@ class CDMoE:
         return {"method": "cdmoe", "version": 2, "shared_gate": self.shared_gate, "expert_search": self.expert_search}
 
     def outline(self, model: PreTrainedModel) -> list[Condense]:
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         layers, count = self._layers(model)
         return [self.outline_layer(blocks[layer]) for layer in layers[:count]]
 
@@ -186,7 +186,7 @@ class CDMoE:
 
     def _layers(self, model: PreTrainedModel) -> tuple[list[int], int | None]:
         """Return the layers to choose from, and how many the layer search chooses; None condenses all of them."""
-        moe_layers = list(views.sparse_blocks(model))
+        moe_layers = list(moe_blocks.sparse_blocks(model))
         if self.budget.is_given:
             return moe_layers, self._fewest_layers(model)
         choice = read_num_layers(self.num_layers)
@@ -194,10 +194,10 @@ class CDMoE:
 
     def _fewest_layers(self, model: PreTrainedModel) -> int:
         """Return the smallest number of layers to condense that meets the budget; all MoE layers have equal sizes."""
-        block = next(iter(views.sparse_blocks(model).values()))
+        block = next(iter(moe_blocks.sparse_blocks(model).values()))
         need = self.budget.expert_parameters_to_remove(model)
         saved = self.saved_parameters(block, routed=self.budget.removed_expert_ratio is not None)
-        most = len(views.sparse_blocks(model))
+        most = len(moe_blocks.sparse_blocks(model))
         if need > most * saved:
             reachable = self.budget.strictest_ratio(model, most * saved)
             raise UserError(

@@ -25,9 +25,9 @@ from recondense.methods.search.budget import Budget
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import GENETIC, Genetic
 from recondense.methods.search.knapsack import least_damage
+from recondense.methods.search.layer_options import Option, Options, OptionSettings
 from recondense.methods.search.option_blocks import OptionBlocks
 from recondense.methods.search.option_choices import MadeUpChoices, SearchedChoices
-from recondense.methods.search.options import Option, Options, OptionSettings
 from recondense.methods.search.ranks import break_even, multiple_problems
 from recondense.methods.search.rerun import Change
 from recondense.methods.step import Cache, Record, SearchContext

@@ -18,7 +18,7 @@ from recondense.methods.search.budget import BASE_BUDGET, Budget
 from recondense.methods.search.importance import KINDS, expert_importances
 from recondense.methods.search.layerwise import LayerwiseSearch
 from recondense.methods.step import Record, SearchContext
-from recondense.models import parameters, views
+from recondense.models import moe_blocks, parameters
 from recondense.models.families import Facts
 from recondense.models.parameters import routed_parameters
 from recondense.operations import PROJECTIONS, Factorize
@@ -132,7 +132,7 @@ class Decompose:
 
     def outline(self, model: PreTrainedModel) -> list[Factorize]:
         """Return operations of the final sizes, see `Step.outline`. All experts count as equally important."""
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         if not blocks or self._does_nothing:
             return []
         importance = {layer: [1.0] * block.num_experts for layer, block in blocks.items()}
@@ -146,7 +146,7 @@ class Decompose:
         """
         started = time.perf_counter()
         model = context.model
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         if not blocks or self._does_nothing:
             return [], {**self.key(), "seconds": {}}
         shape = _shape(blocks)
@@ -209,7 +209,7 @@ class Decompose:
         return multiple, *ranks.allocate_budget(importance, kept, *shape, self.alpha, multiple)
 
     def _importance(
-        self, context: SearchContext, blocks: Mapping[int, views.SparseBlock]
+        self, context: SearchContext, blocks: Mapping[int, moe_blocks.SparseBlock]
     ) -> Mapping[int, Sequence[float]]:
         if self.importance == "uniform" or not self.alpha:
             return {layer: [1.0] * block.num_experts for layer, block in blocks.items()}
@@ -217,7 +217,7 @@ class Decompose:
         return expert_importances(LayerwiseSearch(context), blocks, self.importance, self.normalize, title)
 
 
-def _shape(blocks: Mapping[int, views.SparseBlock]) -> tuple[int, int]:
+def _shape(blocks: Mapping[int, moe_blocks.SparseBlock]) -> tuple[int, int]:
     """Return the hidden size and the width of a routed expert."""
     _, hidden_size, expert_width = next(iter(blocks.values())).weights.down_EDF.shape
     return hidden_size, expert_width

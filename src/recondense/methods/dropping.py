@@ -19,7 +19,7 @@ from recondense.errors import UserError
 from recondense.methods.search.budget import BASE_BUDGET, Budget
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.step import Record, SearchContext
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.families import Facts
 from recondense.models.parameters import count_parameters
 from recondense.operations import Drop
@@ -101,7 +101,7 @@ class Dropping:
             UserError: dropping the part in all of them does not meet the budget.
         """
         kept = decoder.cache_layers(model.config) if self.part == "layer" else set()
-        layers = [layer for layer in views.sparse_blocks(model) if layer not in kept]
+        layers = [layer for layer in moe_blocks.sparse_blocks(model) if layer not in kept]
         most = sum(self._size(model, layer) for layer in layers)
         if self.budget.expert_parameters_to_remove(model) > most:
             raise UserError(
@@ -138,7 +138,7 @@ class Dropping:
     def _size(self, model: PreTrainedModel, layer: int) -> int:
         """Return the number of parameters that dropping the part of a layer removes, as the budget counts them."""
         if self.budget.removed_expert_ratio is not None:
-            return count_parameters(views.sparse_blocks(model)[layer].experts)
+            return count_parameters(moe_blocks.sparse_blocks(model)[layer].experts)
         if self.part == "layer":
             return count_parameters(decoder.decoder_layers(model)[layer])
-        return count_parameters(views.get_block(model, layer))
+        return count_parameters(moe_blocks.get_block(model, layer))

@@ -23,10 +23,10 @@ from recondense.methods.search.budget import BASE_BUDGET, Budget
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.routing import routing_totals
 from recondense.methods.step import Record, SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.families import Facts
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import expert_outputs
-from recondense.models.views import SparseBlock
 from recondense.operations import Merge
 
 
@@ -80,7 +80,7 @@ class Merging:
         return "how many groups each layer has, but not their total" if self.grouping == "router_logits" else ""
 
     def outline(self, model: PreTrainedModel) -> list[Merge]:
-        experts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
+        experts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}
         even = _even(experts, self.budget.experts_to_drop(model, router_rows=False))
         operations = []
         for layer, count in experts.items():
@@ -96,7 +96,7 @@ class Merging:
             UserError: the budget requires removing more experts than possible.
         """
         started = time.perf_counter()
-        blocks = views.sparse_blocks(context.model)
+        blocks = moe_blocks.sparse_blocks(context.model)
         names = {layer: f"features-{layer:03d}" for layer in blocks}
 
         def work(task: LayerTask) -> Record:

@@ -22,7 +22,7 @@ from recondense.methods.search.importance import KINDS, expert_importances
 from recondense.methods.search.kt_field import Group, reception_field
 from recondense.methods.search.layerwise import LayerwiseSearch
 from recondense.methods.step import Record, SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.families import Facts
 from recondense.operations import Prune
 from recondense.progress import progress
@@ -106,7 +106,7 @@ class InterExpertPruning:
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         """Return operations of the final sizes, see `Step.outline`. All layers count as equally important."""
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         numbers = self.numbers(model, dict.fromkeys(blocks, 1.0))
         return [
             Prune.from_dropped(layer, blocks[layer].num_experts, range(number))
@@ -121,7 +121,7 @@ class InterExpertPruning:
             model: the model after the earlier steps.
             importance: the importance of each sparse layer.
         """
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         if not blocks:
             return {}
         experts = {layer: block.num_experts for layer, block in blocks.items()}
@@ -137,7 +137,7 @@ class InterExpertPruning:
             UserError: more experts should be pruned than possible.
         """
         started = time.perf_counter()
-        blocks = views.sparse_blocks(context.model)
+        blocks = moe_blocks.sparse_blocks(context.model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         search = LayerwiseSearch(context)

@@ -18,7 +18,7 @@ from recondense.methods.search.expert_sets import search_expert_sets
 from recondense.methods.search.genetic import GENETIC, Genetic
 from recondense.methods.search.layerwise import LayerwiseSearch
 from recondense.methods.step import Record, SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.families import Facts
 from recondense.operations import Prune
 
@@ -66,13 +66,13 @@ class NAEE:
         return {"method": "naee", "version": 1, **self.genetic.key(), "seed": self.seed}
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
-        experts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
+        experts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}
         numbers = self._numbers(model, experts)
         return [Prune.from_dropped(layer, experts[layer], range(number)) for layer, number in numbers.items() if number]
 
     def _numbers(self, model: PreTrainedModel, experts: Mapping[int, int]) -> dict[int, int]:
         """Return the number of experts that each layer loses."""
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         floor = next(iter(blocks.values())).routing.top_k if blocks else 0
         return drop_uniformly(self.budget.experts_to_drop(model), experts, floor)
 
@@ -83,7 +83,7 @@ class NAEE:
             UserError: the budget requires pruning more experts than possible.
         """
         started = time.perf_counter()
-        blocks = views.sparse_blocks(context.model)
+        blocks = moe_blocks.sparse_blocks(context.model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         experts = {layer: block.num_experts for layer, block in blocks.items()}

@@ -24,10 +24,10 @@ from recondense.methods.search.genetic import layer_seed
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.routing import routing_totals
 from recondense.methods.step import Record, SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.families import Facts
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import expert_outputs
-from recondense.models.views import SparseBlock
 from recondense.operations import Prune
 
 SALIENCIES = {
@@ -89,7 +89,7 @@ class SaliencyPruning:
         return "how many experts each layer loses, but not their total" if self.allocation == "global" else ""
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
-        counts = {layer: block.num_experts for layer, block in views.sparse_blocks(model).items()}
+        counts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}
         return self._prunes(model, {layer: [0.0] * count for layer, count in counts.items()}, everywhere=True)
 
     def search(self, context: SearchContext) -> tuple[list[Prune], Record]:
@@ -100,7 +100,7 @@ class SaliencyPruning:
         """
         started = time.perf_counter()
         model = context.model
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
         if self.saliency == "random":
@@ -129,7 +129,7 @@ class SaliencyPruning:
             scores: the score of each expert, by layer.
             everywhere: prune the same number in every layer.
         """
-        blocks = views.sparse_blocks(model)
+        blocks = moe_blocks.sparse_blocks(model)
         if not blocks:
             return []
         routing = next(iter(blocks.values())).routing

@@ -115,7 +115,7 @@ def reshape(
         hidden_size: D.
         router_entries, expert_entries: as for `compressed_classes`.
         kind: "sparse", "condensed", "zeros" or "skipped". This and the following arguments are one entry of
-            `config.compressed_layers`; `export/layout.py` writes them.
+            `config.compressed_layers`.
         num_experts: the number of routed experts of a sparse layer.
         router_rows: the number of rows of its router.
         ranks: the ranks of its low-rank experts; None for dense ones.

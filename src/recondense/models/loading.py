@@ -31,7 +31,7 @@ from recondense.config.checks import ADAPTER, HOLDS_ADAPTER
 from recondense.config.schema import ModelConfig, from_dict
 from recondense.errors import UserError
 from recondense.files import fingerprint
-from recondense.models import classes, decoder, headers, quantized, shard_reader
+from recondense.models import decoder, headers, model_classes, quantized, shard_reader
 from recondense.models.layer_store import layer_store, set_layer_store
 from recondense.models.model_files import keep_history, model_file
 from recondense.models.streaming import Streamed
@@ -123,7 +123,7 @@ def _load_model(settings: ModelConfig, attention: str | None, path: str | Path, 
         attention: the attention that the caller named. None uses that of the settings, or eager if the family lacks it.
     """
     values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
-    classes.register_model_type(values.get("model_type", ""))
+    model_classes.register_model_type(values.get("model_type", ""))
     if not _has_attention(values, settings):
         if attention is not None:
             raise UserError(f"attention={attention}: model_type {values['model_type']} lacks it; use attention=eager")
@@ -155,7 +155,7 @@ def _has_attention(values: Mapping[str, Any], settings: ModelConfig) -> bool:
     if settings.trust_remote_code and "auto_map" in values:
         return True
     try:
-        return classes.has_attention(AutoConfig.for_model(values.get("model_type", "")), settings.attention)
+        return model_classes.has_attention(AutoConfig.for_model(values.get("model_type", "")), settings.attention)
     except (KeyError, ValueError):  # transformers does not know the model type, and says so when it loads the model
         return True
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from recondense.models.classes import on_meta
 from recondense.models.compressed_classes import has_bias
 from recondense.models.decoder import decoder_layers, layers_prefix
 from recondense.models.families import original_facts
+from recondense.models.model_classes import on_meta
+from recondense.models.moe_blocks import SparseBlock, get_block, sparse_blocks
 from recondense.models.replacement_blocks import CondensedMoE
-from recondense.models.views import SparseBlock, get_block, sparse_blocks
 
 
 @dataclass(frozen=True)

@@ -305,12 +305,12 @@ class SkippedLayer(nn.Module):
 
 def shallow_copy(module: nn.Module) -> nn.Module:
     """Return a new module that shares all parameters, buffers and children of a module, but not its hooks."""
-    twin = copy.copy(module)
+    duplicate = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[name] = dict(module.__dict__[name])
-    for name in [name for name in twin.__dict__ if name.endswith("_hooks") or "_hooks_" in name]:
-        twin.__dict__[name] = type(twin.__dict__[name])()
-    return twin
+        duplicate.__dict__[name] = dict(module.__dict__[name])
+    for name in [name for name in duplicate.__dict__ if name.endswith("_hooks") or "_hooks_" in name]:
+        duplicate.__dict__[name] = type(duplicate.__dict__[name])()
+    return duplicate
 
 
 def select_experts(module: nn.Module, index: Sequence[int], num_experts: int, names: Sequence[str]) -> nn.Module:
@@ -326,10 +326,10 @@ def select_experts(module: nn.Module, index: Sequence[int], num_experts: int, na
     Returns:
         A module of the same class. Its attributes that count experts are n.
     """
-    twin = shallow_copy(module)
+    duplicate = shallow_copy(module)
     for name in names:
         *path, last = name.split(".")
-        holder = twin
+        holder = duplicate
         for child in path:
             holder._modules[child] = shallow_copy(holder.get_submodule(child))
             holder = holder.get_submodule(child)
@@ -339,9 +339,9 @@ def select_experts(module: nn.Module, index: Sequence[int], num_experts: int, na
         cut = tensor.detach().index_select(dim, torch.as_tensor(index, device=tensor.device))
         tensors[last] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
     for name in EXPERT_COUNTS:
-        if getattr(twin, name, None) == num_experts:
-            setattr(twin, name, len(index))
-    return twin
+        if getattr(duplicate, name, None) == num_experts:
+            setattr(duplicate, name, len(index))
+    return duplicate
 
 
 EXPERT_COUNTS = ("num_experts", "n_routed_experts")  # attributes of routers and experts modules

@@ -135,17 +135,17 @@ def _holder(module: nn.Module, name: str) -> tuple[Any, str]:
     return (parent._parameters if leaf in parent._parameters else parent._buffers), leaf
 
 
-def empty_twin(block: nn.Module) -> nn.Module:
+def empty_copy(block: nn.Module) -> nn.Module:
     """Return a copy of a block whose parameters and persistent buffers are on the meta device."""
-    twin = shallow_copy(block)
+    empty = shallow_copy(block)
     for name, child in block._modules.items():
-        twin._modules[name] = None if child is None else empty_twin(child)
+        empty._modules[name] = None if child is None else empty_copy(child)
     for name, parameter in block._parameters.items():
-        twin._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().to("meta"), False)
+        empty._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().to("meta"), False)
     for name, buffer in block._buffers.items():
         stays = buffer is None or name in block._non_persistent_buffers_set
-        twin._buffers[name] = buffer if stays or buffer is None else buffer.to("meta")
-    return twin
+        empty._buffers[name] = buffer if stays or buffer is None else buffer.to("meta")
+    return empty
 
 
 def unalias(state: State) -> State:

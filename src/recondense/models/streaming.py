@@ -24,10 +24,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import files
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.headers import open_safetensors
 from recondense.models.layer_store import InMemory, set_layer_store
-from recondense.models.shard_reader import ShardReader, State, align, empty_twin, swap_tensors, unalias
+from recondense.models.shard_reader import ShardReader, State, align, empty_copy, swap_tensors, unalias
 from recondense.models.tensor_store import Disk, Storage
 
 NOTES = "notes"  # a key in the metadata of an offloaded file
@@ -66,11 +66,11 @@ class Streamed:
         self._loaded: dict[nn.Module, State] = {}  # loaded units, with the meta tensors that they had before
         self._users: Counter[nn.Module] = Counter()
         for layer, module in enumerate(decoder.decoder_layers(model)):
-            layer_prefix, block_prefix = decoder.layer_prefix(layer), f"{views.block_name(layer)}."
+            layer_prefix, block_prefix = decoder.layer_prefix(layer), f"{moe_blocks.block_name(layer)}."
             names = [layer_prefix + name for name in module.state_dict()]
             outside_block = [name for name in names if not name.startswith(block_prefix)]
             self._sources[module] = self._shard_source(outside_block, layer_prefix)
-            self._sources[views.get_block(model, layer)] = self._shard_source(
+            self._sources[moe_blocks.get_block(model, layer)] = self._shard_source(
                 [name for name in names if name not in outside_block], block_prefix
             )
 
@@ -116,10 +116,10 @@ class Streamed:
         path = self._path(key or f"block-{os.getpid()}-{next(self._numbers)}")
         with files.replace_file(path) as aside:
             save_file(unalias(state), aside, {NOTES: json.dumps(dict(notes or {}))})
-        twin = self._offloaded(block, path, key or path.stem, torch.device("cpu"))
+        offloaded = self._offloaded(block, path, key or path.stem, torch.device("cpu"))
         if key is None:
-            weakref.finalize(twin, path.unlink, missing_ok=True)
-        return twin
+            weakref.finalize(offloaded, path.unlink, missing_ok=True)
+        return offloaded
 
     def load_back(self, key: str, make_block: Callable[[], nn.Module]) -> nn.Module | None:
         if not self.is_offloaded(key):
@@ -158,7 +158,7 @@ class Streamed:
 
     def _units(self, layer: int) -> list[nn.Module]:
         """Return the two modules of a layer that are read separately; for a removed layer both are the same."""
-        return [decoder.decoder_layers(self._model)[layer], views.get_block(self._model, layer)]
+        return [decoder.decoder_layers(self._model)[layer], moe_blocks.get_block(self._model, layer)]
 
     def _shard_source(self, names: Sequence[str], prefix: str) -> Callable[[], State]:
         return lambda: {name.removeprefix(prefix): tensor for name, tensor in self._shards.read(names)}
@@ -181,13 +181,13 @@ class Streamed:
             meta_device: the device of the weights if `block` is on the meta device.
         """
         device = next((tensor.device for tensor in block.state_dict().values()), torch.device("cpu"))
-        twin = empty_twin(block)
+        offloaded = empty_copy(block)
         target = meta_device if device.type == "meta" else device
 
         def read() -> State:
             with open_safetensors(path) as file:
                 return {name: align(file.get_tensor(name).to(target)) for name in file.keys()}  # noqa: SIM118
 
-        self._sources[twin] = read
-        self._keys[twin] = key
-        return twin
+        self._sources[offloaded] = read
+        self._keys[offloaded] = key
+        return offloaded

@@ -23,7 +23,7 @@ from recondense import processes
 from recondense.config.schema import TrainerConfig
 from recondense.data.loader import RecoveryData
 from recondense.files import remove_partial
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.recovery.checkpoints import (
     FINAL,
     AsideCheckpointIO,
@@ -35,7 +35,7 @@ from recondense.recovery.checkpoints import (
     trained_state,
 )
 from recondense.recovery.engines import trainer as trainer_module
-from recondense.recovery.engines import twin as twin_module
+from recondense.recovery.engines import training_copy
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import keep_trained_weights, refuse_rounding, resolve_precision
 from recondense.recovery.random_states import random_states, set_random_states
@@ -87,7 +87,7 @@ def fit(
             else:
                 _train(module, data, _Training(folder, trainer, callbacks, loggers))
             processes.barrier()
-            if not twin_module.is_hollow(module):
+            if not training_copy.is_empty(module):
                 content = read_checkpoint(final)
                 check_checkpoint(content, module, module.student.plan)
                 unknown = module.load_state_dict(content["state_dict"], strict=False).unexpected_keys
@@ -121,7 +121,7 @@ class _Training:
 
 
 def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> None:
-    """Train the module or its twin, and write `final.ckpt`."""
+    """Train the module or its copy, and write `final.ckpt`."""
     settings, device = training.trainer, module.training_device
     assert device is not None
     if processes.is_first():
@@ -157,39 +157,39 @@ def _move_back(module: RecoveryModule, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if not twin_module.is_hollow(module):
+        if not training_copy.is_empty(module):
             module.to(device)
 
 
 def _choose_trained(module: RecoveryModule, settings: TrainerConfig) -> RecoveryModule:
-    """Return the module for the Trainer: this one, or a twin of it."""
+    """Return the module for the Trainer: this one, or a copy of it."""
     if not (settings.shards or settings.deepspeed):
         return module
     if settings.shards:
         if processes.is_first():
             module.to("cpu")  # so that GPUs have only shards
         else:
-            twin_module.release_weights(module)
-    twin = twin_module.make_twin(module, module.objects_to_share(), empty=settings.shards)
+            training_copy.release_weights(module)
+    module_copy = training_copy.make_copy(module, module.objects_to_share(), empty=settings.shards)
     if settings.shards:
-        twin.shard = lambda: _shard(twin, module)
-    return twin
+        module_copy.shard = lambda: _shard(module_copy, module)
+    return module_copy
 
 
-def _shard(twin: RecoveryModule, home: RecoveryModule) -> None:
+def _shard(module_copy: RecoveryModule, home: RecoveryModule) -> None:
     """Shard block by block, student and original separately, so that a pass unshards only the weights that it uses."""
-    layers = list(decoder.decoder_layers(twin.model))
-    originals = {int(layer): block for layer, block in twin.originals.items()}
-    blocks = {layer: views.get_block(twin.model, layer) for layer in originals}
-    student = {id(module) for module in twin.model.modules()}
+    layers = list(decoder.decoder_layers(module_copy.model))
+    originals = {int(layer): block for layer, block in module_copy.originals.items()}
+    blocks = {layer: moe_blocks.get_block(module_copy.model, layer) for layer in originals}
+    student = {id(module) for module in module_copy.model.modules()}
     shared = [module for block in originals.values() for module in _outermost(block, student)]
     units = [*shared, *blocks.values(), *originals.values(), *layers]
     units = [unit for unit in dict.fromkeys(units) if any(True for _ in unit.parameters())]
-    twin_module.shard(twin, home, units)
+    training_copy.shard(module_copy, home, units)
     if all(isinstance(unit, FSDPModule) for unit in units):
         lowest = min(i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
         backwards = [unit for i in reversed(range(lowest, len(layers))) for unit in (layers[i], blocks.get(i))]
-        twin_module.prefetch_backwards(twin, [unit for unit in backwards if unit in units])
+        training_copy.prefetch_backwards(module_copy, [unit for unit in backwards if unit in units])
 
 
 def _outermost(module: nn.Module, members: set[int]) -> Iterator[nn.Module]:
@@ -204,8 +204,8 @@ def _outermost(module: nn.Module, members: set[int]) -> Iterator[nn.Module]:
 def _sparse_modules(module: RecoveryModule) -> list[nn.Module]:
     """Return all MoE blocks, including the original's. In them the tokens decide which weights are used."""
     layers = range(len(decoder.decoder_layers(module.model)))
-    blocks = [views.get_block(module.model, layer) for layer in layers]
-    return [block for block in (*blocks, *module.originals.values()) if views.is_sparse(block)]
+    blocks = [moe_blocks.get_block(module.model, layer) for layer in layers]
+    return [block for block in (*blocks, *module.originals.values()) if moe_blocks.is_sparse(block)]
 
 
 def _make_trainer(module: RecoveryModule, training: _Training, precision: str, device: torch.device) -> L.Trainer:

@@ -142,7 +142,7 @@ class RecoveryModule(L.LightningModule):
         return None if self.part is None else self.part.adapters
 
     def objects_to_share(self) -> list[object]:
-        """Return the objects that a twin of this module shares with it, see `twin.make_twin`."""
+        """Return the objects that a copy of this module shares with it, see `training_copy.make_copy`."""
         return [self.tokenizer, self.plan, self.task_results, *self.student.kept_weights()]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from recondense.config.schema import RecoveryConfig
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.recovery.engines import full_tensors
 
 
@@ -22,7 +22,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            matrix = full_tensors.num_dimensions(parameter) > 1 and not views.is_norm_or_bias(module, name)
+            matrix = full_tensors.num_dimensions(parameter) > 1 and not moe_blocks.is_norm_or_bias(module, name)
             (decayed if matrix else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

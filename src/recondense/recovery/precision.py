@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recondense.config.schema import TrainerConfig
 from recondense.errors import UserError
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.low_rank import LowRankExperts
 
 
@@ -47,12 +47,12 @@ def keep_trained_weights(model: PreTrainedModel, precision: str) -> Iterator[Non
     eager = False
     if precision.endswith("mixed"):
         _convert(model, dict.fromkeys(dtypes, torch.float32))
-        blocks = views.sparse_blocks(model).values()
+        blocks = moe_blocks.sparse_blocks(model).values()
         fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
         # Autocast does not support transformers' grouped products.
         eager = any(block.weights.down_EDF.dtype == torch.float32 for block in fused)
     try:
-        with views.eager_experts(model, eager):
+        with moe_blocks.eager_experts(model, eager):
             yield
     finally:
         _convert(model, dtypes)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense.data.labels import MASKED, next_labels
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.forward import model_inputs, run
 from recondense.models.hooks import capture_input, capture_outputs
 from recondense.models.replacement_blocks import SkippedLayer
@@ -156,7 +156,7 @@ def run_from(
         if not entering:
             return run(model, arguments), states
         rest = {name: value for name, value in arguments.items() if name != "input_ids"}
-        with views.swap_blocks(model, {below: SkippedLayer() for below in range(first)}):
+        with moe_blocks.swap_blocks(model, {below: SkippedLayer() for below in range(first)}):
             return run(model, {**rest, "inputs_embeds": entering[0]}), states
 
 

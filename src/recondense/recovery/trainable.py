@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from recondense.config.schema import RecoveryConfig
 from recondense.errors import UserError
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.decoder import decoder_layers
+from recondense.models.moe_blocks import block_name, expert_modules, get_block, is_dense
 from recondense.models.replacement_blocks import CondensedMoE
-from recondense.models.views import block_name, expert_modules, get_block, is_dense
 from recondense.operations import PROJECTIONS
 from recondense.surgery.student import Student
 
@@ -55,7 +55,7 @@ def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainabl
         Parameters by name. Routers, gates and the scales of condensed layers do not count as experts.
     """
     if trainable == "all":
-        return {name: value for name, value in model.named_parameters() if not views.selects_experts(name)}
+        return {name: value for name, value in model.named_parameters() if not moe_blocks.selects_experts(name)}
     return {
         f"{name}.{inner}": parameter
         for name, module in trainable_modules(model, trainable_layers(model, layers)).items()

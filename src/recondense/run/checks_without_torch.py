@@ -15,7 +15,7 @@ from recondense.config.checks import check_config
 from recondense.config.problems import Problem
 from recondense.config.schema import CalibrationConfig, Config, read
 from recondense.data.corpora import check_paths
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
 
 
 def check_quickly(run: Run) -> Iterator[Problem]:

@@ -32,11 +32,11 @@ from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly
 from recondense.run.closed_pipes import survive_closed_pipes
+from recondense.run.command_options import check_options, options_first
 from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.help_page import help_page
 from recondense.run.jobs import Overrides, read_sweep, split_jobs
-from recondense.run.options import check_options, options_first
-from recondense.run.resolved import Run, resolve
+from recondense.run.resolved_run import Run, resolve
 from recondense.run.run_folder import overwritten_inputs
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
 from recondense.run.unknown_overrides import compose_run, place, resolve_values

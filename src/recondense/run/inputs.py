@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.record import calibration
+from recondense.calibration.calibrate import calibration
 from recondense.config.schema import Config
 from recondense.data.texts import Texts
 from recondense.errors import UserError

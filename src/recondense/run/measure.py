@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.record import Timed
+from recondense.calibration.calibrate import Timed
 from recondense.config.schema import Config, EvaluationConfig
 from recondense.data.texts import Texts
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, write_heldout_tasks
@@ -27,7 +27,7 @@ from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import weights_bytes
 from recondense.progress import progress
 from recondense.run.inputs import task_files_fingerprint
-from recondense.run.record import Figures, RunRecord
+from recondense.run.run_record import Figures, RunRecord
 from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from recondense.config.problems import NOT_SHOWN, Problem
 from recondense.config.schema import Config, EvaluationConfig, ModelConfig
 from recondense.errors import UserError
 from recondense.methods.step import Step
-from recondense.models import classes, families, parameters, quantized
+from recondense.models import families, model_classes, parameters, quantized
 from recondense.models.model_files import model_file, read_history
 from recondense.models.published_configs import recorded_config
 from recondense.offline import hub_access
 from recondense.run.build_steps import check_steps
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
 
 
 def preflight(run: Run, wrong: Collection[str] = ()) -> Iterator[Problem]:
@@ -96,7 +96,7 @@ def _check_model(run: Run, planned: PretrainedConfig, *, teachers: bool) -> Iter
         return
     if not unreadable and config.model.path is not None:
         yield from _check_weights("model.path", config.model.path, config.model, planned)
-    if not classes.has_attention(planned, config.model.attention):
+    if not model_classes.has_attention(planned, config.model.attention):
         text = f"model_type {planned.model_type} does not support it. Use eager."
         yield Problem("model.attention", text, config.model.attention)
     yield from _check_rounding(config, planned)
@@ -136,7 +136,7 @@ def _check_weights(setting: str, path: str, model: ModelConfig, planned: Pretrai
     from recondense.models import headers
 
     try:
-        outline = classes.empty_model(planned)
+        outline = model_classes.empty_model(planned)
     except Exception as error:  # model classes raise arbitrary errors for invalid values
         raise UserError(f"{setting}={path}: no model can be created from config.json: {error}.") from error
     try:
@@ -154,7 +154,7 @@ def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Proble
 
     stages = [stage for stage in run.stages if stage.recovery.needs_experts]
     changed = read_history(run.config.model).changed_layers(planned.num_hidden_layers)
-    if stages and not trainable.trainable_layers(classes.on_meta(planned), changed):
+    if stages and not trainable.trainable_layers(model_classes.on_meta(planned), changed):
         text = f"the model ({planned.model_type}) has no experts to train. Use {{}}.trainable=all, or recovery=none."
         yield from (Problem(stage.where, text.format(stage.where)) for stage in stages)
 
@@ -177,10 +177,10 @@ def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> 
 
     from recondense.recovery.teachers import require_same_vocabulary
 
-    classes.register_model_type(str(PretrainedConfig.get_config_dict(path)[0].get("model_type")))
+    model_classes.register_model_type(str(PretrainedConfig.get_config_dict(path)[0].get("model_type")))
     teacher = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     yield from _check_weights("recovery.teacher_path", path, model, teacher)
-    if not classes.has_attention(teacher, model.attention):
+    if not model_classes.has_attention(teacher, model.attention):
         text = f"model_type {teacher.model_type} of recovery.teacher_path={path} does not support it. Use eager."
         yield Problem("model.attention", text, model.attention)
     size = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
@@ -209,10 +209,11 @@ def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     export = run.config.export
     if export.format != "stock" or export.enabled is False or not run.steps:
         return
-    from recondense.export.stock_or_bundled import choose_layout, layer_shapes
+    from recondense.export.stock_or_bundled import choose_layout
+    from recondense.models.layer_shapes import layer_shapes
     from recondense.run.sizes import outlined
 
-    model = classes.on_meta(planned)
+    model = model_classes.on_meta(planned)
     try:
         with outlined(model, run.steps):
             choose_layout(model, layer_shapes(model), export)
@@ -255,7 +256,7 @@ def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedCon
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not model.trust_remote_code:
             families.family_name(values.get("model_type"))
-        classes.register_model_type(str(values.get("model_type")))
+        model_classes.register_model_type(str(values.get("model_type")))
         return AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error) or type(error).__name__
@@ -278,7 +279,7 @@ def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
         where: dict[str, Any] = {"revision": model.revision, "local_files_only": not online}
         try:
             values, _ = PretrainedConfig.get_config_dict(path, **where)
-            classes.register_model_type(str(values.get("model_type")))
+            model_classes.register_model_type(str(values.get("model_type")))
             return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **where)
         except OSError as error:
             if model_file(path, ADAPTER, model.revision) is not None:

@@ -19,16 +19,17 @@ from lightning.pytorch.loggers import Logger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.record import make_recorder
+from recondense.calibration.calibrate import make_recorder
 from recondense.calibration.tape import Tape
 from recondense.config.schema import WORK, Config
 from recondense.config.stages import Stage, Stages, require_stages, without_teacher
 from recondense.data.texts import Texts
 from recondense.evaluation import profiling
 from recondense.export.export import export
-from recondense.export.stock_or_bundled import choose_layout, layer_shapes
+from recondense.export.stock_or_bundled import choose_layout
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
+from recondense.models.layer_shapes import layer_shapes
 from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
 from recondense.plan import Plan
@@ -41,13 +42,14 @@ from recondense.run.inputs import inputs_of, keep_inputs
 from recondense.run.load import MakeCallbacks, load, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.process_settings import configure_process
-from recondense.run.record import RunRecord
 from recondense.run.recover import Recovery, prepare_student
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
+from recondense.run.run_record import RunRecord
 from recondense.run.search import find_plan
 from recondense.run.streamed_memory import StreamedMemory
 from recondense.run.upload import missing_upload, upload, write_summary
-from recondense.surgery.student import Student, apply
+from recondense.surgery.apply import apply
+from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)
 

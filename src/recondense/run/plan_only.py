@@ -8,7 +8,7 @@ from pathlib import Path
 from recondense.config.schema import ModelConfig
 from recondense.errors import UserError
 from recondense.methods.step import Step
-from recondense.models import classes, families
+from recondense.models import families, model_classes
 from recondense.models.quantized import byte_counter, quantization
 from recondense.run.model_and_machine_checks import planned_config
 from recondense.run.print_sizes import weights_dtype
@@ -39,5 +39,5 @@ def plan_only(path: str | Path, steps: Step | Sequence[Step] | str) -> Sizes:
     facts = families.facts(planned)
     if problems := [problem for step in steps for problem in step.check(facts)]:
         raise UserError("\n".join(problems))
-    model = classes.on_meta(planned, weights_dtype(planned, "auto"))
+    model = model_classes.on_meta(planned, weights_dtype(planned, "auto"))
     return compare(model, steps, byte_counter(model, quantization(planned)))

@@ -16,7 +16,7 @@ from recondense import processes
 from recondense.config.schema import Config
 from recondense.files import write_aside
 from recondense.methods.step import Step
-from recondense.models import classes, families
+from recondense.models import families, model_classes
 from recondense.models.quantized import byte_counter, quantization
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
@@ -27,7 +27,7 @@ from recondense.report.tables import plan_line, print_tables
 from recondense.run import run_folder
 from recondense.run.model_and_machine_checks import planned_config
 from recondense.run.refits import plan_refits
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
 from recondense.run.sizes import LayerSize, Sizes, compare
 
 GIB = 2**30
@@ -80,7 +80,7 @@ def _write_and_print(run: Run, folder: Path) -> None:
     planned = planned_config(config.model, plan_only=True)
     dtype = weights_dtype(planned, config.model.dtype)
     quantized = quantization(planned) if config.model.dtype == "auto" else {}
-    model = classes.on_meta(planned, dtype)
+    model = model_classes.on_meta(planned, dtype)
     sizes = compare(model, steps, byte_counter(model, quantized))
     result = _summary(config, model, sizes)
     write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")

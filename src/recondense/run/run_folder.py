@@ -15,7 +15,7 @@ from recondense.config.problems import Problem, render
 from recondense.config.schema import WORK, Config, DataConfig
 from recondense.errors import ConfigError
 from recondense.files import write_aside
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
 
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"

@@ -12,22 +12,22 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.record import Timed, describe_rounding, make_recorder, retape
+from recondense.calibration.calibrate import Timed, describe_rounding, make_recorder, retape
 from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
 from recondense.config.schema import Config
 from recondense.data.texts import Texts
 from recondense.errors import UserError
 from recondense.files import JsonFolder, fingerprint, hold_lock
 from recondense.methods.step import Record, SearchContext, Step
-from recondense.models import decoder, families, views
+from recondense.models import decoder, families, moe_blocks
 from recondense.models.layer_store import layer_store
 from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.run.refits import plan_refits
 from recondense.run.search_memory import scratch_bytes
 from recondense.run.steps import as_steps
-from recondense.surgery import apply
-from recondense.surgery.student import require_uncompressed
+from recondense.surgery import execute
+from recondense.surgery.apply import require_uncompressed
 
 log = logging.getLogger(__name__)
 
@@ -150,10 +150,10 @@ def _search_steps(
             operations += new
             records.append(decided_by)
             if index < len(steps) - 1:
-                originals = {**apply.execute(model, Plan("", tuple(new)), record), **originals}
+                originals = {**execute.execute(model, Plan("", tuple(new)), record), **originals}
     finally:
         for layer, block in originals.items():
-            views.set_block(model, layer, block)
+            moe_blocks.set_block(model, layer, block)
     return operations, records
 
 

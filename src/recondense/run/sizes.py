@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense.methods.step import Step
-from recondense.models import decoder, families, views
+from recondense.models import decoder, families, moe_blocks
 from recondense.models.parameters import count_parameters, routed_parameters, weights_bytes
 from recondense.models.quantized import BytesOf
 from recondense.models.replacement_blocks import CondensedMoE, SkippedLayer, Zeros
 from recondense.operations import Drop, Factorize, Operation
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 WORDS = {"condense": "condensed", "prune": "pruned", "factorize": "factorized", "merge": "merged"}
 
@@ -96,7 +96,7 @@ def compare(model: PreTrainedModel, steps: Sequence[Step], bytes_of: BytesOf = w
                 outcome=_outcome(layer, operations),
                 experts_before=experts,
                 experts_after=None if experts is None else changed[layer][0],
-                always_active=isinstance(views.get_block(model, layer), CondensedMoE),
+                always_active=isinstance(moe_blocks.get_block(model, layer), CondensedMoE),
                 ranks=_ranks(layer, operations),
                 bytes_before=size,
                 bytes_after=changed[layer][1],
@@ -114,22 +114,22 @@ def outlined(model: PreTrainedModel, steps: Sequence[Step]) -> Iterator[list[Ope
     try:
         for step in steps:
             new = step.outline(model)
-            originals = {**apply.restructure(model, Plan("", tuple(new))), **originals}
+            originals = {**execute.restructure(model, Plan("", tuple(new))), **originals}
             operations += new
         for layer in originals:
-            block = views.get_block(model, layer)
+            block = moe_blocks.get_block(model, layer)
             if isinstance(block, CondensedMoE):
                 block.fold()
         yield operations
     finally:
         for layer, block in originals.items():
-            views.set_block(model, layer, block)
+            moe_blocks.set_block(model, layer, block)
 
 
 def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
     total = count_parameters(model)
     idle = 0.0
-    for block in views.sparse_blocks(model).values():
+    for block in moe_blocks.sparse_blocks(model).values():
         unused = max(0, block.num_experts - block.routing.top_k) / block.num_experts
         idle += unused * count_parameters(block.experts)
     return Size(total, routed_parameters(model), total - round(idle), bytes_of(model))
@@ -138,10 +138,10 @@ def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
 def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | None, int]]:
     """Return the number of routed experts (None if a layer never had a router) and the bytes of each decoder layer."""
     sizes: dict[int, tuple[int | None, int]] = {}
-    sparse = views.sparse_blocks(model)
+    sparse = moe_blocks.sparse_blocks(model)
     width = families.facts(model.config).expert_width
     for layer, module in enumerate(decoder.decoder_layers(model)):
-        block = views.get_block(model, layer)
+        block = moe_blocks.get_block(model, layer)
         experts: int | None = None
         if layer in sparse:
             experts = sparse[layer].num_experts

@@ -30,7 +30,7 @@ from recondense.data.stdlib import stdlib_corpora
 from recondense.data.windows import pack
 from recondense.evaluation.perplexity import perplexity
 from recondense.files import fingerprint, hold_lock, replace_folder, write_aside
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.loading import choose_device
 from recondense.plan import Plan
 from recondense.progress import progress
@@ -164,7 +164,7 @@ def expert_loads(model: PreTrainedModel, windows_NS: Tensor) -> dict[int, list[f
     """Return for each layer the share of tokens that select each routed expert; 0 for an unused expert."""
     tape = Tape.record(model, [(windows_NS, torch.ones_like(windows_NS))])
     loads = {}
-    for layer, block in views.sparse_blocks(model).items():
+    for layer, block in moe_blocks.sparse_blocks(model).items():
         counts = Counter(int(i) for trace in tape.trace(model, layer) for i in trace.top_k_index_TK.flatten().tolist())
         loads[layer] = [counts[expert] / tape.num_tokens for expert in range(block.num_experts)]
     return loads

@@ -1,203 +1,70 @@
-"""Surgery executes a Plan on a model and makes no decisions. Each operation is in its own file.
-
-`restructure` changes only the shapes; it needs no weights and also works on the meta device. `execute` also computes
-the weights; each operation works on the result of the one before it. `refit` comes last and solves for weights on the
-calibration set.
-"""
+"""APPLY: execute a plan. The result is a Student."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import groupby
-from typing import Any
+from functools import partial
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from recondense.calibration.calibrate import retape
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.files import fingerprint
-from recondense.models import decoder, replacement_blocks, views
-from recondense.models.layer_store import layer_store
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.models.layer_shapes import differs_from_config
+from recondense.operations import Refit
 from recondense.plan import Plan
-from recondense.surgery import condense, drop, factorize, merge, prune
-from recondense.surgery.refit import refit_layers
-
-Record = Callable[[], "Tape"]
+from recondense.surgery.execute import Record, execute, restore_on_error
+from recondense.surgery.student import Student
 
 
-def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
-    """Replace the original blocks by blocks of the plan's shapes, with undefined weights.
+def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None, *, refit: bool = True) -> Student:
+    """Execute a plan: compress a model in place.
 
     Args:
-        model: the model; it is changed in place, and may be on the meta device.
-        plan: the operations.
+        model: a causal LM of a supported family, as it was loaded. It becomes the compressed model.
+        plan: the operations, from a search or from `Plan.load`.
+        tape: a tape of the model on the calibration set, whose texts are recorded again when the model has changed; or
+            a function that records a tape of the current model. Plans that whiten or refit need it.
+        refit: whether to execute the plan's refits. Otherwise `Student.refit` does so later.
 
     Returns:
-        The original blocks by decoder-layer index. If the plan removes an entire decoder layer, that layer.
+        The student: the model, the plan, and the original blocks that surgery replaced.
 
     Raises:
-        UserError: an operation names a layer that is not (or no longer) sparse, or experts that do not exist.
+        UserError: an operation does not fit the model, or the plan needs the calibration set and `tape` is None. The
+            model is then unchanged. Or the model was compressed before, or the tape is of another model.
+
+    Examples:
+        >>> model, tokenizer = rc.load(folder)
+        >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
+        >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)
+        >>> with student.original() as original:
+        ...     logits_BSV = original(**tokenizer("some text", return_tensors="pt")).logits
+        >>> student.plan.layers
+        (0, 1, 2)
     """
-    originals: dict[int, nn.Module] = {}
-    with restore_on_error(model, originals), torch.no_grad():
-        for operation in structural_operations(plan):
-            _exchange(model, operation.layer, _shape_block(model, operation), originals)
-    decoder.disable_router_loss(model)
-    return originals
+    require_uncompressed(model)
+    if isinstance(tape, Tape) and tape.model is not model:
+        raise UserError("the tape is of another model; calibrate the model that the plan is applied to")
+    record = partial(retape, tape) if isinstance(tape, Tape) else tape
+    needs_tape = refit and any(isinstance(operation, Refit) for operation in plan.operations)
+    if needs_tape and record is None:
+        raise UserError("plan: refit needs the calibration set, but there is no tape")
+    student = Student(model, plan, execute(model, plan, record))
+    if needs_tape and record is not None:
+        with restore_on_error(model, student.originals):
+            student.refit(record)
+    model.requires_grad_(False)
+    return student
 
 
-def execute(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> dict[int, nn.Module]:
-    """Execute a plan except its refits. Several operations on the same layer are executed in order.
-
-    Args:
-        model: the model; it is changed in place.
-        plan: the operations.
-        record: records a tape of the model on the calibration set, with the model as it is at the call. Factorizing
-            with whitening needs it.
-
-    Returns:
-        The original blocks, as for `restructure`.
+def require_uncompressed(model: PreTrainedModel) -> None:
+    """Refuse a model that `apply` has compressed since it was loaded: its config still describes the original.
 
     Raises:
-        UserError: an operation does not fit the model, see `restructure`; or it needs calibration data, and `record` is
-            None.
+        UserError: it was compressed.
     """
-    originals: dict[int, nn.Module] = {}
-    with restore_on_error(model, originals), torch.no_grad():
-        for whitened, group in groupby(structural_operations(plan), _needs_tape):
-            operations = list(group)
-            if whitened and record is None:
-                raise UserError("plan: factorize with whitening needs the calibration set, but there is no tape")
-            names = _block_names(model, operations, layer_store(model).fingerprint() if whitened else "")
-            tape = None
-            if whitened and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
-                tape = record()  # before any operation of this group
-            for operation, name in zip(operations, names, strict=True):
-                _exchange(model, operation.layer, _make_block(model, operation, tape, name), originals)
-    decoder.disable_router_loss(model)
-    return originals
-
-
-def refit(
-    model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record
-) -> dict[int, dict[str, float]]:
-    """Execute a plan's refits, one layer after another.
-
-    Args:
-        model: the compressed model; it is changed in place.
-        plan: the operations.
-        originals: the return value of `execute`.
-        record: records a tape of the model on the calibration set, with the model as it is at the call.
-
-    Returns:
-        For each refitted layer, the relative errors of its output before and after, see `refit_layers`. Empty if the
-        plan has no refit.
-    """
-    operations = [operation for operation in plan.operations if isinstance(operation, Refit)]
-    for operation in operations:
-        if operation.layer not in originals:  # its weights are the original's own
-            raise UserError(f"plan: refit layer {operation.layer}, but nothing else in the plan changes this layer")
-    return refit_layers(model, operations, originals, record) if operations else {}
-
-
-def structural_operations(plan: Plan) -> list[Operation]:
-    """Return the operations that change shapes, in order."""
-    return [operation for operation in plan.operations if not isinstance(operation, Refit)]
-
-
-def _needs_tape(operation: Operation) -> bool:
-    return isinstance(operation, Factorize) and operation.whitening
-
-
-def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
-    """Make the block that results from an operation on the current block of a layer, with undefined weights."""
-    block = _require_sparse(model, operation)
-    match operation:
-        case Condense():
-            return condense.restructure(block, operation)
-        case Prune():
-            return prune.restructure(block, operation)
-        case Merge():
-            return merge.restructure(block, operation)
-        case Drop():
-            return drop.restructure(model, operation)
-        case Factorize():
-            return views.replace_parts(block.module, experts=factorize.restructure(block, operation))
-    raise AssertionError(operation)
-
-
-def _make_block(model: PreTrainedModel, operation: Operation, tape: Tape | None, name: str) -> nn.Module:
-    """Make the block that results from an operation. For a streamed model, it is offloaded, and computed only once."""
-    if isinstance(operation, Drop):
-        return _shape_block(model, operation)
-    store = layer_store(model)
-    offloaded = store.load_back(name, lambda: _shape_block(model, operation))
-    if offloaded is not None:
-        return offloaded
-    with store.resident(operation.layer):
-        return store.offload(_compute_block(model, operation, tape), name)
-
-
-def _block_names(model: PreTrainedModel, operations: Sequence[Operation], context: str) -> list[str]:
-    """Return the keys of offloaded blocks, made from the layer's previous block, the operation and the context."""
-    store = layer_store(model)
-    if not store.streamed:
-        return [""] * len(operations)
-    before: dict[int, Any] = {operation.layer: store.layer_keys(operation.layer) for operation in operations}
-    names = []
-    for operation in operations:
-        layer, description = operation.layer, Plan("", (operation,)).to_dict()["operations"]
-        key = fingerprint(store.context, context, before[layer], description)
-        before[layer] = f"layer-{layer:03d}-{key}"
-        names.append(before[layer])
-    return names
-
-
-def _compute_block(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
-    """Make the block of `_shape_block` and compute its weights."""
-    before = _require_sparse(model, operation)
-    after = _shape_block(model, operation)
-    if isinstance(operation, Condense):
-        condense.fill(after, before, operation)
-    elif isinstance(operation, Merge):
-        merge.fill(views.sparse_view(model, operation.layer, after), before, operation)
-    elif isinstance(operation, Factorize):
-        moments = None
-        if operation.whitening:
-            assert tape is not None
-            moments = factorize.second_moments(before, tape.trace(model, operation.layer))
-        factorize.fill(views.sparse_view(model, operation.layer, after).experts, before, moments)  # type: ignore[arg-type]
-    return after
-
-
-def _require_sparse(model: PreTrainedModel, operation: Operation) -> views.SparseBlock:
-    blocks = views.sparse_blocks(model)
-    if operation.layer not in blocks:
-        raise UserError(f"plan: {operation.kind}, layer {operation.layer}: the sparse MoE layers are {sorted(blocks)}")
-    return blocks[operation.layer]
-
-
-def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: dict[int, nn.Module]) -> None:
-    """Set the block of a layer, and remember the layer's original block."""
-    if isinstance(block, replacement_blocks.SkippedLayer):
-        if layer in originals:  # the decoder layer gets its original block back before it is removed
-            views.set_block(model, layer, originals[layer])
-        originals[layer] = decoder.decoder_layers(model)[layer]
-    else:
-        originals.setdefault(layer, views.get_block(model, layer))
-    views.set_block(model, layer, block)
-
-
-@contextmanager
-def restore_on_error(model: PreTrainedModel, originals: Mapping[int, nn.Module]) -> Iterator[None]:
-    """Restore the original blocks if an error occurs inside the context."""
-    try:
-        yield
-    except BaseException:
-        for layer, block in originals.items():
-            views.set_block(model, layer, block)
-        raise
+    if differs_from_config(model):
+        raise UserError(
+            "the model has been compressed since it was loaded. Search all steps together, as a list, or export the "
+            "student and load the exported folder"
+        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import CondensedMoE
-from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 
 

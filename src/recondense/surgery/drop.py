@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense.errors import UserError
-from recondense.models import compressed_classes, decoder, views
+from recondense.models import compressed_classes, decoder, moe_blocks
 from recondense.models.replacement_blocks import SkippedLayer, Zeros
 from recondense.operations import Drop
 
@@ -18,7 +18,7 @@ def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
         UserError: the operation removes a decoder layer that must stay, see `decoder.cache_layers`.
     """
     if operation.part == "moe":
-        return Zeros(pair=compressed_classes.returns_pair(views.get_block(model, operation.layer)))
+        return Zeros(pair=compressed_classes.returns_pair(moe_blocks.get_block(model, operation.layer)))
     if operation.layer in decoder.cache_layers(model.config):
         raise UserError(
             f"plan: drop, layer {operation.layer}: the key-value cache counts tokens with this decoder layer, so only "

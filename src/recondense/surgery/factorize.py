@@ -13,8 +13,8 @@ from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
 from recondense.models.factors import factors
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import expert_inner
-from recondense.models.views import SparseBlock
 from recondense.operations import Factorize
 
 Moments = Callable[[int], tuple[Tensor, Tensor]]

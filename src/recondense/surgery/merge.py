@@ -9,9 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from recondense.errors import UserError
-from recondense.models import views
+from recondense.models import moe_blocks
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import MoEWeights, RemappedRouter
-from recondense.models.views import SparseBlock
 from recondense.operations import PROJECTIONS, Merge
 
 
@@ -40,7 +40,7 @@ def restructure(block: SparseBlock, operation: Merge) -> nn.Module:
         experts = block.select_experts([group[0] for group in operation.groups])
     device = block.weights.down_EDF.device
     router = RemappedRouter(block.router, torch.tensor(table, device=device))
-    return views.replace_parts(block.module, router=router, experts=experts)
+    return moe_blocks.replace_parts(block.module, router=router, experts=experts)
 
 
 @torch.no_grad()

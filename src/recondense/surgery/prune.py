@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recondense.models import views
-from recondense.models.views import SparseBlock
+from recondense.models import moe_blocks
+from recondense.models.moe_blocks import SparseBlock
 from recondense.operations import Prune
 
 
@@ -21,5 +21,5 @@ def restructure(block: SparseBlock, operation: Prune) -> nn.Module:
     assert block.weights is not None  # raises for factorized experts
     with torch.no_grad():
         experts = block.select_experts(operation.retained)
-        router = views.pruned_router(block, operation.retained)
-    return views.replace_parts(block.module, router=router, experts=experts)
+        router = moe_blocks.pruned_router(block, operation.retained)
+    return moe_blocks.replace_parts(block.module, router=router, experts=experts)

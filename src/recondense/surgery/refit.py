@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.files import fingerprint
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
@@ -78,7 +78,7 @@ def refit_layers(
     Raises:
         UserError: coefficients should be refitted in a layer that is not condensed, or a layer's block was removed.
     """
-    with views.swap_blocks(model, originals):
+    with moe_blocks.swap_blocks(model, originals):
         tape = record()
     by_layer = {operation.layer: operation for operation in operations}
     first = min([*by_layer, *originals])
@@ -87,7 +87,7 @@ def refit_layers(
     with eval_mode(model):
         for layer in range(first, tape.num_layers):
             if layer in by_layer:
-                columns = most_columns(originals.get(layer) or views.get_block(model, layer))
+                columns = most_columns(originals.get(layer) or moe_blocks.get_block(model, layer))
                 report[layer] = _refit_once(model, tape, by_layer[layer], states, columns)
             entering, states = states, tape.storage.tensor_list()
             with layer_store(model).resident(layer):
@@ -109,12 +109,12 @@ def _refit_once(
     layer, store = operation.layer, layer_store(model)
     name = f"refit-{layer:03d}-{fingerprint(store.fingerprint(), asdict(operation))}"
     errors = store.notes(name)
-    block = store.load_back(name, lambda: views.get_block(model, layer)) if errors else None
+    block = store.load_back(name, lambda: moe_blocks.get_block(model, layer)) if errors else None
     if block is None:
         with store.resident(layer):
             errors = _refit_layer(model, tape, operation, states, columns)
-            block = store.offload(views.get_block(model, layer), name, errors)
-    views.set_block(model, layer, block)
+            block = store.offload(moe_blocks.get_block(model, layer), name, errors)
+    moe_blocks.set_block(model, layer, block)
     return errors
 
 
@@ -123,12 +123,12 @@ def _refit_layer(
 ) -> dict[str, float]:
     layer = operation.layer
     inputs, targets = _inputs_and_targets(model, tape, layer, states)
-    block = views.get_block(model, layer)
+    block = moe_blocks.get_block(model, layer)
     norm = sum(float(target_TD.double().square().sum()) for target_TD in targets) ** 0.5
 
     def error() -> float:
         squares = [
-            (target_TD - views.block_output(block(x_TD[None]))[0].float()).double().square().sum()
+            (target_TD - moe_blocks.block_output(block(x_TD[None]))[0].float()).double().square().sum()
             for x_TD, target_TD in zip(inputs, targets, strict=True)
         ]
         return float(sum(squares)) ** 0.5 / max(norm, 1e-300)
@@ -160,12 +160,12 @@ def units_of(model: PreTrainedModel, layer: int) -> list[Unit]:
     Raises:
         UserError: the plan removed the block.
     """
-    block = views.get_block(model, layer)
+    block = moe_blocks.get_block(model, layer)
     if isinstance(block, CondensedMoE):
         return [_condensed_unit(block)]
-    if not views.is_sparse(block):
+    if not moe_blocks.is_sparse(block):
         raise UserError(f"plan: refit, layer {layer}: the plan removes its block")
-    view = views.sparse_view(model, layer, block)
+    view = moe_blocks.sparse_view(model, layer, block)
     return [_expert_unit(view, expert) for expert in range(view.num_experts)]
 
 
@@ -178,7 +178,7 @@ def _condensed_unit(block: CondensedMoE) -> Unit:
     return Unit(block.down_proj.weight, features)
 
 
-def _expert_unit(view: views.SparseBlock, expert: int) -> Unit:
+def _expert_unit(view: moe_blocks.SparseBlock, expert: int) -> Unit:
     experts = view.experts
     if isinstance(experts, LowRankExperts):
         bucket, position = experts.place_of(expert)
@@ -197,7 +197,7 @@ def _expert_unit(view: views.SparseBlock, expert: int) -> Unit:
     return Unit(weight, features)
 
 
-def _inner(view: views.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
+def _inner(view: moe_blocks.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
     """Compute the input of one expert's down projection."""
     experts = view.experts
     if not isinstance(experts, LowRankExperts):
@@ -227,7 +227,7 @@ def _solve(
         columns: the maximum number of columns that are solved together.
     """
     for x_TD, target_TD in zip(inputs, targets, strict=True):
-        residuals.append(target_TD - views.block_output(block(x_TD[None]))[0].float())
+        residuals.append(target_TD - moe_blocks.block_output(block(x_TD[None]))[0].float())
     if sum(unit.weight_Dn.shape[1] for unit in units) <= columns:
         _solve_together(units, inputs, residuals, ridge)
         return
@@ -308,7 +308,7 @@ def _inputs_and_targets(
     model: PreTrainedModel, tape: Tape, layer: int, states: TensorList
 ) -> tuple[TensorList, TensorList]:
     """Return the inputs of the layer's block in the compressed model and the targets of its output, both (T, D)."""
-    block = views.get_block(model, layer)
+    block = moe_blocks.get_block(model, layer)
     inputs, targets = tape.storage.tensor_list(), tape.storage.tensor_list()
     for index, state in enumerate(states):
         with _record_input(block) as entering, _record_output(block) as outputs:
@@ -334,7 +334,7 @@ def _record_input(module: nn.Module) -> Iterator[list[Tensor]]:
 def _record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Record the outputs of a module in the forward passes inside the context."""
     outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, args, output: outputs.append(views.block_output(output)))
+    handle = module.register_forward_hook(lambda _, args, output: outputs.append(moe_blocks.block_output(output)))
     try:
         yield outputs
     finally:

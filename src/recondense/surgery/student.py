@@ -1,11 +1,10 @@
-"""APPLY: execute a plan. The result is a Student, a compressed model and its original on a shared backbone."""
+"""The result of `apply`: a compressed model and its original on a shared backbone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -15,20 +14,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from recondense.calibration.record import retape
-from recondense.calibration.tape import Tape
-from recondense.errors import UserError
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.layer_store import layer_store
 from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import resident_bytes
-from recondense.operations import Refit
 from recondense.plan import Plan
 from recondense.progress import progress
-from recondense.surgery import apply as surgery
-
-Record = Callable[[], Tape]
-COMPRESSED = "_recondense_compressed"  # attribute of a model that `apply` has compressed
+from recondense.surgery.execute import Record, refit, structural_operations
 
 
 class Footprint(NamedTuple):
@@ -104,7 +96,7 @@ class Student:
             >>> with student.original() as model:
             ...     logits = model(input_ids).logits
         """
-        released = not self._originals and bool(surgery.structural_operations(self.plan))
+        released = not self._originals and bool(structural_operations(self.plan))
         assert not self._offloaded and not released, "the original was released or is offloaded"
         return self._swap()
 
@@ -115,8 +107,7 @@ class Student:
                 stack.enter_context(self.additions.disable())
             places = [_stored_at(module, name) for module, name, _ in self._kept]
             trained = [module._parameters[name] for module, name in places]
-            stack.enter_context(views.swap_blocks(self.model, self._originals))
-            compressed = self.model.__dict__.pop(COMPRESSED, False)
+            stack.enter_context(moe_blocks.swap_blocks(self.model, self._originals))
             for (module, name), (_, _, weight) in zip(places, self._kept, strict=True):
                 module._parameters[name] = weight
             try:
@@ -124,8 +115,6 @@ class Student:
             finally:
                 for (module, name), parameter in zip(places, trained, strict=True):
                     module._parameters[name] = parameter
-                if compressed:
-                    self.model.__dict__[COMPRESSED] = True
 
     def refit(self, record: Record) -> dict[int, dict[str, float]]:
         """Execute the plan's refits: solve for output weights by least squares on the calibration set.
@@ -136,7 +125,7 @@ class Student:
         Returns:
             For each refitted layer, ‖target − output‖ / ‖target‖ before and after. Empty if the plan has no refit.
         """
-        return surgery.refit(self.model, self.plan, self._originals, record)
+        return refit(self.model, self.plan, self._originals, record)
 
     def give_own_copies(self, layers: Sequence[int]) -> None:
         """Copy the experts of some layers if the original uses them too, so that training does not change the original.
@@ -149,17 +138,17 @@ class Student:
         if not self._originals:
             return
         for layer in layers:
-            block = views.get_block(self.model, layer)
+            block = moe_blocks.get_block(self.model, layer)
             original = self._originals.get(layer, block)
             weights = {id(parameter) for parameter in original.parameters()}
-            experts = views.expert_modules(self.model, layer)
+            experts = moe_blocks.expert_modules(self.model, layer)
             shared = {name: part for name, part in experts.items() if any(id(p) in weights for p in part.parameters())}
             if not shared:
                 continue
-            copied = views.replace_parts(block)
+            copied = moe_blocks.replace_parts(block)
             for name, part in shared.items():
                 setattr(copied, name, copy.deepcopy(part))
-            views.set_block(self.model, layer, copied)
+            moe_blocks.set_block(self.model, layer, copied)
             self._originals[layer] = original
 
     def replace_weights(self, replacements: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
@@ -262,59 +251,3 @@ def _stored_at(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     if parametrize.is_parametrized(module, name):
         return getattr(module.parametrizations, name), "original"
     return module, name
-
-
-def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None, *, refit: bool = True) -> Student:
-    """Execute a plan: compress a model in place.
-
-    Args:
-        model: a causal LM of a supported family, as it was loaded. It becomes the compressed model.
-        plan: the operations, from a search or from `Plan.load`.
-        tape: a tape of the model on the calibration set, whose texts are recorded again when the model has changed; or
-            a function that records a tape of the current model. Plans that whiten or refit need it.
-        refit: whether to execute the plan's refits. Otherwise `Student.refit` does so later.
-
-    Returns:
-        The student: the model, the plan, and the original blocks that surgery replaced.
-
-    Raises:
-        UserError: an operation does not fit the model, or the plan needs the calibration set and `tape` is None. The
-            model is then unchanged. Or the model was compressed before, or the tape is of another model.
-
-    Examples:
-        >>> model, tokenizer = rc.load(folder)
-        >>> tape = rc.calibrate(model, tokenizer, texts, num_samples=8, max_length=32)
-        >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)
-        >>> with student.original() as original:
-        ...     logits_BSV = original(**tokenizer("some text", return_tensors="pt")).logits
-        >>> student.plan.layers
-        (0, 1, 2)
-    """
-    require_uncompressed(model)
-    if isinstance(tape, Tape) and tape.model is not model:
-        raise UserError("the tape is of another model; calibrate the model that the plan is applied to")
-    record = partial(retape, tape) if isinstance(tape, Tape) else tape
-    needs_tape = refit and any(isinstance(operation, Refit) for operation in plan.operations)
-    if needs_tape and record is None:
-        raise UserError("plan: refit needs the calibration set, but there is no tape")
-    student = Student(model, plan, surgery.execute(model, plan, record))
-    if needs_tape and record is not None:
-        with surgery.restore_on_error(model, student.originals):
-            student.refit(record)
-    model.requires_grad_(False)
-    if plan.operations:
-        model.__dict__[COMPRESSED] = True
-    return student
-
-
-def require_uncompressed(model: PreTrainedModel) -> None:
-    """Refuse a model that `apply` has compressed since it was loaded: its config still describes the original.
-
-    Raises:
-        UserError: it was compressed.
-    """
-    if model.__dict__.get(COMPRESSED):
-        raise UserError(
-            "the model has been compressed since it was loaded. Search all steps together, as a list, or export the "
-            "student and load the exported folder"
-        )

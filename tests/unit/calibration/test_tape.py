@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from recondense import processes
 from recondense.calibration import tape as tape_module
 from recondense.calibration.tape import Tape
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.tensor_store import Disk
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -96,7 +96,7 @@ def test_padding_never_counts(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trace_equals_hooks_on_the_model(family: str, layer: int) -> None:
     model, ids = FAMILIES[family](), texts()
-    block: Any = views.get_block(model, layer)
+    block: Any = moe_blocks.get_block(model, layer)
     seen: dict[str, Any] = {}
     handles = [
         block.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output)),
@@ -179,7 +179,7 @@ def test_traces_stored_while_taping_are_those_of_a_rerun(family: str, monkeypatc
         tapes.append(recorded(model))
     rerun, stored = tapes[1:]
     assert [tape.traced for tape in tapes] == [False, False, True] and not tapes[0].traces
-    assert stored.traces.keys() == views.sparse_blocks(model).keys() and not rerun.traces
+    assert stored.traces.keys() == moe_blocks.sparse_blocks(model).keys() and not rerun.traces
     for layer in stored.traces:
         for trace, again in zip(stored.trace(model, layer), rerun.trace(model, layer), strict=True):
             assert all(torch.equal(getattr(trace, name), getattr(again, name)) for name in vars(trace))

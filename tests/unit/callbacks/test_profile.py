@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from recondense.callbacks.profile import ProfileMemoryAndSpeed
 from recondense.evaluation import profiling
-from recondense.models import parameters, views
+from recondense.models import moe_blocks, parameters
 from recondense.plan import Plan
 from recondense.surgery.student import Student
 
@@ -27,7 +27,7 @@ class TestProfile:
         original = Module().model.model.layers[0].mlp.requires_grad_(False)
         block_bytes = parameters.weights_bytes(original)
         small = nn.Linear(16, 16, bias=False)
-        views.set_block(module.model, 0, small)
+        moe_blocks.set_block(module.model, 0, small)
         module.student = Student(module.model, Plan("tiny"), {0: original})
         module.originals = nn.ModuleDict({"0": original})
         callback = ProfileMemoryAndSpeed(**self.SETTINGS, every_n_steps=2)
@@ -36,7 +36,7 @@ class TestProfile:
             profiles = callback.profiles[moment]
             assert list(profiles) == ["original", name]
             assert profiles["original"].weights_bytes - profiles[name].weights_bytes == block_bytes - 16 * 16 * 4
-        assert views.get_block(module.model, 0) is small
+        assert moe_blocks.get_block(module.model, 0) is small
         assert recorder.steps("profile/compressed/decode_tokens_per_second") == [0]
         assert recorder.steps("profile/recovered/peak_memory_bytes") == [6]
         assert recorder.steps("profile/train_tokens_per_second") == [2, 4, 6]

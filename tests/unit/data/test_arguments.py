@@ -13,7 +13,8 @@ from support.tiny_models import condense_plan, qwen2_moe
 
 import recondense as rc
 from recondense.data.arguments import list_texts, require_number
-from recondense.surgery.student import Student, apply
+from recondense.surgery.apply import apply
+from recondense.surgery.student import Student
 
 TEXTS = documents(4, 200)
 

@@ -17,7 +17,7 @@ from recondense.data.calibration_mixture import interleave, shares
 from recondense.data.corpora import check_paths as problems_of
 from recondense.data.corpora import load_corpora
 from recondense.data.corpus import Corpora
-from recondense.data.records import Record, read_record
+from recondense.data.instruction_records import Record, read_record
 from recondense.errors import UserError
 
 

@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recondense.data.examples import Example, leading_tokens, make_examples, make_windows
 from recondense.data.examples import _by_pieces as by_pieces
+from recondense.data.instruction_records import Record, read_record
 from recondense.data.labels import MASKED, target_mask
 from recondense.data.prompts import mark_answers
-from recondense.data.records import Record, read_record
 from recondense.export.write_folder import write_folder
-from recondense.models import classes
+from recondense.models import model_classes
 from recondense.models.forward import model_inputs
 from recondense.recovery.auxiliary_losses import feature_matching
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 LENGTHS = (5, 17, 9, 20, 12, 1, 3)
 
@@ -128,9 +128,9 @@ def test_an_exported_model_keeps_examples_apart_too(tmp_path: Path) -> None:
     model: Any = EVERY["gpt_oss"]()
     model.set_attn_implementation("eager")
     plan = condense_plan(model, [1])
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     write_folder(model, None, plan, tmp_path / "out", "")
-    classes.register_model_type("recondense_gpt_oss")
+    model_classes.register_model_type("recondense_gpt_oss")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     windows = make_windows(random_examples(), 24, filler=3)
     arguments = [model_inputs(variant, windows["input_ids"], windows["position_ids"]) for variant in (model, loaded)]

@@ -9,8 +9,8 @@ from support.small import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from recondense.data.examples import make_examples
+from recondense.data.instruction_records import Record, read_record
 from recondense.data.prompts import RefusedChat, mark_answers, render_documents
-from recondense.data.records import Record, read_record
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

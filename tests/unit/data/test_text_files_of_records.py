@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recondense.data.records import Record, read_record
+from recondense.data.instruction_records import Record, read_record
 from recondense.data.text_files import read_texts
 
 CHAT = [

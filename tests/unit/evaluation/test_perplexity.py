@@ -17,7 +17,7 @@ from recondense.errors import UserError
 from recondense.evaluation.perplexity import kl_divergence, perplexity
 from recondense.operations import Prune
 from recondense.plan import Plan
-from recondense.surgery.student import apply
+from recondense.surgery.apply import apply
 
 WINDOWS = torch.randint(1, 257, (5, 16), generator=torch.Generator().manual_seed(0))
 

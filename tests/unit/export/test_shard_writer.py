@@ -18,7 +18,7 @@ from recondense.export.write_folder import write_folder
 from recondense.models import decoder
 from recondense.operations import Condense, Factorize, Operation
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 
 class Living(TorchDispatchMode):
@@ -57,7 +57,7 @@ EXPORTS: dict[str, tuple[str, tuple[Operation, ...], ExportConfig]] = {
 def test_an_export_holds_one_shard_and_one_layer(name: str, tmp_path: Path) -> None:
     family, operations, settings = EXPORTS[name]
     model = tiny(family, num_hidden_layers=8, vocab_size=16, **({"layer_types": None} if family == "gpt_oss" else {}))
-    apply.execute(model, Plan("tiny", operations))
+    execute.execute(model, Plan("tiny", operations))
     layer_bytes = max(
         sum(value.nbytes for value in layer.state_dict().values()) for layer in decoder.decoder_layers(model)
     )

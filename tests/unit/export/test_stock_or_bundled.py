@@ -17,16 +17,16 @@ from transformers import AutoConfig, AutoModel
 
 from recondense.config.schema import ExportConfig
 from recondense.export.write_folder import write_folder
-from recondense.models import classes, families
 from recondense.models import compressed_classes as compressed_module
+from recondense.models import families, model_classes
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 
 def export(folder: Path, model: Any, *operations: Operation) -> str:
     plan = Plan("tiny", operations)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     return write_folder(model, None, plan, folder, "")
 
 
@@ -64,7 +64,7 @@ def test_vllm_needs_an_moe_layer_in_some_families(tmp_path: Path) -> None:
     """format=stock is obeyed all the same: transformers loads such a folder."""
     model = EVERY["qwen3_moe"]()
     plan = condense_plan(model, families.facts(model.config).moe_layers)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     assert write_folder(model, None, plan, tmp_path / "out", "", ExportConfig(format="stock")) == "stock"
     assert "needs an MoE layer" in problems(tmp_path / "out")
 
@@ -156,7 +156,7 @@ BUNDLED: dict[str, tuple[Operation, ...]] = {
 def base_model(folder: Path) -> nn.Module:
     """The model that the folder's modeling file would build, without running that file."""
     config = json.loads((folder / "config.json").read_text())
-    classes.register_model_type(config["model_type"])
+    model_classes.register_model_type(config["model_type"])
     compressed = AutoConfig.for_model(config.pop("model_type"), **config)
     with torch.device("meta"):
         model: nn.Module = AutoModel.from_config(compressed)

@@ -21,7 +21,7 @@ from recondense.export.write_folder import write_folder
 from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import History, Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 IDS = windows(3, 11)
 NEW_TOKENS = 6
@@ -172,7 +172,7 @@ def student(variant: Variant) -> tuple[Any, Plan]:
     plan = condense_plan(model, variant.layers, variant.experts, variant.shared_gate)
     if variant.operations:
         plan = Plan("tiny", variant.operations)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     return model.eval(), plan
 
 
@@ -301,7 +301,7 @@ def test_a_list_that_happens_to_be_as_long_as_the_model_is_deep_is_kept(tmp_path
     """Only lists with an entry for every layer lose those of dropped layers: two end tokens are not two layers."""
     model = qwen2_moe(num_hidden_layers=2, eos_token_id=[5, 6])
     plan = Plan("tiny", (Drop(1, "layer"),))
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     assert write_folder(model, None, plan, tmp_path / "out", "") == "stock"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == [5, 6]

@@ -16,7 +16,7 @@ from recondense.export import write_folder as export_module
 from recondense.export.write_folder import write_folder
 from recondense.operations import Factorize, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 State = dict[str, Tensor]
 Change = Callable[[str, Tensor], tuple[str, Tensor]]
@@ -43,7 +43,7 @@ def test_an_export_that_would_not_load_gets_no_name(
     plan = Plan("tiny", (Prune(0, (0, 2, 3, 5)),) if form == "bundled" else ())
     if form == "dense":
         plan = Plan("tiny", (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 6)),))
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     write_folder(model, None, plan, tmp_path / "out", "before", ExportConfig(format=form))
     before = (tmp_path / "out" / "README.md").read_text()
     pieces = export_module.pieces

@@ -16,7 +16,7 @@ from recondense.export import shard_writer
 from recondense.export import write_folder as export_module
 from recondense.export.write_folder import write_folder
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 VARIANTS: dict[str, tuple[Callable[[], Any], tuple[int, ...], float | None]] = {
     "qwen": (qwen2_moe, (2, 0, 1), 0.4),
@@ -29,7 +29,7 @@ def student(name: str) -> tuple[Any, Plan]:
     make, layers, shared_gate = VARIANTS[name]
     model = make()
     plan = condense_plan(model, layers, shared_gate=shared_gate)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     return model.eval(), plan
 
 

@@ -19,7 +19,7 @@ from recondense.calibration.tape import Tape
 from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.operations import Condense
 
 HUGE = 1 << 40
@@ -99,7 +99,7 @@ def test_scores_close_to_the_original_keep_their_digits(family: str) -> None:
     """Experts with tiny outputs: JS is near 1e-12, where the definition still works in fp64 but not in fp32."""
     model, ids = FAMILIES[family](), texts()
     with torch.no_grad():
-        for block in views.sparse_blocks(model).values():
+        for block in moe_blocks.sparse_blocks(model).values():
             block.weights.down_EDF.mul_(1e-3)
     step = CDMoE(num_experts=2, num_layers="all", shared_gate="token")
     _, record = search(step, model, tape=lambda: recorded(model, ids))
@@ -117,7 +117,7 @@ def test_scores_far_below_the_first_keep_their_digits() -> None:
     """A router that weighs all experts equally: with the last one, the condensed layer is the original."""
     model, ids = qwen2_moe(num_experts_per_tok=6, num_hidden_layers=1), texts()
     with torch.no_grad():
-        block = views.sparse_blocks(model)[0]
+        block = moe_blocks.sparse_blocks(model)[0]
         block.router.weight.zero_()  # type: ignore[operator]
         block.weights.down_EDF.mul_(torch.logspace(-3, 0, 6)[:, None, None])
     _, record = search(CDMoE(num_experts=6, shared_gate="token"), model, tape=lambda: recorded(model, ids))
@@ -288,7 +288,7 @@ def test_the_first_of_equals_is_taken() -> None:
     """Three experts with the same weights, and a router whose weights are equal in every bit on any machine."""
     model = qwen2_moe(num_experts_per_tok=6, num_hidden_layers=1)
     with torch.no_grad():
-        block = views.sparse_blocks(model)[0]
+        block = moe_blocks.sparse_blocks(model)[0]
         block.router.weight.zero_()  # type: ignore[operator]
         for weight in (block.weights.gate_up_EHD, block.weights.down_EDF):
             weight[5] = weight[1]  # type: ignore[index,operator]

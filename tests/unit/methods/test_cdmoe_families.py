@@ -19,12 +19,12 @@ from torch import Tensor
 
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.step import SearchContext
-from recondense.models import compressed_classes, views
+from recondense.models import compressed_classes, moe_blocks
 
 
 def states_with_block(model: Any, layer: int, ids: list[list[int]], block: Any) -> Any:
     """The residual stream after a layer with another block in it, text by text."""
-    with views.swap_blocks(model, {layer: block}):
+    with moe_blocks.swap_blocks(model, {layer: block}):
         return bf.states_after(model, [layer], ids, lm_head=False)[layer]
 
 

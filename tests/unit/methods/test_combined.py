@@ -16,11 +16,11 @@ from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.search.rerun import Change
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.models.parameters import sizes
 from recondense.operations import Condense, Factorize, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 SETTINGS: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (0.5,)}
 SETTINGS |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
@@ -58,7 +58,7 @@ def test_the_first_round_is_the_enumerated_best() -> None:
         first_round["choice"][layer].partition(",")[0] for layer in layers
     ] == names  # ranks may be raised afterwards
     assert first_round["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
-    apply.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
 
 
@@ -70,7 +70,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatc
     monkeypatch.undo()
     model, best = qwen2_moe(), float(str(error.value).rpartition("=")[2])
     operations, _ = search(model, memory_ratio=best)
-    apply.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["total"] <= best * sizes(qwen2_moe())["total"]
 
 
@@ -80,8 +80,8 @@ def test_the_damage_is_that_of_surgery() -> None:
     operations, record = search(model, memory_ratio=0.8)
     tape = recorded(expected)
     measure = Damage(expected, tape)
-    apply.execute(model, Plan("tiny", tuple(operations)))
-    blocks = {layer: views.get_block(model, layer) for layer in {operation.layer for operation in operations}}
+    execute.execute(model, Plan("tiny", tuple(operations)))
+    blocks = {layer: moe_blocks.get_block(model, layer) for layer in {operation.layer for operation in operations}}
     best = min(record["rounds"], key=lambda entry: entry["damage"])
     assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
     assert {type(operation) for operation in operations} <= {Condense, Prune, Factorize}
@@ -142,7 +142,7 @@ def test_a_killed_search_resumes_at_the_layer_of_its_round(monkeypatch: pytest.M
 def test_a_layer_that_cannot_be_condensed_keeps_its_other_options() -> None:
     """Its router selects the same two experts for every token, but three are to be retained."""
     model = qwen2_moe()
-    router = views.sparse_blocks(model)[1].router
+    router = moe_blocks.sparse_blocks(model)[1].router
     with torch.no_grad():
         router.weight.zero_()  # type: ignore[operator]
     operations, record = search(model, memory_ratio=0.8, num_experts=(3,))
@@ -162,7 +162,7 @@ def test_one_budget_decides() -> None:
     before = sizes(model)["routed_experts"]
     step = Combined(**{**SETTINGS, "budget": budget})
     operations, _ = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    apply.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)))
     assert sizes(model)["routed_experts"] <= 0.6 * before
 
 

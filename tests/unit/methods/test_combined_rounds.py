@@ -13,11 +13,11 @@ from recondense.methods.search.budget import Budget
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.models.parameters import sizes
 from recondense.operations import Factorize
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 RANK_STEP = 3 * (32 + 16)  # parameters of an additional rank of one expert of the small models
 COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": ()}
@@ -39,9 +39,9 @@ def test_combined_keeps_its_best_round() -> None:
     best = min(range(3), key=damages.__getitem__)
     assert damages[0] > damages[best] < damages[-1]
     assert record["chosen"] == record["rounds"][best]["choice"] != record["rounds"][-1]["choice"]
-    originals = apply.execute(model, Plan("tiny", tuple(operations)))
-    compressed = {layer: views.get_block(model, layer) for layer in originals}
-    with views.swap_blocks(model, originals):
+    originals = execute.execute(model, Plan("tiny", tuple(operations)))
+    compressed = {layer: moe_blocks.get_block(model, layer) for layer in originals}
+    with moe_blocks.swap_blocks(model, originals):
         measured = Damage(model, tape).replace(compressed)
     assert measured == pytest.approx(damages[best], rel=1e-4)
 
@@ -52,6 +52,6 @@ def test_combined_spends_the_rest_of_its_budget_on_ranks() -> None:
     settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "budget": Budget(memory_ratio=0.85), "rounds": 1}
     operations, _ = search(Combined(**settings), model)
     budget = math.floor(0.85 * sizes(model)["total"])
-    apply.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)))
     factorized = sum(isinstance(operation, Factorize) for operation in operations)
     assert factorized and 0 <= budget - sizes(model)["total"] < factorized * RANK_STEP

@@ -13,10 +13,10 @@ from recondense.methods import decompose
 from recondense.methods.decompose import Decompose
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.operations import Factorize
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -49,8 +49,8 @@ def test_whitened_factors_lose_less_on_the_calibration_tokens(family: str) -> No
         model = FAMILIES[family]()
         tape = recorded(model)
         plan = Plan("tiny", (Factorize(1, dict.fromkeys(NAMES, (6,) * 6), whitening),))
-        apply.execute(model, plan, partial(recorded, model))
-        block: Any = views.get_block(model, 1)
+        execute.execute(model, plan, partial(recorded, model))
+        block: Any = moe_blocks.get_block(model, 1)
         outputs = [(block(trace.x_TD[None])[0], trace.output_TD) for trace in tape.trace(model, 1)]
         errors[whitening] = (
             sum(float((output - original).double().square().sum()) for output, original in outputs) ** 0.5

@@ -12,7 +12,7 @@ from torch import nn
 from recondense.methods.dropping import Dropping
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -27,7 +27,7 @@ def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
 @torch.no_grad()
 def test_the_similarities_are_cosines_of_hidden_states(family: str) -> None:
     model = FAMILIES[family]()
-    layers = list(views.sparse_blocks(model))
+    layers = list(moe_blocks.sparse_blocks(model))
     before: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     handles = []
     for layer in layers:  # the input of the norm before the block is the residual stream

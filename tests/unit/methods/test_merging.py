@@ -13,10 +13,10 @@ from torch import nn
 from recondense.methods.merging import Merging
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.operations import Merge
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 from recondense.surgery.merge import align
 
 
@@ -32,14 +32,14 @@ def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
 def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
     """An expert and its copy with permuted rows: grouped by their outputs, merged exactly after alignment."""
     model = qwen2_moe()
-    block: Any = views.get_block(model, 1)
+    block: Any = moe_blocks.get_block(model, 1)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         gate, up = block.experts.gate_up_proj[4].chunk(2)
         block.experts.gate_up_proj[1] = torch.cat((gate[order], up[order]))
         block.experts.down_proj[1] = block.experts.down_proj[4][:, order]
         block.gate.weight[1] = 1.01 * block.gate.weight[4]
-    weights = views.sparse_blocks(model)[1].weights
+    weights = moe_blocks.sparse_blocks(model)[1].weights
     projections, aligned = weights.projections(4), align(weights.projections(4), weights.projections(1))
     assert projections.keys() == aligned.keys() and all(
         torch.equal(projections[name], aligned[name]) for name in projections
@@ -53,15 +53,15 @@ def test_twins_end_in_one_group_and_merge_into_themselves() -> None:
     weights = ((1.0,), (0.3, 0.7), (1.0,), (1.0,), (1.0,))
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
     expected = block(x)
-    apply.execute(model, Plan("tiny", (Merge(1, groups, weights, align=True),)))
-    torch.testing.assert_close(views.get_block(model, 1)(x), expected, rtol=1e-4, atol=1e-4)
+    execute.execute(model, Plan("tiny", (Merge(1, groups, weights, align=True),)))
+    torch.testing.assert_close(moe_blocks.get_block(model, 1)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_equal_experts_are_merged_into_the_requested_number_of_groups() -> None:
     """Upcycled experts: all distances are equal, and a cut by height would give a single group."""
     model = qwen2_moe()
-    for block in views.sparse_blocks(model).values():
+    for block in moe_blocks.sparse_blocks(model).values():
         for weight in (block.weights.gate_up_EHD, block.weights.down_EDF):
             weight.copy_(weight[:1].expand_as(weight))
     operations, _ = search(Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5)), model)
@@ -76,7 +76,7 @@ def test_groups_by_hand(family: str) -> None:
     tape = recorded(model)
     operations, record = search(Merging("expert_outputs", budget=Budget(removed_expert_ratio=0.5)), model)
     for operation in operations:
-        block = views.sparse_blocks(model)[operation.layer]
+        block = moe_blocks.sparse_blocks(model)[operation.layer]
         x = torch.cat([trace.x_TD for trace in tape.trace(model, operation.layer)])
         means = []
         for expert in range(6):
@@ -98,7 +98,7 @@ def test_groups_by_hand(family: str) -> None:
         for group, shares in zip(operation.groups, operation.weights, strict=True):
             total = sum(counts[expert] for expert in group)
             assert shares == pytest.approx([counts[e] / total if total else 1 / len(group) for e in group])
-    layers = list(views.sparse_blocks(model))
+    layers = list(moe_blocks.sparse_blocks(model))
     operations, record = search(Merging("router_logits", budget=Budget(removed_expert_ratio=0.5)), model)
     num_groups = {op.layer: len(op.groups) for op in operations}
     assert sum(num_groups.get(layer, 6) for layer in layers) == 3 * len(layers)

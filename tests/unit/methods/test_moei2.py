@@ -24,11 +24,11 @@ from recondense.methods.search.importance import expert_importance
 from recondense.methods.search.kt_field import reception_field
 from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.methods.step import SearchContext
-from recondense.models import decoder, families, parameters, views
+from recondense.models import decoder, families, moe_blocks, parameters
 from recondense.models.parameters import sizes
 from recondense.operations import Factorize, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -42,7 +42,7 @@ def dropped_masks(sets: list[tuple[int, ...]], num_experts: int) -> torch.Tensor
 @torch.no_grad()
 def test_the_error_of_a_set_is_that_of_transformers_block_without_it(name: str) -> None:
     model = MODELS[name]()
-    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[2]
     sets = [experts for number in range(5) for experts in itertools.combinations(range(6), number)]
     with unchanged(model):
         replay = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30)
@@ -62,7 +62,7 @@ def test_the_error_of_a_set_is_that_of_transformers_block_without_it(name: str) 
 @pytest.mark.parametrize("name", MODELS)
 def test_importance_is_the_change_without_the_expert(name: str) -> None:
     model = MODELS[name]()
-    tape, block = recorded(model), views.sparse_blocks(model)[1]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[1]
     with unchanged(model):
         raw = expert_importance(model, tape, block, "layer_output", False, 1 << 30)
         relative = expert_importance(model, tape, block, "layer_output", True, 1 << 30)
@@ -78,7 +78,7 @@ def test_importance_is_the_change_without_the_expert(name: str) -> None:
 def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
     """C(12, 4) = 495 sets, of which the search scores fewer than half."""
     model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
-    replay = LeaveOutScorer.prepare(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
+    replay = LeaveOutScorer.prepare(model, recorded(model), moe_blocks.sparse_blocks(model)[1], 4, 1 << 30)
     best = best_sets(replay.errors, 12, 4, Genetic(search="exact"), 0, num_best=3)
     sets = list(itertools.combinations(range(12), 4))
     errors = replay.errors(dropped_masks(sets, 12)).tolist()
@@ -101,7 +101,7 @@ def test_the_genetic_search_finds_the_enumerated_optimum() -> None:
 
 def test_the_same_seed_gives_the_same_sets_with_and_without_memory() -> None:
     model = qwen2_moe(num_experts=12, num_experts_per_tok=3)
-    replay = LeaveOutScorer.prepare(model, recorded(model), views.sparse_blocks(model)[1], 4, 1 << 30)
+    replay = LeaveOutScorer.prepare(model, recorded(model), moe_blocks.sparse_blocks(model)[1], 4, 1 << 30)
     runs = [
         best_sets(replay.errors, 12, 4, Genetic(10, 5, 4, search="genetic", memoise=memoise), 3, 5)
         for memoise in (True, True, False)
@@ -124,7 +124,7 @@ def test_the_reception_field_is_the_best_of_all_combinations(make: Any, block_si
     model = make()
     ids = texts()
     tape = Tape.record(model, blocks(ids))
-    layers = list(views.sparse_blocks(model))
+    layers = list(moe_blocks.sparse_blocks(model))
     candidates = {layer: [(0, 1), (2, 4), (3, 5)] if layer % 2 else [(1,), (0, 5)] for layer in layers}
     before: dict[int, tuple[int, ...]] = {}
     runs = tape.layer_runs
@@ -165,7 +165,7 @@ def test_deepseek_v2_lite_on_the_meta_device() -> None:
     shape = {layer: tuple(ranks.allocate([1.0] * (64 - number), 512, 2048, 1408)) for layer, number in numbers.items()}
     factorize = [Factorize(layer, dict.fromkeys(NAMES, layer_ranks)) for layer, layer_ranks in shape.items()]
     before = sizes(model)["routed_experts"]
-    apply.restructure(model, Plan("v2-lite", (*prune, *factorize)))
+    execute.restructure(model, Plan("v2-lite", (*prune, *factorize)))
     assert before == counts.routed_experts
     assert 1 - sizes(model)["routed_experts"] / before == pytest.approx(0.5398, abs=1e-4)
 
@@ -180,17 +180,17 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
         operations, record = step.search(SearchContext(model, lambda: recorded(model), cache, 1 << 30))
         again, reread = step.search(SearchContext(model, lambda: pytest.fail("taped again"), cache, 1 << 30))
     assert operations == again and reread["reused"]
-    layers = len(views.sparse_blocks(model))
+    layers = len(moe_blocks.sparse_blocks(model))
     total = round(0.34 * 6 * layers)
     assert sum(6 - len(operation.retained) for operation in operations) == total == sum(record["dropped"].values())
     important = record["layer_importance"]
     assert record["dropped"][min(important, key=important.get)] >= record["dropped"][max(important, key=important.get)]
     before = sizes(model)
-    apply.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)))
     factors, achieved = Decompose(budget=Budget(memory_ratio=0.7)).search(
         SearchContext(model, lambda: recorded(model), {}, 1 << 30)
     )
-    apply.execute(model, Plan("tiny", tuple(factors)))
+    execute.execute(model, Plan("tiny", tuple(factors)))
     assert 0 <= int(0.7 * before["total"]) - sizes(model)["total"] < 3 * (32 + 16)
     retained = sizes(model)["routed_experts"] / before["routed_experts"]
     assert achieved["kept_of_routed_experts"] == pytest.approx(retained)
@@ -199,7 +199,7 @@ def test_both_stages_meet_their_budgets(family: str) -> None:
 def test_lm_loss_importance_is_the_increase_of_the_loss() -> None:
     """Normalized, it is the increase over the model's loss; otherwise the loss itself, nearly equal for all experts."""
     model = qwen2_moe()
-    tape, block = recorded(model), views.sparse_blocks(model)[1]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[1]
     raw, increases = (
         expert_importance(model, tape, block, "lm_loss", normalize, 1 << 30) for normalize in (False, True)
     )
@@ -214,7 +214,7 @@ def test_importance_with_as_many_experts_as_a_token_selects(kind: str) -> None:
     """Without one of two experts, the other gets all the weight."""
     for normalized in (False, True):
         model = qwen2_moe(num_experts=2, norm_topk_prob=normalized)
-        tape, block = recorded(model), views.sparse_blocks(model)[1]
+        tape, block = recorded(model), moe_blocks.sparse_blocks(model)[1]
         importance = expert_importance(model, tape, block, kind, False, 1 << 30)
         for expert in range(2):
             total = 0.0
@@ -235,7 +235,7 @@ def test_importance_with_as_many_experts_as_a_token_selects(kind: str) -> None:
 def test_a_router_that_selects_one() -> None:
     """top_k = 1: a layer with a single expert has no importances to compare."""
     model = qwen2_moe(num_experts=1, num_experts_per_tok=1)
-    block = views.sparse_blocks(model)[1]
+    block = moe_blocks.sparse_blocks(model)[1]
     for kind in ("layer_output", "lm_loss"):
         assert expert_importance(model, recorded(model), block, kind, True, 1 << 30) == [1.0]
 

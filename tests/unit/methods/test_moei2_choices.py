@@ -13,7 +13,7 @@ from recondense.methods import moei2
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.search.allocation import drop_by_importance
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.operations import Prune
 
 
@@ -26,7 +26,7 @@ def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
 def count_dropped(model: Any, operations: list[Prune]) -> dict[int, int]:
     """The number of experts that the operations drop in every sparse layer."""
     retained = {operation.layer: len(operation.retained) for operation in operations}
-    blocks = views.sparse_blocks(model)
+    blocks = moe_blocks.sparse_blocks(model)
     return {layer: block.num_experts - retained.get(layer, block.num_experts) for layer, block in blocks.items()}
 
 
@@ -49,7 +49,7 @@ def test_moei2_drops_fewer_experts_of_layers_that_matter_more() -> None:
     model = qwen2_moe()
     scales = {0: 1.0, 1: 2.0, 2: 0.5}
     for layer, scale in scales.items():
-        views.sparse_blocks(model)[layer].weights.down_EDF.data *= scale
+        moe_blocks.sparse_blocks(model)[layer].weights.down_EDF.data *= scale
     operations, record = search(InterExpertPruning(prune_ratio=0.34, normalize=False, num_candidates=1), model)
     importance = {int(layer): value for layer, value in record["layer_importance"].items()}
     order = sorted(importance, key=importance.__getitem__)

@@ -16,10 +16,10 @@ from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search.budget import Budget
 from recondense.methods.search.genetic import Genetic, best_sets
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.operations import Merge
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 
 def test_an_exact_search_of_too_many_sets_is_refused() -> None:
@@ -32,12 +32,12 @@ def test_layers_that_cannot_be_searched() -> None:
     model = qwen2_moe()
     step = InterExpertPruning(prune_ratio=0.34, genetic=Genetic(population=10, iterations=4, parents=4))
     merged = Merge(1, ((0, 1), (2,), (3,), (4,), (5,)), ((0.5, 0.5), (1.0,), (1.0,), (1.0,), (1.0,)))
-    originals = apply.execute(model, Plan("tiny", (merged,)))
+    originals = execute.execute(model, Plan("tiny", (merged,)))
     with pytest.raises(ValueError, match="layer 1: its experts are merged"):
         step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     for layer, block in originals.items():
-        views.set_block(model, layer, block)
-    apply.execute(model, condense_plan(model, [0, 1, 2]))
+        moe_blocks.set_block(model, layer, block)
+    execute.execute(model, condense_plan(model, [0, 1, 2]))
     for method in (
         step,
         SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.3)),
@@ -46,7 +46,7 @@ def test_layers_that_cannot_be_searched() -> None:
     ):
         assert method.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))[0] == []
     model = qwen2_moe()
-    torch.nn.init.zeros_(views.sparse_blocks(model)[1].weights.down_EDF)
+    torch.nn.init.zeros_(moe_blocks.sparse_blocks(model)[1].weights.down_EDF)
     torch.nn.init.zeros_(model.model.layers[1].mlp.shared_expert.down_proj.weight)
     operations, record = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     assert record["expert_importance"]["1"] == [0.0] * 6 and operations

@@ -12,9 +12,9 @@ from torch import nn
 from recondense.methods.saliency import SALIENCIES, SaliencyPruning
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 
 def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -28,7 +28,7 @@ def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
 @torch.no_grad()
 def saliencies_token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
     """Saliencies by running every text alone and every expert on every token that selects it."""
-    block: Any = views.get_block(model, layer)
+    block: Any = moe_blocks.get_block(model, layer)
     counts, weights, norms = ([0.0] * 6 for _ in range(3))
     seen: list[torch.Tensor] = []
     handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -50,7 +50,7 @@ def saliencies_token_by_token(model: Any, layer: int) -> dict[str, list[float]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saliencies(family: str) -> None:
     model = FAMILIES[family]()
-    layers = list(views.sparse_blocks(model))
+    layers = list(moe_blocks.sparse_blocks(model))
     expected = {layer: saliencies_token_by_token(model, layer) for layer in layers}
     for saliency in set(SALIENCIES) - {"random"}:
         operations, record = search(SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.5)), model)
@@ -97,7 +97,7 @@ def test_every_group_loses_equally_many_of_its_least_salient_experts(saliency: s
             assert experts == sorted(
                 sorted(range(4 * group, 4 * group + 4), key=lambda e: scores[layer][e])[: len(experts)]
             )
-    apply.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)))
     assert torch.isfinite(logits(model, windows(2, 9))).all()
     [problem] = SaliencyPruning(saliency, budget=Budget(removed_expert_ratio=0.6)).check(families.facts(model.config))
     assert "at most 0.5, because each token selects 2 of the 8 experts of a layer, from 1 of 2 groups" in problem

@@ -16,7 +16,7 @@ from recondense.methods.combined import Combined
 from recondense.methods.dropping import Dropping
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext, Step
-from recondense.models import families, views
+from recondense.models import families, moe_blocks
 from recondense.run.build_steps import build_steps
 from recondense.run.sizes import compare
 
@@ -59,7 +59,7 @@ def test_the_example_in_contributing_is_a_method(root: Path, monkeypatch: pytest
     assert step.check(families.facts(model.config)) == []
     operations, record = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
     for operation in operations:
-        weights = views.sparse_blocks(model)[operation.layer].weights.down_EDF
+        weights = moe_blocks.sparse_blocks(model)[operation.layer].weights.down_EDF
         order = weights.flatten(1).norm(dim=1).argsort().tolist()
         assert operation.retained == tuple(sorted(order[2:]))
         assert len(record["norms"][str(operation.layer)]) == 6

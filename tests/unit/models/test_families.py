@@ -28,11 +28,11 @@ from support.plain_moe import (
 from support.tiny_models import EVERY, logits, windows
 from torch import Tensor
 
-from recondense.models import decoder, families, parameters, views
+from recondense.models import decoder, families, moe_blocks, parameters
 from recondense.models.routing import Routing
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 IDS = windows(2, 11)
 FULL: Ranks = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (16,) * 6)
@@ -57,7 +57,7 @@ def test_the_block_adds_its_output_unchanged(family: str) -> None:
         calls: dict[str, Tensor] = {}
         hooks = [
             norm.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.update(residual=inputs[0])),
-            views.get_block(model, layer).register_forward_hook(partial(_keep_output, calls, "added")),
+            moe_blocks.get_block(model, layer).register_forward_hook(partial(_keep_output, calls, "added")),
             module.register_forward_hook(partial(_keep_output, calls, "output")),
         ]
         logits(model, IDS)
@@ -77,7 +77,7 @@ def test_facts_and_counts(family: str) -> None:
     facts, counts = families.facts(model.config), parameters.parameter_counts(model.config)
     sparse = [layer for layer in range(3) if hasattr(block_of(model, layer), "experts")]
     blocks = [block_of(model, layer) for layer in sparse]
-    assert facts.moe_layers == tuple(sparse) == tuple(views.sparse_blocks(model)) and len(sparse) >= 2
+    assert facts.moe_layers == tuple(sparse) == tuple(moe_blocks.sparse_blocks(model)) and len(sparse) >= 2
     assert (facts.num_experts, facts.top_k, facts.hidden_size, facts.num_groups) == (6, 2, 32, 1)
     for block in blocks:
         state = block.state_dict()
@@ -93,13 +93,13 @@ def test_facts_and_counts(family: str) -> None:
     assert (counts.routed_experts, counts.expert) == (routed, routed / 6 / len(sparse))
     assert counts.router_row == router / 6 / len(sparse)
     assert parameters.routed_parameters(model) == routed
-    assert all(parameters.expert_size(block) == counts.expert for block in views.sparse_blocks(model).values())
+    assert all(parameters.expert_size(block) == counts.expert for block in moe_blocks.sparse_blocks(model).values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_router_agrees_with_routing(name: str) -> None:
     model, routing = variant(name)
-    for layer, view in views.sparse_blocks(model).items():
+    for layer, view in moe_blocks.sparse_blocks(model).items():
         plain, x_TD = PlainMoE(block_of(model, layer), routing), tokens(2.0)
         assert view.routing == routing
         assert view.correction_E is None or torch.equal(view.correction_E.double(), plain.correction_E)
@@ -114,7 +114,7 @@ def test_the_router_agrees_with_routing(name: str) -> None:
 
 def test_large_biases_change_the_selection() -> None:
     for family in ("deepseek_v3", "ernie4_5_moe"):
-        view = views.sparse_blocks(corrected(family))[2]
+        view = moe_blocks.sparse_blocks(corrected(family))[2]
         with torch.no_grad():
             logits_TE, _, index_TK = view.router(tokens())
         assert not torch.equal(index_TK.sort().values, logits_TE.topk(2).indices.sort().values)
@@ -125,7 +125,7 @@ def test_large_biases_change_the_selection() -> None:
 def test_a_block_equals_a_loop_over_tokens_and_experts(name: str, experts: str) -> None:
     model, routing = variant(name)
     model.set_experts_implementation(experts)
-    for layer in views.sparse_blocks(model):
+    for layer in moe_blocks.sparse_blocks(model):
         plain, x_TD = PlainMoE(block_of(model, layer), routing), tokens(3.0)
         torch.testing.assert_close(run(block_of(model, layer), x_TD).double(), plain(x_TD.double()), **CLOSE)
     model.set_experts_implementation("grouped_mm")
@@ -165,13 +165,13 @@ def check(
 ) -> None:
     """Change every sparse layer; compare every block, then the logits of the model."""
     student, other = make(), make()
-    layers = list(views.sparse_blocks(student))
+    layers = list(moe_blocks.sparse_blocks(student))
     for layer in layers:
         plain = PlainMoE(block_of(other, layer), routing)
         pair = isinstance(block_of(other, layer)(torch.zeros(1, 1, 32)), tuple)
         other.model.layers[layer].mlp = Standing(partial(compute, plain), pair)
     before = logits(student, IDS)
-    apply.execute(student, Plan("tiny", tuple(make_operation(layer) for layer in layers)))
+    execute.execute(student, Plan("tiny", tuple(make_operation(layer) for layer in layers)))
     for layer in layers:
         x_TD = tokens(2.0)
         expected = block_of(other, layer).function(x_TD.double())
@@ -223,9 +223,9 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
     expected, x_TD = run(block_of(model, 1), tokens()), tokens()
     groups, shares = ((0, 1, 4), (2,), (3,), (5,)), ((0.5, 0.2, 0.3), (1.0,), (1.0,), (1.0,))
     plain = copy.deepcopy(model)
-    apply.execute(model, Plan("tiny", (Merge(1, groups, shares, align=True),)))
+    execute.execute(model, Plan("tiny", (Merge(1, groups, shares, align=True),)))
     torch.testing.assert_close(run(block_of(model, 1), x_TD), expected, **CLOSE)
-    apply.execute(plain, Plan("tiny", (Merge(1, groups, shares),)))
+    execute.execute(plain, Plan("tiny", (Merge(1, groups, shares),)))
     assert (run(block_of(plain, 1), x_TD) - expected).abs().max() > 0.1
 
 
@@ -233,7 +233,7 @@ def test_aligned_means_of_permuted_copies_are_the_expert(family: str) -> None:
 def test_a_dropped_decoder_layer(family: str) -> None:
     """The model is as if the layer and its entries in the config had never existed."""
     model, other = EVERY[family](), EVERY[family]()
-    apply.execute(model, Plan("tiny", (Drop(1, "layer"),)))
+    execute.execute(model, Plan("tiny", (Drop(1, "layer"),)))
     del other.model.layers[1]
     other.config.num_hidden_layers = 2
     for name in ("layer_types", "mlp_layer_types"):

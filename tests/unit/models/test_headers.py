@@ -25,11 +25,11 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausa
 from recondense.config.schema import Config, ExportConfig, ModelConfig, RecoveryConfig
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
-from recondense.models import classes, headers, loading, quantized
+from recondense.models import headers, loading, model_classes, quantized
 from recondense.operations import Condense, Factorize, Merge, Prune
 from recondense.plan import Plan
 from recondense.run.model_and_machine_checks import planned_config
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 State = dict[str, Tensor]
 ONE = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -65,8 +65,8 @@ def rename_prefix(old: str, new: str) -> Callable[[State], State]:
 def difference(folder: Path) -> headers.Comparison:
     """How a folder differs from the model that its config describes."""
     values = json.loads((folder / "config.json").read_text())
-    classes.register_model_type(values["model_type"])
-    outline = classes.empty_model(AutoConfig.from_pretrained(folder))
+    model_classes.register_model_type(values["model_type"])
+    outline = model_classes.empty_model(AutoConfig.from_pretrained(folder))
     return headers.compare(outline, headers.list_files(folder), quantized.method_of(values))
 
 
@@ -114,7 +114,7 @@ def test_a_complete_checkpoint_does_not_differ(family: str, tmp_path: Path) -> N
     merged = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
     operations = Condense(2, (3, 0), (0.4, 0.2), None), Prune(3, (0, 2, 3, 5)), Merge(4, *merged), Factorize(5, ranks)
     plan = Plan("tiny", operations)
-    apply.execute(deep, plan)
+    execute.execute(deep, plan)
     write_folder(deep, None, plan, tmp_path / "bundled", "", ExportConfig(format="bundled"))
     assert difference(tmp_path / "bundled") == headers.Comparison()
 

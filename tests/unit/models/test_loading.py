@@ -16,14 +16,14 @@ from support.tiny_models import EVERY, bits, logits, recorded, same_bits, tiny, 
 from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
-from recondense.models import families, loading, parameters, views
+from recondense.models import families, loading, moe_blocks, parameters
 from recondense.models.parameters import count_parameters
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.recovery import trainable
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.trainable import trainable_parameters
-from recondense.surgery import apply
+from recondense.surgery import execute
 from recondense.surgery.student import Student
 
 IDS = windows(3, 11)
@@ -70,24 +70,24 @@ def test_both_layouts_of_the_same_weights_give_the_same_model(family: str, tmp_p
 def test_a_stock_export_can_be_loaded_and_pruned(family: str, tmp_path: Path) -> None:
     """Pruned uniformly, it is the family's class with fewer experts, and it can be pruned again."""
     model = EVERY[family]()
-    plan = Plan("tiny", tuple(Prune(layer, FOUR) for layer in views.sparse_blocks(model)))
-    apply.execute(model, plan)
+    plan = Plan("tiny", tuple(Prune(layer, FOUR) for layer in moe_blocks.sparse_blocks(model)))
+    execute.execute(model, plan)
     assert write(model, plan, tmp_path / "out", ExportConfig()) == "stock"
     again = load(tmp_path / "out", family)
     assert type(again) is type(EVERY[family]()) and count_parameters(again) == count_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     assert families.facts(again.config).num_experts == 4
-    further = Plan("tiny", tuple(Prune(layer, (0, 1, 3)) for layer in views.sparse_blocks(again)))
-    apply.execute(model, further)
-    apply.execute(again, further)
+    further = Plan("tiny", tuple(Prune(layer, (0, 1, 3)) for layer in moe_blocks.sparse_blocks(again)))
+    execute.execute(model, further)
+    execute.execute(again, further)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", EVERY)
 def test_low_rank_experts_multiplied_out_are_those_of_the_family(family: str, tmp_path: Path) -> None:
     model = EVERY[family]()
-    plan = Plan("tiny", tuple(Factorize(layer, RANKS) for layer in views.sparse_blocks(model)))
-    apply.execute(model, plan)
+    plan = Plan("tiny", tuple(Factorize(layer, RANKS) for layer in moe_blocks.sparse_blocks(model)))
+    execute.execute(model, plan)
     assert write(model, plan, tmp_path / "out", ExportConfig(format="dense")) == "stock"
     again = load(tmp_path / "out", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
@@ -104,7 +104,7 @@ def test_the_default_attention_is_one_that_the_family_has(
 ) -> None:
     model, operations = EVERY[family](), (Condense(1, (3, 0), (0.4, 0.2), None),) if compressed else ()
     plan = Plan("tiny", operations)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     write(model, plan, tmp_path, BUNDLED if compressed else ExportConfig())
     for changes in ({}, {"dtype": "float32"}):
         assert loading.load(tmp_path, **changes)[0].config._attn_implementation == expected
@@ -138,14 +138,14 @@ def test_a_compressed_folder_is_loaded(family: str, tmp_path: Path) -> None:
         *(Condense(3, (3, 0), (0.4, 0.2), None), Drop(4, "moe"), Drop(5, "layer"), Factorize(6, RANKS)),
     )
     plan = Plan("tiny", operations)
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     assert write(model, plan, tmp_path / "out") == "bundled"
     again = load(tmp_path / "out", family)
     assert type(again).__name__ == "CompressedForCausalLM" and count_parameters(again) == count_parameters(model)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
     facts = families.facts(again.config)
     assert set(facts.moe_layers) - {0} == {1, 2, 6} and facts.factorized == (1, 6)
-    assert tuple(views.sparse_blocks(again)) == facts.moe_layers
+    assert tuple(moe_blocks.sparse_blocks(again)) == facts.moe_layers
     assert facts.num_experts == 3 and families.family_of(again.config) is families.family_of(model.config)
 
 
@@ -154,20 +154,20 @@ def test_a_compressed_folder_is_compressed_again(family: str, tmp_path: Path) ->
     """Condensed, written, loaded, factorized, written, loaded."""
     model = EVERY[family]()
     first = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
-    apply.execute(model, first)
+    execute.execute(model, first)
     assert write(model, first, tmp_path / "first") == "bundled"
     again = load(tmp_path / "first", family)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=0, atol=1e-5)
-    sparse_layers = tuple(views.sparse_blocks(model))
+    sparse_layers = tuple(moe_blocks.sparse_blocks(model))
     facts = families.facts(again.config)
-    assert facts.moe_layers == sparse_layers == tuple(views.sparse_blocks(again)) and 1 not in sparse_layers
+    assert facts.moe_layers == sparse_layers == tuple(moe_blocks.sparse_blocks(again)) and 1 not in sparse_layers
     assert (facts.num_experts, facts.factorized) == (6, ())
     with pytest.raises(ValueError, match="condense, layer 1: the sparse MoE layers are"):
-        apply.execute(again, first)
+        execute.execute(again, first)
 
     second = Plan("tiny", tuple(Factorize(layer, TO_FOUR, whitening=True) for layer in sparse_layers))
     for compressed in (model, again):
-        apply.execute(compressed, second, lambda compressed=compressed: recorded(compressed))  # type: ignore[misc]
+        execute.execute(compressed, second, lambda compressed=compressed: recorded(compressed))  # type: ignore[misc]
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     assert write(again, second, tmp_path / "second", ExportConfig()) == "bundled"
     last = load(tmp_path / "second", family)
@@ -183,10 +183,10 @@ def test_a_compressed_folder_is_trained(family: str, tmp_path: Path) -> None:
     """method=none, recovery=finetune: the experts of condensed layers train with those of sparse layers."""
     model = EVERY[family]()
     plan = Plan("tiny", (Condense(1, (3, 0), (0.4, 0.2), None),))
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     write(model, plan, tmp_path / "first")
     again = load(tmp_path / "first", family)
-    layers = sorted({1, *views.sparse_blocks(again)})
+    layers = sorted({1, *moe_blocks.sparse_blocks(again)})
     assert trainable.trainable_layers(again, ()) == layers
     recovery = RecoveryConfig(name="finetune", objective="finetune", learning_rate=1e-3, steps=3)
     module = RecoveryModule(Student(again, Plan("tiny")), recovery)

@@ -17,7 +17,7 @@ from recondense.export.write_folder import write_folder
 from recondense.models import loading
 from recondense.operations import Merge
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 IDS = windows(3, 11)
 PAIRS = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
@@ -31,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_an_exported_model_is_loaded_again(tmp_path: Path) -> None:
     model = qwen2_moe()
     plan = condense_plan(model, (2, 0))
-    apply.execute(model, plan)
+    execute.execute(model, plan)
     model.config.output_router_logits = True
     write_folder(model, tokenizer(), plan, tmp_path / "out", "")
     again, words = loading.load(tmp_path / "out", ModelConfig(device="cpu", dtype="float32"))
@@ -94,10 +94,10 @@ def test_weights_fingerprint_depends_on_buffers() -> None:
         fingerprints.add(loading.weights_fingerprint(model))
     for groups in (PAIRS, (((0, 3), (4,), (5, 2, 1)), PAIRS[1])):
         model = qwen2_moe()
-        apply.execute(model, Plan("tiny", (Merge(1, *groups),)))
+        execute.execute(model, Plan("tiny", (Merge(1, *groups),)))
         table = model.model.layers[1].mlp.gate.table.clone()
         model = qwen2_moe()
-        apply.execute(model, Plan("tiny", (Merge(1, *PAIRS),)))
+        execute.execute(model, Plan("tiny", (Merge(1, *PAIRS),)))
         model.model.layers[1].mlp.gate.table.copy_(table)
         fingerprints.add(loading.weights_fingerprint(model))
     assert len(fingerprints) == 4

@@ -13,7 +13,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 from recondense.models import low_rank as module_of_low_rank
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.expert_products import is_groupable
 from recondense.models.factors import factors
 from recondense.models.low_rank import LowRankExperts, _Bucket
@@ -274,7 +274,7 @@ def test_compiled(ranks: Any, size: str) -> None:
 @torch.no_grad()
 def test_second_moments_are_those_of_the_routed_tokens(family: str) -> None:
     model = FAMILIES[family]()
-    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[2]
     moments = second_moments(block, tape.trace(model, 2))
     for expert in range(6):
         inputs, inner = torch.zeros(32, 32), torch.zeros(16, 16)

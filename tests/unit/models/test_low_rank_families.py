@@ -16,11 +16,11 @@ from support.plain_moe import (
 )
 from support.tiny_models import EVERY
 
-from recondense.models import low_rank, views
+from recondense.models import low_rank, moe_blocks
 from recondense.models.low_rank import LowRankExperts
 from recondense.operations import Factorize
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -61,13 +61,13 @@ def test_every_way_of_computing_low_rank_experts(name: str, family: str, monkeyp
     model = EVERY[family]()
     dense = copy.deepcopy(block_of(model, 1))
     dense.load_state_dict(PlainMoE(dense, ROUTING[family]).truncated(ranks).state)
-    apply.execute(model, Plan("tiny", (Factorize(1, ranks),)))
+    execute.execute(model, Plan("tiny", (Factorize(1, ranks),)))
     block = block_of(model, 1)
     results = []
     for moe in (block, dense):
         moe.experts.requires_grad_(True)
         x_TD = tokens(2.0, number).requires_grad_(True)
-        output = views.block_output(moe(x_TD[None]))[0]
+        output = moe_blocks.block_output(moe(x_TD[None]))[0]
         (output * torch.linspace(-1, 1, 32)).sum().backward()
         results.append((output.detach(), x_TD.grad))
     assert taken == ({way} if way else set())

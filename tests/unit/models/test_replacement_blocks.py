@@ -13,7 +13,7 @@ from support.tiny_models import FAMILIES, deepseek_v2, qwen2_moe
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from recondense.models import replacement_blocks, views
+from recondense.models import moe_blocks, replacement_blocks
 from recondense.models.replacement_blocks import CondensedMoE, expert_outputs
 
 EXPERTS: tuple[list[int], ...] = ([], [3], [5, 0, 2])
@@ -39,7 +39,7 @@ def expected(block: Any, x: Tensor, experts: list[int], gate: float | None) -> T
 
 
 def condense(model: Any, layer: int, experts: list[int], gate: float | None) -> CondensedMoE:
-    weights = views.sparse_blocks(model)[layer].weights
+    weights = moe_blocks.sparse_blocks(model)[layer].weights
     shaped = CondensedMoE.make_empty(weights, len(experts), token_gate=gate is None)
     return shaped.fill(weights, experts, COEFFICIENTS[: len(experts)], gate)
 
@@ -52,7 +52,7 @@ CASES = [("qwen2_moe", 0.4), ("qwen2_moe", None), ("deepseek_v2", None)]
 @pytest.mark.parametrize(("family", "gate"), CASES)
 def test_computes_the_weighted_sum(family: str, gate: float | None, experts: list[int]) -> None:
     model = FAMILIES[family]()
-    block, x = views.get_block(model, 2), tokens()
+    block, x = moe_blocks.get_block(model, 2), tokens()
     layer = condense(model, 2, experts, gate)
     reference = expected(block, x, experts, gate)
     torch.testing.assert_close(layer(x), reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
@@ -104,7 +104,7 @@ def test_what_trains_and_what_does_not(gate: float | None) -> None:
 def test_the_scale_is_separate_from_the_weights() -> None:
     """The weights are those of the experts, so AdamW's steps are as large as in the original model."""
     model = qwen2_moe()
-    block = views.sparse_blocks(model)[2].weights
+    block = moe_blocks.sparse_blocks(model)[2].weights
     layer = condense(model, 2, [3, 1], 0.4)
     assert block.shared is not None and layer.scale is not None
     assert torch.equal(layer.down_proj.weight[:, :24], block.shared[2])
@@ -142,7 +142,7 @@ def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
     real = condense(FAMILIES[family](), 2, [3, 1], gate)
     with torch.device("meta"):
         model = FAMILIES[family]()
-    meta = CondensedMoE.make_empty(views.sparse_blocks(model)[2].weights, 2, token_gate=gate is None)
+    meta = CondensedMoE.make_empty(moe_blocks.sparse_blocks(model)[2].weights, 2, token_gate=gate is None)
     assert all(value.is_meta for value in meta.state_dict().values())
     assert {name: (value.shape, value.dtype) for name, value in meta.state_dict().items()} == {
         name: (value.shape, value.dtype) for name, value in real.state_dict().items()
@@ -154,9 +154,9 @@ def test_shapes_on_the_meta_device(family: str, gate: float | None) -> None:
 def test_expert_outputs(family: str) -> None:
     """They equal those of transformers' module; an expert's bits do not depend on the other experts in the call."""
     model = FAMILIES[family]()
-    block: Any = views.get_block(model, 2)
+    block: Any = moe_blocks.get_block(model, 2)
     x_TD = tokens().flatten(0, 1)
-    weights = views.sparse_blocks(model)[2].weights
+    weights = moe_blocks.sparse_blocks(model)[2].weights
     outputs = expert_outputs(x_TD, weights, [4, 0, 5])
     for position, expert in enumerate([4, 0, 5]):
         output = block.experts(x_TD, torch.full((len(x_TD), 1), expert), torch.ones(len(x_TD), 1))
@@ -176,7 +176,7 @@ def test_imports_only_torch_and_the_standard_library() -> None:
 
 def test_no_shared_experts() -> None:
     """In a family without shared experts, a condensed layer consists of the retained experts."""
-    weights = views.sparse_blocks(deepseek_v2())[2].weights._replace(shared=None)
+    weights = moe_blocks.sparse_blocks(deepseek_v2())[2].weights._replace(shared=None)
     layer = CondensedMoE.make_empty(weights, 2, token_gate=False).fill(weights, [1, 5], [0.5, 0.25], None)
     x_TD = tokens().flatten(0, 1)
     with torch.no_grad():

@@ -27,7 +27,7 @@ from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import peak_tensor_bytes
 from recondense.export.write_folder import write_folder
 from recondense.methods.search.importance import expert_importance
-from recondense.models import decoder, loading, views
+from recondense.models import decoder, loading, moe_blocks
 from recondense.models.layer_store import layer_store
 from recondense.models.parameters import largest_layer_bytes
 from recondense.models.streaming import Streamed
@@ -36,7 +36,7 @@ from recondense.operations import Condense, Factorize, Prune, Refit
 from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import keep_predictions
-from recondense.surgery import apply, refit
+from recondense.surgery import execute, refit
 from recondense.surgery import student as student_module
 
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
@@ -128,7 +128,7 @@ def test_every_method_gives_the_same_plan_and_weights(
     for name, model in (("in_memory", in_memory), ("streamed", streamed)):
         storage = Disk(tmp_path / name, keeps=False) if name == "streamed" else None
         plan = plan_of(model, method, tmp_path / f"{name}-cache", *BUDGETS[method], storage=storage)
-        apply.execute(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
+        execute.execute(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
         write_folder(
             model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB")
         )
@@ -140,7 +140,7 @@ def test_every_method_gives_the_same_plan_and_weights(
 def test_importance_by_the_loss(in_memory: Any, streamed: Any, tmp_path: Path) -> None:
     values = []
     for model, storage in ((in_memory, None), (streamed, Disk(tmp_path / "tape"))):
-        block = views.sparse_blocks(model)[1]
+        block = moe_blocks.sparse_blocks(model)[1]
         values.append(expert_importance(model, recorded(model, storage=storage), block, "lm_loss", True, 1 << 30))
     assert values[0] == values[1] and max(values[0]) > 0
 
@@ -155,8 +155,8 @@ def compress(model: Any, storage: Disk | None) -> tuple[Plan, dict[int, nn.Modul
         ),
     )  # fmt: skip
     record = lambda: recorded(model, storage=storage)  # noqa: E731
-    originals = apply.execute(model, plan, record)
-    apply.refit(model, plan, originals, record)
+    originals = execute.execute(model, plan, record)
+    execute.refit(model, plan, originals, record)
     return plan, originals, record
 
 
@@ -165,7 +165,7 @@ def test_evaluation_of_student_and_original(in_memory: Any, streamed: Any, tmp_p
     ids, metrics = windows(5, 12), []
     for model, storage in ((in_memory, None), (streamed, Disk(tmp_path / "scratch", keeps=False))):
         _, originals, _ = compress(model, storage)
-        metrics.append(perplexity(model, ids, 2, lambda m=model, o=originals: views.swap_blocks(m, o)))
+        metrics.append(perplexity(model, ids, 2, lambda m=model, o=originals: moe_blocks.swap_blocks(m, o)))
     assert metrics[0] == metrics[1] and metrics[0]["kl_to_original"] > 0
 
 
@@ -174,7 +174,7 @@ def test_a_streamed_teacher_gives_the_same_predictions(in_memory: Any, streamed:
     predictions = []
     for index, model in enumerate((in_memory, streamed)):
         teacher = keep_predictions(
-            lambda m=model: views.swap_blocks(m, {}),
+            lambda m=model: moe_blocks.swap_blocks(m, {}),
             ids,
             tmp_path / str(index),
             5,
@@ -207,13 +207,13 @@ def test_a_killed_run_resumes_at_its_layer(folder: Path, tmp_path: Path) -> None
     assert tape.layer_runs == 1  # of three
     assert all(map(torch.equal, all_states(tape), all_states(recorded(again))))
     plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
-    apply.execute(first, Plan("tiny", plan.operations[:1]))
+    execute.execute(first, Plan("tiny", plan.operations[:1]))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
-    apply.execute(again, plan)
+    execute.execute(again, plan)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "pages").iterdir()}
     assert len(before) == 1 and len(after) == 2 and before.items() <= after.items()
     expected = load(folder, None)
-    apply.execute(expected, plan)
+    execute.execute(expected, plan)
     for layer, module in enumerate(decoder.decoder_layers(expected)):
         with layer_store(again).resident(layer):
             assert same(decoder.decoder_layers(again)[layer].state_dict(), module.state_dict())
@@ -232,10 +232,10 @@ def test_a_killed_run_is_whitened_and_refitted_like_an_undisturbed_one(
     )
     monkeypatch.setattr(refit, "LEAST_COLUMNS", 1)  # so that these layers are solved in parts
     expected = load(folder, None)
-    block = views.get_block(expected, 0)
+    block = moe_blocks.get_block(expected, 0)
     assert refit.most_columns(block) < sum(u.weight_Dn.shape[1] for u in refit.units_of(expected, 0))
     record = lambda: recorded(expected)  # noqa: E731
-    apply.refit(expected, plan, apply.execute(expected, plan, record), record)
+    execute.refit(expected, plan, execute.execute(expected, plan, record), record)
     solved: list[int] = []
     solve = refit._refit_layer
     offload, writes = Streamed.offload, [2]
@@ -257,7 +257,7 @@ def test_a_killed_run_is_whitened_and_refitted_like_an_undisturbed_one(
         monkeypatch.setattr(Streamed, "offload", kill)
         again = partial(recorded, model, storage=Disk(tmp_path / "tape", keeps=False))
         with pytest.raises(KeyboardInterrupt) if more is not None else nullcontext():
-            apply.refit(model, plan, apply.execute(model, plan, again), again)
+            execute.refit(model, plan, execute.execute(model, plan, again), again)
     assert solved == [0, 1, 2, 2]  # the last one was killed before it was on the disk
     for layer, module in enumerate(decoder.decoder_layers(expected)):
         with layer_store(model).resident(layer):
@@ -269,14 +269,14 @@ def test_offloaded_blocks_are_stored_by_context_and_their_files_are_deleted(fold
     condense = Condense(0, (1, 4), (0.3, 0.4), 0.5)
     for key in ("one", "other"):
         layer_store(model).context = key
-        originals = apply.execute(model, Plan("tiny", (condense,)))
+        originals = execute.execute(model, Plan("tiny", (condense,)))
         with layer_store(model).resident(0):
             pass
-        views.set_block(model, 0, originals[0])
+        moe_blocks.set_block(model, 0, originals[0])
     assert len(list((tmp_path / "pages").iterdir())) == 2  # another context: another file
     with layer_store(model).resident(1):
-        block = layer_store(model).offload(views.get_block(model, 1))
-    with views.swap_blocks(model, {1: block}), layer_store(model).resident(1):
+        block = layer_store(model).offload(moe_blocks.get_block(model, 1))
+    with moe_blocks.swap_blocks(model, {1: block}), layer_store(model).resident(1):
         pass
     with layer_store(model).resident(2):
         assert len(list((tmp_path / "pages").iterdir())) == 3
@@ -311,7 +311,7 @@ def test_a_compressed_model_is_loaded_back(folder: Path, tmp_path: Path) -> None
     """It can be trained like any other; the scales of condensed layers are still separate."""
     model, expected = load(folder, tmp_path / "pages"), load(folder, None)
     for other in (model, expected):
-        apply.execute(other, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
+        execute.execute(other, Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5),)))
     assert layer_store(model).streamed
     layer_store(model).load_all()
     assert not layer_store(model).streamed and same(model.state_dict(), expected.state_dict())

@@ -24,7 +24,7 @@ from recondense.recovery.fit import fit
 from recondense.recovery.lora import LoraUpdate
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import keep_trained_weights, resolve_precision
-from recondense.surgery.student import apply
+from recondense.surgery.apply import apply
 
 # Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -47,16 +47,16 @@ def test_steps_are_those_of_adamw() -> None:
         "schedule": "linear",
     }
     module = module_of(**settings)
-    twin = copy.deepcopy(module)
+    module_copy = copy.deepcopy(module)
     batches = list(data(module).train_dataloader())
-    names = [name for name, value in twin.model.named_parameters() if value.requires_grad]
-    parameters = [dict(twin.model.named_parameters())[name] for name in names]
+    names = [name for name, value in module_copy.model.named_parameters() if value.requires_grad]
+    parameters = [dict(module_copy.model.named_parameters())[name] for name in names]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(3):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (3 - step) / 3
         for batch in batches[2 * step : 2 * step + 2]:
-            (twin.losses(batch["input_ids"])["loss"] / 2).backward()
+            (module_copy.losses(batch["input_ids"])["loss"] / 2).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
         optimizer.zero_grad()

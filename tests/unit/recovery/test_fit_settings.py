@@ -25,7 +25,7 @@ from recondense.operations import Prune
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
-from recondense.surgery.student import apply
+from recondense.surgery.apply import apply
 
 PRUNED = Plan("tiny", tuple(Prune(layer, (0, 1, 2, 4)) for layer in (1, 2)))
 # Lightning warns of this whenever a fit resumes.

@@ -19,7 +19,8 @@ from recondense.plan import Plan
 from recondense.recovery.checkpoints import trained_state
 from recondense.recovery.lora import LoraUpdate
 from recondense.recovery.module import RecoveryModule
-from recondense.surgery.student import Student, apply
+from recondense.surgery.apply import apply
+from recondense.surgery.student import Student
 
 IDS = windows(3, 11)
 FAMILIES = {name: EVERY[name] for name in ("qwen2_moe", "deepseek_v2", "gpt_oss")}

@@ -15,7 +15,7 @@ from support.tiny_models import EVERY, FAMILIES, condense_plan, logits, qwen2_mo
 
 from recondense.config.schema import LoraSettings
 from recondense.config.stages import control_settings
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.parameters import resident_bytes
 from recondense.models.replacement_blocks import CondensedMoE
 from recondense.operations import Drop, Factorize, Prune
@@ -23,7 +23,8 @@ from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.trainable import trainable_parameters
-from recondense.surgery.student import Student, apply
+from recondense.surgery.apply import apply
+from recondense.surgery.student import Student
 
 # Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -47,7 +48,7 @@ def test_setup_applies_once_however_often_it_is_called() -> None:
         if stage == "fit":
             blocks, student = list(model.modules()), module.student
     assert list(model.modules()) == blocks and module.student is student
-    assert sorted(views.sparse_blocks(model)) == [0]
+    assert sorted(moe_blocks.sparse_blocks(model)) == [0]
 
 
 def test_setup_makes_the_student() -> None:
@@ -55,7 +56,7 @@ def test_setup_makes_the_student() -> None:
     searched = []
 
     def search() -> Student:
-        searched.append(sorted(views.sparse_blocks(model)))
+        searched.append(sorted(moe_blocks.sparse_blocks(model)))
         return apply(model, condense_plan(model, [1]))
 
     module = RecoveryModule(search, recovery())
@@ -65,7 +66,7 @@ def test_setup_makes_the_student() -> None:
     module.setup("fit")
     module.setup("fit")
     assert searched == [[0, 1, 2]] and module.plan == condense_plan(qwen2_moe(), [1])
-    assert isinstance(views.get_block(model, 1), CondensedMoE)
+    assert isinstance(moe_blocks.get_block(model, 1), CondensedMoE)
 
 
 def test_adapters_belong_to_one_recovery_stage() -> None:
@@ -86,7 +87,7 @@ def test_works_in_anyones_trainer(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=data(module, windows(3, 8, seed=5)))
     metrics = trainer.validate(module, datamodule=data(module, windows(3, 8, seed=5)), verbose=False)
     assert metrics[0]["recovery/validation_loss"] > 0 and metrics[0]["recovery/validation_kl"] > 0
-    assert sorted(views.sparse_blocks(model)) == [0]
+    assert sorted(moe_blocks.sparse_blocks(model)) == [0]
 
 
 # ------------------------------------------------------------------------------------------------ what trains
@@ -225,10 +226,10 @@ def test_what_student_and_teacher_share_exists_once(family: str) -> None:
     student, originals = module.model, module.student.originals
     alone, original_blocks = storages(student), storages(*originals.values())
     assert not alone.keys() & original_blocks.keys()
-    blocks = sum(tensor.nbytes for layer in (1, 2) for tensor in views.get_block(before, layer).parameters())
+    blocks = sum(tensor.nbytes for layer in (1, 2) for tensor in moe_blocks.get_block(before, layer).parameters())
     assert sum(original_blocks.values()) == blocks  # the original blocks of condensed layers, nothing else
     student_blocks = sum(
-        tensor.nbytes for layer in (1, 2) for tensor in views.get_block(student, layer).state_dict().values()
+        tensor.nbytes for layer in (1, 2) for tensor in moe_blocks.get_block(student, layer).state_dict().values()
     )
     assert (
         resident_bytes(student, module.originals)

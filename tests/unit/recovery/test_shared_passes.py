@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recondense.config.schema import LoraSettings
 from recondense.data.labels import MASKED
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.hooks import eval_mode
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
@@ -171,7 +171,7 @@ def test_backward_stops_at_the_lowest_layer_that_trains(objective: str) -> None:
 
     def note(number: int) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            graphs[number] = views.block_output(output).requires_grad
+            graphs[number] = moe_blocks.block_output(output).requires_grad
 
         return hook
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recondense.data.labels import MASKED
 from recondense.data.loader import RecoveryData, ShuffledWindows, to_table
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.parameters import resident_bytes
 from recondense.recovery.fit import fit
 from recondense.recovery.losses import TopK
@@ -261,4 +261,4 @@ def test_the_original_is_not_needed_after_its_release() -> None:
     module.student.release_original()
     module.merge_adapters()
     assert module.adapters is None and not any("lora" in name for name, _ in model.named_parameters())
-    assert not isinstance(views.get_block(model, 1), type(views.get_block(qwen2_moe(), 1)))
+    assert not isinstance(moe_blocks.get_block(model, 1), type(moe_blocks.get_block(qwen2_moe(), 1)))

@@ -12,7 +12,7 @@ from recondense.config.problems import render
 from recondense.config.schema import Config, RecoveryConfig, from_dict
 from recondense.config.stages import require_stages
 from recondense.run.checks_without_torch import check_quickly, check_run_folder, differences
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
 
 
 def messages(config: Config, stored: Config | None) -> list[str]:

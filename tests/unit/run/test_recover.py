@@ -19,7 +19,8 @@ from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.run.recover import prepare_student
-from recondense.surgery.student import Student, apply
+from recondense.surgery.apply import apply
+from recondense.surgery.student import Student
 
 STAGES = [
     recovery(),

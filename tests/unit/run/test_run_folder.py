@@ -15,7 +15,7 @@ from recondense.config.problems import Problem, render
 from recondense.config.schema import Config, from_dict
 from recondense.config.stages import require_stages
 from recondense.run import run_folder
-from recondense.run.resolved import Run
+from recondense.run.resolved_run import Run
 from recondense.run.run_folder import CONTENTS, begin, overwritten_inputs, repair
 
 

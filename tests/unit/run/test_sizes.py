@@ -16,7 +16,7 @@ from recondense.methods.dropping import Dropping
 from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.search.budget import Budget
-from recondense.models import classes, views
+from recondense.models import model_classes, moe_blocks
 from recondense.models.parameters import weights_bytes
 from recondense.models.published_configs import recorded_config
 from recondense.models.quantized import byte_counter, quantization
@@ -25,12 +25,12 @@ from recondense.run.sizes import compare, outlined
 
 
 def meta_model(make: Any = qwen2_moe, **changes: Any) -> Any:
-    return classes.on_meta(make(**changes).config, torch.float32)
+    return model_classes.on_meta(make(**changes).config, torch.float32)
 
 
 def published_model(hub_id: str) -> tuple[Any, dict[str, Any]]:
     config = recorded_config(hub_id)
-    return classes.on_meta(config, torch.bfloat16), quantization(config)
+    return model_classes.on_meta(config, torch.bfloat16), quantization(config)
 
 
 def test_bytes_of_an_mxfp4_checkpoint_are_those_of_its_files() -> None:
@@ -139,6 +139,6 @@ def test_dtype_of_the_weights() -> None:
 
 def test_budgets_that_cannot_be_met_are_refused() -> None:
     model = meta_model()
-    assert views.sparse_blocks(model)
+    assert moe_blocks.sparse_blocks(model)
     with pytest.raises(ValueError, match="budget requires"):
         compare(model, [CDMoE(num_experts=2, budget=Budget(memory_ratio=0.01))])

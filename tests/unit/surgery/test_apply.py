@@ -1,141 +1,70 @@
-"""Surgery executes a plan: shapes from the plan alone, weights from the originals, and nothing else changes."""
+"""`apply`: the plan is executed, the original is kept, and a model is compressed once."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from support.tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe, same_bits, windows
-from torch import Tensor
+from support.tiny_models import FAMILIES, bits, logits, qwen2_moe, recorded, same_bits, windows
 
-from recondense.models import families, views
-from recondense.models.parameters import count_parameters
-from recondense.models.replacement_blocks import CondensedMoE
-from recondense.operations import Condense
+from recondense.errors import UserError
+from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery.apply import apply
 
-
-def logits_by_hand(model: Any, plan: Plan, ids: Tensor) -> Tensor:
-    """Logits of the original with hooks that replace the blocks' outputs by the plan's sums."""
-    handles = []
-    for operation in plan.operations:
-        block = views.get_block(model, operation.layer)
-
-        def replace(block: Any, args: tuple[Tensor], output: Tensor, operation: Condense = operation) -> Tensor:
-            x = args[0].flatten(0, 1)
-            if hasattr(block, "shared_experts"):
-                y = block.shared_experts(x)
-            elif operation.shared_gate is None:
-                y = block.shared_expert(x) * torch.sigmoid(block.shared_expert_gate(x))
-            else:
-                y = block.shared_expert(x) * operation.shared_gate
-            for expert, weight in zip(operation.experts, operation.coefficients, strict=True):
-                y = y + block.experts(x, torch.full((len(x), 1), expert), torch.full((len(x), 1), weight))
-            return y.view_as(output)
-
-        handles.append(block.register_forward_hook(replace))
-    output = logits(model, ids)
-    for handle in handles:
-        handle.remove()
-    return output
-
-
-@pytest.mark.parametrize("gate", [0.4, None])
-@pytest.mark.parametrize("experts", [(), (1, 4)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_computes_what_the_plan_says(family: str, experts: tuple[int, ...], gate: float | None) -> None:
-    model, ids = FAMILIES[family](), windows(3, 12)
-    original, before = logits(model, ids), bits(model)
-    plan = condense_plan(model, [2, 1], experts, gate)
-    expected = logits_by_hand(model, plan, ids)
-    originals = apply.execute(model, plan)
-    assert set(originals) == {1, 2} and set(views.sparse_blocks(model)) == set(
-        families.facts(model.config).moe_layers
-    ) - {
-        1,
-        2,
-    }
-    actual = logits(model, ids)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert float((actual - original).abs().max()) > 0.1  # otherwise the test would show nothing
-    after = bits(model)
-    assert all(torch.equal(after[name], before[name]) for name in after if ".mlp." not in name)
-    with views.swap_blocks(model, originals):
-        assert same_bits(bits(model), before)
-        assert torch.equal(logits(model, ids), original)
+IDS = windows(2, 9)
+PRUNED = Plan("tiny", (Prune(1, (0, 2, 3, 5)), Refit(1, "down_proj", 1e-2)))
+EXPERTS = tuple(range(6))
+STRUCTURAL: list[Operation] = [
+    Condense(1, (0, 2), (0.5, 0.5)),
+    Prune(1, (0, 2, 3, 5)),
+    Factorize(1, {name: (3,) * 6 for name in ("gate_proj", "up_proj", "down_proj")}),
+    Merge(1, tuple((expert,) for expert in EXPERTS), ((1.0,),) * 6),
+    Drop(1, "moe"),
+    Drop(1, "layer"),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_restructure_on_the_meta_device_gives_the_same_shapes(family: str) -> None:
-    """So a compressed checkpoint can be loaded from its plan alone."""
-    model, ids = FAMILIES[family](), windows(2, 9)
-    plan = condense_plan(model, [1, 2], (0, 3, 5), None)
-    with torch.device("meta"):
-        empty = FAMILIES[family]()
-    apply.restructure(empty, plan)
-    apply.execute(model, plan)
-    assert all(value.is_meta for value in empty.parameters())
-    shapes = [
-        {name: (value.shape, value.dtype) for name, value in variant.state_dict().items()} for variant in (empty, model)
-    ]
-    assert shapes[0] == shapes[1]
-    other = FAMILIES[family](seed=7)
-    apply.restructure(other, plan)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(other, ids), logits(model, ids))
+def test_apply_executes_the_plan_and_keeps_the_original(family: str) -> None:
+    model = FAMILIES[family]()
+    before = logits(model, IDS)
+    student = apply(model, PRUNED, lambda: recorded(model))
+    assert student.model is model and student.plan is PRUNED and student.originals.keys() == {1}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    compressed = logits(model, IDS)
+    for _ in range(2):
+        with student.original() as original:
+            assert original is model and torch.equal(logits(original, IDS), before)
+        assert torch.equal(logits(model, IDS), compressed)
+    other = FAMILIES[family]()
+    late = apply(other, PRUNED, lambda: recorded(other), refit=False)
+    assert not torch.equal(logits(other, IDS), compressed)
+    errors = late.refit(lambda: recorded(other))
+    assert errors[1]["error_after"] < errors[1]["error_before"] and torch.equal(logits(other, IDS), compressed)
 
 
-def test_dropped_experts_are_removed() -> None:
-    model = qwen2_moe()
-    before = count_parameters(model)
-    originals = apply.execute(model, condense_plan(model, [0, 1, 2], (2,)))
-    lost = 3 * (5 * 3 * 32 * 16 + 6 * 32 + 32)  # five experts, the router, the shared gate
-    assert count_parameters(model) == before - lost
-    assert not any("gate.weight" in name or ".experts." in name for name in model.state_dict())
-    pointers = {parameter.data_ptr() for parameter in model.parameters()}
-    assert not pointers & {parameter.data_ptr() for block in originals.values() for parameter in block.parameters()}
-
-
-def test_an_empty_plan_does_nothing() -> None:
+def test_a_refit_needs_the_calibration_set() -> None:
     model = qwen2_moe()
     before = bits(model)
-    assert apply.execute(model, Plan("tiny")) == {}
-    assert same_bits(before, bits(model))
+    with pytest.raises(UserError, match="refit needs the calibration set"):
+        apply(model, PRUNED)
+    assert same_bits(bits(model), before)
 
 
 @pytest.mark.parametrize(
-    ("operations", "message"),
-    [
-        ((Condense(1, (0,), (0.1,)), Condense(1, (2,), (0.1,))), r"condense, layer 1.*\[2\]"),
-        ((Condense(0, (0,), (0.1,)),), r"condense, layer 0: the sparse MoE layers are \[1, 2\]"),
-        ((Condense(3, (0,), (0.1,)),), "condense, layer 3"),
-        (
-            (Condense(2, (0, 6, 9), (0.1, 0.1, 0.1)),),
-            r"the plan retains experts \[6, 9\], but the layer has 6 routed experts",
-        ),
-    ],
+    "operation", STRUCTURAL, ids=lambda operation: f"{operation.kind}-{vars(operation).get('part')}"
 )
-def test_plans_that_do_not_fit_are_refused(operations: tuple[Condense, ...], message: str) -> None:
-    model = qwen2_moe(mlp_only_layers=[0])
-    with pytest.raises(ValueError, match=message):
-        apply.execute(model, Plan("tiny", operations))
+def test_a_compressed_model_is_refused(operation: Operation) -> None:
+    """Its config still describes the original. Inside `original()` it is the original, and afterwards it is not."""
+    model = qwen2_moe()
+    student = apply(model, Plan("tiny", (operation,)))
+    with student.original():
+        assert apply(model, Plan("tiny")).model is model
+    with pytest.raises(UserError, match="compressed since it was loaded"):
+        apply(model, Plan("tiny"))
 
 
-def test_a_plan_that_does_not_fit_leaves_the_model_unchanged() -> None:
-    """Its first operation fits, but the model must not be left half changed, with unfilled weights."""
-    model, ids = qwen2_moe(), windows(2, 9)
-    before = logits(model, ids)
-    with pytest.raises(ValueError, match="condense, layer 9"):
-        apply.execute(model, Plan("tiny", (Condense(1, (0,), (0.1,)), Condense(9, (0,), (0.1,)))))
-    assert not any(isinstance(module, CondensedMoE) for module in model.modules())
-    assert torch.equal(logits(model, ids), before)
-
-
-def test_router_logits_are_off_once_nothing_routes() -> None:
-    model, ids = qwen2_moe(output_router_logits=True), windows(2, 9)
-    apply.execute(model, condense_plan(model, [0, 1, 2]))
-    with torch.no_grad():
-        output = model(input_ids=ids, labels=ids)
-    assert output.aux_loss is None
+def test_a_plan_without_operations_leaves_the_model_uncompressed() -> None:
+    model = qwen2_moe()
+    apply(model, Plan("tiny"))
+    assert apply(model, PRUNED, lambda: recorded(model)).originals.keys() == {1}

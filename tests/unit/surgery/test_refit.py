@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from recondense.methods.search.damage import Damage
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
-from recondense.surgery import apply, refit
+from recondense.surgery import execute, refit
 from recondense.surgery.refit import _inputs_and_targets, units_of
 
 IDS = windows(3, 11)
@@ -32,11 +32,11 @@ CHANGES: dict[str, tuple[Operation, ...]] = {
 
 def change(family: str, operations: tuple[Operation, ...]) -> tuple[Any, dict[int, Any]]:
     model = FAMILIES[family]()
-    return model, apply.execute(model, Plan("tiny", operations))
+    return model, execute.execute(model, Plan("tiny", operations))
 
 
 def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, Any]:
-    return apply.refit(model, Plan("tiny", refits), originals, lambda: recorded(model))
+    return execute.refit(model, Plan("tiny", refits), originals, lambda: recorded(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,10 +45,10 @@ def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, 
 def test_a_refit_is_the_ridge_solution(name: str, family: str) -> None:
     """Stacked features and targets, the ridge as further rows, and LAPACK's least squares."""
     model, originals = change(family, CHANGES[name])
-    with views.swap_blocks(model, originals):
+    with moe_blocks.swap_blocks(model, originals):
         tape = recorded(model)
     inputs, targets = _inputs_and_targets(model, tape, 1, tape.states[1])
-    block: Any = views.get_block(model, 1)
+    block: Any = moe_blocks.get_block(model, 1)
     units = units_of(model, 1)
     before = [unit.weight_Dn.clone() for unit in units]
     columns: list[Tensor] = []
@@ -92,7 +92,7 @@ def test_solving_in_parts_comes_near_to_solving_together(name: str, most: int, m
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refit_of_coefficients_only(family: str) -> None:
     model, originals = change(family, (Condense(1, (3, 0), (0.4, 0.2), 0.5 if family == "qwen2_moe" else None),))
-    block: Any = views.get_block(model, 1)
+    block: Any = moe_blocks.get_block(model, 1)
     before = bits(block)
     report = run(model, originals, Refit(1, "coefficients", 1e-6))[1]
     assert report["error_after"] < report["error_before"]
@@ -100,7 +100,7 @@ def test_a_refit_of_coefficients_only(family: str) -> None:
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"scale"}
     assert len(set(block.scale.tolist())) == 3  # the shared part and two experts
     best = report["error_after"]
-    with views.swap_blocks(model, originals):
+    with moe_blocks.swap_blocks(model, originals):
         tape = recorded(model)
     inputs, targets = _inputs_and_targets(model, tape, 1, tape.states[1])
     shared = block.shared_width
@@ -117,13 +117,13 @@ def test_a_refit_of_coefficients_only(family: str) -> None:
 def test_refits_of_several_layers_bring_the_model_nearer_to_the_original(family: str) -> None:
     model = FAMILIES[family]()
     tape = recorded(model)
-    layers = list(views.sparse_blocks(model))
+    layers = list(moe_blocks.sparse_blocks(model))
     before = logits(model, IDS)
-    originals = apply.execute(model, Plan("tiny", tuple(Prune(layer, FOUR) for layer in layers)))
-    pruned = {layer: views.get_block(model, layer) for layer in layers}
+    originals = execute.execute(model, Plan("tiny", tuple(Prune(layer, FOUR) for layer in layers)))
+    pruned = {layer: moe_blocks.get_block(model, layer) for layer in layers}
 
     def damage() -> float:
-        with views.swap_blocks(model, originals):
+        with moe_blocks.swap_blocks(model, originals):
             measure = Damage(model, tape)
         return measure.replace(pruned)
 
@@ -133,7 +133,7 @@ def test_refits_of_several_layers_bring_the_model_nearer_to_the_original(family:
     report = run(model, originals, *(Refit(layer, "down_proj", 1e-2) for layer in layers))
     assert list(report) == layers and damage() < 0.8 * worse
     assert all(same_bits(bits(block), teacher[layer]) for layer, block in originals.items())
-    with views.swap_blocks(model, originals):
+    with moe_blocks.swap_blocks(model, originals):
         assert torch.equal(logits(model, IDS), before)
     run(again, originals, *(Refit(layer, "down_proj", 1e-2) for layer in layers))
     assert torch.equal(logits(again, IDS), logits(model, IDS))
@@ -150,10 +150,10 @@ def test_without_anything_to_gain_the_outputs_do_not_change() -> None:
 
 def test_half_precision_and_refusals() -> None:
     model = qwen2_moe().bfloat16()
-    originals = apply.execute(model, Plan("tiny", (Prune(1, FOUR),)))
+    originals = execute.execute(model, Plan("tiny", (Prune(1, FOUR),)))
     report = run(model, originals, Refit(1, "down_proj", 1e-2))[1]
     assert report["error_after"] < report["error_before"]
-    assert views.sparse_blocks(model)[1].weights.down_EDF.dtype == torch.bfloat16
+    assert moe_blocks.sparse_blocks(model)[1].weights.down_EDF.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="is not condensed, so it has no coefficients"):
         run(model, originals, Refit(1, "coefficients", 1e-2))
     model, originals = change("qwen2_moe", (Drop(1, "moe"),))
@@ -167,5 +167,5 @@ def test_what_is_solved_together_depends_only_on_shapes() -> None:
                             shared_expert_intermediate_size=5632)  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    assert 11_264 < refit.most_columns(views.get_block(model, 0)) < 16_384
-    assert refit.most_columns(views.get_block(qwen2_moe(), 0)) == 1024
+    assert 11_264 < refit.most_columns(moe_blocks.get_block(model, 0)) < 16_384
+    assert refit.most_columns(moe_blocks.get_block(qwen2_moe(), 0)) == 1024

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recondense.operations import Condense, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 
 @torch.no_grad()
@@ -45,9 +45,9 @@ def test_a_refit_brings_hidden_states_nearer(name: str, family: str) -> None:
     """By as much as it reports."""
     model, (operation, refit) = EVERY[family](), REFITS[name]
     original = states_after(model, 1)
-    originals = apply.execute(model, Plan("tiny", (operation,)))
+    originals = execute.execute(model, Plan("tiny", (operation,)))
     before = (states_after(model, 1) - original).norm()
-    report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
+    report = execute.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
     after = (states_after(model, 1) - original).norm()
     assert after < 0.999 * before
     assert report["error_after"] / report["error_before"] == pytest.approx(float(after / before), rel=1e-3)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from support.tiny_models import bits, qwen2_moe, recorded, same_bits
 
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.operations import Condense, Operation, Prune, Refit
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 from recondense.surgery import refit as refit_module
 
 FOUR = (0, 2, 3, 5)
@@ -18,9 +18,9 @@ FOUR = (0, 2, 3, 5)
 
 def change_and_refit(model: Any, operation: Operation, refit: Refit) -> tuple[Any, dict[str, float]]:
     """Change and refit layer 1; return its weights before the refit, and the refit's report."""
-    originals = apply.execute(model, Plan("tiny", (operation,)))
-    before = bits(views.get_block(model, 1))
-    report = apply.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))
+    originals = execute.execute(model, Plan("tiny", (operation,)))
+    before = bits(moe_blocks.get_block(model, 1))
+    report = execute.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))
     return before, report[1]
 
 
@@ -47,7 +47,7 @@ def test_a_refit_that_makes_a_layer_worse_is_undone(
     model = qwen2_moe()
     before, report = change_and_refit(model, operation, Refit(1, what, 1e-3))
     assert worse == [True]
-    assert same_bits(bits(views.get_block(model, 1)), before)
+    assert same_bits(bits(moe_blocks.get_block(model, 1)), before)
     assert report["error_after"] == report["error_before"] > 0
 
 

@@ -7,45 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe, recorded, same_bits, windows
+from support.tiny_models import FAMILIES, condense_plan, logits, qwen2_moe, windows
 from torch import nn
 
-from recondense.errors import UserError
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.parameters import resident_bytes
-from recondense.operations import Drop, Prune, Refit
+from recondense.operations import Drop, Prune
 from recondense.plan import Plan
-from recondense.surgery.student import Student, apply
+from recondense.surgery.apply import apply
+from recondense.surgery.student import Student
 
 IDS = windows(2, 9)
-PRUNED = Plan("tiny", (Prune(1, (0, 2, 3, 5)), Refit(1, "down_proj", 1e-2)))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_apply_executes_the_plan_and_keeps_the_original(family: str) -> None:
-    model = FAMILIES[family]()
-    before = logits(model, IDS)
-    student = apply(model, PRUNED, lambda: recorded(model))
-    assert student.model is model and student.plan is PRUNED and student.originals.keys() == {1}
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    compressed = logits(model, IDS)
-    for _ in range(2):
-        with student.original() as original:
-            assert original is model and torch.equal(logits(original, IDS), before)
-        assert torch.equal(logits(model, IDS), compressed)
-    other = FAMILIES[family]()
-    late = apply(other, PRUNED, lambda: recorded(other), refit=False)
-    assert not torch.equal(logits(other, IDS), compressed)
-    errors = late.refit(lambda: recorded(other))
-    assert errors[1]["error_after"] < errors[1]["error_before"] and torch.equal(logits(other, IDS), compressed)
-
-
-def test_a_refit_needs_the_calibration_set() -> None:
-    model = qwen2_moe()
-    before = bits(model)
-    with pytest.raises(UserError, match="refit needs the calibration set"):
-        apply(model, PRUNED)
-    assert same_bits(bits(model), before)
 
 
 def test_without_changes_the_model_is_its_own_original() -> None:
@@ -62,13 +34,13 @@ def test_copies_are_made_once_and_only_of_what_is_shared() -> None:
     model = qwen2_moe()
     before = logits(model, IDS)
     student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)), Drop(2, "layer"))))
-    experts = views.expert_modules(model, 1)["experts"]
+    experts = moe_blocks.expert_modules(model, 1)["experts"]
     student.give_own_copies([0, 1])
     modules = list(model.modules())
     student.give_own_copies([0, 1])
-    assert list(model.modules()) == modules and views.expert_modules(model, 1)["experts"] is experts
+    assert list(model.modules()) == modules and moe_blocks.expert_modules(model, 1)["experts"] is experts
     assert student.originals.keys() == {0, 1, 2}  # all experts of layer 0 were shared
-    trained = [part for layer in (0, 1) for part in views.expert_modules(model, layer).values()]
+    trained = [part for layer in (0, 1) for part in moe_blocks.expert_modules(model, layer).values()]
     for parameter in (parameter for part in trained for parameter in part.parameters()):
         parameter.data.zero_()
     with student.original():
@@ -77,7 +49,7 @@ def test_copies_are_made_once_and_only_of_what_is_shared() -> None:
 
 def replace_all(student: Student, layer: int) -> None:
     attention: Any = student.model.model.layers[layer].self_attn  # type: ignore[union-attr,index]
-    block = views.get_block(student.model, 1)
+    block = moe_blocks.get_block(student.model, 1)
     parts = [attention.q_proj, block.down_proj]
     student.replace_weights((part, "weight", nn.Parameter(torch.zeros_like(part.weight))) for part in parts)
 

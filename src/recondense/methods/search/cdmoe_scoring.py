@@ -18,9 +18,9 @@ from recondense.calibration.trace import LayerTrace
 from recondense.methods.search.divergence import Reference, jensen_shannon
 from recondense.methods.search.routing import routing_totals
 from recondense.models import decoder
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import expert_outputs
 from recondense.models.tensor_store import nbytes
-from recondense.models.views import SparseBlock
 
 SCORE_TEMPORARIES = 6  # fp32 tensors of a chunk's size that exist at once while scoring
 APART_ABOVE = 1e-4  # if the JS of the shared experts alone is above this, the shorter computation is precise enough

@@ -19,10 +19,10 @@ from recondense.methods.search.damage import Damage
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.rerun import Change
 from recondense.methods.step import Record, SearchContext
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.layer_store import layer_store
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import CondensedMoE
-from recondense.models.views import SparseBlock
 from recondense.operations import Condense
 from recondense.progress import progress
 
@@ -53,7 +53,7 @@ class CondenseSearch:
         self.num_experts = num_experts
         self.mean_gate = shared_gate == "mean"
         self.expert_search = expert_search
-        self.blocks = views.sparse_blocks(context.model)
+        self.blocks = moe_blocks.sparse_blocks(context.model)
         self.records: dict[int, Record] = {}
         self._counts: dict[str, tuple[int, int]] = {}  # by what was searched: results from the cache, all results
 

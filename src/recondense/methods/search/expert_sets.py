@@ -8,7 +8,7 @@ from recondense.methods.search.genetic import ExpertSet, Genetic, best_sets, lay
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.methods.step import Record
-from recondense.models.views import SparseBlock
+from recondense.models.moe_blocks import SparseBlock
 
 
 def search_expert_sets(

@@ -17,9 +17,9 @@ from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.methods.search.rerun import Change, Rerun
 from recondense.methods.step import Record
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.tensor_store import TensorList
-from recondense.models.views import SparseBlock
 from recondense.progress import progress
 
 KINDS = ("layer_output", "lm_loss")
@@ -136,7 +136,9 @@ def _losses(
     everything = range(block.num_experts)
 
     def without(expert: int) -> nn.Module:
-        return views.masked_block(views.sparse_blocks(model)[block.layer], [e for e in everything if e != expert])
+        return moe_blocks.masked_block(
+            moe_blocks.sparse_blocks(model)[block.layer], [e for e in everything if e != expert]
+        )
 
     changes = [Change(block.layer), *(Change(block.layer, partial(without, expert)) for expert in everything)]
     rerun = Rerun(model, tape)

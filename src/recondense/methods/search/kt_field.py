@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.methods.search.genetic import ExpertSet
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import TensorList
@@ -156,9 +156,9 @@ def _run_layer(
     with layer_store(model).resident(layer):
         blocks = {}
         if dropped:
-            block = views.sparse_blocks(model)[layer]
-            blocks = {layer: views.masked_block(block, [e for e in range(block.num_experts) if e not in dropped])}
-        with views.swap_blocks(model, blocks):
+            block = moe_blocks.sparse_blocks(model)[layer]
+            blocks = {layer: moe_blocks.masked_block(block, [e for e in range(block.num_experts) if e not in dropped])}
+        with moe_blocks.swap_blocks(model, blocks):
             for index, hidden_BSD in enumerate(states):
                 outputs.append(tape.run_layer(model, layer, index, hidden_BSD))
     return outputs

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
+from recondense.models.moe_blocks import SparseBlock
 from recondense.models.replacement_blocks import RemappedRouter, expert_outputs
 from recondense.models.tensor_store import Storage
-from recondense.models.views import SparseBlock
 
 TEMPORARIES = 6  # tensors (T, M, P) that exist at once while a chunk is scored
 # The largest temporary. It is fixed, because sums must not depend on the free memory, and on a CPU it fits the cache.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from recondense.methods.search import ranks
 from recondense.methods.search.cdmoe_search import condensed_block
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.factors import Factors, factors
 from recondense.models.low_rank import LowRankExperts
-from recondense.models.views import SparseBlock
+from recondense.models.moe_blocks import SparseBlock
 from recondense.operations import Condense, Factorize, Operation, Prune
 
 
@@ -33,11 +33,11 @@ class OptionBlocks:
                 return condensed_block(block, operation)
             if isinstance(operation, Prune):
                 retained = operation.retained
-                module = views.masked_block(block, retained)
+                module = moe_blocks.masked_block(block, retained)
             if isinstance(operation, Factorize):
-                return views.replace_parts(
+                return moe_blocks.replace_parts(
                     block.module,
-                    router=views.pruned_router(block, retained),
+                    router=moe_blocks.pruned_router(block, retained),
                     experts=self._factorize(block, retained, operation),
                 )
         return module

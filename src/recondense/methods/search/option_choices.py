@@ -1,4 +1,4 @@
-"""Choose the experts for the options of options.py: by a search, or placeholders if only the sizes matter."""
+"""Choose the experts for the options of a layer: by a search, or placeholders if only the sizes matter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recondense.methods.search.genetic import Genetic
 from recondense.methods.search.importance import expert_importances
 from recondense.methods.search.layerwise import LayerwiseSearch
 from recondense.methods.step import SearchContext
-from recondense.models.views import SparseBlock
+from recondense.models.moe_blocks import SparseBlock
 from recondense.operations import Condense
 
 Blocks = Mapping[int, SparseBlock]

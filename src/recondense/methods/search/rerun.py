@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
-from recondense.models import views
+from recondense.models import moe_blocks
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import TensorList
@@ -84,7 +84,7 @@ class Rerun:
     def _run_layer(self, layer: int, block: nn.Module | None, states: TensorList) -> TensorList:
         """Run all texts through one layer with a replaced block; None uses the original one."""
         outputs = self.tape.storage.tensor_list()
-        with views.swap_blocks(self.model, {} if block is None else {layer: block}), eval_mode(self.model):
+        with moe_blocks.swap_blocks(self.model, {} if block is None else {layer: block}), eval_mode(self.model):
             for index, hidden_BSD in enumerate(states):
                 outputs.append(self.tape.run_layer(self.model, layer, index, hidden_BSD))
         return outputs

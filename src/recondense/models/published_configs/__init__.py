@@ -13,7 +13,7 @@ from typing import Any, cast
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from recondense.errors import UserError
-from recondense.models import classes, families
+from recondense.models import families, model_classes
 
 FOLDER = Path(__file__).parent
 
@@ -46,5 +46,5 @@ def recorded_config(hub_id: str) -> PretrainedConfig:
     values = recorded_values(hub_id)
     model_type = values["model_type"]
     families.family_name(model_type)
-    classes.register_model_type(model_type)
+    model_classes.register_model_type(model_type)
     return CONFIG_MAPPING[model_type].from_dict(values)

@@ -15,11 +15,11 @@ from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.naee import NAEE
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
-from recondense.models import parameters, views
+from recondense.models import moe_blocks, parameters
 from recondense.models.parameters import count_parameters, routed_parameters
 from recondense.operations import Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 EXPERT = 3 * 32 * 16  # gate, up and down of one expert of the tiny models
 ROW = 32
@@ -32,21 +32,21 @@ def size(model: Any) -> int:
 def drop(model: Any, total: int) -> None:
     """Drop `total` experts of a model with six in every MoE layer: at most four of a layer, the first layers first."""
     plan = []
-    for layer in views.sparse_blocks(model):
+    for layer in moe_blocks.sparse_blocks(model):
         number = min(4, total)
         total -= number
         plan += [Prune(layer, tuple(range(number, 6)))] if number else []
     assert total == 0
-    apply.execute(model, Plan("tiny", tuple(plan)))
+    execute.execute(model, Plan("tiny", tuple(plan)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_counts(family: str) -> None:
     model = FAMILIES[family]()
-    layers = len(views.sparse_blocks(model))
+    layers = len(moe_blocks.sparse_blocks(model))
     assert count_parameters(model) == size(model) == parameters.parameter_counts(model.config).total
     assert routed_parameters(model) == layers * 6 * EXPERT
-    apply.execute(model, condense_plan(model, [1]))  # two of its routed experts are retained
+    execute.execute(model, condense_plan(model, [1]))  # two of its routed experts are retained
     assert routed_parameters(model) == (layers - 1) * 6 * EXPERT + 2 * EXPERT
 
 
@@ -72,7 +72,7 @@ def test_memory_ratio_drops_the_fewest_experts_that_keep_it(family: str, ratio: 
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 0.34, 0.5])
 def test_removed_expert_ratio_counts_routed_experts_only(family: str, ratio: float) -> None:
     model, budget = FAMILIES[family](), Budget(removed_expert_ratio=ratio)
-    experts = 6 * len(views.sparse_blocks(model))
+    experts = 6 * len(moe_blocks.sparse_blocks(model))
     assert budget.experts_to_drop(model) == round(ratio * experts)
     assert budget.expert_parameters_to_remove(model) == round(ratio * experts * EXPERT)
     drop(model, 1)
@@ -117,7 +117,7 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
     reached = []
     for plan in (operations, operations[:-1]):
         other = FAMILIES[family]()
-        apply.execute(other, Plan("tiny", tuple(plan)))
+        execute.execute(other, Plan("tiny", tuple(plan)))
         memory_ratio = size(other) / original  # the scale, a buffer that export folds, does not count
         reached.append(
             memory_ratio <= ratio if name == "memory_ratio" else 1 - routed_parameters(other) / experts >= ratio

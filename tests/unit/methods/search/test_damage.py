@@ -11,7 +11,7 @@ from torch import nn
 
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.rerun import Change
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.replacement_blocks import Zeros
 
 
@@ -29,7 +29,7 @@ def divergence_of_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> 
     for batch in tape.texts.local:
         for ids, mask in zip(batch.input_ids_BS, batch.mask_BS, strict=True):
             p = torch.softmax(final(ids[mask]), dim=-1)
-            with views.swap_blocks(model, blocks):
+            with moe_blocks.swap_blocks(model, blocks):
                 q = torch.softmax(final(ids[mask]), dim=-1)
             m = (p + q) / 2
             js = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
@@ -42,7 +42,9 @@ def divergence_of_model(model: Any, tape: Any, blocks: dict[int, nn.Module]) -> 
 def test_damage_is_the_divergence_of_the_model(family: str) -> None:
     model = FAMILIES[family]()
     tape = recorded(model)
-    pruned = {layer: views.masked_block(block, (0, 2, 5)) for layer, block in views.sparse_blocks(model).items()}
+    pruned = {
+        layer: moe_blocks.masked_block(block, (0, 2, 5)) for layer, block in moe_blocks.sparse_blocks(model).items()
+    }
     with unchanged(model):
         damage = Damage(model, tape)
         assert measure_one(damage, 1, None) == pytest.approx(0.0, abs=1e-9)

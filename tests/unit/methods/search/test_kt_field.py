@@ -15,7 +15,7 @@ from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.search.kt_field import reception_field
 from recondense.methods.step import SearchContext
-from recondense.models import decoder, views
+from recondense.models import decoder, moe_blocks
 from recondense.models.layer_store import InMemory
 
 SETS = [(0, 1), (2, 4), (3, 5)]
@@ -41,7 +41,7 @@ def test_prefixes_are_shared(make: Any, groups: Sequence[tuple[int, ...]], runs:
     tape = Tape.record(model, blocks(texts()))
     before = tape.layer_runs
     with unchanged(model):
-        fields = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
+        fields = reception_field(model, tape, dict.fromkeys(moe_blocks.sparse_blocks(model), SETS), 3)
     assert [field.layers for field in fields] == list(groups)
     assert [field.combinations for field in fields] == [3 ** len(group) for group in groups]
     assert tape.layer_runs - before == pytest.approx(runs)
@@ -61,7 +61,7 @@ def test_a_layer_is_read_once_for_all_candidates(monkeypatch: pytest.MonkeyPatch
     tape = Tape.record(model, blocks(texts()))
     monkeypatch.setattr(InMemory, "resident", spied)
     before = tape.layer_runs
-    [field] = reception_field(model, tape, dict.fromkeys(views.sparse_blocks(model), SETS), 3)
+    [field] = reception_field(model, tape, dict.fromkeys(moe_blocks.sparse_blocks(model), SETS), 3)
     assert field.layers == (0, 3, 5) and used == [0, 1, 2, 3, 4, 5]
     assert tape.layer_runs - before == pytest.approx(3 * 3 + 2 * 9 + 27)
 
@@ -72,7 +72,7 @@ def test_a_dense_layer_between_blocks_sees_the_pruned_states() -> None:
         model = qwen2_moe(seed, num_hidden_layers=5, mlp_only_layers=[2])
         ids = [torch.tensor(text) for text in texts(seed)]
         tape = Tape.record(model, blocks(texts(seed)))
-        candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
+        candidates = dict.fromkeys(moe_blocks.sparse_blocks(model), SETS)
         first, second = reception_field(model, tape, candidates, 2)
         dropped = {layer: SETS[place] for layer, place in zip(first.layers, first.choice, strict=True)}
         assert second.choice == best_of_block(model, ids, candidates, second.layers, dropped)
@@ -97,7 +97,7 @@ def leaving_last_layer(model: Any, ids: Sequence[torch.Tensor]) -> torch.Tensor:
 def test_known_blocks_are_run_and_not_searched_again() -> None:
     model = qwen2_moe(num_hidden_layers=5, mlp_only_layers=[2])
     tape = Tape.record(model, blocks(texts()))
-    candidates = dict.fromkeys(views.sparse_blocks(model), SETS)
+    candidates = dict.fromkeys(moe_blocks.sparse_blocks(model), SETS)
     counts: list[int] = []
     fields = reception_field(model, tape, candidates, 2, on_decision=lambda so_far: counts.append(len(so_far)))
     assert counts == [1, 2]

@@ -13,7 +13,7 @@ from support.tiny_models import FAMILIES, qwen2_moe, recorded, texts
 from recondense.methods.search.genetic import Genetic, best_sets
 from recondense.methods.search.importance import expert_importance
 from recondense.methods.search.leave_out import LeaveOutScorer
-from recondense.models import views
+from recondense.models import moe_blocks
 
 MODELS: dict[str, Any] = {**FAMILIES, "normalized": lambda: qwen2_moe(norm_topk_prob=True)}
 SETS = [experts for number in range(1, 5) for experts in itertools.combinations(range(6), number)]
@@ -26,7 +26,7 @@ DROPPED = torch.tensor([[expert in experts for expert in range(6)] for experts i
 def test_errors_under_a_steep_router(name: str, scale: float) -> None:
     """Without the first experts, the logits of the others are too small for fp32 exponentials relative to the first."""
     model = MODELS[name]()
-    block: Any = views.sparse_blocks(model)[2]
+    block: Any = moe_blocks.sparse_blocks(model)[2]
     block.router.weight.mul_(scale)
     tape = recorded(model)
     logits_TE = torch.cat([block.router(trace.x_TD)[0] for trace in tape.trace(model, 2)]).float()
@@ -40,7 +40,7 @@ def test_errors_under_a_steep_router(name: str, scale: float) -> None:
 @torch.no_grad()
 def test_errors_depend_neither_on_memory_nor_on_other_sets(scale: float) -> None:
     model: Any = qwen2_moe()
-    block: Any = views.sparse_blocks(model)[1]
+    block: Any = moe_blocks.sparse_blocks(model)[1]
     block.router.weight.mul_(scale)
     tape = recorded(model)
     expected = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30).errors(DROPPED)
@@ -57,7 +57,7 @@ def test_errors_depend_neither_on_memory_nor_on_other_sets(scale: float) -> None
 def test_an_overflow_is_an_error_that_names_the_layer() -> None:
     """Even of an expert that no token selects until others are dropped: the calibration run would not see it."""
     model: Any = qwen2_moe()
-    block: Any = views.sparse_blocks(model)[2]
+    block: Any = moe_blocks.sparse_blocks(model)[2]
     tape = recorded(model)
     block.experts.down_proj[5] = torch.inf
     with pytest.raises(ValueError, match="layer 2"):
@@ -68,7 +68,7 @@ def test_an_overflow_is_an_error_that_names_the_layer() -> None:
 def test_half_precision_follows_the_block_within_its_rounding() -> None:
     """The block rounds weights and sums to bfloat16; the scores do not."""
     model: Any = qwen2_moe().to(torch.bfloat16)
-    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[2]
     errors = LeaveOutScorer.prepare(model, tape, block, 4, 1 << 30).errors(DROPPED).tolist()
     largest = [(experts, error) for experts, error in zip(SETS, errors, strict=True) if len(experts) == 4]
     for experts, error in largest:
@@ -80,7 +80,7 @@ def test_half_precision_follows_the_block_within_its_rounding() -> None:
 def test_the_search_is_the_same_with_errors_of_the_block(name: str, memoise: bool) -> None:
     """Every generation and the result: replay takes the place of a run of the block for every set."""
     model = MODELS[name]()
-    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[2]
     replay = LeaveOutScorer.prepare(model, tape, block, 3, 1 << 30)
 
     def by_the_block(dropped_PE: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_the_search_is_the_same_with_errors_of_the_block(name: str, memoise: boo
 
 def test_dropping_too_many_experts_is_refused() -> None:
     model = qwen2_moe()
-    tape, block = recorded(model), views.sparse_blocks(model)[0]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[0]
     with pytest.raises(ValueError, match="layer 0: dropping 5 of 6"):
         LeaveOutScorer.prepare(model, tape, block, 5, 1 << 30)
 
@@ -112,7 +112,7 @@ def test_dropping_too_many_experts_is_refused() -> None:
 def test_lm_loss_in_little_memory() -> None:
     """With the logits of a few tokens at a time, the loss is the same."""
     model = qwen2_moe()
-    tape, block = recorded(model), views.sparse_blocks(model)[2]
+    tape, block = recorded(model), moe_blocks.sparse_blocks(model)[2]
     little = expert_importance(model, tape, block, "lm_loss", False, 1 << 12)
     ids = [torch.tensor(text) for text in texts()]
     assert little == pytest.approx([loss_without(model, ids, {2: [expert]}) for expert in range(6)], rel=1e-5)

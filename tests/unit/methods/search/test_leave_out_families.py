@@ -14,7 +14,7 @@ from support.plain_moe import (
 from support.tiny_models import recorded
 
 from recondense.methods.search.leave_out import LeaveOutScorer
-from recondense.models import views
+from recondense.models import moe_blocks
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, *STEEP])
@@ -22,8 +22,8 @@ from recondense.models import views
 def test_replay_equals_the_masked_block(name: str) -> None:
     """For sets of every size; also against plain torch."""
     model, routing = variant(name)
-    layer = list(views.sparse_blocks(model))[-1]
-    view, tape = views.sparse_blocks(model)[layer], recorded(model)
+    layer = list(moe_blocks.sparse_blocks(model))[-1]
+    view, tape = moe_blocks.sparse_blocks(model)[layer], recorded(model)
     if routing.num_groups > 1:
         with pytest.raises(ValueError, match="groups of experts"):
             LeaveOutScorer.prepare(model, tape, view, 4, 1 << 30)
@@ -36,7 +36,7 @@ def test_replay_equals_the_masked_block(name: str) -> None:
     for dropped, error in zip(
         sets, LeaveOutScorer.prepare(model, tape, view, 4, 1 << 30).errors(dropped_PE).tolist(), strict=True
     ):
-        masked = views.masked_block(view, [expert for expert in range(6) if expert not in dropped])
+        masked = moe_blocks.masked_block(view, [expert for expert in range(6) if expert not in dropped])
         change = (run(masked, x_TD) - run(view.module, x_TD)).double().norm()
         assert error == pytest.approx(float(change), rel=1e-3, abs=1e-4), dropped
         assert error == pytest.approx(float((plain(x_TD.double(), dropped) - original).norm()), rel=1e-3, abs=1e-4), (

@@ -1,4 +1,4 @@
-"""The twin of a module: FSDP2 and ZeRO train it in the module's place. Under FSDP2 and ZeRO-3 its weights are sharded.
+"""A copy of a module that FSDP2 and ZeRO train in its place. Under FSDP2 and ZeRO-3 its weights are sharded.
 
 The module itself stays in the memory of the first process. After training it gets the trained weights from the last
 checkpoint. The other processes keep no weights of the module.
@@ -22,14 +22,14 @@ from recondense.recovery.engines.full_tensors import shard_like
 Module = TypeVar("Module", bound=LightningModule)
 
 
-def make_twin(module: Module, shared: Iterable[object], empty: bool) -> Module:
+def make_copy(module: Module, shared: Iterable[object], empty: bool) -> Module:
     """Copy a module's structure. The parameters are new objects that share the module's memory or are on the meta
     device.
 
     Args:
         module: the module.
-        shared: objects that are not copied; the twin refers to the same objects as the module.
-        empty: whether the twin's parameters are on the meta device.
+        shared: objects that are not copied; the copy refers to the same objects as the module.
+        empty: whether the copy's parameters are on the meta device.
     """
     memo: dict[int, Any] = {id(item): item for item in shared}
     for parameter in module.parameters():
@@ -52,37 +52,37 @@ def release_weights(module: nn.Module) -> None:
                 part._parameters[name] = empty[id(parameter)]
 
 
-def is_hollow(module: nn.Module) -> bool:
+def is_empty(module: nn.Module) -> bool:
     """Return whether the weights are in another process's memory."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def shard(twin: LightningModule, home: nn.Module, units: Sequence[nn.Module]) -> None:
-    """Shard the first process's weights over all processes, into an empty twin. Must be called in `configure_model`.
+def shard(module_copy: LightningModule, home: nn.Module, units: Sequence[nn.Module]) -> None:
+    """Shard the first process's weights over all processes, into an empty copy. Must be called in `configure_model`.
 
     On each process, only one parameter at a time is unsharded.
 
     Args:
-        twin: the empty twin.
+        module_copy: the empty copy.
         home: the original module, whose parameters have memory only in the first process.
-        units: modules that are unsharded as units, in the order of a forward pass. The rest of the twin is another
+        units: modules that are unsharded as units, in the order of a forward pass. The rest of the copy is another
             unit.
     """
     weights = dict(home.named_parameters())
-    if isinstance(twin.trainer.strategy, Zero):
-        for name, parameter in twin.named_parameters():
-            weight = _on_device(weights[name], twin.trainer.strategy.root_device)
+    if isinstance(module_copy.trainer.strategy, Zero):
+        for name, parameter in module_copy.named_parameters():
+            weight = _on_device(weights[name], module_copy.trainer.strategy.root_device)
             torch.utils.swap_tensors(parameter, nn.Parameter(weight, requires_grad=parameter.requires_grad))
-            twin.trainer.strategy.partition(parameter)
+            module_copy.trainer.strategy.partition(parameter)
         return
-    assert twin.device_mesh is not None
-    mesh, device = twin.device_mesh["data_parallel"], twin.trainer.strategy.root_device
+    assert module_copy.device_mesh is not None
+    mesh, device = module_copy.device_mesh["data_parallel"], module_copy.trainer.strategy.root_device
     for unit in units:
         fully_shard(unit, mesh=mesh)
-    fully_shard(twin, mesh=mesh)
-    _materialize(twin, device)
+    fully_shard(module_copy, mesh=mesh)
+    _materialize(module_copy, device)
     with torch.no_grad():
-        for name, parameter in twin.named_parameters():
+        for name, parameter in module_copy.named_parameters():
             parameter.copy_(shard_like(_on_device(weights[name], device), mesh, parameter))
 
 

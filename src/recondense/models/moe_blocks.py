@@ -159,12 +159,12 @@ def block_output(returned: Any) -> Tensor:
 
 def replace_parts(block: nn.Module, router: nn.Module | None = None, experts: nn.Module | None = None) -> nn.Module:
     """Return a copy of a sparse block with another router or other experts; everything else is shared."""
-    twin = shallow_copy(block)
+    duplicate = shallow_copy(block)
     if router is not None:
-        setattr(twin, router_name(twin), router)
+        setattr(duplicate, router_name(duplicate), router)
     if experts is not None:
-        twin.experts = experts
-    return twin
+        duplicate.experts = experts
+    return duplicate
 
 
 def pruned_router(block: SparseBlock, retained: Sequence[int]) -> nn.Module:

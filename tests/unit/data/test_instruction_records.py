@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recondense.data.records import detect_form, read_record
+from recondense.data.instruction_records import detect_form, read_record
 
 CHAT = [
     {"role": "user", "content": "Hi"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from recondense.run.options import options_first
+from recondense.run.command_options import options_first
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.search import ranks
 from recondense.methods.search.option_choices import Choices
-from recondense.models import parameters, views
-from recondense.models.views import SparseBlock
+from recondense.models import moe_blocks, parameters
+from recondense.models.moe_blocks import SparseBlock
 from recondense.operations import PROJECTIONS, Factorize, Operation, Prune
 
 
@@ -78,7 +78,7 @@ class Options:
             model: the model; it stays bit-identical.
             choices: chooses the experts that the options retain or drop.
         """
-        options = cls(settings, views.sparse_blocks(model))
+        options = cls(settings, moe_blocks.sparse_blocks(model))
         condensing = [
             CDMoE(count, "all", settings.shared_gate, settings.expert_search) for count in settings.num_experts
         ]

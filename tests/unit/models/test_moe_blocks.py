@@ -18,11 +18,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from recondense.models import decoder, families, views
+from recondense.models import decoder, families, moe_blocks
 from recondense.models.parameters import count_parameters, sizes, weights_bytes
 from recondense.operations import Condense, Prune
 from recondense.plan import Plan
-from recondense.surgery import apply
+from recondense.surgery import execute
 
 # The published configurations.
 QWEN = Qwen2MoeConfig(
@@ -50,7 +50,7 @@ def test_published_sizes(name: str) -> None:
     facts, model = families.facts(config), meta_model(config)
     assert len(facts.moe_layers) * facts.num_experts * 3 * facts.hidden_size * facts.expert_width == routed
     assert sizes(model) == {"total": total, "routed_experts": routed}
-    assert tuple(views.sparse_blocks(model)) == facts.moe_layers
+    assert tuple(moe_blocks.sparse_blocks(model)) == facts.moe_layers
 
 
 def test_published_facts() -> None:
@@ -67,7 +67,7 @@ def test_memory_ratio_of_nine_condensed_layers(num_experts: int, memory_ratio: f
     before = weights_bytes(model)
     retained = tuple(range(0, 2 * num_experts, 2))
     operations = [Condense(layer, retained, (0.1,) * num_experts, shared_gate=0.5) for layer in range(0, 18, 2)]
-    apply.restructure(model, Plan("qwen", tuple(operations)))
+    execute.restructure(model, Plan("qwen", tuple(operations)))
     expert = 3 * 2048 * 1408
     lost = 9 * ((60 - num_experts) * expert + 60 * 2048 + 2048)
     assert count_parameters(model) == 14_315_784_192 - lost
@@ -91,11 +91,11 @@ VARIANTS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_facts_agree_with_the_modules(variant: str) -> None:
     model = VARIANTS[variant]()
-    facts, blocks = families.facts(model.config), views.sparse_blocks(model)
+    facts, blocks = families.facts(model.config), moe_blocks.sparse_blocks(model)
     assert facts.num_layers == len(decoder.decoder_layers(model))
     assert tuple(blocks) == facts.moe_layers
     for layer, block in blocks.items():
-        assert block.layer == layer and block.module is views.get_block(model, layer)
+        assert block.layer == layer and block.module is moe_blocks.get_block(model, layer)
         weights = block.weights
         shape = (facts.num_experts, facts.hidden_size, facts.expert_width)
         assert block.num_experts == facts.num_experts
@@ -118,9 +118,9 @@ def test_names_of_blocks_and_experts(family: str) -> None:
     model = FAMILIES[family]()
     layer = families.facts(model.config).moe_layers[-1]
     names = dict(model.named_modules())
-    assert names[views.block_name(layer)] is views.get_block(model, layer)
-    modules = views.expert_modules(model, layer)
-    assert all(names[f"{views.block_name(layer)}.{name}"] is module for name, module in modules.items())
+    assert names[moe_blocks.block_name(layer)] is moe_blocks.get_block(model, layer)
+    modules = moe_blocks.expert_modules(model, layer)
+    assert all(names[f"{moe_blocks.block_name(layer)}.{name}"] is module for name, module in modules.items())
     numbers = sum(count_parameters(module) for module in modules.values())
     facts = families.facts(model.config)
     assert numbers == 3 * facts.hidden_size * (facts.num_experts * facts.expert_width + facts.shared_width)
@@ -178,10 +178,10 @@ def test_swapped_blocks_are_restored_also_after_an_error(family: str) -> None:
 
     before = logits(model, ids)
     with unchanged(model):
-        with views.swap_blocks(model, {layer: Nothing()}) as same:
+        with moe_blocks.swap_blocks(model, {layer: Nothing()}) as same:
             assert same is model
             assert not torch.equal(logits(model, ids), before)
-        with pytest.raises(KeyError), views.swap_blocks(model, {layer: Nothing()}):
+        with pytest.raises(KeyError), moe_blocks.swap_blocks(model, {layer: Nothing()}):
             raise KeyError
         assert torch.equal(logits(model, ids), before)
 
@@ -190,7 +190,7 @@ def test_swapped_blocks_are_restored_also_after_an_error(family: str) -> None:
 def test_the_table_names_every_tensor_with_an_entry_per_expert(family: str) -> None:
     """There are seven experts, and no other size is seven."""
     model = EVERY[family](**{families.FAMILIES[family].num_experts: 7})
-    for block in views.sparse_blocks(model).values():
+    for block in moe_blocks.sparse_blocks(model).values():
         for module, names in (
             (block.router, block.family.router_entries),
             (block.experts, block.family.expert_entries),
@@ -208,11 +208,11 @@ def test_sizes_that_equal_the_number_of_experts_by_chance_are_not_pruned() -> No
             self.norm, self.temperature = nn.LayerNorm(6), nn.Parameter(torch.ones(6))
 
     model = qwen2_moe(moe_intermediate_size=6)
-    block = views.sparse_blocks(model)[1]
+    block = moe_blocks.sparse_blocks(model)[1]
     router: Any = Router(block.router)
-    views.set_block(model, 1, views.replace_parts(block.module, router=router))
-    apply.execute(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
-    pruned = views.sparse_blocks(model)[1]
+    moe_blocks.set_block(model, 1, moe_blocks.replace_parts(block.module, router=router))
+    execute.execute(model, Plan("tiny", (Prune(1, (0, 2, 5)),)))
+    pruned = moe_blocks.sparse_blocks(model)[1]
     pruned_router: Any = pruned.router
     assert torch.equal(pruned_router.weight, router.weight[[0, 2, 5]]) and pruned_router.num_experts == 3
     assert torch.equal(pruned_router.norm.weight, router.norm.weight) and torch.equal(

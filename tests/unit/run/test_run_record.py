@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recondense.run.record import RunRecord
+from recondense.run.run_record import RunRecord
 
 
 def test_a_refit_is_kept_over_restarts(tmp_path: Path) -> None:

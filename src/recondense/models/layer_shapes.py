@@ -1,0 +1,66 @@
+"""The shapes of a compressed model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from recondense.models import decoder, families, moe_blocks
+from recondense.models.low_rank import LowRankExperts
+from recondense.models.replacement_blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
+
+Shapes = Mapping[int, Mapping[str, Any]]  # by decoder-layer index
+
+
+def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[int, dict[str, Any]]:
+    """Return the shape of each layer that differs from the family's uncompressed model, as arguments of `reshape`.
+
+    See `compressed_classes.reshape`. The shapes are JSON values.
+
+    Args:
+        model: the compressed model.
+        multiplied: describe low-rank experts as if they were multiplied out.
+    """
+    shapes: dict[int, dict[str, Any]] = {}
+    num_experts = families.original_facts(model.config).num_experts
+    for layer in range(len(decoder.decoder_layers(model))):
+        block = moe_blocks.get_block(model, layer)
+        if isinstance(block, SkippedLayer):
+            shapes[layer] = {"kind": "skipped"}
+        elif isinstance(block, Zeros):
+            shapes[layer] = {"kind": "zeros"}
+        elif isinstance(block, CondensedMoE):
+            shapes[layer] = {
+                "kind": "condensed",
+                "shared_width": block.shared_width,
+                "routed_width": block.routed_width,
+                "token_gate": block.shared_expert_gate is not None,
+            }
+        elif moe_blocks.is_sparse(block):
+            shape = _sparse_shape(moe_blocks.sparse_view(model, layer, block))
+            if multiplied:
+                shape.pop("ranks", None)
+            if shape != {"kind": "sparse", "num_experts": num_experts, "router_rows": num_experts}:
+                shapes[layer] = shape
+    return shapes
+
+
+def differs_from_config(model: PreTrainedModel) -> bool:
+    """Return whether layers of a model have other shapes than its config says: it was compressed after its loading."""
+    return layer_shapes(model) != families.compressed_layers(model.config)
+
+
+def _sparse_shape(block: moe_blocks.SparseBlock) -> dict[str, Any]:
+    router = block.router
+    shape: dict[str, Any] = {
+        "kind": "sparse",
+        "num_experts": block.num_experts,
+        "router_rows": len(router.table) if isinstance(router, RemappedRouter) else block.num_experts,
+    }
+    if isinstance(router, RemappedRouter):
+        shape["merged"] = True
+    if isinstance(block.experts, LowRankExperts):
+        shape["ranks"] = {name: list(ranks) for name, ranks in block.experts.ranks.items()}
+    return shape
