@@ -63,10 +63,10 @@ def step_arguments(method: Mapping[str, Any], problems: list[Problem]) -> list[t
 def _wrong_target(where: str, target: str) -> list[Problem]:
     """Return the problem of a name that is not that of a class, if its module can be imported."""
     module, _, leaf = target.rpartition(".")
-    found = _class(target)
-    if found is not None:
+    member = _class(target)
+    if member is not None:
         text = "is not a class. Name the class of a step, such as recondense.methods.cdmoe.CDMoE."
-        return [] if isinstance(found, type) else [Problem(where, text, target)]
+        return [] if isinstance(member, type) else [Problem(where, text, target)]
     names = vars(sys.modules[module]) if module in sys.modules else {}
     classes = [name for name, value in names.items() if _is_public(module, value)]
     if not classes:  # Hydra says why nothing can be imported

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from recondense.models import deepseek
 from recondense.models.compressed_classes import PREFIX, compressed_classes
 from recondense.models.families import FAMILIES, family_name, family_of
 
@@ -45,7 +44,9 @@ def register_model_type(model_type: str) -> None:
 
     Folders of these types then load without remote code.
     """
-    if model_type.removeprefix(PREFIX) == deepseek.DeepseekConfig.model_type:
+    if model_type.removeprefix(PREFIX) == "deepseek":
+        from recondense.models import deepseek  # late: it imports the model classes of three families
+
         deepseek.register()
     if not model_type.startswith(PREFIX):
         return
