@@ -37,7 +37,7 @@ from recondense.recovery.teachers import OtherTeacher, Teacher
 from recondense.recovery.trainable import trainable_parameters
 from recondense.run.tiny import train_tokenizer
 from recondense.surgery import execute
-from recondense.surgery import student as student_module
+from recondense.surgery.apply import apply
 
 sys.path.insert(0, str(subjects.ROOT / "tests"))
 from support.losses import forward_kl
@@ -103,7 +103,7 @@ def run_recovery(name: str, args: argparse.Namespace, data: dict[str, Any], turn
     )  # fmt: skip
     model = build_model(args)
     turns.facts["original_bytes"] = weights_bytes(model)
-    student = student_module.apply(model, make_plan(args))
+    student = apply(model, make_plan(args))
     teacher: Teacher | None = None
     windows: Any = {"input_ids": data["packed"]}
     if name == "cached":

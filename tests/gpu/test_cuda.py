@@ -26,7 +26,7 @@ from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.surgery import execute
-from recondense.surgery import student as student_module
+from recondense.surgery.apply import apply
 
 pytestmark = pytest.mark.gpu
 QUIET = TrainerConfig(progress_bar=False)
@@ -80,7 +80,7 @@ def test_fit_on_cuda_is_near_the_cpus(tmp_path: Path) -> None:
     ids = windows(4, 8, seed=9)
     for device in ("cpu", "cuda"):
         model = FAMILIES["qwen2_moe"]().to(device)
-        module = RecoveryModule(student_module.apply(model, condense_plan(model, [1, 2])), _recovery())
+        module = RecoveryModule(apply(model, condense_plan(model, [1, 2])), _recovery())
         fit(module, _data(module), tmp_path / device, QUIET, seed=0)
         with torch.no_grad():
             losses.append(module.losses(ids.to(device))["loss"].item())
@@ -97,7 +97,7 @@ def test_bf16_from_search_to_export(family: str, tmp_path: Path) -> None:
     _, expected = search(exact, step)
     for layer, entry in record["expert_search"].items():
         assert entry["js_shared_only"] == pytest.approx(expected["expert_search"][layer]["js_shared_only"], rel=0.1)
-    student = student_module.apply(model, Plan("tiny", tuple(operations)))
+    student = apply(model, Plan("tiny", tuple(operations)))
     module = RecoveryModule(student, _recovery(steps=40))
     module.prepare()
     ids = windows(7, 8).cuda()

@@ -80,7 +80,7 @@ def test_every_model(name: str, sizes: Sizes, tmp_path: Path) -> None:
     assert summary["ratios"]["memory"] == bytes_of["compressed"] / bytes_of["original"]
     layers = len(families.facts(_planned(name)).moe_layers)
     assert summary["operations"]["condense"] | {"of": 0} == {"layers": layers, "retained": 2 * layers, "of": 0}
-    assert f"{total['compressed']:,}" in output and "always active" in output and "decided by calibration" in output
+    assert f"{total['compressed']:,}" in output and "always active" in output and "decided by the search" in output
     [folder] = tmp_path.glob("out/default/*")
     assert {path.name for path in folder.iterdir()} <= {".lock", "config.yaml", "summary.json"}
 
@@ -149,23 +149,23 @@ def test_none_changes_nothing(sizes: Sizes) -> None:
     code, output, errors, summary = sizes("method=none", "recovery=none")
     assert code == 0, errors
     assert summary["ratios"] == {"memory": 1.0, "routed_expert_parameters": 1.0}
-    assert "nothing changed" in output and "decided by calibration" not in output
+    assert "nothing changed" in output and "decided by the search" not in output
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (("method=cdmoe", "method.num_layers=2"), "which layers and experts: decided by calibration"),
-        (("method=cdmoe", "method.num_layers=[0,2]"), "which experts: decided by calibration"),
-        (("method=reap",), "which experts: decided by calibration"),
-        (("method=layer_drop",), "which layers: decided by calibration"),
+        (("method=cdmoe", "method.num_layers=2"), "which layers and experts: decided by the search"),
+        (("method=cdmoe", "method.num_layers=[0,2]"), "which experts: decided by the search"),
+        (("method=reap",), "which experts: decided by the search"),
+        (("method=layer_drop",), "which layers: decided by the search"),
         (("method=cdmoe_s",), ""),
     ],
 )
 def test_what_calibration_decides(sizes: Sizes, settings: tuple[str, ...], expected: str) -> None:
     code, output, errors, _ = sizes(*settings)
     assert code == 0, errors
-    lines = [line.partition(";")[0] for line in output.splitlines() if "decided by calibration" in line]
+    lines = [line.partition(";")[0] for line in output.splitlines() if "decided by the search" in line]
     assert lines == [expected] * bool(expected)
 
 

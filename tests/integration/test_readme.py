@@ -195,6 +195,13 @@ def test_files_that_the_tree_names_exist() -> None:
     assert missing - {"outputs/"} == set(), "only outputs/ may be missing: the first run makes it"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths in backticks, from the repository or from the package."""
+    paths = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|yaml|md))(?:::\w+)?`", PAGES[page])
+    assert [path for path in paths if not any((base / path).exists() for base in (ROOT, ROOT / "src/recondense"))] == []
+
+
 def test_every_module_is_in_the_tree() -> None:
     source = ROOT / "src" / "recondense"
     # A method needs no line: it is one file and one YAML.

@@ -32,10 +32,12 @@ def calibrate(
     storage: Storage | None = None,
     split: bool = False,
 ) -> Tape:
-    """Record the hidden states (B, S, D) that enter each decoder layer of a model on calibration texts.
+    """Record the hidden states that enter each decoder layer of a model on calibration texts.
+
+    The states of a batch of texts have the shape (B, S, D): texts, tokens, hidden size.
 
     Args:
-        model: a causal LM; it stays bit-identical.
+        model: a causal LM; it is not changed.
         tokenizer: the model's tokenizer.
         texts: documents, of which the first `num_samples` are used.
         num_samples: number of texts.
@@ -44,11 +46,11 @@ def calibrate(
         split: divide the texts among the processes of a run; all processes must call this function.
 
     Returns:
-        The tape. A search uses it to rerun the layers above any point without the layers below it.
+        The tape. From it, a search can start a forward pass at any layer.
 
     Raises:
-        UserError: there are fewer texts than `num_samples`, a text has no token, `texts` is one text, or a hidden state
-            is not finite.
+        UserError: there are fewer texts than `num_samples`, a text has no tokens, `texts` is a string instead of a
+            list, or a hidden state is not finite.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

@@ -1,4 +1,4 @@
-"""The settings that a result depends on: all except those marked with NO_RESULT."""
+"""The identity of a run: its settings without those that the schema marks with NO_RESULT."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records
 Figure = Literal["perplexity", "loss", "kl_to_original", "gap_closed"]
 Ratio = Literal["memory", "routed_expert_parameters", "prefill_speedup", "decode_speedup"]
 Metric = Literal[Figure, Ratio]
+Divergence = Literal["forward_kl", "reverse_kl", "js"]  # of the distillation; computed in recovery/losses.py
 Strategy = Literal["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"]
 
 
@@ -156,7 +157,7 @@ class RecoveryConfig:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     trainable: Literal["experts", "all", "lora"] = "experts"
     lora: LoraSettings = field(default_factory=LoraSettings)
-    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     temperature: Annotated[Number, Field(gt=0, description="1.0 does not change the distributions")] = 1.0
     teacher: Literal["shared", "cached", "model"] = "shared"
     teacher_top_k: Count = 64
@@ -321,10 +322,7 @@ class Config:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def run_folder(self) -> Path:
-        """Return `run_dir`, or `<output_dir>/<experiment_name>/<hash>`.
-
-        With plan_only=true the name ends in -plan_only, because that folder does not contain a run.
-        """
+        """Return `run_dir` or `<output_dir>/<experiment_name>/<hash>`; with plan_only its name ends in -plan_only."""
         folder = Path(self.run_dir) if self.run_dir else Path(self.output_dir, self.experiment_name, self.run_hash())
         return Path(f"{folder}-plan_only") if self.plan_only else folder
 

@@ -42,18 +42,19 @@ def evaluate(
     """Measure a student, or any causal LM, on texts.
 
     Args:
-        student: a student returned by `apply`, or a model. A model has no original to compare with.
+        student: a student returned by `apply`, or a model.
         tokenizer: the model's tokenizer.
-        texts: documents; they are packed into windows of `sequence_length` tokens.
+        texts: documents, which are joined and cut into windows of `sequence_length` tokens.
         sequence_length: tokens per window.
         batch_size: windows per forward pass.
 
     Returns:
-        loss (nats per token), perplexity, and kl_to_original (nats per token) for a student that has its original: its
-        plan changed something, and the original was not released.
+        loss (nats per token) and perplexity. For a student also kl_to_original (nats per token), unless its plan
+        changes nothing or its original has been released.
 
     Raises:
-        UserError: the texts have fewer tokens than one window, `texts` is one text, or the loss is not finite.
+        UserError: the texts have fewer tokens than one window, `texts` is a string instead of a list, or the loss is
+            not finite.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

@@ -31,18 +31,18 @@ def export(
     Args:
         student: a student returned by `apply`; it is not changed.
         tokenizer: saved beside the weights; None saves no tokenizer.
-        folder: the folder to write. An earlier export is replaced after all files are written.
+        folder: the folder to write. An earlier export in it is replaced only when the new one is complete.
         settings: format and shard size; None for the defaults.
-        card: the beginning of README.md, or a function that makes it from the folder after the weights are written.
-            None: a short text that refers to the plan.
-        overwrite: replace a folder that holds other files than an export.
+        card: the beginning of the folder's README.md, or a function that returns it, given the folder with the weights.
+            None writes a short text that refers to the plan.
+        overwrite: whether to replace a folder that contains anything but an export.
 
     Returns:
         "stock" if the folder loads as the family's own class, or "bundled" if it has its own modeling file.
 
     Raises:
-        UserError: `settings` ask for a format that cannot express the student; the folder holds other files, or the
-            weights that a streamed model is still reading.
+        UserError: the format in `settings` cannot express the student; the folder contains other files, and `overwrite`
+            is False; or the folder contains the weights of a streamed model, which are still read.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

@@ -173,7 +173,7 @@ def family_name(model_type: object) -> str:
     """
     name = str(model_type).removeprefix(PREFIX)
     if name not in FAMILIES:
-        close = difflib.get_close_matches(name, FAMILIES, n=1)
+        close = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.8)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(sorted(FAMILIES))}")
     return name

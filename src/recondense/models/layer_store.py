@@ -1,4 +1,4 @@
-"""Layer stores: they keep the weights of a model's decoder layers in memory, or on disk until a layer is used.
+"""What every layer store can do, and the store of a model in memory. `streaming.py` has that of a model on disk.
 
 Every model has one layer store: `with layer_store(model).resident(layer): ...`
 """

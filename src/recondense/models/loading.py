@@ -52,19 +52,21 @@ def load(
 
     Args:
         path: a hub id or a folder.
-        settings: dtype, device, implementations of attention and experts, and other settings. None uses the defaults in
-            conf/model, and eager attention in a family that lacks sdpa, unless `changes` names one.
-        offload_folder: stream the model: read each decoder layer when it is used, and offload the blocks that surgery
-            makes to this folder. None loads the entire model.
-        changes: settings to change, by name: revision, tokenizer, dtype, device, attention, experts, trust_remote_code.
+        settings: all settings of the model, such as dtype, device, and the implementations of attention and experts.
+            None uses the defaults of conf/model; attention is then eager in a family that does not support sdpa, unless
+            `changes` sets it.
+        offload_folder: if given, the model is streamed: each decoder layer is read when it is used, and the blocks that
+            `apply` makes are written to this folder. None loads the entire model.
+        changes: single settings as keyword arguments: revision, tokenizer, dtype, device, attention, experts or
+            trust_remote_code.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: a setting does not exist; the family lacks the attention; the weights are missing, do not match the
-            config, or are not safetensors; the folder has an adapter; or the model is not in the cache and the hub
-            cannot be reached.
+        UserError: a setting does not exist; the family does not support the attention implementation; the weights are
+            missing, do not match the config, or are not safetensors; the folder contains an adapter; or the model is
+            not in the cache and the hub cannot be reached.
 
     Examples:
         >>> model, tokenizer = rc.load(folder, dtype="bfloat16")

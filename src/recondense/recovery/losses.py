@@ -12,17 +12,17 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recondense.config.schema import Divergence
 from recondense.data import labels
 from recondense.data.labels import MASKED
 from recondense.models.decoder import Head
 
-Divergence = Literal["forward_kl", "reverse_kl", "js"]
 LN2 = 0.6931471805599453
 # Bytes of a chunk's logits in fp32; a few tensors of this size exist at a time. On a CPU, small chunks fit the caches.
 # On a GPU, reading the head's weights once per chunk must not take longer than the products.
@@ -153,6 +153,7 @@ def diverge_(kind: Divergence, log_q: Tensor, log_p: Tensor, grad: bool) -> tupl
         ratio = log_q.sub_(log_p)
         loss = (q * ratio).sum(-1, keepdim=True)
         return loss.squeeze(-1), ratio.sub_(loss).mul_(q) if grad else None
+    assert kind == "js", kind
     log_m = torch.logaddexp(log_q, log_p).sub_(LN2)
     p = log_p.exp()
     kl_p = log_p.sub_(log_m).mul_(p).sum(-1)

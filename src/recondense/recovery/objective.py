@@ -18,7 +18,7 @@ from recondense.recovery.shared_passes import CountedTokens
 from recondense.recovery.teachers import TeacherOutput
 
 Losses = dict[str, Tensor]
-METRICS = {"forward_kl": "kl", "reverse_kl": "reverse_kl", "js": "js"}  # names of the divergences in logs
+METRICS = {"forward_kl": "kl"}  # divergences whose metric has another name than the setting
 
 
 class StudentOutput(NamedTuple):
@@ -84,7 +84,7 @@ def prediction_losses(
     else:
         divergence = TeacherDivergence(settings.divergence, teacher.target, settings.temperature)
         share = 1 - sum((settings.cross_entropy_share, settings.hidden_share))
-        terms[METRICS[settings.divergence]] = share, len(tokens), divergence
+        terms[METRICS.get(settings.divergence, settings.divergence)] = share, len(tokens), divergence
         if settings.cross_entropy_share:
             terms["cross_entropy"] = settings.cross_entropy_share, tokens.num_labels, entropy
     counts = [max(1, count) for _, count, _ in terms.values()]

@@ -1,4 +1,4 @@
-"""RECOVER: train a student in one call."""
+"""RECOVER: regain the quality that compression cost, by training the student."""
 
 from __future__ import annotations
 
@@ -37,25 +37,28 @@ def recover(
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Student:
-    """Train a student: by default the experts of the layers that the plan changed.
+    """Train a student, by default the experts of the layers that the plan changed.
 
     Args:
         student: a student returned by `apply`; it is trained in place. Its original does not change.
         tokenizer: the model's tokenizer.
-        texts: documents; they are packed into windows of `sequence_length` tokens.
+        texts: documents, which are joined and cut into windows of `sequence_length` tokens.
         objective: "distill" to learn the original's predictions, or "finetune" to predict the next token.
         steps: number of optimizer steps, each on `batch_size` windows. Windows repeat as often as needed.
         sequence_length: tokens per window.
         seed: the seed of the order of the windows.
-        folder: a folder for checkpoints, from which the same call resumes. None uses a temporary folder.
-        settings: other settings of conf/recovery, such as batch_size, learning_rate or trainable.
+        folder: a folder for checkpoints. A call with the same arguments resumes from them. None uses a temporary
+            folder.
+        settings: other settings of conf/recovery, such as batch_size, learning_rate or trainable. Those that only a run
+            of the command can follow (stages, epochs, control, teacher, teacher_path, validate_every) are refused.
 
     Returns:
         The student.
 
     Raises:
-        UserError: a setting does not exist or is invalid, there is too little text, or there is nothing to train; the
-            folder has another call's checkpoints; a streamed model is to be distilled.
+        UserError: a setting does not exist or is invalid; there is too little text, or nothing to train; the folder
+            contains the checkpoints of a call with other arguments; or the model is streamed and the objective is
+            "distill".
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

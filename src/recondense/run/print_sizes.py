@@ -137,8 +137,8 @@ def _notes(
     selects_experts = any(getattr(operation, "experts", not isinstance(operation, Drop)) for operation in operations)
     words = ["layers"] * (selects_layers and not listed) + ["experts"] * selects_experts
     if words:
-        notes.append(f"which {' and '.join(words)}: decided by calibration; these sizes assume the first ones")
-    notes += [f"also decided by calibration: {step.left_open}" for step in steps if step.left_open]
+        notes.append(f"which {' and '.join(words)}: decided by the search; these sizes assume the first ones")
+    notes += [f"also decided by the search: {step.left_open}" for step in steps if step.left_open]
     if quantized:
         name = str(dtype).removeprefix("torch.")
         notes.append(

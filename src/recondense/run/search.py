@@ -36,21 +36,22 @@ Decided = tuple[Sequence[Operation], Record]
 
 
 def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str = False) -> Plan:
-    """Decide what to compress. The model is not changed; `apply` applies the plan.
+    """Decide how to compress each layer. The model is not changed; `apply` executes the plan.
 
     Args:
         tape: tape of the model, from `calibrate`.
-        steps: one step of a method; several, where each step sees the model after the earlier steps; or the name of a
-            method in conf/method, such as "moei2", with its default settings.
-        refit: whether the plan ends with a least-squares refit of every changed layer: False, True (for down_proj), or
-            "coefficients" (only of condensed layers).
+        steps: a step of a method, such as `CDMoE(num_experts=4)`; a list of steps, each of which sees the model as the
+            steps before it leave it; or the name of a method in conf/method, such as "moei2", with its default
+            settings.
+        refit: True adds a least-squares refit of the down projections of every changed layer; "coefficients" adds one
+            of the experts' constant weights, in condensed layers only.
 
     Returns:
         The operations in the order of their selection, and the scores that decided them.
 
     Raises:
-        UserError: a step does not suit the model or cannot meet its budget; the message lists the problems of all
-            steps. Or the model was compressed after the tape was recorded.
+        UserError: a step does not support the model, or cannot meet its budget; the message lists the problems of all
+            steps. Also if the model has been compressed since it was loaded.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

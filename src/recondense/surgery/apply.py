@@ -22,16 +22,16 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
     Args:
         model: a causal LM of a supported family, as it was loaded. It becomes the compressed model.
         plan: the operations, from a search or from `Plan.load`.
-        tape: a tape of the model on the calibration set, whose texts are recorded again when the model has changed; or
-            a function that records a tape of the current model. Plans that whiten or refit need it.
+        tape: the tape from `calibrate`, or a function that records one of the model as it is. Plans with whitening or a
+            refit need it. The texts of a tape are recorded again when the model has changed.
         refit: whether to execute the plan's refits. Otherwise `Student.refit` does so later.
 
     Returns:
-        The student: the model, the plan, and the original blocks that surgery replaced.
+        The student: the model, the plan, and the original blocks that were replaced.
 
     Raises:
-        UserError: an operation does not fit the model, or the plan needs the calibration set and `tape` is None. The
-            model is then unchanged. Or the model was compressed before, or the tape is of another model.
+        UserError: an operation does not fit the model; the plan needs a tape, and there is none; the tape is of another
+            model; or the model has been compressed since it was loaded. The model is then left as it was.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)
@@ -39,7 +39,7 @@ def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None,
         >>> student = rc.apply(model, rc.search(tape, rc.CDMoE(num_experts=2)), tape)
         >>> with student.original() as original:
         ...     logits_BSV = original(**tokenizer("some text", return_tensors="pt")).logits
-        >>> student.plan.layers
+        >>> student.plan.layers  # this model has three MoE layers
         (0, 1, 2)
     """
     require_uncompressed(model)

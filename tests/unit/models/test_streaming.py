@@ -37,7 +37,7 @@ from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import keep_predictions
 from recondense.surgery import execute, refit
-from recondense.surgery import student as student_module
+from recondense.surgery.apply import apply
 
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (6,) * 6)
 
@@ -332,7 +332,7 @@ def test_a_recovery_of_a_streamed_model_trains_the_same(folder: Path, tmp_path: 
         plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
         model = load(folder, pages)
         with layer_store(model).resident(1):  # a layer may be in memory while all is frozen
-            student = student_module.apply(model, plan)
+            student = apply(model, plan)
             student.give_own_copies([0, 1])
         if pages is not None:
             student.release_original()
