@@ -86,11 +86,11 @@ class LmEval(L.Callback):
         step = trainer.global_step
         if not self.tasks or step in self._results:
             return
+        from recondense.recovery.engines import fsdp2
         from recondense.recovery.engines import trainer as trainer_module
-        from recondense.recovery.engines import training_copy
 
         if trainer_module.needs_all_processes(trainer.strategy):
-            with training_copy.unshard_root(pl_module):
+            with fsdp2.unshard_root(pl_module):
                 results = self._run(trainer, pl_module)
         else:
             results = processes.run_on_first(lambda: self._run(trainer, pl_module))

@@ -1,4 +1,4 @@
-"""Errors that users can fix. Every other exception is a bug and keeps its traceback."""
+"""Errors that users can fix. Every other exception but OSError is a bug and keeps its traceback."""
 
 from collections.abc import Iterable
 

@@ -17,7 +17,6 @@ import torch.utils.deterministic
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from recondense import processes
 from recondense.config.schema import TrainerConfig
@@ -34,8 +33,9 @@ from recondense.recovery.checkpoints import (
     save_checkpoint,
     trained_state,
 )
+from recondense.recovery.engines import fsdp2, training_copy
 from recondense.recovery.engines import trainer as trainer_module
-from recondense.recovery.engines import training_copy
+from recondense.recovery.engines.deepspeed import Zero
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import keep_trained_weights, refuse_rounding, resolve_precision
 from recondense.recovery.random_states import random_states, set_random_states
@@ -176,29 +176,14 @@ def _choose_trained(module: RecoveryModule, settings: TrainerConfig) -> Recovery
     return module_copy
 
 
-def _shard(module_copy: RecoveryModule, home: RecoveryModule) -> None:
-    """Shard block by block, student and original separately, so that a pass unshards only the weights that it uses."""
-    layers = list(decoder.decoder_layers(module_copy.model))
-    originals = {int(layer): block for layer, block in module_copy.originals.items()}
-    blocks = {layer: moe_blocks.get_block(module_copy.model, layer) for layer in originals}
-    student = {id(module) for module in module_copy.model.modules()}
-    shared = [module for block in originals.values() for module in _outermost(block, student)]
-    units = [*shared, *blocks.values(), *originals.values(), *layers]
-    units = [unit for unit in dict.fromkeys(units) if any(True for _ in unit.parameters())]
-    training_copy.shard(module_copy, home, units)
-    if all(isinstance(unit, FSDPModule) for unit in units):
-        lowest = min(i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
-        backwards = [unit for i in reversed(range(lowest, len(layers))) for unit in (layers[i], blocks.get(i))]
-        training_copy.prefetch_backwards(module_copy, [unit for unit in backwards if unit in units])
-
-
-def _outermost(module: nn.Module, members: set[int]) -> Iterator[nn.Module]:
-    """Yield the outermost submodules whose ids are among `members`."""
-    for child in module.children():
-        if id(child) in members:
-            yield child
-        else:
-            yield from _outermost(child, members)
+def _shard(module_copy: RecoveryModule, module: RecoveryModule) -> None:
+    """Shard the module's weights over all processes, into its copy."""
+    strategy, weights = module_copy.trainer.strategy, dict(module.named_parameters())
+    if isinstance(strategy, Zero):
+        strategy.shard(module_copy, weights)
+    else:
+        originals = {int(layer): block for layer, block in module_copy.originals.items()}
+        fsdp2.shard(module_copy, weights, module_copy.model, originals)
 
 
 def _sparse_modules(module: RecoveryModule) -> list[nn.Module]:

@@ -47,18 +47,15 @@ def recover(
         steps: number of optimizer steps, each on `batch_size` windows. Windows repeat as often as needed.
         sequence_length: tokens per window.
         seed: the seed of the order of the windows.
-        folder: a folder for checkpoints. A call with the same arguments resumes from them. None uses a temporary
-            folder.
-        settings: other settings of conf/recovery, such as batch_size, learning_rate or trainable. Those that only a run
-            of the command can follow (stages, epochs, control, teacher, teacher_path, validate_every) are refused.
+        folder: a folder for checkpoints, from which a call with the same arguments resumes; None for a temporary one.
+        settings: other settings of conf/recovery, such as batch_size, learning_rate or trainable.
 
     Returns:
         The student.
 
     Raises:
-        UserError: a setting does not exist or is invalid; there is too little text, or nothing to train; the folder
-            contains the checkpoints of a call with other arguments; or the model is streamed and the objective is
-            "distill".
+        UserError: a setting does not exist, is invalid or needs the command (stages, control, other teachers); there is
+            too little text, or nothing to train; `folder` has another call's checkpoints; a streamed model is distilled.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

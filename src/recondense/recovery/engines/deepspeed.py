@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,12 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recondense.recovery.engines.full_tensors import MOMENTS, PlainCheckpoints, to_first_process
+from recondense.recovery.engines.full_tensors import (
+    MOMENTS,
+    PlainCheckpoints,
+    copy_to_device,
+    to_first_process,
+)
 
 
 class Zero(PlainCheckpoints, DeepSpeedStrategy):
@@ -63,12 +68,20 @@ class Zero(PlainCheckpoints, DeepSpeedStrategy):
             set_z3_leaf_module(leaf, True)
         yield
 
-    def partition(self, parameter: nn.Parameter) -> None:
-        """Shard the first process's parameter over all processes."""
+    def shard(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Shard weights over all processes, one at a time. Must be called in `configure_model`.
+
+        Args:
+            module: the copy that is trained, without weights.
+            weights: the weights by name, which have memory only in the first process.
+        """
         import deepspeed
 
-        holder = nn.ParameterList([parameter])
-        deepspeed.zero.Init(module=holder, remote_device=self.remote_device, config_dict_or_path=self.config)
+        for name, parameter in module.named_parameters():
+            weight = copy_to_device(weights[name], self.root_device)
+            torch.utils.swap_tensors(parameter, nn.Parameter(weight, requires_grad=parameter.requires_grad))
+            holder = nn.ParameterList([parameter])
+            deepspeed.zero.Init(module=holder, remote_device=self.remote_device, config_dict_or_path=self.config)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         import deepspeed

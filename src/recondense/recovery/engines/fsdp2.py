@@ -1,16 +1,28 @@
-"""FSDP2: every weight is sharded over the processes."""
+"""FSDP2: which modules are sharded as units, and how such a model is trained, loaded and saved."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from recondense.recovery.engines.full_tensors import PlainCheckpoints, full_tensor, shard_like, to_first_process
+from recondense.models import decoder, moe_blocks
+from recondense.recovery.engines.full_tensors import (
+    PlainCheckpoints,
+    copy_to_device,
+    full_tensor,
+    shard_like,
+    to_first_process,
+)
 
 
 class Sharded(PlainCheckpoints, ModelParallelStrategy):
@@ -56,3 +68,85 @@ class Sharded(PlainCheckpoints, ModelParallelStrategy):
 
     def _shard(self, value: Tensor, like: Tensor) -> DTensor:
         return shard_like(value.to(self.root_device), self.device_mesh["data_parallel"], like)
+
+
+def shard(
+    module: LightningModule, weights: Mapping[str, Tensor], model: PreTrainedModel, originals: Mapping[int, nn.Module]
+) -> None:
+    """Shard weights over all processes. Must be called in `configure_model`.
+
+    Blocks of the student and of its original are separate units, so that a pass unshards only the weights that it uses.
+    While the weights are distributed, each process has only one of them unsharded.
+
+    Args:
+        module: the copy that is trained, without weights. It is the root unit, for weights in no other unit.
+        weights: the weights by name, which have memory only in the first process.
+        model: the student's model, a part of `module`.
+        originals: the original's blocks by decoder-layer index, parts of `module`.
+    """
+    layers = list(decoder.decoder_layers(model))
+    blocks = {layer: moe_blocks.get_block(model, layer) for layer in originals}
+    student = {id(part) for part in model.modules()}
+    shared = [part for block in originals.values() for part in _outermost(block, student)]
+    units = [*shared, *blocks.values(), *originals.values(), *layers]
+    units = [unit for unit in dict.fromkeys(units) if any(True for _ in unit.parameters())]
+    assert module.device_mesh is not None
+    mesh, device = module.device_mesh["data_parallel"], module.trainer.strategy.root_device
+    for unit in [*units, module]:
+        fully_shard(unit, mesh=mesh)
+    _materialize(module, device)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(shard_like(copy_to_device(weights[name], device), mesh, parameter))
+    lowest = min(i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
+    backwards = [unit for i in reversed(range(lowest, len(layers))) for unit in (layers[i], blocks.get(i))]
+    _prefetch_backwards(module, [unit for unit in backwards if unit in units])
+
+
+def _outermost(module: nn.Module, members: set[int]) -> Iterator[nn.Module]:
+    """Yield the outermost submodules whose ids are among `members`."""
+    for child in module.children():
+        if id(child) in members:
+            yield child
+        else:
+            yield from _outermost(child, members)
+
+
+def _materialize(module: nn.Module, device: torch.device) -> None:
+    """Allocate the shards of an empty module; its buffers already have memory."""
+    buffers = [(part, name, value) for part in module.modules() for name, value in part._buffers.items()]
+    module.to_empty(device=device)
+    for part, name, value in buffers:
+        part._buffers[name] = None if value is None else value.to(device)
+
+
+def _prefetch_backwards(root: nn.Module, units: Sequence[nn.Module]) -> None:
+    """Make the backward pass unshard units in the order of the student's layers.
+
+    By default, FSDP2 uses the order of all forward passes since the last backward pass, and would also unshard the
+    teacher's units.
+
+    Args:
+        root: the root unit.
+        units: the units that a backward pass reaches, in its order.
+    """
+    chain = [root, *units]
+    for unit, following in zip(chain, [*chain[1:], chain[-1]], strict=True):
+        assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
+        unit.set_modules_to_backward_prefetch([following])
+
+
+@contextmanager
+def unshard_root(module: nn.Module) -> Iterator[None]:
+    """Unshard the weights of FSDP2's root unit (embeddings, head) inside the context, for use outside a step.
+
+    ZeRO-3 unshards weights automatically when they are used.
+    """
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()

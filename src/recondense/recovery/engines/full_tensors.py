@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -40,6 +41,13 @@ def shard_like(full: Tensor, mesh: DeviceMesh, like: Tensor) -> DTensor:
     """Shard the first process's tensor in the same way as another tensor."""
     assert isinstance(like, DTensor)
     return distribute_tensor(full, mesh, like.placements)
+
+
+def copy_to_device(weight: Tensor, device: torch.device) -> Tensor:
+    """Return the first process's weight on the device; on other processes, an uninitialized tensor of its shape."""
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=weight.dtype, device=device)
+    return weight.detach().to(device)
 
 
 class PlainCheckpoints(Strategy):
