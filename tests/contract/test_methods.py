@@ -274,7 +274,7 @@ def test_export_then_load_gives_equal_logits(method: str, family: str, tmp_path:
         execute.restructure(shaped, plan)
         for block in condensed_layers(shaped).values():
             block.fold()
-        shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (loaded, shaped)]
+        shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (loaded, shaped)]
         assert shapes[0] == shapes[1]
     torch.testing.assert_close(logits(loaded.eval(), IDS), logits(model, IDS), rtol=0, atol=1e-4)
 

@@ -114,7 +114,7 @@ def test_frozen_weights_cost_nothing(runs: Runs, engine: str) -> None:
     assert [result["frozen_gradients"] for result in results] == [0, 0]
     assert states == [moments, moments] if engine == "ddp" else moments <= sum(states) <= 1.01 * moments
     sharded = engine in ("fsdp2", "deepspeed_zero3")
-    assert [result["hollow"] for result in results] == [False, sharded], "a full copy on the first process, if sharded"
+    assert [result["empty"] for result in results] == [False, sharded], "a full copy on the first process, if sharded"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -134,8 +134,8 @@ def train_on_two(engine: str, folder: Path, tasks: tuple[str, ...], task_folder:
     """Train with an engine, killed once and resumed; return the results of this process."""
     _, before = train(engine, folder, KILLED_AT, tasks, task_folder)
     module, after = train(engine, folder, tasks=tasks, task_folder=task_folder)
-    hollow = training_copy.is_empty(module)
-    if not hollow:
+    empty = training_copy.is_empty(module)
+    if not empty:
         torch.save(module.model.state_dict(), folder / f"weights-{processes.rank()}.pt")
     return {
         "losses": {**before.losses, **after.losses},
@@ -147,7 +147,7 @@ def train_on_two(engine: str, folder: Path, tasks: tuple[str, ...], task_folder:
         "frozen_gradients": before.frozen_gradients + after.frozen_gradients,
         "state_elements": after.state_elements,
         "tasks": module.task_results,
-        "hollow": hollow,
+        "empty": empty,
     }
 
 

@@ -1,4 +1,4 @@
-"""The shapes of a compressed model's layers."""
+"""The shapes of a compressed model's layers: for the config of its export, and to tell whether it was compressed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from recondense.errors import UserError
 from recondense.models import decoder, families, moe_blocks
+from recondense.models.compressed_classes import PREFIX
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.replacement_blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
 
@@ -50,6 +53,20 @@ def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[in
 def differs_from_config(model: PreTrainedModel) -> bool:
     """Return whether layers of a model have other shapes than its config says: it was compressed after its loading."""
     return layer_shapes(model) != families.compressed_layers(model.config)
+
+
+def refuse_remote_code(model: PreTrainedModel) -> None:
+    """Refuse a compressed model whose classes come from the modeling file of its export: their blocks are not ours.
+
+    Raises:
+        UserError: it has such classes.
+    """
+    is_remote = type(model).__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+    if is_remote and model.config.model_type.startswith(PREFIX):
+        raise UserError(
+            f"{model.config.name_or_path}: the model was loaded with the modeling file of its folder. Load it with "
+            "recondense.load to compress it further"
+        )
 
 
 def _sparse_shape(block: moe_blocks.SparseBlock) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from recondense.config.schema import ModelConfig, from_dict
 from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import decoder, headers, model_classes, quantized, shard_reader
+from recondense.models.compressed_classes import PREFIX
 from recondense.models.layer_store import layer_store, set_layer_store
 from recondense.models.model_files import keep_history, model_file
 from recondense.models.streaming import Streamed
@@ -154,10 +155,11 @@ def _load_model(settings: ModelConfig, attention: str | None, path: str | Path, 
 
 def _has_attention(values: Mapping[str, Any], settings: ModelConfig) -> bool:
     """Return whether the model of a config.json supports the settings' attention; True if it cannot be known before."""
-    if settings.trust_remote_code and "auto_map" in values:
+    model_type = str(values.get("model_type", ""))
+    if settings.trust_remote_code and "auto_map" in values and not model_type.startswith(PREFIX):
         return True
     try:
-        return model_classes.has_attention(AutoConfig.for_model(values.get("model_type", "")), settings.attention)
+        return model_classes.has_attention(AutoConfig.for_model(model_type), settings.attention)
     except (KeyError, ValueError):  # transformers does not know the model type, and says so when it loads the model
         return True
 

@@ -50,8 +50,8 @@ class ShardReader:
         self._load_config = load_config
         self._reading = reading
         # transformers loads into a copy, so that the blocks that are currently in the model do not matter.
-        self._twin = copy.deepcopy(model)
-        self._names = Names(self._twin, load_config.weight_mapping or [])
+        self._copy = copy.deepcopy(model)
+        self._names = Names(self._copy, load_config.weight_mapping or [])
         self._stored = self._names.group_by_weight(list(read_headers(files)))
 
     def __contains__(self, name: str) -> bool:
@@ -74,12 +74,12 @@ class ShardReader:
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
 
     def _read(self, name: str) -> Tensor:
-        tensors, leaf = _holder(self._twin, name)
+        tensors, leaf = _holder(self._copy, name)
         parts = self._names.parts_of_stack(self._stored[name])
         # Quantized weights can only be read by transformers.
         if parts is not None and self._load_config.hf_quantizer is None:
             return self._read_stack(tensors[leaf], list(parts.values()))
-        self.load(self._twin, lambda other: other == name)
+        self.load(self._copy, lambda other: other == name)
         is_parameter = isinstance(tensors[leaf], nn.Parameter)
         tensor: Tensor = tensors[leaf].detach()
         tensors[leaf] = nn.Parameter(tensor.to("meta"), False) if is_parameter else tensor.to("meta")

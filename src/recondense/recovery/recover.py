@@ -55,7 +55,7 @@ def recover(
 
     Raises:
         UserError: a setting does not exist, is invalid or needs the command (stages, control, other teachers); there is
-            too little text, or nothing to train; `folder` has another call's checkpoints; a streamed model is distilled.
+            too little text, or nothing to train; `folder` belongs to another call; or a streamed model is distilled.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

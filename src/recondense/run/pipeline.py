@@ -79,13 +79,13 @@ def run(
         ConfigError: another process is working in the folder.
         UserError, OSError: an error that the user can fix; the message says how.
     """
-    resolved = Run(config, require_stages(config) if stages is None else stages, steps)
+    complete = Run(config, require_stages(config) if stages is None else stages, steps)
     folder = config.run_folder()
     gpu = loading.choose_device(config.model).type == "cuda"
     with launching.start_processes(config.trainer, gpu, command):
         configure_process(config.trainer)
         with run_folder.lock_folder(folder, resumes=not config.overwrite):
-            return _finish(resolved, callbacks, folder)
+            return _finish(complete, callbacks, folder)
 
 
 def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -135,19 +136,27 @@ class Recovery:
             for stage in self.stages:
                 with self.record.timed("recover"), self.record.timed_recovery(stage.name):
                     data, settings = self._load_data(stage)
-                    module = RecoveryModule(
-                        student,
-                        settings,
-                        cached.get(stage.name) or self._load_teacher(stage, student),
-                        tokenizer=self.tokenizer,
-                        stage=stage.name,
-                        layers=self.layers,
-                        training_device=self.device,
-                    )
-                    self._fit(module, data, self.folder / stage.folder, self.callbacks(stage.name, with_tasks=True))
+                    self._train(student, stage, settings, data, cached.get(stage.name))
+                if settings.teacher == "model":
+                    gc.collect()  # the module and its Trainer refer to each other, and the module holds the teacher
                 if processes.is_first():
                     descriptions.append(self._describe(stage, settings, data))
         return descriptions
+
+    def _train(
+        self, student: Student, stage: Stage, settings: RecoveryConfig, data: RecoveryData, cached: Teacher | None
+    ) -> None:
+        """Train the student in one stage."""
+        module = RecoveryModule(
+            student,
+            settings,
+            cached or self._load_teacher(stage, student),
+            tokenizer=self.tokenizer,
+            stage=stage.name,
+            layers=self.layers,
+            training_device=self.device,
+        )
+        self._fit(module, data, self.folder / stage.folder, self.callbacks(stage.name, with_tasks=True))
 
     @contextmanager
     def train_control(self, student: Student) -> Iterator[None]:

@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 from recondense.calibration.calibrate import retape
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.models.layer_shapes import differs_from_config
+from recondense.models.layer_shapes import differs_from_config, refuse_remote_code
 from recondense.operations import Refit
 from recondense.plan import Plan
-from recondense.surgery.execute import Record, execute, restore_on_error
+from recondense.surgery.execute import RecordTape, execute, restore_on_error
 from recondense.surgery.student import Student
 
 
-def apply(model: PreTrainedModel, plan: Plan, tape: Tape | Record | None = None, *, refit: bool = True) -> Student:
+def apply(model: PreTrainedModel, plan: Plan, tape: Tape | RecordTape | None = None, *, refit: bool = True) -> Student:
     """Execute a plan: compress a model in place.
 
     Args:
@@ -61,8 +61,9 @@ def require_uncompressed(model: PreTrainedModel) -> None:
     """Refuse a model that `apply` has compressed since it was loaded: its config still describes the original.
 
     Raises:
-        UserError: it was compressed.
+        UserError: it was compressed, or its classes are not those of `load`.
     """
+    refuse_remote_code(model)
     if differs_from_config(model):
         raise UserError(
             "the model has been compressed since it was loaded. Search all steps together, as a list, or export the "

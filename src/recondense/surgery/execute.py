@@ -26,7 +26,7 @@ from recondense.plan import Plan
 from recondense.surgery import condense, drop, factorize, merge, prune
 from recondense.surgery.refit import refit_layers
 
-Record = Callable[[], "Tape"]
+RecordTape = Callable[[], Tape]
 
 
 def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
@@ -50,7 +50,7 @@ def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
     return originals
 
 
-def execute(model: PreTrainedModel, plan: Plan, record: Record | None = None) -> dict[int, nn.Module]:
+def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None) -> dict[int, nn.Module]:
     """Execute a plan except its refits. Several operations on the same layer are executed in order.
 
     Args:
@@ -83,7 +83,7 @@ def execute(model: PreTrainedModel, plan: Plan, record: Record | None = None) ->
 
 
 def refit(
-    model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: Record
+    model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: RecordTape
 ) -> dict[int, dict[str, float]]:
     """Execute a plan's refits, one layer after another.
 

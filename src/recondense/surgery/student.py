@@ -20,7 +20,7 @@ from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import resident_bytes
 from recondense.plan import Plan
 from recondense.progress import progress
-from recondense.surgery.execute import Record, refit, structural_operations
+from recondense.surgery.execute import RecordTape, refit, structural_operations
 
 
 class Footprint(NamedTuple):
@@ -116,7 +116,7 @@ class Student:
                 for (module, name), parameter in zip(places, trained, strict=True):
                     module._parameters[name] = parameter
 
-    def refit(self, record: Record) -> dict[int, dict[str, float]]:
+    def refit(self, record: RecordTape) -> dict[int, dict[str, float]]:
         """Execute the plan's refits: solve for output weights by least squares on the calibration set.
 
         Args:

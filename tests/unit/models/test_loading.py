@@ -106,7 +106,7 @@ def test_the_default_attention_is_one_that_the_family_has(
     plan = Plan("tiny", operations)
     execute.execute(model, plan)
     write(model, plan, tmp_path, BUNDLED if compressed else ExportConfig())
-    for changes in ({}, {"dtype": "float32"}):
+    for changes in ({}, {"dtype": "float32"}, {"trust_remote_code": True}):
         assert loading.load(tmp_path, **changes)[0].config._attn_implementation == expected
     assert loading.load(tmp_path, attention="eager")[0].config._attn_implementation == "eager"
     if expected == "eager":

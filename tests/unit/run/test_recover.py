@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,9 @@ from recondense.operations import Drop
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
-from recondense.run.recover import prepare_student
+from recondense.recovery.teachers import OtherTeacher
+from recondense.run.recover import Recovery, prepare_student
+from recondense.run.run_record import RunRecord
 from recondense.surgery.apply import apply
 from recondense.surgery.student import Student
 
@@ -82,3 +85,32 @@ def test_a_stage_that_would_change_the_original_is_refused() -> None:
     model = qwen2_moe()
     with pytest.raises(ValueError, match=r"recovery\.trainable=all"):
         prepare_student(apply(model, condense_plan(model, [1])), [stage(recovery()), stage(recovery(trainable="all"))])
+
+
+def test_a_teacher_is_freed_before_the_next_one_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two teachers that are other models are never in memory together."""
+    model = qwen2_moe()
+    student = apply(model, condense_plan(model, [1]))
+    teachers: list[weakref.ref[Any]] = []
+
+    def load_teacher(self: Recovery, stage: Stage, student: Student) -> OtherTeacher:
+        assert not any(reference() for reference in teachers)
+        other = qwen2_moe(seed=len(teachers) + 5)
+        teachers.append(weakref.ref(other))
+        return OtherTeacher(other, student.model, "other")
+
+    def load_data(self: Recovery, stage: Stage) -> Any:
+        return data(RecoveryModule(student, stage.recovery)), stage.recovery
+
+    monkeypatch.setattr(Recovery, "_load_teacher", load_teacher)
+    monkeypatch.setattr(Recovery, "_load_data", load_data)
+    monkeypatch.setattr(Recovery, "_describe", lambda *_: {})
+    settings = recovery(teacher="model", teacher_path="other")
+    stages = [replace(stage(settings), name=name, folder=name) for name in ("one", "two")]
+    unused: Any = None
+    run = Recovery(
+        replace(Config(), trainer=QUIET), stages, None, tmp_path, unused, unused, model.device,
+        RunRecord(tmp_path, {}), lambda *_, **__: [], [],
+    )  # fmt: skip
+    run.recover(student, {})
+    assert len(teachers) == 2
