@@ -15,7 +15,7 @@ from recondense.data.calibration_set import CalibrationSet, make_calibration_set
 from recondense.data.texts import Texts
 from recondense.files import fingerprint
 from recondense.models import decoder
-from recondense.models.layer_shapes import refuse_remote_code
+from recondense.models.layer_shapes import refuse_bundled_classes
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Disk, Memory, Storage
 from recondense.progress import progress
@@ -51,7 +51,7 @@ def calibrate(
 
     Raises:
         UserError: there are fewer texts than `num_samples`, a text has no tokens, `texts` is a string instead of a
-            list, a hidden state is not finite, or the model is an export that `load` did not load.
+            list, a hidden state is not finite, or the model is a bundled export that `load` did not load.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)
@@ -59,7 +59,7 @@ def calibrate(
         >>> tape.num_layers == model.config.num_hidden_layers
         True
     """
-    refuse_remote_code(model)
+    refuse_bundled_classes(model)
     batches = list(make_calibration_set(texts, tokenizer, num_samples, max_length).batches(TEXTS_PER_BATCH))
     with progress("calibrating", len(decoder.decoder_layers(model))) as bar:
         return Tape.record(model, batches, bar.advance, storage, split)

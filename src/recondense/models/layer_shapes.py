@@ -55,8 +55,8 @@ def differs_from_config(model: PreTrainedModel) -> bool:
     return layer_shapes(model) != families.compressed_layers(model.config)
 
 
-def refuse_remote_code(model: PreTrainedModel) -> None:
-    """Refuse a compressed model whose classes come from the modeling file of its export: their blocks are not ours.
+def refuse_bundled_classes(model: PreTrainedModel) -> None:
+    """Refuse a model whose classes come from the modeling file of a bundled export: their blocks are not ours.
 
     Raises:
         UserError: it has such classes.

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from recondense.calibration.calibrate import retape
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.models.layer_shapes import differs_from_config, refuse_remote_code
+from recondense.models.layer_shapes import differs_from_config, refuse_bundled_classes
 from recondense.operations import Refit
 from recondense.plan import Plan
 from recondense.surgery.execute import RecordTape, execute, restore_on_error
@@ -61,9 +61,9 @@ def require_uncompressed(model: PreTrainedModel) -> None:
     """Refuse a model that `apply` has compressed since it was loaded: its config still describes the original.
 
     Raises:
-        UserError: it was compressed, or its classes are not those of `load`.
+        UserError: it was compressed, or its classes come from a bundled export.
     """
-    refuse_remote_code(model)
+    refuse_bundled_classes(model)
     if differs_from_config(model):
         raise UserError(
             "the model has been compressed since it was loaded. Search all steps together, as a list, or export the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_a_loaded_model_has_the_shapes_of_its_config(family: str) -> None:
 
 
 @pytest.mark.parametrize("operation", [OPERATIONS[0], OPERATIONS[4]], ids=["condense", "factorize"])
-def test_blocks_of_an_export_are_not_taken_for_changes(operation: Operation, tmp_path: Path) -> None:
+def test_the_classes_of_a_bundled_export_are_refused(operation: Operation, tmp_path: Path) -> None:
     """transformers loads them with the folder's own classes: to compress on, the folder is loaded with `load`."""
     model, plan = qwen2_moe(), Plan("tiny", (operation,))
     execute.execute(model, plan)
@@ -62,3 +63,14 @@ def test_blocks_of_an_export_are_not_taken_for_changes(operation: Operation, tmp
     for refused in (lambda: calibrate(loaded, None, ["some text"]), lambda: apply(loaded, plan)):
         with pytest.raises(UserError, match=r"modeling file of its folder\. Load it with recondense\.load"):
             refused()
+
+
+def test_a_stock_export_may_have_its_own_modeling_file(tmp_path: Path) -> None:
+    """Its blocks are those of the family."""
+    model = EVERY["deepseek"]()
+    assert write_folder(model, None, Plan("tiny"), tmp_path, "") == "stock"
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    kind: Any = get_class_from_dynamic_module(auto_map["AutoModelForCausalLM"], tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert type(loaded).__module__.startswith("transformers_modules.")
+    assert apply(loaded, Plan("tiny", (OPERATIONS[3],))).plan.layers == (1,)

@@ -1,4 +1,4 @@
-"""Unshard tensors, and give the checkpoints of all engines the same form."""
+"""Shard and unshard tensors, and give the checkpoints of all engines the same form."""
 
 from __future__ import annotations
 
