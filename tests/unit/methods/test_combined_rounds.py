@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 import pytest
+from support.step_search import search
 from support.tiny_models import qwen2_moe, recorded
 
 from recondense.methods.combined import Combined
 from recondense.methods.search.budget import Budget
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import Genetic
-from recondense.methods.step import SearchContext
-from recondense.models import families, moe_blocks
+from recondense.models import moe_blocks
 from recondense.models.parameters import sizes
 from recondense.operations import Factorize
 from recondense.plan import Plan
@@ -22,12 +22,6 @@ from recondense.surgery import execute
 RANK_STEP = 3 * (32 + 16)  # parameters of an additional rank of one expert of the small models
 COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": ()}
 COMBINED |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
-
-
-def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
-    assert step.check(families.facts(model.config)) == []
-    result: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    return result
 
 
 def test_combined_keeps_its_best_round() -> None:

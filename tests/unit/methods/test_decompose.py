@@ -7,24 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.step_search import search
 from support.tiny_models import FAMILIES, qwen2_moe, recorded
 
 from recondense.methods import decompose
 from recondense.methods.decompose import Decompose
 from recondense.methods.search.budget import Budget
-from recondense.methods.step import SearchContext
-from recondense.models import families, moe_blocks
+from recondense.models import moe_blocks
 from recondense.operations import Factorize
 from recondense.plan import Plan
 from recondense.surgery import execute
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-
-
-def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
-    assert step.check(families.facts(model.config)) == []
-    result: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    return result
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import FAMILIES, recorded, texts, unchanged
+from support.step_search import search
+from support.tiny_models import FAMILIES, recorded, texts
 from torch import nn
 
 from recondense.methods.dropping import Dropping
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
 from recondense.models import decoder, moe_blocks
-
-
-def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
-    with unchanged(model):
-        result: tuple[list[Any], dict[str, Any]] = step.search(
-            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
-        )
-    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)

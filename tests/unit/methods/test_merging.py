@@ -7,25 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import FAMILIES, qwen2_moe, recorded, unchanged
+from support.step_search import search
+from support.tiny_models import FAMILIES, qwen2_moe, recorded
 from torch import nn
 
 from recondense.methods.merging import Merging
 from recondense.methods.search.budget import Budget
-from recondense.methods.step import SearchContext
 from recondense.models import moe_blocks
 from recondense.operations import Merge
 from recondense.plan import Plan
 from recondense.surgery import execute
 from recondense.surgery.merge import align
-
-
-def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
-    with unchanged(model):
-        result: tuple[list[Any], dict[str, Any]] = step.search(
-            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
-        )
-    return result
 
 
 @torch.no_grad()

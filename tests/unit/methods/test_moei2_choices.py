@@ -7,20 +7,14 @@ from typing import Any
 import pytest
 import torch
 from support.brute_force_moei2 import best_of_block, loss_without
-from support.tiny_models import qwen2_moe, recorded, texts
+from support.step_search import search
+from support.tiny_models import qwen2_moe, texts
 
 from recondense.methods import moei2
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.search.allocation import drop_by_importance
-from recondense.methods.step import SearchContext
-from recondense.models import families, moe_blocks
+from recondense.models import moe_blocks
 from recondense.operations import Prune
-
-
-def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
-    assert step.check(families.facts(model.config)) == []
-    result: tuple[list[Any], dict[str, Any]] = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    return result
 
 
 def count_dropped(model: Any, operations: list[Prune]) -> dict[int, int]:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 from support.brute_force_moei2 import change
-from support.tiny_models import FAMILIES, recorded, unchanged
+from support.step_search import search
+from support.tiny_models import FAMILIES, recorded
 
 from recondense.methods.naee import NAEE
 from recondense.methods.search.budget import Budget
-from recondense.methods.step import SearchContext
-
-
-def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
-    with unchanged(model):
-        result: tuple[list[Any], dict[str, Any]] = step.search(
-            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
-        )
-    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)

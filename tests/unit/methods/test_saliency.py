@@ -6,23 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import FAMILIES, logits, qwen2_moe, recorded, texts, tiny, unchanged, windows
+from support.step_search import search
+from support.tiny_models import FAMILIES, logits, qwen2_moe, texts, tiny, windows
 from torch import nn
 
 from recondense.methods.saliency import SALIENCIES, SaliencyPruning
 from recondense.methods.search.budget import Budget
-from recondense.methods.step import SearchContext
 from recondense.models import families, moe_blocks
 from recondense.plan import Plan
 from recondense.surgery import execute
-
-
-def search(step: Any, model: Any) -> tuple[list[Any], dict[str, Any]]:
-    with unchanged(model):
-        result: tuple[list[Any], dict[str, Any]] = step.search(
-            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
-        )
-    return result
 
 
 @torch.no_grad()

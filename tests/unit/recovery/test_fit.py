@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ from recondense.surgery.apply import apply
 # Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level("ERROR", logger="lightning.pytorch")
-    yield
 
 
 def test_steps_are_those_of_adamw() -> None:

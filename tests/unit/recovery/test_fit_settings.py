@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,12 +29,6 @@ from recondense.surgery.apply import apply
 PRUNED = Plan("tiny", tuple(Prune(layer, (0, 1, 2, 4)) for layer in (1, 2)))
 # Lightning warns of this whenever a fit resumes.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
-
-@pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level("ERROR", logger="lightning.pytorch")
-    yield
 
 
 class StopAt(L.Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,6 @@ from recondense.recovery.teachers import OtherTeacher, Teacher, require_same_voc
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 K = 8
-
-
-@pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level("ERROR", logger="lightning.pytorch")
-    yield
 
 
 def store_predictions(
