@@ -67,19 +67,18 @@ def test_peak_memory_is_measured_before_a_recovery_loads_the_model(
     """And after the teacher's predictions, which are streamed too."""
     was_streamed: list[bool] = []
     models: list[Any] = []
-    load_model = pipeline.load
+    load_model = pipeline.load_model
 
     def load(*args: Any) -> Any:
-        loaded = load_model(*args)
-        models.append(loaded[0])
-        return loaded
+        models.append(load_model(*args))
+        return models[-1]
 
     def peak() -> int:
         if models:
             was_streamed.append(layer_store(models[0]).streamed)
         return 12345 if models else 1234
 
-    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(pipeline, "load_model", load)
     monkeypatch.setattr(profiling, "peak_resident_bytes", peak)
     _, summary = run(base, recovery["objective"], True, **recovery)
     assert was_streamed == [True] and not layer_store(models[0]).streamed

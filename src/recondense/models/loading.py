@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,34 +15,29 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from recondense import processes
-from recondense.config.checks import ADAPTER, HOLDS_ADAPTER
 from recondense.config.schema import ModelConfig, from_dict
 from recondense.errors import UserError
-from recondense.files import fingerprint
 from recondense.models import decoder, headers, model_classes, quantized, shard_reader
 from recondense.models.compressed_classes import PREFIX
 from recondense.models.layer_store import layer_store, set_layer_store
-from recondense.models.model_files import keep_history, model_file
+from recondense.models.model_files import keep_history
 from recondense.models.streaming import Streamed
-from recondense.offline import hub_access
+from recondense.models.tokenizers import load_tokenizer, reading
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
 
 HASH_BYTES = 1 << 26
-CALL_STATE = ("truncation", "padding")  # entries of a fast tokenizer that depend on its last call
 IRRELEVANT = ("_name_or_path", "architectures", "transformers_version")  # config entries that do not affect results
 
 
@@ -78,7 +73,32 @@ def load(
     settings = settings or ModelConfig()
     if changes:
         settings = from_dict({"model": {**asdict(settings), **changes}}).model
-    model, tokenizer = _load_both(path, settings, None if by_family else settings.attention, offload_folder)
+    tokenizer = load_tokenizer(path, settings)
+    return load_model(path, settings, offload_folder, attention_by_family=by_family), tokenizer
+
+
+def load_model(
+    path: str | Path,
+    settings: ModelConfig,
+    offload_folder: Path | None = None,
+    *,
+    attention_by_family: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM without its tokenizer.
+
+    Args:
+        path, settings, offload_folder: as for `load`.
+        attention_by_family: use eager attention if the family does not support that of the settings.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        UserError: as for `load`.
+    """
+    attention = None if attention_by_family else settings.attention
+    with progress(f"loading {path}"), reading(path, settings):
+        model = _load_model(settings, attention, path, offload_folder)
     # auto never uses batched_mm, which is about 60 times slower on a CPU.
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     decoder.disable_router_loss(model)
@@ -87,36 +107,8 @@ def load(
         model.to(choose_device(settings))
     for parameter in model.parameters():
         parameter.data = shard_reader.align(parameter.data)
-    return model.eval(), tokenizer
-
-
-def _load_both(
-    path: str | Path, settings: ModelConfig, attention: str | None, offload_folder: Path | None
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load the model and the tokenizer, and turn problems with the files into a UserError."""
-    if model_file(path, ADAPTER, settings.revision) is not None:
-        raise UserError(f"model.path={path}: {HOLDS_ADAPTER}")
-    try:
-        # Otherwise each look-up on an unreachable hub is repeated for 20 s, even of a file that is in the cache.
-        local = Path(path).is_dir() and (settings.tokenizer is None or Path(settings.tokenizer).is_dir())
-        with progress(f"loading {path}"), nullcontext() if local else hub_access():
-            model = _load_model(settings, attention, path, offload_folder)
-            tokenizer = AutoTokenizer.from_pretrained(
-                settings.tokenizer or path,
-                # The revision is that of the model's repository, not of another one with the tokenizer.
-                revision=settings.revision if settings.tokenizer is None else None,
-                trust_remote_code=settings.trust_remote_code,
-            )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # a package may be missing
-        if Path(path).is_dir() or not isinstance(error, OSError):
-            raise UserError(f"model.path={path}: {error}") from error
-        raise UserError(
-            f"model.path={path}: there is no such folder, the model is not in the cache, and the hub cannot be reached "
-            "or has no such model; set model.path to a local folder, or connect to the network."
-        ) from error
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' default without a tokenizer
-        raise UserError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder or hub id that has one")
-    return model, tokenizer
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _load_model(settings: ModelConfig, attention: str | None, path: str | Path, offload_folder: Path | None) -> Any:
@@ -228,23 +220,6 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         for name, line in sorted(lines.items()):
             digest.update(f"{name} {line}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash (16 hexadecimal digits) of everything that affects a tokenizer's ids and rendered chats."""
-    vocabulary: Any = sorted(tokenizer.get_vocab().items(), key=str)
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-        vocabulary = {key: value for key, value in backend.items() if key not in CALL_STATE}
-    file = getattr(tokenizer, "vocab_file", None)
-    content = Path(file).read_bytes() if file and Path(file).is_file() else b""
-    return fingerprint(
-        vocabulary,
-        str(tokenizer.special_tokens_map),
-        str(tokenizer.chat_template),
-        tokenizer.model_max_length,
-        hashlib.sha256(content).hexdigest(),
-    )
 
 
 def _digests(module: nn.Module, selected: Callable[[str], bool] = lambda name: True) -> dict[str, str]:

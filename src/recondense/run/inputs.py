@@ -15,8 +15,9 @@ from recondense.config.schema import Config
 from recondense.data.texts import Texts
 from recondense.errors import UserError
 from recondense.files import fingerprint, write_aside
-from recondense.models.loading import tokenizer_fingerprint, weights_fingerprint
+from recondense.models.loading import weights_fingerprint
 from recondense.models.model_files import read_history
+from recondense.models.tokenizers import tokenizer_fingerprint
 from recondense.plan import Plan
 from recondense.run.run_folder import INPUTS, RESULTS
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lightning.pytorch.callbacks import Callback
+from transformers import PreTrainedModel
 
 from recondense import processes
 from recondense.config.schema import WORK, Config
@@ -32,13 +33,22 @@ def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path])
     return ()
 
 
-def load(config: Config, callbacks: MakeCallbacks = no_callbacks) -> tuple[Any, Any]:
-    """Return the model and tokenizer of a config. The embedded model is trained first if the cache does not have it."""
+def locate(config: Config, callbacks: MakeCallbacks = no_callbacks) -> str | Path:
+    """Return the hub id or folder of a config's model. The embedded model is trained if the cache does not have it."""
+    return config.model.path or processes.run_on_first(lambda: _train_embedded(config, callbacks))
+
+
+def load_model(config: Config, path: str | Path) -> PreTrainedModel:
+    """Return the model of a config.
+
+    Args:
+        config: settings of the run.
+        path: what `locate` returned.
+    """
     settings = config.model
-    path = settings.path or processes.run_on_first(lambda: _train_embedded(config, callbacks))
     pages = config.run_folder() / WORK / f"layers-{processes.rank()}" if settings.streaming else None
     with processes.let_first_go_ahead() if settings.path else nullcontext():  # it downloads the model
-        return loading.load(path, settings, pages)
+        return loading.load_model(path, settings, pages)
 
 
 def _train_embedded(config: Config, callbacks: MakeCallbacks) -> Path:

@@ -32,6 +32,7 @@ from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_shapes import layer_shapes
 from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
+from recondense.models.tokenizers import load_tokenizer
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.report import model_card, tables, tracking
@@ -39,7 +40,7 @@ from recondense.report.plan_picture import draw_plan
 from recondense.report.summary import Summary, metric
 from recondense.run import launching, run_folder
 from recondense.run.inputs import inputs_of, keep_inputs
-from recondense.run.load import MakeCallbacks, load, no_callbacks
+from recondense.run.load import MakeCallbacks, load_model, locate, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.process_settings import configure_process
 from recondense.run.recover import Recovery, prepare_student
@@ -115,8 +116,11 @@ def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
     config, calibrates = run.config, bool(run.steps)
     with processes.let_first_go_ahead():
         texts = Texts.read(config, run.stages, calibrates)
+    path = locate(config, callbacks)
+    with processes.let_first_go_ahead():
+        tokenizer = load_tokenizer(path, config.model)
     at_start = profiling.peak_resident_bytes()
-    model, tokenizer = load(config, callbacks)
+    model = load_model(config, path)
     inputs = inputs_of(config, model, tokenizer, texts, calibrates)
     if processes.is_first():
         run_folder.begin(config, folder)
@@ -286,7 +290,7 @@ class _Stages:
     def _load_original(self) -> Iterator[Any]:
         """Yield the original, loaded from its checkpoint, because the compressed model has replaced it."""
         with processes.work_alone():  # only the first process evaluates
-            original, _ = load(self.config, self.callbacks)
+            original = load_model(self.config, locate(self.config, self.callbacks))
         yield original
 
     def collect(

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support.packed import fp8_folder, mxfp4_folder, saved, write
+from support.small import byte_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -136,6 +137,7 @@ def test_load_reports_dequantising_and_gives_a_plain_model(tmp_path: Path, caplo
 @pytest.mark.parametrize("how", [{"quant_method": "awq", "bits": 4}, {"quant_method": "fp8"}, {"bits": 4}])
 def test_other_formats_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
     tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": "qwen2_moe", "quantization_config": how}))
+    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model\.path=.*stored in .*dequantize it first"):
         loading.load(tmp_path, ModelConfig(device="cpu"))
 

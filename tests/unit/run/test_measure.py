@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from recondense.config.schema import from_dict
 from recondense.data.corpus import Corpora
 from recondense.data.texts import Texts
-from recondense.models.loading import tokenizer_fingerprint
+from recondense.models.tokenizers import tokenizer_fingerprint
 from recondense.run import measure
 from recondense.run.measure import Evaluator
 
