@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
 from recondense.config.schema import WORK, Config
 from recondense.data.calibration_set import CalibrationSet, make_calibration_set
-from recondense.data.texts import Texts
 from recondense.files import fingerprint
 from recondense.models import decoder
 from recondense.models.layer_shapes import refuse_bundled_classes
@@ -60,7 +59,11 @@ def calibrate(
         True
     """
     refuse_bundled_classes(model)
-    batches = list(make_calibration_set(texts, tokenizer, num_samples, max_length).batches(TEXTS_PER_BATCH))
+    return _record(model, make_calibration_set(texts, tokenizer, num_samples, max_length), storage, split)
+
+
+def _record(model: PreTrainedModel, calibration: CalibrationSet, storage: Storage | None, split: bool) -> Tape:
+    batches = list(calibration.batches(TEXTS_PER_BATCH))
     with progress("calibrating", len(decoder.decoder_layers(model))) as bar:
         return Tape.record(model, batches, bar.advance, storage, split)
 
@@ -75,8 +78,7 @@ def retape(tape: Tape) -> Tape:
 def make_recorder(
     config: Config,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Texts,
+    calibration: CalibrationSet | None,
     folder: Path,
     timed: Timed = lambda name: nullcontext(),
     split: bool = False,
@@ -86,25 +88,16 @@ def make_recorder(
     Args:
         config: the config of the run.
         model: the model to record.
-        tokenizer: the model's tokenizer.
-        texts: the texts of the run.
+        calibration: the run's calibration set.
         folder: the run's folder; a tape on disk is written there.
         timed: measures the time of a named part of the run.
         split: divide the texts among the processes; otherwise each process records all of them.
     """
 
     def record() -> Tape:
-        settings, documents = config.data.calibration, texts.documents("calibration", tokenizer) or []
+        assert calibration is not None
         with timed("calibrate"):
-            return calibrate(
-                model,
-                tokenizer,
-                documents,
-                settings.num_samples,
-                settings.max_length,
-                storage=_storage(config, model, folder),
-                split=split,
-            )
+            return _record(model, calibration, _storage(config, model, folder), split)
 
     return record
 
@@ -124,14 +117,3 @@ def describe_rounding(config: Config, model: PreTrainedModel) -> list[str]:
     """Return the dtype to which the tape rounds states, as part of a search's fingerprint; empty without rounding."""
     rounds = config.data.calibration.tape_dtype == "bfloat16" and model.dtype != torch.bfloat16
     return ["tape in bfloat16"] if rounds else []
-
-
-def calibration(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> CalibrationSet:
-    """Return the calibration set of a run.
-
-    Raises:
-        UserError: there are too few documents, or one has no token.
-    """
-    settings = config.data.calibration
-    documents = texts.documents("calibration", tokenizer) or []
-    return make_calibration_set(documents, tokenizer, settings.num_samples, settings.max_length)

@@ -1,4 +1,4 @@
-"""The texts of a run and their token windows."""
+"""The texts of a run, and how they become its token ids."""
 
 from __future__ import annotations
 
@@ -10,36 +10,32 @@ from transformers import PreTrainedTokenizerBase
 
 from recondense.config.schema import Config
 from recondense.config.stages import Stage
-from recondense.data.calibration_set import require_samples
+from recondense.data.calibration_set import make_calibration_set, require_samples
 from recondense.data.corpora import load_corpora
 from recondense.data.corpus import Corpora
 from recondense.data.examples import make_examples, make_windows
 from recondense.data.instruction_records import Record
 from recondense.data.loader import Table
 from recondense.data.prompts import render_documents
+from recondense.data.tokens import StageTokens, Tokens
 from recondense.data.windows import pack
 
 
-@dataclass
+@dataclass(frozen=True)
 class Texts:
-    """The corpora of a run, and their token windows, which are made on first use and kept.
+    """The documents of a run.
 
     Args:
         corpora: the run's documents.
         stage_corpora: the documents of recovery stages that do not train on the run's documents, by the stage's name.
-        counts: the numbers of supervised examples that were kept, left out and truncated, by stage and split;
-            `training_windows` fills it.
     """
 
     corpora: Corpora
     stage_corpora: dict[str, Corpora] = field(default_factory=dict)
-    counts: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
-    _windows: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
-    _training: dict[tuple[str, str], Table | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: Config, stages: Sequence[Stage], calibrates: bool) -> Texts:
-        """Read the splits that a run needs. Nothing is tokenized, so this is done before weights are loaded.
+        """Read the splits that a run needs. Nothing is tokenized.
 
         Args:
             config: the config of the run.
@@ -49,7 +45,7 @@ class Texts:
         Raises:
             UserError: texts cannot be read, or there are too few of them.
         """
-        stages = [stage for stage in stages if stage.recovery.objective != "none"]
+        stages = _training(stages)
         shared = [stage for stage in stages if not stage.own_texts]
         validates = any(stage.recovery.validate_every for stage in shared)
         splits = ["validation"] if config.evaluation.reads_validation or validates else []
@@ -68,65 +64,90 @@ class Texts:
             hashes |= {f"{name}/{split}": sha for split, sha in corpora.sha256().items()}
         return hashes
 
-    def documents(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-        """Return the run's documents of a split as plain texts; None if there is no such split."""
-        texts = getattr(self.corpora, split)
-        return None if texts is None else render_documents(texts, tokenizer)
 
-    def windows(self, split: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor | None:
-        """Return the packed windows of one of the run's splits.
+@dataclass
+class Tokenizing:
+    """Makes the token ids of a run. Nothing is rendered or tokenized twice.
+
+    Args:
+        texts: the documents.
+        tokenizer: the model's tokenizer.
+    """
+
+    texts: Texts
+    tokenizer: PreTrainedTokenizerBase
+    _documents: dict[str, list[str] | None] = field(default_factory=dict)
+    _windows: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
+
+    def tokens(self, config: Config, stages: Sequence[Stage]) -> Tokens:
+        """Make all token ids of a run.
 
         Args:
-            split: the name of the split.
-            tokenizer: the model's tokenizer.
-            length: tokens per window.
+            config: the config of the run.
+            stages: the stages of the recovery.
 
-        Returns:
-            ids (N, length), int64; None if the run has no such split.
+        Raises:
+            UserError: there is too little text, a calibration text has no token, or records have no answers.
         """
+        settings, evaluation = config.data.calibration, config.evaluation
+        calibration = None
+        if (documents := self.documents("calibration")) is not None:
+            calibration = make_calibration_set(documents, self.tokenizer, settings.num_samples, settings.max_length)
+        validation = None
+        if evaluation.perplexity_windows != 0:
+            validation = self._packed("validation", config.data.sequence_length)
+        if validation is not None:
+            validation = validation[: evaluation.perplexity_windows]
+        windows = {stage.name: self._stage(stage) for stage in _training(stages)}
+        return Tokens(calibration, validation, windows, self.texts.sha256())
+
+    def documents(self, split: str) -> list[str] | None:
+        """Return the run's documents of a split as plain texts; None if there is no such split."""
+        if split not in self._documents:
+            texts = getattr(self.texts.corpora, split)
+            self._documents[split] = None if texts is None else render_documents(texts, self.tokenizer)
+        return self._documents[split]
+
+    def _packed(self, split: str, length: int) -> Tensor | None:
+        """Return the packed windows of one of the run's splits, ids (N, length); None if there is no such split."""
         if (split, length) not in self._windows:
-            texts = self.documents(split, tokenizer)
-            windows = None if texts is None else pack(texts, tokenizer, length, f"the {split} text")
+            texts = self.documents(split)
+            windows = None if texts is None else pack(texts, self.tokenizer, length, f"the {split} text")
             self._windows[split, length] = windows
         return self._windows[split, length]
 
-    def training_windows(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase | None) -> Table | None:
-        """Return the windows of a recovery stage: records with the labels of their answers, or packed texts.
+    def _stage(self, stage: Stage) -> StageTokens:
+        train, counts = self._table(stage, "train")
+        assert train is not None
+        validation, _ = self._table(stage, "validation") if stage.recovery.validate_every else (None, {})
+        return StageTokens(train, validation, counts)
 
-        Returns:
-            A table of windows; None if the stage has no such split.
-        """
-        assert tokenizer is not None
-        if (stage.name, split) not in self._training:
-            self._training[stage.name, split] = self._make_windows(stage, split, tokenizer)
-        return self._training[stage.name, split]
-
-    def _make_windows(self, stage: Stage, split: str, tokenizer: PreTrainedTokenizerBase) -> Table | None:
-        documents = getattr(self.stage_corpora.get(stage.name, self.corpora), split)
+    def _table(self, stage: Stage, split: str) -> tuple[Table | None, dict[str, int]]:
+        """Return windows of a recovery stage, records with the labels of their answers or packed texts; and counts."""
+        documents = getattr(self.texts.stage_corpora.get(stage.name, self.texts.corpora), split)
         if documents is None:
-            return None
+            return None, {}
         length = stage.data.sequence_length
-        records = [document for document in documents if isinstance(document, Record)]
-        if records:
-            return self._make_examples(stage, split, records, tokenizer)
+        if records := [document for document in documents if isinstance(document, Record)]:
+            return self._examples(stage, split, records)
         if stage.own_texts:
-            return {"input_ids": pack(documents, tokenizer, length, f"the {split} text of stage {stage.name}")}
-        windows = self.windows(split, tokenizer, length)
+            name = f"the {split} text of stage {stage.name}"
+            return {"input_ids": pack(documents, self.tokenizer, length, name)}, {}
+        windows = self._packed(split, length)
         assert windows is not None
-        return {"input_ids": windows}
+        return {"input_ids": windows}, {}
 
-    def _make_examples(
-        self, stage: Stage, split: str, records: list[Record], tokenizer: PreTrainedTokenizerBase
-    ) -> Table:
+    def _examples(self, stage: Stage, split: str, records: list[Record]) -> tuple[Table, dict[str, int]]:
         length = stage.data.sequence_length
-        examples = make_examples(records, tokenizer, length, f"{stage.where}, the {split} records")
-        self.counts[stage.name, split] = {
-            "examples": len(examples.kept),
-            "left_out": examples.left_out,
-            "cut": examples.cut,
-        }
-        filler = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-        return make_windows(examples.kept, length, filler, stage.data.packing)
+        examples = make_examples(records, self.tokenizer, length, f"{stage.where}, the {split} records")
+        counts = {"examples": len(examples.kept), "left_out": examples.left_out, "cut": examples.cut}
+        special = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        filler = next((token for token in special if token is not None), 0)
+        return make_windows(examples.kept, length, filler, stage.data.packing), counts
+
+
+def _training(stages: Sequence[Stage]) -> list[Stage]:
+    return [stage for stage in stages if stage.recovery.objective != "none"]
 
 
 def _read_stage(stage: Stage) -> Corpora:

@@ -10,9 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
-from recondense.calibration.calibrate import calibration
 from recondense.config.schema import Config
-from recondense.data.texts import Texts
+from recondense.data.tokens import Tokens
 from recondense.errors import UserError
 from recondense.files import fingerprint, write_aside
 from recondense.models.loading import weights_fingerprint
@@ -25,7 +24,7 @@ TASK_FILES = (".yaml", ".py", ".json", ".jsonl", ".csv", ".txt", ".parquet")
 
 
 def inputs_of(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, calibrates: bool
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens
 ) -> dict[str, str]:
     """Return the fingerprints of a run's inputs by name.
 
@@ -35,13 +34,12 @@ def inputs_of(
         config: settings of the run.
         model: the model before compression.
         tokenizer: the model's tokenizer.
-        texts: texts of all splits.
-        calibrates: whether the run has a calibration set. Its tokens are then an input too.
+        tokens: token ids of the run. Those of the calibration set are an input too.
     """
     inputs = {"weights": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
-    inputs |= {f"{split} texts": sha256 for split, sha256 in texts.sha256().items()}
-    if calibrates:
-        inputs["calibration"] = calibration(config, tokenizer, texts).fingerprint()
+    inputs |= {f"{split} texts": sha256 for split, sha256 in tokens.sha256.items()}
+    if tokens.calibration is not None:
+        inputs["calibration"] = tokens.calibration.fingerprint()
     if config.model.path is not None:  # the plan of an earlier run determines which layers are trained
         history = Plan("", history=read_history(config.model))
         inputs["plan.json of the model"] = fingerprint(history.to_dict())

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense import processes
 from recondense.calibration.calibrate import Timed
 from recondense.config.schema import Config, EvaluationConfig
-from recondense.data.texts import Texts
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, write_heldout_tasks
 from recondense.evaluation.lm_eval import folder_tasks, run_tasks
 from recondense.evaluation.perplexity import perplexity
@@ -34,6 +33,19 @@ log = logging.getLogger(__name__)
 
 Reference = Callable[[], AbstractContextManager[Any]]  # returns a context that yields the original
 PACKAGES = ("torch", "transformers", "lm-eval", "datasets")  # packages whose versions can change a figure
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The lm-eval tasks of a run.
+
+    Args:
+        names: names of the tasks.
+        folders: folders with task files.
+    """
+
+    names: Sequence[str] = ()
+    folders: Sequence[Path] = ()
 
 
 @dataclass
@@ -63,28 +75,30 @@ class Evaluator:
 
     @classmethod
     def of_run(
-        cls, config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts, inputs: Mapping[str, str], timed: Timed
+        cls,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        windows_NS: Tensor | None,
+        tasks: Tasks,
+        inputs: Mapping[str, str],
+        timed: Timed,
     ) -> Evaluator:
-        """Return the evaluator of a run, after writing the held-out tasks to the cache folder.
+        """Return the evaluator of a run.
 
         Args:
             config: settings of the run.
             tokenizer: tokenizer of the model.
-            texts: texts of all splits.
+            windows_NS: validation windows; None to omit perplexity.
+            tasks: the run's lm-eval tasks.
             inputs: fingerprints of the run's inputs, by name.
             timed: context manager that counts the seconds of a part of the run.
         """
-        with processes.let_first_go_ahead():
-            tasks, include_path = _run_tasks(config, tokenizer, texts)
-        if config.model.streaming and tasks:
-            log.info("model.streaming: lm-eval cannot evaluate a streamed model; skipped: %s", ", ".join(tasks))
-            tasks = []
         return cls(
             config.evaluation,
             tokenizer,
-            _validation_windows(config, tokenizer, texts),
-            tasks,
-            include_path,
+            windows_NS,
+            tasks.names,
+            tasks.folders,
             processes.SharedMapping(JsonFolder(Path(config.cache_dir) / "evaluations")),
             (config.model.attention, config.model.experts, inputs["tokenizer"]),
             timed,
@@ -278,26 +292,30 @@ def profile(
     return {variant: measured.to_dict() for variant, measured in profiles.items()}
 
 
-def _validation_windows(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Tensor | None:
-    if config.evaluation.perplexity_windows == 0:
-        return None
-    windows_NS = texts.windows("validation", tokenizer, config.data.sequence_length)
-    return None if windows_NS is None else windows_NS[: config.evaluation.perplexity_windows]
+def make_tasks(config: Config, validation: Sequence[str] | None) -> Tasks:
+    """Return the tasks of a run, after writing the held-out tasks to the cache folder.
 
+    Args:
+        config: settings of the run.
+        validation: the run's validation texts; None if there are none.
 
-def _run_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> tuple[list[str], list[Path]]:
-    """Return the tasks of a run and the folders of their files, after writing the held-out tasks."""
+    Raises:
+        UserError: the validation texts are too few for a task.
+    """
     evaluation = config.evaluation
     folders = [Path(evaluation.include_path)] if evaluation.include_path else []
     tasks = list(folder_tasks(folders) if folders and evaluation.tasks is None else evaluation.tasks or ())
+    if config.model.streaming and tasks:
+        log.info("model.streaming: lm-eval cannot evaluate a streamed model; skipped: %s", ", ".join(tasks))
+        return Tasks((), folders)
     heldout = [task for task in tasks if task in HELDOUT_TASKS]
     if not heldout:
-        return tasks, folders
-    if (validation := texts.documents("validation", tokenizer)) is None:
+        return Tasks(tasks, folders)
+    if validation is None:
         log.warning("there is no validation text, so these are not measured: perplexity, %s", ", ".join(heldout))
-        return [task for task in tasks if task not in heldout], folders
+        return Tasks([task for task in tasks if task not in heldout], folders)
     settings = evaluation.heldout
     sizes = {} if settings is None else vars(settings)
     folder = Path(config.cache_dir) / "tasks" / fingerprint(validation, sizes)
     write_heldout_tasks(folder, validation, **sizes)
-    return tasks, [*folders, folder]
+    return Tasks(tasks, [*folders, folder])

@@ -16,14 +16,13 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from recondense import processes
 from recondense.calibration.calibrate import make_recorder
 from recondense.calibration.tape import Tape
 from recondense.config.schema import WORK, Config
 from recondense.config.stages import Stage, Stages, require_stages, without_teacher
-from recondense.data.texts import Texts
 from recondense.evaluation import profiling
 from recondense.export.export import export
 from recondense.export.stock_or_bundled import choose_layout
@@ -32,7 +31,6 @@ from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_shapes import layer_shapes
 from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
-from recondense.models.tokenizers import load_tokenizer
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.report import model_card, tables, tracking
@@ -42,6 +40,7 @@ from recondense.run import launching, run_folder
 from recondense.run.inputs import inputs_of, keep_inputs
 from recondense.run.load import MakeCallbacks, load_model, locate, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
+from recondense.run.prepare import Prepared, prepare
 from recondense.run.process_settings import configure_process
 from recondense.run.recover import Recovery, prepare_student
 from recondense.run.resolved_run import Run
@@ -113,15 +112,11 @@ def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
 
 def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
     """Read all inputs, run the stages, and write summary.json. The folder is not changed before all inputs are read."""
-    config, calibrates = run.config, bool(run.steps)
-    with processes.let_first_go_ahead():
-        texts = Texts.read(config, run.stages, calibrates)
-    path = locate(config, callbacks)
-    with processes.let_first_go_ahead():
-        tokenizer = load_tokenizer(path, config.model)
+    config = run.config
+    prepared = prepare(run, callbacks)
     at_start = profiling.peak_resident_bytes()
-    model = load_model(config, path)
-    inputs = inputs_of(config, model, tokenizer, texts, calibrates)
+    model = load_model(config, prepared.path)
+    inputs = inputs_of(config, model, prepared.tokenizer, prepared.tokens)
     if processes.is_first():
         run_folder.begin(config, folder)
     keep_inputs(folder, inputs)
@@ -132,7 +127,7 @@ def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
         named = replace(wandb, name=wandb.name or f"{config.experiment_name}-{config.run_hash()}")
         loggers = tracking.make_loggers(replace(config.logger, wandb=named), folder, config.resolved())
     try:
-        summary = _Stages(run, callbacks, folder, model, tokenizer, texts, inputs, loggers, memory).finish()
+        summary = _Stages(run, callbacks, folder, model, prepared, inputs, loggers, memory).finish()
         if summary is not None:
             tracking.log_summary(loggers, summary)
             write_summary(folder, summary)
@@ -148,8 +143,7 @@ class _Stages:
         callbacks: returns the callbacks of each Lightning Trainer.
         folder: the run's folder.
         model: the model.
-        tokenizer: the model's tokenizer.
-        texts: texts of all splits.
+        prepared: its tokenizer, token ids and tasks.
         inputs: fingerprints of the run's inputs, by name.
         loggers: loggers of the figures.
         memory: peak memory of a streamed model; None for other models.
@@ -161,8 +155,7 @@ class _Stages:
         callbacks: MakeCallbacks,
         folder: Path,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        texts: Texts,
+        prepared: Prepared,
         inputs: Mapping[str, str],
         loggers: Sequence[Logger],
         memory: StreamedMemory | None,
@@ -173,12 +166,14 @@ class _Stages:
         self.callbacks = callbacks
         self.folder = folder
         self.model = model
-        self.tokenizer = tokenizer
-        self.texts = texts
+        self.tokenizer = tokenizer = prepared.tokenizer
+        self.tokens = tokens = prepared.tokens
         self.loggers = loggers
         self.memory = memory
         self.record = RunRecord(folder, inputs)
-        self.evaluator = Evaluator.of_run(config, tokenizer, texts, inputs, self.record.timed)
+        self.evaluator = Evaluator.of_run(
+            config, tokenizer, tokens.validation, prepared.tasks, inputs, self.record.timed
+        )
         self.results = ResultStages(config, model, self.evaluator, self.record)
 
     def finish(self) -> dict[str, Any] | None:
@@ -210,8 +205,7 @@ class _Stages:
                 self.config,
                 self.steps,
                 self.model,
-                self.tokenizer,
-                self.texts,
+                self.tokens.calibration,
                 self.record.inputs,
                 self.folder,
                 self.record.timed,
@@ -257,7 +251,8 @@ class _Stages:
         _log_footprint(student)
         device, layers = decoder.device(model), self._trained_layers(plan)
         recovery = Recovery(
-            *(config, stages, layers, self.folder, self.texts, self.tokenizer, device, self.record, self._callbacks),
+            *(config, stages, layers, self.folder, self.tokens.stages),
+            *(self.tokenizer, device, self.record, self._callbacks),
             self.loggers,
         )
         cached = recovery.keep_predictions(student)
@@ -273,7 +268,7 @@ class _Stages:
 
     def _tape(self) -> Tape:
         """Record a tape of the model in its current state on the calibration set."""
-        return make_recorder(self.config, self.model, self.tokenizer, self.texts, self.folder, self.record.timed)()
+        return make_recorder(self.config, self.model, self.tokens.calibration, self.folder, self.record.timed)()
 
     def _trained_layers(self, plan: Plan) -> Sequence[int] | None:
         """Return the layers whose experts are trained; None for those of the plan. An empty plan uses earlier plans."""
@@ -305,9 +300,9 @@ class _Stages:
         """
         config, model, record, plan = self.config, self.model, self.record, student.plan
         objective = (config.recovery if plan.operations else without_teacher(config.recovery)).objective
-        summary = Summary.of_run(config, objective, plan, sizes, model, self.texts.sha256(), record.stages)
+        summary = Summary.of_run(config, objective, plan, sizes, model, self.tokens.sha256, record.stages)
         summary.refit = record.refit_errors or None
-        if config.recovery.stages or self.texts.counts:
+        if config.recovery.stages or any(windows.counts for windows in self.tokens.stages.values()):
             summary.recovery_stages = recovery_stages or None
         stored = quantized.stored_weights(config.model.path, config.model.revision) if config.model.path else None
         if stored and plan.operations:

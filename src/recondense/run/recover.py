@@ -19,7 +19,7 @@ from recondense import processes
 from recondense.config.schema import WORK, Config, RecoveryConfig
 from recondense.config.stages import Stage, control_settings
 from recondense.data.loader import RecoveryData, ShuffledWindows, num_rows
-from recondense.data.texts import Texts
+from recondense.data.tokens import StageTokens
 from recondense.errors import UserError
 from recondense.models import loading
 from recondense.plan import Plan
@@ -91,7 +91,7 @@ class Recovery:
         stages: resolved stages of the recovery, in order.
         layers: decoder layers whose experts are trained; None for the layers of the plan.
         folder: the run's folder.
-        texts: texts of all splits.
+        windows: windows of each stage, by the stage's name.
         tokenizer: tokenizer of the model.
         device: device on which the model computes. An engine may leave its weights on another one.
         record: counts seconds.
@@ -103,7 +103,7 @@ class Recovery:
     stages: Sequence[Stage]
     layers: Sequence[int] | None
     folder: Path
-    texts: Texts
+    windows: Mapping[str, StageTokens]
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     record: Record
@@ -225,11 +225,8 @@ class Recovery:
     def _load_data(self, stage: Stage) -> tuple[RecoveryData, RecoveryConfig]:
         """Return the windows of a stage, and its settings with epochs converted to steps."""
         settings = stage.recovery
-        train = self.texts.training_windows(stage, "train", self.tokenizer)
-        assert train is not None
-        validation = (
-            self.texts.training_windows(stage, "validation", self.tokenizer) if settings.validate_every else None
-        )
+        windows = self.windows[stage.name]
+        train = windows.train
         settings = with_steps(settings, num_rows(train), stage.where)
         batches = settings.steps * settings.accumulate_grad_batches
         if settings.objective == "distill" and settings.teacher == "cached":
@@ -237,7 +234,7 @@ class Recovery:
             numbers = torch.full((num_rows(train),), -1)
             numbers[used] = torch.arange(len(used))
             train = {**train, "window": numbers}
-        return RecoveryData(train, validation, settings.batch_size, batches, self.config.seed), settings
+        return RecoveryData(train, windows.validation, settings.batch_size, batches, self.config.seed), settings
 
     def _describe(self, stage: Stage, settings: RecoveryConfig, data: RecoveryData) -> dict[str, Any]:
         return {
@@ -245,7 +242,7 @@ class Recovery:
             **{name: getattr(settings, name) for name in DESCRIBED},
             "sequence_length": stage.data.sequence_length,
             "windows": num_rows(data.train_table),
-            **self.texts.counts.get((stage.name, "train"), {}),
+            **self.windows[stage.name].counts,
             "seconds": self.record.recovery_seconds[stage.name],
         }
 

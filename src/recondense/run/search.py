@@ -9,13 +9,13 @@ from functools import cache
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from recondense import processes
 from recondense.calibration.calibrate import Timed, describe_rounding, make_recorder, retape
 from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
 from recondense.config.schema import Config
-from recondense.data.texts import Texts
+from recondense.data.calibration_set import CalibrationSet
 from recondense.errors import UserError
 from recondense.files import JsonFolder, fingerprint, hold_lock
 from recondense.methods.step import Record, SearchContext, Step
@@ -81,8 +81,7 @@ def find_plan(
     config: Config,
     steps: Sequence[Step],
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Texts,
+    calibration: CalibrationSet | None,
     inputs: Mapping[str, str],
     folder: Path,
     timed: Timed = lambda name: nullcontext(),
@@ -93,8 +92,7 @@ def find_plan(
         config: settings of the run.
         steps: steps of the method, in order.
         model: the model.
-        tokenizer: the model's tokenizer.
-        texts: texts of all splits.
+        calibration: the calibration set; not used without steps.
         inputs: fingerprints of the model's `weights` and of its `calibration` set.
         folder: the run's folder, to which plan.json is written.
         timed: context manager that counts the seconds of a part of the run.
@@ -109,8 +107,8 @@ def find_plan(
     if plan is not None:
         log.info("plan: loaded from %s", path)
         return plan
-    record_split = make_recorder(config, model, tokenizer, texts, folder, timed, split=True)
-    record_unsplit = make_recorder(config, model, tokenizer, texts, folder, timed)
+    record_split = make_recorder(config, model, calibration, folder, timed, split=True)
+    record_unsplit = make_recorder(config, model, calibration, folder, timed)
 
     def search_one(step: Step, before: Sequence[Operation]) -> Decided:
         return search_step(config, step, model, record_split, decided_by, before)

@@ -13,10 +13,10 @@ from tokenizers import AddedToken
 
 from recondense.config.schema import from_dict
 from recondense.data.corpus import Corpora
-from recondense.data.texts import Texts
+from recondense.data.texts import Texts, Tokenizing
 from recondense.models.tokenizers import tokenizer_fingerprint
 from recondense.run import measure
-from recondense.run.measure import Evaluator
+from recondense.run.measure import Evaluator, make_tasks
 
 INPUTS = {"weights": "w", "tokenizer": "t"}
 
@@ -34,7 +34,9 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         evaluation = {"name": "perplexity", "tasks": [], "perplexity_windows": None, **evaluation}
         settings = from_dict({"cache_dir": str(folder), "data": {"sequence_length": length}, "evaluation": evaluation})
         texts = Texts(Corpora(validation=[text] if text else None))
-        evaluator = Evaluator.of_run(settings, tokenizer, texts, inputs, lambda part: nullcontext())
+        windows_NS = Tokenizing(texts, tokenizer).tokens(settings, ()).validation
+        tasks = make_tasks(settings, texts.corpora.validation)
+        evaluator = Evaluator.of_run(settings, tokenizer, windows_NS, tasks, inputs, lambda part: nullcontext())
         evaluator.evaluate_once(model, "original", None, [inputs["weights"]])
         [path] = (folder / "evaluations").glob("*.json")
         return path.stem
