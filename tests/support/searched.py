@@ -22,6 +22,7 @@ from recondense import processes
 from recondense.calibration import tape as tape_module
 from recondense.calibration.tape import TRACE_BYTES
 from recondense.config.schema import read
+from recondense.data.calibration_set import CalibrationSet
 from recondense.files import JsonFolder
 from recondense.methods.step import SearchContext
 from recondense.models import families, moe_blocks
@@ -30,7 +31,7 @@ from recondense.plan import Plan
 from recondense.run.build_steps import build_steps
 from recondense.surgery import execute
 from support.read_once import read_configs_once
-from support.tiny_models import FAMILIES, recorded
+from support.tiny_models import FAMILIES, recorded, texts
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("[!_]*.yaml"))
@@ -68,6 +69,13 @@ def _settings(method: str, *overrides: str) -> dict[str, Any]:
     return dict(config.method)
 
 
+def whole_texts() -> CalibrationSet:
+    """The texts of `recorded`, as the beginnings of longer ones."""
+    ids = texts()
+    ends = texts(1, [5, 30, 0, 12, 1])
+    return CalibrationSet(ids, [[*ids[index], *ends[index % len(ends)]] for index in range(len(ids))])
+
+
 def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Storage | None = None) -> Plan:
     """Search step by step, each on the model as the previous step leaves it; the model is unchanged afterwards."""
     record_tape = partial(recorded, model, storage=storage)
@@ -79,7 +87,8 @@ def plan_of(model: Any, method: str, folder: Path, *overrides: str, storage: Sto
     originals: dict[int, Any] = {}
     for index, step in enumerate(steps):
         cache = processes.SharedMapping(JsonFolder(folder / str(index)))
-        step_operations, record = step.search(SearchContext(model, partial(record_tape, split=True), cache, 1 << 30))
+        tape = partial(record_tape, split=True)
+        step_operations, record = step.search(SearchContext(model, tape, cache, 1 << 30, whole_texts(), split=True))
         operations += step_operations
         records.append({name: value for name, value in record.items() if name not in ("seconds", "reused")})
         if step is not steps[-1]:

@@ -41,7 +41,8 @@ def calibrate(
         tokenizer: the model's tokenizer.
         texts: documents, of which the first `num_samples` are used.
         num_samples: number of texts.
-        max_length: maximum number of tokens per text; longer texts are truncated.
+        max_length: maximum number of tokens per text; longer texts are truncated. The tape keeps the token ids of the
+            whole texts, from which CD-MoE takes its coefficients.
         storage: where the states are kept; None keeps them in memory.
         split: divide the texts among the processes of a run; all processes must call this function.
 
@@ -65,14 +66,18 @@ def calibrate(
 def _record(model: PreTrainedModel, calibration: CalibrationSet, storage: Storage | None, split: bool) -> Tape:
     batches = list(calibration.batches(TEXTS_PER_BATCH))
     with progress("calibrating", len(decoder.decoder_layers(model))) as bar:
-        return Tape.record(model, batches, bar.advance, storage, split)
+        tape = Tape.record(model, batches, bar.advance, storage, split)
+    tape.calibration_set = calibration
+    return tape
 
 
 def retape(tape: Tape) -> Tape:
     """Record a new tape of the same texts with the model as it is now, in memory."""
     batches = [(batch.input_ids_BS, batch.mask_BS) for batch in tape.texts.all]
     with progress("calibrating", tape.num_layers) as bar:
-        return Tape.record(tape.model, batches, bar.advance)
+        again = Tape.record(tape.model, batches, bar.advance)
+    again.calibration_set = tape.calibration_set
+    return again
 
 
 def make_recorder(

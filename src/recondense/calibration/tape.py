@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from recondense import processes
 from recondense.calibration.text_batches import TextBatch, TextBatches
 from recondense.calibration.trace import LayerTrace, Traces, record_calls
+from recondense.data.calibration_set import CalibrationSet
 from recondense.errors import UserError
 from recondense.models import decoder, forward, moe_blocks
 from recondense.models.hooks import eval_mode
@@ -42,6 +43,8 @@ class Tape:
             TRACE_BYTES.
         traced: whether all processes keep traces.
         layer_runs: number of decoder layers that have run so far, in passes over all batches; a measure of work.
+        calibration_set: the token ids of the texts, also of their parts that are not on the tape; None if the tape was
+            recorded from batches.
     """
 
     def __init__(self, model: PreTrainedModel, texts: TextBatches, storage: Storage) -> None:
@@ -52,6 +55,7 @@ class Tape:
         self.traces: dict[int, list[LayerTrace]] = {}
         self.traced = False
         self.layer_runs = 0.0
+        self.calibration_set: CalibrationSet | None = None
         self._arguments = forward.LayerArguments(model)
 
     @property

@@ -1,4 +1,4 @@
-"""The calibration set: token ids of texts, truncated to a maximum length.
+"""The calibration set: token ids of texts, truncated to a maximum length and whole.
 
 Legend: B texts of a batch, S tokens.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,15 @@ from recondense.errors import UserError
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids of the calibration texts, in order. They are truncated, not packed."""
+    """Token ids of the calibration texts, in order. They are truncated, not packed.
+
+    Args:
+        ids: the ids of each text up to the maximum length, with the tokenizer's special tokens.
+        whole: the ids of the whole texts; None if no text is longer than the maximum length.
+    """
 
     ids: list[list[int]]
+    whole: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,6 +44,16 @@ class CalibrationSet:
         for ids in self.ids:
             sha256.update(len(ids).to_bytes(8, "big") + np.asarray(ids, dtype="<i8").tobytes())
         return sha256.hexdigest()
+
+    def up_to(self, max_length: int | None) -> list[list[int]]:
+        """Return the ids of each text up to another length; None for the whole texts.
+
+        If the length makes no difference, the list is `ids` itself.
+        """
+        longest = max(map(len, self.ids))  # if there are whole texts, the maximum length of the set
+        if max_length == longest or (self.whole is None and (max_length is None or max_length > longest)):
+            return self.ids
+        return [ids[:max_length] for ids in self.whole or self.ids]
 
     def batches(self, texts_per_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the texts in order, in batches of a fixed size.
@@ -83,14 +100,9 @@ def make_calibration_set(
     require_number("max_length", max_length, 1)
     documents = list_texts(texts)
     require_samples(documents, num_samples)
-    encoded = tokenizer(
-        documents[:num_samples],
-        truncation=True,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=False,
-        return_special_tokens_mask=True,
-    )
+    documents = documents[:num_samples]
+    settings: Any = {"padding": False, "return_attention_mask": False, "return_special_tokens_mask": True}
+    encoded = tokenizer(documents, truncation=True, max_length=max_length, **settings)
     masks = encoded["special_tokens_mask"]
     empty = [index for index, mask in enumerate(masks) if all(mask)]
     if empty:
@@ -99,4 +111,9 @@ def make_calibration_set(
             f"calibration set: {len(empty)} of {num_samples} texts have no token (indices from 0: {shown}); remove "
             "them."
         )
-    return CalibrationSet([list(ids) for ids in encoded["input_ids"]])
+    # `verbose`: no warning if a text is longer than the model's context.
+    whole = [list(ids) for ids in tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]]
+    return CalibrationSet(
+        [list(ids) for ids in encoded["input_ids"]],
+        whole if any(len(ids) > max_length for ids in whole) else None,
+    )

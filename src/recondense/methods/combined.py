@@ -22,6 +22,7 @@ from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.search.budget import Budget
+from recondense.methods.search.coefficients import coefficient_texts
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import GENETIC, Genetic
 from recondense.methods.search.knapsack import least_damage
@@ -53,7 +54,7 @@ class Combined:
             far.
         alpha: how strongly the rank of an expert depends on its importance (MoE-I²).
         rank_multiple: as in `Decompose`.
-        shared_gate, expert_search: as in `CDMoE`.
+        shared_gate, expert_search, coefficient_max_length: as in `CDMoE`.
         normalize: whether to normalize the importance, as in `InterExpertPruning`.
         genetic, seed: the settings and the seed of the search for the experts to drop.
 
@@ -78,6 +79,7 @@ class Combined:
     rank_multiple: int | str = "auto"
     shared_gate: str = "mean"
     expert_search: str = "greedy"
+    coefficient_max_length: int | None = None
     normalize: bool = True
     genetic: Genetic = GENETIC
     seed: int = 0
@@ -91,7 +93,7 @@ class Combined:
                 "method.num_experts, prune_ratios and kept_ratios are all empty: there is no option to choose"
             )
         try:
-            CDMoE(1, "all", self.shared_gate, self.expert_search)  # checks these two settings
+            CDMoE(1, "all", self.shared_gate, self.expert_search, self.coefficient_max_length)  # checks these three
         except UserError as error:
             problems += str(error).splitlines()
         for name in ("prune_ratios", "kept_ratios"):
@@ -172,10 +174,12 @@ class Combined:
         seconds = {"options": time.perf_counter() - started}
         rounds: list[Record] = []
         choice: dict[int, Option] = {}
+        texts = coefficient_texts(context, self.coefficient_max_length) if self.num_experts else None
+        suffix = "" if texts is None else texts.suffix
         around = ""  # the first round measures each layer alone: the same for every budget
         for number in range(self.rounds):
             title = f"damage, round {number + 1} of {self.rounds}"
-            damages = _measure(damage, options, title, context.cache, around)
+            damages = _measure(damage, options, title, context.cache, around, suffix)
             candidate = self._choose(options, damages, model)
             around = f"{_fingerprint(candidate)}-"
             together = damage.replace(_blocks(model, options, candidate))
@@ -186,6 +190,7 @@ class Combined:
         return _operations(choice), {
             **self.key(),
             **self.budget.settings(),
+            **({} if texts is None else {"coefficient_texts": texts.describe()}),
             "rounds": rounds,
             "chosen": {str(layer): option.name for layer, option in choice.items()},
             "expert_importance": {str(layer): values for layer, values in options.importance.items()},
@@ -233,7 +238,9 @@ def _fingerprint(choice: dict[int, Option]) -> str:
     return fingerprint(Plan("", tuple(_operations(choice))).to_dict()["operations"])
 
 
-def _measure(damage: Damage, options: Options, title: str, cache: Cache, around: str) -> dict[int, list[float]]:
+def _measure(
+    damage: Damage, options: Options, title: str, cache: Cache, around: str, suffix: str
+) -> dict[int, list[float]]:
     """Measure the damage of each option of each layer, with the current choice in all other layers.
 
     Args:
@@ -242,12 +249,13 @@ def _measure(damage: Damage, options: Options, title: str, cache: Cache, around:
         title: the description of the progress bar.
         cache: earlier measurements; written after every layer.
         around: the name of the current choice in the cache.
+        suffix: the end of the names in the cache, if the coefficients come from other texts than the tape's.
     """
     damages: dict[int, list[float]] = {}
     blocks = OptionBlocks()
     with progress(title, sum(map(len, options.by_layer.values()))) as bar:
         for layer, listed in options.by_layer.items():
-            key = f"damage-{around}{layer:03d}"
+            key = f"damage-{around}{layer:03d}{suffix}"
             record = cache.get(key)
             if record is None:
                 block = options.blocks[layer]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
+from recondense.data.calibration_set import CalibrationSet
 from recondense.methods.search.budget import Budget
 from recondense.models.families import Facts
 from recondense.operations import Operation
@@ -30,12 +31,17 @@ class SearchContext:
         cache: partial results of earlier searches with the same weights, calibration set and `Step.key`. A search
             writes to it while it works, so that it can resume.
         max_scratch_bytes: bound on temporary tensors. The result does not depend on it.
+        calibration_set: the token ids of the calibration set, also of the parts of its texts that are not on the tape;
+            None if nothing but the tape is known.
+        split: whether the processes of the run share the texts. All of them then make the same search.
     """
 
     model: PreTrainedModel
     tape: Callable[[], Tape]
     cache: Cache
     max_scratch_bytes: int
+    calibration_set: CalibrationSet | None = None
+    split: bool = False
 
 
 class Step(Protocol):

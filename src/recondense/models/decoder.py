@@ -25,6 +25,11 @@ def cache_layers(config: PretrainedConfig) -> set[int]:
     return {0, *(types.index(kind) for kind in set(types))}
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Return the number of positions that the model is made for; None if its config does not say it."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.model.layers  # type: ignore[return-value,union-attr]
 

@@ -69,7 +69,8 @@ def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str 
     scratch = scratch_bytes(Config(), decoder.device(model), model)
 
     def search_one(step: Step, before: Sequence[Operation]) -> Decided:
-        context = SearchContext(model, cache(lambda: retape(tape) if before else tape), {}, scratch)
+        texts, split = tape.calibration_set, tape.texts.split
+        context = SearchContext(model, cache(lambda: retape(tape) if before else tape), {}, scratch, texts, split)
         return step.search(context)
 
     operations, records = _search_steps(model, steps, search_one, lambda: retape(tape))
@@ -111,7 +112,7 @@ def find_plan(
     record_unsplit = make_recorder(config, model, calibration, folder, timed)
 
     def search_one(step: Step, before: Sequence[Operation]) -> Decided:
-        return search_step(config, step, model, record_split, decided_by, before)
+        return search_step(config, step, model, record_split, decided_by, before, calibration)
 
     operations, records = _search_steps(model, steps, search_one, record_unsplit)
     operations += plan_refits(operations, config.method.get("refit", False))
@@ -163,6 +164,7 @@ def search_step(
     record: Callable[[], Tape],
     decided_by: Mapping[str, str],
     before: Sequence[Operation],
+    calibration: CalibrationSet | None,
 ) -> Decided:
     """Search one step of a run with the cached results of other runs, which may use the cache at the same time.
 
@@ -173,6 +175,7 @@ def search_step(
         record: records a tape of the model in its current state.
         decided_by: fingerprints of the model's weights and of the calibration set.
         before: operations of the earlier steps.
+        calibration: the calibration set.
     """
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
     key = fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *describe_rounding(config, model))
@@ -182,7 +185,8 @@ def search_step(
     with lock:
         scratch = scratch_bytes(config, decoder.device(model), model)
         known = processes.SharedMapping(JsonFolder(folder))
-        operations, evidence = step.search(SearchContext(model, cache(record), known, scratch))
+        context = SearchContext(model, cache(record), known, scratch, calibration, split=True)
+        operations, evidence = step.search(context)
     if reused := evidence.get("reused", ""):
         log.info("search: reused %s from %s", reused, folder)
     if seconds := evidence.get("seconds", {}):

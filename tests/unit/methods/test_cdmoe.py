@@ -143,6 +143,24 @@ def test_routing_weight_takes_the_largest_coefficients(family: str) -> None:
         assert entry["js"][0] == pytest.approx(greedy.candidates[0][expected[0]], rel=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frequency_takes_the_experts_that_are_selected_most(family: str) -> None:
+    """The lowest index wins a tie; the layers have an order of their own, found by their scores."""
+    model, ids = FAMILIES[family](), texts()
+    layers = bf.moe_layers(model)
+    step = CDMoE(num_experts=3, num_layers=len(layers), expert_search="frequency")
+    operations, record = search(step, model)
+    stats = bf.statistics(model, ids)
+    experts = {}
+    for operation in operations:
+        selected = stats[operation.layer].selected
+        experts[operation.layer] = operation.experts
+        assert list(operation.experts) == sorted(range(6), key=lambda expert: (-selected[expert], expert))[:3]
+    expected = bf.layer_search(model, ids, len(layers), experts, stats)
+    assert record["layer_search"]["order"] == expected.order
+    assert step.key() != CDMoE().key() != CDMoE(expert_search="routing_weight").key() != step.key()
+
+
 @pytest.mark.parametrize(("family", "shared_gate"), CASES)
 def test_scratch_does_not_change_a_bit(family: str, shared_gate: str) -> None:
     model = FAMILIES[family]()
@@ -324,7 +342,7 @@ def test_the_search_works_in_bf16() -> None:
         ({"num_layers": [1, "2"]}, "list of layers"),
         ({"num_layers": True}, "num_layers=True"),
         ({"shared_gate": "none"}, "mean or token"),
-        ({"expert_search": "random"}, "greedy or routing_weight"),
+        ({"expert_search": "random"}, "must be one of greedy, frequency, routing_weight"),
     ],
 )
 def test_settings_that_are_invalid_for_every_model(settings: dict[str, Any], message: str) -> None:

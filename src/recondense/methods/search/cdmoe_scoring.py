@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.calibration.trace import LayerTrace
+from recondense.methods.search.coefficients import LayerRouting, shared_gate
 from recondense.methods.search.divergence import Reference, jensen_shannon
 from recondense.methods.search.routing import routing_totals
 from recondense.models import decoder
@@ -44,7 +45,6 @@ class LayerScorer:
         self.block = block
         self.norm = norm  # the final norm, if the layer is the last one
         self.max_scratch_bytes = max_scratch_bytes
-        self.counts_E = self.sums_E = torch.zeros(block.num_experts)
         self.coefficients: list[float | None] = []
         self.gate_mean: float | None = None
         self.js_shared_only = math.nan
@@ -59,7 +59,13 @@ class LayerScorer:
 
     @classmethod
     def prepare(
-        cls, model: PreTrainedModel, tape: Tape, block: SparseBlock, mean_gate: bool, max_scratch_bytes: int
+        cls,
+        model: PreTrainedModel,
+        tape: Tape,
+        block: SparseBlock,
+        mean_gate: bool,
+        max_scratch_bytes: int,
+        routing: LayerRouting | None = None,
     ) -> LayerScorer:
         """Compute the coefficients and the outputs of the shared experts, and score the shared experts alone.
 
@@ -69,15 +75,13 @@ class LayerScorer:
             block: the layer.
             mean_gate: replace the shared experts' gate by its mean over the calibration tokens.
             max_scratch_bytes: bound on temporary tensors.
+            routing: the layer's routing on the texts that the coefficients come from; None for those of the tape.
         """
         last = block.layer == tape.num_layers - 1
         scorer = cls(tape, block, decoder.final_norm(model) if last else None, max_scratch_bytes)
         traces = tape.trace(model, block.layer)
-        scorer._count(traces)
-        gates = [_shared_gate(block, trace.x_TD) for trace in traces]
-        present = [gate_T1 for gate_T1 in gates if gate_T1 is not None]
-        if present:
-            scorer.gate_mean = float(torch.cat(present).double().mean())
+        gates = [shared_gate(block, trace.x_TD) for trace in traces]
+        scorer._set_routing(routing or _routing_on_tape(tape, traces, gates, block.num_experts))
         constant = scorer.gate_mean if mean_gate else None
         for index, (trace, gate_T1) in enumerate(zip(traces, gates, strict=True)):
             shared_TD = torch.zeros_like(trace.output_TD, dtype=torch.float32)
@@ -93,18 +97,19 @@ class LayerScorer:
         scorer._apart = scorer.js_shared_only > APART_ABOVE
         return scorer
 
-    def _count(self, traces: Sequence[LayerTrace]) -> None:
-        self.counts_E, self.sums_E = routing_totals(self.tape, traces, self.block.num_experts)
+    def _set_routing(self, routing: LayerRouting) -> None:
+        self.routing = routing
+        self.gate_mean = routing.gate_mean
         self.coefficients = [
-            float(total / count) if count > 0 else None for total, count in zip(self.sums_E, self.counts_E, strict=True)
+            total / count if count > 0 else None for total, count in zip(routing.weights, routing.selected, strict=True)
         ]
 
     def statistics(self) -> dict[str, Any]:
         """Return the routing statistics for the plan: JSON values, one entry per routed expert."""
         return {
             "coefficients": self.coefficients,
-            "selected": self.counts_E.tolist(),
-            "mean_routing_weight": (self.sums_E / self.tape.num_tokens).tolist(),
+            "selected": self.routing.selected,
+            "mean_routing_weight": [weight / self.routing.num_tokens for weight in self.routing.weights],
             "shared_gate_mean": self.gate_mean,
         }
 
@@ -197,8 +202,10 @@ class LayerScorer:
         return groups, [slice(row, row + rows) for row in range(0, num_tokens, rows)]
 
 
-def _shared_gate(block: SparseBlock, x_TD: Tensor) -> Tensor | None:
-    """Compute the sigmoid of the shared experts' gate (T, 1), fp32; None without a gate."""
-    if block.shared_expert_gate is None:
-        return None
-    return torch.sigmoid(block.shared_expert_gate(x_TD).float())
+def _routing_on_tape(
+    tape: Tape, traces: Sequence[LayerTrace], gates: Sequence[Tensor | None], num_experts: int
+) -> LayerRouting:
+    counts_E, sums_E = routing_totals(tape, traces, num_experts)
+    present = [gate_T1 for gate_T1 in gates if gate_T1 is not None]
+    gate_mean = float(torch.cat(present).double().mean()) if present else None
+    return LayerRouting(counts_E.tolist(), sums_E.tolist(), gate_mean, tape.num_tokens)

@@ -7,7 +7,7 @@ above a candidate. A prefix of an order is the result for a smaller number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from recondense.errors import UserError
 from recondense.methods.search.cdmoe_scoring import LayerScorer
+from recondense.methods.search.coefficients import LayerRouting, coefficient_texts, measure_routing
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.rerun import Change
@@ -42,24 +43,38 @@ class CondenseSearch:
 
     Args:
         context: the model, its tape and the cache.
-        num_experts, shared_gate, expert_search: as in `CDMoE`.
+        num_experts, shared_gate, expert_search, coefficient_max_length: as in `CDMoE`.
 
     Attributes:
         records: for each layer, the order of the first `num_experts` experts, with scores and routing statistics.
     """
 
-    def __init__(self, context: SearchContext, num_experts: int, shared_gate: str, expert_search: str) -> None:
+    def __init__(
+        self,
+        context: SearchContext,
+        num_experts: int,
+        shared_gate: str,
+        expert_search: str,
+        coefficient_max_length: int | None = None,
+    ) -> None:
         self.context = context
         self.num_experts = num_experts
         self.mean_gate = shared_gate == "mean"
         self.expert_search = expert_search
         self.blocks = moe_blocks.sparse_blocks(context.model)
+        self.texts = coefficient_texts(context, coefficient_max_length)
+        self.suffix = "" if self.texts is None else self.texts.suffix
+        self._routing: Mapping[int, LayerRouting] = {}  # empty: the routing on the tape
         self.records: dict[int, Record] = {}
         self._counts: dict[str, tuple[int, int]] = {}  # by what was searched: results from the cache, all results
 
     def describe_reuse(self) -> str:
         """Describe in words how many results came from the cache; empty if none did."""
         return " and ".join(f"{cached} of {total} {name}" for name, (cached, total) in self._counts.items() if cached)
+
+    def describe_texts(self) -> Record:
+        """Return an entry for the plan about the texts of the coefficients; empty if they are those of the tape."""
+        return {} if self.texts is None else {"coefficient_texts": self.texts.describe()}
 
     def search_experts(self, layers: Sequence[int], allow_too_few: bool = False) -> None:
         """Search for the order of each layer's experts, or read it from the cache, and store it in `records`.
@@ -77,7 +92,9 @@ class CondenseSearch:
 
         search = LayerwiseSearch(self.context)
         work = partial(self._search_layer, allow_too_few=allow_too_few)
-        names = {layer: f"experts-{layer:03d}" for layer in layers}
+        names = {layer: f"experts-{layer:03d}{self.suffix}" for layer in layers}
+        if self.texts is not None and layers:
+            self._routing = measure_routing(self.context, self.texts)
         records = search.per_layer(names, work, "expert search", complete)
         self._counts["expert orders"] = search.reused, len(layers)
         for layer, record in records.items():
@@ -108,7 +125,7 @@ class CondenseSearch:
         Returns:
             The order of the layers, the scores of all candidates, and the number of layer runs.
         """
-        name = f"layers-{self.num_experts:03d}"  # one order for each number of experts
+        name = f"layers-{self.num_experts:03d}{self.suffix}"  # one order for each number of experts
         record = self.context.cache.get(name) or {"order": [], "js": [], "candidates": [], "layer_runs": 0}
         cached = min(count, len(record["order"]))
         self._counts["layers of the layer order"] = cached, count
@@ -129,8 +146,14 @@ class CondenseSearch:
 
     @torch.no_grad()
     def _search_layer(self, task: LayerTask, allow_too_few: bool) -> Record:
-        scratch = self.context.max_scratch_bytes
-        scorer = LayerScorer.prepare(self.context.model, task.tape, self.blocks[task.layer], self.mean_gate, scratch)
+        scorer = LayerScorer.prepare(
+            self.context.model,
+            task.tape,
+            self.blocks[task.layer],
+            self.mean_gate,
+            self.context.max_scratch_bytes,
+            self._routing.get(task.layer),
+        )
         record = task.cached or {
             "order": [],
             "js": [],
@@ -151,8 +174,9 @@ class CondenseSearch:
                 for expert, coefficient in enumerate(coefficients)
                 if coefficient is not None and expert not in record["order"]
             ]
-            if self.expert_search == "routing_weight":
-                candidates = [max(candidates, key=lambda expert: (coefficients[expert], -expert))]
+            if self.expert_search != "greedy":
+                values = coefficients if self.expert_search == "routing_weight" else scorer.routing.selected
+                candidates = [max(candidates, key=lambda expert: (values[expert], -expert))]
             scores = scorer.score(candidates).tolist()
             best = min(range(len(candidates)), key=lambda i: scores[i])  # min keeps the first: the lowest index
             scorer.add(candidates[best])

@@ -27,6 +27,12 @@ class OptionSettings:
     rank_multiple: int | str
     shared_gate: str
     expert_search: str
+    coefficient_max_length: int | None
+
+    def condensing(self) -> list[CDMoE]:
+        """Return a step for each number of experts that a condensed layer may retain."""
+        settings = "all", self.shared_gate, self.expert_search, self.coefficient_max_length
+        return [CDMoE(count, *settings) for count in self.num_experts]
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,7 @@ class Options:
             choices: chooses the experts that the options retain or drop.
         """
         options = cls(settings, moe_blocks.sparse_blocks(model))
-        condensing = [
-            CDMoE(count, "all", settings.shared_gate, settings.expert_search) for count in settings.num_experts
-        ]
+        condensing = settings.condensing()
         numbers = {layer: [number for number in options._numbers(layer) if number] for layer in options.blocks}
         choices.prepare(options.blocks, condensing, numbers)
         for layer, block in options.blocks.items():

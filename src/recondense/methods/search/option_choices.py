@@ -79,7 +79,8 @@ class SearchedChoices:
         search = LayerwiseSearch(self.context)
         self._importance = expert_importances(search, blocks, "layer_output", self.normalize, "expert importance")
         for step in condensing:
-            experts = CondenseSearch(self.context, step.num_experts, step.shared_gate, step.expert_search)
+            settings = step.num_experts, step.shared_gate, step.expert_search, step.coefficient_max_length
+            experts = CondenseSearch(self.context, *settings)
             experts.search_experts(list(blocks), allow_too_few=True)
             self._condensing[step.num_experts] = experts
         for number in sorted({number for layer_numbers in numbers.values() for number in layer_numbers}):
