@@ -299,7 +299,7 @@ def test_settings_have_these_defaults(title: str) -> None:
             assert part in value, f"{page} names {name}, which is no setting"
             value = value[part]
         value = value["name"] if isinstance(value, dict) else value
-        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         if default not in ("...", shown):
             wrong.append(f"{name}: {page} says {default}, it is {value}")
     assert wrong == []

@@ -29,7 +29,7 @@ from recondense.models.moe_blocks import SparseBlock
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
-TOKENS_PER_BATCH = 4096  # with padding; longer texts have a batch of their own
+TOKENS_PER_BATCH = 2048  # with padding, as on a tape of 256 tokens per text; longer texts are batches of their own
 
 
 @dataclass(frozen=True)

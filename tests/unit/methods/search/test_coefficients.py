@@ -174,7 +174,7 @@ def test_texts_are_cut_at_the_models_positions(
     assert lines == ([expected] if cut else [])
 
 
-@pytest.mark.parametrize("most", [1, 40, 100, 4096])
+@pytest.mark.parametrize("most", [1, 40, 100, 2048])
 def test_padding_never_counts(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each text alone, several sizes of batches, or all texts in one batch."""
     monkeypatch.setattr(coefficients, "TOKENS_PER_BATCH", most)
