@@ -128,6 +128,19 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
         ["'text'", "body", "data.text_field"],
     ),
     "calibration that is no UTF-8": (lambda f: f.calibration(b"\xff\xfe\x00", "texts.txt"), ["not UTF-8"]),
+    "compressed calibration": (lambda f: f.calibration(b"\x1f\x8b\x08\x00", "texts.jsonl.gz"), ["gzip", "gunzip"]),
+    "calibration that is JSON by another name": (
+        lambda f: f.calibration(LINE * 3, "texts.txt"),
+        ["is JSON, but its name is that of plain text", "rename it to .jsonl"],
+    ),
+    "calibration with null": (
+        lambda f: f.calibration(LINE + '{"text": null}\n'),
+        ["line 2 has no text in 'text', but null", "give it a text or remove it"],
+    ),
+    "calibration nested too deep": (
+        lambda f: f.calibration(LINE + '{"text": ' + "[" * 50_000 + "]" * 50_000 + "}\n"),
+        ["line 2 is nested too deep"],
+    ),
     "too few texts": (lambda f: f.calibration(LINE), ["has 1 texts", "num_samples=2"]),
     "text below one token": (lambda f: f.calibration(LINE + '{"text": ""}\n'), ["the text of line 2 is empty"]),
     "folder without task files": (

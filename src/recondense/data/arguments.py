@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from recondense.data.valid_text import repair
 from recondense.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def list_texts(texts: Iterable[str]) -> list[str]:
-    """Return texts as a list.
+    """Return texts as a list. Lone surrogates, which no tokenizer accepts, become U+FFFD, and are counted in the log.
 
     Args:
         texts: any iterable of strings, such as a list or a generator; but not one string, whose items are characters.
@@ -25,7 +29,10 @@ def list_texts(texts: Iterable[str]) -> list[str]:
     for index, text in enumerate(documents):
         if not isinstance(text, str):
             raise UserError(f"texts[{index}] is a {type(text).__name__}, not a text (str); give a list of texts.")
-    return documents
+    repaired = [repair(text) for text in documents]
+    if count := sum(text is not before for text, before in zip(repaired, documents, strict=True)):
+        log.info("%d of %d texts had lone surrogates, halves of characters; now U+FFFD", count, len(documents))
+    return repaired
 
 
 def require_number(name: str, value: Any, least: int) -> None:

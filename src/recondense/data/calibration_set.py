@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recondense.data.arguments import list_texts, require_number
+from recondense.data.valid_text import is_empty
 from recondense.errors import UserError
 
 
@@ -104,12 +105,12 @@ def make_calibration_set(
     settings: Any = {"padding": False, "return_attention_mask": False, "return_special_tokens_mask": True}
     encoded = tokenizer(documents, truncation=True, max_length=max_length, **settings)
     masks = encoded["special_tokens_mask"]
-    empty = [index for index, mask in enumerate(masks) if all(mask)]
+    empty = [index for index, mask in enumerate(masks) if all(mask) or is_empty(documents[index])]
     if empty:
         shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
         raise UserError(
-            f"calibration set: {len(empty)} of {num_samples} texts have no token (indices from 0: {shown}); remove "
-            "them."
+            f"calibration set: {len(empty)} of {num_samples} texts have no token (indices from 0: {shown}), or no "
+            "visible character; remove them."
         )
     # `verbose`: no warning if a text is longer than the model's context.
     whole = [list(ids) for ids in tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]]

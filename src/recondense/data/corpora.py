@@ -16,6 +16,7 @@ from recondense.data.corpus import SPLITS, Corpora
 from recondense.data.hub import hub_corpora
 from recondense.data.stdlib import stdlib_corpora
 from recondense.data.text_files import TextFile
+from recondense.data.valid_text import is_empty
 from recondense.errors import UserError
 
 
@@ -124,8 +125,8 @@ def _check_calibration(file: TextFile, texts: Sequence[tuple[int, str]], num_sam
             "texts."
         )
     for number, text in texts[:num_samples]:
-        if not text:
-            yield file.problem(f"the text of line {number} is empty; remove it.")
+        if is_empty(text):
+            yield file.problem(f"the text of {file.place(number)} is empty; remove it.")
 
 
 def _check_hub(data: DataConfig, where: str) -> Iterator[Problem]:

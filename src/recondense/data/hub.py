@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import errno
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from recondense.config.schema import DataConfig
 from recondense.data.instruction_records import detect_form, read_record
+from recondense.data.json_files import field_of, json_type
 from recondense.data.text_files import is_article, split_documents
+from recondense.data.valid_text import is_empty, repair
 from recondense.errors import UserError
 from recondense.offline import hub_access
 from recondense.progress import track
 
+log = logging.getLogger(__name__)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # they name the file and say what is wrong
 # If several splits of a run have the same name on the hub, they take its documents in this order.
 ORDER = ("calibration", "validation", "train")
 
@@ -42,61 +48,96 @@ class HubSplit:
     setting: str
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents that are not empty. The rows of WikiText, one per line, are joined into articles."""
-        rows = self._rows()
-        first = next((row for row in rows if row.strip()), None)
+        """Yield the documents that are not empty. The rows of WikiText, one per line, are joined into articles.
+
+        Lone surrogates become U+FFFD; rows whose text is null are left out. Both are counted in the log.
+        """
+        rows = self._records(self.form) if self.form is not None else self._texts()
+        first = next((row for row in rows if not is_empty(row)), None)
         if first is None:
             return
         rows = chain([first], rows)
         if is_article(first):
             yield from (text for _, text in split_documents(rows))
         else:
-            yield from (row for row in rows if row.strip())
+            yield from (row for row in rows if not is_empty(row))
 
-    def _rows(self) -> Iterator[str]:
-        """Yield the text field of every row, or every row as a `Record`."""
-        with self._explained():
-            import datasets
+    def _texts(self) -> Iterator[str]:
+        """Yield the text field of every row that has one."""
+        absent = repaired = 0
+        try:
+            for index, row in enumerate(self._rows()):
+                value = self._value(index, row)
+                if value is None:
+                    absent += 1
+                    continue
+                text = repair(value)
+                repaired += text is not value
+                yield text
+        finally:  # there may be more rows than are needed
+            if absent:
+                log.info("%s: %d rows with null in %r are left out", self._name, absent, self.text_field)
+            if repaired:
+                log.info("%s: %d texts had lone surrogates, halves of characters; now U+FFFD", self._name, repaired)
 
-            rows: Iterable[dict[str, Any]] = datasets.load_dataset(
-                self.dataset, name=self.subset, split=self.split, streaming=self.streaming
+    def _value(self, index: int, row: Mapping[str, Any]) -> str | None:
+        try:
+            value = field_of(row, self.text_field)
+        except KeyError:
+            self._refuse(f"row {index} (from 0) has no field {self.text_field!r} (fields: {', '.join(row)})")
+        if value is not None and not isinstance(value, str):
+            texts = ", ".join(name for name, entry in row.items() if isinstance(entry, str)) or "none"
+            kind = json_type(value)
+            self._refuse(
+                f"row {index} (from 0) has {kind} in {self.text_field!r}, not a text (fields with text: {texts})"
             )
-            if self.form is not None:
-                yield from self._records(rows, self.form)
-                return
-            for index, row in enumerate(rows):
-                if index == 0 and self.text_field not in row:
-                    fields = ", ".join(row)
-                    raise UserError(f"no field {self.text_field!r} (fields: {fields}); set {self.where}.text_field")
-                yield row[self.text_field] or ""
+        return value
 
-    def _records(self, rows: Iterable[dict[str, Any]], form: str) -> Iterator[str]:
-        for index, row in enumerate(rows):
+    def _refuse(self, text: str) -> NoReturn:
+        raise UserError(f"{self._name}: {text}; set {self.where}.text_field.")
+
+    def _records(self, form: str) -> Iterator[str]:
+        """Yield every row as a `Record`."""
+        for index, row in enumerate(self._rows()):
             try:
                 form = detect_form(row) if form == "auto" else form
-                yield read_record(row, form)
-            except ValueError as error:
-                raise UserError(f"row {index} (from 0) {error}; {self.where}.form={form}") from None
+                record = read_record(row, form)
+            except UserError as error:
+                raise UserError(f"{self._name}: row {index} (from 0) {error}; {self.where}.form={form}") from None
+            yield repair(record)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn errors of the hub and of the dataset into a UserError."""
-        name = f"{self.where}.dataset={self.dataset}" + (f" ({self.subset})" if self.subset else "")
+    @property
+    def _name(self) -> str:
+        subset = f" ({self.subset})" if self.subset else ""
+        return f"{self.where}.dataset={self.dataset}{subset}, split {self.split!r}"
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows. Whatever the library raises about the dataset becomes a UserError.
+
+        Raises:
+            UserError: the dataset, subset or split does not exist or cannot be read, or the hub cannot be reached.
+        """
         try:
-            yield
-        except (FileNotFoundError, ValueError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"{name}, split {self.split!r}: {reason}. Check {self.where}.dataset, {self.where}.subset and "
-                f"{self.setting}."
-            ) from error
+            import datasets
+
+            yield from datasets.load_dataset(self.dataset, name=self.subset, split=self.split, streaming=self.streaming)
         except Exception as error:
-            if not _is_network_error(error):
+            if getattr(error, "errno", None) in DISK_ERRORS:
                 raise
+            if _is_network_error(error) and not Path(str(self.dataset)).is_dir():
+                raise UserError(
+                    f"{self._name.partition(', split')[0]}: the hub cannot be reached and the dataset is not in the "
+                    "cache; check the network, or use data=texts with local files."
+                ) from error
             raise UserError(
-                f"{name}: the hub cannot be reached and the dataset is not in the cache; check the network, or use "
-                "data=texts with local files."
+                f"{self._name}: {_reason(error)}. Check {self.where}.dataset, {self.where}.subset and {self.setting}."
             ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first lines of an error and of its cause, which says what is wrong with a file of the dataset."""
+    lines = [(str(part).splitlines() or [type(part).__name__])[0] for part in (error, error.__cause__) if part]
+    return ": ".join(dict.fromkeys(line.rstrip(".:") for line in lines))
 
 
 def read_split(split: HubSplit, count: int) -> list[str]:
@@ -191,9 +232,6 @@ def _needed(data: DataConfig, splits: set[str]) -> list[str]:
 
 def _is_network_error(error: Exception) -> bool:
     """Return whether an error comes from the connection; errors of the HTTP libraries are not OSErrors."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in {
-        "httpx",
-        "httpcore",
-        "aiohttp",
-        "requests",
-    }
+    libraries = {"httpx", "httpcore", "aiohttp", "requests"}
+    connection = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return connection or type(error).__module__.partition(".")[0] in libraries

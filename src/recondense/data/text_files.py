@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from recondense.config.problems import Problem
+from recondense.data.file_formats import ENCODING, bad_byte, refuse_json, refuse_other_formats, require_file
 from recondense.data.instruction_records import detect_form, read_record
+from recondense.data.json_files import place, read_values, text_of
+from recondense.data.valid_text import is_empty, repair
 from recondense.errors import UserError
 
-ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
-JSON_LINES = (".jsonl", ".ndjson", ".json")
+log = logging.getLogger(__name__)
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 # In WikiText, a line " = Title = " begins an article; sections have " = = ".
 ARTICLE = re.compile(r"^ ?= [^=]+ = ?$")
 
@@ -38,11 +40,11 @@ class TextFile:
     setting: str
 
     def read(self, limit: int | None = None, *, keep_empty: bool = False) -> list[tuple[int, str]]:
-        """Return the first documents, each with the number of its first line.
+        """Return the first documents, each with the number of its first line. Lone surrogates become U+FFFD.
 
         Args:
             limit: the maximum number of documents; None for all.
-            keep_empty: also return empty documents.
+            keep_empty: also return documents without a visible character.
 
         Raises:
             UserError: the file does not exist, cannot be read, or has no document.
@@ -50,23 +52,29 @@ class TextFile:
         documents, problems = self.check(limit, keep_empty=keep_empty)
         if problems:
             raise UserError(str(problems[0]))
-        return documents
+        repaired = [(number, repair(text)) for number, text in documents]
+        count = sum(text is not before for (_, text), (_, before) in zip(repaired, documents, strict=True))
+        if count:
+            log.info("%s", self.problem(f"{count} texts had lone surrogates, halves of characters; now U+FFFD"))
+        return repaired
 
     def check(
         self, limit: int | None = None, *, keep_empty: bool = False
     ) -> tuple[list[tuple[int, str]], list[Problem]]:
-        """Read documents like `read`, but return an error as a list with one problem."""
-        path = Path(self.path).expanduser()
-        if not path.is_file():
-            return [], [self.problem(f"{'is a folder; give a file' if path.is_dir() else 'there is no such file'}.")]
+        """Read documents like `read`, but return an error as a list with one problem, and texts as they are."""
         try:
-            texts = read_texts(path, self.text_field, self.form, self.where)
-            documents = list(islice((text for text in texts if text[1] or keep_empty), limit))
+            texts = read_texts(require_file(self.path), self.text_field, self.form, self.where)
+            documents = list(islice((text for text in texts if keep_empty or not is_empty(text[1])), limit))
         except UserError as error:
             return [], [self.problem(str(error))]
         return documents, [] if documents else [
             self.problem("the file has no text; give a file with at least one document.")
         ]
+
+    def place(self, number: int) -> str:
+        """Return the words for the place of a document in the file, from its number: a line, or a record of a list."""
+        path = require_file(self.path)
+        return place(path, number) if _is_json(path, self.form) else f"line {number}"
 
     def problem(self, text: str) -> Problem:
         """Return a Problem with the file's setting and path."""
@@ -78,9 +86,9 @@ def read_texts(
 ) -> Iterator[tuple[int, str]]:
     """Yield the documents of a local file, each with the number of its first line (from 1).
 
-    JSON lines (.jsonl, .ndjson, .json) have one object per line, whose `text_field` is a document; blank lines are
-    skipped. Any other file is plain text. In WikiText's format (the first line is " = Title = ") a document is an
-    article; otherwise it is a paragraph, ended by a blank line.
+    JSON files (.jsonl, .ndjson, .jsonlines, .json) have one object per line, whose `text_field` is a document, or are
+    one list of such objects; blank lines are skipped. Any other file is plain text. In WikiText's format (the first
+    line is " = Title = ") a document is an article; otherwise it is a paragraph, ended by a blank line.
 
     Args:
         path: the file.
@@ -91,20 +99,26 @@ def read_texts(
         where: the dotted name in the config of the group with text_field and form, for messages.
 
     Raises:
-        UserError: the file cannot be read or is not UTF-8, or a line does not have the field or is not such a record.
-            The message names the line, not the file.
+        UserError: the file cannot be read, is not UTF-8 or has another format, or a line does not have the field or is
+            not such a record. The message names the line, not the file.
     """
     try:
+        refuse_other_formats(path)
         if form is not None:
             yield from _records(path, form, where)
-        elif path.suffix.lower() in JSON_LINES:
-            yield from _json_lines(path, text_field, where)
+        elif _is_json(path, form):
+            yield from _json_texts(path, text_field, where)
         else:
+            refuse_json(path)
             yield from _plain(path)
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror}); give a readable file.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8.") from None
+    except UnicodeDecodeError:
+        raise bad_byte(path) from None
+
+
+def _is_json(path: Path, form: str | None) -> bool:
+    return form is not None or path.suffix.lower() in JSON_LINES
 
 
 def split_documents(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -136,49 +150,30 @@ def _join(lines: list[str]) -> str:
 
 def _plain(path: Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding=ENCODING) as file:
-        yield from split_documents(file)
+        yield from split_documents(_without_nul(file))
 
 
-def _json_lines(path: Path, text_field: str, where: str) -> Iterator[tuple[int, str]]:
-    for number, record in _objects(path):
-        text = record.get(text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            content = f"its keys: {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise UserError(f"line {number} has no text in {text_field!r} ({content}); set {where}.text_field.")
-        yield number, text
+def _without_nul(lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise UserError(f"line {number} has a NUL character, which text has not; is it a file of another format?")
+        yield line
 
 
-def _objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the JSON value of each line, with the line's number."""
-    with path.open(encoding=ENCODING) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"line {number} is not JSON ({error.msg}); write one object per line.") from None
-            yield number, value
+def _json_texts(path: Path, text_field: str, where: str) -> Iterator[tuple[int, str]]:
+    for number, values in read_values(path):
+        try:
+            yield number, text_of(values, text_field, where)
+        except UserError as error:
+            raise UserError(f"{place(path, number)} {error}") from None
 
 
 def _records(path: Path, form: str, where: str) -> Iterator[tuple[int, str]]:
-    with path.open(encoding=ENCODING) as file:
-        listed = file.read(4096).lstrip().startswith("[")
-    rows = enumerate(_list(path), start=1) if listed else _objects(path)
-    for number, values in rows:
+    for number, values in read_values(path):
         try:
             if form == "auto" and isinstance(values, dict):
                 form = detect_form(values)
             yield number, read_record(values, form)
         except UserError as error:
-            what = "record" if listed else "line"
-            raise UserError(f"{what} {number} {error}; fix it, or set {where}.form to the form of the file.") from None
-
-
-def _list(path: Path) -> list[Any]:
-    try:
-        records: list[Any] = json.loads(path.read_text(encoding=ENCODING))
-    except json.JSONDecodeError as error:
-        text = f"is not JSON (line {error.lineno}: {error.msg}); write a list, or one object per line."
-        raise UserError(text) from None
-    return records
+            remedy = f"fix it, or set {where}.form to the form of the file."
+            raise UserError(f"{place(path, number)} {error}; {remedy}") from None

@@ -1,0 +1,152 @@
+"""Read the objects of JSON files, and name what is wrong in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from recondense.data.file_formats import ENCODING, begins_with_list
+from recondense.data.instruction_records import detect_form
+from recondense.errors import UserError
+
+
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the values of a JSON file, with the numbers of their lines, or of the entries of one list; from 1.
+
+    A file holds one value per line, one list, or a single object over several lines.
+
+    Raises:
+        UserError: it is not JSON. The message is a clause without a subject that names the line.
+    """
+    if begins_with_list(path):
+        yield from enumerate(_whole(path), start=1)
+    else:
+        yield from _lines(path)
+
+
+def place(path: Path, number: int) -> str:
+    """Return the words for the place of a value in a JSON file, from its number."""
+    return f"{'record' if begins_with_list(path) else 'line'} {number}"
+
+
+def text_of(values: Any, field: str, where: str) -> str:
+    """Return the text in a field of an object; a name such as meta.text is that of a field of a field.
+
+    Args:
+        values: the object.
+        field: the name of the field.
+        where: the dotted name in the config of the group with text_field and form.
+
+    Raises:
+        UserError: there is no such field, or it is no text. The message is a clause without a subject.
+    """
+    if not isinstance(values, Mapping):
+        kind = json_type(values)
+        raise UserError(f'has no text in {field!r} ({kind}); write objects, such as {{{json.dumps(field)}: "..."}}.')
+    try:
+        value = field_of(values, field)
+    except KeyError:
+        keys = ", ".join(map(str, values))
+        raise UserError(f"has no text in {field!r} (its keys: {keys}); set {_remedy(values, where)}.") from None
+    if not isinstance(value, str):
+        raise UserError(
+            f"has no text in {field!r}, but {json_type(value)}; give it a text or remove it, or set {where}.text_field "
+            "to another field."
+        )
+    return value
+
+
+def json_type(value: Any) -> str:
+    """Return the name of a value's type in JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    names = ((str, "a text"), (int | float, "a number"), (Mapping, "an object"), (list | tuple, "a list"))
+    return next((name for kind, name in names if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def field_of(values: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field; a name such as meta.text is that of a field of a field, if no field has this name.
+
+    Raises:
+        KeyError: there is no such field.
+    """
+    if name in values:
+        return values[name]
+    first, _, rest = name.partition(".")
+    if rest and isinstance(values.get(first), Mapping):
+        return field_of(values[first], rest)
+    raise KeyError(name)
+
+
+def _remedy(values: Mapping[str, Any], where: str) -> str:
+    try:
+        return f"{where}.form={detect_form(values)} for such records, or {where}.text_field"
+    except UserError:
+        return f"{where}.text_field"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding=ENCODING) as file:
+        first = True
+        for number, line in enumerate(file, start=1):
+            line = line.lstrip("\ufeff")  # left where files were joined
+            if not line.strip():
+                continue
+            try:
+                value = _parse(line)
+            except json.JSONDecodeError as error:
+                if first and line.strip()[0] == "{" and (single := _single(path)) is not None:
+                    yield number, single
+                    return
+                raise UserError(f"line {number} is not JSON ({error.msg}); write one object per line.") from None
+            except UserError as error:
+                raise UserError(f"line {number} {error}") from None
+            yield number, value
+            first = False
+
+
+def _single(path: Path) -> Any:
+    """Return the object that an entire file is; None if it is none."""
+    try:
+        return _parse(path.read_text(encoding=ENCODING))
+    except (json.JSONDecodeError, UserError):
+        return None
+
+
+def _whole(path: Path) -> list[Any]:
+    try:
+        values: list[Any] = _parse(path.read_text(encoding=ENCODING).lstrip("\ufeff"))
+    except json.JSONDecodeError as error:
+        text = f"is not JSON (line {error.lineno}: {error.msg}); write a list, or one object per line."
+        raise UserError(text) from None
+    return values
+
+
+def _parse(text: str) -> Any:
+    """Return a JSON value.
+
+    Raises:
+        JSONDecodeError: it is not JSON.
+        UserError: it is, but cannot be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (json.JSONDecodeError, UserError):
+        raise
+    except RecursionError:
+        raise UserError("is nested too deep; remove the field that is.") from None
+    except ValueError:  # Python limits the digits of numbers
+        raise UserError("has a number of too many digits; write it as a text.") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"has the key {twice!r} twice; remove one of them.")
+    return values
