@@ -98,7 +98,15 @@ def _check_data(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
         needs["calibration"] = "the method needs it for its search"
     if config.recovery.objective != "none" and not all(stage.own_texts for stage in stages):
         needs["train"] = f"recovery={config.recovery.name} trains on it (otherwise set recovery=none)"
+    if config.recovery.objective != "none" and (validating := _validates(stages, own_texts=False)):
+        needs["validation"] = f"{validating} measures on it (otherwise set it to 0)"
     yield from _check_splits(config.data, "data", needs)
+
+
+def _validates(stages: Sequence[Stage], *, own_texts: bool) -> str:
+    """Return the setting of the first stage that validates during its training; empty if there is none."""
+    validating = (stage for stage in stages if stage.recovery.validate_every and stage.own_texts == own_texts)
+    return next((f"{stage.where}.validate_every={stage.recovery.validate_every}" for stage in validating), "")
 
 
 def _check_splits(data: DataConfig, where: str, needs: Mapping[str, str]) -> Iterator[Problem]:
@@ -138,7 +146,10 @@ def _check_stages(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
         yield from (problem for problem, same in zip(problems, inherited, strict=True) if same not in known)
         if stage.own_texts:
             why = f"stage {stage.name} trains on it"
-            yield from _check_splits(stage.data, f"{stage.where}.data", {"train": why})
+            needs = {"train": why}
+            if validating := _validates([stage], own_texts=True):
+                needs["validation"] = f"{validating} measures on it (otherwise set it to 0)"
+            yield from _check_splits(stage.data, f"{stage.where}.data", needs)
         if stage.recovery.objective == "none":
             yield Problem(f"{stage.where}.objective", "a stage must train. Remove the stage instead.", "none")
         if stage.recovery.trainable == "all" != recovery.trainable and step_entries(config.method):

@@ -54,3 +54,29 @@ def test_a_model_has_one_unless_another_folder_is_named(folder: Path) -> None:
     assert problem.endswith("the folder has no tokenizer. Set model.tokenizer to a folder or hub id that has one.")
     assert messages(model={"path": str(folder), "tokenizer": "some/model"}) == []
     assert messages(model={"path": str(folder)}, plan_only=True) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "setting"),
+    [
+        ({"source": "texts", "train": {"path": "a.jsonl"}}, "data.validation.path"),
+        ({"source": "hub", "dataset": "a/b", "splits": {"train": "train"}}, "data.splits.validation"),
+    ],
+)
+def test_validation_during_training_needs_validation_text(data: dict[str, Any], setting: str) -> None:
+    recovery = {"objective": "finetune", "name": "finetune", "validate_every": 5}
+
+    def problems(recovery: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        values = messages(recovery=recovery, data={"name": "mine", **data}, method={"name": "none"})
+        return [text for text in values if "validat" in text]
+
+    [message] = problems(recovery, data)
+    assert message.startswith(f"{setting}=null: recovery.validate_every=5 measures on it (otherwise set it to 0).")
+    assert problems({**recovery, "validate_every": 0}, data) == []
+    assert problems({**recovery, "objective": "none"}, data) == []
+    assert problems(recovery, {"source": "stdlib"}) == []
+    alone = [{"name": "one", "data": data}, {"name": "two", "validate_every": 0}]
+    [message] = problems({**recovery, "stages": alone}, {"source": "stdlib"})
+    where = "recovery.stages[0]"
+    assert message.startswith(f"{where}.{setting}=null: {where}.validate_every=5 measures on it")
+    assert problems({**recovery, "stages": [{"name": "one"}]}, data)[0].startswith(f"{setting}=null: {where}.validate")
