@@ -24,6 +24,7 @@ from recondense.report.comparison import by_seed, comparison_cells, comparison_m
 from recondense.report.sweep_table import sweep_row, sweep_table
 from recondense.report.tables import print_tables
 from recondense.run.exit_codes import JobFailed, refuse
+from recondense.run.sweeping import named_in_sweep
 
 log = logging.getLogger(__name__)
 
@@ -104,17 +105,21 @@ def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log the table and the picture as one W&B run, if the runs of the sweep are logged to W&B."""
     if "logger" not in config or config.get("plan_only") or not any(row["status"] == "done" for row in rows):
         return
-    from recondense.report import tracking  # late: it imports Lightning
+    from recondense.report import tracking  # late: they import Lightning
+    from recondense.report.wandb_run import Names, QuietWandbLogger
 
     values = cast(dict[str, Any], OmegaConf.to_container(config.logger, resolve=True))
-    settings, folder = schema.from_dict({"logger": values}).logger, _folder(config)
-    named = replace(settings.wandb, name=settings.wandb.name or f"{config.experiment_name}-{folder.name}")
+    folder = _folder(config)
+    logger_config = replace(schema.from_dict({"logger": values}).logger, csv=False)
+    named = named_in_sweep(logger_config, config.experiment_name, folder, "comparison")
+    methods = dict.fromkeys(str(row["method"]) for row in rows if "method" in row)
+    names = Names(f"{config.experiment_name}-{folder.name}", "comparison", list(methods))
     sweep = {"sweep": [row["settings"] for row in rows]}
-    loggers = tracking.make_loggers(replace(settings, csv=False, wandb=named), folder, sweep, job_type="comparison")
+    loggers = tracking.make_loggers(named, folder, sweep, names)
     header, data = comparison_cells(by_seed(rows))
     columns = [title.replace("\n", " ") for title in header]
     for logger in loggers:
-        if isinstance(logger, tracking.QuietWandbLogger):
+        if isinstance(logger, QuietWandbLogger):
             logger.attempt(logger.log_table, "comparison/table", columns=columns, data=data)
             if (folder / "comparison.png").exists():
                 logger.attempt(logger.log_image, "comparison/picture", [str(folder / "comparison.png")])

@@ -1,12 +1,15 @@
-"""Find out whether the Hugging Face hub can be reached, and make the libraries use their caches if it cannot."""
+"""Find out whether a server can be reached, and make the Hugging Face libraries use their caches if the hub cannot."""
 
 from __future__ import annotations
 
+import http.client
 import socket
+import ssl
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -54,18 +57,50 @@ def hub_reachable(endpoint: str) -> bool:
     proxies = urllib.request.getproxies()
     if proxies.get(url.scheme) or proxies.get("all"):
         return True
-    answers: list[bool] = []
+
+    def connects() -> bool:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        socket.create_connection((url.hostname or "", port), timeout=PROBE_SECONDS).close()
+        return True
+
+    return _within(PROBE_SECONDS, connects)
+
+
+def server_answers(url: str, seconds: float = PROBE_SECONDS) -> bool:
+    """Return whether a server answers a request in time, with anything but a failure of its own (HTTP 5xx).
+
+    Proxies of the environment are used. A certificate that Python does not know counts as an answer.
+
+    Args:
+        url: the address to ask.
+        seconds: how long to wait.
+    """
+
+    def answers() -> bool:
+        try:
+            urllib.request.urlopen(url, timeout=seconds).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code < 500
+        except urllib.error.URLError as error:
+            return isinstance(error.reason, ssl.SSLError)
+        return True
+
+    return _within(seconds, answers)
+
+
+def _within(seconds: float, test: Callable[[], bool]) -> bool:
+    """Return the result of a test of the network; False if it fails or does not end in time."""
+    results: list[bool] = []
 
     def probe() -> None:
         try:
-            port = url.port or (443 if url.scheme == "https" else 80)
-            socket.create_connection((url.hostname or "", port), timeout=PROBE_SECONDS).close()
-            answers.append(True)
-        except OSError:
-            answers.append(False)
+            results.append(test())
+        except (OSError, ValueError, http.client.HTTPException):
+            results.append(False)
 
     # In a thread, because the DNS lookup has no timeout.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers == [True]
+    thread.join(seconds)
+    return results == [True]

@@ -32,6 +32,8 @@ PARAMETERS = {
     "Fp8Dequantize._dequantize_one": "self quantized scales output_dtype",
     "PreTrainedModel._can_set_experts_implementation": "cls",
     "cached_file": "path_or_repo_id filename",
+    "get_cache_dir": "",
+    "get_data_dir": "",
     "get_args_parser": "",
     "BasicSweeper.split_arguments": "overrides max_batch_size",
     "create_automatic_config_search_path": "calling_file calling_module config_path",

@@ -259,6 +259,13 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "repository that is none": (["export.push_to_hub=mine"], ["export.push_to_hub=mine", "owner/name"]),
     "push by nobody": (["export.push_to_hub=me/mine"], ["no token", "hf auth login"]),
+    "project that W&B refuses": (
+        ["logger.wandb.project=a/b"],
+        ["logger.wandb.project=a/b", "1 to 128 characters and none of"],
+    ),
+    "team with a space": (["logger.wandb.entity='my team'"], ["logger.wandb.entity=my team", "no spaces"]),
+    "tag that is too long": ([f"logger.wandb.tags=[a,{'t' * 65}]"], ["logger.wandb.tags[1]", "1 to 64 characters"]),
+    "group that is too long": ([f"logger.wandb.group={'g' * 129}"], ["logger.wandb.group", "1 to 128 characters"]),
     "no such device": (["model.device=gpu"], ["model.device=gpu", "cuda:N"]),
     "slow experts": (["model.device=cpu", "model.experts=batched_mm"], ["batched_mm", "60 times slower", "grouped_mm"]),
     "scratch that is no size": (["max_scratch_bytes=lots"], ["max_scratch_bytes", "'lots'", "512MiB"]),
@@ -286,6 +293,15 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["run_dir=/nowhere/run", "several runs", "run_dir=null"],
     ),
 }
+
+
+def test_variables_of_wandb_are_checked_like_the_config(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "a/b")
+    monkeypatch.setenv("WANDB_TAGS", f"short,{'t' * 65}")
+    assert_refused(*command("recovery.steps=0"), ["3 problems", "WANDB_PROJECT=a/b", "WANDB_TAGS", "recovery.steps=0"])
+    code, error = command("recovery.steps=0", "logger.wandb.mode=disabled")
+    assert code == 2 and "WANDB" not in error
+
 
 # They read lm-eval's list of tasks, which takes half a minute on a busy machine.
 SLOW = ("unknown task", "recipe without its folder")

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from recondense.config.logger import LoggerConfig
 from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem, render
 from recondense.config.run_identity import NO_RESULT, identity_of
@@ -249,25 +250,6 @@ class TrainerConfig:
     def deepspeed(self) -> bool:
         """Whether DeepSpeed is used for training."""
         return self.strategy.startswith("deepspeed")
-
-
-@dataclass(frozen=True, config=FORBID)
-class WandbConfig:
-    """Logging to Weights & Biases."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "recondense"
-    entity: str | None = None
-    name: str | None = None
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, config=FORBID)
-class LoggerConfig:
-    """Where metrics are logged."""
-
-    csv: Switch = True
-    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass(frozen=True, config=FORBID)

@@ -4,41 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
-import netrc
-import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from recondense.config.schema import LoggerConfig, WandbConfig
+from recondense.config.logger import LoggerConfig
 from recondense.files import write_aside
-
-log = logging.getLogger(__name__)
+from recondense.report.wandb_run import (
+    Names,
+    QuietWandbLogger,
+    is_first_rank,
+    run_arguments,
+    start_wandb,
+    wandb_mode,
+)
 
 
 def make_loggers(
-    settings: LoggerConfig,
-    run_folder: Path,
-    resolved_config: Mapping[str, Any],
-    *,
-    run_id: str | None = None,
-    job_type: str | None = None,
+    settings: LoggerConfig, run_folder: Path, resolved_config: Mapping[str, Any], names: Names
 ) -> list[Logger]:
     """Return the loggers that the settings request. All their files are below `run_folder/logs`.
 
     Args:
-        settings: csv on or off; mode, project, entity, name and tags of W&B.
+        settings: csv on or off; mode and names of W&B.
         run_folder: the run's folder. It also stores the id of the W&B run, so a resumed run logs to the same one.
         resolved_config: config of the W&B run, as plain containers.
-        run_id: id of the W&B run; None for the stored one.
-        job_type: job type of the W&B run.
+        names: what the W&B run is called where the settings do not say it.
 
     Returns:
         The csv logger first. W&B is missing if it is disabled or does not start; the latter is logged as a warning.
@@ -48,26 +44,10 @@ def make_loggers(
     if settings.csv:
         loggers.append(AppendingCSVLogger(folder / "metrics.csv"))
     mode = wandb_mode(settings.wandb.mode)
-    if mode != "disabled" and _is_first_rank():
-        names = {"id": run_id or _stored_id(folder), "job_type": job_type}
-        loggers += _start_wandb(settings.wandb, mode, folder, resolved_config, names)
+    if mode != "disabled" and is_first_rank():
+        arguments = run_arguments(settings.wandb, names)
+        loggers += start_wandb(mode, folder, arguments, resolved_config, _stored_id(folder))
     return loggers
-
-
-def wandb_mode(mode: str) -> str:
-    """Return the mode to use, `online`, `offline` or `disabled`, such that W&B never prompts for a login.
-
-    `auto` follows the variable WANDB_MODE. Without it, the mode is `online` if there is a login (WANDB_API_KEY or
-    netrc), else `offline`. `online` without a login becomes `offline`, with a warning.
-    """
-    if mode == "auto":
-        variable = os.environ.get("WANDB_MODE", "").lower()
-        mode = {"dryrun": "offline", "offline": "offline", "disabled": "disabled"}.get(variable, "")
-        return mode or ("online" if _has_login() else "offline")
-    if mode == "online" and not _has_login():
-        log.warning("W&B: there is no login (WANDB_API_KEY or `wandb login`), so this run is logged offline")
-        return "offline"
-    return mode
 
 
 def log_summary(loggers: Sequence[Logger], summary: Mapping[str, Any]) -> None:
@@ -207,85 +187,11 @@ class AppendingCSVLogger(Logger):
         return list(csv.DictReader(io.StringIO(content)))
 
 
-class QuietWandbLogger(WandbLogger):
-    """Lightning's W&B logger, except that an error of W&B only stops the logging, with a warning."""
-
-    broken = False
-
-    def attempt(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call an action of W&B, unless one has failed before."""
-        if self.broken or not _is_first_rank():
-            return
-        try:
-            action(*args, **kwargs)
-        except Exception as error:
-            self.broken = True
-            log.warning("W&B: logging stopped (%s: %s); the run continues", type(error).__name__, error)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.attempt(super().log_metrics, metrics, step)
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing, because the W&B run already has the resolved config."""
-
-
-def _start_wandb(
-    settings: WandbConfig, mode: str, folder: Path, resolved_config: Mapping[str, Any], names: Mapping[str, Any]
-) -> list[QuietWandbLogger]:
-    for attempt in dict.fromkeys((mode, "offline")):
-        try:
-            import wandb
-
-            folder.mkdir(parents=True, exist_ok=True)
-            run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                name=settings.name,
-                tags=list(settings.tags) or None,
-                dir=str(folder),
-                **names,
-                # An offline run cannot be resumed; `wandb sync` joins the starts that share an id.
-                resume="allow" if attempt == "online" else None,
-                mode=attempt,  # type: ignore[arg-type]
-                config=dict(resolved_config),
-                reinit="create_new",  # neither reuse nor end another W&B run that is open in this process
-                save_code=False,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-            )
-            run.define_metric("trainer/global_step")
-            run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        except Exception as error:
-            log.warning("W&B: could not start %s (%s: %s)", attempt, type(error).__name__, error)
-            continue
-        if attempt == "online":
-            log.info("W&B: %s", run.url)
-        return [QuietWandbLogger(experiment=run, save_dir=str(folder), project=settings.project, id=names["id"])]
-    return []
-
-
 def _stored_id(folder: Path) -> str:
     path = folder / "run_id"
     if not path.exists():
         write_aside(path, secrets.token_hex(4))
     return path.read_text(encoding="utf-8").strip()
-
-
-def _has_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "api.wandb.ai"
-    candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for candidate in candidates:
-        try:
-            if host in netrc.netrc(os.path.expanduser(candidate)).hosts:
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-def _is_first_rank() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from recondense.config.checks import check_config
+from recondense.config.logger import check_variables
 from recondense.config.problems import Problem
 from recondense.config.schema import CalibrationConfig, Config, read
 from recondense.data.corpora import check_paths
@@ -25,6 +26,7 @@ def check_quickly(run: Run) -> Iterator[Problem]:
         yield from _check_packages(run.config)
         yield from _check_texts(run)
         yield from _check_token(run.config)
+        yield from check_variables(run.config.logger.wandb, os.environ)
     yield from check_run_folder(run.config, stored_config(run.config.run_folder()))
 
 

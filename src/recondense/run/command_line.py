@@ -128,6 +128,9 @@ def start(run: Run, context: Any) -> Any:
     from recondense.run import pipeline
 
     config = run.config
+    if context.mode is RunMode.MULTIRUN:
+        names = config.experiment_name, Path(context.sweep.dir), config.run_hash()
+        config = replace(config, logger=sweeping.named_in_sweep(config.logger, *names))
     if sweeping.runs_side_by_side(context.launcher["_target_"]):  # their progress bars would overwrite each other
         config = replace(config, trainer=replace(config.trainer, progress_bar=False))
     return pipeline.run(config, run.steps, callbacks.callback_maker(config), child_command(context), run.stages)

@@ -33,7 +33,7 @@ from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
 from recondense.plan import Plan
 from recondense.progress import progress
-from recondense.report import model_card, tables, tracking
+from recondense.report import model_card, tables, tracking, wandb_run
 from recondense.report.plan_picture import draw_plan
 from recondense.report.summary import Summary, metric
 from recondense.run import launching, run_folder
@@ -123,9 +123,7 @@ def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
     memory = StreamedMemory(config, model, at_start) if layer_store(model).streamed else None
     loggers: list[Logger] = []
     if processes.is_first():
-        wandb = config.logger.wandb
-        named = replace(wandb, name=wandb.name or f"{config.experiment_name}-{config.run_hash()}")
-        loggers = tracking.make_loggers(replace(config.logger, wandb=named), folder, config.resolved())
+        loggers = tracking.make_loggers(config.logger, folder, config.resolved(), wandb_run.names_of(config))
     try:
         summary = _Stages(run, callbacks, folder, model, prepared, inputs, loggers, memory).finish()
         if summary is not None:

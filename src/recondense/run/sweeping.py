@@ -1,11 +1,15 @@
-"""Checks of the launchers and sweepers that are plugins of Hydra: their installation and their settings."""
+"""Sweeps: checks of the launchers and sweepers that are plugins of Hydra, and what W&B calls the runs of a sweep."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from recondense.config.logger import LoggerConfig, name_in_sweep
 from recondense.config.problems import Problem
 
 # Module of a plugin: (the choices that it adds, its package).
@@ -38,6 +42,18 @@ def find_plugin(target: str) -> str | None:
 def runs_side_by_side(launcher: str) -> bool:
     """Return whether a launcher, by its `_target_`, runs jobs in parallel or without a terminal."""
     return find_plugin(launcher) is not None
+
+
+def named_in_sweep(logger: LoggerConfig, experiment_name: str, folder: Path, run: str) -> LoggerConfig:
+    """Return the settings of the loggers of one run of a sweep, which is in the W&B group of the sweep.
+
+    Args:
+        logger: the settings of the config.
+        experiment_name: the name of the experiment.
+        folder: the folder of the sweep.
+        run: what tells the run from the others.
+    """
+    return replace(logger, wandb=name_in_sweep(logger.wandb, os.environ, f"{experiment_name}-{folder.name}", run))
 
 
 def takes_intervals(hydra: Mapping[str, Any]) -> bool:

@@ -2,19 +2,19 @@
 
 import csv
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from recondense.config.schema import LoggerConfig, WandbConfig
+from recondense.config.logger import LoggerConfig, WandbConfig
 from recondense.report import tracking
-from recondense.report.tracking import AppendingCSVLogger, QuietWandbLogger, flatten_summary, make_loggers, wandb_mode
+from recondense.report.tracking import AppendingCSVLogger, flatten_summary, make_loggers
+from recondense.report.wandb_run import Names, QuietWandbLogger
 
+NAMES = Names("default-12345678", "compress")
 SUMMARY = {
     "model": "tiny",
     "stages": {
@@ -91,24 +91,6 @@ def test_csv_summary_is_the_last_row(tmp_path: Path) -> None:
     assert last["step"] == "7" and last["original/perplexity"] == "90.0" and last["ratios/memory"] == "0.5"
 
 
-def test_mode_follows_the_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any) -> None:
-    assert wandb_mode("auto") == "offline"
-    assert wandb_mode("disabled") == "disabled"
-    with caplog.at_level(logging.WARNING):
-        assert wandb_mode("online") == "offline"  # asking for a key would be a prompt
-    assert "no login" in caplog.text
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode("auto") == "disabled"
-    monkeypatch.delenv("WANDB_MODE")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0\n")
-    assert wandb_mode("auto") == wandb_mode("online") == "online"
-    assert wandb_mode("offline") == "offline"
-    (tmp_path / "netrc").write_text("machine elsewhere login user password 0\n")
-    assert wandb_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "0")
-    assert wandb_mode("auto") == "online"
-
-
 def test_offline_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = LoggerConfig(csv=True, wandb=WandbConfig(mode="offline", tags=("test",)))
     picture = tmp_path / "plan.png"
@@ -118,7 +100,7 @@ def test_offline_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str
     plan = {"operations": [{"kind": "condense", "layer": 1, "experts": [3, 0], "coefficients": [0.1, 0.2]}]}
     ids = []
     for _ in range(2):  # the second is a restart of the first
-        loggers = make_loggers(settings, tmp_path, {"seed": 0, "model": {"name": "tiny"}})
+        loggers = make_loggers(settings, tmp_path, {"seed": 0, "model": {"name": "tiny"}}, NAMES)
         assert [type(logger) for logger in loggers] == [AppendingCSVLogger, QuietWandbLogger]
         wandb_logger = loggers[1]
         assert isinstance(wandb_logger, QuietWandbLogger)
@@ -149,33 +131,6 @@ def test_offline_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert captured.out == captured.err == ""
 
 
-def test_a_failing_start_of_wandb_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import wandb
-
-    def fail(**_: Any) -> None:
-        raise RuntimeError("no service")
-
-    monkeypatch.setattr(wandb, "init", fail)
-    with caplog.at_level(logging.WARNING):
-        loggers = make_loggers(LoggerConfig(wandb=WandbConfig(mode="offline")), tmp_path, {})
-    assert [type(logger) for logger in loggers] == [AppendingCSVLogger]
-    assert "no service" in caplog.text
-
-
-def test_a_failure_of_wandb_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken:
-        def log(self, *_: Any, **__: Any) -> None:
-            raise RuntimeError("gone")
-
-    logger = QuietWandbLogger(experiment=Broken())  # type: ignore[arg-type]
-    with caplog.at_level(logging.WARNING):
-        logger.log_metrics({"loss": 1.0}, step=0)
-        logger.log_metrics({"loss": 1.0}, step=1)
-    assert caplog.text.count("logging stopped") == 1
-
-
 def test_all_loggers_can_be_off(tmp_path: Path) -> None:
-    assert make_loggers(LoggerConfig(csv=False, wandb=WandbConfig(mode="disabled")), tmp_path, {}) == []
+    assert make_loggers(LoggerConfig(csv=False, wandb=WandbConfig(mode="disabled")), tmp_path, {}, NAMES) == []
     assert not list(tmp_path.iterdir())
