@@ -12,11 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
 from recondense.config.schema import WORK, Config
 from recondense.data.calibration_set import CalibrationSet, make_calibration_set
+from recondense.data.vocabulary import require_rows
 from recondense.files import fingerprint
 from recondense.models import decoder
 from recondense.models.layer_shapes import refuse_bundled_classes
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import Disk, Memory, Storage
+from recondense.models.tokenizers import embedding_rows
 from recondense.progress import progress
 
 Timed = Callable[[str], AbstractContextManager[None]]
@@ -51,7 +53,8 @@ def calibrate(
 
     Raises:
         UserError: there are fewer texts than `num_samples`, a text has no tokens, `texts` is a string instead of a
-            list, a hidden state is not finite, or the model is a bundled export that `load` did not load.
+            list, the model's embedding has no row for a token, a hidden state is not finite, or the model is a bundled
+            export that `load` did not load.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)
@@ -60,7 +63,9 @@ def calibrate(
         True
     """
     refuse_bundled_classes(model)
-    return _record(model, make_calibration_set(texts, tokenizer, num_samples, max_length), storage, split)
+    calibration = make_calibration_set(texts, tokenizer, num_samples, max_length)
+    require_rows(calibration.highest_id(), embedding_rows(model.config), tokenizer, "the calibration texts")
+    return _record(model, calibration, storage, split)
 
 
 def _record(model: PreTrainedModel, calibration: CalibrationSet, storage: Storage | None, split: bool) -> Tape:

@@ -39,6 +39,10 @@ class CalibrationSet:
     def num_tokens(self) -> int:
         return sum(map(len, self.ids))
 
+    def highest_id(self) -> int:
+        """Return the largest token id."""
+        return max(map(max, self.whole or self.ids))
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the ids."""
         sha256 = hashlib.sha256()

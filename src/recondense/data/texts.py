@@ -18,6 +18,7 @@ from recondense.data.instruction_records import Record
 from recondense.data.loader import Table
 from recondense.data.prompts import render_documents
 from recondense.data.tokens import StageTokens, Tokens
+from recondense.data.vocabulary import filler, require_all_rows
 from recondense.data.windows import pack
 
 
@@ -72,10 +73,12 @@ class Tokenizing:
     Args:
         texts: the documents.
         tokenizer: the model's tokenizer.
+        rows: rows of the model's embedding; None if they are not known.
     """
 
     texts: Texts
     tokenizer: PreTrainedTokenizerBase
+    rows: int | None = None
     _documents: dict[str, list[str] | None] = field(default_factory=dict)
     _windows: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
 
@@ -87,7 +90,8 @@ class Tokenizing:
             stages: the stages of the recovery.
 
         Raises:
-            UserError: there is too little text, a calibration text has no token, or records have no answers.
+            UserError: there is too little text, a calibration text has no token, records have no answers, or the
+                model's embedding has no row for a token.
         """
         settings, evaluation = config.data.calibration, config.evaluation
         calibration = None
@@ -99,7 +103,9 @@ class Tokenizing:
         if validation is not None:
             validation = validation[: evaluation.perplexity_windows]
         windows = {stage.name: self._stage(stage) for stage in _training(stages)}
-        return Tokens(calibration, validation, windows, self.texts.sha256())
+        tokens = Tokens(calibration, validation, windows, self.texts.sha256())
+        require_all_rows(tokens, self.rows, self.tokenizer)
+        return tokens
 
     def documents(self, split: str) -> list[str] | None:
         """Return the run's documents of a split as plain texts; None if there is no such split."""
@@ -141,9 +147,8 @@ class Tokenizing:
         length = stage.data.sequence_length
         examples = make_examples(records, self.tokenizer, length, f"{stage.where}, the {split} records")
         counts = {"examples": len(examples.kept), "left_out": examples.left_out, "cut": examples.cut}
-        special = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        filler = next((token for token in special if token is not None), 0)
-        return make_windows(examples.kept, length, filler, stage.data.packing), counts
+        padding = filler(self.tokenizer, self.rows)
+        return make_windows(examples.kept, length, padding, stage.data.packing), counts
 
 
 def _training(stages: Sequence[Stage]) -> list[Stage]:

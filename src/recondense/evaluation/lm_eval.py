@@ -18,11 +18,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.config.problems import Problem, render
+from recondense.data.vocabulary import filler
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.evaluation.lm_eval_internals import check_yaml, requests_shown, task_settings, tasks_of_tag
 from recondense.models import decoder
 from recondense.models.hooks import eval_mode
+from recondense.models.tokenizers import embedding_rows
 from recondense.offline import hub_access
 from recondense.progress import progress
 
@@ -203,11 +205,20 @@ def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batc
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return HFLM(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # lm-eval adds a padding token to it
+        tokenizer=_with_padding(tokenizer, embedding_rows(model.config)),
         batch_size=batch_size,
         softmax_dtype="float32",
         mixed_precision_dtype=autocast,
     )
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> PreTrainedTokenizerBase:
+    """Return a copy, to which lm-eval may add a padding token. The model's embedding has a row for its padding."""
+    copied = copy.deepcopy(tokenizer)
+    special = (copied.pad_token_id, copied.unk_token_id, copied.eos_token_id)  # the order in which lm-eval takes them
+    if rows is not None and next((token for token in special if token is not None), rows) >= rows:
+        copied.pad_token_id = filler(tokenizer, rows)
+    return copied
 
 
 def _reported(manager: Any, tasks: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.data.arguments import require_number
+from recondense.data.vocabulary import require_rows
 from recondense.data.windows import pack
 from recondense.errors import UserError
 from recondense.models import decoder, forward
@@ -24,6 +25,7 @@ from recondense.models.decoder import Head
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
 from recondense.models.tensor_store import TensorList
+from recondense.models.tokenizers import embedding_rows
 from recondense.progress import ProgressBar, progress
 from recondense.recovery.losses import chunks
 from recondense.surgery.student import Student
@@ -53,8 +55,8 @@ def evaluate(
         changes nothing or its original has been released.
 
     Raises:
-        UserError: the texts have fewer tokens than one window, `texts` is a string instead of a list, or the loss is
-            not finite.
+        UserError: the texts have fewer tokens than one window, `texts` is a string instead of a list, the model's
+            embedding has no row for a token, or the loss is not finite.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)
@@ -63,6 +65,8 @@ def evaluate(
     """
     require_number("batch_size", batch_size, 1)
     windows_NS = pack(texts, tokenizer, sequence_length)
+    model = student if isinstance(student, PreTrainedModel) else student.model
+    require_rows(int(windows_NS.max()), embedding_rows(model.config), tokenizer, "the texts")
     if isinstance(student, PreTrainedModel):
         return perplexity(student, windows_NS, batch_size)
     reference = student.original if student.has_original else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from recondense.config.checks import ADAPTER, HOLDS_ADAPTER
 from recondense.config.schema import ModelConfig
@@ -66,6 +66,12 @@ def reading(path: str | Path, settings: ModelConfig) -> Iterator[None]:
             f"model.path={path}: there is no such folder, the model is not in the cache, and the hub cannot be reached "
             "or has no such model; set model.path to a local folder, or connect to the network."
         ) from error
+
+
+def embedding_rows(config: PretrainedConfig) -> int | None:
+    """Return the number of rows of a model's embedding; None if its config does not say."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

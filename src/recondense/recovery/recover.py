@@ -16,10 +16,12 @@ from recondense.config.checks import check_recovery
 from recondense.config.problems import render
 from recondense.config.schema import RecoveryConfig, TrainerConfig, from_dict
 from recondense.data.loader import RecoveryData
+from recondense.data.vocabulary import require_rows
 from recondense.data.windows import pack
 from recondense.errors import ConfigError, UserError
 from recondense.files import JsonFolder, fingerprint
 from recondense.models.layer_store import layer_store
+from recondense.models.tokenizers import embedding_rows
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
 from recondense.surgery.student import Student
@@ -55,7 +57,8 @@ def recover(
 
     Raises:
         UserError: a setting does not exist, is invalid or needs the command (stages, control, other teachers); there is
-            too little text, or nothing to train; `folder` belongs to another call; or a streamed model is distilled.
+            too little text, a token without a row in the embedding, or nothing to train; `folder` belongs to another
+            call; or a streamed model is distilled.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)
@@ -67,7 +70,7 @@ def recover(
         True
     """
     recovery = _read_settings({"objective": objective, "steps": steps, **settings})
-    windows_NS = pack(texts, tokenizer, sequence_length, "the training text")
+    windows_NS = _windows(student, tokenizer, texts, sequence_length)
     _refuse_streamed(student, recovery)
     if folder is None:
         with TemporaryDirectory() as temporary:
@@ -75,6 +78,12 @@ def recover(
     elif (checkpoints := _begin(Path(folder), student, recovery, windows_NS, seed)) not in student.trainings:
         _train(student, tokenizer, recovery, windows_NS, seed, checkpoints)
     return student
+
+
+def _windows(student: Student, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor:
+    windows_NS = pack(texts, tokenizer, length, "the training text")
+    require_rows(int(windows_NS.max()), embedding_rows(student.model.config), tokenizer, "the training text")
+    return windows_NS
 
 
 def _train(

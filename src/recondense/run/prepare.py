@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +13,11 @@ from recondense.config.stages import Stage
 from recondense.data.loader import num_rows
 from recondense.data.texts import Texts, Tokenizing
 from recondense.data.tokens import Tokens
-from recondense.models.tokenizers import load_tokenizer
+from recondense.data.vocabulary import require_rows
+from recondense.models.tokenizers import embedding_rows, load_tokenizer
 from recondense.run.load import MakeCallbacks, locate, no_callbacks
 from recondense.run.measure import Tasks, make_tasks
+from recondense.run.model_and_machine_checks import planned_config
 from recondense.run.recover import with_steps
 from recondense.run.resolved_run import Run
 
@@ -47,8 +49,8 @@ def prepare(run: Run, callbacks: MakeCallbacks = no_callbacks) -> Prepared:
         callbacks: returns the callbacks of the embedded model's training.
 
     Raises:
-        UserError: texts or tokenizer cannot be read, a split or a recovery stage has too little text, or the warm-up of
-            a stage is longer than its training.
+        UserError: texts or tokenizer cannot be read, a split or a recovery stage has too little text, the model's
+            embedding has no row for a token, or the warm-up of a stage is longer than its training.
     """
     config = run.config
     with processes.let_first_go_ahead():
@@ -56,11 +58,15 @@ def prepare(run: Run, callbacks: MakeCallbacks = no_callbacks) -> Prepared:
     path = locate(config, callbacks)
     with processes.let_first_go_ahead():
         tokenizer = load_tokenizer(path, config.model)
-    tokenizing = Tokenizing(texts, tokenizer)
+    rows = embedding_rows(planned_config(replace(config.model, path=str(path))))
+    tokenizing = Tokenizing(texts, tokenizer, rows)
     tokens = tokenizing.tokens(config, run.stages)
     check_steps_of(run.stages, tokens)
     with processes.let_first_go_ahead():
         tasks = make_tasks(config, tokenizing.documents("validation"))
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # as in lm-eval
+    if tasks.names and first is not None:
+        require_rows(first, rows, tokenizer, "evaluation.tasks")
     return Prepared(path, tokenizer, tokens, tasks)
 
 
