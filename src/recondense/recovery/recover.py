@@ -56,9 +56,8 @@ def recover(
         The student.
 
     Raises:
-        UserError: a setting does not exist, is invalid or needs the command (stages, control, other teachers); there is
-            too little text, a token without a row in the embedding, or nothing to train; `folder` belongs to another
-            call; or a streamed model is distilled.
+        UserError: a setting does not exist, is invalid or needs the command; there is too little text, a token without
+            a row in the embedding, or nothing to train; `folder` is another call's; or a streamed model is distilled.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)
