@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -69,14 +70,12 @@ class SweepComparison(Callback):
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        records = _records(_folder(config))
-        log_sweep(config, _compare(_folder(config), show=True))
+        records, given = _records(_folder(config)), _names_with_several_values(config)
+        log_sweep(config, _compare(_folder(config), show=True, given=given))
         shutil.rmtree(_folder(config) / RECORDS, ignore_errors=True)
         messages = [
             f"{', '.join(f'{key}={value}' for key, value in settings.items())}: {problem}"
-            for record, settings in zip(
-                records, swept_settings([record["overrides"] for record in records]), strict=True
-            )
+            for record, settings in zip(records, swept_settings(records, given), strict=True)
             for problem in record["problems"]
         ]
         if messages:
@@ -89,11 +88,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / RECORDS).glob("*.json"))]
 
 
-def _compare(folder: Path, *, show: bool) -> list[dict[str, Any]]:
+def _compare(folder: Path, *, show: bool, given: Sequence[str] = ()) -> list[dict[str, Any]]:
     records = _records(folder)
     if not records:
         return []
-    rows = comparison_rows(records)
+    rows = comparison_rows(records, given)
     write_comparison(rows, folder)
     if show:
         print_tables([comparison_table(by_seed(rows)) if _seeded(rows) else sweep_table(rows)])
@@ -126,14 +125,15 @@ def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     tracking.finish_loggers(loggers)
 
 
-def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def comparison_rows(records: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return one row per job, with its swept settings and its results.
 
     Args:
         records: one per job, with `number`, `overrides` ("key=value" strings), `run_folder` and `status`.
+        given: names of the settings to which the command gives several values.
     """
     rows = []
-    for record, settings in zip(records, swept_settings([record["overrides"] for record in records]), strict=True):
+    for record, settings in zip(records, swept_settings(records, given), strict=True):
         row: dict[str, Any] = {"settings": settings, "status": record["status"], "run_folder": record["run_folder"]}
         try:
             text = Path(record["run_folder"], "summary.json").read_text(encoding="utf-8")
@@ -146,12 +146,28 @@ def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return rows
 
 
-def swept_settings(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Return the overrides in which the jobs differ; all overrides if they do not differ (a sweep of one job)."""
-    jobs = [dict(_split(override) for override in job) for job in overrides]
+def swept_settings(records: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Return for each job the overrides in which the jobs differ.
+
+    If they do not differ, these are the settings that the command gives several values, or else the runs' names.
+
+    Args:
+        records, given: as for `comparison_rows`.
+    """
+    jobs = [dict(_split(override) for override in record["overrides"]) for record in records]
     keys = list(dict.fromkeys(key for settings in jobs for key in settings))
-    differing = [key for key in keys if len({settings.get(key) for settings in jobs}) > 1] or keys
-    return [{key: settings[key] for key in differing if key in settings} for settings in jobs]
+    differing = [key for key in keys if len({settings.get(key) for settings in jobs}) > 1]
+    if shown := differing or [key for key in keys if key in given]:
+        return [{key: settings[key] for key in shown if key in settings} for settings in jobs]
+    return [{"run": Path(record["run_folder"]).name} for record in records]
+
+
+def _names_with_several_values(config: DictConfig) -> list[str]:
+    """Return the names of the settings to which the command of a sweep gives several values."""
+    parser = OverridesParser.create()
+    overrides = [parser.parse_override(text) for text in OmegaConf.select(config, "hydra.overrides.task") or ()]
+    names = [override.get_key_element() for override in overrides if override.is_sweep_override()]
+    return [name.lstrip("+~") for name in (*names, *(OmegaConf.select(config, "hydra.sweeper.params") or ()))]
 
 
 def write_comparison(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:

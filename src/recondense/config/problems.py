@@ -49,8 +49,8 @@ def show(value: Any) -> str:
 
 
 def reads_as_other(text: str) -> bool:
-    """Return whether YAML reads an unquoted text as a number, a boolean or null."""
-    if text.strip().lower() in ("", "null", "true", "false"):
+    """Return whether YAML reads an unquoted text as a number, a boolean, null, a list or a mapping."""
+    if text.strip().lower() in ("", "null", "true", "false") or text.strip()[:1] in ("[", "{"):
         return True
     try:
         return math.isfinite(float(text))

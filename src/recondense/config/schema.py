@@ -33,6 +33,7 @@ from recondense.config.types import (
     Positive,
     Repository,
     ScratchBytes,
+    Seed,
     Share,
     Switch,
     Whole,
@@ -278,7 +279,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     experiment_name: str = field(default="default", metadata=NO_RESULT)
-    seed: FromZero = 0
+    seed: Seed = 0
     output_dir: LocalPath = field(default="outputs", metadata=NO_RESULT)
     cache_dir: LocalPath = field(default="outputs/cache", metadata=NO_RESULT)
     run_dir: LocalPath | None = field(default=None, metadata=NO_RESULT)

@@ -36,12 +36,19 @@ def _enough_scratch(size: int) -> int:
     return size
 
 
-Whole = Annotated[int, Strict()]
+def _storable(number: int) -> int:
+    if abs(number) >= 2**63:
+        raise ValueError("is too large, beyond 64 bits")
+    return number
+
+
+Whole = Annotated[int, Strict(), AfterValidator(_storable)]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
 Switch = Annotated[bool, Strict()]
 
 Count = Annotated[Whole, Field(ge=1)]
 FromZero = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]  # what every random generator takes
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]

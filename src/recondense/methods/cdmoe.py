@@ -49,7 +49,8 @@ def read_num_layers(num_layers: object) -> LayerChoice:
             raise UserError(f"method.num_layers={count} must be at least 1; use method=none to condense no layer")
         return LayerChoice(None, count)
     if isinstance(num_layers, str) or not isinstance(num_layers, Sequence) or not all(map(_is_int, num_layers)):
-        raise UserError(f"method.num_layers={num_layers} must be a number, a list of layers, or all")
+        shown = repr(num_layers) if isinstance(num_layers, str) else num_layers  # a string can look like a list
+        raise UserError(f"method.num_layers={shown} must be a number, a list of layers, or all")
     if not num_layers:
         raise UserError("method.num_layers=[] names no layer; use method=none to condense no layer")
     if len(set(num_layers)) < len(num_layers):

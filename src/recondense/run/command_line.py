@@ -31,11 +31,11 @@ from recondense.errors import ConfigError
 from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly
-from recondense.run.closed_pipes import survive_closed_pipes
 from recondense.run.command_options import check_options, options_first
 from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.help_page import help_page
 from recondense.run.jobs import Overrides, read_sweep, split_jobs
+from recondense.run.lost_output import survive_lost_output
 from recondense.run.resolved_run import Run, resolve
 from recondense.run.run_folder import overwritten_inputs
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
@@ -65,7 +65,7 @@ def main(folder: Path | None = None) -> None:
         folder: folder of the script that calls this, to which a relative --config-path refers; None for the command
             `recondense`.
     """
-    with survive_closed_pipes(), exit_codes(silent=another_says_it()):
+    with survive_lost_output(), exit_codes(silent=another_says_it()):
         sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
         args = get_args_parser().parse_args()
         if args.help:
@@ -213,9 +213,12 @@ def _check_runs(
         problems: list to which problems are appended.
     """
     checked: dict[Overrides, _Checked] = {}
-    for overrides, hydra_overrides in split_jobs(args.overrides, settings, multirun, loader, problems):
+    jobs = split_jobs(args.overrides, settings, multirun, loader, problems)
+    unread = {problem.setting.partition("=")[0] for problem in problems}  # nothing more is said of them
+    for overrides, hydra_overrides in jobs:
         run_problems: list[Problem] = []  # another run may have another value of the same setting
         values = compose_run(name, [*hydra_overrides, *overrides], loader, run_problems)
+        run_problems = [problem for problem in run_problems if problem.setting.partition("=")[0] not in unread]
         if values is None:
             problems += run_problems
             continue
@@ -224,7 +227,7 @@ def _check_runs(
         run = Run(config, stages)
         of_values = (replace(problem, of_value=True) for problem in check_quickly(run))
         for more in (mistakes, wrong_stages, of_values):
-            wrong = {problem.setting for problem in run_problems}
+            wrong = unread | {problem.setting for problem in run_problems}
             run_problems += [problem for problem in more if problem.setting not in wrong]
         if multirun:
             run_problems += (

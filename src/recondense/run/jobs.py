@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,16 +12,17 @@ from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 
 from recondense.config.problems import Problem, render
 from recondense.errors import ConfigError
 from recondense.run import sweeping
-from recondense.run.unknown_overrides import COMPOSE_ERRORS, list_groups
+from recondense.run.unknown_overrides import COMPOSE_ERRORS, list_choices, list_groups
 
 Overrides = tuple[str, ...]
+MOST_RUNS = 10_000  # of a sweep: each is checked before the first one starts
 
 
 def read_sweep(name: str, overrides: Sequence[str], multirun: bool) -> tuple[bool, dict[str, Any]]:
@@ -50,27 +54,85 @@ def split_jobs(
     parser = OverridesParser.create(config_loader=loader)
     parsed: list[Override] = []
     for text in (*swept, *overrides):
-        try:
-            override = parser.parse_override(text)
-        except (OverrideParseException, HydraException):
-            key, _, value = text.partition("=")
-            quoted = f"'{key}=\"{value}\"'" if value.startswith("~") else "key='\"a, b\"'"
-            remedy = f"is not a setting. Write key=value, and quote special characters: {quoted}."
-            problems.append(Problem(text, remedy))
+        override = _parse(text, parser, problems)
+        if override is None:
             continue
+        override.config_loader = loader  # names the choices of a glob
         if intervals and override.is_interval_sweep():
             ends = cast(IntervalSweep, override.value())
             override = parser.parse_override(f"{override.get_key_element()}={ends.start},{ends.end}")
-        if override.is_interval_sweep():
-            problems.append(Problem(text, "only Optuna can sweep an interval. Add -m hydra/sweeper=optuna."))
-            continue
-        if override.is_sweep_override() and not multirun:
-            key, _, values = text.partition("=")
-            hint = "" if key in list_groups(loader) else f", or write a list: '{key}=[{values}]'"
-            problems.append(Problem(text, f"one run cannot have several values. Add -m to run each{hint}."))
-            continue
-        parsed.append(override)
+        if (problem := _check_values(override, multirun, loader)) is None:
+            parsed.append(override)
+        else:
+            problems.append(problem)
     hydra_overrides = [str(override.input_line) for override in parsed if override.is_hydra_override()]
     parsed = [override for override in parsed if not override.is_hydra_override()]
+    runs = math.prod(len(_values(override)) for override in parsed if override.is_sweep_override())
+    if runs > MOST_RUNS:
+        problems.append(Problem("-m", f"these are {runs} runs; at most {MOST_RUNS} can be checked and compared."))
+        return []
     jobs = BasicSweeper.split_arguments(parsed, None)[0] if multirun else [[str(line.input_line) for line in parsed]]
     return [(tuple(job), hydra_overrides) for job in jobs]
+
+
+def _parse(text: str, parser: OverridesParser, problems: list[Problem]) -> Override | None:
+    """Return an override. One that cannot be read becomes a problem; its value is then taken literally if possible."""
+    try:
+        return parser.parse_override(text)
+    except (OverrideParseException, HydraException):
+        key, equals, value = text.partition("=")
+    name = key.lstrip("+~")
+    if not equals or not re.fullmatch(r"[\w./@-]+", name):
+        problems.append(Problem(text, "is not a setting. Write key=value."))
+        return None
+    as_written = f"{name}={value}"
+    if value.startswith(("[", "{", "(")):
+        text = "the brackets or commas cannot be read. Write 'key=[a, b]' or 'key={a: b}', and quote special characters"
+        problems.append(Problem(as_written, f"{text}: 'key=[\"a=b\"]'."))
+        return None
+    if value.count("${") > value.count("}"):
+        problems.append(Problem(as_written, "the ${ has no }. Write ${setting}, or ${oc.env:VARIABLE}."))
+        return None
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    problems.append(Problem(as_written, f"the value has special characters. Quote it: {shlex.quote(quoted)}."))
+    try:
+        return parser.parse_override(quoted)
+    except (OverrideParseException, HydraException):
+        return None
+
+
+def _check_values(override: Override, multirun: bool, loader: ConfigLoader) -> Problem | None:
+    """Return a problem of an override that has several values, or should have some."""
+    text = str(override.input_line)
+    key, _, written = text.partition("=")
+    if not override.is_sweep_override():
+        return None
+    if override.is_interval_sweep():
+        return Problem(text, "only Optuna can sweep an interval. Add -m hydra/sweeper=optuna.")
+    group = key in list_groups(loader)
+    if not multirun:
+        simple = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not group
+        hint = f", write a list: '{key}=[{written}]', or quote one value: '{key}=\"{written}\"'" if simple else ""
+        return Problem(text, f"one run cannot have several values. Add -m to run each{hint}.")
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        start, stop, step = (float(number or 0) for number in (value.start, value.stop, value.step))
+        if not math.isfinite(start + stop + step) or not step:
+            return Problem(text, "a range needs finite numbers, and a step that is not 0.")
+        if (stop - start) / step > MOST_RUNS:
+            return Problem(text, f"a range of more than {MOST_RUNS} values.")
+    values = _values(override)
+    if isinstance(value, Glob):
+        choices = [name for name in list_choices(key, loader) if "/" not in name] if group else []
+        if hidden := [name for name in values if name not in choices]:
+            return Problem(text, f"also matches {', '.join(hidden)}, which is no choice. Add exclude=_* to the glob.")
+        if not values:
+            reason = f"no {key} matches. Choices: {', '.join(choices)}." if group else "only choices of a group match."
+            return Problem(text, reason)
+    return None if values else Problem(text, "there is no value in it.")
+
+
+def _values(override: Override) -> list[str]:
+    """Return the values of a sweep over some values."""
+    return list(override.sweep_string_iterator())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -79,12 +80,22 @@ def resolve_values(config: DictConfig, problems: list[Problem]) -> dict[str, Any
         except OmegaConfBaseException as error:
             key, reason = str(error.full_key or ""), _reason(error)
             reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", reason).strip('"').rstrip(".")
-            text = f"cannot be resolved: {reason}."
+            text = f"cannot be resolved: {reason}.{_remedy(reason)}"
             if not key or key in [problem.setting for problem in problems]:
                 problems.append(Problem(key, text if key else f"the config {text}"))
                 return None
             problems.append(Problem(key, text, _written(written, key)))
             OmegaConf.update(config, key, None)
+
+
+def _remedy(reason: str) -> str:
+    """Return a remedy for an interpolation that was meant as a variable of the environment; empty for others."""
+    if missing := re.search(r"Environment variable '(\w+)' not found", reason):
+        return f" Set the variable, or write ${{oc.env:{missing[1]},DEFAULT}}."
+    name = re.search(r"Interpolation key '(\w+)' not found", reason)
+    if name and (name[1] in os.environ or name[1].isupper()):
+        return f" For a variable of the environment, write ${{oc.env:{name[1]}}}."
+    return ""
 
 
 def _written(config: DictConfig, key: str) -> Any:
@@ -116,7 +127,7 @@ def _explain(text: str, config: DictConfig, loader: ConfigLoader, error: Excepti
     override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
     if key in (*list_groups(loader), *(f"hydra/{group}" for group in loader.list_groups("hydra"))):
-        options = _choices(key, loader)
+        options = list_choices(key, loader)
         word = text.partition("=")[2]
         if word not in options:
             near = nearest(word, options)
@@ -169,11 +180,11 @@ def _names(config: DictConfig, path: str = "") -> Iterator[str]:
             yield f"{path}{key}"
 
 
-def _choices(group: str, loader: ConfigLoader) -> list[str]:
+def list_choices(group: str, loader: ConfigLoader) -> list[str]:
     """Return a group's choices, as folder/name for files in subfolders; files that start with _ are not choices."""
     names = [name for name in loader.get_group_options(group, ObjectType.CONFIG) if not name.startswith("_")]
     return names + [
-        f"{folder}/{name}" for folder in loader.list_groups(group) for name in _choices(f"{group}/{folder}", loader)
+        f"{folder}/{name}" for folder in loader.list_groups(group) for name in list_choices(f"{group}/{folder}", loader)
     ]
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,18 @@ def test_only_the_comparison_is_kept(tmp_path: Path) -> None:
 
 
 def test_only_what_differs_is_a_setting() -> None:
-    jobs = [["method.num_layers=2", "recovery=none"], ["method.num_layers=4", "recovery=none"]]
-    assert swept_settings(jobs) == [{"method.num_layers": "2"}, {"method.num_layers": "4"}]
-    assert swept_settings([["a=1", "+b=x=y"]]) == [{"a": "1", "b": "x=y"}]
-    assert swept_settings([["a=1"], []]) == [{"a": "1"}, {}]
-    assert swept_settings([]) == []
+    def shown(*jobs: list[str], given: Sequence[str] = ()) -> list[dict[str, str]]:
+        records = [{"overrides": job, "run_folder": f"out/{number}"} for number, job in enumerate(jobs)]
+        return swept_settings(records, given)
+
+    layers = [{"method.num_layers": "2"}, {"method.num_layers": "4"}]
+    assert shown(["method.num_layers=2", "recovery=none"], ["method.num_layers=4", "recovery=none"]) == layers
+    assert shown(["a=1"], []) == [{"a": "1"}, {}]
+    assert shown() == []
+    assert shown(["a=1", "+b=x=y"], given=["b"]) == [{"b": "x=y"}], "one job"
+    assert shown(["a=1", "c=2"], ["a=1", "c=2"], given=["a"]) == [{"a": "1"}, {"a": "1"}], "-m a=1,1 c=2"
+    assert shown(["a=1", "b=2"]) == [{"run": "0"}]
+    assert shown(["a=1"], ["a=1"]) == [{"run": "0"}, {"run": "1"}]
 
 
 def record(folder: Path, status: str = "done") -> dict[str, Any]:

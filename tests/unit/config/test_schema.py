@@ -190,7 +190,7 @@ def test_suggestions() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seed": -1}, "seed=-1: must be at least 0."),
+        ({"seed": -1}, "seed=-1: must be in [0, 4294967295]."),
         ({"model": {}}, "model.path=null: model=tiny_moe is not built in: give a local folder or a hub id."),
         ({"model": {"pretrain": {}, "device": "gpu"}}, "model.device=gpu: write auto, cpu, cuda or cuda:N."),
         ({"model": {"pretrain": {}, "device": "cuda:x"}}, "model.device=cuda:x: write auto, cpu, cuda or cuda:N."),

@@ -25,7 +25,18 @@ def composed(*overrides: str) -> tuple[dict[str, Any] | None, list[str]]:
     [
         (
             "seed=${oc.env:ABSENT}",
-            "seed=${oc.env:ABSENT}: cannot be resolved: Environment variable 'ABSENT' not found.",
+            "seed=${oc.env:ABSENT}: cannot be resolved: Environment variable 'ABSENT' not found. Set the variable, or "
+            "write ${oc.env:ABSENT,DEFAULT}.",
+        ),
+        (
+            "output_dir=${HOME}/x",
+            "output_dir=${HOME}/x: cannot be resolved: Interpolation key 'HOME' not found. For a variable of the "
+            "environment, write ${oc.env:HOME}.",
+        ),
+        (
+            "data.train.path=${SCRATCH}",
+            "data.train.path=${SCRATCH}: cannot be resolved: Interpolation key 'SCRATCH' not found. For a variable of "
+            "the environment, write ${oc.env:SCRATCH}.",
         ),
         ("recovery.steps=${foo}", "recovery.steps=${foo}: cannot be resolved: Interpolation key 'foo' not found."),
         (
