@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "recondense"
 
 # A folder may import those of its row and of every row above it. Modules never import each other in a circle.
 ROWS = (
-    "errors operations files plan",
+    "errors operations full_disk files plan",
     "progress processes offline",
     "config",
     "models",

@@ -185,7 +185,7 @@ def test_an_interrupted_save_is_repeated(trained: Path, tmp_path: Path, monkeypa
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny, "write_aside", fail)
+        patch.setattr(tiny, "write_checked", fail)
         with pytest.raises(OSError, match="no space left"):
             ensure(tmp_path)
     assert not (tmp_path / "models" / trained.name).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import textwrap
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from recondense.errors import UserError
-from recondense.files import write_aside
+from recondense.files import Damaged, discard, hash_file, read_checked, write_aside, write_checked
 
 PERPLEXITY = "heldout_perplexity"
 NEXT_LINE = "heldout_next_line"
@@ -26,6 +27,9 @@ CONTEXT_LINES = 8  # lines that a question shows
 WRAP = 100  # characters; longer lines (prose) are broken between words
 SHORTEST = 12  # characters; shorter lines are not used as choices
 WORD = re.compile(r"[^\W\d_]{2,}")
+CACHE, TABLES = "cache", "tables.json"  # where `datasets` keeps a folder's data as tables; their hashes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def write_heldout_tasks(
             f"evaluation: {len(documents)} held-out texts have too few lines for one question of {NEXT_LINE} with "
             f"{num_choices} choices; give more validation text, or remove the task from evaluation.tasks."
         )
+    _check_tables(folder)
     _write(folder, PERPLEXITY, rolling, _perplexity_task())
     _write(folder, NEXT_LINE, questions, _next_line_task())
     return list(HELDOUT_TASKS)
@@ -192,7 +197,7 @@ def _write(folder: Path, task: str, records: Iterable[dict[str, Any]], settings:
         "task": task,
         "dataset_path": "json",
         # A separate cache: the user's is not needed and not filled.
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder.absolute() / "cache")},
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder.absolute() / CACHE)},
         "test_split": "test",
         "num_fewshot": 0,
         **settings,
@@ -203,5 +208,42 @@ def _write(folder: Path, task: str, records: Iterable[dict[str, Any]], settings:
 
 def _write_changed(path: Path, text: str) -> None:
     """Write a file unless it already has this text: the cache of `datasets` depends on the modification time."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    try:
+        problem = "" if path.read_text(encoding="utf-8") == text else "it has another text"
+    except FileNotFoundError as error:
+        problem = "" if not path.is_symlink() else str(error)
+        if not problem:
+            write_aside(path, text)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = str(error)
+    if problem:
+        log.warning("%s is damaged (%s) and is made again", path, problem)
+        discard(path)
         write_aside(path, text)
+
+
+def note_tables(folder: Path) -> None:
+    """Note the hashes of the tables that `datasets` has made for the tasks of a folder; it checks none itself."""
+    try:
+        known = read_checked(folder / TABLES)
+    except (FileNotFoundError, Damaged):
+        known = {}
+    paths = [path for path in (folder / CACHE).rglob("*") if path.suffix in (".arrow", ".json")]
+    new = [path for path in paths if str(path.relative_to(folder)) not in known]
+    if new:
+        write_checked(folder / TABLES, {**known, **{str(path.relative_to(folder)): hash_file(path) for path in new}})
+
+
+def _check_tables(folder: Path) -> None:
+    """Remove the tables of a folder, with a warning, if one of them is not as it was; `datasets` makes them again."""
+    try:
+        hashes = read_checked(folder / TABLES)
+        problem = next((f"{name} is not as it was" for name in hashes if hash_file(folder / name) != hashes[name]), "")
+    except FileNotFoundError as error:
+        problem = "" if str(error.filename) == str(folder / TABLES) else str(error)
+    except (OSError, Damaged) as error:
+        problem = str(error)
+    if problem:
+        log.warning("%s is damaged (%s) and is made again", folder / CACHE, problem)
+        discard(folder / CACHE)
+        discard(folder / TABLES)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from recondense import files
 from recondense.models import decoder, moe_blocks
+from recondense.models.checked_tensors import is_intact, save_checked
 from recondense.models.headers import open_safetensors
 from recondense.models.layer_store import InMemory, set_layer_store
 from recondense.models.shard_reader import ShardReader, State, align, empty_copy, swap_tensors, unalias
@@ -63,6 +63,7 @@ class Streamed:
         self._shards = ShardReader(model, shard_files, load_config, reading)
         self._sources: weakref.WeakKeyDictionary[nn.Module, Callable[[], State]] = weakref.WeakKeyDictionary()
         self._keys: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self._checked: set[Path] = set()
         self._loaded: dict[nn.Module, State] = {}  # loaded units, with the meta tensors that they had before
         self._users: Counter[nn.Module] = Counter()
         for layer, module in enumerate(decoder.decoder_layers(model)):
@@ -114,8 +115,9 @@ class Streamed:
     def offload(self, block: nn.Module, key: str | None = None, notes: Mapping[str, float] | None = None) -> nn.Module:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in block.state_dict().items()}
         path = self._path(key or f"block-{os.getpid()}-{next(self._numbers)}")
-        with files.replace_file(path) as aside:
-            save_file(unalias(state), aside, {NOTES: json.dumps(dict(notes or {}))})
+        save_checked(unalias(state), path, {NOTES: json.dumps(dict(notes or {}))})
+        if key is not None:
+            self._checked.add(path)
         offloaded = self._offloaded(block, path, key or path.stem, torch.device("cpu"))
         if key is None:
             weakref.finalize(offloaded, path.unlink, missing_ok=True)
@@ -127,7 +129,10 @@ class Streamed:
         return self._offloaded(make_block(), self._path(key), key, self._shards.device)
 
     def is_offloaded(self, key: str) -> bool:
-        return self._path(key).exists()
+        path = self._path(key)
+        if path not in self._checked and is_intact(path):
+            self._checked.add(path)
+        return path in self._checked
 
     def notes(self, key: str) -> dict[str, float]:
         if not self.is_offloaded(key):

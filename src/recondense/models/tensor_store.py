@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import tempfile
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recondense.files import file_name, write_aside
+from recondense.files import Damaged, discard, file_name, hash_file, read_checked, write_checked
+
+log = logging.getLogger(__name__)
 
 
 class TensorList(Protocol):
@@ -105,11 +107,14 @@ class DiskTensorList:
     @classmethod
     def at(cls, path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DiskTensorList:
         """Return the finished list at a path, or an empty list that will be written there."""
-        index = path.with_suffix(".json")
-        if not index.exists():
-            return cls(path.with_suffix(".bin").open("w+b"), path, dtype, device)
-        finished = cls(path.with_suffix(".bin").open("rb"), path, dtype, device)
-        finished._entries = json.loads(index.read_text(encoding="utf-8"))
+        index, content = path.with_suffix(".json"), path.with_suffix(".bin")
+        entries = _finished_entries(index, content)
+        if entries is None:
+            for file in (index, content):
+                discard(file)
+            return cls(content.open("w+b"), path, dtype, device)
+        finished = cls(content.open("rb"), path, dtype, device)
+        finished._entries = entries
         return finished
 
     @property
@@ -135,7 +140,8 @@ class DiskTensorList:
         assert self._path is not None
         self._file.flush()
         os.fsync(self._file.fileno())
-        write_aside(self._path.with_suffix(".json"), json.dumps(self._entries) + "\n")
+        checksum = hash_file(self._path.with_suffix(".bin"))
+        write_checked(self._path.with_suffix(".json"), {"entries": self._entries, "content": checksum})
 
     @property
     def nbytes(self) -> int:
@@ -178,6 +184,25 @@ class DiskTensorList:
 
     def _size(self, entry: dict[str, Any]) -> int:
         return math.prod(entry["shape"]) * getattr(torch, entry["kept"]).itemsize
+
+
+def _finished_entries(index: Path, content: Path) -> list[dict[str, Any]] | None:
+    """Return the entries of a finished list; None if there is none, or if its files are damaged, with a warning."""
+    try:
+        value = read_checked(index)
+        if hash_file(content) == value["content"]:
+            return list(value["entries"])
+        problem = f"the checksum of {content.name} is wrong"
+    except FileNotFoundError as error:
+        if not index.is_symlink() and str(error.filename) == str(index):
+            return None
+        problem = f"{content.name} is missing"
+    except Damaged as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{content.name} cannot be read ({error.strerror})"
+    log.warning("%s is damaged (%s) and is made again", index, problem)
+    return None
 
 
 def nbytes(tensors: TensorList) -> int:

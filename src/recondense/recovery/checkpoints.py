@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,15 @@ from torch import Tensor, nn
 
 from recondense import processes
 from recondense.errors import UserError
-from recondense.files import replace_file
+from recondense.files import discard, replace_file
 from recondense.plan import Plan
 from recondense.recovery.engines import full_tensors
 
 FINAL = "final.ckpt"
+KEYS = {"state_dict", "plan"}
+KEYS_TO_RESUME = {"optimizer_states", "random_states", "loops", "global_step"}
+
+log = logging.getLogger(__name__)
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
@@ -47,9 +53,22 @@ def check_checkpoint(content: Mapping[str, Any], module: nn.Module, plan: Plan) 
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the periodic checkpoint of the latest step; None if there is none."""
+    """Return the periodic checkpoint of the latest step; None if there is none.
+
+    A damaged one is removed, with a warning, if there is an earlier one that is intact.
+
+    Raises:
+        UserError: the only checkpoint is damaged.
+    """
     steps = {int(path.stem.removeprefix("step=")): path for path in folder.glob("step=*.ckpt") if "-" not in path.stem}
-    return steps[max(steps)] if steps else None
+    paths = [steps[step] for step in sorted(steps, reverse=True)]
+    intact = next((path for path in paths if _problem(path) is None), None)
+    if paths and intact is None:
+        raise _damaged(paths[0])
+    for path in paths[: paths.index(intact)] if intact else ():
+        log.warning("%s is damaged (%s); training goes on from %s", path, _problem(path), intact)
+        discard(path)
+    return intact
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -64,20 +83,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
-    damaged = UserError(
-        f"{path} is damaged: it is not a complete checkpoint. Delete this file; the same command then resumes from the "
-        "previous checkpoint, or trains from the start"
-    )
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise damaged
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):
-            raise
-        raise damaged from error
+    if _problem(path) is not None:
+        raise _damaged(path)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not content.keys() >= KEYS | (set() if path.name == FINAL else KEYS_TO_RESUME):
+        raise _damaged(path)
     return content
+
+
+def _problem(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint; None if it is as it was written. torch checks no checksums itself."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error) as error:
+        return f"it is not a complete checkpoint: {error}"
+    return None if damaged is None else f"the checksum of {damaged} is wrong"
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged: {_problem(path) or 'it is no checkpoint of recondense'}. Delete this file; the same "
+        "command then resumes from the previous checkpoint, or trains from the start"
+    )
 
 
 class AsideCheckpointIO(TorchCheckpointIO):

@@ -128,7 +128,7 @@ def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> N
         remove_partial(training.folder)
     precision = resolve_precision(settings, module.model.dtype)
     refuse_rounding(settings, precision, module.model.dtype)
-    newest = processes.broadcast(newest_checkpoint(training.folder))
+    newest = processes.broadcast(newest_checkpoint(training.folder) if processes.is_first() else None)
     if newest is not None and processes.is_first():
         log.info("%s: resuming from %s", module.stage, newest)
     # DeepSpeed keeps its own copies in fp32.

@@ -133,7 +133,7 @@ def _begin(folder: Path, student: Student, recovery: RecoveryConfig, windows_NS:
         "sequence_length": str(windows_NS.shape[1]),
         "seed": str(seed),
     }
-    checkpoints, calls = folder.resolve() / "checkpoints", JsonFolder(folder)
+    checkpoints, calls = folder.resolve() / "checkpoints", JsonFolder(folder, "Use another folder")
     if not any(checkpoints.glob("*.ckpt")):
         calls["call"] = call
     earlier = calls.setdefault("call", call)

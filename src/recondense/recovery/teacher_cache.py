@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense.data.loader import Table, num_rows
-from recondense.files import fingerprint, hold_lock, remove_partial, replace_file
-from recondense.models import decoder, forward
+from recondense.files import fingerprint, hold_lock, remove_partial
+from recondense.models import checked_tensors, decoder, forward
 from recondense.models.forward import model_inputs
 from recondense.models.hooks import eval_mode
 from recondense.models.layer_store import layer_store
@@ -54,6 +53,7 @@ class CachedTeacher:
         self.num_windows = num_windows
         self.windows_per_file = windows_per_file
         self._open = cache(lambda path: safe_open(path, framework="pt"))
+        self._intact: set[Path] = set()
 
     def __deepcopy__(self, memo: Any) -> CachedTeacher:
         return self  # copies of a student read the same files
@@ -72,8 +72,10 @@ class CachedTeacher:
 
     @property
     def missing(self) -> list[int]:
-        """The indices of the files that do not exist yet."""
-        return [index for index, path in enumerate(self.files) if not path.exists()]
+        """The indices of the files that do not exist yet, or are damaged. All files are read, but only once."""
+        paths = self.files
+        self._intact |= {path for path in paths if path not in self._intact and checked_tensors.is_intact(path)}
+        return [index for index, path in enumerate(paths) if path not in self._intact]
 
     def rows_of(self, index: int) -> range:
         """Return the numbers of the windows in a file."""
@@ -92,8 +94,8 @@ class CachedTeacher:
 
     def write(self, index: int, kept: TopK) -> None:
         """Write the predictions of one file, under a temporary name that is then changed."""
-        with replace_file(self.files[index]) as aside:
-            save_file({name: column.contiguous() for name, column in kept._asdict().items()}, aside)
+        columns = {name: column.contiguous() for name, column in kept._asdict().items()}
+        checked_tensors.save_checked(columns, self.files[index])
 
 
 def cache_key(weights: str, windows: Table, k: int, temperature: float, precision: str) -> str:
@@ -142,7 +144,6 @@ def keep_predictions(
     teacher = CachedTeacher(folder, num_rows(windows), windows_per_file)
     if not teacher.missing:
         return teacher
-    folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(folder / ".lock", "runs the same teacher"):
         remove_partial(folder)
         total = sum(len(teacher.rows_of(index)) for index in teacher.missing)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense import processes
 from recondense.calibration.calibrate import Timed
 from recondense.config.schema import Config, EvaluationConfig
-from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, write_heldout_tasks
+from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, note_tables, write_heldout_tasks
 from recondense.evaluation.lm_eval import folder_tasks, run_tasks
 from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import profile_variants
@@ -171,6 +171,8 @@ class Evaluator:
                 include_path=self.include_path,
                 description=f"lm-eval: {stage}",
             )
+            if set(tasks) & set(HELDOUT_TASKS):
+                note_tables(self.include_path[-1])
         return figures
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from recondense import processes
 from recondense.files import JsonFolder
 
+REMEDY = "Delete this file, and the same command measures it again; or use overwrite=true to start over"
 Figures = dict[str, Any]  # of one result stage: loss, perplexity, kl_to_original, tasks, profile
 
 
@@ -26,7 +27,7 @@ class RunRecord:
 
     def __init__(self, folder: Path, inputs: Mapping[str, str]) -> None:
         self.inputs = dict(inputs)
-        self._stored = JsonFolder(folder / "stages")
+        self._stored = JsonFolder(folder / "stages", REMEDY)
         self._shared = processes.SharedMapping(self._stored)
         self._nested = 0.0  # seconds of the parts inside the one that is being timed
 

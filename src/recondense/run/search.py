@@ -180,7 +180,6 @@ def search_step(
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
     key = fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *describe_rounding(config, model))
     folder = Path(config.cache_dir) / "search" / key
-    folder.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(folder / ".lock", "runs the same search") if processes.is_first() else nullcontext()
     with lock:
         scratch = scratch_bytes(config, decoder.device(model), model)

@@ -6,7 +6,7 @@ that determines it, so a change of any of that leads to a new training.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import shutil
 import time
@@ -29,7 +29,16 @@ from recondense.data.loader import RecoveryData
 from recondense.data.stdlib import stdlib_corpora
 from recondense.data.windows import pack
 from recondense.evaluation.perplexity import perplexity
-from recondense.files import fingerprint, hold_lock, replace_folder, write_aside
+from recondense.files import (
+    Damaged,
+    discard,
+    fingerprint,
+    hash_file,
+    hold_lock,
+    read_checked,
+    replace_folder,
+    write_checked,
+)
 from recondense.models import moe_blocks
 from recondense.models.loading import choose_device
 from recondense.plan import Plan
@@ -41,6 +50,8 @@ from recondense.surgery.student import Student
 VERSION = 1  # increment when a change of this file leads to a different model for the same settings
 END_OF_TEXT = "<|endoftext|>"
 EVALUATION_BATCH = 16
+
+log = logging.getLogger(__name__)
 
 
 def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: Sequence[Callback] = ()) -> Path:
@@ -61,9 +72,8 @@ def ensure(model: ModelConfig, cache: Path, trainer: TrainerConfig, callbacks: S
     trainer = replace(trainer, precision="32-true", deterministic=True, strategy="auto")
     decides = VERSION, settings, corpora.sha256(), choose_device(model).type
     folder = cache / "models" / f"tiny_moe-{fingerprint(*decides)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(Path(f"{folder}.lock"), "trains the embedded model"):
-        if not folder.exists():
+        if not _is_intact(folder):
             _train(model, settings, corpora, folder, trainer, callbacks)
         shutil.rmtree(folder.with_name(f"{folder.name}.training"), ignore_errors=True)
     return folder
@@ -104,7 +114,23 @@ def _train(
     with replace_folder(folder) as aside:
         network.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        write_aside(aside / "training.json", json.dumps(report, indent=1) + "\n")
+        report["files"] = {path.name: hash_file(path) for path in sorted(aside.iterdir())}
+        write_checked(aside / "training.json", report, indent=1)
+
+
+def _is_intact(folder: Path) -> bool:
+    """Return whether the cache has the model as it was written; a damaged one is removed, with a warning."""
+    if not (folder.exists() or folder.is_symlink()):
+        return False
+    try:
+        hashes = read_checked(folder / "training.json")["files"]
+        problem = next((f"{name} is not as it was" for name in hashes if hash_file(folder / name) != hashes[name]), "")
+    except (OSError, Damaged) as error:
+        problem = str(error)
+    if problem:
+        log.warning("%s is damaged (%s) and is made again", folder, problem)
+        discard(folder)
+    return not problem
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

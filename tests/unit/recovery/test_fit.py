@@ -18,6 +18,7 @@ from recondense.config.schema import RecoveryConfig, TrainerConfig
 from recondense.errors import UserError
 from recondense.operations import Condense, Drop, Factorize, Prune
 from recondense.plan import Plan
+from recondense.recovery import checkpoints
 from recondense.recovery.checkpoints import FINAL, newest_checkpoint
 from recondense.recovery.fit import fit
 from recondense.recovery.lora import LoraUpdate
@@ -200,6 +201,9 @@ DAMAGES: dict[str, Any] = {
     "half": lambda content: content[: len(content) // 2],
     "another": lambda content: b"version https://git-lfs.github.com/spec/v1\n",
     "changed at its end": lambda content: content.replace(b"PK\x01\x02", b"PK\x01\x03", 1),
+    "zeros in its tensors": lambda content: (
+        content[: len(content) // 2] + bytes(99) + content[len(content) // 2 + 99 :]
+    ),
 }
 
 
@@ -221,6 +225,39 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: str) -
     path.unlink()
     fit(again, data(again), tmp_path, QUIET, seed=1)
     assert same_bits(trained(again), expected)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_fit_goes_back_to_the_checkpoint_before_a_damaged_one(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(checkpoints.log, "warning", lambda *parts: warnings.append(parts))
+    module = module_of(steps=6)
+    fit(module, data(module), tmp_path, QUIET, seed=1)
+    (tmp_path / FINAL).unlink()
+    later = tmp_path / "step=7.ckpt"
+    later.write_bytes(DAMAGES[damage]((tmp_path / "step=6.ckpt").read_bytes()))
+    again = module_of(steps=6)
+    fit(again, data(again), tmp_path, QUIET, seed=1)
+    assert same_bits(trained(again), trained(module)) and not later.exists()
+    [(text, path, _, intact)] = warnings
+    assert "training goes on from" in text and (path, intact) == (later, tmp_path / "step=6.ckpt")
+
+
+@pytest.mark.parametrize("content", [[], {}, {"state_dict": {}}, torch.zeros(1)])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / FINAL)
+    module = module_of()
+    with pytest.raises(UserError, match=r"final.ckpt is damaged: it is no checkpoint of recondense"):
+        fit(module, data(module), tmp_path, QUIET, seed=1)
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / FINAL).mkdir()
+    module = module_of()
+    with pytest.raises(UserError, match=r"final.ckpt is damaged: it cannot be read"):
+        fit(module, data(module), tmp_path, QUIET, seed=1)
 
 
 def test_another_error_while_reading_a_checkpoint_keeps_its_traceback(

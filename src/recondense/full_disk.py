@@ -1,0 +1,110 @@
+"""Errors of a disk that has no room, however a library words them, as errors that the user can fix.
+
+Importing this module needs only the standard library.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from recondense.errors import UserError
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than this system allows (see ulimit -f)",
+}
+# How libraries word it that raise no OSError: safetensors, tokenizers, Arrow, SQLite, torch.save.
+WORDS = {
+    errno.ENOSPC: r"\[errno 28\]|os error 28\b|no space left on device|database or disk is full",
+    errno.EDQUOT: r"\[errno 122\]|os error 122\b|disk quota exceeded",
+    errno.EFBIG: r"\[errno 27\]|os error 27\b|file too large",
+}
+SAME_COMMAND = "the same command then goes on where it stopped"
+
+
+class DiskFull(UserError):
+    """A file cannot be written because there is no room for it."""
+
+
+def lacks_room(error: BaseException | None) -> str | None:
+    """Return why there is no room, if that is what an error or what led to it says; None for any other error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in REASONS:
+            return REASONS[error.errno]
+        text = str(error).lower()
+        for number, words in WORDS.items():
+            if re.search(words, text):
+                return REASONS[number]
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def free_bytes(path: Path) -> int | None:
+    """Return the free bytes of the file system of a path, which need not exist; None if they cannot be known."""
+    for place in (path.absolute(), *path.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return None
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes with a unit, such as 1.5 GB."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+@contextmanager
+def explain_writing(path: Path, needs: int | None = None) -> Iterator[None]:
+    """Turn an error for want of room into a `DiskFull` that names what is written inside the context.
+
+    Args:
+        path: the file or folder.
+        needs: the bytes that it needs, if they are known.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if (reason := lacks_room(error)) is None:
+            raise
+        free = free_bytes(path)
+        sizes = [] if needs is None else [f"it needs {format_size(needs)}"]
+        sizes += [] if free is None else [f"{format_size(free)} are free"]
+        shown = f" ({', '.join(sizes)})" if sizes else ""
+        raise DiskFull(f"{path} cannot be written: {reason}{shown}. Make room there; {SAME_COMMAND}") from error
+
+
+@contextmanager
+def explain_full_disks(places: Mapping[str, Path]) -> Iterator[None]:
+    """Turn an error for want of room that names no file into a `DiskFull` with the free bytes of some folders.
+
+    Args:
+        places: the folders to which the code inside writes, besides that of temporary files, by a setting or name.
+    """
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if (reason := lacks_room(error)) is None:
+            raise
+        free = {name: (path, free_bytes(path)) for name, path in places.items()}
+        free["temporary files"] = (temporary := Path(tempfile.gettempdir())), free_bytes(temporary)
+        shown = [f"{name} ({path}): {format_size(size)}" for name, (path, size) in free.items() if size is not None]
+        file = getattr(error, "filename", None)
+        name = f"{file} cannot be written" if file else "writing failed"
+        raise DiskFull(f"{name}: {reason}. Free are {', '.join(shown)}. Make room; {SAME_COMMAND}") from error
