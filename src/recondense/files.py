@@ -56,6 +56,19 @@ def write_aside(path: Path, content: str | bytes) -> None:
         aside.write_bytes(encoded)
 
 
+def append(path: Path, text: str) -> None:
+    """Append text to a file that exists, all of it or nothing."""
+    content = text.encode("utf-8")
+    with explain_writing(path, len(content)), path.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 @contextmanager
 def replace_file(path: Path, needs: int | None = None) -> Iterator[Path]:
     """Replace a file: the caller writes a temporary file, which is synced at the end and renamed to `path`.

@@ -39,6 +39,21 @@ def model_file(path: str | Path, name: str, revision: str | None = None) -> Path
     return None if cached is None else Path(cached)
 
 
+def cached_snapshot(repository: str, revision: str | None = None) -> Path | None:
+    """Return the folder in the hub's cache with a repository's files; None if it is not there. The hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        for name in ("config.json", "tokenizer_config.json"):
+            path = try_to_load_from_cache(repository, name, revision=revision)
+            if isinstance(path, str):
+                return Path(path).parent
+    except HFValidationError:  # it is a path
+        pass
+    return None
+
+
 def read_history(model: ModelConfig) -> History:
     """Return the earlier compressions of the model that a run starts from; empty without a plan.json beside it."""
     plan = None if model.path is None else model_file(model.path, "plan.json", model.revision)

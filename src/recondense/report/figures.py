@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recondense.files import write_aside
+from recondense.full_disk import DiskFull
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +31,8 @@ NEEDLESS_SVG = {
     r' transform="rotate\(-?0 [^"]*\)"': "",
 }
 
+log = logging.getLogger(__name__)
+
 
 def start_figure(width: float, height: float) -> Figure:
     """Return an empty figure without a window; width and height are in inches."""
@@ -37,6 +42,20 @@ def start_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def try_to_draw(draw: Callable[[], Path], path: Path) -> Path | None:
+    """Draw a picture and return its path; None, with a warning, if it cannot be written: a picture is no result.
+
+    Args:
+        draw: draws the picture and returns its path.
+        path: the picture, for the warning.
+    """
+    try:
+        return draw()
+    except (OSError, DiskFull) as error:
+        log.warning("%s is not drawn: %s", path, error)
+        return None
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +17,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from recondense.config.logger import LoggerConfig
-from recondense.files import write_aside
+from recondense.files import append, discard, write_aside
+from recondense.full_disk import DiskFull
 from recondense.report.wandb_run import (
     Names,
     QuietWandbLogger,
@@ -23,6 +27,8 @@ from recondense.report.wandb_run import (
     start_wandb,
     wandb_mode,
 )
+
+log = logging.getLogger(__name__)
 
 
 def make_loggers(
@@ -112,7 +118,8 @@ class AppendingCSVLogger(Logger):
 
     Lightning's csv logger deletes the file of an earlier start. Here the column `start` (0, 1, ...) tells from which
     start a row is. A run that was killed repeats the steps since its last checkpoint; if two rows have the same step
-    and metric, the later start is the valid one.
+    and metric, the later start is the valid one. A log never ends a run: rows that cannot be written wait for the next
+    time, and a damaged file is moved aside, both with a warning.
 
     Args:
         path: the csv file.
@@ -126,6 +133,7 @@ class AppendingCSVLogger(Logger):
         self._flush_every = flush_every
         self._waiting: list[dict[str, Any]] = []
         self._flushed_at = time.monotonic()
+        self._warned = False
         rows = self._read()
         self._columns = list(rows[0]) if rows else ["start", "step"]
         self._start = 1 + max((int(row["start"]) for row in rows), default=-1)
@@ -158,20 +166,29 @@ class AppendingCSVLogger(Logger):
         self._flushed_at = time.monotonic()
         if not self._waiting:
             return
+        try:
+            self._write()
+        except (OSError, DiskFull) as error:
+            if not self._warned:
+                log.warning("%s (%s): the log is not written now; the run continues", self.path, error)
+            self._warned = True
+        else:
+            self._waiting = []
+
+    def _write(self) -> None:
+        """Write the waiting rows, all of them or none."""
         new = [key for key in dict.fromkeys(key for row in self._waiting for key in row) if key not in self._columns]
         text = io.StringIO(newline="")
         if new or not self.path.exists():
             rows: list[dict[str, Any]] = [*self._read(), *self._waiting]
-            self._columns += new
-            writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
+            writer = csv.DictWriter(text, [*self._columns, *new], restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
             write_aside(self.path, text.getvalue())
+            self._columns += new
         else:
             csv.DictWriter(text, self._columns, restval="", lineterminator="\n").writerows(self._waiting)
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
-        self._waiting = []
+            append(self.path, text.getvalue())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -180,18 +197,41 @@ class AppendingCSVLogger(Logger):
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        content = self.path.read_text(encoding="utf-8")
-        if not content.endswith("\n"):  # the process was killed while writing the last line, which is discarded
-            content = content[: content.rfind("\n") + 1]
+        try:
+            written = self.path.read_text(encoding="utf-8")
+            content = written[: written.rfind("\n") + 1]
+            reader = csv.DictReader(io.StringIO(content), strict=True)
+            if (reader.fieldnames or [])[:2] != ["start", "step"]:
+                raise ValueError("its first line does not name the columns")
+            rows = [{**row, "start": str(int(row["start"]))} for row in reader if None not in row]
+        except (OSError, ValueError, TypeError, csv.Error) as error:
+            aside = self.path.with_name(f"{self.path.stem}.damaged-{secrets.token_hex(2)}{self.path.suffix}")
+            log.warning("%s is damaged (%s); it is moved to %s, and a new one begins", self.path, error, aside.name)
+            os.replace(self.path, aside)
+            return []
+        if content != written:  # the process was killed while writing the last line, which is discarded
             write_aside(self.path, content)
-        return list(csv.DictReader(io.StringIO(content)))
+        return rows
 
 
 def _stored_id(folder: Path) -> str:
+    """Return the id of the W&B run; a new one, which is stored, if there is none or if the file is damaged."""
     path = folder / "run_id"
-    if not path.exists():
-        write_aside(path, secrets.token_hex(4))
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        if re.fullmatch(r"[\w-]+", stored := path.read_text(encoding="ascii").strip()):
+            return stored
+        log.warning("%s is damaged, so W&B gets a new run", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("%s is damaged (%s), so W&B gets a new run", path, error)
+    new = secrets.token_hex(4)
+    try:
+        discard(path)
+        write_aside(path, new)
+    except (OSError, DiskFull) as error:
+        log.warning("%s cannot be written (%s), so a resumed run will be another run of W&B", path, error)
+    return new
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:

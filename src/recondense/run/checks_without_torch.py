@@ -17,10 +17,14 @@ from recondense.config.problems import Problem
 from recondense.config.schema import CalibrationConfig, Config, read
 from recondense.data.corpora import check_paths
 from recondense.run.resolved_run import Run
+from recondense.run.run_folder import has_summary
 
 
 def check_quickly(run: Run) -> Iterator[Problem]:
     """Yield the problems that show in the config and in the files it names, without a model."""
+    if is_done(run.config):  # what it read may be gone
+        yield from _check_token(run.config)
+        return
     yield from check_config(run.config, run.stages)
     if not run.config.plan_only:
         yield from _check_packages(run.config)
@@ -28,6 +32,14 @@ def check_quickly(run: Run) -> Iterator[Problem]:
         yield from _check_token(run.config)
         yield from check_variables(run.config.logger.wandb, os.environ)
     yield from check_run_folder(run.config, stored_config(run.config.run_folder()))
+
+
+def is_done(config: Config) -> bool:
+    """Return whether the run of exactly this config has been done, and is not to be started over."""
+    if not has_summary(config):
+        return False
+    stored = stored_config(config.run_folder())
+    return stored is not None and stored.run_hash() == config.run_hash()
 
 
 def _check_texts(run: Run) -> Iterator[Problem]:

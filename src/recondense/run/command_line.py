@@ -30,7 +30,7 @@ from recondense.config.stages import resolve_stages
 from recondense.errors import ConfigError
 from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
-from recondense.run.checks_without_torch import check_quickly
+from recondense.run.checks_without_torch import check_quickly, is_done
 from recondense.run.command_options import check_options, options_first
 from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.help_page import help_page
@@ -289,7 +289,8 @@ def _check_on_models(
             except ConfigError as error:
                 messages += error.messages
                 wrong = wrong | {"method"}
-        messages += render(preflight(run, wrong))
+        if not is_done(run.config):  # else what it read may be gone
+            messages += render(preflight(run, wrong))
         complete[overrides] = run
     if messages:
         raise ConfigError(dict.fromkeys(messages))

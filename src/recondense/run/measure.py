@@ -25,14 +25,13 @@ from recondense.files import JsonFolder, fingerprint
 from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import weights_bytes
 from recondense.progress import progress
-from recondense.run.inputs import task_files_fingerprint
+from recondense.run.inputs import PACKAGES, task_files_fingerprint
 from recondense.run.run_record import Figures, RunRecord
 from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)
 
 Reference = Callable[[], AbstractContextManager[Any]]  # returns a context that yields the original
-PACKAGES = ("torch", "transformers", "lm-eval", "datasets")  # packages whose versions can change a figure
 
 
 @dataclass(frozen=True)

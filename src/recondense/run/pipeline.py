@@ -5,7 +5,6 @@ Each stage is one verb of the public API. The run adds logging, timing, and the 
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from recondense.config.stages import Stage, Stages, require_stages, without_teac
 from recondense.evaluation import profiling
 from recondense.export.export import export
 from recondense.export.stock_or_bundled import choose_layout
+from recondense.full_disk import explain_full_disks
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_shapes import layer_shapes
@@ -34,10 +34,11 @@ from recondense.models.model_files import history_of
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.report import model_card, tables, tracking, wandb_run
+from recondense.report.figures import try_to_draw
 from recondense.report.plan_picture import draw_plan
 from recondense.report.summary import Summary, metric
 from recondense.run import launching, run_folder
-from recondense.run.inputs import inputs_of, keep_inputs
+from recondense.run.inputs import compare_files, inputs_of, keep_export, keep_files, keep_inputs
 from recondense.run.load import MakeCallbacks, load_model, locate, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.prepare import Prepared, prepare
@@ -47,7 +48,7 @@ from recondense.run.resolved_run import Run
 from recondense.run.run_record import RunRecord
 from recondense.run.search import find_plan
 from recondense.run.streamed_memory import StreamedMemory
-from recondense.run.upload import missing_upload, upload, write_summary
+from recondense.run.upload import missing_upload, read_summary, upload, write_summary
 from recondense.surgery.apply import apply
 from recondense.surgery.student import Student
 
@@ -84,25 +85,27 @@ def run(
     gpu = loading.choose_device(config.model).type == "cuda"
     with launching.start_processes(config.trainer, gpu, command):
         configure_process(config.trainer)
-        with run_folder.lock_folder(folder, resumes=not config.overwrite):
+        places = {"run_dir": folder, "cache_dir": Path(config.cache_dir)}
+        with explain_full_disks(places), run_folder.lock_folder(folder, resumes=not config.overwrite):
             return _finish(complete, callbacks, folder)
 
 
 def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
     """Run the unfinished stages, print the results and upload them. Return the same as `run`."""
     config = run.config
-    path = folder / "summary.json"
-    finished = processes.broadcast(path.exists() and not config.overwrite)
+    finished = processes.broadcast(run_folder.has_summary(config))
+    gone = compare_files(run, folder).gone
     if not finished:
         _start(run, callbacks, folder)
     if not processes.is_first():
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_summary(folder)
     shutil.rmtree(folder / WORK, ignore_errors=True)
     repository = missing_upload(config.export, summary)
     if finished:
         state = "all done except for the upload" if repository else "all done"
         print(f"{state}: this run is in {folder}; use overwrite=true to start over")
+        print("".join(f"{name} is no longer there, so it was not compared\n" for name in gone), end="")
     tables.print_report(summary)
     print(f"\nresults: {folder}")
     if repository:
@@ -120,6 +123,7 @@ def _start(run: Run, callbacks: MakeCallbacks, folder: Path) -> None:
     if processes.is_first():
         run_folder.begin(config, folder)
     keep_inputs(folder, inputs)
+    keep_files(run, folder)
     memory = StreamedMemory(config, model, at_start) if layer_store(model).streamed else None
     loggers: list[Logger] = []
     if processes.is_first():
@@ -210,8 +214,9 @@ class _Stages:
             )
         if plan.operations and processes.is_first():
             facts = families.facts(self.model.config)
-            picture = draw_plan(plan.to_dict(), facts.num_experts, facts.moe_layers, self.folder / "plan.png")
-            tracking.log_plan(self.loggers, plan.to_dict(), picture)
+            data, path = plan.to_dict(), self.folder / "plan.png"
+            picture = try_to_draw(lambda: draw_plan(data, facts.num_experts, facts.moe_layers, path), path)
+            tracking.log_plan(self.loggers, data, picture)
         return plan
 
     def apply(self, plan: Plan, stages: Sequence[Stage]) -> Student:
@@ -325,6 +330,7 @@ class _Stages:
 
         with self.record.timed("export"), progress("exporting"):
             kind = export(student, self.tokenizer, folder, self.config.export, card=card)
+        keep_export(self.folder)
         log.info("exported: %s (%s)", folder, kind)
         summary.artifacts |= {"model": "model", "export_format": kind}
         tracking.log_export(self.loggers, folder)

@@ -18,8 +18,8 @@ from recondense.files import write_aside
 from recondense.run.resolved_run import Run
 
 CONFIG = "config.yaml"
-INPUTS = "inputs.json"
-RESULTS = (INPUTS, "plan.json", "plan.png", "summary.json", "stages", "checkpoints", "logs", "model", WORK)
+INPUTS, SUMMARY = "inputs.json", "summary.json"
+RESULTS = (INPUTS, "plan.json", "plan.png", SUMMARY, "stages", "checkpoints", "logs", "model", WORK)
 CONTENTS = (CONFIG, *RESULTS)  # overwrite=true deletes these and nothing else
 MOVED = ".moved"  # results of the old run while they are being moved; `repair` moves them back
 DELETED = ".deleted"  # all results of the old run; `repair` deletes them
@@ -27,6 +27,11 @@ MOST_LINKS = 40  # maximum number of links to follow for one path, as in Linux
 Setting = tuple[str, str]  # name and path
 
 log = logging.getLogger(__name__)
+
+
+def has_summary(config: Config) -> bool:
+    """Return whether the run of a config has been done, and is not to be started over."""
+    return not config.plan_only and not config.overwrite and os.path.lexists(config.run_folder() / SUMMARY)
 
 
 def overwritten_inputs(runs: Sequence[Run]) -> list[Problem]:
@@ -65,6 +70,11 @@ def overwritten_inputs(runs: Sequence[Run]) -> list[Problem]:
 
 def input_paths(run: Run) -> list[Setting]:
     """Return the settings that name existing local inputs of a run. Hub ids are left out."""
+    return [(name, path) for name, path in named_inputs(run) if os.path.lexists(os.path.expanduser(path))]
+
+
+def named_inputs(run: Run) -> list[Setting]:
+    """Return the settings that name inputs of a run: folders, files and hub ids."""
     config, recovery = run.config, run.config.recovery
     settings = [
         ("model.path", config.model.path),
@@ -79,7 +89,7 @@ def input_paths(run: Run) -> list[Setting]:
             settings.append((f"{stage.where}.teacher_path", stage.recovery.teacher_path))
         if stage.own_texts:
             settings += _data_paths(stage.data, f"{stage.where}.data")
-    return [(name, path) for name, path in settings if path and os.path.lexists(os.path.expanduser(path))]
+    return [(name, path) for name, path in settings if path]
 
 
 def _data_paths(data: DataConfig, where: str) -> list[tuple[str, str | None]]:

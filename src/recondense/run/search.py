@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -23,6 +24,7 @@ from recondense.models import decoder, families, moe_blocks
 from recondense.models.layer_store import layer_store
 from recondense.operations import Operation
 from recondense.plan import Plan
+from recondense.run.inputs import START_OVER, keep_plan
 from recondense.run.refits import plan_refits
 from recondense.run.search_memory import scratch_bytes
 from recondense.run.steps import as_steps
@@ -104,8 +106,9 @@ def find_plan(
         return Plan(model=name)
     decided_by = {name: inputs[name] for name in ("weights", "calibration")}
     layer_store(model).context = fingerprint(decided_by)
-    plan = processes.broadcast(Plan.load(path) if processes.is_first() and path.exists() else None)
+    plan = processes.broadcast(_load_plan(path) if processes.is_first() else None)
     if plan is not None:
+        keep_plan(folder, plan)
         log.info("plan: loaded from %s", path)
         return plan
     record_split = make_recorder(config, model, calibration, folder, timed, split=True)
@@ -119,9 +122,20 @@ def find_plan(
     method = fingerprint([step.key() for step in steps], dict(config.method))
     plan = Plan(name, tuple(operations), {**decided_by, "method": method}, _evidence(records))
     plan = processes.broadcast(plan)
+    keep_plan(folder, plan)
     if processes.is_first():
         plan.save(path)
     return plan
+
+
+def _load_plan(path: Path) -> Plan | None:
+    """Return the plan that an earlier start has searched; None if there is none."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return Plan.load(path)
+    except UserError as error:
+        raise UserError(f"{error}. Delete this file, and the plan is searched again; or {START_OVER}") from None
 
 
 def _search_steps(

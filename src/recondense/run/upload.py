@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recondense.config.schema import ExportConfig
+from recondense.errors import UserError
 from recondense.export.push import push_folder
-from recondense.files import write_aside
+from recondense.files import Damaged, read_checked, write_checked
 from recondense.progress import progress
 from recondense.report.summary import add_upload
+from recondense.run.run_folder import SUMMARY
 
 
 def missing_upload(settings: ExportConfig, summary: Mapping[str, Any]) -> str | None:
@@ -36,4 +37,17 @@ def upload(repository: str, folder: Path, summary: Mapping[str, Any], *, private
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json to a run's folder."""
-    write_aside(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_checked(folder / SUMMARY, summary, indent=1)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read summary.json from a run's folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_checked(folder / SUMMARY)
+    except Damaged as error:
+        remedy = "Delete this file, and the same command makes it again; or use overwrite=true to start over"
+        raise UserError(f"{folder / SUMMARY} is damaged: {error}. {remedy}") from None
