@@ -1,6 +1,7 @@
 """Errors that users can fix. Every other exception but OSError is a bug and keeps its traceback."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -20,3 +21,18 @@ class ConfigError(UserError):
     def __init__(self, messages: Iterable[str]) -> None:
         self.messages = tuple(messages)
         super().__init__("\n".join(self.messages))
+
+
+class WrongExport(AssertionError):
+    """An exported folder is not the model that was exported. It keeps its traceback, because no input is the reason.
+
+    Args:
+        folder: the folder, which was not written.
+        problem: how the folder differs from the model.
+    """
+
+    def __init__(self, folder: Path, problem: str) -> None:
+        super().__init__(
+            f"{folder} was not written, because {problem}. This is a defect of recondense or of a library; please "
+            "report it. Try another export.format; export.verify=shapes does not compare what the folder computes"
+        )

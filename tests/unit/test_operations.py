@@ -11,7 +11,7 @@ from support.brute_force_moei2 import without_experts
 from support.tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
 
 from recondense.models import decoder, families, moe_blocks, parameters
-from recondense.models.replacement_blocks import SkippedLayer, Zeros
+from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute

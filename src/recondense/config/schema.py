@@ -261,6 +261,7 @@ class ExportConfig:
     format: Literal["auto", "stock", "bundled", "dense"] = "auto"
     max_padding: Annotated[Number, Field(ge=0, le=1, description="it is a fraction of the parameters")] = 0.05
     max_shard_size: Bytes = 5 * 10**9
+    verify: Literal["auto", "shapes", "logits"] = field(default="auto", metadata=NO_RESULT)
     push_to_hub: Repository | None = None
     private: Switch = True
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from recondense.config.schema import ExportConfig
+from recondense.config.schema import ExportConfig, from_dict
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
 from recondense.models.layer_store import layer_store
@@ -25,24 +25,31 @@ def export(
     *,
     card: str | Callable[[Path], str] | None = None,
     overwrite: bool = False,
+    verify: str | None = None,
 ) -> str:
     """Write a student to a folder that can be read by `load`, or by transformers without recondense.
+
+    Before the folder gets its name, it is checked that transformers loads from it the model that was exported.
 
     Args:
         student: a student returned by `apply`; it is not changed.
         tokenizer: saved beside the weights; None saves no tokenizer.
         folder: the folder to write. An earlier export in it is replaced only when the new one is complete.
-        settings: format and shard size; None for the defaults.
+        settings: all settings of the export; None for the defaults.
         card: the beginning of the folder's README.md, or a function that returns it, given the folder with the weights.
             None writes a short text that refers to the plan.
         overwrite: whether to replace a folder that contains anything but an export.
+        verify: "shapes" compares names and shapes with the class that loads the folder, "logits" also what transformers
+            computes from it, and "auto" does so if the model fits into memory twice. None for the value in `settings`.
 
     Returns:
         "stock" if the folder loads as the family's own class, or "bundled" if it has its own modeling file.
 
     Raises:
         UserError: the format in `settings` cannot express the student; the folder contains other files, and `overwrite`
-            is False; or the folder contains the weights of a streamed model, which are still read.
+            is False; the folder contains the weights of a streamed model, which are still read; or there is no such
+            `verify`.
+        WrongExport: the written folder is not the model. Nothing is left of it, and an earlier export is unchanged.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)
@@ -54,6 +61,8 @@ def export(
     """
     folder = Path(folder).resolve()
     _check_folder(folder, student, overwrite)
+    if verify is not None:
+        settings = from_dict({"export": {**asdict(settings or ExportConfig()), "verify": verify}}).export
     if card is None:
         card = f"# {student.plan.model}, compressed by recondense\n\nThe operations are in `plan.json`.\n"
     plan = replace(student.plan, history=history_of(student.model))

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from recondense.config.schema import ExportConfig
+from recondense.errors import WrongExport
+from recondense.export import verify
 from recondense.export.shard_writer import ShardWriter
 from recondense.export.stock_or_bundled import Stock, choose_layout, skipped_layers
 from recondense.files import replace_folder, write_aside
@@ -29,17 +31,20 @@ from recondense.models import (
     deepseek,
     expert_products,
     families,
-    headers,
     low_rank,
     model_classes,
     moe_blocks,
+    removed_blocks,
     replacement_blocks,
 )
 from recondense.models.layer_shapes import Shapes, layer_shapes
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.parameters import largest_layer_bytes
-from recondense.models.replacement_blocks import CondensedMoE, Zeros
+from recondense.models.removed_blocks import Zeros
+from recondense.models.replacement_blocks import (
+    CondensedMoE,
+)
 from recondense.plan import History, Plan
 
 MODELING_FILE = "modeling_recondense"
@@ -74,7 +79,7 @@ def write_folder(
 
     Raises:
         NotStock: `settings.format` is "stock", and the family's class cannot express the model.
-        AssertionError: the written weights do not match the written config; the files are removed.
+        WrongExport: the written folder is not the model; its files are removed.
     """
     settings = settings or ExportConfig()
     shapes = layer_shapes(model, multiplied=settings.format == "dense")
@@ -87,38 +92,37 @@ def write_folder(
     with replace_folder(folder) as aside:
         _write_weights(model, shapes, stock, aside, settings)
         _write_config(model, shapes, stock, aside)
-        _verify(aside)
+        _require(folder, verify.shapes_problem(aside))
         if model.can_generate():
             model.generation_config.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         plan.save(aside / "plan.json")
+        if verify.compares_outputs(model, aside, settings):
+            _require(folder, verify.outputs_problem(model, tokenizer, aside, retained))
         write_aside(aside / "README.md", (card if isinstance(card, str) else card(aside)) + _loading_code(aside))
     return "bundled" if stock is None else "stock"
 
 
-def _verify(folder: Path) -> None:
-    """Check that the written names and shapes match the class that will load them.
-
-    Raises:
-        AssertionError: they differ.
-    """
-    model_classes.register_model_type(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    outline = model_classes.empty_model(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-    difference = str(headers.compare(outline, headers.list_files(folder)))
-    if difference:
-        raise AssertionError(f"the export does not match {type(outline).__name__}: {difference}")
+def _require(folder: Path, problem: str) -> None:
+    """Raise an error if there is a problem."""
+    if problem:
+        raise WrongExport(folder, problem)
 
 
 def _loading_code(folder: Path) -> str:
     """Return the end of a folder's README.md: the code that loads it."""
-    code = (folder / f"{MODELING_FILE}.py").exists()
-    return (
-        "\n## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{", trust_remote_code=True" * code})\n```\n'
-        + f"\nThe model's class is in `{MODELING_FILE}.py`, which needs only torch and transformers.\n"
-        * code
-    )
+    code, tokenizer = (folder / f"{MODELING_FILE}.py").exists(), (folder / "tokenizer_config.json").exists()
+    lines = [
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}\n",
+        f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{", trust_remote_code=True" * code})',
+        f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{', trust_remote_code=False' * code})",
+    ]
+    text = f"The model's class is in `{MODELING_FILE}.py`, which needs only torch and transformers."
+    if tokenizer:
+        text += " The tokenizer needs no code, but transformers asks about it if `trust_remote_code` is not given."
+    loading = "\n".join(lines if tokenizer else lines[:2])
+    return f"\n## Load it\n\n```python\n{loading}\n```\n" + f"\n{text}\n" * code
 
 
 def pieces(model: PreTrainedModel, shapes: Shapes, stock: Stock | None) -> Iterator[dict[str, Tensor]]:
@@ -246,7 +250,9 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
 def _bundle_source(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
     """Return the source of a bundle's modeling file."""
     source = _concatenate(
-        replacement_blocks, expert_products, low_rank, *([deepseek] if family.carried else []), compressed_classes
+        *(replacement_blocks, removed_blocks, expert_products, low_rank),
+        *([deepseek] if family.carried else []),
+        compressed_classes,
     )
     family_classes = ", ".join((config_class, model_class, base_class))
     imports = "register()" if family.carried else f"from transformers import {family_classes}  # noqa: E402"

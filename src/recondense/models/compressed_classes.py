@@ -1,7 +1,6 @@
 """The classes of compressed models: a family's own classes with different shapes in some layers.
 
-This file imports only torch, transformers, `replacement_blocks` and `low_rank`. Together they become the modeling file
-of exports.
+This file imports only torch, transformers and the modules of blocks, which become the modeling file of exports.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.models.replacement_blocks import (
     GLU,
     ClampedGLU,
     CondensedMoE,
     Glu,
     RemappedRouter,
-    SkippedLayer,
-    Zeros,
     select_experts,
 )
 
@@ -124,7 +122,7 @@ def reshape(
     """
     layer: Any = layers[index]
     if kind == "skipped":
-        layers[index] = SkippedLayer()
+        layers[index] = SkippedLayer.instead_of(layer)
         return
     block = layer.mlp
     pair = returns_pair(block)

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from recondense.models.families import family_of
-from recondense.models.replacement_blocks import SkippedLayer
+from recondense.models.removed_blocks import SkippedLayer
 
 
 def cache_layers(config: PretrainedConfig) -> set[int]:

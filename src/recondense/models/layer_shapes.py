@@ -12,7 +12,11 @@ from recondense.errors import UserError
 from recondense.models import decoder, families, moe_blocks
 from recondense.models.compressed_classes import PREFIX
 from recondense.models.low_rank import LowRankExperts
-from recondense.models.replacement_blocks import CondensedMoE, RemappedRouter, SkippedLayer, Zeros
+from recondense.models.removed_blocks import SkippedLayer, Zeros
+from recondense.models.replacement_blocks import (
+    CondensedMoE,
+    RemappedRouter,
+)
 
 Shapes = Mapping[int, Mapping[str, Any]]  # by decoder-layer index
 

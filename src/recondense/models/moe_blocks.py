@@ -19,12 +19,11 @@ from recondense.models.compressed_classes import glu_of, has_bias, returns_pair,
 from recondense.models.decoder import decoder_layers
 from recondense.models.families import Family, family_of
 from recondense.models.low_rank import LowRankExperts
+from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.models.replacement_blocks import (
     CondensedMoE,
     MoEWeights,
     RemappedRouter,
-    SkippedLayer,
-    Zeros,
     select_experts,
     shallow_copy,
 )

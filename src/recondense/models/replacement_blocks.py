@@ -280,29 +280,6 @@ class RemappedRouter(nn.Module):
         return logits, top_k_weights, self.table[top_k_index]
 
 
-class Zeros(nn.Module):
-    """Replaces a removed MoE block or MLP. It adds nothing to the residual stream.
-
-    Args:
-        pair: as in `CondensedMoE`.
-    """
-
-    def __init__(self, pair: bool = False) -> None:
-        super().__init__()
-        self.pair = pair
-
-    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
-        output = torch.zeros_like(hidden_states)
-        return (output, None) if self.pair else output
-
-
-class SkippedLayer(nn.Module):
-    """Replaces a removed decoder layer. It returns the residual stream unchanged and does not use the cache."""
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden_states
-
-
 def shallow_copy(module: nn.Module) -> nn.Module:
     """Return a new module that shares all parameters, buffers and children of a module, but not its hooks."""
     duplicate = copy.copy(module)

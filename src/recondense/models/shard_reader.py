@@ -69,7 +69,7 @@ class ShardReader:
         with ExitStack() as stack:
             files = {path: stack.enter_context(open_safetensors(path)) for path in {tensor.path for tensor in tensors}}
             slices = {tensor.key: files[tensor.path].get_slice(tensor.key) for tensor in tensors}
-            stack.enter_context(_no_progress_bars())
+            stack.enter_context(no_progress_bars())
             stack.enter_context(self._reading())
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
 
@@ -106,7 +106,7 @@ class ShardReader:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Hide transformers' progress bars inside the context; there would be one for each weight."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

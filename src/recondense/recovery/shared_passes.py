@@ -18,7 +18,7 @@ from recondense.data.labels import MASKED, next_labels
 from recondense.models import decoder, moe_blocks
 from recondense.models.forward import model_inputs, run
 from recondense.models.hooks import capture_input, capture_outputs
-from recondense.models.replacement_blocks import SkippedLayer
+from recondense.models.removed_blocks import SkippedLayer
 
 
 class CountedTokens(NamedTuple):

@@ -13,7 +13,10 @@ from recondense.methods.step import Step
 from recondense.models import decoder, families, moe_blocks
 from recondense.models.parameters import count_parameters, routed_parameters, weights_bytes
 from recondense.models.quantized import BytesOf
-from recondense.models.replacement_blocks import CondensedMoE, SkippedLayer, Zeros
+from recondense.models.removed_blocks import SkippedLayer, Zeros
+from recondense.models.replacement_blocks import (
+    CondensedMoE,
+)
 from recondense.operations import Drop, Factorize, Operation
 from recondense.plan import Plan
 from recondense.surgery import execute

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from recondense.errors import UserError
 from recondense.models import compressed_classes, decoder, moe_blocks
-from recondense.models.replacement_blocks import SkippedLayer, Zeros
+from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.operations import Drop
 
 
@@ -24,4 +24,4 @@ def restructure(model: PreTrainedModel, operation: Drop) -> nn.Module:
             f"plan: drop, layer {operation.layer}: the key-value cache counts tokens with this decoder layer, so only "
             "its MoE block can be removed (part=moe)"
         )
-    return SkippedLayer()
+    return SkippedLayer.instead_of(decoder.decoder_layers(model)[operation.layer])

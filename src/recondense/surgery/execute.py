@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
 from recondense.files import fingerprint
-from recondense.models import decoder, moe_blocks, replacement_blocks
+from recondense.models import decoder, moe_blocks, removed_blocks
 from recondense.models.layer_store import layer_store
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
@@ -183,7 +183,7 @@ def _require_sparse(model: PreTrainedModel, operation: Operation) -> moe_blocks.
 
 def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: dict[int, nn.Module]) -> None:
     """Set the block of a layer, and remember the layer's original block."""
-    if isinstance(block, replacement_blocks.SkippedLayer):
+    if isinstance(block, removed_blocks.SkippedLayer):
         if layer in originals:  # the decoder layer gets its original block back before it is removed
             moe_blocks.set_block(model, layer, originals[layer])
         originals[layer] = decoder.decoder_layers(model)[layer]

@@ -72,7 +72,7 @@ def test_an_export_holds_one_shard_and_one_layer(name: str, tmp_path: Path) -> N
             Plan("tiny"),
             tmp_path / "out",
             "",
-            ExportConfig(format=settings.format, max_shard_size=shard_bytes),
+            ExportConfig(format=settings.format, max_shard_size=shard_bytes, verify="shapes"),
         )
     files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     assert len(files) > 4 and max(files) < shard_bytes + 10_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.condensed import condensed_layers
+from support.small import byte_tokenizer
 from support.tiny_models import bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, windows
 
 from recondense.config.schema import ExportConfig
@@ -323,3 +325,35 @@ def test_the_model_card_may_depend_on_the_written_folder(tmp_path: Path) -> None
     assert sizes == [(tmp_path / "out" / "model.safetensors").stat().st_size]
     readme = (tmp_path / "out" / "README.md").read_text()
     assert readme.startswith(f"# {sizes[0]} bytes\n\n## Load it\n") and "trust_remote_code" not in readme
+
+
+TOKENIZER = """
+import sys, time
+sys.modules["recondense"] = None
+from transformers import AutoTokenizer
+started = time.perf_counter()
+for folder in sys.argv[1:]:
+    print(AutoTokenizer.from_pretrained(folder, **eval(sys.stdin.readline()))("a b").input_ids)
+assert time.perf_counter() - started < 10  # transformers waits 15 seconds for an answer
+"""
+
+
+def test_the_tokenizer_of_a_bundle_needs_no_code(tmp_path: Path) -> None:
+    """As the folder's README says: nothing is asked, and no code of the folder runs."""
+    tokenizer = byte_tokenizer()
+    arguments = []
+    for name in ("qwen, token gate", "qwen"):
+        model, plan = student(VARIANTS[name])
+        write_folder(model, tokenizer, plan, tmp_path / name, "")
+        (code,) = re.findall(r"^tokenizer = AutoTokenizer.*", (tmp_path / name / "README.md").read_text(), re.MULTILINE)
+        arguments.append("dict(" + code.removesuffix(")").partition("FOLDER")[2].lstrip(", ") + ")")
+        if name == "qwen, token gate":
+            (tmp_path / name / "modeling_recondense.py").write_text("raise SystemExit('executed')")
+    assert arguments == ["dict(trust_remote_code=False)", "dict()"]
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENIZER, *(str(tmp_path / name) for name in ("qwen, token gate", "qwen"))],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}, cwd=tmp_path,
+        input="\n".join(arguments) + "\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == 2 * f"{tokenizer('a b').input_ids}\n" and not (tmp_path / "hf" / "modules").exists()

@@ -12,7 +12,7 @@ from torch import nn
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.rerun import Change
 from recondense.models import decoder, moe_blocks
-from recondense.models.replacement_blocks import Zeros
+from recondense.models.removed_blocks import Zeros
 
 
 def measure_one(damage: Damage, layer: int, block: nn.Module | None) -> float:
