@@ -262,6 +262,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "export that is no choice": (["export.enabled=maybe"], ["export.enabled=maybe", "true, false or auto"]),
     "format that is no choice": (["export.format=stok"], ["export.format=stok", "Did you mean stock?"]),
+    "check that is no choice": (["export.verify=logit"], ["export.verify=logit", "Did you mean logits?"]),
     "padding beyond all": (["export.max_padding=1.5"], ["export.max_padding=1.5", "[0, 1]"]),
     "stock where it cannot be": (
         ["method=moei2", "export.format=stock"],
