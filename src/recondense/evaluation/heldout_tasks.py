@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,9 @@ from typing import Any
 
 import yaml
 
+from recondense.data.valid_text import is_empty
 from recondense.errors import UserError
+from recondense.evaluation.words import width, words, wrap
 from recondense.files import Damaged, discard, hash_file, read_checked, write_aside, write_checked
 
 PERPLEXITY = "heldout_perplexity"
@@ -24,9 +24,8 @@ HELDOUT_TASKS = (PERPLEXITY, NEXT_LINE)
 
 MAX_CHARACTERS = 3000  # of a perplexity document
 CONTEXT_LINES = 8  # lines that a question shows
-WRAP = 100  # characters; longer lines (prose) are broken between words
-SHORTEST = 12  # characters; shorter lines are not used as choices
-WORD = re.compile(r"[^\W\d_]{2,}")
+WRAP = 100  # columns; longer lines (prose) are broken between words
+SHORTEST = 12  # columns; shorter lines are not used as choices
 CACHE, TABLES = "cache", "tables.json"  # where `datasets` keeps a folder's data as tables; their hashes
 
 log = logging.getLogger(__name__)
@@ -55,6 +54,7 @@ def write_heldout_tasks(
     num_questions: int = 200,
     num_texts: int = 20,
     seed: int = 0,
+    strict: bool = True,
 ) -> list[str]:
     """Write the two tasks as lm-eval YAML files, with their data beside them. Equal arguments write equal bytes.
 
@@ -62,9 +62,9 @@ def write_heldout_tasks(
     normalized per byte, because words are not well defined in source code.
 
     heldout_next_line shows 8 lines and `num_choices` candidates for the next line. One follows in the document, the
-    others come from other documents. A candidate has at least 12 characters and two words, and occurs only once in all
-    documents. The most informative metric is acc_mutual_info. It ranks by ln P(line | context) - ln P(line), so that
-    short and common lines have no advantage (acc and acc_norm of a weak model are near chance).
+    others come from other documents. A candidate has at least 12 columns (an ideograph is two) and two words, and
+    occurs only once in all documents. The most informative metric is acc_mutual_info. It ranks by ln P(line | context)
+    - ln P(line), so that short and common lines have no advantage (acc and acc_norm of a weak model are near chance).
 
     Args:
         folder: the folder to write to; pass it to `run_tasks` as `include_path`.
@@ -73,27 +73,31 @@ def write_heldout_tasks(
         num_questions: maximum number of questions; there are fewer if the texts have too few lines.
         num_texts: maximum number of documents for the perplexity.
         seed: the seed of the selection.
+        strict: whether texts that give no question are refused; otherwise heldout_next_line is left out.
 
     Returns:
         The names of the tasks.
 
     Raises:
-        UserError: the texts are too few for a single question.
+        UserError: the texts are too few for a single question, and `strict` is set.
     """
     rng = random.Random(seed)
-    documents = [text for text in texts if text.strip()]
+    documents = [text for text in texts if not is_empty(text)]
     indices = sorted(rng.sample(range(len(documents)), min(num_texts, len(documents))))
     rolling = [{"text": _cut(documents[index])} for index in indices]
     questions = _questions([_lines(text) for text in documents], num_choices, num_questions, rng)
-    if not questions:
+    if not questions and strict:
         raise UserError(
             f"evaluation: {len(documents)} held-out texts have too few lines for one question of {NEXT_LINE} with "
-            f"{num_choices} choices; give more validation text, or remove the task from evaluation.tasks."
+            f"{num_choices} choices: a line must have two words, occur once, and follow {CONTEXT_LINES} others; give "
+            "more and longer validation texts, or remove the task from evaluation.tasks."
         )
     _check_tables(folder)
-    _write(folder, PERPLEXITY, rolling, _perplexity_task())
-    _write(folder, NEXT_LINE, questions, _next_line_task())
-    return list(HELDOUT_TASKS)
+    tasks = {PERPLEXITY: (rolling, _perplexity_task()), NEXT_LINE: (questions, _next_line_task())}
+    for name, (examples, settings) in tasks.items():
+        if examples:
+            _write(folder, name, examples, settings)
+    return [name for name, (examples, _) in tasks.items() if examples]
 
 
 def _questions(
@@ -129,7 +133,7 @@ def _candidates(documents: Sequence[Sequence[str]]) -> list[_Line]:
         _Line(number, index, line.strip())
         for number, lines in enumerate(documents)
         for index, line in enumerate(lines)
-        if len(line.strip()) >= SHORTEST and len(set(WORD.findall(line))) >= 2
+        if width(line.strip()) >= SHORTEST and len(words(line)) >= 2
     ]
     counts = Counter(line.text for line in long_lines)
     return [line for line in long_lines if counts[line.text] == 1]
@@ -152,8 +156,8 @@ def _lines(text: str) -> list[str]:
     lines: list[str] = []
     for line in text.expandtabs().splitlines():
         line = line.rstrip()
-        if len(line) > WRAP:
-            lines += textwrap.wrap(line, WRAP, break_long_words=False, break_on_hyphens=False)
+        if width(line) > WRAP:
+            lines += wrap(line, WRAP)
         elif line:
             lines.append(line)
     return lines

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense import processes
 from recondense.calibration.calibrate import Timed
 from recondense.config.schema import Config, EvaluationConfig
-from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, note_tables, write_heldout_tasks
+from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, NEXT_LINE, note_tables, write_heldout_tasks
 from recondense.evaluation.lm_eval import folder_tasks, run_tasks
 from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import profile_variants
@@ -301,7 +301,7 @@ def make_tasks(config: Config, validation: Sequence[str] | None) -> Tasks:
         validation: the run's validation texts; None if there are none.
 
     Raises:
-        UserError: the validation texts are too few for a task.
+        UserError: the validation texts are too few for the questions of a task that is named without the other one.
     """
     evaluation = config.evaluation
     folders = [Path(evaluation.include_path)] if evaluation.include_path else []
@@ -318,5 +318,8 @@ def make_tasks(config: Config, validation: Sequence[str] | None) -> Tasks:
     settings = evaluation.heldout
     sizes = {} if settings is None else vars(settings)
     folder = Path(config.cache_dir) / "tasks" / fingerprint(validation, sizes)
-    write_heldout_tasks(folder, validation, **sizes)
-    return Tasks(tasks, [*folders, folder])
+    # The default names both. A task that is named alone is what the user asks for.
+    written = write_heldout_tasks(folder, validation, **sizes, strict=heldout == [NEXT_LINE])
+    if absent := [task for task in heldout if task not in written]:
+        log.warning("the validation texts have too few lines, so these are not measured: %s", ", ".join(absent))
+    return Tasks([task for task in tasks if task not in absent], [*folders, folder])

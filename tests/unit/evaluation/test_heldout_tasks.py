@@ -67,3 +67,66 @@ def test_texts_that_give_no_question_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 held-out texts have too few lines for one question .* 4 choices"):
         write_heldout_tasks(tmp_path, texts(1))
     assert not list(tmp_path.iterdir())
+
+
+def random_lines(letters: str, length: int, blanks: bool, documents: int = 6, lines: int = 14) -> list[str]:
+    """Documents of random lines, for scripts with words between blanks or without."""
+    rng = random.Random(0)
+
+    def line() -> str:
+        if not blanks:
+            return "".join(rng.choice(letters) for _ in range(length))
+        return " ".join("".join(rng.choice(letters) for _ in range(4)) for _ in range(length // 4))
+
+    return ["\n".join(line() for _ in range(lines)) for _ in range(documents)]
+
+
+HAN = "".join(map(chr, range(0x4E00, 0x4F00)))
+SCRIPTS = {
+    "Chinese": (HAN, 30, False),
+    "short Chinese lines": (HAN, 8, False),
+    "Japanese": ("".join(map(chr, [*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)])) + HAN[:40], 30, False),
+    "Thai": ("".join(map(chr, [*range(0x0E01, 0x0E2F), 0x0E34, 0x0E49])), 40, False),
+    "Khmer": ("".join(map(chr, range(0x1780, 0x17B4))), 40, False),
+    "Arabic": ("".join(map(chr, range(0x0621, 0x063B))), 40, True),
+    "Devanagari": ("".join(map(chr, [*range(0x0915, 0x093A), 0x093E, 0x093F, 0x0940])), 40, True),
+    "Korean": ("".join(map(chr, range(0xAC00, 0xAD00))), 40, True),
+    "Cyrillic": ("".join(map(chr, range(0x0430, 0x0450))), 40, True),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_questions_are_made_of_every_script(tmp_path: Path, script: str) -> None:
+    letters, length, blanks = SCRIPTS[script]
+    documents = random_lines(letters, length, blanks)
+    assert write_heldout_tasks(tmp_path, documents, num_questions=20) == list(HELDOUT_TASKS)
+    questions = records(tmp_path, NEXT_LINE)
+    assert len(questions) == 20
+    for question in questions:
+        following = f"{question['context']}\n{question['choices'][question['label']]}"
+        assert any(following in text for text in documents)
+    one_line = [text.replace("\n", " " if blanks else "") for text in random_lines(letters, length, blanks, lines=90)]
+    assert write_heldout_tasks(tmp_path / "wrapped", one_line, num_questions=20) == list(HELDOUT_TASKS)
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        ["\n".join("\U0001f600\U0001f680\u2764" * 9 + "\U0001f44d" * index for index in range(14)) for _ in range(6)],
+        ["\n".join(str(index * number) * 9 for index in range(1, 14)) for number in range(3, 9)],
+        texts(1),
+        texts(1) * 6,
+        ["one line of text"] * 4,
+        ["short", "texts"],
+    ],
+)
+def test_what_gives_no_question_still_gives_perplexity(tmp_path: Path, documents: list[str]) -> None:
+    with pytest.raises(ValueError, match="have too few lines for one question"):
+        write_heldout_tasks(tmp_path, documents)
+    assert write_heldout_tasks(tmp_path, documents, strict=False) == [PERPLEXITY]
+    assert len(records(tmp_path, PERPLEXITY)) == len(documents)
+    assert not (tmp_path / f"{NEXT_LINE}.yaml").exists()
+
+
+def test_no_text_gives_no_task(tmp_path: Path) -> None:
+    assert write_heldout_tasks(tmp_path, ["\u200b", " \n"], strict=False) == []

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.heldout_texts import texts
 from support.small import byte_tokenizer, small_model
 from tokenizers import AddedToken
 
 from recondense.config.schema import from_dict
 from recondense.data.corpus import Corpora
 from recondense.data.texts import Texts, Tokenizing
+from recondense.errors import UserError
+from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, NEXT_LINE, PERPLEXITY
 from recondense.models.tokenizers import tokenizer_fingerprint
 from recondense.run import measure
 from recondense.run.measure import Evaluator, make_tasks
@@ -33,9 +36,9 @@ def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         evaluation = {"name": "perplexity", "tasks": [], "perplexity_windows": None, **evaluation}
         settings = from_dict({"cache_dir": str(folder), "data": {"sequence_length": length}, "evaluation": evaluation})
-        texts = Texts(Corpora(validation=[text] if text else None))
-        windows_NS = Tokenizing(texts, tokenizer).tokens(settings, ()).validation
-        tasks = make_tasks(settings, texts.corpora.validation)
+        corpora = Corpora(validation=[text] if text else None)
+        windows_NS = Tokenizing(Texts(corpora), tokenizer).tokens(settings, ()).validation
+        tasks = make_tasks(settings, corpora.validation)
         evaluator = Evaluator.of_run(settings, tokenizer, windows_NS, tasks, inputs, lambda part: nullcontext())
         evaluator.evaluate_once(model, "original", None, [inputs["weights"]])
         [path] = (folder / "evaluations").glob("*.json")
@@ -90,3 +93,19 @@ def test_a_tokenizers_fingerprint() -> None:
     chat.chat_template = "{{ messages }}"
     pad.pad_token = pad.eos_token
     assert len({first, *map(tokenizer_fingerprint, (longer, chat, pad))}) == 4
+
+
+def test_a_default_task_that_cannot_be_made_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def tasks(validation: list[str] | None, *names: str) -> Any:
+        evaluation = {"name": "heldout", "tasks": list(names)}
+        return make_tasks(from_dict({"cache_dir": str(tmp_path), "evaluation": evaluation}), validation).names
+
+    few = ["one text", "another text"]
+    assert tasks(few, *HELDOUT_TASKS) == [PERPLEXITY]
+    assert "too few lines, so these are not measured: heldout_next_line" in caplog.text
+    assert tasks(few, "piqa", *HELDOUT_TASKS) == ["piqa", PERPLEXITY]
+    assert tasks(few, PERPLEXITY) == [PERPLEXITY]
+    assert tasks(None, *HELDOUT_TASKS, "piqa") == ["piqa"]
+    assert tasks(texts(), *HELDOUT_TASKS) == list(HELDOUT_TASKS)
+    with pytest.raises(UserError, match=r"too few lines for one question of heldout_next_line .*remove the task from"):
+        tasks(few, NEXT_LINE)
