@@ -101,10 +101,10 @@ class HubSplit:
         for index, row in enumerate(self._rows()):
             try:
                 form = detect_form(row) if form == "auto" else form
-                record = read_record(row, form)
+                record = read_record(row, form, f"{self.dataset}, split {self.split!r}, row {index} (from 0)")
             except UserError as error:
                 raise UserError(f"{self._name}: row {index} (from 0) {error}; {self.where}.form={form}") from None
-            yield repair(record)
+            yield record.repaired()
 
     @property
     def _name(self) -> str:

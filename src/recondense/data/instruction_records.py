@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recondense.data.valid_text import repair
 from recondense.errors import UserError
 
 FORMS = ("alpaca", "chat", "commonsense")
@@ -23,9 +24,26 @@ ROLES = {
 
 
 class Record(str):
-    """A record as JSON. It is a `str`, so that corpora hash, compare and count it like any other document."""
+    """A record as JSON. It is a `str`, so that corpora hash, compare and count it like any other document.
 
-    __slots__ = ()
+    Args:
+        text: the JSON.
+        place: where it was read, for messages; empty if that is not known.
+    """
+
+    __slots__ = ("place",)
+    place: str
+
+    def __new__(cls, text: str, place: str = "") -> Record:
+        record = super().__new__(cls, text)
+        record.place = place
+        return record
+
+    def repaired(self) -> Record:
+        """Return the record with U+FFFD for lone surrogates; see `repair`."""
+        raw = str(self)
+        text = repair(raw)
+        return self if text is raw else Record(text, self.place)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -34,12 +52,13 @@ class Record(str):
         return values
 
 
-def read_record(values: Any, form: str) -> Record:
+def read_record(values: Any, form: str, place: str = "") -> Record:
     """Convert a published record into an instruction with its answer, or a chat.
 
     Args:
         values: the record's fields.
         form: one of FORMS, or "auto" to detect the form from the fields.
+        place: where the record was read, for later messages.
 
     Raises:
         UserError: the record does not have this form, or has no answer. The message is a clause without a subject; the
@@ -53,7 +72,7 @@ def read_record(values: Any, form: str) -> Record:
         record = {"alpaca": _alpaca, "chat": _chat, "commonsense": _commonsense}[form](values)
     except KeyError as error:
         raise UserError(f"is not a record of form {form}: it has no {error.args[0]!r} ({_fields(values)})") from None
-    return Record(json.dumps(record, ensure_ascii=False))
+    return Record(json.dumps(record, ensure_ascii=False), place)
 
 
 def detect_form(values: Mapping[str, Any]) -> str:
@@ -165,7 +184,7 @@ def _listed(head: str, word: str, options: Sequence[str], correct: int, between:
         end: the text after the options.
     """
     if not 0 <= correct < len(options):
-        raise UserError(f"has no correct answer among its {len(options)} options")
+        raise UserError(f"has no correct answer among its {len(options)} options; correct its label or remove it")
     shown = between.join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
     names = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
     instruction = f"{head}\n\n{shown}{end}Answer format: {names}"
@@ -174,8 +193,11 @@ def _listed(head: str, word: str, options: Sequence[str], correct: int, between:
 
 def _number(values: Mapping[str, Any], name: str) -> int:
     """Return a label as an int, from a number or digits; -1 for anything else, as in test sets without labels."""
+    value = values[name]
+    if isinstance(value, float) and not value.is_integer():
+        return -1
     try:
-        return int(values[name])
+        return int(value)
     except (TypeError, ValueError):
         return -1
 

@@ -26,9 +26,9 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _lines(path)
 
 
-def place(path: Path, number: int) -> str:
-    """Return the words for the place of a value in a JSON file, from its number."""
-    return f"{'record' if begins_with_list(path) else 'line'} {number}"
+def unit(path: Path) -> str:
+    """Return what the numbers of a JSON file's values count: records of its list, or lines."""
+    return "record" if begins_with_list(path) else "line"
 
 
 def text_of(values: Any, field: str, where: str) -> str:

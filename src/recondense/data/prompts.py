@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from recondense.data.instruction_records import Record
@@ -21,11 +23,16 @@ PROMPT_WITH_INPUT = (
     f"{TASK}, paired with an input that provides further context. {COMPLETES}\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+log = logging.getLogger(__name__)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a chat template's own mark of the assistant's messages
 
 
 class RefusedChat(UserError):
     """Raised for a chat that the tokenizer's template rejects, such as one that begins with the assistant."""
+
+
+class UnknownAnswers(UserError):
+    """Raised for a rendered chat in which the answers cannot be located."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,46 @@ class MarkedText:
     complete: bool = False
 
 
-def render_documents(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return documents as plain text; a record becomes the text that the model would be trained on."""
-    return [
-        mark_answers(document, tokenizer).text if isinstance(document, Record) else document for document in documents
-    ]
+def render_documents(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str = "documents"
+) -> list[str]:
+    """Return documents as plain text; a record becomes the text that the model would be trained on.
+
+    Chats that the tokenizer's template rejects are left out, and counted in the log.
+
+    Args:
+        documents: texts or records.
+        tokenizer: the model's tokenizer.
+        name: a name for the documents in messages.
+
+    Raises:
+        UserError: the template rejects all documents, or cannot be read.
+    """
+    rendered, refused = [], []
+    for document in documents:
+        try:
+            rendered.append(_render_document(document, tokenizer))
+        except RefusedChat as error:
+            refused.append(str(error))
+    if refused and not rendered:
+        raise UserError(
+            f"{name}: the tokenizer's chat template rejects all of {len(refused)} chats ({refused[0]}); give other "
+            "records, or a tokenizer with another template (model.tokenizer)."
+        )
+    if refused:
+        text = "%s: %d of %d are left out: the chat template rejects the chat (%s)"
+        log.info(text, name, len(refused), len(documents), refused[0])
+    return rendered
+
+
+def _render_document(document: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not isinstance(document, Record):
+        return document
+    try:
+        return mark_answers(document, tokenizer).text
+    except UnknownAnswers:  # only the text is needed
+        text, end = _render(document.values["messages"], tokenizer), tokenizer.eos_token or ""
+        return text if text.rstrip().endswith(end) else text + end
 
 
 def mark_answers(record: Record, tokenizer: PreTrainedTokenizerBase) -> MarkedText:
@@ -55,7 +97,7 @@ def mark_answers(record: Record, tokenizer: PreTrainedTokenizerBase) -> MarkedTe
 
     Raises:
         RefusedChat: the tokenizer's chat template rejects the chat.
-        UserError: the answers cannot be located in the rendered chat.
+        UserError: the answers cannot be located in the rendered chat, or the template cannot be read.
     """
     values = record.values
     if "messages" not in values:
@@ -63,7 +105,10 @@ def mark_answers(record: Record, tokenizer: PreTrainedTokenizerBase) -> MarkedTe
         return _join_turns([(template.format_map(values), values["output"])], tokenizer)
     if tokenizer.chat_template is None:
         return _join_turns(_chat_to_turns(values["messages"]), tokenizer)
-    return _render_chat(values["messages"], tokenizer)
+    try:
+        return _render_chat(values["messages"], tokenizer)
+    except (RefusedChat, UnknownAnswers) as error:
+        raise type(error)(f"{record.place}: {error}" if record.place else str(error)) from None
 
 
 def _join_turns(turns: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> MarkedText:
@@ -95,14 +140,14 @@ def _chat_to_turns(messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
 
 
 def _render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> MarkedText:
-    try:
-        if GENERATION.search(str(tokenizer.chat_template)):
-            text, answers = _generation_blocks(messages, tokenizer)
-        else:
-            text = _render(messages, tokenizer)
-            answers = _answers_by_prefixes(messages, text, tokenizer)
-    except TemplateError as error:
-        raise RefusedChat(str(error)) from None
+    if GENERATION.search(str(tokenizer.chat_template)):
+        text, answers = _generation_blocks(messages, tokenizer)
+    else:
+        text = _render(messages, tokenizer)
+        answers = _answers_by_prefixes(messages, text, tokenizer)
+    spoken = any(message["content"].strip() for message in messages if message["role"] == "assistant")
+    if spoken and not any(text[start:end].strip() for start, end in answers):
+        raise RefusedChat("it leaves out the assistant's messages")
     end = tokenizer.eos_token or ""
     if end not in text[answers[-1][0] :]:
         text += end
@@ -111,7 +156,27 @@ def _render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeni
 
 
 def _render(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+    with _explained(tokenizer):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+
+
+@contextmanager
+def _explained(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Turn whatever a template raises into an error for the user: of the chat, or of the template itself."""
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"{_name_of(tokenizer)} cannot be read (line {error.lineno}: {error.message}); mend it, or give a "
+            "tokenizer with another template (model.tokenizer)."
+        ) from None
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RefusedChat(f"{_name_of(tokenizer)} says: {reason}") from error
+
+
+def _name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the chat template of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the chat template"
 
 
 def _generation_blocks(
@@ -123,20 +188,21 @@ def _generation_blocks(
         The text, and the character ranges of the blocks.
 
     Raises:
-        UserError: no block was rendered.
+        UnknownAnswers: no block was rendered.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    rendered: Any = render_jinja_template(
-        [list(messages)],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokens,
-    )
+    with _explained(tokenizer):
+        rendered: Any = render_jinja_template(
+            [list(messages)],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokens,
+        )
     text, ranges = rendered[0][0], [(start, end) for start, end in rendered[1][0] if end > start]
     if not ranges:
-        raise UserError("the tokenizer's chat template does not mark the assistant's messages; use another one")
+        raise UnknownAnswers("the tokenizer's chat template does not mark the assistant's messages; use another one")
     return text, ranges
 
 
@@ -148,7 +214,7 @@ def _answers_by_prefixes(
     An answer is the text that its message adds to the chat rendered up to it, including the generation prompt.
 
     Raises:
-        UserError: the template changes earlier turns when later ones are added.
+        UnknownAnswers: the template changes earlier turns when later ones are added.
     """
     answers = []
     for index, message in enumerate(messages):
@@ -159,7 +225,7 @@ def _answers_by_prefixes(
         start = next((len(prompt) for prompt in prompts if text.startswith(prompt)), None)
         until = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer)
         if start is None or not text.startswith(until):
-            raise UserError(
+            raise UnknownAnswers(
                 "the tokenizer's chat template changes earlier turns of a chat, so the assistant's messages cannot be "
                 "located; give the tokenizer a template with {% generation %} blocks"
             )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from recondense.config.problems import Problem
 from recondense.data.file_formats import ENCODING, bad_byte, refuse_json, refuse_other_formats, require_file
-from recondense.data.instruction_records import detect_form, read_record
-from recondense.data.json_files import place, read_values, text_of
+from recondense.data.instruction_records import Record, detect_form, read_record
+from recondense.data.json_files import read_values, text_of, unit
 from recondense.data.valid_text import is_empty, repair
 from recondense.errors import UserError
 
@@ -52,7 +52,9 @@ class TextFile:
         documents, problems = self.check(limit, keep_empty=keep_empty)
         if problems:
             raise UserError(str(problems[0]))
-        repaired = [(number, repair(text)) for number, text in documents]
+        repaired = [
+            (number, text.repaired() if isinstance(text, Record) else repair(text)) for number, text in documents
+        ]
         count = sum(text is not before for (_, text), (_, before) in zip(repaired, documents, strict=True))
         if count:
             log.info("%s", self.problem(f"{count} texts had lone surrogates, halves of characters; now U+FFFD"))
@@ -74,7 +76,7 @@ class TextFile:
     def place(self, number: int) -> str:
         """Return the words for the place of a document in the file, from its number: a line, or a record of a list."""
         path = require_file(self.path)
-        return place(path, number) if _is_json(path, self.form) else f"line {number}"
+        return f"{unit(path) if _is_json(path, self.form) else 'line'} {number}"
 
     def problem(self, text: str) -> Problem:
         """Return a Problem with the file's setting and path."""
@@ -161,19 +163,21 @@ def _without_nul(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _json_texts(path: Path, text_field: str, where: str) -> Iterator[tuple[int, str]]:
+    what = unit(path)
     for number, values in read_values(path):
         try:
             yield number, text_of(values, text_field, where)
         except UserError as error:
-            raise UserError(f"{place(path, number)} {error}") from None
+            raise UserError(f"{what} {number} {error}") from None
 
 
 def _records(path: Path, form: str, where: str) -> Iterator[tuple[int, str]]:
+    what = unit(path)
     for number, values in read_values(path):
         try:
             if form == "auto" and isinstance(values, dict):
                 form = detect_form(values)
-            yield number, read_record(values, form)
+            yield number, read_record(values, form, f"{path}, {what} {number}")
         except UserError as error:
             remedy = f"fix it, or set {where}.form to the form of the file."
-            raise UserError(f"{place(path, number)} {error}; {remedy}") from None
+            raise UserError(f"{what} {number} {error}; {remedy}") from None

@@ -95,8 +95,8 @@ class Tokenizing:
         """
         settings, evaluation = config.data.calibration, config.evaluation
         calibration = None
-        if (documents := self.documents("calibration")) is not None:
-            calibration = make_calibration_set(documents, self.tokenizer, settings.num_samples, settings.max_length)
+        if (documents := self.documents("calibration", settings.num_samples)) is not None:
+            calibration = make_calibration_set(documents, self.tokenizer, len(documents), settings.max_length)
         validation = None
         if evaluation.perplexity_windows != 0:
             validation = self._packed("validation", config.data.sequence_length)
@@ -107,11 +107,17 @@ class Tokenizing:
         require_all_rows(tokens, self.rows, self.tokenizer)
         return tokens
 
-    def documents(self, split: str) -> list[str] | None:
-        """Return the run's documents of a split as plain texts; None if there is no such split."""
+    def documents(self, split: str, count: int | None = None) -> list[str] | None:
+        """Return the run's documents of a split as plain texts; None if there is no such split.
+
+        Args:
+            split: the name of the split.
+            count: number of documents; None for all. There are fewer if the chat template rejects some.
+        """
         if split not in self._documents:
             texts = getattr(self.texts.corpora, split)
-            self._documents[split] = None if texts is None else render_documents(texts, self.tokenizer)
+            name = f"the {split} texts"
+            self._documents[split] = None if texts is None else render_documents(texts[:count], self.tokenizer, name)
         return self._documents[split]
 
     def _packed(self, split: str, length: int) -> Tensor | None:

@@ -13,14 +13,14 @@ def repair(text: str) -> str:
     """Return a text whose lone surrogates, which no tokenizer accepts, are replaced by U+FFFD; most texts have none.
 
     A lone surrogate is half of a character beyond U+FFFF, such as an emoji that was cut in two. Two halves that belong
-    together become their character. The type is kept: a record is a `str` too.
+    together become their character. A valid text is returned itself.
     """
     if text.isascii():
         return text
     try:
         text.encode()
     except UnicodeEncodeError:
-        return type(text)(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from recondense.data.instruction_records import detect_form, read_record
+from recondense.errors import UserError
 
 CHAT = [
     {"role": "user", "content": "Hi"},
@@ -175,3 +176,27 @@ def test_chats_in_both_formats() -> None:
 def test_other_records_are_refused(values: Any, form: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_record(values, form)
+
+
+@pytest.mark.parametrize(
+    "label", [2, -1, 1.5, 1e999, float("nan"), None, "", "x", "1.0", [1], {"a": 1}, "\u0661\u0662"]
+)
+def test_labels_that_name_no_option_are_refused(label: Any) -> None:
+    with pytest.raises(UserError, match="has no correct answer among its 2 options; correct its label or remove it"):
+        read_record({"goal": "x", "sol1": "a", "sol2": "b", "label": label}, "auto")
+
+
+@pytest.mark.parametrize("label", [1, 1.0, "1", True])
+def test_labels_may_be_numbers_or_digits(label: Any) -> None:
+    record = read_record({"goal": "x", "sol1": "a", "sol2": "b", "label": label}, "auto")
+    assert record.values["output"] == "the correct answer is solution2"
+
+
+@pytest.mark.parametrize("answer", [None, 3, 1.5, True, ["a"], {"text": "a"}])
+def test_answers_are_texts(answer: Any) -> None:
+    for values in ({"instruction": "a", "output": answer}, {"question": "a", "answer": answer}):
+        with pytest.raises(UserError, match=f"that is of type {type(answer).__name__}, not a string"):
+            read_record(values, "auto")
+    for content in (answer,) if not isinstance(answer, list) else ():
+        with pytest.raises(UserError, match="has a message of 'assistant' that is of type"):
+            read_record({"messages": [{"role": "assistant", "content": content}]}, "auto")

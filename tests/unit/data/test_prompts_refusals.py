@@ -1,0 +1,146 @@
+"""Chat templates that fail, for one chat or for all: the message names the template and the record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.small import byte_tokenizer
+
+from recondense.config.schema import from_dict
+from recondense.config.stages import require_stages
+from recondense.data.corpus import Corpora
+from recondense.data.examples import make_examples
+from recondense.data.instruction_records import Record, read_record
+from recondense.data.prompts import RefusedChat, mark_answers, render_documents
+from recondense.data.texts import Texts, Tokenizing
+from recondense.errors import UserError
+
+PLAIN = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+# What fails for chats with the word BAD, and what the message says.
+FAILURES = {
+    "raise_exception": ("{{ raise_exception('no BAD words') }}", "no BAD words"),
+    "undefined variable": ("{{ messages[0].nothing.at_all }}", "nothing"),
+    "undefined function": ("{{ strftime_later('%d') }}", "strftime_later"),
+    "wrong types": ("{{ 'a' + 1 }}", "can only concatenate str"),
+    "no number": ("{{ 1 / 0 }}", "division by zero"),
+    "out of range": ("{{ 'abc'.index('z') }}", "substring not found"),
+    "unsafe": ("{{ messages.__class__.__mro__ }}", ""),
+}
+
+
+def tokenizer_with(template: Any, name: str = "some/model") -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.name_or_path = name
+    return tokenizer
+
+
+def failing(kind: str) -> Any:
+    failure, _ = FAILURES[kind]
+    return tokenizer_with("{% if 'BAD' in messages[0]['content'] %}" + failure + "{% endif %}" + PLAIN)
+
+
+def chat(question: str, number: int = 1) -> Record:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "An answer."}]
+    return read_record({"messages": messages}, "chat", f"chats.jsonl, line {number}")
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_chat_that_the_template_fails_on_is_left_out_and_counted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, (_, reason) = failing(kind), FAILURES[kind]
+    records = [chat("Good?"), chat("BAD?", 2), chat("Fine?", 3), chat("BAD!", 4)]
+    with pytest.raises(RefusedChat) as caught:
+        mark_answers(records[1], tokenizer)
+    assert str(caught.value).startswith("chats.jsonl, line 2: the chat template of some/model says: ")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    with caplog.at_level("INFO", logger="recondense"):
+        texts = render_documents(records, tokenizer, "the calibration texts")
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(
+        "the calibration texts: 2 of 4 are left out: the chat template rejects the chat (chats.jsonl, "
+    )
+    assert texts == render_documents([records[0], records[2]], tokenizer)
+    examples = make_examples(records, tokenizer, 100)
+    assert (len(examples.kept), examples.left_out) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_template_that_fails_on_all_chats_is_one_sentence(kind: str) -> None:
+    expected = (
+        r"^the validation texts: .* rejects all of 2 chats \(chats.jsonl, line 1: the chat template of some/model"
+    )
+    with pytest.raises(UserError, match=expected) as caught:
+        render_documents([chat("BAD?"), chat("BAD!", 2)], failing(kind), "the validation texts")
+    assert "\n" not in str(caught.value) and "model.tokenizer" in str(caught.value)
+    with pytest.raises(UserError, match="the chat template of some/model"):
+        make_examples([chat("BAD?"), chat("BAD!", 2)], failing(kind), 100)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{{ m.content }}", "{{ messages[0 }}", "{% endif %}", "{{ 'a' | no_filter }}"]
+)
+@pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
+def test_a_template_that_cannot_be_read_is_one_sentence(template: str, marked: str) -> None:
+    tokenizer = tokenizer_with(marked + template)
+    for make in (
+        lambda: render_documents([chat("Good?")], tokenizer),
+        lambda: make_examples([chat("a")], tokenizer, 9),
+    ):
+        with pytest.raises(UserError, match=r"the chat template of some/model (cannot be read \(line 1: |says: )"):
+            make()
+
+
+def test_templates_without_a_default_one() -> None:
+    with pytest.raises(UserError, match="the chat template of some/model says: "):
+        render_documents([chat("Good?")], tokenizer_with({"rag": PLAIN, "tools": PLAIN}))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}",
+        "{{ messages[0]['content'] }}",
+        "",
+    ],
+)
+def test_a_template_that_leaves_out_the_answers_is_named(template: str) -> None:
+    with pytest.raises(UserError, match="line 1: it leaves out the assistant's messages"):
+        make_examples([chat("Good?")], tokenizer_with(template), 100)
+
+
+def test_answers_that_cannot_be_located_matter_only_in_training() -> None:
+    """The text is known, so a calibration set can be made of it."""
+    last_only = (
+        "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] + ';' }}{% endif %}"
+        "{% endfor %}"
+    )
+    turns = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    record = read_record({"messages": messages}, "chat", "chats.jsonl, line 7")
+    tokenizer = tokenizer_with(last_only)
+    assert render_documents([record], tokenizer) == ["One?;Three?;Four.;<|endoftext|>"]
+    with pytest.raises(UserError, match=r"^chats.jsonl, line 7: the tokenizer's chat template changes earlier turns"):
+        make_examples([record], tokenizer, 100)
+    unmarked = tokenizer_with(PLAIN + "{% if false %}{% generation %}{% endgeneration %}{% endif %}")
+    assert render_documents([record], unmarked)[0].startswith("<user>One?")
+    with pytest.raises(UserError, match="does not mark the assistant's messages"):
+        make_examples([record], unmarked, 100)
+
+
+def test_a_run_goes_on_without_the_chats_that_its_template_refuses() -> None:
+    records: list[str] = [chat("Good?"), chat("BAD?"), *(chat(f"Good {number}?") for number in range(40))]
+    config = from_dict(
+        {
+            "data": {"sequence_length": 64, "calibration": {"num_samples": 3, "max_length": 16}},
+            "evaluation": {"perplexity_windows": None},
+            "recovery": {"objective": "finetune"},
+        }
+    )
+    texts = Texts(Corpora(train=records, validation=records, calibration=records))
+    tokens = Tokenizing(texts, failing("raise_exception")).tokens(config, require_stages(config))
+    assert tokens.calibration is not None and len(tokens.calibration) == 2  # of the first three
+    assert tokens.validation is not None and tokens.stages["recovery"].counts["left_out"] == 1
