@@ -87,17 +87,21 @@ def write_heldout_tasks(
     rolling = [{"text": _cut(documents[index])} for index in indices]
     questions = _questions([_lines(text) for text in documents], num_choices, num_questions, rng)
     if not questions and strict:
-        raise UserError(
-            f"evaluation: {len(documents)} held-out texts have too few lines for one question of {NEXT_LINE} with "
-            f"{num_choices} choices: a line must have two words, occur once, and follow {CONTEXT_LINES} others; give "
-            "more and longer validation texts, or remove the task from evaluation.tasks."
-        )
+        raise _no_question(len(documents), num_choices)
     _check_tables(folder)
     tasks = {PERPLEXITY: (rolling, _perplexity_task()), NEXT_LINE: (questions, _next_line_task())}
     for name, (examples, settings) in tasks.items():
         if examples:
             _write(folder, name, examples, settings)
     return [name for name, (examples, _) in tasks.items() if examples]
+
+
+def _no_question(num_texts: int, num_choices: int) -> UserError:
+    return UserError(
+        f"evaluation: {num_texts} held-out texts have too few lines for one question of {NEXT_LINE} with {num_choices} "
+        f"choices: a line must have two words, occur once, and follow {CONTEXT_LINES} others; give more and longer "
+        "validation texts, or remove the task from evaluation.tasks."
+    )
 
 
 def _questions(
