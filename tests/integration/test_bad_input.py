@@ -152,6 +152,20 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "layer that is not there": (["method.num_layers=[2,7]"], ["layer 7", "0 to 5", "did you mean 5?"]),
     "layer twice": (["method.num_layers=[1,1]"], ["method.num_layers=[1, 1]", "twice"]),
     "more layers than there are": (["method.num_layers=9"], ["method.num_layers=9", "6 MoE layers"]),
+    "unknown search of experts": (
+        ["method.expert_search=frequent"],
+        ["method.expert_search=frequent", "must be one of greedy, frequency, routing_weight"],
+    ),
+    "no text for coefficients": (
+        ["method.coefficient_max_length=0"],
+        ["method.coefficient_max_length=0", "at least 1, or null for whole texts"],
+    ),
+    "length in words": (
+        ["method=cdmoe_moei2", "method.coefficient_max_length=whole"],
+        ["method.coefficient_max_length=whole", WHOLE],
+    ),
+    "BOS in words": (["data.bos=maybe"], ["data.bos=maybe", "true or false"]),
+    "answers in words": (["data.answer_only=some"], ["data.answer_only=some", "true or false"]),
     "unknown value of a step": (["method.shared_gate=men"], ["method.shared_gate=men", "mean or token"]),
     "step that is not there": (
         ["method._target_=recondense.methods.cdmoe.Absent"],

@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NORMALISED = ("arc_challenge", "arc_easy", "hellaswag", "openbookqa", "piqa")  # tasks for which lm-eval has acc_norm
 
 
-def model_folder(folder: Path, family: Callable[..., Any] = qwen2_moe) -> Path:
-    """Save a random model of three layers with a byte tokenizer, as models on the hub are saved."""
-    tokenizer = byte_tokenizer()
+def model_folder(folder: Path, family: Callable[..., Any] = qwen2_moe, tokenizer: Any = None) -> Path:
+    """Save a random model of three layers, by default with a byte tokenizer, as models on the hub are saved."""
+    tokenizer = tokenizer or byte_tokenizer()
     model = family(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -147,10 +147,14 @@ def paper_sets(folder: Path) -> None:
         {"instruction": f"True or false: is {n} odd?", "input": "", "output": "true", "answer": "true"}
         for n in range(10)
     ]
+    rows["mmlu"] = [
+        {"train": {"question": f"What is {n} + 1?", "subject": "", "choices": ["0", f"{n + 1}", "-1"], "answer": 1}}
+        for n in range(9)
+    ]
     hub = folder / "hub"
     for name, path in {
         "c4": "c4/train", "c4-validation": "c4/validation", "alpaca": "alpaca/train",
-        "commonsense_170k": "commonsense_170k/train",
+        "commonsense_170k": "commonsense_170k/train", "mmlu": "mmlu/train",
     }.items():  # fmt: skip
         text = "".join(json.dumps(row) + "\n" for row in rows[name])
         (folder / f"{name}.jsonl").write_text(text)
@@ -159,6 +163,8 @@ def paper_sets(folder: Path) -> None:
         (hub / f"{path}.jsonl").write_text(text)
     files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "validation"))
     (hub / "c4" / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  data_files:\n{files}---\n")
+    config = "- config_name: auxiliary_train\n  data_files:\n  - split: train\n    path: train.jsonl\n"
+    (hub / "mmlu" / "README.md").write_text(f"---\nconfigs:\n{config}---\n")
 
 
 def stages(base: Path) -> list[dict[str, Any]]:
@@ -179,13 +185,13 @@ def kill_at(phase: str) -> None:
     """Make this process kill itself with SIGKILL at a point of its run.
 
     Args:
-        phase: "search" after the fourth write of the search's cache (in the layer search), "recovery" in the fourth
+        phase: "search" after the fifth write of the search's cache (in the layer search), "recovery" in the fourth
             optimizer step of the first recovery stage that has one (a step after a checkpoint), "export" just before
             the folder gets its final name, "never" not at all.
     """
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     if phase == "search":
-        writes = {"remaining": 4}
+        writes = {"remaining": 5}
         write = JsonFolder.__setitem__
 
         def counting_write(self: JsonFolder, key: str, value: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 END = "<|endoftext|>"
@@ -16,6 +17,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def beginning_with(*tokens: str, bos: bool = False, end: bool = False) -> PreTrainedTokenizerFast:
+    """A byte tokenizer that puts some new special tokens (ids from 257) before a text.
+
+    Args:
+        bos: the first of them is its BOS token.
+        end: it also puts the end-of-text token behind a text.
+    """
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": tokens[0]} if bos else {"additional_special_tokens": list(tokens)})
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in [*tokens, END]]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([*tokens, "$A", *([END] if end else [])]), special_tokens=ids
+    )
+    return tokenizer
 
 
 def small_model(seed: int = 0) -> Qwen2MoeForCausalLM:

@@ -125,6 +125,8 @@ class DataConfig:
     text_field: str = "text"
     form: Form | None = None
     packing: Switch = True
+    bos: Switch | None = None
+    answer_only: Switch = True
     dataset: LocalPath | None = None
     subset: str | None = None
     splits: SplitNames = field(default_factory=SplitNames)

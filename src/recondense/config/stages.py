@@ -21,6 +21,7 @@ STAGE_SETTINGS = (
     "data",
     "sequence_length",
 )
+OF_WINDOWS = ("sequence_length", "packing", "bos", "answer_only")  # how documents become windows
 DATA_SETTINGS = tuple(field.name for field in fields(DataConfig) if field.name != "calibration")
 Stages = tuple["Stage", ...]
 
@@ -104,7 +105,8 @@ def _resolve(config: Config, index: int, values: Mapping[str, Any], problems: li
         length, mistakes = validated(DataConfig, {"sequence_length": values["sequence_length"]}, where)
         problems += mistakes
         data = replace(data, sequence_length=length.sequence_length)
-    elsewhere = replace(data, sequence_length=config.data.sequence_length, packing=config.data.packing)
+    # Other windows of the same documents are made without reading them again.
+    elsewhere = replace(data, **{name: getattr(config.data, name) for name in OF_WINDOWS})
     return Stage(
         recovery.name,
         where,

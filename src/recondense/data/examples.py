@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recondense.data.arguments import list_texts, require_number
 from recondense.data.instruction_records import Record
 from recondense.data.labels import MASKED
 from recondense.data.prompts import MarkedText, RefusedChat, mark_answers
+from recondense.data.special_tokens import start_of_text
+from recondense.data.windows import token_ids
 from recondense.errors import UserError
 from recondense.progress import track
 
@@ -52,7 +55,12 @@ class Examples:
 
 
 def make_examples(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, length: int, name: str = "records"
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    name: str = "records",
+    bos: bool | None = None,
+    answer_only: bool = True,
 ) -> Examples:
     """Tokenize records, each truncated to `length` tokens.
 
@@ -61,11 +69,13 @@ def make_examples(
         tokenizer: the model's tokenizer.
         length: maximum number of tokens per example.
         name: a name for the records in messages.
+        bos: whether an example begins with BOS; see `start_of_text`. A chat template writes its own.
+        answer_only: whether only the answers are targets. Otherwise all tokens are, except those of BOS.
 
     Raises:
         UserError: no record has an answer within `length` tokens, or the answers of a rendered chat cannot be located.
     """
-    lead = leading_tokens(tokenizer)
+    lead = start_of_text(tokenizer, bos)
     kept, left_out, cut, why = [], 0, 0, ""
     for tokenized in _tokenize(records, tokenizer, name):
         for ids, targets, complete in tokenized:
@@ -73,6 +83,7 @@ def make_examples(
                 left_out, why = left_out + 1, why or complete
                 continue
             before = [] if complete else lead
+            targets = targets if answer_only else [True] * len(ids)
             ids, targets = [*before, *ids], [*([False] * len(before)), *targets]
             long = len(ids) > length
             example = Example(ids[:length], [False, *targets[1:length]])
@@ -83,21 +94,51 @@ def make_examples(
             kept.append(example)
     if left_out:
         reason = f"the chat template rejects the chat ({why}), or " if why else ""
-        text = "%s: %d of %d are left out: %sthe answer begins after the window"
-        log.info(text, name, left_out, len(records), reason)
+        reason += "the answer begins after the window" if answer_only else "there is no token to predict"
+        log.info("%s: %d of %d are left out: %s", name, left_out, len(records), reason)
     if not kept:
+        what = "an answer" if answer_only else "a token to predict"
         raise UserError(
-            f"{name}: none of {len(records)} has an answer within data.sequence_length={length} tokens"
+            f"{name}: none of {len(records)} has {what} within data.sequence_length={length} tokens"
             f"{f' and is accepted by the chat template ({why})' if why else ''}; raise it or give other records."
         )
     return Examples(kept, left_out, cut)
 
 
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens that the tokenizer puts before a text, such as a BOS token; may be empty."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
-    return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
+def cut_texts(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    name: str = "text",
+    bos: bool | None = None,
+) -> Examples:
+    """Make one example of each text: its first tokens, all of which are predicted. No end-of-text token is added.
+
+    Args:
+        texts: documents.
+        tokenizer: the model's tokenizer.
+        length: maximum number of tokens per example.
+        name: a name for the texts in messages.
+        bos: whether an example begins with BOS; see `start_of_text`.
+
+    Raises:
+        UserError: no text has a token to predict, or `texts` is one text.
+    """
+    start = start_of_text(tokenizer, bos)
+    require_number("sequence_length", length, max(2, len(start) + 1))
+    documents = list_texts(texts)
+    whole = ([*start, *ids] for ids in token_ids(documents, tokenizer, name))
+    unpredicted = max(1, len(start))  # tokens at the beginning of every text
+    long_enough = [ids for ids in whole if len(ids) > unpredicted]
+    if left_out := len(documents) - len(long_enough):
+        log.info("%s: %d of %d texts are left out: they have no token to predict", name, left_out, len(documents))
+    if not long_enough:
+        raise UserError(f"{name}: none of {len(documents)} texts has a token to predict; give longer texts.")
+    kept = [
+        Example(ids, [False] * unpredicted + [True] * (len(ids) - unpredicted))
+        for ids in (ids[:length] for ids in long_enough)
+    ]
+    return Examples(kept, left_out, sum(len(ids) > length for ids in long_enough))
 
 
 # Token ids, targets, and whether the ids include special tokens, or the reason why the chat was rejected.

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recondense.config.schema import Config
+from recondense.config.schema import Config, DataConfig
 from recondense.config.stages import Stage
 from recondense.data.calibration_set import make_calibration_set, require_samples
 from recondense.data.corpora import load_corpora
 from recondense.data.corpus import Corpora
-from recondense.data.examples import make_examples, make_windows
+from recondense.data.examples import Examples, cut_texts, make_examples, make_windows
 from recondense.data.instruction_records import Record
 from recondense.data.loader import Table
 from recondense.data.prompts import render_documents
+from recondense.data.special_tokens import start_of_window
 from recondense.data.tokens import StageTokens, Tokens
 from recondense.data.vocabulary import filler, require_all_rows
 from recondense.data.windows import pack
@@ -80,7 +81,7 @@ class Tokenizing:
     tokenizer: PreTrainedTokenizerBase
     rows: int | None = None
     _documents: dict[str, list[str] | None] = field(default_factory=dict)
-    _windows: dict[tuple[str, int], Tensor | None] = field(default_factory=dict)
+    _windows: dict[tuple[str, int, bool | None], Tensor | None] = field(default_factory=dict)
 
     def tokens(self, config: Config, stages: Sequence[Stage]) -> Tokens:
         """Make all token ids of a run.
@@ -99,7 +100,7 @@ class Tokenizing:
             calibration = make_calibration_set(documents, self.tokenizer, len(documents), settings.max_length)
         validation = None
         if evaluation.perplexity_windows != 0:
-            validation = self._packed("validation", config.data.sequence_length)
+            validation = self._packed("validation", config.data)
         if validation is not None:
             validation = validation[: evaluation.perplexity_windows]
         windows = {stage.name: self._stage(stage) for stage in _training(stages)}
@@ -120,13 +121,16 @@ class Tokenizing:
             self._documents[split] = None if texts is None else render_documents(texts[:count], self.tokenizer, name)
         return self._documents[split]
 
-    def _packed(self, split: str, length: int) -> Tensor | None:
+    def _packed(self, split: str, data: DataConfig) -> Tensor | None:
         """Return the packed windows of one of the run's splits, ids (N, length); None if there is no such split."""
-        if (split, length) not in self._windows:
+        key = split, data.sequence_length, data.bos
+        if key not in self._windows:
             texts = self.documents(split)
-            windows = None if texts is None else pack(texts, self.tokenizer, length, f"the {split} text")
-            self._windows[split, length] = windows
-        return self._windows[split, length]
+            self._windows[key] = None if texts is None else self._pack(texts, data, f"the {split} text")
+        return self._windows[key]
+
+    def _pack(self, texts: Sequence[str], data: DataConfig, name: str) -> Tensor:
+        return pack(texts, self.tokenizer, data.sequence_length, name, start_of_window(self.tokenizer, data.bos))
 
     def _stage(self, stage: Stage) -> StageTokens:
         train, counts = self._table(stage, "train")
@@ -135,26 +139,29 @@ class Tokenizing:
         return StageTokens(train, validation, counts)
 
     def _table(self, stage: Stage, split: str) -> tuple[Table | None, dict[str, int]]:
-        """Return windows of a recovery stage, records with the labels of their answers or packed texts; and counts."""
+        """Return windows of a recovery stage, with labels unless they are packed texts; and counts of those with."""
         documents = getattr(self.texts.stage_corpora.get(stage.name, self.texts.corpora), split)
         if documents is None:
             return None, {}
-        length = stage.data.sequence_length
+        data, tokenizer = stage.data, self.tokenizer
         if records := [document for document in documents if isinstance(document, Record)]:
-            return self._examples(stage, split, records)
+            name = f"{stage.where}, the {split} records"
+            settings = data.sequence_length, name, data.bos, data.answer_only
+            return self._padded(make_examples(records, tokenizer, *settings), data)
+        name = f"the {split} text of stage {stage.name}" if stage.own_texts else f"the {split} text"
+        if not data.packing:
+            return self._padded(cut_texts(documents, tokenizer, data.sequence_length, name, data.bos), data)
         if stage.own_texts:
-            name = f"the {split} text of stage {stage.name}"
-            return {"input_ids": pack(documents, self.tokenizer, length, name)}, {}
-        windows = self._packed(split, length)
+            return {"input_ids": self._pack(documents, data, name)}, {}
+        windows = self._packed(split, data)
         assert windows is not None
         return {"input_ids": windows}, {}
 
-    def _examples(self, stage: Stage, split: str, records: list[Record]) -> tuple[Table, dict[str, int]]:
-        length = stage.data.sequence_length
-        examples = make_examples(records, self.tokenizer, length, f"{stage.where}, the {split} records")
+    def _padded(self, examples: Examples, data: DataConfig) -> tuple[Table, dict[str, int]]:
+        """Return padded windows of examples, and how many examples there are."""
         counts = {"examples": len(examples.kept), "left_out": examples.left_out, "cut": examples.cut}
         padding = filler(self.tokenizer, self.rows)
-        return make_windows(examples.kept, length, padding, stage.data.packing), counts
+        return make_windows(examples.kept, data.sequence_length, padding, data.packing), counts
 
 
 def _training(stages: Sequence[Stage]) -> list[Stage]:

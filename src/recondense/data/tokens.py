@@ -18,7 +18,7 @@ class StageTokens:
     Args:
         train: training windows.
         validation: validation windows; None if the stage does not validate, or has no validation text.
-        counts: numbers of supervised examples that were kept, left out and truncated; empty for plain texts.
+        counts: numbers of records or unpacked texts that were kept, left out and truncated; empty for packed texts.
     """
 
     train: Table

@@ -83,6 +83,20 @@ def test_data_with_a_source_stands_alone_and_without_one_changes_the_data_of_the
     assert (changed.data.text_field, changed.data.packing) == ("body", False)
 
 
+def test_other_windows_of_the_same_texts_need_no_other_texts() -> None:
+    """Documents are read once; length, packing, BOS and targets only change the windows."""
+    first, second, third = require_stages(
+        config(
+            {"name": "cut", "sequence_length": 32, "data": {"packing": False, "bos": True}},
+            {"name": "packed", "data": {"bos": False}},
+            {"name": "prompts", "data": {"answer_only": False}},
+        )
+    )
+    assert not (first.own_texts or second.own_texts or third.own_texts)
+    assert (first.data.packing, first.data.bos, first.data.answer_only) == (False, True, True)
+    assert (second.data.packing, second.data.bos, third.data.answer_only) == (True, False, False)
+
+
 @pytest.mark.parametrize(
     ("stages", "parts"),
     [
@@ -107,6 +121,8 @@ def test_data_with_a_source_stands_alone_and_without_one_changes_the_data_of_the
         ([{"name": "a", "learning_rate": 0}], ["recovery.stages[0].learning_rate=0: must be above 0"]),
         ([{"name": "a", "epochs": 0}], ["recovery.stages[0].epochs=0: must be above 0"]),
         ([{"name": "a", "batch_size": 0}], ["recovery.stages[0].batch_size=0: must be at least 1"]),
+        ([{"name": "a", "data": {"bos": "yes please"}}], ["recovery.stages[0].data.bos=yes please: expected"]),
+        ([{"name": "a", "data": {"answer_only": 3}}], ["recovery.stages[0].data.answer_only=3: expected"]),
         ([{"name": "a", "sequence_length": 1}], ["recovery.stages[0].sequence_length=1: must be at least 2"]),
         ([{"name": "a", "steps": 5, "warmup_steps": 5}], ["recovery.stages[0].warmup_steps=5: must be below"]),
         ([{"name": "a", "objective": "none"}], ["recovery.stages[0].objective=none: a stage must train"]),

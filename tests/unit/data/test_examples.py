@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from support.losses import cross_entropy, forward_kl
 from support.recoveries import module_of
-from support.small import byte_tokenizer
+from support.small import beginning_with, byte_tokenizer
 from support.tiny_models import EVERY, FAMILIES, VOCAB, condense_plan, qwen2_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from recondense.data.examples import Example, leading_tokens, make_examples, make_windows
+from recondense.data.examples import Example, make_examples, make_windows
 from recondense.data.examples import _by_pieces as by_pieces
 from recondense.data.instruction_records import Record, read_record
 from recondense.data.labels import MASKED, target_mask
@@ -242,16 +242,8 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(caplog: pyte
 
 
 def test_special_tokens_before_a_text_are_kept() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_tokenizer()
-    assert leading_tokens(tokenizer) == []
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer = beginning_with("<s>", bos=True, end=True)
     bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A <|endoftext|>", special_tokens=[("<s>", bos), ("<|endoftext|>", 0)]
-    )
-    assert leading_tokens(tokenizer) == [bos]
     [example] = make_examples([alpaca("Go.", "ok")], tokenizer, 500).kept
     assert example.ids[0] == bos and example.ids.count(bos) == 1 and not example.targets[0]
     assert example.ids.count(0) == 1 and example.ids[-1] == 0

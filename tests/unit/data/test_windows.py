@@ -26,3 +26,20 @@ def test_packing_without_an_eos_token() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     assert tokenizer.decode(pack(["ab", "cd"], tokenizer, 2).flatten()) == "abcd"
+
+
+@pytest.mark.parametrize("start", [[257], [257, 258], []])
+def test_every_window_begins_with_the_start(start: list[int]) -> None:
+    """The start takes the place of text, and no text is lost between two windows."""
+    tokenizer = byte_tokenizer()
+    windows = pack(["abc", "", "defgh"], tokenizer, 4, start=start)
+    room = 4 - len(start)
+    assert windows.shape == (10 // room, 4)
+    assert all(row[: len(start)] == start for row in windows.tolist())
+    text = "abc<|endoftext|><|endoftext|>defgh<|endoftext|>"
+    assert text.startswith(tokenizer.decode(windows[:, len(start) :].flatten()))
+
+
+def test_a_window_has_room_for_more_than_its_start() -> None:
+    with pytest.raises(ValueError, match="sequence_length=2: it must be a whole number, at least 3"):
+        pack(["abc"], byte_tokenizer(), 2, start=[257, 258])
