@@ -1,10 +1,12 @@
-"""Run lm-eval tasks on the model while it trains: every N optimizer steps and at the end."""
+"""Run lm-eval tasks on the model while it trains: before the first step, every N optimizer steps, and at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -14,6 +16,8 @@ from recondense.errors import UserError
 from recondense.models.hooks import eval_mode
 
 Results = dict[str, dict[str, float]]
+# With every_n_steps="auto": a training has at most this many intervals, and each has at least so many steps.
+INTERVALS, SHORTEST = 4, 25
 
 
 class LmEval(L.Callback):
@@ -26,12 +30,15 @@ class LmEval(L.Callback):
 
     Args:
         tasks: names of lm-eval tasks; None or an empty list disables the callback.
-        every_n_steps: optimizer steps (not batches) between evaluations; 0 evaluates only at the end.
+        every_n_steps: optimizer steps (not batches) between evaluations; "auto" divides the training into at most four
+            intervals of at least 25 steps; 0 evaluates only at the start and the end.
+        at_start: also evaluate before the first step. A resumed training does not evaluate at its start.
         at_end: also evaluate when training ends, unless its last step was just evaluated.
         limit: examples per task; None for all.
         num_fewshot: examples in the prompt; None for the task's default.
         batch_size: sequences per forward pass.
         include_path: a folder with your own task files, or several.
+        timed: returns a context in which the model is evaluated, for example one that counts seconds.
 
     Raises:
         UserError: `every_n_steps` is negative.
@@ -40,18 +47,25 @@ class LmEval(L.Callback):
     def __init__(
         self,
         tasks: Sequence[str] | None,
-        every_n_steps: int = 0,
+        every_n_steps: int | Literal["auto"] = 0,
+        at_start: bool = True,
         at_end: bool = True,
         limit: int | None = None,
         num_fewshot: int | None = 0,
         batch_size: int = 8,
         include_path: str | Path | Sequence[str | Path] | None = None,
+        timed: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        if every_n_steps < 0:
-            raise UserError(f"LmEval: every_n_steps is {every_n_steps}; use 0 to evaluate at the end only")
+        if every_n_steps != "auto" and every_n_steps < 0:
+            raise UserError(
+                f"LmEval: every_n_steps is {every_n_steps}; use 0 to evaluate at the start and the end only"
+            )
         self.tasks = tuple(tasks or ())
         self.every_n_steps = every_n_steps
+        self.at_start = at_start
         self.at_end = at_end
+        self._timed = timed
+        self._interval = 0  # optimizer steps between evaluations of the running training; 0 for none
         self._settings: dict[str, Any] = {
             "limit": limit,
             "num_fewshot": num_fewshot,
@@ -63,13 +77,17 @@ class LmEval(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._results:  # from before a restart; some engines restore them only after `on_fit_start`
             _kept_results(pl_module).update(self._results)
+        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        self._interval = every_steps(steps) if self.every_n_steps == "auto" else self.every_n_steps
+        if self.at_start and trainer.global_step == 0:
+            self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # While gradients accumulate, several batches end at the same step; `_evaluate` skips a step with results.
         step = trainer.global_step
-        if self.every_n_steps and step and step % self.every_n_steps == 0:
+        if self._interval and step and step % self._interval == 0:
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -86,14 +104,8 @@ class LmEval(L.Callback):
         step = trainer.global_step
         if not self.tasks or step in self._results:
             return
-        from recondense.recovery.engines import fsdp2
-        from recondense.recovery.engines import trainer as trainer_module
-
-        if trainer_module.needs_all_processes(trainer.strategy):
-            with fsdp2.unshard_root(pl_module):
-                results = self._run(trainer, pl_module)
-        else:
-            results = processes.run_on_first(lambda: self._run(trainer, pl_module))
+        with self._timed():
+            results = self._run_together(trainer, pl_module)
         self._results[step] = results
         _kept_results(pl_module)[step] = results
         stage = getattr(pl_module, "stage", "recovery")
@@ -103,11 +115,32 @@ class LmEval(L.Callback):
         for logger in trainer.loggers:  # they log on the first rank only
             logger.log_metrics(metrics, step=step)
 
+    def _run_together(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Results:
+        from recondense.recovery.engines import fsdp2
+        from recondense.recovery.engines import trainer as trainer_module
+
+        if not trainer_module.needs_all_processes(trainer.strategy):
+            return processes.run_on_first(lambda: self._run(trainer, pl_module))
+        if trainer.global_step == 0:
+            with isolate_rng(), eval_mode(pl_module):
+                fsdp2.prepare_passes(pl_module)
+        with fsdp2.unshard_root(pl_module):
+            return self._run(trainer, pl_module)
+
     def _run(self, trainer: L.Trainer, module: Any) -> Results:
         from recondense.evaluation import lm_eval
 
         with isolate_rng(), eval_mode(module), trainer.precision_plugin.forward_context():
             return lm_eval.run_tasks(module.model, module.tokenizer, list(self.tasks), **self._settings)
+
+
+def every_steps(steps: float) -> int:
+    """Return the optimizer steps between evaluations for every_n_steps="auto"; 0 without an end in sight.
+
+    Args:
+        steps: the optimizer steps of the training, which may be infinite.
+    """
+    return max(SHORTEST, math.ceil(steps / INTERVALS)) if math.isfinite(steps) else 0
 
 
 def _kept_results(pl_module: L.LightningModule) -> dict[int, Results]:

@@ -141,8 +141,20 @@ def test_two_processes_resume_from_one(runs: Runs, engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_lm_eval_while_training(runs: Runs, engine: str) -> None:
     expected = json.loads(json.dumps(runs.module.task_results))
-    assert set(expected) == {"3", "6", "9"} and 0 < expected["3"]["piqa"]["acc"] < 1
+    assert set(expected) == {"0", "3", "6", "9"} and 0 < expected["3"]["piqa"]["acc"] < 1
     assert [results["tasks"] for results in runs.results(engine)] == [expected, expected]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_metrics_are_those_of_all_processes(runs: Runs, engine: str) -> None:
+    first, second = (results["metrics"] for results in runs.results(engine))
+    one = runs.watcher.metrics
+    assert list(one) == list(engine_runs.METRICS)
+    for metric in ("gradient_norm", "peak_memory_bytes"):
+        assert first[metric] == second[metric], "reduced over processes"
+    assert first["learning_rate"] == one["learning_rate"] > 0
+    assert first["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+    assert first["tokens_per_second"] > 0 and first["peak_memory_bytes"] > 1e8
 
 
 @pytest.mark.parametrize("way", ["first", "other", "both", "killed"])

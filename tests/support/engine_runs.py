@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from recondense import processes
 from recondense.callbacks.lm_eval import LmEval
+from recondense.callbacks.training_metrics import TrainingMetrics
 from recondense.config.schema import TrainerConfig
 from recondense.data.labels import MASKED
 from recondense.data.loader import RecoveryData
@@ -40,10 +41,12 @@ from recondense.surgery.apply import apply
 from support.recoveries import recovery
 from support.settings_around import differences, settings_around
 from support.small import byte_tokenizer
+from support.small_trainer import Recorder
 from support.tiny_models import qwen2_moe, windows
 
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 10, 6, 4
 TASKS = ("piqa",)
+METRICS = ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_bytes")
 SECONDS = 100  # after which a process that is not done with an engine ends
 PLAN = Plan(
     "tiny",
@@ -83,6 +86,7 @@ class Watcher(L.Callback):
         self.frozen_gradients = 0
         self.state_elements = 0
         self.precisions: set[torch.dtype] = set()  # of buffers
+        self.metrics: dict[str, float] = {}  # of TrainingMetrics
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
         if batch_index == self.stop:
@@ -105,6 +109,9 @@ class Watcher(L.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         self.precisions |= {buffer.dtype for buffer in module.buffers()}
         self.losses[trainer.global_step] = float(trainer.callback_metrics["recovery/loss"])
+        for name in METRICS:
+            if (value := trainer.callback_metrics.get(f"recovery/{name}")) is not None:
+                self.metrics[name] = float(value)
         (optimizer,) = trainer.optimizers
         inner = optimizer.optimizer if isinstance(trainer.strategy, deepspeed.Zero) else optimizer
         parts = [getattr(value, "_local_tensor", value) for state in inner.state.values() for value in state.values()]
@@ -123,7 +130,8 @@ def train(
     evaluation = LmEval(tasks, every_n_steps=3, at_end=False, limit=6, include_path=task_folder)
     settings = TrainerConfig(strategy=strategy, progress_bar=False)  # type: ignore[arg-type]
     try:
-        fit(module, data(), folder, settings, seed=1, callbacks=[watcher, evaluation])
+        callbacks = [TrainingMetrics(), watcher, evaluation]
+        fit(module, data(), folder, settings, seed=1, callbacks=callbacks, loggers=[Recorder()])
     except RuntimeError as error:
         if "killed" not in str(error):
             raise
@@ -147,6 +155,7 @@ def train_on_two(engine: str, folder: Path, tasks: tuple[str, ...], task_folder:
         "frozen_gradients": before.frozen_gradients + after.frozen_gradients,
         "state_elements": after.state_elements,
         "tasks": module.task_results,
+        "metrics": after.metrics,
         "empty": empty,
     }
 

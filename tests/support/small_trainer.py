@@ -77,13 +77,11 @@ def fit(
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        logger=recorder,
-        log_every_n_steps=1,
         default_root_dir=folder,
         callbacks=list(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"enable_checkpointing": False, **settings},
+        **{"logger": recorder, "log_every_n_steps": 1, "enable_checkpointing": False, **settings},
     )
     torch.manual_seed(2)
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]

@@ -200,7 +200,8 @@ class EvaluationConfig:
     limit: Count | None = None
     num_fewshot: FromZero | None = 0
     batch_size: Count = 8
-    every_n_steps: FromZero = 0
+    every_n_steps: FromZero | Literal["auto"] = field(default="auto", metadata=NO_RESULT)
+    periodic_limit: Count | None = field(default=100, metadata=NO_RESULT)
     at_end: Switch = True
     include_path: LocalPath | None = None
     heldout: HeldoutConfig | None = None

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel
 
 from recondense import processes
+from recondense.calibration.calibrate import Timed
 from recondense.config.schema import WORK, Config
 from recondense.models import loading
 from recondense.run import tiny
@@ -23,12 +24,17 @@ class MakeCallbacks(Protocol):
         stage: name of the fit: pretrain, recovery, control, <recovery stage>, or control/<recovery stage>.
         tasks: names of the run's lm-eval tasks.
         include_path: folders with task files.
+        timed: context manager that counts the seconds of a part of the run, for callbacks that evaluate.
     """
 
-    def __call__(self, stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]: ...
+    def __call__(
+        self, stage: str, tasks: Sequence[str], include_path: Sequence[Path], timed: Timed = ...
+    ) -> Sequence[Callback]: ...
 
 
-def no_callbacks(stage: str, tasks: Sequence[str], include_path: Sequence[Path]) -> Sequence[Callback]:
+def no_callbacks(
+    stage: str, tasks: Sequence[str], include_path: Sequence[Path], timed: Timed | None = None
+) -> Sequence[Callback]:
     """Return no callbacks."""
     return ()
 

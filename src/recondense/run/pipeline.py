@@ -282,7 +282,7 @@ class _Stages:
     def _callbacks(self, stage: str, *, with_tasks: bool) -> Sequence[Callback]:
         """Return the callbacks of a fit. Tasks are evaluated during the student's fits, but not the control's."""
         tasks, include_path = (self.evaluator.tasks, self.evaluator.include_path) if with_tasks else ((), ())
-        return self.callbacks(stage, tasks, include_path)
+        return self.callbacks(stage, tasks, include_path, self.record.timed)
 
     @contextmanager
     def _load_original(self) -> Iterator[Any]:

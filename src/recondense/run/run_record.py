@@ -73,13 +73,14 @@ class RunRecord:
 
     @contextmanager
     def timed_recovery(self, stage: str) -> Iterator[None]:
-        """Add the time of the code inside to the seconds of a recovery stage."""
-        started = time.perf_counter()
+        """Add the time of the code inside to the seconds of a recovery stage, without that of evaluation."""
+        started, evaluated = time.perf_counter(), self.seconds.get("evaluate", 0.0) if processes.is_first() else 0.0
         try:
             yield
         finally:
             seconds = self.recovery_seconds if processes.is_first() else {}
-            spent = time.perf_counter() - started
+            evaluated = self.seconds.get("evaluate", 0.0) - evaluated if processes.is_first() else 0.0
+            spent = time.perf_counter() - started - evaluated
             self._shared["recovery_seconds"] = {**seconds, stage: seconds.get(stage, 0.0) + spent}
 
     def keep_refit(self, errors: Mapping[int, Mapping[str, float]]) -> None:

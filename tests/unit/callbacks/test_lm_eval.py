@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from support.small_trainer import Module, fit
 from torch import nn
 
-from recondense.callbacks.lm_eval import LmEval
+from recondense.callbacks.lm_eval import LmEval, every_steps
 from recondense.callbacks.profile import ProfileMemoryAndSpeed
 from recondense.evaluation import lm_eval
 
@@ -34,24 +35,60 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 class TestLmEval:
-    def test_evaluates_every_n_optimiser_steps_and_at_the_end(self, calls: list[Any], tmp_path: Path) -> None:
+    def test_evaluates_before_training_every_n_optimiser_steps_and_at_the_end(
+        self, calls: list[Any], tmp_path: Path
+    ) -> None:
         module = Module()
         callback = LmEval(["a", "b"], every_n_steps=2, limit=3, num_fewshot=1, batch_size=4, include_path="folder")
         _, recorder = fit(module, [callback], tmp_path, num_batches=10, accumulate_grad_batches=2)
-        assert recorder.steps("recovery/a/acc") == recorder.steps("recovery/b/acc_stderr") == [2, 4, 5]
-        assert {step: results["a"]["acc"] for step, results in module.task_results.items()} == {2: 1, 4: 2, 5: 3}
+        assert recorder.steps("recovery/a/acc") == recorder.steps("recovery/b/acc_stderr") == [0, 2, 4, 5]
+        assert {step: results["a"]["acc"] for step, results in module.task_results.items()} == {0: 1, 2: 2, 4: 3, 5: 4}
         expected = {"limit": 3, "num_fewshot": 1, "batch_size": 4, "include_path": "folder"}
         assert calls[0] == {"tokenizer": "tokenizer", "tasks": ["a", "b"], **expected}
 
     def test_the_last_step_is_evaluated_once(self, calls: list[Any], tmp_path: Path) -> None:
         fit(Module(), [LmEval(["a"], every_n_steps=3)], tmp_path)
-        assert len(calls) == 2
+        assert len(calls) == 3, "steps 0, 3 and 6"
+
+    @pytest.mark.parametrize(
+        ("every_n_steps", "at_start", "at_end", "steps"),
+        [
+            (0, True, True, [0, 6]),
+            (0, False, False, []),
+            (4, False, True, [4, 6]),
+            (4, True, False, [0, 4]),
+            ("auto", True, True, [0, 6]),
+        ],
+    )
+    def test_start_and_end_can_be_left_out(
+        self, every_n_steps: Any, at_start: bool, at_end: bool, steps: list[int], calls: list[Any], tmp_path: Path
+    ) -> None:
+        callback = LmEval(["a"], every_n_steps=every_n_steps, at_start=at_start, at_end=at_end)
+        _, recorder = fit(Module(), [callback], tmp_path)
+        assert recorder.steps("recovery/a/acc") == steps
+
+    def test_auto_has_at_most_five_points_that_are_not_too_near(self) -> None:
+        for steps, interval in {1: 25, 60: 25, 100: 25, 200: 50, 1250: 313, 20_000: 5000}.items():
+            assert every_steps(steps) == interval
+            assert len({0, *range(interval, steps + 1, interval), steps}) <= 5
+        assert every_steps(float("inf")) == 0
+
+    def test_the_time_of_an_evaluation_can_be_counted(self, calls: list[Any], tmp_path: Path) -> None:
+        entered: list[int] = []
+
+        @contextmanager
+        def timed() -> Iterator[None]:
+            entered.append(len(calls))
+            yield
+
+        fit(Module(), [LmEval(["a"], every_n_steps=4, timed=timed)], tmp_path)
+        assert entered == [0, 1, 2]
 
     def test_training_is_not_affected(self, calls: list[Any], tmp_path: Path) -> None:
         plain, evaluated = Module(), Module()
         fit(plain, [], tmp_path)
         fit(evaluated, [LmEval(["a"], every_n_steps=1), ProfileMemoryAndSpeed(prompt_length=4, new_tokens=1)], tmp_path)
-        assert len(calls) == 6
+        assert len(calls) == 7
         assert evaluated.model.training
         for name, value in plain.state_dict().items():
             assert torch.equal(value, evaluated.state_dict()[name]), name
@@ -65,7 +102,7 @@ class TestLmEval:
 
         monkeypatch.setattr(lm_eval, "run_tasks", run_tasks)
         fit(Module(), [LmEval(["a"])], tmp_path, precision="bf16-mixed")
-        assert seen == [True]
+        assert seen == [True, True]
 
     def test_without_tasks_nothing_runs(self, calls: list[Any], tmp_path: Path) -> None:
         for tasks in (None, ()):
@@ -80,4 +117,4 @@ class TestLmEval:
         after, module = LmEval(["a"], every_n_steps=2, at_end=False), Module()
         after.load_state_dict(before.state_dict())
         fit(module, [after], tmp_path)
-        assert sorted(module.task_results) == [2, 4, 6] and len(calls) == 3
+        assert sorted(module.task_results) == [0, 2, 4, 6] and len(calls) == 4

@@ -10,8 +10,18 @@ import pytest
 import yaml
 
 from recondense.config.checks import check_config
+from recondense.config.logger import WandbConfig
 from recondense.config.problems import nearest, render, suggestion
-from recondense.config.schema import Config, DataConfig, RecoveryConfig, TrainerConfig, from_dict, read
+from recondense.config.schema import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    RecoveryConfig,
+    TrainerConfig,
+    from_dict,
+    read,
+)
 from recondense.config.stages import resolve_stages
 from recondense.config.types import parse_bytes
 from recondense.errors import ConfigError
@@ -105,6 +115,8 @@ def test_a_wrong_value_leaves_its_default_and_its_neighbours() -> None:
         {"cache_dir": "/elsewhere"},
         {"max_scratch_bytes": "1GiB"},
         {"trainer": TrainerConfig(progress_bar=False)},
+        {"evaluation": EvaluationConfig(every_n_steps=0, periodic_limit=3)},
+        {"logger": LoggerConfig(csv=False, wandb=WandbConfig(project="mine"))},
     ],
 )
 def test_what_cannot_change_a_result_leaves_the_hash(change: dict[str, Any]) -> None:

@@ -136,6 +136,18 @@ def _prefetch_backwards(root: nn.Module, units: Sequence[nn.Module]) -> None:
         unit.set_modules_to_backward_prefetch([following])
 
 
+def prepare_passes(module: nn.Module) -> None:
+    """Run one pass of two tokens through FSDP2's root unit, if there is one, before any other pass.
+
+    FSDP2 takes the module of the first pass for the root; a part of it must not be the first. All processes must call
+    this together.
+    """
+    if isinstance(module, FSDPModule):
+        device = next(parameter.device for parameter in module.parameters())
+        with torch.no_grad():
+            module(torch.zeros(1, 2, dtype=torch.long, device=device))
+
+
 @contextmanager
 def unshard_root(module: nn.Module) -> Iterator[None]:
     """Unshard the weights of FSDP2's root unit (embeddings, head) inside the context, for use outside a step.

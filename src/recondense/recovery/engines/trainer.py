@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from recondense import processes
 from recondense.config.schema import TrainerConfig
 from recondense.recovery.engines.deepspeed import Zero
 from recondense.recovery.engines.fsdp2 import Sharded
+from recondense.recovery.engines.full_tensors import full_tensor
 
 
 class StartedProcesses(ClusterEnvironment):
@@ -113,6 +115,29 @@ def zero_config(strategy: str, gpu: bool) -> dict[str, Any]:
 def needs_all_processes(strategy: Strategy) -> bool:
     """Return whether a forward pass of the trained module needs all processes, because its weights are sharded."""
     return isinstance(strategy, Sharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
+
+
+def gradient_norm(strategy: Strategy, optimizer: Optimizer) -> Tensor | None:
+    """Return the norm of the gradient of a step over all parameters and processes, before it is clipped.
+
+    All processes must call this together, before the optimizer steps.
+
+    Returns:
+        a scalar; None for DeepSpeed, see `gradient_norm_after_step`.
+    """
+    if isinstance(strategy, Zero):
+        return None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return full_tensor(torch.nn.utils.get_total_norm(gradients))
+
+
+def gradient_norm_after_step(strategy: Strategy) -> float | None:
+    """Return the same norm of the step that DeepSpeed has just done; None for other strategies."""
+    if not isinstance(strategy, Zero):
+        return None
+    norm = strategy.deepspeed_engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
 
 
 def has_leaves(strategy: Strategy) -> bool:
