@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from recondense.config import schema
 from recondense.files import write_aside
-from recondense.report.comparison import by_seed, comparison_cells, comparison_markdown, comparison_table
+from recondense.report.comparison import by_seed, comparison_markdown, comparison_table
+from recondense.report.comparison_columns import comparison_values
 from recondense.report.sweep_table import sweep_row, sweep_table
 from recondense.report.tables import print_tables
 from recondense.run.exit_codes import JobFailed, refuse
@@ -115,8 +116,7 @@ def log_sweep(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     names = Names(f"{config.experiment_name}-{folder.name}", "comparison", list(methods))
     sweep = {"sweep": [row["settings"] for row in rows]}
     loggers = tracking.make_loggers(named, folder, sweep, names)
-    header, data = comparison_cells(by_seed(rows))
-    columns = [title.replace("\n", " ") for title in header]
+    columns, data = comparison_values(by_seed(rows))
     for logger in loggers:
         if isinstance(logger, QuietWandbLogger):
             logger.attempt(logger.log_table, "comparison/table", columns=columns, data=data)

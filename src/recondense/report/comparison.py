@@ -10,39 +10,33 @@ from typing import Any
 
 import yaml
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from recondense.errors import UserError
+from recondense.report.comparison_columns import (
+    COLUMNS,
+    STAGES,
+    columns,
+    redundant_means,
+    sampling_error,
+    task_words,
+    tasks_of,
+)
 from recondense.report.sweep_table import sweep_row
-from recondense.report.tables import format_bytes, format_number
+from recondense.report.tables import TABLE_WIDTH, format_bytes, format_number
 
 BUDGET = "method.memory_ratio"
 PLACES = ("run_dir", "output_dir", "cache_dir", "overwrite")  # settings of paths, which do not distinguish runs
 CONTROL = "none"  # the method without steps; with a recovery, it trains the original further
-# Key of a row: (title with line breaks for a terminal, format function).
-COLUMNS: dict[str, tuple[str, Any]] = {
-    "weights_bytes": ("weights", format_bytes),
-    "memory_ratio": ("memory\nratio", "{:.3f}".format),
-    "routed_expert_ratio": ("expert\nratio", "{:.3f}".format),
-    "compressed_perplexity": ("ppl\nbefore", format_number),
-    "refitted_perplexity": ("ppl\nrefit", format_number),
-    "recovered_perplexity": ("ppl\nafter", format_number),
-    "refit_gap_closed": ("refit\ncloses", "{:.0%}".format),
-    "gap_closed": ("all\ncloses", "{:.0%}".format),
-}
-SECONDS: dict[str, tuple[str, Any]] = {
-    "search_seconds": ("search\n(s)", "{:.0f}".format),
-    "refit_seconds": ("refit\n(s)", "{:.0f}".format),
-    "recover_seconds": ("recover\n(s)", "{:.0f}".format),
-}
 IN_WORDS = "weights_bytes"  # not in the tables, because the memory ratio expresses it
 FOLLOWS = ("refit_gap_closed", "gap_closed")
-# Stage: (word in a column's title, title of a panel).
-STAGES = {
-    "compressed": ("before", "compressed"),
-    "refitted": ("refit", "refitted, not trained"),
-    "recovered": ("after", "recovered"),
-}
+SPARE = (
+    "refit_seconds",
+    "prefill_tokens_per_second",
+    "peak_memory_bytes",
+    "refit_gap_closed",
+)  # omitted first where the width is short
 
 
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -126,34 +120,6 @@ def by_seed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(entries, key=_order)
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
-    """Return title and format function of each figure that occurs in a row or entry: `COLUMNS`, tasks, `SECONDS`."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    shown = {name: column for name, column in COLUMNS.items() if name in names}
-    for task in _tasks(names):
-        error = _sampling_error(rows, task)
-        for stage in (stage for stage in STAGES if f"{stage}_{task}" in names):
-            title = f"{_words(task)} {STAGES[stage][0]}".replace(" ", "\n")
-            shown[f"{stage}_{task}"] = (title, (f"{{:.{3 if error < 0.01 else 2}f}}").format)
-    return shown | {name: column for name, column in SECONDS.items() if name in names}
-
-
-def _tasks(names: Iterable[str]) -> list[str]:
-    """Return the tasks that have a score in some stage."""
-    parts = [name.partition("_") for name in names if name not in COLUMNS]
-    return list(dict.fromkeys(task for stage, _, task in parts if stage in STAGES))
-
-
-def _words(task: str) -> str:
-    return task.removeprefix("heldout_").replace("_", " ")
-
-
-def _sampling_error(rows: Sequence[Mapping[str, Any]], task: str) -> float:
-    """Return the standard error of the original's score, due to the choice of questions; 0 if unknown."""
-    values = [row[f"original_{task}_error"] for row in rows if f"original_{task}_error" in row]
-    return max((value[0] if isinstance(value, tuple) else float(value) for value in values), default=0.0)
-
-
 def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return each run once, with the settings in which its jobs agree."""
     runs: dict[Any, Mapping[str, Any]] = {}
@@ -185,12 +151,22 @@ def last_perplexity(entry: Mapping[str, Any]) -> float:
 def comparison_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of the entries of `by_seed` for a terminal: one section per budget, deviations below means."""
     without = _left_out(entries)
+    for more in (*SPARE, None):
+        table = _comparison_table(entries, without)
+        if more is None or Console(width=10 * TABLE_WIDTH).measure(table).maximum <= TABLE_WIDTH:
+            break
+        without.append(more)
+    table.caption = "\n".join(caption(entries, without=without))
+    return table
+
+
+def _comparison_table(entries: Sequence[Mapping[str, Any]], without: Sequence[str]) -> Table:
+    """Return the table without its caption."""
     header, body = comparison_cells(entries, without=without)
     table = Table(
         title="comparison: mean ± standard deviation over seeds",
         title_justify="left",
         title_style="bold",
-        caption="\n".join(caption(entries, without=without)),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # so that a dozen columns fit 120 characters
@@ -232,7 +208,7 @@ def caption(entries: Sequence[Mapping[str, Any]], *, without: Sequence[str] = ()
         "calibration texts and the validation windows are fixed, so figures without training or random choices have "
         "no deviation.",
         *_original_words(entries),
-        *filter(None, (_task_words(entries, task) for task in _tasks(shown))),
+        *filter(None, (_task_words(entries, task) for task in tasks_of(shown))),
     ]
     trained = any("recovered_perplexity" in entry for entry in entries)
     words = []
@@ -261,17 +237,17 @@ def _original_words(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line with the original's figures that are the same in all entries; no line if there are none."""
     perplexity, size = (common_level(entries, f"original_{what}") for what in ("perplexity", "weights_bytes"))
     words = [] if perplexity is None else [f"perplexity {format_number(perplexity)}"]
-    for task in _tasks(columns(entries)):
-        score, error = common_level(entries, f"original_{task}"), _sampling_error(entries, task)
+    for task in tasks_of(columns(entries)):
+        score, error = common_level(entries, f"original_{task}"), sampling_error(entries, task)
         if score is not None:
-            words += [f"{_words(task)} {score:.3f}" + (f" (standard error {error:.3f})" if error else "")]
+            words += [f"{task_words(task)} {score:.3f}" + (f" (standard error {error:.3f})" if error else "")]
     words += [] if size is None else [f"weights {format_bytes(size)}"]
     return [f"Original: {', '.join(words)}."] if words else []
 
 
 def _task_words(entries: Sequence[Mapping[str, Any]], task: str) -> str:
     """Return a sentence on which differences in a task's scores are significant; "" if the error is unknown."""
-    error = _sampling_error(entries, task)
+    error = sampling_error(entries, task)
     deviations = [
         entry[f"{stage}_{task}"][1] or 0.0 for entry in entries for stage in STAGES if f"{stage}_{task}" in entry
     ]
@@ -280,8 +256,9 @@ def _task_words(entries: Sequence[Mapping[str, Any]], task: str) -> str:
     larger = (
         f", larger than the deviation over seeds (at most {max(deviations):.3f})" if error > max(deviations) else ""
     )
+    words = task_words(task).capitalize()
     return (
-        f"{_words(task).capitalize()}: the choice of questions causes a standard error of about {error:.2f}{larger}. "
+        f"{words}: the choice of questions causes a standard error of about {error:.2f}{larger}. "
         f"Differences below {2 * 2**0.5 * error:.2f} (two standard errors of a difference between independent "
         "samples) are not significant."
     )
@@ -311,7 +288,7 @@ def _left_out(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     counts = ["n"] if len({(entry["count"], entry["status"]) for entry in entries}) == 1 else []
     trained = any("recovered_perplexity" in entry for entry in entries)
     tasks = [name for name in columns(entries) if name.startswith("refitted_") and name not in COLUMNS]
-    return [IN_WORDS, *counts, *(tasks if trained else [])]
+    return [IN_WORDS, *counts, *(tasks if trained else []), *redundant_means(entries)]
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from recondense.report.tables import find_figure, format_bytes, format_number, main_metrics, plain_table
+
+PROFILE = ("peak_memory_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")  # the cost of a stage
+SHARES = ("acc", "exact_match")  # main metrics that are a share of right answers begin with one of these
 
 
 def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,6 +27,8 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "recovered_perplexity": ("stages", "recovered", "perplexity"),
         "original_weights_bytes": ("stages", "original", "profile", "weights_bytes"),
         "weights_bytes": ("stages", final, "profile", "weights_bytes"),
+        **{f"original_{name}": ("stages", "original", "profile", name) for name in PROFILE},
+        **{name: ("stages", final, "profile", name) for name in PROFILE},
         "total_parameters": ("parameters", "total", "compressed" if measured else "original"),
         "memory_ratio": ("ratios", "memory"),
         "routed_expert_ratio": ("ratios", "routed_expert_parameters"),
@@ -30,8 +36,9 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         "gap_closed": ("ratios", "gap_closed"),
     }
     row = {name: find_figure(summary, path) for name, path in paths.items()}
-    if row["weights_bytes"] is None:
-        row["weights_bytes"] = find_figure(summary, ("stages", "compressed", "profile", "weights_bytes"))
+    for name in ("weights_bytes", *PROFILE):
+        if row[name] is None:
+            row[name] = find_figure(summary, ("stages", "compressed", "profile", name))
     if row["memory_ratio"] is None and row["original_weights_bytes"] and row["weights_bytes"]:
         row["memory_ratio"] = (
             row["weights_bytes"] / row["original_weights_bytes"]
@@ -40,8 +47,22 @@ def sweep_row(summary: Mapping[str, Any]) -> dict[str, Any]:
         for stage in ("original", "compressed", "refitted", "recovered"):
             row[f"{stage}_{task}"] = find_figure(summary, ("stages", stage, "tasks", task, metric))
         row[f"original_{task}_error"] = find_figure(summary, ("stages", "original", "tasks", task, f"{metric}_stderr"))
+    row |= _task_means(summary)
     row |= _seconds(summary)
     return {name: value for name, value in row.items() if value is not None}
+
+
+def _task_means(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return the mean score over the tasks with a share of right answers, by stage; `task_mean` is the last stage's."""
+    shares = [(task, metric) for task, metric in main_metrics(summary) if metric.startswith(SHARES)]
+    means: dict[str, float] = {}
+    for stage in ("original", "compressed", "refitted", "recovered"):
+        scores = [find_figure(summary, ("stages", stage, "tasks", task, metric)) for task, metric in shares]
+        if scores and None not in scores:
+            means[f"{stage}_task_mean"] = statistics.fmean(scores)
+    if means:
+        means["task_mean"] = list(means.values())[-1]
+    return means
 
 
 def _seconds(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -70,6 +91,10 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "weights_bytes": ("weights", format_bytes),
         "memory_ratio": ("memory\nratio", "{:.4f}".format),
         "routed_expert_ratio": ("expert\nratio", "{:.4f}".format),
+        "task_mean": ("task\nmean", "{:.3f}".format),
+        "peak_memory_bytes": ("peak\nmemory", format_bytes),
+        "prefill_tokens_per_second": ("prefill\ntok/s", format_number),
+        "decode_tokens_per_second": ("decode\ntok/s", format_number),
         "seconds": ("seconds", "{:.1f}".format),
     }
     columns = {name: column for name, column in columns.items() if any(name in row for row in rows)}

@@ -13,6 +13,7 @@ from rich.table import Table
 from recondense.report import beside_published
 
 STAGES = ("original", "compressed", "refitted", "recovered", "control")  # result stages, in the order of a run
+TABLE_WIDTH = 120  # of tables in a file or a pipe
 MAX_TASK_COLUMNS = 3  # more tasks are shown in a separate table
 # The metric that is shown for a task, in order of preference.
 MAIN_METRICS = (
@@ -236,7 +237,7 @@ def format_number(value: float) -> str:
 
 def _console() -> Console:
     # A file or a pipe has no width, so tables are printed at a fixed width.
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
 
 
 def _cell(value: Any, original: Any, form: Any, path: tuple[str, ...]) -> str:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from recondense.config.logger import PROJECT, WandbConfig, mode_of_variables, with_variables
 from recondense.config.schema import Config
 from recondense.offline import PROBE_SECONDS, server_answers
+from recondense.report.summary import name_of
 
 INIT_SECONDS = 9.0  # with the check before it, an offline run starts within about 15 s
 SERVER = "https://api.wandb.ai"
@@ -46,7 +47,7 @@ class Names:
 
 def names_of(config: Config) -> Names:
     """Return how the W&B run of a run is called where nobody says it."""
-    tags = (config.model.name, str(config.method.get("name", "none")), config.recovery.name)
+    tags = (Path(name_of(config.model)).name, str(config.method.get("name", "none")), config.recovery.name)
     return Names(f"{config.experiment_name}-{config.run_hash()}", "compress", tags)
 
 

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 from rich.console import Console
 from support.forks import Forks
+from support.wandb_records import offline_runs
 
 from recondense.callbacks.sweep import SweepComparison, comparison_rows, log_sweep, swept_settings, write_comparison
 from recondense.report import tracking
@@ -262,6 +262,40 @@ def test_a_comparison_of_one_method_has_its_picture(methods: tuple[str, ...], tm
     assert imread(tmp_path / "comparison.png").shape[:2] == (720, 1485)
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_with_speeds_the_picture_has_a_second_axis(seeds: int, tmp_path: Path) -> None:
+    rows = [
+        {**row, "decode_tokens_per_second": 40.0 + 3 * number, "original_decode_tokens_per_second": 30.0}
+        for number, row in enumerate(comparison())
+        if "weights_bytes" in row and row["settings"]["seed"] < str(seeds)
+    ]
+    if seeds == 1:
+        rows = [{**row, "settings": {k: v for k, v in row["settings"].items() if k != "seed"}} for row in rows]
+    write_comparison(rows, tmp_path)
+    height, width = imread(tmp_path / "comparison.png").shape[:2]
+    assert (height, width) == ((720, 1650) if seeds == 1 else (1260, 1485))
+
+
+def test_the_table_on_a_terminal_omits_what_does_not_fit() -> None:
+    figures = {
+        f"{stage}_{name}": 0.5
+        for stage in ("compressed", "recovered")
+        for name in ("perplexity", "a", "b", "task_mean")
+    }
+    speeds = {"peak_memory_bytes": 1e6, "prefill_tokens_per_second": 1e4, "decode_tokens_per_second": 1e3}
+    more = {"gap_closed": 0.5, "refit_gap_closed": 0.4, "refitted_perplexity": 3.0, "memory_ratio": 0.5}
+    seconds = {f"{part}_seconds": 149.0 for part in ("search", "refit", "recover")}
+    rows = [seeded("routing_weight", "0.673", seed, **figures, **speeds, **more, **seconds) for seed in (0, 1)]
+    table = comparison_table(by_seed(rows))
+    titles = " ".join(str(column.header).replace("\n", " ") for column in table.columns)
+    assert "decode tok/s" in titles and "prefill" not in titles
+    table.caption = None
+    assert Console(width=500).measure(table).maximum <= 120
+    assert "decode tok/s" in comparison_markdown(by_seed(rows)) and "prefill tok/s" in comparison_markdown(
+        by_seed(rows)
+    )
+
+
 def test_the_control_alone_has_no_picture_of_methods(tmp_path: Path) -> None:
     rows = [row for row in comparison() if row["method"] == "none"]
     assert draw_comparison(by_seed(rows), tmp_path / "none.png") is None
@@ -282,8 +316,5 @@ def test_wandb_gets_the_table_and_the_picture(tmp_path: Path, monkeypatch: pytes
     assert list(logged) == ["comparison/table", "comparison/picture"]
     assert len(logged["comparison/table"]["data"]) == 7
     assert logged["comparison/picture"] == [str(tmp_path / "comparison.png")]
-    [run] = (tmp_path / "logs" / "wandb").glob("offline-run-*")
-    until = time.monotonic() + 20  # W&B's own process writes a little after `finish` has returned
-    while b"comparison" not in (written := next(run.glob("*.wandb")).read_bytes()) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert b"comparison" in written, "the type of the run"
+    [run] = offline_runs(tmp_path / "logs")
+    assert run.run.job_type == "comparison" and {*run.run.tags} == {"none", "reap", "cdmoe", "block_drop"}
