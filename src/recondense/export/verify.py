@@ -1,7 +1,7 @@
 """Check a written folder before it gets its name: does transformers load from it the model that was exported?
 
-`shapes_problem` reads only the headers of the files. `outputs_problem` loads the folder with transformers and runs it
-beside the student. Each layer of the loaded model gets the hidden states of the student: rounding does not add up from
+`check_files` reads only the headers of the files. `check_outputs` loads the folder with transformers and runs it beside
+the student. Each layer of the loaded model gets the hidden states of the student: rounding does not add up from
 layer to layer, a router sees the same tokens in both models, and a difference belongs to one layer.
 
 Legend: B batch, S sequence, D hidden size or vocabulary.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recondense.config.schema import ExportConfig
+from recondense.errors import UserError, WrongExport
 from recondense.models import decoder, headers, reload
 from recondense.models.hooks import capture_outputs, eval_mode
 from recondense.models.layer_store import layer_store
@@ -49,32 +49,108 @@ class Difference(NamedTuple):
     largest: float
 
 
-def compares_outputs(model: PreTrainedModel, folder: Path, settings: ExportConfig) -> bool:
-    """Return whether `settings.verify` asks for `outputs_problem`; auto does if the model fits into memory twice.
-
-    The loaded model is on the device of the student: on another device, its kernels would round differently.
+def check_files(written: Path, folder: Path) -> None:
+    """Compare names, shapes and dtypes in the files of a folder with the class that will load them.
 
     Args:
-        model: the student.
-        folder: the written folder.
-        settings: settings of the export.
+        written: the folder under its temporary name.
+        folder: its final name, for messages.
+
+    Raises:
+        WrongExport: they differ.
+    """
+    with reload.only_the_folders_code(written):
+        with _naming(folder):
+            outline = reload.load_outline(written)
+        dtype, files = outline.config.dtype, headers.list_files(written)
+        if difference := str(headers.compare(outline, files)):
+            raise WrongExport(folder, f"its files do not match {type(outline).__name__}: {difference}")
+    for tensor in headers.read_headers(files):
+        stored = FLOATS.get(tensor.dtype)  # None for integers, which are indices
+        if stored not in (None, dtype, torch.float32):  # some families keep a few weights in fp32
+            raise WrongExport(folder, f"{tensor.key} is stored as {tensor.dtype}, but its config says {dtype}")
+
+
+def check_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    written: Path,
+    folder: Path,
+    retained: Sequence[int],
+    setting: str,
+) -> None:
+    """Load a folder with transformers if `setting` says so, and compare what it computes with the student.
+
+    Args:
+        model: the student; it does not change.
+        tokenizer: its tokenizer; None if the folder has none.
+        written: the folder under its temporary name.
+        folder: its final name, for messages.
+        retained: for each decoder layer in the folder, the layer of the student.
+        setting: `verify` of the export's settings.
+
+    Raises:
+        UserError: transformers loads another tokenizer than the one that it has saved.
+        WrongExport: the layers or the logits differ by more than rounding.
+    """
+    if not _compares_outputs(model, written, setting):
+        return
+    if tokenizer is not None and (problem := _tokenizer_problem(tokenizer, written)):
+        raise UserError(f"{folder} was not written, because {problem}")
+    try:
+        differences = _differences(model, token_windows(model, tokenizer), written, folder, retained)
+    except torch.OutOfMemoryError:
+        if setting == "logits":
+            raise
+        log.info(
+            "export.verify=auto: only names and shapes of the export were checked; it did not fit beside the model"
+        )
+        return
+    wrong = [difference for difference in differences if difference.share > EXCEPTIONS]
+    if wrong:
+        worst = max(wrong, key=lambda difference: difference.share * min(difference.largest, 1e6))
+        raise WrongExport(
+            folder,
+            f"transformers computes something else from it: {worst.share:.0%} of the outputs of {worst.part} differ by "
+            f"more than rounding, the largest by {worst.largest:.2g} times their spread ({len(wrong)} of "
+            f"{len(differences)} parts differ)",
+        )
+    largest = max(differences, key=lambda difference: difference.largest)
+    text = "the export was loaded again and computes the same: outputs differ by at most %.1e of their spread (%s)"
+    log.info(text, largest.largest, largest.part)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Name the folder in errors that transformers, or the folder's code, raises while it reads the folder."""
+    try:
+        yield
+    except (OSError, torch.OutOfMemoryError):  # the disk or the memory, not the folder
+        raise
+    except Exception as error:
+        raise WrongExport(folder, f"transformers does not load it: {type(error).__name__}: {error}") from error
+
+
+def _compares_outputs(model: PreTrainedModel, written: Path, setting: str) -> bool:
+    """Return whether outputs are compared; with auto they are if the model fits into memory twice.
+
+    The loaded model is on the device of the student: on another device, its kernels would round differently.
     """
     if layer_store(model).streamed:
         log.info("export.verify: the model is streamed, so only names and shapes of the export are checked")
         return False
-    if settings.verify != "auto":
-        return settings.verify == "logits"
-    needed = ROOM * sum(file.stat().st_size for file in headers.list_files(folder))
+    if setting != "auto":
+        return setting == "logits"
+    needed = ROOM * sum(file.stat().st_size for file in headers.list_files(written))
     free = free_bytes(decoder.device(model))
-    if needed <= free:
-        return True
-    log.info(
-        "export.verify=auto: only names and shapes of the export are checked; loading it beside the model needs "
-        "%.1f GB of memory, and %.1f GB are free",
-        needed / 1e9,
-        free / 1e9,
-    )
-    return False
+    if needed > free:
+        log.info(
+            "export.verify=auto: only names and shapes of the export are checked; loading it beside the model needs "
+            "%.1f GB of memory, and %.1f GB are free",
+            needed / 1e9,
+            free / 1e9,
+        )
+    return needed <= free
 
 
 def free_bytes(device: torch.device) -> int:
@@ -83,58 +159,6 @@ def free_bytes(device: torch.device) -> int:
         return psutil.virtual_memory().available
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0] + reserve)
-
-
-def shapes_problem(folder: Path) -> str:
-    """Compare names, shapes and dtypes in the files of a folder with the class that will load them.
-
-    Returns:
-        How they differ, in words; empty if they do not.
-    """
-    with reload.only_the_folders_code(folder):
-        outline = reload.load_outline(folder)
-        name, dtype = type(outline).__name__, outline.config.dtype
-        files = headers.list_files(folder)
-        if difference := str(headers.compare(outline, files)):
-            return f"its files do not match {name}: {difference}"
-    for tensor in headers.read_headers(files):
-        stored = FLOATS.get(tensor.dtype)  # None for integers, which are indices
-        if stored not in (None, dtype, torch.float32):  # some families keep a few weights in fp32
-            return f"{tensor.key} is stored as {tensor.dtype}, but its config says {dtype}"
-    return ""
-
-
-def outputs_problem(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, retained: Sequence[int]
-) -> str:
-    """Load a folder with transformers, and compare its tokenizer, layers and logits with those of the student.
-
-    Args:
-        model: the student; it does not change.
-        tokenizer: its tokenizer; None if the folder has none.
-        folder: the written folder.
-        retained: for each decoder layer in the folder, the layer of the student.
-
-    Returns:
-        How they differ, in words; empty if they differ by rounding only.
-    """
-    if tokenizer is not None and (problem := _tokenizer_problem(tokenizer, folder)):
-        return problem
-    ids_BS = token_windows(model, tokenizer)
-    with torch.no_grad(), reload.only_the_folders_code(folder):
-        with eval_mode(model), capture_outputs(list(decoder.decoder_layers(model))) as states:
-            logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
-        reloaded, info = reload.load_like(folder, model)
-        if faults := {name: sorted(map(str, value)) for name, value in info.items() if value}:
-            return f"transformers does not load it as it is: {faults}"
-        layers = decoder.decoder_layers(reloaded)
-        if len(layers) != len(retained):
-            return f"it has {len(layers)} decoder layers instead of {len(retained)}"
-        with _follow(layers, [states[layer] for layer in retained]) as differences:
-            actual_BSV = reloaded(input_ids=ids_BS, use_cache=False).logits
-        differences.append(_compare("the head", actual_BSV, logits_BSV, logits_BSV.mean(-1, keepdim=True)))
-        del reloaded, layers
-    return _summarize(differences)
 
 
 def token_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
@@ -149,12 +173,43 @@ def token_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _tokenizer_problem(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    reloaded = reload.load_tokenizer(folder)
-    for text in (SAMPLE, *tokenizer.all_special_tokens):
-        expected, actual = tokenizer(text).input_ids, reloaded(text).input_ids
-        if expected != actual:
-            return f"its tokenizer gives other ids for {text!r}: {actual} instead of {expected}"
+    """Load the tokenizer of a folder with transformers, and compare the ids that it gives with those of the original.
+
+    Returns:
+        How they differ and what to do, as a sentence; empty if they do not.
+    """
+    with reload.only_the_folders_code(folder):
+        reloaded = reload.load_tokenizer(folder)
+        for text in (SAMPLE, *tokenizer.all_special_tokens):
+            expected, actual = tokenizer(text).input_ids, reloaded(text).input_ids
+            if expected != actual:
+                return (
+                    f"transformers saves the tokenizer, a {type(tokenizer).__name__}, and loads it as another one: for "
+                    f"{text!r} it gives {len(actual)} ids that begin with {actual[:5]}, instead of {len(expected)} "
+                    f"that begin with {expected[:5]}. Use one whose class fits its files (model.tokenizer=FOLDER), or "
+                    "set export.verify=shapes"
+                )
     return ""
+
+
+def _differences(
+    model: PreTrainedModel, ids_BS: Tensor, written: Path, folder: Path, retained: Sequence[int]
+) -> list[Difference]:
+    """Return the differences of all decoder layers of the loaded folder and of the logits, see `check_outputs`."""
+    with torch.no_grad(), reload.only_the_folders_code(written):
+        with eval_mode(model), capture_outputs(list(decoder.decoder_layers(model))) as states:
+            logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
+        with _naming(folder):
+            reloaded, info = reload.load_like(written, model)
+        if faults := {name: sorted(map(str, value)) for name, value in info.items() if value}:
+            raise WrongExport(folder, f"transformers does not load it as it is: {faults}")
+        layers = decoder.decoder_layers(reloaded)
+        if len(layers) != len(retained):
+            raise WrongExport(folder, f"it has {len(layers)} decoder layers instead of {len(retained)}")
+        with _follow(layers, [states[layer] for layer in retained]) as differences, _naming(folder):
+            actual_BSV = reloaded(input_ids=ids_BS, use_cache=False).logits
+        differences.append(_compare("the head", actual_BSV, logits_BSV, logits_BSV.mean(-1, keepdim=True)))
+        return differences
 
 
 @contextmanager
@@ -205,22 +260,3 @@ def _compare(part: str, actual_BSD: Tensor, expected_BSD: Tensor, before_BSD: Te
         outside += int((~(same | (difference <= share * spread_S1 + eps * expected_SD.abs()))).sum())
         largest = max(largest, float((difference / spread_S1.clamp_min(1e-30)).nan_to_num(nan=torch.inf).max()))
     return Difference(part, outside / expected_BSD.numel(), largest)
-
-
-def _summarize(differences: Sequence[Difference]) -> str:
-    """Return the problem, or log the largest difference if there is none."""
-    wrong = [difference for difference in differences if difference.share > EXCEPTIONS]
-    if not wrong:
-        largest = max(differences, key=lambda difference: difference.largest)
-        log.info(
-            "the export was loaded again and computes the same: outputs differ by at most %.1e of their spread (%s)",
-            largest.largest,
-            largest.part,
-        )
-        return ""
-    worst = max(wrong, key=lambda difference: difference.share * min(difference.largest, 1e6))
-    return (
-        f"transformers computes something else from it: {worst.share:.0%} of the outputs of {worst.part} differ by "
-        f"more than rounding, the largest by {worst.largest:.2g} times their spread ({len(wrong)} of "
-        f"{len(differences)} parts differ)"
-    )

@@ -20,7 +20,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from recondense.config.schema import ExportConfig
-from recondense.errors import WrongExport
 from recondense.export import verify
 from recondense.export.shard_writer import ShardWriter
 from recondense.export.stock_or_bundled import Stock, choose_layout, skipped_layers
@@ -72,13 +71,14 @@ def write_folder(
         folder: the folder to write; an existing folder is replaced after all files are written.
         card: the beginning of README.md, or a function that makes it from the folder after the weights are written. The
             code that loads the folder is appended.
-        settings: format and shard size; None for the defaults.
+        settings: settings of the export; None for the defaults.
 
     Returns:
         "stock" or "bundled".
 
     Raises:
         NotStock: `settings.format` is "stock", and the family's class cannot express the model.
+        UserError: transformers loads another tokenizer than the one that it has saved.
         WrongExport: the written folder is not the model; its files are removed.
     """
     settings = settings or ExportConfig()
@@ -92,22 +92,15 @@ def write_folder(
     with replace_folder(folder) as aside:
         _write_weights(model, shapes, stock, aside, settings)
         _write_config(model, shapes, stock, aside)
-        _require(folder, verify.shapes_problem(aside))
-        if model.can_generate():
-            model.generation_config.save_pretrained(aside)
+        verify.check_files(aside, folder)
+        if model.can_generate():  # its `save_pretrained` refuses what is read, such as a pad token of -1
+            model.generation_config.to_json_file(aside / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         plan.save(aside / "plan.json")
-        if verify.compares_outputs(model, aside, settings):
-            _require(folder, verify.outputs_problem(model, tokenizer, aside, retained))
+        verify.check_outputs(model, tokenizer, aside, folder, retained, settings.verify)
         write_aside(aside / "README.md", (card if isinstance(card, str) else card(aside)) + _loading_code(aside))
     return "bundled" if stock is None else "stock"
-
-
-def _require(folder: Path, problem: str) -> None:
-    """Raise an error if there is a problem."""
-    if problem:
-        raise WrongExport(folder, problem)
 
 
 def _loading_code(folder: Path) -> str:
@@ -116,11 +109,14 @@ def _loading_code(folder: Path) -> str:
     lines = [
         f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}\n",
         f'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{", trust_remote_code=True" * code})',
-        f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{', trust_remote_code=False' * code})",
+        f"tokenizer = AutoTokenizer.from_pretrained(FOLDER{', trust_remote_code=True' * code})",
     ]
     text = f"The model's class is in `{MODELING_FILE}.py`, which needs only torch and transformers."
     if tokenizer:
-        text += " The tokenizer needs no code, but transformers asks about it if `trust_remote_code` is not given."
+        text += (
+            " The tokenizer needs no code: it also loads with `trust_remote_code=False`. But without the argument, "
+            "transformers asks whether to run the code, and waits."
+        )
     loading = "\n".join(lines if tokenizer else lines[:2])
     return f"\n## Load it\n\n```python\n{loading}\n```\n" + f"\n{text}\n" * code
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -111,13 +110,10 @@ def _round_frequencies(reloaded: PreTrainedModel, model: PreTrainedModel) -> Non
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder; without the folder's code, unless the tokenizer itself has some."""
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        str(folder), trust_remote_code="auto_map" in settings
-    )
+    """Load the tokenizer of a folder."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=_has_code(folder))
     return tokenizer
 
 
 def _has_code(folder: Path) -> bool:
-    return any(folder.glob("modeling_*.py"))
+    return any(folder.glob("*.py"))  # that of the model, or of a tokenizer

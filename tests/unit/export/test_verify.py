@@ -14,8 +14,15 @@ import pytest
 import torch
 from support.small import byte_tokenizer
 from support.tiny_models import EVERY, condense_plan, unchanged
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, dynamic_module_utils
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    Qwen2TokenizerFast,
+    dynamic_module_utils,
+)
 
 import recondense as rc
 from recondense.config.schema import ExportConfig
@@ -255,6 +262,8 @@ def test_a_bundle_is_checked_with_its_own_code(tmp_path: Path, monkeypatch: pyte
         ("token_gate * shared", "shared"),
         ("self.table[top_k_index]", "self.table[top_k_index * 0]"),
         ("RemappedRouter(router, torch.zeros(router_rows", "RemappedRouter(router, torch.zeros(1 + router_rows"),
+        ("def reshape(", "def reshaped("),
+        ("return (output, None) if self.pair else output", "return self.missing"),
     ):
         monkeypatch.setattr(
             export_module, "_bundle_source", lambda *args, old=right, new=wrong: source(*args).replace(old, new)
@@ -269,20 +278,32 @@ def _tokenizer_folder(folder: Path) -> str:
     return str(folder / "tokenizer")
 
 
-def test_a_wrong_tokenizer_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = byte_tokenizer()
-    write(student("qwen2_moe"), tmp_path / "right", tokenizer, verify="logits")
-    save = type(tokenizer).save_pretrained
+def test_a_tokenizer_that_loads_as_another_one_is_refused(tmp_path: Path) -> None:
+    """The user can mend it: the class of the tokenizer does not fit its files."""
+    model, right = student("qwen2_moe"), byte_tokenizer()
+    write(model, tmp_path / "out", right, "before", verify="logits")
+    wrong = Qwen2TokenizerFast(tokenizer_object=right.backend_tokenizer, unk_token=None)
+    wrong.backend_tokenizer.pre_tokenizer = Whitespace()
+    for form in ("stock", "bundled"):
+        with pytest.raises(UserError, match=r"out was not written, because .* a Qwen2Tokenizer.*export\.verify=shapes"):
+            write(model, tmp_path / "out", wrong, "after", format=form)
+    assert (tmp_path / "out" / "README.md").read_text().startswith("before")
+    write(model, tmp_path / "out", wrong, verify="shapes")
 
-    def changed(self: Any, folder: Path, **kwargs: Any) -> Any:
-        files = save(self, folder, **kwargs)
-        values = json.loads((folder / "tokenizer.json").read_text())
-        values["pre_tokenizer"]["add_prefix_space"] = True
-        (folder / "tokenizer.json").write_text(json.dumps(values))
-        return files
 
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", changed)
-    refused(student("qwen2_moe"), tmp_path / "out" / "out", "its tokenizer gives other ids", tokenizer, verify="logits")
+@pytest.mark.parametrize(
+    "values",
+    [{"pad_token_id": -1}, {"temperature": 0.7, "do_sample": False}, {"early_stopping": True}],
+    ids=str,
+)
+def test_generation_settings_are_written_as_they_were_read(values: dict[str, Any], tmp_path: Path) -> None:
+    """Published models have settings that transformers reads but does not save."""
+    model = student("qwen2_moe")
+    for name, value in values.items():
+        setattr(model.generation_config, name, value)
+    write(model, tmp_path / "out", format="bundled", verify="logits")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written.get(name, False) for name in values} == values
 
 
 # ------------------------------------------------------------------------------------------- how much is compared
@@ -303,6 +324,22 @@ def test_auto_compares_where_the_model_fits_twice(
     caplog.clear()
     write(model, tmp_path / "out", verify="logits")  # the user knows better
     assert compared(caplog) == 1
+
+
+def test_auto_does_without_the_comparison_where_memory_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_much(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(reload, "load_like", too_much)
+    model = student("qwen2_moe")
+    write(model, tmp_path / "out")
+    assert any("did not fit beside the model" in record.getMessage() for record in caplog.records)
+    with pytest.raises(torch.OutOfMemoryError):
+        write(model, tmp_path / "other", verify="logits")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_streamed_models_are_compared_by_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -340,7 +377,7 @@ def test_a_check_leaves_no_trace(fails: bool, tmp_path: Path, monkeypatch: pytes
     try:
         if fails:
             monkeypatch.setattr(reload, "load_like", lambda *args: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(WrongExport, match="transformers does not load it: ZeroDivisionError"):
                 write(model, tmp_path / "out", **bundled)
         else:
             write(model, tmp_path / "out", **bundled)
