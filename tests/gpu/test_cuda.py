@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.searched import whole_texts
 from support.tiny_models import FAMILIES, condense_plan, logits, recorded, unchanged, windows
 
 from recondense.config.schema import ModelConfig, RecoveryConfig, TrainerConfig
@@ -33,7 +34,7 @@ QUIET = TrainerConfig(progress_bar=False)
 
 
 def search(model: Any, step: CDMoE, scratch: int = 1 << 30) -> tuple[list[Any], dict[str, Any]]:
-    return step.search(SearchContext(model, lambda: recorded(model), {}, scratch))
+    return step.search(SearchContext(model, lambda: recorded(model), {}, scratch, whole_texts()))
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,8 @@ def test_the_published_two_stages(command: Command, base: Path) -> None:
     lm, sft = summary["recovery_stages"]
     assert (lm["name"], lm["steps"], lm["learning_rate"], lm["sequence_length"]) == ("lm", 3, 1e-5, 16)
     assert (sft["name"], sft["steps"], sft["learning_rate"], sft["batch_size"]) == ("sft", 2, 5e-5, 16)
-    assert (sft["examples"], sft["windows"], sft["left_out"]) == (20, 20, 1)
+    assert (lm["examples"], lm["windows"], lm["left_out"], lm["cut"]) == (8, 8, 0, 8), "one window for each text"
+    assert (sft["examples"], sft["windows"], sft["left_out"]) == (21, 21, 0), "also where the answer is cut off"
     assert summary["seconds"]["recover"] >= lm["seconds"] + sft["seconds"] > 0
     finals = {str(path.relative_to(folder / "checkpoints")) for path in folder.rglob("final.ckpt")}
     assert finals == {"0-lm/final.ckpt", "1-sft/final.ckpt", "control/0-lm/final.ckpt", "control/1-sft/final.ckpt"}
