@@ -157,15 +157,20 @@ def let_first_go_ahead() -> Iterator[None]:
         barrier()
 
 
-def join_group(backend: str, timeout: timedelta) -> None:
+def join_group(backend: str, timeout: timedelta, store: dist.Store | None = None) -> None:
     """Join the process group that the environment describes, with torchrun's variables.
 
     Args:
         backend: torch.distributed's name for it, such as "nccl" or "gloo".
         timeout: how long a process waits for the others in each call.
+        store: where the processes exchange their addresses; None for one at the address of the environment.
     """
     global _timeout
-    dist.init_process_group(backend, timeout=timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     _timeout = timeout
 
 

@@ -209,7 +209,7 @@ def _make_trainer(module: RecoveryModule, training: _Training, precision: str, d
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip,
         callbacks=[*training.callbacks, checkpoints],
-        plugins=[AsideCheckpointIO(), *([trainer_module.StartedProcesses()] if processes.has_group() else [])],
+        plugins=[AsideCheckpointIO(), trainer_module.StartedProcesses()],
         logger=list(training.loggers) or False,
         log_every_n_steps=min(10, settings.steps),
         val_check_interval=validate_every * settings.accumulate_grad_batches or None,

@@ -32,6 +32,7 @@ from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly, is_done
 from recondense.run.command_options import check_options, options_first
+from recondense.run.environment import forget_other_programs
 from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.help_page import help_page
 from recondense.run.jobs import Overrides, read_sweep, split_jobs
@@ -65,6 +66,7 @@ def main(folder: Path | None = None) -> None:
         folder: folder of the script that calls this, to which a relative --config-path refers; None for the command
             `recondense`.
     """
+    forget_other_programs()
     with survive_lost_output(), exit_codes(silent=another_says_it()):
         sys.argv[1:] = options_first(sys.argv[1:], get_args_parser())
         args = get_args_parser().parse_args()

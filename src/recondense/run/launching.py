@@ -1,7 +1,7 @@
 """The processes of a run, started by torchrun, by SLURM or by this process. They end together.
 
 The environment of each process has the variables that torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT.
+MASTER_ADDR and MASTER_PORT. On one machine without a launcher, they do not depend on the environment.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 
 from recondense import processes
 from recondense.config.problems import Problem
 from recondense.config.schema import TrainerConfig
 from recondense.errors import UserError
+from recondense.run import meeting
+from recondense.run.environment import Started, started_together
 
 POLL = 0.3  # seconds between checks of the other processes
 GRACE = 5.0  # seconds during which a process may raise its own error after another one failed
@@ -47,12 +43,12 @@ class Processes:
     Args:
         on_node: processes per machine.
         nodes: machines.
-        running: whether all processes have been started already.
+        started: this process among them, if a launcher started them all.
     """
 
     on_node: int
     nodes: int
-    running: bool = False
+    started: Started | None = None
 
     @property
     def world_size(self) -> int:
@@ -63,16 +59,6 @@ class Peer(SystemExit):
     """End of a process because another one failed, which has reported the reason."""
 
 
-def cluster_environment() -> ClusterEnvironment | None:
-    """Return the launcher that started this process together with others; None if there is none."""
-    # This module sets LOCAL_WORLD_SIZE for the processes it starts.
-    if TorchElasticEnvironment.detect() or "LOCAL_WORLD_SIZE" in os.environ:
-        return TorchElasticEnvironment()
-    if SLURMEnvironment.detect() and "SLURM_STEP_NUM_TASKS" in os.environ:  # set by srun, not by a batch script alone
-        return SLURMEnvironment()
-    return None
-
-
 def plan_processes(settings: TrainerConfig, gpu: bool) -> Processes:
     """Return the number of processes that the settings request on this machine.
 
@@ -81,26 +67,43 @@ def plan_processes(settings: TrainerConfig, gpu: bool) -> Processes:
         gpu: whether each process uses its own GPU.
 
     Raises:
-        UserError: a different number was started, or the address of the first machine is unknown.
+        UserError: a different number was started, or the first machine of several is unknown.
     """
-    cluster = cluster_environment()
-    if cluster is None:
-        if settings.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys():
-            raise UserError(
-                f"trainer.num_nodes={settings.num_nodes}: the address of the first machine is unknown; use torchrun or "
-                "srun on each machine, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
-            )
+    started, nodes = started_together(), settings.num_nodes
+    if started is None:
+        if nodes > 1:
+            _machine(nodes)  # raises an error if the variables are missing
         on_node = (torch.cuda.device_count() if gpu else 1) if settings.devices == "auto" else int(settings.devices)
-        return Processes(max(on_node, 1), settings.num_nodes)
-    size = int(os.environ["SLURM_STEP_NUM_TASKS"]) if isinstance(cluster, SLURMEnvironment) else cluster.world_size()
-    on_node = size // settings.num_nodes if settings.devices == "auto" else int(settings.devices)
-    if on_node * settings.num_nodes != size:
+        return Processes(max(on_node, 1), nodes)
+    size = started.world_size
+    on_node = size // nodes if settings.devices == "auto" else int(settings.devices)
+    if on_node * nodes != size:
+        variables = "RANK, WORLD_SIZE and the like" if started.launcher == "torchrun" else "SLURM_STEP_NUM_TASKS"
         raise UserError(
-            f"trainer.devices={settings.devices}, trainer.num_nodes={settings.num_nodes}: {size} processes were "
+            f"trainer.devices={settings.devices}, trainer.num_nodes={nodes}: {size} processes were "
             "started; use trainer.devices=auto (the default of trainer=ddp) and the correct trainer.num_nodes, or "
-            f"start {on_node * settings.num_nodes} processes."
+            f"start {on_node * nodes} processes. If none were, another program left {variables}: unset them."
         )
-    return Processes(on_node, settings.num_nodes, running=True)
+    return Processes(on_node, nodes, started)
+
+
+def _machine(nodes: int) -> tuple[int, str, int]:
+    """Return this machine's number and the address and port of the first one, for a run that no launcher started.
+
+    Raises:
+        UserError: a variable is missing, or is no such number.
+    """
+    node, address, port = (os.environ.get(name, "") for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if not (node and address and port):
+        raise UserError(
+            f"trainer.num_nodes={nodes}: the address of the first machine is unknown; use torchrun or "
+            "srun on each machine, or set MASTER_ADDR, MASTER_PORT and NODE_RANK."
+        )
+    if not node.isdecimal() or int(node) >= nodes:
+        raise UserError(f"NODE_RANK={node}: must be from 0 to {nodes - 1}, for trainer.num_nodes={nodes} machines.")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"MASTER_PORT={port}: must be the number of a port, from 1 to 65535.")
+    return int(node), address, int(port)
 
 
 @contextmanager
@@ -126,7 +129,7 @@ def start_processes(settings: TrainerConfig, gpu: bool, command: Sequence[str] |
     children: list[subprocess.Popen[bytes]] = []
     try:
         os.environ.update(_environment(planned))
-        if not planned.running:
+        if planned.started is None:
             children = _start(planned, command or [sys.executable, *sys.argv])
         with _group(settings, gpu, children):
             yield
@@ -142,17 +145,21 @@ def start_processes(settings: TrainerConfig, gpu: bool, command: Sequence[str] |
 
 def _environment(planned: Processes) -> dict[str, str]:
     """Return the environment variables of this process; if it starts the others, those of the first process."""
-    cluster = cluster_environment() or LightningEnvironment()
-    node = cluster.node_rank()
-    rank = cluster.global_rank() if planned.running else node * planned.on_node
+    if started := planned.started:
+        rank, local_rank, node = started.rank, started.local_rank, started.node_rank
+        address, port, hosted = started.address, started.port, os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False")
+    else:
+        node, address, port = _machine(planned.nodes) if planned.nodes > 1 else (0, "127.0.0.1", meeting.free_port())
+        rank, local_rank, hosted = node * planned.on_node, 0, "False"
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(cluster.local_rank() if planned.running else 0),
+        "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(planned.world_size),
         "LOCAL_WORLD_SIZE": str(planned.on_node),
         "NODE_RANK": str(node),
-        "MASTER_ADDR": cluster.main_address,
-        "MASTER_PORT": str(cluster.main_port),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": hosted,
     }
 
 
@@ -160,7 +167,7 @@ def _start(planned: Processes, command: Sequence[str]) -> list[subprocess.Popen[
     """Start the other processes of this machine. They import from the folders of this one, its script's among them."""
     first = int(os.environ["RANK"])
     folders = os.pathsep.join(dict.fromkeys(map(os.path.abspath, sys.path)))
-    environment = {**os.environ, "PYTHONPATH": folders}
+    environment = {**os.environ, "PYTHONPATH": folders, meeting.STARTER: str(os.getpid())}
     return [
         subprocess.Popen(list(command), env={**environment, "RANK": str(first + number), "LOCAL_RANK": str(number)})
         for number in range(1, planned.on_node)
@@ -176,8 +183,9 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
     if gpu:
         torch.cuda.set_device(local)
     timeout = timedelta(hours=settings.timeout_hours)  # the other processes wait while the first one evaluates
-    with _meeting(children):
-        processes.join_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout)
+    with meeting.watched(children):
+        store = meeting.meet(timeout)
+        processes.join_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout, store)
     watch = _Watch.start(children)
     try:
         yield
@@ -190,28 +198,6 @@ def _group(settings: TrainerConfig, gpu: bool, children: Sequence[subprocess.Pop
         watch.stop()
         processes.leave_group()
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _meeting(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """End this process if one that it started ends before all have joined the group; it would wait for hours."""
-    met = threading.Event()
-
-    def follow() -> None:
-        while not met.wait(POLL):
-            code = next((child.returncode for child in children if child.poll() is not None), None)
-            if code is not None and not met.is_set():
-                log.error("a process of this run ended with exit code %d before it joined the others", code)
-                for child in children:
-                    child.kill()
-                logging.shutdown()
-                os._exit(code if code > 0 else 1)
-
-    threading.Thread(target=follow, daemon=True, name="recondense-meeting").start()
-    try:
-        yield
-    finally:
-        met.set()
 
 
 def _exit_code(error: BaseException) -> int:
@@ -312,7 +298,7 @@ def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str
     size = planned.world_size
     unequal = f"each of {size} processes needs an equal part. Use a multiple of {size}, or another trainer.devices."
     problems = [Problem(name, unequal, batch) for name, batch in batch_sizes.items() if batch % size]
-    if gpu and not planned.running and planned.on_node > torch.cuda.device_count():
+    if gpu and planned.started is None and planned.on_node > torch.cuda.device_count():
         text = f"this machine has {torch.cuda.device_count()} CUDA devices."
         problems.append(Problem("trainer.devices", text, settings.devices))
     return problems
@@ -320,11 +306,11 @@ def check_processes(settings: TrainerConfig, gpu: bool, batch_sizes: Mapping[str
 
 def check_sweep() -> list[Problem]:
     """Return a problem if several processes were started for a sweep."""
-    cluster = cluster_environment()
-    if cluster is None or cluster.world_size() == 1:
+    started = started_together()
+    if started is None:
         return []
     text = (
-        f"{cluster.world_size()} processes were started for a sweep, but each run of a sweep starts its own processes. "
+        f"{started.world_size} processes were started for a sweep, but each run of a sweep starts its own processes. "
         "Start the sweep in one process: python train.py -m trainer=ddp trainer.devices=N."
     )
     return [Problem("-m", text)]

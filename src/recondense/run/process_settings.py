@@ -8,6 +8,7 @@ import warnings
 
 import torch
 import transformers
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from recondense import processes
 from recondense.config.schema import TrainerConfig
@@ -26,6 +27,8 @@ class _StderrHandler(logging.StreamHandler):
 
 def configure_process(settings: TrainerConfig) -> None:
     """Let the first process log and show progress bars, and the others log only errors; set the number of threads."""
+    # Lightning reads it from variables, which another program may have left.
+    rank_zero_only.rank = processes.rank()  # type: ignore[attr-defined]
     allow_bars(None if settings.progress_bar and processes.is_first() else False)
     for logger in map(logging.getLogger, ("recondense", "callbacks")):
         if not logger.handlers:

@@ -14,18 +14,22 @@ from support.checks import run_messages
 
 from recondense import processes
 from recondense.config.schema import Config, RecoveryConfig, TrainerConfig
+from recondense.errors import UserError
 from recondense.run import launching
+from recondense.run.environment import ADDRESS, RANKS, SRUN
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+    for name in (*RANKS, *ADDRESS, *SRUN, "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
 def set_torchrun(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, str(size))
+    numbers = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 29500}
+    for name, number in numbers.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
 
 
 def test_processes_of_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,13 +41,49 @@ def test_processes_of_settings_or_of_torchrun(monkeypatch: pytest.MonkeyPatch) -
         launching.plan_processes(nodes, gpu=False)
     with monkeypatch.context() as patch:
         patch.setenv("MASTER_ADDR", "10.0.0.1")
-        patch.setenv("NODE_RANK", "0")
-        assert launching.plan_processes(nodes, gpu=False).world_size == 6
+        patch.setenv("MASTER_PORT", "29500")
+        patch.setenv("NODE_RANK", "1")
+        planned = launching.plan_processes(nodes, gpu=False)
+        assert planned.world_size == 6
+        values = launching._environment(planned)
+        assert {
+            "RANK": "3",
+            "NODE_RANK": "1",
+            "MASTER_ADDR": "10.0.0.1",
+            "MASTER_PORT": "29500",
+        }.items() <= values.items()
+        for name, value in (("NODE_RANK", "2"), ("NODE_RANK", "first"), ("MASTER_PORT", "99999")):
+            with monkeypatch.context() as wrong:
+                wrong.setenv(name, value)
+                with pytest.raises(UserError, match=f"{name}={value}: must be"):
+                    launching.plan_processes(nodes, gpu=False)
     set_torchrun(monkeypatch, 4)
-    assert launching.plan_processes(auto, gpu=False) == launching.Processes(4, 1, running=True)
+    planned = launching.plan_processes(auto, gpu=False)
+    assert (planned.on_node, planned.nodes) == (4, 1) and planned.started is not None
     with pytest.raises(ValueError, match="4 processes were started; use"):
         launching.plan_processes(TrainerConfig(), gpu=False)
     assert "-m: 4 processes" in str(launching.check_sweep()[0])
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"NODE_RANK": "1", "GROUP_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"},
+        {"WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99999999"},
+        {"RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    ],
+)
+def test_on_one_machine_other_programs_decide_nothing(
+    monkeypatch: pytest.MonkeyPatch, left_over: dict[str, str]
+) -> None:
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    values = launching._environment(launching.plan_processes(TrainerConfig(devices=2), gpu=False))
+    assert 0 < int(values.pop("MASTER_PORT")) < 65536
+    assert values == {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }  # fmt: skip
 
 
 def test_other_processes_import_from_the_same_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from recondense.recovery.engines.full_tensors import full_tensor
 
 
 class StartedProcesses(ClusterEnvironment):
-    """Tells Lightning that the processes are already started."""
+    """Tells Lightning that the processes are already started, or that this one is alone, whatever variables say."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -54,7 +54,7 @@ class StartedProcesses(ClusterEnvironment):
         pass  # the launcher has set it
 
     def local_rank(self) -> int:
-        return int(os.environ.get("LOCAL_RANK", "0"))
+        return int(os.environ["LOCAL_RANK"]) if processes.has_group() else 0
 
     def node_rank(self) -> int:
         return processes.rank() // processes.local_world_size()
