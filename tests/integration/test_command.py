@@ -53,10 +53,10 @@ def run(root: Path, folder: Path, *arguments: str) -> tuple[dict[str, Any], str,
     [
         (["method=foo"], "method=foo: there is no such method. Choices: block_drop, cdmoe,"),
         (["recovery.stepz=3"], "Did you mean recovery.steps?"),
-        (["recovery.steps=many", "seed=-1"], "seed=-1: must be at least 0."),
+        (["recovery.steps=many", "seed=-1"], "seed=-1: must be in [0, 4294967295]."),
         (["model.path=/nowhere/at/all", "method=cdmoee"], "there is no such folder"),
         (["data=texts", "data.calibration.path=/nowhere.jsonl", "seed=x"], "/nowhere.jsonl: there is no such file"),
-        (["-m", "seed=0,x,-1"], "seed=-1: must be at least 0."),
+        (["-m", "seed=0,x,-1"], "seed=-1: must be in [0, 4294967295]."),
     ],
 )
 def test_a_wrong_name_or_type_is_refused_without_torch(
