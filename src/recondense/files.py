@@ -196,7 +196,7 @@ def hold_lock(path: Path, doing: str) -> Iterator[None]:
     except Timeout:
         log.info("waiting: another process %s (%s)", doing, path)
         lock.acquire()
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
         log.warning("%s: there is no lock (%s), so another process may do the same work", path, error)
     try:
         yield

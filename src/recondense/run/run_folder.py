@@ -165,6 +165,9 @@ def lock_folder(folder: Path, *, resumes: bool) -> Iterator[None]:
     except OSError as error:
         text = f"cannot be written to ({error.strerror}). Choose another output_dir or run_dir."
         raise ConfigError(render([Problem("run_dir", text, folder)])) from error
+    except NotImplementedError as error:
+        text = "its file system has no locks. Choose another output_dir or run_dir."
+        raise ConfigError(render([Problem("run_dir", text, folder)])) from error
     try:
         repair(folder)
         if resumes and (folder / CONFIG).exists():

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from recondense import files
 from recondense.config.problems import Problem, render
 from recondense.config.schema import Config, from_dict
 from recondense.config.stages import require_stages
+from recondense.errors import ConfigError
 from recondense.run import run_folder
 from recondense.run.resolved_run import Run
 from recondense.run.run_folder import CONTENTS, begin, overwritten_inputs, repair
@@ -167,3 +169,28 @@ def test_a_kill_leaves_all_of_the_old_run_or_none(
     assert now in (before, {"config.yaml": "old config.yaml"}, {"config.yaml": config(folder).to_yaml()})
     begin(config(folder), folder)
     assert contents(folder) == {"config.yaml": config(folder).to_yaml()}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NotImplementedError("flock"), "its file system has no locks"),
+        (PermissionError(13, "Permission denied"), r"cannot be written to \(Permission denied\)"),
+        (IsADirectoryError(21, "Is a directory"), r"cannot be written to \(Is a directory\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def acquire(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(ConfigError, match=message), run_folder.lock_folder(tmp_path, resumes=True):
+        pass
+
+
+def test_what_is_in_the_lock_file_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_bytes(b"\xff damaged")
+    with run_folder.lock_folder(tmp_path, resumes=True):
+        pass
