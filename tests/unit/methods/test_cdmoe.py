@@ -336,7 +336,7 @@ def test_the_search_works_in_bf16() -> None:
         ({"num_experts": True}, "num_experts=True"),
         ({"num_experts": 1.5}, "num_experts=1.5"),
         ({"num_layers": 0}, "method=none"),
-        ({"num_layers": "most"}, "num_layers=most"),
+        ({"num_layers": "most"}, "num_layers='most'"),
         ({"num_layers": []}, "names no layer"),
         ({"num_layers": [1, 1]}, "twice"),
         ({"num_layers": [1, "2"]}, "list of layers"),
