@@ -6,6 +6,7 @@ Importing this module needs only the standard library.
 from __future__ import annotations
 
 import errno
+import logging
 import re
 import shutil
 import tempfile
@@ -27,6 +28,8 @@ WORDS = {
     errno.EFBIG: r"\[errno 27\]|os error 27\b|file too large",
 }
 SAME_COMMAND = "the same command then goes on where it stopped"
+
+log = logging.getLogger(__name__)
 
 
 class DiskFull(UserError):
@@ -64,6 +67,16 @@ def format_size(size: float) -> str:
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.3g} {units[0]}"
+
+
+def warn_of_little_room(path: Path, needs: int, what: str) -> None:
+    """Log a warning if something that is written later needs more room than there is now."""
+    free = free_bytes(path)
+    if free is not None and free < needs:
+        log.warning(
+            "%s: %s needs about %s, and only %s are free; make room before it is written",
+            *(path, what, format_size(needs), format_size(free)),
+        )
 
 
 @contextmanager

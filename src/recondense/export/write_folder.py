@@ -39,7 +39,7 @@ from recondense.models import (
 from recondense.models.layer_shapes import Shapes, layer_shapes
 from recondense.models.layer_store import layer_store
 from recondense.models.low_rank import LowRankExperts
-from recondense.models.parameters import largest_layer_bytes
+from recondense.models.parameters import largest_layer_bytes, weights_bytes
 from recondense.models.removed_blocks import Zeros
 from recondense.models.replacement_blocks import (
     CondensedMoE,
@@ -89,7 +89,7 @@ def write_folder(
     history = plan.history.extend(plan.operations, retained)
     if history != History(plan.operations):  # otherwise the plan's operations are the complete history
         plan = replace(plan, history=history)
-    with replace_folder(folder) as aside:
+    with replace_folder(folder, weights_bytes(model)) as aside:
         _write_weights(model, shapes, stock, aside, settings)
         _write_config(model, shapes, stock, aside)
         verify.check_files(aside, folder)

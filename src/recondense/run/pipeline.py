@@ -25,7 +25,7 @@ from recondense.config.stages import Stage, Stages, require_stages, without_teac
 from recondense.evaluation import profiling
 from recondense.export.export import export
 from recondense.export.stock_or_bundled import choose_layout
-from recondense.full_disk import explain_full_disks
+from recondense.full_disk import explain_full_disks, warn_of_little_room
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_shapes import layer_shapes
@@ -233,6 +233,8 @@ class _Stages:
             prepare_student(student, stages, self._trained_layers(plan))
         if config.export.format == "stock" and config.export.enabled is not False:
             choose_layout(model, layer_shapes(model), config.export)
+        if config.export.enabled is not False and processes.is_first():
+            warn_of_little_room(self.folder, parameters.weights_bytes(model), "the exported model")
         return student
 
     def refit(self, student: Student) -> None:

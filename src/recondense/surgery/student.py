@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from recondense.files import replace_file
 from recondense.models import decoder, moe_blocks
 from recondense.models.layer_store import layer_store
 from recondense.models.loading import weights_fingerprint
@@ -220,8 +221,8 @@ class Student:
             for name, parameter in block.named_parameters()
             if id(parameter) not in used
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: parameter.detach().cpu().contiguous() for name, parameter in weights.items()}, path)
+        with replace_file(path, sum(parameter.nbytes for parameter in weights.values())) as aside:
+            save_file({name: parameter.detach().cpu().contiguous() for name, parameter in weights.items()}, aside)
         devices = {name: parameter.device for name, parameter in weights.items()}
         for parameter in weights.values():
             parameter.data = parameter.data.new_empty(0)
