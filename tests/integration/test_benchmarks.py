@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ RUNS = {
         *("--vocabulary", "300", "--hidden-size", "32", "--layers", "2", "--num-experts", "4", "--width", "16"),
         *("--threads", "1", "--show-only"),
     ],
+    "faults": ["benchmarks/faults.py", "--kills", "1", "--disks", "1", "--variants", "cdmoe"],
 }
-SLOW = ("training", "losses")  # eight processes; a vocabulary that is large enough to tell memory
+SLOW = ("training", "losses", "faults")  # eight processes; a vocabulary that is large enough to tell memory
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RUNS])
@@ -111,8 +113,50 @@ def training(figures: dict[str, Any]) -> None:
     assert ratios["shared largest difference of losses"] < 0.01
 
 
+def faults(figures: dict[str, Any]) -> None:
+    assert figures["equal"] == figures["of"] == len(figures["outcomes"]) == 2
+    assert [outcome["name"] for outcome in figures["outcomes"]] == ["kill-0", "disk-0"]
+
+
+def test_another_end_of_a_disturbed_run_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = importlib.import_module("faults")
+
+    def run(name: str, plan: str = "{}", loss: float = 1.0, weights: bytes = b"abc") -> Path:
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "plan.json").write_text(plan)
+        (tmp_path / name / "summary.json").write_text(json.dumps({"stages": {"original": {"loss": loss}}}))
+        (tmp_path / name / "model" / "README.md").write_text(name)
+        (tmp_path / name / "model" / "model.safetensors").write_bytes(weights)
+        return tmp_path / name
+
+    one = run("one")
+    assert bench.difference(one, run("same")) == ""
+    assert bench.difference(one, run("plan", plan="[]")) == "plan.json differs"
+    assert "figures differ" in bench.difference(one, run("loss", loss=1.0000001))
+    assert bench.difference(one, run("weights", weights=b"abd")) == "the exports differ in model.safetensors"
+    (one / "model" / "more").touch()
+    assert "other files: ['more']" in bench.difference(one, tmp_path / "same")
+    ended = bench.Ended(2, [(0.1, "recondense: x cannot be written: the disk is full")])
+    assert bench.says_it(ended)
+    ended.lines.insert(0, (0.0, "Traceback (most recent call last):"))
+    assert not bench.says_it(ended)
+
+
+def test_moments_are_drawn_from_the_undisturbed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = importlib.import_module("faults")
+    lines = [(1.0, "expert search: started (3)"), (1.5, "recovery: started (12)"), (2.0, "exporting: started")]
+    undisturbed = bench.Ended(0, lines, 3.0)
+    draws = [bench.draw_kill(random.Random(seed), undisturbed) for seed in range(200)]
+    assert {kill.phase for kill in draws} == {None, "search", "recovery", "export"}, "there is no evaluation"
+    assert all(0 <= kill.delay <= (3.0 if kill.phase is None else 1.0) and kill.number == 0 for kill in draws)
+    assert draws[:5] == [bench.draw_kill(random.Random(seed), undisturbed) for seed in range(5)]
+
+
 CHECKS = {
-    "search": genetic, "low_rank": low_rank, "real_size": real_size, "losses": losses, "training": training
+    "search": genetic, "low_rank": low_rank, "real_size": real_size, "losses": losses, "training": training,
+    "faults": faults,
 }  # fmt: skip
 
 
