@@ -107,8 +107,15 @@ def make_calibration_set(
     require_samples(documents, num_samples)
     documents = documents[:num_samples]
     settings: Any = {"padding": False, "return_attention_mask": False, "return_special_tokens_mask": True}
-    encoded = tokenizer(documents, truncation=True, max_length=max_length, **settings)
-    masks = encoded["special_tokens_mask"]
+    # `verbose`: no warning if a text is longer than the model's context.
+    encoded = tokenizer(documents, verbose=False, **settings)
+    whole, masks = [list(ids) for ids in encoded["input_ids"]], encoded["special_tokens_mask"]
+    if tokenizer.truncation_side == "right" and not any(mask[-1:] == [1] for mask in masks):
+        cut = [ids[:max_length] for ids in whole]  # no special token follows the text
+        masks = [mask[:max_length] for mask in masks]
+    else:
+        truncated = tokenizer(documents, truncation=True, max_length=max_length, **settings)
+        cut, masks = [list(ids) for ids in truncated["input_ids"]], truncated["special_tokens_mask"]
     empty = [index for index, mask in enumerate(masks) if all(mask) or is_empty(documents[index])]
     if empty:
         shown = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
@@ -116,9 +123,4 @@ def make_calibration_set(
             f"calibration set: {len(empty)} of {num_samples} texts have no token (indices from 0: {shown}), or no "
             "visible character; remove them."
         )
-    # `verbose`: no warning if a text is longer than the model's context.
-    whole = [list(ids) for ids in tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]]
-    return CalibrationSet(
-        [list(ids) for ids in encoded["input_ids"]],
-        whole if any(len(ids) > max_length for ids in whole) else None,
-    )
+    return CalibrationSet(cut, whole if any(len(ids) > max_length for ids in whole) else None)

@@ -44,8 +44,8 @@ class Examples:
 
     Args:
         kept: the examples, in the order of their records.
-        left_out: number of records without an example: the answer begins after the window, or the chat template
-            rejected the chat.
+        left_out: number of records without an example: the answer is empty or begins after the window, or the chat
+            template rejected the chat.
         cut: number of records that were truncated.
     """
 
@@ -76,11 +76,13 @@ def make_examples(
         UserError: no record has an answer within `length` tokens, or the answers of a rendered chat cannot be located.
     """
     lead = start_of_text(tokenizer, bos)
-    kept, left_out, cut, why = [], 0, 0, ""
-    for tokenized in _tokenize(records, tokenizer, name):
+    kept, left_out, cut = [], 0, 0
+    reasons: dict[str, str] = {}  # the first record of each reason
+    for tokenized in _tokenize(records, tokenizer, name, answer_only):
         for ids, targets, complete in tokenized:
             if isinstance(complete, str):
-                left_out, why = left_out + 1, why or complete
+                left_out += 1
+                reasons.setdefault(complete.partition(" (")[0], complete)
                 continue
             before = [] if complete else lead
             targets = targets if answer_only else [True] * len(ids)
@@ -92,17 +94,26 @@ def make_examples(
                 continue
             cut += long
             kept.append(example)
+    _report(len(kept), left_out, name, length, answer_only, list(reasons.values()))
+    return Examples(kept, left_out, cut)
+
+
+def _report(kept: int, left_out: int, name: str, length: int, answer_only: bool, reasons: Sequence[str]) -> None:
+    """Log how many records are left out and why.
+
+    Raises:
+        UserError: all are.
+    """
+    total = kept + left_out
     if left_out:
-        reason = f"the chat template rejects the chat ({why}), or " if why else ""
-        reason += "the answer begins after the window" if answer_only else "there is no token to predict"
-        log.info("%s: %d of %d are left out: %s", name, left_out, len(records), reason)
+        other = "the answer begins after the window" if answer_only else "there is no token to predict"
+        log.info("%s: %d of %d are left out: %s", name, left_out, total, ", or ".join([*reasons, other]))
     if not kept:
         what = "an answer" if answer_only else "a token to predict"
         raise UserError(
-            f"{name}: none of {len(records)} has {what} within data.sequence_length={length} tokens"
-            f"{f' and is accepted by the chat template ({why})' if why else ''}; raise it or give other records."
+            f"{name}: none of {total} has {what} within data.sequence_length={length} tokens"
+            f"{''.join(f', or {reason}' for reason in reasons)}; raise it or give other records."
         )
-    return Examples(kept, left_out, cut)
 
 
 def cut_texts(
@@ -145,7 +156,9 @@ def cut_texts(
 Tokenized = tuple[list[int], list[bool], bool | str]
 
 
-def _tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Tokenized]]:
+def _tokenize(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, name: str, answer_only: bool
+) -> Iterator[list[Tokenized]]:
     starts: Any = range(0, len(records), TEXTS_PER_CALL)
     if len(records) > MANY:
         starts = track(starts, f"tokenizing {name}")
@@ -153,10 +166,13 @@ def _tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, nam
         texts: list[MarkedText] = []
         rejected: list[Tokenized] = []
         for record in records[start : start + TEXTS_PER_CALL]:
+            if answer_only and not record.has_answer():
+                rejected.append(([], [], f"the answer is empty ({record.place})"))
+                continue
             try:
                 texts.append(mark_answers(record, tokenizer))
             except RefusedChat as error:
-                rejected.append(([], [], str(error)))
+                rejected.append(([], [], f"the chat template rejects the chat ({error})"))
         yield [*(_by_offsets if tokenizer.is_fast else _by_pieces)(texts, tokenizer), *rejected]
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recondense.data.valid_text import repair
+from recondense.data.valid_text import is_empty, repair
 from recondense.errors import UserError
 
 FORMS = ("alpaca", "chat", "commonsense")
@@ -44,6 +44,12 @@ class Record(str):
         raw = str(self)
         text = repair(raw)
         return self if text is raw else Record(text, self.place)
+
+    def has_answer(self) -> bool:
+        """Return whether an answer has a visible character."""
+        values = self.values
+        messages = values.get("messages", [{"role": "assistant", "content": values.get("output", "")}])
+        return any(not is_empty(turn["content"]) for turn in messages if turn["role"] == "assistant")
 
     @property
     def values(self) -> dict[str, Any]:

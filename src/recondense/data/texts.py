@@ -20,7 +20,7 @@ from recondense.data.prompts import render_documents
 from recondense.data.special_tokens import start_of_window
 from recondense.data.tokens import StageTokens, Tokens
 from recondense.data.vocabulary import filler, require_all_rows
-from recondense.data.windows import pack
+from recondense.data.windows import Ids, cut_windows, join_texts
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Tokenizing:
     tokenizer: PreTrainedTokenizerBase
     rows: int | None = None
     _documents: dict[str, list[str] | None] = field(default_factory=dict)
+    _ids: dict[str, Ids] = field(default_factory=dict)
     _windows: dict[tuple[str, int, bool | None], Tensor | None] = field(default_factory=dict)
 
     def tokens(self, config: Config, stages: Sequence[Stage]) -> Tokens:
@@ -126,11 +127,15 @@ class Tokenizing:
         key = split, data.sequence_length, data.bos
         if key not in self._windows:
             texts = self.documents(split)
-            self._windows[key] = None if texts is None else self._pack(texts, data, f"the {split} text")
+            self._windows[key] = None if texts is None else self._pack(texts, data, f"the {split} text", split)
         return self._windows[key]
 
-    def _pack(self, texts: Sequence[str], data: DataConfig, name: str) -> Tensor:
-        return pack(texts, self.tokenizer, data.sequence_length, name, start_of_window(self.tokenizer, data.bos))
+    def _pack(self, texts: Sequence[str], data: DataConfig, name: str, key: str) -> Tensor:
+        """Pack texts; `key` is their name among those whose ids are kept for windows of other lengths."""
+        if key not in self._ids:
+            self._ids[key] = join_texts(texts, self.tokenizer, name)
+        start = start_of_window(self.tokenizer, data.bos)
+        return cut_windows(self._ids[key], len(texts), data.sequence_length, name, start)
 
     def _stage(self, stage: Stage) -> StageTokens:
         train, counts = self._table(stage, "train")
@@ -152,7 +157,7 @@ class Tokenizing:
         if not data.packing:
             return self._padded(cut_texts(documents, tokenizer, data.sequence_length, name, data.bos), data)
         if stage.own_texts:
-            return {"input_ids": self._pack(documents, data, name)}, {}
+            return {"input_ids": self._pack(documents, data, name, f"{stage.name}/{split}")}, {}
         windows = self._packed(split, data)
         assert windows is not None
         return {"input_ids": windows}, {}

@@ -18,6 +18,7 @@ from recondense.errors import UserError
 from recondense.progress import track
 
 TEXTS_PER_CALL = 64  # fast tokenizers process the texts of a call in parallel
+Ids = np.ndarray[Any, np.dtype[np.int64]]
 SLOW_CHARACTERS = 20_000_000  # with more characters than this, a progress bar is shown
 
 
@@ -46,15 +47,34 @@ def pack(
     """
     require_number("sequence_length", length, max(2, len(start) + 1))
     documents = list_texts(texts)
+    return cut_windows(join_texts(documents, tokenizer, name), len(documents), length, name, start)
+
+
+def join_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, name: str) -> Ids:
+    """Return the ids of all texts, each followed by the end-of-text token; the arguments are those of `pack`."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    parts: list[np.ndarray[Any, np.dtype[np.int64]]] = [np.empty(0, dtype=np.int64)]
-    parts += [np.asarray([*ids, *end], dtype=np.int64) for ids in token_ids(documents, tokenizer, name)]
-    ids = np.concatenate(parts)
+    parts: list[Ids] = [np.empty(0, dtype=np.int64)]
+    parts += [np.asarray([*ids, *end], dtype=np.int64) for ids in token_ids(texts, tokenizer, name)]
+    return np.concatenate(parts)
+
+
+def cut_windows(ids: Ids, num_texts: int, length: int, name: str, start: Sequence[int] = ()) -> Tensor:
+    """Cut the joined ids of some texts into windows.
+
+    Args:
+        ids: the ids, from `join_texts`.
+        num_texts: number of texts, for messages.
+        length, name, start: as for `pack`.
+
+    Raises:
+        UserError: there are fewer ids than one window has.
+    """
+    require_number("sequence_length", length, max(2, len(start) + 1))
     room = length - len(start)
     count = len(ids) // room
     if count == 0:
         raise UserError(
-            f"{name}: {len(documents)} texts give {len(ids)} tokens, fewer than one window of "
+            f"{name}: {num_texts} texts give {len(ids)} tokens, fewer than one window of "
             f"data.sequence_length={length}; give more text or lower data.sequence_length."
         )
     windows = torch.from_numpy(ids[: count * room].reshape(count, room))

@@ -87,3 +87,27 @@ def test_impossible_numbers_are_refused(value: Any) -> None:
     with pytest.raises(rc.UserError, match=f"batch_size={value}: "):
         evaluate(TEXTS, batch_size=value)
     require_number("size", torch.tensor(3), 3)
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\udc00", "\ude00\ud83d"])
+def test_lone_surrogates_are_replaced_and_counted(half: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="recondense"):
+        assert list_texts(text for text in ("one", f"half {half}")) == ["one", "half " + "\ufffd" * len(half)]
+    assert "1 of 2 texts had lone surrogates" in caplog.text
+    texts = [f"{half}{text}" for text in TEXTS]
+    replaced = ["\ufffd" * len(half) + text for text in TEXTS]
+    assert evaluate(texts) == evaluate(replaced)
+    assert torch.equal(calibrate(texts).states[0][0], calibrate(replaced).states[0][0])
+    assert isinstance(recover(texts), Student)
+
+
+@pytest.mark.parametrize("empty", ["", " \n", "\u200b\ufeff"])
+def test_empty_texts(empty: str) -> None:
+    """Windows go on with the next text; a calibration set is not made of them."""
+    with pytest.raises(
+        rc.UserError, match=r"1 of 2 texts have no token \(indices from 0: 1\), or no visible character"
+    ):
+        calibrate([TEXTS[0], empty])
+    assert set(evaluate([*TEXTS, empty])) == set(evaluate(TEXTS))
+    with pytest.raises(rc.UserError, match="fewer than one window"):
+        evaluate([empty])

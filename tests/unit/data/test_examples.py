@@ -273,3 +273,22 @@ def test_plain_windows_have_neither_labels_nor_positions() -> None:
     """The model gets token ids only."""
     model = qwen2_moe()
     assert set(model_inputs(model, torch.zeros(1, 2, dtype=torch.long), None)) == {"input_ids"}
+
+
+@pytest.mark.parametrize("empty", ["", "  \n", "\u200b"])
+def test_empty_answers_are_left_out_and_counted(empty: str, caplog: pytest.LogCaptureFixture) -> None:
+    chat = read_record({"messages": [{"role": "assistant", "content": empty}]}, "chat", "c.jsonl, line 2")
+    records = [
+        alpaca("Go.", "one"),
+        read_record({"instruction": "a", "output": empty}, "alpaca", "a.jsonl, line 7"),
+        chat,
+    ]
+    with caplog.at_level(logging.INFO, logger="recondense"):
+        examples = make_examples(records, byte_tokenizer(), 500, "the records")
+    assert (len(examples.kept), examples.left_out) == (1, 2)
+    assert "the records: 2 of 3 are left out: the answer is empty (a.jsonl, line 7), or the answer beg" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"none of 1 has an answer within .*, or the answer is empty \(c.jsonl, line 2\)"
+    ):
+        make_examples([chat], byte_tokenizer(), 500)
+    assert len(make_examples(records, byte_tokenizer(), 500, answer_only=False).kept) == 3
