@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from support.searched import whole_texts
 from support.tiny_models import FAMILIES, condense_plan, logits, recorded, unchanged, windows
 
-from recondense.config.schema import ModelConfig, RecoveryConfig, TrainerConfig
+from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig, TrainerConfig
 from recondense.data.loader import RecoveryData
+from recondense.export.verify import free_bytes
 from recondense.export.write_folder import write_folder
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
@@ -191,3 +194,18 @@ def _recovery(steps: int = 8) -> RecoveryConfig:
 
 def _data(module: RecoveryModule) -> RecoveryData:
     return RecoveryData(windows(7, 8), None, module.settings.batch_size, module.settings.steps, seed=3)
+
+
+def test_an_export_is_loaded_again_on_the_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In bf16, with the kernels of the student; other allocations of torch count as free memory."""
+    caplog.set_level(logging.INFO)
+    model = FAMILIES["qwen2_moe"]().to("cuda", torch.bfloat16)
+    plan = condense_plan(model, (1,))
+    execute.execute(model, plan)
+    before = torch.cuda.memory_allocated()
+    for form in ("stock", "bundled"):
+        write_folder(model, None, plan, tmp_path / form, "", ExportConfig(format=form))
+    assert sum("loaded again and computes the same" in record.getMessage() for record in caplog.records) == 2
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20
+    assert 0 < free_bytes(torch.device("cuda")) <= torch.cuda.mem_get_info()[1]
