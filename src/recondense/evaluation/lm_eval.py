@@ -22,6 +22,7 @@ from recondense.data.vocabulary import filler
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
 from recondense.evaluation.lm_eval_internals import check_yaml, requests_shown, task_settings, tasks_of_tag
+from recondense.evaluation.task_errors import check_documents, name_errors, naming
 from recondense.models import decoder
 from recondense.models.hooks import eval_mode
 from recondense.models.tokenizers import embedding_rows
@@ -30,6 +31,7 @@ from recondense.progress import progress
 
 IncludePath = str | Path | Sequence[str | Path] | None
 FILE_FORMATS = ("json", "csv", "text", "parquet", "arrow", "xml")  # what `datasets` reads from files
+CHECKED = 256  # documents of a local task that are built before a model is loaded
 BOOTSTRAP_ITERATIONS = 1000  # for the metrics whose standard error has no closed form
 
 
@@ -60,8 +62,8 @@ def run_tasks(
         For each task, its numeric metrics and standard errors. A tag is reported as its tasks, a group as one entry.
 
     Raises:
-        UserError: a task is unknown (the message suggests similar names), or its data is not cached and the hub cannot
-            be reached.
+        UserError: a task is unknown (the message suggests similar names), its YAML file or data have a mistake, or its
+            data is not cached and the hub cannot be reached.
     """
     if problems := check_tasks(tasks, include_path):
         raise UserError("\n".join(render(problems)))
@@ -71,8 +73,8 @@ def run_tasks(
         from lm_eval.evaluator import evaluate
 
         loaded = _load(manager, tasks)
-        for task in loaded["tasks"].values():
-            _set_fewshot(task, num_fewshot)
+        for name, task in loaded["tasks"].items():
+            _make_ready(task, name, tokenizer, num_fewshot)
         results = evaluate(
             lm=_live_model(model, tokenizer, batch_size),
             task_dict=loaded,
@@ -177,16 +179,74 @@ def _load(manager: Any, tasks: Sequence[str]) -> Any:
     Raises:
         UserError: the data is not cached and the hub cannot be reached.
     """
+    names = list(dict.fromkeys(tasks))
     try:
-        return manager.load(list(dict.fromkeys(tasks)))
+        return manager.load(names)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        if isinstance(error, ConnectionError) or "OfflineMode" in reason or "offline" in reason:
+        text = (str(error).splitlines() or [""])[0].rstrip(".")
+        if isinstance(error, ConnectionError) or "OfflineMode" in text or "offline" in text:
             raise UserError(
-                f"evaluation.tasks={','.join(tasks)}: {reason}; the hub cannot be reached and their data is not in the "
+                f"evaluation.tasks={','.join(tasks)}: {text}; the hub cannot be reached and their data is not in the "
                 "cache: check the network, or use evaluation=heldout or evaluation=none."
             ) from error
+        _name_culprit(manager, names)
         raise
+    except Exception:  # from the YAML, the functions or the data of a task
+        _name_culprit(manager, names)
+        raise
+
+
+def _name_culprit(manager: Any, names: Sequence[str]) -> None:
+    """Load tasks one by one.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    for name in names:
+        with naming(name):
+            manager.load([name])
+
+
+def check_local_tasks(
+    tasks: Sequence[str] | None, include_path: IncludePath, num_fewshot: int | None = 0
+) -> list[Problem]:
+    """Return the mistakes in tasks that read local files. They are built as for an evaluation, without a model.
+
+    Args:
+        tasks: names of tasks without problems of `check_tasks`; None for all tasks that `include_path` defines.
+        include_path: folders with task files.
+        num_fewshot: examples in the prompt.
+    """
+    if include_path is None:
+        return []
+    manager, problems = _local_tasks(include_path), []
+    names = list(manager.all_subtasks) if tasks is None else [name for name in tasks if name in manager.all_subtasks]
+    with hub_access(offline=True), _quiet("checking tasks"):
+        for name in (name for name in names if _on_disk(manager, [name])):
+            try:
+                with naming(name):
+                    [task] = manager.load([name])["tasks"].values()
+                    _set_fewshot(task, num_fewshot)
+                check_documents(task, name, CHECKED)
+            except UserError as error:
+                problems.append(Problem("", str(error)))
+    return problems
+
+
+def _make_ready(task: Any, name: str, tokenizer: PreTrainedTokenizerBase, num_fewshot: int | None) -> None:
+    """Give a loaded task its examples, and let its errors name it.
+
+    Raises:
+        UserError: the examples cannot be set, or the tokenizer lacks a token that the task needs.
+    """
+    with naming(name):
+        _set_fewshot(task, num_fewshot)
+    if task.OUTPUT_TYPE == "generate_until" and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"evaluation.tasks: {name}: the task generates text, but the tokenizer has no eos token, at which it would "
+            "end. Set eos_token in the model's tokenizer_config.json, or leave the task out."
+        )
+    name_errors(task, name)
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
@@ -203,8 +263,10 @@ def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batc
 
     device = decoder.device(model).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    ends = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     return HFLM(
         pretrained=model,
+        prefix_token_id=None if ends else _line_break(tokenizer),
         tokenizer=_with_padding(tokenizer, embedding_rows(model.config)),
         batch_size=batch_size,
         softmax_dtype="float32",
@@ -219,6 +281,12 @@ def _with_padding(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> PreTr
     if rows is not None and next((token for token in special if token is not None), rows) >= rows:
         copied.pad_token_id = filler(tokenizer, rows)
     return copied
+
+
+def _line_break(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that stands before a text, where lm-eval puts bos or eos, for a tokenizer that has neither."""
+    ids = tokenizer.encode("\n", add_special_tokens=False)
+    return ids[-1] if ids else 0
 
 
 def _reported(manager: Any, tasks: Sequence[str]) -> list[str]:

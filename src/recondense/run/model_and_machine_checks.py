@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from recondense.config.checks import ADAPTER, HOLDS_ADAPTER, check_on_cpu
 from recondense.config.problems import NOT_SHOWN, Problem
-from recondense.config.schema import Config, EvaluationConfig, ModelConfig
+from recondense.config.schema import Config, ModelConfig
 from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.models import families, model_classes, parameters, quantized
@@ -22,6 +22,7 @@ from recondense.models.published_configs import recorded_config
 from recondense.offline import hub_access
 from recondense.run.build_steps import check_steps
 from recondense.run.resolved_run import Run
+from recondense.run.task_checks import check_run_tasks
 
 
 def preflight(run: Run, wrong: Collection[str] = ()) -> Iterator[Problem]:
@@ -45,7 +46,7 @@ def _check(run: Run, wrong: Collection[str]) -> Iterator[Problem]:
         yield from _check_refit(run)
     if not config.plan_only:
         yield from _check_machine(config)
-        yield from _check_tasks(config.evaluation) if "evaluation" not in groups else ()
+        yield from check_run_tasks(config.evaluation) if "evaluation" not in groups else ()
         yield from _check_processes(run)
     if "model" in wrong or any(setting.startswith(("model.path", "model.pretrain")) for setting in wrong):
         return
@@ -340,11 +341,3 @@ def _check_rounding(config: Config, planned: PretrainedConfig) -> Iterator[Probl
         yield Problem("trainer.precision", text, trainer.precision)
     elif dtype == "float16":
         yield Problem("model.dtype", "DeepSpeed would train in fp16. Use model.dtype=bfloat16.", "float16")
-
-
-def _check_tasks(evaluation: EvaluationConfig) -> Iterator[Problem]:
-    """Yield unknown lm-eval tasks. lm-eval is imported only if tasks are named, because that takes seconds."""
-    if evaluation.tasks or (evaluation.include_path is not None and evaluation.tasks is None):
-        from recondense.evaluation.lm_eval import check_tasks
-
-        yield from check_tasks(evaluation.tasks, evaluation.include_path)
