@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.checkpoints import POINTER, Change, checkpoint, config, content, cut
 from support.refusals import assert_refused, without_recovery
 
 from recondense.config.schema import Config
@@ -45,6 +46,14 @@ class Files:
             (folder / name).touch()
         return f"model.path={folder}"
 
+    def damaged(self, *changes: Change) -> str:
+        """A tiny model with weights and tokenizer, changed."""
+        return f"model.path={checkpoint(self.folder / 'model', 'qwen2_moe', *changes)}"
+
+    def tokenizer(self, *changes: Change) -> Path:
+        """Another such folder."""
+        return checkpoint(self.folder / "other", "qwen2_moe", *changes)
+
     def text(self, content: str | bytes, name: str = "texts.jsonl") -> str:
         path = self.folder / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -56,8 +65,8 @@ class Files:
     def task_folder(self, contents: dict[str, str]) -> str:
         folder = self.folder / "tasks"
         folder.mkdir()
-        for name, content in contents.items():
-            (folder / name).write_text(content)
+        for name, text in contents.items():
+            (folder / name).write_text(text)
         return str(folder)
 
     def empty_folder(self) -> str:
@@ -112,7 +121,42 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
     ),
     "more experts for a token than there are": (
         lambda f: (f.model(num_experts_per_tok=9), "method=reap"),
-        ["recondense: model.path=", "the config says that each token selects 9 of the 6 experts of a layer."],
+        ["model: the config says that each token selects 9 of the 6 experts of a layer."],
+    ),
+    "a damaged checkpoint": (
+        lambda f: (
+            f.damaged(content("model.safetensors", POINTER), cut("tokenizer.json"), config(eos_token_id=999)),
+            "model.streaming=true",
+        ),
+        [
+            "recondense: 3 problems",
+            "model: config.json has eos_token_id=999, but the embedding has 300 rows",
+            "model: model.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`",
+            "model: tokenizer.json is not valid JSON",
+        ],
+    ),
+    "a damaged tokenizer of its own": (
+        lambda f: (f.damaged(), f"model.tokenizer={f.tokenizer(cut('tokenizer_config.json'))}"),
+        ["recondense: model.tokenizer=", "tokenizer_config.json is not valid JSON"],
+    ),
+    "a damaged teacher": (
+        lambda f: (
+            *(f.damaged(), "method=none", "recovery=finetune", "recovery.objective=distill", "recovery.teacher=model"),
+            f"recovery.teacher_path={f.tokenizer(content('model.safetensors', b''))}",
+        ),
+        ["recondense: recovery.teacher_path=", "model.safetensors is empty"],
+    ),
+    "a config that cannot compute": (
+        lambda f: (f.damaged(config(num_attention_heads=3)),),
+        [
+            "model: the model of config.json (vocab_size=300, hidden_size=32,",
+            "num_attention_heads=3,",
+            "cannot compute",
+        ],
+    ),
+    "sizes of such a config": (
+        lambda f: (f.damaged(config(num_attention_heads=3)), "plan_only=true"),
+        ["model: the model of config.json (vocab_size=300, hidden_size=32,", "cannot compute"],
     ),
     "no weights": (lambda f: (f.model(("tokenizer.json",)),), ["no weights (*.safetensors)"]),
     "no tokenizer": (lambda f: (f.model(("model.safetensors",)),), ["no tokenizer", "model.tokenizer"]),

@@ -16,7 +16,7 @@ from support.tiny_models import qwen2_moe
 from recondense import offline
 from recondense.models import families, loading
 from recondense.models.published_configs import recorded_values
-from recondense.run.model_and_machine_checks import planned_config
+from recondense.run.model_checks import planned_config
 
 MODELS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]

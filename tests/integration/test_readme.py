@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from support.forks import Forks
 from support.hollow import hollow_weights
 from support.runs import ROOT, model_folder, text_files
+from support.small import byte_tokenizer
 from transformers import AutoConfig, PreTrainedConfig
 
 import recondense as rc
@@ -33,7 +34,7 @@ from recondense.models.parameters import weights_bytes
 from recondense.plan import Plan
 from recondense.recovery.trainable import trainable_parameters
 from recondense.run.command_line import validate
-from recondense.run.model_and_machine_checks import planned_config
+from recondense.run.model_checks import planned_config
 from recondense.surgery.execute import restructure
 
 PAGES = {
@@ -98,7 +99,7 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(QWEN))
-    (model / "tokenizer.json").touch()
+    byte_tokenizer().save_pretrained(model)
     hollow_weights(model / "model.safetensors", on_meta(AutoConfig.for_model(**QWEN)))
     texts = [f"text number {index}" for index in range(100)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -23,12 +23,12 @@ from recondense.config.schema import Config, ModelConfig, from_dict
 from recondense.config.stages import require_stages
 from recondense.data.labels import MASKED
 from recondense.data.texts import Texts, Tokenizing
-from recondense.models import loading
+from recondense.models import checkpoint_checks, loading
+from recondense.models.config_checks import Checkpoint
 from recondense.models.published_configs import recorded_config, recorded_values
 from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
 from recondense.report.published import PAPER_TASKS
-from recondense.run import model_and_machine_checks
 from recondense.run.build_steps import build_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +159,9 @@ def test_mmlu_in_the_second_stage() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_no_problems(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On the real shapes of its model, with the recorded config in place of the one on the hub."""
-    monkeypatch.setattr(model_and_machine_checks, "_hub_config", lambda path, model: recorded_config(path))
+    monkeypatch.setattr(
+        checkpoint_checks, "check_checkpoint", lambda path, *_, **__: Checkpoint(recorded_config(path), None, ())
+    )
     config = composed(name, f"output_dir={tmp_path}")
     assert run_messages(config, build_steps(config.method)) == []
 

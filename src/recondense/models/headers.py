@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +23,10 @@ from transformers.core_model_loading import (
 
 from recondense.errors import UserError
 from recondense.models import quantized
+from recondense.models.differences import Comparison, Shape, foreign_weights, shown
+from recondense.models.library_errors import damage, read_json
 
-GIT_LFS = b"version https://git-lfs"  # the beginning of a file that Git LFS has not downloaded
-Shape = tuple[int, ...]
+FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 class StoredTensor(NamedTuple):
@@ -48,94 +47,6 @@ class StoredTensor(NamedTuple):
     pattern: str | None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The differences between the files of a checkpoint and the model that its config describes.
-
-    Args:
-        missing: names of weights that are in no file; of tied weights, only one must be stored.
-        unexpected: names in the files that the model does not have, converted to the model's naming.
-        misshapen: for each weight of another shape, its name, its shape in the files and its shape in the model.
-    """
-
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    misshapen: tuple[tuple[str, Shape, Shape], ...] = ()
-
-    @property
-    def problem(self) -> str:
-        """Why the model cannot be loaded, as a sentence; empty if it can. Unexpected tensors are no problem."""
-        if self.missing:
-            return missing_weights(self.missing, self.unexpected)
-        if not self.misshapen:
-            return ""
-        name, stored, expected = self.misshapen[0]
-        more = len(self.misshapen) - 1
-        others = f", and {_weights(more)} more {'differ' if more > 1 else 'differs'}" if more else ""
-        return (
-            f"{name} has the shape {stored} in the checkpoint and {expected} by its config{others}; use the "
-            "config.json and the files of the same model"
-        )
-
-    def __str__(self) -> str:
-        """Return all differences in words, for the author of the files."""
-        misshapen = [f"{name} is {stored}, not {expected}" for name, stored, expected in self.misshapen]
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "other shapes": misshapen}
-        return "; ".join(f"{len(names)} {what}: {_shown(names)}" for what, names in parts.items() if names)
-
-
-def missing_weights(missing: Sequence[str], unexpected: Collection[str]) -> str:
-    """Return a sentence with the number of weights that a checkpoint lacks, three of their names, and the remedy.
-
-    If the names in the files differ from the model's only by a prefix, the remedy says so.
-
-    Args:
-        missing: names that the model has but the files do not.
-        unexpected: names that the files have but the model does not.
-    """
-    remedy = "download or convert it again, or fix config.json; without them the model would be partly random"
-    if (prefixes := _prefixes(missing, unexpected)) is not None:
-        stored, expected = prefixes
-        if not expected:
-            remedy = f"its names have the additional prefix {stored!r}: rename them without it"
-        elif not stored:
-            remedy = f"its names lack the prefix {expected!r}: rename them with it"
-        else:
-            remedy = f"its names begin with {stored!r} instead of {expected!r}: rename them"
-    return (
-        f"the checkpoint lacks {_weights(len(missing))} of the model that its config describes ({_shown(missing)}); "
-        f"{remedy}"
-    )
-
-
-def _weights(number: int) -> str:
-    return f"{number} weight{'s' * (number != 1)}"
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _prefixes(missing: Sequence[str], unexpected: Collection[str]) -> tuple[str, str] | None:
-    """Return the prefixes of the unexpected and the missing names, if most differ only by a prefix; otherwise None."""
-    by_end: dict[str, str] = {}  # from each ending of a missing name to the text before it
-    for name in missing:
-        parts = name.split(".")
-        by_end |= {".".join(parts[first:]): ".".join(parts[:first]) for first in range(max(1, len(parts) - 1))}
-    counts: Counter[tuple[str, str]] = Counter()
-    for name in unexpected:
-        parts = name.split(".")
-        for first in range(max(1, len(parts) - 1)):
-            if (end := ".".join(parts[first:])) in by_end:
-                counts[".".join(parts[:first]), by_end[end]] += 1
-                break
-    (stored, expected), count = counts.most_common(1)[0] if counts else (("", ""), 0)
-    # A prefix with a digit belongs to another layer.
-    if 2 * count < len(missing) or not (stored or expected) or re.search(r"\d", stored + expected):
-        return None
-    return stored and f"{stored}.", expected and f"{expected}."
-
-
 def list_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers reads from a local folder; empty if it has no weights.
 
@@ -147,16 +58,51 @@ def list_files(folder: Path) -> list[Path]:
     index = folder / quantized.INDEX
     if not index.is_file():
         return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index.name} is not an index of safetensors files; download or copy it again") from error
+    names = _shard_names(index)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(
-            f"{index.name} names {len(absent)} files that do not exist ({_shown(absent)}); download or copy them"
+            f"{index.name} names {len(absent)} files that do not exist ({shown(absent)}); download or copy them"
         )
     return [folder / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Return the names of the files in an index.
+
+    Raises:
+        UserError: the index is damaged, or names files that are no safetensors files of the same folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index.name} is not an index of safetensors files; download or copy it again")
+    names = sorted({str(name) for name in weight_map.values()})
+    inside = [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    if odd := [name for name in names if name not in inside or not name.endswith(".safetensors")]:
+        raise UserError(
+            f"{index.name} names {shown(odd)}, but only *.safetensors files of the same folder are read; "
+            "download or convert the weights again"
+        )
+    return names
+
+
+def notes(folder: Path) -> Iterator[str]:
+    """Yield what is odd about the files of a checkpoint that can be read.
+
+    Args:
+        folder: a folder whose files `list_files` lists without an error.
+    """
+    index = folder / quantized.INDEX
+    if not index.is_file():
+        return
+    if (folder / quantized.SINGLE).is_file():
+        yield f"holds both {quantized.SINGLE}, which is read, and {quantized.INDEX}, which is ignored with its files"
+        return
+    keys = Counter(tensor.key for tensor in read_headers(list_files(folder)))
+    if twice := [key for key, number in keys.items() if number > 1]:
+        yield f"{len(twice)} tensors are in several files, of which one is read ({shown(twice)})"
+    if absent := [key for key in read_json(index)["weight_map"] if key not in keys]:
+        yield f"{quantized.INDEX} names {len(absent)} tensors that are in none of its files ({shown(absent)})"
 
 
 @contextmanager
@@ -183,11 +129,8 @@ def read_headers(files: Sequence[str | Path]) -> Iterator[StoredTensor]:
                     part = file.get_slice(key)
                     yield StoredTensor(str(path), key, tuple(part.get_shape()), str(part.get_dtype()), None)
         except SafetensorError as error:
-            name = Path(path).name
-            with Path(path).open("rb") as raw:
-                if raw.read(len(GIT_LFS)) == GIT_LFS:
-                    raise UserError(f"{name} is a Git LFS pointer, not the weights; run `git lfs pull`") from error
-            raise UserError(f"{name} cannot be read ({error}); download or copy it again") from error
+            reason = damage(Path(path)) or f"{Path(path).name} cannot be read ({error}); download or copy it again"
+            raise UserError(reason) from error
 
 
 class Names:
@@ -241,7 +184,7 @@ class Names:
 
 
 def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | None = None) -> Comparison:
-    """Compare the files of a checkpoint with a model, and find missing, unexpected and misshapen weights.
+    """Compare the files of a checkpoint with a model: missing, unexpected and misshapen weights, and integers.
 
     Args:
         model: the model, with or without weights.
@@ -273,10 +216,25 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
             stored_shape = stored[name][-1].shape
         if stored_shape is not None and stored_shape != shape:
             misshapen.append((name, stored_shape, shape))
-    unexpected = [name for name in stored if name not in state]
+    unexpected = tuple(name for name in stored if name not in state)
     keys = {tensor.key for tensor in tensors}
     lacking += [name for tensor in tensors for name in quantized.missing_scales(tensor.key, tensor.dtype, method, keys)]
-    return Comparison(tuple(lacking), tuple(unexpected), tuple(misshapen))
+    foreign = () if method else foreign_weights(_not_ignored(model, unexpected), state)
+    integers = () if method else _not_floating(model, stored)
+    return Comparison(tuple(lacking), unexpected, tuple(misshapen), foreign, integers)
+
+
+def _not_ignored(model: PreTrainedModel, unexpected: Sequence[str]) -> list[str]:
+    """Return the unexpected names without those that the model's class knows and ignores."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    return [name for name in unexpected if not any(pattern.search(name) for pattern in ignored)]
+
+
+def _not_floating(model: PreTrainedModel, stored: Mapping[str, Sequence[StoredTensor]]) -> tuple[tuple[str, str], ...]:
+    """Return the stored tensors, with their dtypes, that have no floating-point numbers although the weights do."""
+    floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    parts = (part for name, parts in stored.items() if name in floating for part in parts)
+    return tuple((part.key, part.dtype) for part in parts if part.dtype not in FLOATING)
 
 
 def _untied(model: PreTrainedModel, missing: Sequence[str]) -> list[str]:

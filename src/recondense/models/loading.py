@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,20 +19,24 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from recondense import processes
+from recondense.config.checks import ADAPTER, HOLDS_ADAPTER
 from recondense.config.schema import ModelConfig, from_dict
-from recondense.errors import UserError
+from recondense.errors import ConfigError, UserError
 from recondense.models import decoder, headers, model_classes, quantized, shard_reader
-from recondense.models.compressed_classes import PREFIX
+from recondense.models.checkpoint_checks import require_checkpoint
+from recondense.models.differences import missing_weights, shown
 from recondense.models.layer_store import layer_store, set_layer_store
-from recondense.models.model_files import keep_history
+from recondense.models.library_errors import MORE_MEMORY, library_calls, reason_of, without_warnings
+from recondense.models.model_files import keep_history, model_file
 from recondense.models.streaming import Streamed
-from recondense.models.tokenizers import load_tokenizer, reading
+from recondense.models.tokenizers import hub_files
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
@@ -73,8 +77,8 @@ def load(
     settings = settings or ModelConfig()
     if changes:
         settings = from_dict({"model": {**asdict(settings), **changes}}).model
-    tokenizer = load_tokenizer(path, settings)
-    return load_model(path, settings, offload_folder, attention_by_family=by_family), tokenizer
+    checkpoint = require_checkpoint(path, settings)
+    return load_model(path, settings, offload_folder, attention_by_family=by_family), checkpoint.tokenizer
 
 
 def load_model(
@@ -83,12 +87,14 @@ def load_model(
     offload_folder: Path | None = None,
     *,
     attention_by_family: bool = False,
+    setting: str = "model.path",
 ) -> PreTrainedModel:
-    """Load a causal LM without its tokenizer.
+    """Load a causal LM without its tokenizer. Its files are compared with its config before a weight is read.
 
     Args:
         path, settings, offload_folder: as for `load`.
         attention_by_family: use eager attention if the family does not support that of the settings.
+        setting: the setting that names the model, for messages.
 
     Returns:
         The model in evaluation mode.
@@ -96,74 +102,96 @@ def load_model(
     Raises:
         UserError: as for `load`.
     """
-    attention = None if attention_by_family else settings.attention
-    with progress(f"loading {path}"), reading(path, settings):
-        model = _load_model(settings, attention, path, offload_folder)
+    attention, what = None if attention_by_family else settings.attention, f"{setting}={path}"
+    if model_file(path, ADAPTER, settings.revision) is not None:
+        raise UserError(f"{what}: {HOLDS_ADAPTER}")
+    with progress(f"loading {path}"), hub_files(what, path, replace(settings, tokenizer=None)):
+        model = _load_model(settings, attention, path, offload_folder, what)
     # auto never uses batched_mm, which is about 60 times slower on a CPU.
     model.set_experts_implementation("grouped_mm" if settings.experts == "auto" else settings.experts)
     decoder.disable_router_loss(model)
+    _correct_generation(model, what)
     keep_history(model, replace(settings, path=str(path)))
     if offload_folder is None:
-        model.to(choose_device(settings))
+        device = choose_device(settings)
+        with library_calls(f"{what}: it cannot be moved to {device}", MORE_MEMORY):
+            model.to(device)
     for parameter in model.parameters():
         parameter.data = shard_reader.align(parameter.data)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _load_model(settings: ModelConfig, attention: str | None, path: str | Path, offload_folder: Path | None) -> Any:
+def _load_model(
+    settings: ModelConfig, attention: str | None, path: str | Path, offload_folder: Path | None, what: str
+) -> Any:
     """Load the model in its dtype, on the CPU unless it is streamed.
 
     Args:
         attention: the attention that the caller named. None uses that of the settings, or eager if the family lacks it.
+        what: the setting that names the model with its value, for messages.
     """
-    values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
-    model_classes.register_model_type(values.get("model_type", ""))
-    if not _has_attention(values, settings):
+    cannot_load = f"{what}: transformers cannot load the model"
+    with library_calls(cannot_load):
+        values, _ = PretrainedConfig.get_config_dict(path, revision=settings.revision)
+    remote = not model_classes.is_known(values.get("model_type")) and settings.trust_remote_code
+    if not remote and not _has_attention(values, settings):
         if attention is not None:
-            raise UserError(f"attention={attention}: model_type {values['model_type']} lacks it; use attention=eager")
+            lacking = f"model_type {values['model_type']} lacks it; use attention=eager"
+            raise UserError(f"{what}: attention={attention}: {lacking}")
         settings = replace(settings, attention="eager")
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    with quantized.loading_arguments(values, dtype) as arguments, _checked_loading(values, offload_folder):
+    with quantized.loading_arguments(values, dtype) as arguments, _checked_loading(values, offload_folder, what):
         if offload_folder is not None:
             arguments["device_map"] = {"": choose_device(settings)}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            attn_implementation=settings.attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            **arguments,
-        )
+        with library_calls(cannot_load, MORE_MEMORY):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                attn_implementation=settings.attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                revision=settings.revision,
+                trust_remote_code=remote,
+                **arguments,
+            )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers initialized them at random
-        raise UserError(headers.missing_weights(missing, info["unexpected_keys"]))
+        raise UserError(f"{what}: {missing_weights(missing, info['unexpected_keys'])}")
     if (method := quantized.method_of(values)) is not None:
         quantized.finish_dequantization(model, arguments["dtype"])
         log.info("%s is stored in %s: dequantized to %s", path, method, arguments["dtype"])
     return model
 
 
+def _correct_generation(model: PreTrainedModel, what: str) -> None:
+    """Replace generation settings that contradict each other, which transformers reads but refuses to write."""
+    if not model.can_generate():
+        return
+    try:
+        with without_warnings():
+            model.generation_config.validate(strict=True)
+    except ValueError as error:
+        log.warning("%s: its generation_config.json is replaced by the defaults: %s", what, reason_of(error))
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
 def _has_attention(values: Mapping[str, Any], settings: ModelConfig) -> bool:
     """Return whether the model of a config.json supports the settings' attention; True if it cannot be known before."""
-    model_type = str(values.get("model_type", ""))
-    if settings.trust_remote_code and "auto_map" in values and not model_type.startswith(PREFIX):
+    model_type = values.get("model_type")
+    if not model_classes.is_known(model_type):  # transformers says so when it loads the model
         return True
-    try:
-        return model_classes.has_attention(AutoConfig.for_model(model_type), settings.attention)
-    except (KeyError, ValueError):  # transformers does not know the model type, and says so when it loads the model
-        return True
+    return model_classes.has_attention(AutoConfig.for_model(str(model_type)), settings.attention)
 
 
 @contextmanager
-def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None) -> Iterator[None]:
+def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None, what: str) -> Iterator[None]:
     """Make transformers check the headers of the files before it reads weights, inside the context.
 
     Args:
         values: the contents of the model's config.json.
         offload_folder: as for `load`. For a streamed model, transformers loads only the weights outside the decoder
             layers.
+        what: the setting that names the model with its value, for messages.
     """
     load_all = PreTrainedModel._load_pretrained_model
     reading = partial(quantized.fp8_by_blocks, values)
@@ -178,17 +206,35 @@ def _checked_loading(values: Mapping[str, Any], offload_folder: Path | None) -> 
         return store.load_outside_layers()
 
     def load_checked(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if problem := headers.compare(model, files, quantized.method_of(values)).problem:
-            raise UserError(problem)
+        comparison = headers.compare(model, files, quantized.method_of(values))
+        if comparison.problems:
+            raise ConfigError(f"{what}: {problem}" for problem in comparison.problems)
+        _warn(what, files, comparison.unexpected)
         if offload_folder is not None:
             return load_streamed(model, files, load_config, offload_folder)
-        return load_all(model, state_dict, files, load_config, *args, **kwargs)
+        with library_calls(f"{what}: the weights cannot be read", MORE_MEMORY):
+            return load_all(model, state_dict, files, load_config, *args, **kwargs)
 
     PreTrainedModel._load_pretrained_model = staticmethod(load_checked)  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
         PreTrainedModel._load_pretrained_model = staticmethod(load_all)  # type: ignore[method-assign]
+
+
+def _warn(what: str, files: Any, ignored: Sequence[str]) -> None:
+    """Log what is odd about a checkpoint that can be loaded.
+
+    Args:
+        what: the setting that names the model with its value.
+        files: its safetensors files, or one of them.
+        ignored: names of the weights that are no part of the model.
+    """
+    if ignored:
+        log.warning("%s: ignores %d weights that the model does not have: %s", what, len(ignored), shown(ignored))
+    first = files if isinstance(files, str | Path) else next(iter(files))
+    for note in headers.notes(Path(first).parent):
+        log.warning("%s: %s", what, note)
 
 
 def choose_device(settings: ModelConfig) -> torch.device:

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
@@ -36,6 +37,15 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
     return model
+
+
+def is_known(model_type: object) -> bool:
+    """Return whether transformers or recondense has the classes of a model_type, so that no remote code is needed."""
+    if not isinstance(model_type, str):
+        return False
+    if model_type.removeprefix(PREFIX) in FAMILIES:
+        register_model_type(model_type)
+    return model_type in CONFIG_MAPPING
 
 
 @cache

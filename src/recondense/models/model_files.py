@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 
 from recondense.config.schema import ModelConfig
@@ -34,24 +35,28 @@ def model_file(path: str | Path, name: str, revision: str | None = None) -> Path
     with hub_access() as online:
         try:
             cached = cached_file(str(path), name, revision=revision, local_files_only=not online, **quiet)
-        except OSError:  # no such repository or revision: loading the model raises the error later
+        except (OSError, HFValidationError):  # no such repository or revision: loading the model says so later
             return None
     return None if cached is None else Path(cached)
 
 
 def cached_snapshot(repository: str, revision: str | None = None) -> Path | None:
     """Return the folder in the hub's cache with a repository's files; None if it is not there. The hub is not asked."""
+    files = (cached_model_file(repository, name, revision) for name in ("config.json", "tokenizer_config.json"))
+    return next((file.parent for file in files if file is not None), None)
+
+
+def cached_model_file(path: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """Return the local path of a model's file as `model_file` does, but without downloading it."""
+    if Path(path).is_dir():
+        return model_file(path, name)
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
     try:
-        for name in ("config.json", "tokenizer_config.json"):
-            path = try_to_load_from_cache(repository, name, revision=revision)
-            if isinstance(path, str):
-                return Path(path).parent
-    except HFValidationError:  # it is a path
-        pass
-    return None
+        cached = try_to_load_from_cache(str(path), name, revision=revision)
+    except HFValidationError:  # neither a folder nor a hub id
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def read_history(model: ModelConfig) -> History:

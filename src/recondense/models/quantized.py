@@ -53,8 +53,11 @@ def check(config: Mapping[str, Any], setting: str = "model.path", path: str | No
         path: the value of the setting.
     """
     method = method_of(config)
-    if method == "fp8" and not config["quantization_config"].get("weight_block_size"):
+    blocks = config["quantization_config"].get("weight_block_size") if method == "fp8" else None
+    if method == "fp8" and not blocks:
         method = "fp8 without weight_block_size"
+    elif blocks and not (isinstance(blocks, list | tuple) and len(blocks) == 2 and all(size > 0 for size in blocks)):
+        method = f"fp8 with weight_block_size={blocks}"
     if method in (None, "mxfp4", "fp8"):
         return []
     text = (

@@ -14,6 +14,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.utils import logging as transformers_logging
 
 from recondense.models.headers import Names, StoredTensor, open_safetensors, read_headers
+from recondense.models.library_errors import MORE_MEMORY, library_calls
 from recondense.models.replacement_blocks import shallow_copy
 
 State = dict[str, Tensor]
@@ -71,6 +72,7 @@ class ShardReader:
             slices = {tensor.key: files[tensor.path].get_slice(tensor.key) for tensor in tensors}
             stack.enter_context(no_progress_bars())
             stack.enter_context(self._reading())
+            stack.enter_context(library_calls("the weights cannot be read", MORE_MEMORY))
             return convert_and_load_state_dict_in_model(model, slices, self._load_config)
 
     def _read(self, name: str) -> Tensor:
@@ -97,7 +99,8 @@ class ShardReader:
             for part in parts:
                 rows = 0
                 for expert, stored in enumerate(part):
-                    tensor = files[stored.path].get_tensor(stored.key)
+                    with library_calls(f"{stored.key} cannot be read", MORE_MEMORY):
+                        tensor = files[stored.path].get_tensor(stored.key)
                     rows = len(tensor)
                     stack_ERC[expert, first : first + rows] = tensor
                 first += rows

@@ -3,68 +3,166 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from recondense.config.checks import ADAPTER, HOLDS_ADAPTER
 from recondense.config.schema import ModelConfig
 from recondense.errors import UserError
 from recondense.files import fingerprint
-from recondense.models.model_files import model_file
+from recondense.models import model_classes
+from recondense.models.library_errors import damage, library_calls, read_json, without_warnings
+from recondense.models.model_files import cached_model_file, model_file
 from recondense.offline import hub_access
 
+# Files of a tokenizer.
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("tokenizer.model", "tiktoken.model", "merges.txt", "chat_template.jinja"),
+)
+PACKAGES = {"tokenizer.model": "sentencepiece", "tiktoken.model": "tiktoken"}  # what reads a file, by its name
+KIND = re.compile(rb'"model"\s*:\s*\{\s*"type"\s*:\s*"(\w+)"')  # of the algorithm in tokenizer.json
 CALL_STATE = ("truncation", "padding")  # entries of a fast tokenizer that depend on its last call
 
 
-def load_tokenizer(path: str | Path, settings: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, settings: ModelConfig, setting: str = "model.path") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, or the one that the settings name.
 
     Args:
         path: the model's hub id or folder.
         settings: tokenizer, revision and trust_remote_code are used.
+        setting: the setting that names the model, for messages.
 
     Raises:
         UserError: there is no tokenizer, its files are damaged, or a package that it needs is missing.
     """
-    with reading(path, settings):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            settings.tokenizer or path,
-            # The revision is that of the model's repository, not of another one with the tokenizer.
-            revision=settings.revision if settings.tokenizer is None else None,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    name, source = tokenizer_setting(path, settings, setting)
+    where = f"{name}={source}"
+    # The revision is that of the model's repository, not of another one with the tokenizer.
+    revision = settings.revision if settings.tokenizer is None else None
+    with hub_files(where, path, settings):
+        for text in _missing_packages(source, revision):
+            raise UserError(f"{where}: {text}")
+        try:
+            with library_calls(f"{where}: transformers cannot read the tokenizer"):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    source,
+                    revision=revision,
+                    trust_remote_code=settings.trust_remote_code,
+                    **_local_config(source, revision),
+                )
+        except UserError as error:
+            reasons = list(damaged_files(source, revision))
+            raise UserError(f"{where}: {reasons[0]}" if reasons else str(error)) from error
+    if problem := _wrong_class(tokenizer, source, revision):
+        raise UserError(f"{where}: {problem}")
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' default without a tokenizer
-        raise UserError(f"model.path={path}: has no tokenizer; set model.tokenizer to a folder or hub id that has one")
+        raise UserError(f"{where}: has no tokenizer; set model.tokenizer to a folder or hub id that has one")
     return tokenizer
 
 
-@contextmanager
-def reading(path: str | Path, settings: ModelConfig) -> Iterator[None]:
-    """Turn errors about the files of a model into a UserError that names it, inside the context.
+def _wrong_class(tokenizer: PreTrainedTokenizerBase, source: str | Path, revision: str | None) -> str:
+    """Return why a tokenizer's class is not that of its tokenizer.json; empty if it is, or if that cannot be known."""
+    file = cached_model_file(source, "tokenizer.json", revision)
+    stored = None if file is None else KIND.search(file.read_bytes())
+    if stored is None or not tokenizer.is_fast:
+        return ""
+    kind = type(tokenizer.backend_tokenizer.model).__name__  # type: ignore[attr-defined]
+    if kind == stored[1].decode():
+        return ""
+    return (
+        f"tokenizer_config.json names the class {type(tokenizer).__name__}, which is a {kind} tokenizer, but "
+        f"tokenizer.json holds a {stored[1].decode()} tokenizer; correct tokenizer_class, or use the files of one model"
+    )
+
+
+def tokenizer_setting(path: str | Path, settings: ModelConfig, setting: str = "model.path") -> tuple[str, str]:
+    """Return the setting that names the tokenizer, and its value.
 
     Args:
         path: the model's hub id or folder.
         settings: settings of the model.
+        setting: the setting that names the model.
     """
-    if model_file(path, ADAPTER, settings.revision) is not None:
-        raise UserError(f"model.path={path}: {HOLDS_ADAPTER}")
+    return (setting, str(path)) if settings.tokenizer is None else ("model.tokenizer", settings.tokenizer)
+
+
+def _local_config(source: str | Path, revision: str | None) -> dict[str, Any]:
+    """Return the argument with the config for AutoTokenizer, which would run remote code for a known model_type."""
+    file = model_file(source, "config.json", revision)
+    if file is None or damage(file):
+        return {}
     try:
-        # Otherwise each look-up on an unreachable hub is repeated for 20 s, even of a file that is in the cache.
-        local = Path(path).is_dir() and (settings.tokenizer is None or Path(settings.tokenizer).is_dir())
+        model_type = read_json(file).get("model_type")
+        if model_classes.is_known(model_type):
+            with library_calls("transformers cannot read config.json"), without_warnings():
+                return {"config": AutoConfig.from_pretrained(file.parent, trust_remote_code=False)}
+    except UserError:  # transformers says so, if the tokenizer depends on it
+        pass
+    return {}
+
+
+def damaged_files(source: str | Path, revision: str | None) -> Iterator[str]:
+    """Yield a sentence for each damaged file of a tokenizer; files of the hub that are not in the cache are skipped.
+
+    Args:
+        source: folder or hub id.
+        revision: the revision on the hub.
+    """
+    for name in FILES:
+        file = cached_model_file(source, name, revision)
+        if file is None:
+            continue
+        try:
+            if name.endswith(".json"):
+                read_json(file)
+            elif problem := damage(file):
+                yield problem
+        except UserError as error:
+            yield str(error)
+
+
+def _missing_packages(source: str | Path, revision: str | None) -> Iterator[str]:
+    """Yield the package that lacks if a tokenizer is stored only in another library's format."""
+    if any(model_file(source, name, revision) is not None for name in ("tokenizer.json", "vocab.json")):
+        return
+    for name, package in PACKAGES.items():
+        if model_file(source, name, revision) is not None and importlib.util.find_spec(package) is None:
+            yield (
+                f"the tokenizer is stored in {name}, which takes the package {package}; `pip install {package}`, or "
+                "save the tokenizer as tokenizer.json on a machine that has it"
+            )
+
+
+@contextmanager
+def hub_files(what: str, path: str | Path, settings: ModelConfig) -> Iterator[None]:
+    """Let libraries read a model's files inside the context, from the hub if it can be reached, or the cache if not.
+
+    Args:
+        what: the setting that names the model with its value, for messages.
+        path: the model's hub id or folder.
+        settings: settings of the model.
+
+    Raises:
+        UserError: a library failed because it found no such model.
+    """
+    # Otherwise each look-up on an unreachable hub is repeated for 20 s, even of a file that is in the cache.
+    local = Path(path).is_dir() and (settings.tokenizer is None or Path(settings.tokenizer).is_dir())
+    try:
         with nullcontext() if local else hub_access():
             yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # a package may be missing
-        if Path(path).is_dir() or not isinstance(error, OSError):
-            raise UserError(f"model.path={path}: {error}") from error
+    except UserError as error:
+        if local or not isinstance(error.__cause__, OSError):
+            raise
         raise UserError(
-            f"model.path={path}: there is no such folder, the model is not in the cache, and the hub cannot be reached "
-            "or has no such model; set model.path to a local folder, or connect to the network."
+            f"{what}: there is no such folder, the model is not in the cache, and the hub cannot be reached or has no "
+            "such model; give a local folder, or connect to the network."
         ) from error
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from recondense.config.checks import ADAPTER, HOLDS_ADAPTER, check_on_cpu
-from recondense.config.problems import NOT_SHOWN, Problem
-from recondense.config.schema import Config, ModelConfig
+from recondense.config.checks import check_on_cpu
+from recondense.config.problems import Problem
+from recondense.config.schema import Config
 from recondense.errors import UserError
 from recondense.methods.step import Step
-from recondense.models import families, model_classes, parameters, quantized
-from recondense.models.model_files import model_file, read_history
-from recondense.models.published_configs import recorded_config
-from recondense.offline import hub_access
+from recondense.models import families, model_classes, parameters
+from recondense.models.model_files import read_history
 from recondense.run.build_steps import check_steps
+from recondense.run.model_checks import check_model, check_teachers
 from recondense.run.resolved_run import Run
 from recondense.run.task_checks import check_run_tasks
 
@@ -50,29 +45,34 @@ def _check(run: Run, wrong: Collection[str]) -> Iterator[Problem]:
         yield from _check_processes(run)
     if "model" in wrong or any(setting.startswith(("model.path", "model.pretrain")) for setting in wrong):
         return
-    try:
-        planned = planned_config(config.model, config.plan_only)
-        if more_than_all := _check_top_k(config.model, planned):
-            yield from more_than_all
-            return
-        yield from _check_model(run, planned, teachers="recovery" not in groups)
-        steps_or_training = run.steps or config.recovery.objective != "none"  # an evaluation needs no MoE layer
-        if "method" not in groups and steps_or_training:
+    original = check_model(config)
+    yield from original.problems
+    if original.config is not None:
+        yield from _check_on_config(run, original.config, groups)
+    if "recovery" not in groups and not config.plan_only:
+        yield from check_teachers(run, original)
+
+
+def _check_on_config(run: Run, planned: PretrainedConfig, groups: Collection[str]) -> Iterator[Problem]:
+    """Yield problems of the run's settings with the model's config.
+
+    Args:
+        run: the run.
+        planned: the config.
+        groups: the groups of settings with known problems.
+    """
+    config = run.config
+    if not config.plan_only:
+        if not model_classes.has_attention(planned, config.model.attention):
+            text = f"model_type {planned.model_type} does not support it. Use eager."
+            yield Problem("model.attention", text, config.model.attention)
+        yield from _check_rounding(config, planned)
+    steps_or_training = run.steps or config.recovery.objective != "none"  # an evaluation needs no MoE layer
+    if "method" not in groups and steps_or_training:
+        try:
             yield from _check_steps(run, planned)
-    except UserError as error:
-        yield Problem("", str(error))
-
-
-def _check_top_k(model: ModelConfig, planned: PretrainedConfig) -> list[Problem]:
-    """Return a router that would select more experts than there are."""
-    try:
-        facts = families.original_facts(planned)
-    except UserError:  # reported if a method or a recovery needs what it says
-        return []
-    if not facts.moe_layers or facts.top_k <= facts.num_experts:
-        return []
-    text = f"the config says that each token selects {facts.top_k} of the {facts.num_experts} experts of a layer."
-    return [Problem("model.pretrain.config" if model.path is None else "model.path", text, model.path or NOT_SHOWN)]
+        except UserError as error:
+            yield Problem("", str(error))
 
 
 def _check_refit(run: Run) -> Iterator[Problem]:
@@ -80,29 +80,6 @@ def _check_refit(run: Run) -> Iterator[Problem]:
     if method.get("refit") == "coefficients" and not any(step.condenses for step in run.steps):
         text = f"method={method.get('name')} condenses no layers. Use method.refit=true or false."
         yield Problem("method.refit", text, "coefficients")
-
-
-def _check_model(run: Run, planned: PretrainedConfig, *, teachers: bool) -> Iterator[Problem]:
-    """Yield problems of the original's files and settings, and of the teachers.
-
-    Args:
-        run: the run.
-        planned: config of the original.
-        teachers: whether the teachers are checked.
-    """
-    config = run.config
-    unreadable = quantized.check(planned.to_dict(), "model.path", config.model.path)
-    yield from unreadable
-    if config.plan_only:
-        return
-    if not unreadable and config.model.path is not None:
-        yield from _check_weights("model.path", config.model.path, config.model, planned)
-    if not model_classes.has_attention(planned, config.model.attention):
-        text = f"model_type {planned.model_type} does not support it. Use eager."
-        yield Problem("model.attention", text, config.model.attention)
-    yield from _check_rounding(config, planned)
-    if teachers:
-        yield from _check_teachers(run, planned)
 
 
 def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
@@ -120,35 +97,6 @@ def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
         yield from _check_stock(run, planned)
 
 
-def _check_weights(setting: str, path: str, model: ModelConfig, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield the weights missing from a local folder, read from the headers of its files. Hub ids are not checked.
-
-    Args:
-        setting: name of the setting with the folder.
-        path: folder or hub id.
-        model: settings of the model.
-        planned: config of the model.
-
-    Raises:
-        UserError: no model can be created from the config.
-    """
-    if not Path(path).is_dir() or model.trust_remote_code:  # remote code defines its class only when it is loaded
-        return
-    from recondense.models import headers
-
-    try:
-        outline = model_classes.empty_model(planned)
-    except Exception as error:  # model classes raise arbitrary errors for invalid values
-        raise UserError(f"{setting}={path}: no model can be created from config.json: {error}.") from error
-    try:
-        files = headers.list_files(Path(path))
-        problem = headers.compare(outline, files, quantized.method_of(planned.to_dict())).problem if files else ""
-    except UserError as error:
-        problem = str(error)
-    if problem:
-        yield Problem(setting, f"{problem}.", path)
-
-
 def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     """Yield stages that train experts although the model has neither experts nor layers that recondense condensed."""
     from recondense.recovery import trainable
@@ -158,40 +106,6 @@ def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Proble
     if stages and not trainable.trainable_layers(model_classes.on_meta(planned), changed):
         text = f"the model ({planned.model_type}) has no experts to train. Use {{}}.trainable=all, or recovery=none."
         yield from (Problem(stage.where, text.format(stage.where)) for stage in stages)
-
-
-def _check_teachers(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield problems of local teachers: files or a different vocabulary. Hub ids are checked when they are loaded."""
-    recoveries = [stage.recovery for stage in run.stages]
-    paths = {item.teacher_path for item in recoveries if (item.objective, item.teacher) == ("distill", "model")}
-    for path in sorted(path for path in paths if path is not None and Path(path).is_dir()):
-        try:
-            yield from _check_teacher(path, run.config.model, planned)
-        except UserError as error:
-            yield Problem("", str(error))
-        except (OSError, ValueError):  # the fast checks report a folder without a config
-            continue
-
-
-def _check_teacher(path: str, model: ModelConfig, planned: PretrainedConfig) -> Iterator[Problem]:
-    from transformers import AutoTokenizer
-
-    from recondense.recovery.teachers import require_same_vocabulary
-
-    model_classes.register_model_type(str(PretrainedConfig.get_config_dict(path)[0].get("model_type")))
-    teacher = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    yield from _check_weights("recovery.teacher_path", path, model, teacher)
-    if not model_classes.has_attention(teacher, model.attention):
-        text = f"model_type {teacher.model_type} of recovery.teacher_path={path} does not support it. Use eager."
-        yield Problem("model.attention", text, model.attention)
-    size = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    student = model.tokenizer or model.path
-    if size != planned.vocab_size:
-        text = f"its head has {size} logits, but the student's has {planned.vocab_size}. Both need the same vocabulary."
-        yield Problem("recovery.teacher_path", text, path)
-    elif student is not None and Path(student).is_dir():
-        theirs, ours = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (path, student))
-        require_same_vocabulary(theirs, ours, path)
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
@@ -235,62 +149,6 @@ def _check_budgets(steps: Sequence[Step], planned: PretrainedConfig) -> list[Pro
         "method=layer_drop or block_drop"
     )
     return [Problem("method.memory_ratio", text, ratio) for ratio in dict.fromkeys(ratios) if ratio <= rest]
-
-
-def planned_config(model: ModelConfig, plan_only: bool = False) -> PretrainedConfig:
-    """Return the config of the model that a run starts from.
-
-    Args:
-        model: settings of the model.
-        plan_only: whether to use the package's copy of a hub id's config, without access to the hub.
-
-    Raises:
-        UserError: transformers cannot read the config or does not know the model type, or the hub id is unknown or
-            cannot be reached.
-    """
-    if model.path is None:
-        return _pretrain_config(dict(model.pretrain or {}))
-    path = Path(model.path)
-    try:
-        if not path.is_dir():
-            return recorded_config(model.path) if plan_only else _hub_config(model.path, model)
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if not model.trust_remote_code:
-            families.family_name(values.get("model_type"))
-        model_classes.register_model_type(str(values.get("model_type")))
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"model.path={model.path}: {' '.join(reason.split())}") from error
-
-
-def _pretrain_config(pretrain: dict[str, Any]) -> PretrainedConfig:
-    """Return the config of the embedded model, which is trained on first use."""
-    try:
-        from transformers import Qwen2MoeConfig
-
-        return Qwen2MoeConfig(**{"vocab_size": pretrain.get("vocab_size"), **pretrain.get("config", {})})
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model.pretrain.config: {' '.join(str(error).split())}") from error
-
-
-def _hub_config(path: str, model: ModelConfig) -> PretrainedConfig:
-    """Return the config of a hub id, from the cache if the hub cannot be reached."""
-    with hub_access() as online:
-        where: dict[str, Any] = {"revision": model.revision, "local_files_only": not online}
-        try:
-            values, _ = PretrainedConfig.get_config_dict(path, **where)
-            model_classes.register_model_type(str(values.get("model_type")))
-            return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code, **where)
-        except OSError as error:
-            if model_file(path, ADAPTER, model.revision) is not None:
-                raise UserError(f"{HOLDS_ADAPTER}.") from error
-            reason = (
-                "has no such model, or you have no access to it"
-                if online
-                else "cannot be reached, and its cache does not have the model"
-            )
-            raise UserError(f"there is no such folder here, and the hub {reason}.") from error
 
 
 def _check_machine(config: Config) -> Iterator[Problem]:

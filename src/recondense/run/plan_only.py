@@ -10,7 +10,7 @@ from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.models import families, model_classes
 from recondense.models.quantized import byte_counter, quantization
-from recondense.run.model_and_machine_checks import planned_config
+from recondense.run.model_checks import planned_config
 from recondense.run.print_sizes import weights_dtype
 from recondense.run.sizes import Sizes, compare
 from recondense.run.steps import as_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -14,10 +14,10 @@ from recondense.data.loader import num_rows
 from recondense.data.texts import Texts, Tokenizing
 from recondense.data.tokens import Tokens
 from recondense.data.vocabulary import require_rows
+from recondense.models.config_checks import read_config
 from recondense.models.tokenizers import embedding_rows, load_tokenizer
 from recondense.run.load import MakeCallbacks, locate, no_callbacks
 from recondense.run.measure import Tasks, make_tasks
-from recondense.run.model_and_machine_checks import planned_config
 from recondense.run.recover import with_steps
 from recondense.run.resolved_run import Run
 
@@ -58,7 +58,7 @@ def prepare(run: Run, callbacks: MakeCallbacks = no_callbacks) -> Prepared:
     path = locate(config, callbacks)
     with processes.let_first_go_ahead():
         tokenizer = load_tokenizer(path, config.model)
-    rows = embedding_rows(planned_config(replace(config.model, path=str(path))))
+    rows = embedding_rows(read_config(path, config.model, any_family=True))
     tokenizing = Tokenizing(texts, tokenizer, rows)
     tokens = tokenizing.tokens(config, run.stages)
     check_steps_of(run.stages, tokens)

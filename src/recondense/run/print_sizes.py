@@ -25,7 +25,7 @@ from recondense.report.published import CDMOE, PAPER_TITLES, Result, find, publi
 from recondense.report.summary import Summary, ratios
 from recondense.report.tables import plan_line, print_tables
 from recondense.run import run_folder
-from recondense.run.model_and_machine_checks import planned_config
+from recondense.run.model_checks import planned_config
 from recondense.run.refits import plan_refits
 from recondense.run.resolved_run import Run
 from recondense.run.sizes import LayerSize, Sizes, compare

@@ -22,6 +22,7 @@ from recondense.data.loader import RecoveryData, ShuffledWindows, num_rows
 from recondense.data.tokens import StageTokens
 from recondense.errors import UserError
 from recondense.models import loading
+from recondense.models.tokenizers import load_tokenizer
 from recondense.plan import Plan
 from recondense.recovery import trainable
 from recondense.recovery.checkpoints import FINAL
@@ -213,11 +214,10 @@ class Recovery:
             return None
         path = str(settings.teacher_path)
         teacher = replace(self.config.model, path=path, revision=settings.teacher_revision, tokenizer=None)
-        try:
-            with processes.let_first_go_ahead():  # it downloads the model
-                model, tokenizer = loading.load(path, teacher)
-        except UserError as error:
-            raise UserError(str(error).replace("model.path=", f"{stage.where}.teacher_path=", 1)) from error
+        setting = f"{stage.where}.teacher_path"
+        with processes.let_first_go_ahead():  # it downloads the model
+            tokenizer = load_tokenizer(path, teacher, setting)
+            model = loading.load_model(path, teacher, setting=setting)
         require_same_vocabulary(tokenizer, self.tokenizer, path)
         keep_inputs(self.folder, {f"weights of the teacher {path}": loading.weights_fingerprint(model)})
         return OtherTeacher(model, student.model, path)

@@ -28,7 +28,7 @@ from recondense.export.write_folder import write_folder
 from recondense.models import headers, loading, model_classes, quantized
 from recondense.operations import Condense, Factorize, Merge, Prune
 from recondense.plan import Plan
-from recondense.run.model_and_machine_checks import planned_config
+from recondense.run.model_checks import planned_config
 from recondense.surgery import execute
 
 State = dict[str, Tensor]
@@ -83,7 +83,7 @@ def refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
         for pages in (None, folder.parent / "pages"):
             with pytest.raises(UserError) as error:
                 loading.load(folder, ModelConfig(device="cpu"), pages)
-            messages.append(str(error.value))
+            messages.append(str(error.value).removesuffix("."))
         as_model = replace(Config(), model=ModelConfig(name="it", path=str(folder), device="cpu"))
         messages += [text.removesuffix(".") for text in run_messages(as_model, []) if text.startswith("model.path")]
         good = folder.parent / "good"
@@ -127,7 +127,7 @@ def test_quantised_weights_are_complete_with_their_scales(family: str, tmp_path:
     )
     pack, scales = (mxfp4_folder, "_scales") if family == "gpt_oss" else (fp8_folder, "_scale_inv")
     pack(tmp_path / "packed", model)
-    assert not difference(tmp_path / "packed").problem
+    assert not difference(tmp_path / "packed").problems
     lacking = next(name for name in load_file(tmp_path / "packed" / "model.safetensors") if name.endswith(scales))
     edit(tmp_path / "packed", remove_keys(lacking))
     assert difference(tmp_path / "packed").missing == (lacking,)
@@ -157,7 +157,7 @@ def test_weights_that_the_model_does_not_have_are_ignored(tmp_path: Path) -> Non
         "model.rotary_emb.inv_freq": torch.ones(4),
     }
     edit(folder, lambda state: {**state, **more})
-    assert not difference(folder).problem
+    assert not difference(folder).problems
     loading.load(folder, ModelConfig(device="cpu"))
 
 
@@ -232,7 +232,7 @@ def test_a_config_of_another_model(
     with pytest.raises(UserError, match=rf"^model\.path={folder}: .*{message}"):
         loading.load(folder, ModelConfig(device="cpu"))
     problems = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
-    assert len(problems) == 1
+    assert any(re.search(message, problem) for problem in problems), problems
 
 
 def test_a_teacher_of_another_family_is_checked_too(tmp_path: Path) -> None:
@@ -265,9 +265,12 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     first, second, *_ = headers.list_files(folder)
     original = first.read_bytes()
     for content, message in (
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer, not the weights; run"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "is a Git LFS pointer, not the file itself; run",
+        ),
         (original[: len(original) // 2], r"cannot be read \(.*\); download or copy it again"),
-        (b"", "cannot be read"),
+        (b"", "is empty; download or copy it again"),
     ):
         first.write_bytes(content)
         [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
@@ -284,7 +287,7 @@ def test_a_config_that_describes_no_model(tmp_path: Path) -> None:
     folder = save(tmp_path / "model")
     set_config(folder, pad_token_id=97)
     [problem] = run_messages(replace(Config(), model=ModelConfig(name="it", path=str(folder))), [])
-    assert problem.startswith(f"model.path={folder}: no model can be created from config.json: ")
+    assert problem.startswith(f"model.path={folder}: config.json has pad_token_id=97, but the embedding has 97 rows")
 
 
 # ---------------------------------------------------------------------------------------------- adapters
@@ -313,20 +316,6 @@ def test_models_of_the_hub_are_checked_when_they_are_loaded(tmp_path: Path, monk
         loading.load("me/adapter", ModelConfig(device="cpu"))
     with pytest.raises(UserError, match=r"^model\.path=me/adapter: it holds a PEFT adapter"):
         planned_config(ModelConfig(path="me/adapter"))
-
-
-@pytest.mark.parametrize(
-    ("missing", "unexpected", "expected"),
-    [
-        (("model.a.weight", "model.b.weight"), ("a.weight", "b.weight"), ("", "model.")),
-        (("a.weight",), ("x.y.a.weight",), ("x.y.", "")),
-        (("a.weight", "b.weight", "c.weight"), ("x.a.weight",), None),  # too few weights
-        (("layers.3.a.weight",), ("layers.4.a.weight", "mtp.layers.0.a.weight"), None),  # other layers
-        (("a.weight",), (), None),
-    ],
-)
-def test_prefixes(missing: tuple[str, ...], unexpected: tuple[str, ...], expected: tuple[str, str] | None) -> None:
-    assert headers._prefixes(missing, unexpected) == expected
 
 
 def test_the_function_that_loading_replaces_is_restored(tmp_path: Path) -> None:
