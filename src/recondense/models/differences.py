@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from recondense.models.stray_names import additional_part, unmerged_adapter
+
 Shape = tuple[int, ...]
 LAYER = re.compile(r"(?P<before>.*?\blayers\.)(?P<number>\d+)\.(?P<end>.+)")
 WEIGHTS = ("weight", "bias", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")  # ends of names
@@ -35,6 +37,8 @@ class Comparison:
     @property
     def problems(self) -> list[str]:
         """Why the model cannot be loaded, one sentence for each reason; empty if it can."""
+        if adapter := unmerged_adapter(self.unexpected):
+            return [adapter]
         problems = [missing_weights(self.missing, self.unexpected)] if self.missing else []
         if self.misshapen:
             name, stored, expected = self.misshapen[0]
@@ -104,7 +108,7 @@ def shown(names: Sequence[str]) -> str:
 def missing_weights(missing: Sequence[str], unexpected: Collection[str]) -> str:
     """Return a sentence with the number of weights that a checkpoint lacks, three of their names, and the remedy.
 
-    If the names in the files differ from the model's only by a prefix, the remedy says so.
+    If the names in the files differ from the model's only by a prefix or by an additional part, the remedy says so.
 
     Args:
         missing: names that the model has but the files do not.
@@ -119,6 +123,8 @@ def missing_weights(missing: Sequence[str], unexpected: Collection[str]) -> str:
             remedy = f"its names lack the prefix {expected!r}: rename them with it"
         else:
             remedy = f"its names begin with {stored!r} instead of {expected!r}: rename them"
+    elif (part := additional_part(missing, unexpected)) is not None:
+        remedy = f"its names have the additional part {part!r}: rename them without it"
     return (
         f"the checkpoint lacks {_weights(len(missing))} of the model that its config describes ({shown(missing)}); "
         f"{remedy}"
