@@ -190,7 +190,7 @@ def _listed(head: str, word: str, options: Sequence[str], correct: int, between:
         end: the text after the options.
     """
     if not 0 <= correct < len(options):
-        raise UserError(f"has no correct answer among its {len(options)} options; correct its label or remove it")
+        raise UserError(f"has no correct answer among its {len(options)} options")
     shown = between.join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
     names = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
     instruction = f"{head}\n\n{shown}{end}Answer format: {names}"

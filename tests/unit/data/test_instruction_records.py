@@ -182,7 +182,7 @@ def test_other_records_are_refused(values: Any, form: str, message: str) -> None
     "label", [2, -1, 1.5, 1e999, float("nan"), None, "", "x", "1.0", [1], {"a": 1}, "\u0661\u0662"]
 )
 def test_labels_that_name_no_option_are_refused(label: Any) -> None:
-    with pytest.raises(UserError, match="has no correct answer among its 2 options; correct its label or remove it"):
+    with pytest.raises(UserError, match="has no correct answer among its 2 options"):
         read_record({"goal": "x", "sol1": "a", "sol2": "b", "label": label}, "auto")
 
 
