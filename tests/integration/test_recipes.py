@@ -258,7 +258,14 @@ def finished(
         model_folder(model, EVERY[FAMILY[name]])
     num_experts = ("method.num_experts=3",) if NUMBERS[name].get("method.num_experts") else ()  # of six experts
     inputs = (without_the_hub if name in BY_HAND else on_cloned_sets)(name, base, model)
-    arguments = (*inputs, *SMALL, *SMALL_OF[paper_of(name)], *num_experts, f"output_dir={base / 'out'}")
+    arguments = (
+        *inputs,
+        *SMALL,
+        *SMALL_OF[paper_of(name)],
+        *num_experts,
+        f"output_dir={base / 'out'}",
+        f"cache_dir={base / name}",
+    )
     code, err = command(f"experiment=paper/{name}", *arguments)
     assert code == 0, err
     config = composed(name, *arguments)
