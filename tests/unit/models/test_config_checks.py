@@ -9,6 +9,7 @@ import pytest
 from support.checkpoints import POINTER, checkpoint, config, content, json_values, remove
 from support.plain_moe import FOUR, PAIRS, RANKS
 from support.tiny_models import EVERY, tiny
+from transformers import GPTNeoXConfig, LlamaConfig
 
 from recondense.config.schema import ExportConfig, ModelConfig
 from recondense.errors import UserError
@@ -76,6 +77,18 @@ def test_checks_leave_a_config_as_it_is() -> None:
 )
 def test_unusual_values_that_work(values: dict[str, Any], tmp_path: Path) -> None:
     assert problems(checkpoint(tmp_path / "model", "qwen2_moe", config(**values))) == []
+
+
+def test_a_teacher_of_another_family_is_only_made() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for dense in (GPTNeoXConfig(**sizes, rotary_pct=0.5), LlamaConfig(**sizes, intermediate_size=48)):
+        dense.bos_token_id = dense.eos_token_id = dense.pad_token_id = None
+        assert config_problems(dense) == []
+        dense.hidden_act = "swish2"
+        assert config_problems(dense) == [
+            "no model can be created from config.json: transformers does not know hidden_act='swish2'; use the "
+            "config.json and the files of the same model"
+        ]
 
 
 def test_what_the_meta_device_cannot_do_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
