@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -115,6 +116,26 @@ def test_the_second_call_does_not_train(trained: Path, cache: Path, monkeypatch:
     before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
     assert ensure(cache) == trained
     assert before == {path: path.stat().st_mtime_ns for path in trained.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "training.json"])
+def test_a_damaged_model_is_trained_again(trained: Path, tmp_path: Path, name: str) -> None:
+    """The cache may lose a file, or any part of one."""
+    before, file = content(trained), (trained / name).read_bytes()
+    copy = tmp_path / "cache" / "models" / trained.name
+    for damage in (b"", b"{}", file[:-3], bytes(len(file)), None):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(trained, copy)
+        (copy / name).unlink()
+        if damage is not None:
+            (copy / name).write_bytes(damage)
+        assert not tiny._is_intact(copy) and not copy.exists()
+    shutil.copytree(trained, copy)
+    assert tiny._is_intact(copy)
+    copy.joinpath(name).write_bytes(b"x")
+    if name == "model.safetensors":
+        again = ensure(tmp_path / "cache")
+        assert again == copy and content(again) == before
 
 
 @pytest.mark.parametrize(

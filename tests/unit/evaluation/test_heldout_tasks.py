@@ -9,7 +9,14 @@ import pytest
 import yaml
 from support.heldout_texts import records, texts
 
-from recondense.evaluation.heldout_tasks import CONTEXT_LINES, HELDOUT_TASKS, NEXT_LINE, PERPLEXITY, write_heldout_tasks
+from recondense.evaluation.heldout_tasks import (
+    CONTEXT_LINES,
+    HELDOUT_TASKS,
+    NEXT_LINE,
+    PERPLEXITY,
+    note_tables,
+    write_heldout_tasks,
+)
 
 
 def test_heldout_tasks_are_deterministic_and_written_once(tmp_path: Path) -> None:
@@ -130,3 +137,44 @@ def test_what_gives_no_question_still_gives_perplexity(tmp_path: Path, documents
 
 def test_no_text_gives_no_task(tmp_path: Path) -> None:
     assert write_heldout_tasks(tmp_path, ["\u200b", " \n"], strict=False) == []
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "folder", "link"])
+def test_damaged_task_files_are_written_again(tmp_path: Path, kind: str) -> None:
+    write_heldout_tasks(tmp_path, texts())
+    paths = sorted(path for path in tmp_path.iterdir() if path.is_file())
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to(path.name)
+        else:
+            path.write_bytes(b"\xff" if kind == "bytes" else b"{}")
+    write_heldout_tasks(tmp_path, texts())
+    assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("name", ["cache/json/a.arrow", "cache/json/dataset_info.json", "tables.json"])
+@pytest.mark.parametrize("kind", ["cut", "zeros", "gone", "folder"])
+def test_damaged_tables_of_datasets_are_removed(tmp_path: Path, name: str, kind: str) -> None:
+    """`datasets` then makes them again; intact ones stay, and so do those that were never noted."""
+    write_heldout_tasks(tmp_path, texts())
+    table = tmp_path / "cache" / "json" / "a.arrow"
+    table.parent.mkdir(parents=True)
+    table.write_bytes(b"table")
+    (table.parent / "dataset_info.json").write_text("{}")
+    write_heldout_tasks(tmp_path, texts())
+    note_tables(tmp_path)
+    write_heldout_tasks(tmp_path, texts())
+    assert table.exists()
+    path = tmp_path / name
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.write_bytes(content[:-2] if kind == "cut" else bytes(len(content)))
+    write_heldout_tasks(tmp_path, texts())
+    assert (tmp_path / "cache").exists() == (name == "tables.json" and kind == "gone")

@@ -144,6 +144,26 @@ def test_an_interrupted_teacher_predicts_only_the_rest(tmp_path: Path, monkeypat
     hook.remove()
 
 
+@pytest.mark.parametrize("kind", ["cut", "zeros", "one byte", "empty", "folder", "link"])
+def test_damaged_predictions_are_made_again(tmp_path: Path, kind: str) -> None:
+    """And no others."""
+    module, ids = module_of(), windows(11, 8)
+    expected = store_predictions(module, ids, tmp_path).read(range(11))
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    content, times = paths[1].read_bytes(), [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    if kind == "folder":
+        paths[1].mkdir()
+    elif kind == "link":
+        paths[1].symlink_to("nowhere")
+    else:
+        damages = {"cut": content[:-5], "zeros": bytes(len(content)), "one byte": content[:-1] + b"\x77", "empty": b""}
+        paths[1].write_bytes(damages[kind])
+    again = store_predictions(module, ids, tmp_path).read(range(11))
+    assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+
+
 def test_the_cache_key_depends_on_all_that_decides_predictions() -> None:
     table = {"input_ids": windows(3, 8), "labels": windows(3, 8)}
     keys = {

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,3 +136,61 @@ def test_offline_run_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str
 def test_all_loggers_can_be_off(tmp_path: Path) -> None:
     assert make_loggers(LoggerConfig(csv=False, wandb=WandbConfig(mode="disabled")), tmp_path, {}, NAMES) == []
     assert not list(tmp_path.iterdir())
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", bytes(200), b"[]\n", b"a,b\n1,2\n", b"start,step\nx,y\n", b'start,step\n"1,2\n']
+)
+def test_a_damaged_log_is_moved_aside(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    logger = AppendingCSVLogger(path)
+    logger.log_metrics({"loss": 1.0}, 3)
+    logger.save()
+    assert [(row["start"], row["step"], row["loss"]) for row in _rows(path)] == [("0", "3", "1.0")]
+    [aside] = tmp_path.glob("metrics.damaged-*.csv")
+    assert aside.read_bytes() == content
+
+
+def test_a_folder_in_place_of_a_log_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").mkdir()
+    logger = AppendingCSVLogger(tmp_path / "metrics.csv")
+    logger.log_metrics({"loss": 1.0}, 3)
+    logger.save()
+    assert len(_rows(tmp_path / "metrics.csv")) == 1
+
+
+def test_a_log_that_cannot_be_written_ends_nothing_and_loses_no_row(tmp_path: Path) -> None:
+    """The rows wait until there is room, also if only a part of them could be written."""
+    path = tmp_path / "metrics.csv"
+    logger = AppendingCSVLogger(path, flush_every=1)
+    logger.log_metrics({"loss": 0.0}, 0)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 4, limits[1]))
+        logger.log_metrics({"loss": 1.0}, 1)
+        logger.log_metrics({"loss": 2.0, "new": 1.0}, 2)
+        assert path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    logger.log_metrics({"loss": 3.0}, 3)
+    assert [row["loss"] for row in _rows(path)] == ["0.0", "1.0", "2.0", "3.0"]
+    assert [row["new"] for row in _rows(path)] == ["", "", "1.0", ""]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff", b"a b\n", bytes(8), "folder", "loop"])
+def test_a_damaged_run_id_is_replaced(tmp_path: Path, content: bytes | str | None) -> None:
+    path = tmp_path / "run_id"
+    if content == "folder":
+        path.mkdir()
+    elif content == "loop":
+        path.symlink_to(path.name)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    first = tracking._stored_id(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{8}", first) and tracking._stored_id(tmp_path) == first
