@@ -54,7 +54,10 @@ def _raising(error: BaseException) -> Callable[..., None]:
     [
         (ValueError("layer 3: a hidden state is NaN"), None, "layer 3"),
         (UserError("layer 3: a hidden state is NaN"), 2, "recondense: layer 3"),
-        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (OSError(28, "No space left on device"), 2, "recondense: No space left on device. The same command goes on"),
+        (PermissionError(13, "Permission denied", "a/b"), 2, "recondense: a/b: Permission denied. The same command"),
+        (OSError(18, "Invalid cross-device link", "a", None, "b"), 2, "recondense: a -> b: Invalid cross-device link."),
+        (ConnectionError("the hub is away"), 2, "recondense: the hub is away"),
         (KeyboardInterrupt(), 130, "The same command resumes"),
         (SystemExit(143), 143, "stopped by SIGTERM. The same command resumes"),
     ],
@@ -103,7 +106,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         f"model.path={model_folder(folder / 'model')}", "model.device=cpu", "data=texts", "data.sequence_length=32",
         *(f"data.{split}.path={path}" for split, path in texts.items() if split != "train"),
-        "data.calibration.num_samples=1", "data.calibration.max_length=1", "recovery=none", "evaluation.tasks=null",
+        "data.calibration.num_samples=1", "data.calibration.max_length=1", "method.coefficient_max_length=1",
+        "recovery=none", "evaluation.tasks=null",
         "evaluation.heldout=null", "evaluation.perplexity_windows=4", "callbacks.profile.enabled=false",
         "export.enabled=false", "logger.wandb.mode=disabled",
     ]  # fmt: skip

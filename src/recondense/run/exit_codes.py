@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from recondense.errors import ConfigError, UserError
@@ -54,7 +55,7 @@ def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
     except (UserError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") and not isinstance(error, ConfigError):
             raise
-        messages = error.messages if isinstance(error, ConfigError) else (str(error),)
+        messages = _sentences(error)
         if sweep:
             raise JobFailed(messages) from None
         if silent:
@@ -67,6 +68,17 @@ def exit_codes(*, sweep: bool = False, silent: bool = False) -> Iterator[None]:
         if error.code in (130, 143) or isinstance(error.__context__, KeyboardInterrupt):
             _stopped(143 if error.code == 143 else 130, silent=type(error) is not SystemExit)
         raise
+
+
+def _sentences(error: UserError | OSError) -> tuple[str, ...]:
+    """Return what an error says; for an error of the system also the file, and that nothing that was done is lost."""
+    if isinstance(error, ConfigError):
+        return error.messages
+    if isinstance(error, UserError) or not error.strerror:
+        return (str(error),)
+    names = " -> ".join(os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, str | Path))
+    where = f"{names}: " if names else ""
+    return (f"{where}{error.strerror}. The same command goes on from here once this is mended.",)
 
 
 @contextmanager
