@@ -53,14 +53,15 @@ def offline_runs(logs: Path, count: int = 1) -> list[OfflineRun]:
     until = time.monotonic() + 20
     while True:
         files = sorted((logs / "wandb").glob("offline-run-*/*.wandb"))
-        runs = [_read(path) for path in files]
+        runs = [read_run(path) for path in files]
         if len(runs) == count and all(run.exited for run in runs):
             return runs
         assert time.monotonic() < until, f"{files}: {[run.exited for run in runs]}"
         time.sleep(0.1)
 
 
-def _read(path: Path) -> OfflineRun:
+def read_run(path: Path) -> OfflineRun:
+    """Read the file of one run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     read = OfflineRun(None, folder=path.parent)

@@ -23,6 +23,7 @@ from recondense.offline import PROBE_SECONDS, server_answers
 from recondense.report.summary import name_of
 
 INIT_SECONDS = 9.0  # with the check before it, an offline run starts within about 15 s
+FINISH_SECONDS = 300.0  # how long the end of a run waits for the upload, if the network has failed since
 SERVER = "https://api.wandb.ai"
 LATER = "`wandb sync` uploads the offline log"
 FOLDERS = ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")  # where W&B keeps files beside those of the run
@@ -158,6 +159,7 @@ def start_wandb(
 def _init(mode: str, arguments: Mapping[str, Any]) -> Any:
     import wandb
 
+    waits = {"finish_timeout": FINISH_SECONDS} if "finish_timeout" in wandb.Settings.model_fields else {}
     run = wandb.init(
         **arguments,
         # An offline run cannot be resumed; `wandb sync` joins the starts that share an id.
@@ -165,7 +167,7 @@ def _init(mode: str, arguments: Mapping[str, Any]) -> Any:
         mode=mode,  # type: ignore[arg-type]
         reinit="create_new",  # neither reuse nor end another W&B run that is open in this process
         save_code=False,
-        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, **waits),
     )
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
