@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from recondense.config.schema import ModelConfig
@@ -58,8 +59,9 @@ def load_tokenizer(path: str | Path, settings: ModelConfig, setting: str = "mode
                     **_local_config(source, revision),
                 )
         except UserError as error:
-            reasons = list(damaged_files(source, revision))
-            raise UserError(f"{where}: {reasons[0]}" if reasons else str(error)) from error
+            for reason in damaged_files(source, revision):
+                raise UserError(f"{where}: {reason}") from error
+            raise
     if problem := _wrong_class(tokenizer, source, revision):
         raise UserError(f"{where}: {problem}")
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' default without a tokenizer
@@ -158,7 +160,7 @@ def hub_files(what: str, path: str | Path, settings: ModelConfig) -> Iterator[No
         with nullcontext() if local else hub_access():
             yield
     except UserError as error:
-        if local or not isinstance(error.__cause__, OSError):
+        if local or not isinstance(error.__cause__, OSError | HFValidationError):
             raise
         raise UserError(
             f"{what}: there is no such folder, the model is not in the cache, and the hub cannot be reached or has no "

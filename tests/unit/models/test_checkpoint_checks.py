@@ -219,7 +219,7 @@ def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
     assert problem.startswith(f"model.tokenizer={other}: tokenizer.json is a Git LFS pointer")
     for absent in (str(tmp_path / "absent"), "nobody/no-such-tokenizer"):
         [problem] = messages(folder, tokenizer=absent)
-        assert problem.startswith(f"model.tokenizer={absent}: ")
+        assert problem.startswith(f"model.tokenizer={absent}: there is no such folder, the model is not in the cache")
 
 
 def test_remote_code_of_a_tokenizer_that_fails(tmp_path: Path) -> None:
