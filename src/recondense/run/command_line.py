@@ -32,7 +32,7 @@ from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly, is_done
 from recondense.run.command_options import check_options, options_first
-from recondense.run.environment import forget_other_programs
+from recondense.run.environment import forget_other_programs, naming_variables
 from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.help_page import help_page
 from recondense.run.jobs import Overrides, read_sweep, split_jobs
@@ -275,7 +275,8 @@ def _with_steps(
 def _check_on_models(
     checked: Mapping[Overrides, _Checked], multirun: bool, problems: Sequence[Problem]
 ) -> dict[Overrides, Run]:
-    from recondense.run.model_and_machine_checks import preflight  # late: imports torch; `launching` imports Lightning
+    with naming_variables():
+        from recondense.run.model_and_machine_checks import preflight  # late: imports torch
 
     messages = render(problems)
     if multirun and not all(item.run.config.plan_only for item in checked.values()):

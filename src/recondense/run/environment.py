@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from recondense.errors import UserError
 
 # Of torchrun and of a run that starts further processes. A run on several machines without a launcher reads the last
 # two, and NODE_RANK.
@@ -22,6 +25,7 @@ SHELLS = ("bash", "interactive")  # names of SLURM jobs that are a shell: its co
 OF_TORCHRUN = (*RANKS, "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
 OF_SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 OF_OTHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "JSM_NAMESPACE_", "LSB_DJOB_")
+OF_LIBRARIES = ("HF_", "HUGGINGFACE_", "TORCH", "PYTORCH_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "MPL", "CUDA_")
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,21 @@ def forget_other_programs() -> None:
             or (name.startswith(OF_OTHERS) and launcher != "torchrun")
         ):
             del os.environ[name]
+
+
+@contextmanager
+def naming_variables() -> Iterator[None]:
+    """Name the variable whose value a library refuses while it is imported inside.
+
+    Raises:
+        UserError: there is one whose value is in the error's text. Other errors stay as they are.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        for name, value in os.environ.items():
+            secret = name.endswith("_TOKEN")
+            if name.startswith(OF_LIBRARIES) and not secret and len(value) > 1 and value in str(error):
+                text = str(error).strip().splitlines()[0].rstrip(".")
+                raise UserError(f"{name}={value}: a library refuses this variable ({text}). Unset it.") from error
+        raise

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from recondense.run.environment import Started, forget_other_programs, started_together
+from recondense.errors import UserError
+from recondense.run.environment import Started, forget_other_programs, naming_variables, started_together
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node1",
@@ -92,3 +93,29 @@ def test_a_backend_for_pictures_of_another_program(backend: str) -> None:
     os.environ["MPLBACKEND"] = backend
     forget_other_programs()
     assert os.environ["MPLBACKEND"] == "Agg"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", ValueError("invalid literal for int() with base 10: 'soon'")),
+        (
+            "TORCH_LOGS",
+            "+nonsense",
+            RuntimeError("Invalid settings: +nonsense, must be a list\nValid are all"),
+        ),
+        ("TRANSFORMERS_VERBOSITY", "loud", KeyError("loud")),
+    ],
+)
+def test_a_variable_that_a_library_refuses(name: str, value: str, error: Exception) -> None:
+    os.environ[name] = value
+    with pytest.raises(UserError, match="a library refuses this variable") as refused, naming_variables():
+        raise error
+    assert str(refused.value).startswith(f"{name}={value}: ") and "\n" not in str(refused.value)
+
+
+def test_other_errors_of_an_import_keep_their_type() -> None:
+    os.environ["HF_TOKEN"] = "secret"
+    for text in ("a defect of ours", "secret"):
+        with pytest.raises(ValueError, match=f"^{text}$"), naming_variables():
+            raise ValueError(text)
