@@ -43,6 +43,7 @@ from recondense.errors import ConfigError
 
 WORK = "work"  # the subfolder for a run's temporary files
 FORBID = ConfigDict(extra="forbid")
+GENERAL = "general"  # the choice of model= for families without a file of their own
 Free = Mapping[str, Any]  # a mapping whose keys are not known here: a method's settings, a model's config
 Form = Literal["auto", "alpaca", "chat", "commonsense"]  # of records
 Figure = Literal["perplexity", "loss", "kl_to_original", "gap_closed"]
@@ -66,6 +67,7 @@ class ModelConfig:
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
     trust_remote_code: Switch = False
     streaming: Switch = False
+    budgets: Free = field(default_factory=dict, metadata=NO_RESULT)  # the method has what the run uses of them
     pretrain: Free | None = None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from recondense.config.schema import Config, ModelConfig
+from recondense.config.schema import GENERAL, Config, ModelConfig
 from recondense.models import families
 from recondense.models.model_files import read_history
 from recondense.models.quantized import StoredWeights
@@ -177,8 +177,8 @@ def add_upload(summary: Mapping[str, Any], repository: str) -> dict[str, Any]:
 
 
 def name_of(model: ModelConfig) -> str:
-    """Return the name of a model: the config's name, or the path if one replaces the embedded model."""
-    return model.name if model.path is None or model.pretrain is None else model.path
+    """Return the name of a model: the config's name, or the path if the config is that of another or of any model."""
+    return model.path if model.path and (model.pretrain is not None or model.name == GENERAL) else model.name
 
 
 def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]]:

@@ -12,6 +12,7 @@ from recondense.config.logger import check_variables
 from recondense.config.problems import Problem
 from recondense.config.schema import CalibrationConfig, Config
 from recondense.data.corpora import check_paths
+from recondense.run.default_budget import is_settled
 from recondense.run.folder_checks import check_cache, check_run_folder, stored_run
 from recondense.run.resolved_run import Run
 from recondense.run.run_folder import has_summary
@@ -28,7 +29,8 @@ def check_quickly(run: Run) -> Iterator[Problem]:
         yield from _check_texts(run)
         yield from _check_token(run.config)
         yield from check_variables(run.config.logger.wandb, os.environ)
-    yield from check_run_folder(run.config, stored_run(run.config.run_folder()))
+    if is_settled(run.config):  # otherwise the folder's name may change
+        yield from check_run_folder(run.config, stored_run(run.config.run_folder()))
     if not run.config.plan_only:
         yield from check_cache(run.config)
 

@@ -15,14 +15,14 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from recondense.config.problems import Problem, render
 from recondense.config.schema import read
@@ -32,15 +32,17 @@ from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly, is_done
 from recondense.run.command_options import check_options, options_first
+from recondense.run.default_budget import is_settled
 from recondense.run.environment import forget_other_programs, naming_variables
 from recondense.run.exit_codes import another_says_it, exit_codes
+from recondense.run.folder_checks import check_run_folder, stored_run
 from recondense.run.help_page import help_page
-from recondense.run.jobs import Overrides, read_sweep, split_jobs
+from recondense.run.jobs import Overrides, read_sweep, resolve_job, split_jobs
 from recondense.run.lost_output import survive_lost_output
-from recondense.run.resolved_run import Run, resolve
+from recondense.run.resolved_run import Run
 from recondense.run.run_folder import overwritten_inputs
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
-from recondense.run.unknown_overrides import compose_run, place, resolve_values
+from recondense.run.unknown_overrides import compose_run, place_with_family, resolve_values
 
 NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")
 NAME = "train"  # name of the primary config
@@ -98,22 +100,22 @@ def make_job(runs: Mapping[Overrides, Run]) -> Callable[[DictConfig], Any]:
     """Return the function that Hydra calls for each run. It returns the metric that a sweep compares.
 
     Args:
-        runs: runs that are already resolved. Others, which a sweeper may choose, are resolved from Hydra's config.
+        runs: runs that are already resolved. Others, which a sweeper may choose, are resolved from their overrides.
     """
 
     def job(settings: DictConfig) -> Any:
         context = HydraConfig.get()
         with exit_codes(sweep=context.mode is RunMode.MULTIRUN):
-            run = runs.get(tuple(context.overrides.task)) or resolve(
-                cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True))
-            )
+            run = runs.get(tuple(context.overrides.task)) or resolve_job(context)
+            with flag_override(settings, ["struct", "readonly"], False):  # the comparison of a sweep reads them
+                settings.update(run.config.resolved())
             return start(run, context)
 
     return job
 
 
 def start(run: Run, context: Any) -> Any:
-    """Run the pipeline, or with `plan_only` print sizes.
+    """Run the pipeline, or with `plan_only` print sizes. First, say which settings come from the model.
 
     Args:
         run: the resolved run.
@@ -122,6 +124,11 @@ def start(run: Run, context: Any) -> Any:
     Returns:
         the metric that a sweep compares; None with `plan_only`.
     """
+    from recondense import processes  # late: imports torch
+    from recondense.run.reachable_budget import lines
+
+    for line in lines(run.config) if processes.is_first_to_start() else ():
+        print(line, flush=True)
     if run.config.plan_only:
         from recondense.run.print_sizes import print_sizes
 
@@ -159,7 +166,8 @@ def validate(args: Namespace) -> dict[Overrides, Run]:
     name = args.config_name or NAME
     with initialize_hydra(name, args) as loader:
         if args.cfg or args.info:
-            _check_names(name, args, loader)
+            shown = _check_names(name, args, loader)
+            sys.argv[1:] = options_first([*sys.argv[1:], *shown], get_args_parser())
             return {}
         multirun, settings = read_sweep(name, args.overrides, args.multirun)
         problems += sweeping.check_plugins(settings, multirun)
@@ -169,19 +177,24 @@ def validate(args: Namespace) -> dict[Overrides, Run]:
     return _with_steps(checked, multirun, problems)
 
 
-def _check_names(name: str, args: Namespace, loader: ConfigLoader) -> None:
+def _check_names(name: str, args: Namespace, loader: ConfigLoader) -> list[str]:
     """Check what --cfg and --info show, which may have values that are missing or wrong.
+
+    Returns:
+        the choice of `model=` that the path of the model decides, for Hydra, which shows one run.
 
     Raises:
         ConfigError: overrides that cannot be placed; with --resolve also interpolations that cannot be resolved.
     """
     problems: list[Problem] = []
+    choice: list[str] = []
     for overrides, hydra_overrides in split_jobs(args.overrides, {"sweeper": {}}, False, loader, problems):
-        config = place(name, [*hydra_overrides, *overrides], loader, problems)
+        config, choice = place_with_family(name, [*hydra_overrides, *overrides], loader, problems)
         if config is not None and args.resolve:
             resolve_values(config, problems)
     if problems:
         raise ConfigError(render(problems))
+    return choice
 
 
 @dataclass(frozen=True)
@@ -237,8 +250,9 @@ def _check_runs(
             )
         problems += run_problems
         checked[overrides] = _Checked(run, frozenset(problem.setting for problem in run_problems))
-    together = _check_together([item.run for item in checked.values()])
-    problems += (replace(problem, of_value=True) for problem in together)
+    runs = [item.run for item in checked.values()]
+    if all(is_settled(run.config) for run in runs):
+        problems += (replace(problem, of_value=True) for problem in _check_together(runs))
     return checked
 
 
@@ -277,6 +291,7 @@ def _check_on_models(
 ) -> dict[Overrides, Run]:
     with naming_variables():
         from recondense.run.model_and_machine_checks import preflight  # late: imports torch
+        from recondense.run.reachable_budget import reachable
 
     messages = render(problems)
     if multirun and not all(item.run.config.plan_only for item in checked.values()):
@@ -286,15 +301,22 @@ def _check_on_models(
     complete: dict[Overrides, Run] = {}
     for overrides, item in checked.items():
         run, wrong = item.run, item.wrong
-        if not any(setting.partition(".")[0] == "method" for setting in wrong):
+        groups = {setting.partition(".")[0] for setting in wrong}
+        if "method" not in groups:
             try:
-                run = replace(run, steps=build_steps(run.config.method))
+                steps = build_steps(run.config.method)
+                config = run.config if "model" in groups else reachable(run.config)
+                run = replace(run, config=config, steps=steps if config is run.config else build_steps(config.method))
             except ConfigError as error:
                 messages += error.messages
                 wrong = wrong | {"method"}
         if not is_done(run.config):  # else what it read may be gone
             messages += render(preflight(run, wrong))
         complete[overrides] = run
+    if unsettled := [run.config for run in complete.values() if not is_settled(run.config)]:
+        for config in unsettled:
+            messages += render(check_run_folder(config, stored_run(config.run_folder())))
+        messages += render(_check_together(list(complete.values())))
     if messages:
         raise ConfigError(dict.fromkeys(messages))
     return complete

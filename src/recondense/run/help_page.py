@@ -30,7 +30,7 @@ Usage: {program} [group=choice] [setting=value] [-m]
 
 Examples:
   {program} experiment=demo                         a small model that is trained first, without a download
-  {program} model=qwen_moe method=cdmoe             every MoE layer, then distillation
+  {program} model=qwen_moe method=cdmoe             nine of the 24 MoE layers, then distillation
   {program} model=mixtral plan_only=true            only the sizes, computed without weights
   {program} model.path=FOLDER recovery=none         your own model, compressed and evaluated
   {program} -m method.num_layers=2,4,6 seed=0,1     a sweep: one search, six runs, one table

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep, ValueType
@@ -17,9 +18,14 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 
 from recondense.config.problems import Problem, render
+from recondense.config.schema import from_dict
+from recondense.config.stages import require_stages
 from recondense.errors import ConfigError
 from recondense.run import sweeping
-from recondense.run.unknown_overrides import COMPOSE_ERRORS, list_choices, list_groups
+from recondense.run.build_steps import build_steps
+from recondense.run.resolved_run import Run
+from recondense.run.search_path import initialize_hydra, same_configs
+from recondense.run.unknown_overrides import COMPOSE_ERRORS, compose_run, list_choices, list_groups
 
 Overrides = tuple[str, ...]
 MOST_RUNS = 10_000  # of a sweep: each is checked before the first one starts
@@ -136,3 +142,24 @@ def _check_values(override: Override, multirun: bool, loader: ConfigLoader) -> P
 def _values(override: Override) -> list[str]:
     """Return the values of a sweep over some values."""
     return list(override.sweep_string_iterator())
+
+
+def resolve_job(context: Any) -> Run:
+    """Return the run of a job that was not known when the command was checked, composed in the same way.
+
+    Args:
+        context: the job's `hydra` config.
+
+    Raises:
+        ConfigError: the run has problems; the error lists all of them.
+    """
+    from recondense.run.reachable_budget import reachable  # late: it imports torch
+
+    args = get_args_parser().parse_args(same_configs(context))
+    problems: list[Problem] = []
+    with initialize_hydra(args.config_name, args) as loader:
+        values = compose_run(args.config_name, list(context.overrides.task), loader, problems)
+    if problems or values is None:
+        raise ConfigError(render(problems))
+    config = reachable(from_dict(values))
+    return Run(config, require_stages(config), build_steps(config.method))

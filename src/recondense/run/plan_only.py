@@ -34,8 +34,8 @@ def plan_only(path: str | Path, steps: Step | Sequence[Step] | str) -> Sizes:
         >>> f"{sizes.after.weights_bytes / sizes.before.weights_bytes:.3f}"
         '0.695'
     """
-    steps = as_steps(steps)
     planned = planned_config(ModelConfig(path=str(path)), plan_only=True)
+    steps = as_steps(steps, planned)
     facts = families.facts(planned)
     if problems := [problem for step in steps for problem in step.check(facts)]:
         raise UserError("\n".join(problems))

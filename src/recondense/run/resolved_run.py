@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recondense.config.schema import Config, from_dict
-from recondense.config.stages import Stages, require_stages
-from recondense.run.build_steps import build_steps
+from recondense.config.schema import Config
+from recondense.config.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,3 @@ class Run:
     config: Config
     stages: Stages
     steps: Sequence[Any] = ()
-
-
-def resolve(values: Mapping[str, Any]) -> Run:
-    """Return a run from the plain containers of its config.
-
-    Raises:
-        ConfigError: the config or the method's steps have problems; the error lists all of them.
-    """
-    config = from_dict(values)
-    return Run(config, require_stages(config), build_steps(config.method))

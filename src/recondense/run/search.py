@@ -62,8 +62,8 @@ def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str 
         >>> [operation.kind for operation in plan.operations]
         ['condense']
     """
-    steps = as_steps(steps)
     model = tape.model
+    steps = as_steps(steps, model.config)
     require_uncompressed(model)
     facts = families.facts(model.config)
     if problems := [problem for step in steps for problem in step.check(facts)]:

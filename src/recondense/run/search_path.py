@@ -70,6 +70,7 @@ def initialize_hydra(name: str, args: Namespace) -> Iterator[ConfigLoader]:
         if source.provider not in OPTIONS:
             _add(search_path, source.provider, f"{source.scheme()}://{source.path}")
     before = get_gh_backup()
+    GlobalHydra.instance().clear()  # a job composes again while Hydra runs it
     Hydra.create_main_hydra2("train", search_path)
     try:
         yield GlobalHydra.instance().config_loader()

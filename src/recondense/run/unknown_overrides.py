@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recondense.config.problems import Problem, nearest, suggestion
+from recondense.run.default_budget import keep_used
+from recondense.run.family_choice import family_override
 
 COMPOSE_ERRORS = (
     HydraException,
@@ -37,7 +39,7 @@ def compose_run(
         loader: Hydra's loader of configs.
         problems: list to which problems are appended.
     """
-    config = place(name, overrides, loader, problems)
+    config, by_path = place_with_family(name, overrides, loader, problems)
     if config is None:
         return None
     as_written = cast(dict[str, Any], OmegaConf.to_container(config))
@@ -46,7 +48,24 @@ def compose_run(
         choice = f" ({group}={as_written[group].get('name')})" if group in list_groups(loader) else ""
         problems.append(Problem(key, f"must be set{choice}; see the comment on `{leaf}: ???` in conf/."))
         OmegaConf.update(config, key, None)
-    return resolve_values(config, problems)
+    values = resolve_values(config, problems)
+    if values is not None:
+        keep_used(config, values, by_path=bool(by_path))
+    return values
+
+
+def place_with_family(
+    name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]
+) -> tuple[DictConfig | None, list[str]]:
+    """Return the same as `place`, with the choice of `model=` that `family_override` makes, and that override."""
+    placed: list[Problem] = []
+    config = place(name, overrides, loader, placed)
+    choice = family_override(config, overrides)
+    if choice:
+        placed.clear()
+        config = place(name, [*overrides, *choice], loader, placed)
+    problems += placed
+    return config, choice
 
 
 def place(name: str, overrides: list[str], loader: ConfigLoader, problems: list[Problem]) -> DictConfig | None:

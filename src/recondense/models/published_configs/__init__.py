@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
-
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from typing import TYPE_CHECKING, Any, cast
 
 from recondense.errors import UserError
-from recondense.models import families, model_classes
+
+if TYPE_CHECKING:  # checks of a command read the values before torch is imported
+    from transformers import PretrainedConfig
 
 FOLDER = Path(__file__).parent
 
@@ -43,6 +43,10 @@ def recorded_config(hub_id: str) -> PretrainedConfig:
     Raises:
         UserError: no config is recorded for this id, or its family is not supported.
     """
+    from transformers import CONFIG_MAPPING
+
+    from recondense.models import families, model_classes
+
     values = recorded_values(hub_id)
     model_type = values["model_type"]
     families.family_name(model_type)

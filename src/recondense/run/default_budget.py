@@ -1,0 +1,140 @@
+"""The default budget of a method on a model: what `${budget:setting,otherwise}` in conf/method is.
+
+The budgets are data: `model.budgets` in conf/model. Its `methods` are for models of one shape, that of a published
+checkpoint or of the embedded model; every other model and method has `default`. What the command line or an experiment
+sets comes first: another size replaces that of the default budget, and a ratio replaces all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recondense.config.method_steps import step_entries
+from recondense.config.schema import Config
+from recondense.models.config_json import config_values, same_shape
+from recondense.models.published_configs import recorded_values
+
+OPEN = "${budget:"  # how a setting begins that the default budget may set
+RATIOS = ("removed_expert_ratio", "memory_ratio")
+AMOUNTS = ("num_layers", "average_rank", "ratio", *RATIOS)  # settings that say how small the model becomes
+
+
+@dataclass(frozen=True)
+class DefaultBudget:
+    """The settings of a method that come from the model's budgets.
+
+    Args:
+        settings: the settings by name.
+        source: where they are from, in words.
+        of_shape: whether they are for models of this shape, so that the method can reach them.
+    """
+
+    settings: Mapping[str, Any]
+    source: str
+    of_shape: bool
+
+
+def default_budget(config: DictConfig) -> DefaultBudget | None:
+    """Return the default budget that applies in a composed config; None if none of its settings does."""
+    method = cast(dict[str, Any], OmegaConf.to_container(config.method))
+    is_open = {name for name, value in method.items() if str(value).startswith(OPEN)}
+    chosen = {name for name in AMOUNTS if name in method and name not in is_open and _decides(name, method[name])}
+    takes_settings = any(isinstance(entry, str) for entry in step_entries(method))
+    if not is_open or not takes_settings or chosen & set(RATIOS):
+        return None
+    budget = _budget_of(str(method.get("name")), config)
+    settings = {
+        name: value for name, value in budget.settings.items() if name in is_open and not (chosen and name in AMOUNTS)
+    }
+    return DefaultBudget(settings, budget.source, budget.of_shape) if settings else None
+
+
+def _decides(name: str, value: Any) -> bool:
+    """Return whether a setting that the user gave says how small the model becomes; null says it for a rank only."""
+    return value is not None or name == "average_rank"
+
+
+def _budget_of(method: str, config: DictConfig) -> DefaultBudget:
+    """Return the budget of a method on a model, whatever the user has set."""
+    model = cast(dict[str, Any], OmegaConf.to_container(config.model))
+    budgets = model.get("budgets") or {}
+    name, listed = model.get("name"), budgets.get("methods") or {}
+    entry = listed.get(method) or listed.get("any")
+    source = f"model={name} has none for {method}"
+    if entry is not None:
+        if _is_of_shape(config):
+            settings = {key: value for key, value in entry.items() if key != "from"}
+            return DefaultBudget(settings, entry.get("from") or f"conf/model/{name}.yaml", of_shape=True)
+        source = f"that of model={name} is for another shape"
+    return DefaultBudget(budgets.get("default") or {}, source, of_shape=False)
+
+
+def _is_of_shape(config: DictConfig) -> bool:
+    """Return whether a run's model has the shape for which its YAML has budgets."""
+    model = config.model
+    if model.path is None or model.path == model.budgets.get("shape_of"):
+        return True
+    values = config_values(model.path, model.get("revision"), hub=not config.get("plan_only"))
+    return values is not None and has_shape(config, values)
+
+
+def has_shape(config: DictConfig, values: Mapping[str, Any]) -> bool:
+    """Return whether a config.json has the shape for which the composed choice of `model=` has budgets."""
+    model = cast(dict[str, Any], OmegaConf.to_container(config.model))
+    if (shape_of := model["budgets"].get("shape_of")) is not None:
+        return same_shape(values, recorded_values(shape_of))
+    embedded = (model.get("pretrain") or {}).get("config")
+    return embedded is not None and same_shape(values, {"model_type": "qwen2_moe", **embedded})
+
+
+def _resolve(setting: str, otherwise: Any = None, *, _root_: DictConfig) -> Any:
+    """Return the value of `${budget:setting,otherwise}`."""
+    try:
+        budget = default_budget(_root_) if "model" in _root_ and "method" in _root_ else None
+    except OmegaConfBaseException:  # an interpolation in the model's settings, which is reported where it stands
+        return otherwise
+    return otherwise if budget is None else budget.settings.get(setting, otherwise)
+
+
+OmegaConf.register_new_resolver("budget", _resolve, replace=True)
+
+
+def used_settings(config: DictConfig, method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a method that are defaults and may be too much for a model.
+
+    They are those of the default budget, and settings such as num_experts, which are no size of their own.
+
+    Args:
+        config: the composed config.
+        method: the settings of the method, resolved.
+    """
+    budget = default_budget(config)
+    written = cast(dict[str, Any], OmegaConf.to_container(config.method))
+    others = [name for name, value in written.items() if str(value).startswith(OPEN) and name not in AMOUNTS]
+    return {**{name: method[name] for name in others}, **(budget.settings if budget else {})}
+
+
+def keep_used(config: DictConfig, values: dict[str, Any], *, by_path: bool) -> None:
+    """Replace `model.budgets` by what the run has from it: `used`, its settings, and `from`, their source.
+
+    Args:
+        config: the composed config.
+        values: its values, in which interpolations are resolved.
+        by_path: whether the model's path decided the choice of `model=`, which is also kept.
+    """
+    budget, used = default_budget(config), used_settings(config, values["method"])
+    of_shape = budget is not None and budget.of_shape
+    source = budget.source if budget else ""
+    kept = {"used": used, "from": source, "of_shape": of_shape} if used else {}
+    values["model"]["budgets"] = {**kept, **({"by_path": True} if by_path else {})}
+
+
+def is_settled(config: Config) -> bool:
+    """Return whether the method's settings are final: no default of them may be out of the model's reach."""
+    budgets = config.model.budgets
+    return config.model.path is None or bool(budgets.get("of_shape")) or not budgets.get("used")
