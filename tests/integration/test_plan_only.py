@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from recondense.models import families, loading
 from recondense.models.published_configs import recorded_values
 from recondense.run.model_checks import planned_config
 
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-    for path in sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("[!_]*.yaml"))
+    for path in sorted((ROOT / "conf" / "model").glob("[!_]*.yaml"))
+    if path.stem != "general"
 }
 RANK_2048 = ("method.average_rank=2048",)
 Sizes = Callable[..., tuple[int, str, str, dict[str, Any]]]
@@ -67,7 +70,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model(name: str, sizes: Sizes, tmp_path: Path) -> None:
     """A model of a family that is not supported is refused with the reason."""
-    experts = ["method.num_experts=2"]
+    experts = ["method.num_experts=2", "method.num_layers=all"]
     code, output, errors, summary = sizes(f"model={name}", "method=cdmoe", *experts)
     if model_type(name) not in families.FAMILIES:
         assert code == 2 and f"{model_type(name)!r} is not supported" in errors
@@ -101,13 +104,18 @@ def _planned(name: str) -> Any:
 def test_the_published_memory_of_nine_layers(
     name: str, experts: int, computed: float, published: str, sizes: Sizes
 ) -> None:
-    """CD-MoE's E(2+6) of DeepSeekMoE-16B and E(4+4) of Qwen1.5-MoE."""
-    settings = ("method=cdmoe", f"method.num_experts={experts}", "method.num_layers=9")
-    code, output, errors, summary = sizes(f"model={name}", *settings)
+    """CD-MoE's E(2+6) of DeepSeekMoE-16B and E(4+4) of Qwen1.5-MoE are the default of their models."""
+    code, output, errors, summary = sizes(f"model={name}", "method=cdmoe")
     assert code == 0, errors
     assert round(summary["ratios"]["memory"], 4) == computed
+    assert summary["operations"]["condense"]["layers"] == 9
     lines = [" ".join(line.split()) for line in output.splitlines()]
-    assert any(line.startswith(f"cdmoe: shared+{experts}, 9 layers {computed} {published}") for line in lines)
+    assert lines[0].startswith(
+        f"budget: 9 layers with {experts} experts, memory {computed} (published, arXiv 2412.00069"
+    )
+    [row] = [line for line in lines if line.startswith(f"cdmoe: shared+{experts}, 9 layers {computed} {published}")]
+    assert row.endswith("as this run") and f"this run {computed}" in lines
+    assert sum(line.endswith("as this run") for line in lines) == 1
     assert sum(line.startswith("cdmoe: shared+") for line in lines) >= 10  # E(2+6), E(2+0): 3, 6, 9, 12, 15 layers
 
 
@@ -127,6 +135,38 @@ def test_the_published_cuts_of_moei2(
     assert f"{removed_ratio:.2%}" == cut.split()[0]
     assert f"{summary['weights_bytes']['compressed'] / 2**30:.2f}" == gibibytes
     assert any(f"{cut} {gibibytes}" in " ".join(line.split()) for line in output.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "row"),
+    [
+        (["model=qwen_moe", "method=cdmoe_s"], "cdmoe: shared+0, 6 layers 0.7824 0.783 62.6 as this run"),
+        (["model=deepseek_moe", "method=cdmoe_s"], "cdmoe: shared+0, 8 layers 0.7295 0.731 55.1 59.1 as this run"),
+        (["model=qwen_moe", "method.num_layers=8"], "cdmoe: shared+4, 9 layers 0.6954 0.697 60.2 nearest"),
+        (["model=deepseek_moe", "method=layer_drop"], "layer_drop: 8 layers 0.722 49.4 as this run"),
+        (["model=deepseek_moe", "method=block_drop"], "block_drop: 8 layers 0.713 52.2 as this run"),
+        (
+            ["model=mixtral", "method=moei2"],
+            "moei2: 50% of the experts' parameters cut, 51.79% 50.00% 43.49 64.55 as this run",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_published_row_of_a_default_budget(arguments: list[str], row: str, sizes: Sizes) -> None:
+    code, output, errors, _ = sizes(*arguments)
+    assert code == 0, errors
+    assert row in [" ".join(line.split()) for line in output.splitlines()]
+
+
+def test_the_table_of_default_budgets() -> None:
+    """docs/methods.md has what the commands do; `python docs/budgets.py` writes it."""
+    spec = importlib.util.spec_from_file_location("budgets", ROOT / "docs" / "budgets.py")
+    assert spec is not None and spec.loader is not None
+    budgets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(budgets)
+    text = budgets.PAGE.read_text(encoding="utf-8")
+    assert text == budgets.written(text)
+    assert text.count("| `cdmoe_moei2` |") == len(MODELS) + 1 and "| 0.7242 | 0.6979 | 9 | 6 of 64 |" in text
 
 
 def test_a_folder_needs_only_its_config(sizes: Sizes, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from recondense.offline import hub_access
 
 Values = Mapping[str, Any]
 PREFIX = "recondense_"  # of the model_type of bundled exports; the same as in compressed_classes.py, which needs torch
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # the name of a missing folder rarely looks like it
 SIZES = (  # every family's names of the layers, routed experts and widths
     *("num_hidden_layers", "hidden_size", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts"),
@@ -36,7 +38,7 @@ def config_values(path: str, revision: str | None = None, *, hub: bool = True) -
     if not folder.is_dir():
         if path in recorded_ids():
             return recorded_values(path)
-        file = _from_hub(path, revision) if hub else None
+        file = _from_hub(path, revision) if hub and HUB_ID.fullmatch(path) else None
         return None if file is None else _read(file)
     return _read(folder / "config.json")
 

@@ -54,13 +54,19 @@ def task_means(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     Args:
         tasks: metrics of each task, as returned by `lm_eval.run_tasks`.
     """
-    scores = {name: metrics.get("acc_norm", metrics.get("acc")) for name, metrics in tasks.items()}
+    scores = _scores(tasks)
     means = {}
     for paper, names in PAPER_TASKS.items():
-        known = [score for name in names if (score := scores.get(name)) is not None]
+        known = [scores[name] for name in names if name in scores]
         if len(known) == len(names):
             means[paper] = sum(known) / len(known)
     return means
+
+
+def _scores(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the score of each task, as the papers report it."""
+    scores = {name: metrics.get("acc_norm", metrics.get("acc")) for name, metrics in tasks.items()}
+    return {name: score for name, score in scores.items() if score is not None}
 
 
 def recognise(model_type: str, hidden_size: int, num_layers: int, num_experts: int, compressed: bool) -> Model | None:
@@ -112,31 +118,48 @@ def nearest_rows(model: Model, paper: str, setting: Setting) -> list[Result]:
     if setting.method in (None, "original"):
         return rows
     candidates = find(model.name, paper=paper, method=setting.method)
-    nearest = min(candidates, key=lambda row: _distance(row, setting), default=None)
+    nearest = min(candidates, key=lambda row: distance(row, setting), default=None)
     if nearest is None:
         return rows
-    return rows + [row for row in candidates if _distance(row, setting) == _distance(nearest, setting)]
+    return rows + [row for row in candidates if distance(row, setting) == distance(nearest, setting)]
 
 
 def is_same(row: Result, setting: Setting) -> bool:
     """Return whether a row has a setting; the removed shares of experts may differ by up to `SAME_CUT`."""
     if row.method == "original":
         return True
-    experts, layers, cut = _distance(row, setting)
+    experts, layers, cut = distance(row, setting)
     return experts == layers == 0 and cut <= SAME_CUT
 
 
-def _distance(row: Result, setting: Setting) -> tuple[float, float, float]:
+def distance(row: Result, setting: Setting) -> tuple[float, float, float]:
     """Return the differences in retained experts, layers and removed share, to be compared in this order."""
 
     def difference(one: float | None, other: float | None) -> float:
         return 0.0 if one is None or other is None else abs(one - other)
 
+    cuts = (row.removed_expert_ratio, *([row.exact_cut] if row.exact_cut is not None else []))
     return (
         difference(row.num_experts, setting.num_experts),
         difference(row.num_layers, setting.num_layers),
-        difference(row.removed_expert_ratio, setting.removed_expert_ratio),
+        min(difference(cut, setting.removed_expert_ratio) for cut in cuts),
     )
+
+
+def papers_beside(model: Model | None, setting: Setting, measured: list[str]) -> list[str]:
+    """Return the papers whose rows are shown: those with measured tasks, and those with results of the run's method.
+
+    Args:
+        model: the published model, if the run's model is one.
+        setting: the run's setting.
+        measured: papers whose task mean the run has measured.
+    """
+    compressed = model is not None and setting.method not in (None, "original")
+    return [
+        paper
+        for paper in PAPER_TASKS
+        if paper in measured or (compressed and model and find(model.name, paper=paper, method=setting.method))
+    ]
 
 
 def published_rows(model: Model | None, setting: Setting, papers: list[str], differs: list[str]) -> dict[str, Any]:
@@ -145,7 +168,7 @@ def published_rows(model: Model | None, setting: Setting, papers: list[str], dif
     Args:
         model: the published model, if the run's model is one.
         setting: the run's setting.
-        papers: papers whose task mean the run has measured.
+        papers: papers whose rows are shown, from `papers_beside`.
         differs: evaluation settings that differ from the papers', as `name=value`.
     """
     published: dict[str, Any] = {"model": model.name} if model is not None else {}
@@ -164,41 +187,88 @@ def published_rows(model: Model | None, setting: Setting, papers: list[str], dif
     return published
 
 
-def tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return a table for each paper whose tasks were run: the mean of each stage, then the published rows.
+Table = tuple[str, list[str], list[list[str]]]  # title, headings, rows of cells
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of a run's figures beside the published rows: for each paper the means, then the single tasks.
+
+    An unknown figure is a dash; a column without figures is omitted.
 
     Args:
         summary: content of `summary.json`.
-
-    Returns:
-        For each table its title, headings and rows of cells. An unknown figure is a dash; a column without figures is
-        omitted.
     """
-    texts = []
+    made = []
     for paper, title in PAPER_TITLES.items():
-        key, heading = RATIOS[paper]
-        rows = []
-        for name, stage in summary.get("stages", {}).items():
-            if paper in stage.get("task_mean", {}):
-                earlier = summary.get("published", {}).get("earlier", False)
-                # The ratio of this run is relative to its input. If that was compressed earlier, it is not comparable.
-                ratio = None if earlier or name in ("original", "control") else _ratio_of(summary, key)
-                mean = f"{100 * stage['task_mean'][paper]:.2f}"
-                label = "input" if earlier and name == "original" else name
-                rows.append([f"this run: {label}", mean, _or_dash(ratio, "{:.4f}"), "-", ""])
-        if not rows:
-            continue
-        for row in summary.get("published", {}).get("rows", ()):
-            if row["paper"] == paper:
-                words = f"published: {row['setting']}{'' if row['same'] else ' (nearest)'}"
-                figures = [_or_dash(row.get(key), "{:.4g}"), _or_dash(row.get("speedup"), "{:.2f}x")]
-                source = "; ".join(row[part] for part in ("source", "note") if part in row)
-                rows.append([words, f"{row['mean']:.2f}", *figures, source])
-        headings = ["", "mean, %", heading, "speed", "source"]
-        used = [index for index, cells in enumerate(zip(*rows, strict=True)) if not set(cells) <= {"-", ""}]
-        shown = [[row[index] for index in used] for row in [headings, *rows]]
-        texts.append((f"mean of the {len(PAPER_TASKS[paper])} tasks of {title}", shown[0], shown[1:]))
-    return texts
+        published = [row for row in (summary.get("published") or {}).get("rows", ()) if row["paper"] == paper]
+        stages = {
+            name: stage for name, stage in summary.get("stages", {}).items() if paper in stage.get("task_mean", {})
+        }
+        if stages or any(row["method"] != "original" for row in published):
+            heading = f"mean of the {len(PAPER_TASKS[paper])} tasks of {title}" if stages else f"published: {title}"
+            made.append(_table_of_means(summary, paper, heading, stages, published))
+        if stages and any("tasks" in row for row in published):
+            made.append(_table_of_tasks(summary, paper, f"the tasks of {title}, %", stages, published))
+    return made
+
+
+def _table_of_means(
+    summary: Mapping[str, Any],
+    paper: str,
+    title: str,
+    stages: Mapping[str, Mapping[str, Any]],
+    published: list[Mapping[str, Any]],
+) -> Table:
+    key, heading = RATIOS[paper]
+    earlier = _is_compressed_again(summary)
+    rows = []
+    for name, stage in (stages or {"compressed": {}}).items():
+        # The ratio of this run is relative to its input. If that was compressed earlier, it is not comparable.
+        ratio = None if earlier or name in ("original", "control") else _ratio_of(summary, key)
+        mean = stage["task_mean"][paper] if stage else None
+        cells = [_or_dash(mean and 100 * mean, "{:.2f}"), _or_dash(ratio, "{:.4f}")]
+        rows.append([_label(name, earlier), *cells, "-", ""])
+    for row in published:
+        figures = [_or_dash(row.get(key), "{:.4g}"), _or_dash(row.get("speedup"), "{:.2f}x")]
+        known_from = f"{row['source']} ({row['known_from']})" if "known_from" in row else row["source"]
+        source = "; ".join([known_from, *([row["note"]] if "note" in row else [])])
+        rows.append([_words(row), f"{row['mean']:.2f}", *figures, source])
+    headings = ["", "mean, %", heading, "speed", "source"]
+    used = [index for index, cells in enumerate(zip(*rows, strict=True)) if not set(cells) <= {"-", ""}]
+    shown = [[row[index] for index in used] for row in [headings, *rows]]
+    return title, shown[0], shown[1:]
+
+
+def _table_of_tasks(
+    summary: Mapping[str, Any],
+    paper: str,
+    title: str,
+    stages: Mapping[str, Mapping[str, Any]],
+    published: list[Mapping[str, Any]],
+) -> Table:
+    """Return a table of the scores of single tasks, with the published rows that have any."""
+    names = PAPER_TASKS[paper]
+    rows = []
+    for name, stage in stages.items():
+        scores = _scores(stage["tasks"])
+        cells = [_or_dash(100 * scores[task] if task in scores else None, "{:.2f}") for task in names]
+        rows.append([_label(name, _is_compressed_again(summary)), *cells])
+    for row in published:
+        if tasks := dict(row.get("tasks", {})):
+            rows.append([_words(row), *(_or_dash(tasks.get(task), "{:.1f}") for task in names)])
+    return title, ["", *(task.replace("_", "\n") for task in names)], rows
+
+
+def _is_compressed_again(summary: Mapping[str, Any]) -> bool:
+    return bool((summary.get("published") or {}).get("earlier", False))
+
+
+def _label(stage: str, earlier: bool) -> str:
+    return f"this run: {'input' if earlier and stage == 'original' else stage}"
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    return f"published: {row['setting']}{'' if row['same'] else ' (nearest)'}"
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:

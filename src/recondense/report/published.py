@@ -4,14 +4,17 @@ CD-MoE: Condense, Don't Just Prune (arXiv 2412.00069). It states memory ratios: 
 remains. MoE-I²: Inter-Expert Pruning and Intra-Expert Low-Rank Decomposition (arXiv 2411.01016). It states the share
 of the routed experts' parameters that was removed. The two have separate fields.
 
-Scores are percentages: means of lm-eval's zero-shot accuracies over the paper's tasks (`PAPER_TASKS`).
+Scores are percentages: means of lm-eval's zero-shot accuracies over the paper's tasks (`PAPER_TASKS`). Every row says
+how it is known: PAGE was read in the authors' published tables, SECOND_HAND in notes on the paper.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 CDMOE, MOEI2 = "cdmoe", "moei2"
+PAGE, SECOND_HAND = "page", "second-hand"
 PAPER_TITLES = {CDMOE: "CD-MoE, arXiv 2412.00069", MOEI2: "MoE-I², arXiv 2411.01016"}
 PAPER_TASKS: dict[str, tuple[str, ...]] = {
     CDMOE: ("arc_challenge", "boolq", "hellaswag", "mmlu", "openbookqa", "piqa", "rte", "winogrande"),
@@ -72,6 +75,7 @@ class Result:
         num_experts: routed experts retained in each condensed layer, in addition to the shared ones; 0 for E(2+0).
         pruned_ratio: share of the routed experts that were pruned.
         removed_expert_ratio: share of the routed experts' parameters that were removed (MoE-I²).
+        exact_cut: `removed_expert_ratio` from the shapes, where the paper rounds it.
         memory_ratio: compressed / original bytes of the model, as measured by the authors (CD-MoE).
         memory_gb: size of the model in GB, as stated in the paper (MoE-I²).
         speedup: speed, compressed / original.
@@ -79,6 +83,7 @@ class Result:
         tasks: score of each task in percent, if the table states them.
         variant: the change that an ablation made; empty for the method as published.
         note: a remark for readers of the row.
+        known_from: PAGE or SECOND_HAND.
     """
 
     paper: str
@@ -90,6 +95,7 @@ class Result:
     num_experts: int | None = None
     pruned_ratio: float | None = None
     removed_expert_ratio: float | None = None
+    exact_cut: float | None = None
     memory_ratio: float | None = None
     memory_gb: float | None = None
     speedup: float | None = None
@@ -97,6 +103,7 @@ class Result:
     tasks: tuple[tuple[str, float], ...] = ()
     variant: str = ""
     note: str = ""
+    known_from: str = PAGE
 
     @property
     def settings(self) -> dict[str, float | None] | None:
@@ -139,14 +146,27 @@ def _per_task(*scores: float) -> tuple[tuple[str, float], ...]:
 def _by_layers(model: str, experts: int, *rows: tuple[float, float, float]) -> tuple[Result, ...]:
     """Return results with 3, 6, 9, 12 and 15 condensed layers, from rows of (mean, memory ratio, speed-up)."""
     return tuple(
-        Result(CDMOE, model, "cdmoe", mean, _LAYERS, layers, experts, memory_ratio=memory, speedup=speed)
+        Result(
+            *(CDMOE, model, "cdmoe", mean, _LAYERS, layers, experts),
+            memory_ratio=memory,
+            speedup=speed,
+            **_MORE.get((model, experts, layers), {}),
+        )
         for layers, (mean, memory, speed) in zip((3, 6, 9, 12, 15), rows, strict=True)
     )
 
 
-def _ablation(source: str, *rows: tuple[str, float]) -> tuple[Result, ...]:
-    """Return results of DeepSeekMoE-16B with nine layers condensed to E(2+6), from rows of (variant, mean)."""
-    return tuple(Result(CDMOE, DEEPSEEK, "cdmoe", mean, source, 9, 6, variant=variant) for variant, mean in rows)
+# What is published beside the mean of a row of `_by_layers`, by model, experts and layers.
+_MORE: dict[tuple[str, int, int], dict[str, Any]] = {
+    (QWEN, 0, 6): {"tasks": (("arc_challenge", 41.1),), "note": "the only score of a single task that is known"}
+}
+
+
+def _ablation(source: str, *rows: tuple[str, float, str]) -> tuple[Result, ...]:
+    """Return results of DeepSeekMoE-16B with nine layers condensed to E(2+6), from rows of (variant, mean, note)."""
+    return tuple(
+        Result(CDMOE, DEEPSEEK, "cdmoe", mean, source, 9, 6, variant=variant, note=note) for variant, mean, note in rows
+    )
 
 
 RESULTS: tuple[Result, ...] = (
@@ -187,31 +207,39 @@ RESULTS: tuple[Result, ...] = (
     ),
     *_ablation(
         _EXPERT_CHOICE,
-        ("experts by routing weight", 55.7),
-        ("experts greedily", 55.5),
-        ("experts by L1", 53.2),
-        ("experts at random", 52.6),
+        (
+            *("experts by frequency of selection", 55.7),
+            "the paper calls it routing weight, but its order of experts is by how often each is selected; it has an "
+            "order of layers of its own",
+        ),
+        ("experts greedily", 55.5, ""),
+        ("experts by L1", 53.2, ""),
+        ("experts at random", 52.6, ""),
     ),
     *_ablation(
-        _LAYER_CHOICE, ("layers greedily", 55.5), ("layers in one shot by final JS", 53.1), ("layers at random", 52.7)
+        *(_LAYER_CHOICE, ("layers greedily", 55.5, ""), ("layers in one shot by final JS", 53.1, "")),
+        ("layers at random", 52.7, ""),
     ),
-    Result(MOEI2, MIXTRAL, "original", 67.53, _MOEI2, speedup=1.0),
+    Result(MOEI2, MIXTRAL, "original", 67.53, _MOEI2, speedup=1.0, known_from=SECOND_HAND),
     Result(
         *(MOEI2, MIXTRAL, "moei2", 67.65, _MOEI2),
         pruned_ratio=0.25,
         removed_expert_ratio=0.25,
         fine_tuned=True,
         note="pruned only",
+        known_from=SECOND_HAND,
     ),
     Result(
         *(MOEI2, MIXTRAL, "moei2", 64.55, _MOEI2),
         pruned_ratio=0.25,
         removed_expert_ratio=0.5,
+        exact_cut=0.5179,
         speedup=1.28,
         fine_tuned=True,
-        note="about 50%: 25% pruned and a mean rank of 2048 cut 51.79%",
+        note="about 50%: 25% pruned and a mean rank of 2048 cut 51.79% and leave 43.49 GiB",
+        known_from=SECOND_HAND,
     ),
-    Result(MOEI2, V2_LITE, "original", 61.49, _MOEI2, memory_gb=29.26),
+    Result(MOEI2, V2_LITE, "original", 61.49, _MOEI2, memory_gb=29.26, known_from=SECOND_HAND),
     Result(
         *(MOEI2, V2_LITE, "moei2", 59.62, _MOEI2),
         pruned_ratio=0.25,
@@ -219,6 +247,7 @@ RESULTS: tuple[Result, ...] = (
         memory_gb=15.03,
         fine_tuned=True,
         note="25% pruned and a mean rank of 512",
+        known_from=SECOND_HAND,
     ),
 )
 

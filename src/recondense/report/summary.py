@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recondense.config.schema import GENERAL, Config, ModelConfig
+from recondense.errors import UserError
 from recondense.models import families
 from recondense.models.model_files import read_history
 from recondense.models.quantized import StoredWeights
@@ -222,7 +223,7 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
 def published_beside(
     config: Config, plan: Plan, sizes: Sizes, model: PretrainedConfig, stages: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Return published results of this model and setting; None if the run did not measure any paper's tasks.
+    """Return published results of this model and setting; None if there are none and no paper's tasks were measured.
 
     Args:
         config: settings of the run.
@@ -232,11 +233,12 @@ def published_beside(
         stages: figures of each result stage.
     """
     measured = [name for name in PAPER_TASKS if any(name in stage.get("task_mean", {}) for stage in stages.values())]
-    if not measured:
-        return None
     history = read_history(config.model)
     earlier = bool(history.operations)
-    facts = families.original_facts(model)
+    try:
+        facts = families.original_facts(model)
+    except UserError:  # a run that only evaluates a model of another family
+        return None
     known = beside_published.recognise(
         *(families.family_name(facts.model_type), facts.hidden_size, facts.num_layers, facts.num_experts),
         compressed=earlier,
@@ -246,11 +248,14 @@ def published_beside(
         operations = operation_counts(Plan("", history.extend(plan.operations, ()).operations), known.num_experts)
         removed = 1 - sizes["compressed"]["routed_experts"] / known.routed_expert_parameters
         setting = beside_published.setting_of(operations, removed)
+    papers = beside_published.papers_beside(known, setting, measured)
+    if not papers:
+        return None
     evaluation = config.evaluation
     differs = [] if evaluation.limit is None else [f"evaluation.limit={evaluation.limit}"]
     differs += [] if evaluation.num_fewshot == 0 else [f"evaluation.num_fewshot={evaluation.num_fewshot}"]
     return {
-        **beside_published.published_rows(known, setting, measured, differs),
+        **beside_published.published_rows(known, setting, papers, differs),
         **({"earlier": True} if earlier else {}),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from recondense.models.quantized import byte_counter, quantization
 from recondense.operations import Drop, Factorize
 from recondense.plan import Plan
 from recondense.report import tables
+from recondense.report.beside_published import Setting, distance, is_same, setting_of
 from recondense.report.published import CDMOE, PAPER_TITLES, Result, find, published_model
 from recondense.report.summary import Summary, ratios
 from recondense.report.tables import plan_line, print_tables
@@ -33,26 +34,48 @@ from recondense.run.sizes import LayerSize, Sizes, compare
 GIB = 2**30
 
 
-def beside_published(model: PreTrainedModel, steps: Sequence[Step]) -> list[tuple[Result, Sizes]]:
-    """Return the published results of a model and method with the sizes of the same settings; empty if there are none.
+@dataclass(frozen=True)
+class Published:
+    """Published results beside the sizes of a run.
+
+    Args:
+        setting: setting of the run, in the terms of a published row.
+        sizes: sizes of the run.
+        rows: results of the run's model and method, with the sizes of the same settings; None if no settings of the
+            method reproduce them.
+    """
+
+    setting: Setting
+    sizes: Sizes
+    rows: Sequence[tuple[Result, Sizes | None]]
+
+
+def beside_published(
+    model: PreTrainedModel, steps: Sequence[Step], sizes: Sizes, operations: Mapping[str, Mapping[str, float]]
+) -> Published | None:
+    """Return the published results of a model and method; None if there are none.
 
     Args:
         model: the model on the meta device, uncompressed.
-        steps: steps of the command. The first one determines the method.
+        steps: steps of the command.
+        sizes: sizes of the command.
+        operations: its operations, counted.
     """
     facts = families.facts(model.config)
     known = published_model(facts.model_type, facts.hidden_size, facts.num_layers, facts.num_experts)
-    if known is None or not steps:
-        return []
+    setting = setting_of(operations, 1 - sizes.after.routed_experts / sizes.before.routed_experts)
+    if known is None or setting.method in (None, "original"):
+        return None
     rows: dict[tuple[Any, ...], Result] = {}
-    for row in find(known.name, method=steps[0].key()["method"]):
-        if row.settings is not None:
-            rows.setdefault(tuple(row.settings.values()), row)  # some settings occur in two tables
+    for row in find(known.name, method=setting.method):
+        if row.settings is not None or not row.fine_tuned:
+            rows.setdefault(tuple((row.settings or {"mean": row.mean}).values()), row)  # some occur in two tables
     order = lambda row: (-(row.num_experts or 0), row.num_layers or 0, row.removed_expert_ratio or 0)  # noqa: E731
-    return [
-        (row, compare(model, [_with(step, row.settings or {}) for step in steps]))
+    listed = [
+        (row, compare(model, [_with(step, row.settings) for step in steps]) if row.settings else None)
         for row in sorted(rows.values(), key=order)
     ]
+    return Published(setting, sizes, listed) if listed else None
 
 
 def _with(step: Any, settings: Mapping[str, Any]) -> Any:
@@ -84,9 +107,9 @@ def _write_and_print(run: Run, folder: Path) -> None:
     sizes = compare(model, steps, byte_counter(model, quantized))
     result = _summary(config, model, sizes)
     write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    rows = beside_published(model, steps)
+    published = beside_published(model, steps, sizes, result["operations"])
     own_tables = [size_table(result, bool(quantized), dtype), layer_table(sizes)]
-    print_tables([*own_tables, *([published_table(rows)] if rows else [])])
+    print_tables([*own_tables, *([published_table(published)] if published else [])])
     print(f"\nplan: {plan_line(result['operations'])}")
     for note in _notes(steps, sizes, quantized, dtype, planned):
         print(note)
@@ -203,29 +226,50 @@ def layer_table(sizes: Sizes) -> Table:
     return table
 
 
-def published_table(rows: Sequence[tuple[Result, Sizes]]) -> Table:
-    """Return a table that compares published figures with those computed for the same settings.
+def published_table(published: Published) -> Table:
+    """Return a table of this run and the published rows, with what the settings of each row give.
 
-    Args:
-        rows: as returned by `beside_published`.
+    The last column marks the rows that have the run's settings, or the nearest ones.
     """
+    rows = published.rows
     condensing = rows[0][0].paper == CDMOE
     figure = "memory, compressed / original" if condensing else "removed parameters of routed experts"
     table = tables.plain_table(f"{PAPER_TITLES[rows[0][0].paper]}: {figure}")
     table.add_column("setting", style="bold")
-    gibibytes = () if condensing else ("GiB from shapes", "GB published")
-    for name in ("from shapes", "published", *gibibytes, "mean score"):
+    names = (
+        ("published", "mean score", "fine-tuned") if condensing else ("published", "GiB", "GB published", "fine-tuned")
+    )
+    for name in ("from shapes", *names):
         table.add_column(name, justify="right")
+    table.add_column("")
+    table.add_row("this run", *_cells(published.sizes, condensing, ""))
+    exact = any(is_same(row, published.setting) for row, _ in rows)
+    best = min((distance(row, published.setting) for row, _ in rows), default=None)
     for row, sizes in rows:
-        if condensing:
-            ratio = sizes.after.weights_bytes / sizes.before.weights_bytes
-            cells = [f"{ratio:.4f}", f"{row.memory_ratio:.3f}"]
-        else:
-            cut = 1 - sizes.after.routed_experts / sizes.before.routed_experts
-            memory = "" if row.memory_gb is None else f"{row.memory_gb:.2f}"
-            cells = [f"{cut:.2%}", f"{row.removed_expert_ratio:.2%}", f"{sizes.after.weights_bytes / GIB:.2f}", memory]
-        table.add_row(row.setting, *cells, f"{row.mean}")
+        chosen = is_same(row, published.setting) if exact else distance(row, published.setting) == best
+        stated = f"{row.memory_ratio:.3f}" if condensing else f"{row.removed_expert_ratio:.2%}"
+        cells = _cells(sizes, condensing, stated, row.memory_gb)
+        mark = "as this run" if exact else "nearest"
+        table.add_row(row.setting, *cells, *_means(row, condensing), mark if chosen else "")
     return table
+
+
+def _cells(sizes: Sizes | None, condensing: bool, stated: str, gigabytes: float | None = None) -> list[str]:
+    """Return the figures of a paper from shapes, and as stated: the memory, or the removed experts and the size."""
+    if condensing:
+        ratio = sizes and sizes.after.weights_bytes / sizes.before.weights_bytes
+        return [f"{ratio:.4f}" if ratio else "", stated]
+    cut = f"{1 - sizes.after.routed_experts / sizes.before.routed_experts:.2%}" if sizes else ""
+    size = f"{sizes.after.weights_bytes / GIB:.2f}" if sizes else ""
+    return [cut, stated, size, "" if gigabytes is None else f"{gigabytes:.2f}"]
+
+
+def _means(row: Result, condensing: bool) -> list[str]:
+    """Return the mean score of a row and, for CD-MoE, that of the same setting after the paper's recovery."""
+    if not condensing:
+        return [f"{row.mean}"]
+    tuned = find(row.model, method=row.method, num_layers=row.num_layers, num_experts=row.num_experts, fine_tuned=True)
+    return [f"{row.mean}", f"{tuned[0].mean}" if tuned else ""]
 
 
 def ranges(layers: Sequence[int]) -> str:

@@ -1,0 +1,151 @@
+"""The default budgets of conf/model, and what a command sets instead of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.composed import composed
+from support.tiny_models import qwen2_moe
+
+from recondense.config.schema import from_dict
+from recondense.models.published_configs import recorded_values
+
+SETTINGS = (
+    *("num_experts", "num_layers", "prune_ratio", "average_rank", "ratio"),
+    "removed_expert_ratio",
+    "memory_ratio",
+)
+
+
+def sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the method that decide the size and are not null."""
+    return {name: values["method"][name] for name in SETTINGS if values["method"].get(name) is not None}
+
+
+def folder(path: Path, **changes: Any) -> str:
+    """A folder with the config of Qwen1.5-MoE, changed."""
+    (path / "config.json").write_text(json.dumps({**recorded_values("Qwen/Qwen1.5-MoE-A2.7B"), **changes}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("model=qwen_moe", {"num_experts": 4, "num_layers": 9}),
+        ("model=qwen_moe method=cdmoe_s", {"num_experts": 0, "num_layers": 6}),
+        ("model=qwen_moe method=moei2", {"prune_ratio": 0.25, "average_rank": 512}),
+        ("model=qwen_moe method=reap", {"memory_ratio": 0.75}),
+        ("model=qwen_moe method=svd_llm", {"memory_ratio": 0.75}),
+        ("model=qwen_moe method=none", {}),
+        ("model=deepseek_moe", {"num_experts": 6, "num_layers": 9}),
+        ("model=deepseek_moe method=cdmoe_s", {"num_experts": 0, "num_layers": 8}),
+        ("model=deepseek_moe method=moei2", {"prune_ratio": 0.25, "average_rank": "auto", "memory_ratio": 0.75}),
+        ("model=deepseek_v2_lite method=moei2", {"prune_ratio": 0.25, "average_rank": 512}),
+        ("model=mixtral method=moei2", {"prune_ratio": 0.25, "average_rank": 2048}),
+        ("model=mixtral", {"num_experts": 4, "num_layers": "all", "memory_ratio": 0.75}),
+        ("model=olmoe method=cdmoe_moei2", {"num_experts": [4], "memory_ratio": 0.75}),
+        ("model=general model.path=/nowhere method=naee", {"memory_ratio": 0.75}),
+        ("", {"num_experts": 4, "num_layers": "all"}),  # the embedded model has its own
+        ("method=cdmoe_s", {"num_experts": 0, "num_layers": "all"}),
+        ("method=moei2", {"prune_ratio": 0.25, "average_rank": "auto"}),
+        ("method=cdmoe_moei2", {"num_experts": [4], "memory_ratio": 0.7}),
+        *((f"method={name}", {"removed_expert_ratio": 0.25}) for name in ("reap", "random", "mc_smoe", "block_drop")),
+    ],
+)
+def test_the_default_of_a_model_and_a_method(arguments: str, expected: dict[str, Any]) -> None:
+    assert sizes(composed(*arguments.split())) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        # A ratio replaces all of it.
+        ("model=deepseek_moe method.memory_ratio=0.8", {"num_experts": 4, "num_layers": "all", "memory_ratio": 0.8}),
+        (
+            "model=qwen_moe method.removed_expert_ratio=0.3",
+            {"num_experts": 4, "num_layers": "all", "removed_expert_ratio": 0.3},
+        ),
+        ("model=qwen_moe method=reap method.removed_expert_ratio=0.3", {"removed_expert_ratio": 0.3}),
+        ("method=reap method.memory_ratio=0.8", {"memory_ratio": 0.8}),
+        ("method=cdmoe_moei2 method.removed_expert_ratio=0.3", {"num_experts": [4], "removed_expert_ratio": 0.3}),
+        (
+            "model=mixtral method=moei2 method.memory_ratio=0.6",
+            {"prune_ratio": 0.25, "average_rank": "auto", "memory_ratio": 0.6},
+        ),
+        # Another size replaces only the size.
+        ("model=deepseek_moe method.num_layers=6", {"num_experts": 6, "num_layers": 6}),
+        ("model=deepseek_moe method.num_layers=all", {"num_experts": 6, "num_layers": "all"}),
+        ("model=deepseek_moe method.num_layers=[3,4]", {"num_experts": 6, "num_layers": [3, 4]}),
+        ("model=olmoe method.num_layers=3", {"num_experts": 4, "num_layers": 3}),
+        ("model=mixtral method=moei2 method.average_rank=900", {"prune_ratio": 0.25, "average_rank": 900}),
+        ("model=mixtral method=moei2 method.average_rank=null", {"prune_ratio": 0.25}),
+        ("model=mixtral method=moei2 method.ratio=0.5", {"prune_ratio": 0.25, "average_rank": "auto", "ratio": 0.5}),
+        ("model=olmoe method=moei2 method.average_rank=null", {"prune_ratio": 0.25}),
+        ("model=olmoe method=svd_llm method.average_rank=300", {"average_rank": 300}),
+        ("model=olmoe method=svd_llm method.ratio=0.5", {"ratio": 0.5}),
+        # What is no size of its own replaces itself.
+        ("model=qwen_moe method.num_experts=2", {"num_experts": 2, "num_layers": 9}),
+        ("model=mixtral method=moei2 method.prune_ratio=0.4", {"prune_ratio": 0.4, "average_rank": 2048}),
+        ("model=olmoe method.num_experts=2", {"num_experts": 2, "num_layers": "all", "memory_ratio": 0.75}),
+        # null is what the other ratio is anyway.
+        ("model=qwen_moe method.memory_ratio=null", {"num_experts": 4, "num_layers": 9}),
+        ("model=olmoe method.removed_expert_ratio=null", {"num_experts": 4, "num_layers": "all", "memory_ratio": 0.75}),
+        # An experiment sets as the command line does.
+        ("experiment=paper/cdmoe_deepseek_e6 method.num_layers=12", {"num_experts": 6, "num_layers": 12}),
+        ("experiment=demo model=qwen_moe", {"num_experts": 4, "num_layers": "all"}),
+    ],
+)
+def test_what_the_user_sets_comes_first(arguments: str, expected: dict[str, Any]) -> None:
+    assert sizes(composed(*arguments.split())) == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 3},
+        {"num_experts": 45},
+        {"hidden_size": 64},
+        {"moe_intermediate_size": 64},
+        {"mlp_only_layers": [1]},
+        {"compressed_layers": {"1": {"kind": "dense"}}},
+        {"model_type": "qwen3_moe"},
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_shape_has_the_general_budget(changes: dict[str, Any], tmp_path: Path) -> None:
+    values = composed("model=qwen_moe", f"model.path={folder(tmp_path, **changes)}")
+    assert sizes(values) == {"num_experts": 4, "num_layers": "all", "memory_ratio": 0.75}
+    assert values["model"]["budgets"] == {
+        "used": {"num_experts": 4, "memory_ratio": 0.75},
+        "from": "that of model=qwen_moe is for another shape",
+        "of_shape": False,
+    }
+
+
+def test_a_folder_of_the_published_shape_has_the_published_budget(tmp_path: Path) -> None:
+    chat = folder(tmp_path, vocab_size=1000, eos_token_id=3, torch_dtype="float32")
+    assert sizes(composed("model=qwen_moe", f"model.path={chat}")) == {"num_experts": 4, "num_layers": 9}
+
+
+def test_the_embedded_models_budget_is_not_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(qwen2_moe().config.to_dict()))
+    values = composed("model=tiny_moe", f"model.path={tmp_path}", "method=reap")
+    assert sizes(values) == {"memory_ratio": 0.75} and values["recovery"]["steps"] == 200
+
+
+def test_steps_with_settings_of_their_own_have_no_default_budget() -> None:
+    steps = "method.steps=[{_target_:recondense.methods.naee.NAEE,memory_ratio:0.6}]"
+    values = composed("model=qwen_moe", "method=moei2", steps)
+    assert values["model"]["budgets"].get("from", "") == ""
+
+
+def test_the_hash_shows_the_values_and_not_their_source() -> None:
+    written = composed("model=qwen_moe", "method.num_experts=4", "method.num_layers=9")
+    assert from_dict(composed("model=qwen_moe")).run_hash() == from_dict(written).run_hash()
+    assert (
+        from_dict(composed("model=qwen_moe")).run_hash()
+        != from_dict(composed("model=qwen_moe", "method.num_layers=8")).run_hash()
+    )
