@@ -191,7 +191,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["data.train.path=null", "recovery=finetune trains on it"],
     ),
     "share beside a budget": (
-        ["method=svd_llm", "method.ratio=0.5"],
+        ["method=svd_llm", "method.ratio=0.5", "method.removed_expert_ratio=0.25"],
         ["method.ratio=0.5", "method.removed_expert_ratio=0.25", "set one of them to null"],
     ),
     "rank beside a budget": (

@@ -17,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from recondense.config.method_steps import step_entries
 from recondense.config.schema import Config
 from recondense.models.config_json import config_values, same_shape
-from recondense.models.published_configs import recorded_values
 
 OPEN = "${budget:"  # how a setting begins that the default budget may set
 RATIOS = ("removed_expert_ratio", "memory_ratio")
@@ -41,7 +40,7 @@ class DefaultBudget:
 
 def default_budget(config: DictConfig) -> DefaultBudget | None:
     """Return the default budget that applies in a composed config; None if none of its settings does."""
-    method = cast(dict[str, Any], OmegaConf.to_container(config.method))
+    method = _section(config, "method")
     is_open = {name for name, value in method.items() if str(value).startswith(OPEN)}
     chosen = {name for name in AMOUNTS if name in method and name not in is_open and _decides(name, method[name])}
     takes_settings = any(isinstance(entry, str) for entry in step_entries(method))
@@ -61,41 +60,55 @@ def _decides(name: str, value: Any) -> bool:
 
 def _budget_of(method: str, config: DictConfig) -> DefaultBudget:
     """Return the budget of a method on a model, whatever the user has set."""
-    model = cast(dict[str, Any], OmegaConf.to_container(config.model))
-    budgets = model.get("budgets") or {}
-    name, listed = model.get("name"), budgets.get("methods") or {}
-    entry = listed.get(method) or listed.get("any")
+    model = _section(config, "model")
+    budgets = _mapping(model.get("budgets"))
+    name, listed = model.get("name"), _mapping(budgets.get("methods"))
+    entry = _mapping(listed.get(method) or listed.get("any"))
     source = f"model={name} has none for {method}"
-    if entry is not None:
+    if entry:
         if _is_of_shape(config):
             settings = {key: value for key, value in entry.items() if key != "from"}
             return DefaultBudget(settings, entry.get("from") or f"conf/model/{name}.yaml", of_shape=True)
         source = f"that of model={name} is for another shape"
-    return DefaultBudget(budgets.get("default") or {}, source, of_shape=False)
+    return DefaultBudget(_mapping(budgets.get("default")), source, of_shape=False)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return a value if it is a mapping; anything else, which the schema refuses, counts as empty."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _section(config: DictConfig, name: str) -> Mapping[str, Any]:
+    """Return the settings of a section of a composed config as they are written."""
+    node = config.get(name)
+    return cast(dict[str, Any], OmegaConf.to_container(node)) if isinstance(node, DictConfig) else {}
 
 
 def _is_of_shape(config: DictConfig) -> bool:
     """Return whether a run's model has the shape for which its YAML has budgets."""
-    model = config.model
-    if model.path is None or model.path == model.budgets.get("shape_of"):
+    path, revision = (OmegaConf.select(config, f"model.{name}") for name in ("path", "revision"))
+    if path is None or path == _mapping(_section(config, "model").get("budgets")).get("shape_of"):
         return True
-    values = config_values(model.path, model.get("revision"), hub=not config.get("plan_only"))
+    if not isinstance(path, str) or not isinstance(revision, str | None):
+        return False
+    values = config_values(path, revision, hub=config.get("plan_only") is False)
     return values is not None and has_shape(config, values)
 
 
 def has_shape(config: DictConfig, values: Mapping[str, Any]) -> bool:
     """Return whether a config.json has the shape for which the composed choice of `model=` has budgets."""
-    model = cast(dict[str, Any], OmegaConf.to_container(config.model))
-    if (shape_of := model["budgets"].get("shape_of")) is not None:
-        return same_shape(values, recorded_values(shape_of))
-    embedded = (model.get("pretrain") or {}).get("config")
-    return embedded is not None and same_shape(values, {"model_type": "qwen2_moe", **embedded})
+    model = _section(config, "model")
+    if (shape_of := _mapping(model.get("budgets")).get("shape_of")) is not None:
+        reference = config_values(str(shape_of))
+        return reference is not None and same_shape(values, reference)
+    embedded = _mapping(_mapping(model.get("pretrain")).get("config"))
+    return bool(embedded) and same_shape(values, {"model_type": "qwen2_moe", **embedded})
 
 
 def _resolve(setting: str, otherwise: Any = None, *, _root_: DictConfig) -> Any:
     """Return the value of `${budget:setting,otherwise}`."""
     try:
-        budget = default_budget(_root_) if "model" in _root_ and "method" in _root_ else None
+        budget = default_budget(_root_)
     except OmegaConfBaseException:  # an interpolation in the model's settings, which is reported where it stands
         return otherwise
     return otherwise if budget is None else budget.settings.get(setting, otherwise)
@@ -114,8 +127,11 @@ def used_settings(config: DictConfig, method: Mapping[str, Any]) -> dict[str, An
         method: the settings of the method, resolved.
     """
     budget = default_budget(config)
-    written = cast(dict[str, Any], OmegaConf.to_container(config.method))
-    others = [name for name, value in written.items() if str(value).startswith(OPEN) and name not in AMOUNTS]
+    others = [
+        name
+        for name, value in _section(config, "method").items()
+        if str(value).startswith(OPEN) and name not in AMOUNTS
+    ]
     return {**{name: method[name] for name in others}, **(budget.settings if budget else {})}
 
 
@@ -127,6 +143,8 @@ def keep_used(config: DictConfig, values: dict[str, Any], *, by_path: bool) -> N
         values: its values, in which interpolations are resolved.
         by_path: whether the model's path decided the choice of `model=`, which is also kept.
     """
+    if not isinstance(values.get("model"), dict) or not isinstance(values.get("method"), dict):
+        return  # the schema refuses them
     budget, used = default_budget(config), used_settings(config, values["method"])
     of_shape = budget is not None and budget.of_shape
     source = budget.source if budget else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,8 +33,10 @@ def family_override(config: DictConfig | None, overrides: Sequence[str]) -> list
     if config is None or _chooses_model(overrides):
         return []
     try:
-        model = cast(dict[str, Any], OmegaConf.to_container(config.model, resolve=True))
-    except OmegaConfBaseException:  # reported where it stands
+        model: Any = OmegaConf.to_container(config.model, resolve=True)
+    except (OmegaConfBaseException, ValueError):  # reported where it stands
+        return []
+    if not isinstance(model, dict):
         return []
     path, revision = model.get("path"), model.get("revision")
     if model.get("pretrain") is None or not isinstance(path, str):

@@ -13,6 +13,7 @@ from recondense.report.beside_published import (
     is_same,
     nearest_rows,
     notes,
+    papers_beside,
     published_rows,
     recognise,
     setting_of,
@@ -98,7 +99,10 @@ def test_a_plan_in_the_terms_of_the_papers(operations: dict[str, dict[str, float
         (DEEPSEEK, CDMOE, Setting("msmoe", 3), [61.6, 54.9], False),
         (V2_LITE, MOEI2, Setting("moei2", removed_expert_ratio=0.54), [61.49, 59.62], True),
         (MIXTRAL, MOEI2, Setting("moei2", removed_expert_ratio=0.28), [67.53, 67.65], False),
-        (MIXTRAL, MOEI2, Setting("moei2", removed_expert_ratio=0.5179), [67.53, 64.55], False),
+        (MIXTRAL, MOEI2, Setting("moei2", removed_expert_ratio=0.5179), [67.53, 64.55], True),  # the paper's rank
+        (MIXTRAL, MOEI2, Setting("moei2", removed_expert_ratio=0.6), [67.53, 64.55], False),
+        (QWEN, CDMOE, Setting("cdmoe", 6, 0), [65.5, 62.6], True),
+        (QWEN, CDMOE, Setting("cdmoe", 7, 1), [65.5, 62.6], False),
         (MIXTRAL, CDMOE, Setting("cdmoe", 9, 2), [], True),
     ],
 )
@@ -134,8 +138,16 @@ def summary(paper: str, model: str | None, setting: Setting, differs: list[str] 
 
 def test_means_are_shown_beside_the_published_rows(capsys: pytest.CaptureFixture[str]) -> None:
     report = summary(CDMOE, DEEPSEEK, Setting("cdmoe", 9, 6))
-    [(title, headings, rows)] = tables(report)
-    assert "8 tasks of CD-MoE" in title
+    [(title, headings, rows), (tasks_title, tasks, scores)] = tables(report)
+    assert "8 tasks of CD-MoE" in title and "the tasks of CD-MoE" in tasks_title
+    assert [tasks[1], tasks[3], tasks[8]] == ["arc\nchallenge", "hellaswag", "winogrande"]
+    assert [(row[0], row[1], row[8]) for row in scores] == [
+        ("this run: original", "60.00", "60.00"),
+        ("this run: compressed", "55.00", "55.00"),
+        ("published: original", "48.3", "70.1"),
+        ("published: cdmoe: shared+6, 9 layers, fine-tuned", "42.4", "73.9"),
+    ]
+    assert rows[3][-1].startswith("arXiv 2412.00069, main results on DeepSeekMoE-16B (page)")
     assert headings == ["", "mean, %", "memory\nratio", "speed", "source"]
     assert rows[:2] == [
         ["this run: original", "60.00", "-", "-", ""],
@@ -174,3 +186,41 @@ def test_what_cannot_be_compared_is_noted_in_a_line() -> None:
     assert notes(limited) == ["published results: over all examples, zero-shot; this run has evaluation.limit=10"]
     assert notes(summary(CDMOE, QWEN, Setting("original"))) == []
     assert notes({}) == [] and tables({}) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "papers"),
+    [
+        (QWEN, Setting("cdmoe", 9, 4), [CDMOE]),
+        (DEEPSEEK, Setting("block_drop", 8), [CDMOE]),
+        (MIXTRAL, Setting("moei2", removed_expert_ratio=0.5), [MOEI2]),
+        (MIXTRAL, Setting("cdmoe", 9, 4), []),
+        (QWEN, Setting("original"), []),
+        (QWEN, Setting(None), []),
+        (None, Setting("cdmoe", 9, 4), []),
+    ],
+)
+def test_rows_are_shown_without_measured_tasks(model: str | None, setting: Setting, papers: list[str]) -> None:
+    known = None if model is None else model_named(model)
+    assert papers_beside(known, setting, []) == papers
+    assert papers_beside(known, setting, [CDMOE, MOEI2]) == [CDMOE, MOEI2]
+
+
+def test_the_published_memory_is_shown_beside_that_of_a_run_without_tasks() -> None:
+    setting = Setting("cdmoe", 8, 4)
+    report = {
+        "stages": {"original": {}, "compressed": {}},
+        "ratios": {"memory": 0.7292},
+        "published": published_rows(model_named(QWEN), setting, papers_beside(model_named(QWEN), setting, []), []),
+    }
+    [(title, headings, rows)] = tables(report)
+    assert title == "published: CD-MoE, arXiv 2412.00069"
+    assert headings == ["", "mean, %", "memory\nratio", "speed", "source"]
+    assert rows[0] == ["this run: compressed", "-", "0.7292", "-", ""]
+    assert rows[-1][:4] == ["published: cdmoe: shared+4, 9 layers (nearest)", "60.20", "0.697", "1.30x"]
+
+
+def test_a_single_published_score_stands_beside_the_runs() -> None:
+    report = summary(CDMOE, QWEN, Setting("cdmoe", 6, 0))
+    _, (_, _, scores) = tables(report)
+    assert scores[-1] == ["published: cdmoe: shared+0, 6 layers", "41.1", *["-"] * 7]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.composed import composed
 from support.tiny_models import qwen2_moe
 
+from recondense.config.problems import Problem
 from recondense.config.schema import from_dict
+from recondense.models import config_json
 from recondense.models.published_configs import recorded_values
+from recondense.run.search_path import CONFIGS, initialize_hydra
+from recondense.run.unknown_overrides import compose_run
 
 SETTINGS = (
     *("num_experts", "num_layers", "prune_ratio", "average_rank", "ratio"),
@@ -149,3 +155,28 @@ def test_the_hash_shows_the_values_and_not_their_source() -> None:
         from_dict(composed("model=qwen_moe")).run_hash()
         != from_dict(composed("model=qwen_moe", "method.num_layers=8")).run_hash()
     )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("model.path=[a,b]", "model.path=3", "model.revision=3", "model.budgets=3", "model.budgets.methods=[cdmoe]"),
+        *("model.budgets.default=0.5", "model.budgets.shape_of=nowhere/at_all", "model.budgets.methods.cdmoe=9"),
+        *("model.pretrain=3", "model=null", "method=null"),
+    ],
+)
+def test_settings_of_another_type_are_left_to_the_schema(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_json, "_from_hub", lambda *_: None)
+    problems: list[Problem] = []
+    arguments = Namespace(config_path=None, config_dir=None, overrides=[setting])
+    with initialize_hydra("train", arguments) as loader:
+        compose_run("train", [setting], loader, problems)
+    assert [problem.setting for problem in problems if problem.setting.startswith("method.")] == []
+
+
+def test_the_budgets_of_the_yamls_are_settings_that_they_fill() -> None:
+    for path in sorted((CONFIGS / "model").glob("*.yaml")):
+        budgets = yaml.safe_load(path.read_text()).get("model", {}).get("budgets", {})
+        for method, entry in budgets.get("methods", {}).items():
+            settings = composed(*([] if method == "any" else [f"method={method}"]), f"model={path.stem}")
+            assert method == "any" or {**settings["method"], "from": ""} == {**settings["method"], **entry, "from": ""}
