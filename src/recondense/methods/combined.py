@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.methods.cdmoe import CDMoE
-from recondense.methods.search.budget import Budget
+from recondense.methods.search.budget import NO_BUDGET, Budget
 from recondense.methods.search.coefficients import coefficient_texts
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import GENETIC, Genetic
@@ -37,8 +37,6 @@ from recondense.models.layer_store import layer_store
 from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.progress import progress
-
-BUDGET = Budget(yields="memory_ratio")  # conf/method/cdmoe_moei2.yaml has a default for it
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Combined:
     needs_whole_experts: ClassVar[bool] = True
     left_open: ClassVar[str] = "what is done to each layer; the total meets the budget"
 
-    budget: Budget = BUDGET
+    budget: Budget = NO_BUDGET
     num_experts: Sequence[int] = (4,)
     prune_ratios: Sequence[float] = (0.25, 0.5)
     kept_ratios: Sequence[float] = (0.75, 0.5, 0.25)

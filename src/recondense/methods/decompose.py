@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from recondense.errors import UserError
 from recondense.methods.search import ranks
-from recondense.methods.search.budget import BASE_BUDGET, Budget
+from recondense.methods.search.budget import NO_BUDGET, Budget
 from recondense.methods.search.importance import KINDS, expert_importances
 from recondense.methods.search.layerwise import LayerwiseSearch
 from recondense.methods.step import Record, SearchContext
@@ -54,7 +54,7 @@ class Decompose:
 
     average_rank: int | str | None = "auto"
     ratio: float | None = None
-    budget: Budget = BASE_BUDGET
+    budget: Budget = NO_BUDGET
     alpha: float = 0.15
     rank_multiple: int | str = "auto"
     whitening: bool = False

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
 from recondense.errors import UserError
-from recondense.methods.search.budget import BASE_BUDGET, Budget
+from recondense.methods.search.budget import NO_BUDGET, Budget
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.step import Record, SearchContext
 from recondense.models import decoder, moe_blocks
@@ -50,7 +50,7 @@ class Dropping:
     left_open: ClassVar[str] = ""
 
     part: Literal["moe", "layer"]
-    budget: Budget = BASE_BUDGET
+    budget: Budget = NO_BUDGET
 
     def __post_init__(self) -> None:
         problems = self.budget.problems()

@@ -19,7 +19,7 @@ from recondense.calibration.tape import Tape
 from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
 from recondense.methods.search.allocation import drop_uniformly
-from recondense.methods.search.budget import BASE_BUDGET, Budget
+from recondense.methods.search.budget import NO_BUDGET, Budget
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.routing import routing_totals
 from recondense.methods.step import Record, SearchContext
@@ -53,7 +53,7 @@ class Merging:
     needs_whole_experts: ClassVar[bool] = True
 
     grouping: str
-    budget: Budget = BASE_BUDGET
+    budget: Budget = NO_BUDGET
 
     def __post_init__(self) -> None:
         problems = self.budget.problems()

@@ -13,7 +13,7 @@ from recondense.errors import UserError
 from recondense.methods.moei2 import refuse_groups
 from recondense.methods.saliency import refuse_too_much
 from recondense.methods.search.allocation import drop_uniformly
-from recondense.methods.search.budget import BASE_BUDGET, Budget
+from recondense.methods.search.budget import NO_BUDGET, Budget
 from recondense.methods.search.expert_sets import search_expert_sets
 from recondense.methods.search.genetic import GENETIC, Genetic
 from recondense.methods.search.layerwise import LayerwiseSearch
@@ -45,7 +45,7 @@ class NAEE:
     needs_whole_experts: ClassVar[bool] = True
     left_open: ClassVar[str] = ""
 
-    budget: Budget = BASE_BUDGET
+    budget: Budget = NO_BUDGET
     genetic: Genetic = GENETIC
     seed: int = 0
 

@@ -19,7 +19,7 @@ from recondense.calibration.tape import Tape
 from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
 from recondense.methods.search.allocation import drop_uniformly
-from recondense.methods.search.budget import BASE_BUDGET, Budget
+from recondense.methods.search.budget import NO_BUDGET, Budget
 from recondense.methods.search.genetic import layer_seed
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.routing import routing_totals
@@ -65,7 +65,7 @@ class SaliencyPruning:
 
     saliency: str
     allocation: str = "uniform"
-    budget: Budget = BASE_BUDGET
+    budget: Budget = NO_BUDGET
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly, is_done
 from recondense.run.command_options import check_options, options_first
-from recondense.run.default_budget import is_settled
+from recondense.run.default_budget import as_done, is_settled
 from recondense.run.environment import forget_other_programs, naming_variables
 from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.folder_checks import check_run_folder, stored_run
@@ -238,6 +238,7 @@ def _check_runs(
             problems += run_problems
             continue
         config, mistakes = read(values)
+        config = as_done(config)
         stages, wrong_stages = resolve_stages(config)
         run = Run(config, stages)
         of_values = (replace(problem, of_value=True) for problem in check_quickly(run))
@@ -305,7 +306,7 @@ def _check_on_models(
         if "method" not in groups:
             try:
                 steps = build_steps(run.config.method)
-                config = run.config if "model" in groups else reachable(run.config)
+                config = run.config if "model" in groups or is_done(run.config) else reachable(run.config)
                 run = replace(run, config=config, steps=steps if config is run.config else build_steps(config.method))
             except ConfigError as error:
                 messages += error.messages

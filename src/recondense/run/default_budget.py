@@ -8,7 +8,7 @@ sets comes first: another size replaces that of the default budget, and a ratio 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from recondense.config.method_steps import step_entries
 from recondense.config.schema import Config
 from recondense.models.config_json import config_values, same_shape
+from recondense.run.folder_checks import stored_run
+from recondense.run.run_folder import has_summary
 
 OPEN = "${budget:"  # how a setting begins that the default budget may set
 RATIOS = ("removed_expert_ratio", "memory_ratio")
@@ -150,6 +152,22 @@ def keep_used(config: DictConfig, values: dict[str, Any], *, by_path: bool) -> N
     source = budget.source if budget else ""
     kept = {"used": used, "from": source, "of_shape": of_shape} if used else {}
     values["model"]["budgets"] = {**kept, **({"by_path": True} if by_path else {})}
+
+
+def as_done(config: Config) -> Config:
+    """Return the config with the defaults that a finished run in its folder used, if it is else the same run.
+
+    Its model may be gone since, and with it what the method can reach on it.
+    """
+    if is_settled(config) or not has_summary(config):
+        return config
+    stored = stored_run(config.run_folder())
+    used = stored.model.budgets.get("used", {}) if isinstance(stored, Config) else {}
+    if not isinstance(stored, Config) or set(used) != set(config.model.budgets["used"]):
+        return config
+    model = replace(config.model, budgets=stored.model.budgets)
+    again = replace(config, method={**config.method, **used}, model=model)
+    return again if again.run_hash() == stored.run_hash() else config
 
 
 def is_settled(config: Config) -> bool:

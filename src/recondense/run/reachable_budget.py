@@ -14,7 +14,6 @@ from recondense.models import families, model_classes
 from recondense.models.families import Facts
 from recondense.models.published_configs import recorded_config, recorded_ids
 from recondense.run.build_steps import build_steps, check_steps
-from recondense.run.checks_without_torch import stored_config
 from recondense.run.default_budget import is_settled
 from recondense.run.model_and_machine_checks import planned_config
 from recondense.run.sizes import compare, outlined
@@ -34,20 +33,11 @@ def reachable(config: Config) -> Config:
     try:
         method = fitted(config.method, budgets["used"], planned_config(config.model, config.plan_only))
     except UserError:
-        return _as_stored(config)
+        return config
     used = {name: method[name] for name in budgets["used"]}
     if (ratio := budgets["used"].get("memory_ratio")) != used.get("memory_ratio"):
         budgets["from"] += f"; the nearest to {ratio} that the method reaches"
     return replace(config, method=method, model=replace(config.model, budgets={**budgets, "used": used}))
-
-
-def _as_stored(config: Config) -> Config:
-    """Return the config with the defaults of an earlier run in its folder: the model may be gone since it was done."""
-    stored = stored_config(config.run_folder())
-    used = stored.model.budgets.get("used") if stored else None
-    if stored is None or used is None or set(used) != set(config.model.budgets["used"]):
-        return config
-    return replace(config, method={**config.method, **used}, model=replace(config.model, budgets=stored.model.budgets))
 
 
 def fitted(method: Mapping[str, Any], used: Mapping[str, Any], planned: PretrainedConfig) -> Mapping[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -14,7 +13,7 @@ from recondense.models.parameters import count_parameters, routed_parameters
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the uncompressed model a method must remove. At most one of the two ratios is used.
+    """How much of the uncompressed model a method must remove. At most one of the two ratios is set.
 
     Sizes are counted in parameters, which are proportional to bytes if all weights have the same dtype. The scale of a
     condensed layer does not count, because it is folded into other weights at export.
@@ -22,19 +21,10 @@ class Budget:
     Args:
         removed_expert_ratio: fraction of the routed experts' parameters to remove.
         memory_ratio: upper bound on the parameters of the compressed model / those of the original.
-        yields: the ratio that has a default in the method's YAML; it is ignored if the other one is set too. None makes
-            it a problem if both are set.
     """
 
     removed_expert_ratio: float | None = None
     memory_ratio: float | None = None
-    yields: Literal["removed_expert_ratio", "memory_ratio"] | None = field(
-        default=None, compare=False, metadata={"setting": False}
-    )
-
-    def __post_init__(self) -> None:
-        if self.yields is not None and self.removed_expert_ratio is not None and self.memory_ratio is not None:
-            object.__setattr__(self, self.yields, None)
 
     @property
     def is_given(self) -> bool:
@@ -114,4 +104,3 @@ class Budget:
 
 
 NO_BUDGET = Budget()
-BASE_BUDGET = Budget(yields="removed_expert_ratio")  # conf/method/_base.yaml has a default for it

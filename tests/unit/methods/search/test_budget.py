@@ -87,11 +87,8 @@ def test_problems() -> None:
 
 
 def test_two_ratios() -> None:
-    """A default yields to the other ratio; otherwise giving both is a problem, with the same message everywhere."""
+    """Giving both is a problem, with the same message everywhere."""
     both = {"removed_expert_ratio": 0.5, "memory_ratio": 0.7}
-    assert Budget(**both, yields="removed_expert_ratio") == Budget(None, 0.7, "removed_expert_ratio")
-    assert Budget(**both, yields="memory_ratio").settings() == {**both, "memory_ratio": None}
-    assert Budget(0.5, yields="removed_expert_ratio").settings() == {**both, "memory_ratio": None}
     problems = Budget(**both).problems()
     assert problems == ["method.removed_expert_ratio and method.memory_ratio are both set; set one of them to null"]
     for step in (CDMoE, InterExpertPruning, NAEE, Decompose):
