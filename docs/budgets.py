@@ -13,7 +13,7 @@ from recondense.models import families, model_classes
 from recondense.plan import Plan
 from recondense.report.summary import operation_counts
 from recondense.run.build_steps import build_steps
-from recondense.run.model_and_machine_checks import planned_config
+from recondense.run.model_checks import planned_config
 from recondense.run.reachable_budget import reachable
 from recondense.run.search_path import CONFIGS, initialize_hydra
 from recondense.run.sizes import compare

@@ -15,7 +15,7 @@ from recondense.models.families import Facts
 from recondense.models.published_configs import recorded_config, recorded_ids
 from recondense.run.build_steps import build_steps, check_steps
 from recondense.run.default_budget import is_settled
-from recondense.run.model_and_machine_checks import planned_config
+from recondense.run.model_checks import planned_config
 from recondense.run.sizes import compare, outlined
 
 GRID = 10_000  # a memory ratio is lowered in steps of 1 / GRID
