@@ -35,7 +35,7 @@ RUNS = {
         *("--vocabulary", "300", "--hidden-size", "32", "--layers", "2", "--num-experts", "4", "--width", "16"),
         *("--threads", "1", "--show-only"),
     ],
-    "faults": ["benchmarks/faults.py", "--kills", "1", "--disks", "1", "--variants", "cdmoe"],
+    "faults": ["benchmarks/faults.py", "--kills", "1", "--disks", "1", "--seed", "8", "--variants", "cdmoe"],
 }
 SLOW = ("training", "losses", "faults")  # eight processes; a vocabulary that is large enough to tell memory
 
