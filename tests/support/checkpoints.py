@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,3 +72,16 @@ def weights(change: Callable[[State], State]) -> Change:
 def shard(number: int, data: bytes) -> Change:
     """Replace one of several files of weights."""
     return lambda folder: sorted(folder.glob("model-*.safetensors"))[number].write_bytes(data)
+
+
+@contextmanager
+def remote_code_in(folder: Path) -> Iterator[None]:
+    """Let transformers copy remote code to a folder instead of the user's cache, inside the context."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        patch.setattr("sys.path", [*sys.path])
+        known = set(sys.modules)
+        yield
+        for name in set(sys.modules) - known:
+            if name.startswith("transformers_modules"):
+                del sys.modules[name]

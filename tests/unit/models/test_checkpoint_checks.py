@@ -22,6 +22,7 @@ from support.checkpoints import (
     content,
     cut,
     json_values,
+    remote_code_in,
     remove,
     shard,
     weights,
@@ -225,7 +226,8 @@ def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
 def test_remote_code_of_a_tokenizer_that_fails(tmp_path: Path) -> None:
     mapped = json_values(SETTINGS, auto_map={"AutoTokenizer": ["mine.Tokenizer", None]})
     folder = checkpoint(tmp_path / "model", "qwen2_moe", mapped, content("mine.py", "raise KeyError('x')"))
-    [problem] = messages(folder, trust_remote_code=True)
+    with remote_code_in(tmp_path / "modules"):
+        [problem] = messages(folder, trust_remote_code=True)
     assert problem == "transformers cannot read the tokenizer: KeyError: 'x'."
 
 

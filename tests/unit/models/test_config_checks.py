@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import POINTER, checkpoint, config, content, json_values, remove
+from support.checkpoints import POINTER, checkpoint, config, content, json_values, remote_code_in, remove
 from support.plain_moe import FOUR, PAIRS, RANKS
 from support.tiny_models import EVERY, tiny
 from transformers import GPTNeoXConfig, LlamaConfig
@@ -235,13 +235,14 @@ def test_a_damaged_generation_config(data: str, message: str, tmp_path: Path) ->
 def test_only_an_unknown_model_type_runs_remote_code(code: str, tmp_path: Path) -> None:
     mapped = config(auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
     folder = checkpoint(tmp_path / "model", "qwen2_moe", mapped, content("mine.py", code))
-    assert problems(folder, trust_remote_code=True) == []
-    json_values("config.json", model_type="my_own_moe")(folder)
-    [problem] = problems(folder, trust_remote_code=True)
-    assert problem.startswith("transformers cannot read config.json: ")
-    remove("mine.py")(folder)
-    [problem] = problems(folder, trust_remote_code=True)
-    assert "mine.py" in problem
+    with remote_code_in(tmp_path / "modules"):
+        assert problems(folder, trust_remote_code=True) == []
+        json_values("config.json", model_type="my_own_moe")(folder)
+        [problem] = problems(folder, trust_remote_code=True)
+        assert problem.startswith("transformers cannot read config.json: ")
+        remove("mine.py")(folder)
+        [problem] = problems(folder, trust_remote_code=True)
+        assert "mine.py" in problem
     [problem] = problems(folder)
     assert "'my_own_moe' is not supported" in problem
 
