@@ -21,6 +21,7 @@ from recondense.plan import Plan
 from recondense.recovery.engines import full_tensors
 
 FINAL = "final.ckpt"
+BEGINNING = b"PK\x03\x04"
 KEYS = {"state_dict", "plan"}
 KEYS_TO_RESUME = {"optimizer_states", "random_states", "loops", "global_step"}
 
@@ -94,6 +95,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _problem(path: Path) -> str | None:
     """Return what is wrong with a checkpoint; None if it is as it was written. torch checks no checksums itself."""
     try:
+        with path.open("rb") as start:
+            if start.read(len(BEGINNING)) != BEGINNING:  # zipfile would allow bytes before it, but torch does not
+                return "it does not begin like a checkpoint"
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except OSError as error:

@@ -201,6 +201,7 @@ DAMAGES: dict[str, Any] = {
     "half": lambda content: content[: len(content) // 2],
     "another": lambda content: b"version https://git-lfs.github.com/spec/v1\n",
     "changed at its end": lambda content: content.replace(b"PK\x01\x02", b"PK\x01\x03", 1),
+    "bytes before it": lambda content: b"\xff\xfe" + content,
     "zeros in its tensors": lambda content: (
         content[: len(content) // 2] + bytes(99) + content[len(content) // 2 + 99 :]
     ),
