@@ -76,7 +76,8 @@ def _dropping(name: str, before: TextIO | None, descriptor: int) -> Iterator[Non
     if before is None:
         raw: Any = _Dropping(descriptor if instead is None else instead)
         encoding = "utf-8" if instead is None else sys.stderr.encoding
-        unbuffered, options = False, {"encoding": encoding, "errors": "replace", "line_buffering": True}
+        unbuffered = False
+        options: dict[str, Any] = {"encoding": encoding, "errors": "replace", "line_buffering": True}
     else:
         with suppress(OSError):
             before.flush()

@@ -114,7 +114,7 @@ def test_logits_are_those_of_every_example_alone(family: str, attention: str) ->
             )
             size = len(alone.ids)
             expected = model(input_ids=torch.tensor([alone.ids]), use_cache=False).logits[0]
-            torch.testing.assert_close(packed[row, start : start + size], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(packed[row, start : start + size], expected, rtol=5e-5, atol=5e-5)
             if start:
                 compared += 1
                 assert (unaware[row, start : start + size] - expected).abs().max() > 1e-2, (
