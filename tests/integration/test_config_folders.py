@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,10 @@ def test_a_sweep(command: Command, runs: Runs, folder: Path, monkeypatch: pytest
     assert [(config.experiment_name, config.seed) for config, _ in runs] == [("mine", 7), ("yours", 8)]
     code, err = command(*runs[1][1][4:])
     assert code == 0, err
-    assert runs[2] == runs[1], "the other processes of a run do not start a sweep"
+    (child, children_of_child), (config, children) = runs[2], runs[1]
+    assert config.logger.wandb.group, "the runs of a sweep share a group; only their first processes log"
+    same = replace(child, logger=config.logger), children_of_child
+    assert same == (config, children), "the other processes of a run do not start a sweep"
 
 
 def test_the_primary_config_is_used(command: Command, runs: Runs, folder: Path) -> None:
