@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.log_handlers import restore_loggers
 from support.refusals import assert_refused
 from support.runs import arguments, config, model_folder, one_command, paper_tasks, step, text_files
+from support.tiny_models import qwen2_moe
 
 from recondense.config.schema import Config, from_dict
 from recondense.errors import UserError
@@ -130,3 +131,39 @@ def test_a_run_that_is_done_needs_no_inputs(
         assert_refused(*command(*done), [f"{out / 'run' / 'summary.json'} is damaged", "Delete this file"])
         (out / "run" / "config.yaml").write_text("seed: [")
         assert_refused(*command(*done), [str(out / "run")])
+
+
+def _small_experts(**settings: Any) -> Any:
+    return qwen2_moe(**settings, moe_intermediate_size=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        (["method=cdmoe"], ["method.num_layers=1"]),  # the default is out of reach, and lowered
+        (["method=cdmoe", "model=qwen_moe"], ["method.memory_ratio=0.75"]),
+        (["method=reap", "method.memory_ratio=0.95"], ["model=general"]),
+        (["method=reap", "run_dir=null"], ["model.budgets.default={memory_ratio: 0.7}"]),
+        (["method=cdmoe", "run_dir=null"], ["method.num_experts=1"]),
+    ],
+)
+def test_a_run_that_is_done_needs_no_model_for_its_defaults(
+    settings: list[str], more: list[str], command: Command, tmp_path: Path
+) -> None:
+    """Neither for the choice of `model=`, nor for the budget that the method reaches."""
+    model, texts, out = (
+        model_folder(tmp_path / "model", _small_experts),
+        text_files(tmp_path / "texts"),
+        tmp_path / "out",
+    )
+    without = [text for text in arguments(model, texts, out, "run") if not text.startswith("model=")]
+    done = [*without, "recovery=none", "callbacks.profile.enabled=false", *settings]
+    with one_command():
+        code, err = command(*done)
+        assert code == 0, err
+        [summary] = out.rglob("summary.json")
+        shutil.rmtree(model)
+        code, err = command(*done)
+        assert code == 0, err
+        assert_refused(*command(*done, *more), ["model.path"])
+        assert [*out.rglob("summary.json")] == [summary]

@@ -32,7 +32,8 @@ from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly, is_done
 from recondense.run.command_options import check_options, options_first
-from recondense.run.default_budget import as_done, is_settled
+from recondense.run.default_budget import is_settled
+from recondense.run.done_runs import as_done
 from recondense.run.environment import forget_other_programs, naming_variables
 from recondense.run.exit_codes import another_says_it, exit_codes
 from recondense.run.folder_checks import check_run_folder, stored_run

@@ -15,10 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recondense.config.method_steps import step_entries
-from recondense.config.schema import Config
+from recondense.config.problems import Problem, suggestion
+from recondense.config.schema import GENERAL, Config
 from recondense.models.config_json import config_values, same_shape
-from recondense.run.folder_checks import stored_run
-from recondense.run.run_folder import has_summary
 
 OPEN = "${budget:"  # how a setting begins that the default budget may set
 RATIOS = ("removed_expert_ratio", "memory_ratio")
@@ -33,26 +32,44 @@ class DefaultBudget:
         settings: the settings by name.
         source: where they are from, in words.
         of_shape: whether they are for models of this shape, so that the method can reach them.
+        replaced: names of the settings that the user gave instead of some of them.
     """
 
     settings: Mapping[str, Any]
     source: str
     of_shape: bool
+    replaced: tuple[str, ...] = ()
 
 
 def default_budget(config: DictConfig) -> DefaultBudget | None:
     """Return the default budget that applies in a composed config; None if none of its settings does."""
     method = _section(config, "method")
-    is_open = {name for name, value in method.items() if str(value).startswith(OPEN)}
-    chosen = {name for name in AMOUNTS if name in method and name not in is_open and _decides(name, method[name])}
+    is_open, chosen = open_settings(config), _chosen(method)
     takes_settings = any(isinstance(entry, str) for entry in step_entries(method))
-    if not is_open or not takes_settings or chosen & set(RATIOS):
+    if not is_open or not takes_settings or set(chosen) & set(RATIOS):
         return None
     budget = _budget_of(str(method.get("name")), config)
-    settings = {
-        name: value for name, value in budget.settings.items() if name in is_open and not (chosen and name in AMOUNTS)
-    }
-    return DefaultBudget(settings, budget.source, budget.of_shape) if settings else None
+    settings = {name: value for name, value in budget.settings.items() if name in is_open}
+    given = (*chosen, *(name for name in budget.settings if name in method and not _is_open(method[name])))
+    replaced = tuple(dict.fromkeys(given)) if budget.of_shape else ()
+    return replace(budget, settings=settings, replaced=replaced) if settings else None
+
+
+def open_settings(config: DictConfig) -> list[str]:
+    """Return the names of the method's settings that are defaults which depend on the model."""
+    method = _section(config, "method")
+    has_size = bool(_chosen(method))
+    return [name for name, value in method.items() if _is_open(value) and not (has_size and name in AMOUNTS)]
+
+
+def _is_open(value: Any) -> bool:
+    return str(value).startswith(OPEN)
+
+
+def _chosen(method: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings with which the user says how small the model becomes."""
+    names = [name for name in AMOUNTS if name in method and not _is_open(method[name])]
+    return [name for name in names if _decides(name, method[name])]
 
 
 def _decides(name: str, value: Any) -> bool:
@@ -66,12 +83,12 @@ def _budget_of(method: str, config: DictConfig) -> DefaultBudget:
     budgets = _mapping(model.get("budgets"))
     name, listed = model.get("name"), _mapping(budgets.get("methods"))
     entry = _mapping(listed.get(method) or listed.get("any"))
-    source = f"model={name} has none for {method}"
+    source = f"no published row for {'this model' if name == GENERAL else name} and {method}"
     if entry:
         if _is_of_shape(config):
             settings = {key: value for key, value in entry.items() if key != "from"}
-            return DefaultBudget(settings, entry.get("from") or f"conf/model/{name}.yaml", of_shape=True)
-        source = f"that of model={name} is for another shape"
+            return DefaultBudget(settings, entry.get("from") or f"the budgets of model={name}", of_shape=True)
+        source = f"the budget of model={name} for {method} is for a model of another shape"
     return DefaultBudget(_mapping(budgets.get("default")), source, of_shape=False)
 
 
@@ -89,7 +106,9 @@ def _section(config: DictConfig, name: str) -> Mapping[str, Any]:
 def _is_of_shape(config: DictConfig) -> bool:
     """Return whether a run's model has the shape for which its YAML has budgets."""
     path, revision = (OmegaConf.select(config, f"model.{name}") for name in ("path", "revision"))
-    if path is None or path == _mapping(_section(config, "model").get("budgets")).get("shape_of"):
+    model = _section(config, "model")
+    shape_of = _mapping(model.get("budgets")).get("shape_of")
+    if path == shape_of or path is None or (shape_of is None and model.get("pretrain") is None):
         return True
     if not isinstance(path, str) or not isinstance(revision, str | None):
         return False
@@ -98,12 +117,18 @@ def _is_of_shape(config: DictConfig) -> bool:
 
 
 def has_shape(config: DictConfig, values: Mapping[str, Any]) -> bool:
-    """Return whether a config.json has the shape for which the composed choice of `model=` has budgets."""
+    """Return whether a config.json has the shape for which the composed choice of `model=` has budgets.
+
+    Budgets of a file without `shape_of` are for the model of the file.
+    """
     model = _section(config, "model")
-    if (shape_of := _mapping(model.get("budgets")).get("shape_of")) is not None:
+    budgets = _mapping(model.get("budgets"))
+    if (shape_of := budgets.get("shape_of")) is not None:
         reference = config_values(str(shape_of))
         return reference is not None and same_shape(values, reference)
-    embedded = _mapping(_mapping(model.get("pretrain")).get("config"))
+    if model.get("pretrain") is None:
+        return bool(_mapping(budgets.get("methods")))
+    embedded = _mapping(_mapping(model["pretrain"]).get("config"))
     return bool(embedded) and same_shape(values, {"model_type": "qwen2_moe", **embedded})
 
 
@@ -129,16 +154,14 @@ def used_settings(config: DictConfig, method: Mapping[str, Any]) -> dict[str, An
         method: the settings of the method, resolved.
     """
     budget = default_budget(config)
-    others = [
-        name
-        for name, value in _section(config, "method").items()
-        if str(value).startswith(OPEN) and name not in AMOUNTS
-    ]
+    others = [name for name in open_settings(config) if name not in AMOUNTS]
     return {**{name: method[name] for name in others}, **(budget.settings if budget else {})}
 
 
 def keep_used(config: DictConfig, values: dict[str, Any], *, by_path: bool) -> None:
     """Replace `model.budgets` by what the run has from it: `used`, its settings, and `from`, their source.
+
+    `open` are the names of all settings that the user leaves to the model; `replaced` of those given instead.
 
     Args:
         config: the composed config.
@@ -150,24 +173,29 @@ def keep_used(config: DictConfig, values: dict[str, Any], *, by_path: bool) -> N
     budget, used = default_budget(config), used_settings(config, values["method"])
     of_shape = budget is not None and budget.of_shape
     source = budget.source if budget else ""
-    kept = {"used": used, "from": source, "of_shape": of_shape} if used else {}
+    kept: dict[str, Any] = {}
+    if used:
+        kept = {"used": used, "from": source, "of_shape": of_shape, "open": open_settings(config)}
+    if budget and budget.replaced:
+        kept["replaced"] = list(budget.replaced)
     values["model"]["budgets"] = {**kept, **({"by_path": True} if by_path else {})}
 
 
-def as_done(config: Config) -> Config:
-    """Return the config with the defaults that a finished run in its folder used, if it is else the same run.
-
-    Its model may be gone since, and with it what the method can reach on it.
-    """
-    if is_settled(config) or not has_summary(config):
-        return config
-    stored = stored_run(config.run_folder())
-    used = stored.model.budgets.get("used", {}) if isinstance(stored, Config) else {}
-    if not isinstance(stored, Config) or set(used) != set(config.model.budgets["used"]):
-        return config
-    model = replace(config.model, budgets=stored.model.budgets)
-    again = replace(config, method={**config.method, **used}, model=model)
-    return again if again.run_hash() == stored.run_hash() else config
+def check_budgets(config: DictConfig) -> list[Problem]:
+    """Return a problem for each setting in the entry of the run's method that the method does not have."""
+    method = _section(config, "method")
+    methods = _mapping(_mapping(_section(config, "model").get("budgets")).get("methods"))
+    name = str(method.get("name"))
+    sizes = [name for name, value in method.items() if name in AMOUNTS or _is_open(value)]
+    return [
+        Problem(
+            f"model.budgets.methods.{name}.{key}",
+            f"method={name} has no such setting. {suggestion(str(key), sizes)}",
+            value,
+        )
+        for key, value in _mapping(methods.get(name)).items()
+        if key != "from" and key not in method
+    ]
 
 
 def is_settled(config: Config) -> bool:

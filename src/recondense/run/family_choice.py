@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from recondense.config.schema import GENERAL
 from recondense.models.config_json import config_values, model_type, same_sizes
 from recondense.models.published_configs import recorded_ids, recorded_values
+from recondense.run.done_runs import family_of_done
 from recondense.run.search_path import CONFIGS
 
 
@@ -42,7 +44,18 @@ def family_override(config: DictConfig | None, overrides: Sequence[str]) -> list
     if model.get("pretrain") is None or not isinstance(path, str):
         return []
     values = config_values(path, revision if isinstance(revision, str) else None, hub=config.get("plan_only") is False)
-    return [f"model={GENERAL if values is None else choice_of(values)}"]
+    return [f"model={choice_of(values) if values is not None else _choice_of_done(path, config) or GENERAL}"]
+
+
+def _choice_of_done(path: str, config: DictConfig) -> str | None:
+    """Return the choice that a model decided for a run that is done, if it cannot be read any more."""
+    try:
+        output_dir, name, run_dir = (config.get(key) for key in ("output_dir", "experiment_name", "run_dir"))
+    except OmegaConfBaseException:  # reported where it stands
+        return None
+    if not isinstance(output_dir, str) or not isinstance(name, str) or not isinstance(run_dir, str | None):
+        return None
+    return family_of_done(path, Path(output_dir).expanduser() / name, run_dir)
 
 
 def _chooses_model(overrides: Sequence[str]) -> bool:

@@ -23,6 +23,8 @@ from recondense.config.stages import require_stages
 from recondense.errors import ConfigError
 from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
+from recondense.run.checks_without_torch import is_done
+from recondense.run.done_runs import as_done
 from recondense.run.resolved_run import Run
 from recondense.run.search_path import initialize_hydra, same_configs
 from recondense.run.unknown_overrides import COMPOSE_ERRORS, compose_run, list_choices, list_groups
@@ -161,5 +163,7 @@ def resolve_job(context: Any) -> Run:
         values = compose_run(args.config_name, list(context.overrides.task), loader, problems)
     if problems or values is None:
         raise ConfigError(render(problems))
-    config = reachable(from_dict(values))
+    config = as_done(from_dict(values))
+    if not is_done(config):
+        config = reachable(config)
     return Run(config, require_stages(config), build_steps(config.method))

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from recondense.config.schema import Config
 from recondense.errors import UserError
 from recondense.models import families, model_classes
+from recondense.models.config_json import config_values, model_type
 from recondense.models.families import Facts
 from recondense.models.published_configs import recorded_config, recorded_ids
 from recondense.run.build_steps import build_steps, check_steps
@@ -35,8 +36,8 @@ def reachable(config: Config) -> Config:
     except UserError:
         return config
     used = {name: method[name] for name in budgets["used"]}
-    if (ratio := budgets["used"].get("memory_ratio")) != used.get("memory_ratio"):
-        budgets["from"] += f"; the nearest to {ratio} that the method reaches"
+    if used != budgets["used"]:
+        budgets["asked"] = budgets["used"]
     return replace(config, method=method, model=replace(config.model, budgets={**budgets, "used": used}))
 
 
@@ -107,24 +108,44 @@ def _works(method: Mapping[str, Any], ratio: float, model: PreTrainedModel, fact
 
 def lines(config: Config) -> list[str]:
     """Return what a run prints first: the choice of `model=` if its path decided it, and its default budget."""
-    model = config.model
-    family = f"model: {model.path} has the settings of model={model.name} and data={config.data.name}"
-    texts = [f"{family}, by its model_type; model=... chooses others"] if model.budgets.get("by_path") else []
-    return [*texts, *([_budget_line(config)] if model.budgets.get("from") else [])]
+    texts = [_family_line(config)] if config.model.budgets.get("by_path") else []
+    return [*texts, *([_budget_line(config)] if config.model.budgets.get("from") else [])]
+
+
+def _family_line(config: Config) -> str:
+    model, recovery = config.model, config.recovery
+    values = config_values(str(model.path), model.revision, hub=not config.plan_only)
+    kind = "" if values is None else model_type(values)
+    reason = f" is {'an' if kind[0] in 'aeiou' else 'a'} {kind}, so" if kind else ":"
+    trained: str = recovery.objective
+    if trained != "none" and recovery.stages:
+        trained = f"{len(recovery.stages)} stages"
+    elif trained != "none":
+        amount = f"{recovery.steps} steps" if recovery.epochs is None else f"{recovery.epochs:g} epochs"
+        trained += f", {amount} of {recovery.batch_size}, learning rate {recovery.learning_rate}"
+    chosen = f"model: {model.path}{reason} model={model.name} is used (model=... to choose another)"
+    return f"{chosen}; data={config.data.name}; recovery: {trained}"
 
 
 def _budget_line(config: Config) -> str:
-    used = dict(config.model.budgets["used"])
-    words = []
+    budgets = config.model.budgets
+    used = dict(budgets["used"])
+    parts = []
     if "num_layers" in used:
-        words.append(f"{used['num_layers']} layers")
+        parts.append(f"{used['num_layers']} layers")
     if "num_experts" in used:
-        words.append(f"{'with ' if words else ''}{used['num_experts']} experts")
-    words = [" ".join(words)] if words else []
-    words += [f"{name}={value}" for name, value in used.items() if name not in ("num_layers", "num_experts")]
-    words += [f"memory {memory:.4f}" for memory in _memory(config)]
-    names = ", ".join(f"method.{name}" for name in used)
-    return f"budget: {', '.join(words)} ({config.model.budgets['from']}; to change it: {names})"
+        parts.append(f"{'with ' if parts else ''}{used['num_experts']} experts")
+    parts = [" ".join(parts)] if parts else []
+    parts += [f"{name}={value}" for name, value in used.items() if name not in ("num_layers", "num_experts")]
+    asked = budgets.get("asked", used).get("memory_ratio")
+    if asked != used.get("memory_ratio"):
+        parts.append(f"the nearest to {asked} that {config.method['name']} reaches on this model")
+    memory = [f"memory {ratio:.4f}" for ratio in _memory(config)]
+    change = f"to change it: {', '.join(f'method.{name}' for name in used)}"
+    if replaced := [f"{name}={config.method[name]}" for name in budgets.get("replaced", ())]:
+        given = f"with your {', '.join(replaced)}{''.join(f': {text}' for text in memory)}"
+        return f"budget: {', '.join(parts)} ({budgets['from']}); {given}; {change}"
+    return f"budget: {', '.join([*parts, *memory])} ({budgets['from']}; {change})"
 
 
 def _memory(config: Config) -> list[float]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recondense.config.problems import Problem, nearest, suggestion
-from recondense.run.default_budget import keep_used
+from recondense.run.default_budget import check_budgets, keep_used
 from recondense.run.family_choice import family_override
 
 COMPOSE_ERRORS = (
@@ -50,6 +50,7 @@ def compose_run(
         OmegaConf.update(config, key, None)
     values = resolve_values(config, problems)
     if values is not None:
+        problems += check_budgets(config)
         keep_used(config, values, by_path=bool(by_path))
     return values
 

@@ -12,7 +12,7 @@ import yaml
 from support.composed import composed
 from support.tiny_models import qwen2_moe
 
-from recondense.config.problems import Problem
+from recondense.config.problems import Problem, render
 from recondense.config.schema import from_dict
 from recondense.models import config_json
 from recondense.models.published_configs import recorded_values
@@ -126,8 +126,9 @@ def test_a_folder_of_another_shape_has_the_general_budget(changes: dict[str, Any
     assert sizes(values) == {"num_experts": 4, "num_layers": "all", "memory_ratio": 0.75}
     assert values["model"]["budgets"] == {
         "used": {"num_experts": 4, "memory_ratio": 0.75},
-        "from": "that of model=qwen_moe is for another shape",
+        "from": "the budget of model=qwen_moe for cdmoe is for a model of another shape",
         "of_shape": False,
+        "open": ["removed_expert_ratio", "memory_ratio", "num_experts", "num_layers"],
     }
 
 
@@ -140,6 +141,56 @@ def test_the_embedded_models_budget_is_not_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(qwen2_moe().config.to_dict()))
     values = composed("model=tiny_moe", f"model.path={tmp_path}", "method=reap")
     assert sizes(values) == {"memory_ratio": 0.75} and values["recovery"]["steps"] == 200
+
+
+@pytest.mark.parametrize(
+    ("entry", "method", "expected"),
+    [
+        ("{num_layers: 2}", "cdmoe", {"num_experts": 4, "num_layers": 2}),
+        ("{prune_ratio: 0.5, average_rank: 9, from: me}", "moei2", {"prune_ratio": 0.5, "average_rank": 9}),
+        ("{memory_ratio: 0.9}", "reap", {"memory_ratio": 0.9}),
+    ],
+)
+def test_an_entry_without_shape_of_is_for_the_files_model(
+    entry: str, method: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(qwen2_moe().config.to_dict()))
+    (tmp_path / "model").mkdir()
+    text = f"# @package _global_\ndefaults: [_base, _self_]\nmodel:\n  name: mine\n  path: {tmp_path}\n"
+    (tmp_path / "model" / "mine.yaml").write_text(f"{text}  budgets: {{methods: {{{method}: {entry}}}}}\n")
+    values = composed("model=mine", f"method={method}", config_dir=str(tmp_path))
+    assert sizes(values) == expected
+    assert values["model"]["budgets"]["from"] == ("me" if "me}" in entry else "the budgets of model=mine")
+    given = f"++model.budgets.methods.{method}={entry}"
+    assert sizes(composed("model=general", f"model.path={tmp_path}", f"method={method}", given)) == expected
+    shaped = composed("model=qwen_moe", f"model.path={tmp_path}", f"method={method}", given)
+    assert sizes(shaped)["memory_ratio"] == 0.75, "model=qwen_moe has a shape"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "+model.budgets.methods.cdmoe.num_layer=2",
+            "cdmoe.num_layer=2: method=cdmoe has no such setting. Did you mean",
+        ),
+        ("+model.budgets.methods.cdmoe.average_rank=2", "cdmoe.average_rank=2: method=cdmoe has no such setting."),
+        ("+model.budgets.methods.cdmoe.x=null", "cdmoe.x=null: method=cdmoe has no such setting."),
+    ],
+)
+@pytest.mark.parametrize("model", ["qwen_moe", "tiny_moe"])
+def test_a_budget_of_unknown_settings_is_refused(setting: str, message: str, model: str) -> None:
+    problems: list[Problem] = []
+    overrides = [f"model={model}", setting]
+    with initialize_hydra("train", Namespace(config_path=None, config_dir=None, overrides=overrides)) as loader:
+        compose_run("train", overrides, loader, problems)
+    [text] = render(problems)
+    assert text.startswith(f"model.budgets.methods.{message}") and "steps" not in text
+    problems.clear()
+    overrides.append("method=reap")  # which does not use this entry
+    with initialize_hydra("train", Namespace(config_path=None, config_dir=None, overrides=overrides)) as loader:
+        compose_run("train", overrides, loader, problems)
+    assert problems == []
 
 
 def test_steps_with_settings_of_their_own_have_no_default_budget() -> None:

@@ -40,7 +40,8 @@ def test_every_method_reaches_its_default(method: str, tmp_path: Path) -> None:
     assert problems(after) == []
     ratio = after.method["memory_ratio"]
     assert ratio > before.method["memory_ratio"] == 0.75
-    assert after.model.budgets["from"].endswith("; the nearest to 0.75 that the method reaches")
+    line = lines(after)[-1]
+    assert f"memory_ratio={ratio}, the nearest to 0.75 that {method} reaches on this model, memory 0." in line
     sizes = rc.plan_only(tmp_path, build_steps(after.method))
     assert sizes.after.total <= ratio * sizes.before.total
     with pytest.raises(rc.UserError):  # the next smaller ratio
@@ -97,9 +98,12 @@ def test_a_model_that_cannot_be_read_is_left_to_the_checks(change: dict[str, Any
 
 def test_the_lines_of_a_run(tmp_path: Path) -> None:
     family, budget = lines(reachable(config(tmp_path, "method=reap")))
-    assert family.startswith(f"model: {tmp_path} has the settings of model=qwen_moe and data=c4, by its model_type")
+    chosen = f"model: {tmp_path} is a qwen2_moe, so model=qwen_moe is used (model=... to choose another); "
+    assert family == f"{chosen}data=c4; recovery: distill, 1250 steps of 8, learning rate 1e-05"
     assert budget.startswith("budget: memory_ratio=0.75, memory 0.7")
-    assert budget.endswith("(model=qwen_moe has none for reap; to change it: method.memory_ratio)")
+    assert budget.endswith("(no published row for qwen_moe and reap; to change it: method.memory_ratio)")
+    other = lines(reachable(config(tmp_path, "method=cdmoe", "model=qwen_moe")))
+    assert "(the budget of model=qwen_moe for cdmoe is for a model of another shape; to change it: " in other[0]
     assert lines(from_dict(composed("model=qwen_moe"))) == [
         "budget: 9 layers with 4 experts, memory 0.6954 (published, arXiv 2412.00069, E(4+4); "
         "to change it: method.num_experts, method.num_layers)"
@@ -107,6 +111,44 @@ def test_the_lines_of_a_run(tmp_path: Path) -> None:
     assert lines(from_dict(composed("model=qwen_moe", "method.memory_ratio=0.7"))) == []
     assert lines(from_dict(composed("method=none"))) == []
     assert lines(from_dict(composed("experiment=demo"))) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("olmoe", ["recovery=none"], "is an olmoe, so model=olmoe is used (*); data=c4; recovery: none"),
+        ("mixtral", ["data=texts"], "is a mixtral, so model=mixtral is used (*); data=texts; recovery: distill, 1250"),
+        ("dots1", ["recovery=finetune", "recovery.epochs=2"], "is a dots1, so model=general is used (*); data=c4; "
+         "recovery: finetune, 2 epochs of 8, learning rate 1e-05"),
+        ("qwen2_moe", ["recovery.stages=[{steps: 3}, {steps: 4}]"], "is a qwen2_moe, so model=qwen_moe is used (*); "
+         "data=c4; recovery: 2 stages"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_family(family: str, settings: list[str], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "hidden_size": 32, "num_hidden_layers": 1}))
+    [line, *_] = lines(from_dict(composed(f"model.path={tmp_path}", "plan_only=true", *settings)))
+    assert line.startswith(f"model: {tmp_path} {expected.replace('*', 'model=... to choose another')}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "method.num_layers=all",
+            "4 experts (published, arXiv 2412.00069, E(4+4)); with your num_layers=all: memory 0.18",
+        ),
+        ("method.num_experts=2", "9 layers (published, arXiv 2412.00069, E(4+4)); with your num_experts=2: memory 0.6"),
+        (
+            "method=moei2 method.ratio=0.5",
+            "prune_ratio=0.25 (experiment=paper/moei2_qwen); with your ratio=0.5: memory",
+        ),
+        ("method.num_layers=6 method.num_experts=2", None),
+    ],
+)
+def test_a_row_of_which_the_user_replaces_a_part(arguments: str, expected: str | None) -> None:
+    """The memory is not that of the row."""
+    texts = lines(from_dict(composed("model=qwen_moe", *arguments.split())))
+    assert [text.startswith(f"budget: {expected}") for text in texts] == [True] * (expected is not None)
 
 
 def test_the_name_of_a_method_in_python_means_the_same(tmp_path: Path) -> None:
