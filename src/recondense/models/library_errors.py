@@ -47,8 +47,8 @@ def library_calls(what: str, memory: str = "use a machine with more memory") -> 
         yield
     except UserError:
         raise
-    except Exception as error:
-        if _is_ours(error):
+    except (Exception, SystemExit) as error:
+        if _is_ours(error) or (isinstance(error, SystemExit) and not is_exit(error)):
             raise
         if is_out_of_memory(error):
             raise UserError(f"{what}: there is not enough memory; {memory}") from error
@@ -66,7 +66,13 @@ def without_warnings() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _is_ours(error: Exception) -> bool:
+def is_exit(error: BaseException) -> bool:
+    """Return whether somebody else's code has called sys.exit. How signals and launchers end a run is not meant."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return type(error) is SystemExit and not Path(frames[-1].f_code.co_filename).is_relative_to(PACKAGE)
+
+
+def _is_ours(error: BaseException) -> bool:
     """Return whether an error inside `library_calls` was raised by recondense, or came through a function of it."""
     files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
     files = [file for file in files if file not in (Path(__file__), Path(contextlib.__file__))]
@@ -85,6 +91,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """Return the message of a library's error on one line; with the error's type if it may be no sentence."""
+    if isinstance(error, SystemExit):
+        return f"its code calls sys.exit({'' if error.code is None else repr(error.code)})"
     text = " ".join(str(error).split()).removesuffix(".")
     if len(text) > LONGEST_REASON:
         text = f"{text[:LONGEST_REASON]} ..."

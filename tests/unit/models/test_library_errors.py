@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 from recondense.errors import UserError
 from recondense.models.families import original_facts
 from recondense.models.library_errors import damage, library_calls, read_json, reason_of
+from recondense.run.exit_codes import Reported, exit_codes
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
 
@@ -24,7 +26,7 @@ def run(call: Callable[[], Any]) -> None:
         call()
 
 
-def in_a_library(error: Exception) -> Callable[[], Any]:
+def in_a_library(error: BaseException) -> Callable[[], Any]:
     """A call into a library that raises an error: json calls the function with each object it reads."""
 
     class Raises(json.JSONEncoder):
@@ -41,6 +43,9 @@ def in_a_library(error: Exception) -> Callable[[], Any]:
         (OSError("no file"), "model.path=x: no file"),
         (KeyError("nope"), "model.path=x: KeyError: 'nope'"),
         (ZeroDivisionError(), "model.path=x: ZeroDivisionError"),
+        (SystemExit(3), "model.path=x: its code calls sys.exit(3)"),
+        (SystemExit(), "model.path=x: its code calls sys.exit()"),
+        (SystemExit("not supported"), "model.path=x: its code calls sys.exit('not supported')"),
         (AttributeError("no rank"), "model.path=x: AttributeError: no rank"),
         (MemoryError(), "model.path=x: there is not enough memory; use a machine with more memory"),
         (torch.OutOfMemoryError("CUDA"), "model.path=x: there is not enough memory; use a machine with more memory"),
@@ -50,10 +55,20 @@ def in_a_library(error: Exception) -> Callable[[], Any]:
         ),
     ],
 )
-def test_an_error_of_a_library_is_a_sentence(error: Exception, message: str) -> None:
+def test_an_error_of_a_library_is_a_sentence(error: BaseException, message: str) -> None:
     with pytest.raises(UserError) as raised:
         run(in_a_library(error))
     assert str(raised.value) == message and raised.value.__cause__ is error
+
+
+def test_signals_and_interrupts_are_no_errors_of_a_library() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(in_a_library(KeyboardInterrupt()))
+    with pytest.raises(Reported):
+        run(in_a_library(Reported(1)))
+    with pytest.raises(Reported) as ended, exit_codes():
+        run(lambda: json.dumps(object(), default=lambda _: signal.raise_signal(signal.SIGTERM)))
+    assert ended.value.code == 143
 
 
 def test_real_libraries(tmp_path: Path) -> None:
