@@ -191,7 +191,7 @@ def _load(manager: Any, tasks: Sequence[str]) -> Any:
             ) from error
         _name_culprit(manager, names)
         raise
-    except Exception:  # from the YAML, the functions or the data of a task
+    except (Exception, SystemExit):  # from the YAML, the functions or the data of a task
         _name_culprit(manager, names)
         raise
 
@@ -203,7 +203,7 @@ def _name_culprit(manager: Any, names: Sequence[str]) -> None:
         UserError: one of them cannot be loaded.
     """
     for name in names:
-        with naming(name):
+        with naming(name, task_settings(manager, name)):
             manager.load([name])
 
 
@@ -224,7 +224,7 @@ def check_local_tasks(
     with hub_access(offline=True), _quiet("checking tasks"):
         for name in (name for name in names if _on_disk(manager, [name])):
             try:
-                with naming(name):
+                with naming(name, task_settings(manager, name)):
                     [task] = manager.load([name])["tasks"].values()
                     _set_fewshot(task, num_fewshot)
                 check_documents(task, name, CHECKED)

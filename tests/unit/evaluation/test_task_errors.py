@@ -26,7 +26,45 @@ def fails(*arguments):
 
 def answers(document, results):
     return {"acc": 1.0}
+
+def texts(document, results):
+    return {"acc": "right"}
+
+def lists(document, results):
+    return {"acc": [1.0, 0.0]}
+
+def more_metrics(document, results):
+    return {"acc": 1.0, "more": "right"}
+
+def no_metrics(document, results):
+    return 1.0
+
+def exits(*arguments):
+    import sys
+    sys.exit(3)
+
+def empty(**arguments):
+    raise StopIteration
+
+def winogrande_text(doc):
+    return doc["answer"]
+
+def winogrande_target(doc):
+    return doc["sentence"].split("_")[1].strip()
+
+def winogrande_choice(doc):
+    return [doc["sentence"].split("_")[0] + doc[option] for option in ("option1", "option2")]
 """
+WINOGRANDE = {
+    "doc_to_text": "!function functions.winogrande_text",
+    "doc_to_target": "!function functions.winogrande_target",
+    "doc_to_choice": "!function functions.winogrande_choice",
+}
+STREETS = [
+    {"sentence": "The _ is wet today.", "option1": "street", "option2": "sun", "answer": answer}
+    for answer in (0, 1, 1, 0)
+]
+GENERATES = {"output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{q}}"}
 ROWS = [{"q": f"Number {number}", "c": ["one", "two", "three"], "a": number % 3} for number in range(6)]
 
 
@@ -71,9 +109,23 @@ def function(name: str) -> Any:
         ({"filter_list": [{"name": "x", "filter": [{"function": "nonsense"}]}]}, "my_task: "),
         ({"num_fewshot": 2, "fewshot_split": "train"}, "my_task: "),
         ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, "nowhere.jsonl"),
-        ({"rows": []}, "my_task: "),
+        ({"metric_list": [{"metric": "acc"}, {"metric": "nonsense"}]}, "lm-eval has no metric nonsense; name one"),
+        ({"metric_list": [{"metric": "nonsense", "aggregation": "mean"}]}, "lm-eval has no metric nonsense; name"),
+        ({**GENERATES, "metric_list": [{"metric": "no", "aggregation": "mean"}]}, "lm-eval has no metric no; name"),
+        ({"metric_list": [{"metric": "a"}, {"metric": "b"}]}, "lm-eval has no metric a or b; name one of its own"),
+        ({**GENERATES, "metric_list": [{"metric": "acc"}]}, "my_task: TypeError: "),
+        ({**GENERATES, "metric_list": [{"metric": "acc_norm", "aggregation": "nanmean"}]}, "my_task: "),
+        ({**GENERATES, "metric_list": [{"metric": "exact_match"}, {"metric": "brier_score"}]}, "my_task: "),
+        ({**GENERATES, "metric_list": [{"metric": "acc", "aggregation": "median"}]}, "the metric acc are no numbers"),
+        ({"doc_to_text": function("exits")}, "my_task: its code calls sys.exit(3)."),
+        ({"doc_to_text": function("exits"), "functions": "raise SystemExit"}, "my_task: its code calls sys.exit()."),
+        ({"process_docs": function("exits")}, "my_task: its code calls sys.exit(3)."),
+        ({"custom_dataset": function("empty")}, "my_task: there are no documents in its data."),
+        ({**WINOGRANDE, "rows": [*STREETS, {**STREETS[0], "answer": 7}]}, "document 4: doc_to_text gives 7."),
+        ({**WINOGRANDE, "rows": [*STREETS, {**STREETS[0], "answer": None}]}, "doc_to_text gives None. Give the number"),
+        ({"rows": []}, "my_task: there are no documents in its data."),
         ({"rows": [{"q": "a", "c": "text", "a": 0}]}, "my_task: "),
-        ({"rows": [{"q": "a", "c": ["one"], "a": 0}]}, "doc_to_choice gives ['one']. Give at least two texts."),
+        ({"rows": [{"q": "a", "c": [], "a": 0}]}, "my_task: "),
         ({"rows": [{"q": "a", "c": [1, 2], "a": 0}]}, "my_task: "),
         ({"rows": [*ROWS, {"q": "a", "c": ["x", "y"], "a": None}]}, "doc_to_target gives None."),
         ({"process_docs": function("fails")}, "ZeroDivisionError: division by zero"),
@@ -100,15 +152,74 @@ def test_a_task_without_mistakes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {**WINOGRANDE, "rows": STREETS},
+        {"process_results": function("answers"), "doc_to_target": "q"},
         {"process_results": function("fails")},
-        {"metric_list": [{"metric": "acc", "aggregation": function("fails"), "higher_is_better": True}],
-         "process_results": function("answers")},
+        {"metric_list": [{"metric": name} for name in ("acc", "acc_norm", "acc_mutual_info", "brier_score", "f1")]},
+        {"metric_list": None},
+        {**GENERATES, "metric_list": [{"metric": name} for name in ("exact_match", "bleu", "chrf", "ter", "bypass")]},
+        {**GENERATES, "doc_to_target": "c", "metric_list": [{"metric": "exact_match"}]},
+        {**GENERATES, "metric_list": [{"metric": "exact_match"}], "repeats": 3, "filter_list": [
+            {"name": "x", "filter": [{"function": "regex", "regex_pattern": "([0-9]+)"}, {"function": "majority_vote"},
+                                     {"function": "take_first"}]}]},
+        {"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": "{{q}}",
+         "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}]},
+        {"output_type": "loglikelihood_rolling", "doc_to_choice": None, "doc_to_target": "{{q}}", "doc_to_text": "",
+         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
     ],
 )  # fmt: skip
-def test_a_mistake_that_shows_after_the_evaluation(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_tasks_of_every_kind_are_accepted(
+    tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert check_local_tasks(None, task_folder(tmp_path, **changes)) == []
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"rows": [*ROWS, {**ROWS[0], "a": -1}]}, "1 of its first 7 documents have no answer (doc_to_target is -1)"),
+        ({"rows": [{**row, "a": -1} for row in ROWS]}, "6 of its first 6 documents have no answer"),
+        ({**WINOGRANDE, "rows": [*STREETS, {**STREETS[0], "answer": -1}]}, "have no answer (doc_to_text is -1)"),
+        (
+            {"metric_list": [{"metric": "acc"}, {"metric": "bleu"}]},
+            "bleu is not measured in a task with output_type mult",
+        ),
+        ({"rows": [*ROWS, {**ROWS[0], "c": ["one"]}]}, "1 of its first 7 documents have a single choice"),
+    ],
+)
+def test_a_document_without_a_question_is_a_warning(
+    tmp_path: Path, changes: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert check_local_tasks(None, task_folder(tmp_path, **changes)) == []
+    [message] = caplog.messages
+    assert message.startswith("evaluation.tasks: my_task: ") and warning in message
+
+
+def test_figures_and_errors_of_a_task_of_several_inputs(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    folder = task_folder(tmp_path, rows=STREETS, **WINOGRANDE)
+    figures = run_tasks(qwen2_moe(vocab_size=len(tokenizer)), tokenizer, ["my_task"], include_path=folder)["my_task"]
+    assert figures == {"acc": 0.5, "acc_stderr": pytest.approx(1 / 12**0.5)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"process_results": function("fails")}, "ZeroDivisionError: division by zero"),
+        ({"metric_list": [{"metric": "acc", "aggregation": function("fails"), "higher_is_better": True}],
+          "process_results": function("answers")}, "ZeroDivisionError: division by zero"),
+        ({"process_results": function("texts")}, "TypeError: "),
+        ({"process_results": function("lists")}, "TypeError: "),
+        ({"process_results": function("more_metrics")}, "TypeError: "),
+        ({"process_results": function("no_metrics")}, "process_results gives 1.0, which is no object of metrics"),
+        ({"process_results": function("exits")}, r"its code calls sys.exit\(3\)"),
+    ],
+)  # fmt: skip
+def test_a_mistake_that_shows_after_the_evaluation(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     tokenizer = byte_tokenizer()
     model = qwen2_moe(vocab_size=len(tokenizer))
-    with pytest.raises(UserError, match=r"evaluation\.tasks: my_task: ZeroDivisionError: division by zero"):
+    with pytest.raises(UserError, match=rf"evaluation\.tasks: my_task: {message}"):
         run_tasks(model, tokenizer, ["my_task"], include_path=task_folder(tmp_path, **changes), limit=2)
 
 
