@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from enum import Enum
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from recondense.errors import UserError
 
 Value = TypeVar("Value")
 
@@ -127,6 +129,20 @@ def run_on_first(make: Callable[[], Value]) -> Value:
         with _in_mode(_Mode.FIRST):
             result = make()
     return broadcast(result) if together else result  # type: ignore[return-value]
+
+
+def refuse(text: str) -> NoReturn:
+    """Raise a UserError that all processes have come to; the first one prints it, and the others wait and end with it.
+
+    Raises:
+        UserError: always.
+    """
+
+    def fail() -> None:
+        raise UserError(text)
+
+    run_on_first(fail)
+    raise AssertionError("the first process has failed")
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def perplexity(
     batch_size: int,
     reference: Callable[[], AbstractContextManager[Any]] | None = None,
     description: str | None = None,
+    name: str = "the model",
 ) -> dict[str, float]:
     """Measure the mean loss over the predicted tokens of all windows, and the divergence from the original.
 
@@ -92,6 +93,7 @@ def perplexity(
         reference: makes a context that yields the original, or None if `model` itself is the original inside it. Model
             and original must have the same head.
         description: the description of the progress bar; None shows no bar.
+        name: the model's name, for the error message.
 
     Returns:
         loss (nats), perplexity, and kl_to_original (nats) if `reference` is given.
@@ -115,7 +117,8 @@ def perplexity(
     count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
     loss, divergence = (sums / count).tolist()
     if not math.isfinite(loss):
-        raise UserError(f"perplexity: the mean loss over {count} tokens is {loss}: the model's logits are not finite.")
+        text = f"its logits are not finite (the mean loss over {count} tokens is {loss})"
+        raise UserError(f"perplexity: {name}: {text}. Check its weights, or use another model.dtype")
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     return figures if reference is None else {**figures, "kl_to_original": divergence}
 

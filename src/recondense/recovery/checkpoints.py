@@ -28,14 +28,22 @@ KEYS_TO_RESUME = {"optimizer_states", "random_states", "loops", "global_step"}
 log = logging.getLogger(__name__)
 
 
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's trained parameters by name, unsharded, on the CPU; empty on all processes except the first."""
+def trained_state(module: nn.Module, stage: str) -> dict[str, Tensor]:
+    """Return a module's trained parameters by name, unsharded, on the CPU; empty on all processes except the first.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
     state = {}
     for name, value in module.named_parameters():
         if value.requires_grad:
             full = full_tensors.full_tensor(value)
             if processes.is_first():
                 state[name] = full.cpu()  # together they would need too much of a GPU's memory
+    broken = processes.broadcast([name for name, value in state.items() if not value.isfinite().all()])
+    if broken:
+        text = f"{stage}: the training diverges: {broken[0]} is not finite any more, so that it is not saved"
+        processes.refuse(f"{text}. Lower recovery.learning_rate, or check the training data")
     return state
 
 

@@ -36,6 +36,7 @@ from recondense.recovery.checkpoints import (
 from recondense.recovery.engines import fsdp2, training_copy
 from recondense.recovery.engines import trainer as trainer_module
 from recondense.recovery.engines.deepspeed import Zero
+from recondense.recovery.finite_loss import StopAtNonFiniteLoss
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import keep_trained_weights, refuse_rounding, resolve_precision
 from recondense.recovery.random_states import random_states, set_random_states
@@ -72,8 +73,8 @@ def fit(
         The path of the final checkpoint.
 
     Raises:
-        UserError: a checkpoint is damaged or belongs to another plan, the precision would round weights, or there is
-            nothing to train.
+        UserError: a checkpoint is damaged or belongs to another plan, the precision would round weights, there is
+            nothing to train, or a loss is not finite.
         KeyboardInterrupt: the training was interrupted before its end.
     """
     final = folder / FINAL
@@ -145,7 +146,7 @@ def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> N
             lightning.fit(trained, datamodule=data, ckpt_path=newest, weights_only=True)
         if lightning.interrupted or lightning.global_step < module.settings.steps:
             raise KeyboardInterrupt
-        state = trained_state(trained)
+        state = trained_state(trained, module.stage)
         if processes.is_first():
             content = {"state_dict": state, "plan": module.student.plan.to_dict()}
             save_checkpoint(content, training.folder / FINAL)
@@ -208,7 +209,7 @@ def _make_trainer(module: RecoveryModule, training: _Training, precision: str, d
         max_steps=settings.steps,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip,
-        callbacks=[*training.callbacks, checkpoints],
+        callbacks=[*training.callbacks, StopAtNonFiniteLoss(), checkpoints],
         plugins=[AsideCheckpointIO(), trainer_module.StartedProcesses()],
         logger=list(training.loggers) or False,
         log_every_n_steps=min(10, settings.steps),

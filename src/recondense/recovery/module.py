@@ -216,14 +216,14 @@ class RecoveryModule(L.LightningModule):
         self._sums = {name: value + self._sums.get(name, 0) if number else value for name, value in losses.items()}
         means = {name: value / (number + 1) for name, value in self._sums.items()}
         self.log_dict({f"{self.stage}/{name}": value for name, value in means.items() if name != "loss"})
-        self.log(f"{self.stage}/loss", means["loss"], prog_bar=True)
+        self.step_loss = means["loss"]  # in the step's last batch, that of the step in all processes
+        self.log(f"{self.stage}/loss", self.step_loss, prog_bar=True)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         ids, labels = batch["input_ids"], batch.get("labels")
         tokens = CountedTokens.select(ids, labels, last=True)
         inputs = PassInputs(shared_passes.forward_arguments(self.model, ids, batch.get("position_ids")), tokens)
-        teacher = self.teacher
-        answer = teacher.teach(inputs) if teacher.answers_any_text else TeacherOutput()
+        answer = self.teacher.teach(inputs) if self.teacher.answers_any_text else TeacherOutput()
         output, _ = self._run_student(inputs, answer)
         with decoder.lm_head(self.model) as head:
             losses = objective.validation_losses(tokens.select_rows(output.logits), head, tokens, answer)
@@ -254,7 +254,7 @@ class RecoveryModule(L.LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = trained_state(self)
+        checkpoint["state_dict"] = trained_state(self, self.stage)
         checkpoint["plan"] = self.student.plan.to_dict()
         first, *others = processes.gather(random_states())
         checkpoint["random_states"] = first

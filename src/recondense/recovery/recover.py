@@ -57,7 +57,7 @@ def recover(
 
     Raises:
         UserError: a setting does not exist, is invalid or needs the command; there is too little text, a token without
-            a row in the embedding, or nothing to train; `folder` is another call's; or a streamed model is distilled.
+            a row in the embedding, or nothing to train; `folder` is another call's; or a loss is not finite.
 
     Examples:
         >>> model, tokenizer = rc.load(folder)

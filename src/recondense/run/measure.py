@@ -61,6 +61,7 @@ class Evaluator:
         identity: attention implementation, experts implementation and the tokenizer's fingerprint, which determine a
             result in addition to weights, texts and tasks.
         timed: context manager that counts the seconds of an evaluation.
+        path: the setting of the original's path, in brackets, for messages.
     """
 
     settings: EvaluationConfig
@@ -71,6 +72,7 @@ class Evaluator:
     cache: MutableMapping[str, Figures]
     identity: tuple[str, str, str]
     timed: Timed
+    path: str = ""
 
     @classmethod
     def of_run(
@@ -101,6 +103,7 @@ class Evaluator:
             processes.SharedMapping(JsonFolder(Path(config.cache_dir) / "evaluations")),
             (config.model.attention, config.model.experts, inputs["tokenizer"]),
             timed,
+            f" (model.path={config.model.path})" if config.model.path else "",
         )
 
     def tasks_of(self, stage: str) -> Sequence[str]:
@@ -158,7 +161,8 @@ class Evaluator:
         settings, tasks = self.settings, self.tasks_of(stage)
         if self.windows_NS is not None:
             description = f"perplexity: {stage}"
-            figures |= perplexity(model, self.windows_NS, settings.batch_size, reference, description)
+            name = f"the original{self.path}" if stage == "original" else f"the {stage} model"
+            figures |= perplexity(model, self.windows_NS, settings.batch_size, reference, description, name)
         if tasks:
             figures["tasks"] = run_tasks(
                 model,

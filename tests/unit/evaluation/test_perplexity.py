@@ -122,5 +122,7 @@ def test_windows_that_predict_nothing_are_refused(model: Qwen2MoeForCausalLM, sh
 def test_logits_that_are_not_finite_are_an_error() -> None:
     broken = small_model()
     nn.init.constant_(broken.model.norm.weight, math.nan)
-    with pytest.raises(UserError, match="the mean loss over 75 tokens is nan"):
-        perplexity(broken, WINDOWS, 4)
+    with pytest.raises(
+        UserError, match=r"perplexity: the original: its logits are not finite \(the mean loss over 75 "
+    ):
+        perplexity(broken, WINDOWS, 4, name="the original")

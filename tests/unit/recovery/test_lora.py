@@ -137,7 +137,7 @@ def test_merged_adapters_are_exported(tmp_path: Path) -> None:
 
 
 def test_two_preparations_start_equal() -> None:
-    states = [trained_state(prepare("qwen2_moe", "prune")) for _ in range(2)]
+    states = [trained_state(prepare("qwen2_moe", "prune"), "recovery") for _ in range(2)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(bool(value.any()) for value in states[0].values())
