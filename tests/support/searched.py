@@ -18,6 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import recondense.run.default_budget  # noqa: F401 (registers ${budget:...})
 from recondense import processes
 from recondense.calibration import tape as tape_module
 from recondense.calibration.tape import TRACE_BYTES
