@@ -112,7 +112,7 @@ BAD_FILES: dict[str, tuple[Callable[[Files], tuple[str, ...]], list[str]]] = {
         ["experts of layers 2 are already low-rank", "layer_drop", "export.format=dense"],
     ),
     "attention that a family lacks": (
-        lambda f: (f.model(model_type="gpt_oss", num_local_experts=6, head_dim=8), "method.num_experts=2"),
+        lambda f: (f.model(model_type="gpt_oss", num_local_experts=6, head_dim=8), "model.attention=sdpa"),
         ["model.attention=sdpa", "gpt_oss does not support it", "eager"],
     ),
     "condensed layers that a family cannot say": (

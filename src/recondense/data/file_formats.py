@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from recondense.errors import UserError
@@ -41,10 +42,11 @@ BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"\xff\xd8\xff", "a picture", "give a file of text"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run git lfs pull"),
 )
+# Patterns of the beginning in lower case: prose about HTML may begin with a tag too.
 PAGES = (
-    (b"<!doctype html", "an HTML page", "download the file itself, or extract the page's text"),
-    (b"<html", "an HTML page", "download the file itself, or extract the page's text"),
-    (b"<?xml", "an XML file", EXTRACT),
+    (rb"<!doctype html", "an HTML page", "download the file itself, or extract the page's text"),
+    (rb"<html[^>]*>\s*<", "an HTML page", "download the file itself, or extract the page's text"),
+    (rb"<\?xml\s+version\s*=", "an XML file", EXTRACT),
 )
 # UTF-32 first: its mark begins with that of UTF-16.
 MARKS = (
@@ -67,7 +69,7 @@ ROWS = (
     (".epub .mobi", "an e-book", EXTRACT),
     (".gz .bz2 .xz .zst .lz4 .z", "a compressed file", "decompress it"),
     (".zip .7z .rar .tar .tgz", "an archive", UNPACK),
-    (".pkl .pickle .pt .pth .npy .npz .safetensors", "a file of Python or of arrays", EXPORT),
+    (".pkl .pickle .pth .npy .npz .safetensors", "a file of Python or of arrays", EXPORT),
     (".h5 .hdf5 .db .sqlite .sqlite3 .orc .avro", "a database", EXPORT),
     (".png .jpg .jpeg .gif .webp", "a picture", "give a file of text"),
 )
@@ -104,7 +106,7 @@ def refuse_other_formats(path: Path) -> None:
     body = head.removeprefix(b"\xef\xbb\xbf")
     start = body.lstrip().lower()
     known = next((entry for entry in BEGINNINGS if body.startswith(entry[0])), None)
-    known = known or next((entry for entry in PAGES if start.startswith(entry[0])), None)
+    known = known or next((entry for entry in PAGES if re.match(entry[0], start)), None)
     kind = known[1:] if known else ("a tar archive", UNPACK) if head[257:262] == b"ustar" else None
     kind = kind or (SUFFIXES.get(path.suffix.lower()) if head else None)
     if kind is not None:

@@ -45,6 +45,7 @@ def text_of(values: Any, field: str, where: str) -> str:
     if not isinstance(values, Mapping):
         kind = json_type(values)
         raise UserError(f'has no text in {field!r} ({kind}); write objects, such as {{{json.dumps(field)}: "..."}}.')
+    refuse_repeated(values, field)
     try:
         value = field_of(values, field)
     except KeyError:
@@ -134,7 +135,7 @@ def _parse(text: str) -> Any:
         UserError: it is, but cannot be read.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_object)
     except (json.JSONDecodeError, UserError):
         raise
     except RecursionError:
@@ -143,10 +144,30 @@ def _parse(text: str) -> Any:
         raise UserError("has a number of too many digits; write it as a text.") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
+class _Repeating(dict[str, Any]):
+    """An object in which a key stands more than once; the last value counts."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"has the key {twice!r} twice; remove one of them.")
-    return values
+        self.repeated = {name for name in names if names.count(name) > 1}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    return values if len(values) == len(pairs) else _Repeating(pairs)
+
+
+def refuse_repeated(values: Any, field: str | None = None) -> None:
+    """Refuse an object that has a key twice, so that it is not clear which value is meant.
+
+    Args:
+        values: the object.
+        field: the only field that is read; None for all.
+
+    Raises:
+        UserError: it has. The message is a clause without a subject.
+    """
+    repeated = values.repeated if isinstance(values, _Repeating) else set()
+    if twice := sorted(repeated if field is None else repeated & {field, field.partition(".")[0]}):
+        raise UserError(f"has the key {twice[0]!r} twice; remove one of them.")

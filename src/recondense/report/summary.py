@@ -178,8 +178,9 @@ def add_upload(summary: Mapping[str, Any], repository: str) -> dict[str, Any]:
 
 
 def name_of(model: ModelConfig) -> str:
-    """Return the name of a model: the config's name, or the path if the config is that of another or of any model."""
-    return model.path if model.path and (model.pretrain is not None or model.name == GENERAL) else model.name
+    """Return the name of a model: the config's name, or the path if the config is not that of this very model."""
+    other = model.pretrain is not None or model.name == GENERAL or model.budgets.get("by_path")
+    return model.path if model.path and other else model.name
 
 
 def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]]:

@@ -83,9 +83,18 @@ def test_plain_text_with_another_formats_suffix_is_refused(tmp_path: Path, name:
     assert message.startswith("is a") and "; " in message and message.endswith(".")
 
 
-@pytest.mark.parametrize("name", ["a", "a.txt", "a.md", "a.py", "a.rst", "a.tex", "a.log", "a.yaml", "a.text", "a.v2"])
+@pytest.mark.parametrize(
+    "name", ["a", "a.txt", "a.md", "a.py", "a.rst", "a.tex", "a.log", "a.yaml", "a.text", "a.v2", "val.pt"]
+)
 def test_other_suffixes_are_plain_text(tmp_path: Path, name: str) -> None:
     assert [text for _, text in read_texts(write(tmp_path, name, "one\n\ntwo\n"))] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "text", ["<html> is the first tag of a page.", "<?xml version is how a file begins.", "< html"]
+)
+def test_prose_about_markup_is_plain_text(tmp_path: Path, text: str) -> None:
+    assert [document for _, document in read_texts(write(tmp_path, "a.txt", text))] == [text]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json"])
