@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ LONGEST_KEY = 120  # some file systems allow 143 bytes; the suffix and the tempo
 PLAIN_KEY = re.compile(rf"(?!(con|prn|aux|nul|com\d|lpt\d)\Z)[a-z0-9][a-z0-9_-]{{0,{LONGEST_KEY - 1}}}")
 MARK = "+"  # precedes the fingerprint in a name; no plain key contains it
 PARTIAL = ".partial"
+PROBE = 4096  # bytes that a folder must have room for
 HASH_BYTES = 1 << 24  # read at once
 CHECKSUM = "sha256"  # entry of a JSON file
 
@@ -134,6 +135,23 @@ def replace_folder(folder: Path, needs: int | None = None) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+
+def probe_folder(folder: Path) -> None:
+    """Write a small file into a folder, and remove it.
+
+    Raises:
+        OSError: this is not possible.
+    """
+    path = folder / f".{secrets.token_hex(4)}{PARTIAL}"
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())  # some file systems notice only now that they are full
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def remove_partial(folder: Path) -> None:

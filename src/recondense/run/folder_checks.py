@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,10 @@ import yaml
 
 from recondense.config.problems import Problem
 from recondense.config.schema import Config, read
-from recondense.files import PARTIAL
+from recondense.files import probe_folder
 from recondense.run.run_folder import CONFIG, CONTENTS, INPUTS
 
 GROUPS = {"model", "method", "recovery", "data", "evaluation", "export"}  # a config with all of them is one of ours
-PROBE = 4096  # bytes that a folder must have room for
 IN_CACHE = ("models", "search", "evaluations", "tasks", "teacher")  # subfolders of the cache
 
 
@@ -96,28 +93,11 @@ def check_cache(config: Config) -> Iterator[Problem]:
     else:
         for place in (_existing(folder), *(folder / name for name in IN_CACHE if (folder / name).exists())):
             try:
-                _probe(place)
+                probe_folder(place)
             except OSError as error:
                 text = f"{place} cannot be written ({error.strerror}). {remedy}"
                 yield Problem("cache_dir", text, folder)
                 return
-
-
-def _probe(folder: Path) -> None:
-    """Write a file into a folder, and remove it.
-
-    Raises:
-        OSError: this is not possible.
-    """
-    path = folder / f".{secrets.token_hex(4)}{PARTIAL}"
-    try:
-        with path.open("wb") as file:
-            file.write(bytes(PROBE))
-            file.flush()
-            os.fsync(file.fileno())  # some file systems notice only now that they are full
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
 
 
 def _check_name(setting: str, folder: Path) -> Problem | None:

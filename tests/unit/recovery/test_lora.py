@@ -205,7 +205,8 @@ def test_updated_weights_are_computed_once_per_pass(name: str, monkeypatch: pyte
         with module.student.original():
             original = module(IDS)
         assert not torch.equal(live, original)
-        assert torch.equal(original, logits(FAMILIES["qwen2_moe"](), IDS))
+        # Eager experts add up in another order than grouped ones.
+        torch.testing.assert_close(original, logits(FAMILIES["qwen2_moe"](), IDS), rtol=1e-5, atol=1e-5)
         assert torch.equal(module(IDS), live)
         results[cached] = {**losses, "live": live}, [parameter.grad for parameter in parameters]
     for one, other in zip(results[True][0].values(), results[False][0].values(), strict=True):

@@ -158,13 +158,13 @@ def test_a_part_of_the_cache_that_cannot_be_written(
 ) -> None:
     """Read-only, another user's, or on a file system without room."""
     (tmp_path / name).mkdir(exist_ok=True)
-    probe = folder_checks._probe
+    probe = folder_checks.probe_folder
 
     def fail(folder: Path) -> None:
         probe(folder)
         if folder == tmp_path / name:
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(folder_checks, "_probe", fail)
+    monkeypatch.setattr(folder_checks, "probe_folder", fail)
     [message] = cache_messages(tmp_path)
     assert f"{tmp_path / name} cannot be written ({os.strerror(code)}). Choose another cache_dir." in message
