@@ -11,6 +11,8 @@ from support.forks import Forks
 from support.log_handlers import restore_loggers
 from support.read_once import freeze_imported_objects, read_configs_once
 
+import recondense.run.default_budget  # noqa: F401 (registers ${budget:...}, which configs contain)
+
 # Before any library reads them.
 os.environ.update(
     HF_HUB_OFFLINE="1",
