@@ -64,6 +64,8 @@ def list_files(folder: Path) -> list[Path]:
         raise UserError(
             f"{index.name} names {len(absent)} files that do not exist ({shown(absent)}); download or copy them"
         )
+    if not isinstance(read_json(index).get("metadata"), dict):  # transformers writes into it
+        raise UserError(f'{index.name} has no object "metadata"; add "metadata": {{}}, or download it again')
     return [folder / name for name in names]
 
 
@@ -73,12 +75,9 @@ def _shard_names(index: Path) -> list[str]:
     Raises:
         UserError: the index is damaged, or names files that are no safetensors files of the same folder.
     """
-    content = read_json(index)
-    weight_map = content.get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index.name} is not an index of safetensors files; download or copy it again")
-    if not isinstance(content.get("metadata"), dict):  # transformers writes into it
-        raise UserError(f'{index.name} has no object "metadata"; add "metadata": {{}}, or download it again')
     names = sorted({str(name) for name in weight_map.values()})
     inside = [name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts]
     if odd := [name for name in names if name not in inside or not name.endswith(".safetensors")]:

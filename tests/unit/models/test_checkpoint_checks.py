@@ -151,6 +151,8 @@ def test_weights_that_are_not_the_model(change: Change, message: str, tmp_path: 
         (content(INDEX, '{"weight_map": {"a": "pytorch_model.bin"}}'), r"names pytorch_model\.bin, but only"),
         (content(INDEX, '{"weight_map": {"a": "../x.safetensors"}}'), r"names \.\./x\.safetensors, but only"),
         (content(INDEX, '{"weight_map": {"a": "x.safetensors"}}'), r"names 1 files that do not exist \(x\.safe"),
+        (json_values(INDEX, metadata=None), r'^model\.safetensors\.index\.json has no object "metadata"; add'),
+        (json_values(INDEX, metadata=[]), r'^model\.safetensors\.index\.json has no object "metadata"; add'),
         (remove(INDEX), r"has neither model\.safetensors nor model\.safetensors\.index\.json"),
     ],
 )
