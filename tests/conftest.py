@@ -76,6 +76,15 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.fixture
+def as_one_command() -> Iterator[None]:
+    """Restores what a command changes, for tests that run one in this process."""
+    from support.runs import one_command
+
+    with one_command():
+        yield
+
+
+@pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str]]:

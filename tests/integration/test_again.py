@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.hub_cache import in_hub_cache
-from support.runs import arguments, model_folder, one_command, text_files
+from support.runs import arguments, model_folder, text_files
 from support.tiny_models import EVERY, logits
 
 from recondense.config.schema import ModelConfig
@@ -26,10 +26,7 @@ from recondense.report.summary import operation_counts
 Command = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture(autouse=True)
-def as_one_command() -> Iterator[None]:
-    with one_command():
-        yield
+pytestmark = pytest.mark.usefixtures("as_one_command")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.forks import Forks
-from support.runs import ROOT, arguments, model_folder, one_command, text_files
+from support.runs import ROOT, arguments, model_folder, text_files
 from support.searched import BUDGETS, METHODS
 from support.tiny_models import FAMILIES
 from torch import Tensor
@@ -63,10 +63,7 @@ def name_of(case: Case) -> str:
     return "-".join(case)
 
 
-@pytest.fixture(autouse=True)
-def as_one_command() -> Iterator[None]:
-    with one_command():
-        yield
+pytestmark = pytest.mark.usefixtures("as_one_command")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from support.corpus import documents
-from support.runs import one_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recondense.config.method_steps import step_entries
@@ -42,13 +41,11 @@ SMOKE = (
 
 
 @pytest.fixture(autouse=True)
-def as_one_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore what a command changes, and replace the texts of the standard library by short ones."""
+def short_texts(as_one_command: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the texts of the standard library by short ones."""
     few = corpus.Corpora(*(documents()[start::3] for start in range(3)))
     monkeypatch.setattr(corpora, "stdlib_corpora", lambda: few)
     monkeypatch.setattr(tiny, "stdlib_corpora", lambda: few)
-    with one_command():
-        yield
 
 
 def composed(arguments: tuple[str, ...]) -> Config:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checks import run_messages
 from support.recipes import NUMBERS, RECIPES, composed, paper_of
-from support.runs import one_command
 
 from recondense.config.stages import require_stages
 from recondense.models import checkpoint_checks
@@ -67,10 +66,7 @@ SIZES: dict[str, tuple[str, float, str | None]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def as_one_command() -> Iterator[None]:
-    with one_command():
-        yield
+pytestmark = pytest.mark.usefixtures("as_one_command")
 
 
 def setting(values: Any, name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.recipes import SMALL, SMALL_OF, composed, without_the_hub
-from support.runs import model_folder, one_command, paper_sets
+from support.runs import model_folder, paper_sets
 from support.small import beginning_with
 from support.tiny_models import EVERY
 
@@ -20,11 +20,7 @@ from recondense.data.labels import MASKED
 from recondense.data.texts import Texts, Tokenizing
 from recondense.recovery.module import RecoveryModule
 
-
-@pytest.fixture(autouse=True)
-def as_one_command() -> Iterator[None]:
-    with one_command():
-        yield
+pytestmark = pytest.mark.usefixtures("as_one_command")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from support.recipes import (
     paper_of,
     without_the_hub,
 )
-from support.runs import model_folder, one_command, paper_sets
+from support.runs import model_folder, paper_sets
 from support.tiny_models import EVERY
 
 from recondense.config.schema import Config, ModelConfig
@@ -34,10 +34,7 @@ from recondense.report.published import PAPER_TASKS
 QUICK = {"cdmoe_deepseek_e6", "moei2_deepseek_v2_lite", "moei2_mixtral"}
 
 
-@pytest.fixture(autouse=True)
-def as_one_command() -> Iterator[None]:
-    with one_command():
-        yield
+pytestmark = pytest.mark.usefixtures("as_one_command")
 
 
 @pytest.fixture(scope="module")

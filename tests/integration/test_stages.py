@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import arguments, model_folder, one_command, record_file, text_files
+from support.runs import arguments, model_folder, record_file, text_files
 
 Command = Callable[..., tuple[int, str]]
-# Lightning warns about every fit into a folder that is not empty.
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
-
-@pytest.fixture(autouse=True)
-def as_one_command() -> Iterator[None]:
-    with one_command():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("as_one_command"),
+    # Lightning warns about every fit into a folder that is not empty.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
 
 
 @pytest.fixture(scope="module")

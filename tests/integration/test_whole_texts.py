@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.runs import arguments, model_folder, one_command, text_files
+from support.runs import arguments, model_folder, text_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recondense.plan import Plan
@@ -21,10 +21,7 @@ QUICK = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def as_one_command() -> Iterator[None]:
-    with one_command():
-        yield
+pytestmark = pytest.mark.usefixtures("as_one_command")
 
 
 def coefficients(plan: Plan) -> dict[str, list[float | None]]:
