@@ -317,6 +317,10 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["-m", "method.num_layers=2,4", "run_dir=/nowhere/run"],
         ["run_dir=/nowhere/run", "several runs", "run_dir=null"],
     ),
+    "run of a sweep inside another": (
+        ["-m", "run_dir=/nowhere/run,/nowhere/run/stages/a"],
+        ["run_dir=/nowhere/run/stages/a", "inside that of another run of the sweep, /nowhere/run."],
+    ),
 }
 
 

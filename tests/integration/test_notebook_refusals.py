@@ -131,6 +131,12 @@ def test_an_export_replaces_nothing_but_an_export(
         rc.export(student, tokenizer, tmp_path / "new")
     rc.export(student, tokenizer, folder, overwrite=True)
     assert rc.Plan.load(folder / "plan.json").operations == PLAN.operations and not (folder / "inner").exists()
+    for name in ("config.yaml", "inputs.json"):
+        (folder / "run").mkdir(exist_ok=True)
+        (folder / "run" / name).write_text("years")
+    for overwrite in (False, True):
+        with pytest.raises(rc.UserError, match=f"would delete the run in {folder / 'run'}; choose another folder"):
+            rc.export(student, tokenizer, folder, overwrite=overwrite)
 
 
 def test_a_streamed_model_is_not_exported_over_itself(source: Path, tmp_path: Path) -> None:

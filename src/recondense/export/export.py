@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from recondense.config.run_records import run_inside
 from recondense.config.schema import ExportConfig, from_dict
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
@@ -47,8 +48,8 @@ def export(
 
     Raises:
         UserError: the format in `settings` cannot express the student; the folder contains other files, and `overwrite`
-            is False; the folder contains the weights of a streamed model, which are still read; or there is no such
-            `verify`.
+            is False; it contains a run, or the weights of a streamed model, which are still read; or there is no
+            such `verify`.
         WrongExport: the written folder is not the model. Nothing is left of it, and an earlier export is unchanged.
 
     Examples:
@@ -74,7 +75,12 @@ def _check_folder(folder: Path, student: Student, overwrite: bool) -> None:
     source = Path(student.model.config.name_or_path or "").resolve()
     if layer_store(student.model).streamed and source.is_dir() and folder in (source, *source.parents):
         raise UserError(f"{folder}: the model is streamed from this folder; export to another one")
-    if overwrite or not folder.exists():
+    if not folder.exists():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not {"plan.json", "config.json"} <= set(os.listdir(folder))):
+    holds_export = folder.is_dir() and (
+        not any(folder.iterdir()) or {"plan.json", "config.json"} <= set(os.listdir(folder))
+    )
+    if not overwrite and not holds_export:
         raise UserError(f"{folder}: holds other files than an export; choose another folder, or set overwrite=True")
+    if (run := run_inside([folder])) is not None:
+        raise UserError(f"{folder}: the export would delete the run in {run}; choose another folder")

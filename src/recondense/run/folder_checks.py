@@ -14,7 +14,7 @@ import yaml
 from recondense.config.problems import Problem
 from recondense.config.schema import Config, read
 from recondense.files import probe_folder
-from recondense.run.run_folder import CONFIG, CONTENTS, INPUTS
+from recondense.run.run_folder import CONFIG, CONTENTS, INPUTS, run_to_keep, way
 
 GROUPS = {"model", "method", "recovery", "data", "evaluation", "export"}  # a config with all of them is one of ours
 IN_CACHE = ("models", "search", "evaluations", "tasks", "teacher")  # subfolders of the cache
@@ -44,6 +44,11 @@ def check_run_folder(config: Config, stored: Config | OtherVersion | None) -> It
         yield problem
     elif folder.is_file():
         yield Problem("run_dir", "is a file; a folder is needed.", folder)
+    elif (outer := _outer_run(config)) is not None:
+        text = f"the folder is inside that of another run, {outer}, which may delete it. Choose another run_dir."
+        yield Problem("run_dir", text, folder)
+    elif stored is not None and (problem := run_to_keep(folder)):
+        yield problem
     elif isinstance(stored, OtherVersion):
         if not config.overwrite:
             text = f"the folder contains a run of another version of recondense ({stored.reason}). {remedy}"
@@ -80,6 +85,17 @@ def stored_run(folder: Path) -> Config | OtherVersion | None:
     if INPUTS in entries and entries <= set(CONTENTS):
         return OtherVersion(f"{path} is {'not valid' if path.exists() else 'missing'}")
     return None
+
+
+def _outer_run(config: Config) -> Path | None:
+    """Return the folder of another run on the way to that of this run, also through links; None if there is none."""
+    folder = config.run_folder()
+    allowed = {os.path.realpath(folder)}
+    if not config.run_dir:  # beside what the other run writes: the experiment's folder can be a run_dir too
+        allowed.add(os.path.realpath(folder.parent))
+    others = [place for place in way(str(folder)) if os.path.realpath(place) not in allowed]
+    candidates = (place for place in others if any(os.path.lexists(place / name) for name in (CONFIG, INPUTS)))
+    return next((place for place in candidates if stored_run(place) is not None), None)
 
 
 def check_cache(config: Config) -> Iterator[Problem]:

@@ -6,7 +6,6 @@ Each stage is one verb of the public API. The run adds logging, timing, and the 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from recondense import processes
 from recondense.calibration.calibrate import make_recorder
 from recondense.calibration.tape import Tape
-from recondense.config.schema import WORK, Config
+from recondense.config.schema import Config
 from recondense.config.stages import Stage, Stages, require_stages, without_teacher
 from recondense.evaluation import profiling
 from recondense.export.export import export
@@ -100,7 +99,7 @@ def _finish(run: Run, callbacks: MakeCallbacks, folder: Path) -> Any:
     if not processes.is_first():
         return None
     summary = read_summary(folder)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    run_folder.clear_work(folder)
     repository = missing_upload(config.export, summary)
     if finished:
         state = "all done except for the upload" if repository else "all done"

@@ -12,13 +12,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from recondense.config.problems import Problem, render
+from recondense.config.run_records import CONFIG, INPUTS, SUMMARY, run_inside
 from recondense.config.schema import WORK, Config, DataConfig
 from recondense.errors import ConfigError
 from recondense.files import write_aside
 from recondense.run.resolved_run import Run
 
-CONFIG = "config.yaml"
-INPUTS, SUMMARY = "inputs.json", "summary.json"
 RESULTS = (INPUTS, "plan.json", "plan.png", SUMMARY, "stages", "checkpoints", "logs", "model", WORK)
 CONTENTS = (CONFIG, *RESULTS)  # overwrite=true deletes these and nothing else
 MOVED = ".moved"  # results of the old run while they are being moved; `repair` moves them back
@@ -111,10 +110,10 @@ def _identities(path: str) -> Iterator[tuple[int, int]]:
         if os.path.islink(os.path.join(folder, name))
     ]
     for start in (os.path.expanduser(path), *links):
-        yield from filter(None, map(_identity, _way(start)))
+        yield from filter(None, map(_identity, way(start)))
 
 
-def _way(path: str) -> Iterator[Path]:
+def way(path: str) -> Iterator[Path]:
     """Yield every folder, file and link on the way to a path, each link before its target."""
     rest = [*reversed((Path.cwd() / path).parts)]
     here, links = Path(rest.pop()), 0
@@ -194,6 +193,8 @@ def _delete_results(folder: Path) -> None:
 
     The old config remains until the new one replaces it, because a folder without a config is refused as foreign.
     """
+    if problem := run_to_keep(folder):  # it began after the checks
+        raise ConfigError(render([problem]))
     repair(folder)
     (folder / MOVED).mkdir()
     try:
@@ -203,6 +204,20 @@ def _delete_results(folder: Path) -> None:
         os.rename(folder / MOVED, folder / DELETED)
     finally:
         repair(folder)
+
+
+def run_to_keep(folder: Path) -> Problem | None:
+    """Return a problem if another run lies in what a run in this folder replaces or deletes."""
+    if (inner := run_inside(folder / name for name in RESULTS)) is None:
+        return None
+    text = f"another run is in {inner}, where this run would delete it. Move that folder, or choose another run_dir."
+    return Problem("run_dir", text, folder)
+
+
+def clear_work(folder: Path) -> None:
+    """Delete the temporary files of a run."""
+    if run_inside([folder / WORK]) is None:
+        shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def repair(folder: Path) -> None:

@@ -119,6 +119,67 @@ def test_a_folder_of_another_program_is_never_overwritten(
     assert "the folder is not empty and contains no run of recondense. Choose another run_dir." in message
 
 
+def make_run(folder: Path) -> Config:
+    """Write what a run that has begun writes."""
+    config = Config(run_dir=str(folder))
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "inputs.json").write_text("{}")
+    return config
+
+
+def of_folder(**settings: Any) -> list[str]:
+    config = Config(**settings)
+    return messages(config, stored_run(config.run_folder()))
+
+
+@pytest.mark.parametrize("place", ["stages/inner", "model", "mine/a/b", "../link/stages/inner", "to-mine/inner"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_run_is_inside_the_folder_of_another(tmp_path: Path, place: str, overwrite: bool) -> None:
+    """Also through links into the other run's folder, and through links in it."""
+    outer = tmp_path / "outer"
+    make_run(outer)
+    (tmp_path / "link").symlink_to(outer)
+    (tmp_path / "elsewhere").mkdir()
+    (outer / "to-mine").symlink_to(tmp_path / "elsewhere")
+    [message] = of_folder(run_dir=str(outer / place), overwrite=overwrite)
+    assert f"the folder is inside that of another run, {outer}" in message.replace(str(tmp_path / "link"), str(outer))
+    assert message.endswith("Choose another run_dir.")
+    assert of_folder(run_dir=str(outer), overwrite=overwrite) == of_folder(run_dir=str(tmp_path / "link")) == []
+    assert of_folder(run_dir=str(tmp_path / "beside")) == []
+
+
+def test_the_folder_of_an_experiment_can_be_a_run(tmp_path: Path) -> None:
+    """As that of the demo, beside whose results the runs of its sweeps are."""
+    make_run(tmp_path / "demo")
+    assert of_folder(output_dir=str(tmp_path), experiment_name="demo") == []
+    assert len(of_folder(output_dir=str(tmp_path / "demo"), experiment_name="stages")) == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", ["stages", "model/inner", "work/a/b"])
+def test_a_run_inside_what_another_run_deletes_is_kept(tmp_path: Path, place: str, overwrite: bool) -> None:
+    outer, link = tmp_path / "outer", tmp_path / "link"
+    make_run(outer)
+    link.symlink_to(outer)
+    make_run(outer / place)
+    for folder in (outer, link):
+        [message] = of_folder(run_dir=str(folder), overwrite=overwrite)
+        assert f"another run is in {folder / place}, where this run would delete it." in message
+
+
+def test_what_no_run_deletes_may_be_a_run(tmp_path: Path) -> None:
+    """A folder with another name, the target of a link, and the config.yaml of another program."""
+    outer = tmp_path / "outer"
+    make_run(outer)
+    make_run(outer / "mine")
+    make_run(tmp_path / "elsewhere")
+    (outer / "stages").symlink_to(tmp_path / "elsewhere")
+    (outer / "logs" / "wandb").mkdir(parents=True)
+    (outer / "logs" / "wandb" / "config.yaml").write_text(Config().to_yaml())
+    assert of_folder(run_dir=str(outer), overwrite=True) == []
+
+
 def cache_messages(folder: Path | str) -> list[str]:
     return render(check_cache(Config(cache_dir=str(folder))))
 

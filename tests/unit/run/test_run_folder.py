@@ -132,6 +132,19 @@ def test_a_new_start_deletes_only_the_files_of_the_run(folder: Path) -> None:
     assert sorted(os.listdir(folder)) == ["config.yaml", "mine.txt"] and folder.parent.is_dir()
 
 
+@pytest.mark.parametrize("name", ["stages", "work"])
+def test_a_run_that_began_inside_after_the_checks_is_kept(folder: Path, name: str) -> None:
+    inner = folder / name / "inner"
+    inner.mkdir()
+    for file in ("config.yaml", "inputs.json"):
+        (inner / file).write_text("mine")
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=rf"another run is in {inner}"):
+        begin(config(folder), folder)
+    run_folder.clear_work(folder)
+    assert contents(folder) == (before if name == "work" else {k: v for k, v in before.items() if "work" not in k})
+
+
 class Killed(BaseException):
     pass
 
