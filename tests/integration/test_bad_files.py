@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from support.checkpoints import POINTER, Change, checkpoint, config, content, cut
+from support.composed import composed
 from support.refusals import assert_refused, without_recovery
 
 from recondense.config.schema import Config
@@ -255,3 +257,19 @@ def test_folder_of_another_run(command: Command, tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text(Config(seed=5).to_yaml())
     code, err = command(f"run_dir={tmp_path}/run", "recovery=none")
     assert_refused(code, err, ["another config", "different: ", "overwrite=true"])
+
+
+def test_a_run_of_a_version_with_other_defaults(command: Command, tmp_path: Path) -> None:
+    """The same command as that of the run, of which the config.yaml lacks a setting."""
+    settings = ["method=reap", "recovery=none", f"run_dir={tmp_path}/run", f"output_dir={tmp_path}"]
+    values = composed(*settings)
+    del values["method"]["memory_ratio"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(values))
+    for name in ("inputs.json", "summary.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    names = "of a version of recondense with other defaults (different: method.memory_ratio). Choose another run_dir"
+    assert_refused(*command(*settings), [names])
+    assert_refused(
+        *command(*settings, "seed=3"), ["(different: seed).", "version of recondense differ too (method.mem"]
+    )

@@ -30,7 +30,7 @@ def check_quickly(run: Run) -> Iterator[Problem]:
         yield from _check_token(run.config)
         yield from check_variables(run.config.logger.wandb, os.environ)
     if is_settled(run.config):  # otherwise the folder's name may change
-        yield from check_run_folder(run.config, stored_run(run.config.run_folder()))
+        yield from check_run_folder(run.config, stored_run(run.config.run_folder()), run.overrides)
     if not run.config.plan_only:
         yield from check_cache(run.config)
 

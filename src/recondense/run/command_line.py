@@ -241,7 +241,7 @@ def _check_runs(
         config, mistakes = read(values)
         config = as_done(config)
         stages, wrong_stages = resolve_stages(config)
-        run = Run(config, stages)
+        run = Run(config, stages, overrides=overrides)
         of_values = (replace(problem, of_value=True) for problem in check_quickly(run))
         for more in (mistakes, wrong_stages, of_values):
             wrong = unread | {problem.setting for problem in run_problems}
@@ -321,9 +321,9 @@ def _check_on_models(
         if not is_done(run.config):  # else what it read may be gone
             messages += render(preflight(run, wrong))
         complete[overrides] = run
-    if unsettled := [run.config for run in complete.values() if not is_settled(run.config)]:
-        for config in unsettled:
-            messages += render(check_run_folder(config, stored_run(config.run_folder())))
+    if unsettled := [run for run in complete.values() if not is_settled(run.config)]:
+        for run in unsettled:
+            messages += render(check_run_folder(run.config, stored_run(run.config.run_folder()), run.overrides))
         messages += render(_check_together(list(complete.values())))
     if messages:
         raise ConfigError(dict.fromkeys(messages))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ class OtherVersion:
     reason: str
 
 
-def check_run_folder(config: Config, stored: Config | OtherVersion | None) -> Iterator[Problem]:
+def check_run_folder(
+    config: Config, stored: Config | OtherVersion | None, overrides: Sequence[str] = ()
+) -> Iterator[Problem]:
     """Yield the problems of the run's folder.
 
     Args:
         config: settings of the run.
         stored: config of an earlier run in the folder; None if there is none.
+        overrides: what the command sets, as it is written.
     """
     folder = config.run_folder()
     remedy = "Choose another run_dir, or set overwrite=true to replace that run."
@@ -55,9 +58,7 @@ def check_run_folder(config: Config, stored: Config | OtherVersion | None) -> It
             yield Problem("run_dir", text, folder)
     elif stored is not None:
         if not config.overwrite and stored.run_hash() != config.run_hash():
-            names = differences(stored.identity(), config.identity())
-            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            text = f"the folder contains a run with another config (different: {shown}). {remedy}"
+            text = f"the folder contains a run {_other_config(stored, config, overrides)} {remedy}"
             yield Problem("run_dir", text, folder)
     elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         text = "the folder is not empty and contains no run of recondense. Choose another run_dir."
@@ -65,6 +66,47 @@ def check_run_folder(config: Config, stored: Config | OtherVersion | None) -> It
     elif not _may_write(parent := _existing(folder)):
         text = f"{parent} is not writable. Choose another output_dir or run_dir."
         yield Problem("run_dir", text, folder)
+
+
+def _other_config(stored: Config, config: Config, overrides: Sequence[str]) -> str:
+    """Return in which settings a stored run differs, and which of them are defaults, in words."""
+    names = differences(stored.identity(), config.identity())
+    given = [name for name in names if _sets(overrides, name, names)]
+    defaults = [name for name in names if name not in given]
+    changed = all(_was_default(stored, config, name) for name in defaults)
+    if defaults and changed and not given:
+        return f"of a version of recondense with other defaults (different: {_join(defaults)})."
+    if defaults and changed:
+        more = f" The defaults of its version of recondense differ too ({_join(defaults)})."
+        return f"with another config (different: {_join(given)}).{more}"
+    more = " That run does, or the defaults of its version of recondense are others."
+    more = f" This command does not set {_join(defaults)}.{more}" if defaults else ""
+    return f"with another config (different: {_join(names)}).{more}"
+
+
+def _join(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _sets(overrides: Sequence[str], name: str, different: Sequence[str]) -> bool:
+    """Return whether a command sets a setting that differs. The same choice of a group sets none."""
+    for key in (text.partition("=")[0].lstrip("+~").partition("@")[0] for text in overrides):
+        chosen = key not in ("model", "method", "data", "evaluation") or f"{key}.name" in different
+        if chosen and (name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")):
+            return True
+    return False
+
+
+def _was_default(stored: Config, config: Config, name: str) -> bool:
+    """Return whether neither run sets a setting of the method: one does not know it, or both leave it to the model."""
+    section, _, setting = name.partition(".")
+    if section != "method" or not {setting} <= stored.method.keys() & config.method.keys():
+        return section == "method"
+    budgets = [run.model.budgets for run in (stored, config)]
+    if not all(setting in budget.get("open", ()) for budget in budgets):
+        return False
+    one, other = (budget.get("asked", budget.get("used", {})).get(setting) for budget in budgets)
+    return one != other
 
 
 def stored_run(folder: Path) -> Config | OtherVersion | None:
@@ -146,6 +188,6 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = ""
         where = f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping) and isinstance(other_value, Mapping):
             names += differences(value, other_value, where)
-        elif value != other_value:
+        elif value != other_value or (key in one) != (key in other):
             names.append(where)
     return names

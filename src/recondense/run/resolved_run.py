@@ -18,8 +18,10 @@ class Run:
         config: settings of the run.
         stages: stages of the recovery, in order.
         steps: steps of the method, in order.
+        overrides: what the command sets, as it is written.
     """
 
     config: Config
     stages: Stages
     steps: Sequence[Any] = ()
+    overrides: Sequence[str] = ()

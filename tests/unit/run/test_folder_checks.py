@@ -25,6 +25,7 @@ def messages(config: Config, stored: Config | OtherVersion | None) -> list[str]:
 def test_differences_name_dotted_settings() -> None:
     one = Config(seed=1, recovery=RecoveryConfig(steps=2)).identity()
     assert differences(one, Config().identity()) == ["recovery.steps", "seed"]
+    assert differences({"method": {"refit": None}}, {"method": {}}) == ["method.refit"]
 
 
 def test_the_run_folder_of_the_same_config_is_resumed(tmp_path: Path) -> None:
@@ -37,6 +38,49 @@ def test_the_run_folder_of_the_same_config_is_resumed(tmp_path: Path) -> None:
     other = dataclasses.replace(config, seed=3)
     assert "different: seed" in messages(other, config)[0]
     assert messages(dataclasses.replace(other, overwrite=True), config) == []
+
+
+def _with(config: Config, ratio: float | None, **budgets: Any) -> Config:
+    """The config with a ratio of its method; None leaves it out, as a version without this setting does."""
+    method = {key: value for key, value in config.method.items() if key != "memory_ratio"}
+    method |= {} if ratio is None else {"memory_ratio": ratio}
+    return dataclasses.replace(config, method=method, model=dataclasses.replace(config.model, budgets=budgets))
+
+
+@pytest.mark.parametrize("before", [None, 0.8])
+@pytest.mark.parametrize("overrides", [[], ["method=reap"]], ids=str)
+def test_a_default_that_has_changed_since_is_named_as_one(
+    tmp_path: Path, before: float | None, overrides: list[str]
+) -> None:
+    method = {"name": "reap", "steps": ["reap"]}
+    config = dataclasses.replace(Config(run_dir=str(tmp_path)), method=method)
+    old = _with(config, before, used={"memory_ratio": before}, open=["memory_ratio"])
+    new = _with(config, 0.7, used={"memory_ratio": 0.7}, open=["memory_ratio"])
+    [message] = render(check_run_folder(new, old, overrides))
+    assert message.endswith(
+        "the folder contains a run of a version of recondense with other defaults (different: method.memory_ratio). "
+        "Choose another run_dir, or set overwrite=true to replace that run."
+    )
+    new = dataclasses.replace(new, seed=2)
+    [message] = render(check_run_folder(new, old, [*overrides, "seed=2"]))
+    assert "a run with another config (different: seed). The defaults of its version of" in message
+    assert "differ too (method.memory_ratio). Choose" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "more"),
+    [
+        (["seed=2", "recovery.steps=3"], ""),
+        (["seed=2", "+recovery=none"], ""),
+        (["seed=2"], "This command does not set recovery.steps. That run does, or the defaults of its version of "),
+        (["method=reap"], "This command does not set recovery.steps, seed. That run does, or the defaults of its "),
+    ],
+)
+def test_settings_that_the_command_does_not_set(tmp_path: Path, overrides: list[str], more: str) -> None:
+    """That run may have set them, as its config.yaml does not say what its command was."""
+    config = Config(run_dir=str(tmp_path), seed=2, recovery=RecoveryConfig(steps=3))
+    [message] = render(check_run_folder(config, Config(run_dir=str(tmp_path)), overrides))
+    assert f"another config (different: recovery.steps, seed). {more or 'Choose another run_dir'}" in message
 
 
 def test_a_run_resumes_with_another_engine(tmp_path: Path) -> None:
