@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recondense.data.file_formats import ENCODING, begins_with_list
+from recondense.data.file_formats import CONVERT, ENCODING, begins_with_list
 from recondense.data.instruction_records import detect_form
 from recondense.errors import UserError
 
@@ -59,6 +60,50 @@ def text_of(values: Any, field: str, where: str) -> str:
     return value
 
 
+def refuse_one_object(path: Path, field: str | None = None) -> None:
+    """Refuse a file that is one object with all of the records or texts in it, as lists or as columns.
+
+    Args:
+        path: a JSON file in which a text or a record was not where it should be.
+        field: the name of the field of a text; None for records.
+
+    Raises:
+        UserError: it is such an object. The message is a clause without a subject.
+    """
+    (_, values), *more = islice(read_values(path), 2)
+    if more or not isinstance(values, Mapping):
+        return
+    sizes = {name: len(value) for name, value in values.items() if _is_column(value)}
+    if field in sizes or (sizes and len(sizes) == len(values) and len({*sizes.values()}) == 1):
+        names = " and ".join(map(repr, [*sizes][:2]))
+        convert = CONVERT.format("read_json", path.name)
+        raise UserError(f"is one object of columns ({names}), not a list of records; {convert}.")
+    lists = [name for name, value in values.items() if isinstance(value, list) and _are_records(value)]
+    if lists and not _has_form(values):
+        names = " and ".join(map(repr, lists[:2]))
+        here = f"{names} {'are lists' if len(lists) > 1 else 'is the list'} of records"
+        one = "one of these lists" if len(lists) > 1 else "that list"
+        raise UserError(f"is one object, in which {here}; write {one} alone, or its records one per line.")
+
+
+def _is_column(value: Any) -> bool:
+    """Return whether a value is a list of values, or an object of them by their numbers, as pandas writes it."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(key == str(number) for number, key in enumerate(value))
+    return isinstance(value, list) and bool(value) and not _are_records(value)
+
+
+def _are_records(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, Mapping) for value in values)
+
+
+def _has_form(values: Mapping[str, Any]) -> bool:
+    try:
+        return bool(detect_form(values))
+    except UserError:
+        return False
+
+
 def json_type(value: Any) -> str:
     """Return the name of a value's type in JSON."""
     if value is None:
@@ -84,10 +129,8 @@ def field_of(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _remedy(values: Mapping[str, Any], where: str) -> str:
-    try:
-        return f"{where}.form={detect_form(values)} for such records, or {where}.text_field"
-    except UserError:
-        return f"{where}.text_field"
+    form = f"{where}.form={detect_form(values)} for such records, or " if _has_form(values) else ""
+    return f"{form}{where}.text_field"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from recondense.config.problems import Problem
 from recondense.data.file_formats import ENCODING, bad_byte, refuse_json, refuse_other_formats, require_file
 from recondense.data.instruction_records import Record, detect_form, read_record
-from recondense.data.json_files import read_values, refuse_repeated, text_of, unit
+from recondense.data.json_files import read_values, refuse_one_object, refuse_repeated, text_of, unit
 from recondense.data.valid_text import is_empty, repair
 from recondense.errors import UserError
 
@@ -166,28 +165,25 @@ def _without_nul(lines: Iterable[str]) -> Iterator[str]:
 def _json_texts(path: Path, text_field: str, where: str) -> Iterator[tuple[int, str]]:
     what = unit(path)
     for number, values in read_values(path):
-        with _at(f"{what} {number}"):
-            text = text_of(values, text_field, where)
-        yield number, text
-
-
-@contextmanager
-def _at(place: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{place} {error}") from None
+        try:
+            yield number, text_of(values, text_field, where)
+        except UserError as error:
+            refuse_one_object(path, text_field)
+            raise UserError(f"{what} {number} {error}") from None
 
 
 def _records(path: Path, form: str, where: str) -> Iterator[tuple[int, str]]:
     what = unit(path)
     for number, values in read_values(path):
-        with _at(f"{what} {number}"):
+        try:
             refuse_repeated(values)
+        except UserError as error:
+            raise UserError(f"{what} {number} {error}") from None
         try:
             if form == "auto" and isinstance(values, dict):
                 form = detect_form(values)
             yield number, read_record(values, form, f"{path}, {what} {number}")
         except UserError as error:
+            refuse_one_object(path)
             remedy = f"fix it, or set {where}.form to the form of the file."
             raise UserError(f"{what} {number} {error}; {remedy}") from None

@@ -70,10 +70,42 @@ def test_a_list_of_objects_is_read(tmp_path: Path, indent: int | None, name: str
         texts(bad)
 
 
+LISTS = ({"data": [{"text": "a"}]}, {"version": 1, "rows": [{"text": "a"}], "tags": []})
+COLUMNS = (
+    {"text": ["a", "b"], "id": [1, 2]},
+    {"text": ["a"], "version": 3},
+    {"text": {"0": "a", "1": "b"}, "id": {"0": 1, "1": 2}},  # as pandas writes it
+    {"instruction": ["a"], "output": ["b"]},
+    {"messages": [[{"role": "user", "content": "a"}]]},
+)
+
+
+@pytest.mark.parametrize("form", [None, "auto", "chat"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_file_that_is_one_object_of_records_is_named(tmp_path: Path, form: str | None, indent: int | None) -> None:
+    for values in LISTS:
+        with pytest.raises(UserError, match=r"^is one object, in which '(data|rows)' is the list of records; write th"):
+            list(read_texts(write(tmp_path, json.dumps(values, indent=indent), "a.json"), form=form))
+    values = {"train": [{"text": "a"}], "validation": [{"text": "b"}]}
+    with pytest.raises(UserError, match=r"'train' and 'validation' are lists of records; write one of these lists al"):
+        list(read_texts(write(tmp_path, json.dumps(values, indent=indent), "a.json"), form=form))
+    for values in COLUMNS if form is None else COLUMNS[3:]:
+        with pytest.raises(
+            UserError, match=r"^is one object of columns \('.*read_json\('a.json'\).to_json\('te"
+        ):
+            list(read_texts(write(tmp_path, json.dumps(values, indent=indent), "a.json"), form=form))
+
+
+def test_a_field_with_a_list_in_one_of_several_objects_is_named(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": [{"a": 1}], "data": [{"text": "a"}]})] * 2
+    with pytest.raises(UserError, match=r"^line 1 has no text in 'text', but a list"):
+        texts(write(tmp_path, "\n".join(lines)))
+
+
 def test_one_object_over_several_lines_is_read(tmp_path: Path) -> None:
     assert texts(write(tmp_path, json.dumps({"text": "one", "id": 1}, indent=2), "a.json")) == ["one"]
     with pytest.raises(UserError, match=r"^line 1 has no text in 'text' \(its keys: data\)"):
-        texts(write(tmp_path, json.dumps({"data": [{"text": "one"}]}, indent=2), "a.json"))
+        texts(write(tmp_path, json.dumps({"data": "one"}, indent=2), "a.json"))
     with pytest.raises(UserError, match=r"^line 1 is not JSON"):
         texts(write(tmp_path, '{\n"text": "one"\n}\n{\n"text": "two"\n}\n', "a.json"))
 
