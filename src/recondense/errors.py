@@ -1,5 +1,6 @@
 """Errors that users can fix. Every other exception but OSError is a bug and keeps its traceback."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,17 @@ class ConfigError(UserError):
     def __init__(self, messages: Iterable[str]) -> None:
         self.messages = tuple(messages)
         super().__init__("\n".join(self.messages))
+
+
+def require_checks() -> None:
+    """Refuse a Python that removes assertions, and docstrings, which transformers reads.
+
+    Raises:
+        UserError: it was started with -O or PYTHONOPTIMIZE.
+    """
+    if sys.flags.optimize:
+        option = f"-{'O' * sys.flags.optimize}, or PYTHONOPTIMIZE={sys.flags.optimize}"
+        raise UserError(f"Python runs with {option}, which removes checks that recondense needs; run without it")
 
 
 class WrongExport(AssertionError):

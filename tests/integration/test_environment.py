@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.runs import ROOT, arguments, model_folder, text_files
 
 LEFT_OVER = {
@@ -35,3 +36,17 @@ def test_a_run_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "run"
     assert "recovered" in json.loads((folder / "summary.json").read_text())["stages"]
     assert list((folder / "logs").rglob("*.csv"))
+
+
+@pytest.mark.parametrize("variable", ["1", "2"])
+def test_a_python_without_assertions_is_refused(tmp_path: Path, variable: str) -> None:
+    """Before it goes wrong in silence, or in the documentation of transformers; the help is there all the same."""
+    environment = {**os.environ, "PYTHONOPTIMIZE": variable}
+    train = [sys.executable, str(ROOT / "train.py")]
+    notebook = "import recondense, sys\ntry: recondense.load\nexcept ValueError as error: sys.exit(str(error))"
+    for words in ([*train, "plan_only=true"], [sys.executable, "-c", notebook]):
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+        assert f"PYTHONOPTIMIZE={variable}, which removes checks that recondense needs; run without it" in done.stderr
+    done = subprocess.run([*train, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "method" in done.stdout

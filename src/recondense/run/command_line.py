@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from recondense.config.problems import Problem, render
 from recondense.config.schema import read
 from recondense.config.stages import resolve_stages
-from recondense.errors import ConfigError
+from recondense.errors import ConfigError, require_checks
 from recondense.run import sweeping
 from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import check_quickly, is_done
@@ -76,6 +76,7 @@ def main(folder: Path | None = None) -> None:
         if args.help:
             print(help_page(CONFIGS, "recondense" if folder is None else f"python {Path(sys.argv[0]).name}"))
             return
+        require_checks()
         # Hydra resolves a relative path from the folder of this file.
         if args.config_path is not None and "://" not in args.config_path:
             sys.argv.append(f"--config-path={os.path.abspath(Path(folder or '', args.config_path))}")

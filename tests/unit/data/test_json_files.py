@@ -90,9 +90,7 @@ def test_a_file_that_is_one_object_of_records_is_named(tmp_path: Path, form: str
     with pytest.raises(UserError, match=r"'train' and 'validation' are lists of records; write one of these lists al"):
         list(read_texts(write(tmp_path, json.dumps(values, indent=indent), "a.json"), form=form))
     for values in COLUMNS if form is None else COLUMNS[3:]:
-        with pytest.raises(
-            UserError, match=r"^is one object of columns \('.*read_json\('a.json'\).to_json\('te"
-        ):
+        with pytest.raises(UserError, match=r"^is one object of columns \('.*read_json\('a.json'\).to_json\('te"):
             list(read_texts(write(tmp_path, json.dumps(values, indent=indent), "a.json"), form=form))
 
 
