@@ -15,10 +15,10 @@ from typing import Any
 
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
+from recondense.evaluation.task_data import check_unicode, invalid_text, missing_split
 from recondense.models.library_errors import is_exit, reason_of
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of the disk, not of a task
-METHODS = ("build_all_requests", "apply_filters")  # of a task, which `evaluate` calls
 MOST_WORDS = 60  # of an error's text
 UNKNOWN = (-1, -100)  # answers in data without answers
 TRIED = 2  # documents that are scored with made up responses
@@ -54,10 +54,18 @@ def reason(error: BaseException, settings: Mapping[str, Any]) -> str:
         return reason_of(error)
     if isinstance(error, StopIteration):
         return "there are no documents in its data"
+    from datasets.exceptions import DatasetGenerationError  # late: few commands need it
+
+    if isinstance(error, UnicodeError | DatasetGenerationError) and (text := invalid_text(settings)):
+        return text
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # it says nothing itself
+        error = error.__cause__
     words = str(error).split()
+    if isinstance(error, KeyError) and len(sentence := str(*error.args[:1]).split()) > 3:  # no key
+        return " ".join(sentence[:MOST_WORDS]).rstrip(".")
     text = " ".join(words[:MOST_WORDS]) + (" ..." if len(words) > MOST_WORDS else "")
     if isinstance(error, KeyError):
-        return _unknown_metrics(settings) if error.args == (None,) else f"there is no {text}"
+        return _unknown_metrics(settings) if error.args == (None,) else missing_split(error) or f"there is no {text}"
     return f"{type(error).__name__}: {text.rstrip('.')}" if text else type(error).__name__
 
 
@@ -76,15 +84,22 @@ def _unknown_metrics(settings: Mapping[str, Any]) -> str:
 def name_errors(task: Any, name: str) -> None:
     """Let errors of a loaded task name it, in whatever `lm_eval.evaluator.evaluate` calls."""
 
+    settings = {"dataset_kwargs": task.get_config("dataset_kwargs")}
+
     def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with naming(name):
+            with naming(name, settings):
                 return call(*args, **kwargs)
 
         return run
 
-    for method in METHODS:
-        setattr(task, method, guarded(getattr(task, method)))
+    build = task.build_all_requests
+
+    def checked_build(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        check_unicode(task, name)
+
+    task.build_all_requests, task.apply_filters = guarded(checked_build), guarded(task.apply_filters)
     process_results, aggregation = guarded(task.process_results), guarded(task.aggregation)
 
     def guarded_results(document: Any, results: Any) -> Any:
@@ -163,6 +178,7 @@ def check_documents(task: Any, name: str, most: int) -> None:
     """
     with naming(name):
         task.build_all_requests(limit=most, rank=0, world_size=1)
+        check_unicode(task, name)
         incomplete = [metric for metric, combine in task.aggregation().items() if not callable(combine)]
         documents = list({instance.doc_id: instance.doc for instance in task.instances}.items())
     if not documents:

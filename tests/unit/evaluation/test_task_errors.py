@@ -15,11 +15,15 @@ from support.tiny_models import qwen2_moe
 from recondense.config.problems import render
 from recondense.errors import UserError
 from recondense.evaluation.lm_eval import check_local_tasks, run_tasks
+from recondense.evaluation.task_data import invalid_text
 from recondense.evaluation.task_errors import naming
 
 FUNCTIONS = """
 def no_documents(data):
     return data.select([])
+
+def needs_key(data):
+    return {}["testt"]
 
 def fails(*arguments):
     raise ZeroDivisionError("division by zero")
@@ -91,7 +95,14 @@ def function(name: str) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_split": "testt"}, "there is no 'testt'"),
+        ({"test_split": "testt"}, "test_split is 'testt', but the dataset json has no such split. Its splits: test."),
+        ({"test_split": None, "validation_split": "vall"}, "validation_split is 'vall', but the dataset json has no"),
+        ({"num_fewshot": 2, "fewshot_split": "trainn"}, "fewshot_split is 'trainn', but the dataset json has no su"),
+        ({"process_docs": function("needs_key")}, "my_task: there is no 'testt'."),
+        ({"rows": [*ROWS, {**ROWS[0], "q": "a \ud800 b"}]}, "data.jsonl, line 7: the text is not valid Unicode, bec"),
+        ({"rows": [*ROWS, {**ROWS[0], "c": ["\udc00", "b"]}]}, "data.jsonl, line 7: the text is not valid Unicode, "),
+        ({"rows": [*ROWS, ["no object"]]}, "my_task: ArrowInvalid: JSON parse error: "),
+        ({"doc_to_text": '{{q}} {{"\\ud800"}}'}, "document 0: the text is not valid Unicode, because \\ud800 alone is"),
         ({"test_split": None}, "my_task: "),
         ({"doc_to_text": "{{question}}"}, "'question' is undefined"),
         ({"doc_to_text": "{{q"}, "TemplateSyntaxError: "),
@@ -106,7 +117,7 @@ def function(name: str) -> Any:
         ({"metric_list": [{"metric": "accuracyy"}]}, "my_task: "),
         ({"metric_list": [{"metric": "acc", "aggregation": "meann"}]}, "the metric acc has no aggregation."),
         ({"output_type": "multiple_choices"}, "my_task: "),
-        ({"filter_list": [{"name": "x", "filter": [{"function": "nonsense"}]}]}, "my_task: "),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "nonsense"}]}]}, ": Unknown filter 'nonsense'. Avail"),
         ({"num_fewshot": 2, "fewshot_split": "train"}, "my_task: "),
         ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, "nowhere.jsonl"),
         ({"metric_list": [{"metric": "acc"}, {"metric": "nonsense"}]}, "lm-eval has no metric nonsense; name one"),
@@ -139,7 +150,20 @@ def function(name: str) -> Any:
 def test_a_mistake_is_found_without_a_model(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     [problem] = render(check_local_tasks(None, task_folder(tmp_path, **changes)))
     assert problem.startswith("evaluation.tasks: my_task: ") and message in problem
-    assert "\n" not in problem and len(problem) < 900
+    assert "\n" not in problem and "\\n" not in problem and len(problem) < 900
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path)
+    (folder / "data.jsonl").write_bytes((folder / "data.jsonl").read_bytes().replace(b"Number 5", b"\xed\xa0\x80"))
+    [problem] = render(check_local_tasks(None, folder))
+    assert f"my_task: {folder}/data.jsonl is not UTF-8 text (byte" in problem and "0xED, line 6)" in problem
+
+
+def test_characters_of_two_halves_and_backslashes_are_text(tmp_path: Path) -> None:
+    rows = [*ROWS, {**ROWS[0], "q": "\U0001f600 and \\ud800"}]
+    assert check_local_tasks(None, task_folder(tmp_path, rows=rows)) == []
+    assert invalid_text({"dataset_kwargs": {"data_files": [str(tmp_path / "data.*"), "no/where"]}}) == ""
 
 
 def test_a_task_without_mistakes(tmp_path: Path) -> None:
