@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from recondense.data.arguments import list_texts, require_number
 from recondense.data.instruction_records import Record
 from recondense.data.labels import MASKED
-from recondense.data.prompts import MarkedText, RefusedChat, mark_answers
+from recondense.data.prompts import MarkedText, RefusedChat, check_template, mark_answers
 from recondense.data.special_tokens import start_of_text
 from recondense.data.windows import token_ids
 from recondense.errors import UserError
@@ -73,9 +73,11 @@ def make_examples(
         answer_only: whether only the answers are targets. Otherwise all tokens are, except those of BOS.
 
     Raises:
-        UserError: no record has an answer within `length` tokens, or the answers of a rendered chat cannot be located.
+        UserError: no record has an answer within `length` tokens, or a chat template leaves out what was said, or the
+            answers of a rendered chat cannot be located.
     """
     lead = start_of_text(tokenizer, bos)
+    check_template(records, tokenizer)
     kept, left_out, cut = [], 0, 0
     reasons: dict[str, str] = {}  # the first record of each reason
     for tokenized in _tokenize(records, tokenizer, name, answer_only):

@@ -24,6 +24,8 @@ PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 log = logging.getLogger(__name__)
+SAMPLE = 8  # documents on which a template is checked
+PARTS = re.compile(r"\n|</?\w+>|\[/?\w+\]|<\|\w*\|>")  # between lines, and at the tags of reasoning
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a chat template's own mark of the assistant's messages
 
 
@@ -63,8 +65,9 @@ def render_documents(
         name: a name for the documents in messages.
 
     Raises:
-        UserError: the template rejects all documents, or cannot be read.
+        UserError: the template rejects all documents, leaves out what was said, or cannot be read.
     """
+    check_template(documents, tokenizer)
     rendered, refused = [], []
     for document in documents:
         try:
@@ -80,6 +83,58 @@ def render_documents(
         text = "%s: %d of %d are left out: the chat template rejects the chat (%s)"
         log.info(text, name, len(refused), len(documents), refused[0])
     return rendered
+
+
+def check_template(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check on the first chats that the tokenizer's template writes what was said; a system message is only warned of.
+
+    Earlier answers and the reasoning in an answer may be left out, as many templates do.
+
+    Args:
+        documents: texts or records.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        UserError: the template leaves out a user's message, or the last answer.
+    """
+    silent: set[str] = set()  # roles
+    for record in documents[:SAMPLE] if tokenizer.chat_template is not None else ():
+        messages = record.values.get("messages", []) if isinstance(record, Record) else []
+        try:
+            text = _one_line(_render_document(record, tokenizer)) if messages else ""
+        except RefusedChat:  # which is counted elsewhere
+            continue
+        silent |= {turn["role"] for turn in messages if turn["role"] == "system" and _end(turn, text) is None}
+        position = 0
+        for turn in [*(turn for turn in messages if turn["role"] == "user"), *messages[-1:]]:
+            if (end := _end(turn, text, position)) is None:
+                silent.add(turn["role"])
+            else:
+                position = end
+        if roles := silent - {"system"}:
+            where = f"{record.place}: " if isinstance(record, Record) and record.place else ""
+            raise UserError(
+                f"{where}{_name_of(tokenizer)} leaves out the messages of the {' and the '.join(sorted(roles))}; mend "
+                "it, or give a tokenizer with another template (model.tokenizer)."
+            )
+    if silent:
+        log.warning("%s leaves out system messages", _name_of(tokenizer))
+
+
+def _end(message: dict[str, str], text: str, start: int = 0) -> int | None:
+    """Return where a message ends in a text, from `start` on; None if it is not there.
+
+    Its longest part is looked for, or for an answer also the last one, which comes after its reasoning.
+    """
+    parts = [part for part in map(_one_line, PARTS.split(message["content"])) if part]
+    if not parts:
+        return start
+    said = [max(parts, key=len), *(parts[-1:] if message["role"] == "assistant" else [])]
+    return next((text.index(part, start) + len(part) for part in said if text.find(part, start) >= 0), None)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _render_document(document: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,7 +12,7 @@ from recondense.config.stages import require_stages
 from recondense.data.corpus import Corpora
 from recondense.data.examples import make_examples
 from recondense.data.instruction_records import Record, read_record
-from recondense.data.prompts import RefusedChat, mark_answers, render_documents
+from recondense.data.prompts import RefusedChat, check_template, mark_answers, render_documents
 from recondense.data.texts import Texts, Tokenizing
 from recondense.errors import UserError
 
@@ -110,6 +110,79 @@ def test_templates_without_a_default_one() -> None:
 def test_a_template_that_leaves_out_the_answers_is_named(template: str) -> None:
     with pytest.raises(UserError, match="line 1: it leaves out the assistant's messages"):
         make_examples([chat("Good?")], tokenizer_with(template), 100)
+
+
+def _template(user: str = "m.content", answer: str = "m.content", system: str = "m.content") -> str:
+    cases = f"{{% if m.role == 'user' %}}{{{{ {user} }}}}{{% elif m.role == 'system' %}}{{{{ {system} }}}}{{% else %}}"
+    return f"{{% for m in messages %}}<{{{{ m.role }}}}>{cases}{{{{ {answer} }}}}{{% endif %}};{{% endfor %}}"
+
+
+def _told(*answers: str, system: str = "Be kind.") -> Record:
+    messages = [{"role": "system", "content": system}]
+    for number, content in enumerate(answers):
+        messages += [
+            {"role": "user", "content": f" A question,\nnumber {number}? "},
+            {"role": "assistant", "content": content},
+        ]
+    return read_record({"messages": messages}, "chat", "chats.jsonl, line 1")
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [
+        (_template(user="m.text"), "user"),
+        (_template(user="''"), "user"),
+        (_template(user="m.content if loop.last or loop.index < 3 else ''"), "user"),
+        (_template(answer="m.text"), "assistant"),
+        (_template(user="m.text", answer="m.text"), "assistant and the user"),
+        (_template(answer="''").replace("{{ '' }}", "{% generation %}<end>{% endgeneration %}"), "assistant"),
+    ],
+)
+def test_a_template_that_leaves_out_what_was_said_is_named(template: str, roles: str) -> None:
+    records = [_told("One.", "Two.")] * 3
+    message = f"^chats.jsonl, line 1: the chat template of some/model leaves out the messages of the {roles}; mend it"
+    for make in (
+        lambda: render_documents(records, tokenizer_with(template)),
+        lambda: make_examples(records, tokenizer_with(template), 500),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("template", "warns"),
+    [
+        (_template(), False),
+        (_template(user="m.content | trim", answer="m.content | trim"), False),
+        (_template(user="m.content.split() | join(' ')"), False),
+        (_template(answer="m.content.split('</think>')[-1]"), False),
+        (_template(answer="m.content if loop.last else m.content.split('</think>')[-1]"), False),
+        (_template(answer="m.content | replace('</think>', '\n</think>\n\n')"), False),
+        (_template(system="''"), True),
+    ],
+)
+def test_what_templates_may_change(template: str, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """White space, reasoning, and system messages, which a line names once."""
+    records = [_told("<think>One, at some length.</think>One.", "<think>Two, or more than that.</think>Two.")] * 20
+    with caplog.at_level("WARNING", logger="recondense"):
+        assert len(render_documents(records, tokenizer_with(template))) == 20
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["the chat template of some/model leaves out system messages"] * warns
+
+
+def test_empty_messages_are_not_left_out() -> None:
+    turns = [("user", ""), ("assistant", ""), ("user", "Again?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    record = read_record({"messages": messages}, "chat")
+    assert render_documents([record], tokenizer_with(_template()))[0].count("Again?") == 1
+
+
+def test_only_some_chats_are_rendered_to_check_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, calls = tokenizer_with(_template()), []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or render(*a, **k))
+    check_template([_told("One.")] * 1000, tokenizer)
+    assert len(calls) < 40
 
 
 def test_answers_that_cannot_be_located_matter_only_in_training() -> None:
