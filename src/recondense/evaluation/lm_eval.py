@@ -18,10 +18,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.config.problems import Problem, render
-from recondense.data.vocabulary import filler
+from recondense.data.vocabulary import filler, require_rows
 from recondense.errors import UserError
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS
-from recondense.evaluation.lm_eval_internals import check_yaml, requests_shown, task_settings, tasks_of_tag
+from recondense.evaluation.lm_eval_internals import (
+    check_encoded,
+    check_yaml,
+    requests_shown,
+    task_settings,
+    tasks_of_tag,
+)
 from recondense.evaluation.task_errors import check_documents, name_errors, naming
 from recondense.models import decoder
 from recondense.models.hooks import eval_mode
@@ -264,14 +270,17 @@ def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batc
     device = decoder.device(model).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     ends = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
-    return HFLM(
+    rows = embedding_rows(model.config)
+    lm = HFLM(
         pretrained=model,
         prefix_token_id=None if ends else _line_break(tokenizer),
-        tokenizer=_with_padding(tokenizer, embedding_rows(model.config)),
+        tokenizer=_with_padding(tokenizer, rows),
         batch_size=batch_size,
         softmax_dtype="float32",
         mixed_precision_dtype=autocast,
     )
+    check_encoded(lm, lambda highest: require_rows(highest, rows, tokenizer, "the prompts of evaluation.tasks"))
+    return lm
 
 
 def _with_padding(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> PreTrainedTokenizerBase:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from recondense.progress import ProgressBar
 
@@ -31,6 +33,23 @@ def tasks_of_tag(manager: Any, name: str) -> list[str] | None:
     """Return the tasks of a tag, sorted; None if the name is not a tag."""
     entry = manager.task_index[name]
     return sorted(entry.tags) if entry.kind.name == "TAG" else None
+
+
+def check_encoded(lm: Any, check: Callable[[int], None]) -> None:
+    """Let a model of lm-eval pass the largest id of whatever it tokenizes to a function, before it computes with it."""
+    encode, encode_batch = lm.tok_encode, lm.tok_batch_encode
+
+    def checked(*args: Any, **kwargs: Any) -> list[int]:
+        ids: list[int] = encode(*args, **kwargs)
+        check(max(ids, default=0))
+        return ids
+
+    def checked_batch(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        ids_BS, mask_BS = encode_batch(*args, **kwargs)
+        check(int(ids_BS.max()) if ids_BS.numel() else 0)
+        return ids_BS, mask_BS
+
+    lm.tok_encode, lm.tok_batch_encode = checked, checked_batch
 
 
 @contextmanager

@@ -247,6 +247,28 @@ def test_a_mistake_that_shows_after_the_evaluation(tmp_path: Path, changes: dict
         run_tasks(model, tokenizer, ["my_task"], include_path=task_folder(tmp_path, **changes), limit=2)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        GENERATES | {"metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"max_gen_toks": 4}},
+        {"output_type": "loglikelihood_rolling", "doc_to_target": "{{q}}", "doc_to_text": "", "doc_to_choice": None,
+         "metric_list": [{"metric": "word_perplexity"}]},
+    ],
+)  # fmt: skip
+def test_a_token_without_a_row_of_the_embedding(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """In any kind of task: the embedding is not asked for it."""
+    tokenizer = byte_tokenizer()
+    model = qwen2_moe(vocab_size=len(tokenizer))
+    tokenizer.add_tokens("Number")
+    message = (
+        r"^the prompts of evaluation.tasks: the tokenizer's token 'Number' has the id 257, .* only 257 rows .*; use"
+    )
+    with pytest.raises(UserError, match=message):
+        run_tasks(model, tokenizer, ["my_task"], include_path=task_folder(tmp_path, **changes), limit=2)
+    run_tasks(model, byte_tokenizer(), ["my_task"], include_path=tmp_path, limit=2)
+
+
 def test_an_error_of_the_model_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     model = qwen2_moe(vocab_size=len(tokenizer))
