@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jinja2.exceptions import TemplateSyntaxError
@@ -118,7 +119,7 @@ def check_template(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase)
                 "it, or give a tokenizer with another template (model.tokenizer)."
             )
     if silent:
-        log.warning("%s leaves out system messages", _name_of(tokenizer))
+        _warn_once(f"{_name_of(tokenizer)} leaves out system messages")
 
 
 def _end(message: dict[str, str], text: str, start: int = 0) -> int | None:
@@ -131,6 +132,11 @@ def _end(message: dict[str, str], text: str, start: int = 0) -> int | None:
         return start
     said = [max(parts, key=len), *(parts[-1:] if message["role"] == "assistant" else [])]
     return next((text.index(part, start) + len(part) for part in said if text.find(part, start) >= 0), None)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _one_line(text: str) -> str:

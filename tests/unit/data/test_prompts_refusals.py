@@ -165,7 +165,8 @@ def test_what_templates_may_change(template: str, warns: bool, caplog: pytest.Lo
     """White space, reasoning, and system messages, which a line names once."""
     records = [_told("<think>One, at some length.</think>One.", "<think>Two, or more than that.</think>Two.")] * 20
     with caplog.at_level("WARNING", logger="recondense"):
-        assert len(render_documents(records, tokenizer_with(template))) == 20
+        for _ in range(2):
+            assert len(render_documents(records, tokenizer_with(template))) == 20
     lines = [record.getMessage() for record in caplog.records]
     assert lines == ["the chat template of some/model leaves out system messages"] * warns
 
