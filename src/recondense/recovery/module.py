@@ -22,7 +22,7 @@ from recondense.recovery.engines import deepspeed, trainer
 from recondense.recovery.objective import StudentOutput
 from recondense.recovery.optimizer import make_optimizer, parameter_groups
 from recondense.recovery.precision import UnusualPrecisions
-from recondense.recovery.random_states import random_states, set_random_states
+from recondense.recovery.random_states import gather_random_states, set_random_states, states_of_process
 from recondense.recovery.shared_passes import CountedTokens, PassInputs
 from recondense.recovery.teachers import OriginalTeacher, Teacher, TeacherOutput
 from recondense.recovery.trained_part import TrainedPart
@@ -234,6 +234,10 @@ class RecoveryModule(L.LightningModule):
         self.log(f"{self.stage}/validation_loss", losses["loss"], prog_bar=True, **counts)
         if "kl" in losses:
             self.log(f"{self.stage}/validation_kl", losses["kl"], **counts)
+        self.log("step", float(self.global_step), batch_size=1, sync_dist=several > 1, reduce_fx="max")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("step", float(self.global_step + 1))  # Lightning takes it in place of its own, which counts from 0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trained parameters as parameter groups for an optimizer."""
@@ -256,15 +260,11 @@ class RecoveryModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_state(self, self.stage)
         checkpoint["plan"] = self.student.plan.to_dict()
-        first, *others = processes.gather(random_states())
-        checkpoint["random_states"] = first
-        if others:
-            checkpoint["random_states_of_others"] = others
+        checkpoint.update(gather_random_states())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint, self, self.student.plan)
-        states = [checkpoint["random_states"], *checkpoint.get("random_states_of_others", ())]
-        self._random_states = states[min(processes.rank(), len(states) - 1)]
+        self._random_states = states_of_process(checkpoint)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         if self._random_states is not None:  # now that Lightning and the data loaders have drawn their random numbers

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from recondense import processes
+
 
 def random_states() -> dict[str, Any]:
     """Return the states of all generators, as types that can be loaded without pickle."""
@@ -31,3 +33,15 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     version, state, gauss = states["python"]
     random.setstate((version, tuple(state), gauss))
+
+
+def gather_random_states() -> dict[str, Any]:
+    """Return the states of all processes as entries of a checkpoint. All processes must call this together."""
+    first, *others = processes.gather(random_states())
+    return {"random_states": first, **({"random_states_of_others": others} if others else {})}
+
+
+def states_of_process(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return this process's states in a checkpoint; the last ones of a checkpoint of fewer processes."""
+    states = [checkpoint["random_states"], *checkpoint.get("random_states_of_others", ())]
+    return states[min(processes.rank(), len(states) - 1)]

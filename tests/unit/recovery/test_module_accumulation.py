@@ -8,10 +8,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from support import small_trainer
 from support.recoveries import QUIET, prepared
 from support.tiny_models import condense_plan, qwen2_moe, windows
 from torch import Tensor
 
+from recondense.callbacks.training_metrics import TrainingMetrics
 from recondense.data.labels import MASKED, target_mask
 from recondense.data.loader import RecoveryData
 from recondense.recovery.fit import fit
@@ -106,3 +108,13 @@ def test_validation_is_one_mean_over_tokens(tmp_path: Path) -> None:
     steps = [step(tmp_path, batch_size, 8 // batch_size, validate=1) for batch_size in (1, 2, 8)]
     for name in ("recovery/validation_loss", "recovery/validation_kl"):
         assert [recorder.logged[name] for recorder in steps] == pytest.approx([steps[0].logged[name]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_logged_rows_count_the_optimizer_steps_done(accumulate: int, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 2, "accumulate_grad_batches": accumulate}
+    module = prepared(qwen2_moe(), condense_plan(qwen2_moe(), [1, 2]), validate_every=2, **settings)
+    data, logger = RecoveryData(table(), table(), 2, 4 * accumulate, seed=3), small_trainer.Recorder()
+    fit(module, data, tmp_path, QUIET, seed=0, callbacks=[TrainingMetrics()], loggers=[logger])
+    steps = [logger.steps(f"recovery/{name}") for name in ("validation_loss", "loss", "gradient_norm")]
+    assert steps == [[2, 4], [4], [4]], "the training is logged at its last step"
