@@ -39,14 +39,14 @@ def callback_maker(config: Config) -> Callable[..., list[Callback]]:
             callbacks.append(TrainingMetrics())
         evaluation = config.evaluation
         if tasks and evaluation.every_n_steps:
-            limits = [limit for limit in (evaluation.limit, evaluation.periodic_limit) if limit is not None]
             callbacks.append(
                 LmEval(
                     tasks,
                     every_n_steps=evaluation.every_n_steps,
                     at_start=True,
                     at_end=evaluation.at_end,
-                    limit=min(limits, default=None),
+                    limit=evaluation.limit,
+                    total_limit=evaluation.periodic_limit,
                     num_fewshot=evaluation.num_fewshot,
                     batch_size=evaluation.batch_size,
                     include_path=include_path,

@@ -34,7 +34,8 @@ class LmEval(L.Callback):
             intervals of at least 25 steps; 0 evaluates only at the start and the end.
         at_start: also evaluate before the first step. A resumed training does not evaluate at its start.
         at_end: also evaluate when training ends, unless its last step was just evaluated.
-        limit: examples per task; None for all.
+        limit: examples per task, as in lm-eval: of each task in a group; None for all.
+        total_limit: examples per name in `tasks`, shared by the tasks of a group or tag; None for all.
         num_fewshot: examples in the prompt; None for the task's default.
         batch_size: sequences per forward pass.
         include_path: a folder with your own task files, or several.
@@ -51,6 +52,7 @@ class LmEval(L.Callback):
         at_start: bool = True,
         at_end: bool = True,
         limit: int | None = None,
+        total_limit: int | None = None,
         num_fewshot: int | None = 0,
         batch_size: int = 8,
         include_path: str | Path | Sequence[str | Path] | None = None,
@@ -68,6 +70,7 @@ class LmEval(L.Callback):
         self._interval = 0  # optimizer steps between evaluations of the running training; 0 for none
         self._settings: dict[str, Any] = {
             "limit": limit,
+            "total_limit": total_limit,
             "num_fewshot": num_fewshot,
             "batch_size": batch_size,
             "include_path": include_path,

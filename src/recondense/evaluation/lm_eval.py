@@ -47,6 +47,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     limit: int | float | None = None,
+    total_limit: int | None = None,
     num_fewshot: int | None = 0,
     batch_size: int = 8,
     include_path: IncludePath = None,
@@ -55,10 +56,10 @@ def run_tasks(
     """Run lm-eval tasks on a model in memory. Its weights and mode, the tokenizer and random states do not change.
 
     Args:
-        model: a causal LM.
-        tokenizer: the model's tokenizer.
+        model, tokenizer: a causal LM and its tokenizer.
         tasks: names of tasks, groups or tags of lm-eval or of `include_path`.
-        limit: maximum number of examples per task; a number below 1 is a fraction. None for all.
+        limit: maximum number of examples per task, as in lm-eval: of each task in a group. Below 1: a fraction.
+        total_limit: maximum number of examples per name in `tasks`, shared by a group's tasks, which have at least one.
         num_fewshot: examples in the prompt, except for tasks that fix it at 0; None for each task's default.
         batch_size: sequences per forward pass.
         include_path: folders with more task files.
@@ -81,13 +82,9 @@ def run_tasks(
         loaded = _load(manager, tasks)
         for name, task in loaded["tasks"].items():
             _make_ready(task, name, tokenizer, num_fewshot)
-        results = evaluate(
-            lm=_live_model(model, tokenizer, batch_size),
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            log_samples=False,
-        )
+        live = _live_model(model, tokenizer, batch_size)
+        examples = _examples(manager, loaded, tasks, limit, total_limit)
+        results = evaluate(live, loaded, **examples, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
     assert results is not None, "lm-eval returns results on the first process only"
     metrics = {**results["results"], **results.get("groups", {})}
     return {name: _numbers(metrics[name]) for name in _reported(manager, tasks) if name in metrics}
@@ -151,11 +148,8 @@ def _manager(tasks: Sequence[str], include_path: IncludePath) -> Any:
 
 def _on_disk(manager: Any, tasks: Sequence[str]) -> bool:
     """Return whether all tasks read local files, so that nothing is requested from the hub."""
-    for task in tasks:
-        settings = task_settings(manager, task)
-        if settings.get("dataset_path") not in FILE_FORMATS or "://" in str(settings.get("dataset_kwargs")):
-            return False
-    return True
+    files = [task_settings(manager, task) for task in tasks]
+    return all(f.get("dataset_path") in FILE_FORMATS and "://" not in str(f.get("dataset_kwargs")) for f in files)
 
 
 def _local_tasks(include_path: IncludePath) -> Any:
@@ -262,6 +256,25 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     elif fixed is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=1234)  # lm-eval's default, so that figures can be compared with published ones
+
+
+def _examples(
+    manager: Any, loaded: Any, names: Sequence[str], limit: float | None, total: int | None
+) -> dict[str, Any]:
+    """Return lm-eval's arguments for the limits of `run_tasks`: the same limit for all tasks, or each one's examples."""
+    if total is None:
+        return {"limit": limit}
+    shares, samples = dict[str, int](), dict[str, list[int]]()
+    for name in names:
+        group = loaded["groups"].get(name)
+        tasks = [task.task_name for task in group.get_all_tasks()] if group else tasks_of_tag(manager, name) or [name]
+        shares |= {task: max(1, total // len(tasks)) for task in tasks}
+    for name, task in loaded["tasks"].items():
+        with naming(name):
+            size = len(task.eval_docs)
+        most = size if limit is None else math.ceil(size * limit) if limit < 1 else int(limit)
+        samples[name] = list(range(min(size, most, shares[name])))
+    return {"samples": samples}
 
 
 def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:

@@ -39,12 +39,14 @@ class TestLmEval:
         self, calls: list[Any], tmp_path: Path
     ) -> None:
         module = Module()
-        callback = LmEval(["a", "b"], every_n_steps=2, limit=3, num_fewshot=1, batch_size=4, include_path="folder")
+        settings: dict[str, Any] = {
+            "limit": 3, "total_limit": 2, "num_fewshot": 1, "batch_size": 4, "include_path": "folder"
+        }  # fmt: skip
+        callback = LmEval(["a", "b"], every_n_steps=2, **settings)
         _, recorder = fit(module, [callback], tmp_path, num_batches=10, accumulate_grad_batches=2)
         assert recorder.steps("recovery/a/acc") == recorder.steps("recovery/b/acc_stderr") == [0, 2, 4, 5]
         assert {step: results["a"]["acc"] for step, results in module.task_results.items()} == {0: 1, 2: 2, 4: 3, 5: 4}
-        expected = {"limit": 3, "num_fewshot": 1, "batch_size": 4, "include_path": "folder"}
-        assert calls[0] == {"tokenizer": "tokenizer", "tasks": ["a", "b"], **expected}
+        assert calls[0] == {"tokenizer": "tokenizer", "tasks": ["a", "b"], **settings}
 
     def test_the_last_step_is_evaluated_once(self, calls: list[Any], tmp_path: Path) -> None:
         fit(Module(), [LmEval(["a"], every_n_steps=3)], tmp_path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
 import socket
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -134,6 +136,41 @@ def test_tasks_of_a_folder(tasks_folder: Path, tmp_path: Path, monkeypatch: pyte
     manager = lm_eval._manager(["one", "remote", "linked"], tmp_path)
     assert lm_eval._on_disk(manager, ["one"])
     assert not lm_eval._on_disk(manager, ["one", "remote"]) and not lm_eval._on_disk(manager, ["linked"])
+
+
+def test_the_tasks_of_a_group_share_the_total_limit(
+    model: Qwen2MoeForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group with a group of two tasks, a tag of two tasks, and a task with few examples."""
+    monkeypatch.setattr(lm_eval, "_all_tasks", lambda folders: lm_eval._local_tasks(folders))
+    metrics = [{"metric": "count", "aggregation": "!function functions.total", "higher_is_better": True}]
+    for name, size in {"one": 9, "two": 9, "three": 9, "four": 9, "five": 2}.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{name} {number}"}) + "\n" for number in range(size)))
+        content = {
+            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
+            "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "none", "doc_to_target": "text",
+            "process_results": "!function functions.count", "metric_list": metrics,
+        }  # fmt: skip
+        content |= {"tag": "tagged"} if name in ("three", "four") else {}
+        text = yaml.safe_dump(content).replace("'", "")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    functions = (
+        "def count(document, results):\n    return {'count': 1}\n\n\ndef total(counts):\n    return sum(counts)\n"
+    )
+    (tmp_path / "functions.py").write_text(functions)
+    for name, parts in {"inner": ["one", "two"], "outer": ["inner"]}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, "task": parts}))
+    manager = lm_eval._local_tasks(tmp_path)
+    names = ["outer", "tagged", "five"]
+    loaded = lm_eval._load(manager, names)
+    for limits, sizes in {
+        (None, 7): (3, 3, 3, 3, 2), (None, 1): (1, 1, 1, 1, 1), (2, 7): (2, 2, 2, 2, 2), (0.5, 20): (5, 5, 5, 5, 1)
+    }.items():  # fmt: skip
+        samples = lm_eval._examples(manager, loaded, names, *limits)["samples"]
+        assert [samples[name] for name in ("one", "two", "three", "four", "five")] == [[*range(n)] for n in sizes]
+    results = run_tasks(model, byte_tokenizer(), ["three", "five"], include_path=tmp_path, total_limit=7)
+    assert {name: metrics["count"] for name, metrics in results.items()} == {"three": 7, "five": 2}
 
 
 def test_names_and_numbers_of_results() -> None:
