@@ -91,16 +91,16 @@ def with_variables(settings: WandbConfig, environment: Mapping[str, str]) -> Wan
 
 
 def name_in_sweep(settings: WandbConfig, environment: Mapping[str, str], sweep: str, run: str) -> WandbConfig:
-    """Return the settings of one run of a sweep: it is in the sweep's group, and a shared variable does not name it.
+    """Return the settings of one run of a sweep: in the sweep's group, and with a name of its own.
 
     Args:
         settings: the settings of the config.
         environment: the environment variables.
         sweep: the name of the sweep, for the group where nobody names one.
-        run: what tells the run from the others; it is appended to WANDB_NAME.
+        run: what tells the run from the others; it is appended to a name from the config or WANDB_NAME.
     """
     given = with_variables(settings, environment)
-    name = given.name if settings.name or not given.name else f"{given.name[:100]}-{run}"
+    name = f"{given.name[:100]}-{run}" if given.name else None
     return replace(given, group=given.group or sweep[:128].strip(), name=name)
 
 

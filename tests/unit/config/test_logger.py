@@ -38,9 +38,9 @@ def test_the_runs_of_a_sweep_share_a_group_and_not_a_name() -> None:
     named = name_in_sweep(WandbConfig(), EVERYTHING, "default-12", "ab")
     assert (named.group, named.name, named.project) == ("weekend", "night-ab", "theirs")
     config = name_in_sweep(WandbConfig(group="here", name="day"), EVERYTHING, "default-12", "ab")
-    assert (config.group, config.name) == ("here", "day"), "as the config says"
-    long = name_in_sweep(WandbConfig(), {"WANDB_NAME": "n" * 128}, "s" * 300, "12345678")
-    assert len(long.name or "") <= 128 and len(long.group or "") == 128
+    assert (config.group, config.name) == ("here", "day-ab")
+    long = name_in_sweep(WandbConfig(name="n" * 128), {}, "s" * 300, "12345678")
+    assert (long.name or "").endswith("-12345678") and len(long.name or "") <= 128 and len(long.group or "") == 128
 
 
 @pytest.mark.parametrize(
