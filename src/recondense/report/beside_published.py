@@ -226,7 +226,7 @@ def _table_of_means(
         # The ratio of this run is relative to its input. If that was compressed earlier, it is not comparable.
         ratio = None if earlier or name in ("original", "control") else _ratio_of(summary, key)
         mean = stage["task_mean"][paper] if stage else None
-        cells = [_or_dash(mean and 100 * mean, "{:.2f}"), _or_dash(ratio, "{:.4f}")]
+        cells = [_or_dash(mean and 100 * mean, "{:z.2f}"), _or_dash(ratio, "{:z.4f}")]
         rows.append([_label(name, earlier), *cells, "-", ""])
     for row in published:
         figures = [_or_dash(row.get(key), "{:.4g}"), _or_dash(row.get("speedup"), "{:.2f}x")]
@@ -251,11 +251,11 @@ def _table_of_tasks(
     rows = []
     for name, stage in stages.items():
         scores = _scores(stage["tasks"])
-        cells = [_or_dash(100 * scores[task] if task in scores else None, "{:.2f}") for task in names]
+        cells = [_or_dash(100 * scores[task] if task in scores else None, "{:z.2f}") for task in names]
         rows.append([_label(name, _is_compressed_again(summary)), *cells])
     for row in published:
         if tasks := dict(row.get("tasks", {})):
-            rows.append([_words(row), *(_or_dash(tasks.get(task), "{:.1f}") for task in names)])
+            rows.append([_words(row), *(_or_dash(tasks.get(task), "{:z.1f}") for task in names)])
     return title, ["", *(task.replace("_", "\n") for task in names)], rows
 
 

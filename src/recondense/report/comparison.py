@@ -240,7 +240,7 @@ def _original_words(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     for task in tasks_of(columns(entries)):
         score, error = common_level(entries, f"original_{task}"), sampling_error(entries, task)
         if score is not None:
-            words += [f"{task_words(task)} {score:.3f}" + (f" (standard error {error:.3f})" if error else "")]
+            words += [f"{task_words(task)} {score:z.3f}" + (f" (standard error {error:.3f})" if error else "")]
     words += [] if size is None else [f"weights {format_bytes(size)}"]
     return [f"Original: {', '.join(words)}."] if words else []
 

@@ -12,13 +12,13 @@ TASK_MEAN = "task_mean"
 # Key of a row: (title with line breaks for a terminal, format function).
 COLUMNS: dict[str, tuple[str, Any]] = {
     "weights_bytes": ("weights", format_bytes),
-    "memory_ratio": ("memory\nratio", "{:.3f}".format),
-    "routed_expert_ratio": ("expert\nratio", "{:.3f}".format),
+    "memory_ratio": ("memory\nratio", "{:z.3f}".format),
+    "routed_expert_ratio": ("expert\nratio", "{:z.3f}".format),
     "compressed_perplexity": ("ppl\nbefore", format_number),
     "refitted_perplexity": ("ppl\nrefit", format_number),
     "recovered_perplexity": ("ppl\nafter", format_number),
-    "refit_gap_closed": ("refit\ncloses", "{:.0%}".format),
-    "gap_closed": ("all\ncloses", "{:.0%}".format),
+    "refit_gap_closed": ("refit\ncloses", "{:z.0%}".format),
+    "gap_closed": ("all\ncloses", "{:z.0%}".format),
     "peak_memory_bytes": ("peak\nmemory", format_bytes),
     "prefill_tokens_per_second": ("prefill\ntok/s", format_number),
     "decode_tokens_per_second": ("decode\ntok/s", format_number),
@@ -44,7 +44,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
         error = sampling_error(rows, task)
         for stage in (stage for stage in STAGES if f"{stage}_{task}" in names):
             title = f"{task_words(task)} {STAGES[stage][0]}".replace(" ", "\n")
-            shown[f"{stage}_{task}"] = (title, (f"{{:.{3 if error < 0.01 else 2}f}}").format)
+            shown[f"{stage}_{task}"] = (title, (f"{{:z.{3 if error < 0.01 else 2}f}}").format)
     return shown | {name: column for name, column in SECONDS.items() if name in names}
 
 

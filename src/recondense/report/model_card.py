@@ -35,7 +35,7 @@ def model_card(summary: Mapping[str, Any]) -> str:
         values = [stage.get(key) if not rest else stage.get(key, {}).get(rest[0]) for stage in stages.values()]
         if any(value is not None for value in values):
             lines.append(f"| {title} | " + " | ".join("" if v is None else form(v) for v in values) + " |")
-    lines += ["", *(f"- {name}: {value:.4f}" for name, value in summary["ratios"].items()), ""]
+    lines += ["", *(f"- {name}: {value:z.4f}" for name, value in summary["ratios"].items()), ""]
     if "bytes_on_disk" in summary:
         lines += [f"{disk_line(summary)}.", ""]
     return "\n".join(lines)

@@ -204,7 +204,7 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("value", justify="right")
     table.add_column("meaning", style="dim")
     for name, value in summary.get("ratios", {}).items():
-        shown = f"{value:.2f}x" if name.endswith("speedup") else f"{value:.4f}"
+        shown = f"{value:.2f}x" if name.endswith("speedup") else f"{value:z.4f}"
         table.add_row(name, shown, meanings.get(name, ""))
     for name, values in summary.get("parameters", {}).items():
         if "compressed" in values and "original" in values:
@@ -228,11 +228,11 @@ def format_bytes(size: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """Return a number with about four digits, thousands separators, and an exponent only below 0.001."""
+    """Return a number with about four digits, thousands separators, and an exponent only below 0.001; never -0."""
     if value != 0 and abs(value) < 0.001:
         return f"{value:.1e}"
     digits = 4 if abs(value) < 1 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
-    return f"{value:,.{digits}f}"
+    return f"{value:z,.{digits}f}"
 
 
 def _console() -> Console:

@@ -1,6 +1,7 @@
 """Tables and pictures: what is shown, and that missing values are left out."""
 
 import json
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
+from recondense.report import comparison
 from recondense.report.model_card import model_card
 from recondense.report.plan_picture import OUTCOMES, draw_plan, draw_searches, outcomes_of
 from recondense.report.summary import operation_counts
@@ -132,6 +134,18 @@ def test_ratios_table_explains_its_ratios() -> None:
     shown = text(ratios_table(summary()))
     for expected in ("0.5000", "2.00x", "compressed / original", "1,500,000", "of 3,000,000", "seconds: search"):
         assert expected in shown
+
+
+def test_what_rounds_to_zero_is_no_negative_zero() -> None:
+    row = {"status": "done", "settings": {"method": "reap"}, "method": "reap", "memory_ratio": 0.75, "gap_closed": -0.001}
+    row |= {"refit_gap_closed": -1e-6, "compressed_task": -1e-6, "compressed_task_mean": -1e-6, "task_mean": -1e-6}
+    shown = [
+        comparison.comparison_markdown(comparison.by_seed([row])),
+        text(sweep_table([row])),
+        text(ratios_table({"ratios": {"gap_closed": -1e-6}})),
+        format_number(-0.0),
+    ]
+    assert not [table for table in shown if re.search(r"-0(\.0*)?%?(?![.\d])", table)]
 
 
 def test_numbers_for_people() -> None:
