@@ -193,7 +193,7 @@ Table = tuple[str, list[str], list[list[str]]]  # title, headings, rows of cells
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """Return the tables of a run's figures beside the published rows: for each paper the means, then the single tasks.
 
-    An unknown figure is a dash; a column without figures is omitted.
+    An unknown figure is a dash; a column without figures is omitted. The speed of the run is that of decoding.
 
     Args:
         summary: content of `summary.json`.
@@ -221,13 +221,15 @@ def _table_of_means(
 ) -> Table:
     key, heading = RATIOS[paper]
     earlier = _is_compressed_again(summary)
+    speed = summary.get("ratios", {}).get("decode_speedup") if any("speedup" in row for row in published) else None
     rows = []
     for name, stage in (stages or {"compressed": {}}).items():
-        # The ratio of this run is relative to its input. If that was compressed earlier, it is not comparable.
-        ratio = None if earlier or name in ("original", "control") else _ratio_of(summary, key)
+        # The ratios of this run are relative to its input. If that was compressed earlier, they are not comparable.
+        compared = not earlier and name not in ("original", "control")
+        ratios = (_ratio_of(summary, key), speed) if compared else (None, None)
         mean = stage["task_mean"][paper] if stage else None
-        cells = [_or_dash(mean and 100 * mean, "{:z.2f}"), _or_dash(ratio, "{:z.4f}")]
-        rows.append([_label(name, earlier), *cells, "-", ""])
+        figures = [_or_dash(value, form) for value, form in zip(ratios, ("{:z.4f}", "{:.2f}x"), strict=True)]
+        rows.append([_label(name, earlier), _or_dash(mean and 100 * mean, "{:z.2f}"), *figures, ""])
     for row in published:
         figures = [_or_dash(row.get(key), "{:.4g}"), _or_dash(row.get("speedup"), "{:.2f}x")]
         known_from = f"{row['source']} ({row['known_from']})" if "known_from" in row else row["source"]
