@@ -147,7 +147,7 @@ def test_the_published_cuts_of_moei2(
         (["model=deepseek_moe", "method=block_drop"], "block_drop: 8 layers 0.713 52.2 as this run"),
         (
             ["model=mixtral", "method=moei2"],
-            "moei2: 50% of the experts' parameters cut, 51.79% 50.00% 43.49 64.55 as this run",
+            "moei2: 50% of the experts' parameters cut 51.79% 50.00% 43.49 64.55 as this run",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -261,7 +261,7 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
 def _examples(
     manager: Any, loaded: Any, names: Sequence[str], limit: float | None, total: int | None
 ) -> dict[str, Any]:
-    """Return lm-eval's arguments for the limits of `run_tasks`: the same limit for all tasks, or each one's examples."""
+    """Return lm-eval's arguments for the limits of `run_tasks`: one limit for all tasks, or the examples of each."""
     if total is None:
         return {"limit": limit}
     shares, samples = dict[str, int](), dict[str, list[int]]()

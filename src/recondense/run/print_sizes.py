@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,8 @@ def published_table(published: Published) -> Table:
         stated = f"{row.memory_ratio:.3f}" if condensing else f"{row.removed_expert_ratio:.2%}"
         cells = _cells(sizes, condensing, stated, row.memory_gb)
         mark = "as this run" if exact else "nearest"
-        table.add_row(row.setting, *cells, *_means(row, condensing), mark if chosen else "")
+        setting = replace(row, fine_tuned=False).setting  # a column says so
+        table.add_row(setting, *cells, *_means(row, condensing), mark if chosen else "")
     return table
 
 
