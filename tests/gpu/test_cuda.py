@@ -15,7 +15,6 @@ from support.tiny_models import FAMILIES, condense_plan, logits, recorded, uncha
 
 from recondense.config.schema import ExportConfig, ModelConfig, RecoveryConfig, TrainerConfig
 from recondense.data.loader import RecoveryData
-from recondense.export.verify import free_bytes
 from recondense.export.write_folder import write_folder
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
@@ -23,6 +22,7 @@ from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.step import SearchContext
 from recondense.models import families, loading, moe_blocks
+from recondense.models.free_memory import free_bytes
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.replacement_blocks import GLU
 from recondense.operations import Refit

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense.errors import UserError, WrongExport
 from recondense.models import decoder, headers, reload
+from recondense.models.free_memory import free_bytes
 from recondense.models.hooks import capture_outputs, eval_mode
 from recondense.models.layer_store import layer_store
 
@@ -151,14 +151,6 @@ def _compares_outputs(model: PreTrainedModel, written: Path, setting: str) -> bo
             free / 1e9,
         )
     return needed <= free
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device in bytes; torch's unused reserve on a GPU is free."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + reserve)
 
 
 def token_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
 from recondense import processes
 from recondense.config.schema import Config
+from recondense.models.free_memory import free_bytes
 from recondense.models.layer_store import layer_store
 from recondense.models.parameters import largest_layer_bytes
 
@@ -27,6 +27,5 @@ def scratch_bytes(config: Config, device: torch.device, model: PreTrainedModel |
         return config.max_scratch_bytes
     if model is not None and layer_store(model).streamed:
         return max(largest_layer_bytes(model), 1 << 26)
-    on_cpu = psutil.virtual_memory().available // processes.world_size()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else on_cpu
+    free = free_bytes(device) // (1 if device.type == "cuda" else processes.world_size())
     return processes.broadcast(max(free // 4, 1 << 26))
