@@ -61,12 +61,13 @@ def free_bytes(path: Path) -> int | None:
     return None
 
 
-def format_size(size: float) -> str:
-    """Return a number of bytes with a unit, such as 1.5 GB."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
+def format_bytes(size: float) -> str:
+    """Return a size in decimal units with three digits: 1234567 becomes "1.23 MB"."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:#.3g} {unit}".replace(". ", " ")
+        size /= 1000
+    raise AssertionError("unreachable")
 
 
 def warn_of_little_room(path: Path, needs: int, what: str) -> None:
@@ -75,7 +76,7 @@ def warn_of_little_room(path: Path, needs: int, what: str) -> None:
     if free is not None and free < needs:
         log.warning(
             "%s: %s needs about %s, and only %s are free; make room before it is written",
-            *(path, what, format_size(needs), format_size(free)),
+            *(path, what, format_bytes(needs), format_bytes(free)),
         )
 
 
@@ -95,8 +96,8 @@ def explain_writing(path: Path, needs: int | None = None) -> Iterator[None]:
         if (reason := lacks_room(error)) is None:
             raise
         free = free_bytes(path)
-        sizes = [] if needs is None else [f"it needs {format_size(needs)}"]
-        sizes += [] if free is None else [f"{format_size(free)} are free"]
+        sizes = [] if needs is None else [f"it needs {format_bytes(needs)}"]
+        sizes += [] if free is None else [f"{format_bytes(free)} are free"]
         shown = f" ({', '.join(sizes)})" if sizes else ""
         raise DiskFull(f"{path} cannot be written: {reason}{shown}. Make room there; {SAME_COMMAND}") from error
 
@@ -117,7 +118,7 @@ def explain_full_disks(places: Mapping[str, Path]) -> Iterator[None]:
             raise
         free = {name: (path, free_bytes(path)) for name, path in places.items()}
         free["temporary files"] = (temporary := Path(tempfile.gettempdir())), free_bytes(temporary)
-        shown = [f"{name} ({path}): {format_size(size)}" for name, (path, size) in free.items() if size is not None]
+        shown = [f"{name} ({path}): {format_bytes(size)}" for name, (path, size) in free.items() if size is not None]
         file = getattr(error, "filename", None)
         name = f"{file} cannot be written" if file else "writing failed"
         raise DiskFull(f"{name}: {reason}. Free are {', '.join(shown)}. Make room; {SAME_COMMAND}") from error

@@ -47,7 +47,7 @@ def test_an_error_for_want_of_room_is_a_sentence(tmp_path: Path, error: Exceptio
     with pytest.raises(DiskFull) as sentence, explain_writing(tmp_path / "file", 1500):
         raise error
     text = str(sentence.value)
-    assert text.startswith(f"{tmp_path / 'file'} cannot be written: ") and "it needs 1.5 kB" in text
+    assert text.startswith(f"{tmp_path / 'file'} cannot be written: ") and "it needs 1.50 kB" in text
     assert "are free" in text and "the same command then goes on" in text and "\n" not in text
     places, match = {"run_dir": tmp_path / "not made yet"}, r"Free are run_dir .*, temporary files"
     with pytest.raises(DiskFull, match=match) as sentence, explain_full_disks(places):
@@ -119,9 +119,12 @@ def test_little_room_is_told_before(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     full_disk.warn_of_little_room(tmp_path, 1, "the export")
     assert lines == []
     full_disk.warn_of_little_room(tmp_path / "a" / "b", 10**18, "the export")
-    assert "the export needs about 1e+06 TB" in lines[0]
+    assert "the export needs about 1.00e+06 TB" in lines[0]
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.5e9, "2.5 GB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345_678, "12.3 MB"), (999_600, "1.00 MB"), (28.6e9, "28.6 GB")],
+)
 def test_sizes_have_units(size: float, text: str) -> None:
-    assert full_disk.format_size(size) == text
+    assert full_disk.format_bytes(size) == text

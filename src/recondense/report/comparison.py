@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recondense.errors import UserError
+from recondense.full_disk import format_bytes
 from recondense.report.comparison_columns import (
     COLUMNS,
     STAGES,
@@ -24,7 +25,7 @@ from recondense.report.comparison_columns import (
     tasks_of,
 )
 from recondense.report.sweep_table import sweep_row
-from recondense.report.tables import TABLE_WIDTH, format_bytes, format_number
+from recondense.report.tables import TABLE_WIDTH, format_number
 
 BUDGET = "method.memory_ratio"
 PLACES = ("run_dir", "output_dir", "cache_dir", "overwrite")  # settings of paths, which do not distinguish runs

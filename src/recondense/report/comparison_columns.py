@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from recondense.report.tables import format_bytes, format_number
+from recondense.full_disk import format_bytes
+from recondense.report.tables import format_number
 
 TASK_MEAN = "task_mean"
 # Key of a row: (title with line breaks for a terminal, format function).

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from recondense.report.tables import disk_line, format_bytes, format_number, plan_line, recovery_words
+from recondense.full_disk import format_bytes
+from recondense.report.tables import disk_line, format_number, plan_line, recovery_words
 
 
 def model_card(summary: Mapping[str, Any]) -> str:

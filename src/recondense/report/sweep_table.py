@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from recondense.report.tables import find_figure, format_bytes, format_number, main_metrics, plain_table
+from recondense.full_disk import format_bytes
+from recondense.report.tables import find_figure, format_number, main_metrics, plain_table
 
 PROFILE = ("peak_memory_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")  # the cost of a stage
 SHARES = ("acc", "exact_match")  # main metrics that are a share of right answers begin with one of these

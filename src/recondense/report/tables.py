@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from recondense.full_disk import format_bytes
 from recondense.report import beside_published
 
 STAGES = ("original", "compressed", "refitted", "recovered", "control")  # result stages, in the order of a run
@@ -216,15 +217,6 @@ def ratios_table(summary: Mapping[str, Any]) -> Table:
             continue
         table.add_row(f"seconds: {name}", f"{value:.1f}", "")
     return table
-
-
-def format_bytes(size: float) -> str:
-    """Return a size in decimal units with three digits: 1234567 becomes "1.23 MB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(size) < 999.5 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:#.3g} {unit}".replace(". ", " ")
-        size /= 1000
-    raise AssertionError("unreachable")
 
 
 def format_number(value: float) -> str:

@@ -24,7 +24,7 @@ from recondense.config.stages import Stage, Stages, require_stages, without_teac
 from recondense.evaluation import profiling
 from recondense.export.export import export
 from recondense.export.stock_or_bundled import choose_layout
-from recondense.full_disk import explain_full_disks, warn_of_little_room
+from recondense.full_disk import explain_full_disks, format_bytes, warn_of_little_room
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_shapes import layer_shapes
@@ -344,5 +344,5 @@ def _log_footprint(student: Student) -> None:
         sizes = footprint.with_original, footprint.student, footprint.apart
         log.info(
             "student and teacher share a backbone: %s in memory (only the student: %s; two separate models: %s)",
-            *map(tables.format_bytes, sizes),
+            *map(format_bytes, sizes),
         )

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from recondense import processes
 from recondense.config.schema import Config
 from recondense.files import write_aside
+from recondense.full_disk import format_bytes
 from recondense.methods.step import Step
 from recondense.models import families, model_classes
 from recondense.models.quantized import byte_counter, quantization
@@ -195,12 +196,12 @@ def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> T
         table.add_row(name, f"{before:,}", f"{after:,}", _ratio(after, before))
     before, after = result["weights_bytes"]["original"], result["weights_bytes"]["compressed"]
     name = "memory (weights)" if not quantized else "bytes as stored"
-    table.add_row(name, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
+    table.add_row(name, format_bytes(before), format_bytes(after), _ratio(after, before))
     if quantized:  # dequantized weights need more bytes even if nothing is compressed
         size = dtype.itemsize
         before, after = (result["parameters"]["total"][side] * size for side in ("original", "compressed"))
         words = f"memory, both {str(dtype).removeprefix('torch.')}"
-        table.add_row(words, tables.format_bytes(before), tables.format_bytes(after), _ratio(after, before))
+        table.add_row(words, format_bytes(before), format_bytes(after), _ratio(after, before))
     return table
 
 
@@ -220,7 +221,7 @@ def layer_table(sizes: Sizes) -> Table:
             size.outcome or ("unchanged" if size.experts_before is not None else "dense, unchanged"),
             _experts(size),
             "" if size.ranks is None else "-".join(map(str, sorted({*size.ranks}))),
-            f"{tables.format_bytes(size.bytes_before)} -> {tables.format_bytes(size.bytes_after)}",
+            f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)}",
             _ratio(size.bytes_after, size.bytes_before),
         )
     return table

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from recondense.config.schema import Config
 from recondense.evaluation import profiling
+from recondense.full_disk import format_bytes
 from recondense.models import decoder, parameters
-from recondense.report.tables import format_bytes
 from recondense.run.search_memory import scratch_bytes
 
 SLACK = 300 * 2**20  # bytes for libraries that are imported later, the allocator, and a batch of texts

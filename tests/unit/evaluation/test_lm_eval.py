@@ -8,7 +8,6 @@ import math
 import random
 import socket
 from pathlib import Path
-from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -149,8 +148,8 @@ def test_the_tasks_of_a_group_share_the_total_limit(
         path.write_text("".join(json.dumps({"text": f"{name} {number}"}) + "\n" for number in range(size)))
         content = {
             "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}},
-            "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "none", "doc_to_target": "text",
-            "process_results": "!function functions.count", "metric_list": metrics,
+            "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "none",
+            "doc_to_target": "text", "process_results": "!function functions.count", "metric_list": metrics,
         }  # fmt: skip
         content |= {"tag": "tagged"} if name in ("three", "four") else {}
         text = yaml.safe_dump(content).replace("'", "")
