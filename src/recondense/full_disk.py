@@ -10,8 +10,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from recondense.errors import UserError
@@ -80,34 +80,48 @@ def warn_of_little_room(path: Path, needs: int, what: str) -> None:
         )
 
 
-@contextmanager
-def explain_writing(path: Path, needs: int | None = None) -> Iterator[None]:
+def explain_writing(path: Path, needs: int | None = None) -> AbstractContextManager[None]:
     """Turn an error for want of room into a `DiskFull` that names what is written inside the context.
 
     Args:
         path: the file or folder.
         needs: the bytes that it needs, if they are known.
     """
-    try:
-        yield
-    except DiskFull:
-        raise
-    except Exception as error:
-        if (reason := lacks_room(error)) is None:
-            raise
+
+    def describe(error: Exception, reason: str) -> str:
         free = free_bytes(path)
         sizes = [] if needs is None else [f"it needs {format_bytes(needs)}"]
         sizes += [] if free is None else [f"{format_bytes(free)} are free"]
         shown = f" ({', '.join(sizes)})" if sizes else ""
-        raise DiskFull(f"{path} cannot be written: {reason}{shown}. Make room there; {SAME_COMMAND}") from error
+        return f"{path} cannot be written: {reason}{shown}. Make room there; {SAME_COMMAND}"
+
+    return _explain(describe)
 
 
-@contextmanager
-def explain_full_disks(places: Mapping[str, Path]) -> Iterator[None]:
+def explain_full_disks(places: Mapping[str, Path]) -> AbstractContextManager[None]:
     """Turn an error for want of room that names no file into a `DiskFull` with the free bytes of some folders.
 
     Args:
         places: the folders to which the code inside writes, besides that of temporary files, by a setting or name.
+    """
+
+    def describe(error: Exception, reason: str) -> str:
+        folders = {**places, "temporary files": Path(tempfile.gettempdir())}
+        free = [(f"{name} ({path})", free_bytes(path)) for name, path in folders.items()]
+        shown = [f"{name}: {format_bytes(size)}" for name, size in free if size is not None]
+        file = getattr(error, "filename", None)
+        subject = f"{file} cannot be written" if file else "writing failed"
+        return f"{subject}: {reason}. Free are {', '.join(shown)}. Make room; {SAME_COMMAND}"
+
+    return _explain(describe)
+
+
+@contextmanager
+def _explain(describe: Callable[[Exception, str], str]) -> Iterator[None]:
+    """Turn an error for want of room inside the context into a `DiskFull`.
+
+    Args:
+        describe: returns the message for an error and its reason.
     """
     try:
         yield
@@ -116,9 +130,4 @@ def explain_full_disks(places: Mapping[str, Path]) -> Iterator[None]:
     except Exception as error:
         if (reason := lacks_room(error)) is None:
             raise
-        free = {name: (path, free_bytes(path)) for name, path in places.items()}
-        free["temporary files"] = (temporary := Path(tempfile.gettempdir())), free_bytes(temporary)
-        shown = [f"{name} ({path}): {format_bytes(size)}" for name, (path, size) in free.items() if size is not None]
-        file = getattr(error, "filename", None)
-        name = f"{file} cannot be written" if file else "writing failed"
-        raise DiskFull(f"{name}: {reason}. Free are {', '.join(shown)}. Make room; {SAME_COMMAND}") from error
+        raise DiskFull(describe(error, reason)) from error
