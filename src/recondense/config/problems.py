@@ -48,6 +48,16 @@ def show(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def json_type(value: Any) -> str:
+    """Return the name of a value's type in JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    names = ((str, "a text"), (int | float, "a number"), (Mapping, "an object"), (list | tuple, "a list"))
+    return next((name for kind, name in names if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
 def reads_as_other(text: str) -> bool:
     """Return whether YAML reads an unquoted text as a number, a boolean, null, a list or a mapping."""
     if text.strip().lower() in ("", "null", "true", "false") or text.strip()[:1] in ("[", "{"):

@@ -10,9 +10,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from recondense.config.problems import json_type
 from recondense.config.schema import DataConfig
 from recondense.data.instruction_records import detect_form, read_record
-from recondense.data.json_files import field_of, json_type
+from recondense.data.json_files import field_of
 from recondense.data.text_files import is_article, split_documents
 from recondense.data.valid_text import is_empty, repair
 from recondense.errors import UserError

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from recondense.config.problems import json_type
 from recondense.data.file_formats import CONVERT, ENCODING, begins_with_list
 from recondense.data.instruction_records import detect_form
 from recondense.errors import UserError
@@ -102,16 +103,6 @@ def _has_form(values: Mapping[str, Any]) -> bool:
         return bool(detect_form(values))
     except UserError:
         return False
-
-
-def json_type(value: Any) -> str:
-    """Return the name of a value's type in JSON."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    names = ((str, "a text"), (int | float, "a number"), (Mapping, "an object"), (list | tuple, "a list"))
-    return next((name for kind, name in names if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def field_of(values: Mapping[str, Any], name: str) -> Any:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from recondense.config.problems import json_type
 from recondense.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -132,10 +133,5 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file.name} is not valid JSON ({reason_of(error)}); download or copy it again, or correct it"
         ) from error
     if not isinstance(values, Mapping):
-        raise UserError(f"{file.name} holds {_name(values)}, not an object of names and values; download it again")
+        raise UserError(f"{file.name} holds {json_type(values)}, not an object of names and values; download it again")
     return dict(values)
-
-
-def _name(value: object) -> str:
-    names = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
-    return names.get(type(value), "null")
