@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recondense.errors import UserError, WrongExport
 from recondense.models import decoder, headers, reload
 from recondense.models.free_memory import free_bytes
-from recondense.models.hooks import capture_outputs, eval_mode
+from recondense.models.hooks import capture_outputs, eval_mode, forward_hooks
 from recondense.models.layer_store import layer_store
 
 log = logging.getLogger(__name__)
@@ -217,20 +217,12 @@ def _follow(layers: nn.ModuleList, states: Sequence[Tensor]) -> Iterator[list[Di
     """
     differences: list[Difference] = []
 
-    def compare(index: int) -> Any:
-        def hook(layer: nn.Module, args: Any, output: Any) -> Any:
-            actual = output[0] if isinstance(output, tuple) else output
-            differences.append(_compare(f"decoder layer {index}", actual, states[index], args[0]))
-            return (states[index], *output[1:]) if isinstance(output, tuple) else states[index]
+    def compare(index: int, args: tuple[Any, ...], actual: Tensor) -> Tensor:
+        differences.append(_compare(f"decoder layer {index}", actual, states[index], args[0]))
+        return states[index]
 
-        return hook
-
-    handles = [layer.register_forward_hook(compare(index)) for index, layer in enumerate(layers)]
-    try:
+    with forward_hooks(list(layers), compare):
         yield differences
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _compare(part: str, actual_BSD: Tensor, expected_BSD: Tensor, before_BSD: Tensor) -> Difference:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -22,6 +23,34 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def forward_hooks(
+    modules: Sequence[nn.Module], hook: Callable[[int, tuple[Any, ...], Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call a function after each of some modules in the forward pass inside the context.
+
+    Args:
+        modules: the modules.
+        hook: gets the number of the module, its positional arguments and the first tensor of its output. The tensor
+            that it returns, if any, replaces that one.
+    """
+
+    def register(number: int, module: nn.Module) -> RemovableHandle:
+        def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            several = isinstance(output, tuple)
+            new = hook(number, args, output[0] if several else output)
+            return (new, *output[1:]) if several and new is not None else new
+
+        return module.register_forward_hook(call)
+
+    handles = [register(number, module) for number, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Capture the outputs of some modules in the forward pass inside the context.
 
@@ -31,18 +60,11 @@ def capture_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     by_number: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
 
-    def keep(number: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            by_number[number] = output[0] if isinstance(output, tuple) else output
+    def keep(number: int, args: tuple[Any, ...], output: Tensor) -> None:
+        by_number[number] = output
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(number)) for number, module in enumerate(modules)]
-    try:
+    with forward_hooks(modules, keep):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
     outputs += [by_number[number] for number in range(len(modules))]
 
 
