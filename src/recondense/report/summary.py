@@ -27,17 +27,8 @@ from recondense.report.tables import STAGES
 
 SCHEMA = 1
 GIT_HOOK_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE")
-PACKAGES = (
-    "recondense",
-    "torch",
-    "transformers",
-    "lightning",
-    "datasets",
-    "lm-eval",
-    "hydra-core",
-    "wandb",
-    "deepspeed",
-)
+MEASURING_PACKAGES = ("torch", "transformers", "lm-eval", "datasets")  # their versions can change a figure
+PACKAGES = ("recondense", *MEASURING_PACKAGES, "lightning", "hydra-core", "wandb", "deepspeed")
 Sizes = Mapping[str, Mapping[str, int]]  # `parameters.sizes` of the original and of the compressed model
 
 

@@ -26,6 +26,7 @@ from recondense.models.loading import weights_fingerprint
 from recondense.models.model_files import read_history
 from recondense.models.tokenizers import tokenizer_fingerprint
 from recondense.plan import Plan
+from recondense.report.summary import MEASURING_PACKAGES
 from recondense.run import input_files
 from recondense.run.input_files import Changes
 from recondense.run.resolved_run import Run
@@ -33,7 +34,6 @@ from recondense.run.run_folder import INPUTS, RESULTS, has_summary
 
 FILES, EXPORT, VERSIONS = "files", "export", "versions"  # entries of inputs.json that are no fingerprints
 PLAN = "plan.json of this run"
-PACKAGES = ("torch", "transformers", "lm-eval", "datasets")  # packages whose versions can change a figure
 START_OVER = "use overwrite=true to start over"
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def keep_files(run: Run, folder: Path) -> None:
     if not processes.is_first():
         return
     known = _stored(folder)
-    versions = {name: version(name) for name in PACKAGES}
+    versions = {name: version(name) for name in MEASURING_PACKAGES}
     for name, before in known.get(VERSIONS, {}).items():
         if versions.get(name) != before:
             log.warning("this run began with %s %s and goes on with %s", name, before, versions.get(name))

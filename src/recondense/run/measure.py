@@ -25,7 +25,8 @@ from recondense.files import JsonFolder, fingerprint
 from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import weights_bytes
 from recondense.progress import progress
-from recondense.run.inputs import PACKAGES, task_files_fingerprint
+from recondense.report.summary import MEASURING_PACKAGES
+from recondense.run.inputs import task_files_fingerprint
 from recondense.run.run_record import Figures, RunRecord
 from recondense.surgery.student import Student
 
@@ -153,7 +154,7 @@ class Evaluator:
             attention,
             experts,
             [] if self.windows_NS is None else self.windows_NS.tolist(),  # they depend on the tokenizer
-            [version(name) for name in PACKAGES],
+            [version(name) for name in MEASURING_PACKAGES],
         )
 
     def _evaluate(self, model: PreTrainedModel, stage: str, reference: Reference | None) -> Figures:
