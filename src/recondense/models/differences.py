@@ -24,7 +24,7 @@ class Comparison:
         unexpected: names in the files that the model does not have, converted to the model's naming.
         misshapen: for each weight of another shape, its name, its shape in the files and its shape in the model.
         foreign: those of the unexpected names that only another model has: weights of layers and modules that both
-            have, and complete further layers.
+            have, and complete further layers with the prefix of its layers or of a second whole model.
         not_floating: for each weight that is stored as integers, its name in the files and its dtype.
     """
 
@@ -70,7 +70,8 @@ def foreign_weights(unexpected: Collection[str], state: Collection[str]) -> tupl
     """Return the unexpected weights that only another model has.
 
     Layers for multi-token prediction, parts for pictures, and buffers of older versions of transformers are ignored
-    instead: they do not change the function that the other weights compute.
+    instead: they do not change the function that the other weights compute. So are layers with a prefix of their own,
+    such as `mtp.layers.0`, unless a whole model with an embedding has this prefix.
 
     Args:
         unexpected: names that the files have but the model does not.
@@ -84,16 +85,32 @@ def foreign_weights(unexpected: Collection[str], state: Collection[str]) -> tupl
             if match := LAYER.match(name):
                 ends.setdefault((match["before"], match["number"]), set()).add(match["end"])
     ordinary = list(layers.values())
+    of_models = {before for before, _ in layers} | _further_models(unexpected, state)
     foreign = []
     for name in unexpected:
         match = LAYER.match(name)
         layer = (match["before"], match["number"]) if match else ("", "")
         module, _, end = name.rpartition(".")
         of_both = end in WEIGHTS and (layer in layers or module in modules)
-        complete = layer not in layers and further.get(layer, set()) in ordinary
+        complete = layer[0] in of_models and layer not in layers and further.get(layer, set()) in ordinary
         if of_both or complete:
             foreign.append(name)
     return tuple(foreign)
+
+
+def _further_models(unexpected: Collection[str], state: Collection[str]) -> set[str]:
+    """Return the prefixes of layers under which the files have a second model, with all that is outside the layers."""
+    stored, known = (
+        {match["before"] for name in names if (match := LAYER.match(name))} for names in (unexpected, state)
+    )
+    second = set[str]()
+    for before in known:
+        base = before.removesuffix("layers.")
+        ends = [name.removeprefix(base) for name in state if name.startswith(base) and not LAYER.match(name)]
+        for other in stored - known:
+            if {other.removesuffix("layers.") + end for end in ends}.issubset(unexpected):
+                second.add(other)
+    return second
 
 
 def _others(number: int, one: str, several: str) -> str:

@@ -51,6 +51,14 @@ def test_a_complete_further_layer_shows_another_model() -> None:
     assert foreign_weights([*layer, "model.layers.2.eh_proj.weight"], STATE) == ()  # for multi-token prediction
 
 
+def test_complete_layers_with_a_prefix_of_their_own_are_ignored_unless_they_are_a_whole_model() -> None:
+    layer = [f"mtp.layers.0.{end}" for end in LAYER]
+    assert foreign_weights([*layer, "mtp.fc.weight", "mtp.norm.weight"], STATE) == ()
+    whole = [f"teacher.{name}" for name in STATE]
+    assert set(foreign_weights(whole, STATE)) == {name for name in whole if ".layers." in name}
+    assert foreign_weights(["mtp.norm.weight", *layer, *whole], STATE) == foreign_weights(whole, STATE)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -161,6 +161,22 @@ def test_weights_that_the_model_does_not_have_are_ignored(tmp_path: Path) -> Non
     loading.load(folder, ModelConfig(device="cpu"))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_layers_for_multi_token_prediction_with_a_prefix_of_their_own_are_ignored(
+    streamed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, layer = save(tmp_path / "model"), "model.layers.1."
+
+    def add_layer(state: State) -> State:
+        copied = [name for name in state if name.startswith(layer)]
+        copies = {"mtp.layers.0." + name.removeprefix(layer): state[name].clone() for name in copied}
+        return state | copies | {"mtp.fc.weight": torch.zeros(32, 64), "mtp.norm.weight": torch.zeros(32)}
+
+    edit(folder, add_layer)
+    loading.load(folder, ModelConfig(device="cpu"), tmp_path / "pages" if streamed else None)
+    assert "weights that the model does not have: mtp." in caplog.text
+
+
 # ---------------------------------------------------------------------------------------------- incomplete checkpoints
 
 SHORT = "lm_head.weight"
