@@ -26,6 +26,7 @@ class Comparison:
         foreign: those of the unexpected names that only another model has: weights of layers and modules that both
             have, and complete further layers with the prefix of its layers or of a second whole model.
         not_floating: for each weight that is stored as integers, its name in the files and its dtype.
+        untied: pairs of weights that are one by the config, but are stored with different numbers.
     """
 
     missing: tuple[str, ...] = ()
@@ -33,6 +34,7 @@ class Comparison:
     misshapen: tuple[tuple[str, Shape, Shape], ...] = ()
     foreign: tuple[str, ...] = ()
     not_floating: tuple[tuple[str, str], ...] = ()
+    untied: tuple[tuple[str, str], ...] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -52,6 +54,11 @@ class Comparison:
                 f"{key} is stored as {dtype}{_others(len(self.not_floating) - 1, 'is', 'are')}, but config.json has no "
                 "quantization_config that says how; use the model in bf16, fp16 or fp32"
             )
+        problems += (
+            f"config.json has tie_word_embeddings=true, but {one} and {other} are stored with different numbers; "
+            "set tie_word_embeddings to false in config.json, or remove the one that is not used from the files"
+            for one, other in self.untied
+        )
         if self.foreign and not self.missing:
             problems.append(
                 f"the checkpoint has {_weights(len(self.foreign))} that the model of its config lacks "

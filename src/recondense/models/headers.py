@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,6 +27,7 @@ from recondense.models import quantized
 from recondense.models.differences import Comparison, Shape, foreign_weights, shown
 from recondense.models.library_errors import damage, read_json
 
+ROWS = 1 << 12  # of two matrices that are compared at once
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -188,6 +190,8 @@ class Names:
 def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | None = None) -> Comparison:
     """Compare the files of a checkpoint with a model: missing, unexpected and misshapen weights, and integers.
 
+    Only headers are read, and the numbers of two weights that the config ties although both are stored.
+
     Args:
         model: the model, with or without weights.
         files: the safetensors files.
@@ -223,7 +227,19 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
     lacking += [name for tensor in tensors for name in quantized.missing_scales(tensor.key, tensor.dtype, method, keys)]
     foreign = () if method else foreign_weights(_not_ignored(model, unexpected), state)
     integers = () if method else _not_floating(model, stored)
-    return Comparison(tuple(lacking), unexpected, tuple(misshapen), foreign, integers)
+    untied = tuple(pair for pair in model.all_tied_weights_keys.items() if _differ(*(stored.get(one) for one in pair)))
+    return Comparison(tuple(lacking), unexpected, tuple(misshapen), foreign, integers, untied)
+
+
+def _differ(one: Sequence[StoredTensor] | None, other: Sequence[StoredTensor] | None) -> bool:
+    """Return whether two weights are both stored, in one shape, and have other numbers; these are read."""
+    if not one or not other or one[-1].shape != other[-1].shape or not one[-1].shape:
+        return False
+    first, second = one[-1], other[-1]
+    with open_safetensors(first.path) as file, open_safetensors(second.path) as another:
+        left, right = file.get_slice(first.key), another.get_slice(second.key)
+        rows = [slice(at, min(at + ROWS, first.shape[0])) for at in range(0, first.shape[0], ROWS)]
+        return not all(torch.equal(left[part].float(), right[part].float()) for part in rows)
 
 
 def _not_ignored(model: PreTrainedModel, unexpected: Sequence[str]) -> list[str]:

@@ -149,6 +149,22 @@ def test_one_of_two_tied_weights_is_enough(tied: str, streamed: bool, tmp_path: 
     assert set(difference(folder).missing) == set(both)
 
 
+def test_tied_weights_with_different_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers would not tie them, so that sizes and budgets computed from the config would be wrong."""
+    folder = save(tmp_path / "model", tiny("qwen2_moe", tie_word_embeddings=True))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    last = embedding.clone()
+    edit(folder, lambda state: {**state, "lm_head.weight": last})
+    assert difference(folder) == headers.Comparison()
+    last[-1, -1] += 1
+    edit(folder, lambda state: {**state, "lm_head.weight": last})
+    monkeypatch.setattr(headers, "ROWS", 40)
+    [message] = refusals(folder, monkeypatch)
+    assert message.startswith("config.json has tie_word_embeddings=true, but lm_head.weight and model.embed_tokens.w")
+    set_config(folder, tie_word_embeddings=False)
+    assert difference(folder) == headers.Comparison()
+
+
 def test_weights_that_the_model_does_not_have_are_ignored(tmp_path: Path) -> None:
     """Layers for multi-token prediction; buffers of old checkpoints."""
     folder = save(tmp_path / "model", EVERY["deepseek_v3"]())
