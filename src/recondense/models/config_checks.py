@@ -32,6 +32,9 @@ SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "max_position_embeddings"),
 )
+STEPS = ("decoder_sparse_step", "moe_layer_freq", "moe_layer_interval")  # every how many layers one is sparse
+# Values that decide in what form a model returns its outputs. What reads them here expects transformers' defaults.
+OUTPUT_FORM = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 MOST_LAYERS = 10_000  # building more takes minutes even without weights; the deepest published models have some hundred
 TOKENS = 4  # of the text on which a model without weights is tried
 
@@ -65,6 +68,8 @@ class Checkpoint(NamedTuple):
 def read_config(path: str | Path, settings: ModelConfig, *, any_family: bool = False) -> PretrainedConfig:
     """Return the config of a model's config.json as transformers reads it. A supported model_type needs no remote code.
 
+    Values that only change the form of the model's outputs are ignored.
+
     Args:
         path: a folder, or a hub id whose config.json is in the cache or can be downloaded.
         settings: revision and trust_remote_code are used.
@@ -92,7 +97,7 @@ def read_config(path: str | Path, settings: ModelConfig, *, any_family: bool = F
         raise UserError(problems[0])
     with library_calls(f"transformers cannot read {CONFIG}"), without_warnings():
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(path), revision=settings.revision, trust_remote_code=remote, local_files_only=not online
+            str(path), revision=settings.revision, trust_remote_code=remote, local_files_only=not online, **OUTPUT_FORM
         )
     return config
 
@@ -106,7 +111,7 @@ def _check_dtype(values: Mapping[str, Any]) -> Iterator[str]:
 
 def size_problems(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield the sizes in the values of a config that no model has."""
-    for name in SIZES:
+    for name in (*SIZES, *STEPS):
         size = values.get(name)
         if isinstance(size, int) and size < 1:
             yield f"{CONFIG} has {name}={size}, but it must be at least 1; {SAME_MODEL}"

@@ -53,12 +53,15 @@ def list_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers reads from a local folder; empty if it has no weights.
 
     Raises:
-        UserError: the index is damaged, or names files that are missing.
+        UserError: the index is damaged, or names files that are missing; or a link points nowhere.
     """
     if (folder / quantized.SINGLE).is_file():
         return [folder / quantized.SINGLE]
     index = folder / quantized.INDEX
     if not index.is_file():
+        for link in (folder / quantized.SINGLE, index):
+            if link.is_symlink():
+                raise UserError(damage(link))
         return []
     names = _shard_names(index)
     absent = [name for name in names if not (folder / name).is_file()]

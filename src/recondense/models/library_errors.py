@@ -105,8 +105,10 @@ def damage(file: Path) -> str:
     """Return why a file cannot be what its name says, from its first bytes; empty if these say nothing.
 
     Args:
-        file: an existing file of a model.
+        file: a file of a model, or a link to one, which may point nowhere.
     """
+    if file.is_symlink() and not file.exists():  # in a cache of the hub from which files were deleted
+        return f"{file.name} is a link to a file that does not exist; download or copy the model again"
     with file.open("rb") as content:
         start = content.read(len(GIT_LFS))
     if start == GIT_LFS:
@@ -121,7 +123,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or is not JSON, or holds something else than an object.
     """
     if not file.exists():
-        raise UserError(f"{file.name} is missing; download or copy it")
+        raise UserError(damage(file) if file.is_symlink() else f"{file.name} is missing; download or copy it")
     with library_calls(f"{file.name} cannot be read"):
         text = file.read_bytes()
     if problem := damage(file):

@@ -31,6 +31,7 @@ from recondense.config.schema import ModelConfig, from_dict
 from recondense.errors import ConfigError, UserError
 from recondense.models import decoder, headers, model_classes, quantized, shard_reader
 from recondense.models.checkpoint_checks import require_checkpoint
+from recondense.models.config_checks import OUTPUT_FORM
 from recondense.models.differences import missing_weights, shown
 from recondense.models.layer_store import layer_store, set_layer_store
 from recondense.models.library_errors import MORE_MEMORY, library_calls, reason_of, without_warnings
@@ -152,6 +153,7 @@ def _load_model(
                 output_loading_info=True,
                 revision=settings.revision,
                 trust_remote_code=remote,
+                **OUTPUT_FORM,
                 **arguments,
             )
     model, info = loaded

@@ -103,6 +103,10 @@ def test_what_does_no_harm_is_accepted(change: Change, tmp_path: Path) -> None:
             lambda folder: (folder / WEIGHTS).rename(folder / "consolidated.safetensors"),
             "has neither model.safetensors nor model.safetensors.index.json, so nothing says how to read consolidated",
         ),
+        (
+            lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to("../blobs/absent")],
+            "model.safetensors is a link to a file that does not exist; download or copy the model again",
+        ),
         (weights(lambda state: {"a": torch.zeros(1)}), "lacks 51 weights"),
         (
             weights(lambda state: {**state, "lm_head.weight": state["lm_head.weight"].to(torch.int8)}),

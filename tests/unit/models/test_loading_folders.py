@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import checkpoint, config
 from support.tiny_models import VOCAB, condense_plan, logits, qwen2_moe, tiny, windows
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -101,3 +102,13 @@ def test_weights_fingerprint_depends_on_buffers() -> None:
         model.model.layers[1].mlp.gate.table.copy_(table)
         fingerprints.add(loading.weights_fingerprint(model))
     assert len(fingerprints) == 4
+
+
+def test_values_of_a_config_that_change_the_form_of_outputs_are_ignored(tmp_path: Path) -> None:
+    values: dict[str, object] = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    folder = checkpoint(tmp_path / "model", "qwen2_moe", config(**values))
+    model, _ = loading.load(folder, ModelConfig(device="cpu", attention="sdpa"))
+    output = model(torch.zeros(1, 4, dtype=torch.long))
+    assert output.logits.shape == (1, 4, 300) and not output.hidden_states and not output.attentions
+    streamed, _ = loading.load(folder, ModelConfig(device="cpu", attention="sdpa"), tmp_path / "pages")
+    assert all(getattr(one.config, name) != values[name] for one in (model, streamed) for name in values)
