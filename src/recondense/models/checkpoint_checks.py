@@ -135,17 +135,18 @@ def _unreadable(files: Sequence[Path]) -> list[str]:
 def _check_tokenizer(
     path: str | Path, settings: ModelConfig, setting: str, config: PretrainedConfig | None
 ) -> tuple[PreTrainedTokenizerBase | None, list[Problem]]:
-    """Return the tokenizer and its problems. Without a config, only its files are checked."""
+    """Return the tokenizer and its problems. Without a config, only its damaged files are problems."""
     name, value = tokenizer_setting(path, settings, setting)
     revision = settings.revision if settings.tokenizer is None else None
-    damaged = [Problem(name, f"{text}.", value) for text in damaged_files(value, revision)]
-    if damaged or config is None:
-        return None, damaged
     try:
         tokenizer = load_tokenizer(path, settings, setting)
     except UserError as error:
-        text = str(error).removeprefix(f"{name}={value}: ").removesuffix(".")
-        return None, [Problem(name, f"{text}.", value)]
+        texts = list(damaged_files(value, revision))
+        if not texts and config is not None:
+            texts = [str(error).removeprefix(f"{name}={value}: ").removesuffix(".")]
+        return None, [Problem(name, f"{text}.", value) for text in texts]
+    if config is None:
+        return None, []
     return tokenizer, [Problem(name, f"{text}.", value) for text in _check_ids(tokenizer, embedding_rows(config))]
 
 

@@ -18,7 +18,7 @@ from recondense.config.schema import ModelConfig
 from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import model_classes
-from recondense.models.library_errors import damage, library_calls, read_json, without_warnings
+from recondense.models.library_errors import GIT_LFS, damage, library_calls, read_json, without_warnings
 from recondense.models.model_files import cached_model_file, model_file
 from recondense.offline import hub_access
 
@@ -48,9 +48,9 @@ def load_tokenizer(path: str | Path, settings: ModelConfig, setting: str = "mode
     # The revision is that of the model's repository, not of another one with the tokenizer.
     revision = settings.revision if settings.tokenizer is None else None
     with hub_files(where, path, settings):
-        for text in _missing_packages(source, revision):
-            raise UserError(f"{where}: {text}")
         try:
+            for text in _missing_packages(source, revision):
+                raise UserError(f"{where}: {text}")
             with library_calls(f"{where}: transformers cannot read the tokenizer"):
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     source,
@@ -62,6 +62,8 @@ def load_tokenizer(path: str | Path, settings: ModelConfig, setting: str = "mode
             for reason in damaged_files(source, revision):
                 raise UserError(f"{where}: {reason}") from error
             raise
+    if GIT_LFS.decode() in str(tokenizer.chat_template):  # transformers takes any text for a template
+        raise UserError(f"{where}: the chat template is a Git LFS pointer, not the file itself; run `git lfs pull`")
     if problem := _wrong_class(tokenizer, source, revision):
         raise UserError(f"{where}: {problem}")
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' default without a tokenizer
@@ -113,13 +115,15 @@ def _local_config(source: str | Path, revision: str | None) -> dict[str, Any]:
 def damaged_files(source: str | Path, revision: str | None) -> Iterator[str]:
     """Yield a sentence for each damaged file of a tokenizer; files of the hub that are not in the cache are skipped.
 
+    They say why a tokenizer cannot be loaded. One that can be loaded does not need the damaged files.
+
     Args:
         source: folder or hub id.
         revision: the revision on the hub.
     """
     for name in FILES:
-        file = cached_model_file(source, name, revision)
-        if file is None:
+        file = cached_model_file(source, name, revision) or Path(source) / name
+        if not (file.is_file() or file.is_symlink()):
             continue
         try:
             if name.endswith(".json"):

@@ -42,6 +42,9 @@ from recondense.models.tokenizers import load_tokenizer
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE = (remove(TOKENIZER, SETTINGS), content("tokenizer.model", b"\n\x0e\n\x05<unk>"))
 
+# The tokens in tokenizer_config.json stand for the file, which transformers then does not read.
+UNREAD = (json_values(SETTINGS, added_tokens_decoder={}), content("added_tokens.json", "[]"))
+
 
 def messages(folder: Path, **settings: object) -> list[str]:
     """The problems of a folder, without the name of the setting."""
@@ -82,6 +85,10 @@ def test_a_good_checkpoint_has_no_problems(family: str, shards: bool, tmp_path: 
         json_values(SETTINGS, tokenizer_class="SomeTokenizer"),
         json_values(SETTINGS, tokenizer_class="GPT2Tokenizer"),
         json_values(SETTINGS, auto_map={"AutoTokenizer": ["absent.Tokenizer", None]}),
+        lambda folder: [change(folder) for change in UNREAD],
+        content("vocab.json", POINTER),
+        content("merges.txt", ""),
+        content("chat_template.jinja", ""),
         content("pytorch_model.bin", b"a pickle beside the weights"),
     ],
 )
@@ -191,11 +198,16 @@ def test_odd_files_that_can_be_read_are_logged(tmp_path: Path, caplog: pytest.Lo
     [
         ([content(TOKENIZER, POINTER)], "tokenizer.json is a Git LFS pointer"),
         ([content(TOKENIZER, "")], "tokenizer.json is empty"),
+        (
+            [remove(TOKENIZER, SETTINGS), lambda folder: (folder / TOKENIZER).symlink_to("../blobs/absent")],
+            "tokenizer.json is a link to a file that does not exist",
+        ),
         ([cut(TOKENIZER)], "tokenizer.json is not valid JSON"),
         ([content(TOKENIZER, "[]")], "tokenizer.json holds a list"),
         ([content(TOKENIZER, "{}")], "transformers cannot read the tokenizer: KeyError"),
         ([content(SETTINGS, "{")], "tokenizer_config.json is not valid JSON"),
         ([content(SETTINGS, POINTER)], "tokenizer_config.json is a Git LFS pointer"),
+        ([content("added_tokens.json", "[]")], "added_tokens.json holds a list"),
         ([content("special_tokens_map.json", "{")], "special_tokens_map.json is not valid JSON"),
         ([content("chat_template.jinja", POINTER)], "chat_template.jinja is a Git LFS pointer"),
         ([json_values(SETTINGS, eos_token=5)], "transformers cannot read the tokenizer: TypeError"),
