@@ -24,12 +24,12 @@ from recondense.models import decoder, headers, reload
 from recondense.models.free_memory import free_bytes
 from recondense.models.hooks import capture_outputs, eval_mode, forward_hooks
 from recondense.models.layer_store import layer_store
+from recondense.models.tokenizers import SAMPLE
 
 log = logging.getLogger(__name__)
 
 WINDOWS, LENGTH = 8, 32  # tokens that are compared: every expert should get some of them
 ROOM = 1.3  # free memory that the comparison needs, in sizes of the exported weights
-SAMPLE = "The check of an export: 3 + 4 = 7, naïve cafés,\n\n  tabs\tand 数学 🙂"
 # Share of the outputs that may differ by more than rounding: a router may choose the other one of two equal experts.
 EXCEPTIONS = 0.01
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,7 +95,7 @@ def check_outputs(
     """
     if not _compares_outputs(model, written, setting):
         return
-    if tokenizer is not None and (problem := _tokenizer_problem(tokenizer, written)):
+    if tokenizer is not None and (problem := reload.tokenizer_problem(tokenizer, written)):
         raise UserError(f"{folder} was not written, because {problem}")
     try:
         differences = _differences(model, token_windows(model, tokenizer), written, folder, retained)
@@ -162,26 +162,6 @@ def token_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     if text and max(text) < rows:
         ids_BS[0, : len(text)] = torch.tensor(text)
     return ids_BS.to(decoder.device(model))
-
-
-def _tokenizer_problem(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """Load the tokenizer of a folder with transformers, and compare the ids that it gives with those of the original.
-
-    Returns:
-        How they differ and what to do, as a sentence; empty if they do not.
-    """
-    with reload.only_the_folders_code(folder):
-        reloaded = reload.load_tokenizer(folder)
-        for text in (SAMPLE, *tokenizer.all_special_tokens):
-            expected, actual = tokenizer(text).input_ids, reloaded(text).input_ids
-            if expected != actual:
-                return (
-                    f"transformers saves the tokenizer, a {type(tokenizer).__name__}, and loads it as another one: for "
-                    f"{text!r} it gives {len(actual)} ids that begin with {actual[:5]}, instead of {len(expected)} "
-                    f"that begin with {expected[:5]}. Use one whose class fits its files (model.tokenizer=FOLDER), or "
-                    "set export.verify=shapes"
-                )
-    return ""
 
 
 def _differences(

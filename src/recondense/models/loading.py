@@ -37,7 +37,7 @@ from recondense.models.layer_store import layer_store, set_layer_store
 from recondense.models.library_errors import MORE_MEMORY, library_calls, reason_of, without_warnings
 from recondense.models.model_files import keep_history, model_file
 from recondense.models.streaming import Streamed
-from recondense.models.tokenizers import hub_files
+from recondense.models.tokenizers import hub_files, warn_of_other_ids
 from recondense.progress import progress
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ def load(
     if changes:
         settings = from_dict({"model": {**asdict(settings), **changes}}).model
     checkpoint = require_checkpoint(path, settings)
+    warn_of_other_ids(checkpoint.tokenizer, path, settings)
     return load_model(path, settings, offload_folder, attention_by_family=by_family), checkpoint.tokenizer
 
 

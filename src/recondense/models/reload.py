@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from transformers import (
 )
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from recondense.errors import UserError
 from recondense.models import decoder
+from recondense.models.library_errors import library_calls
 from recondense.models.shard_reader import no_progress_bars
+from recondense.models.tokenizers import SAMPLE
 
 MODULES = ".modules"  # a subfolder of the exported folder, while code from the folder is loaded
 
@@ -110,9 +113,44 @@ def _round_frequencies(reloaded: PreTrainedModel, model: PreTrainedModel) -> Non
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=_has_code(folder))
+    """Load the tokenizer of a folder.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    with library_calls("transformers cannot load the tokenizer that it has saved"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=_has_code(folder)
+        )
     return tokenizer
+
+
+def tokenizer_problem(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str] = ()) -> str:
+    """Load the tokenizer of a folder with transformers, and compare the ids that it gives with those of the original.
+
+    Args:
+        tokenizer: the tokenizer that was saved to the folder.
+        folder: the folder.
+        texts: texts to compare, in addition to a sample and the special tokens.
+
+    Returns:
+        How they differ and what to do, as a sentence; empty if they do not.
+    """
+    remedy = "Use one whose class fits its files (model.tokenizer=FOLDER), or set export.verify=shapes"
+    with only_the_folders_code(folder):
+        try:
+            reloaded = load_tokenizer(folder)
+        except UserError as error:
+            return f"{error}. {remedy}"
+        for text in (SAMPLE, *tokenizer.all_special_tokens, *texts):
+            expected, actual = tokenizer(text).input_ids, reloaded(text).input_ids
+            if expected != actual:
+                return (
+                    f"transformers saves the tokenizer, a {type(tokenizer).__name__}, and loads it as another one: for "
+                    f"{text[:60]!r} it gives {len(actual)} ids that begin with {actual[:5]}, instead of "
+                    f"{len(expected)} that begin with {expected[:5]}. {remedy}"
+                )
+    return ""
 
 
 def _has_code(folder: Path) -> bool:

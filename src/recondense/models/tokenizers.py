@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from recondense.config.schema import ModelConfig
@@ -22,6 +24,8 @@ from recondense.models.library_errors import GIT_LFS, damage, library_calls, rea
 from recondense.models.model_files import cached_model_file, model_file
 from recondense.offline import hub_access
 
+log = logging.getLogger(__name__)
+
 # Files of a tokenizer.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -29,6 +33,7 @@ FILES = (
 )
 PACKAGES = {"tokenizer.model": "sentencepiece", "tiktoken.model": "tiktoken"}  # what reads a file, by its name
 KIND = re.compile(rb'"model"\s*:\s*\{\s*"type"\s*:\s*"(\w+)"')  # of the algorithm in tokenizer.json
+SAMPLE = "A tokenizer is tried: 3 + 4 = 7, naïve cafés,\n\n  tabs\tand 数学 🙂"
 CALL_STATE = ("truncation", "padding")  # entries of a fast tokenizer that depend on its last call
 
 
@@ -84,6 +89,41 @@ def _wrong_class(tokenizer: PreTrainedTokenizerBase, source: str | Path, revisio
         f"tokenizer_config.json names the class {type(tokenizer).__name__}, which is a {kind} tokenizer, but "
         f"tokenizer.json holds a {stored[1].decode()} tokenizer; correct tokenizer_class, or use the files of one model"
     )
+
+
+def warn_of_other_ids(
+    tokenizer: PreTrainedTokenizerBase, path: str | Path, settings: ModelConfig, texts: Sequence[str] = ()
+) -> None:
+    """Log a line if a tokenizer, in the class that transformers has chosen, gives other ids than its tokenizer.json.
+
+    Args:
+        tokenizer: the tokenizer that `load_tokenizer` has returned.
+        path, settings: the arguments of `load_tokenizer`.
+        texts: texts to compare, in addition to a sample.
+    """
+    name, source = tokenizer_setting(path, settings)
+    file = cached_model_file(source, "tokenizer.json", settings.revision if settings.tokenizer is None else None)
+    if file is None:
+        return
+    try:
+        with library_calls("tokenizer.json cannot be read"):
+            stored = Tokenizer.from_file(str(file))
+    except UserError:  # transformers reads only a part of it
+        return
+    stored.no_truncation()
+    stored.no_padding()
+    for text in (SAMPLE, *texts):
+        actual = tokenizer(text, add_special_tokens=False).input_ids
+        expected = stored.encode(text, add_special_tokens=False).ids
+        if actual != expected:
+            log.warning(
+                "%s=%s: transformers loads the tokenizer as a %s, which gives other ids than its tokenizer.json: for "
+                "%r %d that begin with %s instead of %d that begin with %s; if this is not meant, correct "
+                "tokenizer_class in tokenizer_config.json",
+                *(name, source, type(tokenizer).__name__, text[:60]),
+                *(len(actual), actual[:5], len(expected), expected[:5]),
+            )
+            return
 
 
 def tokenizer_setting(path: str | Path, settings: ModelConfig, setting: str = "model.path") -> tuple[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +11,24 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from recondense import processes
+from recondense.config.schema import Config
 from recondense.config.stages import Stage
 from recondense.data.loader import num_rows
 from recondense.data.texts import Texts, Tokenizing
 from recondense.data.tokens import Tokens
 from recondense.data.vocabulary import require_rows
+from recondense.errors import UserError
+from recondense.models import reload
+from recondense.models.compressed_classes import PREFIX
 from recondense.models.config_checks import read_config
-from recondense.models.tokenizers import embedding_rows, load_tokenizer
+from recondense.models.library_errors import library_calls, without_warnings
+from recondense.models.tokenizers import embedding_rows, load_tokenizer, tokenizer_setting, warn_of_other_ids
 from recondense.run.load import MakeCallbacks, locate, no_callbacks
 from recondense.run.measure import Tasks, make_tasks
 from recondense.run.recover import with_steps
 from recondense.run.resolved_run import Run
+
+SPLITS, TEXTS, LENGTH = ("calibration", "validation"), 4, 2000  # the texts on which the tokenizer is tried
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ def prepare(run: Run, callbacks: MakeCallbacks = no_callbacks) -> Prepared:
 
     Raises:
         UserError: texts or tokenizer cannot be read, a split or a recovery stage has too little text, the model's
-            embedding has no row for a token, or the warm-up of a stage is longer than its training.
+            embedding has no row for a token, the tokenizer is another one after it was saved, or the warm-up of a
+            stage is longer than its training.
     """
     config = run.config
     with processes.let_first_go_ahead():
@@ -58,16 +68,58 @@ def prepare(run: Run, callbacks: MakeCallbacks = no_callbacks) -> Prepared:
     path = locate(config, callbacks)
     with processes.let_first_go_ahead():
         tokenizer = load_tokenizer(path, config.model)
-    rows = embedding_rows(read_config(path, config.model, any_family=True))
+    model_config = read_config(path, config.model, any_family=True)
+    rows = embedding_rows(model_config)
     tokenizing = Tokenizing(texts, tokenizer, rows)
     tokens = tokenizing.tokens(config, run.stages)
     check_steps_of(run.stages, tokens)
     with processes.let_first_go_ahead():
         tasks = make_tasks(config, tokenizing.documents("validation"))
+    sample = [text[:LENGTH] for split in SPLITS for text in (tokenizing.documents(split) or ())[:TEXTS]]
+    warn_of_other_ids(tokenizer, path, config.model, sample)
+    if _exports(run) and config.export.verify != "shapes":
+        _check_saved(config, path, tokenizer, str(model_config.model_type), sample)
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # as in lm-eval
     if tasks.names and first is not None:
         require_rows(first, rows, tokenizer, "evaluation.tasks")
     return Prepared(path, tokenizer, tokens, tasks)
+
+
+def _exports(run: Run) -> bool:
+    changes = bool(run.steps) or any(stage.recovery.objective != "none" for stage in run.stages)
+    return changes if run.config.export.enabled == "auto" else run.config.export.enabled
+
+
+def _check_saved(
+    config: Config, path: str | Path, tokenizer: PreTrainedTokenizerBase, model_type: str, texts: Sequence[str]
+) -> None:
+    """Check that a tokenizer gives the same ids after transformers has saved and loaded it, as it is in an export.
+
+    Transformers chooses a tokenizer's class also by the model_type beside it, which is another one in a bundled export.
+
+    Args:
+        config: settings of the run.
+        path: the model's hub id or folder.
+        tokenizer: its tokenizer.
+        model_type: that of its config.
+        texts: some texts of the run.
+
+    Raises:
+        UserError: transformers saves the tokenizer and loads it as another one.
+    """
+    name, value = tokenizer_setting(path, config.model)
+    family = model_type.removeprefix(PREFIX)
+    kinds = {"stock": [family], "bundled": [PREFIX + family]}.get(config.export.format, [family, PREFIX + family])
+    problems = []
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            with library_calls(f"{name}={value}: transformers cannot save the tokenizer"):
+                tokenizer.save_pretrained(folder)
+            (Path(folder) / "config.json").write_text(json.dumps({"model_type": kind}))
+            with without_warnings():
+                problems.append(reload.tokenizer_problem(tokenizer, Path(folder), texts))
+    if all(problems):
+        raise UserError(f"{name}={value}: {problems[0]}.")
 
 
 def check_steps_of(stages: Sequence[Stage], tokens: Tokens) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from support.small import byte_tokenizer, small_model
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import Qwen2TokenizerFast
 
 from recondense.config.schema import from_dict
 from recondense.config.stages import require_stages
@@ -104,3 +106,32 @@ def test_texts_are_read_before_the_model_is_located(folder: Path, monkeypatch: p
     monkeypatch.setattr(module, "locate", refuse)
     with pytest.raises(UserError, match="line 1 is not JSON"):
         prepared(folder, "oops\n")
+
+
+def test_a_tokenizer_that_loads_as_another_one_is_refused_before_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = byte_tokenizer()
+    wrong = Qwen2TokenizerFast(tokenizer_object=right.backend_tokenizer, unk_token=None)
+    wrong.backend_tokenizer.pre_tokenizer = Whitespace()
+    monkeypatch.setattr(module, "load_tokenizer", lambda *_: wrong)
+    message = r"^model\.path=.*transformers saves the tokenizer, a Qwen2Tokenizer, and loads it as another one: for "
+    for form in ("auto", "stock", "bundled"):
+        with pytest.raises(UserError, match=message):
+            prepared(folder, export={"format": form})
+    for export in ({"enabled": False}, {"verify": "shapes"}):
+        prepared(folder, export=export)
+
+
+def test_a_tokenizer_whose_class_does_not_fit_its_file_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepared(folder)
+    assert "gives other ids" not in caplog.text and "model of type" not in caplog.text
+    file = folder / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    values = json.loads((folder / "model" / "tokenizer.json").read_text())
+    values["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "model" / "tokenizer.json").write_text(json.dumps(values))
+    prepared(folder)
+    assert "transformers loads the tokenizer as a Qwen2Tokenizer, which gives other ids than its tokenizer.json" in (
+        caplog.text
+    )
