@@ -27,6 +27,9 @@ OF_SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASK
 OF_OTHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "JSM_NAMESPACE_", "LSB_DJOB_")
 OF_LIBRARIES = ("HF_", "HUGGINGFACE_", "TORCH", "PYTORCH_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "MPL", "CUDA_")
 
+SHORTEST = 4  # characters of a value that an error names without quotes
+ORDINARY = ("true", "false", "none", "auto", "default", "cuda", "error", "warning", "info", "debug")
+
 
 @dataclass(frozen=True)
 class Started:
@@ -116,14 +119,24 @@ def naming_variables() -> Iterator[None]:
     """Name the variable whose value a library refuses while it is imported inside.
 
     Raises:
-        UserError: there is one whose value is in the error's text. Other errors stay as they are.
+        UserError: there is one whose value the error's text quotes or has as a word of at least four characters. Other
+            errors stay as they are.
     """
     try:
         yield
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         for name, value in os.environ.items():
             secret = name.endswith("_TOKEN")
-            if name.startswith(OF_LIBRARIES) and not secret and len(value) > 1 and value in str(error):
+            if name.startswith(OF_LIBRARIES) and not secret and _names(str(error), value):
                 text = str(error).strip().splitlines()[0].rstrip(".")
                 raise UserError(f"{name}={value}: a library refuses this variable ({text}). Unset it.") from error
         raise
+
+
+def _names(text: str, value: str) -> bool:
+    """Return whether a text names a value: in quotes, or as a whole word, path or address that is hardly another's."""
+    if len(value) > 1 and (f"'{value}'" in text or f'"{value}"' in text):
+        return True
+    ordinary = value.lower() in ORDINARY or not re.search(r"[^\W\d]", value)  # a switch or a number
+    whole = rf"(?<![\w/.\-]){re.escape(value)}(?![\w/\-]|\.\w)"
+    return len(value) >= SHORTEST and not ordinary and re.search(whole, text) is not None

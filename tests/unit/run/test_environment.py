@@ -105,6 +105,8 @@ def test_a_backend_for_pictures_of_another_program(backend: str) -> None:
             RuntimeError("Invalid settings: +nonsense, must be a list\nValid are all"),
         ),
         ("TRANSFORMERS_VERBOSITY", "loud", KeyError("loud")),
+        ("HF_ENDPOINT", "https://mirror", ValueError("cannot use https://mirror.")),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "9s", ValueError("invalid literal for int() with base 10: '9s'")),
     ],
 )
 def test_a_variable_that_a_library_refuses(name: str, value: str, error: Exception) -> None:
@@ -112,6 +114,23 @@ def test_a_variable_that_a_library_refuses(name: str, value: str, error: Excepti
     with pytest.raises(UserError, match="a library refuses this variable") as refused, naming_variables():
         raise error
     assert str(refused.value).startswith(f"{name}={value}: ") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("HF_HUB_OFFLINE", "on", "a connection of the function is gone"),  # inside other words
+        ("TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "10000", "expected 10000 rows"),
+        ("TOKENIZERS_PARALLELISM", "false", "the value is false"),
+        ("HF_HOME", "/root", "no module at /root/project/model.py"),
+        ("HF_HOME", "", "no module"),
+        ("TORCH_HOME", "data", "the database is older"),
+    ],
+)
+def test_a_value_that_an_error_has_by_chance_is_not_blamed(name: str, value: str, text: str) -> None:
+    os.environ[name] = value
+    with pytest.raises(RuntimeError, match=f"^{text}$"), naming_variables():
+        raise RuntimeError(text)
 
 
 def test_other_errors_of_an_import_keep_their_type() -> None:
