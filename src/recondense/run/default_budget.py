@@ -7,7 +7,7 @@ sets comes first: another size replaces that of the default budget, and a ratio 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,6 +19,8 @@ from recondense.config.problems import Problem, suggestion
 from recondense.config.schema import GENERAL, Config
 from recondense.models.config_json import config_values, same_shape
 
+PARTS = ("shape_of", "default", "methods")  # of the model's budgets
+KEPT = ("used", "from", "of_shape", "open", "replaced", "asked", "by_path")  # what a run's config.yaml has instead
 OPEN = "${budget:"  # how a setting begins that the default budget may set
 RATIOS = ("removed_expert_ratio", "memory_ratio")
 AMOUNTS = ("num_layers", "average_rank", "ratio", *RATIOS)  # settings that say how small the model becomes
@@ -181,21 +183,37 @@ def keep_used(config: DictConfig, values: dict[str, Any], *, by_path: bool) -> N
     values["model"]["budgets"] = {**kept, **({"by_path": True} if by_path else {})}
 
 
-def check_budgets(config: DictConfig) -> list[Problem]:
-    """Return a problem for each setting in the entry of the run's method that the method does not have."""
-    method = _section(config, "method")
-    methods = _mapping(_mapping(_section(config, "model").get("budgets")).get("methods"))
-    name = str(method.get("name"))
+def check_budgets(config: DictConfig, choices: Collection[str]) -> list[Problem]:
+    """Return a problem for each name in the model's budgets that stands for nothing, so that it would be ignored.
+
+    Those are unknown parts and methods, and settings that the run's method does not have.
+
+    Args:
+        config: the composed config.
+        choices: the choices of `method=`.
+    """
+    method, budgets = _section(config, "method"), _mapping(_section(config, "model").get("budgets"))
+    methods, name = _mapping(budgets.get("methods")), str(method.get("name"))
+    where, known = "model.budgets", {*choices, name, "any"}
     sizes = [name for name, value in method.items() if name in AMOUNTS or _is_open(value)]
-    return [
+    problems = [
+        Problem(f"{where}.{part}", f"there is no such setting. {suggestion(str(part), PARTS)}", value)
+        for part, value in budgets.items()
+        if part not in (*PARTS, *KEPT)
+    ]
+    problems += [
+        Problem(f"{where}.methods.{entry}", f"there is no such method. {suggestion(str(entry), known)}", value)
+        for entry, value in methods.items()
+        if entry not in known
+    ]
+    problems += [
         Problem(
-            f"model.budgets.methods.{name}.{key}",
-            f"method={name} has no such setting. {suggestion(str(key), sizes)}",
-            value,
+            f"{where}.methods.{name}.{key}", f"method={name} has no such setting. {suggestion(str(key), sizes)}", value
         )
         for key, value in _mapping(methods.get(name)).items()
         if key != "from" and key not in method
     ]
+    return problems
 
 
 def is_settled(config: Config) -> bool:

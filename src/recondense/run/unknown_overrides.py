@@ -50,7 +50,7 @@ def compose_run(
         OmegaConf.update(config, key, None)
     values = resolve_values(config, problems)
     if values is not None:
-        problems += check_budgets(config)
+        problems += check_budgets(config, list_choices("method", loader))
         keep_used(config, values, by_path=bool(by_path))
     return values
 

@@ -193,6 +193,23 @@ def test_a_budget_of_unknown_settings_is_refused(setting: str, message: str, mod
     assert problems == []
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("methods.moei={prune_ratio: 0.5}", "there is no such method. Did you mean moei2?"),
+        ("methods.cdmoes={num_layers: 2}", "there is no such method. Did you mean cdmoe_s?"),
+        ("method={cdmoe: {num_layers: 2}}", "there is no such setting. Did you mean methods?"),
+    ],
+)
+def test_a_budget_of_an_unknown_method_is_refused(setting: str, message: str) -> None:
+    problems: list[Problem] = []
+    overrides = ["model=qwen_moe", f"+model.budgets.{setting}"]
+    with initialize_hydra("train", Namespace(config_path=None, config_dir=None, overrides=overrides)) as loader:
+        compose_run("train", overrides, loader, problems)
+    [text] = render(problems)
+    assert text.startswith(f"model.budgets.{setting.partition('=')[0]}=") and message in text
+
+
 def test_steps_with_settings_of_their_own_have_no_default_budget() -> None:
     steps = "method.steps=[{_target_:recondense.methods.naee.NAEE,memory_ratio:0.6}]"
     values = composed("model=qwen_moe", "method=moei2", steps)
