@@ -198,7 +198,7 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
     Args:
         model: the model, with or without weights.
         files: the safetensors files.
-        method: the quantization of the files, as returned by `quantized.method_of`. Shapes of quantized files are not
+        method: the quantization of the files, as returned by `quantized.method_of`. The shapes of scales are not
             compared.
 
     Raises:
@@ -206,8 +206,7 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
     """
     tensors = list(read_headers(files))
     names = Names(model, get_model_conversion_mapping(model))
-    renamed = [tensor._replace(key=quantized.weight_name(tensor.key, method)) for tensor in tensors]
-    stored = names.group_by_weight(renamed)
+    stored = names.group_by_weight([_unquantized(tensor, method) for tensor in tensors])
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = set(_untied(model, [name for name in state if name not in stored]))
     lacking: list[str] = []
@@ -218,8 +217,8 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
         parts = names.parts_of_stack(stored.get(name, []))
         if parts is not None:
             lacking += (absent := _absent_experts(parts, shape[0]))
-            stored_shape = None if absent or method or len(shape) != 3 else _stacked(parts, shape)
-        elif method or not stored.get(name) or stored[name][0].pattern is not None:
+            stored_shape = None if absent or len(shape) != 3 else _stacked(parts, shape)
+        elif not stored.get(name) or stored[name][0].pattern is not None:
             continue
         else:
             stored_shape = stored[name][-1].shape
@@ -234,15 +233,21 @@ def compare(model: PreTrainedModel, files: Sequence[str | Path], method: str | N
     return Comparison(tuple(lacking), unexpected, tuple(misshapen), foreign, integers, untied)
 
 
+def _unquantized(tensor: StoredTensor, method: str | None) -> StoredTensor:
+    """Return a tensor with the name and the shape that it would have in an unquantized checkpoint."""
+    shape = quantized.weight_shape(tensor.key, tensor.shape, method)
+    return tensor._replace(key=quantized.weight_name(tensor.key, method), shape=shape)
+
+
 def _differ(one: Sequence[StoredTensor] | None, other: Sequence[StoredTensor] | None) -> bool:
     """Return whether two weights are both stored, in one shape, and have other numbers; these are read."""
     if not one or not other or one[-1].shape != other[-1].shape or not one[-1].shape:
         return False
     first, second = one[-1], other[-1]
     with open_safetensors(first.path) as file, open_safetensors(second.path) as another:
-        left, right = file.get_slice(first.key), another.get_slice(second.key)
+        numbers, others = file.get_slice(first.key), another.get_slice(second.key)
         rows = [slice(at, min(at + ROWS, first.shape[0])) for at in range(0, first.shape[0], ROWS)]
-        return not all(torch.equal(left[part].float(), right[part].float()) for part in rows)
+        return not all(torch.equal(numbers[part].float(), others[part].float()) for part in rows)
 
 
 def _not_ignored(model: PreTrainedModel, unexpected: Sequence[str]) -> list[str]:

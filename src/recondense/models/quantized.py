@@ -72,6 +72,20 @@ def weight_name(key: str, method: str | None) -> str:
     return key.removesuffix("_blocks") if method == "mxfp4" else key
 
 
+def weight_shape(key: str, shape: tuple[int, ...], method: str | None) -> tuple[int, ...]:
+    """Return the shape that a stored tensor has in the model. FP8 keeps it; MXFP4 packs two numbers into a byte.
+
+    Args:
+        key: the tensor's name.
+        shape: its shape; of packed experts (E, O, I / 32, 16), which become (E, I, O).
+        method: the quantization method, as returned by `method_of`.
+    """
+    if method != "mxfp4" or not key.endswith("_blocks") or len(shape) != 4:
+        return shape
+    experts, rows, groups, size = shape
+    return (experts, 2 * groups * size, rows)
+
+
 def missing_scales(key: str, dtype: str, method: str | None, keys: Collection[str]) -> list[str]:
     """Return the name of a quantized tensor's scales if the checkpoint lacks them; otherwise an empty list.
 

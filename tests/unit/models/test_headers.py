@@ -119,6 +119,17 @@ def test_a_complete_checkpoint_does_not_differ(family: str, tmp_path: Path) -> N
     assert difference(tmp_path / "bundled") == headers.Comparison()
 
 
+def assert_other_shapes_are_refused(folder: Path, family: str) -> None:
+    """The shapes of a quantized checkpoint are compared with those of its config, before a weight is read."""
+    text = (folder / "config.json").read_text()
+    size = "intermediate_size" if family == "gpt_oss" else "moe_intermediate_size"
+    for values, ends in (({size: 96}, {"gate_up_proj", "down_proj"}), ({"vocab_size": 120}, {"weight"})):
+        set_config(folder, **values)
+        comparison = difference(folder)
+        assert ends <= {name.rpartition(".")[2] for name, *_ in comparison.misshapen} and comparison.problems
+        (folder / "config.json").write_text(text)
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
 def test_quantised_weights_are_complete_with_their_scales(family: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4}
@@ -128,6 +139,7 @@ def test_quantised_weights_are_complete_with_their_scales(family: str, tmp_path:
     pack, scales = (mxfp4_folder, "_scales") if family == "gpt_oss" else (fp8_folder, "_scale_inv")
     pack(tmp_path / "packed", model)
     assert not difference(tmp_path / "packed").problems
+    assert_other_shapes_are_refused(tmp_path / "packed", family)
     lacking = next(name for name in load_file(tmp_path / "packed" / "model.safetensors") if name.endswith(scales))
     edit(tmp_path / "packed", remove_keys(lacking))
     assert difference(tmp_path / "packed").missing == (lacking,)
