@@ -143,7 +143,7 @@ def tokenizer_problem(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: S
         except UserError as error:
             return f"{error}. {remedy}"
         for text in (SAMPLE, *tokenizer.all_special_tokens, *texts):
-            expected, actual = tokenizer(text).input_ids, reloaded(text).input_ids
+            expected, actual = (one(text, verbose=False).input_ids for one in (tokenizer, reloaded))
             if expected != actual:
                 return (
                     f"transformers saves the tokenizer, a {type(tokenizer).__name__}, and loads it as another one: for "

@@ -113,7 +113,7 @@ def warn_of_other_ids(
     stored.no_truncation()
     stored.no_padding()
     for text in (SAMPLE, *texts):
-        actual = tokenizer(text, add_special_tokens=False).input_ids
+        actual = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         expected = stored.encode(text, add_special_tokens=False).ids
         if actual != expected:
             log.warning(
