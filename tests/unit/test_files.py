@@ -82,7 +82,7 @@ def test_write_aside_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(files.os, where, fail)
     for path in (old, tmp_path / "other"):
-        with pytest.raises(DiskFull, match=f"{path.name} cannot be written: the disk is full .it needs 3 bytes"):
+        with pytest.raises(DiskFull, match=f"{path.name} cannot be written: the disk is full .it needs 3 B"):
             write_aside(path, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert old.read_text() == "old"

@@ -29,6 +29,7 @@ from recondense.evaluation.lm_eval_internals import (
     tasks_of_tag,
 )
 from recondense.evaluation.task_errors import check_documents, name_errors, naming
+from recondense.evaluation.task_limits import limits
 from recondense.models import decoder
 from recondense.models.hooks import eval_mode
 from recondense.models.tokenizers import embedding_rows
@@ -83,7 +84,7 @@ def run_tasks(
         for name, task in loaded["tasks"].items():
             _make_ready(task, name, tokenizer, num_fewshot)
         live = _live_model(model, tokenizer, batch_size)
-        examples = _examples(manager, loaded, tasks, limit, total_limit)
+        examples = limits(manager, loaded, tasks, limit, total_limit)
         results = evaluate(live, loaded, **examples, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
     assert results is not None, "lm-eval returns results on the first process only"
     metrics = {**results["results"], **results.get("groups", {})}
@@ -256,25 +257,6 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     elif fixed is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=1234)  # lm-eval's default, so that figures can be compared with published ones
-
-
-def _examples(
-    manager: Any, loaded: Any, names: Sequence[str], limit: float | None, total: int | None
-) -> dict[str, Any]:
-    """Return lm-eval's arguments for the limits of `run_tasks`: one limit for all tasks, or the examples of each."""
-    if total is None:
-        return {"limit": limit}
-    shares, samples = dict[str, int](), dict[str, list[int]]()
-    for name in names:
-        group = loaded["groups"].get(name)
-        tasks = [task.task_name for task in group.get_all_tasks()] if group else tasks_of_tag(manager, name) or [name]
-        shares |= {task: max(1, total // len(tasks)) for task in tasks}
-    for name, task in loaded["tasks"].items():
-        with naming(name):
-            size = len(task.eval_docs)
-        most = size if limit is None else math.ceil(size * limit) if limit < 1 else int(limit)
-        samples[name] = list(range(min(size, most, shares[name])))
-    return {"samples": samples}
 
 
 def _live_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:

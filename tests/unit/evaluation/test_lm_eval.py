@@ -20,7 +20,7 @@ from transformers import Qwen2MoeForCausalLM
 
 from recondense.config.problems import render
 from recondense.data.stdlib import stdlib_corpora
-from recondense.evaluation import lm_eval
+from recondense.evaluation import lm_eval, task_limits
 from recondense.evaluation.heldout_tasks import HELDOUT_TASKS, NEXT_LINE, PERPLEXITY, write_heldout_tasks
 from recondense.evaluation.lm_eval import check_tasks, folder_tasks, run_tasks
 
@@ -166,7 +166,7 @@ def test_the_tasks_of_a_group_share_the_total_limit(
     for limits, sizes in {
         (None, 7): (3, 3, 3, 3, 2), (None, 1): (1, 1, 1, 1, 1), (2, 7): (2, 2, 2, 2, 2), (0.5, 20): (5, 5, 5, 5, 1)
     }.items():  # fmt: skip
-        samples = lm_eval._examples(manager, loaded, names, *limits)["samples"]
+        samples = task_limits.limits(manager, loaded, names, *limits)["samples"]
         assert [samples[name] for name in ("one", "two", "three", "four", "five")] == [[*range(n)] for n in sizes]
     results = run_tasks(model, byte_tokenizer(), ["three", "five"], include_path=tmp_path, total_limit=7)
     assert {name: metrics["count"] for name, metrics in results.items()} == {"three": 7, "five": 2}
