@@ -173,6 +173,11 @@ def test_tied_weights_with_different_numbers_are_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(headers, "ROWS", 40)
     [message] = refusals(folder, monkeypatch)
     assert message.startswith("config.json has tie_word_embeddings=true, but lm_head.weight and model.embed_tokens.w")
+    last[-1, -1] = embedding[0, 0] = float("nan")
+    both = {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding.clone()}
+    edit(folder, lambda state: {**state, **both})
+    assert difference(folder) == headers.Comparison()
+    edit(folder, lambda state: {**state, "lm_head.weight": last})
     set_config(folder, tie_word_embeddings=False)
     assert difference(folder) == headers.Comparison()
 
