@@ -20,6 +20,11 @@ def run_inside(places: Iterable[Path]) -> Path | None:
     """
     for place in places:
         for folder, _, files in os.walk(place) if not place.is_symlink() else ():
-            if len({CONFIG, INPUTS, SUMMARY}.intersection(files)) >= 2:
+            if is_run(files):
                 return Path(folder)
     return None
+
+
+def is_run(files: Iterable[str]) -> bool:
+    """Return whether a folder with files of these names is that of a run."""
+    return len({CONFIG, INPUTS, SUMMARY}.intersection(files)) >= 2

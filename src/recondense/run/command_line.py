@@ -41,7 +41,7 @@ from recondense.run.help_page import help_page
 from recondense.run.jobs import Overrides, read_sweep, resolve_job, split_jobs
 from recondense.run.lost_output import survive_lost_output
 from recondense.run.resolved_run import Run
-from recondense.run.run_folder import overwritten_inputs, way
+from recondense.run.run_folder import overwritten_inputs, owners
 from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
 from recondense.run.unknown_overrides import compose_run, place_with_family, resolve_values
 
@@ -270,9 +270,9 @@ def _check_together(runs: Sequence[Run]) -> Iterator[Problem]:
             )
     places = {os.path.realpath(folder): folder for folder in folders}
     for config in (run.config for run in runs if run.config.run_dir):
-        around = map(os.path.realpath, way(str(config.run_folder().parent)))
+        around = map(os.path.realpath, owners(config.run_folder()))
         if (outer := next((places[place] for place in around if place in places), None)) is not None:
-            text = f"the folder is inside that of another run of the sweep, {outer}. Choose another run_dir."
+            text = f"the folder is among the results of another run of the sweep, {outer}. Choose another run_dir."
             yield Problem("run_dir", text, config.run_dir)
 
 

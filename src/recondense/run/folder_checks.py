@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from recondense.config.problems import Problem
+from recondense.config.run_records import is_run
 from recondense.config.schema import Config, read
 from recondense.files import probe_folder
-from recondense.run.run_folder import CONFIG, CONTENTS, INPUTS, run_to_keep, way
+from recondense.run.run_folder import CONFIG, CONTENTS, INPUTS, has_summary, owners, run_to_keep
 
 GROUPS = {"model", "method", "recovery", "data", "evaluation", "export"}  # a config with all of them is one of ours
 IN_CACHE = ("models", "search", "evaluations", "tasks", "teacher")  # subfolders of the cache
@@ -48,9 +49,9 @@ def check_run_folder(
     elif folder.is_file():
         yield Problem("run_dir", "is a file; a folder is needed.", folder)
     elif (outer := _outer_run(config)) is not None:
-        text = f"the folder is inside that of another run, {outer}, which may delete it. Choose another run_dir."
+        text = f"the folder is among the results of another run, {outer}, which may delete it. Choose another run_dir."
         yield Problem("run_dir", text, folder)
-    elif stored is not None and (problem := run_to_keep(folder)):
+    elif stored is not None and not has_summary(config) and (problem := run_to_keep(folder)):
         yield problem
     elif isinstance(stored, OtherVersion):
         if not config.overwrite:
@@ -80,7 +81,8 @@ def _other_config(stored: Config, config: Config, overrides: Sequence[str]) -> s
         more = f" The defaults of its version of recondense differ too ({_join(defaults)})."
         return f"with another config (different: {_join(given)}).{more}"
     more = " That run does, or the defaults of its version of recondense are others."
-    more = f" This command does not set {_join(defaults)}.{more}" if defaults else ""
+    experiment = any(text.startswith("experiment=") for text in overrides)  # which may set them
+    more = f" This command does not set {_join(defaults)}.{more}" if defaults and not experiment else ""
     return f"with another config (different: {_join(names)}).{more}"
 
 
@@ -130,14 +132,9 @@ def stored_run(folder: Path) -> Config | OtherVersion | None:
 
 
 def _outer_run(config: Config) -> Path | None:
-    """Return the folder of another run on the way to that of this run, also through links; None if there is none."""
-    folder = config.run_folder()
-    allowed = {os.path.realpath(folder)}
-    if not config.run_dir:  # beside what the other run writes: the experiment's folder can be a run_dir too
-        allowed.add(os.path.realpath(folder.parent))
-    others = [place for place in way(str(folder)) if os.path.realpath(place) not in allowed]
-    candidates = (place for place in others if any(os.path.lexists(place / name) for name in (CONFIG, INPUTS)))
-    return next((place for place in candidates if stored_run(place) is not None), None)
+    """Return the folder of another run of whose results this run would be a part; None if there is none."""
+    folders = (folder for folder in owners(config.run_folder()) if folder.is_dir() and is_run(os.listdir(folder)))
+    return next((folder for folder in folders if stored_run(folder) is not None), None)
 
 
 def check_cache(config: Config) -> Iterator[Problem]:

@@ -127,6 +127,11 @@ def way(path: str) -> Iterator[Path]:
             here = here.parent
 
 
+def owners(folder: Path) -> Iterator[Path]:
+    """Yield the folders of the runs, if they are runs, of whose results a folder is a part, also through links."""
+    yield from (place.parent for place in way(str(folder)) if place.name in RESULTS)
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     """Return the device and inode of a file, folder or link, which do not depend on its name; None if it is missing."""
     try:

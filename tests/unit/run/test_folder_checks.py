@@ -72,6 +72,7 @@ def test_a_default_that_has_changed_since_is_named_as_one(
     [
         (["seed=2", "recovery.steps=3"], ""),
         (["seed=2", "+recovery=none"], ""),
+        (["experiment=demo"], ""),
         (["seed=2"], "This command does not set recovery.steps. That run does, or the defaults of its version of "),
         (["method=reap"], "This command does not set recovery.steps, seed. That run does, or the defaults of its "),
     ],
@@ -177,20 +178,40 @@ def of_folder(**settings: Any) -> list[str]:
     return messages(config, stored_run(config.run_folder()))
 
 
-@pytest.mark.parametrize("place", ["stages/inner", "model", "mine/a/b", "../link/stages/inner", "to-mine/inner"])
+@pytest.mark.parametrize("place", ["stages/inner", "model", "work/a/b", "../link/stages/inner", "../to-stages/inner"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_no_run_is_inside_the_folder_of_another(tmp_path: Path, place: str, overwrite: bool) -> None:
     """Also through links into the other run's folder, and through links in it."""
     outer = tmp_path / "outer"
     make_run(outer)
     (tmp_path / "link").symlink_to(outer)
-    (tmp_path / "elsewhere").mkdir()
-    (outer / "to-mine").symlink_to(tmp_path / "elsewhere")
+    (outer / "stages").mkdir()
+    (tmp_path / "to-stages").symlink_to(outer / "stages")
     [message] = of_folder(run_dir=str(outer / place), overwrite=overwrite)
-    assert f"the folder is inside that of another run, {outer}" in message.replace(str(tmp_path / "link"), str(outer))
+    assert f"among the results of another run, {outer}, " in message.replace(str(tmp_path / "link"), str(outer))
     assert message.endswith("Choose another run_dir.")
     assert of_folder(run_dir=str(outer), overwrite=overwrite) == of_folder(run_dir=str(tmp_path / "link")) == []
     assert of_folder(run_dir=str(tmp_path / "beside")) == []
+
+
+def test_what_no_run_deletes_is_no_part_of_it(tmp_path: Path) -> None:
+    """A folder of the user's in that of a run; and folders beside a copied config.yaml or somebody's inputs.json."""
+    make_run(tmp_path / "outer")
+    assert of_folder(run_dir=str(tmp_path / "outer" / "mine" / "a")) == []
+    for name in ("config.yaml", "inputs.json"):
+        (tmp_path / name).write_text(Config().to_yaml() if name == "config.yaml" else "{}")
+        assert of_folder(run_dir=str(tmp_path / "stages" / "a")) == []
+        (tmp_path / name).unlink()
+
+
+def test_a_done_run_may_have_copies_of_its_files_in_its_export(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run")
+    (tmp_path / "run" / "model").mkdir()
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / "run" / "model" / name).write_text(config.to_yaml())
+    assert len(of_folder(run_dir=str(tmp_path / "run"))) == 1
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert of_folder(run_dir=str(tmp_path / "run")) == []
 
 
 def test_the_folder_of_an_experiment_can_be_a_run(tmp_path: Path) -> None:
