@@ -26,7 +26,9 @@ PROMPT_WITH_INPUT = (
 )
 log = logging.getLogger(__name__)
 SAMPLE = 8  # documents on which a template is checked
-PARTS = re.compile(r"\n|</?\w+>|\[/?\w+\]|<\|\w*\|>")  # between lines, and at the tags of reasoning
+# Between lines, at the tags of reasoning, at switches such as /no_think, and at what JSON escapes.
+PARTS = re.compile(r'\n|</?\w+>|\[/?\w+\]|<\|\w*\|>|◁/?\w+▷|(?<!\S)/\w+|["\\]')
+FEW_WORDS = 2  # blanks in a part that tells a message from others
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a chat template's own mark of the assistant's messages
 
 
@@ -98,40 +100,47 @@ def check_template(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase)
     Raises:
         UserError: the template leaves out a user's message, or the last answer.
     """
-    silent: set[str] = set()  # roles
+    said: set[str] = set()  # roles whose messages are all there in one of the chats
+    silent: dict[str, Record] = {}  # for the others, the first chat without one of their messages
     for record in documents[:SAMPLE] if tokenizer.chat_template is not None else ():
-        messages = record.values.get("messages", []) if isinstance(record, Record) else []
+        if not isinstance(record, Record) or not (messages := record.values.get("messages", [])):
+            continue
         try:
-            text = _one_line(_render_document(record, tokenizer)) if messages else ""
+            text = _one_line(_render_document(record, tokenizer))
         except RefusedChat:  # which is counted elsewhere
             continue
-        silent |= {turn["role"] for turn in messages if turn["role"] == "system" and _end(turn, text) is None}
-        position = 0
-        for turn in [*(turn for turn in messages if turn["role"] == "user"), *messages[-1:]]:
+        missing = {turn["role"] for turn in messages if turn["role"] == "system" and _end(turn, text) is None}
+        position, last = 0, messages[-1:]
+        for turn in [*(turn for turn in messages if turn["role"] == "user"), *last]:
             if (end := _end(turn, text, position)) is None:
-                silent.add(turn["role"])
+                missing.add(turn["role"])
             else:
                 position = end
-        if roles := silent - {"system"}:
-            where = f"{record.place}: " if isinstance(record, Record) and record.place else ""
-            raise UserError(
-                f"{where}{_name_of(tokenizer)} leaves out the messages of the {' and the '.join(sorted(roles))}; mend "
-                "it, or give a tokenizer with another template (model.tokenizer)."
-            )
-    if silent:
-        _warn_once(f"{_name_of(tokenizer)} leaves out system messages")
+        said |= {turn["role"] for turn in messages if turn["content"].strip()} - missing
+        silent |= {role: record for role in missing if role not in silent}
+    if roles := sorted(silent.keys() - said - {"system"}):
+        place = silent[roles[0]].place
+        where = f"{place}: " if place else ""
+        raise UserError(
+            f"{where}{_name_of(tokenizer)} leaves out the messages of the {' and the '.join(roles)}; mend it, or give "
+            "a tokenizer with another template (model.tokenizer)."
+        )
+    for role in sorted(silent):
+        _warn_once(f"{_name_of(tokenizer)} leaves out {'some ' if role in said else ''}{role} messages")
 
 
 def _end(message: dict[str, str], text: str, start: int = 0) -> int | None:
     """Return where a message ends in a text, from `start` on; None if it is not there.
 
-    Its longest part is looked for, or for an answer also the last one, which comes after its reasoning.
+    Its longest part is looked for, or else any part of some words; for an answer also the last part, which comes after
+    its reasoning.
     """
     parts = [part for part in map(_one_line, PARTS.split(message["content"])) if part]
     if not parts:
         return start
-    said = [max(parts, key=len), *(parts[-1:] if message["role"] == "assistant" else [])]
-    return next((text.index(part, start) + len(part) for part in said if text.find(part, start) >= 0), None)
+    sought = [max(parts, key=len), *(part for part in parts if part.count(" ") >= FEW_WORDS)]
+    sought += parts[-1:] if message["role"] == "assistant" else []
+    return next((text.index(part, start) + len(part) for part in sought if text.find(part, start) >= 0), None)
 
 
 @cache

@@ -171,6 +171,32 @@ def test_what_templates_may_change(template: str, warns: bool, caplog: pytest.Lo
     assert lines == ["the chat template of some/model leaves out system messages"] * warns
 
 
+@pytest.mark.parametrize(
+    ("template", "odd"),
+    [
+        (_template(answer="m.content.split('</think>')[-1]"), {"answer": "<think>Cut off.</think>"}),
+        (_template(user="m.content | replace('/no_think', '')"), {"question": "What is 2 + 2? /no_think"}),
+        (_template(user="m.content | tojson"), {"question": 'Who said "I came" first?'}),
+    ],
+)
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_one_odd_chat_is_no_fault_of_the_template(template: str, odd: dict[str, str], all_of_them: bool) -> None:
+    chats = [{"question": "A question?", "answer": "An answer."}] * 7
+    chats = [{**chat, **odd} for chat in chats] if all_of_them else [*chats, {**chats[0], **odd}]
+    records = [
+        read_record(
+            {"messages": [{"role": "user", "content": c["question"]}, {"role": "assistant", "content": c["answer"]}]},
+            "chat",
+        )
+        for c in chats
+    ]
+    if all_of_them and "answer" in odd:  # nothing is there to learn from
+        with pytest.raises(UserError, match="leaves out the messages of the assistant"):
+            check_template(records, tokenizer_with(template))
+    else:
+        check_template(records, tokenizer_with(template))
+
+
 def test_empty_messages_are_not_left_out() -> None:
     turns = [("user", ""), ("assistant", ""), ("user", "Again?"), ("assistant", "Yes.")]
     messages = [{"role": role, "content": content} for role, content in turns]
