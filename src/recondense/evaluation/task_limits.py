@@ -26,7 +26,10 @@ def limits(manager: Any, loaded: Any, names: Sequence[str], limit: float | None,
     for name in names:
         group = loaded["groups"].get(name)
         tasks = [task.task_name for task in group.get_all_tasks()] if group else tasks_of_tag(manager, name) or [name]
-        shares |= {task: max(1, total // len(tasks)) for task in tasks}
+        for task in tasks:
+            shares[task] = max(1, total // len(tasks), shares.get(task, 0))  # of two names, the larger share
+    if set(shares.values()) == {total} and (limit is None or limit >= 1):  # lm-eval then reads no further documents
+        return {"limit": total if limit is None else min(int(limit), total)}
     for name, task in loaded["tasks"].items():
         with naming(name):
             size = len(task.eval_docs)

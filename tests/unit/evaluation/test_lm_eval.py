@@ -164,10 +164,16 @@ def test_the_tasks_of_a_group_share_the_total_limit(
     names = ["outer", "tagged", "five"]
     loaded = lm_eval._load(manager, names)
     for limits, sizes in {
-        (None, 7): (3, 3, 3, 3, 2), (None, 1): (1, 1, 1, 1, 1), (2, 7): (2, 2, 2, 2, 2), (0.5, 20): (5, 5, 5, 5, 1)
+        (None, 7): (3, 3, 3, 3, 2), (2, 7): (2, 2, 2, 2, 2), (0.5, 20): (5, 5, 5, 5, 1)
     }.items():  # fmt: skip
         samples = task_limits.limits(manager, loaded, names, *limits)["samples"]
         assert [samples[name] for name in ("one", "two", "three", "four", "five")] == [[*range(n)] for n in sizes]
+    for order in (["tagged", "three"], ["three", "tagged"]):  # what is named has its whole share
+        samples = task_limits.limits(manager, lm_eval._load(manager, order), order, None, 8)["samples"]
+        assert {name: len(numbers) for name, numbers in samples.items()} == {"three": 8, "four": 4}
+    single = lm_eval._load(manager, ["one", "five"])
+    assert task_limits.limits(manager, single, ["one", "five"], 5, 7) == {"limit": 5}
+    assert task_limits.limits(manager, loaded, names, None, 1) == {"limit": 1}
     results = run_tasks(model, byte_tokenizer(), ["three", "five"], include_path=tmp_path, total_limit=7)
     assert {name: metrics["count"] for name, metrics in results.items()} == {"three": 7, "five": 2}
 
