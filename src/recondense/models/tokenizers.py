@@ -112,6 +112,7 @@ def warn_of_other_ids(
         return
     stored.no_truncation()
     stored.no_padding()
+    stored.encode_special_tokens = tokenizer.split_special_tokens
     for text in (SAMPLE, *texts):
         actual = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         expected = stored.encode(text, add_special_tokens=False).ids

@@ -18,6 +18,7 @@ from recondense.data.texts import Texts, Tokenizing
 from recondense.data.tokens import Tokens
 from recondense.data.vocabulary import require_rows
 from recondense.errors import UserError
+from recondense.full_disk import explain_writing
 from recondense.models import reload
 from recondense.models.compressed_classes import PREFIX
 from recondense.models.config_checks import read_config
@@ -110,12 +111,12 @@ def _check_saved(
     name, value = tokenizer_setting(path, config.model)
     family = model_type.removeprefix(PREFIX)
     kinds = {"stock": [family], "bundled": [PREFIX + family]}.get(config.export.format, [family, PREFIX + family])
-    problems = []
-    for kind in kinds:
-        with tempfile.TemporaryDirectory() as folder:
-            with library_calls(f"{name}={value}: transformers cannot save the tokenizer"):
-                tokenizer.save_pretrained(folder)
-            (Path(folder) / "config.json").write_text(json.dumps({"model_type": kind}))
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with library_calls(f"{name}={value}: transformers cannot save the tokenizer"), explain_writing(Path(folder)):
+            tokenizer.save_pretrained(folder)
+        while kinds and all(problems):
+            (Path(folder) / "config.json").write_text(json.dumps({"model_type": kinds.pop(0)}))
             with without_warnings():
                 problems.append(reload.tokenizer_problem(tokenizer, Path(folder), texts))
     if all(problems):
