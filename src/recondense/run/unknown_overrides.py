@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from recondense.config.problems import Problem, nearest, suggestion
 from recondense.run.default_budget import check_budgets, keep_used
 from recondense.run.family_choice import family_override
+from recondense.run.search_path import CONFIGS
 
 COMPOSE_ERRORS = (
     HydraException,
@@ -50,7 +53,7 @@ def compose_run(
         OmegaConf.update(config, key, None)
     values = resolve_values(config, problems)
     if values is not None:
-        problems += check_budgets(config, list_choices("method", loader))
+        problems += check_budgets(config, _method_names(loader))
         keep_used(config, values, by_path=bool(by_path))
     return values
 
@@ -206,6 +209,21 @@ def list_choices(group: str, loader: ConfigLoader) -> list[str]:
     return names + [
         f"{folder}/{name}" for folder in loader.list_groups(group) for name in list_choices(f"{group}/{folder}", loader)
     ]
+
+
+def _method_names(loader: ConfigLoader) -> set[str]:
+    """Return the choices of the methods, and the names that their files give them."""
+    names = set(list_choices("method", loader))
+    for source in loader.get_sources():
+        if source.scheme() != "file" or Path(source.path).resolve() == CONFIGS:  # our names are those of the choices
+            continue
+        for choice in sorted(names):
+            with suppress(*COMPOSE_ERRORS):  # it is reported if it is used
+                if source.is_config(f"method/{choice}"):
+                    names.add(
+                        str(OmegaConf.select(source.load_config(f"method/{choice}").config, "name", default=choice))
+                    )
+    return names
 
 
 def list_groups(loader: ConfigLoader) -> list[str]:

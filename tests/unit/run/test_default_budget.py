@@ -210,6 +210,18 @@ def test_a_budget_of_an_unknown_method_is_refused(setting: str, message: str) ->
     assert text.startswith(f"model.budgets.{setting.partition('=')[0]}=") and message in text
 
 
+def test_a_method_of_the_users_is_known_by_its_name(tmp_path: Path) -> None:
+    """Also if its file has another name, and the run another method."""
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "variant.yaml").write_text("defaults: [cdmoe]\nname: my_cdmoe\n")
+    problems: list[Problem] = []
+    overrides = ["model=qwen_moe", "method=moei2", "+model.budgets.methods.my_cdmoe={memory_ratio: 0.6}"]
+    arguments = Namespace(config_path=None, config_dir=str(tmp_path), overrides=overrides)
+    with initialize_hydra("train", arguments) as loader:
+        compose_run("train", overrides, loader, problems)
+    assert problems == []
+
+
 def test_steps_with_settings_of_their_own_have_no_default_budget() -> None:
     steps = "method.steps=[{_target_:recondense.methods.naee.NAEE,memory_ratio:0.6}]"
     values = composed("model=qwen_moe", "method=moei2", steps)
