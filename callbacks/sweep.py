@@ -26,6 +26,7 @@ from recondense.report.comparison_columns import comparison_values
 from recondense.report.sweep_table import sweep_row, sweep_table
 from recondense.report.tables import print_tables
 from recondense.run.exit_codes import JobFailed, refuse
+from recondense.run.search_path import as_written
 from recondense.run.sweeping import named_in_sweep
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def swept_settings(records: Sequence[Mapping[str, Any]], given: Sequence[str] = 
 def _names_with_several_values(config: DictConfig) -> list[str]:
     """Return the names of the settings to which the command of a sweep gives several values."""
     parser = OverridesParser.create()
-    overrides = [parser.parse_override(text) for text in OmegaConf.select(config, "hydra.overrides.task") or ()]
+    overrides = map(parser.parse_override, as_written(OmegaConf.select(config, "hydra.overrides.task")))
     names = [override.get_key_element() for override in overrides if override.is_sweep_override()]
     return [name.lstrip("+~") for name in (*names, *(OmegaConf.select(config, "hydra.sweeper.params") or ()))]
 

@@ -113,7 +113,7 @@ class _Mistake:
             variable = name.rpartition(".")[2].rstrip("]0123456789[").upper()
             return (
                 f"{expected}, not a string. To read a value from the environment, write "
-                f"${{oc.decode:${{oc.env:{variable}}}}}."
+                f"'{name}=\"${{oc.decode:${{oc.env:{variable}}}}}\"'."
             )
         listed = any(_fits(option, [self.value]) for option in options if get_origin(option) in LISTS)
         return f"{expected}." + (f" Write {name}=[{show(self.value)}]." if listed else "")

@@ -42,7 +42,7 @@ from recondense.run.jobs import Overrides, read_sweep, resolve_job, split_jobs
 from recondense.run.lost_output import survive_lost_output
 from recondense.run.resolved_run import Run
 from recondense.run.run_folder import overwritten_inputs, owners
-from recondense.run.search_path import CONFIGS, initialize_hydra, same_configs
+from recondense.run.search_path import CONFIGS, as_written, initialize_hydra, same_configs
 from recondense.run.unknown_overrides import compose_run, place_with_family, resolve_values
 
 NO_CONFIG = ("hydra_help", "shell_completion", "experimental_rerun")
@@ -108,7 +108,7 @@ def make_job(runs: Mapping[Overrides, Run]) -> Callable[[DictConfig], Any]:
     def job(settings: DictConfig) -> Any:
         context = HydraConfig.get()
         with exit_codes(sweep=context.mode is RunMode.MULTIRUN):
-            run = runs.get(tuple(context.overrides.task)) or resolve_job(context)
+            run = runs.get(as_written(context.overrides.task)) or resolve_job(context)
             with flag_override(settings, ["struct", "readonly"], False):  # the comparison of a sweep reads them
                 settings.update(run.config.resolved())
             return start(run, context)
@@ -340,7 +340,8 @@ def child_command(context: Any) -> list[str]:
     # An experiment can make the command a sweep; these overrides make it a single run.
     # -P: the process imports from the folders of this one, and not from the current folder first.
     single_run = "hydra.mode=RUN", "hydra/sweeper=basic", "hydra/launcher=basic"
-    return [sys.executable, "-P", "-m", __name__, *same_configs(context), *context.overrides.task, *single_run]
+    words = [*same_configs(context), *as_written(context.overrides.task)]
+    return [sys.executable, "-P", "-m", __name__, *words, *single_run]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from recondense.run.build_steps import build_steps
 from recondense.run.checks_without_torch import is_done
 from recondense.run.done_runs import as_done
 from recondense.run.resolved_run import Run
-from recondense.run.search_path import initialize_hydra, same_configs
+from recondense.run.search_path import as_written, initialize_hydra, same_configs
 from recondense.run.unknown_overrides import COMPOSE_ERRORS, compose_run, list_choices, list_groups
 
 Overrides = tuple[str, ...]
@@ -160,7 +160,7 @@ def resolve_job(context: Any) -> Run:
     args = get_args_parser().parse_args(same_configs(context))
     problems: list[Problem] = []
     with initialize_hydra(args.config_name, args) as loader:
-        values = compose_run(args.config_name, list(context.overrides.task), loader, problems)
+        values = compose_run(args.config_name, list(as_written(context.overrides.task)), loader, problems)
     if problems or values is None:
         raise ConfigError(render(problems))
     config = as_done(from_dict(values))

@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import initialize_config_dir, version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.plugins.config_source import ConfigSource
+from omegaconf import ListConfig, OmegaConf
 
 from recondense.errors import ConfigError
 
@@ -93,6 +94,15 @@ def same_configs(hydra: Any) -> list[str]:
             arguments.append(f"{OPTIONS[source.provider]}={path}")
     arguments.append(f"--config-name={hydra.job.config_name}")
     return [*arguments, *(text for text in hydra.overrides.hydra if text.startswith(f"{SETTING}="))]
+
+
+def as_written(overrides: Sequence[str] | None) -> tuple[str, ...]:
+    """Return overrides of Hydra's config as the command has them. Read one by one, their `${...}` would be resolved."""
+    return (
+        ()
+        if overrides is None
+        else tuple(cast(list[str], OmegaConf.to_container(cast(ListConfig, overrides), resolve=False)))
+    )
 
 
 def _add(search_path: ConfigSearchPath, provider: str, path: str) -> None:

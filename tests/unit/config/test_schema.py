@@ -263,11 +263,11 @@ def test_valid_values(values: dict[str, Any]) -> None:
         (
             "3",
             "'3': expected a whole number, not a string. To read a value from the environment, write "
-            "${oc.decode:${oc.env:STEPS}}.",
+            "'recovery.steps=\"${oc.decode:${oc.env:STEPS}}\"'.",
         ),
         (
             "true",
-            "'true': expected a whole number, not a string. To read a value from the environment, write ${oc.decode:",
+            "'true': expected a whole number, not a string. To read a value from the environment, write 'recovery",
         ),
         ("", "'': expected a whole number, not a string."),
         ("many", "many: expected a whole number."),
