@@ -319,7 +319,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "run of a sweep inside another": (
         ["-m", "run_dir=/nowhere/run,/nowhere/run/stages/a"],
-        ["run_dir=/nowhere/run/stages/a", "inside that of another run of the sweep, /nowhere/run."],
+        ["run_dir=/nowhere/run/stages/a", "among the results of another run of the sweep, /nowhere/run."],
     ),
 }
 
