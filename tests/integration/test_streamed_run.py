@@ -50,7 +50,8 @@ def test_a_streamed_run_decides_measures_and_exports_the_same(base: Path) -> Non
     assert all(torch.equal(exported[name], other_exported[name]) for name in exported)
     assert "memory" not in in_memory
     memory = streamed["memory"]
-    assert 0 < memory["layer_bytes"] < memory["before_bytes"] <= memory["peak_resident_bytes"]
+    # Linux counts pages per thread and adds them up in batches, so the peak may lag a little behind.
+    assert 0 < memory["layer_bytes"] < memory["before_bytes"] <= memory["peak_resident_bytes"] + 2**20
 
 
 @pytest.mark.parametrize(
