@@ -110,10 +110,10 @@ def _identities(path: str) -> Iterator[tuple[int, int]]:
         if os.path.islink(os.path.join(folder, name))
     ]
     for start in (os.path.expanduser(path), *links):
-        yield from filter(None, map(_identity, way(start)))
+        yield from filter(None, map(_identity, _way(start)))
 
 
-def way(path: str) -> Iterator[Path]:
+def _way(path: str) -> Iterator[Path]:
     """Yield every folder, file and link on the way to a path, each link before its target."""
     rest = [*reversed((Path.cwd() / path).parts)]
     here, links = Path(rest.pop()), 0
@@ -129,7 +129,7 @@ def way(path: str) -> Iterator[Path]:
 
 def owners(folder: Path) -> Iterator[Path]:
     """Yield the folders of the runs, if they are runs, of whose results a folder is a part, also through links."""
-    yield from (place.parent for place in way(str(folder)) if place.name in RESULTS)
+    yield from (place.parent for place in _way(str(folder)) if place.name in RESULTS)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
