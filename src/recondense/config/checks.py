@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem
-from recondense.config.schema import Config, DataConfig, RecoveryConfig
+from recondense.config.schema import Config, DataConfig, RecoveryConfig, ends_of
 from recondense.config.stages import Stage
 
 ADAPTER = "adapter_config.json"  # if a model's folder has one, transformers loads the adapter into the model
@@ -204,12 +204,14 @@ def check_recovery(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
             f"must be below {where}.steps={recovery.steps}, or the learning rate never reaches its peak.",
             recovery.warmup_steps,
         )
-    if (total := recovery.cross_entropy_share + recovery.hidden_share) > 1:
+    entropy, hidden = recovery.cross_entropy_share, recovery.hidden_share
+    if (total := max(map(sum, zip(ends_of(entropy), ends_of(hidden), strict=True)))) > 1:
+        shown = list(entropy) if isinstance(entropy, tuple) else entropy
         yield Problem(
             f"{where}.hidden_share",
-            f"with {where}.cross_entropy_share={recovery.cross_entropy_share} the sum is {total:g}, and must be at "
-            "most 1; the rest is the share of the divergence from the teacher.",
-            recovery.hidden_share,
+            f"with {where}.cross_entropy_share={shown} the sum is {total:g}, and must be at most 1; the rest is the "
+            "share of the divergence from the teacher.",
+            hidden,
         )
     if recovery.objective == "distill":
         yield from _check_teacher(recovery, where)
@@ -228,7 +230,7 @@ def _check_teacher(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
         "cached": f"{where}.teacher=cached keeps predictions on disk, but no hidden states",
         "model": f"the layers of {where}.teacher=model may not correspond to the student's",
     }
-    if recovery.hidden_share and recovery.teacher in why:
+    if recovery.compares_states and recovery.teacher in why:
         yield Problem(
             f"{where}.hidden_share",
             f"{why[recovery.teacher]}. Use {where}.hidden_share=0, or {where}.teacher=shared.",

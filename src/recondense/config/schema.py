@@ -34,7 +34,7 @@ from recondense.config.types import (
     Repository,
     ScratchBytes,
     Seed,
-    Share,
+    Shares,
     Switch,
     Whole,
 )
@@ -169,8 +169,9 @@ class RecoveryConfig:
     teacher_top_k: Count = 64
     teacher_path: LocalPath | None = None
     teacher_revision: str | None = None
-    cross_entropy_share: Share = 0.0
-    hidden_share: Share = 0.0
+    cross_entropy_share: Shares = 0.0
+    hidden_share: Shares = 0.0
+    fold_coefficients: Switch = False
     checkpoint_every: Count = 50
     validate_every: FromZero = 0
     control: Switch = False
@@ -182,6 +183,16 @@ class RecoveryConfig:
     def needs_experts(self) -> bool:
         """Whether only experts are trained, so that nothing would train in a model without experts."""
         return self.trainable == "experts" or (self.trainable, self.lora.target) == ("lora", "experts")
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether the loss contains hidden states in some step."""
+        return any(ends_of(self.hidden_share))
+
+
+def ends_of(share: float | tuple[float, float]) -> tuple[float, float]:
+    """Return a loss's share in the first and in the last step."""
+    return share if isinstance(share, tuple) else (share, share)
 
 
 @dataclass(frozen=True, config=FORBID)

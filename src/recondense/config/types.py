@@ -53,6 +53,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Share = Annotated[Number, Field(ge=0, le=1, description="it is a share of the loss")]
+Shares = Share | tuple[Share, Share]  # constant, or from the first to the last step of a training
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # or a hub id, which is not changed
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 ScratchBytes = Annotated[int, BeforeValidator(parse_bytes), AfterValidator(_enough_scratch)]

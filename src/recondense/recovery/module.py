@@ -174,12 +174,13 @@ class RecoveryModule(L.LightningModule):
         router_logits = bool(self._router_auxiliary_loss)
         arguments = shared_passes.forward_arguments(self.model, input_ids, position_ids, router_logits)
         inputs = PassInputs(arguments, tokens, window)
-        layers = self.student.plan.layers if distill and self.settings.hidden_share else ()
+        layers = self.student.plan.layers if distill and self.settings.compares_states else ()
         answer = self.teacher.teach(inputs, layers) if distill else TeacherOutput()
         output, states = self._run_student(inputs, answer, layers)  # last: the teacher runs without adapters
         student = StudentOutput(tokens.select_rows(output.logits), states)
         mask_BS = None if labels is None else target_mask(labels)
-        options: Any = {"mask_BS": mask_BS, "weight": weight, "mean": processes.mean}
+        shares = objective.shares_at(self.settings, self.global_step if self._trainer is not None else 0)
+        options: Any = {"mask_BS": mask_BS, "weight": weight, "mean": processes.mean, "shares": shares}
         with decoder.lm_head(self.model) as head:
             losses = objective.training_losses(student, head, tokens, answer, self.settings, **options)
         if self._router_auxiliary_loss and not distill:

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from recondense.config.schema import RecoveryConfig
+from recondense.models import moe_blocks
+from recondense.models.replacement_blocks import CondensedMoE
 from recondense.recovery import lora, trainable
 from recondense.surgery.student import Student
 
@@ -46,6 +49,8 @@ class TrainedPart:
         model.requires_grad_(False)
         part = cls(student, settings, layers)
         with_experts = trainable.trainable_layers(model, layers)
+        if settings.fold_coefficients:
+            _fold(model, with_experts)
         if settings.trainable == "experts":
             student.give_own_copies(with_experts)
         elif settings.trainable == "lora":
@@ -74,3 +79,11 @@ class TrainedPart:
         if self.adapters is not None:
             self.adapters.remove()
             self.adapters = None
+
+
+def _fold(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Multiply the constants of condensed layers into their weights, so that AdamW's steps are those of the product."""
+    for layer in layers:
+        block = moe_blocks.get_block(model, layer)
+        if isinstance(block, CondensedMoE):
+            block.fold()
