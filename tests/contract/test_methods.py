@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from support.condensed import condensed_layers
-from support.searched import BUDGETS, METHODS, TAPES, WITH_OTHER_TAPES, plan_of, steps_of
+from support.searched import BUDGETS, METHODS, SEARCHES, overrides_of, plan_of, steps_of
 from support.tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
 from transformers import AutoModelForCausalLM
 
@@ -200,7 +200,7 @@ def plans_of_two_processes(tmp_path_factory: pytest.TempPathFactory, root: Path)
     return folder
 
 
-@pytest.mark.parametrize(("method", "tape"), [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES)])
+@pytest.mark.parametrize(("method", "tape"), SEARCHES)
 def test_two_processes_decide_what_one_decides(
     method: str, tape: str, plans_of_two_processes: Path, tmp_path: Path
 ) -> None:
@@ -208,7 +208,7 @@ def test_two_processes_decide_what_one_decides(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        plan = plan_of(EVERY[FIRST](), method, tmp_path, *BUDGETS[method])
+        plan = plan_of(EVERY[FIRST](), method, tmp_path, *overrides_of(method, tape))
     finally:
         torch.set_num_threads(before)
     name = f"{method}-{tape}" if tape else method

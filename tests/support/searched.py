@@ -1,7 +1,7 @@
 """Plans as a command would search them, for every method of conf/method.
 
 As a script this is one process of two: `python searched.py FOLDER RANK`. The first writes FOLDER/<method>.json, and
-FOLDER/<method>-<tape>.json for the other tapes.
+FOLDER/<method>-<kind>.json for the others of SEARCHES.
 """
 
 from __future__ import annotations
@@ -53,6 +53,14 @@ BUDGETS = {method: SMALL.get(method, ["method.removed_expert_ratio=0.4"]) for me
 
 TAPES = ("on-disk", "without-traces")  # other than a tape in memory with the traces of all sparse layers
 WITH_OTHER_TAPES = ("cdmoe", "moei2")
+PROPAGATED = "propagated"  # scored behind the layers pruned so far
+# What several processes search: a method, and what differs from its small budget.
+SEARCHES = [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES), ("reap", PROPAGATED)]
+
+
+def overrides_of(method: str, kind: str = "") -> list[str]:
+    """The settings of one of SEARCHES."""
+    return [*BUDGETS[method], *(["method.propagate=true"] if kind == PROPAGATED else [])]
 
 
 def steps_of(method: str, *overrides: str) -> tuple[list[Any], dict[str, Any]]:
@@ -103,12 +111,12 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     read_configs_once()
     torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
-    for method, tape in [*((method, "") for method in METHODS), *product(WITH_OTHER_TAPES, TAPES)]:
+    for method, tape in SEARCHES:
         name = f"{method}-{tape}" if tape else method
         model = next(iter(FAMILIES.values()))()
         tape_module.TRACE_BYTES = 0 if tape == "without-traces" else TRACE_BYTES
         storage = Disk(folder / "tapes", keeps=False) if tape == "on-disk" else None
-        plan = plan_of(model, method, folder / str(rank) / name, *BUDGETS[method], storage=storage)
+        plan = plan_of(model, method, folder / str(rank) / name, *overrides_of(method, tape), storage=storage)
         if rank == 0:
             plan.save(folder / f"{name}.json")
         else:

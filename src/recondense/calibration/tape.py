@@ -173,14 +173,21 @@ class Tape:
         return hidden_BSD[self.texts.local[batch].mask_BS]
 
     @torch.no_grad()
-    def trace(self, model: PreTrainedModel, layer: int) -> Sequence[LayerTrace]:
-        """Return the trace of a sparse MoE layer for each local batch; the layer is rerun if no trace was kept."""
-        if layer in self.traces:
+    def trace(self, model: PreTrainedModel, layer: int, states: TensorList | None = None) -> Sequence[LayerTrace]:
+        """Return the trace of a sparse MoE layer for each local batch; the layer is rerun if no trace was kept.
+
+        Args:
+            model: the recorded model, possibly with changed blocks.
+            layer: decoder-layer index.
+            states: other states that enter the layer, for each local batch; None for those of the tape.
+        """
+        if states is None and layer in self.traces:
             return self.traces[layer]
+        entering = self.states[layer] if states is None else states
         traces = Traces(self.storage)
         with eval_mode(model), layer_store(model).resident(layer), record_calls(model, [layer]) as calls:
             for index, batch in enumerate(self.texts.local):
-                self.run_layer(model, layer, index, self.states[layer][index])
+                self.run_layer(model, layer, index, entering[index])
                 traces.append(LayerTrace.from_call(calls[layer], batch))
         return traces
 

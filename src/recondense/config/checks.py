@@ -89,6 +89,9 @@ def _check_method(config: Config) -> Iterator[Problem]:
         yield Problem("method.steps", "expected a list of steps; see conf/method/moei2.yaml.", steps)
     if refit not in (False, True, "coefficients"):
         yield Problem("method.refit", "must be false, true, or coefficients (of condensed layers).", refit)
+    protects = method.get("protect_super_experts", True)
+    if not isinstance(protects, bool):
+        yield Problem("method.protect_super_experts", "must be true or false.", protects)
 
 
 def _check_data(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:

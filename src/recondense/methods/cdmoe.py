@@ -189,7 +189,8 @@ class CDMoE:
         record: dict[str, Any] = {"expert_search": {str(layer): search.records[layer] for layer in layers}}
         seconds = {"expert_search": time.perf_counter() - started}
         if count is not None:
-            record["layer_search"] = search.search_layers(operations, count)
+            whole = {layer: operation for layer, operation in operations.items() if not search.loses_protected(layer)}
+            record["layer_search"] = search.search_layers(whole if len(whole) >= count else operations, count)
             layers = record["layer_search"]["order"]
             seconds["layer_search"] = time.perf_counter() - started - seconds["expert_search"]
         return [operations[layer] for layer in layers], {

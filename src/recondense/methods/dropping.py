@@ -6,7 +6,7 @@ Legend: T tokens, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -87,7 +87,7 @@ class Dropping:
 
         records = LayerwiseSearch(context).per_text(names, work, "cosine similarity")
         similarity = {layer: float(record["cosine"]) for layer, record in records.items()}
-        return self._drops(context.model, similarity), {
+        return self._drops(context.model, similarity, context.protected), {
             **self.key(),
             **self.budget.settings(),
             "similarity": {str(layer): value for layer, value in similarity.items()},
@@ -110,11 +110,19 @@ class Dropping:
             )
         return layers
 
-    def _drops(self, model: PreTrainedModel, similarity: Mapping[int, float]) -> list[Drop]:
-        """Drop as few layers as the budget allows, those with the largest similarity first."""
+    def _drops(
+        self, model: PreTrainedModel, similarity: Mapping[int, float], protected: Collection[int] = ()
+    ) -> list[Drop]:
+        """Drop as few layers as the budget allows, those with the largest similarity first.
+
+        Args:
+            model: the model after the earlier steps.
+            similarity: the similarity by layer.
+            protected: the layers with super experts, which come last.
+        """
         operations: list[Drop] = []
         need = self.budget.expert_parameters_to_remove(model)
-        for layer in sorted(similarity, key=lambda layer: (-similarity[layer], layer)):
+        for layer in sorted(similarity, key=lambda layer: (layer in protected, -similarity[layer], layer)):
             if need <= 0:
                 break
             operations.append(Drop(layer, self.part))

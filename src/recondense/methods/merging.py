@@ -6,7 +6,7 @@ Legend: T tokens, E routed experts, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,12 +104,14 @@ class Merging:
 
         records = LayerwiseSearch(context).per_text(names, work, "similarity of experts")
         counts = {layer: list(record["counts"]) for layer, record in records.items()}
-        numbers = self._numbers(counts, self.budget.experts_to_drop(context.model, router_rows=False))
+        num_dropped = self.budget.experts_to_drop(context.model, router_rows=False)
+        numbers = self._numbers(counts, num_dropped, context.protected)
         operations = []
         for layer, number in numbers.items():
             if number < blocks[layer].num_experts:
                 features = torch.tensor(records[layer]["features"])
-                operations.append(self._merge(layer, features, counts[layer], number))
+                protected = context.protected.get(layer, frozenset())
+                operations.append(self._merge(layer, features, counts[layer], number, protected))
         return operations, {
             **self.key(),
             **self.budget.settings(),
@@ -137,8 +139,10 @@ class Merging:
             features = tape.texts.total(sums) / tape.num_tokens
         return {"counts": counts_E.double().tolist(), "features": features.tolist()}
 
-    def _numbers(self, counts: dict[int, list[float]], num_dropped: int) -> dict[int, int]:
-        """Return the number of groups of each layer.
+    def _numbers(
+        self, counts: dict[int, list[float]], num_dropped: int, protected: Mapping[int, frozenset[int]]
+    ) -> dict[int, int]:
+        """Return the number of groups of each layer, one of them for each protected expert.
 
         Raises:
             UserError: more experts should be removed than possible.
@@ -147,18 +151,30 @@ class Merging:
         even = _even(experts, num_dropped)
         if self.grouping == "expert_outputs":
             return even
-        # The most selected expert of each layer, then the most selected ones of all layers.
-        dominant = {layer: 1 for layer in counts}
+        # The protected experts and the most selected other expert of each layer, then the most selected of all layers.
+        free = {
+            layer: sorted((v for e, v in enumerate(values) if e not in protected.get(layer, ())), reverse=True)
+            for layer, values in counts.items()
+        }
+        dominant = {layer: min(experts[layer], experts[layer] - len(free[layer]) + 1) for layer in counts}
         ranked = sorted(
-            ((value, layer) for layer, values in counts.items() for value in sorted(values, reverse=True)[1:]),
+            ((value, layer) for layer, values in free.items() for value in values[1:]),
             key=lambda pair: (-pair[0], pair[1]),
         )
-        for _, layer in ranked[: sum(experts.values()) - num_dropped - len(experts)]:
+        remaining = sum(experts.values()) - num_dropped - sum(dominant.values())
+        if remaining < 0:  # too few groups for the protected experts
+            return self._numbers(counts, num_dropped, {})
+        for _, layer in ranked[:remaining]:
             dominant[layer] += 1
         return dominant
 
-    def _merge(self, layer: int, features: Tensor, counts: Sequence[float], number: int) -> Merge:
-        order = sorted(range(len(counts)), key=lambda expert: (-counts[expert], expert))
+    def _merge(
+        self, layer: int, features: Tensor, counts: Sequence[float], number: int, protected: Collection[int]
+    ) -> Merge:
+        """Group the experts of a layer; a protected expert is a group of its own, unless there are too few groups."""
+        alone = sorted(protected) if len(protected) < number else []
+        number -= len(alone)
+        order = sorted((expert for expert in range(len(counts)) if expert not in alone), key=lambda e: (-counts[e], e))
         if self.grouping == "router_logits":
             leaders = order[:number]
             groups = {leader: [leader] for leader in leaders}
@@ -168,9 +184,11 @@ class Merging:
             partition = list(groups.values())
         else:
             # Cut to exactly this number of groups: a cut by height would also join groups at equal distances.
-            labels = cut_tree(linkage(features.numpy(), "average"), n_clusters=number)[:, 0]
-            partition = [[expert for expert in order if labels[expert] == label] for label in sorted(set(labels))]
-        partition.sort()
+            free = sorted(order)
+            cut = cut_tree(linkage(features[free].numpy(), "average"), n_clusters=number)[:, 0]
+            labels = dict(zip(free, cut, strict=True))
+            partition = [[expert for expert in order if labels[expert] == label] for label in sorted(set(cut))]
+        partition = sorted([*partition, *([expert] for expert in alone)])
         weights = [_shares([counts[expert] for expert in group]) for group in partition]
         align = self.grouping == "router_logits"
         return Merge(layer, tuple(map(tuple, partition)), tuple(weights), align)

@@ -1,18 +1,13 @@
-"""Prune the routed experts with the least saliency. Each expert is scored independently of the others.
-
-Legend: T tokens, t tokens that select one expert, E routed experts, K top-k, D hidden size.
-"""
+"""Prune the routed experts with the least saliency. Each expert is scored independently of the others."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from recondense.calibration.tape import Tape
@@ -20,23 +15,23 @@ from recondense.calibration.trace import LayerTrace
 from recondense.errors import UserError
 from recondense.methods.search.allocation import drop_uniformly
 from recondense.methods.search.budget import NO_BUDGET, Budget
+from recondense.methods.search.expert_scores import (
+    SALIENCIES,
+    WITHOUT_TEXTS,
+    inverse_aimer,
+    score_experts,
+    warn_of_few_tokens,
+)
 from recondense.methods.search.genetic import layer_seed
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
-from recondense.methods.search.routing import routing_totals
+from recondense.methods.search.propagation import score_behind_pruned_layers
+from recondense.methods.search.protection import raise_protected
 from recondense.methods.step import Record, SearchContext
 from recondense.models import moe_blocks
 from recondense.models.families import Facts
+from recondense.models.layer_store import layer_store
 from recondense.models.moe_blocks import SparseBlock
-from recondense.models.replacement_blocks import expert_outputs
 from recondense.operations import Prune
-
-SALIENCIES = {
-    "random": "a random number",
-    "frequency": "the number of calibration tokens that select the expert",
-    "routing_weight": "the sum of its routing weights",
-    "reap": "the mean of routing weight x norm of the expert's output, over the tokens that select it",
-    "expert_drop": "the sum of routing weight x norm of the expert's output",
-}
 
 
 @dataclass(frozen=True)
@@ -46,17 +41,24 @@ class SaliencyPruning:
     Args:
         saliency: one of `SALIENCIES`. "frequency" and "routing_weight" are common baselines (arXiv 2402.14800, section
             4; arXiv 2412.00069, ablations). "reap" divides by the number of tokens that select an expert, so that rare
-            but strong experts are retained; "expert_drop" does not.
+            but strong experts are retained; "expert_drop" does not. "man" and "msan" are "reap" without the routing
+            weight, of the norm and of its square: the paper advises them if the model should stay good at everything,
+            and criteria with routing weight and frequency if it should stay good at one task. "aimer" reads only the
+            weights of the experts.
         allocation: "uniform" prunes the same number of experts in every layer. "global" prunes the least salient
             experts of all layers, but retains at least top_k in each. If the router selects groups first, every group
             loses the same number.
         budget: the parameters to remove.
         seed: the seed for "random".
+        propagate: score a layer on the states of the model in which the layers below it are already pruned, as
+            llm-compressor does by default; False scores all layers on the original.
 
     Raises:
         UserError: a setting is outside its range.
 
-    Reference: REAP, arXiv 2510.13999, section 4; expert drop, arXiv 2406.02500, section 3.
+    Reference: REAP, arXiv 2510.13999, section 4; expert drop, arXiv 2406.02500, section 3; MAN and MSAN, arXiv
+    2606.15716, whose full text could not be read (the names stand for the mean activation norm and the mean squared
+    activation norm, "routed-token-averaged" and "gate-free"); AIMER, arXiv 2603.18492.
     """
 
     condenses: ClassVar[bool] = False
@@ -67,6 +69,7 @@ class SaliencyPruning:
     allocation: str = "uniform"
     budget: Budget = NO_BUDGET
     seed: int = 0
+    propagate: bool = False
 
     def __post_init__(self) -> None:
         problems = self.budget.problems()
@@ -74,6 +77,11 @@ class SaliencyPruning:
             problems.append(f"method.saliency={self.saliency} must be one of {', '.join(SALIENCIES)}")
         if self.allocation not in ("uniform", "global"):
             problems.append(f"method.allocation={self.allocation} must be uniform or global")
+        if self.propagate and self.allocation == "global":
+            problems.append(
+                "method.propagate=true: allocation=global compares the scores of all layers before any is pruned; use "
+                "method.allocation=uniform"
+            )
         if problems:
             raise UserError("\n".join(problems))
 
@@ -82,7 +90,8 @@ class SaliencyPruning:
 
     def key(self) -> Record:
         seed = {"seed": self.seed} if self.saliency == "random" else {}
-        return {"method": "saliency", "version": 1, "saliency": self.saliency, **seed}
+        propagate = {"propagate": True} if self.propagate else {}
+        return {"method": "saliency", "version": 2, "saliency": self.saliency, **seed, **propagate}
 
     @property
     def left_open(self) -> str:
@@ -103,23 +112,66 @@ class SaliencyPruning:
         blocks = moe_blocks.sparse_blocks(model)
         if not blocks:
             return [], {**self.key(), "seconds": {}}
-        if self.saliency == "random":
-            scores = {layer: self._draw(block) for layer, block in blocks.items()}
+        if self.saliency in WITHOUT_TEXTS:
+            records = {layer: {"saliency": self._score_alone(model, block)} for layer, block in blocks.items()}
+        elif self.propagate:
+            records = self._score_behind_pruned(context)
         else:
 
             def work(task: LayerTask) -> Record:
-                return {"saliency": self._score(model, task.tape, blocks[task.layer])}
+                traces = task.tape.trace(model, task.layer)
+                return score_experts(self.saliency, task.tape, traces, blocks[task.layer])
 
             names = {layer: f"saliency-{layer:03d}" for layer in blocks}
             records = LayerwiseSearch(context).per_text(names, work, f"saliency: {self.saliency}")
-            scores = {layer: list(record["saliency"]) for layer, record in records.items()}
-        return self._prunes(model, scores, everywhere=self.allocation == "uniform"), {
+        scores = {layer: list(record["saliency"]) for layer, record in records.items()}
+        selected = {layer: record["selected"] for layer, record in records.items() if "selected" in record}
+        kept = {layer: raise_protected(values, context.protected.get(layer, ())) for layer, values in scores.items()}
+        return self._prunes(model, kept, everywhere=self.allocation == "uniform"), {
             **self.key(),
             **self.budget.settings(),
             "allocation": self.allocation,
             "saliencies": {str(layer): values for layer, values in scores.items()},
+            **(warn_of_few_tokens(selected) if selected else {}),
             "seconds": {"saliency": time.perf_counter() - started},
         }
+
+    def _score_alone(self, model: PreTrainedModel, block: SparseBlock) -> list[float]:
+        """Score the experts of a layer without the calibration set."""
+        if self.saliency == "random":
+            draw = random.Random(layer_seed(self.seed, block.layer))
+            return [draw.random() for _ in range(block.num_experts)]
+        with layer_store(model).resident(block.layer):
+            return inverse_aimer(block.weights)
+
+    def _score_behind_pruned(self, context: SearchContext) -> dict[int, Record]:
+        """Score the experts of every layer behind the layers pruned so far."""
+        blocks = moe_blocks.sparse_blocks(context.model)
+        numbers = self._rows_to_drop(context.model)
+
+        def score(tape: Tape, traces: Sequence[LayerTrace], block: SparseBlock) -> Record:
+            return score_experts(self.saliency, tape, traces, block)
+
+        def decide(layer: int, record: Record) -> Prune | None:
+            values = raise_protected(record["saliency"], context.protected.get(layer, ()))
+            rows = _rows(values, blocks[layer].routing.num_groups)
+            dropped = {expert for row in rows[: numbers[layer]] for expert in row}
+            return Prune.from_dropped(layer, blocks[layer].num_experts, dropped) if dropped else None
+
+        title = f"saliency: {self.saliency}, behind the layers pruned so far"
+        return score_behind_pruned_layers(context, score, decide, title)[0]
+
+    def _rows_to_drop(self, model: PreTrainedModel) -> dict[int, int]:
+        """Return how many rows of experts every layer loses if all lose equally many; a row has one of each group.
+
+        Raises:
+            UserError: the layers cannot lose as many experts.
+        """
+        blocks = moe_blocks.sparse_blocks(model)
+        routing = next(iter(blocks.values())).routing
+        number = -(-self.budget.experts_to_drop(model) // routing.num_groups)
+        rows = {layer: block.num_experts // routing.num_groups for layer, block in blocks.items()}
+        return drop_uniformly(number, rows, routing.min_experts // routing.num_groups)
 
     def _prunes(self, model: PreTrainedModel, scores: Mapping[int, list[float]], everywhere: bool) -> list[Prune]:
         """Prune as many experts as the budget requires, by their scores.
@@ -129,33 +181,18 @@ class SaliencyPruning:
             scores: the score of each expert, by layer.
             everywhere: prune the same number in every layer.
         """
-        blocks = moe_blocks.sparse_blocks(model)
-        if not blocks:
+        if not scores:
             return []
-        routing = next(iter(blocks.values())).routing
+        routing = next(iter(moe_blocks.sparse_blocks(model).values())).routing
         rows = {layer: _rows(values, routing.num_groups) for layer, values in scores.items()}
-        sums = {
-            layer: [sum(scores[layer][expert] for expert in row) for row in layer_rows]
-            for layer, layer_rows in rows.items()
-        }
-        number = -(-self.budget.experts_to_drop(model) // routing.num_groups)
-        dropped_rows = _least(sums, number, routing.min_experts // routing.num_groups, everywhere)
-        dropped = {layer: {expert for row in dropped_rows[layer] for expert in rows[layer][row]} for layer in rows}
+        numbers = self._rows_to_drop(model)
+        if not everywhere:
+            floor = routing.min_experts // routing.num_groups
+            numbers = _least_of_all(scores, rows, sum(numbers.values()), floor)
+        dropped = {layer: {e for row in rows[layer][: numbers[layer]] for e in row} for layer in scores}
         return [
             Prune.from_dropped(layer, len(values), dropped[layer]) for layer, values in scores.items() if dropped[layer]
         ]
-
-    def _draw(self, block: SparseBlock) -> list[float]:
-        draw = random.Random(layer_seed(self.seed, block.layer))
-        return [draw.random() for _ in range(block.num_experts)]
-
-    def _score(self, model: PreTrainedModel, tape: Tape, block: SparseBlock) -> list[float]:
-        traces = tape.trace(model, block.layer)
-        counts_E, weights_E = routing_totals(tape, traces, block.num_experts)
-        if self.saliency in ("frequency", "routing_weight"):
-            return [float(value) for value in (counts_E if self.saliency == "frequency" else weights_E)]
-        norms_E = tape.texts.total(_weighted_norms(block, trace) for trace in traces)
-        return (norms_E / counts_E.clamp_min(1) if self.saliency == "reap" else norms_E).tolist()
 
 
 def refuse_too_much(budget: Budget, facts: Facts) -> list[str]:
@@ -171,40 +208,33 @@ def refuse_too_much(budget: Budget, facts: Facts) -> list[str]:
     ]
 
 
-def _rows(values: list[float], num_groups: int) -> list[list[int]]:
-    """Return rows of experts to prune together, one from each group so that groups stay equal; least salient first."""
+def _rows(values: Sequence[float], num_groups: int) -> list[list[int]]:
+    """Return rows of experts to prune together, one from each group so that groups stay equal; least salient first.
+
+    Among equals, the lowest index comes first.
+    """
     size = len(values) // num_groups
     groups = [sorted(range(first, first + size), key=lambda e: (values[e], e)) for first in range(0, len(values), size)]
     return [list(row) for row in zip(*groups, strict=True)]
 
 
-@torch.no_grad()
-def _weighted_norms(block: SparseBlock, trace: LayerTrace) -> Tensor:
-    """Compute Σ weight·‖E(x)‖₂ over the tokens of a text batch that select each expert; (E,) in fp64."""
-    norms = []
-    for expert in range(block.num_experts):
-        selected_TK = trace.top_k_index_TK == expert
-        rows = selected_TK.any(dim=1)
-        weight_t = (trace.top_k_weights_TK * selected_TK).sum(dim=1)[rows].double()
-        norm_t = expert_outputs(trace.x_TD[rows], block.weights, [expert])[0].double().norm(dim=1)
-        norms.append((weight_t * norm_t).sum())
-    return torch.stack(norms)
+def _least_of_all(
+    scores: Mapping[int, Sequence[float]], rows: Mapping[int, Sequence[Sequence[int]]], number: int, floor: int
+) -> dict[int, int]:
+    """Return how many rows each layer loses if the least salient rows of all layers are pruned.
 
-
-def _least(scores: Mapping[int, list[float]], number: int, floor: int, everywhere: bool) -> dict[int, set[int]]:
-    """Choose the experts with the least saliency; among equals, the lowest index first.
-
-    Raises:
-        UserError: the layers cannot lose as many experts.
+    Args:
+        scores: the score of each expert, by layer.
+        rows: the rows of each layer, least salient first.
+        number: the number of rows to prune.
+        floor: the rows that each layer retains.
     """
-    room = drop_uniformly(number, {layer: len(values) for layer, values in scores.items()}, floor)
-    if not everywhere:
-        room = {layer: len(values) - floor for layer, values in scores.items()}
-    order = sorted((value, layer, expert) for layer, values in scores.items() for expert, value in enumerate(values))
-    dropped: dict[int, set[int]] = {layer: set() for layer in scores}
-    remaining = number
-    for _, layer, expert in order:
-        if remaining and len(dropped[layer]) < room[layer]:
-            dropped[layer].add(expert)
-            remaining -= 1
-    return dropped
+    order = sorted(
+        (sum(scores[layer][expert] for expert in row), layer, place)
+        for layer, layer_rows in rows.items()
+        for place, row in enumerate(layer_rows[: max(0, len(layer_rows) - floor)])
+    )
+    numbers = dict.fromkeys(rows, 0)
+    for _, layer, _ in order[:number]:
+        numbers[layer] += 1
+    return numbers

@@ -5,8 +5,8 @@ A step has only settings. A method is a file with such a class, and a YAML in co
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -34,6 +34,8 @@ class SearchContext:
         calibration_set: the token ids of the calibration set, also of the parts of its texts that are not on the tape;
             None if nothing but the tape is known.
         split: whether the processes of the run share the texts. All of them then make the same search.
+        protected: the super experts of each layer. A search should lose none of them if it can meet its budget
+            otherwise; what it loses is reported after the search.
     """
 
     model: PreTrainedModel
@@ -42,6 +44,7 @@ class SearchContext:
     max_scratch_bytes: int
     calibration_set: CalibrationSet | None = None
     split: bool = False
+    protected: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
 
 class Step(Protocol):

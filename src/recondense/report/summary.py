@@ -67,6 +67,7 @@ class Summary:
     parameters: dict[str, dict[str, int]]
     operations: dict[str, dict[str, float]]
     refit: dict[str, dict[str, float]] | None = None
+    super_experts: dict[str, Any] | None = None
     plan_only: bool | None = None
     weights_bytes: dict[str, int] | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -105,6 +106,7 @@ class Summary:
             environment=environment(model, data),
             parameters={kind: {stage: sizes[stage][kind] for stage in sizes} for kind in sizes["original"]},
             operations=operations,
+            super_experts=plan.search.get("super_experts"),
         )
 
     @classmethod

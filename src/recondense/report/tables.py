@@ -37,6 +37,8 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
         console.print(f"\nplan: {plan_line(summary['operations'])}", soft_wrap=True, highlight=False)
     if summary.get("refit"):
         console.print(f"refit: {refit_line(summary['refit'])}", soft_wrap=True, highlight=False)
+    if summary.get("super_experts"):
+        console.print(f"super experts: {super_experts_line(summary['super_experts'])}", soft_wrap=True, highlight=False)
     if summary.get("bytes_on_disk"):
         console.print(f"memory: {disk_line(summary)}", soft_wrap=True, highlight=False)
 
@@ -64,6 +66,21 @@ def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
         sides.append(f"{sum(values) / len(values):.3f}{spread}")
     layers = "1 layer" if len(errors) == 1 else f"mean and range of {len(errors)} layers"
     return f"relative error of a layer's output, before -> after: {' -> '.join(sides)}, {layers}"
+
+
+def super_experts_line(record: Mapping[str, Any]) -> str:
+    """Return a line that says which super experts a model has, and which of them the plan loses.
+
+    Args:
+        record: `largest_outputs` and `lost`, as in plan.json.
+    """
+    words = _experts_of(record["largest_outputs"])
+    lost = {kind: _experts_of(experts) for kind, experts in record["lost"].items()}
+    return words + (f"; LOST: {'; '.join(f'{text} ({kind})' for kind, text in lost.items())}" if lost else ", all kept")
+
+
+def _experts_of(experts: Mapping[str, Iterable[Any]]) -> str:
+    return "; ".join(f"layer {layer}: {', '.join(map(str, indices))}" for layer, indices in experts.items())
 
 
 def recovery_words(summary: Mapping[str, Any]) -> str:

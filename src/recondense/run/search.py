@@ -28,6 +28,7 @@ from recondense.run.inputs import START_OVER, keep_plan
 from recondense.run.refits import plan_refits
 from recondense.run.search_memory import scratch_bytes
 from recondense.run.steps import as_steps
+from recondense.run.super_experts import cached_super_experts, report_super_experts, super_experts_of
 from recondense.surgery import execute
 from recondense.surgery.apply import require_uncompressed
 
@@ -37,7 +38,13 @@ log = logging.getLogger(__name__)
 Decided = tuple[Sequence[Operation], Record]
 
 
-def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str = False) -> Plan:
+def search(
+    tape: Tape,
+    steps: Step | Sequence[Step] | str,
+    *,
+    refit: bool | str = False,
+    protect_super_experts: bool = True,
+) -> Plan:
     """Decide how to compress each layer. The model is not changed; `apply` executes the plan.
 
     Args:
@@ -47,6 +54,7 @@ def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str 
             settings.
         refit: True adds a least-squares refit of the down projections of every changed layer; "coefficients" adds one
             of the experts' constant weights, in condensed layers only.
+        protect_super_experts: lose no expert that makes massive activations, if the budgets allow it. False only warns.
 
     Returns:
         The operations in the order of their selection, and the scores that decided them.
@@ -70,14 +78,18 @@ def search(tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str 
         raise UserError("\n".join(problems))
     scratch = scratch_bytes(Config(), decoder.device(model), model)
 
+    super_experts = super_experts_of(lambda: tape, {})
+
     def search_one(step: Step, before: Sequence[Operation]) -> Decided:
         texts, split = tape.calibration_set, tape.texts.split
-        context = SearchContext(model, cache(lambda: retape(tape) if before else tape), {}, scratch, texts, split)
-        return step.search(context)
+        protected = super_experts.protected(before) if protect_super_experts else {}
+        record = cache(lambda: retape(tape) if before else tape)
+        return step.search(SearchContext(model, record, {}, scratch, texts, split, protected))
 
     operations, records = _search_steps(model, steps, search_one, lambda: retape(tape))
+    evidence = {**_evidence(records), **report_super_experts(super_experts, operations)}
     operations += plan_refits(operations, refit)
-    return Plan(str(model.config.name_or_path), tuple(operations), search=_evidence(records))
+    return Plan(str(model.config.name_or_path), tuple(operations), search=evidence)
 
 
 def find_plan(
@@ -113,14 +125,23 @@ def find_plan(
         return plan
     record_split = make_recorder(config, model, calibration, folder, timed, split=True)
     record_unsplit = make_recorder(config, model, calibration, folder, timed)
+    original = cache(record_split)  # for the super experts and for the first step
+    cache_dir = Path(config.cache_dir) / "search"
+    super_experts = cached_super_experts(cache_dir, decided_by, describe_rounding(config, model), original)
+    protects = config.method.get("protect_super_experts", True)
 
     def search_one(step: Step, before: Sequence[Operation]) -> Decided:
-        return search_step(config, step, model, record_split, decided_by, before, calibration)
+        protected = super_experts.protected(before) if protects else {}
+        record = record_split if before else original
+        decided = search_step(config, step, model, record, decided_by, before, calibration, protected)
+        original.cache_clear()
+        return decided
 
     operations, records = _search_steps(model, steps, search_one, record_unsplit)
+    evidence = {**_evidence(records), **report_super_experts(super_experts, operations)}
     operations += plan_refits(operations, config.method.get("refit", False))
     method = fingerprint([step.key() for step in steps], dict(config.method))
-    plan = Plan(name, tuple(operations), {**decided_by, "method": method}, _evidence(records))
+    plan = Plan(name, tuple(operations), {**decided_by, "method": method}, evidence)
     plan = processes.broadcast(plan)
     keep_plan(folder, plan)
     if processes.is_first():
@@ -179,6 +200,7 @@ def search_step(
     decided_by: Mapping[str, str],
     before: Sequence[Operation],
     calibration: CalibrationSet | None,
+    protected: Mapping[int, frozenset[int]],
 ) -> Decided:
     """Search one step of a run with the cached results of other runs, which may use the cache at the same time.
 
@@ -190,15 +212,19 @@ def search_step(
         decided_by: fingerprints of the model's weights and of the calibration set.
         before: operations of the earlier steps.
         calibration: the calibration set.
+        protected: the super experts of each layer.
     """
     earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
-    key = fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *describe_rounding(config, model))
+    depends_on = [*describe_rounding(config, model)]
+    if protected:
+        depends_on.append(f"protected: {sorted((layer, *sorted(experts)) for layer, experts in protected.items())}")
+    key = fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *depends_on)
     folder = Path(config.cache_dir) / "search" / key
     lock = hold_lock(folder / ".lock", "runs the same search") if processes.is_first() else nullcontext()
     with lock:
         scratch = scratch_bytes(config, decoder.device(model), model)
         known = processes.SharedMapping(JsonFolder(folder))
-        context = SearchContext(model, cache(record), known, scratch, calibration, split=True)
+        context = SearchContext(model, cache(record), known, scratch, calibration, split=True, protected=protected)
         operations, evidence = step.search(context)
     if reused := evidence.get("reused", ""):
         log.info("search: reused %s from %s", reused, folder)

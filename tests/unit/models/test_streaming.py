@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checks import config_messages
 from support.recoveries import recovery
-from support.searched import BUDGETS, METHODS, plan_of
+from support.searched import METHODS, PROPAGATED, overrides_of, plan_of
 from support.small import byte_tokenizer
 from support.tiny_models import EVERY, blocks, qwen2_moe, recorded, texts, windows
 from torch import nn
@@ -120,14 +120,14 @@ def test_a_layer_has_its_weights_while_it_is_used(family: str, tmp_path: Path) -
     assert all(map(torch.equal, *map(all_states, tapes)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), [*((method, "") for method in METHODS), ("reap", PROPAGATED)])
 def test_every_method_gives_the_same_plan_and_weights(
-    method: str, in_memory: Any, streamed: Any, tmp_path: Path
+    method: str, kind: str, in_memory: Any, streamed: Any, tmp_path: Path
 ) -> None:
     results = []
     for name, model in (("in_memory", in_memory), ("streamed", streamed)):
         storage = Disk(tmp_path / name, keeps=False) if name == "streamed" else None
-        plan = plan_of(model, method, tmp_path / f"{name}-cache", *BUDGETS[method], storage=storage)
+        plan = plan_of(model, method, tmp_path / f"{name}-cache", *overrides_of(method, kind), storage=storage)
         execute.execute(model, plan, lambda model=model, storage=storage: recorded(model, storage=storage))
         write_folder(
             model, None, plan, tmp_path / f"{name}-out", "", ExportConfig(format="bundled", max_shard_size="60KB")

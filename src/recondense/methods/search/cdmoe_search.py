@@ -107,6 +107,10 @@ class CondenseSearch:
         problem = self._too_few(self.records[layer])
         return f"layer {layer}: {problem}" if problem else ""
 
+    def loses_protected(self, layer: int) -> bool:
+        """Return whether the operation of a searched layer would lose super experts."""
+        return not self.context.protected.get(layer, frozenset()) <= set(self.records[layer]["order"])
+
     def operation(self, layer: int) -> Condense:
         """Return the operation that condenses a searched layer."""
         record = self.records[layer]
@@ -174,7 +178,10 @@ class CondenseSearch:
                 for expert, coefficient in enumerate(coefficients)
                 if coefficient is not None and expert not in record["order"]
             ]
-            if self.expert_search != "greedy":
+            protected = [expert for expert in candidates if expert in self.context.protected.get(task.layer, ())]
+            if protected:  # super experts come first
+                candidates = protected[:1]
+            elif self.expert_search != "greedy":
                 values = coefficients if self.expert_search == "routing_weight" else scorer.routing.selected
                 candidates = [max(candidates, key=lambda expert: (values[expert], -expert))]
             scores = scorer.score(candidates).tolist()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from recondense.methods.search.genetic import ExpertSet, Genetic, best_sets, layer_seed
+from torch import Tensor
+
+from recondense.methods.search.genetic import Errors, ExpertSet, Genetic, best_sets, layer_seed
 from recondense.methods.search.layerwise import LayerTask, LayerwiseSearch
 from recondense.methods.search.leave_out import LeaveOutScorer
 from recondense.methods.step import Record
@@ -22,6 +24,8 @@ def search_expert_sets(
     relative: bool = False,
 ) -> dict[int, list[tuple[ExpertSet, float]]]:
     """Find the best sets of experts to drop in each layer, or read them from the cache.
+
+    Protected experts are in no set, unless a layer must lose more experts than it has others.
 
     Args:
         search: the layer-wise search, with the model, its tape and the cache.
@@ -46,9 +50,11 @@ def search_expert_sets(
         context = search.context
         scorer = LeaveOutScorer.prepare(context.model, task.tape, block, number, context.max_scratch_bytes)
         layers_seed = layer_seed(seed, task.layer)
-        sets = best_sets(scorer.errors, block.num_experts, number, genetic, layers_seed, num_best, show)
+        free = _free_experts(block.num_experts, context.protected.get(task.layer, ()), number)
+        errors = _errors_of(scorer.errors, block.num_experts, free)
+        sets = best_sets(errors, len(free), number, genetic, layers_seed, num_best, show)
         unit = max(scorer.output_norm, 1e-300) if relative else 1.0
-        return {"sets": [[list(dropped), error / unit] for dropped, error in sets]}
+        return {"sets": [[[free[place] for place in dropped], error / unit] for dropped, error in sets]}
 
     names = {layer: f"candidates-{layer:03d}-{number:03d}" for layer, number in numbers.items() if number}
     search.reused += len(numbers) - len(names)
@@ -58,3 +64,22 @@ def search_expert_sets(
         layer: [(tuple(dropped), float(error)) for dropped, error in records.get(layer, nothing)["sets"]]
         for layer in numbers
     }
+
+
+def _free_experts(num_experts: int, protected: Collection[int], number: int) -> list[int]:
+    """Return the experts that may be dropped: those that are not protected, or all if these are too few."""
+    free = [expert for expert in range(num_experts) if expert not in protected]
+    return free if len(free) >= number else list(range(num_experts))
+
+
+def _errors_of(errors: Errors, num_experts: int, free: list[int]) -> Errors:
+    """Return the errors of sets of some experts, from the errors of sets of all experts of a layer."""
+    if len(free) == num_experts:
+        return errors
+
+    def of_free(dropped_PF: Tensor) -> Tensor:
+        dropped_PE = dropped_PF.new_zeros(len(dropped_PF), num_experts)
+        dropped_PE[:, free] = dropped_PF
+        return errors(dropped_PE)
+
+    return of_free

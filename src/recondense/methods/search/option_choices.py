@@ -94,10 +94,14 @@ class SearchedChoices:
 
     def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense | None:
         search = self._condensing[condensing.num_experts]
-        return None if search.problem(block.layer) else search.operation(block.layer)
+        return None if self.problem(block, condensing) else search.operation(block.layer)
 
     def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
-        return self._condensing[condensing.num_experts].problem(block.layer)
+        search = self._condensing[condensing.num_experts]
+        if problem := search.problem(block.layer):
+            return problem
+        experts = condensing.num_experts
+        return f"layer {block.layer}: {experts} experts would lose super experts" * search.loses_protected(block.layer)
 
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
         return self._dropped[block.layer, number]
