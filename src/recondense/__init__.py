@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from recondense.methods.combined import Combined
     from recondense.methods.decompose import Decompose
     from recondense.methods.dropping import Dropping
+    from recondense.methods.half_merging import HalfMerging
     from recondense.methods.merging import Merging
     from recondense.methods.moei2 import InterExpertPruning
+    from recondense.methods.mone import MoNE
     from recondense.methods.naee import NAEE
     from recondense.methods.saliency import SaliencyPruning
     from recondense.methods.search.budget import Budget
@@ -64,6 +66,8 @@ _MODULES = {
     "NAEE": "methods.naee",
     "Dropping": "methods.dropping",
     "Merging": "methods.merging",
+    "HalfMerging": "methods.half_merging",
+    "MoNE": "methods.mone",
     "Student": "surgery.student",
     "Tape": "calibration.tape",
     "Budget": "methods.search.budget",
@@ -76,8 +80,10 @@ __all__ = [
     "Combined",
     "Decompose",
     "Dropping",
+    "HalfMerging",
     "InterExpertPruning",
     "Merging",
+    "MoNE",
     "Plan",
     "SaliencyPruning",
     "Student",

@@ -67,9 +67,7 @@ class Prune:
 
     def __post_init__(self) -> None:
         _check_layer(self.kind, self.layer)
-        _check_experts(self.kind, self.layer, self.retained)
-        if not self.retained or list(self.retained) != sorted(self.retained):
-            raise UserError(f"prune, layer {self.layer}: retained {list(self.retained)} must be ascending, not empty")
+        _check_retained(self.kind, self.layer, self.retained)
 
     @classmethod
     def from_dropped(cls, layer: int, num_experts: int, dropped: Collection[int]) -> Prune:
@@ -78,6 +76,30 @@ class Prune:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prune:
+        return cls(layer=int(data["layer"]), retained=_ints(data["retained"]))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Replace routed experts by constants: the means of their outputs on the calibration set (arXiv 2507.00390).
+
+    The router keeps its rows. A token that selects a replaced expert gets the constant times its routing weight.
+
+    Args:
+        layer: decoder-layer index.
+        retained: indices of the experts that stay, ascending. The others become constants.
+    """
+
+    kind: ClassVar[str] = "constant"
+    layer: int
+    retained: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        _check_retained(self.kind, self.layer, self.retained)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Constant:
         return cls(layer=int(data["layer"]), retained=_ints(data["retained"]))
 
 
@@ -208,9 +230,9 @@ class Refit:
         return cls(layer=int(data["layer"]), what=cast(Any, data["what"]), ridge=float(data["ridge"]))
 
 
-Operation = Condense | Prune | Factorize | Merge | Drop | Refit
+Operation = Condense | Prune | Constant | Factorize | Merge | Drop | Refit
 OPERATIONS: dict[str, type[Operation]] = {
-    operation.kind: operation for operation in (Condense, Prune, Factorize, Merge, Drop, Refit)
+    operation.kind: operation for operation in (Condense, Prune, Constant, Factorize, Merge, Drop, Refit)
 }
 
 
@@ -222,6 +244,12 @@ def _check_layer(kind: str, layer: int) -> None:
 def _check_experts(kind: str, layer: int, experts: Sequence[int]) -> None:
     if len(set(experts)) != len(experts) or any(expert < 0 for expert in experts):
         raise UserError(f"{kind}, layer {layer}: experts {list(experts)} must be distinct and >= 0")
+
+
+def _check_retained(kind: str, layer: int, retained: Sequence[int]) -> None:
+    _check_experts(kind, layer, retained)
+    if not retained or list(retained) != sorted(retained):
+        raise UserError(f"{kind}, layer {layer}: retained {list(retained)} must be ascending, not empty")
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:

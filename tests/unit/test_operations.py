@@ -12,7 +12,7 @@ from support.tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, 
 
 from recondense.models import decoder, families, moe_blocks, parameters
 from recondense.models.removed_blocks import SkippedLayer, Zeros
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -126,6 +126,7 @@ PLANS: dict[str, tuple[Operation, ...]] = {
     "condense": (Condense(1, (3, 0), (0.4, 0.2), 0.5),),
     "prune": (Prune(1, (0, 2, 5)),),
     "merge": (Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),),
+    "constant": (Constant(1, (0, 2, 5)), Prune(2, (0, 1, 4))),
     "drop": (Drop(1, "moe"), Drop(2, "layer")),
     "prune, factorize": (Prune(1, (0, 2, 3, 5)), Factorize(1, RANKS)),
     "prune, factorize with whitening": (Prune(1, (0, 2, 3, 5)), Prune(2, (1, 2)), Factorize(1, RANKS, whitening=True)),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from recondense.errors import UserError
-from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Prune, Refit
+from recondense.operations import OPERATIONS, Condense, Constant, Drop, Factorize, Merge, Prune, Refit
 from recondense.plan import History, Plan
 
 PLAN = Plan(
@@ -138,6 +138,7 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
 OF_EVERY_KIND = (
     Condense(0, (2, 0), (0.5, 0.25), 0.75),
     Prune(1, (0, 3)),
+    Constant(2, (0, 3)),
     Factorize(1, {"gate_proj": (3, None), "up_proj": (3, None), "down_proj": (2, None)}, whitening=True),
     Merge(2, ((1, 0), (2,)), ((0.25, 0.75), (1.0,)), align=True),
     Drop(3, "moe"),
@@ -166,6 +167,8 @@ def test_an_earlier_word_for_a_decoder_layer_is_read() -> None:
         (lambda: Prune(1, ()), "not empty"),
         (lambda: Prune(1, (3, 0)), "ascending"),
         (lambda: Prune(-1, (0,)), "negative"),
+        (lambda: Constant(1, ()), "constant, layer 1: .* not empty"),
+        (lambda: Constant(1, (2, 1)), "ascending"),
         (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,)}), "down_proj"),
         (lambda: Factorize(1, {"gate_proj": (1,), "up_proj": (1,), "down_proj": (1, 2)}), "must be equal"),
         (lambda: Factorize(1, {"gate_proj": (0,), "up_proj": (1,), "down_proj": (1,)}), "at least 1"),

@@ -16,7 +16,12 @@ from recondense.models.parameters import count_parameters
 
 NARROWEST = 16  # width of dense layers if all of them are zero: kernels need rows of a few bytes
 # Features that no stock config can express, by their key in a layer's shape.
-INEXPRESSIBLE = {"token_gate": "a gate per token", "merged": "merged experts", "ranks": "low-rank experts"}
+INEXPRESSIBLE = {
+    "token_gate": "a gate per token",
+    "constants": "constants in place of experts",
+    "merged": "merged experts",
+    "ranks": "low-rank experts",
+}
 
 
 class NotStock(UserError):

@@ -26,6 +26,7 @@ from recondense.export.stock_or_bundled import Stock, choose_layout, skipped_lay
 from recondense.files import replace_folder, write_aside
 from recondense.models import (
     compressed_classes,
+    constant_experts,
     decoder,
     deepseek,
     expert_products,
@@ -246,7 +247,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
 def _bundle_source(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
     """Return the source of a bundle's modeling file."""
     source = _concatenate(
-        *(replacement_blocks, removed_blocks, expert_products, low_rank),
+        *(replacement_blocks, removed_blocks, constant_experts, expert_products, low_rank),
         *([deepseek] if family.carried else []),
         compressed_classes,
     )

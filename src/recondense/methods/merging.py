@@ -63,14 +63,7 @@ class Merging:
             raise UserError("\n".join(problems))
 
     def check(self, facts: Facts) -> list[str]:
-        most = 1 - 1 / facts.num_experts
-        ratio = self.budget.removed_expert_ratio
-        if ratio is not None and ratio > most:
-            return [
-                f"method.removed_expert_ratio={ratio}: must be at most {most:.4g}, because at least one of the "
-                f"{facts.num_experts} experts of a layer remains"
-            ]
-        return []
+        return refuse_too_few_groups(self.budget, facts)
 
     def key(self) -> Record:
         return {"method": "merging", "version": 2, "grouping": self.grouping}
@@ -80,14 +73,7 @@ class Merging:
         return "how many groups each layer has, but not their total" if self.grouping == "router_logits" else ""
 
     def outline(self, model: PreTrainedModel) -> list[Merge]:
-        experts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}
-        even = _even(experts, self.budget.experts_to_drop(model, router_rows=False))
-        operations = []
-        for layer, count in experts.items():
-            if even[layer] < count:
-                groups = (tuple(range(count - even[layer] + 1)), *((e,) for e in range(count - even[layer] + 1, count)))
-                operations.append(Merge(layer, groups, tuple(_shares([1.0] * len(group)) for group in groups)))
-        return operations
+        return outline_merges(model, self.budget)
 
     def search(self, context: SearchContext) -> tuple[list[Merge], Record]:
         """Decide the groups; see `Step.search`.
@@ -127,16 +113,9 @@ class Merging:
         """
         counts_E, _ = routing_totals(tape, traces, block.num_experts)
         if self.grouping == "router_logits":
-            gram_EE = tape.texts.total(_gram(block.router(trace.x_TD)[0].double()) for trace in traces)
-            norms_E = gram_EE.diagonal().sqrt().clamp_min(1e-150)
-            features = gram_EE / (norms_E[:, None] * norms_E)
+            features = router_similarity(block, tape, traces)
         else:
-            experts = range(block.num_experts)
-            sums = (
-                torch.stack([expert_outputs(trace.x_TD, block.weights, [e])[0].double().sum(dim=0) for e in experts])
-                for trace in traces
-            )
-            features = tape.texts.total(sums) / tape.num_tokens
+            features = mean_outputs(block, tape, traces)
         return {"counts": counts_E.double().tolist(), "features": features.tolist()}
 
     def _numbers(
@@ -148,7 +127,7 @@ class Merging:
             UserError: more experts should be removed than possible.
         """
         experts = {layer: len(values) for layer, values in counts.items()}
-        even = _even(experts, num_dropped)
+        even = even_groups(experts, num_dropped)
         if self.grouping == "expert_outputs":
             return even
         # The protected experts and the most selected other expert of each layer, then the most selected of all layers.
@@ -189,16 +168,62 @@ class Merging:
             labels = dict(zip(free, cut, strict=True))
             partition = [[expert for expert in order if labels[expert] == label] for label in sorted(set(cut))]
         partition = sorted([*partition, *([expert] for expert in alone)])
-        weights = [_shares([counts[expert] for expert in group]) for group in partition]
+        weights = [shares_of([counts[expert] for expert in group]) for group in partition]
         align = self.grouping == "router_logits"
         return Merge(layer, tuple(map(tuple, partition)), tuple(weights), align)
+
+
+def refuse_too_few_groups(budget: Budget, facts: Facts) -> list[str]:
+    """Return a problem if the budget would leave no expert in a layer."""
+    most = 1 - 1 / facts.num_experts
+    ratio = budget.removed_expert_ratio
+    if ratio is None or ratio <= most:
+        return []
+    return [
+        f"method.removed_expert_ratio={ratio}: must be at most {most:.4g}, because at least one of the "
+        f"{facts.num_experts} experts of a layer remains"
+    ]
+
+
+def outline_merges(model: PreTrainedModel, budget: Budget) -> list[Merge]:
+    """Return operations with the right numbers of groups, the same in every layer, and placeholders for the groups."""
+    experts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}
+    even = even_groups(experts, budget.experts_to_drop(model, router_rows=False))
+    operations = []
+    for layer, count in experts.items():
+        if even[layer] < count:
+            groups = (tuple(range(count - even[layer] + 1)), *((e,) for e in range(count - even[layer] + 1, count)))
+            operations.append(Merge(layer, groups, tuple(shares_of([1.0] * len(group)) for group in groups)))
+    return operations
+
+
+def router_similarity(block: SparseBlock, tape: Tape, traces: Sequence[LayerTrace]) -> Tensor:
+    """Return the cosine similarities (E, E) of the experts' router logits over all calibration tokens."""
+    gram_EE = tape.texts.total(_gram(block.router(trace.x_TD)[0].double()) for trace in traces)
+    return cosines(gram_EE)
+
+
+def cosines(gram_EE: Tensor) -> Tensor:
+    """Return cosine similarities from inner products."""
+    norms_E = gram_EE.diagonal().sqrt().clamp_min(1e-150)
+    return gram_EE / (norms_E[:, None] * norms_E)
+
+
+def mean_outputs(block: SparseBlock, tape: Tape, traces: Sequence[LayerTrace]) -> Tensor:
+    """Return each expert's mean output (E, D) over all calibration tokens, whether they select it or not."""
+    experts = range(block.num_experts)
+    sums = (
+        torch.stack([expert_outputs(trace.x_TD, block.weights, [e])[0].double().sum(dim=0) for e in experts])
+        for trace in traces
+    )
+    return tape.texts.total(sums) / tape.num_tokens
 
 
 def _gram(logits_TE: Tensor) -> Tensor:
     return logits_TE.T @ logits_TE
 
 
-def _even(experts: dict[int, int], num_dropped: int) -> dict[int, int]:
+def even_groups(experts: dict[int, int], num_dropped: int) -> dict[int, int]:
     """Return the number of groups of each layer if every layer loses the same number of experts.
 
     Raises:
@@ -207,7 +232,7 @@ def _even(experts: dict[int, int], num_dropped: int) -> dict[int, int]:
     return {layer: experts[layer] - number for layer, number in drop_uniformly(num_dropped, experts, 1).items()}
 
 
-def _shares(counts: Sequence[float]) -> tuple[float, ...]:
+def shares_of(counts: Sequence[float]) -> tuple[float, ...]:
     """Return weights in proportion to the counts; equal weights if no expert was ever selected."""
     total = sum(counts)
     return tuple(value / total for value in counts) if total else tuple(1 / len(counts) for _ in counts)

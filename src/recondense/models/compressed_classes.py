@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from recondense.models.constant_experts import add_constants
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.models.replacement_blocks import (
@@ -103,6 +104,7 @@ def reshape(
     router_rows: int = 0,
     ranks: Mapping[str, list[int | None]] | None = None,
     merged: bool = False,
+    constants: int = 0,
     **widths: Any,
 ) -> None:
     """Change a decoder layer of the uncompressed model to a compressed shape, without filling in weights.
@@ -117,7 +119,8 @@ def reshape(
         num_experts: the number of routed experts of a sparse layer.
         router_rows: the number of rows of its router.
         ranks: the ranks of its low-rank experts; None for dense ones.
-        merged: whether several rows of its router can select the same expert.
+        merged: whether several rows of its router can select the same expert, or a constant.
+        constants: the number of constants in place of experts.
         widths: `shared_width`, `routed_width` and `token_gate` of a condensed layer.
     """
     layer: Any = layers[index]
@@ -140,6 +143,8 @@ def reshape(
         experts = _KeptExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), bias)
     elif num_experts != before:
         experts = select_experts(experts, range(num_experts), before, expert_entries)
+    if constants:
+        experts = add_constants(experts, torch.empty(constants, hidden_size))
     setattr(block, name, RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router)
     block.experts = experts
 

@@ -44,7 +44,7 @@ class Facts:
         shared_gate: whether the shared experts have a gate per token.
         num_groups: number of groups of experts; 1 if the router does not select groups.
         top_groups: number of groups from which experts are selected.
-        factorized: the sparse layers whose experts are already low-rank.
+        factorized: the sparse layers whose experts are already low-rank, or constants.
     """
 
     model_type: str
@@ -238,7 +238,7 @@ def facts(config: PretrainedConfig) -> Facts:
         original,
         moe_layers=tuple(sparse),
         num_experts=min(shapes.get(layer, {}).get("num_experts", original.num_experts) for layer in sparse),
-        factorized=tuple(layer for layer in sparse if shapes.get(layer, {}).get("ranks")),
+        factorized=tuple(layer for layer in sparse if shapes.get(layer, {}).keys() & {"ranks", "constants"}),
     )
 
 

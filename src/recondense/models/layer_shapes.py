@@ -11,6 +11,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from recondense.errors import UserError
 from recondense.models import decoder, families, moe_blocks
 from recondense.models.compressed_classes import PREFIX
+from recondense.models.constant_experts import ConstantExperts
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.models.replacement_blocks import (
@@ -82,6 +83,8 @@ def _sparse_shape(block: moe_blocks.SparseBlock) -> dict[str, Any]:
     }
     if isinstance(router, RemappedRouter):
         shape["merged"] = True
+    if isinstance(block.experts, ConstantExperts):
+        shape["constants"] = len(block.experts.constants)
     if isinstance(block.experts, LowRankExperts):
         shape["ranks"] = {name: list(ranks) for name, ranks in block.experts.ranks.items()}
     return shape

@@ -49,6 +49,17 @@ class SparseBlock:
         """The weights of the routed and shared experts: gate_up (E, 2F, D), down (E, D, F).
 
         Raises:
+            UserError: the experts are factorized, or some are constants.
+        """
+        if hasattr(self.experts, "constants"):
+            raise UserError(f"layer {self.layer}: some of its experts are already constants; put this step before that")
+        return self.fused_weights
+
+    @property
+    def fused_weights(self) -> MoEWeights:
+        """The weights of those experts that have weights.
+
+        Raises:
             UserError: the experts are factorized.
         """
         if not hasattr(self.experts, "gate_up_proj"):

@@ -25,6 +25,7 @@ OUTCOMES = {
     "dense": (PURPLE, "kept dense in a factorized layer"),
     "condensed": (ORANGE, "condensed: always active; number: order of selection"),
     "dropped": ("white", "dropped"),
+    "constant": ("#F0E8C8", "replaced by a constant"),
     "removed": ("white", "feed-forward block removed"),
     "skipped": ("white", "layer removed"),
     "merged": (SKY, "merged; number: its group"),
@@ -327,10 +328,11 @@ def outcomes_of(layer: int, operations: Sequence[Mapping[str, Any]], num_experts
         kind = operation["kind"]
         if kind == "drop":
             return [("removed" if operation["part"] == "moe" else "skipped", None)] * num_experts
-        if kind == "prune":
+        if kind in ("prune", "constant"):
+            gone = {e for index, part in enumerate(parts) if index not in operation["retained"] for e in part}
             parts = [parts[index] for index in operation["retained"]]
-            retained = {expert for part in parts for expert in part}
-            outcomes = [outcome if e in retained else ("dropped", None) for e, outcome in enumerate(outcomes)]
+            outcome = ("dropped" if kind == "prune" else "constant", None)
+            outcomes = [outcome if e in gone else before for e, before in enumerate(outcomes)]
         elif kind == "condense":
             order = {e: place for place, index in enumerate(operation["experts"], start=1) for e in parts[index]}
             outcomes = [("condensed", order[e]) if e in order else ("dropped", None) for e in range(num_experts)]

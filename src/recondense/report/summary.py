@@ -19,7 +19,7 @@ from recondense.errors import UserError
 from recondense.models import families
 from recondense.models.model_files import read_history
 from recondense.models.quantized import StoredWeights
-from recondense.operations import Condense, Drop, Factorize, Merge, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Prune
 from recondense.plan import Plan
 from recondense.report import beside_published
 from recondense.report.published import PAPER_TASKS
@@ -198,7 +198,7 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
         count["layers"] = len(layers[name])
         before = num_now.get(operation.layer, num_experts)
         after, word = before, ""
-        if isinstance(operation, Prune):
+        if isinstance(operation, Prune | Constant):
             after, word = len(operation.retained), "retained"
         elif isinstance(operation, Condense):
             after, word = len(operation.experts), "retained"

@@ -104,6 +104,7 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
     """
     words = {
         "prune": "{layers} pruned ({retained} of {of} experts stay)",
+        "constant": "{layers} with constants ({retained} of {of} experts stay, the others are constants)",
         "condense": "{layers} condensed ({retained} of {of} experts stay, always active)",
         "merge": "{layers} merged ({of} experts into {groups})",
         "factorize": "{layers} factorized",

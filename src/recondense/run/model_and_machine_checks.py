@@ -113,8 +113,9 @@ def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Pr
     if facts.factorized and any(step.needs_whole_experts for step in steps):
         layers = ", ".join(map(str, facts.factorized[:6])) + (", ..." if len(facts.factorized) > 6 else "")
         text = (
-            f"the experts of layers {layers} are already low-rank, but this method needs full ones. Use "
-            "method=layer_drop or block_drop, or compress a folder that was exported with export.format=dense."
+            f"the experts of layers {layers} are already low-rank or constants, but this method needs full ones. Use "
+            "method=layer_drop or block_drop, or compress a folder without constants that was exported with "
+            "export.format=dense."
         )
         yield Problem("model.path", text)
 

@@ -21,7 +21,13 @@ from recondense.operations import Drop, Factorize, Operation
 from recondense.plan import Plan
 from recondense.surgery import execute
 
-WORDS = {"condense": "condensed", "prune": "pruned", "factorize": "factorized", "merge": "merged"}
+WORDS = {
+    "condense": "condensed",
+    "prune": "pruned",
+    "factorize": "factorized",
+    "merge": "merged",
+    "constant": "others constant",
+}
 
 
 @dataclass(frozen=True)

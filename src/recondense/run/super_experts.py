@@ -36,7 +36,7 @@ def super_experts_of(tape: Callable[[], Tape], cache: Cache) -> SuperExperts:
             outputs = find_super_experts(recorded, bar.advance)
         record = cache[NAME] = {"outputs": [[layer, list(experts.items())] for layer, experts in outputs.items()]}
     super_experts = SuperExperts({int(layer): {int(e): v for e, v in pairs} for layer, pairs in record["outputs"]})
-    if super_experts.outputs and processes.is_first():
+    if super_experts.outputs:
         log.warning(super_experts.describe())
     return super_experts
 
@@ -66,7 +66,6 @@ def report_super_experts(super_experts: SuperExperts, operations: Sequence[Opera
     """
     if not super_experts.outputs:
         return {}
-    if processes.is_first():
-        for warning in super_experts.warnings(operations):
-            log.warning(warning)
+    for warning in super_experts.warnings(operations):
+        log.warning(warning)
     return {"super_experts": super_experts.record(operations)}

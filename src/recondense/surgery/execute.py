@@ -21,9 +21,9 @@ from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import decoder, moe_blocks, removed_blocks
 from recondense.models.layer_store import layer_store
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
-from recondense.surgery import condense, drop, factorize, merge, prune
+from recondense.surgery import condense, constant, drop, factorize, merge, prune
 from recondense.surgery.refit import refit_layers
 
 RecordTape = Callable[[], Tape]
@@ -57,7 +57,7 @@ def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None
         model: the model; it is changed in place.
         plan: the operations.
         record: records a tape of the model on the calibration set, with the model as it is at the call. Factorizing
-            with whitening needs it.
+            with whitening and constants need it.
 
     Returns:
         The original blocks, as for `restructure`.
@@ -68,13 +68,14 @@ def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None
     """
     originals: dict[int, nn.Module] = {}
     with restore_on_error(model, originals), torch.no_grad():
-        for whitened, group in groupby(structural_operations(plan), _needs_tape):
+        for needs_tape, group in groupby(structural_operations(plan), _needs_tape):
             operations = list(group)
-            if whitened and record is None:
-                raise UserError("plan: factorize with whitening needs the calibration set, but there is no tape")
-            names = _block_names(model, operations, layer_store(model).fingerprint() if whitened else "")
+            if needs_tape and record is None:
+                what = "constant" if isinstance(operations[0], Constant) else "factorize with whitening"
+                raise UserError(f"plan: {what} needs the calibration set, but there is no tape")
+            names = _block_names(model, operations, layer_store(model).fingerprint() if needs_tape else "")
             tape = None
-            if whitened and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
+            if needs_tape and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
                 tape = record()  # before any operation of this group
             for operation, name in zip(operations, names, strict=True):
                 _exchange(model, operation.layer, _make_block(model, operation, tape, name), originals)
@@ -110,7 +111,7 @@ def structural_operations(plan: Plan) -> list[Operation]:
 
 
 def _needs_tape(operation: Operation) -> bool:
-    return isinstance(operation, Factorize) and operation.whitening
+    return isinstance(operation, Constant) or (isinstance(operation, Factorize) and operation.whitening)
 
 
 def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
@@ -121,6 +122,8 @@ def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
             return condense.restructure(block, operation)
         case Prune():
             return prune.restructure(block, operation)
+        case Constant():
+            return constant.restructure(block, operation)
         case Merge():
             return merge.restructure(block, operation)
         case Drop():
@@ -165,6 +168,9 @@ def _compute_block(model: PreTrainedModel, operation: Operation, tape: Tape | No
         condense.fill(after, before, operation)
     elif isinstance(operation, Merge):
         merge.fill(moe_blocks.sparse_view(model, operation.layer, after), before, operation)
+    elif isinstance(operation, Constant):
+        assert tape is not None
+        constant.fill(after, before, operation, tape.trace(model, operation.layer))
     elif isinstance(operation, Factorize):
         moments = None
         if operation.whitening:

@@ -184,7 +184,7 @@ def _expert_unit(view: moe_blocks.SparseBlock, expert: int) -> Unit:
         bucket, position = experts.place_of(expert)
         weight, right = bucket.down_left[position], None if bucket.down_right is None else bucket.down_right[position]
     else:
-        weight, right = view.weights.down_EDF[expert], None
+        weight, right = view.fused_weights.down_EDF[expert], None
 
     def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
         _, weights_TK, index_TK = view.router(x_TD)
@@ -201,7 +201,7 @@ def _inner(view: moe_blocks.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
     """Compute the input of one expert's down projection."""
     experts = view.experts
     if not isinstance(experts, LowRankExperts):
-        return expert_inner(x_tD, view.weights, expert)
+        return expert_inner(x_tD, view.fused_weights, expert)
     bucket, position = experts.place_of(expert)
     return bucket.inner(x_tD, position, experts.glu)
 

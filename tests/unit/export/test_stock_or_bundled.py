@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import EVERY, condense_plan
+from support.tiny_models import EVERY, condense_plan, recorded
 from support.vllm_rules import PUBLISHED, RULES, backend_problems, problems
 from torch import nn
 from transformers import AutoConfig, AutoModel
@@ -19,14 +19,14 @@ from recondense.config.schema import ExportConfig
 from recondense.export.write_folder import write_folder
 from recondense.models import compressed_classes as compressed_module
 from recondense.models import families, model_classes
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
 
 def export(folder: Path, model: Any, *operations: Operation) -> str:
     plan = Plan("tiny", operations)
-    execute.execute(model, plan)
+    execute.execute(model, plan, lambda: recorded(model))
     return write_folder(model, None, plan, folder, "")
 
 
@@ -149,6 +149,7 @@ BUNDLED: dict[str, tuple[Operation, ...]] = {
     "a gate per token": (Condense(1, (1, 4), (0.3, 0.4), None),),
     "low rank": (Prune(1, FOUR), Factorize(1, RANKS)),
     "pruned unlike": (Prune(1, FOUR),),
+    "constants": (Constant(1, FOUR),),
     "merged": (Merge(1, ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))),),
 }
 

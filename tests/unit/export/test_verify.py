@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.small import byte_tokenizer
-from support.tiny_models import EVERY, condense_plan, unchanged
+from support.tiny_models import EVERY, condense_plan, recorded, unchanged
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import (
@@ -31,7 +31,7 @@ from recondense.export import verify
 from recondense.export import write_folder as export_module
 from recondense.export.write_folder import write_folder
 from recondense.models import families, reload
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 from recondense.surgery.student import Student
@@ -54,6 +54,7 @@ def operations_of(family: str) -> dict[str, tuple[Operation, ...]]:
         "pruned": tuple(Prune(layer, FOUR) for layer in layers),
         "condensed": condense_plan(EVERY[family](), layers[:1]).operations,
         "merged": (Merge(last, *PAIRS),),
+        "constants": (Constant(last, FOUR),),
         "factorized": (Prune(last, FOUR), Factorize(last, RANKS)),
         "block dropped": (Drop(last, "moe"),),
         "layer dropped": (Drop(1 if family == "gpt_oss" else last, "layer"),),
@@ -62,7 +63,7 @@ def operations_of(family: str) -> dict[str, tuple[Operation, ...]]:
 
 def student(family: str, *operations: Operation, dtype: torch.dtype = torch.float32) -> Any:
     model = EVERY[family]().to(dtype)
-    execute.execute(model, Plan("tiny", operations))
+    execute.execute(model, Plan("tiny", operations), lambda: recorded(model))
     return model
 
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 from support.condensed import condensed_layers
 from support.small import byte_tokenizer
-from support.tiny_models import bits, condense_plan, deepseek_v2, logits, qwen2_moe, same_bits, windows
+from support.tiny_models import bits, condense_plan, deepseek_v2, logits, qwen2_moe, recorded, same_bits, windows
 
 from recondense.config.schema import ExportConfig
 from recondense.export.write_folder import write_folder
 from recondense.models.parameters import count_parameters
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import History, Plan
 from recondense.surgery import execute
 
@@ -110,6 +110,8 @@ VARIANTS = {
     "deepseek, factorized, bf16": other(
         "bundled", lambda: deepseek_v2().bfloat16(), Prune(1, FOUR), Factorize(1, RANKS), Prune(2, THREE)
     ),
+    "qwen, constants": other("bundled", qwen2_moe, Constant(1, (4,)), Prune(2, FOUR)),
+    "deepseek, constants": other("bundled", deepseek_v2, Constant(2, FOUR)),
     "qwen, merged": other("bundled", qwen2_moe, Merge(1, *PAIRS)),
     "deepseek, merged": other("bundled", deepseek_v2, Merge(2, *PAIRS)),
     "qwen, layer gone": other("stock", qwen2_moe, Drop(1, "layer")),
@@ -175,7 +177,7 @@ def student(variant: Variant) -> tuple[Any, Plan]:
     plan = condense_plan(model, variant.layers, variant.experts, variant.shared_gate)
     if variant.operations:
         plan = Plan("tiny", variant.operations)
-    execute.execute(model, plan)
+    execute.execute(model, plan, lambda: recorded(model))
     return model.eval(), plan
 
 

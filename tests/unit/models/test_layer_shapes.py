@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import EVERY, qwen2_moe
+from support.tiny_models import EVERY, qwen2_moe, recorded
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from recondense.calibration.calibrate import calibrate
@@ -15,7 +15,7 @@ from recondense.config.schema import ExportConfig
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
 from recondense.models.layer_shapes import differs_from_config, layer_shapes
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 from recondense.surgery.apply import apply
@@ -28,6 +28,7 @@ OPERATIONS: list[Operation] = [
     Prune(1, (0, 2, 3, 5)),
     Factorize(1, RANKS),
     Merge(1, ((0, 1), (2, 3), (4,), (5,)), ((0.5, 0.5), (0.5, 0.5), (1.0,), (1.0,))),
+    Constant(1, (0, 2, 3, 5)),
 ]
 SHAPES: list[dict[str, Any]] = [
     {"kind": "condensed", "shared_width": 24, "routed_width": 2 * 16, "token_gate": True},
@@ -36,6 +37,7 @@ SHAPES: list[dict[str, Any]] = [
     {"kind": "sparse", "num_experts": 4, "router_rows": 4},
     {"kind": "sparse", "num_experts": 6, "router_rows": 6, "ranks": {name: list(RANKS[name]) for name in RANKS}},
     {"kind": "sparse", "num_experts": 4, "router_rows": 6, "merged": True},
+    {"kind": "sparse", "num_experts": 4, "router_rows": 6, "merged": True, "constants": 2},
 ]
 
 
@@ -43,7 +45,7 @@ SHAPES: list[dict[str, Any]] = [
 def test_each_operation_has_a_shape(operation: Operation, shape: dict[str, Any]) -> None:
     model = qwen2_moe()
     assert layer_shapes(model) == {}
-    execute.execute(model, Plan("tiny", (operation,)))
+    execute.execute(model, Plan("tiny", (operation,)), lambda: recorded(model))
     assert layer_shapes(model) == {1: shape}
 
 

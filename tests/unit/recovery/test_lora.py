@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from recondense.config.schema import LoraSettings, RecoveryConfig
 from recondense.export.write_folder import write_folder
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
 from recondense.plan import Plan
 from recondense.recovery.checkpoints import trained_state
 from recondense.recovery.lora import LoraUpdate
@@ -31,6 +31,7 @@ PLANS: dict[str, tuple[Operation, ...]] = {
     "condense": (Condense(1, (3, 0), (0.4, 0.2), 0.5),),
     "prune": (Prune(1, FOUR), Prune(2, FOUR)),
     "factorize": (Prune(1, FOUR), Factorize(1, RANKS)),
+    "constant": (Constant(1, FOUR),),
     "merge": (Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),),
     "drop moe": (Drop(1, "moe"),),
     "drop layer": (Drop(1, "layer"),),

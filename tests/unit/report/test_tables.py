@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.report import comparison
 from recondense.report.model_card import model_card
@@ -317,6 +317,7 @@ MIXED: tuple[Operation, ...] = (
     Drop(3, "moe"),
     Drop(4, "layer"),
     Refit(0, "down_proj", 0.01),
+    Constant(5, (1, 4)),
 )
 
 
@@ -326,6 +327,7 @@ def test_operations_are_counted_in_order() -> None:
     assert counts["prune"] == {"layers": 2, "retained": 7, "of": 12}
     assert counts["condense"] == {"layers": 1, "retained": 2, "of": 3}
     assert counts["merge"] == {"layers": 1, "groups": 3, "of": 6}
+    assert counts["constant"] == {"layers": 1, "retained": 2, "of": 6}
     assert counts["factorize"] == {"layers": 2, "lowest": 5, "highest": 20, "mean": pytest.approx(49 / 5)}
     assert counts["drop_moe"] == counts["drop_layer"] == counts["refit"] == {"layers": 1}
     assert operation_counts(Plan("tiny"), 6) == {}
@@ -338,6 +340,7 @@ def test_the_report_and_the_model_card_describe_the_plan(tmp_path: Path) -> None
     for words in (
         "2 layers pruned (7 of 12 experts stay)", "1 layer condensed (2 of 3 experts", "6 experts into 3",
         "2 layers factorized (ranks 5-20, mean 9.8)", "1 layer removed", "1 layer refitted",
+        "1 layer with constants (2 of 6 experts stay",
     ):  # fmt: skip
         assert words in line
     with (tmp_path / "out").open("w") as file:
@@ -359,7 +362,9 @@ def test_the_outcome_of_every_expert_is_drawn() -> None:
     assert set(outcomes_of(3, operations, 6)) == {("removed", None)} and set(outcomes_of(4, operations, 6)) == {
         ("skipped", None)
     }
-    assert set(outcomes_of(5, operations, 6)) == {("kept", None)}
+    kept, constant = ("kept", None), ("constant", None)
+    assert outcomes_of(5, operations, 6) == [constant, kept, constant, constant, kept, constant]
+    assert set(outcomes_of(6, operations, 6)) == {("kept", None)}
     words = {kind: text for kind, (_, text) in OUTCOMES.items()}
     assert "number: order of selection" in words["condensed"] and "dense in a factorized layer" in words["dense"]
 

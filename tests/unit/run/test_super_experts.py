@@ -16,7 +16,7 @@ from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search.budget import Budget
 from recondense.methods.search.protection import SuperExperts, place_after
 from recondense.models import moe_blocks, parameters
-from recondense.operations import OPERATIONS, Condense, Drop, Factorize, Merge, Prune, Refit
+from recondense.operations import OPERATIONS, Condense, Constant, Drop, Factorize, Merge, Prune, Refit
 from recondense.plan import Plan
 from recondense.report.tables import super_experts_line
 from recondense.run import search as search_module
@@ -71,7 +71,7 @@ def test_an_expert_that_a_method_would_lose_is_kept_if_it_is_protected(
     assert [operation.kind for operation in protected.operations] == [operation.kind for operation in plan.operations]
     sizes = []
     for searched in (plan, protected):
-        originals = execute.execute(model, searched)
+        originals = execute.execute(model, searched, lambda: recorded(model))
         sizes.append(parameters.sizes(model)["routed_experts"])
         for changed, block in originals.items():
             moe_blocks.set_block(model, changed, block)
@@ -120,6 +120,7 @@ def test_a_model_without_super_experts_has_no_entry_and_the_cache_answers_again(
 EXAMPLES = {
     "condense": (Condense(0, (4, 2), (0.5, 0.5)), {2: 1, 4: 0, 3: None}),
     "prune": (Prune(0, (1, 3, 4)), {3: 1, 4: 2, 0: None}),
+    "constant": (Constant(0, (1, 3)), {3: 1, 0: None}),
     "merge": (Merge(0, ((0, 1), (2,), (3, 4)), ((0.5, 0.5), (1.0,), (0.5, 0.5))), {2: 1, 0: None, 4: None}),
     "factorize": (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 5)), {3: 3}),
     "drop": (Drop(0, "moe"), {0: None}),

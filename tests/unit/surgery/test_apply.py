@@ -7,7 +7,7 @@ import torch
 from support.tiny_models import FAMILIES, bits, logits, qwen2_moe, recorded, same_bits, windows
 
 from recondense.errors import UserError
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.surgery.apply import apply
 
@@ -19,6 +19,7 @@ STRUCTURAL: list[Operation] = [
     Prune(1, (0, 2, 3, 5)),
     Factorize(1, {name: (3,) * 6 for name in ("gate_proj", "up_proj", "down_proj")}),
     Merge(1, tuple((expert,) for expert in EXPERTS), ((1.0,),) * 6),
+    Constant(1, (0, 2, 3, 5)),
     Drop(1, "moe"),
     Drop(1, "layer"),
 ]
@@ -57,7 +58,7 @@ def test_a_refit_needs_the_calibration_set() -> None:
 def test_a_compressed_model_is_refused(operation: Operation) -> None:
     """Its config still describes the original. Inside `original()` it is the original, and afterwards it is not."""
     model = qwen2_moe()
-    student = apply(model, Plan("tiny", (operation,)))
+    student = apply(model, Plan("tiny", (operation,)), lambda: recorded(model))
     with student.original():
         assert apply(model, Plan("tiny")).model is model
     with pytest.raises(UserError, match="compressed since it was loaded"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from recondense.methods.search.damage import Damage
 from recondense.models import moe_blocks
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.surgery import execute, refit
 from recondense.surgery.refit import _inputs_and_targets, units_of
@@ -25,6 +25,7 @@ CHANGES: dict[str, tuple[Operation, ...]] = {
     "condense": (Condense(1, (3, 0), (0.4, 0.2), 0.5),),
     "condense, token gate": (Condense(1, (3, 0), (0.4, 0.2), None),),
     "prune": (Prune(1, FOUR),),
+    "constant": (Constant(1, FOUR),),
     "merge": (Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),),
     "factorize": (Prune(1, FOUR), Factorize(1, RANKS)),
 }
@@ -32,7 +33,7 @@ CHANGES: dict[str, tuple[Operation, ...]] = {
 
 def change(family: str, operations: tuple[Operation, ...]) -> tuple[Any, dict[int, Any]]:
     model = FAMILIES[family]()
-    return model, execute.execute(model, Plan("tiny", operations))
+    return model, execute.execute(model, Plan("tiny", operations), lambda: recorded(model))
 
 
 def run(model: Any, originals: dict[int, Any], *refits: Operation) -> dict[int, Any]:

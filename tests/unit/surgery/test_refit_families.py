@@ -14,7 +14,7 @@ from support.plain_moe import (
 from support.tiny_models import EVERY, recorded, texts
 from torch import Tensor
 
-from recondense.operations import Condense, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -32,6 +32,7 @@ def states_after(model: Any, layer: int) -> Tensor:
 
 REFITS: dict[str, tuple[Operation, Operation]] = {
     "prune": (Prune(1, FOUR), Refit(1, "down_proj", 1e-3)),
+    "constant": (Constant(1, FOUR), Refit(1, "down_proj", 1e-3)),
     "merge": (Merge(1, *PAIRS), Refit(1, "down_proj", 1e-3)),
     "factorize": (Factorize(1, RANKS), Refit(1, "down_proj", 1e-3)),
     "condense": (Condense(1, (3, 0), (0.4, 0.2)), Refit(1, "down_proj", 1e-3)),
@@ -45,7 +46,7 @@ def test_a_refit_brings_hidden_states_nearer(name: str, family: str) -> None:
     """By as much as it reports."""
     model, (operation, refit) = EVERY[family](), REFITS[name]
     original = states_after(model, 1)
-    originals = execute.execute(model, Plan("tiny", (operation,)))
+    originals = execute.execute(model, Plan("tiny", (operation,)), lambda: recorded(model))
     before = (states_after(model, 1) - original).norm()
     report = execute.refit(model, Plan("tiny", (refit,)), originals, lambda: recorded(model))[1]
     after = (states_after(model, 1) - original).norm()

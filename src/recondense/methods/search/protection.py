@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from recondense.methods.search.expert_scores import name_experts
 from recondense.methods.step import Record
-from recondense.operations import Condense, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Merge, Operation, Prune
 
 UNCHANGED_PLACES = ("factorize", "narrow", "refit")  # kinds of operations that change experts but keep each of them
 LOST = {
@@ -112,7 +112,7 @@ def place_after(layer: int, expert: int, operations: Sequence[Operation]) -> tup
 
 
 def _retained(operation: Operation) -> tuple[int, ...]:
-    assert isinstance(operation, Prune), operation
+    assert isinstance(operation, Prune | Constant), operation
     return operation.retained
 
 
