@@ -100,12 +100,7 @@ def reshape(
     router_entries: Sequence[str],
     expert_entries: Sequence[str],
     kind: str,
-    num_experts: int = 0,
-    router_rows: int = 0,
-    ranks: Mapping[str, list[int | None]] | None = None,
-    merged: bool = False,
-    constants: int = 0,
-    **widths: Any,
+    **shape: Any,
 ) -> None:
     """Change a decoder layer of the uncompressed model to a compressed shape, without filling in weights.
 
@@ -116,12 +111,8 @@ def reshape(
         router_entries, expert_entries: as for `compressed_classes`.
         kind: "sparse", "condensed", "zeros" or "skipped". This and the following arguments are one entry of
             `config.compressed_layers`.
-        num_experts: the number of routed experts of a sparse layer.
-        router_rows: the number of rows of its router.
-        ranks: the ranks of its low-rank experts; None for dense ones.
-        merged: whether several rows of its router can select the same expert, or a constant.
-        constants: the number of constants in place of experts.
-        widths: `shared_width`, `routed_width` and `token_gate` of a condensed layer.
+        shape: the arguments of `_reshape_sparse` for a sparse layer; `shared_width`, `routed_width` and `token_gate`
+            of a condensed layer.
     """
     layer: Any = layers[index]
     if kind == "skipped":
@@ -131,22 +122,46 @@ def reshape(
     pair = returns_pair(block)
     if kind == "zeros":
         layer.mlp = Zeros(pair)
-        return
+    elif kind == "condensed":
+        glu, bias = glu_of(block.experts), has_bias(block.experts)
+        layer.mlp = CondensedMoE(hidden_size, glu=glu, scaled=False, bias=bias, pair=pair, **shape)
+    else:
+        _reshape_sparse(block, hidden_size, router_entries, expert_entries, **shape)
+
+
+def _reshape_sparse(
+    block: Any,
+    hidden_size: int,
+    router_entries: Sequence[str],
+    expert_entries: Sequence[str],
+    num_experts: int,
+    router_rows: int,
+    ranks: Mapping[str, list[int | None]] | None = None,
+    merged: bool = False,
+    constants: int = 0,
+) -> None:
+    """Change the router and the experts of a sparse block to a compressed shape.
+
+    Args:
+        block: the sparse block.
+        hidden_size, router_entries, expert_entries: as for `reshape`.
+        num_experts: the number of routed experts.
+        router_rows: the number of rows of the router.
+        ranks: the ranks of low-rank experts; None for dense ones.
+        merged: whether a table says what each row selects, because several rows share an expert, or for constants.
+        constants: the number of constants in place of experts.
+    """
     experts, name = block.experts, router_name(block)
-    router, before, bias = getattr(block, name), experts.num_experts, has_bias(experts)
-    if kind == "condensed":
-        layer.mlp = CondensedMoE(hidden_size, glu=glu_of(experts), scaled=False, bias=bias, pair=pair, **widths)
-        return
+    router, before = getattr(block, name), experts.num_experts
     if router_rows != before:
         router = select_experts(router, range(router_rows), before, router_entries)
     if ranks is not None:
-        experts = _KeptExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), bias)
+        block.experts = _KeptExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), has_bias(experts))
     elif num_experts != before:
-        experts = select_experts(experts, range(num_experts), before, expert_entries)
+        block.experts = select_experts(experts, range(num_experts), before, expert_entries)
     if constants:
-        experts = add_constants(experts, torch.empty(constants, hidden_size))
+        block.experts = add_constants(block.experts, torch.empty(constants, hidden_size))
     setattr(block, name, RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router)
-    block.experts = experts
 
 
 def router_name(block: nn.Module) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recondense.errors import UserError
-from recondense.report.figures import ORANGE, PURPLE, SCALE, SKY, save_figure, start_figure
+from recondense.report.expert_outcomes import OUTCOMES, Outcome, outcomes_of
+from recondense.report.figures import SCALE, save_figure, start_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
 HEAT_COLOURS = 48
 MOST_NUMBERED = 24  # maximum number of experts per layer for which the axis numbers each of them
 HATCHES = {"dropped": "xxx", "removed": "///", "skipped": "---"}
-# Outcome of an expert: (colour, text of the legend).
-OUTCOMES = {
-    "kept": ("#DDDDDD", "kept"),
-    "dense": (PURPLE, "kept dense in a factorized layer"),
-    "condensed": (ORANGE, "condensed: always active; number: order of selection"),
-    "dropped": ("white", "dropped"),
-    "constant": ("#F0E8C8", "replaced by a constant"),
-    "removed": ("white", "feed-forward block removed"),
-    "skipped": ("white", "layer removed"),
-    "merged": (SKY, "merged; number: its group"),
-}
-Outcome = tuple[str, int | None]  # key of OUTCOMES or "factorized", and the number to draw on the expert
 
 
 def draw_plan(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], path: Path) -> Path:
@@ -245,6 +234,8 @@ def _divergences(record: Mapping[str, Any]) -> dict[int, float]:
 def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], path: Path) -> Path:
     """Draw the outcome of each expert in each layer: dropped, merged (its group), condensed or factorized (its rank).
 
+    Super experts have a bold frame.
+
     Args:
         plan: `Plan.to_dict()`.
         num_experts: routed experts per layer of the uncompressed model.
@@ -277,7 +268,8 @@ def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[in
     axes.set_ylabel("layer", fontsize=8)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if handles := list(_legend({kind for row in rows for kind, _ in row})):
+    handles = [*_legend({kind for row in rows for kind, _ in row}), *_frame_super_experts(axes, plan, layers)]
+    if handles:
         figure.legend(handles=handles, frameon=False, fontsize=7, ncols=3, loc="outside lower center")
     if ranks:
         ticks = MaxNLocator(integer=True)
@@ -286,6 +278,17 @@ def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[in
         bar.ax.tick_params(labelsize=7)
     axes.set_title(f"outcome of each expert of {plan.get('model') or 'the model'}", fontsize=10)
     return save_figure(figure, path)
+
+
+def _frame_super_experts(axes: Axes, plan: Mapping[str, Any], layers: Sequence[int]) -> list[Any]:
+    """Draw a bold frame around every super expert, and return its entry of the legend; empty if there are none."""
+    from matplotlib.patches import Patch, Rectangle
+
+    named = plan.get("search", {}).get("super_experts", {}).get("largest_outputs", {})
+    for row, layer in enumerate(layers):
+        for expert in map(int, named.get(str(layer), ())):
+            axes.add_patch(Rectangle((expert - 0.46, row - 0.46), 0.92, 0.92, fill=False, linewidth=2, zorder=3))
+    return [Patch(fill=False, linewidth=2, label="super expert")] if named else []
 
 
 def _legend(kinds: set[str]) -> Iterator[Any]:
@@ -311,41 +314,3 @@ def _draw_outcome(axes: Axes, expert: int, row: int, outcome: Outcome, norm: Any
         dark = factorized and norm(number) < 0.6
         text: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": font_size}
         axes.text(expert, row, str(number), color="white" if dark else "black", **text)
-
-
-def outcomes_of(layer: int, operations: Sequence[Mapping[str, Any]], num_experts: int) -> list[Outcome]:
-    """Return the outcome of each expert of an uncompressed layer.
-
-    Args:
-        layer: index of the layer.
-        operations: operations of the plan, as JSON values.
-        num_experts: routed experts of the uncompressed layer.
-    """
-    outcomes: list[Outcome] = [("kept", None)] * num_experts
-    # For each expert after the operations so far, the experts of the uncompressed layer of which it consists.
-    parts: list[tuple[int, ...]] = [(expert,) for expert in range(num_experts)]
-    for operation in (entry for entry in operations if entry["layer"] == layer):
-        kind = operation["kind"]
-        if kind == "drop":
-            return [("removed" if operation["part"] == "moe" else "skipped", None)] * num_experts
-        if kind in ("prune", "constant"):
-            gone = {e for index, part in enumerate(parts) if index not in operation["retained"] for e in part}
-            parts = [parts[index] for index in operation["retained"]]
-            outcome = ("dropped" if kind == "prune" else "constant", None)
-            outcomes = [outcome if e in gone else before for e, before in enumerate(outcomes)]
-        elif kind == "condense":
-            order = {e: place for place, index in enumerate(operation["experts"], start=1) for e in parts[index]}
-            outcomes = [("condensed", order[e]) if e in order else ("dropped", None) for e in range(num_experts)]
-        elif kind == "merge":
-            parts = [tuple(expert for index in group for expert in parts[index]) for group in operation["groups"]]
-            for number, group in enumerate(parts):
-                for expert in group:
-                    outcomes[expert] = ("merged", number)
-        elif kind == "factorize":
-            for part, rank in zip(parts, operation["ranks"]["gate_proj"], strict=True):
-                for expert in part:
-                    if rank is not None:
-                        outcomes[expert] = ("factorized", rank)
-                    elif outcomes[expert][0] == "kept":
-                        outcomes[expert] = ("dense", None)
-    return outcomes

@@ -39,11 +39,7 @@ Decided = tuple[Sequence[Operation], Record]
 
 
 def search(
-    tape: Tape,
-    steps: Step | Sequence[Step] | str,
-    *,
-    refit: bool | str = False,
-    protect_super_experts: bool = True,
+    tape: Tape, steps: Step | Sequence[Step] | str, *, refit: bool | str = False, protect_super_experts: bool = True
 ) -> Plan:
     """Decide how to compress each layer. The model is not changed; `apply` executes the plan.
 
@@ -123,6 +119,26 @@ def find_plan(
         keep_plan(folder, plan)
         log.info("plan: loaded from %s", path)
         return plan
+    operations, evidence = _search_run(config, steps, model, calibration, decided_by, folder, timed)
+    method = fingerprint([step.key() for step in steps], dict(config.method))
+    plan = Plan(name, tuple(operations), {**decided_by, "method": method}, evidence)
+    plan = processes.broadcast(plan)
+    keep_plan(folder, plan)
+    if processes.is_first():
+        plan.save(path)
+    return plan
+
+
+def _search_run(
+    config: Config,
+    steps: Sequence[Step],
+    model: PreTrainedModel,
+    calibration: CalibrationSet | None,
+    decided_by: Mapping[str, str],
+    folder: Path,
+    timed: Timed,
+) -> tuple[list[Operation], Record]:
+    """Search the operations of a run and their evidence; the arguments are those of `find_plan` and `search_step`."""
     record_split = make_recorder(config, model, calibration, folder, timed, split=True)
     record_unsplit = make_recorder(config, model, calibration, folder, timed)
     original = cache(record_split)  # for the super experts and for the first step
@@ -139,14 +155,7 @@ def find_plan(
 
     operations, records = _search_steps(model, steps, search_one, record_unsplit)
     evidence = {**_evidence(records), **report_super_experts(super_experts, operations)}
-    operations += plan_refits(operations, config.method.get("refit", False))
-    method = fingerprint([step.key() for step in steps], dict(config.method))
-    plan = Plan(name, tuple(operations), {**decided_by, "method": method}, evidence)
-    plan = processes.broadcast(plan)
-    keep_plan(folder, plan)
-    if processes.is_first():
-        plan.save(path)
-    return plan
+    return operations + plan_refits(operations, config.method.get("refit", False)), evidence
 
 
 def _load_plan(path: Path) -> Plan | None:

@@ -16,8 +16,9 @@ from rich.table import Table
 from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.report import comparison
+from recondense.report.expert_outcomes import OUTCOMES, outcomes_of
 from recondense.report.model_card import model_card
-from recondense.report.plan_picture import OUTCOMES, draw_plan, draw_searches, outcomes_of
+from recondense.report.plan_picture import draw_plan, draw_searches
 from recondense.report.summary import operation_counts
 from recondense.report.sweep_picture import draw_sweep
 from recondense.report.sweep_table import sweep_row, sweep_table
@@ -376,5 +377,11 @@ def test_a_picture_of_any_plan(operations: tuple[Operation, ...], tmp_path: Path
     path = draw_plan(Plan("tiny", operations).to_dict(), 6, range(6), tmp_path / "plan.png")
     pixels = imread(path)
     assert pixels.shape[0] > 250 and pixels.shape[1] > 300
+    marked = {**Plan("tiny", operations).to_dict(), "search": {"super_experts": {"largest_outputs": {"2": {"4": 1e4}}}}}
+    black = [
+        (imread(draw_plan(data, 6, range(6), tmp_path / "x.png"))[..., :3] == 0).all(axis=-1).sum()
+        for data in (Plan("tiny", operations).to_dict(), marked)
+    ]
+    assert black[1] > black[0] + 50, "the frame of the super expert"
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])[:, :3]
     assert (border == 1).all()

@@ -23,9 +23,7 @@ def search_expert_sets(
     num_best: int = 1,
     relative: bool = False,
 ) -> dict[int, list[tuple[ExpertSet, float]]]:
-    """Find the best sets of experts to drop in each layer, or read them from the cache.
-
-    Protected experts are in no set, unless a layer must lose more experts than it has others.
+    """Find the best sets of experts to drop in each layer; protected experts are in no set if there are enough others.
 
     Args:
         search: the layer-wise search, with the model, its tape and the cache.
