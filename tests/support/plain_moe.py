@@ -83,6 +83,8 @@ STEEP: dict[str, tuple[Callable[..., Any], Routing]] = {
 }
 # For operations: retained experts, groups and their weights.
 FOUR = (0, 2, 3, 5)
+EVEN = ((0, 3, 5, 7),) * 2 + ((1, 2, 3, 15),) + ((0, 4, 8, 12),) * 3  # retained channels of each of six experts
+UNEVEN = ((0, 3, 5, 7), (2,), tuple(range(16)), (1, 2, 3, 15), tuple(range(12)), (4, 5, 6))
 PAIRS = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
 Ranks = dict[str, tuple[int | None, ...]]
 # Buckets of one expert and of several, ranks that are multiples of 16 bytes and others, and dense projections.
@@ -189,6 +191,15 @@ class PlainMoE:
             routed = [weights_TE[token, expert] * self.expert(expert, x_1D) for expert in selected]
             rows.append(torch.stack(routed).sum(dim=0) + self.shared(x_1D))
         return torch.cat(rows)
+
+    def narrowed(self, channels: Sequence[Sequence[int]]) -> PlainMoE:
+        """A block whose experts have zeros in the columns of down_proj of all channels but these."""
+        block = self._copy()
+        down = block.state["experts.down_proj"] = self.state["experts.down_proj"].clone()
+        for expert, retained in enumerate(channels):
+            columns = down[expert] if self.is_transposed else down[expert].T
+            columns[[channel for channel in range(len(columns)) if channel not in retained]] = 0
+        return block
 
     def merged(self, groups: Sequence[Sequence[int]], shares: Sequence[Sequence[float]]) -> PlainMoE:
         """A block whose experts are the weighted means of their groups, biases included; the routing is the same."""

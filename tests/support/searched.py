@@ -43,9 +43,10 @@ SMALL: dict[str, list[str]] = {
     "none": [],
     "block_drop": ["method.memory_ratio=0.8"],
     "svd_llm": ["method.memory_ratio=0.8"],
+    "narrow": ["method.removed_expert_ratio=0.4", "method.width_multiple=4"],
     "cdmoe_moei2": [
         *("method.memory_ratio=0.85", "method.num_experts=[2]", "method.prune_ratios=[0.34]"),
-        *("method.kept_ratios=[0.5]", "method.population=20", "method.parents=5"),
+        *("method.kept_ratios=[0.5]", "method.width_ratios=[0.5]", "method.population=20", "method.parents=5"),
     ],
     "moei2": ["method.prune_ratio=0.34", "method.memory_ratio=0.7", "method.population=10", "method.parents=4"],
 }

@@ -295,11 +295,13 @@ def backend_problems(folder: Path, base: Any) -> list[str]:
     for layer, module in enumerate(base.layers):
         if not any("attn" in name for name, _ in module.named_children()):
             messages.append(f"layer {layer} has no attention, so no key-value cache")
-    num_experts = families.original_facts(base.config).num_experts
+    facts = families.original_facts(base.config)
+    num_experts = facts.num_experts
     for name, module in base.named_modules():  # it replaces these by its own experts, as many as the config says
         parameters = list(module.parameters())
         if name.endswith(".experts") and parameters and all(parameter.ndim == 3 for parameter in parameters):
             tensors = dict(module.named_parameters())
-            if set(tensors) != {"gate_up_proj", "down_proj"} or tensors["down_proj"].shape[0] > num_experts:
+            sizes = tensors["down_proj"].shape if set(tensors) == {"gate_up_proj", "down_proj"} else None
+            if sizes is None or sizes[0] > num_experts or facts.expert_width not in sizes[1:]:
                 messages.append(f"{name} would be replaced by {num_experts} whole experts")
     return messages

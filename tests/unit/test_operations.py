@@ -12,7 +12,7 @@ from support.tiny_models import FAMILIES, bits, deepseek_v2, logits, qwen2_moe, 
 
 from recondense.models import decoder, families, moe_blocks, parameters
 from recondense.models.removed_blocks import SkippedLayer, Zeros
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -130,6 +130,16 @@ PLANS: dict[str, tuple[Operation, ...]] = {
     "drop": (Drop(1, "moe"), Drop(2, "layer")),
     "prune, factorize": (Prune(1, (0, 2, 3, 5)), Factorize(1, RANKS)),
     "prune, factorize with whitening": (Prune(1, (0, 2, 3, 5)), Prune(2, (1, 2)), Factorize(1, RANKS, whitening=True)),
+    "prune, narrow": (Prune(1, (0, 2, 3, 5)), Narrow.from_channels(1, ((0, 3, 5, 7),) * 4)),
+    "narrow, factorize": (
+        *(Narrow.from_channels(layer, ((0, 3, 5, 7),) * 6, True) for layer in (1, 2)),
+        *(Factorize(1, {name: (2,) * 6 for name in RANKS}, whitening=True), Prune(2, (0, 4))),
+    ),
+    "merge, narrow unlike": (
+        Merge(1, ((0, 1, 2), (3,), (4, 5)), ((0.2, 0.3, 0.5), (1.0,), (0.5, 0.5))),
+        Narrow.from_channels(1, ((0, 3, 5, 7), (2,), range(9)), True),
+    ),
+    "narrow, condense": (Narrow.from_channels(1, ((0, 3, 5, 7),) * 6), Condense(1, (2,), (0.4,), 0.5)),
     "prune twice": (Prune(1, (0, 2, 3, 5)), Prune(1, (0, 3))),
     "prune, condense": (Prune(1, (0, 2, 3, 5)), Condense(1, (2,), (0.4,), 0.5)),
     "prune, drop": (Prune(1, (0, 2, 3, 5)), Drop(1, "layer")),
@@ -170,6 +180,8 @@ def test_a_plan_that_fails_half_way_leaves_the_model_unchanged() -> None:
         assert same_bits(bits(model), before) and not any(
             isinstance(module, Zeros | SkippedLayer) for module in model.modules()
         )
+    with pytest.raises(ValueError, match="narrow with compensate needs the calibration set"):
+        execute.execute(model, Plan("tiny", (Narrow.from_channels(1, ((0, 3, 5, 7),) * 6, True),)))
     with pytest.raises(ValueError, match="needs the calibration set"):
         execute.execute(model, Plan("tiny", (Factorize(1, RANKS, whitening=True),)))
 

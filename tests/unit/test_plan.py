@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from recondense.errors import UserError
-from recondense.operations import OPERATIONS, Condense, Constant, Drop, Factorize, Merge, Prune, Refit
+from recondense.operations import OPERATIONS, Condense, Constant, Drop, Factorize, Merge, Narrow, Prune, Refit
 from recondense.plan import History, Plan
 
 PLAN = Plan(
@@ -87,6 +87,7 @@ def test_invalid_data_is_refused(data: dict[str, Any], message: str) -> None:
 
 
 FACTORIZE = {"kind": "factorize", "layer": 1}
+NARROW = {"kind": "narrow", "layer": 1, "compensate": False}
 FILES: dict[str, tuple[str, str]] = {
     "a list": ("[1]", r"the plan must be an object of JSON, but it is \[1\]"),
     "null": ("null", "the plan must be an object"),
@@ -99,6 +100,7 @@ FILES: dict[str, tuple[str, str]] = {
     "a layer": (json.dumps(plan_data(operations=[{**OPERATION, "layer": "a"}])), "condense operation .* 'a'"),
     "experts": (json.dumps(plan_data(operations=[{**OPERATION, "experts": 3}])), "condense operation .* wrong type"),
     "ranks": (json.dumps(plan_data(operations=[{**FACTORIZE, "ranks": [1]}])), "factorize .* wrong"),
+    "masks": (json.dumps(plan_data(operations=[{**NARROW, "masks": [3]}])), "narrow .* wrong type"),
     "infinity": (json.dumps(plan_data(operations=[{**OPERATION, "layer": float("inf")}])), "condense .* wrong type"),
     "negative": (json.dumps(plan_data(operations=[{**OPERATION, "layer": -1}])), "layer -1 is negative"),
     "search": (json.dumps(plan_data(search=[1])), "search of the plan must be a dict"),
@@ -140,6 +142,7 @@ OF_EVERY_KIND = (
     Prune(1, (0, 3)),
     Constant(2, (0, 3)),
     Factorize(1, {"gate_proj": (3, None), "up_proj": (3, None), "down_proj": (2, None)}, whitening=True),
+    Narrow.from_channels(1, ((0, 2, 900), (1,)), compensate=True),
     Merge(2, ((1, 0), (2,)), ((0.25, 0.75), (1.0,)), align=True),
     Drop(3, "moe"),
     Drop(4, "layer"),
@@ -152,6 +155,12 @@ def test_every_kind_survives_json() -> None:
     assert Plan.from_json(plan.to_json()) == plan
     assert {operation.kind for operation in OF_EVERY_KIND} == set(OPERATIONS)
     assert plan.layers == (0, 1, 2, 3, 4)
+
+
+def test_masks_are_bits_of_channels() -> None:
+    operation = Narrow.from_channels(0, ((0, 1, 9), [4]))
+    assert operation.masks == ("203", "10")
+    assert operation.channels == ((0, 1, 9), (4,)) and operation.widths == (3, 1)
 
 
 def test_an_earlier_word_for_a_decoder_layer_is_read() -> None:
@@ -175,6 +184,9 @@ def test_an_earlier_word_for_a_decoder_layer_is_read() -> None:
         (lambda: Merge(1, ((0,), (2,)), ((1.0,), (1.0,))), "partition the experts"),
         (lambda: Merge(1, ((0, 1),), ((1.0,),)), "one weight for each"),
         (lambda: Merge(1, ((0, 1),), ((0.5, 0.6),)), "sum to 1"),
+        (lambda: Narrow.from_channels(1, ((0,), ())), "above 0"),
+        (lambda: Narrow(1, ("0x3",)), "hexadecimal"),
+        (lambda: Narrow(1, ()), "one for each expert"),
         (lambda: Drop(1, "attention"), "moe or layer"),  # type: ignore[arg-type]
         (lambda: Refit(1, "router", 0.1), "down_proj"),  # type: ignore[arg-type]
         (lambda: Refit(1, "down_proj", 0.0), "above 0"),

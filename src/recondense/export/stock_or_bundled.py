@@ -85,6 +85,7 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
                 raise NotStock(f"layer {layer} has {what}, which a config of {name} cannot express")
     sparse = {layer: shape["num_experts"] for layer, shape in shapes.items() if shape["kind"] == "sparse"}
     counts = {block.num_experts for block in moe_blocks.sparse_blocks(model).values()}
+    expert_width = _expert_width(model, shapes)
     if len(counts) > 1:
         text = f"its layers have {min(counts)} to {max(counts)} experts, but a config of {name} has one number for all"
         raise NotStock(text)
@@ -97,7 +98,9 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
         widths += new_widths.values()
         width = max(widths) or NARROWEST
     updates = families.stock_updates(
-        model.config, new_widths, skipped, counts.pop() if sparse else None, width if new_widths else None
+        *(model.config, new_widths, skipped, counts.pop() if sparse else None),
+        width=width if new_widths else None,
+        expert_width=expert_width,
     )
     if updates is None:
         raise NotStock(f"its sparse and dense layers are mixed in a way that a config of {name} cannot express")
@@ -111,6 +114,30 @@ def stock_layout(model: PreTrainedModel, shapes: Shapes, max_padding: float) -> 
             f"would add {padding / total:.1%} of the parameters (export.max_padding={max_padding:g})"
         )
     return Stock(updates, width, padding)
+
+
+def _expert_width(model: PreTrainedModel, shapes: Shapes) -> int | None:
+    """Return the new width of the routed experts of all sparse layers; None if no layer was narrowed.
+
+    Raises:
+        NotStock: the widths differ, or the family's config cannot have this width.
+    """
+    if not any("expert_width" in shape for shape in shapes.values()):
+        return None
+    name = families.family_name(model.config.model_type)
+    widths = {width for block in moe_blocks.sparse_blocks(model).values() for width in block.widths}
+    if len(widths) > 1:
+        raise NotStock(
+            f"its experts are {min(widths)} to {max(widths)} wide, but a config of {name} has one width for all"
+        )
+    [width] = widths
+    if not families.keeps_shared_width(model.config, width):
+        shared = families.original_facts(model.config).shared_width
+        raise NotStock(
+            f"its experts are {width} wide, and its shared experts {shared} together, but a config of {name} has "
+            "shared experts that are each as wide as a routed one"
+        )
+    return width
 
 
 def skipped_layers(shapes: Shapes) -> list[int]:

@@ -30,6 +30,7 @@ from recondense.models import (
     decoder,
     deepseek,
     expert_products,
+    expert_widths,
     families,
     low_rank,
     model_classes,
@@ -160,7 +161,7 @@ def _fold_and_multiply(
 ) -> dict[str, Tensor]:
     """Return a layer's state dict with the scale folded into a copy of down_proj.
 
-    Low-rank experts are multiplied out, unless `shapes` has ranks for the layer.
+    Low-rank experts are multiplied out, unless `shapes` has ranks for the layer. Experts of different widths stay.
     """
     block, name = moe_blocks.get_block(model, layer), moe_blocks.block_name(layer)
     if isinstance(block, CondensedMoE) and block.scale is not None:
@@ -170,7 +171,8 @@ def _fold_and_multiply(
         del state[f"{name}.scale"]
     if moe_blocks.is_sparse(block):
         experts = moe_blocks.sparse_view(model, layer, block).experts
-        if isinstance(experts, LowRankExperts) and not shapes.get(layer, {}).get("ranks"):
+        keeps = shapes.get(layer, {}).get("ranks")
+        if isinstance(experts, LowRankExperts) and experts.factorized and not keeps:
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.experts.")}
             full = moe_blocks.multiply_factors(experts, transposed=compressed_classes.returns_pair(block))
             state |= {f"{name}.experts.{key}": tensor for key, tensor in full.items()}
@@ -247,7 +249,7 @@ def _write_config(model: PreTrainedModel, shapes: Shapes, stock: Stock | None, f
 def _bundle_source(config_class: str, model_class: str, base_class: str, family: families.Family) -> str:
     """Return the source of a bundle's modeling file."""
     source = _concatenate(
-        *(replacement_blocks, removed_blocks, constant_experts, expert_products, low_rank),
+        *(replacement_blocks, removed_blocks, constant_experts, expert_products, low_rank, expert_widths),
         *([deepseek] if family.carried else []),
         compressed_classes,
     )

@@ -1,10 +1,11 @@
-"""CD-MoE and MoE-I² in one run: condense some layers, prune and factorize others, within one budget.
+"""CD-MoE and MoE-I² in one run: condense some layers, prune, narrow or factorize others, within one budget.
 
-Each layer has several options: condense, prune, factorize, or prune and then factorize, each at a few strengths. Every
-option is first tried on the unchanged model. The damage of an option is the divergence of the final hidden state from
-the original's. The search chooses one option per layer, with the least sum of damages among the choices that meet the
-budget. The damage of several changed layers is not the sum of their single damages. Therefore the damages are measured
-again with the chosen options in the other layers, and of all choices the one with the least measured damage is kept.
+Each layer has several options: condense, prune, narrow, factorize, or prune and narrow or factorize, each at a few
+strengths. Every option is first tried on the unchanged model. The damage of an option is the divergence of the final
+hidden state from the original's. The search chooses one option per layer, with the least sum of damages among the
+choices that meet the budget. The damage of several changed layers is not the sum of their single damages. Therefore the
+damages are measured again with the chosen options in the other layers, and of all choices the one with the least
+measured damage is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from transformers import PreTrainedModel
 from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.search import ranks, widths
 from recondense.methods.search.budget import NO_BUDGET, Budget
+from recondense.methods.search.channel_scores import SCORES
 from recondense.methods.search.coefficients import coefficient_texts
 from recondense.methods.search.damage import Damage
 from recondense.methods.search.genetic import GENETIC, Genetic
@@ -29,25 +32,28 @@ from recondense.methods.search.knapsack import least_damage
 from recondense.methods.search.layer_options import Option, Options, OptionSettings
 from recondense.methods.search.option_blocks import OptionBlocks
 from recondense.methods.search.option_choices import MadeUpChoices, SearchedChoices
-from recondense.methods.search.ranks import break_even, multiple_problems
 from recondense.methods.search.rerun import Change
 from recondense.methods.step import Cache, Record, SearchContext
 from recondense.models.families import Facts
 from recondense.models.layer_store import layer_store
-from recondense.operations import Operation
+from recondense.operations import Narrow, Operation
 from recondense.plan import Plan
 from recondense.progress import progress
 
 
 @dataclass(frozen=True)
 class Combined:
-    """For every MoE layer, choose whether to condense, prune or factorize it, by damage per parameter saved.
+    """For every MoE layer, choose whether to condense, prune, narrow or factorize it, by damage per parameter saved.
 
     Args:
         budget: the parameters to remove.
         num_experts: numbers of routed experts that a condensed layer retains; each is one option.
         prune_ratios: fractions of a layer's experts to drop, in addition to 0.
         kept_ratios: parameters of the factors as fractions of a retained expert's parameters, in addition to 1.
+        width_ratios: widths of narrowed experts as fractions of their width, in addition to 1. The measured damage is
+            that after the least squares for down_proj.
+        width_multiple: as in `Narrowing`.
+        score: the score of channels, as in `Narrowing`.
         rounds: number of measurements of the damages: the first for each layer alone, the others around the choice so
             far.
         alpha: how strongly the rank of an expert depends on its importance (MoE-I²).
@@ -72,6 +78,9 @@ class Combined:
     num_experts: Sequence[int] = (4,)
     prune_ratios: Sequence[float] = (0.25, 0.5)
     kept_ratios: Sequence[float] = (0.75, 0.5, 0.25)
+    width_ratios: Sequence[float] = (0.75, 0.5)
+    width_multiple: int | str = "auto"
+    score: str = "heapr"
     rounds: int = 2
     alpha: float = 0.15
     rank_multiple: int | str = "auto"
@@ -86,22 +95,25 @@ class Combined:
         problems = [*self.budget.problems(), *self.genetic.problems()]
         if self.alpha < 0:
             problems.append(f"method.alpha={self.alpha} must be at least 0")
-        if not (self.num_experts or self.prune_ratios or self.kept_ratios):
+        if not (self.num_experts or self.prune_ratios or self.kept_ratios or self.width_ratios):
             problems.append(
-                "method.num_experts, prune_ratios and kept_ratios are all empty: there is no option to choose"
+                "method.num_experts, prune_ratios, kept_ratios and width_ratios are all empty: there is no option to "
+                "choose"
             )
         try:
             CDMoE(1, "all", self.shared_gate, self.expert_search, self.coefficient_max_length)  # checks these three
         except UserError as error:
             problems += str(error).splitlines()
-        for name in ("prune_ratios", "kept_ratios"):
+        for name in ("prune_ratios", "kept_ratios", "width_ratios"):
             wrong = [value for value in getattr(self, name) if not 0 < value < 1]
             if wrong:
                 problems.append(f"method.{name}={list(getattr(self, name))}: {wrong} must lie between 0 and 1")
         wrong = [count for count in self.num_experts if not isinstance(count, int) or count < 0]
         if wrong:
             problems.append(f"method.num_experts={list(self.num_experts)}: {wrong} must be whole numbers of at least 0")
-        problems += multiple_problems(self.rank_multiple)
+        problems += [*ranks.multiple_problems(self.rank_multiple), *widths.multiple_problems(self.width_multiple)]
+        if self.score not in SCORES:
+            problems.append(f"method.score={self.score} must be {' or '.join(SCORES)}")
         if self.rounds < 1:
             problems.append(f"method.rounds={self.rounds} must be at least 1")
         if problems:
@@ -120,7 +132,12 @@ class Combined:
         ]
         if 0 in self.num_experts and facts.shared_width == 0:
             problems.append("method.num_experts: 0 would leave the layers empty: this model has no shared experts")
-        cap = break_even(facts.hidden_size, facts.expert_width)
+        if self.width_multiple != "auto" and int(self.width_multiple) > facts.expert_width:
+            problems.append(
+                f"method.width_multiple={self.width_multiple}: must be at most {facts.expert_width}, the width of an "
+                "expert"
+            )
+        cap = ranks.break_even(facts.hidden_size, facts.expert_width)
         least = min(self.kept_ratios, default=1.0) * cap
         if self.rank_multiple != "auto" and int(self.rank_multiple) > least:
             problems.append(
@@ -142,10 +159,11 @@ class Combined:
         return problems
 
     def key(self) -> Record:
-        lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios", "kept_ratios")}
-        names = ("alpha", "rank_multiple", "shared_gate", "expert_search", "normalize")
+        ratios = ("num_experts", "prune_ratios", "kept_ratios", "width_ratios")
+        lists = {name: list(getattr(self, name)) for name in ratios}
+        names = ("alpha", "rank_multiple", "width_multiple", "score", "shared_gate", "expert_search", "normalize")
         settings = {**lists, **{name: getattr(self, name) for name in names}, **self.genetic.key(), "seed": self.seed}
-        return {"method": "cdmoe_moei2", "version": 3, **settings}
+        return {"method": "cdmoe_moei2", "version": 4, **settings}
 
     def outline(self, model: PreTrainedModel) -> list[Operation]:
         """Return operations of the final sizes, see `Step.outline`.
@@ -165,7 +183,8 @@ class Combined:
         """
         started = time.perf_counter()
         model = context.model
-        choices = SearchedChoices(context, self.genetic, self.seed, self.normalize)
+        score = self.score if self.width_ratios else None
+        choices = SearchedChoices(context, self.genetic, self.seed, self.normalize, score)
         options = Options.build(self._option_settings, model, choices)
         self._check_reach(options, model)  # before the damages are measured
         damage = Damage(model, context.tape())
@@ -180,7 +199,7 @@ class Combined:
             damages = _measure(damage, options, title, context.cache, around, suffix)
             candidate = self._choose(options, damages, model)
             around = f"{_fingerprint(candidate)}-"
-            together = damage.replace(_blocks(model, options, candidate))
+            together = damage.replace(_blocks(damage, options, candidate))
             rounds.append(_record(damages, candidate, together))
             if together <= min(earlier["damage"] for earlier in rounds):
                 choice = candidate
@@ -205,8 +224,8 @@ class Combined:
         most = sum(map(max, self._saved(options)))
         if self.budget.expert_parameters_to_remove(model) > most:
             raise UserError(
-                "method: the budget requires more than condensing, pruning and factorizing can save; the strongest "
-                f"options of all layers reach {self.budget.strictest_ratio(model, most)}"
+                "method: the budget requires more than condensing, pruning, narrowing and factorizing can save; the "
+                f"strongest options of all layers reach {self.budget.strictest_ratio(model, most)}"
             )
 
     def _saved(self, options: Options) -> list[list[int]]:
@@ -228,7 +247,9 @@ class Combined:
 
 
 def _operations(choice: dict[int, Option]) -> list[Operation]:
-    return [operation for option in choice.values() for operation in option.operations]
+    """Return the operations of a choice: first those that need the states of the unchanged model, then the others."""
+    operations = [operation for option in choice.values() for operation in option.operations]
+    return sorted(operations, key=lambda operation: not isinstance(operation, Narrow))
 
 
 def _fingerprint(choice: dict[int, Option]) -> str:
@@ -250,7 +271,7 @@ def _measure(
         suffix: the end of the names in the cache, if the coefficients come from other texts than the tape's.
     """
     damages: dict[int, list[float]] = {}
-    blocks = OptionBlocks()
+    blocks = OptionBlocks(damage.model, damage.tape)
     with progress(title, sum(map(len, options.by_layer.values()))) as bar:
         for layer, listed in options.by_layer.items():
             key = f"damage-{around}{layer:03d}{suffix}"
@@ -266,10 +287,11 @@ def _measure(
     return damages
 
 
-def _blocks(model: PreTrainedModel, options: Options, choice: dict[int, Option]) -> dict[int, nn.Module]:
+def _blocks(damage: Damage, options: Options, choice: dict[int, Option]) -> dict[int, nn.Module]:
     """Make the changed blocks of a choice, by layer."""
     changed: dict[int, nn.Module] = {}
-    blocks = OptionBlocks()
+    model = damage.model
+    blocks = OptionBlocks(model, damage.tape)
     for layer, option in choice.items():
         with layer_store(model).resident(layer):
             block = blocks.make(options.blocks[layer], option.operations)

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from recondense.models.constant_experts import add_constants
+from recondense.models.expert_widths import first_channels, fused_width
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.models.replacement_blocks import (
@@ -81,16 +82,28 @@ def compressed_classes(
     return CompressedConfig, CompressedForCausalLM, CompressedModel
 
 
-class _KeptExperts(LowRankExperts):
-    """Low-rank experts that vLLM does not replace.
+class _Kept(nn.Module):
+    """Makes experts that vLLM does not replace, together with a class of experts.
 
     vLLM 0.32 (transformers/moe.py) replaces every child named `experts` whose parameters are all 3-D by its own
-    experts, and then silently loads none of the factors. An additional empty vector among the parameters prevents that.
+    experts of the config's width, and then silently loads none of the factors. An additional empty vector among the
+    parameters prevents that.
     """
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         yield from super().parameters(recurse)
         yield nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class _KeptExperts(_Kept, LowRankExperts):
+    """Experts of different shapes."""
+
+
+def _first_channels(experts: nn.Module, width: int) -> nn.Module:
+    """Return fused experts of a smaller width that vLLM does not replace."""
+    narrow = first_channels(experts, width)
+    narrow.__class__ = type(type(experts).__name__, (_Kept, type(experts)), {})
+    return narrow
 
 
 def reshape(
@@ -136,6 +149,7 @@ def _reshape_sparse(
     expert_entries: Sequence[str],
     num_experts: int,
     router_rows: int,
+    expert_width: int | list[int] | None = None,
     ranks: Mapping[str, list[int | None]] | None = None,
     merged: bool = False,
     constants: int = 0,
@@ -147,6 +161,7 @@ def _reshape_sparse(
         hidden_size, router_entries, expert_entries: as for `reshape`.
         num_experts: the number of routed experts.
         router_rows: the number of rows of the router.
+        expert_width: the width of the experts, or one width per expert; None for the original one.
         ranks: the ranks of low-rank experts; None for dense ones.
         merged: whether a table says what each row selects, because several rows share an expert, or for constants.
         constants: the number of constants in place of experts.
@@ -155,13 +170,28 @@ def _reshape_sparse(
     router, before = getattr(block, name), experts.num_experts
     if router_rows != before:
         router = select_experts(router, range(router_rows), before, router_entries)
-    if ranks is not None:
-        block.experts = _KeptExperts(hidden_size, expert_width(experts), ranks, glu_of(experts), has_bias(experts))
-    elif num_experts != before:
-        block.experts = select_experts(experts, range(num_experts), before, expert_entries)
+    block.experts = _reshaped_experts(experts, hidden_size, num_experts, expert_width, ranks, expert_entries)
     if constants:
         block.experts = add_constants(block.experts, torch.empty(constants, hidden_size))
     setattr(block, name, RemappedRouter(router, torch.zeros(router_rows, dtype=torch.int64)) if merged else router)
+
+
+def _reshaped_experts(
+    experts: Any,
+    hidden_size: int,
+    num_experts: int,
+    expert_width: int | list[int] | None,
+    ranks: Mapping[str, list[int | None]] | None,
+    expert_entries: Sequence[str],
+) -> nn.Module:
+    """Return experts of another shape than the uncompressed ones; the arguments are those of `_reshape_sparse`."""
+    width = fused_width(experts) if expert_width is None else expert_width
+    if ranks is not None or isinstance(width, list):
+        dense = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), [None] * num_experts)
+        return _KeptExperts(hidden_size, width, ranks or dense, glu_of(experts), has_bias(experts))
+    if num_experts != experts.num_experts:
+        experts = select_experts(experts, range(num_experts), experts.num_experts, expert_entries)
+    return _first_channels(experts, width) if width != fused_width(experts) else experts  # type: ignore[no-any-return]
 
 
 def router_name(block: nn.Module) -> str:
@@ -182,8 +212,3 @@ def glu_of(experts: Any) -> Glu:
 def has_bias(experts: nn.Module) -> bool:
     """Return whether the projections of fused experts have biases."""
     return hasattr(experts, "gate_up_proj_bias")
-
-
-def expert_width(experts: Any) -> int:
-    """Return F of fused experts; down_proj is (E, D, F), or (E, F, D) if it is stored transposed."""
-    return int(experts.down_proj.shape[1 if getattr(experts, "is_transposed", False) else 2])

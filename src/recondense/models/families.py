@@ -45,6 +45,7 @@ class Facts:
         num_groups: number of groups of experts; 1 if the router does not select groups.
         top_groups: number of groups from which experts are selected.
         factorized: the sparse layers whose experts are already low-rank, or constants.
+        uneven: the sparse layers whose experts differ in width from each other or from those of other layers.
     """
 
     model_type: str
@@ -59,6 +60,7 @@ class Facts:
     num_groups: int = 1
     top_groups: int = 1
     factorized: tuple[int, ...] = ()
+    uneven: tuple[int, ...] = ()
 
     @property
     def min_experts(self) -> int:
@@ -76,6 +78,8 @@ class Family:
         routing: reads the routing from the config.
         expert_width: the name in the config of F.
         shared_width: reads the rows of all shared experts together from the config.
+        shared_count: the name in the config of the number of shared experts, if each is as wide as a routed expert;
+            None if the config has their width.
         shared_expert: the attribute of the sparse block that has the shared experts; None without shared experts.
         shared_expert_gate: the attribute of the sparse block that has their gate; None without a gate.
         router_entries: names of the router's tensors that have one entry per expert.
@@ -93,6 +97,7 @@ class Family:
     routing: Callable[[PretrainedConfig], Routing]
     expert_width: str = "moe_intermediate_size"
     shared_width: Callable[[PretrainedConfig], int] = lambda config: 0
+    shared_count: str | None = None
     shared_expert: str | None = None
     shared_expert_gate: str | None = None
     router_entries: tuple[str, ...] = ("weight",)
@@ -111,6 +116,7 @@ _V3 = Family(
     PREFIXED,
     read_deepseek_v3,
     shared_width=_shared,
+    shared_count="n_shared_experts",
     shared_expert="shared_experts",
     router_entries=("weight", "e_score_correction_bias"),
 )
@@ -126,10 +132,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family("num_experts", MLP_ONLY, read_plain, needs_sparse=True),
     "deepseek": Family(
-        "n_routed_experts", FREQUENCY, read_deepseek, shared_width=_shared, shared_expert="shared_experts", carried=True
+        "n_routed_experts",
+        FREQUENCY,
+        read_deepseek,
+        shared_width=_shared,
+        shared_count="n_shared_experts",
+        shared_expert="shared_experts",
+        carried=True,
     ),
     "deepseek_v2": Family(
-        "n_routed_experts", PREFIXED, read_deepseek_v2, shared_width=_shared, shared_expert="shared_experts"
+        "n_routed_experts",
+        PREFIXED,
+        read_deepseek_v2,
+        shared_width=_shared,
+        shared_count="n_shared_experts",
+        shared_expert="shared_experts",
     ),
     "deepseek_v3": _V3,
     "mixtral": Family("num_local_experts", EVERY, read_normalized, expert_width="intermediate_size"),
@@ -149,6 +166,7 @@ FAMILIES: dict[str, Family] = {
         INTERVAL,
         read_ernie,
         shared_width=lambda config: config.moe_intermediate_size * (config.moe_num_shared_experts or 0),
+        shared_count="moe_num_shared_experts",
         shared_expert="shared_experts",
         router_entries=("weight", "moe_statics.e_score_correction_bias"),
     ),
@@ -234,9 +252,14 @@ def facts(config: PretrainedConfig) -> Facts:
             f"the model ({original.model_type}, {original.num_layers} layers) has no MoE layers: there is nothing to "
             "compress"
         )
+    widths = {layer: shapes.get(layer, {}).get("expert_width", original.expert_width) for layer in sparse}
+    common = next(iter(widths.values()))
+    is_even = isinstance(common, int) and all(width == common for width in widths.values())
     return replace(
         original,
         moe_layers=tuple(sparse),
+        expert_width=common if is_even else original.expert_width,
+        uneven=() if is_even else tuple(sparse),
         num_experts=min(shapes.get(layer, {}).get("num_experts", original.num_experts) for layer in sparse),
         factorized=tuple(layer for layer in sparse if shapes.get(layer, {}).keys() & {"ranks", "constants"}),
     )
@@ -248,6 +271,7 @@ def stock_updates(
     skipped: Collection[int],
     num_experts: int | None,
     width: int | None = None,
+    expert_width: int | None = None,
 ) -> dict[str, Any] | None:
     """Return the config updates with which the family's own class has these layers; None if it cannot have them.
 
@@ -257,6 +281,8 @@ def stock_updates(
         skipped: removed decoder layers; the layers after them are renumbered.
         num_experts: number of experts of every sparse layer; None if unchanged.
         width: width of all dense layers; None if unchanged.
+        expert_width: width of all routed experts; None if unchanged. If the shared experts are each as wide, their
+            number changes too; see `keeps_shared_width`.
     """
     family = family_of(config)
     sparse = family.pattern.read(config)
@@ -278,7 +304,21 @@ def stock_updates(
         updates[family.num_experts] = num_experts
     if width is not None:
         updates["intermediate_size"] = width
+    if expert_width is not None:
+        updates[family.expert_width] = expert_width
+        if family.shared_count is not None:
+            updates[family.shared_count] = family.shared_width(config) // expert_width
     return updates
+
+
+def keeps_shared_width(config: PretrainedConfig, expert_width: int) -> bool:
+    """Return whether the family's config can have routed experts of this width without changing its shared experts.
+
+    Some families have a number of shared experts that are each as wide as a routed expert. Together they must then be
+    a multiple of the new width.
+    """
+    family = family_of(config)
+    return family.shared_count is None or family.shared_width(config) % expert_width == 0
 
 
 def _is_usual(config: PretrainedConfig, types: Sequence[str]) -> bool:

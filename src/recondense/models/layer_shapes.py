@@ -32,7 +32,8 @@ def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[in
         multiplied: describe low-rank experts as if they were multiplied out.
     """
     shapes: dict[int, dict[str, Any]] = {}
-    num_experts = families.original_facts(model.config).num_experts
+    original = families.original_facts(model.config)
+    num_experts = original.num_experts
     for layer in range(len(decoder.decoder_layers(model))):
         block = moe_blocks.get_block(model, layer)
         if isinstance(block, SkippedLayer):
@@ -47,7 +48,7 @@ def layer_shapes(model: PreTrainedModel, *, multiplied: bool = False) -> dict[in
                 "token_gate": block.shared_expert_gate is not None,
             }
         elif moe_blocks.is_sparse(block):
-            shape = _sparse_shape(moe_blocks.sparse_view(model, layer, block))
+            shape = _sparse_shape(moe_blocks.sparse_view(model, layer, block), original.expert_width)
             if multiplied:
                 shape.pop("ranks", None)
             if shape != {"kind": "sparse", "num_experts": num_experts, "router_rows": num_experts}:
@@ -74,7 +75,7 @@ def refuse_bundled_classes(model: PreTrainedModel) -> None:
         )
 
 
-def _sparse_shape(block: moe_blocks.SparseBlock) -> dict[str, Any]:
+def _sparse_shape(block: moe_blocks.SparseBlock, original_width: int) -> dict[str, Any]:
     router = block.router
     shape: dict[str, Any] = {
         "kind": "sparse",
@@ -85,6 +86,9 @@ def _sparse_shape(block: moe_blocks.SparseBlock) -> dict[str, Any]:
         shape["merged"] = True
     if isinstance(block.experts, ConstantExperts):
         shape["constants"] = len(block.experts.constants)
-    if isinstance(block.experts, LowRankExperts):
+    widths = set(block.widths)
+    if widths != {original_width}:
+        shape["expert_width"] = widths.pop() if len(widths) == 1 else list(block.widths)
+    if isinstance(block.experts, LowRankExperts) and block.experts.factorized:
         shape["ranks"] = {name: list(ranks) for name, ranks in block.experts.ranks.items()}
     return shape

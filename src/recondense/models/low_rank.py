@@ -44,14 +44,14 @@ class LowRankExperts(nn.Module):
 
     E_e(x) = down( glu(gate x, up x) ),  each projection W = left · right (+ bias), or dense
 
-    Experts of equal ranks form a bucket, whose factors are 3-D tensors without padding. If the ranks are multiples of
-    16 bytes, a bucket is computed as one grouped product; otherwise each expert is a separate product. On a CPU, a
-    bucket of small experts with few tokens is one batched product, and with very few tokens all buckets together are
-    one.
+    Experts of equal ranks and widths form a bucket, whose factors are 3-D tensors without padding. If the ranks are
+    multiples of 16 bytes, a bucket is computed as one grouped product; otherwise each expert is a separate product. On
+    a CPU, a bucket of small experts with few tokens is one batched product, and with very few tokens all buckets
+    together are one. With dense projections only, these are experts of different widths.
 
     Args:
         hidden_size: D.
-        expert_width: F.
+        expert_width: F, or one width per expert.
         ranks: for each of gate_proj, up_proj and down_proj, one rank per expert; None for a dense projection.
         glu: the family's gated activation.
         bias: whether the projections have biases.
@@ -59,17 +59,21 @@ class LowRankExperts(nn.Module):
     Reference: MoE-I², arXiv 2411.01016, section 3.2.
     """
 
-    def __init__(self, hidden_size: int, expert_width: int, ranks: Ranks, glu: Glu, bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, expert_width: int | Sequence[int], ranks: Ranks, glu: Glu, bias: bool = False
+    ) -> None:
         super().__init__()
-        self.hidden_dim, self.intermediate_dim, self.glu, self.bias = hidden_size, expert_width, glu, bias
+        self.hidden_dim, self.glu, self.bias = hidden_size, glu, bias
         self.ranks = {name: tuple(ranks[name]) for name in ("gate_proj", "up_proj", "down_proj")}
         self.num_experts = len(self.ranks["gate_proj"])
-        triples = list(zip(*self.ranks.values(), strict=True))
-        kinds = sorted(set(triples), key=lambda triple: tuple(-1 if rank is None else rank for rank in triple))
-        self.experts_of = [tuple(e for e, triple in enumerate(triples) if triple == kind) for kind in kinds]
+        widths = (expert_width,) * self.num_experts if isinstance(expert_width, int) else tuple(expert_width)
+        self.widths: tuple[int, ...] = widths
+        shapes = list(zip(*self.ranks.values(), self.widths, strict=True))
+        kinds = sorted(set(shapes), key=lambda shape: tuple(-1 if number is None else number for number in shape))
+        self.experts_of = [tuple(e for e, shape in enumerate(shapes) if shape == kind) for kind in kinds]
         self.buckets = nn.ModuleList(
-            _Bucket(len(experts), hidden_size, expert_width, kind, bias)
-            for experts, kind in zip(self.experts_of, kinds, strict=True)
+            _Bucket(len(experts), hidden_size, cast(int, width), ranks_of_kind, bias)
+            for experts, (*ranks_of_kind, width) in zip(self.experts_of, kinds, strict=True)
         )
         order = [expert for experts in self.experts_of for expert in experts]
         self._place = tuple(order.index(expert) for expert in range(self.num_experts))
@@ -139,6 +143,11 @@ class LowRankExperts(nn.Module):
             biases = [torch.cat(of_buckets)[place_S, None].to(x_TD.dtype) for of_buckets in kinds]
         return run_expert(x_S1D, weights, gate_rows, self.glu, batched_linear, biases).squeeze(1)
 
+    @property
+    def factorized(self) -> bool:
+        """Whether any projection of any expert is a product of two factors."""
+        return any(rank is not None for ranks in self.ranks.values() for rank in ranks)
+
     def place_of(self, expert: int) -> tuple[_Bucket, int]:
         """Return the bucket of an expert, and the expert's position in it."""
         bucket, position = self._in_bucket[self._place[expert]]
@@ -159,14 +168,15 @@ class LowRankExperts(nn.Module):
         self,
         weights: Callable[[int], Mapping[str, Tensor]],
         factors: Callable[[int, str], tuple[Tensor, Tensor]],
-        biases: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor | Sequence[Tensor]] | None = None,
     ) -> LowRankExperts:
         """Copy in the factors, truncated to their ranks, or the weights of dense projections.
 
         Args:
             weights: returns gate_proj (F, D), up_proj (F, D) and down_proj (D, F) of an expert, by name.
             factors: returns (left (O, >= R), right (>= R, I)) of an expert's projection.
-            biases: the biases of the three projections (E, F), (E, F) and (E, D), by name; None if there are none.
+            biases: the biases of the three projections (E, F), (E, F) and (E, D), by name; None if there are none. If
+                the widths differ, one tensor per expert.
 
         Returns:
             The module itself.
@@ -174,7 +184,7 @@ class LowRankExperts(nn.Module):
         for experts, bucket in zip(self.experts_of, self.buckets, strict=True):
             assert isinstance(bucket, _Bucket)
             for name, bias in (biases or {}).items():
-                getattr(bucket, f"{name}_bias").copy_(bias[list(experts)])
+                getattr(bucket, f"{name}_bias").copy_(torch.stack([bias[expert] for expert in experts]))
             for position, expert in enumerate(experts):
                 for name, weight in weights(expert).items():
                     if self.ranks[name][expert] is None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from recondense.errors import UserError
 from recondense.models.compressed_classes import glu_of, has_bias, returns_pair, router_name
 from recondense.models.decoder import decoder_layers
+from recondense.models.expert_widths import fused_width
 from recondense.models.families import Family, family_of
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.removed_blocks import SkippedLayer, Zeros
@@ -49,7 +50,7 @@ class SparseBlock:
         """The weights of the routed and shared experts: gate_up (E, 2F, D), down (E, D, F).
 
         Raises:
-            UserError: the experts are factorized, or some are constants.
+            UserError: the experts are factorized or have different widths, or some are constants.
         """
         if hasattr(self.experts, "constants"):
             raise UserError(f"layer {self.layer}: some of its experts are already constants; put this step before that")
@@ -60,9 +61,14 @@ class SparseBlock:
         """The weights of those experts that have weights.
 
         Raises:
-            UserError: the experts are factorized.
+            UserError: the experts are factorized or have different widths.
         """
         if not hasattr(self.experts, "gate_up_proj"):
+            if not cast(LowRankExperts, self.experts).factorized:
+                raise UserError(
+                    f"layer {self.layer}: its experts have different widths; put this step before the narrowing, or "
+                    "give them one width"
+                )
             raise UserError(f"layer {self.layer}: its experts are already factorized; put this step before factorizing")
         shared, experts = self.shared_expert, cast(Any, self.experts)
         transposed, bias = getattr(experts, "is_transposed", False), has_bias(experts)
@@ -80,6 +86,13 @@ class SparseBlock:
     @property
     def num_experts(self) -> int:
         return int(self.experts.num_experts)  # type: ignore[arg-type]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of channels of each expert."""
+        if isinstance(self.experts, LowRankExperts):
+            return self.experts.widths
+        return (fused_width(self.experts),) * self.num_experts
 
     def require_experts(self, experts: Sequence[int], kind: str) -> None:
         """Check that the layer has some experts.
@@ -282,7 +295,7 @@ def multiply_factors(experts: LowRankExperts, *, transposed: bool) -> dict[str, 
     Returns:
         gate_up_proj, down_proj and any biases, in the factors' dtype.
     """
-    number, width, hidden_size = experts.num_experts, experts.intermediate_dim, experts.hidden_dim
+    number, width, hidden_size = experts.num_experts, experts.widths[0], experts.hidden_dim
     like = next(experts.parameters())
     both, down = like.new_empty(number, 2 * width, hidden_size), like.new_empty(number, hidden_size, width)
     biases = {

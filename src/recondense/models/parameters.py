@@ -43,10 +43,11 @@ def _counts(text: str, kind: type[PretrainedConfig]) -> Counts:
     facts = original_facts(model.config)
     view = next(iter(sparse_blocks(model).values()), None)
     bias = view is not None and has_bias(view.experts)
+    width = facts.expert_width if view is None else max(view.widths)
     return Counts(
         total=count_parameters(model),
         routed_experts=routed_parameters(model),
-        expert=3 * facts.hidden_size * facts.expert_width + (2 * facts.expert_width + facts.hidden_size) * bias,
+        expert=3 * facts.hidden_size * width + (2 * width + facts.hidden_size) * bias,
         router_row=0 if view is None else router_row_size(view),
     )
 
@@ -82,6 +83,12 @@ def count_parameters(module: nn.Module) -> int:
 def expert_size(block: SparseBlock) -> int:
     """Return the number of parameters of one routed expert; the mean over the experts if their ranks differ."""
     return count_parameters(block.experts) // block.num_experts
+
+
+def channel_size(block: SparseBlock) -> int:
+    """Return the number of parameters of one channel of a routed expert, with its two biases."""
+    weights = block.weights
+    return 3 * weights.down_EDF.shape[1] + (2 if weights.biases() else 0)
 
 
 def router_row_size(block: SparseBlock) -> int:

@@ -1,11 +1,11 @@
-"""What a plan does to each expert of an uncompressed layer, for pictures."""
+"""What a plan does with each expert of an uncompressed layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recondense.report.figures import ORANGE, PURPLE, SKY
+from recondense.report.figures import GREEN, ORANGE, PURPLE, SKY
 
 # Outcome of an expert: (colour, text of the legend).
 OUTCOMES = {
@@ -17,6 +17,7 @@ OUTCOMES = {
     "removed": ("white", "feed-forward block removed"),
     "skipped": ("white", "layer removed"),
     "merged": (SKY, "merged; number: its group"),
+    "narrowed": (GREEN, "narrowed; number: its width"),
 }
 Outcome = tuple[str, int | None]  # key of OUTCOMES or "factorized", and the number to draw on the expert
 
@@ -30,7 +31,7 @@ def outcomes_of(layer: int, operations: Sequence[Mapping[str, Any]], num_experts
         num_experts: routed experts of the uncompressed layer.
     """
     outcomes: list[Outcome] = [("kept", None)] * num_experts
-    # For each current expert, the experts of the uncompressed layer of which it consists.
+    # For each expert after the operations so far, the experts of the uncompressed layer of which it consists.
     parts: list[tuple[int, ...]] = [(expert,) for expert in range(num_experts)]
     for operation in (entry for entry in operations if entry["layer"] == layer):
         kind = operation["kind"]
@@ -49,6 +50,11 @@ def outcomes_of(layer: int, operations: Sequence[Mapping[str, Any]], num_experts
             for number, group in enumerate(parts):
                 for expert in group:
                     outcomes[expert] = ("merged", number)
+        elif kind == "narrow":
+            for part, mask in zip(parts, operation["masks"], strict=True):
+                for expert in part:
+                    if outcomes[expert][0] in ("kept", "narrowed"):
+                        outcomes[expert] = ("narrowed", int(mask, 16).bit_count())
         elif kind == "factorize":
             for part, rank in zip(parts, operation["ranks"]["gate_proj"], strict=True):
                 for expert in part:

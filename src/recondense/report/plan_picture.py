@@ -232,7 +232,7 @@ def _divergences(record: Mapping[str, Any]) -> dict[int, float]:
 
 
 def draw_outcomes(plan: Mapping[str, Any], num_experts: int, layers: Sequence[int], path: Path) -> Path:
-    """Draw the outcome of each expert in each layer: dropped, merged (its group), condensed or factorized (its rank).
+    """Draw the outcome of each expert in each layer: dropped, merged (its group), condensed, narrowed or factorized.
 
     Super experts have a bold frame.
 

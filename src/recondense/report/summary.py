@@ -19,7 +19,7 @@ from recondense.errors import UserError
 from recondense.models import families
 from recondense.models.model_files import read_history
 from recondense.models.quantized import StoredWeights
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Prune
 from recondense.plan import Plan
 from recondense.report import beside_published
 from recondense.report.published import PAPER_TASKS
@@ -185,11 +185,13 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
 
     Returns:
         For each kind (drop is split into `drop_moe` and `drop_layer`): `layers`; `retained` and `of` (experts, for
-        prune and condense); `groups` and `of` (for merge); `lowest`, `highest` and `mean` rank (for factorize).
+        prune and condense); `groups` and `of` (for merge); `lowest`, `highest` and `mean` rank (for factorize), or
+        `narrowest`, `widest` and `mean_width` (for narrow).
     """
     counts: dict[str, dict[str, float]] = {}
     layers: dict[str, set[int]] = {}
     ranks: list[int] = []
+    widths: list[int] = []
     num_now: dict[int, int] = {}  # number of experts by layer, after the operations so far
     for operation in plan.operations:
         name = f"drop_{operation.part}" if isinstance(operation, Drop) else operation.kind
@@ -206,11 +208,16 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
             after, word = len(operation.groups), "groups"
         elif isinstance(operation, Factorize):
             ranks += [rank for column in operation.ranks.values() for rank in column if rank is not None]
+        elif isinstance(operation, Narrow):
+            widths += operation.widths
         if word:
             count[word], count["of"] = count.get(word, 0) + after, count.get("of", 0) + before
         num_now[operation.layer] = after
     if ranks:
         counts["factorize"] |= {"lowest": min(ranks), "highest": max(ranks), "mean": sum(ranks) / len(ranks)}
+    if widths:
+        mean = sum(widths) / len(widths)
+        counts["narrow"] |= {"narrowest": min(widths), "widest": max(widths), "mean_width": mean}
     return counts
 
 

@@ -107,6 +107,7 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
         "constant": "{layers} with constants ({retained} of {of} experts stay, the others are constants)",
         "condense": "{layers} condensed ({retained} of {of} experts stay, always active)",
         "merge": "{layers} merged ({of} experts into {groups})",
+        "narrow": "{layers} narrowed",
         "factorize": "{layers} factorized",
         "drop_moe": "{layers} without their feed-forward block",
         "drop_layer": "{layers} removed",
@@ -118,6 +119,9 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
         text = words[name].format(**{**counts, "layers": layers})
         if "mean" in counts:
             text += f" (ranks {counts['lowest']}-{counts['highest']}, mean {counts['mean']:.1f})"
+        if "mean_width" in counts:
+            widths = "-".join(map(str, sorted({counts["narrowest"], counts["widest"]})))
+            text += f" (experts {widths} wide, mean {counts['mean_width']:.1f})"
         parts.append(text)
     return ", ".join(parts) or "nothing changed"
 

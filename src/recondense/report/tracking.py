@@ -245,6 +245,9 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 def _plan_row(number: int, operation: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"order": number}
     for key, value in operation.items():
+        if key == "masks":  # of narrow: their numbers of channels say more
+            row["widths"] = _cell([int(mask, 16).bit_count() for mask in value])
+            continue
         row[key] = _cell(value) if isinstance(value, (list, tuple)) else value
     return row
 

@@ -23,7 +23,7 @@ PARTS = ("shape_of", "default", "methods")  # of the model's budgets
 KEPT = ("used", "from", "of_shape", "open", "replaced", "asked", "by_path")  # what a run's config.yaml has instead
 OPEN = "${budget:"  # how a setting begins that the default budget may set
 RATIOS = ("removed_expert_ratio", "memory_ratio")
-AMOUNTS = ("num_layers", "average_rank", "ratio", *RATIOS)  # settings that say how small the model becomes
+AMOUNTS = ("num_layers", "average_rank", "ratio", "width", *RATIOS)  # settings that say how small the model becomes
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,13 @@ def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Proble
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
-    """Yield a problem if the method needs full experts but those of the model were factorized."""
+    """Yield a problem if the method needs full experts of one width but those of the model are not."""
+    if facts.uneven and any(step.needs_whole_experts for step in steps):
+        text = (
+            "the experts of this model differ in width, but this method needs one width. Use method=layer_drop or "
+            "block_drop, or narrow the original with method.allocation=uniform."
+        )
+        yield Problem("model.path", text)
     if facts.factorized and any(step.needs_whole_experts for step in steps):
         layers = ", ".join(map(str, facts.factorized[:6])) + (", ..." if len(facts.factorized) > 6 else "")
         text = (

@@ -19,7 +19,7 @@ from recondense.full_disk import format_bytes
 from recondense.methods.step import Step
 from recondense.models import families, model_classes
 from recondense.models.quantized import byte_counter, quantization
-from recondense.operations import Drop, Factorize
+from recondense.operations import Drop, Factorize, Narrow
 from recondense.plan import Plan
 from recondense.report import tables
 from recondense.report.beside_published import Setting, distance, is_same, setting_of
@@ -154,7 +154,7 @@ def _notes(
 ) -> list[str]:
     """Return notes on the figures."""
     notes = []
-    operations = [operation for operation in sizes.operations if not isinstance(operation, Factorize)]
+    operations = [operation for operation in sizes.operations if not isinstance(operation, Factorize | Narrow)]
     listed = any(not isinstance(getattr(step, "num_layers", 1), int | str) for step in steps)
     moe_layers = set(families.facts(planned).moe_layers)
     selects_layers = bool(operations) and not {operation.layer for operation in operations} >= moe_layers
@@ -206,11 +206,12 @@ def size_table(result: dict[str, Any], quantized: bool, dtype: torch.dtype) -> T
 
 
 def layer_table(sizes: Sizes) -> Table:
-    """Return a table with one row per group of equal layers: outcome, experts, ranks, and bytes of one layer."""
+    """Return a table with one row per group of equal layers: outcome, experts, ranks, widths and bytes of one layer."""
     table = tables.plain_table("decoder layers")
     table.add_column("layers", style="bold", overflow="fold")
     table.add_column("outcome")
-    for name in ("experts", "ranks", "bytes per layer", "ratio"):
+    has_widths = any(size.widths is not None for size in sizes.layers.values())
+    for name in ("experts", "ranks", *["width"] * has_widths, "bytes per layer", "ratio"):
         table.add_column(name, justify="right")
     groups: dict[LayerSize, list[int]] = {}
     for layer, size in sizes.layers.items():
@@ -220,11 +221,16 @@ def layer_table(sizes: Sizes) -> Table:
             f"{ranges(layers)} ({len(layers)})",
             size.outcome or ("unchanged" if size.experts_before is not None else "dense, unchanged"),
             _experts(size),
-            "" if size.ranks is None else "-".join(map(str, sorted({*size.ranks}))),
+            _from_to(size.ranks),
+            *[_from_to(size.widths)] * has_widths,
             f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)}",
             _ratio(size.bytes_after, size.bytes_before),
         )
     return table
+
+
+def _from_to(numbers: tuple[int, int] | None) -> str:
+    return "" if numbers is None else "-".join(map(str, sorted({*numbers})))
 
 
 def published_table(published: Published) -> Table:

@@ -17,13 +17,14 @@ from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.models.replacement_blocks import (
     CondensedMoE,
 )
-from recondense.operations import Drop, Factorize, Operation
+from recondense.operations import Drop, Factorize, Narrow, Operation
 from recondense.plan import Plan
 from recondense.surgery import execute
 
 WORDS = {
     "condense": "condensed",
     "prune": "pruned",
+    "narrow": "narrowed",
     "factorize": "factorized",
     "merge": "merged",
     "constant": "others constant",
@@ -58,6 +59,7 @@ class LayerSize:
         experts_before, experts_after: number of routed experts; None if the original layer has no router.
         always_active: whether the retained experts are active for every token.
         ranks: lowest and highest rank of the factors; None without factors.
+        widths: smallest and largest width of the narrowed experts; None if none is narrower.
         bytes_before, bytes_after: size of the decoder layer with its attention, as stored.
     """
 
@@ -66,6 +68,7 @@ class LayerSize:
     experts_after: int | None
     always_active: bool
     ranks: tuple[int, int] | None
+    widths: tuple[int, int] | None
     bytes_before: int
     bytes_after: int
 
@@ -107,6 +110,7 @@ def compare(model: PreTrainedModel, steps: Sequence[Step], bytes_of: BytesOf = w
                 experts_after=None if experts is None else changed[layer][0],
                 always_active=isinstance(moe_blocks.get_block(model, layer), CondensedMoE),
                 ranks=_ranks(layer, operations),
+                widths=_widths(layer, operations),
                 bytes_before=size,
                 bytes_after=changed[layer][1],
             )
@@ -181,3 +185,8 @@ def _ranks(layer: int, operations: Sequence[Operation]) -> tuple[int, int] | Non
         if rank is not None
     ]
     return (min(ranks), max(ranks)) if ranks else None
+
+
+def _widths(layer: int, operations: Sequence[Operation]) -> tuple[int, int] | None:
+    narrowed = [operation for operation in operations if isinstance(operation, Narrow) and operation.layer == layer]
+    return (min(narrowed[-1].widths), max(narrowed[-1].widths)) if narrowed else None

@@ -21,12 +21,13 @@ from recondense.errors import UserError
 from recondense.files import fingerprint
 from recondense.models import decoder, moe_blocks, removed_blocks
 from recondense.models.layer_store import layer_store
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Operation, Prune, Refit
 from recondense.plan import Plan
-from recondense.surgery import condense, constant, drop, factorize, merge, prune
+from recondense.surgery import condense, constant, drop, factorize, merge, narrow, prune
 from recondense.surgery.refit import refit_layers
 
 RecordTape = Callable[[], Tape]
+NEEDS_TAPE = {"constant": "constant", "narrow": "narrow with compensate", "factorize": "factorize with whitening"}
 
 
 def restructure(model: PreTrainedModel, plan: Plan) -> dict[int, nn.Module]:
@@ -57,7 +58,7 @@ def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None
         model: the model; it is changed in place.
         plan: the operations.
         record: records a tape of the model on the calibration set, with the model as it is at the call. Factorizing
-            with whitening and constants need it.
+            with whitening, narrowing with compensation and constants need it.
 
     Returns:
         The original blocks, as for `restructure`.
@@ -71,8 +72,9 @@ def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None
         for needs_tape, group in groupby(structural_operations(plan), _needs_tape):
             operations = list(group)
             if needs_tape and record is None:
-                what = "constant" if isinstance(operations[0], Constant) else "factorize with whitening"
-                raise UserError(f"plan: {what} needs the calibration set, but there is no tape")
+                raise UserError(
+                    f"plan: {NEEDS_TAPE[operations[0].kind]} needs the calibration set, but there is no tape"
+                )
             names = _block_names(model, operations, layer_store(model).fingerprint() if needs_tape else "")
             tape = None
             if needs_tape and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
@@ -111,7 +113,12 @@ def structural_operations(plan: Plan) -> list[Operation]:
 
 
 def _needs_tape(operation: Operation) -> bool:
-    return isinstance(operation, Constant) or (isinstance(operation, Factorize) and operation.whitening)
+    match operation:
+        case Narrow():
+            return operation.compensate
+        case Factorize():
+            return operation.whitening
+    return isinstance(operation, Constant)
 
 
 def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
@@ -124,6 +131,8 @@ def _shape_block(model: PreTrainedModel, operation: Operation) -> nn.Module:
             return prune.restructure(block, operation)
         case Constant():
             return constant.restructure(block, operation)
+        case Narrow():
+            return narrow.restructure(block, operation)
         case Merge():
             return merge.restructure(block, operation)
         case Drop():
@@ -163,6 +172,8 @@ def _block_names(model: PreTrainedModel, operations: Sequence[Operation], contex
 def _compute_block(model: PreTrainedModel, operation: Operation, tape: Tape | None) -> nn.Module:
     """Make the block of `_shape_block` and compute its weights."""
     before = _require_sparse(model, operation)
+    if isinstance(operation, Narrow):
+        return narrow.restructure(before, operation, None if tape is None else tape.trace(model, operation.layer))
     after = _shape_block(model, operation)
     if isinstance(operation, Condense):
         condense.fill(after, before, operation)

@@ -19,7 +19,7 @@ from recondense.config.schema import ExportConfig
 from recondense.export.write_folder import write_folder
 from recondense.models import compressed_classes as compressed_module
 from recondense.models import families, model_classes
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -42,11 +42,12 @@ STOCK |= dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), ALL[2:]) | dict.fromkeys
 
 @pytest.mark.parametrize("family", [family for family in EVERY if family in RULES])
 def test_stock_exports_meet_the_rules_of_vllm(tmp_path: Path, family: str) -> None:
-    """Unchanged and pruned uniformly; condensed or with a dropped layer where stock configs can express it."""
+    """Unchanged, pruned or narrowed uniformly; condensed or with a dropped layer where stock configs can express it."""
     layers = families.facts(EVERY[family]().config).moe_layers
     variants = {
         "unchanged": (),
         "pruned": prunes(EVERY[family]()),
+        "narrowed": tuple(Narrow.from_channels(layer, (range(8),) * 6) for layer in layers),
         "first condensed": condense_plan(EVERY[family](), layers[:1]).operations,
         "condensed": condense_plan(EVERY[family](), layers).operations,
         "last dropped": (Drop(layers[-1], "layer"),),
@@ -55,7 +56,12 @@ def test_stock_exports_meet_the_rules_of_vllm(tmp_path: Path, family: str) -> No
         name: export(tmp_path / name, EVERY[family](**PUBLISHED.get(family, {})), *operations)
         for name, operations in variants.items()
     }
-    assert {name for name, kind in kinds.items() if kind == "stock"} == {"unchanged", "pruned", *STOCK[family]}
+    assert {name for name, kind in kinds.items() if kind == "stock"} == {
+        "unchanged",
+        "pruned",
+        "narrowed",
+        *STOCK[family],
+    }
     for name, kind in kinds.items():
         assert kind == "bundled" or problems(tmp_path / name) == [], name
 
@@ -150,6 +156,8 @@ BUNDLED: dict[str, tuple[Operation, ...]] = {
     "low rank": (Prune(1, FOUR), Factorize(1, RANKS)),
     "pruned unlike": (Prune(1, FOUR),),
     "constants": (Constant(1, FOUR),),
+    "narrowed": (Narrow.from_channels(1, (range(8),) * 6),),
+    "narrowed unlike": (Narrow.from_channels(1, (range(8), *(range(4),) * 5)),),
     "merged": (Merge(1, ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))),),
 }
 
@@ -185,7 +193,7 @@ def test_what_the_transformers_backend_cannot_load_is_reported(tmp_path: Path, m
     export(folder, EVERY["qwen2_moe"](), Drop(1, "layer"), Prune(0, FOUR))
     assert backend_problems(folder, base_model(folder)) == ["layer 1 has no attention, so no key-value cache"]
     export(folder, EVERY["qwen2_moe"](), *BUNDLED["low rank"])
-    monkeypatch.delattr(compressed_module._KeptExperts, "parameters")
+    monkeypatch.delattr(compressed_module._Kept, "parameters")
     assert backend_problems(folder, base_model(folder)) == ["layers.1.mlp.experts would be replaced by 6 whole experts"]
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]["AutoModel"]

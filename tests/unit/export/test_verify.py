@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.plain_moe import EVEN, UNEVEN
 from support.small import byte_tokenizer
 from support.tiny_models import EVERY, condense_plan, recorded, unchanged
 from tokenizers.pre_tokenizers import Whitespace
@@ -31,7 +32,7 @@ from recondense.export import verify
 from recondense.export import write_folder as export_module
 from recondense.export.write_folder import write_folder
 from recondense.models import families, reload
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 from recondense.surgery.student import Student
@@ -56,6 +57,8 @@ def operations_of(family: str) -> dict[str, tuple[Operation, ...]]:
         "merged": (Merge(last, *PAIRS),),
         "constants": (Constant(last, FOUR),),
         "factorized": (Prune(last, FOUR), Factorize(last, RANKS)),
+        "narrowed": tuple(Narrow.from_channels(layer, EVEN) for layer in layers),
+        "narrowed unlike": (Prune(last, FOUR), Narrow.from_channels(last, UNEVEN[:4])),
         "block dropped": (Drop(last, "moe"),),
         "layer dropped": (Drop(1 if family == "gpt_oss" else last, "layer"),),
     }

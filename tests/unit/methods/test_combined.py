@@ -17,11 +17,11 @@ from recondense.methods.search.rerun import Change
 from recondense.methods.step import SearchContext
 from recondense.models import families, moe_blocks
 from recondense.models.parameters import sizes
-from recondense.operations import Condense, Factorize, Prune
+from recondense.operations import Condense, Factorize, Narrow, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
-SETTINGS: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (0.5,)}
+SETTINGS: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (0.5,), "width_ratios": ()}
 SETTINGS |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
 
 
@@ -57,7 +57,7 @@ def test_the_first_round_is_the_enumerated_best() -> None:
         first_round["choice"][layer].partition(",")[0] for layer in layers
     ] == names  # ranks may be raised afterwards
     assert first_round["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
-    execute.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
     assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
 
 
@@ -69,7 +69,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(monkeypatc
     monkeypatch.undo()
     model, best = qwen2_moe(), float(str(error.value).rpartition("=")[2])
     operations, _ = search(model, memory_ratio=best)
-    execute.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
     assert sizes(model)["total"] <= best * sizes(qwen2_moe())["total"]
 
 
@@ -79,11 +79,33 @@ def test_the_damage_is_that_of_surgery() -> None:
     operations, record = search(model, memory_ratio=0.8)
     tape = recorded(expected)
     measure = Damage(expected, tape)
-    execute.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
     blocks = {layer: moe_blocks.get_block(model, layer) for layer in {operation.layer for operation in operations}}
     best = min(record["rounds"], key=lambda entry: entry["damage"])
     assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
-    assert {type(operation) for operation in operations} <= {Condense, Prune, Factorize}
+    assert {type(operation) for operation in operations} <= {Condense, Prune, Narrow, Factorize}
+
+
+def test_narrowing_is_an_option_and_is_measured_as_it_is_executed() -> None:
+    """Alone and after pruning. The least squares of surgery see the same texts and the same routing."""
+    model, expected = qwen2_moe(), qwen2_moe()
+    only = {"num_experts": (), "prune_ratios": (0.34,), "kept_ratios": (), "width_ratios": (0.75, 0.5)}
+    operations, record = search(model, memory_ratio=0.7, **only, width_multiple=4)
+    assert [name for name, *_ in record["options"]["1"]] == [
+        *("as it is", "narrowed to 12", "narrowed to 8"),
+        *("pruned by 2", "pruned by 2 and narrowed to 12", "pruned by 2 and narrowed to 8"),
+    ]
+    kinds = [operation.kind for operation in operations]
+    assert {"narrow", "prune"} == set(kinds) and kinds == sorted(kinds)  # narrowing sees the unchanged model
+    measure = Damage(expected, recorded(expected))
+    saved = sizes(model)["total"]
+    execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
+    blocks = {layer: moe_blocks.get_block(model, layer) for layer in {operation.layer for operation in operations}}
+    best = min(record["rounds"], key=lambda entry: entry["damage"])
+    assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
+    named = {layer: {name: size for name, size, _ in options} for layer, options in record["options"].items()}
+    saved -= sum(named[layer][name] for layer, name in record["chosen"].items())
+    assert sizes(model)["total"] == saved
 
 
 def test_another_budget_does_not_measure_single_layers_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +181,7 @@ def test_one_budget_decides() -> None:
     before = sizes(model)["routed_experts"]
     step = Combined(**{**SETTINGS, "budget": budget})
     operations, _ = step.search(SearchContext(model, lambda: recorded(model), {}, 1 << 30))
-    execute.execute(model, Plan("tiny", tuple(operations)))
+    execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
     assert sizes(model)["routed_experts"] <= 0.6 * before
 
 
@@ -170,6 +192,7 @@ def test_invalid_settings_are_refused_together() -> None:
             num_experts=(),
             prune_ratios=(),
             kept_ratios=(),
+            width_ratios=(),
             rounds=0,
             alpha=-1,
             shared_gate="foo",

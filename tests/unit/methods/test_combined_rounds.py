@@ -20,7 +20,7 @@ from recondense.plan import Plan
 from recondense.surgery import execute
 
 RANK_STEP = 3 * (32 + 16)  # parameters of an additional rank of one expert of the small models
-COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": ()}
+COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_ratios": (), "width_ratios": ()}
 COMBINED |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
 
 

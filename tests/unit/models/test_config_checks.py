@@ -17,7 +17,7 @@ from recondense.export.write_folder import write_folder
 from recondense.models import config_checks
 from recondense.models.config_checks import check_config, config_problems, make_outline, run_without_weights
 from recondense.models.published_configs import recorded_config, recorded_ids
-from recondense.operations import Condense, Drop, Factorize, Merge, Prune
+from recondense.operations import Condense, Drop, Factorize, Merge, Narrow, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -43,6 +43,8 @@ def test_every_family_computes_without_weights(family: str, tmp_path: Path) -> N
     assert config_problems(model.config) == []
     operations = (
         *(Prune(1, FOUR), Factorize(1, {name: (3, None, 4, 5) for name in RANKS}), Merge(2, *PAIRS)),
+        Narrow.from_channels(2, ((0, 3, 5, 7), (2,), range(8))),
+        Narrow.from_channels(6, (range(12),) * 6),
         *(Condense(3, (3, 0), (0.4, 0.2), None), Drop(4, "moe"), Drop(5, "layer"), Factorize(6, RANKS)),
     )
     plan = Plan("tiny", operations)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from support.plain_moe import (
+    EVEN,
     FOUR,
     LIMIT,
     PAIRS,
     RANKS,
     ROUTING,
+    UNEVEN,
     VARIANTS,
     PlainMoE,
     Ranks,
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from recondense.models import decoder, families, moe_blocks, parameters
 from recondense.models.routing import Routing
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Drop, Factorize, Merge, Narrow, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -155,6 +157,11 @@ CHANGES: dict[str, tuple[Callable[[int], Operation], Expected]] = {
     "condense": (lambda layer: Condense(layer, (3, 0), (0.4, 0.2), None), partial(combine, gate=None)),
     "factorize": (lambda layer: Factorize(layer, RANKS), lambda plain, x_TD: plain.truncated(RANKS)(x_TD)),
     "full rank": (lambda layer: Factorize(layer, FULL), lambda plain, x_TD: plain(x_TD)),
+    "narrow": (lambda layer: Narrow.from_channels(layer, EVEN), lambda plain, x_TD: plain.narrowed(EVEN)(x_TD)),
+    "narrow unlike": (
+        lambda layer: Narrow.from_channels(layer, UNEVEN),
+        lambda plain, x_TD: plain.narrowed(UNEVEN)(x_TD),
+    ),
     "drop": (lambda layer: Drop(layer, "moe"), lambda plain, x_TD: torch.zeros_like(x_TD)),
 }
 

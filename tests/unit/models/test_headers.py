@@ -26,7 +26,7 @@ from recondense.config.schema import Config, ExportConfig, ModelConfig, Recovery
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
 from recondense.models import headers, loading, model_classes, quantized
-from recondense.operations import Condense, Factorize, Merge, Prune
+from recondense.operations import Condense, Factorize, Merge, Narrow, Prune
 from recondense.plan import Plan
 from recondense.run.model_checks import planned_config
 from recondense.surgery import execute
@@ -113,6 +113,7 @@ def test_a_complete_checkpoint_does_not_differ(family: str, tmp_path: Path) -> N
     ranks = {name: (3, None, 4, 5, 6, 2) for name in ("gate_proj", "up_proj", "down_proj")}
     merged = ((0, 3), (1,), (5, 2, 4)), ((0.5, 0.5), (1.0,), (0.25, 0.25, 0.5))
     operations = Condense(2, (3, 0), (0.4, 0.2), None), Prune(3, (0, 2, 3, 5)), Merge(4, *merged), Factorize(5, ranks)
+    operations += Narrow.from_channels(3, (range(8),) * 4), Narrow.from_channels(4, (range(8), range(4), (2,)))
     plan = Plan("tiny", operations)
     execute.execute(deep, plan)
     write_folder(deep, None, plan, tmp_path / "bundled", "", ExportConfig(format="bundled"))

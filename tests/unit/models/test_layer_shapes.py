@@ -15,7 +15,7 @@ from recondense.config.schema import ExportConfig
 from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
 from recondense.models.layer_shapes import differs_from_config, layer_shapes
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Operation, Prune
 from recondense.plan import Plan
 from recondense.surgery import execute
 from recondense.surgery.apply import apply
@@ -29,6 +29,8 @@ OPERATIONS: list[Operation] = [
     Factorize(1, RANKS),
     Merge(1, ((0, 1), (2, 3), (4,), (5,)), ((0.5, 0.5), (0.5, 0.5), (1.0,), (1.0,))),
     Constant(1, (0, 2, 3, 5)),
+    Narrow.from_channels(1, (range(8),) * 6),
+    Narrow.from_channels(1, (range(8), *(range(4),) * 5)),
 ]
 SHAPES: list[dict[str, Any]] = [
     {"kind": "condensed", "shared_width": 24, "routed_width": 2 * 16, "token_gate": True},
@@ -38,6 +40,8 @@ SHAPES: list[dict[str, Any]] = [
     {"kind": "sparse", "num_experts": 6, "router_rows": 6, "ranks": {name: list(RANKS[name]) for name in RANKS}},
     {"kind": "sparse", "num_experts": 4, "router_rows": 6, "merged": True},
     {"kind": "sparse", "num_experts": 4, "router_rows": 6, "merged": True, "constants": 2},
+    {"kind": "sparse", "num_experts": 6, "router_rows": 6, "expert_width": 8},
+    {"kind": "sparse", "num_experts": 6, "router_rows": 6, "expert_width": [8, 4, 4, 4, 4, 4]},
 ]
 
 
@@ -54,7 +58,9 @@ def test_a_loaded_model_has_the_shapes_of_its_config(family: str) -> None:
     assert not differs_from_config(EVERY[family]())
 
 
-@pytest.mark.parametrize("operation", [OPERATIONS[0], OPERATIONS[4]], ids=["condense", "factorize"])
+@pytest.mark.parametrize(
+    "operation", [OPERATIONS[0], OPERATIONS[4], OPERATIONS[6]], ids=["condense", "factorize", "narrow"]
+)
 def test_the_classes_of_a_bundled_export_are_refused(operation: Operation, tmp_path: Path) -> None:
     """transformers loads them with the folder's own classes: to compress on, the folder is loaded with `load`."""
     model, plan = qwen2_moe(), Plan("tiny", (operation,))

@@ -18,7 +18,7 @@ from recondense.errors import UserError
 from recondense.export.write_folder import write_folder
 from recondense.models import families, loading, moe_blocks, parameters
 from recondense.models.parameters import count_parameters
-from recondense.operations import Condense, Drop, Factorize, Merge, Operation, Prune
+from recondense.operations import Condense, Drop, Factorize, Merge, Narrow, Operation, Prune
 from recondense.plan import Plan
 from recondense.recovery import trainable
 from recondense.recovery.module import RecoveryModule
@@ -135,6 +135,8 @@ def test_a_compressed_folder_is_loaded(family: str, tmp_path: Path) -> None:
     model = tiny(family, **extra)
     operations: tuple[Operation, ...] = (
         *(Prune(1, FOUR), Factorize(1, {name: (3, None, 4, 5) for name in RANKS}), Merge(2, *PAIRS)),
+        Narrow.from_channels(2, ((0, 3, 5, 7), (2,), range(8))),
+        Narrow.from_channels(6, (range(12),) * 6),
         *(Condense(3, (3, 0), (0.4, 0.2), None), Drop(4, "moe"), Drop(5, "layer"), Factorize(6, RANKS)),
     )
     plan = Plan("tiny", operations)

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.report import comparison
 from recondense.report.expert_outcomes import OUTCOMES, outcomes_of
@@ -319,17 +319,20 @@ MIXED: tuple[Operation, ...] = (
     Drop(4, "layer"),
     Refit(0, "down_proj", 0.01),
     Constant(5, (1, 4)),
+    Prune(6, (0, 1, 3, 5)),
+    Narrow.from_channels(6, (range(8), range(4), (0, 3), range(8))),
 )
 
 
 def test_operations_are_counted_in_order() -> None:
     """Condensing after pruning counts the experts that pruning retained."""
     counts = operation_counts(Plan("tiny", MIXED), 6)
-    assert counts["prune"] == {"layers": 2, "retained": 7, "of": 12}
+    assert counts["prune"] == {"layers": 3, "retained": 11, "of": 18}
     assert counts["condense"] == {"layers": 1, "retained": 2, "of": 3}
     assert counts["merge"] == {"layers": 1, "groups": 3, "of": 6}
     assert counts["constant"] == {"layers": 1, "retained": 2, "of": 6}
     assert counts["factorize"] == {"layers": 2, "lowest": 5, "highest": 20, "mean": pytest.approx(49 / 5)}
+    assert counts["narrow"] == {"layers": 1, "narrowest": 2, "widest": 8, "mean_width": 5.5}
     assert counts["drop_moe"] == counts["drop_layer"] == counts["refit"] == {"layers": 1}
     assert operation_counts(Plan("tiny"), 6) == {}
     json.dumps(counts)
@@ -339,9 +342,10 @@ def test_the_report_and_the_model_card_describe_the_plan(tmp_path: Path) -> None
     counts = operation_counts(Plan("tiny", MIXED), 6)
     line = plan_line(counts)
     for words in (
-        "2 layers pruned (7 of 12 experts stay)", "1 layer condensed (2 of 3 experts", "6 experts into 3",
+        "3 layers pruned (11 of 18 experts stay)", "1 layer condensed (2 of 3 experts", "6 experts into 3",
         "2 layers factorized (ranks 5-20, mean 9.8)", "1 layer removed", "1 layer refitted",
         "1 layer with constants (2 of 6 experts stay",
+        "1 layer narrowed (experts 2-8 wide, mean 5.5)",
     ):  # fmt: skip
         assert words in line
     with (tmp_path / "out").open("w") as file:
@@ -365,7 +369,10 @@ def test_the_outcome_of_every_expert_is_drawn() -> None:
     }
     kept, constant = ("kept", None), ("constant", None)
     assert outcomes_of(5, operations, 6) == [constant, kept, constant, constant, kept, constant]
-    assert set(outcomes_of(6, operations, 6)) == {("kept", None)}
+    assert outcomes_of(6, operations, 6) == [
+        ("narrowed", 8), ("narrowed", 4), dropped, ("narrowed", 2), dropped, ("narrowed", 8)
+    ]  # fmt: skip
+    assert set(outcomes_of(7, operations, 6)) == {("kept", None)}
     words = {kind: text for kind, (_, text) in OUTCOMES.items()}
     assert "number: order of selection" in words["condensed"] and "dense in a factorized layer" in words["dense"]
 

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from support.plain_moe import (
+    EVEN,
     FOUR,
     PAIRS,
     RANKS,
+    UNEVEN,
 )
 from support.tiny_models import EVERY, recorded, texts
 from torch import Tensor
 
-from recondense.operations import Condense, Constant, Factorize, Merge, Operation, Prune, Refit
+from recondense.operations import Condense, Constant, Factorize, Merge, Narrow, Operation, Prune, Refit
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -35,6 +37,8 @@ REFITS: dict[str, tuple[Operation, Operation]] = {
     "constant": (Constant(1, FOUR), Refit(1, "down_proj", 1e-3)),
     "merge": (Merge(1, *PAIRS), Refit(1, "down_proj", 1e-3)),
     "factorize": (Factorize(1, RANKS), Refit(1, "down_proj", 1e-3)),
+    "narrow": (Narrow.from_channels(1, EVEN), Refit(1, "down_proj", 1e-3)),
+    "narrow unlike": (Narrow.from_channels(1, UNEVEN), Refit(1, "down_proj", 1e-3)),
     "condense": (Condense(1, (3, 0), (0.4, 0.2)), Refit(1, "down_proj", 1e-3)),
     "coefficients": (Condense(1, (3, 0), (0.4, 0.2)), Refit(1, "coefficients", 1e-3)),
 }

@@ -1,4 +1,4 @@
-"""The options of each MoE layer: to condense, prune, factorize, or prune and factorize it, at a few strengths each."""
+"""The options of each MoE layer: condense, prune, narrow, factorize, or prune and one of the last two, a few each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.search import ranks
 from recondense.methods.search.option_choices import Choices
+from recondense.methods.search.widths import require_whole_rows, resolve_multiple
 from recondense.models import moe_blocks, parameters
 from recondense.models.moe_blocks import SparseBlock
-from recondense.operations import PROJECTIONS, Factorize, Operation, Prune
+from recondense.operations import PROJECTIONS, Factorize, Narrow, Operation, Prune
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class OptionSettings:
     num_experts: Sequence[int]
     prune_ratios: Sequence[float]
     kept_ratios: Sequence[float]
+    width_ratios: Sequence[float]
+    width_multiple: int | str
     alpha: float
     rank_multiple: int | str
     shared_gate: str
@@ -85,6 +88,8 @@ class Options:
             choices: chooses the experts that the options retain or drop.
         """
         options = cls(settings, moe_blocks.sparse_blocks(model))
+        if options.blocks and settings.width_ratios:
+            require_whole_rows("width_multiple", options._width_multiple, model.dtype)
         condensing = settings.condensing()
         numbers = {layer: [number for number in options._numbers(layer) if number] for layer in options.blocks}
         choices.prepare(options.blocks, condensing, numbers)
@@ -93,7 +98,7 @@ class Options:
             options.by_layer[layer] = [
                 Option("as it is"),
                 *(option for step in condensing for option in options._condense(block, step, choices)),
-                *options._prune_and_factorize(layer, choices),
+                *options._prune_and_shrink(layer, choices),
             ]
         return options
 
@@ -157,7 +162,11 @@ class Options:
         saved, routed = (step.saved_parameters(block, routed=routed) for routed in (False, True))
         return [Option(f"condensed to {step.num_experts}", (operation,), saved, routed)]
 
-    def _prune_and_factorize(self, layer: int, choices: Choices) -> list[Option]:
+    @property
+    def _width_multiple(self) -> int:
+        return resolve_multiple(self.settings.width_multiple, self._shape[1])
+
+    def _prune_and_shrink(self, layer: int, choices: Choices) -> list[Option]:
         block, settings = self.blocks[layer], self.settings
         options = []
         for number in self._numbers(layer):
@@ -171,7 +180,26 @@ class Options:
                 multiple = ranks.resolve_multiple(settings.rank_multiple, *self._shape, average)
                 allocated = ranks.allocate(importance, average, *self._shape, settings.alpha, multiple)
                 options.append(self._factorize(layer, prune, allocated))
+            options += [self._narrow(layer, prune, width, choices) for width in self._widths()]
         return list({option.name: option for option in options}.values())
+
+    def _widths(self) -> list[int]:
+        """Return the widths of the options that narrow a layer."""
+        width, multiple = self._shape[1], self._width_multiple
+        rounded = [max(multiple, int(ratio * width) // multiple * multiple) for ratio in self.settings.width_ratios]
+        return [one for one in rounded if one < width]
+
+    def _narrow(self, layer: int, prune: tuple[Prune, ...], width: int, choices: Choices) -> Option:
+        """Return the option that narrows a layer and prunes it.
+
+        The narrowing comes first: its least squares then see the routing of the original, as in the measurement.
+        """
+        block = self.blocks[layer]
+        operation = Narrow.from_channels(layer, choices.channels(block, width), compensate=True)
+        retained = len(prune[0].retained) if prune else block.num_experts
+        saved = retained * (self._shape[1] - width) * parameters.channel_size(block)
+        pruned = f"pruned by {block.num_experts - retained} and " if prune else ""
+        return self._option(layer, f"{pruned}narrowed to {width}", (operation, *prune), saved)
 
     def _factorize(self, layer: int, earlier: tuple[Operation, ...], allocated: ranks.Ranks) -> Option:
         """Return the option that factorizes a layer after its earlier operations."""
@@ -181,12 +209,12 @@ class Options:
         operation = Factorize(layer, dict.fromkeys(PROJECTIONS, tuple(allocated)))
         return self._option(layer, name, (*earlier, operation), saved)
 
-    def _option(self, layer: int, name: str, operations: tuple[Operation, ...], saved_by_factors: int) -> Option:
+    def _option(self, layer: int, name: str, operations: tuple[Operation, ...], saved_by_others: int) -> Option:
         block = self.blocks[layer]
         dropped = sum(
             block.num_experts - len(operation.retained) for operation in operations if isinstance(operation, Prune)
         )
-        routed = dropped * parameters.expert_size(block) + saved_by_factors
+        routed = dropped * parameters.expert_size(block) + saved_by_others
         return Option(name, operations, routed + dropped * parameters.router_row_size(block), routed)
 
     def _retained_importance(self, layer: int, operations: Sequence[Operation]) -> list[float]:

@@ -8,32 +8,53 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from recondense import processes
+from recondense.calibration.moments import inner_moments
+from recondense.calibration.tape import Tape
+from recondense.calibration.trace import LayerTrace
 from recondense.methods.search import ranks
 from recondense.methods.search.cdmoe_search import condensed_block
 from recondense.models import moe_blocks
 from recondense.models.factors import Factors, factors
 from recondense.models.low_rank import LowRankExperts
 from recondense.models.moe_blocks import SparseBlock
-from recondense.operations import Condense, Factorize, Operation, Prune
+from recondense.models.narrowing import narrow_experts
+from recondense.operations import Condense, Factorize, Narrow, Operation, Prune
 
 
 class OptionBlocks:
-    """Makes the blocks of one layer after another. Factors are kept until `release`, for other options of the layer."""
+    """Makes the blocks of one layer after another.
 
-    def __init__(self) -> None:
+    Factors and traces are kept until `release`, for other options of the layer. If the processes share the texts, all
+    of them make the same blocks in the same order.
+
+    Args:
+        model: the recorded model.
+        tape: its hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, tape: Tape) -> None:
+        self.model = model
+        self.tape = tape
+        self._traces: Sequence[LayerTrace] | None = None
         self._factors: dict[tuple[int, int, str], Factors] = {}
 
     def make(self, block: SparseBlock, operations: Sequence[Operation]) -> nn.Module | None:
         """Make the block after some operations, without copying unchanged experts; None is the original block."""
         retained = tuple(range(block.num_experts))
         module: nn.Module | None = None
+        experts: nn.Module | None = None
         for operation in operations:
             if isinstance(operation, Condense):
                 return condensed_block(block, operation)
+            if isinstance(operation, Narrow):
+                experts = self._narrow(block, operation)
+                module = moe_blocks.replace_parts(block.module, experts=experts)
             if isinstance(operation, Prune):
                 retained = operation.retained
-                module = moe_blocks.masked_block(block, retained)
+                module = moe_blocks.replace_parts(moe_blocks.masked_block(block, retained), experts=experts)
             if isinstance(operation, Factorize):
                 return moe_blocks.replace_parts(
                     block.module,
@@ -43,8 +64,18 @@ class OptionBlocks:
         return module
 
     def release(self) -> None:
-        """Free the factors of the current layer."""
+        """Free what was made for the current layer."""
         self._factors.clear()
+        self._traces = None
+
+    def _narrow(self, block: SparseBlock, operation: Narrow) -> nn.Module:
+        """Make the experts that surgery makes: their least squares see all texts, of all processes."""
+        if self._traces is None:
+            tape = self.tape.excerpt([block.layer] * processes.world_size())
+            assert tape is not None
+            self._traces = tape.trace(self.model, block.layer)
+        moment = inner_moments(block.weights, self._traces) if operation.compensate else None
+        return narrow_experts(block, operation.channels, moment)
 
     def _factorize(self, block: SparseBlock, retained: tuple[int, ...], operation: Factorize) -> LowRankExperts:
         weights = block.weights

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.search.cdmoe_search import CondenseSearch
+from recondense.methods.search.channel_scores import channel_scores
 from recondense.methods.search.expert_sets import search_expert_sets
 from recondense.methods.search.genetic import Genetic
 from recondense.methods.search.importance import expert_importances
 from recondense.methods.search.layerwise import LayerwiseSearch
+from recondense.methods.search.widths import retained_channels
 from recondense.methods.step import SearchContext
 from recondense.models.moe_blocks import SparseBlock
 from recondense.operations import Condense
@@ -37,6 +41,9 @@ class Choices(Protocol):
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
         """Return the experts to drop if the layer loses `number` experts."""
 
+    def channels(self, block: SparseBlock, width: int) -> Sequence[Sequence[int]]:
+        """Return the channels that each expert keeps if all have this width."""
+
 
 class MadeUpChoices:
     """Placeholder choices of the right sizes: all experts are equally important; the first are retained or dropped."""
@@ -56,6 +63,9 @@ class MadeUpChoices:
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
         return range(number)
 
+    def channels(self, block: SparseBlock, width: int) -> Sequence[Sequence[int]]:
+        return [range(width)] * block.num_experts
+
 
 class SearchedChoices:
     """Choices made by the searches of CD-MoE and MoE-I².
@@ -64,13 +74,18 @@ class SearchedChoices:
         context: the model, its tape and the cache.
         genetic, seed: the settings and the seed of the search for the experts to drop.
         normalize: whether to normalize the importance; see `expert_importance`.
+        score: the score of channels; see `channel_scores`. None if no option narrows.
     """
 
-    def __init__(self, context: SearchContext, genetic: Genetic, seed: int, normalize: bool) -> None:
+    def __init__(
+        self, context: SearchContext, genetic: Genetic, seed: int, normalize: bool, score: str | None = None
+    ) -> None:
         self.context = context
         self.genetic = genetic
         self.seed = seed
         self.normalize = normalize
+        self.score = score
+        self._channels: dict[int, Tensor] = {}
         self._importance: dict[int, list[float]] = {}
         self._condensing: dict[int, CondenseSearch] = {}  # by the number of retained experts
         self._dropped: dict[tuple[int, int], Sequence[int]] = {}  # by layer and number
@@ -89,6 +104,9 @@ class SearchedChoices:
             sets = search_expert_sets(search, blocks, layers, self.genetic, self.seed, title)
             self._dropped |= {(layer, number): best[0] for layer, (best, *_) in sets.items()}
 
+        if self.score is not None:
+            self._channels = channel_scores(self.context, blocks, self.score)
+
     def importance(self, block: SparseBlock) -> list[float]:
         return self._importance[block.layer]
 
@@ -105,3 +123,6 @@ class SearchedChoices:
 
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
         return self._dropped[block.layer, number]
+
+    def channels(self, block: SparseBlock, width: int) -> Sequence[Sequence[int]]:
+        return retained_channels(self._channels[block.layer], [width] * block.num_experts)
