@@ -28,7 +28,7 @@ def effective(block: CondensedMoE) -> Tensor:
 
 
 def test_folding_changes_no_output_and_makes_a_step_as_large_as_the_rate() -> None:
-    """AdamW's first step is the rate in every weight, so the product of a constant and a weight moves by their product."""
+    """AdamW's first step is the rate in every weight, so constant times weight moves by constant times rate."""
     moved: dict[bool, Tensor] = {}
     expected = None
     for fold in (False, True):
