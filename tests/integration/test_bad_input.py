@@ -97,7 +97,15 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown trainable": (
         ["recovery=finetune", "recovery.trainable=router"],
-        ["recovery.trainable=router", "no such choice", "all, experts, lora"],
+        ["recovery.trainable=router", "no such choice", "all, attention, experts, lora, norms, routers"],
+    ),
+    "unknown part": (
+        ["recovery=finetune", "recovery.trainable=[experts,router]"],
+        ["recovery.trainable[1]=router", "no such choice", "Did you mean routers?"],
+    ),
+    "routers that no layer has": (
+        ["recovery=routers", "method=cdmoe"],
+        ["recovery.trainable=routers", "method=cdmoe leaves no router", "recovery.router_layers=all"],
     ),
     "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?"]),
     "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),

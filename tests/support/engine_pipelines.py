@@ -51,7 +51,7 @@ def process(rank: int, port: int, name: str, folder: Path, model: Path) -> None:
     if name != "control":
         run(name, folder, model, teacher="cached", validate_every=3)
         return
-    devices = run("fsdp2", folder, model, control=True)
+    devices = run("fsdp2", folder, model, control=True, trainable=("experts", "routers", "norms"))
     (folder / f"devices-{rank}.json").write_text(json.dumps(devices))
 
 

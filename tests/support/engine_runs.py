@@ -32,7 +32,7 @@ from recondense.config.schema import TrainerConfig
 from recondense.data.labels import MASKED
 from recondense.data.loader import RecoveryData
 from recondense.models.low_rank import LowRankExperts
-from recondense.operations import Condense, Factorize, Prune
+from recondense.operations import Condense, Drop, Factorize, Merge, Prune
 from recondense.plan import Plan
 from recondense.recovery.engines import deepspeed, full_tensors, training_copy
 from recondense.recovery.fit import fit
@@ -59,9 +59,10 @@ PLAN = Plan(
 
 
 def module_of() -> RecoveryModule:
-    """A new module with the same weights every time; its router and shared gate are the original's."""
+    """A new module with the same weights every time. The original has routers, gates and norms of its own."""
     model = qwen2_moe(vocab_size=257, max_position_embeddings=256)
-    settings = recovery(steps=STEPS, checkpoint_every=CHECKPOINT_EVERY, validate_every=5)
+    parts = ("experts", "routers", "norms")  # in two groups of parameters, because norms are not decayed
+    settings = recovery(steps=STEPS, checkpoint_every=CHECKPOINT_EVERY, validate_every=5, trainable=parts)
     module = RecoveryModule(apply(model, PLAN), settings, tokenizer=byte_tokenizer())
     module.prepare()
     return module
@@ -172,6 +173,7 @@ def resume_from_one(engine: str, folder: Path, checkpoint: Path) -> dict[int, fl
     return watcher.losses
 
 
+GROUPS = ((0, 1), (2, 3), (4, 5))
 RANKS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (8,) * 6)
 # Other plans, types and losses, four steps each: a sparse block in the lowest layer, the shared router of a factorized
 # layer, hidden states, and windows with different numbers of labels.
@@ -195,8 +197,21 @@ SHORT: dict[str, dict[str, Any]] = {
         "plan": Plan("tiny", (Prune(1, (0, 2, 3)),)), "steps": 2, "accumulate_grad_batches": 3, "gradient_clip": 1e9,
         "labels": True, "hidden_share": 0.25, "cross_entropy_share": 0.25,
     },
+    # A layer of each kind, and one whose router is trained although nothing else of it is.
+    "routers": {
+        "plan": Plan("tiny", (Prune(0, (0, 2, 3)), Merge(1, GROUPS, ((0.5, 0.5),) * 3))), "trainable": "routers",
+        "router_layers": "all", "steps": 2, "gradient_clip": 1e9,
+    },
+    "all": {
+        "plan": Plan("tiny", (Prune(0, (0, 2, 3)), Drop(1, "moe"))), "trainable": "all", "steps": 2,
+        "gradient_clip": 1e9, "model": {"tie_word_embeddings": True},
+    },
+    "parts in bf16": {
+        "plan": Plan("tiny", (Prune(0, (0, 2, 3)), Factorize(1, RANKS))), "dtype": torch.bfloat16,
+        "trainable": ("routers", "norms", "attention"),
+    },
 }  # fmt: skip
-MOMENTS = ("accumulated", "clipped", "unequal")
+MOMENTS = ("accumulated", "clipped", "unequal", "routers", "all")
 # Importing DeepSpeed changes these.
 CHANGED_BY_IMPORT = ("process silent", "process handlers of DeepSpeed", "process variable DS_ACCELERATOR")
 SHORT_ALONE = ("deepspeed_zero3_offload",)  # engines so similar to another that they run only the short cases
@@ -216,7 +231,7 @@ def short(name: str, strategy: str, folder: Path) -> list[float]:
     case = {"steps": 4, "checkpoint_every": 2 if name in MOMENTS else 10, **SHORT[name]}
     plan, dtype, labels = case.pop("plan"), case.pop("dtype", torch.float32), case.pop("labels", False)
     precision = case.pop("precision", "auto")
-    model = qwen2_moe(vocab_size=257, max_position_embeddings=256)
+    model = qwen2_moe(vocab_size=257, max_position_embeddings=256, **case.pop("model", {}))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers are fp32, as loading has them
     module = RecoveryModule(apply(model, plan), recovery(**case), tokenizer=byte_tokenizer())

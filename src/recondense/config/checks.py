@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from recondense.config.method_steps import step_entries
-from recondense.config.problems import Problem
+from recondense.config.problems import Problem, show
 from recondense.config.schema import Config, DataConfig, RecoveryConfig, ends_of
 from recondense.config.stages import Stage
 
@@ -155,13 +155,6 @@ def _check_stages(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
             yield from _check_splits(stage.data, f"{stage.where}.data", needs)
         if stage.recovery.objective == "none":
             yield Problem(f"{stage.where}.objective", "a stage must train. Remove the stage instead.", "none")
-        if stage.recovery.trainable == "all" != recovery.trainable and step_entries(config.method):
-            yield _trains_all(stage.where)
-
-
-def _trains_all(where: str) -> Problem:
-    text = "the original shares the backbone and would change with the student. Use trainable=experts."
-    return Problem(f"{where}.trainable", text, "all")
 
 
 def _check_streaming(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
@@ -218,7 +211,22 @@ def check_recovery(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
         )
     if recovery.objective == "distill":
         yield from _check_teacher(recovery, where)
-    if (lora := recovery.lora).dropout and recovery.trainable == "lora" and lora.target != "attention":
+    if "lora" in recovery.parts:
+        yield from _check_adapters(recovery, where)
+
+
+def _check_adapters(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
+    """Yield the problems of adapters: parts that would train twice, and dropout of experts."""
+    lora = recovery.lora
+    targets = ("experts", "attention") if lora.target == "both" else (lora.target,)
+    if twice := [part for part in recovery.parts if part in targets]:
+        yield Problem(
+            f"{where}.trainable",
+            f"with {where}.lora.target={lora.target}, lora already trains adapters of {twice[0]}. Leave out "
+            f"{twice[0]} or lora, or use another {where}.lora.target.",
+            recovery.trainable,
+        )
+    if lora.dropout and lora.target != "attention":
         yield Problem(
             f"{where}.lora.dropout",
             f"with {where}.lora.target={lora.target} there are adapters of experts, which do not support dropout. Use "
@@ -252,11 +260,11 @@ def _check_name_and_teacher(recovery: RecoveryConfig) -> Iterator[Problem]:
     """Yield the problem of recovery=lora that trains no adapters, and that of a teacher that is not used."""
     if recovery.objective == "none":
         return
-    if recovery.name == "lora" and recovery.trainable != "lora":
+    if recovery.name == "lora" and "lora" not in recovery.parts:
         yield Problem(
             "recovery.trainable",
             "recovery=lora trains adapters. Use recovery.trainable=lora, or recovery=finetune with "
-            f"recovery.trainable={recovery.trainable}.",
+            f"recovery.trainable={show(recovery.trainable)}.",
             recovery.trainable,
         )
     distils = recovery.objective == "distill" and recovery.teacher != "model" and recovery.stages is None
@@ -285,8 +293,6 @@ def _check_evaluation(config: Config) -> Iterator[Problem]:
     elif folder is not None and not task_files(folder):
         text = "the folder has no task YAML (*.yaml). Give a folder that has one."
         yield Problem("evaluation.include_path", text, folder)
-    if config.recovery.trainable == "all" and config.recovery.objective != "none" and step_entries(config.method):
-        yield _trains_all("recovery")
 
 
 def task_files(folder: str | Path) -> list[Path]:

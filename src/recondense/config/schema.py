@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from recondense.config.logger import LoggerConfig
 from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem, render
-from recondense.config.run_identity import NO_RESULT, identity_of
+from recondense.config.run_identity import LATER, NO_RESULT, identity_of
 from recondense.config.types import (
     BelowOne,
     Bytes,
@@ -30,12 +30,14 @@ from recondense.config.types import (
     LocalPath,
     NotNegative,
     Number,
+    Part,
     Positive,
     Repository,
     ScratchBytes,
     Seed,
     Shares,
     Switch,
+    Trainable,
     Whole,
 )
 from recondense.config.validation import validated
@@ -161,7 +163,8 @@ class RecoveryConfig:
     gradient_clip: NotNegative = 1.0
     warmup_steps: FromZero = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    trainable: Literal["experts", "all", "lora"] = "experts"
+    trainable: Trainable = "experts"
+    router_layers: Literal["changed", "all"] = field(default="changed", metadata=LATER)
     lora: LoraSettings = field(default_factory=LoraSettings)
     divergence: Divergence = "forward_kl"
     temperature: Annotated[Number, Field(gt=0, description="1.0 does not change the distributions")] = 1.0
@@ -180,9 +183,9 @@ class RecoveryConfig:
     stages: tuple[Free, ...] | None = None
 
     @property
-    def needs_experts(self) -> bool:
-        """Whether only experts are trained, so that nothing would train in a model without experts."""
-        return self.trainable == "experts" or (self.trainable, self.lora.target) == ("lora", "experts")
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of the model that are trained, from `trainable`, which may be one word."""
+        return (self.trainable,) if isinstance(self.trainable, str) else self.trainable
 
     @property
     def compares_states(self) -> bool:

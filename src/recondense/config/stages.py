@@ -9,6 +9,7 @@ from typing import Any
 
 from recondense.config.problems import Problem, render, suggestion
 from recondense.config.schema import CalibrationConfig, Config, DataConfig, RecoveryConfig
+from recondense.config.types import Part
 from recondense.config.validation import validated
 from recondense.errors import ConfigError
 
@@ -181,5 +182,10 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def control_settings(recovery: RecoveryConfig) -> RecoveryConfig:
-    """Return the settings of the control: next-token training of the original, for the same number of steps."""
-    return replace(recovery, name="control", objective="finetune", trainable="experts", control=False)
+    """Return the settings of the control: next-token training of the original, for the same number of steps.
+
+    The same parts train, with the experts in place of adapters.
+    """
+    experts: Part = "experts"
+    parts = tuple(dict.fromkeys(experts if part == "lora" else part for part in recovery.parts))
+    return replace(recovery, name="control", objective="finetune", trainable=parts, control=False)

@@ -6,7 +6,7 @@ The `description` of a type is appended to the limit in messages.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, ByteSize, Field, Strict, TypeAdapter
 
@@ -42,6 +42,24 @@ def _storable(number: int) -> int:
     return number
 
 
+Part = Literal["experts", "routers", "norms", "attention", "all", "lora"]  # of a model, which a recovery trains
+PARTS: tuple[str, ...] = get_args(Part)
+
+
+def _canonical(parts: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Return the parts in the order of PARTS; a single one as a word, so that a list of one is the same setting."""
+    if isinstance(parts, str):
+        return parts
+    if not parts:
+        raise ValueError(f"name at least one part: {', '.join(PARTS)}")
+    if repeated := [part for part in PARTS if parts.count(part) > 1]:
+        raise ValueError(f"{repeated[0]} is named twice. Name each part once")
+    if "all" in parts and len(parts) > 1:
+        raise ValueError("all already includes every other part. Use all alone, or leave it out")
+    ordered = tuple(part for part in PARTS if part in parts)
+    return ordered[0] if len(ordered) == 1 else ordered
+
+
 Whole = Annotated[int, Strict(), AfterValidator(_storable)]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
 Switch = Annotated[bool, Strict()]
@@ -61,6 +79,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="
 Devices = Annotated[
     Count | Literal["auto"], Field(description="it is the number of processes on each machine; auto: one per GPU")
 ]
+Trainable = Annotated[Part | tuple[Part, ...], AfterValidator(_canonical)]
 Repository = Annotated[
     str,
     Field(pattern=r"^[\w.-]+/[\w.-]+$", description="is not a repository of the hub; write owner/name, or null"),

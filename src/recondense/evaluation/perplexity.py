@@ -90,8 +90,7 @@ def perplexity(
         model: a causal LM. It runs on its device, in the precision of the caller's autocast; its mode is restored.
         windows_MS: ids; every token of a window except the first is predicted.
         batch_size: B, windows per forward pass.
-        reference: makes a context that yields the original, or None if `model` itself is the original inside it. Model
-            and original must have the same head.
+        reference: makes a context that yields the original, or None if `model` itself is the original inside it.
         description: the description of the progress bar; None shows no bar.
         name: the model's name, for the error message.
 
@@ -109,9 +108,9 @@ def perplexity(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     batches = [batch_BS.to(device) for batch_BS in windows_MS.split(batch_size)]
     with eval_mode(model), torch.no_grad(), _bar(description, len(windows_MS)) as bar:
-        for ids_BS, (hidden_BSD, original_BSD) in zip(batches, _pairs(model, batches, reference), strict=True):
+        for ids_BS, (hidden_BSD, original) in zip(batches, _pairs(model, batches, reference), strict=True):
             with decoder.lm_head(model) as head:
-                sums += _sums(hidden_BSD, original_BSD, ids_BS, head)
+                sums += _sums(hidden_BSD, original, ids_BS, head)
             if bar is not None:
                 bar.advance(len(ids_BS))
     count = windows_MS.shape[0] * (windows_MS.shape[1] - 1)
@@ -125,26 +124,26 @@ def perplexity(
 
 def _pairs(
     model: PreTrainedModel, batches: Sequence[Tensor], reference: Callable[[], AbstractContextManager[Any]] | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the hidden states before the head (B, S, D) of the model and of the original, for each batch.
+) -> Iterator[tuple[Tensor, tuple[Tensor, Head] | None]]:
+    """Yield the hidden states before the head (B, S, D) of the model, and those of the original with its head.
 
     A streamed model first computes those of all batches, layer by layer.
     """
     states = _run_streamed(model, batches)
-    original_states = None
+    original_states, original_head = None, None
     if reference is not None:
-        with _evaluated(model, reference) as original:
+        with _evaluated(model, reference) as original, decoder.lm_head(original) as original_head:
             original_states = _run_streamed(original, batches)
     for index, ids_BS in enumerate(batches):
         hidden_BSD = _hidden(model, ids_BS) if states is None else states[index]
-        if reference is None:
+        if reference is None or original_head is None:
             yield hidden_BSD, None
         elif original_states is not None:
-            yield hidden_BSD, original_states[index]
+            yield hidden_BSD, (original_states[index], original_head)
         else:
             with _evaluated(model, reference) as original:
                 original_BSD = _hidden(original, ids_BS)
-            yield hidden_BSD, original_BSD
+            yield hidden_BSD, (original_BSD, original_head)
 
 
 @contextmanager
@@ -171,16 +170,16 @@ def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
     return hidden_BSD
 
 
-def _sums(hidden_BSD: Tensor, original_BSD: Tensor | None, ids_BS: Tensor, head: Head) -> Tensor:
+def _sums(hidden_BSD: Tensor, original: tuple[Tensor, Head] | None, ids_BS: Tensor, head: Head) -> Tensor:
     """Return the summed loss and divergence of a batch (2,), fp64, computed from the logits of a chunk at a time."""
     sums = torch.zeros(2, dtype=torch.float64, device=ids_BS.device)
     hidden_TD, labels_T = hidden_BSD[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten()
-    original_TD = None if original_BSD is None else original_BSD[:, :-1].flatten(0, 1)
+    original_TD = None if original is None else original[0][:, :-1].flatten(0, 1)
     for part in chunks(len(hidden_TD), max(1, CHUNK_ELEMENTS // len(head.weight_VD))):
         logits_CV = head.logits(hidden_TD[part]).float()
         sums[0] += F.cross_entropy(logits_CV, labels_T[part], reduction="none").double().sum()
-        if original_TD is not None:
-            original_CV = head.logits(original_TD[part]).float()
+        if original is not None and original_TD is not None:
+            original_CV = original[1].logits(original_TD[part]).float()
             sums[1] += kl_divergence(original_CV, logits_CV).double().sum()
     return sums
 

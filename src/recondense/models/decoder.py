@@ -38,6 +38,33 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return model.model.norm  # type: ignore[return-value,union-attr]
 
 
+def outer_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the modules with weights outside the decoder layers, by name: embedding, final norm and head."""
+    return {
+        "embed_tokens": model.model.embed_tokens,  # type: ignore[dict-item,union-attr]
+        "norm": final_norm(model),
+        "lm_head": model.lm_head,  # type: ignore[dict-item]
+    }
+
+
+def set_outer_module(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Set one of the `outer_modules`."""
+    setattr(model if name == "lm_head" else decoder(model), name, module)
+
+
+@contextmanager
+def swap_outer_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace some of the `outer_modules` inside the context; no weight is copied."""
+    before = {name: module for name, module in outer_modules(model).items() if name in modules}
+    for name, module in modules.items():
+        set_outer_module(model, name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            set_outer_module(model, name, module)
+
+
 def decoder(model: PreTrainedModel) -> nn.Module:
     """Return the causal LM without its head."""
     return model.model  # type: ignore[return-value]
@@ -175,6 +202,28 @@ def attention_linears(model: PreTrainedModel) -> list[str]:
         for name, module in layer.self_attn.named_modules()  # type: ignore[union-attr]
         if isinstance(module, nn.Linear)
     ]
+
+
+def attention_parameters(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter]:
+    """Return the parameters of a layer's attention by name in the model, with biases and sinks, but without norms."""
+    attention = getattr(decoder_layers(model)[layer], "self_attn", nn.Module())
+    norms = norm_parameters(model, layer)
+    names = {f"{layer_prefix(layer)}self_attn.{name}": value for name, value in attention.named_parameters()}
+    return {name: value for name, value in names.items() if name not in norms}
+
+
+def norm_parameters(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter]:
+    """Return the weights of all norms of a decoder layer by name in the model, those in its attention too."""
+    return {
+        f"{layer_prefix(layer)}{name}.{leaf}": value
+        for name, module in decoder_layers(model)[layer].named_modules()
+        if is_norm(module)
+        for leaf, value in module.named_parameters(recurse=False)
+    }
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def layers_prefix() -> str:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from recondense.errors import UserError
 from recondense.models.compressed_classes import glu_of, has_bias, returns_pair, router_name
-from recondense.models.decoder import decoder_layers
+from recondense.models.decoder import decoder_layers, is_norm
 from recondense.models.expert_widths import fused_width
 from recondense.models.families import Family, family_of
 from recondense.models.low_rank import LowRankExperts
@@ -150,24 +150,29 @@ def selects_experts(name: str) -> bool:
 def is_norm_or_bias(module: nn.Module, name: str) -> bool:
     """Return whether a parameter of this name in a module is a norm's weight or a bias, including correction biases."""
     parent, _, leaf = name.rpartition(".")
-    return leaf.endswith("bias") or "norm" in type(module.get_submodule(parent)).__name__.lower()
+    return leaf.endswith("bias") or is_norm(module.get_submodule(parent))
 
 
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:
     """Return the MoE block or MLP of a decoder layer, which surgery changes; `SkippedLayer` for a removed layer."""
-    decoder_layer = decoder_layers(model)[layer]
+    return block_of(decoder_layers(model)[layer])
+
+
+def block_of(decoder_layer: nn.Module) -> nn.Module:
+    """Return the MoE block or MLP of a decoder layer; a removed layer itself."""
     return decoder_layer if isinstance(decoder_layer, SkippedLayer) else decoder_layer.mlp  # type: ignore[return-value]
 
 
 def set_block(model: PreTrainedModel, layer: int, block: nn.Module) -> None:
     """Set the MoE block or MLP of a decoder layer. If `block` is a decoder layer, it replaces the layer itself."""
-    if _is_decoder_layer(block):
+    if is_decoder_layer(block):
         decoder_layers(model)[layer] = block
     else:
         decoder_layers(model)[layer].mlp = block
 
 
-def _is_decoder_layer(block: nn.Module) -> bool:
+def is_decoder_layer(block: nn.Module) -> bool:
+    """Return whether a module in the place of a block is a decoder layer."""
     return isinstance(block, SkippedLayer) or hasattr(block, "self_attn")
 
 
@@ -237,6 +242,20 @@ def expert_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
     return modules
 
 
+def router_modules(model: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
+    """Return a sparse layer's router and the gate of its shared experts by their names in its block.
+
+    Other layers, also condensed ones, have none.
+    """
+    module = get_block(model, layer)
+    if not is_sparse(module):
+        return {}
+    block = sparse_view(model, layer, module)
+    gate = block.shared_expert_gate
+    gates = {} if gate is None else {str(block.family.shared_expert_gate): gate}
+    return {router_name(module): block.router, **gates}
+
+
 def block_name(layer: int) -> str:
     """Return the state-dict name of a decoder layer's MoE block or MLP."""
     return f"model.layers.{layer}.mlp"
@@ -267,7 +286,7 @@ def sparse_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
 def swap_blocks(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> Iterator[PreTrainedModel]:
     """Replace blocks or decoder layers of the model inside the context; no weight is copied."""
     before = {
-        layer: decoder_layers(model)[layer] if _is_decoder_layer(block) else get_block(model, layer)
+        layer: decoder_layers(model)[layer] if is_decoder_layer(block) else get_block(model, layer)
         for layer, block in blocks.items()
     }
     for layer, block in blocks.items():

@@ -183,15 +183,14 @@ def _shard(module_copy: RecoveryModule, module: RecoveryModule) -> None:
     if isinstance(strategy, Zero):
         strategy.shard(module_copy, weights)
     else:
-        originals = {int(layer): block for layer, block in module_copy.originals.items()}
+        originals = {int(layer): block for layer, block in module_copy.originals.items() if layer.isdigit()}
         fsdp2.shard(module_copy, weights, module_copy.model, originals)
 
 
 def _sparse_modules(module: RecoveryModule) -> list[nn.Module]:
     """Return all MoE blocks, including the original's. In them the tokens decide which weights are used."""
-    layers = range(len(decoder.decoder_layers(module.model)))
-    blocks = [moe_blocks.get_block(module.model, layer) for layer in layers]
-    return [block for block in (*blocks, *module.originals.values()) if moe_blocks.is_sparse(block)]
+    parts = dict.fromkeys([*module.model.modules(), *module.originals.modules()])
+    return [part for part in parts if moe_blocks.is_sparse(part)]
 
 
 def _make_trainer(module: RecoveryModule, training: _Training, precision: str, device: torch.device) -> L.Trainer:

@@ -41,13 +41,13 @@ class RecoveryModule(L.LightningModule):
         teacher: what the student is trained on and compared with; None for the original on the student's backbone.
         tokenizer: a tokenizer for callbacks that evaluate.
         stage: the prefix of logged metrics.
-        layers: decoder layers whose experts are trained; None for the layers of the plan.
+        layers: decoder layers whose experts and routers are trained; None for the layers of the plan.
         router_auxiliary_loss: the weight of the router's load-balancing loss, for training a sparse model from scratch.
         training_device: the device for training; None for the device of the model.
 
     Attributes:
         model: the student's model, set in `setup`. Its parameters are those of the module.
-        originals: the blocks of the original by decoder layer, set in `setup`. They are not trained.
+        originals: the original's own blocks, decoder layers and other modules, set in `setup`. They are not trained.
         part: the trained part of the student, set in `setup`.
         task_results: lm-eval results by optimizer step, set by a callback.
 
@@ -103,10 +103,10 @@ class RecoveryModule(L.LightningModule):
         return OriginalTeacher(self.student) if self._teacher is None else self._teacher
 
     def prepare(self) -> None:
-        """Make the student if necessary, and unfreeze the part that is trained. `setup` calls this method.
+        """Make the student if necessary, and unfreeze the part that is trained. `setup` calls it.
 
         Raises:
-            UserError: there is nothing to train, or the settings train all weights although the original shares them.
+            UserError: there is nothing to train.
         """
         if not isinstance(self._source, Student):
             self._source = self._source()
@@ -114,7 +114,7 @@ class RecoveryModule(L.LightningModule):
             student = self._source
             self.part = TrainedPart.begin(student, self.settings, self._layers)
             self.model = student.model
-            self.originals = nn.ModuleDict({str(layer): block for layer, block in student.originals.items()})
+            self.originals = nn.ModuleDict(student.own_originals())
             self.training_device = self.training_device or decoder.device(student.model)
         self.part.unfreeze()
 

@@ -39,7 +39,7 @@ def recover(
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Student:
-    """Train a student, by default the experts of the layers that the plan changed.
+    """Train a student, by default the experts of the layers that the plan changed; `trainable` may list other parts.
 
     Args:
         student: a student returned by `apply`; it is trained in place. Its original does not change.

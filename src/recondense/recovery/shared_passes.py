@@ -174,7 +174,8 @@ def require_input_gradient(model: PreTrainedModel, needed: bool) -> Iterator[Non
         return
 
     def require(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not torch.is_grad_enabled():
+        states = args[0] if args else kwargs["hidden_states"]
+        if not torch.is_grad_enabled() or states.requires_grad:  # the embedding trains
             return args, kwargs
         if args:
             return (args[0].detach().requires_grad_(), *args[1:]), kwargs

@@ -83,8 +83,9 @@ class OriginalTeacher:
             record_entering(model, first) as entering,
         ):
             output = run(model, inputs.arguments)
-        with decoder.lm_head(model) as head:
-            return TeacherOutput(Hidden(inputs.tokens.select_rows(output.logits), head), states, first, entering)
+            with decoder.lm_head(model) as head:  # the original's, if the student has its own
+                target = Hidden(inputs.tokens.select_rows(output.logits), head)
+        return TeacherOutput(target, states, first, entering)
 
 
 class OtherTeacher:

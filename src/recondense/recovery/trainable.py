@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from recondense.config.schema import RecoveryConfig
 from recondense.errors import UserError
 from recondense.models import moe_blocks
-from recondense.models.decoder import decoder_layers
-from recondense.models.moe_blocks import block_name, expert_modules, get_block, is_dense
+from recondense.models.decoder import attention_parameters, decoder_layers, final_norm, norm_parameters
+from recondense.models.moe_blocks import block_name, expert_modules, get_block, is_dense, router_modules
 from recondense.models.replacement_blocks import CondensedMoE
 from recondense.operations import PROJECTIONS
 from recondense.surgery.student import Student
@@ -42,45 +42,101 @@ def trainable_layers(model: PreTrainedModel, layers: Sequence[int]) -> list[int]
     ]
 
 
-def trainable_parameters(model: PreTrainedModel, layers: Sequence[int], trainable: str) -> dict[str, nn.Parameter]:
+def layer_parameters(model: PreTrainedModel, layer: int, parts: Collection[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of some parts of a decoder layer, by name in the model.
+
+    Args:
+        model: the causal LM.
+        layer: the decoder layer.
+        parts: "experts": the routed and shared experts; in condensed and dense layers, the projections. "routers": the
+            router with any bias, and the gate of the shared experts. "norms": all norms, those in the attention too.
+            "attention": the rest of the attention. Other words have no parameters.
+
+    Returns:
+        The parameters. A router's correction bias is never included, because it gets no gradient.
+    """
+    modules: dict[str, nn.Module] = trainable_modules(model, [layer]) if "experts" in parts else {}
+    if "routers" in parts:
+        modules |= {f"{block_name(layer)}.{name}": module for name, module in router_modules(model, layer).items()}
+    named = {f"{name}.{inner}": value for name, part in modules.items() for inner, value in part.named_parameters()}
+    if "norms" in parts:
+        named |= norm_parameters(model, layer)
+    if "attention" in parts:
+        named |= attention_parameters(model, layer)
+    return {name: value for name, value in named.items() if not moe_blocks.selects_experts(name)}
+
+
+def trainable_parameters(
+    model: PreTrainedModel, layers: Sequence[int], trainable: str | Collection[str], router_layers: str = "changed"
+) -> dict[str, nn.Parameter]:
     """Return the parameters that a recovery trains, by name in the model.
 
     Args:
         model: the causal LM.
-        layers: the layers for "experts". If none of them has experts, all MoE layers are used.
-        trainable: "experts" for the shared and retained experts of the layers, including dense layers, or "all". A
-            router's correction bias is never included, because it gets no gradient.
-
-    Returns:
-        Parameters by name. Routers, gates and the scales of condensed layers do not count as experts.
+        layers: the layers for "experts" and "routers". If none of them has experts, the experts of all MoE layers are
+            used.
+        trainable: the parts: "experts", "routers", "norms", "attention" (see `layer_parameters`) or "all". Norms and
+            attention are those of all layers; the final norm is one of the norms. "lora" has no parameters here.
+        router_layers: "changed" for the routers of `layers`, or "all" for those of all sparse layers.
     """
-    if trainable == "all":
+    parts = {trainable} if isinstance(trainable, str) else set(trainable)
+    if "all" in parts:
         return {name: value for name, value in model.named_parameters() if not moe_blocks.selects_experts(name)}
-    return {
-        f"{name}.{inner}": parameter
-        for name, module in trainable_modules(model, trainable_layers(model, layers)).items()
-        for inner, parameter in module.named_parameters()
+    every = range(len(decoder_layers(model)))
+    where: dict[str, Collection[int]] = {
+        "experts": trainable_layers(model, layers) if "experts" in parts else (),
+        "routers": layers if router_layers == "changed" else every,
+        "norms": every,
+        "attention": every,
     }
+    named: dict[str, nn.Parameter] = {}
+    for layer in every:
+        named |= layer_parameters(model, layer, [part for part in where if part in parts and layer in where[part]])
+    if "norms" in parts:
+        named |= {f"model.norm.{name}": value for name, value in final_norm(model).named_parameters()}
+    return named
+
+
+def trains_nothing(model: PreTrainedModel, layers: Sequence[int], settings: RecoveryConfig) -> bool:
+    """Return whether a model has none of the parts that a recovery trains.
+
+    Args:
+        model: the causal LM, which may be on the meta device.
+        layers: the layers whose experts and routers should be trained.
+        settings: the settings of the recovery.
+    """
+    if "lora" in settings.parts and (settings.lora.target != "experts" or trainable_layers(model, layers)):
+        return False
+    return not trainable_parameters(model, layers, settings.parts, settings.router_layers)
 
 
 def check_trainable(student: Student, layers: Sequence[int], settings: RecoveryConfig) -> None:
-    """Check that a recovery has something to train and does not change the original.
+    """Check that a recovery has something to train.
 
     Args:
         student: the student.
-        layers: the layers whose experts should be trained.
+        layers: the layers whose experts and routers should be trained.
         settings: the settings of the recovery.
 
     Raises:
-        UserError: there is nothing to train, or the original would change with the student.
+        UserError: there is nothing to train.
     """
-    if settings.trainable == "all" and student.plan.operations:
-        raise UserError(
-            "recovery.trainable=all: the original shares the backbone and would change with the student; use "
-            "recovery.trainable=experts"
-        )
-    if settings.needs_experts and not trainable_parameters(student.model, layers, "experts"):
-        raise UserError(
-            "recovery: there are no experts to train, because all MoE layers were removed; use recovery=none, or "
-            "remove less"
-        )
+    if not trains_nothing(student.model, layers, settings):
+        return
+    if settings.parts == ("routers",) and settings.router_layers == "changed":
+        raise UserError(f"recovery.trainable=routers: {NO_ROUTERS}")
+    raise UserError(
+        f"recovery: there are no {words(settings)} to train, because all MoE layers were removed; use recovery=none, "
+        "or remove less"
+    )
+
+
+def words(settings: RecoveryConfig) -> str:
+    """Return the parts that a recovery trains, in words."""
+    return " or ".join("experts" if part == "lora" else part for part in settings.parts)
+
+
+NO_ROUTERS = (
+    "no layer that the plan changes has a router afterward; use recovery.router_layers=all to train the routers of the "
+    "other layers, or recovery.trainable=experts"
+)

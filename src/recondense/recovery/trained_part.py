@@ -1,4 +1,4 @@
-"""The part of a student that one stage trains: its experts, adapters, or all weights."""
+"""The part of a student that one stage trains: some of its weights, adapters, or both."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TrainedPart:
     Args:
         student: the student. All its other weights are frozen.
         settings: the settings of the stage.
-        layers: decoder layers whose experts are trained.
-        adapters: the adapters of the stage; None if it trains weights of the model itself.
+        layers: decoder layers whose experts and routers are trained.
+        adapters: the adapters of the stage; None if it only trains weights of the model itself.
     """
 
     student: Student
@@ -33,28 +33,26 @@ class TrainedPart:
 
     @classmethod
     def begin(cls, student: Student, settings: RecoveryConfig, layers: Sequence[int] | None) -> TrainedPart:
-        """Freeze a student and prepare its trained part: copy the experts that the original shares, or add adapters.
+        """Freeze a student and prepare its trained part: copy the weights that the original shares, or add adapters.
 
         Args:
             student: the student.
             settings: the settings of the stage.
-            layers: decoder layers whose experts are trained; None for the layers of the student's plan.
+            layers: decoder layers whose experts and routers are trained; None for the layers of the student's plan.
 
         Raises:
-            UserError: there is nothing to train, or the settings train all weights although the original shares them.
+            UserError: there is nothing to train.
         """
         model = student.model
         layers = student.plan.layers if layers is None else layers
         trainable.check_trainable(student, layers, settings)
         model.requires_grad_(False)
         part = cls(student, settings, layers)
-        with_experts = trainable.trainable_layers(model, layers)
         if settings.fold_coefficients:
-            _fold(model, with_experts)
-        if settings.trainable == "experts":
-            student.give_own_copies(with_experts)
-        elif settings.trainable == "lora":
-            part.adapters = lora.inject(student, with_experts, settings.lora)
+            _fold(model, trainable.trainable_layers(model, layers))
+        student.separate(part._weights())
+        if "lora" in settings.parts:
+            part.adapters = lora.inject(student, trainable.trainable_layers(model, layers), settings.lora)
         return part
 
     def unfreeze(self) -> None:
@@ -63,10 +61,14 @@ class TrainedPart:
             parameter.requires_grad_(True)
 
     def _parameters(self) -> list[nn.Parameter]:
-        if self.adapters is not None:
-            return self.adapters.parameters()
-        assert self.settings.trainable != "lora", "the adapters were merged: the stage is over"
-        return list(trainable.trainable_parameters(self.student.model, self.layers, self.settings.trainable).values())
+        adapters = [] if self.adapters is None else self.adapters.parameters()
+        assert adapters or "lora" not in self.settings.parts, "the adapters were merged: the stage is over"
+        return [*adapters, *self._weights()]
+
+    def _weights(self) -> list[nn.Parameter]:
+        """Return the weights of the model itself that are trained."""
+        parts, router_layers = self.settings.parts, self.settings.router_layers
+        return list(trainable.trainable_parameters(self.student.model, self.layers, parts, router_layers).values())
 
     def merge_adapters(self) -> None:
         """Merge any adapters into the weights. The stage cannot be trained further afterwards."""

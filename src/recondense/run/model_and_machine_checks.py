@@ -12,7 +12,7 @@ from recondense.config.problems import Problem
 from recondense.config.schema import Config
 from recondense.errors import UserError
 from recondense.methods.step import Step
-from recondense.models import families, model_classes, parameters
+from recondense.models import families, model_classes, moe_blocks, parameters
 from recondense.models.model_files import read_history
 from recondense.run.build_steps import check_steps
 from recondense.run.model_checks import check_model, check_teachers
@@ -86,7 +86,7 @@ def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     """Yield problems of the method, or of the recovery, with this model."""
     if not run.steps:
         families.original_facts(planned)  # raises an error for an unknown family
-        yield from _check_experts_train(run, planned)
+        yield from _check_something_trains(run, planned)
         return
     facts = families.facts(planned)
     yield from _check_low_rank(run.steps, facts)
@@ -95,17 +95,43 @@ def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     yield from problems
     if not problems:
         yield from _check_stock(run, planned)
+        yield from _check_routers_train(run, planned)
 
 
-def _check_experts_train(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield stages that train experts although the model has neither experts nor layers that recondense condensed."""
+def _check_something_trains(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
+    """Yield stages that have nothing to train, such as experts in a model without experts and condensed layers."""
     from recondense.recovery import trainable
 
-    stages = [stage for stage in run.stages if stage.recovery.needs_experts]
+    stages = [stage for stage in run.stages if stage.recovery.objective != "none"]
     changed = read_history(run.config.model).changed_layers(planned.num_hidden_layers)
-    if stages and not trainable.trainable_layers(model_classes.on_meta(planned), changed):
-        text = f"the model ({planned.model_type}) has no experts to train. Use {{}}.trainable=all, or recovery=none."
-        yield from (Problem(stage.where, text.format(stage.where)) for stage in stages)
+    model = model_classes.on_meta(planned) if stages else None
+    for stage in stages:
+        if model is None or not trainable.trains_nothing(model, changed, stage.recovery):
+            continue
+        lacks, remedy = f"has no {trainable.words(stage.recovery)}", "trainable=all"
+        if stage.recovery.parts == ("routers",) and stage.recovery.router_layers == "changed":
+            lacks, remedy = "has no changed layer with a router", "router_layers=all"
+        text = f"the model ({planned.model_type}) {lacks} to train. Use {stage.where}.{remedy}, or recovery=none."
+        yield Problem(stage.where, text)
+
+
+def _check_routers_train(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
+    """Yield stages that train routers alone although the method leaves none in the layers that it changes."""
+    from recondense.run.sizes import outlined
+
+    stages = [stage for stage in run.stages if stage.recovery.objective != "none"]
+    alone = [stage for stage in stages if stage.recovery.parts == ("routers",)]
+    alone = [stage for stage in alone if stage.recovery.router_layers == "changed"]
+    if not alone or any(step.condenses and step.left_open for step in run.steps):  # not known before the search
+        return
+    model = model_classes.on_meta(planned)
+    with outlined(model, run.steps) as operations:
+        if any(moe_blocks.router_modules(model, operation.layer) for operation in operations):
+            return
+    lacks = f"method={run.config.method.get('name')} leaves no router in the layers that it changes."
+    for stage in alone:
+        text = f"{lacks} Use {stage.where}.router_layers=all for those of other layers, or train other parts."
+        yield Problem(f"{stage.where}.trainable", text, "routers")
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
@@ -184,12 +210,12 @@ def _check_processes(run: Run) -> Iterator[Problem]:
     if not problems and ":" in device and launching.plan_processes(trainer, gpu).world_size > 1:
         yield Problem("model.device", "each process uses its own GPU. Use auto.", device)
     for stage in stages:
-        if trainer.shards and stage.recovery.trainable == "lora":
+        if trainer.shards and "lora" in stage.recovery.parts:
             text = (
                 f"adapters can only be merged into unsharded weights, but trainer={trainer.strategy} shards them. Use "
                 "trainer=ddp or deepspeed_zero2, or trainable=experts."
             )
-            yield Problem(f"{stage.where}.trainable", text, "lora")
+            yield Problem(f"{stage.where}.trainable", text, stage.recovery.trainable)
 
 
 def _check_rounding(config: Config, planned: PretrainedConfig) -> Iterator[Problem]:

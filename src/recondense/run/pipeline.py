@@ -306,7 +306,8 @@ class _Stages:
         objective = (config.recovery if plan.operations else without_teacher(config.recovery)).objective
         summary = Summary.of_run(config, objective, plan, sizes, model, self.tokens.sha256, record.stages)
         summary.refit = record.refit_errors or None
-        if config.recovery.stages or any(windows.counts for windows in self.tokens.stages.values()):
+        described = config.recovery.stages or config.recovery.trainable != "experts"
+        if described or any(windows.counts for windows in self.tokens.stages.values()):
             summary.recovery_stages = recovery_stages or None
         stored = quantized.stored_weights(config.model.path, config.model.revision) if config.model.path else None
         if stored and plan.operations:

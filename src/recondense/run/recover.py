@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recondense import processes
 from recondense.config.schema import WORK, Config, RecoveryConfig
@@ -69,18 +70,25 @@ def prepare_student(student: Student, stages: Sequence[Stage], layers: Sequence[
     Args:
         student: the student.
         stages: stages of the recovery.
-        layers: decoder layers whose experts are trained; None for the layers of the plan.
+        layers: decoder layers whose experts and routers are trained; None for the layers of the plan.
 
     Raises:
-        UserError: a stage has nothing to train, or would change the original together with the student.
+        UserError: a stage has nothing to train.
     """
     layers = student.plan.layers if layers is None else layers
     recoveries = [stage.recovery for stage in stages if stage.recovery.objective != "none"]
     for settings in recoveries:
         trainable.check_trainable(student, layers, settings)
-    # The control trains the original's experts later, which must not change the student's.
-    if any(settings.trainable == "experts" or settings.control for settings in recoveries):
-        student.give_own_copies(trainable.trainable_layers(student.model, layers))
+    trained = [_trained_weights(student.model, layers, settings) for settings in recoveries]
+    if student.has_original:
+        with student.original() as model:  # the control trains the original later, which must not change the student
+            controls = [control_settings(settings) for settings in recoveries if settings.control]
+            trained += [_trained_weights(model, student.plan.layers, settings) for settings in controls]
+    student.separate(parameter for weights in trained for parameter in weights)
+
+
+def _trained_weights(model: PreTrainedModel, layers: Sequence[int], settings: RecoveryConfig) -> list[nn.Parameter]:
+    return list(trainable.trainable_parameters(model, layers, settings.parts, settings.router_layers).values())
 
 
 @dataclass
@@ -90,7 +98,7 @@ class Recovery:
     Args:
         config: settings of the run.
         stages: resolved stages of the recovery, in order.
-        layers: decoder layers whose experts are trained; None for the layers of the plan.
+        layers: decoder layers whose experts and routers are trained; None for the layers of the plan.
         folder: the run's folder.
         windows: windows of each stage, by the stage's name.
         tokenizer: tokenizer of the model.
@@ -161,7 +169,7 @@ class Recovery:
 
     @contextmanager
     def train_control(self, student: Student) -> Iterator[None]:
-        """Train the original's experts in the plan's layers for the same steps; inside, the model is this control."""
+        """Train the same parts of the original for the same steps; inside, the model is this control."""
         with student.original() as model:
             control = Student(model, Plan(model=student.plan.model))
             with self.record.timed("control"):

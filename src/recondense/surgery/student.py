@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -19,8 +18,10 @@ from recondense.models import decoder, moe_blocks
 from recondense.models.layer_store import layer_store
 from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import resident_bytes
+from recondense.models.removed_blocks import SkippedLayer
 from recondense.plan import Plan
 from recondense.progress import progress
+from recondense.surgery import own_copies
 from recondense.surgery.execute import RecordTape, refit, structural_operations
 
 
@@ -50,7 +51,7 @@ class Student:
 
     Attention, norms, embeddings, head and unchanged layers exist only once. In addition to the model, the student keeps
     only the weights that the original alone uses: the blocks that surgery replaced, and the weights that training
-    replaced.
+    replaces.
 
     `apply` makes a student. All its weights are frozen until a recovery trains some of them.
 
@@ -72,6 +73,7 @@ class Student:
         self._fingerprint: str | None = None
         self.additions: Additions | None = None
         self._originals = dict(originals or {})
+        self._outer: dict[str, nn.Module] = {}  # the original's modules outside the decoder layers
         self._kept: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._offloaded: dict[str, nn.Parameter] = {}
         for block in self._originals.values():
@@ -79,8 +81,17 @@ class Student:
 
     @property
     def originals(self) -> dict[int, nn.Module]:
-        """The original's blocks by decoder-layer index; empty while they are offloaded and after their release."""
+        """The original's blocks or decoder layers by index; empty while they are offloaded and after their release."""
         return {} if self._offloaded else self._originals
+
+    @property
+    def outer_originals(self) -> dict[str, nn.Module]:
+        """The original's embedding, final norm and head, if the student has its own; empty like `originals`."""
+        return {} if self._offloaded else self._outer
+
+    def own_originals(self) -> dict[str, nn.Module]:
+        """Return `originals` and `outer_originals` in one dictionary, by index or name."""
+        return {**{str(layer): module for layer, module in self.originals.items()}, **self.outer_originals}
 
     @property
     def has_original(self) -> bool:
@@ -109,6 +120,7 @@ class Student:
             places = [_stored_at(module, name) for module, name, _ in self._kept]
             trained = [module._parameters[name] for module, name in places]
             stack.enter_context(moe_blocks.swap_blocks(self.model, self._originals))
+            stack.enter_context(decoder.swap_outer_modules(self.model, self._outer))
             for (module, name), (_, _, weight) in zip(places, self._kept, strict=True):
                 module._parameters[name] = weight
             try:
@@ -126,7 +138,12 @@ class Student:
         Returns:
             For each refitted layer, ‖target − output‖ / ‖target‖ before and after. Empty if the plan has no refit.
         """
-        return refit(self.model, self.plan, self._originals, record)
+        replaced = {layer: self._originals[layer] for layer in self.plan.layers if layer in self._originals}
+        for layer, original in replaced.items():
+            removed = isinstance(decoder.decoder_layers(self.model)[layer], SkippedLayer)
+            if moe_blocks.is_decoder_layer(original) and not removed:  # the rest of the layer has not been trained yet
+                replaced[layer] = moe_blocks.block_of(original)
+        return refit(self.model, self.plan, replaced, record)
 
     def give_own_copies(self, layers: Sequence[int]) -> None:
         """Copy the experts of some layers if the original uses them too, so that training does not change the original.
@@ -136,21 +153,26 @@ class Student:
         Args:
             layers: decoder-layer indices.
         """
-        if not self._originals:
-            return
-        for layer in layers:
-            block = moe_blocks.get_block(self.model, layer)
-            original = self._originals.get(layer, block)
-            weights = {id(parameter) for parameter in original.parameters()}
-            experts = moe_blocks.expert_modules(self.model, layer)
-            shared = {name: part for name, part in experts.items() if any(id(p) in weights for p in part.parameters())}
-            if not shared:
-                continue
-            copied = moe_blocks.replace_parts(block)
-            for name, part in shared.items():
-                setattr(copied, name, copy.deepcopy(part))
-            moe_blocks.set_block(self.model, layer, copied)
-            self._originals[layer] = original
+        experts = [part for layer in layers for part in moe_blocks.expert_modules(self.model, layer).values()]
+        self.separate(parameter for part in experts for parameter in part.parameters())
+
+    def separate(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy those of some parameters of the model that the original uses too; all other weights stay shared.
+
+        The original keeps the previous ones. A streamed model does not need this: its original is released before
+        training.
+
+        Args:
+            parameters: the parameters that will be trained.
+        """
+        if self._originals and not layer_store(self.model).streamed:
+            shared = {id(parameter) for parameter in parameters} & self._used_by_original()
+            own_copies.separate(self.model, self._originals, self._outer, shared)
+
+    def _used_by_original(self) -> set[int]:
+        """Return the ids of the original's parameters."""
+        with self._swap() as model:
+            return {id(parameter) for parameter in model.parameters()}
 
     def replace_weights(self, replacements: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
         """Replace weights of the model. The original keeps the previous weights that it uses.
@@ -159,10 +181,7 @@ class Student:
             replacements: triples of a module of the model, the name of its parameter, and the new weight; they are
                 taken from the iterable one at a time.
         """
-        used: set[int] = set()
-        if self._originals:
-            with self._swap() as model:
-                used = {id(parameter) for parameter in model.parameters()}
+        used = self._used_by_original() if self._originals else set()
         for module, name, weight in replacements:
             before = module._parameters[name]
             assert before is not None
@@ -179,11 +198,11 @@ class Student:
         modules = {id(module) for module, _, _ in self._kept}
         layers = enumerate(decoder.decoder_layers(self.model))
         replaced = {layer for layer, module in layers if any(id(inner) in modules for inner in module.modules())}
-        return replaced | set(self._originals)
+        return replaced | set(self._originals) | ({0} if self._outer else set())
 
     def release_original(self) -> None:
         """Free everything that only the original uses. Afterwards the student has no original."""
-        self._originals, self._kept = {}, []
+        self._originals, self._outer, self._kept = {}, {}, []
 
     def original_fingerprint(self) -> str:
         """Return a hash of the original's weights, or of the model's without an original. It is computed only once."""
@@ -215,12 +234,11 @@ class Student:
         """
         assert self.has_original
         used = {id(parameter) for parameter in (*self.model.parameters(), *self.kept_weights())}
-        weights = {
-            f"{layer}.{name}": parameter
-            for layer, block in self._originals.items()
-            for name, parameter in block.named_parameters()
-            if id(parameter) not in used
-        }
+        weights: dict[str, nn.Parameter] = {}
+        for key, module in (*self._originals.items(), *self._outer.items()):
+            alone = {name: value for name, value in module.named_parameters() if id(value) not in used}
+            weights |= {f"{key}.{name}": parameter for name, parameter in alone.items()}
+            used |= {id(parameter) for parameter in alone.values()}  # tied weights are written once
         with replace_file(path, sum(parameter.nbytes for parameter in weights.values())) as aside:
             save_file({name: parameter.detach().cpu().contiguous() for name, parameter in weights.items()}, aside)
         devices = {name: parameter.device for name, parameter in weights.items()}
@@ -242,7 +260,8 @@ class Student:
     def footprint(self) -> Footprint:
         """Return the bytes of memory of the student, of student and original, and of both as separate models."""
         student = resident_bytes(self.model)
-        together = resident_bytes(self.model, *self.originals.values(), nn.ParameterList(self.kept_weights()))
+        alone = (*self.own_originals().values(), nn.ParameterList(self.kept_weights()))
+        together = resident_bytes(self.model, *alone)
         with self.original() as model:
             return Footprint(student, together, student + resident_bytes(model))
 

@@ -137,6 +137,19 @@ def test_what_changes_a_result_changes_the_hash(change: dict[str, Any]) -> None:
     assert Config(**change).run_hash() != Config().run_hash()
 
 
+def test_the_hash_of_what_trains() -> None:
+    """A list of one is the word, the order of parts does not count, and a setting of its own only if it is set."""
+    hashes = [
+        Config(recovery=RecoveryConfig(**settings)).run_hash()  # type: ignore[arg-type]
+        for settings in (
+            {}, {"trainable": ("experts",)}, {"router_layers": "changed"}, {"router_layers": "all"},
+            {"trainable": ("routers", "experts")}, {"trainable": ("experts", "routers")},
+        )
+    ]  # fmt: skip
+    assert hashes[0] == hashes[1] == hashes[2] and hashes[4] == hashes[5] and len(set(hashes)) == 3
+    assert "router_layers" not in Config().identity()["recovery"] and "router_layers" in Config().resolved()["recovery"]
+
+
 def test_hash_does_not_depend_on_the_order_of_keys() -> None:
     one, other = ({**STEP, **more} for more in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
     assert Config(method=one).run_hash() == Config(method=other).run_hash()
@@ -235,6 +248,14 @@ def test_suggestions() -> None:
             "recovery.lora.dropout=0.1: with recovery.lora.target=both there are adapters of experts",
         ),
         (lora("experts"), "recovery.trainable=experts: recovery=lora trains adapters. Use recovery.trainable=lora"),
+        (lora(["norms", "routers"]), "recovery.trainable=[routers, norms]: recovery=lora trains adapters"),
+        (lora(["lora", "attention"]), "recovery.trainable=[attention, lora]: with recovery.lora.target=both, lora"),
+        (lora(["lora", "experts"], target="experts"), "recovery.trainable=[experts, lora]: with recovery.lora.target="),
+        (lora(["all", "lora"]), "recovery.trainable=[all, lora]: all already includes every other part."),
+        (lora(["norms", "norms"]), "recovery.trainable=[norms, norms]: norms is named twice. Name each part once."),
+        (lora([]), "recovery.trainable=[]: name at least one part: experts, routers"),
+        (lora(["experts", "rooters"]), "recovery.trainable[1]=rooters: there is no such choice. Did you mean routers?"),
+        (lora(3), "recovery.trainable=3: there is no such choice."),
     ],
 )
 def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> None:
@@ -247,6 +268,10 @@ def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> Non
         lora(dropout=0.1, target="attention"),
         lora(name="distill"),
         lora("experts", "finetune", dropout=0.5),
+        lora(["lora", "routers", "norms"]),
+        lora(["lora", "experts"], target="attention"),
+        lora(["lora", "attention"], target="experts"),
+        {"recovery": {"objective": "distill", "trainable": "all"}},
         {"method": {**STEP, "refit": "coefficients"}},
         {"method": {**STEP, "refit": True}},
         {"recovery": {"objective": "none", "warmup_steps": 9999, "hidden_share": 1, "cross_entropy_share": 1}},

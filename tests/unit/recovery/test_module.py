@@ -259,13 +259,6 @@ def test_the_student_is_restored_after_an_error() -> None:
     assert list(module.model.modules()) == blocks
 
 
-@pytest.mark.parametrize("objective", ["distill", "finetune"])
-def test_training_all_weights_beside_an_original_is_refused(objective: str) -> None:
-    """The original shares the backbone, and would change with it."""
-    with pytest.raises(ValueError, match="trainable=all: the original shares the backbone"):
-        module_of(trainable="all", objective=objective)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_distilling_from_the_student_itself_gives_no_loss(temperature: float) -> None:
     """A student whose condensed layers are replaced by the originals."""

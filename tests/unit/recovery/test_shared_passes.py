@@ -18,7 +18,7 @@ from recondense.config.schema import LoraSettings
 from recondense.data.labels import MASKED
 from recondense.models import decoder, moe_blocks
 from recondense.models.hooks import eval_mode
-from recondense.operations import Drop, Factorize
+from recondense.operations import Drop, Factorize, Prune
 from recondense.plan import Plan
 from recondense.recovery import shared_passes
 from recondense.recovery.module import RecoveryModule
@@ -94,6 +94,7 @@ def test_shared_layers_are_computed_once_and_nothing_else_changes(family: str, m
         )
 
 
+PRUNED = Plan("tiny", (Prune(2, (0, 1, 4)),))
 PLANS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "whole layers are gone": (
         Plan("tiny", (Drop(1, "layer"), *condense_plan(qwen2_moe(), [2]).operations)), {}, 1
@@ -104,6 +105,10 @@ PLANS: dict[str, tuple[Any, dict[str, Any], int]] = {
     ),
     "adapters of attention": (condense_plan(qwen2_moe(), [2]), {"trainable": "lora"}, 0),
     "the first layer changed": (condense_plan(qwen2_moe(), [0]), {}, 0),
+    "routers of changed layers": (PRUNED, {"trainable": "routers"}, 2),
+    "routers of all layers": (PRUNED, {"trainable": "routers", "router_layers": "all"}, 0),
+    "norms": (PRUNED, {"trainable": "norms"}, 0),
+    "all": (PRUNED, {"trainable": "all"}, 0),
 }  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from support.recoveries import QUIET, data, recovery
 from support.tiny_models import bits, condense_plan, logits, qwen2_moe, same_bits, windows
 
 from recondense.config.schema import Config, LoraSettings, RecoveryConfig
-from recondense.config.stages import Stage, require_stages
-from recondense.operations import Drop
+from recondense.config.stages import Stage, control_settings, require_stages
+from recondense.operations import Drop, Merge
 from recondense.plan import Plan
 from recondense.recovery.fit import fit
 from recondense.recovery.module import RecoveryModule
@@ -81,10 +81,49 @@ def test_a_stage_without_anything_to_train_is_refused(changes: dict[str, Any]) -
     prepare_student(student, [stage(recovery(objective="none"))])
 
 
-def test_a_stage_that_would_change_the_original_is_refused() -> None:
-    model = qwen2_moe()
-    with pytest.raises(ValueError, match=r"recovery\.trainable=all"):
-        prepare_student(apply(model, condense_plan(model, [1])), [stage(recovery()), stage(recovery(trainable="all"))])
+MERGE = Merge(1, ((0, 1), (2, 3), (4, 5)), ((0.5, 0.5),) * 3)
+MERGED = Plan("tiny", (MERGE, *condense_plan(qwen2_moe(), [2]).operations))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"), [({}, {1, 2}), ({"router_layers": "all"}, {0, 1, 2}), ({"trainable": "lora"}, {1, 2})]
+)
+def test_the_control_shares_nothing_that_it_trains(settings: dict[str, Any], changed: set[int]) -> None:
+    """The router of a merged layer is that of the original, and condensed layers have one only in the original."""
+    model, ids = qwen2_moe(), windows(2, 8)
+    student = apply(model, MERGED)
+    recoveries = [recovery(**{"trainable": "routers", "control": True, **settings})]
+    prepare_student(student, [stage(settings) for settings in recoveries])
+    before, names = logits(model, ids), set()
+    with student.original():
+        control = RecoveryModule(Student(model, Plan("tiny")), control_settings(recoveries[0]), layers=MERGED.layers)
+        control.prepare()
+        for name, parameter in control.named_parameters():
+            if parameter.requires_grad:
+                names.add(name)
+                parameter.data.add_(1.0)
+    kinds = ("experts", "shared_expert.") if settings.get("trainable") == "lora" else ("gate.", "shared_expert_gate.")
+    assert {int(name.split(".")[3]) for name in names} == changed and all(kind in " ".join(names) for kind in kinds)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_stages_with_other_parts_separate_them_all(tmp_path: Path) -> None:
+    """Also in a layer from which an earlier stage separated others, with tied weights and a refit in between."""
+    model, ids = qwen2_moe(tie_word_embeddings=True), windows(2, 8)
+    original = logits(model, ids)
+    student = apply(model, MERGED)
+    parts: list[Any] = ["norms", ("experts", "routers"), "attention", "all", "experts"]
+    for part in parts:
+        prepare_student(student, [stage(recovery(trainable=part))])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert student.outer_originals.keys() == {"embed_tokens", "norm", "lm_head"}
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    for index, part in enumerate(parts):
+        module = RecoveryModule(student, recovery(trainable=part), stage=f"stage{index}")
+        fit(module, data(module), tmp_path / str(index), QUIET, seed=index)
+        with student.original():
+            assert torch.equal(logits(model, ids), original)
+    assert not [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
 
 
 def test_a_teacher_is_freed_before_the_next_one_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import FAMILIES, condense_plan, logits, qwen2_moe, windows
+from support.tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe, recorded, same_bits, windows
 from torch import nn
 
 from recondense.models import moe_blocks
 from recondense.models.parameters import resident_bytes
-from recondense.operations import Drop, Prune
+from recondense.operations import Drop, Prune, Refit
 from recondense.plan import Plan
 from recondense.surgery.apply import apply
 from recondense.surgery.student import Student
@@ -67,6 +67,23 @@ def test_the_original_keeps_replaced_weights_that_it_uses() -> None:
         assert not model.model.layers[2].self_attn.q_proj.weight.any()
 
 
+def test_a_refit_does_not_depend_on_what_will_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are made before it. How many columns are solved together depends on the original's block alone."""
+    monkeypatch.setattr("recondense.surgery.refit.LEAST_COLUMNS", 1)
+    monkeypatch.setattr("recondense.surgery.refit.NORMAL_BYTES", 44)  # between those of the block and of the layer
+    plan = Plan("tiny", (Prune(1, (0, 2, 3)), Refit(1, "down_proj", 0.01), Drop(2, "layer")))
+    weights, errors = [], []
+    for separates in (False, True):
+        model = qwen2_moe()
+        student = apply(model, plan, refit=False)
+        if separates:
+            student.separate(model.parameters())
+        errors.append(student.refit(lambda model=model: recorded(model)))
+        weights.append(bits(model))
+    assert errors[0] == errors[1] and 0 < errors[0][1]["error_after"] < errors[0][1]["error_before"]
+    assert same_bits(*weights)
+
+
 def test_a_released_original_cannot_be_used() -> None:
     model = qwen2_moe()
     student = apply(model, condense_plan(model, [1]))
@@ -93,6 +110,26 @@ def test_an_offloaded_original_is_loaded_back(tmp_path: Path, family: str) -> No
     assert not path.exists() and student.changed_layers() == {0, 1, 2}
     with student.original():
         assert torch.equal(logits(model, IDS), before)
+
+
+def test_an_offloaded_original_with_weights_of_its_own_is_loaded_back(tmp_path: Path) -> None:
+    """All of them, once each: embedding and head are tied, and a removed layer is among them."""
+    model = qwen2_moe(tie_word_embeddings=True)
+    before, size = logits(model, IDS), resident_bytes(model)
+    student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3)), Drop(2, "layer"))))
+    student.separate(model.parameters())
+    assert student.changed_layers() == {0, 1, 2}
+    path = tmp_path / "original.safetensors"
+    with student.offload_original(path):
+        assert size - 10_000 < path.stat().st_size < size + 10_000
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    with student.original():
+        assert torch.equal(logits(model, IDS), before)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.any() and model.lm_head.weight is model.model.embed_tokens.weight
+    student.release_original()
+    assert student.own_originals() == {} and student.changed_layers() == set()
 
 
 def test_an_offloaded_original_is_loaded_back_after_an_error(tmp_path: Path) -> None:

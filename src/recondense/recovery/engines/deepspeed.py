@@ -100,6 +100,7 @@ class Zero(PlainCheckpoints, DeepSpeedStrategy):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = self._adamw(optimizer)
+        self._link_states()
         step = next(iter(inner.state.values()))["step"]
         state: dict[int, dict[str, Any]] = {}
         groups = []
@@ -122,8 +123,7 @@ class Zero(PlainCheckpoints, DeepSpeedStrategy):
                 "step": state["state"][0]["step"].clone(),
                 **{name: torch.zeros_like(partition.data) for name in MOMENTS},
             }
-        if not self.zero_stage_3:
-            zero._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for group, saved in zip(inner.param_groups, state["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         parameters = [parameter for group in self._groups() for parameter in group]
@@ -131,6 +131,16 @@ class Zero(PlainCheckpoints, DeepSpeedStrategy):
             for name in MOMENTS:
                 value = state["state"][number][name].to(self.root_device)
                 safe_set_full_optimizer_state(parameter, value, name)
+
+    def _link_states(self) -> None:
+        """Connect all parameters to their states under ZeRO-2.
+
+        DeepSpeed does so after the first step of the first group of parameters, when the other groups have no states.
+        """
+        zero = self.deepspeed_engine.optimizer
+        if not self.zero_stage_3:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _adamw(self, optimizer: Any) -> Optimizer:
         return getattr(optimizer, "_optimizer", optimizer).optimizer

@@ -82,7 +82,7 @@ def shard(
         module: the copy that is trained, without weights. It is the root unit, for weights in no other unit.
         weights: the weights by name, which have memory only in the first process.
         model: the student's model, a part of `module`.
-        originals: the original's blocks by decoder-layer index, parts of `module`.
+        originals: the original's blocks or decoder layers by index, parts of `module`.
     """
     layers = list(decoder.decoder_layers(model))
     blocks = {layer: moe_blocks.get_block(model, layer) for layer in originals}
