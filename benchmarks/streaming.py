@@ -4,7 +4,8 @@
 
 The model is written layer by layer, so that making it needs little memory too. Each method is one `python train.py`,
 a process whose peak of resident memory the kernel reports, as `/usr/bin/time -v` does. `--beside` runs the same command
-with model.streaming=false too. The method `narrow` runs with a refit.
+with model.streaming=false too. The method `narrow` runs with a refit. `--recovery local` refits the changed layers
+and then recovers them locally.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from recondense.export.shard_writer import ShardWriter
 from recondense.models import decoder
 from recondense.progress import track
 from recondense.run import tiny
+from recondense.run.streamed_memory import SLACK
 
 GIGABYTE = 10**9
 QUICK = {
@@ -54,6 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=8, help="calibration texts, from the standard library")
     parser.add_argument("--tokens", type=int, default=64, help="tokens at which a text is cut")
     parser.add_argument("--scratch", default="128MiB", help="max_scratch_bytes of the run")
+    parser.add_argument("--recovery", default="none", choices=["none", "local"])
+    parser.add_argument("--steps", type=int, default=8, help="of the local recovery, in each layer")
     parser.add_argument("--limit", default="2GB", help="of memory: a run with a higher peak fails; 0 is no limit")
     parser.add_argument("--beside", action="store_true", help="run without streaming too, for comparison")
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -111,13 +115,16 @@ def pieces(model: Qwen2MoeForCausalLM) -> Iterator[dict[str, Tensor]]:
 
 def run(folder: Path, method: str, args: argparse.Namespace, streaming: bool) -> dict[str, Any]:
     """Run one command; return its seconds, its peak of resident bytes, and figures of its summary."""
-    out = args.folder / f"{method}-{'streamed' if streaming else 'in_memory'}"
+    out = args.folder / f"{method}-{args.recovery}-{'streamed' if streaming else 'in_memory'}"
+    recovery = ["method.refit=true", f"recovery.steps={args.steps}", "recovery.warmup_steps=0"]
     command = [
         *(sys.executable, str(subjects.ROOT / "train.py"), f"model.path={folder}", f"model.streaming={streaming}"),
-        *(f"method={method}", *QUICK.get(method, []), "recovery=none", f"max_scratch_bytes={args.scratch}"),
+        "data=stdlib",  # the choice of the model's family has texts of the hub
+        *(f"method={method}", *QUICK.get(method, []), f"recovery={args.recovery}", f"max_scratch_bytes={args.scratch}"),
         *(f"data.calibration.num_samples={args.texts}", f"data.calibration.max_length={args.tokens}"),
         *("data.sequence_length=64", "evaluation.perplexity_windows=8", "evaluation.tasks=[]"),
         *("callbacks.profile.enabled=false", "logger.wandb.mode=disabled", "overwrite=true"),
+        *(recovery if args.recovery == "local" else ()),
         *(f"run_dir={out}", f"cache_dir={out}-cache"),
     ]
     started = time.perf_counter()
@@ -145,6 +152,8 @@ def table(figures: dict[str, dict[str, Any]], on_disk: int) -> Table:
         "before the model",
         "two layers",
         "scratch",
+        "to train",
+        "bound",
         "seconds",
         "memory ratio",
         "perplexity",
@@ -153,6 +162,8 @@ def table(figures: dict[str, dict[str, Any]], on_disk: int) -> Table:
     for name, figure in figures.items():
         sizes = figure["memory"]
         parts = [sizes.get("before_bytes"), 2 * sizes.get("layer_bytes", 0), sizes.get("scratch_bytes")]
+        parts += [sizes.get("training_bytes")]
+        parts += [sum(part or 0 for part in parts) + sizes["outside_layers_bytes"] + SLACK if sizes else None]
         result.add_row(
             name,
             f"{figure['peak_resident_bytes'] / GIGABYTE:.2f} GB",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.runs import config, model_folder, one_command, step, text_files
 
 from recondense.evaluation import profiling
 from recondense.models.layer_store import layer_store
+from recondense.models.streaming import Streamed
 from recondense.run import pipeline
 
 
@@ -54,13 +56,41 @@ def test_a_streamed_run_decides_measures_and_exports_the_same(base: Path) -> Non
     assert 0 < memory["layer_bytes"] < memory["before_bytes"] <= memory["peak_resident_bytes"] + 2**20
 
 
+def test_a_streamed_run_recovers_locally_without_loading_the_model(base: Path) -> None:
+    """The same export, and the same figures of every layer, as of a run with the whole model in memory."""
+    results = []
+    local = {"name": "local", "objective": "local", "steps": 4}
+    for name, streaming in (("local-in-memory", False), ("local-streamed", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Streamed, "load_all", None)
+            folder, summary = run(base, name, streaming, **local)
+        results.append((tensors(folder / "model"), summary))
+        assert (folder / "checkpoints" / "layer-001.ckpt").exists()
+        with (folder / "logs" / "metrics.csv").open(newline="") as file:
+            logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+        assert {"recovery/1/loss", "recovery/1/error_before", "recovery/1/error_after"} <= logged
+    (exported, in_memory), (other_exported, streamed) = results
+    assert exported.keys() == other_exported.keys()
+    assert all(torch.equal(exported[name], other_exported[name]) for name in exported)
+    assert in_memory["stages"]["recovered"]["perplexity"] == streamed["stages"]["recovered"]["perplexity"]
+    assert streamed["stages"]["recovered"]["kl_to_original"] < streamed["stages"]["compressed"]["kl_to_original"]
+    [stage], [other] = in_memory["recovery_stages"], streamed["recovery_stages"]
+    assert stage["layers"] == other["layers"] and list(stage["layers"]) == ["1", "2"]
+    assert all(0 < error["error_after"] < error["error_before"] < 1.5 for error in stage["layers"].values())
+    assert streamed["memory"]["training_bytes"] > 0
+
+
 @pytest.mark.parametrize(
     "recovery",
     [
         {"name": "finetune", "objective": "finetune", "steps": 1},
         {"objective": "distill", "teacher": "cached", "steps": 1},
+        {
+            **{"objective": "distill", "teacher": "cached", "steps": 1},
+            "stages": [{"name": "first", "objective": "local"}, {"name": "second"}],
+        },
     ],
-    ids=["finetune", "cached"],
+    ids=["finetune", "cached", "local, then cached"],
 )
 def test_peak_memory_is_measured_before_a_recovery_loads_the_model(
     recovery: dict[str, Any], base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -81,7 +111,7 @@ def test_peak_memory_is_measured_before_a_recovery_loads_the_model(
 
     monkeypatch.setattr(pipeline, "load_model", load)
     monkeypatch.setattr(profiling, "peak_resident_bytes", peak)
-    _, summary = run(base, recovery["objective"], True, **recovery)
+    _, summary = run(base, f"{recovery['objective']}-{'stages' in recovery}", True, **recovery)
     assert was_streamed == [True] and not layer_store(models[0]).streamed
     assert summary["memory"]["peak_resident_bytes"] == 12345 and summary["memory"]["before_bytes"] == 1234
     assert "recovered" in summary["stages"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem, show
-from recondense.config.schema import Config, DataConfig, RecoveryConfig, ends_of
+from recondense.config.schema import Config, DataConfig, RecoveryConfig
 from recondense.config.stages import Stage
+from recondense.config.types import ends_of
 
 ADAPTER = "adapter_config.json"  # if a model's folder has one, transformers loads the adapter into the model
 HOLDS_ADAPTER = (
@@ -31,6 +32,7 @@ def check_config(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
     yield from check_recovery(config.recovery, "recovery")
     yield from _check_name_and_teacher(config.recovery)
     yield from _check_stages(config, stages)
+    yield from _check_local_first(config, stages)
     yield from _check_evaluation(config)
     yield from _check_streaming(config, stages)
     yield from _check_cpu(config)
@@ -211,6 +213,8 @@ def check_recovery(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
         )
     if recovery.objective == "distill":
         yield from _check_teacher(recovery, where)
+    if recovery.objective == "local":
+        yield from _check_local(recovery, where)
     if "lora" in recovery.parts:
         yield from _check_adapters(recovery, where)
 
@@ -233,6 +237,34 @@ def _check_adapters(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
             f"{where}.lora.target=attention or {where}.lora.dropout=0.",
             lora.dropout,
         )
+
+
+def _check_local(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
+    """Yield the settings that a local recovery does not have."""
+    if not {"experts", "routers"}.issuperset(recovery.parts):
+        text = f"{where}.objective=local trains one MoE block at a time. Use experts, routers, or both."
+        yield Problem(f"{where}.trainable", text, recovery.trainable)
+    if recovery.validate_every:
+        text = f"{where}.objective=local has no predictions to validate. Use {where}.validate_every=0."
+        yield Problem(f"{where}.validate_every", text, recovery.validate_every)
+
+
+def _check_local_first(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
+    """Yield the stages that need the original's blocks when an earlier stage has given them up."""
+    if config.model.streaming:
+        why = "with model.streaming=true, a stage of another objective loads the compressed model without its original"
+    elif config.trainer.shards:
+        why = f"with trainer.strategy={config.trainer.strategy}, a stage of another objective shards the weights"
+    else:
+        return
+    later = False
+    for stage in stages:
+        if stage.recovery.objective == "local" and stage.recovery.fold_coefficients and config.model.streaming:
+            text = "the blocks of a streamed model are not changed before they train. Use fold_coefficients=false."
+            yield Problem(f"{stage.where}.fold_coefficients", text, True)
+        if stage.recovery.objective == "local" and later:
+            yield Problem(f"{stage.where}.objective", f"{why}. Put this stage first.", "local")
+        later = later or stage.recovery.objective != "local"
 
 
 def _check_teacher(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:

@@ -39,6 +39,7 @@ from recondense.config.types import (
     Switch,
     Trainable,
     Whole,
+    ends_of,
 )
 from recondense.config.validation import validated
 from recondense.errors import ConfigError
@@ -152,7 +153,7 @@ class RecoveryConfig:
     """How the compressed model is trained."""
 
     name: str = "none"
-    objective: Literal["none", "finetune", "distill"] = "none"
+    objective: Literal["none", "finetune", "distill", "local"] = "none"
     steps: Count = 1250
     epochs: Annotated[Number, Field(gt=0, description="null trains for a number of steps")] | None = None
     batch_size: Count = 8
@@ -175,6 +176,7 @@ class RecoveryConfig:
     cross_entropy_share: Shares = 0.0
     hidden_share: Shares = 0.0
     fold_coefficients: Switch = False
+    local_inputs: Literal["student", "original"] = "student"
     checkpoint_every: Count = 50
     validate_every: FromZero = 0
     control: Switch = False
@@ -191,11 +193,6 @@ class RecoveryConfig:
     def compares_states(self) -> bool:
         """Whether the loss contains hidden states in some step."""
         return any(ends_of(self.hidden_share))
-
-
-def ends_of(share: float | tuple[float, float]) -> tuple[float, float]:
-    """Return a loss's share in the first and in the last step."""
-    return share if isinstance(share, tuple) else (share, share)
 
 
 @dataclass(frozen=True, config=FORBID)

@@ -163,11 +163,12 @@ def _without_unknown(
 
 
 def without_teacher(recovery: RecoveryConfig) -> RecoveryConfig:
-    """Return the settings for an uncompressed model: next-token training instead of distillation from the original.
+    """Return the settings for an uncompressed model: next-token training instead of learning from the original.
 
     Distillation from another model is unchanged.
     """
-    if recovery.objective != "distill" or recovery.teacher == "model":
+    other_teacher = recovery.objective == "distill" and recovery.teacher == "model"
+    if recovery.objective not in ("distill", "local") or other_teacher:
         return recovery
     return replace(recovery, objective="finetune")
 

@@ -30,6 +30,11 @@ def parse_bytes(text: int | str) -> int:
         raise UserError(f"{text!r} is not a number of bytes: write 536870912, 512MiB or 2GB") from None
 
 
+def ends_of(share: float | tuple[float, float]) -> tuple[float, float]:
+    """Return a loss's share in the first and in the last step."""
+    return share if isinstance(share, tuple) else (share, share)
+
+
 def _enough_scratch(size: int) -> int:
     if size < SMALLEST_SCRATCH:
         raise ValueError(f"must be at least 16MiB ({SMALLEST_SCRATCH} bytes), or auto")

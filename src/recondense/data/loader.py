@@ -123,6 +123,10 @@ class ShuffledWindows:
         batches = end - first
         return torch.stack([part * processes.world_size() * batches, batch * batches, step.clamp_min(1)])
 
+    def rows(self, position: int) -> list[int]:
+        """Return the indices of the windows of the whole batch at a position, over all processes."""
+        return self._rows(position, position + 1)
+
     def used_windows(self) -> list[int]:
         """Return the indices of the windows that occur in a batch, ascending."""
         samples = min(self.batch_size * self.num_batches, num_rows(self.table))  # an epoch has each window once

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,12 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         torch.save(content, file)  # given a path, it would write the temporary name into the file
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, keys: Set[str] | None = None) -> dict[str, Any]:
     """Read a checkpoint into CPU memory.
+
+    Args:
+        path: the file.
+        keys: what it holds beside `KEYS`; None for a final checkpoint or one to resume from, as its name says.
 
     Raises:
         UserError: the file is damaged.
@@ -95,7 +99,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if _problem(path) is not None:
         raise _damaged(path)
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not content.keys() >= KEYS | (set() if path.name == FINAL else KEYS_TO_RESUME):
+    if keys is None:
+        keys = set() if path.name == FINAL else KEYS_TO_RESUME
+    if not isinstance(content, dict) or not content.keys() >= KEYS | keys:
         raise _damaged(path)
     return content
 

@@ -139,7 +139,7 @@ def _train(module: RecoveryModule, data: RecoveryData, training: _Training) -> N
         trained.train()
         lightning = _make_trainer(trained, training, precision, device)
         with (
-            _deterministic_algorithms(settings.deterministic or device.type == "cpu"),
+            deterministic_algorithms(settings.deterministic or device.type == "cpu"),
             decoder.checkpoint_layers(trained.model, module.settings.activation_checkpointing),
             decoder.compile_layers(trained.model, settings.compile),
         ):
@@ -224,7 +224,7 @@ def _make_trainer(module: RecoveryModule, training: _Training, precision: str, d
 
 
 @contextmanager
-def _deterministic_algorithms(needed: bool) -> Iterator[None]:
+def deterministic_algorithms(needed: bool) -> Iterator[None]:
     """Use deterministic algorithms inside the context: free on a CPU, and a killed run then resumes bit for bit."""
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

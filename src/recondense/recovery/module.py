@@ -37,7 +37,7 @@ class RecoveryModule(L.LightningModule):
 
     Args:
         student: the student, or a function that makes it.
-        settings: objective, optimizer and schedule. The objective must not be "none".
+        settings: objective, optimizer and schedule. The objective is "finetune" or "distill".
         teacher: what the student is trained on and compared with; None for the original on the student's backbone.
         tokenizer: a tokenizer for callbacks that evaluate.
         stage: the prefix of logged metrics.
@@ -72,7 +72,7 @@ class RecoveryModule(L.LightningModule):
         training_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        assert settings.objective != "none", "there is nothing to train"
+        assert settings.objective in ("finetune", "distill"), "a local recovery trains without a Trainer, see local.py"
         self.settings = settings
         self.tokenizer = tokenizer
         self.stage = stage

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from recondense.config.schema import RecoveryConfig, ends_of
+from recondense.config.schema import RecoveryConfig
+from recondense.config.types import ends_of
 from recondense.models.decoder import Head
 from recondense.recovery.auxiliary_losses import feature_matching
 from recondense.recovery.losses import CrossEntropy, TeacherDivergence, Term, sum_in_chunks

@@ -23,6 +23,7 @@ from recondense.files import JsonFolder, fingerprint
 from recondense.models.layer_store import layer_store
 from recondense.models.tokenizers import embedding_rows
 from recondense.recovery.fit import fit
+from recondense.recovery.local import LocalRecovery
 from recondense.recovery.module import RecoveryModule
 from recondense.surgery.student import Student
 
@@ -45,8 +46,9 @@ def recover(
         student: a student returned by `apply`; it is trained in place. Its original does not change.
         tokenizer: the model's tokenizer.
         texts: documents, which are joined and cut into windows of `sequence_length` tokens.
-        objective: "distill" to learn the original's predictions, or "finetune" to predict the next token.
-        steps: number of optimizer steps, each on `batch_size` windows. Windows repeat as often as needed.
+        objective: "distill" to learn the original's predictions, "finetune" to predict the next token, or "local" to
+            train each changed layer on the outputs of the original's block. A streamed model then stays streamed.
+        steps: number of optimizer steps (of each layer if local), each on `batch_size` windows, which repeat if needed.
         sequence_length: tokens per window.
         seed: the seed of the order of the windows.
         folder: a folder for checkpoints, from which a call with the same arguments resumes; None for a temporary one.
@@ -68,9 +70,8 @@ def recover(
         >>> rc.evaluate(student, tokenizer, texts, sequence_length=32)["kl_to_original"] < before["kl_to_original"]
         True
     """
-    recovery = _read_settings({"objective": objective, "steps": steps, **settings})
+    recovery = _read_settings(student, {"objective": objective, "steps": steps, **settings})
     windows_NS = _windows(student, tokenizer, texts, sequence_length)
-    _refuse_streamed(student, recovery)
     if folder is None:
         with TemporaryDirectory() as temporary:
             _train(student, tokenizer, recovery, windows_NS, seed, Path(temporary))
@@ -93,30 +94,31 @@ def _train(
     seed: int,
     checkpoints: Path,
 ) -> None:
-    student.load_into_memory()
     data = RecoveryData(windows_NS, None, recovery.batch_size, recovery.steps * recovery.accumulate_grad_batches, seed)
+    if recovery.objective == "local":
+        storage = layer_store(student.model).tensor_storage()
+        LocalRecovery(student, recovery, data, checkpoints, TrainerConfig(), storage).run()
+        student.trainings.add(checkpoints)
+        return
+    student.load_into_memory()
     fit(RecoveryModule(student, recovery, tokenizer=tokenizer), data, checkpoints, TrainerConfig(), seed)
     student.trainings.add(checkpoints)  # loading them once more would undo what comes after
 
 
-def _read_settings(settings: dict[str, Any]) -> RecoveryConfig:
-    """Return the settings of a recovery, which contradict neither each other nor this call."""
+def _read_settings(student: Student, settings: dict[str, Any]) -> RecoveryConfig:
+    """Return the settings of a recovery, which contradict neither each other nor this call or the student."""
     for name in ("stages", "epochs", "control", "teacher", "teacher_path", "validate_every"):
         if settings.get(name) not in (None, False, 0, "shared"):
             raise UserError(f"recovery.{name}={settings[name]}: `recover` does not support this; use train.py")
     if settings["objective"] == "none":
-        raise UserError("recovery.objective=none: there is nothing to train. Use distill or finetune")
+        raise UserError("recovery.objective=none: there is nothing to train. Use distill, finetune or local")
     values = {"name": settings["objective"], "checkpoint_every": settings["steps"], **settings}
     recovery = from_dict({"recovery": values}).recovery
     if problems := render(check_recovery(recovery, "recovery")):
         raise ConfigError(problems)
-    return recovery
-
-
-def _refuse_streamed(student: Student, recovery: RecoveryConfig) -> None:
-    """Refuse to distill a streamed model: its original would not be in memory."""
     if layer_store(student.model).streamed and recovery.objective == "distill":
-        raise UserError("objective=distill: the original of a streamed model is not in memory. Use finetune")
+        raise UserError("objective=distill: the original of a streamed model is not in memory. Use local or finetune")
+    return recovery
 
 
 def _begin(folder: Path, student: Student, recovery: RecoveryConfig, windows_NS: Tensor, seed: int) -> Path:

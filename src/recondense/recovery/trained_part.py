@@ -49,7 +49,7 @@ class TrainedPart:
         model.requires_grad_(False)
         part = cls(student, settings, layers)
         if settings.fold_coefficients:
-            _fold(model, trainable.trainable_layers(model, layers))
+            fold_coefficients(model, trainable.trainable_layers(model, layers))
         student.separate(part._weights())
         if "lora" in settings.parts:
             part.adapters = lora.inject(student, trainable.trainable_layers(model, layers), settings.lora)
@@ -83,7 +83,7 @@ class TrainedPart:
             self.adapters = None
 
 
-def _fold(model: PreTrainedModel, layers: Sequence[int]) -> None:
+def fold_coefficients(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Multiply the constants of condensed layers into their weights, so that AdamW's steps are those of the product."""
     for layer in layers:
         block = moe_blocks.get_block(model, layer)

@@ -39,6 +39,10 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
         console.print(f"refit: {refit_line(summary['refit'])}", soft_wrap=True, highlight=False)
     if summary.get("super_experts"):
         console.print(f"super experts: {super_experts_line(summary['super_experts'])}", soft_wrap=True, highlight=False)
+    for stage in summary.get("recovery_stages") or ():
+        if stage.get("layers"):
+            text = f"local recovery, stage {stage['name']}: {refit_line(stage['layers'])}"
+            console.print(text, soft_wrap=True, highlight=False)
     if summary.get("bytes_on_disk"):
         console.print(f"memory: {disk_line(summary)}", soft_wrap=True, highlight=False)
 
@@ -54,7 +58,7 @@ def disk_line(summary: Mapping[str, Any]) -> str:
 
 
 def refit_line(errors: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a line with the errors before and after a refit.
+    """Return a line with the errors before and after a refit or a local recovery.
 
     Args:
         errors: `error_before` and `error_after` of each layer.

@@ -71,7 +71,8 @@ def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of `summary.json` under fixed names.
 
     Examples are `original/perplexity`, `compressed/<task>/<metric>`, `recovered/decode_tokens_per_second`,
-    `ratios/memory`, `parameters/routed_experts/compressed`, `refit/<layer>/error_after`, and `seconds/search`.
+    `ratios/memory`, `parameters/routed_experts/compressed`, `refit/<layer>/error_after`,
+    `<recovery stage>/<layer>/error_after` of a local recovery, and `seconds/search`.
     Figures that were not measured are absent.
     """
     metrics: dict[str, float] = {}
@@ -79,6 +80,8 @@ def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items():
             # `tasks` and `profile` are levels of the file that do not occur in the names of metrics.
             metrics.update(_numbers(value, stage if key in ("tasks", "profile") else f"{stage}/{key}"))
+    for stage in summary.get("recovery_stages") or ():
+        metrics.update(_numbers(stage.get("layers", {}), stage["name"]))
     for section in ("ratios", "parameters", "bytes_on_disk", "refit", "seconds"):
         metrics.update(_numbers(summary.get(section, {}), section))
     return metrics

@@ -24,7 +24,7 @@ from recondense.config.stages import Stage, Stages, require_stages, without_teac
 from recondense.evaluation import profiling
 from recondense.export.export import export
 from recondense.export.stock_or_bundled import choose_layout
-from recondense.full_disk import explain_full_disks, format_bytes, warn_of_little_room
+from recondense.full_disk import explain_full_disks, warn_of_little_room
 from recondense.methods.step import Step
 from recondense.models import decoder, families, loading, parameters, quantized
 from recondense.models.layer_shapes import layer_shapes
@@ -42,7 +42,7 @@ from recondense.run.load import MakeCallbacks, load_model, locate, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.prepare import Prepared, prepare
 from recondense.run.process_settings import configure_process
-from recondense.run.recover import Recovery, prepare_student
+from recondense.run.recover import Recovery, local_training_bytes, log_footprint, prepare_student
 from recondense.run.resolved_run import Run
 from recondense.run.run_record import RunRecord
 from recondense.run.search import find_plan
@@ -252,23 +252,28 @@ class _Stages:
         config, model, plan = self.config, self.model, student.plan
         if config.recovery.objective == "none":
             return []
-        _log_footprint(student)
+        log_footprint(student)
         device, layers = decoder.device(model), self._trained_layers(plan)
         recovery = Recovery(
             *(config, stages, layers, self.folder, self.tokens.stages),
             *(self.tokenizer, device, self.record, self._callbacks),
             self.loggers,
         )
+        if self.memory is not None and (size := local_training_bytes(student, stages, layers)):
+            self.memory.count_training(size)
         cached = recovery.keep_predictions(student)
-        if self.memory is not None:
-            self.memory.take_peak()
-            student.load_into_memory()
-        descriptions = recovery.recover(student, cached)
+        descriptions = recovery.recover(student, cached, lambda: self._load_whole(student))
         self.results.measure("recovered", student, original=self._load_original if self.memory is not None else None)
         if config.recovery.control and plan.operations and not self.record.has("control"):
             with recovery.train_control(student):
                 self.results.measure("control", Student(model, Plan(model=plan.model)), profiled=False)
         return descriptions
+
+    def _load_whole(self, student: Student) -> None:
+        """Load a streamed model into memory, after reading the peak memory of the streamed part."""
+        if self.memory is not None and layer_store(self.model).streamed:
+            self.memory.take_peak()
+            student.load_into_memory()
 
     def _tape(self) -> Tape:
         """Record a tape of the model in its current state on the calibration set."""
@@ -307,6 +312,7 @@ class _Stages:
         summary = Summary.of_run(config, objective, plan, sizes, model, self.tokens.sha256, record.stages)
         summary.refit = record.refit_errors or None
         described = config.recovery.stages or config.recovery.trainable != "experts"
+        described = described or any("layers" in stage for stage in recovery_stages)
         if described or any(windows.counts for windows in self.tokens.stages.values()):
             summary.recovery_stages = recovery_stages or None
         stored = quantized.stored_weights(config.model.path, config.model.revision) if config.model.path else None
@@ -336,14 +342,3 @@ class _Stages:
         log.info("exported: %s (%s)", folder, kind)
         summary.artifacts |= {"model": "model", "export_format": kind}
         tracking.log_export(self.loggers, folder)
-
-
-def _log_footprint(student: Student) -> None:
-    """Log the bytes of a student and its original on one shared backbone, and of two separate models."""
-    if student.has_original and processes.is_first():
-        footprint = student.footprint()
-        sizes = footprint.with_original, footprint.student, footprint.apart
-        log.info(
-            "student and teacher share a backbone: %s in memory (only the student: %s; two separate models: %s)",
-            *map(format_bytes, sizes),
-        )

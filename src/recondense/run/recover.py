@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +23,17 @@ from recondense.config.stages import Stage, control_settings
 from recondense.data.loader import RecoveryData, ShuffledWindows, num_rows
 from recondense.data.tokens import StageTokens
 from recondense.errors import UserError
+from recondense.full_disk import format_bytes
 from recondense.models import loading
+from recondense.models.layer_store import layer_store
+from recondense.models.tensor_store import Disk, Memory
 from recondense.models.tokenizers import load_tokenizer
 from recondense.plan import Plan
 from recondense.recovery import trainable
 from recondense.recovery.checkpoints import FINAL
 from recondense.recovery.fit import fit
+from recondense.recovery.local import LocalRecovery, training_bytes
+from recondense.recovery.local_layer import Errors
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.precision import resolve_precision
 from recondense.recovery.teacher_cache import CachedTeacher, cache_key, keep_predictions
@@ -40,6 +46,9 @@ TEACHER_COLUMNS = (
     "position_ids",
 )  # columns of the training windows that determine a teacher's predictions
 DESCRIBED = ("objective", "trainable", "steps", "batch_size", "accumulate_grad_batches", "learning_rate")
+
+
+log = logging.getLogger(__name__)
 
 
 class MakeCallbacks(Protocol):
@@ -79,6 +88,8 @@ def prepare_student(student: Student, stages: Sequence[Stage], layers: Sequence[
     recoveries = [stage.recovery for stage in stages if stage.recovery.objective != "none"]
     for settings in recoveries:
         trainable.check_trainable(student, layers, settings)
+    if layer_store(student.model).streamed:
+        return  # the blocks of its original are read from disk, so they never change
     trained = [_trained_weights(student.model, layers, settings) for settings in recoveries]
     if student.has_original:
         with student.original() as model:  # the control trains the original later, which must not change the student
@@ -130,12 +141,15 @@ class Recovery:
                     teachers[stage.name] = self._keep_predictions(student, data, settings)
         return teachers
 
-    def recover(self, student: Student, cached: Mapping[str, CachedTeacher]) -> list[dict[str, Any]]:
+    def recover(
+        self, student: Student, cached: Mapping[str, CachedTeacher], load_whole: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
         """Train the student, one stage after the other. The results of finished stages are loaded.
 
         Args:
-            student: the student, whose model must not be streamed.
+            student: the student.
             cached: cached teachers by stage, from `keep_predictions`.
+            load_whole: loads a streamed model into memory, before the first stage that needs all of it.
 
         Returns:
             A description of each stage for summary.json; empty in all processes except the first.
@@ -143,13 +157,19 @@ class Recovery:
         descriptions = []
         with self._free_original(student):
             for stage in self.stages:
+                if stage.recovery.objective != "local":
+                    load_whole()
+                errors: Mapping[int, Errors] = {}
                 with self.record.timed("recover"), self.record.timed_recovery(stage.name):
                     data, settings = self._load_data(stage)
-                    self._train(student, stage, settings, data, cached.get(stage.name))
+                    if settings.objective == "local":
+                        errors = self._train_locally(student, stage, settings, data)
+                    else:
+                        self._train(student, stage, settings, data, cached.get(stage.name))
                 if settings.teacher == "model":
                     gc.collect()  # the module and its Trainer refer to each other, and the module holds the teacher
                 if processes.is_first():
-                    descriptions.append(self._describe(stage, settings, data))
+                    descriptions.append(self._describe(stage, settings, data, errors))
         return descriptions
 
     def _train(
@@ -166,6 +186,19 @@ class Recovery:
             training_device=self.device,
         )
         self._fit(module, data, self.folder / stage.folder, self.callbacks(stage.name, with_tasks=True))
+
+    def _train_locally(
+        self, student: Student, stage: Stage, settings: RecoveryConfig, data: RecoveryData
+    ) -> dict[int, Errors]:
+        """Train each changed layer on the outputs of the original's block; hidden states are kept where a tape is."""
+        where, store = self.config.data.calibration.tape, layer_store(student.model)
+        storage = Memory() if where == "memory" else store.tensor_storage()
+        if where == "disk" and not store.streamed:
+            storage = Disk(self.folder / WORK / "local", device=self.device)
+        folder, trainer = self.folder / stage.folder, self.config.trainer
+        return LocalRecovery(
+            student, settings, data, folder, trainer, storage, stage.name, self.layers, self.loggers
+        ).run()
 
     @contextmanager
     def train_control(self, student: Student) -> Iterator[None]:
@@ -196,6 +229,8 @@ class Recovery:
         """Return a context in which the original uses no memory, if no training needs it."""
         trainer = self.config.trainer
         needed = any(_needs_original(stage.recovery) for stage in self.stages)
+        if layer_store(student.model).streamed:  # it is not in memory, and loading the student releases it
+            return nullcontext()
         if needed or not student.has_original or (trainer.shards and self.config.recovery.control):
             return nullcontext()
         if trainer.shards and not processes.is_first():  # the engine removes this process's weights anyway
@@ -244,7 +279,9 @@ class Recovery:
             train = {**train, "window": numbers}
         return RecoveryData(train, windows.validation, settings.batch_size, batches, self.config.seed), settings
 
-    def _describe(self, stage: Stage, settings: RecoveryConfig, data: RecoveryData) -> dict[str, Any]:
+    def _describe(
+        self, stage: Stage, settings: RecoveryConfig, data: RecoveryData, errors: Mapping[int, Errors]
+    ) -> dict[str, Any]:
         return {
             "name": stage.name,
             **{name: getattr(settings, name) for name in DESCRIBED},
@@ -252,12 +289,32 @@ class Recovery:
             "windows": num_rows(data.train_table),
             **self.windows[stage.name].counts,
             "seconds": self.record.recovery_seconds[stage.name],
+            **({"layers": {str(layer): error for layer, error in errors.items()}} if errors else {}),
         }
 
 
 def _needs_original(settings: RecoveryConfig) -> bool:
-    """Return whether a training computes the original's predictions."""
+    """Return whether a training computes the original's predictions or the outputs of its blocks."""
+    if settings.objective == "local":
+        return True
     return settings.teacher == "shared" if settings.objective == "distill" else settings.validate_every > 0
+
+
+def local_training_bytes(student: Student, stages: Sequence[Stage], layers: Sequence[int] | None) -> int:
+    """Return the bytes that local recoveries need beside the layer that they train; 0 without one."""
+    local = [stage.recovery for stage in stages if stage.recovery.objective == "local"]
+    return max((training_bytes(student, settings, layers) for settings in local), default=0)
+
+
+def log_footprint(student: Student) -> None:
+    """Log the bytes of a student and its original on one shared backbone, and of two separate models."""
+    if student.has_original and processes.is_first():
+        footprint = student.footprint()
+        sizes = footprint.with_original, footprint.student, footprint.apart
+        log.info(
+            "student and teacher share a backbone: %s in memory (only the student: %s; two separate models: %s)",
+            *map(format_bytes, sizes),
+        )
 
 
 def with_steps(settings: RecoveryConfig, num_windows: int, where: str = "recovery") -> RecoveryConfig:

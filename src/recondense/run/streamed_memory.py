@@ -35,16 +35,22 @@ class StreamedMemory:
         }
         self._peak: int | None = None
 
+    def count_training(self, size: int) -> None:
+        """Add the bytes that the training of a layer needs to the parts."""
+        self._parts["training_bytes"] = size
+
     def take_peak(self) -> None:
         """Read the peak memory of this process and log it, with a warning if it exceeds the bound."""
         self._peak = profiling.peak_resident_bytes()
         parts = self._parts
         bound = parts["before_bytes"] + parts["outside_layers_bytes"] + 2 * parts["layer_bytes"]
-        bound += parts["scratch_bytes"] + SLACK
+        bound += parts["scratch_bytes"] + parts.get("training_bytes", 0) + SLACK
         shown = {name: format_bytes(size) for name, size in self.to_dict().items()}
+        training = f"{shown['training_bytes']} to train a layer, " if "training_bytes" in shown else ""
         log.info(
-            "peak memory %s: %s before loading, %s outside the layers, two layers of %s, scratch %s, and tokens",
+            "peak memory %s: %s before loading, %s outside the layers, two layers of %s, scratch %s, %sand tokens",
             *(shown[f"{name}_bytes"] for name in ("peak_resident", "before", "outside_layers", "layer", "scratch")),
+            training,
         )
         if self._peak > bound:
             log.warning("the peak memory exceeds the expected bound of %s; please report this", format_bytes(bound))

@@ -174,6 +174,18 @@ class Student:
         with self._swap() as model:
             return {id(parameter) for parameter in model.parameters()}
 
+    def replace_block(self, layer: int, block: nn.Module) -> None:
+        """Set the block of a layer. If the layer had the original's block until now, the original keeps it.
+
+        Args:
+            layer: decoder-layer index.
+            block: the block, which shares no trained weight with the original.
+        """
+        before = moe_blocks.get_block(self.model, layer)
+        if self._originals:
+            self._originals.setdefault(layer, before)
+        moe_blocks.set_block(self.model, layer, block)
+
     def replace_weights(self, replacements: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
         """Replace weights of the model. The original keeps the previous weights that it uses.
 

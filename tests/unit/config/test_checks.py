@@ -80,3 +80,36 @@ def test_validation_during_training_needs_validation_text(data: dict[str, Any], 
     where = "recovery.stages[0]"
     assert message.startswith(f"{where}.{setting}=null: {where}.validate_every=5 measures on it")
     assert problems({**recovery, "stages": [{"name": "one"}]}, data)[0].startswith(f"{setting}=null: {where}.validate")
+
+
+LOCAL = {"name": "local", "objective": "local"}
+
+
+@pytest.mark.parametrize(
+    ("recovery", "message"),
+    [
+        (
+            {"trainable": "lora"},
+            "recovery.trainable=lora: recovery.objective=local trains the weights of",
+        ),
+        ({"trainable": "all"}, "recovery.trainable=all: recovery.objective=local trains"),
+        ({"validate_every": 5}, "recovery.validate_every=5: recovery.objective=local has no predictions to validate"),
+        (
+            {"validate_every": 5, "objective": "distill", "stages": [{"name": "first", "objective": "local"}]},
+            "recovery.stages[0].validate_every=5: recovery.stages[0].objective=local has no predictions",
+        ),
+    ],
+)
+def test_what_a_local_recovery_does_not_have(recovery: dict[str, Any], message: str) -> None:
+    values = messages(recovery={**LOCAL, **recovery}, method={"name": "none"})
+    assert [text for text in values if text.startswith(message)]
+    assert not [text for text in messages(recovery=LOCAL) if "local" in text]
+
+
+@pytest.mark.parametrize("setting", [{"model": {"streaming": True}}, {"trainer": {"strategy": "fsdp2"}}], ids=str)
+def test_local_stages_come_before_those_that_lose_the_original(setting: dict[str, Any]) -> None:
+    stages = [{"name": "first", "objective": "local"}, {"name": "second", "objective": "finetune"}]
+    for order, expected in ((stages, []), (stages[::-1], ["recovery.stages[1].objective=local"])):
+        values = {"recovery": {**LOCAL, "objective": "finetune", "stages": order}, **setting}
+        assert [text.partition(":")[0] for text in messages(**values) if "Put this stage first" in text] == expected
+    assert not [text for text in messages(recovery={**LOCAL, "stages": stages[::-1]}) if "Put this" in text]

@@ -206,6 +206,13 @@ def test_a_refit_is_reported_in_one_line(tmp_path: Path) -> None:
         console = Console(width=80, record=True, file=file)
         print_report({**summary(), "refit": errors}, console)
     assert refit_line(errors) in console.export_text()
+    with (tmp_path / "local").open("w") as file:
+        console = Console(width=80, record=True, file=file)
+        print_report({**summary(), "recovery_stages": [{"name": "first", "layers": errors}, {"name": "x"}]}, console)
+    assert f"local recovery, stage first: {refit_line(errors)}" in console.export_text()
+    assert flatten_summary({"recovery_stages": [{"name": "first", "layers": errors}]}) == {
+        f"first/{layer}/{name}": value for layer, error in errors.items() for name, value in error.items()
+    }
     assert "before any training" in text(ratios_table({"ratios": {"refit_gap_closed": 0.5}}))
     assert flatten_summary({"refit": errors})["refit/5/error_after"] == 0.15
 
