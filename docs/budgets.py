@@ -59,16 +59,18 @@ def row(name: str, method: str) -> list[str]:
         *start,
         f"{sizes.after.total / sizes.before.total:.4f}",
         f"{sizes.after.routed_experts / sizes.before.routed_experts:.4f}",
-        *(["the search decides", "", ""] if len(steps) == 1 and steps[0].left_open else shape_cells(counts)),
+        *(["the search decides", "", ""] if method == "cdmoe_moei2" else shape_cells(counts)),
         config.model.budgets["from"] if config.model.budgets["of_shape"] else "no published row",
     ]
 
 
 def shape_cells(counts: dict[str, dict[str, float]]) -> list[str]:
-    """Return the number of changed layers, the experts that a layer keeps, and the mean rank of the factors."""
+    """Return the number of changed layers, the mean number of experts that they keep, and the mean rank of factors."""
     main = counts.get("condense") or counts.get("prune") or {}
     layers = int(max(count["layers"] for count in counts.values()))
     experts = f"{main['retained'] / main['layers']:.4g} of {main['of'] / main['layers']:.4g}" if main else ""
+    if "fewest" in main:
+        experts = f"mean {experts}"
     rank = f"{counts['factorize']['mean']:.4g}" if "factorize" in counts else ""
     return [f"{layers}", experts, rank]
 

@@ -134,13 +134,14 @@ def least_removal(steps: list[Any], plan: Plan, model: Any) -> int:
     """
     kinds = {operation.kind for operation in plan.operations}
     counts = parameters.parameter_counts(model.config)
-    if any(step.condenses or step.removes_layers for step in steps):
+    if any(step.removes_layers for step in steps):
         layers = decoder.decoder_layers(model)
         return max(parameters.count_parameters(layers[layer]) for layer in moe_blocks.sparse_blocks(model))
-    if "narrow" in kinds:  # all experts get narrower together
+    combined = any(step.condenses for step in steps)
+    if "narrow" in kinds and not combined:  # all experts get narrower together
         widths = sum(block.num_experts for block in moe_blocks.sparse_blocks(model).values())
         return 4 * widths * parameters.channel_size(next(iter(moe_blocks.sparse_blocks(model).values())))
-    if "factorize" in kinds:
+    if "factorize" in kinds and not combined:
         return 3 * (32 + 16)  # a rank of one in one expert
     return counts.expert + (counts.router_row if "merge" not in kinds else 0)
 

@@ -365,3 +365,40 @@ def layer_search(
         return score(original, states[last], dtype)
 
     return replace(_greedy(sorted(experts), num_layers, 0.0, judge), count=count)
+
+
+def give_back(
+    model: nn.Module,
+    ids: Ids,
+    rounds: Sequence[int],
+    start: int,
+    orders: Mapping[int, Sequence[int]],
+    stats: Mapping[int, Statistics],
+) -> tuple[dict[int, int], list[dict[int, float]]]:
+    """Give further experts to condensed layers by the final hidden state; the whole model runs for every candidate.
+
+    Args:
+        rounds: The number of experts to give out in each round.
+        start: The experts that each layer starts with.
+        orders: The order of the experts of each condensed layer, complete.
+        stats: The statistics of each condensed layer.
+
+    Returns:
+        The experts that each layer retains, and the scores of all candidates of each round.
+    """
+    last = len(decoder_layers(model)) - 1
+    original = states_after(model, [last], ids, batch_size=BATCH_SIZE, lm_head=False)[last]
+
+    def judge(numbers: Mapping[int, int]) -> float:
+        with ExitStack() as stack:
+            for layer, number in numbers.items():
+                stack.enter_context(condensed(model, layer, orders[layer][:number], stats[layer], "mean"))
+            states = states_after(model, [last], ids, batch_size=BATCH_SIZE, lm_head=False)
+        return score(original, states[last])
+
+    numbers, scores = dict.fromkeys(sorted(orders), start), []
+    for step in rounds:
+        able = [layer for layer in numbers if numbers[layer] + step <= len(orders[layer])]
+        scores.append({layer: judge({**numbers, layer: numbers[layer] + step}) for layer in able})
+        numbers[min(able, key=scores[-1].__getitem__)] += step
+    return numbers, scores

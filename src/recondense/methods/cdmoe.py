@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 from transformers import PreTrainedModel
 
 from recondense.errors import UserError
 from recondense.methods.search.budget import NO_BUDGET, Budget
+from recondense.methods.search.cdmoe_budget import Remainder, fewest, spread_evenly
 from recondense.methods.search.cdmoe_search import CondenseSearch
 from recondense.methods.step import Record, SearchContext
 from recondense.models import moe_blocks
@@ -63,7 +64,8 @@ class CDMoE:
     """Condense MoE layers. A greedy search by Jensen-Shannon divergence chooses first the experts, then the layers.
 
     Args:
-        num_experts: routed experts that a condensed layer retains; 0 retains only the shared experts (CD-MoE-S).
+        num_experts: routed experts that a condensed layer retains; 0 retains only the shared experts (CD-MoE-S). With a
+            budget, see there.
         num_layers: the number of layers to condense (greedy layer search), a list of decoder-layer indices, or "all".
         shared_gate: "mean" replaces the shared experts' gate by its mean over the calibration tokens, as in the
             authors' code. "token" keeps the gate.
@@ -75,7 +77,10 @@ class CDMoE:
             from. None takes the whole texts, as the authors do, cut at the model's positions (the authors do not cut);
             the maximum length of the calibration set takes what the searches see. The whole texts need one more pass,
             unless no text is longer than the calibration set's maximum length.
-        budget: a budget instead of `num_layers`; the fewest layers that meet it are condensed.
+        budget: a budget instead of `num_layers`, met to within one expert. The fewest layers that meet it with
+            `num_experts` experts each are condensed; if all layers together do not meet it, each starts with fewer
+            experts. What remains is given back as further experts of these layers (`Remainder`). This is not in the
+            paper, which sets both numbers.
 
     Raises:
         UserError: a setting is outside its range.
@@ -86,7 +91,6 @@ class CDMoE:
     condenses: ClassVar[bool] = True
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
-    left_open: ClassVar[str] = ""
 
     num_experts: int = 4
     num_layers: int | str | Sequence[int] = "all"
@@ -143,18 +147,36 @@ class CDMoE:
     def key(self) -> Record:
         return {"method": "cdmoe", "version": 2, "shared_gate": self.shared_gate, "expert_search": self.expert_search}
 
+    @property
+    def left_open(self) -> str:
+        return "how many experts each condensed layer retains, but not their total" if self.budget.is_given else ""
+
     def outline(self, model: PreTrainedModel) -> list[Condense]:
+        if self.budget.is_given:
+            return self._within_budget(model)._outline_budget(model)
         blocks = moe_blocks.sparse_blocks(model)
         layers, count = self._layers(model)
         return [self.outline_layer(blocks[layer]) for layer in layers[:count]]
 
-    def outline_layer(self, block: SparseBlock) -> Condense:
-        """Return an operation of the right size for one layer, with the first experts and placeholder coefficients."""
+    def _outline_budget(self, model: PreTrainedModel) -> list[Condense]:
+        blocks = moe_blocks.sparse_blocks(model)
+        layers = list(blocks)[: self._fewest_layers(model, list(blocks))]
+        room = {layer: blocks[layer].num_experts - self.num_experts for layer in layers}
+        further = spread_evenly(room, self._experts_to_give_back(model, layers))
+        return [self.outline_layer(blocks[layer], further[layer]) for layer in layers]
+
+    def outline_layer(self, block: SparseBlock, further: int = 0) -> Condense:
+        """Return an operation of the right size for one layer, with the first experts and placeholder coefficients.
+
+        Args:
+            block: the layer.
+            further: the number of experts that it retains in addition to `num_experts`.
+        """
         constant = self.shared_gate == "mean" and block.shared_expert_gate is not None
-        experts = tuple(range(self.num_experts))
+        experts = tuple(range(self.num_experts + further))
         return Condense(block.layer, experts, (1.0,) * len(experts), 1.0 if constant else None)
 
-    def saved_parameters(self, block: SparseBlock, routed: bool) -> int:
+    def saved_parameters(self, block: SparseBlock, routed: bool, further: int = 0) -> int:
         """Return the number of parameters that condensing removes from a layer.
 
         They are those of the dropped experts, of the router, and of the shared experts' gate if it becomes a constant.
@@ -162,12 +184,13 @@ class CDMoE:
         Args:
             block: the layer.
             routed: count only the parameters of routed experts.
+            further: the number of experts that the layer retains in addition to `num_experts`.
         """
-        weights = block.weights
+        weights, number = block.weights, self.num_experts + further
         _, hidden_size, expert_width = weights.down_EDF.shape
-        retained = self.num_experts * 3 * hidden_size * expert_width
-        if weights.biases() and self.num_experts:
-            retained += self.num_experts * 2 * expert_width + hidden_size  # the biases of down_proj are merged
+        retained = number * 3 * hidden_size * expert_width
+        if weights.biases() and number:
+            retained += number * 2 * expert_width + hidden_size  # the biases of down_proj are merged
         experts = count_parameters(block.experts) - retained
         gate = block.shared_expert_gate if self.shared_gate == "mean" else None
         others = [block.router] if gate is None else [block.router, gate]
@@ -179,23 +202,56 @@ class CDMoE:
         Raises:
             UserError: the budget cannot be met, or fewer than `num_experts` experts of a layer are ever selected.
         """
+        if self.budget.is_given:
+            return self._within_budget(context.model)._search_budget(context)
         started = time.perf_counter()
-        search = CondenseSearch(
-            context, self.num_experts, self.shared_gate, self.expert_search, self.coefficient_max_length
-        )
+        search = self._start(context)
         layers, count = self._layers(context.model)
         search.search_experts(layers)
         operations = {layer: search.operation(layer) for layer in layers}
-        record: dict[str, Any] = {"expert_search": {str(layer): search.records[layer] for layer in layers}}
+        record: dict[str, Any] = {}
         seconds = {"expert_search": time.perf_counter() - started}
         if count is not None:
             whole = {layer: operation for layer, operation in operations.items() if not search.loses_protected(layer)}
             record["layer_search"] = search.search_layers(whole if len(whole) >= count else operations, count)
             layers = record["layer_search"]["order"]
             seconds["layer_search"] = time.perf_counter() - started - seconds["expert_search"]
-        return [operations[layer] for layer in layers], {
+        return [operations[layer] for layer in layers], self._record(search, record, seconds)
+
+    def _start(self, context: SearchContext) -> CondenseSearch:
+        settings = self.num_experts, self.shared_gate, self.expert_search, self.coefficient_max_length
+        return CondenseSearch(context, *settings)
+
+    def _search_budget(self, context: SearchContext) -> tuple[list[Condense], Record]:
+        """Decide which layers to condense and how many experts each retains, so that the budget is met closely."""
+        times = [time.perf_counter()]
+        search, model = self._start(context), context.model
+        moe_layers = list(search.blocks)
+        count = self._fewest_layers(model, moe_layers)
+        search.search_experts(moe_layers)
+        times.append(time.perf_counter())
+        operations = {layer: search.operation(layer) for layer in moe_layers}
+        record: dict[str, Any] = {"layer_search": search.search_layers(operations, count)}
+        # After an earlier step, layers may have different numbers of experts, so that the chosen ones save another sum.
+        while (needed := self._fewest_layers(model, record["layer_search"]["order"])) != count:
+            count = needed
+            record["layer_search"] = search.search_layers(operations, count)
+        layers = record["layer_search"]["order"]
+        times.append(time.perf_counter())
+        number = self._experts_to_give_back(model, layers)
+        remainder = Remainder(search, layers, record["layer_search"]["js"][-1] if layers else 0.0)
+        record["remainder"] = remainder.give(number)
+        times.append(time.perf_counter())
+        names = ("expert_search", "layer_search", "remainder")
+        seconds = {name: end - start for name, start, end in zip(names, times, times[1:], strict=False)}
+        return [search.operation(layer) for layer in layers], self._record(search, record, seconds)
+
+    def _record(self, search: CondenseSearch, record: Record, seconds: Record) -> Record:
+        """Return the record of the step, from that of its layer search."""
+        return {
             **self.key(),
             **search.describe_texts(),
+            "expert_search": {str(layer): layer_record for layer, layer_record in search.records.items()},
             **record,
             "num_experts": self.num_experts,
             **(self.budget.settings() if self.budget.is_given else {}),
@@ -205,26 +261,46 @@ class CDMoE:
 
     def _layers(self, model: PreTrainedModel) -> tuple[list[int], int | None]:
         """Return the layers to choose from, and how many the layer search chooses; None condenses all of them."""
-        moe_layers = list(moe_blocks.sparse_blocks(model))
-        if self.budget.is_given:
-            return moe_layers, self._fewest_layers(model)
         choice = read_num_layers(self.num_layers)
-        return (moe_layers if choice.layers is None else list(choice.layers)), choice.count
+        return (list(moe_blocks.sparse_blocks(model)) if choice.layers is None else list(choice.layers)), choice.count
 
-    def _fewest_layers(self, model: PreTrainedModel) -> int:
-        """Return the smallest number of layers to condense that meets the budget; all MoE layers have equal sizes."""
-        block = next(iter(moe_blocks.sparse_blocks(model).values()))
-        need = self.budget.expert_parameters_to_remove(model)
-        saved = self.saved_parameters(block, routed=self.budget.removed_expert_ratio is not None)
-        most = len(moe_blocks.sparse_blocks(model))
-        if need > most * saved:
-            reachable = self.budget.strictest_ratio(model, most * saved)
-            raise UserError(
-                f"method: the budget requires removing {need:,} parameters, but condensing all {most} MoE layers to "
-                f"{self.num_experts} experts removes only {most * saved:,}. The strictest possible budget is "
-                f"{reachable}; relax the budget or lower method.num_experts"
-            )
-        return max(1, -(-need // saved)) if need else 1
+    def _saved(self, model: PreTrainedModel, layers: Sequence[int], further: int = 0) -> list[int]:
+        """Return what condensing saves in each layer, as the budget counts it."""
+        blocks, routed = moe_blocks.sparse_blocks(model), self.budget.removed_expert_ratio is not None
+        return [self.saved_parameters(blocks[layer], routed, further) for layer in layers]
+
+    def _within_budget(self, model: PreTrainedModel) -> CDMoE:
+        """Return the step with the most experts per layer, up to `num_experts`, with which all layers meet the budget.
+
+        Raises:
+            UserError: not even the fewest experts meet it: none, or one if the layers have no shared experts.
+        """
+        blocks, need = moe_blocks.sparse_blocks(model), self.budget.expert_parameters_to_remove(model)
+        has_shared = all(block.shared_expert is not None for block in blocks.values())
+        least, most = min(self.num_experts, 0 if has_shared else 1), 0
+        for number in range(self.num_experts, least - 1, -1):
+            step = replace(self, num_experts=number)
+            most = sum(step._saved(model, list(blocks)))
+            if need <= most:
+                return step
+        raise UserError(
+            f"method: the budget requires removing {need:,} parameters, but condensing all {len(blocks)} MoE layers to "
+            f"{least} experts removes only {most:,}. The strictest possible budget is "
+            f"{self.budget.strictest_ratio(model, most)}"
+        )
+
+    def _fewest_layers(self, model: PreTrainedModel, layers: Sequence[int]) -> int:
+        """Return how many of the first layers meet the budget with `num_experts` each, or one more than all of them."""
+        return fewest(self._saved(model, layers), self.budget.expert_parameters_to_remove(model))
+
+    def _experts_to_give_back(self, model: PreTrainedModel, layers: Sequence[int]) -> int:
+        """Return how many further experts the condensed layers may retain within the budget."""
+        if not layers:
+            return 0
+        saved = self._saved(model, layers)
+        # With biases, the first expert of a layer has more parameters than the others.
+        expert = saved[0] - self._saved(model, layers[:1], further=1)[0]
+        return (sum(saved) - self.budget.expert_parameters_to_remove(model)) // expert
 
 
 def _is_int(value: object) -> bool:

@@ -31,7 +31,7 @@ from recondense.methods.search.genetic import GENETIC, Genetic
 from recondense.methods.search.knapsack import least_damage
 from recondense.methods.search.layer_options import Option, Options, OptionSettings
 from recondense.methods.search.option_blocks import OptionBlocks
-from recondense.methods.search.option_choices import MadeUpChoices, SearchedChoices
+from recondense.methods.search.option_choices import Choices, MadeUpChoices, SearchedChoices
 from recondense.methods.search.rerun import Change
 from recondense.methods.step import Cache, Record, SearchContext
 from recondense.models.families import Facts
@@ -170,10 +170,11 @@ class Combined:
 
         The damages are placeholders, equal for every parameter saved, so this is one of many possible choices.
         """
-        options = Options.build(self._option_settings, model, MadeUpChoices())
+        choices = MadeUpChoices()
+        options = Options.build(self._option_settings, model, choices)
         self._check_reach(options, model)
         damages = {layer: [float(option.saved) for option in listed] for layer, listed in options.by_layer.items()}
-        return _operations(self._choose(options, damages, model))
+        return _operations(self._choose(options, damages, model, choices))
 
     def search(self, context: SearchContext) -> tuple[list[Operation], Record]:
         """Decide what to do with every layer; see `Step.search`.
@@ -197,7 +198,7 @@ class Combined:
         for number in range(self.rounds):
             title = f"damage, round {number + 1} of {self.rounds}"
             damages = _measure(damage, options, title, context.cache, around, suffix)
-            candidate = self._choose(options, damages, model)
+            candidate = self._choose(options, damages, model, choices)
             around = f"{_fingerprint(candidate)}-"
             together = damage.replace(_blocks(damage, options, candidate))
             rounds.append(_record(damages, candidate, together))
@@ -230,20 +231,29 @@ class Combined:
 
     def _saved(self, options: Options) -> list[list[int]]:
         """Return the number of parameters that each option of each layer saves, as the budget counts them."""
-        routed = self.budget.removed_expert_ratio is not None
-        return [
-            [option.saved_routed if routed else option.saved for option in listed]
-            for listed in options.by_layer.values()
-        ]
+        return [[option.saving(self._routed) for option in listed] for listed in options.by_layer.values()]
 
-    def _choose(self, options: Options, damages: dict[int, list[float]], model: PreTrainedModel) -> dict[int, Option]:
-        """Choose the options with the least damage that meet the budget, then raise ranks with what remains of it."""
+    @property
+    def _routed(self) -> bool:
+        """Whether the budget counts the parameters of routed experts only."""
+        return self.budget.removed_expert_ratio is not None
+
+    def _choose(
+        self, options: Options, damages: dict[int, list[float]], model: PreTrainedModel, choices: Choices
+    ) -> dict[int, Option]:
+        """Choose the options with the least damage that meet the budget, and use up what remains of it.
+
+        First ranks are raised. If no layer is factorized, condensed and pruned layers retain more experts.
+        """
         need = self.budget.expert_parameters_to_remove(model)
         layers, saved = list(options.by_layer), self._saved(options)
         indices = least_damage(saved, [damages[layer] for layer in layers], need)
         spare = sum(savings[index] for savings, index in zip(saved, indices, strict=True)) - need
         choice = {layer: options.by_layer[layer][index] for layer, index in zip(layers, indices, strict=True)}
-        return options.widen(choice, spare)
+        choice = options.widen(choice, spare)
+        spare = sum(option.saving(self._routed) for option in choice.values()) - need
+        chosen = {layer: damages[layer][index] for layer, index in zip(layers, indices, strict=True)}
+        return options.regain(choice, spare, chosen, choices, self._routed)
 
 
 def _operations(choice: dict[int, Option]) -> list[Operation]:

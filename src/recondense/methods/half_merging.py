@@ -104,7 +104,7 @@ class HalfMerging:
 
         records = LayerwiseSearch(context).per_text(names, work, "saliency and similarity of experts")
         experts = {layer: block.num_experts for layer, block in blocks.items()}
-        numbers = even_groups(experts, self.budget.experts_to_drop(context.model, router_rows=False))
+        numbers = even_groups(experts, self.budget.experts_to_drop(context.model, router_rows=False, floor=1))
         operations = [
             _merge(layer, records[layer], number, context.protected.get(layer, frozenset()))
             for layer, number in numbers.items()

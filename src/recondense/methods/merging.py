@@ -90,7 +90,7 @@ class Merging:
 
         records = LayerwiseSearch(context).per_text(names, work, "similarity of experts")
         counts = {layer: list(record["counts"]) for layer, record in records.items()}
-        num_dropped = self.budget.experts_to_drop(context.model, router_rows=False)
+        num_dropped = self.budget.experts_to_drop(context.model, router_rows=False, floor=1)
         numbers = self._numbers(counts, num_dropped, context.protected)
         operations = []
         for layer, number in numbers.items():
@@ -188,7 +188,7 @@ def refuse_too_few_groups(budget: Budget, facts: Facts) -> list[str]:
 def outline_merges(model: PreTrainedModel, budget: Budget) -> list[Merge]:
     """Return operations with the right numbers of groups, the same in every layer, and placeholders for the groups."""
     experts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}
-    even = even_groups(experts, budget.experts_to_drop(model, router_rows=False))
+    even = even_groups(experts, budget.experts_to_drop(model, router_rows=False, floor=1))
     operations = []
     for layer, count in experts.items():
         if even[layer] < count:

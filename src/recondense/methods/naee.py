@@ -74,7 +74,7 @@ class NAEE:
         """Return the number of experts that each layer loses."""
         blocks = moe_blocks.sparse_blocks(model)
         floor = next(iter(blocks.values())).routing.top_k if blocks else 0
-        return drop_uniformly(self.budget.experts_to_drop(model), experts, floor)
+        return drop_uniformly(self.budget.experts_to_drop(model, floor=floor), experts, floor)
 
     def search(self, context: SearchContext) -> tuple[list[Prune], Record]:
         """Decide which experts to prune; see `Step.search`.

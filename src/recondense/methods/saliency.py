@@ -169,7 +169,7 @@ class SaliencyPruning:
         """
         blocks = moe_blocks.sparse_blocks(model)
         routing = next(iter(blocks.values())).routing
-        number = -(-self.budget.experts_to_drop(model) // routing.num_groups)
+        number = -(-self.budget.experts_to_drop(model, floor=routing.min_experts) // routing.num_groups)
         rows = {layer: block.num_experts // routing.num_groups for layer, block in blocks.items()}
         return drop_uniformly(number, rows, routing.min_experts // routing.num_groups)
 

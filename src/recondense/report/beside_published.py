@@ -38,14 +38,16 @@ class Setting:
     Args:
         method: as in `Result`; None if neither paper has a result for such a compression.
         num_layers: layers that were condensed, dropped or merged.
-        num_experts: routed experts retained in each condensed layer.
+        num_experts: routed experts retained in each condensed layer; the mean if layers differ.
         removed_expert_ratio: share of the routed experts' parameters that was removed.
+        uneven: whether condensed layers retain different numbers of experts, as no published row does.
     """
 
     method: str | None
     num_layers: int | None = None
-    num_experts: int | None = None
+    num_experts: float | None = None
     removed_expert_ratio: float | None = None
+    uneven: bool = False
 
 
 def task_means(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -102,8 +104,8 @@ def setting_of(operations: Mapping[str, Mapping[str, float]], removed_expert_rat
         return Setting("original")
     if kinds == {"condense"}:
         counts = operations["condense"]
-        layers, retained = int(counts["layers"]), counts["retained"] / counts["layers"]
-        return Setting("cdmoe", layers, int(retained)) if retained == int(retained) else Setting(None)
+        retained = counts["retained"] / counts["layers"]
+        return Setting("cdmoe", int(counts["layers"]), retained, uneven="fewest" in counts)
     if "prune" in kinds and kinds <= {"prune", "factorize"}:
         return Setting("moei2", removed_expert_ratio=removed_expert_ratio)
     if len(kinds) == 1 and (method := KINDS.get(kinds.pop())) is not None:
@@ -129,7 +131,7 @@ def is_same(row: Result, setting: Setting) -> bool:
     if row.method == "original":
         return True
     experts, layers, cut = distance(row, setting)
-    return experts == layers == 0 and cut <= SAME_CUT
+    return not setting.uneven and experts == layers == 0 and cut <= SAME_CUT
 
 
 def distance(row: Result, setting: Setting) -> tuple[float, float, float]:

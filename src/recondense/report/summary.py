@@ -185,8 +185,9 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
 
     Returns:
         For each kind (drop is split into `drop_moe` and `drop_layer`): `layers`; `retained` and `of` (experts, for
-        prune and condense); `groups` and `of` (for merge); `lowest`, `highest` and `mean` rank (for factorize), or
-        `narrowest`, `widest` and `mean_width` (for narrow).
+        prune and condense); `fewest` and `most` experts of a layer (for condense, if layers differ); `groups` and `of`
+        (for merge); `lowest`, `highest` and `mean` rank (for factorize), or `narrowest`, `widest` and `mean_width` (for
+        narrow).
     """
     counts: dict[str, dict[str, float]] = {}
     layers: dict[str, set[int]] = {}
@@ -213,6 +214,9 @@ def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]
         if word:
             count[word], count["of"] = count.get(word, 0) + after, count.get("of", 0) + before
         num_now[operation.layer] = after
+    condensed = [len(operation.experts) for operation in plan.operations if isinstance(operation, Condense)]
+    if len(set(condensed)) > 1:
+        counts["condense"] |= {"fewest": min(condensed), "most": max(condensed)}
     if ranks:
         counts["factorize"] |= {"lowest": min(ranks), "highest": max(ranks), "mean": sum(ranks) / len(ranks)}
     if widths:

@@ -109,7 +109,7 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
     words = {
         "prune": "{layers} pruned ({retained} of {of} experts stay)",
         "constant": "{layers} with constants ({retained} of {of} experts stay, the others are constants)",
-        "condense": "{layers} condensed ({retained} of {of} experts stay, always active)",
+        "condense": "{layers} condensed ({retained} of {of} experts stay, {range}always active)",
         "merge": "{layers} merged ({of} experts into {groups})",
         "narrow": "{layers} narrowed",
         "factorize": "{layers} factorized",
@@ -120,7 +120,8 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
     parts = []
     for name, counts in operations.items():
         layers = f"{counts['layers']} layer{'s' if counts['layers'] > 1 else ''}"
-        text = words[name].format(**{**counts, "layers": layers})
+        numbers = f"{counts['fewest']} to {counts['most']} in a layer, " if "fewest" in counts else ""
+        text = words[name].format(**{**counts, "layers": layers, "range": numbers})
         if "mean" in counts:
             text += f" (ranks {counts['lowest']}-{counts['highest']}, mean {counts['mean']:.1f})"
         if "mean_width" in counts:

@@ -70,7 +70,10 @@ def test_without_one_of_its_tasks_a_paper_has_no_mean(task: str) -> None:
         ({}, Setting("original")),
         ({"condense": {"layers": 9, "retained": 54, "of": 576}}, Setting("cdmoe", 9, 6)),
         ({"condense": {"layers": 9, "retained": 0, "of": 576}, "refit": {"layers": 9}}, Setting("cdmoe", 9, 0)),
-        ({"condense": {"layers": 2, "retained": 5, "of": 128}}, Setting(None)),
+        (
+            {"condense": {"layers": 2, "retained": 5, "of": 128, "fewest": 2, "most": 3}},
+            Setting("cdmoe", 2, 2.5, uneven=True),
+        ),
         ({"prune": {"layers": 26}}, Setting("moei2", removed_expert_ratio=0.5)),
         ({"prune": {"layers": 26}, "factorize": {"layers": 26}}, Setting("moei2", removed_expert_ratio=0.5)),
         ({"factorize": {"layers": 26}}, Setting(None)),
@@ -95,6 +98,9 @@ def test_a_plan_in_the_terms_of_the_papers(operations: dict[str, dict[str, float
         (QWEN, CDMOE, Setting(None), [65.5], True),
         (DEEPSEEK, CDMOE, Setting("cdmoe", 9, 6), [61.6, 55.5, 60.4, 55.5], True),
         (DEEPSEEK, CDMOE, Setting("cdmoe", 8, 0), [61.6, 55.1, 59.1], True),
+        # A budget's numbers of experts differ by layer; their mean may be that of a row.
+        (DEEPSEEK, CDMOE, Setting("cdmoe", 9, 6, uneven=True), [61.6, 55.5, 60.4, 55.5], False),
+        (DEEPSEEK, CDMOE, Setting("cdmoe", 9, 6.5, uneven=True), [61.6, 55.5, 60.4, 55.5], False),
         (DEEPSEEK, CDMOE, Setting("block_drop", 8), [61.6, 52.2], True),
         (DEEPSEEK, CDMOE, Setting("msmoe", 3), [61.6, 54.9], False),
         (V2_LITE, MOEI2, Setting("moei2", removed_expert_ratio=0.54), [61.49, 59.62], True),

@@ -345,6 +345,12 @@ def test_operations_are_counted_in_order() -> None:
     json.dumps(counts)
 
 
+def test_numbers_of_experts_that_differ_by_layer_are_said() -> None:
+    counts = operation_counts(Plan("tiny", (Condense(2, (2, 0), (0.1, 0.2)), Condense(1, (3,), (0.3,)))), 6)
+    assert counts == {"condense": {"layers": 2, "retained": 3, "of": 12, "fewest": 1, "most": 2}}
+    assert plan_line(counts) == "2 layers condensed (3 of 12 experts stay, 1 to 2 in a layer, always active)"
+
+
 def test_the_report_and_the_model_card_describe_the_plan(tmp_path: Path) -> None:
     counts = operation_counts(Plan("tiny", MIXED), 6)
     line = plan_line(counts)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from recondense.errors import UserError
 from recondense.models import parameters
+from recondense.models.moe_blocks import sparse_blocks
 from recondense.models.parameters import count_parameters, routed_parameters
 
 
@@ -52,7 +54,7 @@ class Budget:
         """Return the two ratios by name."""
         return {"removed_expert_ratio": self.removed_expert_ratio, "memory_ratio": self.memory_ratio}
 
-    def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True) -> int:
+    def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True, floor: int = 0) -> int:
         """Return the number of experts that must still be dropped from the model.
 
         removed_expert_ratio r drops round(r·L·E) experts of L layers. memory_ratio drops as few as meet it.
@@ -60,15 +62,28 @@ class Budget:
         Args:
             model: the model after the earlier steps.
             router_rows: whether dropping an expert also removes its row in the router; merging experts does not.
+            floor: the fewest experts that a layer retains.
+
+        Raises:
+            UserError: the layers cannot lose as many experts.
         """
         counts = parameters.parameter_counts(model.config)
-        expert = counts.expert
+        size = expert = counts.expert
         if self.removed_expert_ratio is not None:
             target = round(self.removed_expert_ratio * counts.routed_experts / expert)
-            removed = (counts.routed_experts - routed_parameters(model)) // expert
-            return max(0, target - removed)
-        size = expert + (counts.router_row if router_rows else 0)
-        return max(0, math.ceil(self.expert_parameters_to_remove(model) / size))
+            number = target - (counts.routed_experts - routed_parameters(model)) // expert
+        else:
+            size += counts.router_row if router_rows else 0
+            number = math.ceil(self.expert_parameters_to_remove(model) / size)
+        layers = [block.num_experts for block in sparse_blocks(model).values()]
+        room = sum(max(0, experts - floor) for experts in layers)
+        if number > room and layers:
+            raise UserError(
+                f"method: the budget requires dropping {number} experts, but the {len(layers)} MoE layers can lose at "
+                f"most {room}: each must retain {floor}. The strictest possible budget is "
+                f"{self.strictest_ratio(model, room * size)}"
+            )
+        return max(0, number)
 
     def experts_at_most(self, model: PreTrainedModel) -> int:
         """Return the largest number of experts that can be dropped without removing more than the budget requires."""

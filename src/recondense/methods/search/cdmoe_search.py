@@ -86,37 +86,68 @@ class CondenseSearch:
         Raises:
             UserError: too few experts of a layer are ever selected on the calibration set.
         """
-
-        def complete(record: Record) -> bool:
-            return len(record["order"]) >= self.num_experts or (allow_too_few and bool(self._too_few(record)))
-
-        search = LayerwiseSearch(self.context)
-        work = partial(self._search_layer, allow_too_few=allow_too_few)
-        names = {layer: f"experts-{layer:03d}{self.suffix}" for layer in layers}
         if self.texts is not None and layers:
             self._routing = measure_routing(self.context, self.texts)
+        reused = self._search_orders(dict.fromkeys(layers, self.num_experts), allow_too_few)
+        self._counts["expert orders"] = reused, len(layers)
+
+    def lengthen(self, numbers: Mapping[int, int]) -> None:
+        """Search further in the orders of layers that `search_experts` has searched.
+
+        Args:
+            numbers: the length of the order by layer; at most `selected` of it.
+        """
+        longer = {layer: number for layer, number in numbers.items() if number > len(self.records[layer]["order"])}
+        if longer:
+            self._search_orders(longer)
+
+    def shorten(self, numbers: Mapping[int, int]) -> None:
+        """Keep only the first experts of the orders in `records`; the number of them by layer."""
+        for layer, number in numbers.items():
+            self.records[layer] = _first(self.records[layer], number)
+
+    def selected(self, layer: int) -> int:
+        """Return how many experts of a searched layer are ever selected; an order has no other experts."""
+        return _selected(self.records[layer])
+
+    def _search_orders(self, numbers: Mapping[int, int], allow_too_few: bool = False) -> int:
+        """Search for orders of these lengths, by layer; return how many of them the cache had."""
+
+        def work(task: LayerTask) -> Record:
+            return self._search_layer(task, numbers[task.layer], allow_too_few)
+
+        def complete(layer: int, record: Record) -> bool:
+            number = numbers[layer]
+            return len(record["order"]) >= number or (allow_too_few and bool(_too_few(record, number)))
+
+        search = LayerwiseSearch(self.context)
+        names = {layer: f"experts-{layer:03d}{self.suffix}" for layer in numbers}
         records = search.per_layer(names, work, "expert search", complete)
-        self._counts["expert orders"] = search.reused, len(layers)
-        for layer, record in records.items():
-            self.records[layer] = {
-                name: value[: self.num_experts] if name in BY_EXPERT else value for name, value in record.items()
-            }
+        self.records |= {layer: _first(record, numbers[layer]) for layer, record in records.items()}
+        return search.reused
 
     def problem(self, layer: int) -> str:
         """Return why there is no operation for a searched layer; empty if there is one."""
-        problem = self._too_few(self.records[layer])
+        problem = _too_few(self.records[layer], self.num_experts)
         return f"layer {layer}: {problem}" if problem else ""
 
     def loses_protected(self, layer: int) -> bool:
         """Return whether the operation of a searched layer would lose super experts."""
         return not self.context.protected.get(layer, frozenset()) <= set(self.records[layer]["order"])
 
-    def operation(self, layer: int) -> Condense:
-        """Return the operation that condenses a searched layer."""
+    def operation(self, layer: int, number: int | None = None) -> Condense:
+        """Return the operation that condenses a searched layer to the first experts of its order; by default to all."""
         record = self.records[layer]
         gate = record["shared_gate_mean"] if self.mean_gate else None
-        coefficients = tuple(record["coefficients"][expert] for expert in record["order"])
-        return Condense(layer=layer, experts=tuple(record["order"]), coefficients=coefficients, shared_gate=gate)
+        experts = tuple(record["order"][:number])
+        coefficients = tuple(record["coefficients"][expert] for expert in experts)
+        return Condense(layer=layer, experts=experts, coefficients=coefficients, shared_gate=gate)
+
+    def make_block(self, operation: Condense) -> nn.Module:
+        """Make the condensed block of an operation, with its weights where the model keeps those of its layers."""
+        model = self.context.model
+        with layer_store(model).resident(operation.layer):
+            return layer_store(model).offload(condensed_block(self.blocks[operation.layer], operation))
 
     @torch.no_grad()
     def search_layers(self, operations: dict[int, Condense], count: int) -> Record:
@@ -137,19 +168,8 @@ class CondenseSearch:
             self._extend_layer_order(record, name, operations, count)
         return {name: value[:count] if isinstance(value, list) else value for name, value in record.items()}
 
-    def _too_few(self, record: Record) -> str:
-        coefficients = record["coefficients"]
-        available = sum(value is not None for value in coefficients)
-        if available >= self.num_experts:
-            return ""
-        return (
-            f"the calibration set selects only {available} of {len(coefficients)} routed experts, but "
-            f"method.num_experts={self.num_experts}; use more or longer calibration texts "
-            "(data.calibration.num_samples, data.calibration.max_length) or retain fewer experts"
-        )
-
     @torch.no_grad()
-    def _search_layer(self, task: LayerTask, allow_too_few: bool) -> Record:
+    def _search_layer(self, task: LayerTask, number: int, allow_too_few: bool) -> Record:
         scorer = LayerScorer.prepare(
             self.context.model,
             task.tape,
@@ -165,14 +185,14 @@ class CondenseSearch:
             "js_shared_only": scorer.js_shared_only,
             **scorer.statistics(),
         }
-        if problem := self._too_few(record):
+        if problem := _too_few(record, number):
             if allow_too_few:
                 return record
             raise UserError(f"layer {task.layer}: {problem}")
         coefficients = scorer.coefficients
         for expert in record["order"]:
             scorer.add(expert)
-        while len(record["order"]) < self.num_experts:
+        while len(record["order"]) < number:
             candidates = [
                 expert
                 for expert, coefficient in enumerate(coefficients)
@@ -193,7 +213,7 @@ class CondenseSearch:
     def _extend_layer_order(self, record: Record, name: str, operations: dict[int, Condense], count: int) -> None:
         """Add layers to the order until it has `count`; write it to the cache after every layer."""
         tape = self.context.tape()
-        blocks = {layer: self._condense(operation) for layer, operation in operations.items()}
+        blocks = {layer: self.make_block(operation) for layer, operation in operations.items()}
         damage = Damage(self.context.model, tape)
         damage.put({layer: blocks[layer] for layer in record["order"]})
         runs = record["layer_runs"] - round(tape.layer_runs)
@@ -209,14 +229,29 @@ class CondenseSearch:
                 self.context.cache[name] = record
                 bar.advance()
 
-    def _condense(self, operation: Condense) -> nn.Module:
-        model = self.context.model
-        with layer_store(model).resident(operation.layer):
-            return layer_store(model).offload(condensed_block(self.blocks[operation.layer], operation))
-
 
 def _append(record: Record, candidates: Sequence[int], scores: Sequence[float], best: int) -> None:
     """Append the best candidate to the order, with the scores of all candidates."""
     record["order"].append(candidates[best])
     record["js"].append(scores[best])
     record["candidates"].append([list(pair) for pair in zip(candidates, scores, strict=True)])
+
+
+def _first(record: Record, number: int) -> Record:
+    """Return the record of a layer with only the first experts of its order."""
+    return {name: value[:number] if name in BY_EXPERT else value for name, value in record.items()}
+
+
+def _selected(record: Record) -> int:
+    return sum(value is not None for value in record["coefficients"])
+
+
+def _too_few(record: Record, number: int) -> str:
+    """Return why an order cannot have this number of experts; empty if it can."""
+    if (available := _selected(record)) >= number:
+        return ""
+    return (
+        f"the calibration set selects only {available} of {len(record['coefficients'])} routed experts, but "
+        f"method.num_experts={number}; use more or longer calibration texts "
+        "(data.calibration.num_samples, data.calibration.max_length) or retain fewer experts"
+    )

@@ -14,7 +14,7 @@ from recondense.methods.search.option_choices import Choices
 from recondense.methods.search.widths import require_whole_rows, resolve_multiple
 from recondense.models import moe_blocks, parameters
 from recondense.models.moe_blocks import SparseBlock
-from recondense.operations import PROJECTIONS, Factorize, Narrow, Operation, Prune
+from recondense.operations import PROJECTIONS, Condense, Factorize, Narrow, Operation, Prune
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Option:
     operations: tuple[Operation, ...] = ()
     saved: int = 0
     saved_routed: int = 0
+
+    def saving(self, routed: bool) -> int:
+        """Return the number of parameters that the option saves; with `routed`, of routed experts only."""
+        return self.saved_routed if routed else self.saved
 
     @property
     def factorize(self) -> Factorize | None:
@@ -119,8 +123,8 @@ class Options:
             layer: ranks.parameters(operation.ranks[PROJECTIONS[0]], *self._shape)
             for layer, operation in factorized.items()
         }
-        widened = dict(choice)
-        total = sum(sizes.values())
+        made: dict[int, tuple[ranks.Ranks, int]] = {}  # the ranks of each layer, and what they are multiples of
+        total, rest = sum(sizes.values()), spare
         for layer in factorized:
             earlier = choice[layer].operations[:-1]
             importance = self._retained_importance(layer, earlier)
@@ -130,8 +134,39 @@ class Options:
             _, allocated = ranks.allocate_budget(
                 {layer: importance}, budget, *self._shape, self.settings.alpha, multiple
             )
-            widened[layer] = self._factorize(layer, earlier, allocated[layer])
+            made[layer] = allocated[layer], multiple
+            rest -= ranks.parameters(allocated[layer], *self._shape) - sizes[layer]
+        widened = dict(choice)
+        for layer, (layer_ranks, multiple) in made.items():  # what remains is less than a step for each layer
+            raised, rest = ranks.raise_ranks(layer_ranks, rest, *self._shape, multiple)
+            widened[layer] = self._factorize(layer, choice[layer].operations[:-1], raised)
         return widened
+
+    def regain(
+        self, choice: Mapping[int, Option], spare: int, damages: Mapping[int, float], choices: Choices, routed: bool
+    ) -> dict[int, Option]:
+        """Retain further experts in condensed and pruned layers, as long as the rest of a budget has room for one.
+
+        The layers with the most damage per dropped expert come first. A condensed layer retains the next experts of its
+        order, a pruned one the most important of those that it would lose.
+
+        Args:
+            choice: one option per layer.
+            spare: the number of parameters that may be added.
+            damages: the damage of each layer's option.
+            choices: chooses the experts of condensed layers.
+            routed: whether only the parameters of routed experts count.
+
+        Returns:
+            The choice with more experts.
+        """
+        regained = dict(choice)
+        dropped = {layer: len(self._dropped(layer, option)) for layer, option in choice.items()}
+        layers = [layer for layer, number in dropped.items() if number]
+        for layer in sorted(layers, key=lambda layer: (-damages[layer] / dropped[layer], layer)):
+            regained[layer] = self._with_more(layer, choice[layer], spare, choices, routed)
+            spare -= choice[layer].saving(routed) - regained[layer].saving(routed)
+        return regained
 
     def records(self) -> dict[str, Any]:
         """Return all options with their savings, as JSON values for the plan."""
@@ -154,13 +189,39 @@ class Options:
         most = block.num_experts - block.routing.top_k
         return [min(round(ratio * block.num_experts), most) for ratio in (0.0, *self.settings.prune_ratios)]
 
-    def _condense(self, block: SparseBlock, step: CDMoE, choices: Choices) -> list[Option]:
-        operation = choices.condense(block, step)
+    def _dropped(self, layer: int, option: Option) -> set[int]:
+        """Return the experts that an option drops; none if it factorizes, because ranks use up the budget then."""
+        if option.factorize is not None or not option.operations:
+            return set()
+        [operation] = option.operations
+        assert isinstance(operation, Condense | Prune)
+        retained = operation.experts if isinstance(operation, Condense) else operation.retained
+        return set(range(self.blocks[layer].num_experts)) - set(retained)
+
+    def _with_more(self, layer: int, option: Option, spare: int, choices: Choices, routed: bool) -> Option:
+        """Return an option of the same kind that retains as many further experts as fit into `spare` parameters."""
+        block, [operation] = self.blocks[layer], option.operations
+        if isinstance(operation, Condense):
+            number = len(operation.experts)
+            step = next(step for step in self.settings.condensing() if step.num_experts == number)
+            expert = step.saved_parameters(block, routed) - step.saved_parameters(block, routed, further=1)
+            further = min(spare // expert, choices.room(block, step))
+            return self._condense(block, step, choices, further)[0] if further else option
+        expert = parameters.expert_size(block) + (0 if routed else parameters.router_row_size(block))
+        dropped = sorted(self._dropped(layer, option), key=lambda expert: (self.importance[layer][expert], expert))
+        remaining = dropped[: max(0, len(dropped) - spare // expert)]
+        if not remaining:
+            return Option("as it is")
+        prune = Prune.from_dropped(layer, block.num_experts, remaining)
+        return self._option(layer, f"pruned by {len(remaining)}", (prune,), 0)
+
+    def _condense(self, block: SparseBlock, step: CDMoE, choices: Choices, further: int = 0) -> list[Option]:
+        operation = choices.condense(block, step, further)
         if operation is None:
             self.problems.setdefault(block.layer, []).append(choices.problem(block, step))
             return []
-        saved, routed = (step.saved_parameters(block, routed=routed) for routed in (False, True))
-        return [Option(f"condensed to {step.num_experts}", (operation,), saved, routed)]
+        saved, routed = (step.saved_parameters(block, routed, further) for routed in (False, True))
+        return [Option(f"condensed to {step.num_experts + further}", (operation,), saved, routed)]
 
     @property
     def _width_multiple(self) -> int:

@@ -53,7 +53,7 @@ class LayerwiseSearch:
         names: Mapping[int, str],
         work: Work,
         title: str,
-        complete: Callable[[Record], bool] = lambda record: True,
+        complete: Callable[[int, Record], bool] = lambda layer, record: True,
     ) -> dict[int, Record]:
         """Search each layer in one process, on all texts. Different processes search different layers.
 
@@ -61,7 +61,7 @@ class LayerwiseSearch:
             names: the name of each layer's record in the cache.
             work: searches one layer; `LayerTask.tape` has the states of all texts, but only around this layer.
             title: the description of the progress bar.
-            complete: returns whether a cached record is complete.
+            complete: returns whether the cached record of a layer is complete.
 
         Returns:
             The records by layer.
@@ -107,11 +107,11 @@ class LayerwiseSearch:
         return {layer: records[layer] for layer in names}
 
     def _read(
-        self, names: Mapping[int, str], complete: Callable[[Record], bool] = lambda record: True
+        self, names: Mapping[int, str], complete: Callable[[int, Record], bool] = lambda layer, record: True
     ) -> tuple[dict[int, Record], list[int]]:
         """Return the cached records, and the layers whose records are missing or incomplete."""
         cached = {layer: self.context.cache.get(name) for layer, name in names.items()}
-        missing = [layer for layer, record in cached.items() if record is None or not complete(record)]
+        missing = [layer for layer, record in cached.items() if record is None or not complete(layer, record)]
         self.reused += len(names) - len(missing)
         return {layer: record for layer, record in cached.items() if record is not None}, missing
 

@@ -32,8 +32,17 @@ class Choices(Protocol):
     def importance(self, block: SparseBlock) -> list[float]:
         """Return the importance of each expert."""
 
-    def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense | None:
-        """Return the operation that condenses the layer; None if it cannot be condensed, see `problem`."""
+    def condense(self, block: SparseBlock, condensing: CDMoE, further: int = 0) -> Condense | None:
+        """Return the operation that condenses the layer; None if it cannot be condensed, see `problem`.
+
+        Args:
+            block: the layer.
+            condensing: the step that condenses it.
+            further: the number of experts that it retains in addition to those of the step; at most `room`.
+        """
+
+    def room(self, block: SparseBlock, condensing: CDMoE) -> int:
+        """Return the number of experts that the condensed layer can retain in addition to those of the step."""
 
     def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
         """Return why the layer cannot be condensed; empty if it can."""
@@ -54,8 +63,11 @@ class MadeUpChoices:
     def importance(self, block: SparseBlock) -> list[float]:
         return [1.0] * block.num_experts
 
-    def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense:
-        return condensing.outline_layer(block)
+    def condense(self, block: SparseBlock, condensing: CDMoE, further: int = 0) -> Condense:
+        return condensing.outline_layer(block, further)
+
+    def room(self, block: SparseBlock, condensing: CDMoE) -> int:
+        return block.num_experts - condensing.num_experts
 
     def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
         return ""
@@ -110,9 +122,15 @@ class SearchedChoices:
     def importance(self, block: SparseBlock) -> list[float]:
         return self._importance[block.layer]
 
-    def condense(self, block: SparseBlock, condensing: CDMoE) -> Condense | None:
+    def condense(self, block: SparseBlock, condensing: CDMoE, further: int = 0) -> Condense | None:
         search = self._condensing[condensing.num_experts]
-        return None if self.problem(block, condensing) else search.operation(block.layer)
+        if self.problem(block, condensing):
+            return None
+        search.lengthen({block.layer: condensing.num_experts + further})
+        return search.operation(block.layer, condensing.num_experts + further)
+
+    def room(self, block: SparseBlock, condensing: CDMoE) -> int:
+        return self._condensing[condensing.num_experts].selected(block.layer) - condensing.num_experts
 
     def problem(self, block: SparseBlock, condensing: CDMoE) -> str:
         search = self._condensing[condensing.num_experts]

@@ -188,6 +188,25 @@ def allocate_budget(
     return average, _fill_up(ranks, fractions, budget - _size(ranks, shape), shape, multiple)
 
 
+def raise_ranks(ranks: Ranks, spare: int, hidden_size: int, expert_width: int, multiple: int) -> tuple[Ranks, int]:
+    """Raise the ranks of a layer in single steps, the lowest ranks first, until no step fits.
+
+    Args:
+        ranks: one rank per expert; None for a dense expert.
+        spare: the number of parameters that may be added.
+        hidden_size: D.
+        expert_width: F.
+        multiple: the size of a step.
+
+    Returns:
+        The ranks, and the number of parameters that remain.
+    """
+    shape = hidden_size, expert_width
+    order = [(float(rank), 0, position) for position, rank in enumerate(ranks) if rank is not None]
+    raised = _fill_up({0: list(ranks)}, order, spare, shape, multiple)[0]
+    return raised, spare - (parameters(raised, *shape) - parameters(ranks, *shape))
+
+
 def _size(ranks: Mapping[int, Ranks], shape: tuple[int, int]) -> int:
     return sum(parameters(layer_ranks, *shape) for layer_ranks in ranks.values())
 

@@ -1,4 +1,4 @@
-"""Budgets against the sizes of models after surgery; CD-MoE condenses the fewest layers for a budget."""
+"""Budgets against the sizes of models after surgery; CD-MoE condenses as few layers as meet a budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from support.tiny_models import FAMILIES, condense_plan, qwen2_moe, recorded, unchanged
+from support.tiny_models import EVERY, FAMILIES, condense_plan, recorded, unchanged
 
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
@@ -120,18 +120,22 @@ def test_cdmoe_condenses_the_fewest_layers(family: str, setting: tuple[str, floa
             memory_ratio <= ratio if name == "memory_ratio" else 1 - routed_parameters(other) / experts >= ratio
         )
     assert reached == [True, False]
-    # With the same cache, the number of layers that meets the budget gives the same plan without another search.
+    # With the same cache, the number of layers that meets the budget gives the same layers without another search, and
+    # the budget gives back further experts of their orders.
     alone, again = CDMoE(num_experts=2, num_layers=len(operations)).search(
         SearchContext(model, lambda: pytest.fail("taped again"), cache, 1 << 30)
     )
-    assert alone == operations and again["reused"]
+    assert again["reused"] and [operation.layer for operation in alone] == [operation.layer for operation in operations]
+    assert all(longer.experts[:2] == short.experts for short, longer in zip(alone, operations, strict=True))
 
 
-@pytest.mark.parametrize("name", ["memory_ratio", "removed_expert_ratio"])
+@pytest.mark.parametrize(
+    ("name", "family", "least"), [("memory_ratio", "qwen2_moe", 0), ("removed_expert_ratio", "mixtral", 1)]
+)
 @pytest.mark.parametrize("num_experts", [2, 5])
-def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
+def test_cdmoe_names_what_it_can_reach(name: str, family: str, least: int, num_experts: int) -> None:
     """The ratio that the message names can be reached, and none that is 0.0002 stricter."""
-    model = qwen2_moe()
+    model = EVERY[family]()
     strict = 0.05 if name == "memory_ratio" else 0.95
 
     def search(ratio: float) -> Any:
@@ -144,14 +148,18 @@ def test_cdmoe_names_what_it_can_reach(name: str, num_experts: int) -> None:
     reported = re.search(rf"strictest possible budget is {name}=(\d\.\d+|\d)", str(error.value))
     assert reported is not None
     best = float(reported[1])
-    assert len(search(best)[0]) == 3
+    assert [len(operation.experts) for operation in search(best)[0]] == [least] * 3
     with pytest.raises(ValueError, match="strictest possible budget"):
         search(best - 2e-4 if name == "memory_ratio" else best + 2e-4)
 
 
-def test_cdmoe_that_retains_every_expert_removes_none() -> None:
-    model = qwen2_moe()
-    with pytest.raises(ValueError, match=r"removes only 0\. The strictest possible budget is removed_expert_ratio=0;"):
-        CDMoE(num_experts=6, budget=Budget(removed_expert_ratio=0.2)).search(
-            SearchContext(model, lambda: recorded(model), {}, 1 << 30)
-        )
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_cdmoe_condenses_to_fewer_experts_if_all_layers_do_not_meet_the_budget(family: str) -> None:
+    """Layers that retain six of six experts remove none."""
+    model = EVERY[family]()
+    layers, cache = len(moe_blocks.sparse_blocks(model)), {}  # type: ignore[var-annotated]
+    for ratio in (0.2, 0.8):
+        step = CDMoE(num_experts=6, budget=Budget(removed_expert_ratio=ratio))
+        operations, _ = step.search(SearchContext(model, lambda: recorded(model), cache, 1 << 30))
+        retained = [len(operation.experts) for operation in operations]
+        assert sum(retained) + 6 * (layers - len(retained)) == math.floor((1 - ratio) * 6 * layers)
