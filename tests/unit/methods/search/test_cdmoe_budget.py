@@ -151,3 +151,11 @@ def test_experts_are_spread_evenly() -> None:
     assert spread_evenly({4: 1, 5: 3}, 4) == {4: 1, 5: 3}
     assert spread_evenly({4: 1, 5: 0}, 4) == {4: 1, 5: 0}
     assert spread_evenly({}, 4) == {}
+
+
+def test_an_outline_that_gives_experts_back_is_uneven() -> None:
+    """Four experts go back to two layers. Equal numbers would pass for a row of the paper, which has no budget."""
+    outline = CDMoE(num_experts=1, budget=Budget(removed_expert_ratio=6 / 18)).outline(qwen2_moe())
+    assert numbers_of(outline) == {0: 4, 1: 2}
+    exact = CDMoE(num_experts=1, budget=Budget(removed_expert_ratio=10 / 18)).outline(qwen2_moe())
+    assert numbers_of(exact) == {0: 1, 1: 1}
