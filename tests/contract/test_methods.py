@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.condensed import condensed_layers
 from support.searched import BUDGETS, METHODS, SEARCHES, overrides_of, plan_of, steps_of
+from support.super_expert import LAYER, with_super_expert
 from support.tiny_models import EVERY, FAMILIES, bits, logits, recorded, same_bits, unchanged, windows
 from transformers import AutoModelForCausalLM
 
@@ -217,6 +218,12 @@ def test_two_processes_decide_what_one_decides(
         torch.set_num_threads(before)
     name = f"{method}-{tape}" if tape else method
     assert (plans_of_two_processes / f"{name}.json").read_text(encoding="utf-8") == plan.to_json() + "\n"
+
+
+def test_two_processes_find_the_same_super_expert(plans_of_two_processes: Path) -> None:
+    """Only one of them may have the text batch with its tokens."""
+    _, expert = with_super_expert(FIRST)
+    assert json.loads((plans_of_two_processes / "super_experts.json").read_text()) == [[LAYER, expert]]
 
 
 # Two test processes with two threads each slow each other down, so the quick tests have only two methods.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import sys
 from functools import partial
 from itertools import product
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 import recondense.run.default_budget  # noqa: F401 (registers ${budget:...})
 from recondense import processes
 from recondense.calibration import tape as tape_module
+from recondense.calibration.super_experts import find_super_experts
 from recondense.calibration.tape import TRACE_BYTES
 from recondense.config.schema import read
 from recondense.data.calibration_set import CalibrationSet
@@ -32,6 +34,7 @@ from recondense.plan import Plan
 from recondense.run.build_steps import build_steps
 from recondense.surgery import execute
 from support.read_once import read_configs_once
+from support.super_expert import with_super_expert
 from support.tiny_models import FAMILIES, recorded, texts
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -52,6 +55,7 @@ SMALL: dict[str, list[str]] = {
 }
 BUDGETS = {method: SMALL.get(method, ["method.removed_expert_ratio=0.4"]) for method in METHODS}
 
+FIRST = next(iter(FAMILIES))
 TAPES = ("on-disk", "without-traces")  # other than a tape in memory with the traces of all sparse layers
 WITH_OTHER_TAPES = ("cdmoe", "moei2")
 PROPAGATED = "propagated"  # scored behind the layers pruned so far
@@ -112,6 +116,12 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     read_configs_once()
     torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+    planted, _ = with_super_expert(FIRST)
+    outputs = find_super_experts(recorded(planted, split=True))
+    if rank == 0:
+        (folder / "super_experts.json").write_text(
+            json.dumps([[layer, *experts] for layer, experts in outputs.items()])
+        )
     for method, tape in SEARCHES:
         name = f"{method}-{tape}" if tape else method
         model = next(iter(FAMILIES.values()))()
