@@ -16,7 +16,7 @@ from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search.budget import Budget
 from recondense.methods.search.protection import SuperExperts, place_after
 from recondense.models import moe_blocks, parameters
-from recondense.operations import OPERATIONS, Condense, Constant, Drop, Factorize, Merge, Prune, Refit
+from recondense.operations import OPERATIONS, Condense, Constant, Drop, Factorize, Merge, Narrow, Prune, Refit
 from recondense.plan import Plan
 from recondense.report.tables import super_experts_line
 from recondense.run import search as search_module
@@ -121,6 +121,7 @@ EXAMPLES = {
     "condense": (Condense(0, (4, 2), (0.5, 0.5)), {2: 1, 4: 0, 3: None}),
     "prune": (Prune(0, (1, 3, 4)), {3: 1, 4: 2, 0: None}),
     "constant": (Constant(0, (1, 3)), {3: 1, 0: None}),
+    "narrow": (Narrow.from_channels(0, (range(4),) * 5), {1: 1}),
     "merge": (Merge(0, ((0, 1), (2,), (3, 4)), ((0.5, 0.5), (1.0,), (0.5, 0.5))), {2: 1, 0: None, 4: None}),
     "factorize": (Factorize(0, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (4,) * 5)), {3: 3}),
     "drop": (Drop(0, "moe"), {0: None}),
