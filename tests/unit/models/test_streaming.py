@@ -32,7 +32,7 @@ from recondense.models.layer_store import layer_store
 from recondense.models.parameters import largest_layer_bytes
 from recondense.models.streaming import Streamed
 from recondense.models.tensor_store import Disk
-from recondense.operations import Condense, Factorize, Prune, Refit
+from recondense.operations import Condense, Drop, Factorize, Prune, Refit
 from recondense.plan import Plan
 from recondense.recovery.module import RecoveryModule
 from recondense.recovery.teacher_cache import keep_predictions
@@ -326,18 +326,29 @@ def test_a_streamed_model_is_not_copied(streamed: Any) -> None:
         copy.deepcopy(streamed)
 
 
-def test_a_recovery_of_a_streamed_model_trains_the_same(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("operations", "trainable"),
+    [
+        ((Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))), "experts"),
+        ((Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))), ("routers", "norms", "attention")),
+        ((Drop(1, "moe"),), "experts"),  # those of layers that the plan does not change
+    ],
+)
+def test_a_recovery_of_a_streamed_model_trains_the_same(
+    folder: Path, tmp_path: Path, operations: Any, trainable: Any
+) -> None:
     gradients = []
     for pages in (None, tmp_path / "pages"):
-        plan = Plan("tiny", (Condense(0, (1, 4), (0.3, 0.4), 0.5), Prune(1, (0, 2, 3))))
+        plan = Plan("tiny", operations)
         model = load(folder, pages)
         with layer_store(model).resident(1):  # a layer may be in memory while all is frozen
             student = apply(model, plan)
             student.give_own_copies([0, 1])
+            student.separate(model.parameters())
         if pages is not None:
             student.release_original()
             layer_store(model).load_all()
-        module = RecoveryModule(student, recovery(objective="finetune"))
+        module = RecoveryModule(student, recovery(objective="finetune", trainable=trainable))
         module.prepare()
         module.losses(windows(2, 9))["loss"].backward()
         gradients.append({name: p.grad for name, p in module.model.named_parameters() if p.requires_grad})
