@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from support.hub_cache import in_hub_cache
@@ -228,11 +230,14 @@ def test_the_same_call_in_one_session_changes_nothing(source: Path, tmp_path: Pa
 
 
 def test_a_call_that_has_saved_nothing_may_be_corrected(source: Path, tmp_path: Path) -> None:
-    model, tokenizer = rc.load(source)
-    student = rc.apply(model, PLAN)
-    with pytest.raises(rc.UserError, match="not finite"):
-        rc.recover(student, tokenizer, TEXTS, folder=tmp_path / "new", **{**SETTINGS, "learning_rate": 1e30})
-    rc.recover(student, tokenizer, TEXTS, folder=tmp_path / "new", **SETTINGS)
+    for settings in ({"learning_rate": 1e30}, {"trainable": ["routers", "experts"]}):
+        model, tokenizer = rc.load(source)
+        student, before = rc.apply(model, PLAN), bits(model)
+        with pytest.raises(rc.UserError, match="diverges") if "learning_rate" in settings else nullcontext():
+            rc.recover(student, tokenizer, TEXTS, folder=tmp_path / "new", **{**SETTINGS, **settings})
+    changed = {name for name, value in bits(model).items() if not torch.equal(value, before[name])}
+    assert {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj"} <= changed
+    assert all(name.startswith("model.layers.1.mlp.") for name in changed)
 
 
 def test_models_without_a_change_are_told_apart(source: Path, tmp_path: Path) -> None:
