@@ -175,8 +175,8 @@ class RecoveryConfig:
     teacher_revision: str | None = None
     cross_entropy_share: Shares = 0.0
     hidden_share: Shares = 0.0
-    fold_coefficients: Switch = False
-    local_inputs: Literal["student", "original"] = "student"
+    fold_coefficients: Switch = field(default=False, metadata=LATER)
+    local_inputs: Literal["student", "original"] = field(default="student", metadata=LATER)
     checkpoint_every: Count = 50
     validate_every: FromZero = 0
     control: Switch = False
