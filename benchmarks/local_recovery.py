@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--local", type=int, nargs="+", default=[50, 200], help="steps of the local recovery")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3], help="learning rates of the local recovery")
     parser.add_argument("--shorter", type=int, nargs="+", default=[25, 50, 100], help="steps of shorter distillations")
+    parser.add_argument("--shorter-rates", type=float, nargs="+", default=[3e-3, 5e-4], help="their learning rates")
     parser.add_argument("--windows", type=int, default=64, help="validation windows of 256 tokens")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     return parser.parse_args()
@@ -107,8 +108,10 @@ class Trials:
                         yield local[-1]
         best = min(local, key=lambda trial: float(trial["kl_to_original"]))
         for steps in args.shorter:
-            yield self.run(f"{best['name']}, distill {steps}", best["refit"], *best["stages"], _distill(steps))
-            yield self.run(f"refit, distill {steps}", True, _distill(steps))
+            for rate in args.shorter_rates:
+                name, short = f"distill {steps} ({rate:g})", {**_distill(steps), "learning_rate": rate}
+                yield self.run(f"{best['name']}, {name}", best["refit"], *best["stages"], short)
+                yield self.run(f"refit, {name}", True, short)
 
 
 def _distill(steps: int) -> dict[str, Any]:
