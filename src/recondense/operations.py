@@ -171,8 +171,10 @@ class Narrow:
     @classmethod
     def from_channels(cls, layer: int, channels: Sequence[Collection[int]], compensate: bool = False) -> Narrow:
         """Make the operation from the retained channels of each expert."""
-        masks = (f"{sum(1 << channel for channel in set(retained)):x}" for retained in channels)
-        return cls(layer, tuple(masks), compensate)
+        rows = list(channels)
+        distinct = {id(row): row for row in rows}  # many experts may have the same list
+        texts = {key: _mask(row) for key, row in distinct.items()}
+        return cls(layer, tuple(texts[id(row)] for row in rows), compensate)
 
     @property
     def channels(self) -> tuple[tuple[int, ...], ...]:
@@ -287,6 +289,14 @@ Operation = Condense | Prune | Constant | Narrow | Factorize | Merge | Drop | Re
 OPERATIONS: dict[str, type[Operation]] = {
     operation.kind: operation for operation in (Condense, Prune, Constant, Narrow, Factorize, Merge, Drop, Refit)
 }
+
+
+def _mask(channels: Collection[int]) -> str:
+    """Return the hexadecimal number in which the bits of these channels are set."""
+    bits = bytearray(b"0") * (max(channels, default=0) + 1)
+    for channel in channels:
+        bits[-1 - channel] = ord("1")
+    return f"{int(bits, 2):x}"
 
 
 def _check_layer(kind: str, layer: int) -> None:
