@@ -122,7 +122,7 @@ def run(folder: Path, method: str, args: argparse.Namespace, streaming: bool) ->
         "data=stdlib",  # the choice of the model's family has texts of the hub
         *(f"method={method}", *QUICK.get(method, []), f"recovery={args.recovery}", f"max_scratch_bytes={args.scratch}"),
         *(f"data.calibration.num_samples={args.texts}", f"data.calibration.max_length={args.tokens}"),
-        *("data.sequence_length=64", "evaluation.perplexity_windows=8", "evaluation.tasks=[]"),
+        *("data=stdlib", "data.sequence_length=64", "evaluation.perplexity_windows=8", "evaluation.tasks=[]"),
         *("callbacks.profile.enabled=false", "logger.wandb.mode=disabled", "overwrite=true"),
         *(recovery if args.recovery == "local" else ()),
         *(f"run_dir={out}", f"cache_dir={out}-cache"),

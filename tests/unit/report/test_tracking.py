@@ -194,3 +194,8 @@ def test_a_damaged_run_id_is_replaced(tmp_path: Path, content: bytes | str | Non
         path.write_bytes(content)
     first = tracking._stored_id(tmp_path)
     assert re.fullmatch(r"[0-9a-f]{8}", first) and tracking._stored_id(tmp_path) == first
+
+
+def test_the_table_of_a_plan_has_widths_instead_of_masks() -> None:
+    row = tracking._plan_row(1, {"kind": "narrow", "layer": 2, "masks": ["f0f", "3"], "compensate": True})
+    assert row == {"order": 1, "kind": "narrow", "layer": 2, "widths": "8 2", "compensate": True}

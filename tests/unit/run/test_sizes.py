@@ -15,6 +15,7 @@ from recondense.methods.decompose import Decompose
 from recondense.methods.dropping import Dropping
 from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.narrowing import Narrowing
 from recondense.methods.search.budget import Budget
 from recondense.models import model_classes, moe_blocks
 from recondense.models.parameters import weights_bytes
@@ -142,3 +143,13 @@ def test_budgets_that_cannot_be_met_are_refused() -> None:
     assert moe_blocks.sparse_blocks(model)
     with pytest.raises(ValueError, match="budget requires"):
         compare(model, [CDMoE(num_experts=2, budget=Budget(memory_ratio=0.01))])
+
+
+def test_narrow_layers_have_widths() -> None:
+    sizes = compare(meta_model(), [Narrowing(width=8)])
+    layers = sizes.layers
+    assert "width" in [column.header for column in layer_table(sizes).columns]
+    assert [(size.outcome, size.widths, size.experts_after) for size in layers.values()] == [
+        ("narrowed", (8, 8), 6)
+    ] * 3
+    assert all(size.bytes_before - size.bytes_after == 6 * 8 * 3 * 32 * 4 for size in layers.values())
