@@ -243,7 +243,7 @@ class Combined:
     ) -> dict[int, Option]:
         """Choose the options with the least damage that meet the budget, and use up what remains of it.
 
-        First ranks are raised. If no layer is factorized, condensed and pruned layers retain more experts.
+        First ranks are raised. If no layer is factorized, narrowed layers retain more channels, others more experts.
         """
         need = self.budget.expert_parameters_to_remove(model)
         layers, saved = list(options.by_layer), self._saved(options)

@@ -145,10 +145,11 @@ class Options:
     def regain(
         self, choice: Mapping[int, Option], spare: int, damages: Mapping[int, float], choices: Choices, routed: bool
     ) -> dict[int, Option]:
-        """Retain further experts in condensed and pruned layers, as long as the rest of a budget has room for one.
+        """Use up the rest of a budget: retain further channels of narrowed layers, then further experts of others.
 
-        The layers with the most damage per dropped expert come first. A condensed layer retains the next experts of its
-        order, a pruned one the most important of those that it would lose.
+        The layers with the most damage per dropped expert (or channel) come first. A condensed layer retains the next
+        experts of its order, a pruned one the most important of those that it would lose. What remains is less than
+        an expert; if all changed layers are narrowed, less than a step of one layer's width.
 
         Args:
             choice: one option per layer.
@@ -158,9 +159,13 @@ class Options:
             routed: whether only the parameters of routed experts count.
 
         Returns:
-            The choice with more experts.
+            The choice with more experts and channels.
         """
         regained = dict(choice)
+        lost = {layer: lost for layer, option in choice.items() if (lost := self._lost_channels(layer, option))}
+        for layer in sorted(lost, key=lambda layer: (-damages[layer] / lost[layer], layer)):
+            regained[layer] = self._with_wider(layer, choice[layer], spare, choices, routed)
+            spare -= choice[layer].saving(routed) - regained[layer].saving(routed)
         dropped = {layer: len(self._dropped(layer, option)) for layer, option in choice.items()}
         layers = [layer for layer, number in dropped.items() if number]
         for layer in sorted(layers, key=lambda layer: (-damages[layer] / dropped[layer], layer)):
@@ -190,13 +195,46 @@ class Options:
         return [min(round(ratio * block.num_experts), most) for ratio in (0.0, *self.settings.prune_ratios)]
 
     def _dropped(self, layer: int, option: Option) -> set[int]:
-        """Return the experts that an option drops; none if it factorizes, because ranks use up the budget then."""
-        if option.factorize is not None or not option.operations:
+        """Return the experts that an option drops; none if it also factorizes or narrows what it retains."""
+        if len(option.operations) != 1 or not isinstance(operation := option.operations[0], Condense | Prune):
             return set()
-        [operation] = option.operations
-        assert isinstance(operation, Condense | Prune)
         retained = operation.experts if isinstance(operation, Condense) else operation.retained
         return set(range(self.blocks[layer].num_experts)) - set(retained)
+
+    def _lost_channels(self, layer: int, option: Option) -> int:
+        """Return how many channels each expert of a layer loses."""
+        widths = [operation.widths[0] for operation in option.operations if isinstance(operation, Narrow)]
+        return self._shape[1] - widths[0] if widths else 0
+
+    def _with_wider(self, layer: int, option: Option, spare: int, choices: Choices, routed: bool) -> Option:
+        """Return an option with experts that are as much wider as fits into `spare` parameters.
+
+        If the rest has room for an expert, pruned experts are retained too; if none are pruned, the most important
+        experts get one more step of width than the others.
+        """
+        block, multiple = self.blocks[layer], self._width_multiple
+        retained = next((o.retained for o in option.operations if isinstance(o, Prune)), range(block.num_experts))
+        channel, row = parameters.channel_size(block), 0 if routed else parameters.router_row_size(block)
+        lost = self._lost_channels(layer, option)
+        further = min(lost, spare // (len(retained) * multiple * channel) * multiple)
+        widths = [self._shape[1] - lost + further] * block.num_experts
+        rest = spare - len(retained) * further * channel
+        by_importance = sorted(range(block.num_experts), key=lambda e: (-self.importance[layer][e], e))
+        if len(retained) < block.num_experts:
+            number = rest // (widths[0] * channel + row)
+            retained = [*retained, *[expert for expert in by_importance if expert not in retained][:number]]
+        elif rest >= parameters.expert_size(block) + row and further < lost:
+            for expert in by_importance[: rest // (multiple * channel)]:
+                widths[expert] += multiple
+        return self._prune_and_narrow(layer, sorted(retained), widths, choices)
+
+    def _prune_and_narrow(self, layer: int, retained: Sequence[int], widths: Sequence[int], choices: Choices) -> Option:
+        """Return the option that prunes a layer and narrows it, if there is something to prune or to narrow."""
+        number = self.blocks[layer].num_experts
+        prune = (Prune(layer, tuple(retained)),) if len(retained) < number else ()
+        if min(widths) < self._shape[1]:
+            return self._narrow(layer, prune, widths, choices)
+        return self._option(layer, f"pruned by {number - len(retained)}", prune, 0) if prune else Option("as it is")
 
     def _with_more(self, layer: int, option: Option, spare: int, choices: Choices, routed: bool) -> Option:
         """Return an option of the same kind that retains as many further experts as fit into `spare` parameters."""
@@ -241,7 +279,7 @@ class Options:
                 multiple = ranks.resolve_multiple(settings.rank_multiple, *self._shape, average)
                 allocated = ranks.allocate(importance, average, *self._shape, settings.alpha, multiple)
                 options.append(self._factorize(layer, prune, allocated))
-            options += [self._narrow(layer, prune, width, choices) for width in self._widths()]
+            options += [self._narrow(layer, prune, [width] * block.num_experts, choices) for width in self._widths()]
         return list({option.name: option for option in options}.values())
 
     def _widths(self) -> list[int]:
@@ -250,17 +288,18 @@ class Options:
         rounded = [max(multiple, int(ratio * width) // multiple * multiple) for ratio in self.settings.width_ratios]
         return [one for one in rounded if one < width]
 
-    def _narrow(self, layer: int, prune: tuple[Prune, ...], width: int, choices: Choices) -> Option:
-        """Return the option that narrows a layer and prunes it.
+    def _narrow(self, layer: int, prune: tuple[Prune, ...], widths: Sequence[int], choices: Choices) -> Option:
+        """Return the option that narrows a layer and prunes it; the widths are those of all its experts.
 
         The narrowing comes first: its least squares then see the routing of the original, as in the measurement.
         """
         block = self.blocks[layer]
-        operation = Narrow.from_channels(layer, choices.channels(block, width), compensate=True)
-        retained = len(prune[0].retained) if prune else block.num_experts
-        saved = retained * (self._shape[1] - width) * parameters.channel_size(block)
-        pruned = f"pruned by {block.num_experts - retained} and " if prune else ""
-        return self._option(layer, f"{pruned}narrowed to {width}", (operation, *prune), saved)
+        operation = Narrow.from_channels(layer, choices.channels(block, widths), compensate=True)
+        retained = prune[0].retained if prune else range(block.num_experts)
+        saved = sum(self._shape[1] - widths[expert] for expert in retained) * parameters.channel_size(block)
+        pruned = f"pruned by {block.num_experts - len(retained)} and " if prune else ""
+        shown = " to ".join(map(str, sorted(set(widths))))
+        return self._option(layer, f"{pruned}narrowed to {shown}", (operation, *prune), saved)
 
     def _factorize(self, layer: int, earlier: tuple[Operation, ...], allocated: ranks.Ranks) -> Option:
         """Return the option that factorizes a layer after its earlier operations."""

@@ -50,8 +50,8 @@ class Choices(Protocol):
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
         """Return the experts to drop if the layer loses `number` experts."""
 
-    def channels(self, block: SparseBlock, width: int) -> Sequence[Sequence[int]]:
-        """Return the channels that each expert keeps if all have this width."""
+    def channels(self, block: SparseBlock, widths: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Return the channels that each expert keeps, given the number of them."""
 
 
 class MadeUpChoices:
@@ -75,8 +75,8 @@ class MadeUpChoices:
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
         return range(number)
 
-    def channels(self, block: SparseBlock, width: int) -> Sequence[Sequence[int]]:
-        return [range(width)] * block.num_experts
+    def channels(self, block: SparseBlock, widths: Sequence[int]) -> Sequence[Sequence[int]]:
+        return [range(width) for width in widths]
 
 
 class SearchedChoices:
@@ -142,5 +142,5 @@ class SearchedChoices:
     def dropped(self, block: SparseBlock, number: int) -> Sequence[int]:
         return self._dropped[block.layer, number]
 
-    def channels(self, block: SparseBlock, width: int) -> Sequence[Sequence[int]]:
-        return retained_channels(self._channels[block.layer], [width] * block.num_experts)
+    def channels(self, block: SparseBlock, widths: Sequence[int]) -> Sequence[Sequence[int]]:
+        return retained_channels(self._channels[block.layer], list(widths))

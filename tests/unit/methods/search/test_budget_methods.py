@@ -1,4 +1,4 @@
-"""Every method meets a budget to within its unit: one expert, one step of an expert's rank, or a layer to drop."""
+"""Every method meets a budget to within its unit: an expert, a step of its rank, a layer, or a step of all widths."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from support.tiny_models import EVERY
 from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from recondense.errors import UserError
+from recondense.methods.search import widths
 from recondense.methods.search.ranks import resolve_multiple
 from recondense.models import decoder, families, model_classes, moe_blocks, parameters
 from recondense.models.parameters import count_parameters, sizes
@@ -66,6 +67,9 @@ def unit_of(steps: list[Any], model: Any) -> int:
     counts, facts = parameters.parameter_counts(model.config), families.facts(model.config)
     if step.removes_layers:
         return max(count_parameters(decoder.decoder_layers(model)[layer]) for layer in layers)
+    if getattr(step, "allocation", "") == "uniform" and hasattr(step, "width_multiple"):  # one width for all experts
+        multiple = widths.resolve_multiple(step.width_multiple, facts.expert_width)
+        return sum(multiple * block.num_experts * parameters.channel_size(block) for block in layers.values())
     if hasattr(step, "whitening"):
         shape = facts.hidden_size, facts.expert_width
         return 3 * sum(shape) * resolve_multiple(step.rank_multiple, *shape, math.inf)
@@ -101,6 +105,15 @@ def test_the_sizes_of_a_budget(method: str, name: str) -> None:
             assert_met(ratio, total, after, unit)
             met += 1
     assert met or (method, name) in REFUSED
+
+
+def test_experts_of_different_widths_meet_a_budget_to_within_an_expert() -> None:
+    model = without_weights(EMBEDDED)
+    total = sizes(model)["total"]
+    for ratio in RATIOS:
+        steps, _ = steps_of("narrow", f"method.memory_ratio={ratio}", "method.allocation=global")
+        with outlined(model, steps):
+            assert_met(ratio, total, sizes(model)["total"], parameters.parameter_counts(model.config).expert)
 
 
 REFUSED = {
