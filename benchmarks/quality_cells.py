@@ -20,6 +20,12 @@ CONTROL = "none"
 RATE = 3e-4
 DISTILL = ("recovery=distill", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=10")
 BEST = (*DISTILL, "method.refit=true")
+# Half of the steps each, so that the tokens are equal.
+LOCAL_FIRST = (
+    "recovery.stages=["
+    f"{{name: local, objective: local, steps: {TENTH_STEPS // 2}}},"
+    f"{{name: distill, objective: distill, steps: {TENTH_STEPS - TENTH_STEPS // 2}}}]"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,8 @@ def ablation(method: str) -> list[Cell]:
         "distillation, reverse KL": (*DISTILL, "recovery.divergence=reverse_kl"),
         "distillation, experts and routers": (*DISTILL, "recovery.trainable=[experts,routers]"),
         "distillation, routers alone": (*DISTILL, "recovery.trainable=routers"),
-        "local recovery, then distillation": (*DISTILL, "recovery=local_distill"),
+        "local recovery, then distillation": (*DISTILL, LOCAL_FIRST),
+        "refit, local recovery, then distillation": (*BEST, LOCAL_FIRST),
         "refit alone": ("recovery=none", "method.refit=true"),
     }
     return [

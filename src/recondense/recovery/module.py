@@ -72,7 +72,8 @@ class RecoveryModule(L.LightningModule):
         training_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        assert settings.objective in ("finetune", "distill"), "a local recovery trains without a Trainer, see local.py"
+        assert settings.objective != "none", "there is nothing to train"
+        assert settings.objective != "local", "a local recovery trains without a Trainer, see local.py"
         self.settings = settings
         self.tokenizer = tokenizer
         self.stage = stage

@@ -59,7 +59,7 @@ def test_a_loaded_model_has_the_shapes_of_its_config(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "operation", [OPERATIONS[0], OPERATIONS[4], OPERATIONS[6]], ids=["condense", "factorize", "narrow"]
+    "operation", [OPERATIONS[0], OPERATIONS[4], OPERATIONS[7]], ids=["condense", "factorize", "narrow"]
 )
 def test_the_classes_of_a_bundled_export_are_refused(operation: Operation, tmp_path: Path) -> None:
     """transformers loads them with the folder's own classes: to compress on, the folder is loaded with `load`."""

@@ -35,7 +35,8 @@ def problems(config: Config) -> list[str]:
 @pytest.mark.parametrize("method", BUDGETED)
 def test_every_method_reaches_its_default(method: str, tmp_path: Path) -> None:
     """Also where 0.75 is out of reach, because the experts are a small part of the model."""
-    before = config(tmp_path, f"method={method}", **SMALL_EXPERTS)
+    narrowable = {"moe_intermediate_size": 16} if method == "narrow" else {}  # eight channels cannot become fewer
+    before = config(tmp_path, f"method={method}", **{**SMALL_EXPERTS, **narrowable})
     after = reachable(before)
     assert problems(after) == []
     ratio = after.method["memory_ratio"]
