@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ import torch
 from support.forks import Forks
 from support.runs import ROOT, arguments, model_folder, text_files
 from support.searched import BUDGETS, METHODS
-from support.tiny_models import FAMILIES
+from support.tiny_models import FAMILIES, recorded
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from recondense.models import families
-from recondense.operations import Factorize, Refit
+from recondense.operations import Refit
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -140,12 +139,12 @@ def test_a_run_finishes_and_meets_its_budget(command: Command, base: Path, case:
 def student(folder: Path, original: Path) -> tuple[Tensor, Tensor]:
     """Logits of a run's student before and after training, from the original, the plan and the final checkpoint.
 
-    Whitened factors and refits are not computed here: they train afterwards, so the checkpoint has them.
+    Whitened factors, least squares and constants come from other texts here, and refits are not computed: all of them
+    train afterwards, so the checkpoint has them.
     """
     model = AutoModelForCausalLM.from_pretrained(original).eval()
     operations = Plan.load(folder / "plan.json").operations if (folder / "plan.json").exists() else ()
-    plain = [replace(step, whitening=False) if isinstance(step, Factorize) else step for step in operations]
-    execute.execute(model, Plan("", tuple(plain)))
+    execute.execute(model, Plan("", operations), lambda: recorded(model))
     before = model(IDS).logits
     state = torch.load(folder / "checkpoints" / "final.ckpt", weights_only=True)["state_dict"]
     state = {name.removeprefix("model."): value for name, value in state.items()}
