@@ -161,7 +161,7 @@ class Options:
         Returns:
             The choice with more experts and channels.
         """
-        regained = dict(choice)
+        regained, spare = dict(choice), max(0, spare)
         lost = {layer: lost for layer, option in choice.items() if (lost := self._lost_channels(layer, option))}
         for layer in sorted(lost, key=lambda layer: (-damages[layer] / lost[layer], layer)):
             regained[layer] = self._with_wider(layer, choice[layer], spare, choices, routed)
@@ -209,23 +209,25 @@ class Options:
     def _with_wider(self, layer: int, option: Option, spare: int, choices: Choices, routed: bool) -> Option:
         """Return an option with experts that are as much wider as fits into `spare` parameters.
 
-        If the rest has room for an expert, pruned experts are retained too; if none are pruned, the most important
-        experts get one more step of width than the others.
+        If the rest has room for an expert, pruned experts are retained too; if none are pruned any more, the most
+        important experts get one more step of width than the others.
         """
-        block, multiple = self.blocks[layer], self._width_multiple
-        retained = next((o.retained for o in option.operations if isinstance(o, Prune)), range(block.num_experts))
+        block, full, multiple = self.blocks[layer], self._shape[1], self._width_multiple
+        retained = [*next((o.retained for o in option.operations if isinstance(o, Prune)), range(block.num_experts))]
         channel, row = parameters.channel_size(block), 0 if routed else parameters.router_row_size(block)
-        lost = self._lost_channels(layer, option)
-        further = min(lost, spare // (len(retained) * multiple * channel) * multiple)
-        widths = [self._shape[1] - lost + further] * block.num_experts
-        rest = spare - len(retained) * further * channel
+        narrow = full - self._lost_channels(layer, option)
+        steps = [*range(narrow, full, multiple), full]  # the last step is smaller if widths are no multiples
+        width = max(step for step in steps if len(retained) * (step - narrow) * channel <= spare)
+        rest = spare - len(retained) * (width - narrow) * channel
+        expert = parameters.expert_size(block) + row - (full - width) * channel  # with the bias of down_proj
         by_importance = sorted(range(block.num_experts), key=lambda e: (-self.importance[layer][e], e))
-        if len(retained) < block.num_experts:
-            number = rest // (widths[0] * channel + row)
-            retained = [*retained, *[expert for expert in by_importance if expert not in retained][:number]]
-        elif rest >= parameters.expert_size(block) + row and further < lost:
-            for expert in by_importance[: rest // (multiple * channel)]:
-                widths[expert] += multiple
+        regained = [expert for expert in by_importance if expert not in retained][: rest // expert]
+        retained, rest = [*retained, *regained], rest - len(regained) * expert
+        widths = [width] * block.num_experts
+        if width < full and len(retained) == block.num_experts and rest >= expert:
+            wider = steps[steps.index(width) + 1]
+            for place in by_importance[: rest // ((wider - width) * channel)]:
+                widths[place] = wider
         return self._prune_and_narrow(layer, sorted(retained), widths, choices)
 
     def _prune_and_narrow(self, layer: int, retained: Sequence[int], widths: Sequence[int], choices: Choices) -> Option:

@@ -157,5 +157,6 @@ def _steps(scores: Mapping[int, Tensor], multiple: int, allocation: str) -> list
 
 def retained_channels(scores_EF: Tensor, widths: list[int]) -> list[list[int]]:
     """Return the channels of each expert with the largest scores, ascending; among equals, the last ones."""
+    assert all(0 < width <= scores_EF.shape[1] for width in widths), widths
     order_EF = scores_EF.sort(dim=1, stable=True).indices
     return [sorted(order_F[len(order_F) - width :].tolist()) for order_F, width in zip(order_EF, widths, strict=True)]

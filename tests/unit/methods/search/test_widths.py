@@ -68,3 +68,10 @@ def test_the_channels_with_the_largest_scores_stay() -> None:
 @pytest.mark.parametrize(("width", "multiple"), [(1408, 64), (768, 64), (14336, 64), (256, 32), (64, 8), (48, 8)])
 def test_automatic_multiples(width: int, multiple: int) -> None:
     assert resolve_multiple("auto", width) == multiple and resolve_multiple(24, width) == 24
+
+
+@pytest.mark.parametrize("width", [0, 9, 13])
+def test_a_width_that_does_not_exist_is_a_defect(width: int) -> None:
+    """A slice with such a width would silently retain other channels."""
+    with pytest.raises(AssertionError):
+        retained_channels(scores()[1], [8, width])
