@@ -215,8 +215,7 @@ class CDMoE:
         record: dict[str, Any] = {}
         seconds = {"expert_search": time.perf_counter() - started}
         if count is not None:
-            whole = {layer: operation for layer, operation in operations.items() if not search.loses_protected(layer)}
-            record["layer_search"] = search.search_layers(whole if len(whole) >= count else operations, count)
+            record["layer_search"] = search.search_layers(operations, count)
             layers = record["layer_search"]["order"]
             seconds["layer_search"] = time.perf_counter() - started - seconds["expert_search"]
         return [operations[layer] for layer in layers], self._record(search, record, seconds)

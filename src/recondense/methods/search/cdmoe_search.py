@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from recondense.errors import UserError
+from recondense.files import fingerprint
 from recondense.methods.search.cdmoe_scoring import LayerScorer
 from recondense.methods.search.coefficients import LayerRouting, coefficient_texts, measure_routing
 from recondense.methods.search.damage import Damage
@@ -153,6 +154,8 @@ class CondenseSearch:
     def search_layers(self, operations: dict[int, Condense], count: int) -> Record:
         """Search for the first `count` layers of the greedy order, or read them from the cache.
 
+        Layers that would lose super experts come last.
+
         Args:
             operations: the operation of each layer to choose from.
             count: number of layers to choose.
@@ -160,12 +163,14 @@ class CondenseSearch:
         Returns:
             The order of the layers, the scores of all candidates, and the number of layer runs.
         """
-        name = f"layers-{self.num_experts:03d}{self.suffix}"  # one order for each number of experts
+        last = [layer for layer in operations if self.loses_protected(layer)]
+        candidates = f"-{fingerprint(sorted(operations), last)}" if last or len(operations) < len(self.blocks) else ""
+        name = f"layers-{self.num_experts:03d}{candidates}{self.suffix}"  # one order for each number of experts
         record = self.context.cache.get(name) or {"order": [], "js": [], "candidates": [], "layer_runs": 0}
         cached = min(count, len(record["order"]))
         self._counts["layers of the layer order"] = cached, count
         if cached < count:
-            self._extend_layer_order(record, name, operations, count)
+            self._extend_layer_order(record, name, operations, count, last)
         return {name: value[:count] if isinstance(value, list) else value for name, value in record.items()}
 
     @torch.no_grad()
@@ -210,8 +215,10 @@ class CondenseSearch:
             _append(record, candidates, scores, best)
         return record
 
-    def _extend_layer_order(self, record: Record, name: str, operations: dict[int, Condense], count: int) -> None:
-        """Add layers to the order until it has `count`; write it to the cache after every layer."""
+    def _extend_layer_order(
+        self, record: Record, name: str, operations: dict[int, Condense], count: int, last: Sequence[int]
+    ) -> None:
+        """Add layers to the order until it has `count`, those of `last` after all others; cache it each time."""
         tape = self.context.tape()
         blocks = {layer: self.make_block(operation) for layer, operation in operations.items()}
         damage = Damage(self.context.model, tape)
@@ -220,7 +227,8 @@ class CondenseSearch:
         with progress("layer search", count) as bar:
             bar.advance(len(record["order"]))
             while len(record["order"]) < count:
-                layers = [layer for layer in blocks if layer not in record["order"]]
+                remaining = [layer for layer in blocks if layer not in record["order"]]
+                layers = [layer for layer in remaining if layer not in last] or remaining
                 scores = damage.measure([Change(layer, partial(blocks.get, layer)) for layer in layers])
                 best = min(range(len(layers)), key=lambda i: scores[i])  # the lowest layer wins a tie
                 damage.put({layers[best]: blocks[layers[best]]})

@@ -159,3 +159,23 @@ def test_an_outline_that_gives_experts_back_is_uneven() -> None:
     assert numbers_of(outline) == {0: 4, 1: 2}
     exact = CDMoE(num_experts=1, budget=Budget(removed_expert_ratio=10 / 18)).outline(qwen2_moe())
     assert numbers_of(exact) == {0: 1, 1: 1}
+
+
+def test_layers_that_would_lose_super_experts_are_condensed_last() -> None:
+    """With a budget as with a number of layers; a search without protection has its own layer order in the cache."""
+    model, cache, tape = qwen2_moe(), {}, recorded(qwen2_moe())
+    plain, _ = search(CDMoE(1, num_layers=2), model, cache, lambda: tape)
+    first, second = (operation.layer for operation in plain)
+    old = dict(cache)
+    for too_many, layers in (([first], {0, 1, 2} - {first}), ([0, 1, 2], {first, second})):
+        protected = dict.fromkeys(too_many, frozenset({0, 3}))
+        for step in (CDMoE(1, num_layers=2), CDMoE(1, budget=Budget(removed_expert_ratio=0.5))):
+            context = SearchContext(model, lambda: tape, cache, 1 << 30, protected=protected)
+            operations, _ = step.search(context)
+            assert {operation.layer for operation in operations} == layers, (too_many, step)
+    assert {name: cache[name] for name in old} == old
+    context = SearchContext(
+        model, lambda: tape, {}, 1 << 30, protected=dict.fromkeys((first, second), frozenset({0, 3}))
+    )
+    operations, _ = CDMoE(1, num_layers=2).search(context)
+    assert [operation.layer for operation in operations] == [*{0, 1, 2} - {first, second}, first]  # as few as possible
