@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None
         model: the model; it is changed in place.
         plan: the operations.
         record: records a tape of the model on the calibration set, with the model as it is at the call. Factorizing
-            with whitening, narrowing with compensation and constants need it.
+            with whitening, narrowing with compensation and constants need it, one tape for each step.
 
     Returns:
         The original blocks, as for `restructure`.
@@ -69,8 +68,8 @@ def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None
     """
     originals: dict[int, nn.Module] = {}
     with restore_on_error(model, originals), torch.no_grad():
-        for needs_tape, group in groupby(structural_operations(plan), _needs_tape):
-            operations = list(group)
+        for operations in _groups(structural_operations(plan)):
+            needs_tape = _needs_tape(operations[0])
             if needs_tape and record is None:
                 raise UserError(
                     f"plan: {NEEDS_TAPE[operations[0].kind]} needs the calibration set, but there is no tape"
@@ -110,6 +109,26 @@ def refit(
 def structural_operations(plan: Plan) -> list[Operation]:
     """Return the operations that change shapes, in order."""
     return [operation for operation in plan.operations if not isinstance(operation, Refit)]
+
+
+def _groups(operations: Sequence[Operation]) -> list[list[Operation]]:
+    """Group consecutive operations that use one tape, or none.
+
+    Operations of different kinds, or two of the same layer, are of different steps: the search of the later step has
+    seen the model after the earlier operations, and so must its tape.
+    """
+    groups: list[list[Operation]] = []
+    for operation in operations:
+        group = groups[-1] if groups else []
+        if _needs_tape(operation):
+            joins = all(_needs_tape(o) and o.kind == operation.kind and o.layer != operation.layer for o in group)
+        else:
+            joins = not any(map(_needs_tape, group))
+        if group and joins:
+            group.append(operation)
+        else:
+            groups.append([operation])
+    return groups
 
 
 def _needs_tape(operation: Operation) -> bool:
