@@ -109,7 +109,7 @@ class MoNE:
         Raises:
             UserError: the budget requires removing more than possible.
         """
-        saved = parameters.parameter_counts(model.config).expert - model.config.hidden_size
+        saved = parameters.present_expert(model) - model.config.hidden_size
         total = math.ceil(self.budget.expert_parameters_to_remove(model) / saved)
         numbers = drop_uniformly(total, {layer: len(values) for layer, values in scores.items()}, 1)
         order = {layer: sorted(range(len(values)), key=lambda e: (values[e], e)) for layer, values in scores.items()}

@@ -85,6 +85,20 @@ def expert_size(block: SparseBlock) -> int:
     return count_parameters(block.experts) // block.num_experts
 
 
+def present_expert(model: PreTrainedModel) -> int:
+    """Return the parameters of an unfactorized routed expert of the model as it is, perhaps after narrowing.
+
+    Experts of different widths count like the widest one. Without MoE layers, it is an expert of the config's model.
+    """
+    blocks = sparse_blocks(model).values()
+    width = max((max(block.widths) for block in blocks), default=0)
+    if not width:
+        return parameter_counts(model.config).expert
+    view = next(iter(blocks))
+    hidden_size = original_facts(model.config).hidden_size
+    return 3 * hidden_size * width + (2 * width + hidden_size) * has_bias(view.experts)
+
+
 def channel_size(block: SparseBlock) -> int:
     """Return the number of parameters of one channel of a routed expert, with its two biases."""
     weights = block.weights

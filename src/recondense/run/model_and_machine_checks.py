@@ -92,6 +92,7 @@ def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     yield from _check_low_rank(run.steps, facts)
     problems = [Problem("", text) for step in run.steps for text in step.check(facts)]
     problems += _check_budgets(run.steps, planned)
+    problems = problems or _check_order(run.steps, planned)
     yield from problems
     if not problems:
         yield from _check_stock(run, planned)
@@ -150,6 +151,19 @@ def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Pr
             "export.format=dense."
         )
         yield Problem("model.path", text)
+
+
+def _check_order(steps: Sequence[Step], planned: PretrainedConfig) -> list[Problem]:
+    """Return the problem of a step that does not fit the shapes that the earlier ones leave."""
+    from recondense.run.sizes import outlined
+
+    if len(steps) > 1:
+        try:
+            with outlined(model_classes.on_meta(planned), steps):
+                pass
+        except UserError as error:
+            return [Problem("", f"{error}.")]
+    return []
 
 
 def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:

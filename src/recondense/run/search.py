@@ -20,13 +20,14 @@ from recondense.data.calibration_set import CalibrationSet
 from recondense.errors import UserError
 from recondense.files import JsonFolder, fingerprint, hold_lock
 from recondense.methods.step import Record, SearchContext, Step
-from recondense.models import decoder, families, moe_blocks
+from recondense.models import decoder, families, model_classes, moe_blocks
 from recondense.models.layer_store import layer_store
 from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.run.inputs import START_OVER, keep_plan
 from recondense.run.refits import plan_refits
 from recondense.run.search_memory import scratch_bytes
+from recondense.run.sizes import outlined, require_one_width
 from recondense.run.steps import as_steps
 from recondense.run.super_experts import cached_super_experts, report_super_experts, super_experts_of
 from recondense.surgery import execute
@@ -72,6 +73,9 @@ def search(
     facts = families.facts(model.config)
     if problems := [problem for step in steps for problem in step.check(facts)]:
         raise UserError("\n".join(problems))
+    if len(steps) > 1:
+        with outlined(model_classes.on_meta(model.config, model.dtype), steps):
+            pass  # each step fits the shapes that the earlier ones leave
     scratch = scratch_bytes(Config(), decoder.device(model), model)
 
     super_experts = super_experts_of(lambda: tape, {})
@@ -190,6 +194,7 @@ def _search_steps(
     originals: dict[int, nn.Module] = {}
     try:
         for index, step in enumerate(steps):
+            require_one_width(model, step)
             new, decided_by = search_one(step, operations)
             operations += new
             records.append(decided_by)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from recondense.errors import UserError
 from recondense.methods.step import Step
 from recondense.models import decoder, families, moe_blocks
 from recondense.models.parameters import count_parameters, routed_parameters, weights_bytes
@@ -121,12 +122,19 @@ def compare(model: PreTrainedModel, steps: Sequence[Step], bytes_of: BytesOf = w
 
 @contextmanager
 def outlined(model: PreTrainedModel, steps: Sequence[Step]) -> Iterator[list[Operation]]:
-    """Give the model the shapes of the exported compressed model until the context ends; yield the operations."""
+    """Give the model the shapes of the exported compressed model until the context ends; yield the operations.
+
+    Raises:
+        UserError: a step cannot meet its budget, or needs one width but an earlier step leaves different ones.
+    """
     operations: list[Operation] = []
     originals: dict[int, nn.Module] = {}
+    uneven = False
     try:
         for step in steps:
+            require_one_width(model, step, uneven)
             new = step.outline(model)
+            uneven = uneven or (bool(step.left_open) and any(isinstance(operation, Narrow) for operation in new))
             originals = {**execute.restructure(model, Plan("", tuple(new))), **originals}
             operations += new
         for layer in originals:
@@ -137,6 +145,25 @@ def outlined(model: PreTrainedModel, steps: Sequence[Step]) -> Iterator[list[Ope
     finally:
         for layer, block in originals.items():
             moe_blocks.set_block(model, layer, block)
+
+
+def require_one_width(model: PreTrainedModel, step: Step, uneven: bool = False) -> None:
+    """Check that all experts have one width, if a step needs that.
+
+    Args:
+        model: the model after the earlier steps.
+        step: the step.
+        uneven: whether the search of an earlier step may decide on different widths.
+
+    Raises:
+        UserError: they do not.
+    """
+    widths = {width for block in moe_blocks.sparse_blocks(model).values() for width in block.widths}
+    if step.needs_whole_experts and (uneven or len(widths) > 1):
+        raise UserError(
+            f"method: an earlier step gives experts different widths, but {type(step).__name__} needs one width; put "
+            "the narrowing last, or narrow with allocation=uniform"
+        )
 
 
 def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:

@@ -21,7 +21,9 @@ from recondense.models import model_classes, moe_blocks
 from recondense.models.parameters import weights_bytes
 from recondense.models.published_configs import recorded_config
 from recondense.models.quantized import byte_counter, quantization
+from recondense.run.model_and_machine_checks import _check_order
 from recondense.run.print_sizes import layer_table, ranges, weights_dtype
+from recondense.run.search import search
 from recondense.run.sizes import compare, outlined
 
 
@@ -153,3 +155,32 @@ def test_narrow_layers_have_widths() -> None:
         ("narrowed", (8, 8), 6)
     ] * 3
     assert all(size.bytes_before - size.bytes_after == 6 * 8 * 3 * 32 * 4 for size in layers.values())
+
+
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+@pytest.mark.parametrize("step", [CDMoE(1, budget=Budget(memory_ratio=0.5)), CDMoE(1, 1), Decompose(average_rank=4)])
+def test_steps_that_need_one_width_come_before_uneven_narrowing(step: Any, allocation: str) -> None:
+    """They are refused from the shapes; before the narrowing they are not."""
+    narrowing = Narrowing(budget=Budget(memory_ratio=0.9), width_multiple=4, allocation=allocation)
+    model = meta_model()
+    with pytest.raises(ValueError, match=f"{type(step).__name__} needs one width; put the narrowing last"):
+        compare(model, [narrowing, step])
+    compare(model, [narrowing, Dropping("moe", budget=Budget(memory_ratio=0.7))])
+    compare(model, [CDMoE(1, 1), narrowing])
+
+
+def test_a_search_refuses_the_order_of_steps_before_the_first() -> None:
+    """Also one whose shapes depend on the calibration set."""
+    steps = [Narrowing(budget=Budget(memory_ratio=0.9), width_multiple=4, allocation="layer"), CDMoE(1, 1)]
+    model = qwen2_moe()
+    tape = SimpleNamespace(model=model)  # it has no states
+    with pytest.raises(ValueError, match="CDMoE needs one width"):
+        search(tape, steps)  # type: ignore[arg-type]
+
+
+def test_a_run_refuses_the_order_of_steps_before_it_loads_weights() -> None:
+    planned = qwen2_moe().config
+    steps = [Narrowing(budget=Budget(memory_ratio=0.9), width_multiple=4, allocation="layer"), CDMoE(1, 1)]
+    [problem] = _check_order(steps, planned)
+    assert "CDMoE needs one width; put the narrowing last" in problem.text
+    assert _check_order(steps[::-1], planned) == []

@@ -57,7 +57,8 @@ class Budget:
     def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True, floor: int = 0) -> int:
         """Return the number of experts that must still be dropped from the model.
 
-        removed_expert_ratio r drops round(r·L·E) experts of L layers. memory_ratio drops as few as meet it.
+        removed_expert_ratio r drops round(r·L·E) experts of L layers. memory_ratio drops as few as meet it. Both count
+        experts of the present width, if an earlier step has narrowed them.
 
         Args:
             model: the model after the earlier steps.
@@ -68,10 +69,10 @@ class Budget:
             UserError: the layers cannot lose as many experts.
         """
         counts = parameters.parameter_counts(model.config)
-        size = expert = counts.expert
+        size = expert = parameters.present_expert(model)
         if self.removed_expert_ratio is not None:
-            target = round(self.removed_expert_ratio * counts.routed_experts / expert)
-            number = target - (counts.routed_experts - routed_parameters(model)) // expert
+            target = round(self.removed_expert_ratio * counts.routed_experts / counts.expert) * counts.expert
+            number = math.ceil((target - (counts.routed_experts - routed_parameters(model))) / expert)
         else:
             size += counts.router_row if router_rows else 0
             number = math.ceil(self.expert_parameters_to_remove(model) / size)
@@ -88,7 +89,7 @@ class Budget:
     def experts_at_most(self, model: PreTrainedModel) -> int:
         """Return the largest number of experts that can be dropped without removing more than the budget requires."""
         counts = parameters.parameter_counts(model.config)
-        size = counts.expert + (counts.router_row if self.memory_ratio is not None else 0)
+        size = parameters.present_expert(model) + (counts.router_row if self.memory_ratio is not None else 0)
         return self.expert_parameters_to_remove(model) // size
 
     def expert_parameters_to_remove(self, model: PreTrainedModel) -> int:

@@ -11,8 +11,12 @@ from support.tiny_models import EVERY, FAMILIES, condense_plan, recorded, unchan
 
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
+from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.mone import MoNE
 from recondense.methods.naee import NAEE
+from recondense.methods.narrowing import Narrowing
+from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search.budget import Budget
 from recondense.methods.step import SearchContext
 from recondense.models import moe_blocks, parameters
@@ -163,3 +167,31 @@ def test_cdmoe_condenses_to_fewer_experts_if_all_layers_do_not_meet_the_budget(f
         operations, _ = step.search(SearchContext(model, lambda: recorded(model), cache, 1 << 30))
         retained = [len(operation.experts) for operation in operations]
         assert sum(retained) + 6 * (layers - len(retained)) == math.floor((1 - ratio) * 6 * layers)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(("name", "ratio"), [("memory_ratio", 0.0), ("removed_expert_ratio", 12 / 18)])
+def test_budgets_in_whole_experts_count_experts_that_a_step_has_narrowed(family: str, name: str, ratio: float) -> None:
+    """Half as wide: the budget is met to within one expert of this width in every layer."""
+    model = EVERY[family]()
+    total = size(model)
+    execute.restructure(model, Plan("tiny", tuple(Narrowing(width=8).outline(model))))
+    expert = 3 * 32 * 8 + (2 * 8 + 32 if family == "gpt_oss" else 0)
+    assert parameters.present_expert(model) == expert
+    if name == "memory_ratio":  # six of the experts
+        ratio = (size(model) - 5.5 * (expert + ROW)) / total
+    budget = Budget(**{name: ratio})
+    need, count = budget.expert_parameters_to_remove(model), size if name == "memory_ratio" else routed_parameters
+    before, row = count(model), (ROW + (family == "gpt_oss")) * (name == "memory_ratio")
+    assert need > 3 * (expert + row)
+    for step, unit in (
+        *((NAEE(budget=budget), expert + row), (SaliencyPruning("frequency", budget=budget), expert + row)),
+        (InterExpertPruning(0.66, budget=budget), expert + row),
+        *((Merging("router_logits", budget=budget), expert), (MoNE(budget=budget), expert - 32)),
+    ):
+        originals = execute.restructure(model, Plan("tiny", tuple(step.outline(model))))
+        saved = before - count(model)
+        for layer, block in originals.items():
+            moe_blocks.set_block(model, layer, block)
+        over = saved - need
+        assert -unit < over <= 0 if isinstance(step, InterExpertPruning) else 0 <= over < 3 * unit, step
