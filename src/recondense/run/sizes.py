@@ -18,7 +18,7 @@ from recondense.models.removed_blocks import SkippedLayer, Zeros
 from recondense.models.replacement_blocks import (
     CondensedMoE,
 )
-from recondense.operations import Drop, Factorize, Narrow, Operation
+from recondense.operations import Condense, Drop, Factorize, Narrow, Operation
 from recondense.plan import Plan
 from recondense.surgery import execute
 
@@ -40,8 +40,9 @@ class Size:
         total: number of parameters; tied parameters count once.
         routed_experts: number of parameters of routed experts; in condensed layers, of the retained ones.
         active: number of parameters used per token: all except the routed experts that are not selected. Experts of
-            different ranks count with their mean. For merged experts this is an upper bound, because two of the
-            selected experts may be in one group.
+            different ranks or widths count with their mean. For merged experts this is an upper bound, because two of
+            the selected experts may be in one group; for constants too, because they count only where a token must
+            select them.
         weights_bytes: size in bytes of parameters and persistent buffers, as stored.
     """
 
@@ -103,7 +104,7 @@ def compare(model: PreTrainedModel, steps: Sequence[Step], bytes_of: BytesOf = w
     """
     before, original = _size(model, bytes_of), _layers(model, bytes_of)
     with outlined(model, steps) as operations:
-        after, changed = _size(model, weights_bytes), _layers(model, weights_bytes)
+        after, changed = _size(model, weights_bytes), _layers(model, weights_bytes, operations)
         layers = {
             layer: LayerSize(
                 outcome=_outcome(layer, operations),
@@ -170,15 +171,21 @@ def _size(model: PreTrainedModel, bytes_of: BytesOf) -> Size:
     total = count_parameters(model)
     idle = 0.0
     for block in moe_blocks.sparse_blocks(model).values():
-        unused = max(0, block.num_experts - block.routing.top_k) / block.num_experts
-        idle += unused * count_parameters(block.experts)
+        top_k, number = block.routing.top_k, block.num_experts
+        constants = getattr(block.experts, "constants", None)
+        num_constants, size = (0, 0) if constants is None else constants.shape
+        idle += max(0, number - top_k) / number * (count_parameters(block.experts) - num_constants * size)
+        idle += (num_constants - max(0, top_k - number)) * size
     return Size(total, routed_parameters(model), total - round(idle), bytes_of(model))
 
 
-def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | None, int]]:
+def _layers(
+    model: PreTrainedModel, bytes_of: BytesOf, operations: Sequence[Operation] = ()
+) -> dict[int, tuple[int | None, int]]:
     """Return the number of routed experts (None if a layer never had a router) and the bytes of each decoder layer."""
     sizes: dict[int, tuple[int | None, int]] = {}
     sparse = moe_blocks.sparse_blocks(model)
+    retained = {operation.layer: len(operation.experts) for operation in operations if isinstance(operation, Condense)}
     width = families.facts(model.config).expert_width
     for layer, module in enumerate(decoder.decoder_layers(model)):
         block = moe_blocks.get_block(model, layer)
@@ -186,7 +193,7 @@ def _layers(model: PreTrainedModel, bytes_of: BytesOf) -> dict[int, tuple[int | 
         if layer in sparse:
             experts = sparse[layer].num_experts
         elif isinstance(block, CondensedMoE):
-            experts = block.routed_width // width
+            experts = retained.get(layer, block.routed_width // width)  # narrowed ones have another width
         elif isinstance(block, SkippedLayer | Zeros):
             experts = 0
         sizes[layer] = experts, bytes_of(module)

@@ -15,6 +15,7 @@ from recondense.methods.decompose import Decompose
 from recondense.methods.dropping import Dropping
 from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
+from recondense.methods.mone import MoNE
 from recondense.methods.narrowing import Narrowing
 from recondense.methods.search.budget import Budget
 from recondense.models import model_classes, moe_blocks
@@ -78,6 +79,17 @@ def test_active_parameters_are_those_that_a_token_uses() -> None:
     assert compared.after.total - compared.after.active == 3 * (3 - 2) * factors
     condensed = compare(model, [CDMoE(num_experts=2)]).after
     assert condensed.active == condensed.total
+    for ratio, retained in ((0.48, 3), (0.8, 1)):  # a token selects two
+        constant = compare(model, [MoNE(budget=Budget(removed_expert_ratio=ratio))])
+        assert {layer.experts_after for layer in constant.layers.values()} == {retained}
+        weights, constants = min(2, retained), max(0, 2 - retained)
+        outside = size.total - 3 * 6 * expert
+        assert constant.after.active == outside + 3 * (weights * expert + constants * 32)
+
+
+def test_narrow_condensed_layers_have_as_many_experts_as_others() -> None:
+    layers = compare(meta_model(), [Narrowing(width=4), CDMoE(num_experts=3)]).layers.values()
+    assert [layer.experts_after for layer in layers] == [3] * 3
 
 
 def test_published_active_parameters() -> None:
