@@ -23,7 +23,7 @@ def search_expert_sets(
     num_best: int = 1,
     relative: bool = False,
 ) -> dict[int, list[tuple[ExpertSet, float]]]:
-    """Find the best sets of experts to drop in each layer; protected experts are in no set if there are enough others.
+    """Find the best sets of experts to drop in each layer, with as few protected experts in them as possible.
 
     Args:
         search: the layer-wise search, with the model, its tape and the cache.
@@ -48,11 +48,15 @@ def search_expert_sets(
         context = search.context
         scorer = LeaveOutScorer.prepare(context.model, task.tape, block, number, context.max_scratch_bytes)
         layers_seed = layer_seed(seed, task.layer)
-        free = _free_experts(block.num_experts, context.protected.get(task.layer, ()), number)
-        errors = _errors_of(scorer.errors, block.num_experts, free)
-        sets = best_sets(errors, len(free), number, genetic, layers_seed, num_best, show)
+        certain, undecided = _certain_and_undecided(block.num_experts, context.protected.get(task.layer, ()), number)
+        errors = _errors_of(scorer.errors, block.num_experts, certain, undecided)
+        sets = best_sets(errors, len(undecided), number - len(certain), genetic, layers_seed, num_best, show)
         unit = max(scorer.output_norm, 1e-300) if relative else 1.0
-        return {"sets": [[[free[place] for place in dropped], error / unit] for dropped, error in sets]}
+        return {
+            "sets": [
+                [sorted([*certain, *(undecided[place] for place in dropped)]), error / unit] for dropped, error in sets
+            ]
+        }
 
     names = {layer: f"candidates-{layer:03d}-{number:03d}" for layer, number in numbers.items() if number}
     search.reused += len(numbers) - len(names)
@@ -64,20 +68,24 @@ def search_expert_sets(
     }
 
 
-def _free_experts(num_experts: int, protected: Collection[int], number: int) -> list[int]:
-    """Return the experts that may be dropped: those that are not protected, or all if these are too few."""
+def _certain_and_undecided(num_experts: int, protected: Collection[int], number: int) -> tuple[list[int], list[int]]:
+    """Return the experts that are dropped in any case, and those of which some are dropped.
+
+    The latter are not protected. If these are too few, all of them are dropped, and some protected ones.
+    """
     free = [expert for expert in range(num_experts) if expert not in protected]
-    return free if len(free) >= number else list(range(num_experts))
+    return ([], free) if len(free) >= number else (free, sorted(protected))
 
 
-def _errors_of(errors: Errors, num_experts: int, free: list[int]) -> Errors:
-    """Return the errors of sets of some experts, from the errors of sets of all experts of a layer."""
-    if len(free) == num_experts:
+def _errors_of(errors: Errors, num_experts: int, certain: list[int], undecided: list[int]) -> Errors:
+    """Return the errors of sets of the undecided experts together with the certain ones, from those of sets of experts."""
+    if len(undecided) == num_experts:
         return errors
 
-    def of_free(dropped_PF: Tensor) -> Tensor:
+    def of_undecided(dropped_PF: Tensor) -> Tensor:
         dropped_PE = dropped_PF.new_zeros(len(dropped_PF), num_experts)
-        dropped_PE[:, free] = dropped_PF
+        dropped_PE[:, certain] = True
+        dropped_PE[:, undecided] = dropped_PF
         return errors(dropped_PE)
 
-    return of_free
+    return of_undecided
