@@ -8,7 +8,7 @@ metric; it is assumed to be the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ KINDS = {"drop_moe": "layer_drop", "drop_layer": "block_drop", "merge": "msmoe"}
 # Paper: (ratio that its rows state, heading of the column). CD-MoE states the share of the model's bytes that remains,
 # MoE-I² the share of the routed experts' parameters that was removed.
 RATIOS = {CDMOE: ("memory_ratio", "memory\nratio"), MOEI2: ("removed_expert_ratio", "experts'\ncut")}
+MERGED_BY = "router_logits"  # `grouping` of the published results with merged experts (M-SMoE)
 SAME_CUT = 0.005  # maximum difference of `removed_expert_ratio` between equal settings
 
 
@@ -91,15 +92,20 @@ def recognise(model_type: str, hidden_size: int, num_layers: int, num_experts: i
     return None
 
 
-def setting_of(operations: Mapping[str, Mapping[str, float]], removed_expert_ratio: float) -> Setting:
+def setting_of(
+    operations: Mapping[str, Mapping[str, float]], removed_expert_ratio: float, groupings: Collection[str] = ()
+) -> Setting:
     """Return the setting of a plan in the terms of a published row.
 
     Args:
         operations: as returned by `summary.operation_counts`.
         removed_expert_ratio: share of the routed experts' parameters that the plan removes; the experts of condensed
             layers count as retained.
+        groupings: what the steps that merge experts group them by; empty if they have another way to make groups.
     """
     kinds = set(operations) - {"refit"}
+    if "merge" in kinds and set(groupings) != {MERGED_BY}:
+        return Setting(None)
     if not kinds:
         return Setting("original")
     if kinds == {"condense"}:

@@ -76,11 +76,13 @@ def super_experts_line(record: Mapping[str, Any]) -> str:
     """Return a line that says which super experts a model has, and which of them the plan loses.
 
     Args:
-        record: `largest_outputs` and `lost`, as in plan.json.
+        record: `largest_outputs`, `lost` and `changed`, as in plan.json.
     """
     words = _experts_of(record["largest_outputs"])
     lost = {kind: _experts_of(experts) for kind, experts in record["lost"].items()}
-    return words + (f"; LOST: {'; '.join(f'{text} ({kind})' for kind, text in lost.items())}" if lost else ", all kept")
+    words += f"; LOST: {'; '.join(f'{text} ({kind})' for kind, text in lost.items())}" if lost else ", all kept"
+    changed = ", ".join(map(str, record.get("changed", ())))
+    return words + (f"; kept but with other weights or without a router: layer {changed}" if changed else "")
 
 
 def _experts_of(experts: Mapping[str, Iterable[Any]]) -> str:

@@ -64,7 +64,8 @@ def beside_published(
     """
     facts = families.facts(model.config)
     known = published_model(facts.model_type, facts.hidden_size, facts.num_layers, facts.num_experts)
-    setting = setting_of(operations, 1 - sizes.after.routed_experts / sizes.before.routed_experts)
+    groupings = [step.grouping for step in steps if hasattr(step, "grouping")]
+    setting = setting_of(operations, 1 - sizes.after.routed_experts / sizes.before.routed_experts, groupings)
     if known is None or setting.method in (None, "original"):
         return None
     rows: dict[tuple[Any, ...], Result] = {}

@@ -84,7 +84,13 @@ def test_without_one_of_its_tasks_a_paper_has_no_mean(task: str) -> None:
     ],
 )
 def test_a_plan_in_the_terms_of_the_papers(operations: dict[str, dict[str, float]], setting: Setting) -> None:
-    assert setting_of(operations, 0.5) == setting
+    assert setting_of(operations, 0.5, ["router_logits"]) == setting
+
+
+@pytest.mark.parametrize("groupings", [[], ["expert_outputs"]])
+def test_experts_that_are_merged_in_another_way_are_not_those_of_the_papers(groupings: list[str]) -> None:
+    """`half_merge` and `hc_smoe`: M-SMoE groups by the router's outputs."""
+    assert setting_of({"merge": {"layers": 9, "groups": 90, "of": 576}}, 0.5, groupings) == Setting(None)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from recondense.report.tables import (
     recovery_words,
     refit_line,
     stage_table,
+    super_experts_line,
     task_table,
 )
 from recondense.report.tracking import flatten_summary
@@ -405,3 +406,10 @@ def test_a_picture_of_any_plan(operations: tuple[Operation, ...], tmp_path: Path
     assert black[1] > black[0] + 50, "the frame of the super expert"
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])[:, :3]
     assert (border == 1).all()
+
+
+def test_super_experts_that_remain_but_change_are_named_by_layer() -> None:
+    record = {"largest_outputs": {"1": {"4": 900.0}}, "lost": {}, "changed": []}
+    assert super_experts_line(record) == "layer 1: 4, all kept"
+    changed = "layer 1: 4, all kept; kept but with other weights or without a router: layer 1"
+    assert super_experts_line({**record, "changed": [1]}) == changed

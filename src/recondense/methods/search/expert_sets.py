@@ -78,7 +78,7 @@ def _certain_and_undecided(num_experts: int, protected: Collection[int], number:
 
 
 def _errors_of(errors: Errors, num_experts: int, certain: list[int], undecided: list[int]) -> Errors:
-    """Return the errors of sets of the undecided experts together with the certain ones, from those of sets of experts."""
+    """Return the errors of sets of the undecided experts together with the certain ones."""
     if len(undecided) == num_experts:
         return errors
 

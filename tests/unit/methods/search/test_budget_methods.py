@@ -27,7 +27,10 @@ from recondense.surgery import execute
 
 RATIOS = (0.9, 0.8, 0.725, 0.6, 0.5)
 LIMITED = [method for method in METHODS if method != "none"]
-KINDS = ("cdmoe", "cdmoe_s", "cdmoe_moei2", "moei2", "svd_llm", "reap", "hc_smoe", "block_drop")  # a method per class
+KINDS = (  # a method per class
+    *("cdmoe", "cdmoe_s", "cdmoe_moei2", "moei2", "svd_llm", "reap", "hc_smoe", "block_drop"),
+    "half_merge",
+)
 EMBEDDED, GROUPS = "the embedded model", "groups of experts"
 # Shared experts without a gate, none, and biases.
 PUBLISHED = ("deepseek-ai/deepseek-moe-16b-base", "mistralai/Mixtral-8x7B-v0.1", "openai/gpt-oss-20b")
