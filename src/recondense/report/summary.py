@@ -252,8 +252,7 @@ def published_beside(
     if known is not None:
         operations = operation_counts(Plan("", history.extend(plan.operations, ()).operations), known.num_experts)
         removed = 1 - sizes["compressed"]["routed_experts"] / known.routed_expert_parameters
-        decided = plan.search.get("steps", [plan.search])
-        groupings = [step["grouping"] for step in decided if "grouping" in step]
+        groupings = [s["grouping"] for s in plan.search.get("steps", [plan.search]) if "grouping" in s]
         setting = beside_published.setting_of(operations, removed, groupings)
     papers = beside_published.papers_beside(known, setting, measured)
     if not papers:
