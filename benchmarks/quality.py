@@ -23,15 +23,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from carving import Carving, carve, check_carving
 from quality_cells import BATCH, WINDOW, Cell, cells
 from quality_texts import TASK, Texts, write_texts
 from rich.console import Console
 from rich.table import Table
 
-from recondense.files import replace_folder, write_aside
+from recondense.files import fingerprint, hash_file, replace_folder, write_aside
 from recondense.report.figures import COLOURS, save_figure, start_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,8 +58,12 @@ def main() -> int:
         write_aside(args.json, json.dumps(figures, indent=1))
     for group in args.groups:
         Console(width=150).print(table(group, [row for row in rows if row["group"] == group]))
-    print(f"picture: {draw(rows, folder / 'quality.svg')}")
-    return 0
+    measured = [row for row in rows if "perplexity_ratio" in row]
+    if measured:
+        print(f"picture: {draw(measured, folder / 'quality.svg')}")
+    failed = [row["name"] for row in rows if row["failed"]]
+    print("".join(f"failed: {name}; the same benchmark tries again\n" for name in failed), end="")
+    return 1 if failed else 0
 
 
 def parse() -> argparse.Namespace:
@@ -90,11 +96,12 @@ def subject_b(args: argparse.Namespace) -> list[str]:
     """Make subject B if it is missing, and return the overrides for it."""
     folder = args.folder.resolve()
     texts = write_texts(args.data.resolve(), folder / "texts", args.split)
-    carved = folder / "carved"
+    chosen_on = write_texts(args.data.resolve(), folder / "texts", "validation")
+    shape = Carving()
+    carved = folder / f"carved-{fingerprint(asdict(shape), hash_file(chosen_on.train))}"
     if not carved.exists():
-        make_carved(carved, write_texts(args.data.resolve(), folder / "texts", "validation"))
-    trained = folder / f"subject-{args.steps_of_subject}"
-    train_subject(carved, trained, write_texts(args.data.resolve(), folder / "texts", "validation"), args)
+        make_carved(carved, shape, chosen_on)
+    trained = train_subject(carved, folder, chosen_on, args)
     tasks = ["evaluation=none"]
     if texts.tasks is not None:
         tasks = ["evaluation=local", f"evaluation.include_path={texts.tasks}", f"evaluation.tasks=[{TASK}]"]
@@ -114,10 +121,9 @@ def quiet() -> list[str]:
     return ["callbacks.profile.enabled=false", "export.enabled=false", "trainer.progress_bar=false"]
 
 
-def make_carved(folder: Path, texts: Texts) -> None:
+def make_carved(folder: Path, shape: Carving, texts: Texts) -> None:
     """Make the MoE from the dense model of the installed package, and check it against that model."""
     import torch
-    from carving import Carving, carve, check_carving
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from recondense.data.windows import pack
@@ -131,7 +137,6 @@ def make_carved(folder: Path, texts: Texts) -> None:
     lines = [json.loads(line)["text"] for path in (texts.train,) for line in path.read_text().splitlines()]
     windows_NS = pack(lines, tokenizer, WINDOW, "the training text")
     windows_NS = windows_NS[torch.linspace(0, len(windows_NS) - 1, 64).long()]
-    shape = Carving()
     model = carve(source, windows_NS, shape)
     difference = check_carving(source, model, windows_NS[:2])
     print(f"carved: {model.num_parameters():,} parameters; largest difference from the source {difference:.1e}")
@@ -142,44 +147,48 @@ def make_carved(folder: Path, texts: Texts) -> None:
         tokenizer.save_pretrained(aside)
 
 
-def train_subject(carved: Path, folder: Path, texts: Texts, args: argparse.Namespace) -> None:
-    """Train the carved model with its own routing, all weights, so that its experts specialize."""
+def train_subject(carved: Path, folder: Path, texts: Texts, args: argparse.Namespace) -> Path:
+    """Train the carved model with its own routing, all weights, so that its experts specialize; return the folder."""
     steps = [f"recovery.steps={args.steps_of_subject}", f"recovery.batch_size={BATCH}", "recovery.schedule=cosine"]
     settings = [f"data.sequence_length={WINDOW}", f"recovery.learning_rate={RATE_OF_SUBJECT}"]
-    run(
-        folder,
-        [
-            *("method=none", "recovery=finetune", "recovery.trainable=all", "recovery.warmup_steps=20"),
-            *(f"model.path={carved}", *texts.overrides(), "evaluation=none", "evaluation.perplexity_windows=null"),
-            *(*steps, *settings, "trainer.precision=bf16-mixed", "callbacks.profile.enabled=false"),
-        ],
-    )
+    overrides = [
+        *("method=none", "recovery=finetune", "recovery.trainable=all", "recovery.warmup_steps=20"),
+        *(f"model.path={carved}", *texts.overrides(), "evaluation=none", "evaluation.perplexity_windows=null"),
+        *(*steps, *settings, "trainer.precision=bf16-mixed", "callbacks.profile.enabled=false"),
+    ]
+    place = folder / f"subject-{args.steps_of_subject}-{fingerprint(overrides)}"
+    if run(place, overrides) is None:
+        raise SystemExit("subject B was not trained; the same benchmark continues here")
+    return place
 
 
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-def run(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run train.py unless the folder has its result, and return its summary.json."""
+def run(folder: Path, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """Run train.py unless the folder has its result, and return its summary.json; None if it failed."""
     summary = folder / "summary.json"
     if not summary.exists():
         command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run_dir={folder}"]
         print(" ".join(command[1:]), flush=True)
-        done = subprocess.run(command, cwd=ROOT)
-        if done.returncode:
-            raise SystemExit(f"exit code {done.returncode}; the same benchmark continues here")
+        if subprocess.run(command, cwd=ROOT).returncode:
+            return None
     result: dict[str, Any] = json.loads(summary.read_text())
     return result
 
 
 def measure(cell: Cell, base: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Return the figures of a cell, as mean and deviation over its seeds."""
-    place = folder / cell.group / slug(f"{cell.budget} {cell.name}")
+    """Return the figures of a cell, as mean and deviation over its seeds. Runs of other settings have other folders."""
     cache = [f"cache_dir={folder.parent / 'cache'}"]
-    summaries = [run(place / str(seed), [*base, *cache, *cell.command(seed)]) for seed in cell.seeds]
+    commands = [[*base, *cell.command(seed)] for seed in cell.seeds]
+    places = [
+        folder / cell.group / f"{slug(f'{cell.budget} {cell.name}')}-{fingerprint(command)}" for command in commands
+    ]
+    summaries = [run(place, [*command, *cache]) for place, command in zip(places, commands, strict=True)]
     row: dict[str, Any] = {"group": cell.group, "budget": cell.budget, "name": cell.name, "tokens": cell.tokens}
     row["settings"] = list(cell.command(0))
-    figures = [dict(figures_of(summary)) for summary in summaries]
+    row["failed"] = summaries.count(None)
+    figures = [dict(figures_of(summary)) for summary in summaries if summary is not None]
     for name in {name: None for one in figures for name in one}:
         values = [one[name] for one in figures if name in one]
         row[name] = statistics.mean(values)
@@ -234,7 +243,7 @@ def table(group: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     result = Table(title=f"{group}: original {rows[0].get('original_perplexity', float('nan')):.2f}", box=None)
     for name in ("removed", "row", "tokens", *(title for title, _ in shown.values())):
         result.add_column(name, justify="left" if name in ("removed", "row") else "right")
-    for row in sorted(rows, key=lambda row: (row["budget"], row["perplexity_ratio"])):
+    for row in sorted(rows, key=lambda row: (row["budget"], row.get("perplexity_ratio", float("inf")))):
         figures = [with_deviation(row, key, form) for key, (_, form) in shown.items()]
         result.add_row(row["budget"] or "-", row["name"], f"{row['tokens']:,}", *figures)
     return result
@@ -254,7 +263,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     panels = figure.subplots(1, len(budgets), squeeze=False)[0]
     groups = list(dict.fromkeys(row["group"] for row in rows))
     for panel, budget in zip(panels, budgets, strict=True):
-        shown = sorted((row for row in rows if row["budget"] == budget), key=lambda row: -row["perplexity_ratio"])
+        shown = [
+            row for row in rows if row["budget"] in (budget, "")
+        ]  # without a budget: the original, trained further
+        shown.sort(key=lambda row: -row["perplexity_ratio"])
         for height, row in enumerate(shown):
             colour = COLOURS[groups.index(row["group"])]
             panel.errorbar(

@@ -64,7 +64,11 @@ def recipes() -> list[Cell]:
     authors = ("recovery.weight_decay=0.01", "recovery.betas=[0.9,0.999]", "recovery.schedule=linear")
     cdmoe = ("method=cdmoe", "recovery=finetune", *authors)
     moei2 = ("method=moei2", "recovery=lora")
-    cells = [Cell("original, trained further", "recipes", "", ("method=none", "recovery=finetune", *authors))]
+    further = ("method=none", "recovery=finetune", f"recovery.learning_rate={RATE}", *authors)
+    cells = [
+        Cell("original, trained further, a tenth", "recipes", "", further),
+        Cell("original, trained further, all tokens", "recipes", "", further, FULL_STEPS),
+    ]
     for budget, name, overrides in (("30%", "CD-MoE's recipe", cdmoe), ("54%", "MoE-I²'s recipe", moei2)):
         for steps, tokens in ((FULL_STEPS, "all tokens"), (TENTH_STEPS, "a tenth")):
             for rate in (1e-5, 1e-4, RATE) if name.startswith("CD") else (1e-4, 1e-3):

@@ -51,7 +51,7 @@ def run(root: Path, folder: Path, *arguments: str) -> tuple[dict[str, Any], str,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["method=foo"], "method=foo: there is no such method. Choices: block_drop, cdmoe,"),
+        (["method=foo"], "method=foo: there is no such method. Choices: aimer, block_drop, cdmoe,"),
         (["recovery.stepz=3"], "Did you mean recovery.steps?"),
         (["recovery.steps=many", "seed=-1"], "seed=-1: must be in [0, 4294967295]."),
         (["model.path=/nowhere/at/all", "method=cdmoee"], "there is no such folder"),

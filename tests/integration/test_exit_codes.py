@@ -122,7 +122,7 @@ def _process(root: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]
 
 
 def test_a_sweep_continues_after_a_user_error(forks: Forks, root: Path, tmp_path: Path, small: list[str]) -> None:
-    words = ("-m", "method.num_experts=1,6,2", *small, f"output_dir={tmp_path}/out")
+    words = ("-m", "method.num_experts=1,6,2", "method.num_layers=1", *small, f"output_dir={tmp_path}/out")
     done = forks.run(root / "train.py", *words, folder=tmp_path)
     out, err = done.stdout, done.stderr
     assert_refused(

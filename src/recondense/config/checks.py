@@ -242,8 +242,11 @@ def _check_adapters(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
 def _check_local(recovery: RecoveryConfig, where: str) -> Iterator[Problem]:
     """Yield the settings that a local recovery does not have."""
     if not {"experts", "routers"}.issuperset(recovery.parts):
-        text = f"{where}.objective=local trains one MoE block at a time. Use experts, routers, or both."
+        text = f"{where}.objective=local trains the weights of one MoE block at a time. Use experts, routers, or both."
         yield Problem(f"{where}.trainable", text, recovery.trainable)
+    if "routers" in recovery.parts and recovery.router_layers == "all":
+        text = f"{where}.objective=local trains changed layers only. Use {where}.router_layers=changed."
+        yield Problem(f"{where}.router_layers", text, "all")
     if recovery.validate_every:
         text = f"{where}.objective=local has no predictions to validate. Use {where}.validate_every=0."
         yield Problem(f"{where}.validate_every", text, recovery.validate_every)

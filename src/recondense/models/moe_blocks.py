@@ -148,9 +148,9 @@ def selects_experts(name: str) -> bool:
 
 
 def is_norm_or_bias(module: nn.Module, name: str) -> bool:
-    """Return whether a parameter of this name in a module is a norm's weight or a bias, including correction biases."""
+    """Return whether a parameter of this name in a module is a norm's weight or a bias, such as a constant expert."""
     parent, _, leaf = name.rpartition(".")
-    return leaf.endswith("bias") or is_norm(module.get_submodule(parent))
+    return leaf.endswith("bias") or leaf == "constants" or is_norm(module.get_submodule(parent))
 
 
 def get_block(model: PreTrainedModel, layer: int) -> nn.Module:

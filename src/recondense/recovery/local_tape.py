@@ -110,9 +110,12 @@ class LocalTape:
         self._sizes = [num_rows(batch) for batch in processes.take_share(self._batches)]
         self._layer_arguments = forward.LayerArguments(self._model)
         self._first = min({*student.changed_layers(), *trained})  # below it, both models compute the same
-        self._original = self._keep(self._layer_arguments.enter(arguments) for arguments in self._local)
+        with student.original():
+            self._original = self._keep(self._layer_arguments.enter(arguments) for arguments in self._local)
         self._shapes = [state.shape for state in self._original]
         self._student = self._original
+        if self._first == 0 and from_student:  # an earlier training may have changed the embedding
+            self._student = self._keep(self._layer_arguments.enter(arguments) for arguments in self._local)
         self._after: TensorList | None = None  # the original's states after the layer, once it is recorded
         self._rest: tuple[TensorList, TensorList] | None = None  # the residual, and the inputs of the block, by window
 

@@ -72,8 +72,7 @@ class RecoveryModule(L.LightningModule):
         training_device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        assert settings.objective != "none", "there is nothing to train"
-        assert settings.objective != "local", "a local recovery trains without a Trainer, see local.py"
+        assert settings.objective in ("finetune", "distill"), "there is nothing to train with a Trainer"
         self.settings = settings
         self.tokenizer = tokenizer
         self.stage = stage

@@ -44,18 +44,22 @@ def refuse_rounding(trainer: TrainerConfig, precision: str, dtype: torch.dtype) 
 def keep_trained_weights(model: PreTrainedModel, precision: str) -> Iterator[None]:
     """Keep trained weights in fp32 inside the context in mixed precision; in bf16, AdamW's small steps would vanish."""
     dtypes = {name: value.dtype for name, value in model.named_parameters() if value.requires_grad}
-    eager = False
-    if precision.endswith("mixed"):
-        _convert(model, dict.fromkeys(dtypes, torch.float32))
-        blocks = moe_blocks.sparse_blocks(model).values()
-        fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
-        # Autocast does not support transformers' grouped products.
-        eager = any(block.weights.down_EDF.dtype == torch.float32 for block in fused)
+    mixed = precision.endswith("mixed")
     try:
-        with moe_blocks.eager_experts(model, eager):
+        if mixed:
+            _convert(model, dict.fromkeys(dtypes, torch.float32))
+        # Autocast does not support transformers' grouped products.
+        with moe_blocks.eager_experts(model, mixed and _has_fused_fp32(model)):
             yield
     finally:
         _convert(model, dtypes)
+
+
+def _has_fused_fp32(model: PreTrainedModel) -> bool:
+    """Return whether a model has fused experts with weights in fp32."""
+    blocks = moe_blocks.sparse_blocks(model).values()
+    fused = [block for block in blocks if not isinstance(block.experts, LowRankExperts)]
+    return any(block.fused_weights.down_EDF.dtype == torch.float32 for block in fused)
 
 
 def _convert(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recondense.config.checks import check_recovery
 from recondense.config.problems import render
+from recondense.config.run_identity import identity_of
 from recondense.config.schema import RecoveryConfig, TrainerConfig, from_dict
 from recondense.data.loader import RecoveryData
 from recondense.data.vocabulary import require_rows
@@ -118,6 +118,8 @@ def _read_settings(student: Student, settings: dict[str, Any]) -> RecoveryConfig
         raise ConfigError(problems)
     if layer_store(student.model).streamed and recovery.objective == "distill":
         raise UserError("objective=distill: the original of a streamed model is not in memory. Use local or finetune")
+    if layer_store(student.model).streamed and recovery.objective == "local" and recovery.fold_coefficients:
+        raise UserError("fold_coefficients=True: the blocks of a streamed model are not changed before they train")
     return recovery
 
 
@@ -130,7 +132,7 @@ def _begin(folder: Path, student: Student, recovery: RecoveryConfig, windows_NS:
     call = {
         "model": student.original_fingerprint(),
         "plan": fingerprint(student.plan.to_dict()["operations"]),
-        "settings": fingerprint(asdict(recovery)),
+        "settings": fingerprint(identity_of(recovery)),
         "texts": sha256(windows_NS.numpy().tobytes()).hexdigest()[:16],
         "sequence_length": str(windows_NS.shape[1]),
         "seed": str(seed),

@@ -83,9 +83,10 @@ def trainable_parameters(
     if "all" in parts:
         return {name: value for name, value in model.named_parameters() if not moe_blocks.selects_experts(name)}
     every = range(len(decoder_layers(model)))
+    changed = trainable_layers(model, layers) if "experts" in parts else layers
     where: dict[str, Collection[int]] = {
-        "experts": trainable_layers(model, layers) if "experts" in parts else (),
-        "routers": layers if router_layers == "changed" else every,
+        "experts": changed,
+        "routers": changed if router_layers == "changed" else every,
         "norms": every,
         "attention": every,
     }
@@ -124,7 +125,8 @@ def check_trainable(student: Student, layers: Sequence[int], settings: RecoveryC
     if not trains_nothing(student.model, layers, settings):
         return
     if settings.parts == ("routers",) and settings.router_layers == "changed":
-        raise UserError(f"recovery.trainable=routers: {NO_ROUTERS}")
+        why = f"{WITHOUT_ROUTERS}; use recovery.trainable=experts" if settings.objective == "local" else NO_ROUTERS
+        raise UserError(f"recovery.trainable=routers: {why}")
     raise UserError(
         f"recovery: there are no {words(settings)} to train, because all MoE layers were removed; use recovery=none, "
         "or remove less"
@@ -136,7 +138,8 @@ def words(settings: RecoveryConfig) -> str:
     return " or ".join("experts" if part == "lora" else part for part in settings.parts)
 
 
+WITHOUT_ROUTERS = "no layer that the plan changes has a router afterward"
 NO_ROUTERS = (
-    "no layer that the plan changes has a router afterward; use recovery.router_layers=all to train the routers of the "
-    "other layers, or recovery.trainable=experts"
+    f"{WITHOUT_ROUTERS}; use recovery.router_layers=all to train the routers of the other layers, or "
+    "recovery.trainable=experts"
 )

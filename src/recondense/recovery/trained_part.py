@@ -48,7 +48,7 @@ class TrainedPart:
         trainable.check_trainable(student, layers, settings)
         model.requires_grad_(False)
         part = cls(student, settings, layers)
-        if settings.fold_coefficients:
+        if settings.fold_coefficients and not {"experts", "all"}.isdisjoint(settings.parts):
             fold_coefficients(model, trainable.trainable_layers(model, layers))
         student.separate(part._weights())
         if "lora" in settings.parts:

@@ -42,7 +42,13 @@ from recondense.run.load import MakeCallbacks, load_model, locate, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.prepare import Prepared, prepare
 from recondense.run.process_settings import configure_process
-from recondense.run.recover import Recovery, local_training_bytes, log_footprint, prepare_student
+from recondense.run.recover import (
+    DESCRIBED_IF_CHANGED,
+    Recovery,
+    local_training_bytes,
+    log_footprint,
+    prepare_student,
+)
 from recondense.run.resolved_run import Run
 from recondense.run.run_record import RunRecord
 from recondense.run.search import find_plan
@@ -312,7 +318,7 @@ class _Stages:
         summary = Summary.of_run(config, objective, plan, sizes, model, self.tokens.sha256, record.stages)
         summary.refit = record.refit_errors or None
         described = config.recovery.stages or config.recovery.trainable != "experts"
-        described = described or any("layers" in stage for stage in recovery_stages)
+        described = described or any({"layers", *DESCRIBED_IF_CHANGED} & stage.keys() for stage in recovery_stages)
         if described or any(windows.counts for windows in self.tokens.stages.values()):
             summary.recovery_stages = recovery_stages or None
         stored = quantized.stored_weights(config.model.path, config.model.revision) if config.model.path else None

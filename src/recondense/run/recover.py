@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,8 @@ TEACHER_COLUMNS = (
     "position_ids",
 )  # columns of the training windows that determine a teacher's predictions
 DESCRIBED = ("objective", "trainable", "steps", "batch_size", "accumulate_grad_batches", "learning_rate")
+DESCRIBED_IF_CHANGED = ("router_layers", "fold_coefficients", "local_inputs", "cross_entropy_share", "hidden_share")
+DEFAULTS = {entry.name: entry.default for entry in fields(RecoveryConfig) if entry.name in DESCRIBED_IF_CHANGED}
 
 
 log = logging.getLogger(__name__)
@@ -285,6 +287,7 @@ class Recovery:
         return {
             "name": stage.name,
             **{name: getattr(settings, name) for name in DESCRIBED},
+            **{name: value for name in DESCRIBED_IF_CHANGED if (value := getattr(settings, name)) != DEFAULTS[name]},
             "sequence_length": stage.data.sequence_length,
             "windows": num_rows(data.train_table),
             **self.windows[stage.name].counts,

@@ -93,6 +93,10 @@ LOCAL = {"name": "local", "objective": "local"}
             "recovery.trainable=lora: recovery.objective=local trains the weights of",
         ),
         ({"trainable": "all"}, "recovery.trainable=all: recovery.objective=local trains"),
+        (
+            {"trainable": ["experts", "routers"], "router_layers": "all"},
+            "recovery.router_layers=all: recovery.objective=local trains changed layers only. Use",
+        ),
         ({"validate_every": 5}, "recovery.validate_every=5: recovery.objective=local has no predictions to validate"),
         (
             {"validate_every": 5, "objective": "distill", "stages": [{"name": "first", "objective": "local"}]},

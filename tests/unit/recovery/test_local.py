@@ -13,7 +13,8 @@ import pytest
 import torch
 from support.corpus import documents
 from support.forks import Forks
-from support.recoveries import QUIET, recovery
+from support.recoveries import QUIET, prepared, recovery
+from support.recoveries import data as recovery_data
 from support.runs import model_folder
 from support.small import byte_tokenizer
 from support.tiny_models import EVERY, FAMILIES, bits, condense_plan, qwen2_moe, recorded, same_bits, windows
@@ -28,6 +29,7 @@ from recondense.models.layer_store import layer_store
 from recondense.models.streaming import Streamed
 from recondense.operations import Condense, Drop, Factorize, Operation, Prune
 from recondense.plan import Plan
+from recondense.recovery.fit import fit
 from recondense.recovery.local import LocalRecovery, training_bytes
 from recondense.recovery.local_tape import LocalTape
 from recondense.recovery.recover import recover
@@ -328,3 +330,25 @@ def test_bytes_to_train_a_layer() -> None:
     student = student_of(qwen2_moe(), *condense_plan(qwen2_moe(), [1]).operations)
     block = moe_blocks.get_block(student.model, 1)
     assert training_bytes(student, recovery(objective="local")) == 20 * sum(p.numel() for p in block.parameters())
+
+
+@pytest.mark.parametrize("inputs", ["student", "original"])
+def test_an_earlier_training_of_the_embedding_does_not_change_the_targets(inputs: str, tmp_path: Path) -> None:
+    """The original's states come from its own embedding, the student's from the one that was trained."""
+    module = prepared(qwen2_moe(), Plan("tiny", CHANGES), trainable="all", learning_rate=1e-1)
+    fit(module, recovery_data(module), tmp_path, QUIET, seed=0)
+    student, original, ids_NS = module.student, qwen2_moe(), windows(4, 8)
+    storage = layer_store(student.model).tensor_storage()
+    tape = LocalTape(student, [1], {"input_ids": ids_NS}, 4, storage, inputs == "student")
+    tape.move_to(1)
+    recorded_data = tape.record()
+    with torch.no_grad(), captured(original, 1) as of_original, captured(student.model, 1) as of_student:
+        original(ids_NS)
+        student.model(ids_NS)
+    x_NSD, target_NSD = of_original["x"][0], of_original["y"][0]
+    if inputs == "student":
+        residual_NSD = of_student["leaving"][0] - of_student["y"][0]
+        x_NSD, target_NSD = of_student["x"][0], of_original["leaving"][0] - residual_NSD
+    for index in range(4):
+        torch.testing.assert_close(recorded_data.inputs[index], x_NSD[index], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recorded_data.targets[index], target_NSD[index], rtol=1e-4, atol=1e-5)

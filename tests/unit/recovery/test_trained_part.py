@@ -27,6 +27,13 @@ def effective(block: CondensedMoE) -> Tensor:
     return weight if block.scale is None else weight * block.scale
 
 
+def test_only_layers_whose_experts_train_are_folded() -> None:
+    for trainable, folded in (("experts", True), ("all", True), ("norms", False)):
+        model = qwen2_moe()
+        module = prepared(model, condense_plan(model, [1]), fold_coefficients=True, trainable=trainable)
+        assert (condensed(module).scale is None) == folded, trainable
+
+
 def test_folding_changes_no_output_and_makes_a_step_as_large_as_the_rate() -> None:
     """AdamW's first step is the rate in every weight, so constant times weight moves by constant times rate."""
     moved: dict[bool, Tensor] = {}
