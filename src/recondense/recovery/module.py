@@ -179,13 +179,12 @@ class RecoveryModule(L.LightningModule):
         output, states = self._run_student(inputs, answer, layers)  # last: the teacher runs without adapters
         student = StudentOutput(tokens.select_rows(output.logits), states)
         mask_BS = None if labels is None else target_mask(labels)
-        shares = objective.shares_at(self.settings, self.global_step if self._trainer is not None else 0)
+        shares = objective.shares_at(self.settings, 0 if self._trainer is None else self.global_step)
         options: Any = {"mask_BS": mask_BS, "weight": weight, "mean": processes.mean, "shares": shares}
         with decoder.lm_head(self.model) as head:
             losses = objective.training_losses(student, head, tokens, answer, self.settings, **options)
         if self._router_auxiliary_loss and not distill:
-            top_k = families.facts(self.model.config).top_k
-            losses["load_balancing"] = load_balancing(output.router_logits, top_k)
+            losses["load_balancing"] = load_balancing(output.router_logits, families.facts(self.model.config).top_k)
             losses["loss"] = losses["loss"] + self._router_auxiliary_loss * losses["load_balancing"]
         return losses
 
@@ -240,12 +239,12 @@ class RecoveryModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("step", float(self.global_step + 1))  # Lightning takes it in place of its own, which counts from 0
 
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(self.parameter_groups(), self.settings)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trained parameters as parameter groups for an optimizer."""
         return parameter_groups(self, self.settings.weight_decay)
-
-    def configure_optimizers(self) -> Any:
-        return make_optimizer(self.parameter_groups(), self.settings)
 
     def configure_gradient_clipping(
         self,

@@ -77,7 +77,6 @@ def search(
         with outlined(model_classes.on_meta(model.config, model.dtype), steps):
             pass  # each step fits the shapes that the earlier ones leave
     scratch = scratch_bytes(Config(), decoder.device(model), model)
-
     super_experts = super_experts_of(lambda: tape, {})
 
     def search_one(step: Step, before: Sequence[Operation]) -> Decided:

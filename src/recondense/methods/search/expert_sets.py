@@ -52,11 +52,8 @@ def search_expert_sets(
         errors = _errors_of(scorer.errors, block.num_experts, certain, undecided)
         sets = best_sets(errors, len(undecided), number - len(certain), genetic, layers_seed, num_best, show)
         unit = max(scorer.output_norm, 1e-300) if relative else 1.0
-        return {
-            "sets": [
-                [sorted([*certain, *(undecided[place] for place in dropped)]), error / unit] for dropped, error in sets
-            ]
-        }
+        whole = [(sorted([*certain, *(undecided[place] for place in dropped)]), error) for dropped, error in sets]
+        return {"sets": [[experts, error / unit] for experts, error in whole]}
 
     names = {layer: f"candidates-{layer:03d}-{number:03d}" for layer, number in numbers.items() if number}
     search.reused += len(numbers) - len(names)

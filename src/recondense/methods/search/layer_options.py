@@ -162,11 +162,11 @@ class Options:
             The choice with more experts and channels.
         """
         regained, spare = dict(choice), max(0, spare)
-        lost = {layer: lost for layer, option in choice.items() if (lost := self._lost_channels(layer, option))}
+        lost = {layer: lost for layer, option in choice.items() if (lost := _lost_channels(option, self._shape[1]))}
         for layer in sorted(lost, key=lambda layer: (-damages[layer] / lost[layer], layer)):
             regained[layer] = self._with_wider(layer, choice[layer], spare, choices, routed)
             spare -= choice[layer].saving(routed) - regained[layer].saving(routed)
-        dropped = {layer: len(self._dropped(layer, option)) for layer, option in choice.items()}
+        dropped = {layer: len(_dropped(option, self.blocks[layer].num_experts)) for layer, option in choice.items()}
         layers = [layer for layer, number in dropped.items() if number]
         for layer in sorted(layers, key=lambda layer: (-damages[layer] / dropped[layer], layer)):
             regained[layer] = self._with_more(layer, choice[layer], spare, choices, routed)
@@ -194,18 +194,6 @@ class Options:
         most = block.num_experts - block.routing.top_k
         return [min(round(ratio * block.num_experts), most) for ratio in (0.0, *self.settings.prune_ratios)]
 
-    def _dropped(self, layer: int, option: Option) -> set[int]:
-        """Return the experts that an option drops; none if it also factorizes or narrows what it retains."""
-        if len(option.operations) != 1 or not isinstance(operation := option.operations[0], Condense | Prune):
-            return set()
-        retained = operation.experts if isinstance(operation, Condense) else operation.retained
-        return set(range(self.blocks[layer].num_experts)) - set(retained)
-
-    def _lost_channels(self, layer: int, option: Option) -> int:
-        """Return how many channels each expert of a layer loses."""
-        widths = [operation.widths[0] for operation in option.operations if isinstance(operation, Narrow)]
-        return self._shape[1] - widths[0] if widths else 0
-
     def _with_wider(self, layer: int, option: Option, spare: int, choices: Choices, routed: bool) -> Option:
         """Return an option with experts that are as much wider as fits into `spare` parameters.
 
@@ -215,7 +203,7 @@ class Options:
         block, full, multiple = self.blocks[layer], self._shape[1], self._width_multiple
         retained = [*next((o.retained for o in option.operations if isinstance(o, Prune)), range(block.num_experts))]
         channel, row = parameters.channel_size(block), 0 if routed else parameters.router_row_size(block)
-        narrow = full - self._lost_channels(layer, option)
+        narrow = full - _lost_channels(option, full)
         steps = [*range(narrow, full, multiple), full]  # the last step is smaller if widths are no multiples
         width = max(step for step in steps if len(retained) * (step - narrow) * channel <= spare)
         rest = spare - len(retained) * (width - narrow) * channel
@@ -248,9 +236,10 @@ class Options:
             further = min(spare // expert, choices.room(block, step))
             return self._condense(block, step, choices, further)[0] if further else option
         expert = parameters.expert_size(block) + (0 if routed else parameters.router_row_size(block))
-        dropped = sorted(self._dropped(layer, option), key=lambda expert: (self.importance[layer][expert], expert))
-        remaining = dropped[: max(0, len(dropped) - spare // expert)]
-        if not remaining:
+        dropped = sorted(
+            _dropped(option, block.num_experts), key=lambda expert: (self.importance[layer][expert], expert)
+        )
+        if not (remaining := dropped[: max(0, len(dropped) - spare // expert)]):
             return Option("as it is")
         prune = Prune.from_dropped(layer, block.num_experts, remaining)
         return self._option(layer, f"pruned by {len(remaining)}", (prune,), 0)
@@ -326,3 +315,17 @@ class Options:
             if isinstance(operation, Prune):
                 return [values[expert] for expert in operation.retained]
         return values
+
+
+def _dropped(option: Option, num_experts: int) -> set[int]:
+    """Return the experts that an option drops; none if it also factorizes or narrows what it retains."""
+    if len(option.operations) != 1 or not isinstance(operation := option.operations[0], Condense | Prune):
+        return set()
+    retained = operation.experts if isinstance(operation, Condense) else operation.retained
+    return set(range(num_experts)) - set(retained)
+
+
+def _lost_channels(option: Option, width: int) -> int:
+    """Return how many of its `width` channels each expert loses."""
+    widths = [operation.widths[0] for operation in option.operations if isinstance(operation, Narrow)]
+    return width - widths[0] if widths else 0
