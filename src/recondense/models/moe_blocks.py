@@ -129,19 +129,6 @@ class SparseBlock:
         return None if bias is None else bias.detach().flatten()
 
 
-@contextmanager
-def eager_experts(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
-    """Compute fused experts one after another inside the context."""
-    before = model.get_experts_implementation()
-    if enabled:
-        model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        if enabled:
-            model.set_experts_implementation(before)
-
-
 def selects_experts(name: str) -> bool:
     """Return whether a parameter of this name is a correction bias, which affects only the selection of experts."""
     return name.endswith("e_score_correction_bias")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from recondense.config.schema import TrainerConfig
 from recondense.errors import UserError
 from recondense.models import moe_blocks
+from recondense.models.autocast_experts import autocast_experts
 from recondense.models.low_rank import LowRankExperts
 
 
@@ -48,8 +49,7 @@ def keep_trained_weights(model: PreTrainedModel, precision: str) -> Iterator[Non
     try:
         if mixed:
             _convert(model, dict.fromkeys(dtypes, torch.float32))
-        # Autocast does not support transformers' grouped products.
-        with moe_blocks.eager_experts(model, mixed and _has_fused_fp32(model)):
+        with autocast_experts(model, mixed and _has_fused_fp32(model)):
             yield
     finally:
         _convert(model, dtypes)
