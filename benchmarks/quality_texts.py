@@ -46,30 +46,29 @@ metadata:
 
 @dataclass(frozen=True)
 class Texts:
-    """The files of the benchmark; the split is "validation" or "test"."""
+    """The files of the benchmark, and the folder of its task. `test` and `tasks` are only for the final figures."""
 
     calibration: Path
     train: Path
-    evaluated: Path
-    tasks: Path | None
+    validation: Path
+    test: Path
+    tasks: Path
 
     def overrides(self) -> list[str]:
-        """The overrides of a command that reads these files."""
+        """The overrides of a command that trains on these files, and on which settings are chosen."""
         return [
-            "data=texts",
             f"data.calibration.path={self.calibration}",
             f"data.train.path={self.train}",
-            f"data.validation.path={self.evaluated}",
+            f"data.validation.path={self.validation}",
         ]
 
 
-def write_texts(data: Path, folder: Path, split: str) -> Texts:
+def write_texts(data: Path, folder: Path) -> Texts:
     """Write the files that are derived, and return all of them.
 
     Args:
         data: the folder of the source files.
         folder: the folder to write to.
-        split: "validation" to choose settings, "test" for the final figures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wikitext = TextFile(str(data / "wikitext2_valid.txt"), "text", None, "data", "data.train.path")
@@ -80,9 +79,7 @@ def write_texts(data: Path, folder: Path, split: str) -> Texts:
     _write_lines(train, [*articles[:cut], *c4, *(topics[name] for name in sorted(topics))])
     _write_lines(validation, articles[cut:])
     calibration = data / "c4_calibration.jsonl"
-    if split == "validation":
-        return Texts(calibration, train, validation, None)
-    return Texts(calibration, train, data / "wikitext2_test.txt", _write_piqa(data, folder / "tasks"))
+    return Texts(calibration, train, validation, data / "wikitext2_test.txt", _write_piqa(data, folder / "tasks"))
 
 
 def _write_piqa(data: Path, folder: Path) -> Path:
