@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STAGES = ("compressed", "refitted", "recovered")
 RATE_OF_SUBJECT = 3e-4
-VALIDATION_WINDOWS = 64  # of subject B
+VALIDATION_WINDOWS = 64
 RATIOS = {"validation": "perplexity_ratio", "test": "test_perplexity_ratio"}
 # Experts see another number of tokens in every batch. oneDNN compiles a product for each, and by default keeps 1,024.
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536"}
@@ -119,7 +119,8 @@ class Subject:
 
 def subject_a() -> Subject:
     """Return the embedded model."""
-    texts = ("data=stdlib", "evaluation=heldout", "evaluation.every_n_steps=0", *QUIET, "export.enabled=false")
+    windows = f"evaluation.perplexity_windows={VALIDATION_WINDOWS}"
+    texts = ("data=stdlib", "evaluation=none", windows, *QUIET, "export.enabled=false")
     return Subject(("model=tiny_moe",), texts)
 
 

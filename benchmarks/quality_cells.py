@@ -2,8 +2,8 @@
 
 A cell is a method at a budget with a recovery; a run of train.py for each seed. Tokens are counted in training windows.
 CD-MoE's first stage has 1,250 steps of eight windows of 256 tokens: 2.56 million tokens for 16.4 billion parameters.
-Subject B has less than a hundredth of the parameters, and gets an eighth of the tokens: 625 steps of two windows. A
-tenth of them is 62 steps. MoE-I²'s recovery (LoRA) gets the same tokens.
+Subject B has less than a hundredth of the parameters, and gets a sixteenth of the tokens: 312 steps of two windows. A
+tenth of them is 31 steps. MoE-I²'s recovery (LoRA) gets the same tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 WINDOW, BATCH = 256, 2
-FULL_STEPS, TENTH_STEPS = 625, 62
+FULL_STEPS, TENTH_STEPS = 312, 31
 BUDGETS = {"30%": 0.30, "54%": 0.54}  # of the routed experts' parameters: nine of CD-MoE's 27 layers; MoE-I²'s 53.98%
 CONTROL = "none"
 # The recovery of the table of methods: what the ablation found best, so that methods are compared under it.
 RATE = 3e-4
-DISTILL = ("recovery=distill", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=10")
+DISTILL = ("recovery=distill", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=5")
 BEST = (*DISTILL, "method.refit=true")
 # Half of the steps each, so that the tokens are equal.
 LOCAL_FIRST = (
@@ -90,7 +90,7 @@ def methods() -> list[Cell]:
 
 def ablation(method: str) -> list[Cell]:
     """One method at a tenth of the tokens: each part of the recovery switched on alone, and all together."""
-    finetune = ("recovery=finetune", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=10")
+    finetune = ("recovery=finetune", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=5")
     rows: dict[str, Sequence[str]] = {
         "next-token training": finetune,
         "distillation": DISTILL,
