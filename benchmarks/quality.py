@@ -1,7 +1,7 @@
 """Quality after compression at equal bytes and equal recovery tokens, on language that people wrote.
 
     python benchmarks/quality.py --data FOLDER [--subject B] [--split validation|test] [--groups NAME ...]
-        [--rows TEXT ...] [--seeds 3] [--method cdmoe_moei2] [--steps-of-subject 400] [--folder outputs/quality]
+        [--rows TEXT ...] [--seeds 3] [--method NAME [SETTING ...]] [--steps-of-subject 400] [--folder outputs/quality]
         [--json FILE] [--list]
 
 Each row is a run of train.py for each seed. A killed benchmark continues where it stopped; finished runs are read.
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--groups", nargs="+", choices=("recipes", "methods", "ablation"), default=["recipes"])
     parser.add_argument("--rows", nargs="+", help="only the rows whose budget and name contain one of these texts")
-    parser.add_argument("--method", default="cdmoe_moei2", help="the method of the ablation")
+    parser.add_argument("--method", nargs="+", default=["cdmoe_moei2"], help="the ablation's method and its settings")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps-of-subject", type=int, default=400, help="steps in which subject B is trained")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "quality")

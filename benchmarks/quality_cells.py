@@ -88,8 +88,13 @@ def methods() -> list[Cell]:
     ]
 
 
-def ablation(method: str) -> list[Cell]:
-    """One method at a tenth of the tokens: each part of the recovery switched on alone, and all together."""
+def ablation(method: Sequence[str]) -> list[Cell]:
+    """One method at a tenth of the tokens: each part of the recovery switched on alone, and all together.
+
+    Args:
+        method: its name, and overrides of its settings.
+    """
+    name_of_method, *settings = method
     finetune = ("recovery=finetune", f"recovery.learning_rate={RATE}", "recovery.warmup_steps=5")
     rows: dict[str, Sequence[str]] = {
         "next-token training": finetune,
@@ -108,13 +113,13 @@ def ablation(method: str) -> list[Cell]:
         "refit alone": ("recovery=none", "method.refit=true"),
     }
     return [
-        Cell(name, "ablation", budget, (f"method={method}", *overrides))
+        Cell(f"{' '.join(method)}: {name}", "ablation", budget, (f"method={name_of_method}", *settings, *overrides))
         for budget in BUDGETS
         for name, overrides in rows.items()
     ]
 
 
-def cells(groups: Sequence[str], method: str, seeds: int) -> list[Cell]:
+def cells(groups: Sequence[str], method: Sequence[str], seeds: int) -> list[Cell]:
     """Return the cells of some groups with a number of seeds."""
     every = {"recipes": recipes(), "methods": methods(), "ablation": ablation(method)}
     return [replace(cell, seeds=tuple(range(seeds))) for group in groups for cell in every[group]]

@@ -45,7 +45,7 @@ def train(command: Sequence[str], perplexities: dict[str, float]) -> None:
 
 def test_every_method_is_a_row_at_both_budgets(load: Callable[[str], Any]) -> None:
     cells = load("quality_cells")
-    every = cells.cells(["recipes", "methods", "ablation"], "narrow", 3)
+    every = cells.cells(["recipes", "methods", "ablation"], ["narrow"], 3)
     assert len({(cell.group, cell.budget, cell.name) for cell in every}) == len(every)
     methods = {path.stem for path in (ROOT / "conf" / "method").glob("[a-z]*.yaml")} - {"none"}
     for budget, share in (("30%", "0.3"), ("54%", "0.54")):
@@ -74,7 +74,9 @@ def test_figures_are_means_over_seeds_and_the_test_split_sees_finished_models(
     monkeypatch.setattr(quality.subprocess, "run", start)
     subject = quality.Subject(("model.path=subject/model", "model.dtype=bfloat16"), ("data=texts",), ("test=true",))
     (cell,) = (
-        cell for cell in quality.cells(["ablation"], "narrow", 3) if cell.name == "distillation" and "3" in cell.budget
+        cell
+        for cell in quality.cells(["ablation"], ["narrow"], 3)
+        if cell.name == "narrow: distillation" and "3" in cell.budget
     )
     row = quality.measure(cell, subject, True, tmp_path)
     assert row["failed"] == 1
