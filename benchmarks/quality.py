@@ -44,6 +44,7 @@ SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 STAGES = ("compressed", "refitted", "recovered")
 RATE_OF_SUBJECT = 3e-4
 VALIDATION_WINDOWS = 64
+CALIBRATION_TEXTS = 16  # of subject B, for all methods alike: CD-MoE's layer search reads them 135 times
 RATIOS = {"validation": "perplexity_ratio", "test": "test_perplexity_ratio"}
 # Experts see another number of tokens in every batch. oneDNN compiles a product for each, and by default keeps 1,024.
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536"}
@@ -134,7 +135,8 @@ def subject_b(args: argparse.Namespace) -> Subject:
         make_carved(carved, shape, texts)
     trained = train_subject(carved, folder, texts, args)
     windows = f"evaluation.perplexity_windows={VALIDATION_WINDOWS}"
-    validation = ("data=texts", *texts.overrides(), "evaluation=none", windows, *QUIET)
+    calibration = f"data.calibration.num_samples={CALIBRATION_TEXTS}"
+    validation = ("data=texts", *texts.overrides(), calibration, "evaluation=none", windows, *QUIET)
     tasks = ("evaluation=local", f"evaluation.include_path={texts.tasks}", f"evaluation.tasks=[{TASK}]")
     test = ("data=texts", f"data.validation.path={texts.test}", *tasks, "evaluation.perplexity_windows=null", *QUIET)
     return Subject((f"model.path={trained / 'model'}", "model.dtype=bfloat16"), validation, test)

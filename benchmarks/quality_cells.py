@@ -100,6 +100,8 @@ def ablation(method: Sequence[str]) -> list[Cell]:
         "next-token training": finetune,
         "distillation": DISTILL,
         "distillation, refit": BEST,
+        "distillation, refit, rate 0.0001": at_rate(BEST, 1e-4),
+        "distillation, refit, rate 0.001": at_rate(BEST, 1e-3),
         "distillation, constants folded": (*DISTILL, "recovery.fold_coefficients=true"),
         "distillation, cross-entropy 0.25": (*DISTILL, "recovery.cross_entropy_share=0.25"),
         "distillation, cross-entropy 0 to 0.5": (*DISTILL, "recovery.cross_entropy_share=[0.0,0.5]"),
@@ -117,6 +119,12 @@ def ablation(method: Sequence[str]) -> list[Cell]:
         for budget in BUDGETS
         for name, overrides in rows.items()
     ]
+
+
+def at_rate(overrides: Sequence[str], rate: float) -> tuple[str, ...]:
+    """Return overrides with another learning rate."""
+    name = "recovery.learning_rate="
+    return tuple(f"{name}{rate}" if override.startswith(name) else override for override in overrides)
 
 
 def cells(groups: Sequence[str], method: Sequence[str], seeds: int) -> list[Cell]:
