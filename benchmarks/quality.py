@@ -69,7 +69,7 @@ def main() -> int:
     write_aside(folder / f"{args.split}.json", json.dumps(figures, indent=1))
     if args.json:
         write_aside(args.json, json.dumps(figures, indent=1))
-    for group in args.groups:
+    for group in dict.fromkeys(row["group"] for row in rows):
         Console(width=150).print(table(group, [row for row in rows if row["group"] == group]))
     measured = [row for row in rows if RATIOS[args.split] in row]
     if measured:
