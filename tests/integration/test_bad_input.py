@@ -69,7 +69,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["method=cdmoe_moei2", "method.prune_ratios=[0.5,half]"],
         ["method.prune_ratios[1]=half", FINITE],
     ),
-    "half a round": (["method=cdmoe_moei2", "method.rounds=1.5"], ["method.rounds=1.5", WHOLE]),
+    "half a measurement": (["method=cdmoe_moei2", "method.measurements=1.5"], ["method.measurements=1.5", WHOLE]),
     "value of a step alone": (
         ["method=none", "method.steps=[{_target_:recondense.methods.cdmoe.CDMoE,num_experts:x}]"],
         ["method.steps[0].num_experts=x", WHOLE],

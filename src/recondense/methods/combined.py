@@ -54,8 +54,8 @@ class Combined:
             that after the least squares for down_proj.
         width_multiple: as in `Narrowing`.
         score: the score of channels, as in `Narrowing`.
-        rounds: number of measurements of the damages: the first for each layer alone, the others around the choice so
-            far.
+        measurements: number of measurements of the damages: the first for each layer alone, the others around the choice
+            so far.
         alpha: how strongly the rank of an expert depends on its importance (MoE-I²).
         rank_multiple: as in `Decompose`.
         shared_gate, expert_search, coefficient_max_length: as in `CDMoE`.
@@ -81,7 +81,7 @@ class Combined:
     width_ratios: Sequence[float] = (0.75, 0.5)
     width_multiple: int | str = "auto"
     score: str = "heapr"
-    rounds: int = 2
+    measurements: int = 2
     alpha: float = 0.15
     rank_multiple: int | str = "auto"
     shared_gate: str = "mean"
@@ -114,8 +114,8 @@ class Combined:
         problems += [*ranks.multiple_problems(self.rank_multiple), *widths.multiple_problems(self.width_multiple)]
         if self.score not in SCORES:
             problems.append(f"method.score={self.score} must be {' or '.join(SCORES)}")
-        if self.rounds < 1:
-            problems.append(f"method.rounds={self.rounds} must be at least 1")
+        if self.measurements < 1:
+            problems.append(f"method.measurements={self.measurements} must be at least 1")
         if problems:
             raise UserError("\n".join(problems))
 
@@ -190,26 +190,26 @@ class Combined:
         self._check_reach(options, model)  # before the damages are measured
         damage = Damage(model, context.tape())
         seconds = {"options": time.perf_counter() - started}
-        rounds: list[Record] = []
+        measured: list[Record] = []
         choice: dict[int, Option] = {}
         texts = coefficient_texts(context, self.coefficient_max_length) if self.num_experts else None
         suffix = "" if texts is None else texts.suffix
-        around = ""  # the first round measures each layer alone: the same for every budget
-        for number in range(self.rounds):
-            title = f"damage, round {number + 1} of {self.rounds}"
+        around = ""  # the first measurement takes each layer alone: the same for every budget
+        for number in range(self.measurements):
+            title = f"damage, measurement {number + 1} of {self.measurements}"
             damages = _measure(damage, options, title, context.cache, around, suffix)
             candidate = self._choose(options, damages, model, choices)
             around = f"{_fingerprint(candidate)}-"
             together = damage.replace(_blocks(damage, options, candidate))
-            rounds.append(_record(damages, candidate, together))
-            if together <= min(earlier["damage"] for earlier in rounds):
+            measured.append(_record(damages, candidate, together))
+            if together <= min(earlier["damage"] for earlier in measured):
                 choice = candidate
         seconds["damage"] = time.perf_counter() - started - seconds["options"]
         return _operations(choice), {
             **self.key(),
             **self.budget.settings(),
             **({} if texts is None else {"coefficient_texts": texts.describe()}),
-            "rounds": rounds,
+            "measurements": measured,
             "chosen": {str(layer): option.name for layer, option in choice.items()},
             "expert_importance": {str(layer): values for layer, values in options.importance.items()},
             **options.records(),

@@ -33,12 +33,12 @@ def search(
     return step.search(SearchContext(model, lambda: recorded(model), {} if cache is None else cache, 1 << 30))
 
 
-def test_the_first_round_is_the_enumerated_best() -> None:
+def test_the_first_measurement_is_the_enumerated_best() -> None:
     """Of all combinations of options that save enough, it has the least sum of damages of single layers."""
     model = qwen2_moe()
     with unchanged(model):
-        operations, record = search(model, memory_ratio=0.75, rounds=1)
-    [first_round] = record["rounds"]
+        operations, record = search(model, memory_ratio=0.75, measurements=1)
+    [first] = record["measurements"]
     need = sizes(model)["total"] - int(0.75 * sizes(model)["total"])
     layers = list(record["options"])
     kinds = [range(len(record["options"][layer])) for layer in layers]
@@ -49,14 +49,12 @@ def test_the_first_round_is_the_enumerated_best() -> None:
     ]
 
     def damage(choice: tuple[int, ...]) -> float:
-        return sum(first_round["damages"][layer][place] for layer, place in zip(layers, choice, strict=True))
+        return sum(first["damages"][layer][place] for layer, place in zip(layers, choice, strict=True))
 
     best = min(allowed, key=damage)
     names = [record["options"][layer][place][0].partition(",")[0] for layer, place in zip(layers, best, strict=True)]
-    assert [
-        first_round["choice"][layer].partition(",")[0] for layer in layers
-    ] == names  # ranks may be raised afterwards
-    assert first_round["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
+    assert [first["choice"][layer].partition(",")[0] for layer in layers] == names  # ranks may be raised afterwards
+    assert first["damages"]["0"][0] == pytest.approx(0.0, abs=1e-9)
     execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
     assert sizes(model)["total"] <= int(0.75 * (sizes(qwen2_moe())["total"]))
 
@@ -81,7 +79,7 @@ def test_the_damage_is_that_of_surgery() -> None:
     measure = Damage(expected, tape)
     execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
     blocks = {layer: moe_blocks.get_block(model, layer) for layer in {operation.layer for operation in operations}}
-    best = min(record["rounds"], key=lambda entry: entry["damage"])
+    best = min(record["measurements"], key=lambda entry: entry["damage"])
     assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
     assert {type(operation) for operation in operations} <= {Condense, Prune, Narrow, Factorize}
 
@@ -101,7 +99,7 @@ def test_narrowing_is_an_option_and_is_measured_as_it_is_executed() -> None:
     saved = sizes(model)["total"]
     execute.execute(model, Plan("tiny", tuple(operations)), lambda: recorded(model))
     blocks = {layer: moe_blocks.get_block(model, layer) for layer in {operation.layer for operation in operations}}
-    best = min(record["rounds"], key=lambda entry: entry["damage"])
+    best = min(record["measurements"], key=lambda entry: entry["damage"])
     assert measure.replace(blocks) == pytest.approx(best["damage"], rel=1e-4)
     named = {layer: {name: size for name, size, _ in options} for layer, options in record["options"].items()}
     saved -= sum(named[layer][name] for layer, name in record["chosen"].items())
@@ -118,14 +116,14 @@ def test_another_budget_does_not_measure_single_layers_again(monkeypatch: pytest
 
     monkeypatch.setattr(Damage, "measure", record_layers)
     model, cache = qwen2_moe(), {}
-    _, one = search(model, cache, memory_ratio=0.8, rounds=1)
+    _, one = search(model, cache, memory_ratio=0.8, measurements=1)
     assert len(measured) == sum(len(options) for options in one["options"].values())
     measured.clear()
-    _, other = search(model, cache, memory_ratio=0.7, rounds=1)
-    assert not measured and other["rounds"][0]["damages"] == one["rounds"][0]["damages"]
-    _, both = search(model, cache, memory_ratio=0.7, rounds=2)  # the second round depends on the choice
+    _, other = search(model, cache, memory_ratio=0.7, measurements=1)
+    assert not measured and other["measurements"][0]["damages"] == one["measurements"][0]["damages"]
+    _, both = search(model, cache, memory_ratio=0.7, measurements=2)  # the second depends on the choice
     assert len(measured) == sum(len(options) for options in one["options"].values())
-    assert both["rounds"][0]["damages"] == one["rounds"][0]["damages"] != both["rounds"][1]["damages"]
+    assert both["measurements"][0]["damages"] == one["measurements"][0]["damages"] != both["measurements"][1]["damages"]
 
 
 class Killed(Exception):
@@ -147,13 +145,13 @@ def test_a_killed_search_resumes_at_the_layer_of_its_round(monkeypatch: pytest.M
     monkeypatch.setattr(Damage, "measure", measure_until_killed)
     model, cache = qwen2_moe(), {}
     with pytest.raises(Killed):
-        search(model, cache, memory_ratio=0.7, rounds=3)
+        search(model, cache, memory_ratio=0.7, measurements=3)
     remaining[0] = 100
-    resumed = search(model, cache, memory_ratio=0.7, rounds=3)
+    resumed = search(model, cache, memory_ratio=0.7, measurements=3)
     assert measured[:6] == [0, 1, 2, 0, 1, 2], "the first round and two layers of the second were cached"
-    choices = [entry["choice"] for entry in resumed[1]["rounds"]]
+    choices = [entry["choice"] for entry in resumed[1]["measurements"]]
     assert len(measured) == (6 if choices[0] == choices[1] else 9)
-    undisturbed = search(model, {}, memory_ratio=0.7, rounds=3)
+    undisturbed = search(model, {}, memory_ratio=0.7, measurements=3)
     assert resumed[0] == undisturbed[0]
     for records in (resumed[1], undisturbed[1]):
         records.pop("seconds")
@@ -193,7 +191,7 @@ def test_invalid_settings_are_refused_together() -> None:
             prune_ratios=(),
             kept_ratios=(),
             width_ratios=(),
-            rounds=0,
+            measurements=0,
             alpha=-1,
             shared_gate="foo",
             expert_search="foo",

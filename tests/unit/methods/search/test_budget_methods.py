@@ -134,7 +134,7 @@ def embedded() -> Any:
 
 LIKE_REAP = ("frequency", "routing_weight", "expert_drop")  # the same class
 FEW_OPTIONS = {
-    "cdmoe_moei2": ["method.prune_ratios=[0.25]", "method.kept_ratios=[0.5]", "method.rounds=1"],
+    "cdmoe_moei2": ["method.prune_ratios=[0.25]", "method.kept_ratios=[0.5]", "method.measurements=1"],
     "naee": [],
     "moei2": [],
 }

@@ -239,7 +239,7 @@ def test_a_wrong_length_is_refused(length: Any) -> None:
 def test_both_papers_together_take_the_coefficients_from_whole_texts() -> None:
     model, calibration = qwen2_moe(), make_set()
     cache: dict[str, Any] = {}
-    options: Any = {"num_experts": [2], "prune_ratios": [], "kept_ratios": [], "width_ratios": [], "rounds": 2}
+    options: Any = {"num_experts": [2], "prune_ratios": [], "kept_ratios": [], "width_ratios": [], "measurements": 2}
     step = Combined(budget=Budget(memory_ratio=0.9), **options)
     operations, record = step.search(context_of(model, calibration, cache))
     expected = by_hand(model, calibration.whole or [])

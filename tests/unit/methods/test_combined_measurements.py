@@ -1,4 +1,4 @@
-"""The combined search keeps its best round and spends its budget."""
+"""The combined search keeps its best measurement and spends its budget."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COMBINED: dict[str, Any] = {"num_experts": (2,), "prune_ratios": (0.34,), "kept_
 COMBINED |= {"genetic": Genetic(population=20, parents=5, iterations=4)}
 
 
-def test_combined_keeps_its_best_round() -> None:
-    """The last round chooses something worse than the choice around which it measures."""
+def test_combined_keeps_its_best_measurement() -> None:
+    """The last measurement chooses something worse than the choice around which it measures."""
     model = qwen2_moe(2)
     tape = recorded(model)
-    operations, record = search(Combined(**COMBINED, rounds=3, budget=Budget(memory_ratio=0.8)), model)
-    damages = [entry["damage"] for entry in record["rounds"]]
+    operations, record = search(Combined(**COMBINED, measurements=3, budget=Budget(memory_ratio=0.8)), model)
+    damages = [entry["damage"] for entry in record["measurements"]]
     best = min(range(3), key=damages.__getitem__)
     assert damages[0] > damages[best] < damages[-1]
-    assert record["chosen"] == record["rounds"][best]["choice"] != record["rounds"][-1]["choice"]
+    assert record["chosen"] == record["measurements"][best]["choice"] != record["measurements"][-1]["choice"]
     originals = execute.execute(model, Plan("tiny", tuple(operations)))
     compressed = {layer: moe_blocks.get_block(model, layer) for layer in originals}
     with moe_blocks.swap_blocks(model, originals):
@@ -43,7 +43,13 @@ def test_combined_keeps_its_best_round() -> None:
 def test_combined_spends_the_rest_of_its_budget_on_ranks() -> None:
     """What remains of the budget is less than one rank of one expert in every factorized layer."""
     model = qwen2_moe()
-    settings = {**COMBINED, "num_experts": (), "kept_ratios": (0.5,), "budget": Budget(memory_ratio=0.85), "rounds": 1}
+    settings = {
+        **COMBINED,
+        "num_experts": (),
+        "kept_ratios": (0.5,),
+        "budget": Budget(memory_ratio=0.85),
+        "measurements": 1,
+    }
     operations, _ = search(Combined(**settings), model)
     budget = math.floor(0.85 * sizes(model)["total"])
     execute.execute(model, Plan("tiny", tuple(operations)))
