@@ -91,6 +91,7 @@ class CDMoE:
     condenses: ClassVar[bool] = True
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
 
     num_experts: int = 4
     num_layers: int | str | Sequence[int] = "all"
@@ -150,6 +151,9 @@ class CDMoE:
     @property
     def left_open(self) -> str:
         return "how many experts each condensed layer retains, but not their total" if self.budget.is_given else ""
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> CDMoE | None:
+        return _for_round(self, number, count, model)
 
     def outline(self, model: PreTrainedModel) -> list[Condense]:
         if self.budget.is_given:
@@ -303,6 +307,20 @@ class CDMoE:
         # With biases, the first expert of a layer has more parameters than the others.
         expert = saved[0] - self._saved(model, layers[:1], further=1)[0]
         return (sum(saved) - self.budget.expert_parameters_to_remove(model)) // expert
+
+
+def _for_round(step: CDMoE, number: int, count: int, model: PreTrainedModel) -> CDMoE | None:
+    """Return a step for one round, see `Step.for_round`. Listed layers are condensed in their order."""
+    if step.budget.is_given:
+        return replace(step._within_budget(model), budget=step.budget.part(number, count))
+    layers, chosen = step._layers(model)
+    total = len(layers) if chosen is None else chosen
+    before, after = (-(-total * done // count) for done in (number - 1, number))
+    if before == after:
+        return None
+    if read_num_layers(step.num_layers).layers is not None:
+        return replace(step, num_layers=tuple(layers[before:after]))
+    return step if chosen is None and number == count else replace(step, num_layers=after - before)
 
 
 def _is_int(value: object) -> bool:

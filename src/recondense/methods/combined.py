@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -54,8 +54,7 @@ class Combined:
             that after the least squares for down_proj.
         width_multiple: as in `Narrowing`.
         score: the score of channels, as in `Narrowing`.
-        measurements: number of measurements of the damages: the first for each layer alone, the others around the choice
-            so far.
+        measurements: how often the damages are measured: first for each layer alone, then around the choice so far.
         alpha: how strongly the rank of an expert depends on its importance (MoE-I²).
         rank_multiple: as in `Decompose`.
         shared_gate, expert_search, coefficient_max_length: as in `CDMoE`.
@@ -118,6 +117,16 @@ class Combined:
             problems.append(f"method.measurements={self.measurements} must be at least 1")
         if problems:
             raise UserError("\n".join(problems))
+
+    @property
+    def repeatable(self) -> bool:
+        return bool(self.num_experts or self.prune_ratios)
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> Combined:
+        """Return the step for one round, see `Step.for_round`. Only the last one narrows and factorizes."""
+        if number == count:
+            return self
+        return replace(self, budget=self.budget.part(number, count), kept_ratios=(), width_ratios=())
 
     @property
     def _option_settings(self) -> OptionSettings:

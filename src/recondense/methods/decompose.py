@@ -51,6 +51,7 @@ class Decompose:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = False
 
     average_rank: int | str | None = "auto"
     ratio: float | None = None
@@ -129,6 +130,9 @@ class Decompose:
     def left_open(self) -> str:
         even = not self.alpha or self.importance == "uniform"
         return "" if even else "the ranks of single experts, but not their mean"
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> Decompose:
+        return self
 
     def outline(self, model: PreTrainedModel) -> list[Factorize]:
         """Return operations of the final sizes, see `Step.outline`. All experts count as equally important."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -47,6 +47,7 @@ class Dropping:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = True
     needs_whole_experts: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = True
     left_open: ClassVar[str] = ""
 
     part: Literal["moe", "layer"]
@@ -69,6 +70,9 @@ class Dropping:
 
     def key(self) -> Record:
         return {"method": "dropping", "version": 1, "part": self.part}
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> Dropping:
+        return replace(self, budget=self.budget.part(number, count))
 
     def outline(self, model: PreTrainedModel) -> list[Drop]:
         return self._drops(model, dict.fromkeys(self._layers(model), 0.0))

@@ -65,6 +65,7 @@ class HalfMerging:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = False
     left_open: ClassVar[str] = ""
 
     saliency: str = "reap"
@@ -85,6 +86,9 @@ class HalfMerging:
 
     def key(self) -> Record:
         return {"method": "half_merging", "version": 1, "saliency": self.saliency, "similarity": self.similarity}
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> HalfMerging:
+        return self
 
     def outline(self, model: PreTrainedModel) -> list[Merge]:
         return outline_merges(model, self.budget)

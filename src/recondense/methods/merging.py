@@ -51,6 +51,7 @@ class Merging:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = False
 
     grouping: str
     budget: Budget = NO_BUDGET
@@ -71,6 +72,9 @@ class Merging:
     @property
     def left_open(self) -> str:
         return "how many groups each layer has, but not their total" if self.grouping == "router_logits" else ""
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> Merging:
+        return self
 
     def outline(self, model: PreTrainedModel) -> list[Merge]:
         return outline_merges(model, self.budget)

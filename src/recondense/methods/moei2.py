@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from transformers import PreTrainedModel
@@ -53,6 +53,7 @@ class InterExpertPruning:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
     left_open: ClassVar[str] = "how many experts each layer loses, but not their total"
 
     prune_ratio: float = 0.25
@@ -103,6 +104,15 @@ class InterExpertPruning:
         kt_field = {"num_candidates": self.num_candidates, "block_size": self.block_size}
         settings = {**importance, **self.genetic.key(), **kt_field, "seed": self.seed}
         return {"method": "moei2", "version": 2, **settings}
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> InterExpertPruning | None:
+        """Return the step for one round, see `Step.for_round`: `prune_ratio` is a fraction of the experts before it."""
+        total = sum(block.num_experts for block in moe_blocks.sparse_blocks(model).values())
+        before, after = (round(round(self.prune_ratio * total) * done / count) for done in (number - 1, number))
+        if before == after:
+            return None
+        ratio = (after - before) / (total - before)
+        return replace(self, prune_ratio=ratio, budget=self.budget.part(number, count))
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         """Return operations of the final sizes, see `Step.outline`. All layers count as equally important."""

@@ -54,6 +54,7 @@ class MoNE:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = False
     left_open: ClassVar[str] = ""
 
     budget: Budget = NO_BUDGET
@@ -74,6 +75,9 @@ class MoNE:
 
     def key(self) -> Record:
         return {"method": "mone", "version": 1}
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> MoNE:
+        return self
 
     def outline(self, model: PreTrainedModel) -> list[Constant]:
         blocks = moe_blocks.sparse_blocks(model)

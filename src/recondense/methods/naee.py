@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from transformers import PreTrainedModel
@@ -43,6 +43,7 @@ class NAEE:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
     left_open: ClassVar[str] = ""
 
     budget: Budget = NO_BUDGET
@@ -64,6 +65,9 @@ class NAEE:
 
     def key(self) -> Record:
         return {"method": "naee", "version": 1, **self.genetic.key(), "seed": self.seed}
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> NAEE:
+        return replace(self, budget=self.budget.part(number, count))
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         experts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}

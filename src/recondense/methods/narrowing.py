@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,7 +29,7 @@ from recondense.methods.search.widths import (
     width_problems,
 )
 from recondense.methods.step import Record, SearchContext
-from recondense.models import moe_blocks, parameters
+from recondense.models import families, moe_blocks, parameters
 from recondense.models.families import Facts
 from recondense.operations import Narrow
 
@@ -101,6 +101,20 @@ class Narrowing:
     def left_open(self) -> str:
         what = {"layer": "each layer's experts keep", "global": "each expert keeps"}.get(self.allocation)
         return f"how many channels {what}, but not their total" if what else ""
+
+    @property
+    def repeatable(self) -> bool:
+        return self.allocation == "uniform"  # experts of different widths cannot be narrowed again
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> Narrowing | None:
+        """Return the step for one round, see `Step.for_round`. The widths of earlier rounds are rounded up."""
+        if self.width is None:
+            return replace(self, budget=self.budget.part(number, count))
+        full = families.facts(model.config).expert_width
+        multiple = resolve_multiple(self.width_multiple, full)
+        exact = full - (full - self.width) * number / count
+        width = self.width if number == count else math.ceil(exact / multiple) * multiple
+        return replace(self, width=width) if width < full else None
 
     def outline(self, model: PreTrainedModel) -> list[Narrow]:
         """Return operations of the final sizes, see `Step.outline`. All experts count as equally important."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from transformers import PreTrainedModel
@@ -64,6 +64,7 @@ class SaliencyPruning:
     condenses: ClassVar[bool] = False
     removes_layers: ClassVar[bool] = False
     needs_whole_experts: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
 
     saliency: str
     allocation: str = "uniform"
@@ -96,6 +97,9 @@ class SaliencyPruning:
     @property
     def left_open(self) -> str:
         return "how many experts each layer loses, but not their total" if self.allocation == "global" else ""
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> SaliencyPruning:
+        return replace(self, budget=self.budget.part(number, count))
 
     def outline(self, model: PreTrainedModel) -> list[Prune]:
         counts = {layer: block.num_experts for layer, block in moe_blocks.sparse_blocks(model).items()}

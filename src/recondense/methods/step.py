@@ -72,6 +72,10 @@ class Step(Protocol):
         """Whether the step needs experts that are not yet factorized."""
 
     @property
+    def repeatable(self) -> bool:
+        """Whether the step can run again on a model that it has already compressed, as `method.rounds` needs it."""
+
+    @property
     def left_open(self) -> str:
         """The sizes in `outline` that depend on the calibration set, in words; empty if there are none."""
 
@@ -84,6 +88,24 @@ class Step(Protocol):
 
     def key(self) -> dict[str, Any]:
         """Return the settings on which a cached result depends, as JSON values. Budgets are not among them."""
+
+    def for_round(self, number: int, count: int, model: PreTrainedModel) -> Step | None:
+        """Return the step for one of several rounds, after which number / count of the removal is done.
+
+        It is only called if the step is repeatable. Other steps run in the last round only. Budgets count what earlier
+        rounds have removed, so the last part has the budget of the step itself.
+
+        Args:
+            number: the number of the round, from 1.
+            count: the number of rounds, at least 2.
+            model: the model before the first round; it may be on the meta device.
+
+        Returns:
+            The step, or None if it has nothing to do in this round.
+
+        Raises:
+            UserError: the budget cannot be met.
+        """
 
     def outline(self, model: PreTrainedModel) -> Sequence[Operation]:
         """Return operations of the sizes that the search will reach, with placeholders for the experts and layers.

@@ -9,7 +9,9 @@ from recondense.errors import UserError
 
 
 def drop_uniformly(total: int, num_experts: Mapping[int, int], floor: int) -> dict[int, int]:
-    """Drop the same number of experts in every layer. The first layers lose one more if the total is not divisible.
+    """Drop the same number of experts in every layer. If the total is not divisible, some layers lose one more.
+
+    They are those that have the most experts, and among equals the first ones.
 
     Args:
         total: number of experts to drop in all layers together.
@@ -31,7 +33,8 @@ def drop_by_importance(
     """Drop fewer experts in important layers: the share of layer i is proportional to E_i / I_i.
 
     If a layer's share would leave fewer than `floor` experts, the other layers lose the difference. Shares are rounded
-    down, and the remainder goes to the largest fractions; among equals, to the lowest layer.
+    down, and the remainder goes to the largest fractions; among equals, to the layers with the most experts, then to
+    the lowest.
 
     Args:
         total, num_experts, floor: as in `drop_uniformly`.
@@ -68,7 +71,7 @@ def _distribute(total: int, shares: Mapping[int, float], num_experts: Mapping[in
         remaining -= sum(room[layer] for layer in full)
         open_layers = open_layers - full if full else set()
     numbers = {layer: min(room[layer], math.floor(exact[layer] + 1e-9)) for layer in room}
-    by_fraction = sorted(room, key=lambda layer: (numbers[layer] - exact[layer], layer))
+    by_fraction = sorted(room, key=lambda layer: (numbers[layer] - exact[layer], -num_experts[layer], layer))
     while (missing := total - sum(numbers.values())) > 0:
         for layer in [layer for layer in by_fraction if numbers[layer] < room[layer]][:missing]:
             numbers[layer] += 1

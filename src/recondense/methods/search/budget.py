@@ -54,6 +54,21 @@ class Budget:
         """Return the two ratios by name."""
         return {"removed_expert_ratio": self.removed_expert_ratio, "memory_ratio": self.memory_ratio}
 
+    def part(self, number: int, count: int) -> Budget:
+        """Return the budget after some of several rounds that remove equally much; after the last it is this one.
+
+        Args:
+            number: the number of the round, from 1.
+            count: the number of rounds.
+        """
+        if number == count:
+            return self
+        removed, memory, share = self.removed_expert_ratio, self.memory_ratio, number / count
+        return Budget(
+            None if removed is None else removed * share,
+            None if memory is None else 1 - (1 - memory) * share,
+        )
+
     def experts_to_drop(self, model: PreTrainedModel, router_rows: bool = True, floor: int = 0) -> int:
         """Return the number of experts that must still be dropped from the model.
 

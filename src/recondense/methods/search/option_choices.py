@@ -63,7 +63,9 @@ class MadeUpChoices:
     def importance(self, block: SparseBlock) -> list[float]:
         return [1.0] * block.num_experts
 
-    def condense(self, block: SparseBlock, condensing: CDMoE, further: int = 0) -> Condense:
+    def condense(self, block: SparseBlock, condensing: CDMoE, further: int = 0) -> Condense | None:
+        if condensing.num_experts > block.num_experts:  # an earlier round has pruned the layer
+            return None
         return condensing.outline_layer(block, further)
 
     def room(self, block: SparseBlock, condensing: CDMoE) -> int:
