@@ -8,7 +8,7 @@ calibration set.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -67,25 +67,60 @@ def execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None = None
             None.
     """
     originals: dict[int, nn.Module] = {}
-    with restore_on_error(model, originals), torch.no_grad():
-        for operations in _groups(structural_operations(plan)):
-            needs_tape = _needs_tape(operations[0])
-            if needs_tape and record is None:
-                raise UserError(
-                    f"plan: {NEEDS_TAPE[operations[0].kind]} needs the calibration set, but there is no tape"
-                )
-            names = _block_names(model, operations, layer_store(model).fingerprint() if needs_tape else "")
-            tape = None
-            if needs_tape and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
-                tape = record()  # before any operation of this group
-            for operation, name in zip(operations, names, strict=True):
-                _exchange(model, operation.layer, _make_block(model, operation, tape, name), originals)
-    decoder.disable_router_loss(model)
+    with restore_on_error(model, originals):
+        _execute(model, plan, record, originals)
     return originals
 
 
+def execute_further(
+    model: PreTrainedModel, plan: Plan, record: RecordTape | None, originals: Mapping[int, nn.Module]
+) -> dict[int, nn.Module]:
+    """Execute a plan on a model that has been compressed before, see `execute`.
+
+    Args:
+        model, plan, record: as for `execute`. The plan's experts are those of the model as it is.
+        originals: the original blocks and decoder layers that were replaced before.
+
+    Returns:
+        All original blocks and decoder layers that have been replaced so far.
+    """
+    replaced = dict(originals)
+    before = {
+        layer: (decoder.decoder_layers(model)[layer], moe_blocks.get_block(model, layer)) for layer in plan.layers
+    }
+    try:
+        _execute(model, plan, record, replaced)
+    except BaseException:
+        for layer, (decoder_layer, block) in before.items():
+            moe_blocks.set_block(model, layer, decoder_layer)
+            if not isinstance(decoder_layer, removed_blocks.SkippedLayer):
+                moe_blocks.set_block(model, layer, block)
+        raise
+    return replaced
+
+
+@torch.no_grad()
+def _execute(model: PreTrainedModel, plan: Plan, record: RecordTape | None, originals: dict[int, nn.Module]) -> None:
+    """Execute a plan, and add the blocks that it replaces to `originals`, unless there are earlier ones."""
+    for operations in _groups(structural_operations(plan)):
+        needs_tape = _needs_tape(operations[0])
+        if needs_tape and record is None:
+            raise UserError(f"plan: {NEEDS_TAPE[operations[0].kind]} needs the calibration set, but there is no tape")
+        names = _block_names(model, operations, layer_store(model).fingerprint() if needs_tape else "")
+        tape = None
+        if needs_tape and record is not None and not all(layer_store(model).is_offloaded(name) for name in names):
+            tape = record()  # before any operation of this group
+        for operation, name in zip(operations, names, strict=True):
+            _exchange(model, operation.layer, _make_block(model, operation, tape, name), originals)
+    decoder.disable_router_loss(model)
+
+
 def refit(
-    model: PreTrainedModel, plan: Plan, originals: Mapping[int, nn.Module], record: RecordTape
+    model: PreTrainedModel,
+    plan: Plan,
+    originals: Mapping[int, nn.Module],
+    record: RecordTape,
+    original: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> dict[int, dict[str, float]]:
     """Execute a plan's refits, one layer after another.
 
@@ -94,6 +129,7 @@ def refit(
         plan: the operations.
         originals: the return value of `execute`.
         record: records a tape of the model on the calibration set, with the model as it is at the call.
+        original: returns a context in which the model is the original, if they differ in more than `originals`.
 
     Returns:
         For each refitted layer, the relative errors of its output before and after, see `refit_layers`. Empty if the
@@ -103,7 +139,7 @@ def refit(
     for operation in operations:
         if operation.layer not in originals:  # its weights are the original's own
             raise UserError(f"plan: refit layer {operation.layer}, but nothing else in the plan changes this layer")
-    return refit_layers(model, operations, originals, record) if operations else {}
+    return refit_layers(model, operations, originals, record, original) if operations else {}
 
 
 def structural_operations(plan: Plan) -> list[Operation]:

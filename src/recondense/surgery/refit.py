@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ def refit_layers(
     operations: Sequence[Refit],
     originals: Mapping[int, nn.Module],
     record: Callable[[], Tape],
+    original: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> dict[int, dict[str, float]]:
     """Refit layers in place, from the lowest to the highest.
 
@@ -70,6 +72,7 @@ def refit_layers(
         operations: the layers, and what to refit in each.
         originals: the uncompressed blocks that surgery replaced.
         record: records a tape of the model as it is at the call.
+        original: returns a context in which the model is the original, if training may have changed other weights too.
 
     Returns:
         For each layer, ‖target − output‖_F / ‖target‖_F before and after. If the error would not become smaller, the
@@ -78,11 +81,16 @@ def refit_layers(
     Raises:
         UserError: coefficients should be refitted in a layer that is not condensed, or a layer's block was removed.
     """
-    with moe_blocks.swap_blocks(model, originals):
+    entering = [] if original is None else [state.clone() for state in record().states[0]]
+    with moe_blocks.swap_blocks(model, originals) if original is None else original():
         tape = record()
     by_layer = {operation.layer: operation for operation in operations}
-    first = min([*by_layer, *originals])
-    states = tape.states[first]
+    first = min([*by_layer, *originals]) if original is None else 0
+    states: TensorList = tape.states[first]
+    if original is not None:
+        states = tape.storage.tensor_list()
+        for state in entering:
+            states.append(state)
     report: dict[int, dict[str, float]] = {}
     with eval_mode(model):
         for layer in range(first, tape.num_layers):

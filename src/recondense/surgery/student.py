@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from recondense.errors import UserError
 from recondense.files import replace_file
 from recondense.models import decoder, moe_blocks
 from recondense.models.layer_store import layer_store
@@ -22,7 +24,7 @@ from recondense.models.removed_blocks import SkippedLayer
 from recondense.plan import Plan
 from recondense.progress import progress
 from recondense.surgery import own_copies
-from recondense.surgery.execute import RecordTape, refit, structural_operations
+from recondense.surgery.execute import RecordTape, execute_further, refit, structural_operations
 
 
 class Footprint(NamedTuple):
@@ -70,6 +72,7 @@ class Student:
         self.model = model
         self.plan = plan
         self.trainings: set[Path] = set()
+        self._further: Plan | None = None  # the plan of the last `extend`
         self._fingerprint: str | None = None
         self.additions: Additions | None = None
         self._originals = dict(originals or {})
@@ -129,6 +132,29 @@ class Student:
                 for (module, name), parameter in zip(places, trained, strict=True):
                     module._parameters[name] = parameter
 
+    def extend(self, plan: Plan, record: RecordTape | None = None) -> None:
+        """Compress the model further, whether it has been trained or not. The original remains the first one.
+
+        Afterwards `plan` has the operations of both plans, and `refit` executes the refits of the new one only.
+
+        Args:
+            plan: the operations; experts have the numbers that they have now. Refits wait for `refit`.
+            record: records a tape of the model as it is at the call, see `execute.execute`.
+
+        Raises:
+            UserError: an operation does not fit the model, or the original was released. Nothing is changed then.
+        """
+        if self._offloaded or (not self._originals and structural_operations(self.plan)):
+            raise UserError("the student cannot be compressed further, because it has released its original")
+        if self.additions is not None:
+            raise UserError("the student cannot be compressed further before its adapters are merged")
+        self._originals = execute_further(self.model, plan, record, self._originals)
+        for block in self._originals.values():
+            block.requires_grad_(False)
+        self.model.requires_grad_(False)
+        self._further = plan
+        self.plan = replace(self.plan, operations=(*self.plan.operations, *plan.operations))
+
     def refit(self, record: RecordTape) -> dict[int, dict[str, float]]:
         """Execute the plan's refits: solve for output weights by least squares on the calibration set.
 
@@ -143,7 +169,8 @@ class Student:
             removed = isinstance(decoder.decoder_layers(self.model)[layer], SkippedLayer)
             if moe_blocks.is_decoder_layer(original) and not removed:  # the rest of the layer has not been trained yet
                 replaced[layer] = moe_blocks.block_of(original)
-        return refit(self.model, self.plan, replaced, record)
+        original = None if self._further is None else self.original
+        return refit(self.model, self._further or self.plan, replaced, record, original)
 
     def give_own_copies(self, layers: Sequence[int]) -> None:
         """Copy the experts of some layers if the original uses them too, so that training does not change the original.
@@ -245,12 +272,7 @@ class Student:
             path: the safetensors file, which is deleted at the end.
         """
         assert self.has_original
-        used = {id(parameter) for parameter in (*self.model.parameters(), *self.kept_weights())}
-        weights: dict[str, nn.Parameter] = {}
-        for key, module in (*self._originals.items(), *self._outer.items()):
-            alone = {name: value for name, value in module.named_parameters() if id(value) not in used}
-            weights |= {f"{key}.{name}": parameter for name, parameter in alone.items()}
-            used |= {id(parameter) for parameter in alone.values()}  # tied weights are written once
+        weights = _weights_besides(self.own_originals(), [*self.model.parameters(), *self.kept_weights()])
         with replace_file(path, sum(parameter.nbytes for parameter in weights.values())) as aside:
             save_file({name: parameter.detach().cpu().contiguous() for name, parameter in weights.items()}, aside)
         devices = {name: parameter.device for name, parameter in weights.items()}
@@ -276,6 +298,17 @@ class Student:
         together = resident_bytes(self.model, *alone)
         with self.original() as model:
             return Footprint(student, together, student + resident_bytes(model))
+
+
+def _weights_besides(modules: Mapping[str, nn.Module], others: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the weights of some modules that are not among others, by name; tied weights once."""
+    used = {id(parameter) for parameter in others}
+    weights: dict[str, nn.Parameter] = {}
+    for key, module in modules.items():
+        alone = {name: value for name, value in module.named_parameters() if id(value) not in used}
+        weights |= {f"{key}.{name}": parameter for name, parameter in alone.items()}
+        used |= {id(parameter) for parameter in alone.values()}
+    return weights
 
 
 def _stored_at(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -10,6 +10,7 @@ import torch
 from support.tiny_models import FAMILIES, bits, condense_plan, logits, qwen2_moe, recorded, same_bits, windows
 from torch import nn
 
+from recondense.errors import UserError
 from recondense.models import moe_blocks
 from recondense.models.parameters import resident_bytes
 from recondense.operations import Drop, Prune, Refit
@@ -52,6 +53,14 @@ def replace_all(student: Student, layer: int) -> None:
     block = moe_blocks.get_block(student.model, 1)
     parts = [attention.q_proj, block.down_proj]
     student.replace_weights((part, "weight", nn.Parameter(torch.zeros_like(part.weight))) for part in parts)
+
+
+def replace_all_of(student: Student, layer: int) -> None:
+    """Replace weights that the student shares with its original, also one of a shared expert."""
+    block: Any = moe_blocks.get_block(student.model, layer)
+    attention: Any = student.model.model.layers[layer].self_attn  # type: ignore[union-attr,index]
+    parts = [attention.q_proj, block.shared_expert.up_proj]
+    student.replace_weights((part, "weight", nn.Parameter(1.1 * part.weight.data)) for part in parts)
 
 
 def test_the_original_keeps_replaced_weights_that_it_uses() -> None:
@@ -163,3 +172,36 @@ def test_footprint(family: str) -> None:
     )
     blocks = sum(resident_bytes(block) for block in student.originals.values())
     assert footprint.student < footprint.with_original <= footprint.student + blocks < footprint.apart
+
+
+def test_a_student_is_compressed_further_and_keeps_its_first_original() -> None:
+    """After training everything: pruned again, condensed, dropped, and refitted toward the original."""
+    model = qwen2_moe(num_hidden_layers=4)
+    before, weights = logits(model, IDS), bits(model)
+    student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)), Prune(3, (1, 2, 3, 4)))))
+    student.separate([*model.model.layers[0].parameters(), *moe_blocks.get_block(model, 1).parameters()])
+    replace_all_of(student, 2)
+    for parameter in (*model.model.layers[0].parameters(), *moe_blocks.get_block(model, 1).parameters()):
+        parameter.data.add_(0.01 * torch.randn_like(parameter))
+    trained = moe_blocks.sparse_blocks(model)[1].weights.down_EDF[[1, 3]].clone()
+    operations = Prune(1, (1, 3)), *condense_plan(model, [2]).operations, Drop(3, "layer"), Refit(1, "down_proj", 0.01)
+    student.extend(Plan("tiny", operations))
+    assert torch.equal(moe_blocks.sparse_blocks(model)[1].weights.down_EDF, trained), "the trained experts are pruned"
+    assert student.plan.layers == (1, 2, 3) and len(student.plan.operations) == 6
+    [errors] = student.refit(lambda: recorded(model)).values()
+    assert errors["error_after"] < errors["error_before"]
+    assert not torch.equal(moe_blocks.sparse_blocks(model)[1].weights.down_EDF, trained)
+    with student.original():
+        assert torch.equal(logits(model, IDS), before) and same_bits(bits(model), weights)
+
+
+def test_an_extension_that_fails_leaves_the_student_as_it_was() -> None:
+    model = qwen2_moe()
+    student = apply(model, Plan("tiny", (Prune(1, (0, 2, 3, 5)),)))
+    plan, before = student.plan, logits(model, IDS)
+    with pytest.raises(UserError, match="layer 1"):
+        student.extend(Plan("tiny", (Drop(1, "layer"), Prune(1, (0, 1)))))
+    assert student.plan == plan and torch.equal(logits(model, IDS), before)
+    student.release_original()
+    with pytest.raises(UserError, match="released its original"):
+        student.extend(plan)
