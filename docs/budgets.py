@@ -11,7 +11,7 @@ from recondense.config.schema import Config, from_dict
 from recondense.errors import UserError
 from recondense.models import families, model_classes
 from recondense.plan import Plan
-from recondense.report.summary import operation_counts
+from recondense.report.operation_counts import operation_counts
 from recondense.run.build_steps import build_steps
 from recondense.run.model_checks import planned_config
 from recondense.run.reachable_budget import reachable

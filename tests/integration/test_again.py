@@ -21,7 +21,7 @@ from recondense.export import push
 from recondense.models import families, loading, moe_blocks
 from recondense.operations import PROJECTIONS
 from recondense.plan import Plan
-from recondense.report.summary import operation_counts
+from recondense.report.operation_counts import operation_counts
 
 Command = Callable[..., tuple[int, str]]
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from recondense import progress
 from recondense.config.schema import Config, from_dict
 from recondense.files import JsonFolder
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.saliency import SaliencyPruning
+from recondense.methods.search.budget import Budget
 from recondense.report.published import CDMOE, PAPER_TASKS
 from recondense.run import pipeline
 from support.corpus import documents
@@ -186,8 +189,8 @@ def kill_at(phase: str) -> None:
 
     Args:
         phase: "search" after the fifth write of the search's cache (in the layer search), "recovery" in the fourth
-            optimizer step of the first recovery stage that has one (a step after a checkpoint), "export" just before
-            the folder gets its final name, "never" not at all.
+            optimizer step of the first recovery stage that has one (a step after a checkpoint), "second round" in that
+            of the second round, "export" just before the folder gets its final name, "never" not at all.
     """
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     if phase == "search":
@@ -201,13 +204,13 @@ def kill_at(phase: str) -> None:
                 die()
 
         JsonFolder.__setitem__ = counting_write  # type: ignore[method-assign,assignment]
-    elif phase == "recovery":
+    elif phase in ("recovery", "second round"):
         from recondense.recovery.module import RecoveryModule
 
         train = RecoveryModule.training_step
 
         def training_step(self: RecoveryModule, batch: Any, index: int) -> Any:
-            if self.trainer.global_step == 3:
+            if self.trainer.global_step == 3 and (phase == "recovery" or self.stage.startswith("round-2")):
                 die()
             return train(self, batch, index)
 
@@ -223,4 +226,10 @@ def kill_at(phase: str) -> None:
 if __name__ == "__main__":
     base, output, *flags = sys.argv[1:]
     recovery = {"stages": stages(Path(base))} if "staged" in flags else {}
-    pipeline.run(config(Path(base) / "model", text_files(Path(base) / "texts"), Path(output), **recovery), [step()])
+    settings = config(Path(base) / "model", text_files(Path(base) / "texts"), Path(output), **recovery)
+    if "rounds" in flags:  # four steps each, and a refit
+        method = {"name": "reap", "steps": ["a step"], "rounds": 2, "refit": True}
+        settings = replace(settings, method=method, recovery=replace(settings.recovery, steps=8))
+        pipeline.run(settings, [SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.5))])
+    else:
+        pipeline.run(settings, [step()])

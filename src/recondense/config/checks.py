@@ -7,6 +7,7 @@ from pathlib import Path
 
 from recondense.config.method_steps import step_entries
 from recondense.config.problems import Problem, show
+from recondense.config.rounds import check_rounds
 from recondense.config.schema import Config, DataConfig, RecoveryConfig
 from recondense.config.stages import Stage
 from recondense.config.types import ends_of
@@ -27,6 +28,7 @@ def check_config(config: Config, stages: Sequence[Stage]) -> Iterator[Problem]:
     """
     yield from _check_model(config)
     yield from _check_method(config)
+    yield from check_rounds(config, stages)
     if not config.plan_only:
         yield from _check_data(config, stages)
     yield from check_recovery(config.recovery, "recovery")

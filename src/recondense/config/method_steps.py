@@ -12,7 +12,12 @@ from typing import Any, get_type_hints
 from recondense.config.problems import Problem, suggestion
 from recondense.config.validation import type_problems
 
-OF_THE_METHOD = ("name", "_target_", "steps", "refit", "protect_super_experts")  # settings that no step takes
+OF_THE_METHOD = ("name", "_target_", "steps", "refit", "protect_super_experts", "rounds")  # settings that no step takes
+
+
+def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a method by which its runs and plans differ. One round is the same as no such setting."""
+    return {name: value for name, value in method.items() if (name, value) != ("rounds", 1)}
 
 
 def step_entries(method: Mapping[str, Any]) -> list[Any]:
@@ -88,7 +93,7 @@ def _unknown_settings(prefix: str, settings: Mapping[str, Any], targets: Sequenc
         targets: the class names of the steps that can have the settings; nothing is checked without any.
     """
     known = {name for target in targets for name in _settings_of(target)}
-    choices = {*known, "refit", "protect_super_experts"} if known and prefix == "method" else known
+    choices = {*known, "refit", "protect_super_experts", "rounds"} if known and prefix == "method" else known
     problems = []
     for name in settings:
         if targets and not name.startswith("_") and name not in known:

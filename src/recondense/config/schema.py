@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from recondense.config.logger import LoggerConfig
-from recondense.config.method_steps import step_entries
+from recondense.config.method_steps import method_identity, step_entries
 from recondense.config.problems import Problem, render
 from recondense.config.run_identity import LATER, NO_RESULT, identity_of
 from recondense.config.types import (
@@ -314,6 +314,7 @@ class Config:
         settings: dict[str, Any] = json.loads(json.dumps(identity_of(self)))
         if not step_entries(self.method):  # without a step, no other setting of the method has an effect
             settings["method"] = {"name": self.method.get("name", "none"), "steps": []}
+        settings["method"] = method_identity(settings["method"])
         return settings
 
     def run_hash(self) -> str:

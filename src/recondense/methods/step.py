@@ -36,6 +36,8 @@ class SearchContext:
         split: whether the processes of the run share the texts. All of them then make the same search.
         protected: the super experts of each layer. A search should lose none of them if it can meet its budget
             otherwise; what it loses is reported after the search.
+        unchanged: the number of layers, from the lowest, that are as they were before the first of several rounds.
+        inherited: the cache of the first round, or of any other run that searches the original.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,12 @@ class SearchContext:
     calibration_set: CalibrationSet | None = None
     split: bool = False
     protected: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    unchanged: int = 0
+    inherited: Cache | None = None
+
+    def cache_of(self, layer: int) -> Cache:
+        """Return the cache for what depends on a layer and on the layers below it, but not on those above it."""
+        return self.cache if self.inherited is None or layer >= self.unchanged else self.inherited
 
 
 class Step(Protocol):

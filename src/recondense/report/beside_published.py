@@ -98,7 +98,7 @@ def setting_of(
     """Return the setting of a plan in the terms of a published row.
 
     Args:
-        operations: as returned by `summary.operation_counts`.
+        operations: as returned by `operation_counts`.
         removed_expert_ratio: share of the routed experts' parameters that the plan removes; the experts of condensed
             layers count as retained.
         groupings: what the steps that merge experts group them by; empty if they have another way to make groups.

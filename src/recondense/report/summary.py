@@ -19,9 +19,9 @@ from recondense.errors import UserError
 from recondense.models import families
 from recondense.models.model_files import read_history
 from recondense.models.quantized import StoredWeights
-from recondense.operations import Condense, Constant, Drop, Factorize, Merge, Narrow, Prune
 from recondense.plan import Plan
 from recondense.report import beside_published
+from recondense.report.operation_counts import operation_counts
 from recondense.report.published import PAPER_TASKS
 from recondense.report.tables import STAGES
 
@@ -54,6 +54,7 @@ class Summary:
         seconds: duration of each part of the run.
         artifacts: files in the run's folder, and the repository to which an export was uploaded.
         recovery_stages: description of each recovery stage.
+        rounds: the quality and the parameters after each of several rounds.
         quantization, bytes_on_disk: format and sizes of an original that is stored in fewer bits than it computes in.
         memory: the parts, in bytes, of the peak memory of a run with a streamed model.
     """
@@ -76,6 +77,7 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     recovery_stages: list[dict[str, Any]] | None = None
+    rounds: list[dict[str, Any]] | None = None
     quantization: str | None = None
     bytes_on_disk: dict[str, int] | None = None
     memory: dict[str, int] | None = None
@@ -174,55 +176,6 @@ def name_of(model: ModelConfig) -> str:
     """Return the name of a model: the config's name, or the path if the config is not that of this very model."""
     other = model.pretrain is not None or model.name == GENERAL or model.budgets.get("by_path")
     return model.path if model.path and other else model.name
-
-
-def operation_counts(plan: Plan, num_experts: int) -> dict[str, dict[str, float]]:
-    """Return how many layers each kind of operation changes, and the resulting numbers of experts or ranks.
-
-    Args:
-        plan: the plan.
-        num_experts: routed experts per layer of the uncompressed model.
-
-    Returns:
-        For each kind (drop is split into `drop_moe` and `drop_layer`): `layers`; `retained` and `of` (experts, for
-        prune and condense); `fewest` and `most` experts of a layer (for condense, if layers differ); `groups` and `of`
-        (for merge); `lowest`, `highest` and `mean` rank (for factorize), or `narrowest`, `widest` and `mean_width` (for
-        narrow).
-    """
-    counts: dict[str, dict[str, float]] = {}
-    layers: dict[str, set[int]] = {}
-    ranks: list[int] = []
-    widths: list[int] = []
-    num_now: dict[int, int] = {}  # number of experts by layer, after the operations so far
-    for operation in plan.operations:
-        name = f"drop_{operation.part}" if isinstance(operation, Drop) else operation.kind
-        count = counts.setdefault(name, {"layers": 0})
-        layers.setdefault(name, set()).add(operation.layer)
-        count["layers"] = len(layers[name])
-        before = num_now.get(operation.layer, num_experts)
-        after, word = before, ""
-        if isinstance(operation, Prune | Constant):
-            after, word = len(operation.retained), "retained"
-        elif isinstance(operation, Condense):
-            after, word = len(operation.experts), "retained"
-        elif isinstance(operation, Merge):
-            after, word = len(operation.groups), "groups"
-        elif isinstance(operation, Factorize):
-            ranks += [rank for column in operation.ranks.values() for rank in column if rank is not None]
-        elif isinstance(operation, Narrow):
-            widths += operation.widths
-        if word:
-            count[word], count["of"] = count.get(word, 0) + after, count.get("of", 0) + before
-        num_now[operation.layer] = after
-    condensed = [len(operation.experts) for operation in plan.operations if isinstance(operation, Condense)]
-    if len(set(condensed)) > 1:
-        counts["condense"] |= {"fewest": min(condensed), "most": max(condensed)}
-    if ranks:
-        counts["factorize"] |= {"lowest": min(ranks), "highest": max(ranks), "mean": sum(ranks) / len(ranks)}
-    if widths:
-        mean = sum(widths) / len(widths)
-        counts["narrow"] |= {"narrowest": min(widths), "widest": max(widths), "mean_width": mean}
-    return counts
 
 
 def published_beside(

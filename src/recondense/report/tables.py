@@ -106,7 +106,7 @@ def plan_line(operations: Mapping[str, Mapping[str, float]]) -> str:
     """Return a plan in one line.
 
     Args:
-        operations: as returned by `summary.operation_counts`.
+        operations: as returned by `operation_counts`.
     """
     words = {
         "prune": "{layers} pruned ({retained} of {of} experts stay)",

@@ -146,17 +146,22 @@ def _is_ids(name: str) -> bool:
     return name == "calibration" or name.endswith(" windows")
 
 
-def keep_plan(folder: Path, plan: Plan) -> None:
+def keep_plan(folder: Path, plan: Plan, name: str = "plan.json") -> None:
     """Store the plan of a run as one of its inputs, after comparing it with that of an earlier start.
 
     A plan is never edited in the folder of its run: what the run has made belongs to the plan that it found. All
     processes must call this function together.
 
+    Args:
+        folder: the run's folder.
+        plan: the plan.
+        name: its file in the folder.
+
     Raises:
         UserError: the plan changed.
     """
-    remedy = f"delete {folder / 'plan.json'}, and the plan is searched again, or {START_OVER}"
-    keep_inputs(folder, {PLAN: _hash_plan(plan)}, remedy)
+    remedy = f"delete {folder / name}, and the plan is searched again, or {START_OVER}"
+    keep_inputs(folder, {f"{name} of this run": _hash_plan(plan)}, remedy)
 
 
 def _hash_plan(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from recondense.evaluation.perplexity import perplexity
 from recondense.evaluation.profiling import profile_variants
 from recondense.files import JsonFolder, fingerprint
 from recondense.models.loading import weights_fingerprint
-from recondense.models.parameters import weights_bytes
+from recondense.models.parameters import sizes, weights_bytes
 from recondense.progress import progress
 from recondense.report.summary import MEASURING_PACKAGES
 from recondense.run.inputs import task_files_fingerprint
-from recondense.run.run_record import Figures, RunRecord
+from recondense.run.run_record import Figures, RunRecord, name_of_round
 from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)
@@ -245,6 +245,24 @@ class ResultStages:
             if student.has_original:
                 figures["original_profile"] = profiles["original"]
         self.record.keep(stage, figures)
+
+    def measure_round(self, number: int, count: int, student: Student) -> None:
+        """Measure the quality of the student after one of several rounds, without tasks.
+
+        Args:
+            number: the number of the round, from 1.
+            count: the number of rounds.
+            student: the student in its current state.
+        """
+        stage = name_of_round(number)
+        if self.record.has(stage):
+            return
+        evaluator = replace(self.evaluator, tasks=())
+        figures = evaluator.evaluate(self.model, stage, student.original if student.has_original else None)
+        shown = ", ".join(f"{name} {figures[name]:.4g}" for name in ("perplexity", "kl_to_original") if name in figures)
+        total = sizes(self.model)["total"]
+        log.info("round %d of %d: %d parameters%s", number, count, total, f", {shown}" if shown else "")
+        self.record.keep(stage, {**figures, "parameters": total})
 
     def _profile(self, stage: str, variants: Mapping[str, Reference]) -> dict[str, Figures]:
         with self.record.timed("profile"):

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from recondense.config.checks import check_on_cpu
 from recondense.config.problems import Problem
+from recondense.config.rounds import rounds_of
 from recondense.config.schema import Config
 from recondense.errors import UserError
 from recondense.methods.step import Step
@@ -17,6 +18,7 @@ from recondense.models.model_files import read_history
 from recondense.run.build_steps import check_steps
 from recondense.run.model_checks import check_model, check_teachers
 from recondense.run.resolved_run import Run
+from recondense.run.rounds import check_rounds, steps_of_rounds
 from recondense.run.task_checks import check_run_tasks
 
 
@@ -93,6 +95,8 @@ def _check_steps(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
     problems = [Problem("", text) for step in run.steps for text in step.check(facts)]
     problems += _check_budgets(run.steps, planned)
     problems = problems or _check_order(run.steps, planned)
+    if not problems and rounds_of(run.config.method) > 1:
+        problems += check_rounds(run.config.method, run.steps, model_classes.on_meta(planned))
     yield from problems
     if not problems:
         yield from _check_stock(run, planned)
@@ -177,7 +181,7 @@ def _check_stock(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
 
     model = model_classes.on_meta(planned)
     try:
-        with outlined(model, run.steps):
+        with outlined(model, steps_of_rounds(run.config.method, run.steps, model)):
             choose_layout(model, layer_shapes(model), export)
     except UserError as error:  # NotStock, or a budget that the method cannot keep
         yield Problem("", f"{error}.")

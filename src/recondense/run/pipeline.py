@@ -21,35 +21,29 @@ from recondense.calibration.calibrate import make_recorder
 from recondense.calibration.tape import Tape
 from recondense.config.schema import Config
 from recondense.config.stages import Stage, Stages, require_stages, without_teacher
+from recondense.data.tokens import StageTokens
 from recondense.evaluation import profiling
-from recondense.export.export import export
 from recondense.export.stock_or_bundled import choose_layout
 from recondense.full_disk import explain_full_disks, warn_of_little_room
 from recondense.methods.step import Step
-from recondense.models import decoder, families, loading, parameters, quantized
+from recondense.models import decoder, loading, parameters, quantized
 from recondense.models.layer_shapes import layer_shapes
 from recondense.models.layer_store import layer_store
 from recondense.models.model_files import history_of
 from recondense.plan import Plan
-from recondense.progress import progress
-from recondense.report import model_card, tables, tracking, wandb_run
-from recondense.report.figures import try_to_draw
-from recondense.report.plan_picture import draw_plan
-from recondense.report.summary import Summary, metric
+from recondense.report import tables, tracking, wandb_run
+from recondense.report.summary import metric
 from recondense.run import launching, run_folder
-from recondense.run.inputs import compare_files, inputs_of, keep_export, keep_files, keep_inputs
+from recondense.run.collect import draw_and_log, export_student, summary_of
+from recondense.run.inputs import compare_files, inputs_of, keep_files, keep_inputs, keep_plan
 from recondense.run.load import MakeCallbacks, load_model, locate, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.prepare import Prepared, prepare
 from recondense.run.process_settings import configure_process
-from recondense.run.recover import (
-    DESCRIBED_IF_CHANGED,
-    Recovery,
-    local_training_bytes,
-    log_footprint,
-    prepare_student,
-)
+from recondense.run.recover import Recovery, local_training_bytes, log_footprint, prepare_student
 from recondense.run.resolved_run import Run
+from recondense.run.round_recovery import config_of, plan_of, stages_of
+from recondense.run.rounds import Round, make_rounds
 from recondense.run.run_record import RunRecord
 from recondense.run.search import find_plan
 from recondense.run.streamed_memory import StreamedMemory
@@ -182,98 +176,121 @@ class _Stages:
             config, tokenizer, tokens.validation, prepared.tasks, inputs, self.record.timed
         )
         self.results = ResultStages(config, model, self.evaluator, self.record)
+        self.plans: list[Plan] = []  # of the rounds so far
 
     def finish(self) -> dict[str, Any] | None:
-        """Run all stages.
-
-        Returns:
-            the content of summary.json; None in all processes except the first.
-        """
+        """Run all stages. Return the content of summary.json; None in all processes except the first."""
         self.results.measure_original()
         sizes = {"original": parameters.sizes(self.model)}
-        plan = self.search()
-        stages = list(self.stages)
-        if not plan.operations:
-            stages = [replace(stage, recovery=without_teacher(stage.recovery)) for stage in stages]
-        student = self.apply(plan, stages)
-        sizes["compressed"] = parameters.sizes(self.model)
-        if plan.operations:
-            self.results.measure("compressed", student, untrained=True)
-        else:
-            self.results.profile_original()
-        self.refit(student)
-        recovery_stages = self.recover(student, stages)
-        return processes.run_on_first(lambda: self.collect(student, sizes, recovery_stages))
+        student: Student | None = None
+        descriptions: list[dict[str, Any]] = []
+        for one in make_rounds(self.config.method, self.steps, self.model):
+            student = self.compress(one, student)
+            if one.is_last:
+                sizes["compressed"] = parameters.sizes(self.model)
+                self.measure_compressed(student)
+            self.refit(student, one)
+            descriptions += self.recover(student, one)
+            if not one.is_last:
+                self.results.measure_round(one.number, one.count, student)
+        assert student is not None
+        self.finish_recovery(student)
+        return processes.run_on_first(lambda: self.collect(student, sizes, descriptions))
 
-    def search(self) -> Plan:
-        """Search the plan, or load it; draw it and log it."""
-        with self.record.timed("search"):
-            plan = find_plan(
-                self.config,
-                self.steps,
-                self.model,
-                self.tokens.calibration,
-                self.record.inputs,
-                self.folder,
-                self.record.timed,
-            )
-        if plan.operations and processes.is_first():
-            facts = families.facts(self.model.config)
-            data, path = plan.to_dict(), self.folder / "plan.png"
-            picture = try_to_draw(lambda: draw_plan(data, facts.num_experts, facts.moe_layers, path), path)
-            tracking.log_plan(self.loggers, data, picture)
-        return plan
-
-    def apply(self, plan: Plan, stages: Sequence[Stage]) -> Student:
-        """Apply the plan without its refits, and give the student its own copies of the weights that will be trained.
+    def compress(self, one: Round, student: Student | None) -> Student:
+        """Search the plan of a round, or load it, and execute it except its refits. The student may train afterwards.
 
         Raises:
             UserError: the compressed model cannot be exported in the requested format. This is checked before training.
         """
-        config, model = self.config, self.model
-        if stages != list(self.stages):
-            log.info("the model is not compressed, so next-token training replaces the distillation")
+        self.plans.append(self.search(one, student))
+        plan, config, model = plan_of(self.plans), self.config, self.model
+        if one.is_last:
+            self.keep_plan(plan)
         with self.record.timed("apply"):
-            student = apply(model, plan, self._tape, refit=False)
-            prepare_student(student, stages, self._trained_layers(plan))
-        if config.export.format == "stock" and config.export.enabled is not False:
+            if student is None:
+                student = apply(model, self.plans[-1], self._tape, refit=False)
+            else:
+                student.extend(self.plans[-1], self._tape)
+                student.plan = plan
+            prepare_student(student, self._stages_of(student), self._trained_layers(plan))
+        if one.is_last and config.export.format == "stock" and config.export.enabled is not False:
             choose_layout(model, layer_shapes(model), config.export)
-        if config.export.enabled is not False and processes.is_first():
+        if one.is_last and config.export.enabled is not False and processes.is_first():
             warn_of_little_room(self.folder, parameters.weights_bytes(model), "the exported model")
         return student
 
-    def refit(self, student: Student) -> None:
-        """Execute the plan's refits, if there are any, and measure the model."""
-        if any(operation.kind == "refit" for operation in student.plan.operations):
+    def search(self, one: Round, student: Student | None) -> Plan:
+        """Search the plan of a round, or load it."""
+        with self.record.timed("search"):
+            return find_plan(
+                *(self.config, one.steps, self.model, self.tokens.calibration, self.record.inputs, self.folder),
+                *(self.record.timed, one.plan_file, student),
+            )
+
+    def keep_plan(self, plan: Plan) -> None:
+        """Draw and log the plan of the run. If it has several rounds, store it too."""
+        if len(self.plans) > 1:
+            keep_plan(self.folder, plan)
+            if processes.is_first():
+                plan.save(self.folder / "plan.json")
+        if plan.operations and processes.is_first():
+            draw_and_log(plan, self.model, self.folder, self.loggers)
+
+    def measure_compressed(self, student: Student) -> None:
+        """Measure the model after all operations of the plan except the refits of the last round."""
+        if student.plan.operations:
+            self.results.measure("compressed", student, untrained=True)
+            return
+        if self._stages_of(student) != list(self.stages):
+            log.info("the model is not compressed, so next-token training replaces the distillation")
+        self.results.profile_original()
+
+    def refit(self, student: Student, one: Round) -> None:
+        """Execute the refits of a round, if there are any; after the last round, measure the model."""
+        if any(operation.kind == "refit" for operation in self.plans[-1].operations):
             with self.record.timed("refit"):
-                self.record.keep_refit(student.refit(self._tape))
-            self.results.measure("refitted", student, untrained=True)
+                errors = student.refit(self._tape)
+            if one.is_last:
+                self.record.keep_refit(errors)
+                self.results.measure("refitted", student, untrained=True)
 
-    def recover(self, student: Student, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-        """Train the student and, if requested, the control; measure both.
-
-        Returns:
-            a description of each recovery stage for summary.json; empty without a recovery.
-        """
-        config, model, plan = self.config, self.model, student.plan
-        if config.recovery.objective == "none":
+    def recover(self, student: Student, one: Round) -> list[dict[str, Any]]:
+        """Train the student with a round's share of the recovery, and describe each stage of it for summary.json."""
+        if self.config.recovery.objective == "none" or (not one.is_last and not student.plan.operations):
             return []
         log_footprint(student)
-        device, layers = decoder.device(model), self._trained_layers(plan)
-        recovery = Recovery(
-            *(config, stages, layers, self.folder, self.tokens.stages),
-            *(self.tokenizer, device, self.record, self._callbacks),
-            self.loggers,
-        )
-        if self.memory is not None and (size := local_training_bytes(student, stages, layers)):
+        stages, windows = stages_of(self._stages_of(student), self.tokens.stages, one)
+        recovery = self._recovery(config_of(self.config, one), student, stages, windows)
+        if self.memory is not None and (size := local_training_bytes(student, stages, recovery.layers)):
             self.memory.count_training(size)
         cached = recovery.keep_predictions(student)
-        descriptions = recovery.recover(student, cached, lambda: self._load_whole(student))
+        return recovery.recover(student, cached, lambda: self._load_whole(student))
+
+    def finish_recovery(self, student: Student) -> None:
+        """Measure the recovered student. On request, train the control for the steps of all rounds and measure it."""
+        if self.config.recovery.objective == "none":
+            return
         self.results.measure("recovered", student, original=self._load_original if self.memory is not None else None)
-        if config.recovery.control and plan.operations and not self.record.has("control"):
+        plan = student.plan
+        if self.config.recovery.control and plan.operations and not self.record.has("control"):
+            recovery = self._recovery(self.config, student, self._stages_of(student), self.tokens.stages)
             with recovery.train_control(student):
-                self.results.measure("control", Student(model, Plan(model=plan.model)), profiled=False)
-        return descriptions
+                self.results.measure("control", Student(self.model, Plan(model=plan.model)), profiled=False)
+
+    def _recovery(
+        self, config: Config, student: Student, stages: Sequence[Stage], windows: Mapping[str, StageTokens]
+    ) -> Recovery:
+        return Recovery(
+            *(config, stages, self._trained_layers(student.plan), self.folder, windows, self.tokenizer),
+            *(decoder.device(self.model), self.record, self._callbacks, self.loggers),
+        )
+
+    def _stages_of(self, student: Student) -> list[Stage]:
+        """Return the stages of the recovery. A student that is not compressed has no teacher."""
+        if student.plan.operations:
+            return list(self.stages)
+        return [replace(stage, recovery=without_teacher(stage.recovery)) for stage in self.stages]
 
     def _load_whole(self, student: Student) -> None:
         """Load a streamed model into memory, after reading the peak memory of the streamed part."""
@@ -313,38 +330,19 @@ class _Stages:
             sizes: parameters of the original and of the compressed model.
             recovery_stages: description of each recovery stage.
         """
-        config, model, record, plan = self.config, self.model, self.record, student.plan
-        objective = (config.recovery if plan.operations else without_teacher(config.recovery)).objective
-        summary = Summary.of_run(config, objective, plan, sizes, model, self.tokens.sha256, record.stages)
-        summary.refit = record.refit_errors or None
-        described = config.recovery.stages or config.recovery.trainable != "experts"
-        described = described or any({"layers", *DESCRIBED_IF_CHANGED} & stage.keys() for stage in recovery_stages)
-        if described or any(windows.counts for windows in self.tokens.stages.values()):
-            summary.recovery_stages = recovery_stages or None
+        config, model, plan = self.config, self.model, student.plan
+        summary = summary_of(config, plan, sizes, model, self.tokens, self.record, recovery_stages)
         stored = quantized.stored_weights(config.model.path, config.model.revision) if config.model.path else None
         if stored and plan.operations:
             summary.count_bytes_on_disk(stored, parameters.weights_bytes(model))
         changed = bool(plan.operations) or config.recovery.objective != "none"
         if config.export.enabled is True or (config.export.enabled == "auto" and changed):
-            self._export(student, summary, stored)
+            with self.record.timed("export"):
+                export_student(config, student, self.tokenizer, self.folder, summary, stored)
+            tracking.log_export(self.loggers, self.folder / "model")
         if self.memory is not None:
             if layer_store(model).streamed:  # no recovery has loaded it into memory
                 self.memory.take_peak()
             summary.memory = self.memory.to_dict()
-        summary.seconds = record.seconds
+        summary.seconds = self.record.seconds
         return summary.to_dict()
-
-    def _export(self, student: Student, summary: Summary, stored: quantized.StoredWeights | None) -> None:
-        folder = self.folder / "model"
-
-        def card(exported: Path) -> str:
-            if stored and student.plan.operations:
-                summary.count_bytes_on_disk(stored, quantized.bytes_on_disk(exported) or 0)
-            return model_card.model_card(summary.to_dict())
-
-        with self.record.timed("export"), progress("exporting"):
-            kind = export(student, self.tokenizer, folder, self.config.export, card=card)
-        keep_export(self.folder)
-        log.info("exported: %s (%s)", folder, kind)
-        summary.artifacts |= {"model": "model", "export_format": kind}
-        tracking.log_export(self.loggers, folder)

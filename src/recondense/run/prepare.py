@@ -11,6 +11,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from recondense import processes
+from recondense.config.problems import render
+from recondense.config.rounds import check_share, rounds_of
 from recondense.config.schema import Config
 from recondense.config.stages import Stage
 from recondense.data.loader import num_rows
@@ -73,7 +75,7 @@ def prepare(run: Run, callbacks: MakeCallbacks = no_callbacks) -> Prepared:
     rows = embedding_rows(model_config)
     tokenizing = Tokenizing(texts, tokenizer, rows)
     tokens = tokenizing.tokens(config, run.stages)
-    check_steps_of(run.stages, tokens)
+    check_steps_of(run.stages, tokens, rounds_of(config.method))
     with processes.let_first_go_ahead():
         tasks = make_tasks(config, tokenizing.documents("validation"))
     sample = [text[:LENGTH] for split in SPLITS for text in (tokenizing.documents(split) or ())[:TEXTS]]
@@ -123,12 +125,14 @@ def _check_saved(
         raise UserError(f"{name}={value}: {problems[0]}.")
 
 
-def check_steps_of(stages: Sequence[Stage], tokens: Tokens) -> None:
-    """Check that every training, whose length may depend on its windows, is longer than its warm-up.
+def check_steps_of(stages: Sequence[Stage], tokens: Tokens, rounds: int = 1) -> None:
+    """Check that every training, whose length may depend on its windows, is longer than its warm-up in each round.
 
     Raises:
         UserError: it is not.
     """
     for stage in stages:
         if stage.name in tokens.stages:
-            with_steps(stage.recovery, num_rows(tokens.stages[stage.name].train), stage.where)
+            settings = with_steps(stage.recovery, num_rows(tokens.stages[stage.name].train), stage.where)
+            if problems := [*check_share(stage.where, settings.steps, settings.warmup_steps, rounds)]:
+                raise UserError("\n".join(render(problems)))

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recondense import processes
+from recondense.config.rounds import rounds_of
 from recondense.config.schema import Config
 from recondense.files import write_aside
 from recondense.full_disk import format_bytes
@@ -30,6 +31,7 @@ from recondense.run import run_folder
 from recondense.run.model_checks import planned_config
 from recondense.run.refits import plan_refits
 from recondense.run.resolved_run import Run
+from recondense.run.rounds import steps_of_rounds
 from recondense.run.sizes import LayerSize, Sizes, compare
 
 GIB = 2**30
@@ -106,13 +108,16 @@ def _write_and_print(run: Run, folder: Path) -> None:
     dtype = weights_dtype(planned, config.model.dtype)
     quantized = quantization(planned) if config.model.dtype == "auto" else {}
     model = model_classes.on_meta(planned, dtype)
-    sizes = compare(model, steps, byte_counter(model, quantized))
+    in_rounds = steps_of_rounds(config.method, steps, model)
+    sizes = compare(model, in_rounds, byte_counter(model, quantized))
     result = _summary(config, model, sizes)
     write_aside(folder / "summary.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     published = beside_published(model, steps, sizes, result["operations"])
     own_tables = [size_table(result, bool(quantized), dtype), layer_table(sizes)]
     print_tables([*own_tables, *([published_table(published)] if published else [])])
     print(f"\nplan: {plan_line(result['operations'])}")
+    if (rounds := rounds_of(config.method)) > 1:
+        print(f"rounds: {rounds}; these are the sizes after the last one")
     for note in _notes(steps, sizes, quantized, dtype, planned):
         print(note)
     print(f"\nsizes: {folder / 'summary.json'}")

@@ -18,7 +18,7 @@ from recondense.errors import ConfigError
 from recondense.files import write_aside
 from recondense.run.resolved_run import Run
 
-RESULTS = (INPUTS, "plan.json", "plan.png", SUMMARY, "stages", "checkpoints", "logs", "model", WORK)
+RESULTS = (INPUTS, "plan.json", "plan.png", SUMMARY, "rounds", "stages", "checkpoints", "logs", "model", WORK)
 CONTENTS = (CONFIG, *RESULTS)  # overwrite=true deletes these and nothing else
 MOVED = ".moved"  # results of the old run while they are being moved; `repair` moves them back
 DELETED = ".deleted"  # all results of the old run; `repair` deletes them

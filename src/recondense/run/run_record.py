@@ -15,6 +15,11 @@ REMEDY = "Delete this file, and the same command measures it again; or use overw
 Figures = dict[str, Any]  # of one result stage: loss, perplexity, kl_to_original, tasks, profile
 
 
+def name_of_round(number: int) -> str:
+    """Return the name under which the figures of a round are stored."""
+    return f"round-{number}"
+
+
 class RunRecord:
     """The folder `stages` of a run, with which a restarted run reuses earlier measurements.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 from recondense import processes
 from recondense.calibration.calibrate import Timed, describe_rounding, make_recorder, retape
 from recondense.calibration.tape import TEXTS_PER_BATCH, Tape
+from recondense.config.method_steps import method_identity
 from recondense.config.schema import Config
 from recondense.data.calibration_set import CalibrationSet
 from recondense.errors import UserError
 from recondense.files import JsonFolder, fingerprint, hold_lock
+from recondense.methods.search.protection import SuperExperts
 from recondense.methods.step import Record, SearchContext, Step
 from recondense.models import decoder, families, model_classes, moe_blocks
 from recondense.models.layer_store import layer_store
+from recondense.models.loading import weights_fingerprint
 from recondense.operations import Operation
 from recondense.plan import Plan
 from recondense.run.inputs import START_OVER, keep_plan
@@ -32,10 +35,12 @@ from recondense.run.steps import as_steps
 from recondense.run.super_experts import cached_super_experts, report_super_experts, super_experts_of
 from recondense.surgery import execute
 from recondense.surgery.apply import require_uncompressed
+from recondense.surgery.student import Student
 
 log = logging.getLogger(__name__)
 
 
+Protected = Mapping[int, frozenset[int]]
 Decided = tuple[Sequence[Operation], Record]
 
 
@@ -99,8 +104,10 @@ def find_plan(
     inputs: Mapping[str, str],
     folder: Path,
     timed: Timed = lambda name: nullcontext(),
+    file: str = "plan.json",
+    student: Student | None = None,
 ) -> Plan:
-    """Return the run's plan from its folder, or search it with the cached results of other runs.
+    """Return the plan of a run or of one of its rounds from the run's folder, or search it with the cached results.
 
     Args:
         config: settings of the run.
@@ -108,10 +115,12 @@ def find_plan(
         model: the model.
         calibration: the calibration set; not used without steps.
         inputs: fingerprints of the model's `weights` and of its `calibration` set.
-        folder: the run's folder, to which plan.json is written.
+        folder: the run's folder, to which the plan is written.
         timed: context manager that counts the seconds of a part of the run.
+        file: the file of the plan in the folder.
+        student: the model with its original, if earlier rounds have changed it.
     """
-    path = folder / "plan.json"
+    path = folder / file
     name = str(config.model.path or config.model.name)
     if not steps:
         return Plan(model=name)
@@ -119,46 +128,96 @@ def find_plan(
     layer_store(model).context = fingerprint(decided_by)
     plan = processes.broadcast(_load_plan(path) if processes.is_first() else None)
     if plan is not None:
-        keep_plan(folder, plan)
+        keep_plan(folder, plan, file)
         log.info("plan: loaded from %s", path)
         return plan
-    operations, evidence = _search_run(config, steps, model, calibration, decided_by, folder, timed)
-    method = fingerprint([step.key() for step in steps], dict(config.method))
-    plan = Plan(name, tuple(operations), {**decided_by, "method": method}, evidence)
+    run = _RunSearch(config, model, calibration, decided_by, folder, timed, student)
+    operations, evidence = run.search(steps)
+    method = fingerprint([step.key() for step in steps], method_identity(config.method))
+    plan = Plan(name, tuple(operations), {**run.decided_by, "method": method}, evidence)
     plan = processes.broadcast(plan)
-    keep_plan(folder, plan)
+    keep_plan(folder, plan, file)
     if processes.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
         plan.save(path)
     return plan
 
 
-def _search_run(
-    config: Config,
-    steps: Sequence[Step],
-    model: PreTrainedModel,
-    calibration: CalibrationSet | None,
-    decided_by: Mapping[str, str],
-    folder: Path,
-    timed: Timed,
-) -> tuple[list[Operation], Record]:
-    """Search the operations of a run and their evidence; the arguments are those of `find_plan` and `search_step`."""
-    record_split = make_recorder(config, model, calibration, folder, timed, split=True)
-    record_unsplit = make_recorder(config, model, calibration, folder, timed)
-    original = cache(record_split)  # for the super experts and for the first step
-    cache_dir = Path(config.cache_dir) / "search"
-    super_experts = cached_super_experts(cache_dir, decided_by, describe_rounding(config, model), original)
-    protects = config.method.get("protect_super_experts", True)
+class _RunSearch:
+    """The search of a run, or of one of its rounds.
 
-    def search_one(step: Step, before: Sequence[Operation]) -> Decided:
-        protected = super_experts.protected(before) if protects else {}
-        record = record_split if before else original
-        decided = search_step(config, step, model, record, decided_by, before, calibration, protected)
-        original.cache_clear()
-        return decided
+    Args:
+        config, model, calibration, folder, timed, student: as in `find_plan`.
+        original_by: fingerprints of the original's weights and of the calibration set.
 
-    operations, records = _search_steps(model, steps, search_one, record_unsplit)
-    evidence = {**_evidence(records), **report_super_experts(super_experts, operations)}
-    return operations + plan_refits(operations, config.method.get("refit", False)), evidence
+    Attributes:
+        decided_by: fingerprints of the current weights and of the calibration set.
+        earlier: the operations of earlier rounds.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: PreTrainedModel,
+        calibration: CalibrationSet | None,
+        original_by: Mapping[str, str],
+        folder: Path,
+        timed: Timed,
+        student: Student | None,
+    ) -> None:
+        self.config, self.model, self.calibration, self.student = config, model, calibration, student
+        self.original_by = dict(original_by)
+        self.decided_by = self.original_by
+        self.earlier: tuple[Operation, ...] = ()
+        if student is not None:
+            self.decided_by = {**original_by, "weights": processes.broadcast(weights_fingerprint(model))}
+            self.earlier = student.plan.operations
+        self.split, self.unsplit = (make_recorder(config, model, calibration, folder, timed, s) for s in (True, False))
+        self.first = cache(self.split)  # for the super experts and for the first step
+
+    def search(self, steps: Sequence[Step]) -> Decided:
+        """Search the operations of some steps, and their evidence."""
+        super_experts = self._super_experts()
+        protects = self.config.method.get("protect_super_experts", True)
+
+        def search_one(step: Step, before: Sequence[Operation]) -> Decided:
+            protected = super_experts.protected([*self.earlier, *before]) if protects else {}
+            original = super_experts.protected([]) if protects else {}
+            decided = self._search_step(step, before, protected, original)
+            self.first.cache_clear()
+            return decided
+
+        operations, records = _search_steps(self.model, steps, search_one, self.unsplit)
+        report = report_super_experts(super_experts, [*self.earlier, *operations])
+        return operations + plan_refits(operations, self.config.method.get("refit", False)), {
+            **_evidence(records),
+            **report,
+        }
+
+    def _super_experts(self) -> SuperExperts:
+        """Find the super experts of the original, or read them from the cache, where later rounds find them."""
+        folder, rounding = Path(self.config.cache_dir) / "search", describe_rounding(self.config, self.model)
+        if self.student is None:
+            return cached_super_experts(folder, self.original_by, rounding, self.first)
+        with self.student.original():
+            return cached_super_experts(folder, self.original_by, rounding, self.split)
+
+    def _search_step(
+        self, step: Step, before: Sequence[Operation], protected: Protected, of_original: Protected
+    ) -> Decided:
+        """Search one step, see `search_step`; layers that no earlier round has changed have the original's cache."""
+        changed = {operation.layer for operation in before}
+        record = self.split if before else self.first
+        arguments = self.config, step, self.model, record
+        if self.student is None:
+            return search_step(*arguments, self.decided_by, before, self.calibration, protected)
+        key = search_key(self.config, step, self.model, self.original_by, (), of_original)
+        inherited = Path(self.config.cache_dir) / "search" / key
+        unchanged = min(changed | self.student.changed_layers(), default=0)
+        earlier = [*self.earlier, *before]
+        return search_step(
+            *arguments, self.decided_by, earlier, self.calibration, protected, inherited=inherited, unchanged=unchanged
+        )
 
 
 def _load_plan(path: Path) -> Plan | None:
@@ -213,7 +272,9 @@ def search_step(
     decided_by: Mapping[str, str],
     before: Sequence[Operation],
     calibration: CalibrationSet | None,
-    protected: Mapping[int, frozenset[int]],
+    protected: Protected,
+    inherited: Path | None = None,
+    unchanged: int = 0,
 ) -> Decided:
     """Search one step of a run with the cached results of other runs, which may use the cache at the same time.
 
@@ -226,24 +287,46 @@ def search_step(
         before: operations of the earlier steps.
         calibration: the calibration set.
         protected: the super experts of each layer.
+        inherited: folder of the cached search of the original; None in the first round.
+        unchanged: the number of layers, from the lowest, that are as in that search.
     """
-    earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
-    depends_on = [*describe_rounding(config, model)]
-    if protected:
-        depends_on.append(f"protected: {sorted((layer, *sorted(experts)) for layer, experts in protected.items())}")
-    key = fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *depends_on)
-    folder = Path(config.cache_dir) / "search" / key
-    lock = hold_lock(folder / ".lock", "runs the same search") if processes.is_first() else nullcontext()
-    with lock:
+    folder = Path(config.cache_dir) / "search" / search_key(config, step, model, decided_by, before, protected)
+    with ExitStack() as locks:
+        caches = []
+        for place in (folder, inherited if unchanged else None):
+            if place is not None and processes.is_first():
+                locks.enter_context(hold_lock(place / ".lock", "runs the same search"))
+            caches.append(None if place is None else processes.SharedMapping(JsonFolder(place)))
+        known, of_original = caches
+        assert known is not None
         scratch = scratch_bytes(config, decoder.device(model), model)
-        known = processes.SharedMapping(JsonFolder(folder))
-        context = SearchContext(model, cache(record), known, scratch, calibration, split=True, protected=protected)
+        context = SearchContext(
+            *(model, cache(record), known, scratch, calibration, True, protected),
+            unchanged=unchanged,
+            inherited=of_original,
+        )
         operations, evidence = step.search(context)
     if reused := evidence.get("reused", ""):
         log.info("search: reused %s from %s", reused, folder)
     if seconds := evidence.get("seconds", {}):
         log.info("search: %s", ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()))
     return list(operations), evidence
+
+
+def search_key(
+    config: Config,
+    step: Step,
+    model: PreTrainedModel,
+    decided_by: Mapping[str, str],
+    before: Sequence[Operation],
+    protected: Protected,
+) -> str:
+    """Return the name of the folder of a cached search; the arguments are those of `search_step`."""
+    earlier = Plan(model="", operations=tuple(before)).to_dict()["operations"]
+    depends_on = [*describe_rounding(config, model)]
+    if protected:
+        depends_on.append(f"protected: {sorted((layer, *sorted(experts)) for layer, experts in protected.items())}")
+    return fingerprint(dict(decided_by), TEXTS_PER_BATCH, step.key(), earlier, *depends_on)
 
 
 def _evidence(records: Sequence[Record]) -> Record:

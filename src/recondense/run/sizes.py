@@ -206,7 +206,7 @@ def _outcome(layer: int, operations: Sequence[Operation]) -> str:
         if operation.layer == layer:
             drops_layer = isinstance(operation, Drop) and operation.part == "layer"
             words.append(WORDS.get(operation.kind) or ("removed" if drops_layer else "without its MoE block"))
-    return ", ".join(words)
+    return ", ".join(dict.fromkeys(words))  # several rounds may have done the same
 
 
 def _ranks(layer: int, operations: Sequence[Operation]) -> tuple[int, int] | None:

@@ -81,16 +81,14 @@ def refit_layers(
     Raises:
         UserError: coefficients should be refitted in a layer that is not condensed, or a layer's block was removed.
     """
-    entering = [] if original is None else [state.clone() for state in record().states[0]]
+    embedded = [] if original is None else [state.clone() for state in record().states[0]]
     with moe_blocks.swap_blocks(model, originals) if original is None else original():
         tape = record()
     by_layer = {operation.layer: operation for operation in operations}
     first = min([*by_layer, *originals]) if original is None else 0
-    states: TensorList = tape.states[first]
-    if original is not None:
-        states = tape.storage.tensor_list()
-        for state in entering:
-            states.append(state)
+    states = tape.states[first] if original is None else tape.storage.tensor_list()
+    for state in embedded:
+        states.append(state)
     report: dict[int, dict[str, float]] = {}
     with eval_mode(model):
         for layer in range(first, tape.num_layers):

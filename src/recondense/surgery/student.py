@@ -169,8 +169,8 @@ class Student:
             removed = isinstance(decoder.decoder_layers(self.model)[layer], SkippedLayer)
             if moe_blocks.is_decoder_layer(original) and not removed:  # the rest of the layer has not been trained yet
                 replaced[layer] = moe_blocks.block_of(original)
-        original = None if self._further is None else self.original
-        return refit(self.model, self._further or self.plan, replaced, record, original)
+        reference = None if self._further is None else self.original
+        return refit(self.model, self._further or self.plan, replaced, record, reference)
 
     def give_own_copies(self, layers: Sequence[int]) -> None:
         """Copy the experts of some layers if the original uses them too, so that training does not change the original.

@@ -18,8 +18,8 @@ from recondense.plan import Plan
 from recondense.report import comparison
 from recondense.report.expert_outcomes import OUTCOMES, outcomes_of
 from recondense.report.model_card import model_card
+from recondense.report.operation_counts import operation_counts
 from recondense.report.plan_picture import draw_plan, draw_searches
-from recondense.report.summary import operation_counts
 from recondense.report.sweep_picture import draw_sweep
 from recondense.report.sweep_table import sweep_row, sweep_table
 from recondense.report.tables import (

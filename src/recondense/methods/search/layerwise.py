@@ -37,6 +37,9 @@ Work = Callable[[LayerTask], Record]
 class LayerwiseSearch:
     """Makes one record per layer, and keeps the records in the cache.
 
+    A record depends on its layer and on the layers below it only. Where an earlier round has changed none of these, the
+    record is that of the first round.
+
     Args:
         context: the model, its tape and the cache.
 
@@ -79,7 +82,7 @@ class LayerwiseSearch:
                     if error is not None:
                         raise error
                     assert record is not None
-                    records[layer] = self.context.cache[names[layer]] = record
+                    records[layer] = self.context.cache_of(layer)[names[layer]] = record
                     bar.advance()
         return {layer: records[layer] for layer in names}
 
@@ -102,7 +105,7 @@ class LayerwiseSearch:
                 assert tape is not None
                 with layer_store(self.context.model).resident(layer):
                     records[layer] = work(LayerTask(layer, tape, None, bar))
-                self.context.cache[names[layer]] = records[layer]
+                self.context.cache_of(layer)[names[layer]] = records[layer]
                 bar.advance()
         return {layer: records[layer] for layer in names}
 
@@ -110,7 +113,7 @@ class LayerwiseSearch:
         self, names: Mapping[int, str], complete: Callable[[int, Record], bool] = lambda layer, record: True
     ) -> tuple[dict[int, Record], list[int]]:
         """Return the cached records, and the layers whose records are missing or incomplete."""
-        cached = {layer: self.context.cache.get(name) for layer, name in names.items()}
+        cached = {layer: self.context.cache_of(layer).get(name) for layer, name in names.items()}
         missing = [layer for layer, record in cached.items() if record is None or not complete(layer, record)]
         self.reused += len(names) - len(missing)
         return {layer: record for layer, record in cached.items() if record is not None}, missing

@@ -48,13 +48,13 @@ def score_behind_pruned_layers(
         for layer, block in blocks.items():
             below = [[prune.layer, list(prune.retained)] for prune in prunes.values()]
             name = f"propagated-{layer:03d}-{fingerprint(below)}"
-            record = context.cache.get(name)
+            record = context.cache_of(layer).get(name)
             if record is None:
                 behind = behind or _PrunedModel(context.tape())
                 traces = behind.trace(layer, prunes)
                 with layer_store(context.model).resident(layer):
                     record = score(behind.tape, traces, block)
-                context.cache[name] = record
+                context.cache_of(layer)[name] = record
             records[layer] = record
             prune = decide(layer, record)
             if prune is not None:

@@ -1,0 +1,109 @@
+"""Runs that compress in several rounds: one is the plain run, several meet the same budget, and all resume exactly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.forks import Forks
+from support.runs import config, model_folder, text_files
+from support.tiny_models import bits, same_bits
+from transformers import AutoModelForCausalLM
+
+from recondense.config.schema import Config
+from recondense.methods.saliency import SaliencyPruning
+from recondense.methods.search.budget import Budget
+from recondense.plan import Plan
+from recondense.run import pipeline
+
+RUNS = Path(__file__).resolve().parents[1] / "support" / "runs.py"
+STEP = SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.5))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rounds")
+    model_folder(folder / "model")
+    return folder
+
+
+def settings(base: Path, name: str, method: dict[str, Any], **recovery: Any) -> Config:
+    made = config(base / "model", text_files(base / "texts"), base / name, **recovery)
+    return replace(made, method={"name": "reap", "steps": ["a step"], **method})
+
+
+def finished(base: Path, name: str, method: dict[str, Any], **recovery: Any) -> tuple[Path, dict[str, Any]]:
+    folder = base / name / "run"
+    if not folder.exists():
+        pipeline.run(settings(base, name, method, **recovery), [STEP])
+    return folder, json.loads((folder / "summary.json").read_text())
+
+
+def test_one_round_is_the_plain_run(base: Path) -> None:
+    plain, summary = finished(base, "plain", {})
+    one, again = finished(base, "one", {"rounds": 1})
+    assert settings(base, "x", {}).run_hash() == settings(base, "x", {"rounds": 1}).run_hash()
+    assert settings(base, "x", {}).run_hash() != settings(base, "x", {"rounds": 2}).run_hash()
+    assert (one / "plan.json").read_bytes() == (plain / "plan.json").read_bytes()
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (plain, one)]
+    assert names[0] == names[1] and "checkpoints/final.ckpt" in names[0] and "rounds" not in names[0]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (plain, one)]
+    assert weights[0] == weights[1] and summary["stages"] == again["stages"] and "rounds" not in again
+
+
+def test_two_rounds_meet_the_budget_of_one(base: Path) -> None:
+    _, summary = finished(base, "plain", {})
+    folder, twice = finished(base, "two", {"rounds": 2}, steps=7, control=True)
+    assert twice["parameters"] == summary["parameters"] and twice["operations"] == summary["operations"]
+    plan = Plan.load(folder / "plan.json")
+    parts = [Plan.load(folder / "rounds" / str(number) / "plan.json") for number in (1, 2)]
+    assert plan.operations == (*parts[0].operations, *parts[1].operations)
+    assert [len(part.operations) for part in parts] == [3, 3]
+    assert plan.search["rounds"] == [part.search for part in parts]
+    assert parts[0].fingerprint["weights"] == plan.fingerprint["weights"] != parts[1].fingerprint["weights"]
+    first, last = twice["rounds"]
+    assert first["parameters"] > last["parameters"] == twice["parameters"]["total"]["compressed"]
+    assert first["kl_to_original"] > 0 and last["perplexity"] == twice["stages"]["recovered"]["perplexity"]
+    checkpoints = {str(path.relative_to(folder / "checkpoints")) for path in folder.rglob("final.ckpt")}
+    assert checkpoints == {"round-1/final.ckpt", "round-2/final.ckpt", "control/final.ckpt"}
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    stages = "round-1/recovery", "round-2/recovery", "control"
+    steps = [max(int(row["step"]) for row in rows if row.get(f"{stage}/loss")) for stage in stages]
+    assert steps == [3, 4, 7], "equal shares, and the rest in the last round"
+    original = AutoModelForCausalLM.from_pretrained(base / "model")
+    exported = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert exported.config.num_experts == 3 and not same_bits(bits(original), bits(exported))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(forks: Forks, base: Path) -> Path:
+    done = forks.run(RUNS, str(base), str(base / "uninterrupted"), "rounds", folder=base)
+    assert done.returncode == 0, done.stderr
+    return base / "uninterrupted" / "run"
+
+
+@pytest.mark.parametrize("phase", ["recovery", "second round", "export"])
+def test_a_killed_run_of_rounds_ends_like_an_uninterrupted_one(
+    forks: Forks, base: Path, uninterrupted: Path, phase: str
+) -> None:
+    output = base / phase.replace(" ", "-")
+    killed = forks.run(RUNS, str(base), str(output), "rounds", folder=base, kill_at=phase)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = forks.run(RUNS, str(base), str(output), "rounds", folder=base)
+    assert resumed.returncode == 0, resumed.stderr
+    if phase != "recovery":
+        assert "round-1/recovery: already trained, in" in resumed.stderr
+    if phase != "export":
+        assert f"{'round-1' if phase == 'recovery' else 'round-2'}/recovery: resuming from" in resumed.stderr
+    folders = output / "run", uninterrupted
+    for name in ("plan.json", "model/model.safetensors"):
+        one, other = ((folder / name).read_bytes() for folder in folders)
+        assert one == other, name
+    stages = [json.loads((folder / "summary.json").read_text())["stages"] for folder in folders]
+    assert stages[0] == stages[1]
