@@ -70,6 +70,47 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["method.prune_ratios[1]=half", FINITE],
     ),
     "half a measurement": (["method=cdmoe_moei2", "method.measurements=1.5"], ["method.measurements=1.5", WHOLE]),
+    "half a round": (["method=reap", "method.rounds=1.5"], ["method.rounds=1.5", "whole number of at least 1"]),
+    "rounds of nothing": (["method=none", "method.rounds=2"], ["method.rounds=2", "no step to repeat"]),
+    "rounds of a step that runs once": (
+        ["method=svd_llm", "method.rounds=2"],
+        ["method.rounds=2", "method=svd_llm cannot compress again what it has compressed", "method.rounds=1"],
+    ),
+    "rounds of different widths": (
+        ["method=narrow", "method.allocation=global", "method.rounds=2"],
+        ["method.rounds=2", "cannot compress again"],
+    ),
+    "rounds without anything to remove": (
+        ["method=layer_drop", "method.memory_ratio=0.7", "method.rounds=6", "recovery.steps=100"],
+        ["method.rounds=6", "would have nothing to remove", "Use fewer rounds"],
+    ),
+    "rounds that only narrow or factorize": (
+        ["method=cdmoe_moei2", "method.num_experts=[]", "method.prune_ratios=[]", "method.rounds=2"],
+        ["method.rounds=2", "cannot compress again"],
+    ),
+    "an early round that cannot reach its share": (
+        [
+            *("method=cdmoe_moei2", "method.num_experts=[]", "method.prune_ratios=[0.1]"),
+            *("method.memory_ratio=0.5", "method.rounds=2"),
+        ],
+        ["method.rounds=2", "not every round can reach its share", "the strongest options"],
+    ),
+    "rounds of a streamed model": (
+        ["method=reap", "method.rounds=2", "model.streaming=true", "recovery=none"],
+        ["method.rounds=2", "model.streaming=false"],
+    ),
+    "rounds of sharded weights": (
+        ["method=reap", "method.rounds=2", "trainer=fsdp2", "recovery=distill"],
+        ["method.rounds=2", "trainer=fsdp2 leaves no whole model", "trainer=ddp"],
+    ),
+    "more rounds than steps": (
+        ["method=reap", "method.rounds=4", "recovery=distill", "recovery.steps=3", "recovery.warmup_steps=0"],
+        ["method.rounds=4", "at most recovery.steps=3"],
+    ),
+    "a warm-up longer than a round": (
+        ["method=reap", "method.rounds=3", "recovery=distill", "recovery.steps=100", "recovery.warmup_steps=33"],
+        ["recovery.warmup_steps=33", "below 33", "one of 3 rounds"],
+    ),
     "value of a step alone": (
         ["method=none", "method.steps=[{_target_:recondense.methods.cdmoe.CDMoE,num_experts:x}]"],
         ["method.steps[0].num_experts=x", WHOLE],

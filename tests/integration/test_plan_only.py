@@ -234,3 +234,11 @@ def test_sizes_of_one_model_are_composed_once(sizes: Sizes, monkeypatch: pytest.
     monkeypatch.setattr("hydra.main", lambda **_: pytest.fail("Hydra is asked again"))
     code, output, errors, _ = sizes("model=tiny_moe")
     assert code == 0 and "sizes: " in output, errors
+
+
+def test_the_sizes_of_several_rounds_are_those_after_the_last(sizes: Sizes) -> None:
+    arguments = "model=qwen_moe", "method=reap", "method.memory_ratio=0.6"
+    once, thrice = (sizes(*arguments, f"method.rounds={count}") for count in (1, 3))
+    assert once[0] == thrice[0] == 0
+    assert thrice[3]["parameters"] == once[3]["parameters"] and thrice[3]["operations"] == once[3]["operations"]
+    assert "rounds: 3; these are the sizes after the last one" in thrice[1] and "rounds:" not in once[1]

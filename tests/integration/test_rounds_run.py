@@ -16,10 +16,17 @@ from support.tiny_models import bits, same_bits
 from transformers import AutoModelForCausalLM
 
 from recondense.config.schema import Config
+from recondense.methods.cdmoe import CDMoE
+from recondense.methods.decompose import Decompose
+from recondense.methods.dropping import Dropping
 from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search.budget import Budget
+from recondense.methods.search.cdmoe_search import CondenseSearch
+from recondense.methods.search.layerwise import LayerTask
+from recondense.models.loading import weights_fingerprint
 from recondense.plan import Plan
 from recondense.run import pipeline
+from recondense.surgery.student import Student
 
 RUNS = Path(__file__).resolve().parents[1] / "support" / "runs.py"
 STEP = SaliencyPruning("reap", budget=Budget(removed_expert_ratio=0.5))
@@ -107,3 +114,60 @@ def test_a_killed_run_of_rounds_ends_like_an_uninterrupted_one(
         assert one == other, name
     stages = [json.loads((folder / "summary.json").read_text())["stages"] for folder in folders]
     assert stages[0] == stages[1]
+
+
+def test_what_nothing_below_has_changed_is_not_searched_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round condenses one layer. Only above it, the second round searches for experts again."""
+    searched: list[int] = []
+    search_layer = CondenseSearch._search_layer
+
+    def counted(self: CondenseSearch, task: LayerTask, *arguments: Any) -> Any:
+        searched.append(task.layer)
+        return search_layer(self, task, *arguments)
+
+    monkeypatch.setattr(CondenseSearch, "_search_layer", counted)
+    made = settings(base, "inherited", {"name": "cdmoe", "rounds": 2})
+    pipeline.run(made, [CDMoE(num_experts=2, num_layers=2)])
+    first, second = (Plan.load(base / "inherited" / "run" / "rounds" / str(number) / "plan.json") for number in (1, 2))
+    [condensed] = first.layers
+    assert condensed > 0, "otherwise nothing below it is unchanged"
+    assert searched == [0, 1, 2, *range(condensed + 1, 3)]
+    orders = [plan.search["expert_search"] for plan in (first, second)]
+    assert set(orders[1]) == {"0", "1", "2"} - {str(condensed)}
+    assert all(orders[1][str(layer)] == orders[0][str(layer)] for layer in range(condensed))
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {
+    "local, then everything": (
+        {"refit": True},
+        [CDMoE(num_experts=2, num_layers="all")],
+        {"stages": [{"name": "a", "objective": "local", "steps": 6}, {"name": "b", "trainable": "all"}]},
+    ),
+    "adapters, a cached teacher": ({}, [STEP, Decompose(ratio=0.8)], {"trainable": "lora", "teacher": "cached"}),
+    "layers dropped after pruning": (
+        {},
+        [SaliencyPruning("random", budget=Budget(0.2)), Dropping("layer", Budget(0.6))],
+        {"trainable": "all"},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_original_stays_the_first_one(base: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """Whatever trains in between: at the end, the teacher has the weights that were loaded."""
+    method, steps, recovery = VARIANTS[variant]
+    originals: list[tuple[str, str]] = []
+    collect = pipeline._Stages.collect
+
+    def checked(self: Any, student: Student, *arguments: Any) -> Any:
+        with student.original() as original:
+            originals.append((weights_fingerprint(original), self.record.inputs["weights"]))
+        assert weights_fingerprint(student.model) not in originals[0]
+        return collect(self, student, *arguments)
+
+    monkeypatch.setattr(pipeline._Stages, "collect", checked)
+    made = settings(base, variant, {**method, "rounds": 2}, **recovery)
+    pipeline.run(made, steps)
+    assert originals[0][0] == originals[0][1]
+    summary = json.loads((base / variant / "run" / "summary.json").read_text())
+    assert summary["stages"]["recovered"]["kl_to_original"] < 3 * summary["rounds"][0]["kl_to_original"] + 0.5
