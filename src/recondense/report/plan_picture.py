@@ -61,7 +61,9 @@ def draw_searches(plan: Mapping[str, Any], path: Path) -> Path:
     operations = {op["layer"]: op for op in plan.get("operations", ()) if op.get("kind") == "condense"}
     if not operations:
         raise UserError("plan picture: the plan condenses no layer")
-    search = {int(layer): record for layer, record in plan.get("search", {}).get("expert_search", {}).items()}
+    evidence = plan.get("search", {})
+    searches = [part.get("expert_search", {}) for part in evidence.get("rounds", [evidence])]
+    search = {int(layer): record for part in searches for layer, record in part.items()}
     layers = sorted({*operations, *search})
     weights = {layer: search[layer].get("mean_routing_weight", []) for layer in layers if layer in search}
     used = [expert for op in operations.values() for expert in op["experts"]]
@@ -82,7 +84,7 @@ def draw_searches(plan: Mapping[str, Any], path: Path) -> Path:
         bar.ax.tick_params(labelsize=7)
     if curves:
         _draw_curves(figure, grid, layers, curves)
-    name = plan.get("search", {}).get("method") or "plan"
+    name = evidence.get("rounds", [evidence])[0].get("method") or "plan"
     title = f"{name}: {len(operations)} of {len(layers)} MoE layers condensed"
     figure.suptitle(f"{title} ({plan['model']})" if plan.get("model") else title, fontsize=11)
     return save_figure(figure, path)

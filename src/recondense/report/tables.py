@@ -30,7 +30,8 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
     width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     crowded = bool(tasks) and (len(tasks) > MAX_TASK_COLUMNS or width > console.width)
     tables = [stage_table(summary, with_tasks=False), task_table(summary)] if crowded else [table]
-    print_tables([*tables, *published_tables(summary), ratios_table(summary)], console)
+    rounds = [rounds_table(summary)] if summary.get("rounds") else []
+    print_tables([*tables, *rounds, *published_tables(summary), ratios_table(summary)], console)
     for line in beside_published.notes(summary):
         console.print(f"\n{line}", soft_wrap=True, highlight=False)
     if summary.get("operations"):
@@ -181,6 +182,20 @@ def stage_table(summary: Mapping[str, Any], *, with_tasks: bool = True) -> Table
         base = original if name == "original" else beside
         cells = [_cell(find_figure(stage, path), find_figure(base, path), form, path) for _, path, form in columns]
         table.add_row(name, *("-" if name != "original" and not cell else cell for cell in cells))
+    return table
+
+
+def rounds_table(summary: Mapping[str, Any]) -> Table:
+    """Return a table with the model's size and quality after each round; figures that were not measured are omitted."""
+    names = {"parameters": "parameters", "perplexity": "perplexity", "kl_to_original": "KL to orig."}
+    rounds = summary["rounds"]
+    measured = {key: name for key, name in names.items() if any(key in figures for figures in rounds)}
+    table = plain_table("after each round")
+    table.add_column("round", style="bold")
+    for name in measured.values():
+        table.add_column(name, justify="right")
+    for number, figures in enumerate(rounds, start=1):
+        table.add_row(str(number), *(format_number(figures[key]) if key in figures else "-" for key in measured))
     return table
 
 

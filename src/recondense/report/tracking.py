@@ -72,7 +72,7 @@ def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
 
     Examples are `original/perplexity`, `compressed/<task>/<metric>`, `recovered/decode_tokens_per_second`,
     `ratios/memory`, `parameters/routed_experts/compressed`, `refit/<layer>/error_after`,
-    `<recovery stage>/<layer>/error_after` of a local recovery, and `seconds/search`.
+    `<recovery stage>/<layer>/error_after` of a local recovery, `round-1/perplexity`, and `seconds/search`.
     Figures that were not measured are absent.
     """
     metrics: dict[str, float] = {}
@@ -82,6 +82,8 @@ def flatten_summary(summary: Mapping[str, Any]) -> dict[str, float]:
             metrics.update(_numbers(value, stage if key in ("tasks", "profile") else f"{stage}/{key}"))
     for stage in summary.get("recovery_stages") or ():
         metrics.update(_numbers(stage.get("layers", {}), stage["name"]))
+    for number, figures in enumerate(summary.get("rounds") or (), start=1):
+        metrics.update(_numbers(figures, f"round-{number}"))
     for section in ("ratios", "parameters", "bytes_on_disk", "refit", "seconds"):
         metrics.update(_numbers(summary.get(section, {}), section))
     return metrics

@@ -27,6 +27,7 @@ from recondense.report.tables import (
     plan_line,
     print_report,
     ratios_table,
+    rounds_table,
     recovery_words,
     refit_line,
     stage_table,
@@ -344,6 +345,22 @@ def test_operations_are_counted_in_order() -> None:
     assert counts["drop_moe"] == counts["drop_layer"] == counts["refit"] == {"layers": 1}
     assert operation_counts(Plan("tiny"), 6) == {}
     json.dumps(counts)
+
+
+def test_what_several_rounds_do_to_a_layer_is_counted_once() -> None:
+    """The experts that stay are those after the last round, of those before the first."""
+    narrow = [Narrow.from_channels(2, (range(size),) * 3, True) for size in (8, 4)]
+    plan = Plan("tiny", (Prune(1, (0, 1, 3, 4)), Prune(2, (0, 1, 2)), narrow[0], Prune(1, (0, 3)), narrow[1]))
+    counts = operation_counts(plan, 6)
+    assert counts["prune"] == {"layers": 2, "retained": 5, "of": 12}
+    assert counts["narrow"] == {"layers": 1, "narrowest": 4, "widest": 4, "mean_width": 4.0}
+
+
+def test_rounds_are_a_table_of_what_was_measured() -> None:
+    rounds = [{"parameters": 900, "perplexity": 12.5}, {"parameters": 700, "perplexity": 13.25}]
+    shown = text(rounds_table({"rounds": rounds}))
+    assert all(word in shown for word in ("after each round", "900", "12.50", "13.25")) and "KL" not in shown
+    assert flatten_summary({"rounds": rounds})["round-2/perplexity"] == 13.25
 
 
 def test_numbers_of_experts_that_differ_by_layer_are_said() -> None:
