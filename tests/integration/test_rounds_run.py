@@ -76,6 +76,7 @@ def test_two_rounds_meet_the_budget_of_one(base: Path) -> None:
     first, last = twice["rounds"]
     assert first["parameters"] > last["parameters"] == twice["parameters"]["total"]["compressed"]
     assert first["kl_to_original"] > 0 and last["perplexity"] == twice["stages"]["recovered"]["perplexity"]
+    assert "gap_closed" in summary["ratios"] and not any(name.endswith("gap_closed") for name in twice["ratios"])
     checkpoints = {str(path.relative_to(folder / "checkpoints")) for path in folder.rglob("final.ckpt")}
     assert checkpoints == {"round-1/final.ckpt", "round-2/final.ckpt", "control/final.ckpt"}
     with (folder / "logs" / "metrics.csv").open(newline="") as file:

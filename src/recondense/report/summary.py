@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from recondense.config.rounds import rounds_of
 from recondense.config.schema import GENERAL, Config, ModelConfig
 from recondense.errors import UserError
 from recondense.models import families
@@ -44,13 +45,13 @@ class Summary:
         environment: what the result depends on besides its config (`environment`).
         parameters: number of all parameters (`total`) and of the routed experts' (`routed_experts`), by stage.
         operations: `operation_counts` of the plan.
-        refit: for each refitted layer, the relative error of its output before and after the refit.
+        refit: for each layer that the last round refits, the relative error of its output before and after it.
         plan_only: true if nothing ran and the sizes were computed from shapes.
         weights_bytes: size of the weights by stage, in bytes; only with plan_only.
         stages: figures of each result stage: perplexity, loss and kl_to_original (nats), tasks, profile.
         published: published results of the same model, for comparison.
         ratios: compressed / original for memory, routed-expert parameters and speed; and the shares of the added loss
-            that the refit and all stages together remove.
+            that the refit and all stages together remove, in a run with one round.
         seconds: duration of each part of the run.
         artifacts: files in the run's folder, and the repository to which an export was uploaded.
         recovery_stages: description of each recovery stage.
@@ -146,7 +147,7 @@ class Summary:
         summary = cls.of_plan(config, objective, plan, sizes, model, data)
         summary.stages = stages
         summary.published = published
-        summary.ratios = ratios(stages, sizes)
+        summary.ratios = ratios(stages, sizes, with_gaps=rounds_of(config.method) == 1)
         summary.artifacts = {"plan": "plan.json"} if plan.operations else {}
         return summary
 
@@ -219,12 +220,14 @@ def published_beside(
     }
 
 
-def ratios(stages: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
+def ratios(stages: Mapping[str, Any], sizes: Sizes, *, with_gaps: bool = True) -> dict[str, float]:
     """Return compressed / original for memory, parameters and speed, and the shares of the added loss removed.
 
     Args:
         stages: figures of each result stage.
         sizes: parameters of the original and of the compressed model.
+        with_gaps: whether to return the shares of the added loss. They have no meaning after several rounds, because
+            the recovery of earlier rounds has already removed some of what the last round measures as added.
     """
     values = {}
     if "compressed" in sizes and sizes["original"]["routed_experts"]:
@@ -239,7 +242,7 @@ def ratios(stages: Mapping[str, Any], sizes: Sizes) -> dict[str, float]:
         if key in original and key in compressed:
             values[name] = compressed[key] / original[key]
     original_loss, compressed_loss = (stages.get(name, {}).get("loss") for name in ("original", "compressed"))
-    if None not in (original_loss, compressed_loss) and compressed_loss != original_loss:
+    if with_gaps and None not in (original_loss, compressed_loss) and compressed_loss != original_loss:
         for name, stage in (("refit_gap_closed", "refitted"), ("gap_closed", "recovered")):
             if "loss" in stages.get(stage, {}):
                 values[name] = (compressed_loss - stages[stage]["loss"]) / (compressed_loss - original_loss)

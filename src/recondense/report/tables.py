@@ -37,7 +37,8 @@ def print_report(summary: Mapping[str, Any], console: Console | None = None) -> 
     if summary.get("operations"):
         console.print(f"\nplan: {plan_line(summary['operations'])}", soft_wrap=True, highlight=False)
     if summary.get("refit"):
-        console.print(f"refit: {refit_line(summary['refit'])}", soft_wrap=True, highlight=False)
+        where = " (last round)" if summary.get("rounds") else ""
+        console.print(f"refit{where}: {refit_line(summary['refit'])}", soft_wrap=True, highlight=False)
     if summary.get("super_experts"):
         console.print(f"super experts: {super_experts_line(summary['super_experts'])}", soft_wrap=True, highlight=False)
     for stage in summary.get("recovery_stages") or ():

@@ -207,7 +207,11 @@ def test_a_refit_is_reported_in_one_line(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as file:
         console = Console(width=80, record=True, file=file)
         print_report({**summary(), "refit": errors}, console)
-    assert refit_line(errors) in console.export_text()
+    assert f"refit: {refit_line(errors)}" in console.export_text()
+    with (tmp_path / "rounds").open("w") as file:
+        console = Console(width=80, record=True, file=file)
+        print_report({**summary(), "refit": errors, "rounds": [{"parameters": 3}, {"parameters": 2}]}, console)
+    assert f"refit (last round): {refit_line(errors)}" in console.export_text()
     with (tmp_path / "local").open("w") as file:
         console = Console(width=80, record=True, file=file)
         print_report({**summary(), "recovery_stages": [{"name": "first", "layers": errors}, {"name": "x"}]}, console)
