@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from support.tiny_models import bits, same_bits
 from transformers import AutoModelForCausalLM
 
 from recondense.config.schema import Config
+from recondense.errors import UserError
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.decompose import Decompose
 from recondense.methods.dropping import Dropping
@@ -87,6 +90,38 @@ def test_two_rounds_meet_the_budget_of_one(base: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(base / "model")
     exported = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert exported.config.num_experts == 3 and not same_bits(bits(original), bits(exported))
+
+
+def test_no_plan_of_the_rounds_is_edited_in_place(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit is refused by a start that resumes, and in a run that is done; without it the run ends as it would."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder, made = base / "edited" / "run", settings(base, "edited", {"rounds": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Stages, "collect", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(made, [STEP])
+    for name in ("plan.json", "rounds/1/plan.json", "rounds/2/plan.json"):
+        path = folder / name
+        with edited(path), pytest.raises(UserError, match=rf"the {name} of this run changed.* delete {path}"):
+            pipeline.run(made, [STEP])
+    (folder / "plan.json").unlink()
+    pipeline.run(made, [STEP])
+    for name in ("plan.json", "rounds/1/plan.json", "rounds/2/plan.json"):
+        with edited(folder / name), pytest.raises(UserError, match=f"{folder / name} changed since this run began"):
+            pipeline.run(made, [STEP])
+
+
+@contextmanager
+def edited(path: Path) -> Iterator[None]:
+    """Leave out the last operation of a plan until the context ends."""
+    before = path.read_text()
+    plan = Plan.load(path)
+    replace(plan, operations=plan.operations[:-1]).save(path)
+    yield
+    path.write_text(before)
 
 
 @pytest.fixture(scope="module")

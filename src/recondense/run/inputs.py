@@ -7,6 +7,7 @@ and the versions of the packages that can change a result.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,7 @@ from recondense.run.resolved_run import Run
 from recondense.run.run_folder import INPUTS, RESULTS, has_summary
 
 FILES, EXPORT, VERSIONS = "files", "export", "versions"  # entries of inputs.json that are no fingerprints
-PLAN = "plan.json of this run"
+OF_RUN = " of this run"  # after the path of a plan in the folder, in inputs.json
 START_OVER = "use overwrite=true to start over"
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,8 @@ def _compare_files(run: Run, folder: Path) -> Changes:
     if not has_summary(run.config):
         return changes
     changed, gone = list(changes.changed), list(changes.gone)
-    if PLAN in known and (path := folder / "plan.json").exists() and _hash_plan(Plan.load(path)) != known[PLAN]:
-        changed.append(str(path))
+    paths = {folder / name.removesuffix(OF_RUN): value for name, value in known.items() if name.endswith(OF_RUN)}
+    changed += [str(path) for path, value in paths.items() if path.exists() and _hash_plan(Plan.load(path)) != value]
     if EXPORT in known and (folder / "model").exists():
         names = input_files.different_files(exported_files(folder), known[EXPORT])
         changed += [str(folder / "model" / name) for name in names if (folder / "model" / name).exists()]
@@ -161,7 +162,28 @@ def keep_plan(folder: Path, plan: Plan, name: str = "plan.json") -> None:
         UserError: the plan changed.
     """
     remedy = f"delete {folder / name}, and the plan is searched again, or {START_OVER}"
-    keep_inputs(folder, {f"{name} of this run": _hash_plan(plan)}, remedy)
+    keep_inputs(folder, {name + OF_RUN: _hash_plan(plan)}, remedy)
+
+
+def keep_plan_of_rounds(folder: Path, plan: Plan) -> None:
+    """Write the plan of all rounds to plan.json, unless an earlier start has, see `keep_plan`; that one is compared."""
+    path = folder / "plan.json"
+    keep_plan(folder, plan)
+    stored = processes.broadcast(load_plan(path) if processes.is_first() else None)
+    if stored is not None:
+        keep_plan(folder, stored)
+    elif processes.is_first():
+        plan.save(path)
+
+
+def load_plan(path: Path) -> Plan | None:
+    """Return the plan that an earlier start has written; None if there is none."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return Plan.load(path)
+    except UserError as error:
+        raise UserError(f"{error}. Delete this file, and the plan is searched again; or {START_OVER}") from None
 
 
 def _hash_plan(plan: Plan) -> str:

@@ -35,7 +35,7 @@ from recondense.report import tables, tracking, wandb_run
 from recondense.report.summary import metric
 from recondense.run import launching, run_folder
 from recondense.run.collect import draw_and_log, export_student, summary_of
-from recondense.run.inputs import compare_files, inputs_of, keep_files, keep_inputs, keep_plan
+from recondense.run.inputs import compare_files, inputs_of, keep_files, keep_inputs, keep_plan_of_rounds
 from recondense.run.load import MakeCallbacks, load_model, locate, no_callbacks
 from recondense.run.measure import Evaluator, ResultStages
 from recondense.run.prepare import Prepared, prepare
@@ -231,9 +231,7 @@ class _Stages:
     def keep_plan(self, plan: Plan) -> None:
         """Draw and log the plan of the run. If it has several rounds, store it too."""
         if len(self.plans) > 1:
-            keep_plan(self.folder, plan)
-            if processes.is_first():
-                plan.save(self.folder / "plan.json")
+            keep_plan_of_rounds(self.folder, plan)
         if plan.operations and processes.is_first():
             draw_and_log(plan, self.model, self.folder, self.loggers)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cache
@@ -27,7 +26,7 @@ from recondense.models.layer_store import layer_store
 from recondense.models.loading import weights_fingerprint
 from recondense.operations import Operation
 from recondense.plan import Plan
-from recondense.run.inputs import START_OVER, keep_plan
+from recondense.run.inputs import keep_plan, load_plan
 from recondense.run.refits import plan_refits
 from recondense.run.search_memory import scratch_bytes
 from recondense.run.sizes import outlined, require_one_width
@@ -126,7 +125,7 @@ def find_plan(
         return Plan(model=name)
     decided_by = {name: inputs[name] for name in ("weights", "calibration")}
     layer_store(model).context = fingerprint(decided_by)
-    plan = processes.broadcast(_load_plan(path) if processes.is_first() else None)
+    plan = processes.broadcast(load_plan(path) if processes.is_first() else None)
     if plan is not None:
         keep_plan(folder, plan, file)
         log.info("plan: loaded from %s", path)
@@ -218,16 +217,6 @@ class _RunSearch:
         return search_step(
             *arguments, self.decided_by, earlier, self.calibration, protected, inherited=inherited, unchanged=unchanged
         )
-
-
-def _load_plan(path: Path) -> Plan | None:
-    """Return the plan that an earlier start has searched; None if there is none."""
-    if not os.path.lexists(path):
-        return None
-    try:
-        return Plan.load(path)
-    except UserError as error:
-        raise UserError(f"{error}. Delete this file, and the plan is searched again; or {START_OVER}") from None
 
 
 def _search_steps(
