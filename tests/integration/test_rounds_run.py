@@ -161,13 +161,22 @@ def test_what_nothing_below_has_changed_is_not_searched_again(base: Path, monkey
         searched.append(task.layer)
         return search_layer(self, task, *arguments)
 
+    locks: list[Path] = []
+
+    @contextmanager
+    def counted_lock(path: Path, doing: str) -> Iterator[None]:
+        locks.append(path)
+        yield
+
     monkeypatch.setattr(CondenseSearch, "_search_layer", counted)
+    monkeypatch.setattr("recondense.run.search.hold_lock", counted_lock)
     made = settings(base, "inherited", {"name": "cdmoe", "rounds": 2})
     pipeline.run(made, [CDMoE(num_experts=2, num_layers=2)])
     first, second = (Plan.load(base / "inherited" / "run" / "rounds" / str(number) / "plan.json") for number in (1, 2))
     [condensed] = first.layers
     assert condensed > 0, "otherwise nothing below it is unchanged"
     assert searched == [0, 1, 2, *range(condensed + 1, 3)]
+    assert len(locks) == len(set(locks)) == 2, "no run waits for another one that inherits the same records"
     orders = [plan.search["expert_search"] for plan in (first, second)]
     assert set(orders[1]) == {"0", "1", "2"} - {str(condensed)}
     assert all(orders[1][str(layer)] == orders[0][str(layer)] for layer in range(condensed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -280,14 +280,12 @@ def search_step(
         unchanged: the number of layers, from the lowest, that are as in that search.
     """
     folder = Path(config.cache_dir) / "search" / search_key(config, step, model, decided_by, before, protected)
-    with ExitStack() as locks:
-        caches = []
-        for place in (folder, inherited if unchanged else None):
-            if place is not None and processes.is_first():
-                locks.enter_context(hold_lock(place / ".lock", "runs the same search"))
-            caches.append(None if place is None else processes.SharedMapping(JsonFolder(place)))
-        known, of_original = caches
-        assert known is not None
+    # The original's records are used without its lock, so that runs whose trained models differ do not wait for one
+    # another. Each record is written at once, and whoever makes it makes the same one.
+    of_original = processes.SharedMapping(JsonFolder(inherited)) if inherited is not None and unchanged else None
+    lock = hold_lock(folder / ".lock", "runs the same search") if processes.is_first() else nullcontext()
+    with lock:
+        known = processes.SharedMapping(JsonFolder(folder))
         scratch = scratch_bytes(config, decoder.device(model), model)
         context = SearchContext(
             *(model, cache(record), known, scratch, calibration, True, protected),
