@@ -21,7 +21,7 @@ from recondense.errors import UserError
 from recondense.files import JsonFolder, fingerprint, hold_lock
 from recondense.methods.search.protection import SuperExperts
 from recondense.methods.step import Record, SearchContext, Step
-from recondense.models import decoder, families, model_classes, moe_blocks
+from recondense.models import decoder, families, model_classes
 from recondense.models.layer_store import layer_store
 from recondense.models.loading import weights_fingerprint
 from recondense.operations import Operation
@@ -238,7 +238,7 @@ def _search_steps(
     """
     operations: list[Operation] = []
     records: list[Record] = []
-    originals: dict[int, nn.Module] = {}
+    originals: list[dict[int, nn.Module]] = []
     try:
         for index, step in enumerate(steps):
             require_one_width(model, step)
@@ -246,10 +246,9 @@ def _search_steps(
             operations += new
             records.append(decided_by)
             if index < len(steps) - 1:
-                originals = {**execute.execute(model, Plan("", tuple(new)), record), **originals}
+                originals.append(execute.execute(model, Plan("", tuple(new)), record))
     finally:
-        for layer, block in originals.items():
-            moe_blocks.set_block(model, layer, block)
+        execute.restore(model, originals)
     return operations, records
 
 

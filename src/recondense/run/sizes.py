@@ -129,23 +129,22 @@ def outlined(model: PreTrainedModel, steps: Sequence[Step]) -> Iterator[list[Ope
         UserError: a step cannot meet its budget, or needs one width but an earlier step leaves different ones.
     """
     operations: list[Operation] = []
-    originals: dict[int, nn.Module] = {}
+    originals: list[dict[int, nn.Module]] = []
     uneven = False
     try:
         for step in steps:
             require_one_width(model, step, uneven)
             new = step.outline(model)
             uneven = uneven or (bool(step.left_open) and any(isinstance(operation, Narrow) for operation in new))
-            originals = {**execute.restructure(model, Plan("", tuple(new))), **originals}
+            originals.append(execute.restructure(model, Plan("", tuple(new))))
             operations += new
-        for layer in originals:
+        for layer in dict.fromkeys(operation.layer for operation in operations):
             block = moe_blocks.get_block(model, layer)
             if isinstance(block, CondensedMoE):
                 block.fold()
         yield operations
     finally:
-        for layer, block in originals.items():
-            moe_blocks.set_block(model, layer, block)
+        execute.restore(model, originals)
 
 
 def require_one_width(model: PreTrainedModel, step: Step, uneven: bool = False) -> None:

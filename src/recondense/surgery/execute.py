@@ -264,6 +264,18 @@ def _exchange(model: PreTrainedModel, layer: int, block: nn.Module, originals: d
     moe_blocks.set_block(model, layer, block)
 
 
+def restore(model: PreTrainedModel, originals: Sequence[Mapping[int, nn.Module]]) -> None:
+    """Undo several executions in reverse order, because a later one may remove a layer that an earlier one changed.
+
+    Args:
+        model: the model.
+        originals: the return values of `execute` or `restructure`, in order.
+    """
+    for replaced in reversed(originals):
+        for layer, block in replaced.items():
+            moe_blocks.set_block(model, layer, block)
+
+
 @contextmanager
 def restore_on_error(model: PreTrainedModel, originals: Mapping[int, nn.Module]) -> Iterator[None]:
     """Restore the original blocks if an error occurs inside the context."""

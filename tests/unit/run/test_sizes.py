@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import deepseek_v2, qwen2_moe
+from support.tiny_models import deepseek_v2, qwen2_moe, recorded
 from torch import nn
 
 from recondense.methods.cdmoe import CDMoE
@@ -17,6 +17,7 @@ from recondense.methods.merging import Merging
 from recondense.methods.moei2 import InterExpertPruning
 from recondense.methods.mone import MoNE
 from recondense.methods.narrowing import Narrowing
+from recondense.methods.saliency import SaliencyPruning
 from recondense.methods.search.budget import Budget
 from recondense.models import model_classes, moe_blocks
 from recondense.models.parameters import weights_bytes
@@ -97,6 +98,24 @@ def test_published_active_parameters() -> None:
     for hub_id, active in (("Qwen/Qwen1.5-MoE-A2.7B", 2.7), ("deepseek-ai/DeepSeek-V2-Lite", 2.7)):
         model, _ = published_model(hub_id)
         assert compare(model, []).before.active / 1e9 == pytest.approx(active, abs=0.05)
+
+
+PRUNE_AND_DROP = [SaliencyPruning("random", budget=Budget(0.2)), Dropping("layer", Budget(0.4))]
+
+
+def test_a_layer_that_is_changed_and_then_removed_comes_back() -> None:
+    """Outlining and searching execute one step after another, and must undo them in reverse order."""
+    model = meta_model()
+    modules = list(model.modules())
+    with outlined(model, PRUNE_AND_DROP) as operations:
+        assert [operation.kind for operation in operations].count("drop") == 1
+    assert list(model.modules()) == modules
+    assert compare(model, PRUNE_AND_DROP) == compare(model, PRUNE_AND_DROP)
+    searched = qwen2_moe()
+    modules = list(searched.modules())
+    plan = search(recorded(searched), [*PRUNE_AND_DROP, Narrowing("norms", width=8)])
+    assert plan.operations[-1].kind == "narrow" and "drop" in {operation.kind for operation in plan.operations}
+    assert list(searched.modules()) == modules
 
 
 @pytest.mark.parametrize("make", [qwen2_moe, deepseek_v2])
