@@ -93,7 +93,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
             *("method=cdmoe_moei2", "method.num_experts=[]", "method.prune_ratios=[0.1]"),
             *("method.memory_ratio=0.5", "method.rounds=2"),
         ],
-        ["method.rounds=2", "not every round can reach its share", "the strongest options"],
+        ["method.rounds=2", "not every round can reach its share", "the strongest options", "Use fewer rounds"],
     ),
     "rounds of a streamed model": (
         ["method=reap", "method.rounds=2", "model.streaming=true", "recovery=none"],

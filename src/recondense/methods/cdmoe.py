@@ -310,9 +310,18 @@ class CDMoE:
 
 
 def _for_round(step: CDMoE, number: int, count: int, model: PreTrainedModel) -> CDMoE | None:
-    """Return a step for one round, see `Step.for_round`. Listed layers are condensed in their order."""
+    """Return a step for one round, see `Step.for_round`. Listed layers are condensed in their order.
+
+    A condensed layer cannot be condensed again. With a budget, earlier rounds therefore give back no experts: each
+    condenses its share of the layers that the budget needs, to the number of experts with which it needs them.
+    """
     if step.budget.is_given:
-        return replace(step._within_budget(model), budget=step.budget.part(number, count))
+        whole = step._within_budget(model)
+        needed = whole._fewest_layers(model, list(moe_blocks.sparse_blocks(model)))
+        before, after = (needed * done // count for done in (number - 1, number))
+        if number == count:
+            return whole
+        return replace(whole, budget=NO_BUDGET, num_layers=after - before) if after > before else None
     layers, chosen = step._layers(model)
     total = len(layers) if chosen is None else chosen
     before, after = (-(-total * done // count) for done in (number - 1, number))

@@ -84,6 +84,12 @@ def check_rounds(method: Mapping[str, Any], steps: Sequence[Step], model: PreTra
         text = f"method={method.get('name')} cannot compress again what it has compressed. Use method.rounds=1."
         yield Problem("method.rounds", text, count)
         return
+    try:
+        with outlined(model, steps):
+            pass
+    except UserError as error:  # one round has the same problem
+        yield Problem("", f"{error}.")
+        return
     before: list[Step] = []
     try:
         for one in make_rounds(method, steps, model):
@@ -96,4 +102,5 @@ def check_rounds(method: Mapping[str, Any], steps: Sequence[Step], model: PreTra
                     yield Problem("method.rounds", text, count)
                     return
     except UserError as error:
-        yield Problem("method.rounds", f"not every round can reach its share: {error}.", count)
+        text = f"not every round can reach its share, but one round reaches the whole: {error}. Use fewer rounds."
+        yield Problem("method.rounds", text, count)
