@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from recondense.errors import UserError
 from recondense.files import write_aside
-from recondense.operations import OPERATIONS, Operation
+from recondense.operations import OPERATIONS, Drop, Operation, Refit
 
 SCHEMA = 1
 
@@ -156,6 +156,16 @@ class Plan:
             raise UserError(f"{path}: the plan cannot be read: {error}") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+
+def join(operations: Sequence[Operation], further: Sequence[Operation]) -> tuple[Operation, ...]:
+    """Return the operations of a plan and those of a further one for the same model, as one plan has them.
+
+    Refits come after all other operations, so those of layers that the further plan drops are left out.
+    """
+    dropped = {operation.layer for operation in further if isinstance(operation, Drop)}
+    kept = [one for one in operations if not (isinstance(one, Refit) and one.layer in dropped)]
+    return (*kept, *further)
 
 
 def _to_json(operations: Sequence[Operation]) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from recondense.config.schema import Config
 from recondense.config.stages import Stage
 from recondense.data.loader import num_rows
 from recondense.data.tokens import StageTokens
-from recondense.plan import Plan
+from recondense.operations import Operation
+from recondense.plan import Plan, join
 from recondense.run.recover import with_steps
 from recondense.run.rounds import Round
 
@@ -51,11 +52,13 @@ def _share(stage: Stage, windows: Mapping[str, StageTokens], one: Round) -> Stag
 
 
 def plan_of(plans: Sequence[Plan]) -> Plan:
-    """Return the plan of a run from those of its rounds: all operations, and the evidence of each round."""
+    """Return the plan of a run from those of its rounds: their operations (`join`), and the evidence of each round."""
     first, last = plans[0], plans[-1]
     if len(plans) == 1:
         return first
     evidence = [{name: value for name, value in plan.search.items() if name != SUPER_EXPERTS} for plan in plans]
     kept = {name: value for name, value in last.search.items() if name == SUPER_EXPERTS}
-    operations = tuple(operation for plan in plans for operation in plan.operations)
+    operations: tuple[Operation, ...] = ()
+    for plan in plans:
+        operations = join(operations, plan.operations)
     return replace(first, operations=operations, search={"rounds": evidence, **kept})

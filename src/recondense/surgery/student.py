@@ -21,7 +21,7 @@ from recondense.models.layer_store import layer_store
 from recondense.models.loading import weights_fingerprint
 from recondense.models.parameters import resident_bytes
 from recondense.models.removed_blocks import SkippedLayer
-from recondense.plan import Plan
+from recondense.plan import Plan, join
 from recondense.progress import progress
 from recondense.surgery import own_copies
 from recondense.surgery.execute import RecordTape, execute_further, refit, structural_operations
@@ -135,7 +135,8 @@ class Student:
     def extend(self, plan: Plan, record: RecordTape | None = None) -> None:
         """Compress the model further, whether it has been trained or not. The original remains the first one.
 
-        Afterwards `plan` has the operations of both plans, and `refit` executes the refits of the new one only.
+        Afterwards `plan` has the operations of both plans, except earlier refits of layers that the new one drops, and
+        `refit` executes the refits of the new one only.
 
         Args:
             plan: the operations; experts have the numbers that they have now. Refits wait for `refit`.
@@ -153,7 +154,7 @@ class Student:
             block.requires_grad_(False)
         self.model.requires_grad_(False)
         self._further = plan
-        self.plan = replace(self.plan, operations=(*self.plan.operations, *plan.operations))
+        self.plan = replace(self.plan, operations=join(self.plan.operations, plan.operations))
 
     def refit(self, record: RecordTape) -> dict[int, dict[str, float]]:
         """Execute the plan's refits: solve for output weights by least squares on the calibration set.

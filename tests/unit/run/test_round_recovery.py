@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_models import qwen2_moe, recorded
 
 from recondense.config.rounds import check_share
 from recondense.config.schema import Config, from_dict
@@ -13,9 +14,13 @@ from recondense.config.stages import require_stages
 from recondense.data.loader import ShuffledWindows
 from recondense.data.tokens import StageTokens, Tokens
 from recondense.errors import UserError
+from recondense.models import moe_blocks
+from recondense.operations import Drop, Prune, Refit
+from recondense.plan import Plan
 from recondense.run.prepare import check_steps_of
-from recondense.run.round_recovery import config_of, stages_of
+from recondense.run.round_recovery import config_of, plan_of, stages_of
 from recondense.run.rounds import Round
+from recondense.surgery.apply import apply
 
 TABLE = {"input_ids": torch.arange(40).reshape(20, 2)}
 WINDOWS = StageTokens(TABLE, None, {})
@@ -42,6 +47,22 @@ def test_every_round_has_another_order_of_the_windows_and_the_first_that_of_the_
     batches = [[batch["input_ids"].tolist() for batch in ShuffledWindows(TABLE, 2, 10, s, lambda: 0)] for s in seeds]
     assert seeds[0] == 2**32 - 1 and all(len(order) == 20 for order in orders)
     assert batches[0] != batches[1] != batches[2] != batches[0]
+
+
+def test_the_plan_of_all_rounds_can_be_applied_again() -> None:
+    """An earlier round refits a layer that a later one drops; refits come last, so only the others are there."""
+    refits = [Refit(layer, "down_proj", 0.01) for layer in (0, 1, 2)]
+    prunes = [Prune(layer, (0, 1, 2, 4)) for layer in (0, 1, 2)]
+    rounds = [(*prunes, *refits), (Drop(1, "layer"), Drop(2, "moe"), Prune(0, (1, 2, 3)), refits[0])]
+    plan = plan_of([Plan("tiny", operations) for operations in rounds])
+    assert plan.operations == (*prunes, refits[0], *rounds[1])
+    model = qwen2_moe()
+    student = apply(model, plan, recorded(model))
+    assert student.plan == plan and moe_blocks.sparse_blocks(model)[0].num_experts == 3
+    further = qwen2_moe()
+    student = apply(further, Plan("tiny", rounds[0]), recorded(further), refit=False)
+    student.extend(Plan("tiny", rounds[1]))
+    assert student.plan.operations == plan.operations
 
 
 def test_a_warm_up_is_shorter_than_a_round_also_with_epochs() -> None:
