@@ -148,6 +148,14 @@ BAD_SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["recovery=routers", "method=cdmoe"],
         ["recovery.trainable=routers", "method=cdmoe leaves no router", "recovery.router_layers=all"],
     ),
+    "routers that no layer has after the first round": (
+        [
+            *("recovery=routers", "method=none", "method.rounds=2"),
+            "method.steps=[{_target_:recondense.methods.cdmoe.CDMoE,num_experts:2,num_layers:[1]},"
+            "{_target_:recondense.methods.decompose.Decompose,ratio:0.5}]",
+        ],
+        ["recovery.trainable=routers", "leaves no router in the layers that it changes in round 1"],
+    ),
     "unknown model": (["model=qwen_mo"], ["model=qwen_mo", "Did you mean qwen_moe?"]),
     "unknown experiment": (["experiment=demmo"], ["experiment=demmo", "Did you mean demo?"]),
     "recipe without its folder": (

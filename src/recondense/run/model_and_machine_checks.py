@@ -18,7 +18,7 @@ from recondense.models.model_files import read_history
 from recondense.run.build_steps import check_steps
 from recondense.run.model_checks import check_model, check_teachers
 from recondense.run.resolved_run import Run
-from recondense.run.rounds import check_rounds, steps_of_rounds
+from recondense.run.rounds import check_rounds, make_rounds, steps_of_rounds
 from recondense.run.task_checks import check_run_tasks
 
 
@@ -121,7 +121,7 @@ def _check_something_trains(run: Run, planned: PretrainedConfig) -> Iterator[Pro
 
 
 def _check_routers_train(run: Run, planned: PretrainedConfig) -> Iterator[Problem]:
-    """Yield stages that train routers alone although the method leaves none in the layers that it changes."""
+    """Yield stages that train routers alone although the method, or one of its rounds, leaves none to train."""
     from recondense.run.sizes import outlined
 
     stages = [stage for stage in run.stages if stage.recovery.objective != "none"]
@@ -129,14 +129,18 @@ def _check_routers_train(run: Run, planned: PretrainedConfig) -> Iterator[Proble
     alone = [stage for stage in alone if stage.recovery.router_layers == "changed"]
     if not alone or any(step.condenses and step.left_open for step in run.steps):  # not known before the search
         return
-    model = model_classes.on_meta(planned)
-    with outlined(model, run.steps) as operations:
-        if any(moe_blocks.router_modules(model, operation.layer) for operation in operations):
-            return
-    lacks = f"method={run.config.method.get('name')} leaves no router in the layers that it changes."
-    for stage in alone:
-        text = f"{lacks} Use {stage.where}.router_layers=all for those of other layers, or train other parts."
-        yield Problem(f"{stage.where}.trainable", text, "routers")
+    model, steps = model_classes.on_meta(planned), list[Step]()
+    for one in make_rounds(run.config.method, run.steps, model):
+        steps += one.steps
+        with outlined(model, steps) as operations:
+            if any(moe_blocks.router_modules(model, operation.layer) for operation in operations):
+                continue
+        after = "" if one.is_last else f" in round {one.number}"
+        lacks = f"method={run.config.method.get('name')} leaves no router in the layers that it changes{after}."
+        for stage in alone:
+            text = f"{lacks} Use {stage.where}.router_layers=all for those of other layers, or train other parts."
+            yield Problem(f"{stage.where}.trainable", text, "routers")
+        return
 
 
 def _check_low_rank(steps: Sequence[Step], facts: families.Facts) -> Iterator[Problem]:
