@@ -107,14 +107,17 @@ class Narrowing:
         return self.allocation == "uniform"  # experts of different widths cannot be narrowed again
 
     def for_round(self, number: int, count: int, model: PreTrainedModel) -> Narrowing | None:
-        """Return the step for one round, see `Step.for_round`. The widths of earlier rounds are rounded up."""
-        if self.width is None:
-            return replace(self, budget=self.budget.part(number, count))
+        """Return the step for one round, see `Step.for_round`. The widths of earlier rounds are rounded up.
+
+        The multiple is that of the original's width in every round, also if it is "auto".
+        """
         full = families.facts(model.config).expert_width
         multiple = resolve_multiple(self.width_multiple, full)
+        if self.width is None:
+            return replace(self, width_multiple=multiple, budget=self.budget.part(number, count))
         exact = full - (full - self.width) * number / count
         width = self.width if number == count else math.ceil(exact / multiple) * multiple
-        return replace(self, width=width) if width < full else None
+        return replace(self, width_multiple=multiple, width=width) if width < full else None
 
     def outline(self, model: PreTrainedModel) -> list[Narrow]:
         """Return operations of the final sizes, see `Step.outline`. All experts count as equally important."""

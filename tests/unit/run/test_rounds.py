@@ -10,6 +10,7 @@ from support.tiny_models import qwen2_moe
 
 from recondense.methods.cdmoe import CDMoE
 from recondense.methods.dropping import Dropping
+from recondense.methods.narrowing import Narrowing
 from recondense.methods.search.budget import Budget
 from recondense.models import model_classes
 from recondense.run.rounds import check_rounds, make_rounds, steps_of_rounds
@@ -35,6 +36,14 @@ def test_rounds_condense_as_many_layers_as_one_round(ratio: float) -> None:
         assert len(first.operations) == layers // count
     [problem] = check_rounds({"name": "cdmoe", "rounds": layers + 1}, steps, model)
     assert problem.setting == "method.rounds" and "Use fewer rounds" in problem.text
+
+
+def test_the_automatic_multiple_of_widths_is_that_of_the_original() -> None:
+    """Experts of 640 channels have multiples of 64, but after the first round, they would have multiples of 32."""
+    model = meta_model(moe_intermediate_size=640)
+    steps = [Narrowing("norms", budget=Budget(removed_expert_ratio=0.54))]
+    once, twice = (compare(model, steps_of_rounds({"rounds": count}, steps, model)) for count in (1, 2))
+    assert once.after == twice.after and {layer.widths for layer in twice.layers.values()} == {(256, 256)}
 
 
 def test_a_budget_that_one_round_cannot_meet_either_is_no_problem_of_the_rounds() -> None:
