@@ -85,8 +85,9 @@ def execute_further(
         All original blocks and decoder layers that have been replaced so far.
     """
     replaced = dict(originals)
+    layers = decoder.decoder_layers(model)
     before = {
-        layer: (decoder.decoder_layers(model)[layer], moe_blocks.get_block(model, layer)) for layer in plan.layers
+        layer: (layers[layer], moe_blocks.get_block(model, layer)) for layer in plan.layers if layer < len(layers)
     }
     try:
         _execute(model, plan, record, replaced)

@@ -202,6 +202,9 @@ def test_an_extension_that_fails_leaves_the_student_as_it_was() -> None:
     with pytest.raises(UserError, match="layer 1"):
         student.extend(Plan("tiny", (Drop(1, "layer"), Prune(1, (0, 1)))))
     assert student.plan == plan and torch.equal(logits(model, IDS), before)
+    with pytest.raises(UserError, match=r"prune, layer 99: the sparse MoE layers are \[0, 2\]"):
+        student.extend(Plan("tiny", (Drop(1, "moe"), Prune(99, (0, 1)))))
+    assert student.plan == plan and torch.equal(logits(model, IDS), before)
     student.release_original()
     with pytest.raises(UserError, match="released its original"):
         student.extend(plan)
