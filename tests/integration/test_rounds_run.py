@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from recondense.config.schema import Config
 from recondense.errors import UserError
 from recondense.methods.cdmoe import CDMoE
+from recondense.methods.combined import Combined
 from recondense.methods.decompose import Decompose
 from recondense.methods.dropping import Dropping
 from recondense.methods.saliency import SaliencyPruning
@@ -152,15 +153,24 @@ def test_a_killed_run_of_rounds_ends_like_an_uninterrupted_one(
     assert stages[0] == stages[1]
 
 
-def test_what_nothing_below_has_changed_is_not_searched_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first round condenses one layer. Only above it, the second round searches for experts again."""
-    searched: list[int] = []
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers whose experts are searched, in order."""
+    layers: list[int] = []
     search_layer = CondenseSearch._search_layer
 
     def counted(self: CondenseSearch, task: LayerTask, *arguments: Any) -> Any:
-        searched.append(task.layer)
+        layers.append(task.layer)
         return search_layer(self, task, *arguments)
 
+    monkeypatch.setattr(CondenseSearch, "_search_layer", counted)
+    return layers
+
+
+def test_what_nothing_below_has_changed_is_not_searched_again(
+    base: Path, searched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round condenses one layer. Only above it, the second round searches for experts again."""
     locks: list[Path] = []
 
     @contextmanager
@@ -168,7 +178,6 @@ def test_what_nothing_below_has_changed_is_not_searched_again(base: Path, monkey
         locks.append(path)
         yield
 
-    monkeypatch.setattr(CondenseSearch, "_search_layer", counted)
     monkeypatch.setattr("recondense.run.search.hold_lock", counted_lock)
     made = settings(base, "inherited", {"name": "cdmoe", "rounds": 2})
     pipeline.run(made, [CDMoE(num_experts=2, num_layers=2)])
@@ -180,6 +189,15 @@ def test_what_nothing_below_has_changed_is_not_searched_again(base: Path, monkey
     orders = [plan.search["expert_search"] for plan in (first, second)]
     assert set(orders[1]) == {"0", "1", "2"} - {str(condensed)}
     assert all(orders[1][str(layer)] == orders[0][str(layer)] for layer in range(condensed))
+
+
+def test_the_last_round_inherits_what_does_not_depend_on_its_further_options(base: Path, searched: list[int]) -> None:
+    """Only the last round of cdmoe_moei2 factorizes, but it has the same orders of experts as the first."""
+    step = Combined(Budget(0.3), num_experts=(2,), prune_ratios=(), kept_ratios=(0.5,), width_ratios=())
+    pipeline.run(settings(base, "combined", {"name": "cdmoe_moei2", "rounds": 2}), [step])
+    lowest = min(Plan.load(base / "combined" / "run" / "rounds" / "1" / "plan.json").layers)
+    assert lowest > 0, "otherwise nothing below it is unchanged"
+    assert set(searched) == {0, 1, 2} and all(searched.count(layer) == 1 for layer in range(lowest))
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {

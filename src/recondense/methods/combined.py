@@ -168,8 +168,7 @@ class Combined:
         return problems
 
     def key(self) -> Record:
-        ratios = ("num_experts", "prune_ratios", "kept_ratios", "width_ratios")
-        lists = {name: list(getattr(self, name)) for name in ratios}
+        lists = {name: list(getattr(self, name)) for name in ("num_experts", "prune_ratios")}
         names = ("alpha", "rank_multiple", "width_multiple", "score", "shared_gate", "expert_search", "normalize")
         settings = {**lists, **{name: getattr(self, name) for name in names}, **self.genetic.key(), "seed": self.seed}
         return {"method": "cdmoe_moei2", "version": 4, **settings}
@@ -203,12 +202,15 @@ class Combined:
         choice: dict[int, Option] = {}
         texts = coefficient_texts(context, self.coefficient_max_length) if self.num_experts else None
         suffix = "" if texts is None else texts.suffix
-        around = ""  # the first measurement takes each layer alone: the same for every budget
+        # The other searches do not depend on these two, so all rounds of a run share them. Damages are those of a list.
+        shrinking = {name: list(getattr(self, name)) for name in ("kept_ratios", "width_ratios")}
+        listed = f"{fingerprint(shrinking)}-"
+        around = listed  # the first measurement takes each layer alone: the same for every budget
         for number in range(self.measurements):
             title = f"damage, measurement {number + 1} of {self.measurements}"
             damages = _measure(damage, options, title, context.cache, around, suffix)
             candidate = self._choose(options, damages, model, choices)
-            around = f"{_fingerprint(candidate)}-"
+            around = f"{listed}{_fingerprint(candidate)}-"
             together = damage.replace(_blocks(damage, options, candidate))
             measured.append(_record(damages, candidate, together))
             if together <= min(earlier["damage"] for earlier in measured):
@@ -216,6 +218,7 @@ class Combined:
         seconds["damage"] = time.perf_counter() - started - seconds["options"]
         return _operations(choice), {
             **self.key(),
+            **shrinking,
             **self.budget.settings(),
             **({} if texts is None else {"coefficient_texts": texts.describe()}),
             "measurements": measured,
@@ -286,7 +289,7 @@ def _measure(
         options: the options of all layers.
         title: the description of the progress bar.
         cache: earlier measurements; written after every layer.
-        around: the name of the current choice in the cache.
+        around: the name of the options and the current choice in the cache.
         suffix: the end of the names in the cache, if the coefficients come from other texts than the tape's.
     """
     damages: dict[int, list[float]] = {}
