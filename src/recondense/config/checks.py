@@ -45,9 +45,8 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.path is None and model.pretrain is None:
         yield Problem("model.path", f"model={model.name} is not built in: give a local folder or a hub id.", None)
     if model.path is not None:
-        remedy = (
-            None if model.tokenizer or config.plan_only else "Set model.tokenizer to a folder or hub id that has one."
-        )
+        needed = not (model.tokenizer or config.plan_only)
+        remedy = "Set model.tokenizer to a folder or hub id that has one." if needed else None
         yield from check_folder(model.path, "model.path", remedy, weights=not config.plan_only)
 
 
