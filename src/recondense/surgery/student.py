@@ -135,7 +135,7 @@ class Student:
     def extend(self, plan: Plan, record: RecordTape | None = None) -> None:
         """Compress the model further, whether it has been trained or not. The original remains the first one.
 
-        Afterwards `plan` has the operations of both plans (`plan.join`), and `refit` executes those of the new one only.
+        Afterwards `plan` has the operations of both plans (`plan.join`); `refit` executes those of the new one only.
 
         Args:
             plan: the operations; experts have the numbers that they have now. Refits wait for `refit`.
