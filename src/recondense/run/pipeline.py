@@ -177,6 +177,7 @@ class _Stages:
         )
         self.results = ResultStages(config, model, self.evaluator, self.record)
         self.plans: list[Plan] = []  # of the rounds so far
+        self.device = decoder.device(model)  # after a training in parts, the first process alone has the weights
 
     def finish(self) -> dict[str, Any] | None:
         """Run all stages. Return the content of summary.json; None in all processes except the first."""
@@ -281,7 +282,7 @@ class _Stages:
     ) -> Recovery:
         return Recovery(
             *(config, stages, self._trained_layers(student.plan), self.folder, windows, self.tokenizer),
-            *(decoder.device(self.model), self.record, self._callbacks, self.loggers),
+            *(self.device, self.record, self._callbacks, self.loggers),
         )
 
     def _stages_of(self, student: Student) -> list[Stage]:
