@@ -27,6 +27,7 @@ def autocast_experts(model: PreTrainedModel, enabled: bool = True) -> Iterator[N
     """
     before: dict[str, str | None] = model.get_experts_implementation()  # by the name of a part of the model
     if enabled:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, grouped_in_autocast)
         inside = {part: NAME if name == "grouped_mm" else "eager" for part, name in before.items()}
         model.set_experts_implementation(inside)
     try:
@@ -67,6 +68,3 @@ class _Converted:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._experts, name)
         return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-ALL_EXPERTS_FUNCTIONS.register(NAME, grouped_in_autocast)
