@@ -266,23 +266,27 @@ class Refit:
         layer: decoder-layer index.
         what: "down_proj", or "coefficients" for those of a condensed layer.
         ridge: penalty on the distance from the current weights, relative to the mean diagonal of the normal matrix.
+            "auto": the penalty with the smallest error on tokens that a first solution has not seen; down_proj only.
     """
 
     kind: ClassVar[str] = "refit"
     layer: int
     what: Literal["down_proj", "coefficients"]
-    ridge: float
+    ridge: float | Literal["auto"]
 
     def __post_init__(self) -> None:
         _check_layer(self.kind, self.layer)
         if self.what not in ("down_proj", "coefficients"):
             raise UserError(f"refit, layer {self.layer}: {self.what!r} must be down_proj or coefficients")
-        if not self.ridge > 0:
-            raise UserError(f"refit, layer {self.layer}: ridge {self.ridge} must be above 0")
+        if self.ridge == "auto" and self.what == "coefficients":
+            raise UserError(f"refit, layer {self.layer}: coefficients need a number as ridge")
+        if self.ridge != "auto" and not self.ridge > 0:
+            raise UserError(f"refit, layer {self.layer}: ridge {self.ridge} must be above 0, or auto")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Refit:
-        return cls(layer=int(data["layer"]), what=cast(Any, data["what"]), ridge=float(data["ridge"]))
+        ridge = data["ridge"] if data["ridge"] == "auto" else float(data["ridge"])
+        return cls(layer=int(data["layer"]), what=cast(Any, data["what"]), ridge=ridge)
 
 
 Operation = Condense | Prune | Constant | Narrow | Factorize | Merge | Drop | Refit

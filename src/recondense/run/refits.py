@@ -7,7 +7,7 @@ from typing import Any
 
 from recondense.operations import Condense, Drop, Operation, Refit
 
-RIDGE = 1e-2  # regularization towards the current weights, relative to the mean of the diagonal
+RIDGE = 1e-2  # of coefficients: regularization towards the current ones, relative to the mean of the diagonal
 
 
 def plan_refits(operations: Sequence[Operation], refit: bool | str) -> list[Refit]:
@@ -23,4 +23,5 @@ def plan_refits(operations: Sequence[Operation], refit: bool | str) -> list[Refi
     condensed = {operation.layer for operation in operations if isinstance(operation, Condense)}
     layers = condensed if refit == "coefficients" else {operation.layer for operation in operations}
     target: Any = "coefficients" if refit == "coefficients" else "down_proj"
-    return [Refit(layer, target, RIDGE) for layer in sorted(layers - dropped)]
+    ridge: Any = RIDGE if refit == "coefficients" else "auto"
+    return [Refit(layer, target, ridge) for layer in sorted(layers - dropped)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -34,23 +34,10 @@ from recondense.models.parameters import count_parameters
 from recondense.models.replacement_blocks import CondensedMoE, expert_inner
 from recondense.models.tensor_store import TensorList
 from recondense.operations import Refit
+from recondense.surgery.least_squares import Unit, solve
 
-SWEEPS = 3  # passes over the units of a layer if they are too many to be solved together
 NORMAL_BYTES = 20  # per entry of the normal matrix: in fp64, in its factors, and in fp32 for one text batch
 LEAST_COLUMNS = 1024  # this many are always solved together, however small the layer is
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One linear part of a block.
-
-    Args:
-        weight_Dn: the weights of the unit, which are changed in place.
-        features: maps x_TD to the rows of the unit's tokens and their features H (t, n), fp32.
-    """
-
-    weight_Dn: Tensor
-    features: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -146,12 +133,13 @@ def _refit_layer(
         assert block.scale is not None
         weights = [block.scale]
         saved = [block.scale.clone()]
+        assert operation.ridge != "auto"
         _solve_coefficients(block, inputs, targets, operation.ridge)
     else:
         units = units_of(model, layer)
         weights = [unit.weight_Dn for unit in units]
         saved = [weight.clone() for weight in weights]
-        _solve(block, units, inputs, targets, tape.storage.tensor_list(), operation.ridge, columns)
+        solve(block, units, inputs, targets, tape.storage.tensor_list(), operation.ridge, columns)
     after = error()
     if not after < before:
         for weight, old in zip(weights, saved, strict=True):
@@ -210,80 +198,6 @@ def _inner(view: moe_blocks.SparseBlock, expert: int, x_tD: Tensor) -> Tensor:
         return expert_inner(x_tD, view.fused_weights, expert)
     bucket, position = experts.place_of(expert)
     return bucket.inner(x_tD, position, experts.glu)
-
-
-def _solve(
-    block: nn.Module,
-    units: Sequence[Unit],
-    inputs: TensorList,
-    targets: TensorList,
-    residuals: TensorList,
-    ridge: float,
-    columns: int,
-) -> None:
-    """Add the ridge solution for the residual to the weights: min ‖R − HΔᵀ‖² + λ‖Δ‖².
-
-    Args:
-        block: the block of the layer.
-        units: the linear parts of the block.
-        inputs: the inputs of the block (T, D), per text batch.
-        targets: the targets of the block (T, D), per text batch.
-        residuals: an empty list for the residuals.
-        ridge: λ, relative to the mean diagonal of the normal matrix.
-        columns: the maximum number of columns that are solved together.
-    """
-    for x_TD, target_TD in zip(inputs, targets, strict=True):
-        residuals.append(target_TD - moe_blocks.block_output(block(x_TD[None]))[0].float())
-    if sum(unit.weight_Dn.shape[1] for unit in units) <= columns:
-        _solve_together(units, inputs, residuals, ridge)
-        return
-    parts = [part for unit in units for part in _split(unit, columns)]
-    for _ in range(SWEEPS):
-        for part in parts:
-            _solve_together([part], inputs, residuals, ridge)
-
-
-def _split(unit: Unit, columns: int) -> list[Unit]:
-    """Split a unit into units of at most `columns` columns with the same tokens."""
-
-    def select(part: slice) -> Unit:
-        def features(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-            rows, h_tn = unit.features(x_TD)
-            return rows, h_tn[:, part]
-
-        return Unit(unit.weight_Dn[:, part], features)
-
-    width = unit.weight_Dn.shape[1]
-    return [select(slice(first, first + columns)) for first in range(0, width, columns)] if width > columns else [unit]
-
-
-def _solve_together(units: Sequence[Unit], inputs: TensorList, residuals: TensorList, ridge: float) -> None:
-    """Solve one ridge problem for some units, and update the residuals."""
-    widths = [unit.weight_Dn.shape[1] for unit in units]
-    weight_Dn = units[0].weight_Dn
-    gram = torch.zeros(sum(widths), sum(widths), dtype=torch.float64, device=weight_Dn.device)
-    right = torch.zeros(sum(widths), weight_Dn.shape[0], dtype=torch.float64, device=weight_Dn.device)
-    for x_TD, residual_TD in zip(inputs, residuals, strict=True):
-        h_Tn = _stack_features(units, widths, x_TD)
-        gram += h_Tn.T @ h_Tn  # accumulated in fp64
-        right += h_Tn.T @ residual_TD
-    gram.diagonal().add_(ridge * float(gram.diagonal().mean()) + 1e-30)
-    delta_nD = torch.linalg.solve(gram, right).float()
-    for unit, change_nD in zip(units, delta_nD.split(widths), strict=True):
-        old_Dn = unit.weight_Dn.clone()
-        unit.weight_Dn.add_(change_nD.T.to(old_Dn.dtype))
-        change_nD.copy_((unit.weight_Dn.float() - old_Dn.float()).T)  # the change as rounded by the weights' dtype
-    for index, x_TD in enumerate(inputs):
-        residuals[index] = residuals[index] - _stack_features(units, widths, x_TD) @ delta_nD
-
-
-def _stack_features(units: Sequence[Unit], widths: Sequence[int], x_TD: Tensor) -> Tensor:
-    """Concatenate the features of some units (T, Σn), fp32; they are zero for tokens that do not reach a unit."""
-    h_Tn = x_TD.new_zeros(len(x_TD), sum(widths), dtype=torch.float32)
-    for unit, part in zip(units, h_Tn.split(list(widths), dim=1), strict=True):
-        rows, features_tn = unit.features(x_TD)
-        part[rows] = features_tn
-    return h_Tn
 
 
 def _solve_coefficients(block: CondensedMoE, inputs: TensorList, targets: TensorList, ridge: float) -> None:

@@ -10,7 +10,7 @@ from support.tiny_models import bits, qwen2_moe, recorded, same_bits
 from recondense.models import moe_blocks
 from recondense.operations import Condense, Operation, Prune, Refit
 from recondense.plan import Plan
-from recondense.surgery import execute
+from recondense.surgery import execute, least_squares
 from recondense.surgery import refit as refit_module
 
 FOUR = (0, 2, 3, 5)
@@ -27,8 +27,8 @@ def change_and_refit(model: Any, operation: Operation, refit: Refit) -> tuple[An
 @pytest.mark.parametrize(
     ("operation", "what", "solver"),
     [
-        (Prune(1, FOUR), "down_proj", "_solve"),
-        (Condense(1, (3, 0), (0.4, 0.2), 0.5), "down_proj", "_solve"),
+        (Prune(1, FOUR), "down_proj", "solve"),
+        (Condense(1, (3, 0), (0.4, 0.2), 0.5), "down_proj", "solve"),
         (Condense(1, (3, 0), (0.4, 0.2), 0.5), "coefficients", "_solve_coefficients"),
     ],
 )
@@ -39,7 +39,7 @@ def test_a_refit_that_makes_a_layer_worse_is_undone(
 
     def ten_times(block: Any, *args: Any) -> None:
         before = bits(block)
-        for weight in [unit.weight_Dn for unit in args[0]] if solver == "_solve" else [block.scale]:
+        for weight in [unit.weight_Dn for unit in args[0]] if solver == "solve" else [block.scale]:
             weight *= 10
         worse.append(not same_bits(bits(block), before))
 
@@ -56,7 +56,7 @@ def test_parts_are_solved_more_than_once(monkeypatch: pytest.MonkeyPatch) -> Non
     refit = Refit(1, "down_proj", 1e-3)
     monkeypatch.setattr(refit_module, "most_columns", lambda original: 17)
     _, several = change_and_refit(qwen2_moe(), Prune(1, FOUR), refit)
-    monkeypatch.setattr(refit_module, "SWEEPS", 1)
+    monkeypatch.setattr(least_squares, "SWEEPS", 1)
     _, once = change_and_refit(qwen2_moe(), Prune(1, FOUR), refit)
     assert several["error_before"] == once["error_before"]
     assert several["error_after"] < 0.75 * once["error_after"] < once["error_before"]
