@@ -13,7 +13,7 @@ import argparse
 import os
 import time
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")  # by default it keeps 1,024
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # by default it keeps 1,024
 
 import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM

@@ -47,7 +47,7 @@ VALIDATION_WINDOWS = 64
 CALIBRATION_TEXTS = 16  # of subject B, for all methods alike: CD-MoE's layer search reads them 135 times
 RATIOS = {"validation": "perplexity_ratio", "test": "test_perplexity_ratio"}
 # Experts see another number of tokens in every batch. oneDNN compiles a product for each, and by default keeps 1,024.
-ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536"}
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192"}
 QUIET = ("callbacks.profile.enabled=false", "trainer.progress_bar=false")  # only the quality is measured
 
 

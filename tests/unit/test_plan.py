@@ -147,6 +147,7 @@ OF_EVERY_KIND = (
     Drop(3, "moe"),
     Drop(4, "layer"),
     Refit(0, "coefficients", 0.01),
+    Refit(1, "down_proj", "auto"),
 )
 
 
@@ -190,6 +191,7 @@ def test_an_earlier_word_for_a_decoder_layer_is_read() -> None:
         (lambda: Drop(1, "attention"), "moe or layer"),  # type: ignore[arg-type]
         (lambda: Refit(1, "router", 0.1), "down_proj"),  # type: ignore[arg-type]
         (lambda: Refit(1, "down_proj", 0.0), "above 0"),
+        (lambda: Refit(1, "coefficients", "auto"), "need a number"),
     ],
 )
 def test_invalid_operations_are_refused(make: Callable[[], object], message: str) -> None:
