@@ -96,7 +96,7 @@ def _solve_together(
         """Yield features and residuals of a share of each text batch, and add them to the normal equations."""
         for x_TD, residual_TD in zip(inputs, residuals, strict=True):
             part = slice(math.ceil(start * len(x_TD)), math.ceil(end * len(x_TD)))
-            h_tn, residual_tD = _stack_features(units, widths, x_TD)[part], residual_TD[part]
+            h_tn, residual_tD = _stack_features(units, widths, x_TD[part]), residual_TD[part]
             gram.add_(h_tn.T @ h_tn)  # accumulated in fp64
             right.add_(h_tn.T @ residual_tD)
             yield h_tn, residual_tD
